@@ -1,0 +1,50 @@
+# Everything a fresh clone needs: Python 3.10+, make, and a package index that pip can reach.
+#   make chat      environment, install, a conversation with the built-in model
+#   make test      environment, install, lint, types and the whole test suite
+#   make gpu-test  the tests that need an NVIDIA GPU
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+# A machine with an NVIDIA driver gets the CUDA packages that match it; any other is spared a gigabyte of them.
+CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\)\..*/\1/p' | head -n 1)
+EXTRA := $(if $(CUDA),$(if $(filter 12,$(CUDA)),[cuda12],$(if $(filter 11,$(CUDA)),,[cuda13])),)
+
+.PHONY: chat test check env gpu-test bench clean
+
+chat: $(VENV)/.installed
+	@$(PY) -m bitnet_numba.chat $(CHECKPOINT)
+
+env: $(VENV)/.test-installed
+
+test: env check
+	@$(PY) -m pytest -n 2
+
+check: env
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@mkdir -p build/typecheck/bitnet_numba
+	@for f in bitnet_numba/*; do ln -sfn ../../../$$f build/typecheck/bitnet_numba/; done
+	@ln -sfn ../../../kernels ../../../reference build/typecheck/bitnet_numba/
+	@$(PY) -m mypy
+
+gpu-test: env
+	@$(PY) -m pytest -m gpu
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "bitnet_numba needs Python 3.10 or newer")'
+	@echo "Creating the Python environment in $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml
+	@echo "Installing bitnet-numba$(EXTRA) ..."
+	@$(PIP) -e '.$(EXTRA)'
+	@touch $@
+
+$(VENV)/.test-installed: $(VENV)/bin/python pyproject.toml
+	@echo "Installing bitnet-numba[test] ..."
+	@$(PIP) -e '.[test]'
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build
