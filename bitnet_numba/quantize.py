@@ -1,0 +1,55 @@
+"""Absmean weight and absmax activation quantisation: the one definition.
+
+Source: "The Era of 1-bit LLMs: All Large Language Models are in 1.58 Bits" (Ma et al., 2024), section 2, in the order
+of float32 operations that the published checkpoints were trained with.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+EPSILON = np.float32(1e-5)  # least absmean and absmax; keeps all-zero input finite
+INT8_MAX = np.float32(127)
+INT8_MIN = np.float32(-128)
+ONE = np.float32(1)
+
+
+def absmean_scale(w: NDArray[np.floating]) -> np.float32:
+    """m = max(mean(|w|), 1e-5): the one float32 scale of a weight matrix, any shape.
+
+    Raises ValueError for an empty matrix, NaN or infinity.
+    """
+    if w.size == 0:
+        raise ValueError("cannot take the absmean of an empty matrix")
+    # Summed in float64: the float32 nearest to the true mean, whatever the summation order.
+    mean = np.abs(w).mean(dtype=np.float64)
+    if not np.isfinite(mean):
+        raise ValueError("weights hold NaN or infinity")
+    return np.maximum(np.float32(mean), EPSILON)
+
+
+def ternarize(w: NDArray[np.floating]) -> tuple[NDArray[np.int8], np.float32]:
+    """Absmean quantisation t = clamp(rint(w * (1 / m)), -1, 1), so that w is about t * m.
+
+    Takes weights [N, K] (float16, float32 or float64; computed in float32), returns t int8 [N, K] and m float32.
+    Raises ValueError for an empty matrix, NaN or infinity.
+    """
+    m = absmean_scale(w)
+    t = np.rint(w.astype(np.float32) * (ONE / m))
+    return np.clip(t, -1, 1, out=t).astype(np.int8), m
+
+
+def quantize_activations(x: NDArray[np.floating]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Absmax quantisation of each token: s = 127 / max(max|x|, 1e-5), q = clamp(rint(x * s), -128, 127), half to even.
+
+    Takes activations [..., K] (computed in float32), returns q int8 [..., K] and s float32 [..., 1]; x is about q / s.
+    Raises ValueError for K = 0, NaN or infinity.
+    """
+    x = np.asarray(x, np.float32)
+    if x.shape[-1] == 0:
+        raise ValueError("cannot quantise activations of no columns")
+    absmax = np.abs(x).max(axis=-1, keepdims=True)
+    if not np.isfinite(absmax).all():
+        raise ValueError("activations hold NaN or infinity")
+    s = (ONE / np.maximum(absmax, EPSILON)) * INT8_MAX  # reciprocal first: the order the published models were run in
+    q = np.rint(x * s)
+    return np.clip(q, INT8_MIN, INT8_MAX, out=q).astype(np.int8), s

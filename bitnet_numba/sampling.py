@@ -1,0 +1,144 @@
+"""How the next token is chosen: the sampling parameters and the sampler's definition.
+
+The steps, in order: repetition penalty, temperature, top-k, top-p, min-p, then one draw. The draw takes the largest of
+z + g over the kept tokens, with z = logit / temperature and g independent Gumbel noise; that is distributed as
+softmax(z) (the Gumbel-max trick, Gumbel 1954), and needs neither a sort nor a running sum, so a GPU can do it in any
+order. The noise is a pure function of (seed, position in the sequence, token id): the same seed gives the same tokens,
+whatever else is computed beside it.
+"""
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet_numba.errors import RequestError
+
+# Philox4x32-10: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011).
+PHILOX_ROUNDS = 10
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What decides the next token. Raises RequestError, naming the value, when one is impossible.
+
+    temperature 0 takes the likeliest token (the lowest id among equals). top_k 0, top_p 1, min_p 0 and
+    repetition_penalty 1 do nothing. seed None draws a fresh one for each request.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        self._check("temperature", 0.0 <= self.temperature < math.inf, "a number of at least 0")
+        self._check("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1")
+        self._check("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1")
+        self._check("repetition_penalty", 0.0 < self.repetition_penalty < math.inf, "above 0")
+        for name in ("top_k", "seed"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not (whole or (name == "seed" and value is None)):
+                raise RequestError(f"{name} must be a whole number, not {value!r}")
+        self._check("top_k", self.top_k >= 0, "0 or more")
+        self._check("seed", self.seed is None or 0 <= self.seed < 1 << 64, "between 0 and 2^64 - 1")
+
+    def _check(self, name: str, good: bool, rule: str) -> None:
+        if not good:
+            raise RequestError(f"{name} must be {rule}, not {getattr(self, name)!r}")
+
+    def with_seed(self) -> "SamplingParams":
+        """These parameters with a seed: their own, or a fresh random one."""
+        return self if self.seed is not None else replace(self, seed=secrets.randbits(64))
+
+
+def sample(logits: NDArray[np.float32], history: Sequence[int], params: SamplingParams) -> int:
+    """The next token after `history` (every token so far, prompt included), given its logits, float32 [vocab].
+
+    `params.seed` must be set unless temperature is 0. Raises ValueError for NaN logits.
+    """
+    if np.isnan(logits).any():
+        raise ValueError("logits hold NaN")
+    z = penalize(logits, history, params.repetition_penalty)
+    if params.temperature == 0.0:
+        return int(z.argmax())
+    if params.seed is None:
+        raise ValueError("sampling needs a seed")
+    z = scale(z, params.temperature)
+    ids = kept_tokens(z, params)
+    return int(ids[(z[ids] + gumbel_noise(params.seed, len(history), ids)).argmax()])
+
+
+def penalize(logits: NDArray[np.float32], history: Sequence[int], penalty: float) -> NDArray[np.float32]:
+    """Repetition penalty (Keskar et al., "CTRL", 2019): seen tokens' logits are divided by it if positive, else
+    multiplied. float32 [vocab] -> float32 [vocab]."""
+    if penalty == 1.0 or len(history) == 0:
+        return logits
+    seen = np.unique(np.asarray(history, np.int64))
+    z = logits.copy()
+    factor = np.float32(penalty)
+    z[seen] = np.where(z[seen] > 0, z[seen] / factor, z[seen] * factor)
+    return z
+
+
+def scale(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float32]:
+    """(logit - max) / temperature, float32 [vocab]: the shift changes no probability and cannot overflow."""
+    with np.errstate(over="ignore"):  # a tiny temperature drives losers to -inf, which is what it asks for
+        return (logits - logits.max()) / np.maximum(np.float32(temperature), np.finfo(np.float32).tiny)
+
+
+def kept_tokens(z: NDArray[np.float32], params: SamplingParams) -> NDArray[np.int64]:
+    """The ids that top-k, top-p and min-p leave, in ascending order; always at least one.
+
+    Tokens are ranked by falling z, equal ones by rising id. top-p keeps the shortest run of ranks whose probabilities
+    (softmax over what top-k left) sum to at least top_p; min-p keeps those of at least min_p times the largest.
+    """
+    keep = np.arange(len(z))
+    if params.top_k or params.top_p < 1.0:
+        keep = np.argsort(-z, kind="stable")
+        if params.top_k:
+            keep = keep[: params.top_k]
+        if params.top_p < 1.0:
+            weights = np.exp(z[keep].astype(np.float64))
+            reached = np.cumsum(weights) >= params.top_p * weights.sum()
+            keep = keep[: int(reached.argmax()) + 1]
+        keep = np.sort(keep)
+    if params.min_p > 0.0:
+        keep = keep[z[keep] >= z.max() + np.float32(math.log(params.min_p))]
+    return keep
+
+
+def gumbel_noise(seed: int, position: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Standard Gumbel noise -log(-log(u)) for token ids [n] at a position, float32 [n].
+
+    u = (word // 2^8 + 1/2) / 2^24 for word id % 4 of Philox(key = seed, counter = (id // 4, position, 0, 0)).
+    """
+    words = philox(seed, ids // 4, position)
+    word = np.take_along_axis(words, (ids % 4)[None, :], axis=0)[0]
+    u = ((word >> np.uint64(8)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-24)
+    return -np.log(-np.log(u))
+
+
+def philox(seed: int, counter0: NDArray[np.int64], counter1: int) -> NDArray[np.uint64]:
+    """Philox4x32-10 with key (seed low, seed high) and counter (counter0, counter1, 0, 0): uint32 values [4, n]."""
+    mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    c0 = counter0.astype(np.uint64) & mask
+    c1 = np.full_like(c0, counter1)
+    c2, c3 = np.zeros_like(c0), np.zeros_like(c0)
+    key0, key1 = seed & 0xFFFFFFFF, seed >> 32
+    for _ in range(PHILOX_ROUNDS):
+        product0, product1 = c0 * np.uint64(PHILOX_MULTIPLIERS[0]), c2 * np.uint64(PHILOX_MULTIPLIERS[1])
+        c0 = (product1 >> half) ^ c1 ^ np.uint64(key0)
+        c2 = (product0 >> half) ^ c3 ^ np.uint64(key1)
+        c1, c3 = product1 & mask, product0 & mask
+        key0 = (key0 + PHILOX_WEYL[0]) & 0xFFFFFFFF
+        key1 = (key1 + PHILOX_WEYL[1]) & 0xFFFFFFFF
+    return np.stack([c0, c1, c2, c3])
