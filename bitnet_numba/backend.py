@@ -24,9 +24,9 @@ class Context(Protocol):
     def decode(self, ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
         """Appends tokens (at least one), then yields sampled tokens, one a step, until the context is full.
 
-        Each token is `sampling.sample(logits, history, params)`, with all the tokens before it as the history. `self.ids`
-        grows as tokens are fed back: when the next one is asked for, or some steps ahead of that where a backend
-        works asynchronously. After closing the iterator, `truncate` to what should stay. `params.seed` is set.
+        Each token is `sampling.sample(logits, history, params)`, with all the tokens before it as the history.
+        `self.ids` grows as tokens are fed back: when the next one is asked for, or some steps ahead of that where a
+        backend works asynchronously. After closing the iterator, `truncate` to what should stay. `params.seed` is set.
         """
 
     def close(self) -> None:

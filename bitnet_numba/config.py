@@ -79,9 +79,9 @@ class ModelConfig:
     dense: tuple[str, ...] | None = field(default=None)  # modules_to_not_convert
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim max_context".split()
-        ):
+        for (
+            name
+        ) in "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim max_context".split():
             if not 1 <= getattr(self, name) <= _MOST:
                 raise ConfigError(f"config: {name} = {getattr(self, name)} is out of range")
         if self.num_heads % self.num_kv_heads:
@@ -186,9 +186,8 @@ def _from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     keys.refuse_unknown(_WITHOUT_EFFECT | _USED)
     architectures = keys.get("architectures", [])
     if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in _ARCHITECTURES:
-        raise ConfigError(
-            f"config.json: architectures = {_short(architectures)} is not supported (one of {', '.join(_ARCHITECTURES)})"
-        )
+        one_of = ", ".join(_ARCHITECTURES)
+        raise ConfigError(f"config.json: architectures = {_short(architectures)} is not supported (one of {one_of})")
     architecture = architectures[0]
     original = architecture == "BitnetForCausalLM"  # the first published spelling: online ternarisation, silu
     for key, supported in (("weight_bits", (1, 2)), ("input_bits", (8,))):

@@ -1,0 +1,272 @@
+"""The BitNet b1.58 model in NumPy: the specification that every other backend is held to.
+
+Read it beside "The Era of 1-bit LLMs" (Ma et al., 2024) and the "BitNet b1.58 2B4T Technical Report" (2025). Nothing is
+fused and nothing is clever; arithmetic is float32, except that a linear's sum of products is an exact integer.
+
+Letters: M tokens in this call, T tokens in the context after it, N rows out, K columns in, H heads, G key-value heads,
+D head_dim, V vocabulary. Shapes stand behind the lines that change them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet_numba.bfloat16 import to_float32
+from bitnet_numba.checkpoint import PackedCheckpoint, group_is_ternary
+from bitnet_numba.config import GROUPS, ModelConfig
+from bitnet_numba.packing import unpack_ternary
+from bitnet_numba.quantize import quantize_activations
+
+Floats = NDArray[np.float32]
+ONE = np.float32(1)
+TILE = 1 << 18  # elements turned to float32 at a time, so that a tile of weights stays in the cache
+EXACT_COLUMNS = (1 << 24) // 128  # sums of this many products of int8 with ternary are exact in float32
+
+
+class Cache:
+    """Keys and values of one sequence, for every layer: float32 [capacity, G, D] each."""
+
+    def __init__(self, config: ModelConfig, capacity: int):
+        shape = (config.num_layers, 2, capacity, config.num_kv_heads, config.head_dim)
+        self.values = np.empty(shape, np.float32)
+        self.length = 0  # tokens held
+
+    def layer(self, i: int) -> tuple[Floats, Floats]:
+        """Keys and values of layer i."""
+        return self.values[i, 0], self.values[i, 1]
+
+
+class Model:
+    """A decoder-only transformer whose linears are ternary. Weights stay int8 in memory."""
+
+    def __init__(self, checkpoint: PackedCheckpoint):
+        config = checkpoint.config
+        self.config = config
+        self.embedding = Rows.load(checkpoint, "embed")
+        self.layers = [Layer(checkpoint, i) for i in range(config.num_layers)]
+        self.norm = np.array(checkpoint.tensor("norm.weight"))
+        self.head = self.embedding if config.tied else Rows.load(checkpoint, "head")
+
+    def forward(self, ids: NDArray[np.int64], cache: Cache) -> Floats:
+        """Appends tokens [M] to the cache and returns their final hidden states, float32 [M, hidden]."""
+        x = self.embedding.look_up(ids)  # [M] -> [M, hidden]
+        positions = np.arange(cache.length, cache.length + len(ids))
+        cos, sin = rope_tables(self.config, positions)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, *cache.layer(i), cache.length)
+        cache.length += len(ids)
+        return rms_norm(x, self.norm, self.config.rms_norm_eps)
+
+    def logits(self, hidden: Floats) -> Floats:
+        """Scores of the next token: [M, hidden] -> [M, V]."""
+        return self.head.product(hidden)
+
+
+class Layer:
+    """One block: attention and feed-forward, each with a norm before it and a residual around it."""
+
+    def __init__(self, checkpoint: PackedCheckpoint, i: int):
+        def norm(name: str) -> Floats:
+            return np.array(checkpoint.tensor(f"layers.{i}.{name}.weight"))
+
+        config = checkpoint.config
+        self.config = config
+        self.input_norm, self.post_attention_norm = norm("input_norm"), norm("post_attention_norm")
+        if config.sub_norms:
+            self.attn_sub_norm, self.ffn_sub_norm = norm("attn_sub_norm"), norm("ffn_sub_norm")
+        self.q, self.k, self.v = load_linears(checkpoint, i, "qkv")
+        (self.o,) = load_linears(checkpoint, i, "o")
+        self.gate, self.up = load_linears(checkpoint, i, "gate_up")
+        (self.down,) = load_linears(checkpoint, i, "down")
+
+    def __call__(self, x: Floats, cos: Floats, sin: Floats, keys: Floats, values: Floats, start: int) -> Floats:
+        """Tokens [M, hidden] at positions start, start + 1, ... -> [M, hidden]; their keys and values are stored."""
+        eps = self.config.rms_norm_eps
+        x = x + self.attention(rms_norm(x, self.input_norm, eps), cos, sin, keys, values, start)
+        return x + self.feed_forward(rms_norm(x, self.post_attention_norm, eps))
+
+    def attention(self, x: Floats, cos: Floats, sin: Floats, keys: Floats, values: Floats, start: int) -> Floats:
+        """Grouped-query causal attention [M, hidden] -> [M, hidden]."""
+        config, M = self.config, len(x)
+        end = start + M
+        q = rotate(self.q(x).reshape(M, config.num_heads, config.head_dim), cos, sin)  # [M, hidden] -> [M, H, D]
+        keys[start:end] = rotate(self.k(x).reshape(M, config.num_kv_heads, config.head_dim), cos, sin)  # [M, G, D]
+        values[start:end] = self.v(x).reshape(M, config.num_kv_heads, config.head_dim)
+        mixed = attend(q, keys[:end], values[:end]).reshape(M, config.q_size)  # [M, H, D] -> [M, H * D]
+        if config.sub_norms:
+            mixed = rms_norm(mixed, self.attn_sub_norm, config.rms_norm_eps)
+        return self.o(mixed)
+
+    def feed_forward(self, x: Floats) -> Floats:
+        """Gated feed-forward [M, hidden] -> [M, hidden]."""
+        config = self.config
+        activation = relu2 if config.activation == "relu2" else silu
+        inner = activation(self.gate(x)) * self.up(x)  # [M, hidden] -> [M, intermediate]
+        if config.sub_norms:
+            inner = rms_norm(inner, self.ffn_sub_norm, config.rms_norm_eps)
+        return self.down(inner)
+
+
+def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis (Zhang and Sennrich, 2019)."""
+    variance = np.mean(x * x, axis=-1, keepdims=True, dtype=np.float32)
+    return weight * (x * (ONE / np.sqrt(variance + np.float32(eps))))
+
+
+def rope_tables(config: ModelConfig, positions: NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """Rotary embedding's cosines and sines, float32 [M, D]: the angles of the first half, twice (Su et al., 2021)."""
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = ONE / np.float32(config.rope_theta) ** exponents  # [D / 2]
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "linear":
+        frequencies = frequencies / np.float32(scaling.factor)
+    elif scaling is not None:
+        # Llama 3.1: long waves are stretched by the factor, short ones kept, those between blended.
+        turns = np.float32(scaling.original_context) * frequencies / np.float32(2 * np.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = np.clip((turns - np.float32(low)) / np.float32(high - low), 0, 1)
+        frequencies = (ONE - kept) * frequencies / np.float32(scaling.factor) + kept * frequencies
+    angles = positions.astype(np.float32)[:, None] * frequencies  # [M, D / 2]
+    angles = np.concatenate([angles, angles], axis=-1)  # [M, D]
+    return np.cos(angles), np.sin(angles)
+
+
+def rotate(x: Floats, cos: Floats, sin: Floats) -> Floats:
+    """Rotary embedding in the half-split form: pairs are (x[j], x[j + D/2]). [M, heads, D] -> [M, heads, D]."""
+    half = x.shape[-1] // 2
+    turned = np.concatenate([-x[..., half:], x[..., :half]], axis=-1)
+    return x * cos[:, None, :] + turned * sin[:, None, :]
+
+
+def attend(q: Floats, keys: Floats, values: Floats) -> Floats:
+    """Causal attention of M queries, the last M of T positions. q [M, H, D]; keys, values [T, G, D] -> [M, H, D].
+
+    Query head h reads key-value head h // (H / G); softmax(q . k / sqrt(D)) in float32.
+    """
+    (M, H, D), (T, G, _) = q.shape, keys.shape
+    grouped = q.reshape(M, G, H // G, D).transpose(1, 2, 0, 3)  # [G, H / G, M, D]
+    scores = grouped @ keys.transpose(1, 2, 0)[:, None]  # [G, H / G, M, T]
+    scores *= np.float32(D**-0.5)
+    future = np.arange(T) > np.arange(T - M, T)[:, None]  # [M, T]
+    scores[..., future] = -np.inf
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    mixed = weights @ values.transpose(1, 0, 2)[:, None]  # [G, H / G, M, D]
+    return mixed.transpose(2, 0, 1, 3).reshape(M, H, D)
+
+
+def relu2(x: Floats) -> Floats:
+    """Squared ReLU (So et al., 2021)."""
+    return np.square(np.maximum(x, 0))
+
+
+def silu(x: Floats) -> Floats:
+    """x * sigmoid(x) (Hendrycks and Gimpel, 2016)."""
+    with np.errstate(over="ignore"):  # exp(-x) may reach infinity, where the quotient is rightly zero
+        return x / (ONE + np.exp(-x))
+
+
+@dataclass(frozen=True)
+class TernaryLinear:
+    """y = (q . t) * m / s + bias, with q, s the quantised input (optionally normed first) and t, m the weights."""
+
+    t: NDArray[np.int8]  # [N, K] in {-1, 0, 1}
+    m: np.float32
+    bias: Floats | None  # [N]
+    norm: Floats | None  # [K]
+    norm_eps: float
+
+    def __call__(self, x: Floats) -> Floats:
+        """[M, K] -> [M, N]"""
+        if self.norm is not None:
+            x = rms_norm(x, self.norm, self.norm_eps)
+        q, s = quantize_activations(x)  # [M, K], [M, 1]
+        y = integer_product(q, self.t) * self.m / s
+        return y if self.bias is None else y + self.bias
+
+
+@dataclass(frozen=True)
+class DenseLinear:
+    """y = x . w + bias: a linear that the checkpoint leaves unquantised."""
+
+    rows: "Rows"
+    bias: Floats | None
+
+    def __call__(self, x: Floats) -> Floats:
+        """[M, K] -> [M, N]"""
+        y = self.rows.product(x)
+        return y if self.bias is None else y + self.bias
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A matrix of bfloat16 or scaled int8 rows: embedding, head or dense linear. Stays in its stored form."""
+
+    stored: NDArray[np.uint16] | NDArray[np.int8]  # [N, K]
+    scale: Floats | None  # [N], for int8
+
+    @staticmethod
+    def load(checkpoint: PackedCheckpoint, name: str) -> "Rows":
+        """The rows called `name` in a packed checkpoint, left in the mapped file."""
+        scale = np.array(checkpoint.tensor(f"{name}.scale")) if checkpoint.head == "int8" else None
+        return Rows(checkpoint.tensor(f"{name}.weight"), scale)
+
+    def look_up(self, ids: NDArray[np.int64]) -> Floats:
+        """Rows by number: [M] -> [M, K]"""
+        if self.scale is not None:
+            return self.stored[ids].astype(np.float32) * self.scale[ids, None]
+        return to_float32(self.stored[ids])
+
+    def product(self, x: Floats) -> Floats:
+        """[M, K] -> [M, N]"""
+        y = np.empty((len(x), len(self.stored)), np.float32)
+        for rows in tiles(*self.stored.shape):
+            part = self.stored[rows]
+            y[:, rows] = x @ (part.astype(np.float32) if self.scale is not None else to_float32(part)).T
+        return y if self.scale is None else y * self.scale
+
+
+def integer_product(q: NDArray[np.int8], t: NDArray[np.int8]) -> Floats:
+    """The exact sums of q * t: int8 [M, K], ternary int8 [N, K] -> whole numbers in float32 [M, N].
+
+    float32 holds whole numbers up to 2^24, and no partial sum of int8 times ternary over EXACT_COLUMNS columns is
+    larger, in whatever order the matrix product adds them up.
+    """
+    if q.shape[1] > EXACT_COLUMNS:
+        raise ValueError(f"{q.shape[1]} columns are more than {EXACT_COLUMNS}: sums would not be exact")
+    acc = np.empty((len(q), len(t)), np.float32)
+    wide = q.astype(np.float32)
+    for rows in tiles(*t.shape):
+        np.matmul(wide, t[rows].astype(np.float32).T, out=acc[:, rows])
+    return acc
+
+
+def tiles(N: int, K: int) -> list[slice]:
+    """Row ranges that cut an [N, K] matrix into pieces of about TILE elements."""
+    step = max(1, TILE // K)
+    return [slice(start, start + step) for start in range(0, N, step)]
+
+
+def load_linears(checkpoint: PackedCheckpoint, layer: int, group: str) -> list[TernaryLinear | DenseLinear]:
+    """The linears of a group (see `config.GROUPS`), taken apart again from their one stored matrix."""
+    config, name = checkpoint.config, f"layers.{layer}.{group}"
+    segments, K = config.group_shape(group)
+    bias = np.array(checkpoint.tensor(f"{name}.bias")) if config.group_bias(group) else None
+    ternary = group_is_ternary(config, layer, group)
+    if ternary:
+        t = unpack_ternary(np.asarray(checkpoint.tensor(f"{name}.words")), sum(segments), K)
+        scales = checkpoint.tensor(f"{name}.scales")
+        norms = np.array(checkpoint.tensor(f"{name}.norms")) if config.linear_norm else None
+    linears: list[TernaryLinear | DenseLinear] = []
+    start = 0
+    for i in range(len(GROUPS[group])):
+        rows = slice(start, start + segments[i])
+        start = rows.stop
+        part_of_bias = None if bias is None else bias[rows]
+        if ternary:
+            norm = None if norms is None else norms[i]
+            linears.append(TernaryLinear(t[rows], np.float32(scales[i]), part_of_bias, norm, config.linear_norm_eps))
+        else:
+            linears.append(DenseLinear(Rows(checkpoint.tensor(f"{name}.weight")[rows], None), part_of_bias))
+    return linears

@@ -1,0 +1,278 @@
+"""Writes a random Hugging Face checkpoint of any supported class, for tests and benchmarks.
+
+    python tools/make_checkpoint.py --preset 2b-4t [--form online|offline|bitlinear] [--seed S] DST
+
+The sizes are those of the published models; the weights and the tokenizer are made up, so a model says nonsense.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from bitnet_numba.bfloat16 import from_float32
+from bitnet_numba.checkpoint import TensorSpec, write_tensors
+from bitnet_numba.config import GROUPS, ModelConfig
+from bitnet_numba.errors import BitNetError, CheckpointError
+
+FORMS = ("online", "offline", "bitlinear")
+QUANTIZATION = {
+    "online": {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"},
+    "offline": {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"},
+    "bitlinear": {"quant_method": "bitnet", "modules_to_not_convert": None},
+}
+MASTER_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+CHAT_TEMPLATE = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = message['role'] | capitalize + ': '+ message['content'] | trim + '<|eot_id|>' %}"
+    "{{ content }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+)
+
+
+def preset(
+    kind: str,
+    form: str,
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    inner: int,
+    vocab: int,
+    context: int,
+    **more: Any,
+) -> tuple[str, dict[str, Any]]:
+    """The usual stored form and the config.json of a model: kind is bitnet, 1bitllm or llama."""
+    architecture, activation = {
+        "bitnet": ("BitNetForCausalLM", "relu2"),
+        "1bitllm": ("BitnetForCausalLM", "silu"),
+        "llama": ("LlamaForCausalLM", "silu"),
+    }[kind]
+    config = {
+        "architectures": [architecture],
+        "model_type": "bitnet" if kind == "bitnet" else "llama",
+        "hidden_act": activation,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": inner,
+        "vocab_size": vocab,
+        "max_position_embeddings": context,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": kind != "llama",
+    }
+    return form, config | more
+
+
+FALCON3 = {"head_dim": 256, "rope_theta": 1000042.0, "rms_norm_eps": 1e-6}
+PRESETS = {
+    "tiny": preset("bitnet", "online", 256, 2, 8, 2, 640, 2048, 512, rope_theta=500000.0),
+    "tiny-1bitllm": preset("1bitllm", "online", 192, 2, 2, 2, 352, 2002, 256),
+    "tiny-llama": preset("llama", "bitlinear", 128, 2, 4, 2, 320, 2048, 256),
+    "2b-4t": preset("bitnet", "offline", 2560, 30, 20, 5, 6912, 128256, 4096, rope_theta=500000.0),
+    "3b": preset("1bitllm", "online", 3200, 26, 32, 32, 8640, 32002, 2048),
+    "large": preset("1bitllm", "online", 1536, 24, 16, 16, 4096, 32002, 2048),
+    "llama3-8b": preset("llama", "bitlinear", 4096, 32, 32, 8, 14336, 128256, 8192, rope_theta=500000.0),
+    "llama3.2-1b": preset(
+        "llama",
+        "bitlinear",
+        2048,
+        16,
+        32,
+        8,
+        8192,
+        128256,
+        131072,
+        rope_theta=500000.0,
+        rope_scaling=LLAMA3_ROPE,
+        tie_word_embeddings=True,
+    ),
+    "falcon3-1b": preset("llama", "bitlinear", 2048, 18, 8, 4, 8192, 131072, 8192, **FALCON3),
+    "falcon3-3b": preset("llama", "bitlinear", 3072, 22, 12, 4, 9216, 131072, 32768, **FALCON3),
+    "falcon3-7b": preset("llama", "bitlinear", 3072, 28, 12, 4, 23040, 131072, 32768, **FALCON3),
+    "falcon3-10b": preset("llama", "bitlinear", 3072, 40, 12, 4, 23040, 131072, 32768, **FALCON3),
+}
+
+
+def make_checkpoint(
+    folder: Path, raw_config: dict[str, Any], form: str, seed: int = 0, dtype: str = "bf16", shards: int = 1
+) -> None:
+    """Writes a random checkpoint with the given config.json into a new folder, in a stored form and master type."""
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists already")
+    raw = raw_config | {"quantization_config": QUANTIZATION[form], "torch_dtype": "bfloat16"}
+    end = raw["vocab_size"] - len(SPECIAL_TOKENS)
+    raw |= {"bos_token_id": end, "eos_token_id": end + 1}
+    config = ModelConfig.from_hf(raw)
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", raw)
+    write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": [end + 1, end + 2]})
+    write_tokenizer(folder, config.vocab_size, config.max_context)
+    plan = source_plan(config, form, MASTER_DTYPES[dtype], raw["architectures"][0] == "BitnetForCausalLM")
+    names = list(plan)
+    per_shard = -(-len(names) // shards)
+    rng = np.random.default_rng(seed)
+    weight_map = {}
+    for i in range(shards):
+        part = {name: plan[name] for name in names[i * per_shard : (i + 1) * per_shard]}
+        file_name = "model.safetensors" if shards == 1 else f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        weight_map |= dict.fromkeys(part, file_name)
+        with open(folder / file_name, "wb") as file:
+            write_tensors(file, part, random_tensors(part, form, rng), {"format": "pt"})
+    if shards > 1:
+        total = sum(spec.nbytes for spec in plan.values())
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+
+
+def source_plan(config: ModelConfig, form: str, dtype: str, first_spelling: bool) -> dict[str, TensorSpec]:
+    """Every tensor of a Hugging Face checkpoint with its type and shape."""
+    plan = {"model.embed_tokens.weight": TensorSpec(dtype, (config.vocab_size, config.hidden_size))}
+    sub_norms = ("inner_attn_ln", "ffn_layernorm") if first_spelling else ("attn_sub_norm", "ffn_sub_norm")
+    for i in range(config.num_layers):
+        prefix = f"model.layers.{i}"
+        plan[f"{prefix}.input_layernorm.weight"] = TensorSpec(dtype, (config.hidden_size,))
+        plan[f"{prefix}.post_attention_layernorm.weight"] = TensorSpec(dtype, (config.hidden_size,))
+        if config.sub_norms:
+            plan[f"{prefix}.self_attn.{sub_norms[0]}.weight"] = TensorSpec(dtype, (config.q_size,))
+            plan[f"{prefix}.mlp.{sub_norms[1]}.weight"] = TensorSpec(dtype, (config.intermediate_size,))
+        for group, modules in GROUPS.items():
+            segments, K = config.group_shape(group)
+            for module, N in zip(modules, segments, strict=True):
+                name = f"{prefix}.{module}"
+                if not config.is_ternary(name) or form == "online":
+                    plan[f"{name}.weight"] = TensorSpec(dtype, (N, K))
+                else:
+                    plan[f"{name}.weight"] = TensorSpec("U8", (N // 4, K))
+                    plan[f"{name}.weight_scale"] = TensorSpec(dtype, (1,))
+                if config.linear_norm and config.is_ternary(name):
+                    plan[f"{name}.rms_norm.weight"] = TensorSpec(dtype, (K,))
+                if config.group_bias(group):
+                    plan[f"{name}.bias"] = TensorSpec(dtype, (N,))
+    plan["model.norm.weight"] = TensorSpec(dtype, (config.hidden_size,))
+    if not config.tied:
+        plan["lm_head.weight"] = TensorSpec(dtype, (config.vocab_size, config.hidden_size))
+    return plan
+
+
+def random_tensors(
+    plan: dict[str, TensorSpec], form: str, rng: np.random.Generator
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Random values for each tensor of a plan; every matrix has a spread of its own."""
+    four_codes = np.array([a + 4 * b + 16 * c + 64 * d for a, b, c, d in np.ndindex(3, 3, 3, 3)], np.uint8)
+    for name, spec in plan.items():
+        if spec.dtype == "U8":
+            yield name, four_codes[rng.integers(0, len(four_codes), spec.shape, np.uint8)]
+            continue
+        if name.endswith("weight_scale"):
+            absmean = rng.uniform(0.01, 0.03)
+            values = np.full(spec.shape, absmean if form == "offline" else 1 / absmean, np.float32)
+        elif name.endswith("norm.weight") or "layernorm" in name or "_ln." in name:
+            values = rng.uniform(0.5, 1.5, spec.shape).astype(np.float32)
+        else:
+            values = rng.standard_normal(spec.shape, np.float32)
+            values *= np.float32(0.02 * rng.uniform(0.6, 1.6))
+        if spec.dtype == "BF16":
+            yield name, from_float32(values)
+        else:
+            yield name, values.astype(np.float16 if spec.dtype == "F16" else np.float32)
+
+
+SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")
+
+
+def write_tokenizer(folder: Path, vocab_size: int, context: int) -> None:
+    """A byte-level BPE tokenizer of exactly `vocab_size` tokens, most of them made-up syllables."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: i for i, symbol in enumerate(alphabet)}
+    merges: list[tuple[str, str]] = []
+    most = vocab_size - len(SPECIAL_TOKENS)
+    if most < len(vocab):
+        raise CheckpointError(f"a vocabulary of {vocab_size} is too small for the {len(vocab)} bytes")
+    syllables = [c + v for c in "bdfghjklmnprstvwz" for v in "aeiou"]
+
+    def grow(left: str, right: str) -> None:
+        if len(vocab) < most and left + right not in vocab:
+            merges.append((left, right))
+            vocab[left + right] = len(vocab)
+
+    for syllable in syllables:
+        grow(syllable[0], syllable[1])
+    words = list(syllables)
+    for syllable in syllables:
+        grow("Ġ", syllable)
+        words.append("Ġ" + syllable)
+    for start in words:  # the list grows as it is walked: longer and longer words
+        if len(vocab) == most:
+            break
+        for syllable in syllables:
+            grow(start, syllable)
+            words.append(start + syllable)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "bos_token": SPECIAL_TOKENS[0],
+            "eos_token": SPECIAL_TOKENS[1],
+            "chat_template": CHAT_TEMPLATE,
+            "model_max_length": context,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        },
+    )
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes JSON for people."""
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("dst", metavar="DST", type=Path, help="the folder to write")
+    parser.add_argument("--preset", choices=PRESETS, required=True, help="which model's sizes")
+    parser.add_argument("--form", choices=FORMS, help="stored form (default: the one the model is published in)")
+    parser.add_argument("--dtype", choices=MASTER_DTYPES, default="bf16", help="floating-point type (default: bf16)")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--shards", type=int, default=1, help="how many safetensors files (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: 0)")
+    args = parser.parse_args(argv)
+    form, config = PRESETS[args.preset]
+    if args.layers is not None:
+        config = config | {"num_hidden_layers": args.layers}
+    try:
+        if args.shards < 1 or args.seed < 0:
+            raise CheckpointError("--shards must be at least 1 and --seed at least 0")
+        make_checkpoint(args.dst, config, args.form or form, args.seed, args.dtype, args.shards)
+    except BitNetError as error:
+        print(f"make_checkpoint: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"make_checkpoint: cannot write {args.dst}: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
