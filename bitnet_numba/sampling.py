@@ -119,11 +119,12 @@ def kept_tokens(z: NDArray[np.float32], params: SamplingParams) -> NDArray[np.in
 def gumbel_noise(seed: int, position: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     """Standard Gumbel noise -log(-log(u)) for token ids [n] at a position, float32 [n].
 
-    u = (word // 2^8 + 1/2) / 2^24 for word id % 4 of Philox(key = seed, counter = (id // 4, position, 0, 0)).
+    u = (word // 2^9 + 1/2) / 2^23 for word id % 4 of Philox(key = seed, counter = (id // 4, position, 0, 0)): with 23
+    bits the half is exact in float32 and u < 1; with 24 the largest word would round to u = 1 and draw +inf.
     """
     words = philox(seed, ids // 4, position)
     word = np.take_along_axis(words, (ids % 4)[None, :], axis=0)[0]
-    u = ((word >> np.uint64(8)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-24)
+    u = ((word >> np.uint64(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
     return -np.log(-np.log(u))
 
 
