@@ -32,7 +32,7 @@ def special_tokens() -> list[str]:
 
 
 def byte_alphabet() -> list[str]:
-    """The character that stands for each byte in byte-level vocabularies: itself where it prints, else from U+0100 on."""
+    """The character for each byte in byte-level vocabularies: itself where it prints, else from U+0100 on."""
     printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printing else next(others)) for byte in range(256)]
@@ -52,7 +52,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         except (ValueError, binascii.Error):
             if number == 1:
                 raise TokenizerError(
-                    f"{path} is not a tiktoken vocabulary (a sentencepiece model?): save the tokenizer as tokenizer.json first"
+                    f"{path} is not a tiktoken vocabulary (one of sentencepiece?): "
+                    "save the tokenizer as tokenizer.json first"
                 ) from None
             raise TokenizerError(f"{path}: line {number} is not a base64 token and its rank") from None
     if sorted(ranks.values()) != list(range(len(lines))):
@@ -92,16 +93,16 @@ def build_tokenizer(path: Path) -> Tokenizer:
                 merges.append((text[token[:border]], text[token[border:]]))
     vocabulary = {text[token]: rank for token, rank in ranks.items()}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special_tokens()])
     bos = (BOS, tokenizer.token_to_id(BOS))
-    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+    tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[bos]
     )
     return tokenizer
