@@ -1,0 +1,522 @@
+"""Machine instructions that Numba does not offer, each with a plain-Python stand-in for the simulator.
+
+Conventions of every kernel in this folder:
+- Kernels are plain Python functions of flat pointers and int32 / float32 scalars, wrapped in `device.Kernel`, which compiles
+  them for an architecture or, under the simulator (NUMBA_ENABLE_CUDASIM=1), runs them on flat NumPy arrays.
+- An operand `p, i` is element i of a kernel's pointer or of a shared array. Shared arrays that 16-byte accesses touch
+  are made with `cuda.shared.array(size, dtype, SHARED_ALIGN)`.
+- What an architecture lacks is chosen when a kernel is built (`stream_load(arch)`, `grid_wait(arch)`, ...), never at run
+  time; `arch` is 10 * major + minor of the compute capability, e.g. 90.
+- Lanes exchange values with their whole warp: every thread of a warp must reach an exchange, and blocks are whole warps.
+- Numba widens int32 arithmetic to int64: wrap each result in `int32(...)`, and the compiler narrows it again.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import cuda
+from numba.core import config
+from numba.cuda import types
+
+SIMULATED = bool(config.ENABLE_CUDASIM)
+SHARED_ALIGN = None if SIMULATED else 16  # bytes; the simulator's arrays refuse to be told
+WARP = 32
+
+# Under the simulator types are called as plain conversions, which wrap round as registers do.
+if SIMULATED:
+
+    def int32(x: Any) -> Any:
+        """x as a 32-bit register: the low 32 bits, signed."""
+        return np.int32(((int(x) + (1 << 31)) & 0xFFFFFFFF) - (1 << 31))
+
+    def uint32(x: Any) -> Any:
+        """x as a 32-bit register: the low 32 bits, unsigned."""
+        return np.uint32(int(x) & 0xFFFFFFFF)
+
+    float32 = np.float32
+else:
+    int32, uint32, float32 = types.int32, types.uint32, types.float32
+
+
+def device_function(function: Callable) -> Callable:
+    """Makes a function callable from kernels, always inlined."""
+    return cuda.jit(device=True)(function) if SIMULATED else cuda.jit(device=True, forceinline=True)(function)
+
+
+_ASM_TYPES = {"r": (32, "int32"), "u": (32, "uint32"), "U": (64, "uint64"), "f": (32, "float32")}
+
+
+def _instruction(ptx: str, result: str, operands: str, effects: bool = False) -> Callable[[Callable], Callable]:
+    """Makes a kernel instruction of inline PTX; under the simulator the decorated stand-in itself.
+
+    `result` is "", one register letter, or four of them for a tuple; `operands` one letter each: r int32, u uint32,
+    U uint64, f float32, p an element's address (which takes two arguments, pointer and index). In `ptx`, $0.. are results, then
+    operands. `effects`: touches memory or order, so it is never moved, merged or dropped.
+    """
+
+    def decorate(stand_in: Callable) -> Callable:
+        if SIMULATED:
+            return stand_in
+        return _asm_intrinsic(stand_in, ptx, result, operands, effects)
+
+    return decorate
+
+
+def _asm_intrinsic(stand_in: Callable, ptx: str, result: str, operands: str, effects: bool) -> Callable:
+    import inspect
+
+    from llvmlite import ir
+    from numba.cuda.extending import intrinsic
+
+    llvm = {"r": ir.IntType(32), "u": ir.IntType(32), "U": ir.IntType(64), "f": ir.FloatType()}
+    numba_types = {letter: getattr(types, name) for letter, (_, name) in _ASM_TYPES.items()}
+    register = {"r": "r", "u": "r", "U": "l", "f": "f", "p": "l"}
+
+    def definition(typing_context: Any, *arguments: Any) -> Any:
+        wanted, position = [], 0
+        for letter in operands:
+            if letter == "p":
+                wanted += [arguments[position], types.int64]
+                position += 2
+            else:
+                wanted.append(numba_types[letter])
+                position += 1
+        returned = types.void if not result else numba_types[result[0]]
+        if len(result) > 1:
+            returned = types.UniTuple(returned, len(result))
+
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            asm_values, position = [], 0
+            for letter in operands:
+                if letter == "p":
+                    asm_values.append(_address(context, builder, signature.args[position], *values[position:][:2]))
+                    position += 2
+                else:
+                    asm_values.append(values[position])
+                    position += 1
+            outputs = [llvm[letter] for letter in result]
+            asm_result = ir.VoidType() if not outputs else outputs[0]
+            if len(outputs) > 1:
+                asm_result = ir.LiteralStructType(outputs)
+            constraints = ["=" + register[letter] for letter in result] + [register[letter] for letter in operands]
+            if effects:
+                constraints.append("~{memory}")
+            function = ir.FunctionType(asm_result, [value.type for value in asm_values])
+            call = builder.call(ir.InlineAsm(function, ptx, ",".join(constraints), side_effect=effects), asm_values)
+            if len(outputs) > 1:
+                parts = [builder.extract_value(call, k) for k in range(len(outputs))]
+                return context.make_tuple(builder, signature.return_type, parts)
+            return call if outputs else context.get_dummy_value()
+
+        return returned(*wanted), codegen
+
+    names = [inspect.Parameter("typing_context", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    names += list(inspect.signature(stand_in).parameters.values())
+    definition.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
+    definition.__name__ = definition.__qualname__ = stand_in.__name__
+    definition.__doc__ = stand_in.__doc__
+    return intrinsic(definition)
+
+
+def _address(context: Any, builder: Any, kind: Any, base: Any, index: Any) -> Any:
+    """LLVM pointer to element `index` of a pointer or of a flat array."""
+    if isinstance(kind, types.Array):
+        base = context.make_array(kind)(context, builder, value=base).data
+    return builder.gep(base, [index])
+
+
+# ---- Products -------------------------------------------------------------------------------------------------------
+
+
+def _bytes(word: Any, signed: bool) -> list[int]:
+    return [int(b) for b in np.array([int(word) & 0xFFFFFFFF], "<u4").view(np.int8 if signed else np.uint8)]
+
+
+@_instruction("dp4a.s32.s32 $0, $1, $2, $3;", "r", "rrr")
+def dp4a(a: Any, b: Any, c: Any) -> Any:
+    """c + the dot product of four int8 pairs, int32. sm_61."""
+    return int32(int(c) + sum(x * y for x, y in zip(_bytes(a, True), _bytes(b, True), strict=True)))
+
+
+@_instruction("dp4a.u32.s32 $0, $1, $2, $3;", "r", "rrr")
+def dp4a_us(a: Any, b: Any, c: Any) -> Any:
+    """c + the dot product of four uint8 (a) and int8 (b) pairs, int32. sm_61."""
+    return int32(int(c) + sum(x * y for x, y in zip(_bytes(a, False), _bytes(b, True), strict=True)))
+
+
+# ---- Conversions ----------------------------------------------------------------------------------------------------
+
+
+@_instruction("cvt.rni.s32.f32 $0, $1;", "r", "f")
+def round_to_int(x: Any) -> Any:
+    """The nearest int32, half to even; saturates. Any architecture."""
+    return np.int32(min(max(np.rint(np.float64(x)), -(2**31)), 2**31 - 1))
+
+
+@_instruction("cvt.rn.f32.s32 $0, $1;", "f", "r")
+def int_to_float(x: Any) -> Any:
+    """An int32 as the nearest float32. Any architecture."""
+    return np.float32(np.int32(x))
+
+
+@_instruction("mov.b32 $0, $1;", "f", "u")
+def bits_to_float(word: Any) -> Any:
+    """The float32 that a 32-bit pattern stands for. Any architecture."""
+    return np.array([int(word) & 0xFFFFFFFF], np.uint32).view(np.float32)[0]
+
+
+@_instruction("mov.b32 $0, $1;", "u", "f")
+def float_to_bits(x: Any) -> Any:
+    """A float32's bit pattern, uint32. Any architecture."""
+    return np.array([x], np.float32).view(np.uint32)[0]
+
+
+@_instruction("shl.b32 $0, $1, 16;", "f", "r")
+def bf16_low(word: Any) -> Any:
+    """float32 of the bfloat16 in a word's lower half (the first of two in memory). Any architecture."""
+    return bits_to_float(int(word) << 16)
+
+
+@_instruction("and.b32 $0, $1, 0xffff0000;", "f", "r")
+def bf16_high(word: Any) -> Any:
+    """float32 of the bfloat16 in a word's upper half (the second of two in memory). Any architecture."""
+    return bits_to_float(int(word) & 0xFFFF0000)
+
+
+# ---- Approximations; each bound is from the PTX manual ----------------------------------------------------------------
+
+
+@_instruction("ex2.approx.ftz.f32 $0, $1;", "f", "f")
+def exp2_approx(x: Any) -> Any:
+    """2^x within 2 ulp (relative error 2^-22), results under 2^-126 flushed to 0. Any architecture."""
+    return np.exp2(np.float32(x))
+
+
+@_instruction("rsqrt.approx.f32 $0, $1;", "f", "f")
+def rsqrt_approx(x: Any) -> Any:
+    """1 / sqrt(x), relative error at most 2^-22.9. Any architecture."""
+    return np.float32(1) / np.sqrt(np.float32(x))
+
+
+# ---- Memory ---------------------------------------------------------------------------------------------------------
+
+
+def _four(p: Any, i: Any) -> tuple:
+    values = np.asarray([p[int(i) + k] for k in range(4)])
+    if values.dtype.itemsize == 4 and values.dtype.kind in "iu":
+        values = values.astype(np.uint32).view(np.int32)
+    return tuple(values)
+
+
+def _vector_pointer(context: Any, builder: Any, kind: Any, base: Any, index: Any) -> Any:
+    from llvmlite import ir
+
+    address = _address(context, builder, kind, base, index)
+    return builder.bitcast(address, ir.VectorType(address.type.pointee, 4).as_pointer())
+
+
+def _load4_intrinsic() -> Callable:
+    from llvmlite import ir
+    from numba.cuda.extending import intrinsic
+
+    @intrinsic
+    def load4(typing_context: Any, p: Any, i: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            vector = builder.load(_vector_pointer(context, builder, signature.args[0], *values), align=16)
+            parts = [builder.extract_element(vector, ir.IntType(32)(k)) for k in range(4)]
+            return context.make_tuple(builder, signature.return_type, parts)
+
+        return types.UniTuple(p.dtype, 4)(p, types.int64), codegen
+
+    return load4
+
+
+def _store4_intrinsic() -> Callable:
+    from llvmlite import ir
+    from numba.cuda.extending import intrinsic
+
+    @intrinsic
+    def store4(typing_context: Any, p: Any, i: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            pointer = _vector_pointer(context, builder, signature.args[0], *values[:2])
+            vector = ir.Constant(pointer.type.pointee, ir.Undefined)
+            for k in range(4):
+                vector = builder.insert_element(vector, values[2 + k], ir.IntType(32)(k))
+            builder.store(vector, pointer, align=16)
+            return context.get_dummy_value()
+
+        return types.void(p, types.int64, *(p.dtype,) * 4), codegen
+
+    return store4
+
+
+def _load4(p: Any, i: Any) -> Any:
+    """Elements i .. i+3 (i a multiple of 4) of 32-bit memory, global or shared, in one 16-byte load. Any architecture."""
+    return _four(p, i)
+
+
+def _store4(p: Any, i: Any, a: Any, b: Any, c: Any, d: Any) -> None:
+    """Writes elements i .. i+3 (i a multiple of 4) of 32-bit memory in one 16-byte store. Any architecture."""
+    p[int(i)], p[int(i) + 1], p[int(i) + 2], p[int(i) + 3] = a, b, c, d
+
+
+load4 = _load4 if SIMULATED else _load4_intrinsic()
+store4 = _store4 if SIMULATED else _store4_intrinsic()
+
+_STREAM_PTX = {
+    80: "ld.global.nc.L1::no_allocate.L2::256B.v4.b32 {$0, $1, $2, $3}, [$4];",
+    70: "ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];",
+    60: "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];",
+}
+
+
+def _stream_load(ptx: str) -> Callable:
+    # No reordering barrier, but "effects" would pin the loads in program order, which is what early loads want.
+    @_instruction(ptx, "rrrr", "p", effects=True)
+    def stream_load(p: Any, i: Any) -> Any:
+        """Words i .. i+3 (i a multiple of 4) of read-only global memory that is used once, past L1: int32 x 4."""
+        return _four(p, i)
+
+    return stream_load
+
+
+_STREAM_LOADS = {arch: _stream_load(ptx) for arch, ptx in _STREAM_PTX.items()}
+
+
+def stream_load(arch: int) -> Callable:
+    """The 16-byte load for weights: `load(p, i) -> (int32,) * 4`. L1::no_allocate needs sm_70, L2::256B sm_80."""
+    return _STREAM_LOADS[max(level for level in _STREAM_LOADS if level <= max(arch, 60))]
+
+
+@_instruction("griddepcontrol.wait;", "", "", effects=True)
+def _grid_wait() -> None:
+    return None
+
+
+@_instruction("griddepcontrol.launch_dependents;", "", "", effects=True)
+def _grid_release() -> None:
+    return None
+
+
+@device_function
+def _nothing() -> None:
+    return None
+
+
+def grid_wait(arch: int) -> Callable:
+    """`wait()`: blocks until the launches before this one have finished and their writes are visible. sm_90; else nothing,
+    since there the launch itself waits."""
+    return _grid_wait if arch >= 90 else _nothing
+
+
+def grid_release(arch: int) -> Callable:
+    """`release()`: lets the next launch start before this one ends (it still waits for its data). sm_90; else nothing."""
+    return _grid_release if arch >= 90 else _nothing
+
+
+@_instruction("prefetch.global.L2 [$0];", "", "p", effects=True)
+def prefetch_l2(p: Any, i: Any) -> None:
+    """Asks for the line of element i to be brought into L2. Any architecture."""
+
+
+@_instruction(
+    "{ .reg .u64 s; cvta.to.shared.u64 s, $0; cp.async.cg.shared.global.L2::256B [s], [$1], 16; }",
+    "",
+    "pp",
+    effects=True,
+)
+def copy_async(to: Any, i: Any, p: Any, j: Any) -> None:
+    """Starts copying words j .. j+3 of global p to words i .. i+3 of a shared array. sm_80."""
+    for k in range(4):
+        to[int(i) + k] = p[int(j) + k]
+
+
+@_instruction("cp.async.commit_group;", "", "", effects=True)
+def copy_commit() -> None:
+    """Closes a group of this thread's copies. sm_80."""
+
+
+@_instruction("cp.async.wait_all;", "", "", effects=True)
+def copy_wait_all() -> None:
+    """Waits for all copies that this thread started; others see them after a barrier. sm_80."""
+
+
+_atomic_lock = threading.Lock()
+
+
+@_instruction("red.global.add.s32 [$0], $1;", "", "pr", effects=True)
+def atomic_add(p: Any, i: Any, value: Any) -> None:
+    """p[i] += value, int32 in global memory; exact, so the same in any order. Any architecture."""
+    with _atomic_lock:
+        p[int(i)] = int32(int(p[int(i)]) + int(value))
+
+
+@_instruction("atom.global.add.u32 $0, [$1], $2;", "u", "pu", effects=True)
+def atomic_fetch_add(p: Any, i: Any, value: Any) -> Any:
+    """p[i] += value, 32 bits in global memory; returns what was there. Any architecture."""
+    with _atomic_lock:
+        old = uint32(p[int(i)])
+        p[int(i)] = p.dtype.type(np.uint32((int(old) + int(value)) & 0xFFFFFFFF).view(p.dtype.type))
+        return old
+
+
+@_instruction("red.global.max.u32 [$0], $1;", "", "pu", effects=True)
+def atomic_max(p: Any, i: Any, value: Any) -> None:
+    """p[i] = max(p[i], value), uint32 in global memory. The bits of floats >= 0 order as the floats do. Any architecture."""
+    with _atomic_lock:
+        p[int(i)] = max(uint32(p[int(i)]), uint32(value))
+
+
+@device_function
+def fence() -> None:
+    """Orders this thread's global writes before its later ones, for the whole device. Any architecture."""
+    cuda.threadfence()
+
+
+# ---- Exchange inside a warp -------------------------------------------------------------------------------------------
+
+
+class _SimulatedWarp:
+    """The meeting point of a simulated warp's 32 threads, kept on the block that they run in."""
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(WARP, timeout=60)
+        self.values: list[Any] = [None] * WARP
+
+
+def _exchange(value: Any, source: Callable[[int], int]) -> Any:
+    thread: Any = threading.current_thread()
+    if hasattr(thread, "exchange_in_warp"):  # the tests' own scheduler (tests/simulator.py)
+        return thread.exchange_in_warp(value, source)
+    warp, lane = divmod(thread.thread_id, WARP)
+    with _atomic_lock:
+        warps = thread._manager.__dict__.setdefault("warps", {})
+        meeting = warps.setdefault(warp, _SimulatedWarp())
+    meeting.values[lane] = value
+    meeting.barrier.wait()
+    result = meeting.values[source(lane)]
+    meeting.barrier.wait()  # nobody writes the next value before all have read this one
+    return result
+
+
+if SIMULATED:
+
+    def shuffle_xor(value: Any, mask: Any) -> Any:
+        """The value of lane `lane ^ mask`. Any architecture."""
+        return _exchange(value, lambda lane: lane ^ int(mask))
+
+    def shuffle_down(value: Any, delta: Any) -> Any:
+        """The value of lane `lane + delta`, or the lane's own where there is none. Any architecture."""
+        return _exchange(value, lambda lane: lane + int(delta) if lane + int(delta) < WARP else lane)
+
+    def shuffle(value: Any, source: Any) -> Any:
+        """The value of lane `source`. Any architecture."""
+        return _exchange(value, lambda lane: int(source))
+
+    def sync_warp() -> None:
+        """All lanes arrive before any goes on; their shared-memory writes are visible. Any architecture."""
+        _exchange(None, lambda lane: lane)
+
+else:
+    _ALL_LANES = 0xFFFFFFFF
+
+    @device_function
+    def shuffle_xor(value: Any, mask: Any) -> Any:
+        return cuda.shfl_xor_sync(_ALL_LANES, value, mask)
+
+    @device_function
+    def shuffle_down(value: Any, delta: Any) -> Any:
+        return cuda.shfl_down_sync(_ALL_LANES, value, delta)
+
+    @device_function
+    def shuffle(value: Any, source: Any) -> Any:
+        return cuda.shfl_sync(_ALL_LANES, value, source)
+
+    @device_function
+    def sync_warp() -> None:
+        cuda.syncwarp()
+
+
+# The butterfly leaves the same value, to the bit, in every lane: each step adds the same pair in both orders.
+
+
+@device_function
+def warp_sum(x: Any) -> Any:
+    """The sum of float32 x over the warp, in every lane."""
+    for step in range(5):
+        x = float32(x + shuffle_xor(x, 1 << step))
+    return x
+
+
+@device_function
+def warp_max(x: Any) -> Any:
+    """The largest float32 x of the warp, in every lane."""
+    for step in range(5):
+        x = max(x, shuffle_xor(x, 1 << step))
+    return x
+
+
+@device_function
+def warp_sum_int(x: Any) -> Any:
+    """The sum of int32 x over the warp, in every lane."""
+    for step in range(5):
+        x = int32(x + shuffle_xor(x, 1 << step))
+    return x
+
+
+# ---- Arithmetic that must round exactly as NumPy does: the compiler may not fuse it -----------------------------------
+
+
+@_instruction("mul.rn.f32 $0, $1, $2;", "f", "ff")
+def mul_rn(a: Any, b: Any) -> Any:
+    """a * b rounded to float32, never fused into a multiply-add. Any architecture."""
+    return np.float32(a) * np.float32(b)
+
+
+@_instruction("add.rn.f32 $0, $1, $2;", "f", "ff")
+def add_rn(a: Any, b: Any) -> Any:
+    """a + b rounded to float32, never fused into a multiply-add. Any architecture."""
+    return np.float32(a) + np.float32(b)
+
+
+@_instruction("div.rn.f32 $0, $1, $2;", "f", "ff")
+def div_rn(a: Any, b: Any) -> Any:
+    """a / b, correctly rounded. Any architecture."""
+    return np.float32(a) / np.float32(b)
+
+
+@_instruction("sqrt.rn.f32 $0, $1;", "f", "f")
+def sqrt_rn(x: Any) -> Any:
+    """The square root, correctly rounded. Any architecture."""
+    return np.sqrt(np.float32(x))
+
+
+# ---- Between blocks ---------------------------------------------------------------------------------------------------
+
+
+@_instruction("ld.acquire.gpu.global.u32 $0, [$1];", "u", "p", effects=True)
+def load_acquire(p: Any, i: Any) -> Any:
+    """p[i], uint32, ordered before every later access of this thread. sm_70."""
+    return uint32(p[int(i)])
+
+
+@_instruction("red.release.gpu.global.add.u32 [$0], $1;", "", "pu", effects=True)
+def atomic_add_release(p: Any, i: Any, value: Any) -> None:
+    """p[i] += value, 32 bits, ordered after every earlier access of this thread. sm_70."""
+    atomic_fetch_add(p, i, value)
+
+
+@_instruction("red.global.max.u64 [$0], $1;", "", "pU", effects=True)
+def atomic_max_wide(p: Any, i: Any, value: Any) -> None:
+    """p[i] = max(p[i], value), uint64 in global memory. Any architecture."""
+    with _atomic_lock:
+        p[int(i)] = max(int(p[int(i)]), int(value))
+
+
+@_instruction("red.global.add.u64 [$0], $1;", "", "pU", effects=True)
+def atomic_add_wide(p: Any, i: Any, value: Any) -> None:
+    """p[i] += value, uint64 in global memory; exact, so the same in any order. Any architecture."""
+    with _atomic_lock:
+        p[int(i)] = np.uint64((int(p[int(i)]) + int(value)) & 0xFFFFFFFFFFFFFFFF)
