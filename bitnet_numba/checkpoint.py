@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 
 from bitnet_numba.config import GROUPS, ModelConfig
 from bitnet_numba.errors import CheckpointError, ConfigError
-from bitnet_numba.packing import packed_words
+from bitnet_numba.packing import packed_words, unpack_ternary
 
 FORMAT = 1
 HeadForm = Literal["bf16", "int8"]
@@ -207,6 +207,13 @@ class PackedCheckpoint:
     def tensor(self, name: str) -> NDArray[Any]:
         """A tensor over the file's own pages, read-only; bfloat16 as uint16 bit patterns. KeyError if there is none."""
         return self.file.map(name)
+
+    def ternary(self, name: str, N: int, K: int) -> NDArray[np.int8]:
+        """A tensor of packed words, unpacked: int8 [N, K]. Raises CheckpointError when the words are damaged."""
+        try:
+            return unpack_ternary(np.asarray(self.tensor(name)), N, K)
+        except ValueError as error:
+            raise CheckpointError(f"{self.file.path}: tensor {name}: {error}") from None
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""

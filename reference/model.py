@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from bitnet_numba.bfloat16 import to_float32
 from bitnet_numba.checkpoint import PackedCheckpoint, group_is_ternary
 from bitnet_numba.config import GROUPS, ModelConfig
-from bitnet_numba.packing import unpack_ternary
 from bitnet_numba.quantize import quantize_activations
 
 Floats = NDArray[np.float32]
@@ -255,7 +254,7 @@ def load_linears(checkpoint: PackedCheckpoint, layer: int, group: str) -> list[T
     bias = np.array(checkpoint.tensor(f"{name}.bias")) if config.group_bias(group) else None
     ternary = group_is_ternary(config, layer, group)
     if ternary:
-        t = unpack_ternary(np.asarray(checkpoint.tensor(f"{name}.words")), sum(segments), K)
+        t = checkpoint.ternary(f"{name}.words", sum(segments), K)
         scales = checkpoint.tensor(f"{name}.scales")
         norms = np.array(checkpoint.tensor(f"{name}.norms")) if config.linear_norm else None
     linears: list[TernaryLinear | DenseLinear] = []

@@ -37,7 +37,7 @@ from bitnet_numba.config import GROUPS
 from bitnet_numba.errors import BitNetError, CheckpointError
 from bitnet_numba.huggingface import HuggingFaceCheckpoint
 from bitnet_numba.packing import pack_ternary
-from bitnet_numba.tokenizer import Tokenizer, save_from_tiktoken
+from bitnet_numba.tokenizer import Tokenizer, from_tiktoken
 
 NEEDED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]  # what is downloaded of a hub repository
 OPTIONAL_FILES = ["generation_config.json", "special_tokens_map.json", "chat_template.jinja"]
@@ -212,7 +212,7 @@ def write_tokenizer(source: Path, folder: Path, vocab_size: int) -> None:
         if (source / "tokenizer_config.json").is_file():
             shutil.copyfile(source / "tokenizer_config.json", folder / "tokenizer_config.json")
     elif (source / "tokenizer.model").is_file():
-        save_from_tiktoken(source / "tokenizer.model", folder)
+        from_tiktoken(source / "tokenizer.model", folder)
     else:
         raise CheckpointError(f"{source} has no tokenizer: neither tokenizer.json nor tokenizer.model")
     for name in OPTIONAL_FILES:

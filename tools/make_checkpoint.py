@@ -114,7 +114,8 @@ def make_checkpoint(
     """Writes a random checkpoint with the given config.json into a new folder, in a stored form and master type."""
     if folder.exists():
         raise CheckpointError(f"{folder} exists already")
-    raw = raw_config | {"quantization_config": QUANTIZATION[form], "torch_dtype": "bfloat16"}
+    quantization = QUANTIZATION[form] | raw_config.get("quantization_config", {})
+    raw = raw_config | {"quantization_config": quantization, "torch_dtype": "bfloat16"}
     end = raw["vocab_size"] - len(SPECIAL_TOKENS)
     raw |= {"bos_token_id": end, "eos_token_id": end + 1}
     config = ModelConfig.from_hf(raw)
