@@ -1,8 +1,50 @@
-"""BitNet b1.58 inference in pure Python: ternary weights, 8-bit activations, NumPy and Numba CUDA."""
+"""BitNet b1.58 inference in pure Python: ternary weights, 8-bit activations, NumPy and Numba CUDA.
 
+import bitnet_numba as bn
+llm = bn.load()                     # the built-in model; or bn.load("folder written by tools/convert.py")
+print(llm.generate("Once upon a time", max_new_tokens=50).text)
+"""
+
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
 
 _here = os.path.dirname(os.path.abspath(__file__))
 if not os.path.isdir(os.path.join(_here, "kernels")):
     # A checkout: kernels/ and reference/ stand beside this package, and are imported as its subpackages.
     __path__.append(os.path.dirname(_here))
+
+if TYPE_CHECKING:
+    from bitnet_numba import errors as errors
+    from bitnet_numba import packing as packing
+    from bitnet_numba import quantize as quantize
+    from bitnet_numba.engine import Engine as Engine
+    from bitnet_numba.engine import load as load
+    from bitnet_numba.errors import BitNetError as BitNetError
+    from bitnet_numba.sampling import SamplingParams as SamplingParams
+    from bitnet_numba.session import Completion as Completion
+    from bitnet_numba.session import Session as Session
+
+# Public names and the modules they live in, imported when first asked for: `import bitnet_numba` itself costs nothing.
+_MODULES = ("errors", "packing", "quantize")
+_HOMES = {
+    "BitNetError": "errors",
+    "Completion": "session",
+    "Engine": "engine",
+    "SamplingParams": "sampling",
+    "Session": "session",
+    "load": "engine",
+}
+__all__ = [*_MODULES, *_HOMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"bitnet_numba.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"bitnet_numba.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'bitnet_numba' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,158 @@
+"""`load` opens a packed checkpoint, picks a backend and returns an Engine: prompts in, answers out."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet_numba.backend import Backend
+from bitnet_numba.checkpoint import PackedCheckpoint, open_packed
+from bitnet_numba.config import ModelConfig
+from bitnet_numba.errors import BackendError, CheckpointError, RequestError
+from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.session import Completion, Prompt, Session, Stream, check_ids
+from bitnet_numba.tokenizer import Tokenizer
+
+BACKENDS = ("auto", "cuda", "reference")
+DEMO = Path(__file__).parent / "demo"  # the built-in model
+
+_log = logging.getLogger("bitnet_numba")
+
+
+class Engine:
+    """A model ready to answer. Made by `load`."""
+
+    def __init__(self, backend: Backend, tokenizer: Tokenizer, config: ModelConfig, context: int):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.context = context  # tokens of prompt and answer together
+        self._backend = backend
+        self._idle: list[Session] = []  # contexts are dear to make; `stream` gives them back here
+
+    @property
+    def backend(self) -> str:
+        """The name of what really runs: "reference" or "cuda"."""
+        return self._backend.name
+
+    def memory(self) -> dict[str, int]:
+        """Bytes in use by purpose, as the backend counts them."""
+        return self._backend.memory()
+
+    def logits(self, token_ids: Sequence[int] | NDArray[np.integer]) -> NDArray[np.float32]:
+        """The logits after each token of a text, in a fresh context: float32 [T, vocab].
+
+        Raises RequestError for no tokens, ids outside the vocabulary or more of them than the model's context holds.
+        """
+        ids = check_ids(list(token_ids), self.config.vocab_size)
+        if len(ids) > self.config.max_context:
+            raise RequestError(f"{len(ids)} tokens do not fit the model's context of {self.config.max_context}")
+        context = self._backend.new_context(len(ids))
+        try:
+            return context.logits(ids)
+        finally:
+            context.close()
+
+    def session(self) -> Session:
+        """A context of its own for a conversation: each turn computes only what is new in its prompt."""
+        return Session(self._backend, self.tokenizer, self.config.vocab_size, self.context)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> Completion:
+        """The answer to a prompt; arguments and errors as for `stream`."""
+        return self.stream(
+            prompt, max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop
+        ).result()
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> Stream:
+        """The answer to a prompt, in pieces of text as they are made.
+
+        prompt: a text to continue, token ids, or chat messages [{"role": "user", "content": "..."}, ...].
+        max_new_tokens: None goes on until the model stops or the context is full.
+        temperature .. seed: see `sampling.SamplingParams`; temperature 0 is greedy.
+        stop: one text or several, before which the answer ends.
+
+        Raises RequestError or ContextFull, at once, for what cannot be done. Prompts do not share what they computed,
+        so an answer depends on its arguments alone; `session` is for conversations.
+        """
+        params = SamplingParams(temperature, top_p, top_k, min_p, repetition_penalty, seed)
+        session = self._idle.pop() if self._idle else self.session()
+        session.clear()
+        try:
+            return session.stream(prompt, params, max_new_tokens, stop, ended=lambda: self._idle.append(session))
+        except BaseException:
+            self._idle.append(session)
+            raise
+
+
+def load(path: str | os.PathLike[str] | None = None, backend: str = "auto", context: int | None = None) -> Engine:
+    """Opens a packed checkpoint.
+
+    path: the folder that tools/convert.py wrote; None opens the built-in model.
+    backend: "cuda", "reference", or "auto": CUDA where it can be used, else the reference, saying why in one line.
+    context: tokens of prompt and answer together; None takes as many as the model was made for.
+
+    Raises a BitNetError with one line for anything that is wrong with folder, files or arguments.
+    """
+    if backend not in BACKENDS:
+        raise BackendError(f"there is no backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    if path is None and not DEMO.is_dir():
+        raise CheckpointError(
+            "this version has no built-in model: convert one with  python tools/convert.py SRC DST  and name DST"
+        )
+    folder = DEMO if path is None else Path(path)
+    checkpoint = open_packed(folder)
+    config = checkpoint.config
+    if context is None:
+        context = config.max_context
+    elif isinstance(context, bool) or not isinstance(context, int) or not 1 <= context <= config.max_context:
+        raise RequestError(f"context must be between 1 and the model's {config.max_context}, not {context!r}")
+    tokenizer = Tokenizer.open(folder, config.vocab_size)
+    return Engine(_open_backend(backend, checkpoint), tokenizer, config, context)
+
+
+def _open_backend(name: str, checkpoint: PackedCheckpoint) -> Backend:
+    if name != "reference":
+        reason = _why_no_cuda()
+        if reason is None:
+            from bitnet_numba.kernels.backend import CudaBackend
+
+            return CudaBackend(checkpoint)
+        if name == "cuda":
+            raise BackendError(f"CUDA cannot be used: {reason}")
+        _log.warning("CUDA cannot be used (%s); going on with the reference model on the CPU", reason)
+    from bitnet_numba.reference.backend import ReferenceBackend
+
+    return ReferenceBackend(checkpoint)
+
+
+def _why_no_cuda() -> str | None:
+    """Why the CUDA backend cannot run here, in a few words; None if it can."""
+    try:
+        from bitnet_numba.kernels.backend import why_unusable
+    except ImportError as error:
+        return str(error)
+    return why_unusable()

@@ -1,0 +1,294 @@
+"""One live sequence: from a prompt to text, token by token, keeping what has been computed for the next turn."""
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Literal
+
+from bitnet_numba.backend import Backend, Context
+from bitnet_numba.chat_template import Message
+from bitnet_numba.errors import ContextFull, RequestError
+from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.tokenizer import StreamDecoder, Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[Message]  # a text to continue, token ids, or chat messages
+FinishReason = Literal["stop", "length", "context", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one answer took. Times are wall-clock, the caller's own work between tokens included."""
+
+    prompt_tokens: int
+    reused_tokens: int  # of the prompt, found in the context and not computed again
+    generated_tokens: int  # the one that ended the answer included
+    prefill_seconds: float  # until the first token was there
+    decode_seconds: float  # from the first token to the last
+    memory: dict[str, int]  # bytes by purpose, as the backend counts them
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """New prompt tokens over the time to the first token; 0 if there was none."""
+        new = self.prompt_tokens - self.reused_tokens
+        return new / self.prefill_seconds if self.prefill_seconds > 0 else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed, the first token left out since prefill makes it; 0 for fewer than two tokens."""
+        return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer.
+
+    finish_reason: "stop" a stop token or stop string came; "length" max_new_tokens were made; "context" the context is
+    full; "interrupted" the stream was closed early.
+    token_ids: without the stop token. Where a stop string cuts a token in two, text goes on to the cut and the ids end
+    before it; otherwise text is exactly their decoding.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    stats: Stats
+
+
+class StopStrings:
+    """Cuts a stream of text before the first stop string to be completed, of several at once the longest.
+
+    Text that may yet become a stop string is held back. How the text is divided into pieces makes no difference.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = stops
+        self._held = ""
+        self.found = False
+
+    def push(self, piece: str) -> str:
+        """The text that is now safe to show; once `found`, there is no more."""
+        text = self._held + piece
+        ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops if stop in text]
+        if ends:
+            self.found, self._held = True, ""
+            return text[: min(ends)[1]]
+        # The longest tail that some stop string begins with; none is whole, so a tail is shorter than its string.
+        longest = max((len(stop) - 1 for stop in self._stops), default=0)
+        tails = (text[i:] for i in range(max(len(text) - longest, 0), len(text)))
+        self._held = next((tail for tail in tails if any(stop.startswith(tail) for stop in self._stops)), "")
+        return text[: len(text) - len(self._held)]
+
+    def finish(self) -> str:
+        """What was held back, now that nothing follows."""
+        held, self._held = self._held, ""
+        return held
+
+
+class Stream(Iterator[str]):
+    """Pieces of an answer's text as they are made; then `completion` tells the rest."""
+
+    def __init__(self, pieces: Generator[str, None, None], result: list[Completion]):
+        self._pieces = pieces
+        self._result = result  # filled by `pieces`, which does not hold this object: dropping it ends the answer
+
+    @property
+    def completion(self) -> Completion | None:
+        """The answer, once it has ended; None before."""
+        return self._result[0] if self._result else None
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Ends the answer here; what has been shown of it stays in the context."""
+        self._pieces.close()
+
+    def result(self) -> Completion:
+        """Runs to the end and returns the whole answer."""
+        for _ in self:
+            pass
+        assert self.completion is not None, "a stream that was never started has no result"
+        return self.completion
+
+
+class Session:
+    """A context that a conversation extends: a prompt is computed only from where it departs from what is held."""
+
+    def __init__(self, backend: Backend, tokenizer: Tokenizer, vocab_size: int, capacity: int):
+        self._backend = backend
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._context: Context = backend.new_context(capacity)
+        self._busy = False
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit, prompt and answer together."""
+        return self._context.capacity
+
+    @property
+    def held(self) -> int:
+        """Tokens in the context now."""
+        return len(self._context.ids)
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._context.truncate(0)
+
+    def close(self) -> None:
+        """Frees the context's memory."""
+        self._context.close()
+
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        max_new_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> Completion:
+        """The whole answer; arguments and errors as for `stream`."""
+        return self.stream(prompt, params, max_new_tokens, stop).result()
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        max_new_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        ended: Callable[[], None] = lambda: None,
+    ) -> Stream:
+        """Starts an answer to a prompt, which must hold everything that was said before.
+
+        params: how tokens are chosen; None is greedy.
+        max_new_tokens: None goes on until the model stops or the context is full.
+        stop: texts before which the answer ends.
+        ended: called once when a stream that was begun has ended.
+
+        Raises RequestError or ContextFull, at once, for what cannot be done.
+        """
+        if self._busy:
+            raise RequestError("this session is still answering: close its stream or use another session")
+        ids = encode_prompt(self._tokenizer, prompt, self._vocab_size)
+        if len(ids) > self.capacity:
+            raise ContextFull(f"the prompt has {len(ids)} tokens, but the context holds {self.capacity}")
+        if max_new_tokens is not None and not _is_count(max_new_tokens):
+            raise RequestError(f"max_new_tokens must be a whole number of at least 1, not {max_new_tokens!r}")
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(text, str) and text for text in stops):
+            raise RequestError("a stop string must be a text that is not empty")
+        if not isinstance(prompt, str) and isinstance(prompt[0], Mapping):
+            stops += self._tokenizer.chat_stop
+        params = (params or SamplingParams()).with_seed()
+        result: list[Completion] = []
+        return Stream(self._run(ids, params, max_new_tokens, stops, result, ended), result)
+
+    def _run(
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        limit: int | None,
+        stops: Sequence[str],
+        result: list[Completion],
+        ended: Callable[[], None],
+    ) -> Generator[str, None, None]:
+        context = self._context
+        # At least the last token is fed again: its logits choose the first new one.
+        reused = common_prefix(context.ids, ids[:-1])
+        decoder, matcher = StreamDecoder(self._tokenizer), StopStrings(stops)
+        answer: list[int] = []
+        borders = [(0, 0)]  # (tokens, characters) where a token and a character end together
+        decoded = 0
+        shown: list[str] = []
+        times = [perf_counter()]
+        reason: FinishReason = "interrupted"
+        self._busy = True
+        try:
+            context.truncate(reused)
+            tokens = context.decode(ids[reused:], params)
+            try:
+                for token in tokens:
+                    times.append(perf_counter())
+                    if token in self._tokenizer.stop_ids:
+                        reason = "stop"
+                        break
+                    answer.append(token)
+                    piece = decoder.push(token)
+                    decoded += len(piece)
+                    if not decoder.pending:
+                        borders.append((len(answer), decoded))
+                    if safe := matcher.push(piece):
+                        shown.append(safe)
+                        yield safe
+                    if matcher.found:
+                        reason = "stop"
+                        break
+                    if len(answer) == limit:
+                        reason = "length"
+                        break
+                else:
+                    reason = "context"
+            finally:
+                tokens.close()  # type: ignore[attr-defined]
+            if not matcher.found and (rest := matcher.push(decoder.finish()) + matcher.finish()):
+                shown.append(rest)
+                yield rest
+        except GeneratorExit:
+            pass  # the caller has had enough
+        except BaseException:
+            context.truncate(0)  # a step that was cut short may have left anything behind
+            raise
+        finally:
+            self._busy = False
+            text = "".join(shown)
+            if matcher.found or reason == "interrupted":
+                answer = answer[: max(count for count, length in borders if length <= len(text))]
+            context.truncate(min(len(context.ids), len(ids) + len(answer)))
+            result.append(Completion(text, answer, reason, self._stats(len(ids), reused, times)))
+            ended()
+
+    def _stats(self, prompt: int, reused: int, times: list[float]) -> Stats:
+        first = times[min(1, len(times) - 1)]
+        return Stats(prompt, reused, len(times) - 1, first - times[0], times[-1] - first, self._backend.memory())
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int) -> list[int]:
+    """Token ids of any form of prompt. Raises RequestError if it is empty or has ids that are no tokens."""
+    if len(prompt) == 0:
+        raise RequestError("the prompt is empty")
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt)
+    elif isinstance(prompt[0], Mapping):
+        ids = tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
+    else:
+        ids = list(prompt)  # type: ignore[arg-type]
+    return check_ids(ids, vocab_size)
+
+
+def check_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
+    """Token ids as a list of int. Raises RequestError unless there is one and all are below `vocab_size`."""
+    if len(ids) == 0:
+        raise RequestError("the prompt is empty")
+    try:
+        whole = [i.__index__() for i in ids]
+    except AttributeError:
+        raise RequestError("token ids must be whole numbers") from None
+    wrong = next((i for i in whole if not 0 <= i < vocab_size), None)
+    if wrong is not None:
+        raise RequestError(f"token id {wrong} is not in the vocabulary of {vocab_size}")
+    return whole
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading items two sequences share."""
+    shared = min(len(a), len(b))
+    return next((i for i in range(shared) if a[i] != b[i]), shared)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
