@@ -8,6 +8,7 @@ D head_dim, V vocabulary. Shapes stand behind the lines that change them.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,7 +117,7 @@ def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
 def rope_tables(config: ModelConfig, positions: NDArray[np.int64]) -> tuple[Floats, Floats]:
     """Rotary embedding's cosines and sines, float32 [M, D]: the angles of the first half, twice (Su et al., 2021)."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = ONE / np.float32(config.rope_theta) ** exponents  # [D / 2]
+    frequencies: Floats = ONE / np.float32(config.rope_theta) ** exponents  # [D / 2]
     scaling = config.rope_scaling
     if scaling is not None and scaling.kind == "linear":
         frequencies = frequencies / np.float32(scaling.factor)
@@ -134,7 +135,7 @@ def rope_tables(config: ModelConfig, positions: NDArray[np.int64]) -> tuple[Floa
 def rotate(x: Floats, cos: Floats, sin: Floats) -> Floats:
     """Rotary embedding in the half-split form: pairs are (x[j], x[j + D/2]). [M, heads, D] -> [M, heads, D]."""
     half = x.shape[-1] // 2
-    turned = np.concatenate([-x[..., half:], x[..., :half]], axis=-1)
+    turned: Floats = np.concatenate([-x[..., half:], x[..., :half]], axis=-1)
     return x * cos[:, None, :] + turned * sin[:, None, :]
 
 
@@ -202,7 +203,7 @@ class DenseLinear:
 class Rows:
     """A matrix of bfloat16 or scaled int8 rows: embedding, head or dense linear. Stays in its stored form."""
 
-    stored: NDArray[np.uint16] | NDArray[np.int8]  # [N, K]
+    stored: NDArray[Any]  # [N, K], uint16 bit patterns or int8
     scale: Floats | None  # [N], for int8
 
     @staticmethod
@@ -213,17 +214,20 @@ class Rows:
 
     def look_up(self, ids: NDArray[np.int64]) -> Floats:
         """Rows by number: [M] -> [M, K]"""
-        if self.scale is not None:
-            return self.stored[ids].astype(np.float32) * self.scale[ids, None]
-        return to_float32(self.stored[ids])
+        x = widen(self.stored[ids])
+        return x if self.scale is None else x * self.scale[ids, None]
 
     def product(self, x: Floats) -> Floats:
         """[M, K] -> [M, N]"""
         y = np.empty((len(x), len(self.stored)), np.float32)
         for rows in tiles(*self.stored.shape):
-            part = self.stored[rows]
-            y[:, rows] = x @ (part.astype(np.float32) if self.scale is not None else to_float32(part)).T
+            np.matmul(x, widen(self.stored[rows]).T, out=y[:, rows])
         return y if self.scale is None else y * self.scale
+
+
+def widen(stored: NDArray[Any]) -> Floats:
+    """bfloat16 bit patterns or int8 as float32, exactly."""
+    return to_float32(stored) if stored.dtype == np.uint16 else stored.astype(np.float32)
 
 
 def integer_product(q: NDArray[np.int8], t: NDArray[np.int8]) -> Floats:
