@@ -121,16 +121,18 @@ def answer_all(conversation: Conversation, prompts: list[str], as_json: bool, st
 
 def describe(completion: Completion, conversation: Conversation) -> str:
     """One line of figures about an answer."""
-    stats = completion.stats
-    reused = f" ({stats.reused_tokens:,} of them kept)" if stats.reused_tokens else ""
-    parts = [
-        f"prompt {stats.prompt_tokens:,} tokens{reused} in {stats.prefill_seconds:.2f} s, "
-        f"{stats.prefill_tokens_per_second:,.1f} tokens/s",
-        f"answer {stats.generated_tokens:,} tokens, {stats.tokens_per_second:,.1f} tokens/s",
-        f"context {conversation.session.held:,} of {conversation.session.capacity:,}",
-        "memory " + ", ".join(f"{name.replace('_', ' ')} {size / 1e6:,.1f} MB" for name, size in stats.memory.items()),
-    ]
-    return " | ".join(parts)
+    stats, session = completion.stats, conversation.session
+    prefill = f"prefill {stats.prompt_tokens - stats.reused_tokens:,} tokens"
+    if stats.reused_tokens:
+        prefill += f" (and {stats.reused_tokens:,} reused)"
+    decode = f"answer {stats.generated_tokens:,} tokens"
+    if stats.generated_tokens > 1:
+        decode += f", {stats.tokens_per_second:,.1f} tokens/s"
+    memory = ", ".join(f"{name.replace('_', ' ')} {size / 1e6:,.1f} MB" for name, size in stats.memory.items())
+    return (
+        f"{prefill}, {stats.prefill_tokens_per_second:,.1f} tokens/s | {decode} | "
+        f"context {session.held:,}/{session.capacity:,} | {memory}"
+    )
 
 
 def printable(text: str) -> str:

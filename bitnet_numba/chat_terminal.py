@@ -104,10 +104,10 @@ class Terminal:
             try:
                 for piece in pieces:
                     waiting.stop()
-                    if interrupted:
-                        break
                     self.write(wrap.push(printable(piece)))
                     shown = True
+                    if interrupted:
+                        break
             except KeyboardInterrupt:
                 interrupted.append(True)
             finally:
@@ -200,7 +200,8 @@ class WordWrap:
                 self._gap, self._column = "", 0
             else:
                 self._word += character
-                if cell_len(self._word) >= self._width:  # longer than a line: the terminal may break it
+                # Wide characters may be parted anywhere; a word longer than a line has to be.
+                if cell_len(character) > 1 or cell_len(self._word) >= self._width:
                     out.append(self._flush())
         return "".join(out)
 
@@ -213,12 +214,10 @@ class WordWrap:
             return ""
         length, gap = cell_len(self._word), self._gap
         if self._column and self._column + len(gap) + length > self._width:
-            gap, self._column = "\n", 0
-            text = gap + self._word
+            gap, self._column = "\n", length
         else:
-            text = gap + self._word
-            self._column += len(gap)
-        self._column = (self._column + length) % self._width if length > self._width else self._column + length
+            self._column += len(gap) + length
+        text = gap + self._word
         self._word, self._gap = "", ""
         return text
 

@@ -1,0 +1,238 @@
+"""The sampler: each parameter as a property, frequencies against the distribution, and Philox known answers."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bitnet_numba.errors import RequestError
+from bitnet_numba.sampling import (
+    PHILOX_MULTIPLIERS,
+    PHILOX_ROUNDS,
+    PHILOX_WEYL,
+    SamplingParams,
+    gumbel_noise,
+    kept_tokens,
+    penalize,
+    philox,
+    sample,
+    scale,
+)
+
+seeds = st.integers(0, 2**64 - 1)
+
+
+@st.composite
+def logit_vectors(draw: st.DrawFn, most: int = 200) -> np.ndarray:
+    """Random logits, float32; sometimes with ties."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    z = rng.normal(0, draw(st.sampled_from([0.1, 1.0, 5.0, 30.0])), draw(st.integers(1, most)))
+    return (np.round(z) if draw(st.booleans()) else z).astype(np.float32)
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    weights = np.exp(z.astype(np.float64) - z.max())
+    return weights / weights.sum()
+
+
+@given(logit_vectors(), seeds)
+def test_neutral_values_keep_everything(logits: np.ndarray, seed: int) -> None:
+    kept = kept_tokens(scale(logits, 0.7), SamplingParams(temperature=0.7, top_p=1.0, top_k=0, min_p=0.0))
+    np.testing.assert_array_equal(kept, np.arange(len(logits)))
+    history = [0] * 5
+    plain = sample(logits, history, SamplingParams(temperature=0.7, seed=seed))
+    spelled = SamplingParams(temperature=0.7, top_p=1.0, top_k=len(logits), repetition_penalty=1.0, seed=seed)
+    assert sample(logits, history, spelled) == plain
+
+
+@given(logit_vectors(), seeds, st.floats(0.01, 10))
+def test_top_k_of_one_is_greedy(logits: np.ndarray, seed: int, temperature: float) -> None:
+    greedy = sample(logits, [1], SamplingParams())
+    assert greedy == int(np.flatnonzero(logits == logits.max())[0])
+    assert sample(logits, [1], SamplingParams(temperature=temperature, top_k=1, seed=seed)) == greedy
+
+
+@given(logit_vectors(), st.integers(1, 250))
+def test_top_k_keeps_the_k_largest(logits: np.ndarray, k: int) -> None:
+    kept = kept_tokens(logits, SamplingParams(temperature=1.0, top_k=k))
+    assert len(kept) == min(k, len(logits))
+    dropped = np.setdiff1d(np.arange(len(logits)), kept)
+    assert len(dropped) == 0 or logits[kept].min() >= logits[dropped].max()
+
+
+@given(logit_vectors(), st.floats(0.001, 0.999), st.sampled_from([0, 3, 20]))
+def test_top_p_keeps_the_smallest_set_that_reaches_p(logits: np.ndarray, p: float, k: int) -> None:
+    kept = kept_tokens(logits, SamplingParams(temperature=1.0, top_p=p, top_k=k))
+    candidates = kept_tokens(logits, SamplingParams(temperature=1.0, top_k=k))
+    probabilities = np.zeros(len(logits))
+    probabilities[candidates] = softmax(logits[candidates])
+    # float64 sums of 200 terms are exact to 1e-13; a p nearer than that to a border decides nothing.
+    assert probabilities[kept].sum() >= p - 1e-12
+    assert probabilities[kept].sum() - probabilities[kept].min() < p + 1e-12
+    dropped = np.setdiff1d(candidates, kept)
+    assert len(dropped) == 0 or logits[kept].min() >= logits[dropped].max()
+
+
+@given(logit_vectors(), st.floats(0.0, 1.0))
+def test_min_p_keeps_what_reaches_a_share_of_the_largest(logits: np.ndarray, share: float) -> None:
+    kept = set(kept_tokens(logits, SamplingParams(temperature=1.0, min_p=share)).tolist())
+    ratios = softmax(logits) / softmax(logits).max()
+    # z and log(min_p) are float32: their difference is good to some 1e-6 of the largest |z|, here below 200.
+    slack = 1 + 1e-4
+    assert set(np.flatnonzero(ratios > share * slack).tolist()) <= kept
+    assert kept <= set(np.flatnonzero(ratios >= share / slack).tolist())
+    assert int(logits.argmax()) in kept
+
+
+@given(logit_vectors(), st.lists(st.integers(0, 10_000), max_size=30), st.floats(0.1, 4.0))
+def test_repetition_penalty_touches_seen_tokens_only(logits: np.ndarray, seen: list[int], penalty: float) -> None:
+    history = [i % len(logits) for i in seen]
+    before = logits.copy()
+    z = penalize(logits, history, penalty)
+    np.testing.assert_array_equal(logits, before)
+    for i in range(len(logits)):
+        factor = np.float32(penalty)
+        expected = logits[i] if i not in history else logits[i] / factor if logits[i] > 0 else logits[i] * factor
+        assert z[i] == expected
+
+
+def test_repetition_penalty_steers_a_greedy_choice() -> None:
+    logits = np.array([2.0, 1.9, -1.0], np.float32)
+    assert sample(logits, [0], SamplingParams()) == 0
+    assert sample(logits, [0], SamplingParams(repetition_penalty=1.2)) == 1
+    assert sample(logits, [], SamplingParams(repetition_penalty=1.2)) == 0
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=1.0, seed=1),
+        SamplingParams(temperature=0.5, seed=2),
+        SamplingParams(temperature=2.0, seed=2**63 + 5),
+        SamplingParams(temperature=1.0, top_k=5, seed=3),
+        SamplingParams(temperature=1.0, top_p=0.8, seed=4),
+        SamplingParams(temperature=1.3, top_p=0.9, top_k=12, min_p=0.05, seed=5),
+    ],
+    ids=str,
+)
+def test_sampled_frequencies_follow_the_distribution(params: SamplingParams) -> None:
+    logits = np.random.default_rng(9).normal(0, 1.5, 24).astype(np.float32)
+    z = scale(logits, params.temperature)
+    kept = kept_tokens(z, params)
+    expected = np.zeros(len(z))
+    expected[kept] = softmax(z[kept])
+    draws = 6_000
+    # Noise depends on the position alone, so a sequence of positions is a sequence of independent draws.
+    history: list[int] = []
+    counts = np.zeros(len(z))
+    for _ in range(draws):
+        counts[sample(logits, history, params)] += 1
+        history.append(0)
+    assert counts[expected == 0].sum() == 0
+    common = expected * draws >= 5  # the usual least expectation of a chi-square cell
+    observed = np.append(counts[common], counts[~common].sum())
+    wanted = np.append(expected[common], expected[~common].sum()) * draws
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
+    chi_square = ((observed - wanted) ** 2 / wanted).sum()
+    # Wilson and Hilferty (1931): (chi^2 / n)^(1/3) is nearly normal. 3.7 deviations: one in 10^4.
+    n = len(wanted) - 1
+    assert chi_square < n * (1 - 2 / (9 * n) + 3.7 * math.sqrt(2 / (9 * n))) ** 3
+
+
+@given(logit_vectors(), seeds, st.integers(0, 5000))
+def test_the_same_seed_draws_the_same_token(logits: np.ndarray, seed: int, position: int) -> None:
+    params = SamplingParams(temperature=1.0, seed=seed)
+    assert sample(logits, [0] * position, params) == sample(logits.copy(), [0] * position, params)
+
+
+def test_seeds_and_positions_draw_differently() -> None:
+    flat = np.zeros(1000, np.float32)
+    drawn = {sample(flat, [0] * n, SamplingParams(temperature=1.0, seed=s)) for n in range(8) for s in range(8)}
+    assert len(drawn) > 50  # 64 draws of 1000; by chance some 2 meet
+    assert SamplingParams().with_seed().seed != SamplingParams().with_seed().seed
+    assert SamplingParams(seed=7).with_seed().seed == 7
+
+
+def test_noise_of_a_token_does_not_depend_on_the_others() -> None:
+    every = gumbel_noise(11, 42, np.arange(1000))
+    some = np.array([3, 4, 500, 999])
+    np.testing.assert_array_equal(gumbel_noise(11, 42, some), every[some])
+    assert np.isfinite(every).all()
+
+
+def philox_by_definition(counter: list[int], key: list[int]) -> list[int]:
+    """Philox4x32-10 as the paper writes it, in Python's integers."""
+    counter, key = list(counter), list(key)
+    for _ in range(PHILOX_ROUNDS):
+        high0, low0 = divmod(PHILOX_MULTIPLIERS[0] * counter[0], 1 << 32)
+        high1, low1 = divmod(PHILOX_MULTIPLIERS[1] * counter[2], 1 << 32)
+        counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
+        key = [(k + weyl) % (1 << 32) for k, weyl in zip(key, PHILOX_WEYL, strict=True)]
+    return counter
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "answer"),
+    [
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([2**32 - 1] * 4, [2**32 - 1] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+    ids=["zeros", "ones", "pi"],
+)
+def test_the_definition_gives_the_authors_known_answers(counter: list[int], key: list[int], answer: list[int]) -> None:
+    assert philox_by_definition(counter, key) == answer
+
+
+@given(seeds, st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=9), st.integers(0, 2**32 - 1))
+def test_philox_equals_its_definition(seed: int, counters: list[int], position: int) -> None:
+    words = philox(seed, np.array(counters, np.int64), position)
+    for column, counter in enumerate(counters):
+        expected = philox_by_definition([counter, position, 0, 0], [seed % 2**32, seed >> 32])
+        assert words[:, column].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": -0.1}, "temperature must be a number of at least 0"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"temperature": math.inf}, "temperature"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_p": math.nan}, "top_p"),
+        ({"min_p": -0.1}, "min_p must be between 0 and 1"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"top_k": -1}, "top_k must be 0 or more"),
+        ({"top_k": 2.5}, "top_k must be a whole number"),
+        ({"top_k": True}, "top_k must be a whole number"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty"),
+        ({"seed": -1}, "seed must be between"),
+        ({"seed": 2**64}, "seed must be between"),
+        ({"seed": "x"}, "seed must be a whole number"),
+    ],
+    ids=str,
+)
+def test_impossible_values_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        SamplingParams(**values)  # type: ignore[arg-type]
+
+
+def test_broken_logits_and_missing_seeds_are_refused() -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        sample(np.array([0.0, math.nan], np.float32), [], SamplingParams())
+    with pytest.raises(ValueError, match="seed"):
+        sample(np.zeros(3, np.float32), [], SamplingParams(temperature=1.0))
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e-3])
+def test_tiny_temperatures_are_greedy(temperature: float) -> None:
+    logits = np.array([1.0, 3.0, 2.0], np.float32)
+    assert sample(logits, [0], SamplingParams(temperature=temperature, seed=1)) == 1
