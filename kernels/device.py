@@ -1,15 +1,170 @@
-"""Compiling for a device."""
+"""The CUDA device: is there a usable one, compiling kernels for it, memory, launches, graphs.
+
+Numba compiles Python to PTX and its linker makes machine code; what runs it is the driver's own interface, through
+`cuda.bindings`. So a launch is prepared once and costs a few microseconds, kernels take raw pointers, and programmatic
+dependent launch and graphs are at hand. Importing this module touches no device.
+"""
 
 import contextlib
-from collections.abc import Iterator
+import ctypes
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-from numba import cuda
+import numpy as np
+from numba.cuda import types
+
+from bitnet_numba.errors import BackendError
+
+ENTRY = "kernel"  # what the function is called in PTX and machine code
+LEAST_ARCH = 61  # dp4a
+KernelArgument = Any  # DeviceArray, None, int or float
+
+
+def driver_call(name: str, *arguments: Any) -> Any:
+    """Calls a driver function and returns its result (a tuple where there are several). Raises BackendError."""
+    from cuda.bindings import driver
+
+    status, *results = getattr(driver, name)(*arguments)
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise BackendError(f"the CUDA driver refused {name}: {status.name}")
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+# ---- The device -------------------------------------------------------------------------------------------------------
+
+
+class Device:
+    """The current CUDA device with its primary context active on this thread."""
+
+    def __init__(self, index: int):
+        from cuda.bindings import driver
+
+        attribute = driver.CUdevice_attribute
+        self._handle = driver_call("cuDeviceGet", index)
+        query = lambda name: driver_call("cuDeviceGetAttribute", getattr(attribute, name), self._handle)  # noqa: E731
+        self.arch = 10 * query("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR")
+        self.arch += query("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR")
+        self.multiprocessors = query("CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT")
+        self.l2_bytes = query("CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE")
+        self.name = driver_call("cuDeviceGetName", 128, self._handle).split(b"\0")[0].decode()
+        if self.arch < LEAST_ARCH:
+            raise BackendError(
+                f"{self.name} has compute capability {self.arch // 10}.{self.arch % 10}; "
+                f"{LEAST_ARCH // 10}.{LEAST_ARCH % 10} is the least (dp4a)"
+            )
+        self._context = driver_call("cuDevicePrimaryCtxRetain", self._handle)
+        self.activate()
+
+    def activate(self) -> None:
+        """Makes the context current on the calling thread."""
+        driver_call("cuCtxSetCurrent", self._context)
+
+    def memory_info(self) -> tuple[int, int]:
+        """(free, total) bytes of device memory."""
+        free, total = driver_call("cuMemGetInfo")
+        return free, total
+
+
+@cache
+def usable_device(index: int = 0) -> Device:
+    """The device. Raises BackendError with one line that says why there is none."""
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        raise BackendError("the CUDA packages are not installed (pip install 'bitnet-numba[cuda13]')") from None
+    try:
+        # Resolves the driver library; without one the bindings raise their own error type.
+        status, *_ = driver.cuInit(0)
+    except Exception:  # noqa: BLE001 - the type differs between versions of the bindings
+        raise BackendError("no NVIDIA driver is installed") from None
+    if status == driver.CUresult.CUDA_ERROR_NO_DEVICE or not driver_call("cuDeviceGetCount"):
+        raise BackendError("no CUDA device is present")
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise BackendError(f"the NVIDIA driver does not start: {status.name}")
+    return Device(index)
+
+
+# ---- Memory -----------------------------------------------------------------------------------------------------------
+
+
+class DeviceArray:
+    """A flat array in device memory; freed with `close`, or when nothing refers to it any more."""
+
+    def __init__(self, size: int, dtype: Any, zero: bool = False):
+        """Allocates; `zero` fills with zero bytes. Raises BackendError (out of memory)."""
+        self.dtype, self.size = np.dtype(dtype), size
+        self.nbytes = size * self.dtype.itemsize
+        self.address = int(driver_call("cuMemAlloc", max(self.nbytes, 16)))
+        if zero:
+            driver_call("cuMemsetD8", self.address, 0, self.nbytes)
+
+    @staticmethod
+    def of(host: np.ndarray) -> "DeviceArray":
+        """A copy of a host array, flattened."""
+        array = DeviceArray(host.size, host.dtype)
+        array.write(host)
+        return array
+
+    def write(self, host: np.ndarray, start: int = 0) -> None:
+        """Copies a host array of the same type to elements start, start + 1, ..."""
+        if host.dtype != self.dtype or start + host.size > self.size:
+            raise ValueError(f"{host.size} x {host.dtype} do not fit {self.size} x {self.dtype} at {start}")
+        host = np.ascontiguousarray(host)
+        driver_call("cuMemcpyHtoD", self.address + start * self.dtype.itemsize, host.ctypes.data, host.nbytes)
+
+    def read(self) -> np.ndarray:
+        """A copy on the host, after all work on the device."""
+        host = np.empty(self.size, self.dtype)
+        driver_call("cuCtxSynchronize")
+        driver_call("cuMemcpyDtoH", host.ctypes.data, self.address, self.nbytes)
+        return host
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        shape = (self.size,)
+        return {"shape": shape, "typestr": self.dtype.str, "data": (self.address, False), "version": 3}
+
+    def close(self) -> None:
+        """Frees the memory."""
+        if self.address:
+            driver_call("cuMemFree", self.address)
+            self.address = 0
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # at exit the driver may be gone already
+            self.close()
+
+
+class PinnedArray:
+    """Page-locked host memory that the device reaches too: `.host` is the NumPy array, `.address` what kernels take."""
+
+    def __init__(self, size: int, dtype: Any):
+        self.dtype, self.size = np.dtype(dtype), size
+        self._pointer = driver_call("cuMemHostAlloc", size * self.dtype.itemsize, 2)  # 2: mapped for the device
+        buffer = (ctypes.c_byte * (size * self.dtype.itemsize)).from_address(int(self._pointer))
+        self.host = np.frombuffer(buffer, self.dtype)
+        self.address = int(driver_call("cuMemHostGetDevicePointer", self._pointer, 0))
+
+    def close(self) -> None:
+        """Frees the memory; `.host` must not be used any more."""
+        if self.address:
+            driver_call("cuMemFreeHost", self._pointer)
+            self.address = 0
+
+
+# ---- Compilation --------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def _target(arch: int) -> Iterator[None]:
-    """While compiling: Numba asks the present device, which may not exist, for what architecture to compile callees."""
+    """While compiling: Numba asks the present device, which may not exist, what architecture to compile callees for."""
     from numba.cuda import dispatcher
 
     class Target:
@@ -23,17 +178,222 @@ def _target(arch: int) -> Iterator[None]:
         dispatcher.get_current_device = real
 
 
-def compile_ptx(function: Any, signature: tuple, arch: int, threads: int, blocks_per_sm: int = 1) -> str:
-    """PTX of a kernel (a plain Python function) for an architecture such as 90; no device is needed."""
-    from numba.cuda import types
+def compile_ptx(function: Any, signature: Sequence[Any], arch: int, threads: int, blocks_per_sm: int = 1) -> str:
+    """PTX of a kernel (a plain Python function, or what cuda.jit made of one) for an architecture such as 90.
+
+    `threads` a block and `blocks_per_sm` bound the registers. No device is needed.
+    """
+    from numba import cuda
 
     with _target(arch):
         ptx, _ = cuda.compile(
-            function,
+            getattr(function, "py_func", function),
             types.void(*signature),
             device=False,
             abi="numba",
             cc=divmod(arch, 10),
             launch_bounds=(threads, blocks_per_sm),
         )
-    return ptx
+    name = re.search(r"\.entry (\w+)\(", ptx)
+    assert name is not None
+    return ptx.replace(name.group(1), ENTRY)
+
+
+def link_cubin(ptx: str, arch: int) -> bytes:
+    """Machine code from PTX, by the linker that matches Numba's compiler (the driver's may be older). No device needed.
+
+    Raises BackendError with the assembler's first complaint.
+    """
+    from cuda.bindings import nvjitlink
+
+    options = [f"-arch=sm_{arch}"]
+    handle = nvjitlink.create(len(options), options)
+    try:
+        code = ptx.encode()
+        try:
+            nvjitlink.add_data(handle, nvjitlink.InputType.PTX, code, len(code), "kernel.ptx")
+            nvjitlink.complete(handle)
+        except nvjitlink.nvJitLinkError:
+            log = bytearray(nvjitlink.get_error_log_size(handle))
+            nvjitlink.get_error_log(handle, log)
+            raise BackendError(f"a kernel does not assemble for sm_{arch}: {log.decode().splitlines()[0]}") from None
+        cubin = bytearray(nvjitlink.get_linked_cubin_size(handle))
+        nvjitlink.get_linked_cubin(handle, cubin)
+        return bytes(cubin)
+    finally:
+        nvjitlink.destroy(handle)
+
+
+@cache
+def _toolchain() -> bytes:
+    """What machine code depends on beside a kernel's name: every source file of the kernels, and the compilers."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for source in sorted(package.glob("*.py")):
+        digest.update(source.read_bytes())
+    import bitnet_numba.packing
+    import bitnet_numba.sampling
+
+    for module in (bitnet_numba.packing, bitnet_numba.sampling):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    for name in ("numba", "numba-cuda", "cuda-bindings", "nvidia-nvvm", "nvidia-nvjitlink"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            digest.update(f"{name} {metadata.version(name)};".encode())
+    return digest.digest()
+
+
+def cache_folder() -> Path:
+    """Where machine code is kept: $BITNET_NUMBA_CACHE, or bitnet-numba under the user's cache folder."""
+    chosen = os.environ.get("BITNET_NUMBA_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitnet-numba"
+
+
+def machine_code(form: Any, arch: int) -> tuple[bytes, bool]:
+    """A KernelForm's machine code, from the disk cache or compiled now; and whether it was compiled."""
+    digest = hashlib.sha256(_toolchain())
+    digest.update(repr((form.name, form.signature, form.threads, form.blocks_per_sm, arch)).encode())
+    path = cache_folder() / f"{digest.hexdigest()[:32]}.cubin"
+    with contextlib.suppress(OSError):
+        return path.read_bytes(), False
+    cubin = link_cubin(compile_ptx(form.kernel, form.signature, arch, form.threads, form.blocks_per_sm), arch)
+    with contextlib.suppress(OSError):  # no cache, no harm: it is compiled again next time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(cubin)
+        os.replace(file.name, path)
+    return cubin, True
+
+
+_loaded: dict[Any, Any] = {}
+
+
+def load_kernel(form: Any, device: Device) -> Any:
+    """A KernelForm as a driver function, compiled and loaded once."""
+    key = (form.name, form.signature, form.threads, form.blocks_per_sm, device.arch)
+    if key not in _loaded:
+        cubin, _ = machine_code(form, device.arch)
+        module = driver_call("cuModuleLoadData", cubin)
+        # The module is kept too: functions die with it.
+        _loaded[key] = (driver_call("cuModuleGetFunction", module, ENTRY.encode()), module)
+    return _loaded[key][0]
+
+
+# ---- Launches ---------------------------------------------------------------------------------------------------------
+
+
+class Launch:
+    """A kernel with its arguments, ready to go: calling it with a stream costs a few microseconds of host time."""
+
+    def __init__(
+        self,
+        form: Any,
+        grid: int | tuple[int, int],
+        arguments: Sequence[KernelArgument],
+        device: Device,
+        overlap: bool = True,
+    ):
+        """`overlap`: may start before the launch before it has ended (the kernel must have a grid_wait)."""
+        from cuda.bindings import driver
+
+        if len(arguments) != len(form.signature):
+            raise ValueError(f"{form.name} takes {len(form.signature)} arguments, not {len(arguments)}")
+        self.name = form.name
+        self._function = load_kernel(form, device)
+        self._values = [value for kind, a in zip(form.signature, arguments, strict=True) for value in _pack(kind, a)]
+        self._pointers = (ctypes.c_void_p * len(self._values))(*(ctypes.addressof(value) for value in self._values))
+        self._parameters = ctypes.addressof(self._pointers)
+        self._keep = list(arguments)
+        self._config = config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY = grid if isinstance(grid, tuple) else (grid, 1)
+        config.gridDimZ = 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = form.threads, 1, 1
+        if overlap and device.arch >= 90:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        self._launch = driver.cuLaunchKernelEx
+
+    def __call__(self, stream: Any) -> None:
+        """Enqueues the launch. Raises BackendError."""
+        self._config.hStream = stream
+        (status,) = self._launch(self._config, self._function, self._parameters, 0)
+        if status:
+            raise BackendError(f"launching {self.name} failed: {status.name}")
+
+
+def _pack(kind: Any, value: KernelArgument) -> list[Any]:
+    """The machine-level parameters of one kernel argument."""
+    if kind == types.none:
+        return [ctypes.c_void_p(0)]
+    if isinstance(kind, types.CPointer):
+        return [ctypes.c_uint64(value if isinstance(value, int) else value.address)]
+    if isinstance(kind, types.Array):  # meminfo, parent, items, bytes an item, data, shape, strides
+        size = value.dtype.itemsize
+        numbers = (0, 0, value.size, size, value.address, value.size, size)
+        return [ctypes.c_int64(number) for number in numbers]
+    scalars = {types.int32: ctypes.c_int32, types.float32: ctypes.c_float, types.int64: ctypes.c_int64}
+    return [scalars[kind](value)]
+
+
+class Stream:
+    """A queue of device work."""
+
+    def __init__(self) -> None:
+        self.handle = driver_call("cuStreamCreate", 1)  # 1: does not wait for the default stream
+
+    def synchronize(self) -> None:
+        """Waits for all work in it. Raises BackendError if a kernel failed."""
+        driver_call("cuStreamSynchronize", self.handle)
+
+    def capture(self, enqueue: Callable[[Any], None]) -> "Graph":
+        """The launches that `enqueue(stream handle)` makes, as a graph."""
+        driver_call("cuStreamBeginCapture", self.handle, _enum("CUstreamCaptureMode", "THREAD_LOCAL"))
+        try:
+            enqueue(self.handle)
+        finally:
+            graph = driver_call("cuStreamEndCapture", self.handle)
+        return Graph(graph)
+
+
+class Graph:
+    """Launches that are replayed as one."""
+
+    def __init__(self, graph: Any):
+        self._executable = driver_call("cuGraphInstantiate", graph, 0)
+        driver_call("cuGraphDestroy", graph)
+
+    def replay(self, stream: Stream) -> None:
+        """Enqueues all of it."""
+        driver_call("cuGraphLaunch", self._executable, stream.handle)
+
+    def close(self) -> None:
+        """Frees it."""
+        driver_call("cuGraphExecDestroy", self._executable)
+
+
+class Event:
+    """A point in a stream that the host can wait for, or measure time between."""
+
+    def __init__(self) -> None:
+        self.handle = driver_call("cuEventCreate", 0)
+
+    def record(self, stream: Stream) -> None:
+        """Marks the point after all work enqueued so far."""
+        driver_call("cuEventRecord", self.handle, stream.handle)
+
+    def wait(self) -> None:
+        """Blocks the host until the point is reached."""
+        driver_call("cuEventSynchronize", self.handle)
+
+    def microseconds_since(self, earlier: "Event") -> float:
+        """Device time between two reached points."""
+        return 1000.0 * driver_call("cuEventElapsedTime", earlier.handle, self.handle)
+
+
+def _enum(kind: str, member: str) -> Any:
+    from cuda.bindings import driver
+
+    return next(value for value in getattr(driver, kind) if value.name.endswith(member))

@@ -27,15 +27,18 @@ WARP = 32
 # Under the simulator types are called as plain conversions, which wrap round as registers do.
 if SIMULATED:
 
-    def int32(x: Any) -> Any:
-        """x as a 32-bit register: the low 32 bits, signed."""
-        return np.int32(((int(x) + (1 << 31)) & 0xFFFFFFFF) - (1 << 31))
+    class _Register:
+        """A whole-number type: calling it keeps the low bits; `dtype` makes it one that arrays can be made of."""
 
-    def uint32(x: Any) -> Any:
-        """x as a 32-bit register: the low 32 bits, unsigned."""
-        return np.uint32(int(x) & 0xFFFFFFFF)
+        def __init__(self, dtype: Any):
+            self.dtype = np.dtype(dtype)
+            self._least = int(np.iinfo(dtype).min)
+            self._mask = (1 << 8 * self.dtype.itemsize) - 1
 
-    float32 = np.float32
+        def __call__(self, x: Any) -> Any:
+            return self.dtype.type(((int(x) - self._least) & self._mask) + self._least)
+
+    int32, uint32, float32 = _Register(np.int32), _Register(np.uint32), np.float32
 else:
     int32, uint32, float32 = types.int32, types.uint32, types.float32
 

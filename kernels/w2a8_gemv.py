@@ -1,0 +1,355 @@
+"""The W2A8 matrix-vector product: ternary weights [N, K] as packed words, one token's activations as int8.
+
+    y[n] = (sum_k q[k] * w[n, k]) * scale[segment of n] / s  (+ bias[n])
+
+with q, s the absmax quantisation of the input vector. The products are exact integers; the codes w + 2 go into `dp4a` as
+they are stored, and 2 * sum(q) is taken off once per row.
+
+One factory, `make_gemv`, makes every form, from three choices:
+    prologue   "int8": q, 1/s-scale and sum are given;  "quantize": x float32 is quantised here;
+               "norm": x goes through RMSNorm (weights given), then is quantised
+    epilogue   "acc": int32 sums, for tests;  "store": y;  "residual": y is added to what `out` holds;
+               "gated": activation(y[n]) * y[n + N/2], the feed-forward's gate and up rows at once
+Fusing matters because a 2B4T layer's weights stream in 4 us but each launch costs about 1 us and each dependent read
+of L2 another: the vector is small, so every block quantises all of it for itself while its weights are on their way.
+
+Work split (P = parts, U = row-blocks a block owns; the weights' layout is drawn in `packing`):
+
+    block b: row-blocks b, b + grid, ... (U of them), 16 rows each;   P warps share a row-block:
+        columns   0        128       256       384
+        warp 0    |========|         |         |======= ...      every P-th step of 128 columns
+        warp 1    |        |=========|         |        ...
+    lane: 16 bytes of a step = words 4*lane .. +3 = rows r .. r+3 of 16 columns, with
+        r       = 4 * (lane & 1) + 8 * (lane >> 2 & 1)
+        column  = 32 * (lane >> 3) + 16 * (lane >> 1 & 1)
+    so 8 lanes share rows. Four shuffles add them up, trading rows for lanes; the P warps meet in shared memory.
+
+All of a block's weights are loaded into registers before `grid_wait`, i.e. while the kernels before this one still
+run. A matrix too large for that goes in rounds, each loading ahead for the next.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+
+from bitnet_numba.kernels.forms import KernelForm
+from bitnet_numba.kernels.intrinsics import (
+    SHARED_ALIGN,
+    WARP,
+    add_rn,
+    div_rn,
+    dp4a,
+    dp4a_us,
+    float32,
+    grid_release,
+    grid_wait,
+    int32,
+    int_to_float,
+    load4,
+    mul_rn,
+    round_to_int,
+    shuffle_xor,
+    sqrt_rn,
+    store4,
+    stream_load,
+    warp_max,
+    warp_sum,
+    warp_sum_int,
+)
+from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_BITS, CODE_MASK, CODE_OFFSET
+
+STEP_COLS = 128  # columns that one 16-byte load of each lane covers: four blocks
+STEP_WORDS = WARP * 4
+MAX_WARPS = 32
+EPSILON = float32(1e-5)  # least absmax, as in `quantize`
+INT8_MAX = float32(127)
+ALL_ONES = 0x01010101  # four bytes of 1: dp4a with it adds up four activations
+
+
+def make_gemv(
+    arch: int,
+    K: int,
+    units: int,
+    parts: int,
+    prologue: str = "norm",
+    epilogue: str = "store",
+    activation: str = "relu2",
+    rounds: int = 1,
+) -> Callable[..., None]:
+    """The kernel for K columns. `units` row-blocks (pairs of them for "gated") are held by a block at a time, each
+    by `parts` warps; `rounds` times over."""
+    load, wait, release = stream_load(arch), grid_wait(arch), grid_release(arch)
+    GATED, RESIDUAL, ACC = epilogue == "gated", epilogue == "residual", epilogue == "acc"
+    NORM, INT8, RELU2 = prologue == "norm", prologue == "int8", activation == "relu2"
+    UNITS, P, ROUNDS = units, parts, rounds
+    HALVES = 2 if GATED else 1
+    WARPS = UNITS * HALVES * P
+    THREADS = WARPS * WARP
+    KP = -(-K // BLOCK_COLS) * BLOCK_COLS
+    STEPS = -(-KP // STEP_COLS)
+    LOADS = -(-STEPS // P)  # of 16 bytes, per lane and round
+    W_REGS = 4 * LOADS
+    Q_WORDS = LOADS * P * STEP_COLS // 4
+    SUM_INTS = WARPS * BLOCK_ROWS
+    CHUNKS = KP // 4  # 16-byte pieces of x
+    X_LOADS = -(-CHUNKS // THREADS)
+    X_REGS = 4 * X_LOADS
+    Q_CHUNKS = KP // 16
+    Q_LOADS = -(-Q_CHUNKS // THREADS)
+    OUT_THREADS = UNITS * BLOCK_ROWS
+    COLUMNS = float32(K)
+    MASK0, MASK1, MASK2, MASK3 = (np.int32(np.uint32(CODE_MASK << CODE_BITS * i).astype(np.int32)) for i in range(4))
+    SHIFT1, SHIFT2, SHIFT3 = CODE_BITS, 2 * CODE_BITS, 3 * CODE_BITS
+    ZERO, ONE = float32(0), float32(1)
+
+    def gemv(words, x, norm, eps, scales, bias, out, rows, unit_count, second, bound1, bound2):
+        q_s = cuda.shared.array(Q_WORDS, int32, SHARED_ALIGN)
+        sum_s = cuda.shared.array(SUM_INTS, int32, SHARED_ALIGN)  # [WARPS, 16] partial rows
+        square_s = cuda.shared.array(WARPS, float32)
+        max_s = cuda.shared.array(WARPS, float32)
+        total_s = cuda.shared.array(WARPS, int32)
+        w_r = cuda.local.array(W_REGS, int32)
+        x_r = cuda.local.array(X_REGS, float32)
+        n_r = cuda.local.array(X_REGS, float32)
+
+        tid = int32(cuda.threadIdx.x)
+        warp, lane = int32(tid // WARP), int32(tid % WARP)
+        part = int32(warp % P)
+        half = int32(warp // P % HALVES)
+        slot = int32(warp // (P * HALVES))
+        first = int32(cuda.blockIdx.x)
+        grid = int32(cuda.gridDim.x)
+
+        # 1. This block's weights, and the norm's.
+        unit = int32(first + slot * grid)
+        for u in range(LOADS):
+            column = int32((part + u * P) * STEP_WORDS + lane * 4)
+            if unit < unit_count and column < KP:
+                a, b, c, d = load(words, int32(unit + half * second) * KP + column)
+                w_r[4 * u], w_r[4 * u + 1], w_r[4 * u + 2], w_r[4 * u + 3] = a, b, c, d
+            else:
+                for i in range(4):
+                    w_r[4 * u + i] = int32(0)
+        if NORM:
+            for j in range(X_LOADS):
+                chunk = int32(tid + j * THREADS)
+                if chunk < CHUNKS:
+                    n_r[4 * j], n_r[4 * j + 1], n_r[4 * j + 2], n_r[4 * j + 3] = load4(norm, chunk * 4)
+        release()
+        wait()
+
+        # 2. The activations as int8 in shared memory, their scale and sum.
+        if INT8:
+            scale_x = norm[0]
+            for j in range(Q_LOADS):
+                chunk = int32(tid + j * THREADS)
+                if chunk < Q_CHUNKS:
+                    a, b, c, d = load4(x, chunk * 4)
+                    store4(q_s, chunk * 4, a, b, c, d)
+        else:
+            for j in range(X_LOADS):
+                chunk = int32(tid + j * THREADS)
+                if chunk < CHUNKS:
+                    x_r[4 * j], x_r[4 * j + 1], x_r[4 * j + 2], x_r[4 * j + 3] = load4(x, chunk * 4)
+                else:
+                    for i in range(4):
+                        x_r[4 * j + i] = ZERO
+                        n_r[4 * j + i] = ZERO
+            if NORM:
+                squares = ZERO
+                for i in range(X_REGS):
+                    squares = float32(squares + x_r[i] * x_r[i])
+                squares = warp_sum(squares)
+                if lane == 0:
+                    square_s[warp] = squares
+                cuda.syncthreads()
+                squares = warp_sum(square_s[lane] if lane < WARPS else ZERO)
+                inverse = div_rn(ONE, sqrt_rn(add_rn(div_rn(squares, COLUMNS), eps)))
+                for i in range(X_REGS):
+                    x_r[i] = mul_rn(n_r[i], mul_rn(x_r[i], inverse))
+            largest = ZERO
+            for i in range(X_REGS):
+                largest = max(largest, abs(x_r[i]))
+            largest = warp_max(largest)
+            if lane == 0:
+                max_s[warp] = largest
+            cuda.syncthreads()
+            largest = warp_max(max_s[lane] if lane < WARPS else ZERO)
+            scale_x = mul_rn(div_rn(ONE, max(largest, EPSILON)), INT8_MAX)
+            total = int32(0)
+            for j in range(X_LOADS):
+                # No clamp: |x| * scale_x is at most 127 (1 + 2^-22), which rounds to 127.
+                q0 = round_to_int(x_r[4 * j] * scale_x)
+                q1 = round_to_int(x_r[4 * j + 1] * scale_x)
+                q2 = round_to_int(x_r[4 * j + 2] * scale_x)
+                q3 = round_to_int(x_r[4 * j + 3] * scale_x)
+                word = int32((q0 & 255) | (q1 & 255) << 8 | (q2 & 255) << 16 | q3 << 24)
+                total = dp4a(word, ALL_ONES, total)
+                chunk = int32(tid + j * THREADS)
+                if chunk < CHUNKS:
+                    q_s[chunk] = word
+            total = warp_sum_int(total)
+            if lane == 0:
+                total_s[warp] = total
+        cuda.syncthreads()
+        if INT8:
+            total = int32(norm[1])
+        else:
+            total = int32(0)
+            for i in range(WARPS):
+                total = int32(total + total_s[i])
+
+        # 3. Products, sums, output; a round's registers are refilled for the next as they are used.
+        for turn in range(ROUNDS):
+            base_unit = int32(first + turn * UNITS * grid)
+            unit = int32(base_unit + slot * grid)
+            following = int32(unit + UNITS * grid)
+            a00 = a01 = a02 = a03 = int32(0)  # a[row][i]: products of codes << 2 * i
+            a10 = a11 = a12 = a13 = int32(0)
+            a20 = a21 = a22 = a23 = int32(0)
+            a30 = a31 = a32 = a33 = int32(0)
+            for u in range(LOADS):
+                step = int32(part + u * P)
+                x0, x1, x2, x3 = load4(q_s, step * (STEP_COLS // 4) + (lane >> 3) * 8 + (lane >> 1 & 1) * 4)
+                w = w_r[4 * u]
+                a00, a01 = dp4a_us(w & MASK0, x0, a00), dp4a_us(w & MASK1, x1, a01)
+                a02, a03 = dp4a_us(w & MASK2, x2, a02), dp4a_us(w & MASK3, x3, a03)
+                w = w_r[4 * u + 1]
+                a10, a11 = dp4a_us(w & MASK0, x0, a10), dp4a_us(w & MASK1, x1, a11)
+                a12, a13 = dp4a_us(w & MASK2, x2, a12), dp4a_us(w & MASK3, x3, a13)
+                w = w_r[4 * u + 2]
+                a20, a21 = dp4a_us(w & MASK0, x0, a20), dp4a_us(w & MASK1, x1, a21)
+                a22, a23 = dp4a_us(w & MASK2, x2, a22), dp4a_us(w & MASK3, x3, a23)
+                w = w_r[4 * u + 3]
+                a30, a31 = dp4a_us(w & MASK0, x0, a30), dp4a_us(w & MASK1, x1, a31)
+                a32, a33 = dp4a_us(w & MASK2, x2, a32), dp4a_us(w & MASK3, x3, a33)
+                if ROUNDS > 1:
+                    column = int32(step * STEP_WORDS + lane * 4)
+                    if following < unit_count and column < KP and turn + 1 < ROUNDS:
+                        a, b, c, d = load(words, int32(following + half * second) * KP + column)
+                        w_r[4 * u], w_r[4 * u + 1], w_r[4 * u + 2], w_r[4 * u + 3] = a, b, c, d
+            # Sums of 4^i multiples are 4^i multiples: the shifts are exact.
+            r0 = int32(a00 + (a01 >> SHIFT1) + (a02 >> SHIFT2) + (a03 >> SHIFT3))
+            r1 = int32(a10 + (a11 >> SHIFT1) + (a12 >> SHIFT2) + (a13 >> SHIFT3))
+            r2 = int32(a20 + (a21 >> SHIFT1) + (a22 >> SHIFT2) + (a23 >> SHIFT3))
+            r3 = int32(a30 + (a31 >> SHIFT1) + (a32 >> SHIFT2) + (a33 >> SHIFT3))
+            upper = (lane & 2) != 0
+            keep0, keep1, send0, send1 = (r2, r3, r0, r1) if upper else (r0, r1, r2, r3)
+            keep0 = int32(keep0 + shuffle_xor(send0, 2))
+            keep1 = int32(keep1 + shuffle_xor(send1, 2))
+            odd = (lane & 8) != 0
+            keep, send = (keep1, keep0) if odd else (keep0, keep1)
+            keep = int32(keep + shuffle_xor(send, 8))
+            keep = int32(keep + shuffle_xor(keep, 16))
+            if lane < 16:
+                row = (lane & 1) * 4 + (lane >> 2 & 1) * 8 + (lane & 2) + (lane >> 3 & 1)
+                sum_s[warp * BLOCK_ROWS + row] = keep
+
+            out_unit = int32(base_unit + tid // BLOCK_ROWS * grid)
+            n = int32(out_unit * BLOCK_ROWS + tid % BLOCK_ROWS)
+            writes = tid < OUT_THREADS and out_unit < unit_count and n < rows
+            scale = scale2 = offset = offset2 = old = ZERO
+            if writes and not ACC:
+                scale = scales[0] if n < bound1 else (scales[1] if n < bound2 else scales[2])
+                if bias is not None:
+                    offset = bias[n]
+                if RESIDUAL:
+                    old = out[n]
+                if GATED:
+                    scale2 = scales[1]
+                    if bias is not None:
+                        offset2 = bias[rows + n]
+            cuda.syncthreads()
+            if writes:
+                start = int32(tid // BLOCK_ROWS * HALVES * P * BLOCK_ROWS + tid % BLOCK_ROWS)
+                acc = int32(-CODE_OFFSET * total)
+                for i in range(P):
+                    acc = int32(acc + sum_s[start + i * BLOCK_ROWS])
+                if ACC:
+                    out[n] = acc
+                else:
+                    y = div_rn(mul_rn(int_to_float(acc), scale), scale_x)
+                    if bias is not None:
+                        y = add_rn(y, offset)
+                    if GATED:
+                        acc = int32(-CODE_OFFSET * total)
+                        for i in range(P):
+                            acc = int32(acc + sum_s[start + (P + i) * BLOCK_ROWS])
+                        z = div_rn(mul_rn(int_to_float(acc), scale2), scale_x)
+                        if bias is not None:
+                            z = add_rn(z, offset2)
+                        if RELU2:
+                            y = max(y, ZERO)
+                            y = mul_rn(mul_rn(y, y), z)
+                        else:
+                            y = mul_rn(div_rn(y, add_rn(ONE, math.exp(-y))), z)
+                    if RESIDUAL:
+                        y = add_rn(old, y)
+                    out[n] = y
+            if ROUNDS > 1:
+                cuda.syncthreads()  # the next round writes the sums again
+
+    return gemv
+
+
+class Plan(NamedTuple):
+    """How a product is split: what `make_gemv` is specialised to, and the grid."""
+
+    units: int  # row-blocks (pairs for "gated") of a block in a round
+    parts: int  # warps that share a row-block
+    rounds: int
+    grid: int  # blocks
+
+
+def plan(rows: int, K: int, multiprocessors: int, gated: bool = False, warps: int = 20, loads: int = 10) -> Plan:
+    """The launch rule: one block a multiprocessor, all weights in registers if they fit.
+
+    A block owns every grid-th unit of 16 rows. It has at most `warps` warps, so that the next launch's blocks fit beside
+    it, and at most `loads` 16-byte loads a lane in flight; within that, as few loads a lane, i.e. as many warps, as
+    it can. What does not fit is done in rounds.
+    """
+    halves = 2 if gated else 1
+    total = -(-rows // (BLOCK_ROWS * halves))
+    steps = -(-K // STEP_COLS)
+    each = -(-total // multiprocessors)
+    least = -(-steps // loads)  # warps that a row-block needs
+    units = max(1, min(each, warps // (halves * least)))
+    rounds = -(-each // units)
+    units = -(-each // rounds)
+    parts = max(least, min(steps, warps // (units * halves)))
+    parts = -(-steps // -(-steps // parts))  # no more warps than the loads need
+    return Plan(units, min(parts, MAX_WARPS // (units * halves)), rounds, min(total, multiprocessors))
+
+
+def form(
+    arch: int,
+    K: int,
+    split: Plan,
+    prologue: str = "norm",
+    epilogue: str = "store",
+    activation: str = "relu2",
+    bias: bool = False,
+) -> KernelForm:
+    """The compiled form that fits a plan."""
+    halves = 2 if epilogue == "gated" else 1
+    f32, i32 = types.float32, types.int32
+    x = types.CPointer(i32 if prologue == "int8" else f32)
+    out = types.CPointer(i32 if epilogue == "acc" else f32)
+    signature = (
+        types.CPointer(i32), x, types.CPointer(f32), f32, types.CPointer(f32),
+        types.CPointer(f32) if bias else types.none, out, i32, i32, i32, i32, i32,
+    )  # fmt: skip
+    name = f"w2a8_gemv[{K} {prologue} {epilogue} {activation if halves == 2 else ''} {split[:3]} {bias}]"
+    loads = -(-K // (STEP_COLS * split.parts))
+    return KernelForm(
+        name=name,
+        kernel=make_gemv(arch, K, split.units, split.parts, prologue, epilogue, activation, split.rounds),
+        signature=signature,
+        threads=split.units * halves * split.parts * WARP,
+        dp4a=16 * loads,
+        wide_loads=loads,
+    )
