@@ -1,0 +1,163 @@
+"""A stricter scheduler for Numba's CUDA simulator, in place of its own.
+
+Numba's simulator starts a Python thread for each CUDA thread and polls them, which is slow, and knows no warps. Here
+one thread runs at a time until it reaches a barrier and wakes the next; so blocks run many times faster, and
+ - a barrier of one warp (shuffles, syncwarp) concerns its 32 threads alone, as on the device;
+ - blocks are independent: shared arrays belong to one block;
+ - threads that wait at barriers that can never open are an error, not a hang;
+ - the order of threads between barriers is shuffled, a new order each time: a missing barrier changes the result;
+ - shared and local arrays start as NaN (or -1), so that reading what nobody wrote shows.
+"""
+
+import random
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba.core import types
+from numba.cuda.simulator import kernel as simulator_kernel
+from numba.cuda.simulator import kernelapi
+from numba.np.numpy_support import as_dtype
+
+WARP = 32
+
+
+class SimulatedThread(threading.Thread):
+    """One CUDA thread. It runs only between being woken and reaching a barrier, when it wakes another one."""
+
+    def __init__(self, block: "Block", target: Callable[[], None], blockIdx: Any, threadIdx: Any, thread_id: int):
+        super().__init__(daemon=True)
+        self.block, self._kernel = block, target
+        self.blockIdx, self.threadIdx, self.thread_id = blockIdx, threadIdx, thread_id
+        self.offers: list[Any] = [None, None]  # what this lane gives in its even and its odd exchanges
+        self.exchanges = 0
+        self.waits_at = ""  # "", "block" or "warp"
+        self.done = False
+        self.go = threading.Lock()  # held except for the moment in which this thread is woken
+        self.go.acquire()
+
+    def run(self) -> None:
+        self.go.acquire()
+        try:
+            if self.block.failure is None:
+                with np.errstate(all="ignore"):  # the device wraps and overflows silently
+                    self._kernel()
+        except BaseException as error:  # noqa: B036 - handed to the thread that launched the kernel
+            self.block.fail(f"block {list(self.blockIdx)}, thread {list(self.threadIdx)}: {error!r}")
+        self.done = True
+        self.block.wake_next(self)
+
+    def _wait(self, where: str) -> None:
+        self.waits_at = where
+        self.block.wake_next(self)
+        self.go.acquire()
+        if self.block.failure is not None:
+            raise RuntimeError("another thread of the block failed")
+        self.waits_at = ""
+
+    def syncthreads(self) -> None:
+        self._wait("block")
+
+    def syncwarp(self) -> None:
+        self._wait("warp")
+
+    def exchange_in_warp(self, value: Any, source: Callable[[int], int]) -> Any:
+        """A warp shuffle: the value of lane `source(own lane)`; one's own if the block has no such thread."""
+        turn = self.exchanges % 2  # the slot is written again two exchanges later, when all have read it
+        self.exchanges += 1
+        self.offers[turn] = value
+        self.syncwarp()
+        start = self.thread_id // WARP * WARP
+        other = start + source(self.thread_id - start)
+        return self.block.threads[other].offers[turn] if start <= other < len(self.block.threads) else value
+
+
+class Block:
+    """The threads of one block, of which one runs at a time."""
+
+    order = random.Random(0)  # shuffles the threads between barriers
+
+    def __init__(self, function: Callable[..., None], grid_dim: Any, block_dim: Any, debug: bool):
+        self._function, self._block_dim = function, block_dim
+        self.threads: list[SimulatedThread] = []
+        self.shared: dict[Any, np.ndarray] = {}  # shared arrays by their place in the source
+        self.failure: str | None = None
+        self._ready: list[SimulatedThread] = []
+        self._finished = threading.Lock()
+        self._finished.acquire()
+
+    def run(self, grid_point: Any, *args: Any) -> None:
+        """Runs the block to its end. Raises RuntimeError if a thread fails or waits for ever."""
+        block_idx = kernelapi.Dim3(*grid_point)
+        for z, y, x in np.ndindex(*reversed(self._block_dim)):
+            index = kernelapi.Dim3(x, y, z)
+            self.threads.append(
+                SimulatedThread(self, lambda: self._function(*args), block_idx, index, len(self.threads))
+            )
+        for thread in self.threads:
+            thread.start()
+        self._ready = self.order.sample(self.threads, len(self.threads))
+        self._ready.pop().go.release()
+        self._finished.acquire()
+        if self.failure is not None:
+            raise RuntimeError(f"simulated kernel failed in {self.failure}")
+
+    def fail(self, reason: str) -> None:
+        """Remembers the first failure; every other thread ends when it is woken."""
+        if self.failure is None:
+            self.failure = reason
+
+    def wake_next(self, running: SimulatedThread) -> None:
+        """Lets another thread run, or the launch return. Called by the running thread as its last act."""
+        if not self._ready:
+            live = [thread for thread in self.threads if not thread.done]
+            self._ready = live if self.failure is not None else self._released(live)
+            if not self._ready and live:
+                places = sorted({f"{thread.waits_at} (warp {thread.thread_id // WARP})" for thread in live})
+                self.fail(f"block {list(running.blockIdx)}: threads wait where they can never meet: {places}")
+                self._ready = live
+            self.order.shuffle(self._ready)
+        if self._ready:
+            self._ready.pop().go.release()
+        else:
+            self._finished.release()
+
+    @staticmethod
+    def _released(live: list[SimulatedThread]) -> list[SimulatedThread]:
+        """The threads whose barrier has opened."""
+        if all(thread.waits_at == "block" for thread in live):
+            return list(live)
+        warps: dict[int, list[SimulatedThread]] = {}
+        for thread in live:
+            warps.setdefault(thread.thread_id // WARP, []).append(thread)
+        together = [lanes for lanes in warps.values() if all(thread.waits_at == "warp" for thread in lanes)]
+        return [thread for lanes in together for thread in lanes]
+
+
+def _local_array(self: Any, shape: Any, dtype: Any, alignment: Any = None) -> np.ndarray:
+    return _poisoned(shape, dtype)
+
+
+def _shared_array(self: Any, shape: Any, dtype: Any, alignment: Any = None) -> np.ndarray:
+    """One array for each place in the source and each block."""
+    caller = sys._getframe(1)
+    place = (caller.f_code, caller.f_lineno)
+    shared = threading.current_thread().block.shared
+    if place not in shared:
+        shared[place] = _poisoned(shape, dtype)
+    return shared[place]
+
+
+def _poisoned(shape: Any, dtype: Any) -> np.ndarray:
+    array = np.empty(shape, as_dtype(dtype) if isinstance(dtype, types.Type) else dtype)
+    array.view(np.uint8)[...] = 0xFF
+    return array
+
+
+def install() -> None:
+    """Replaces the simulator's scheduler and makes what is not initialised show."""
+    simulator_kernel.BlockManager = Block
+    kernelapi.FakeCUDALocal.array = _local_array
+    kernelapi.FakeCUDAShared.array = _shared_array

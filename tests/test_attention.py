@@ -1,0 +1,122 @@
+"""The attention kernel: rotary embedding, cache append and grouped-query attention of one token.
+
+Contract: keys and values are stored as bfloat16, bit for bit `bfloat16.from_float32` of what the reference stores; the
+output is the reference's attention over that cache, in float32.
+
+Tolerance. With e = 2^-24: a score is a sum of D products of relative error e, any order, so it is off by at most
+D * e * sum|q_i k_i| (scaled), plus the scaling's 3 e; 2^x is within 2 ulp and its argument, at most ~2^7 apart, rounds
+by 2^7 e; so every weight is off by a factor 1 + r with r <= (D + 3) * e * max_t(sum|q_i k_i|) + 2^8 e. Sums of T weights
+and of T weighted values add T e each, and the division by the sum doubles r: |error| <= (2 r + 2 T e) * max|v|.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from bitnet_numba.bfloat16 import from_float32, to_float32
+from bitnet_numba.kernels.attention import attention_form, attention_grid, attention_scratch, padded_head_dim
+from bitnet_numba.kernels.forms import KernelForm
+from bitnet_numba.reference.model import attend, rotate
+from tests.kernel_harness import Out, arch, assert_close, needs_gpu, run, run_simulated
+
+EPSILON = 2.0**-24
+
+
+def check_attention(
+    form: KernelForm,
+    grid: tuple[int, int],
+    kv_heads: int,
+    group: int,
+    D: int,
+    position: int,
+    capacity: int,
+    least: int,
+    seed: int,
+    spread: float = 1.0,
+) -> None:
+    """Compares one launch with the reference."""
+    rng = np.random.default_rng(seed)
+    heads, DP = kv_heads * group, padded_head_dim(D)
+    qkv = (rng.standard_normal((heads + 2 * kv_heads, D)) * spread).astype(np.float32)
+    angles = rng.uniform(-np.pi, np.pi, (capacity, D // 2)).astype(np.float32)
+    cos, sin = np.cos(angles), np.sin(angles)
+    # Tokens from `position` on were never written: as bits that read NaN, to show if they are read.
+    caches = np.full((2, kv_heads, capacity, DP), 0x7FC0, np.uint16)
+    caches[:, :, :position, :D] = from_float32(rng.standard_normal((2, kv_heads, position, D)).astype(np.float32))
+    caches[:, :, :position, D:] = 0
+    keys, values = (Out(cache.size // 2, np.int32, cache.view(np.int32)) for cache in caches)
+    partials, stats, arrivals = attention_scratch(grid, heads, D)
+    scratch = (Out(partials, np.float32), Out(stats, np.float32), Out(arrivals, np.int32, np.zeros(arrivals, np.int32)))
+    out = Out(heads * D, np.float32)
+    at = np.array([position], np.int32)
+    run(form, grid, [qkv, cos, sin, at, keys, values, *scratch, out, kv_heads, capacity, least])
+
+    row = slice(position, position + 1)
+    cos2, sin2 = (np.concatenate([table[row]] * 2, axis=-1) for table in (cos, sin))  # [1, D]
+    q = rotate(qkv[None, :heads], cos2, sin2)
+    new_key = rotate(qkv[None, heads : heads + kv_heads], cos2, sin2)[0]
+    caches[0, :, position, :D] = from_float32(new_key)
+    caches[1, :, position, :D] = from_float32(qkv[heads + kv_heads :])
+    caches[:, :, position, D:] = 0
+    for name, stored, expected in (("keys", keys, caches[0]), ("values", values, caches[1])):
+        assert np.array_equal(stored.array.view(np.uint16), expected.reshape(-1)), f"{name} differ"
+    assert not scratch[2].array.any(), "the arrival counters are not zero again"
+    k, v = (to_float32(cache[:, : position + 1, :D]).transpose(1, 0, 2) for cache in caches)  # [T, G, D]
+    expected = attend(q.astype(np.float64), k.astype(np.float64), v.astype(np.float64))[0]  # [H, D]
+    grouped = np.abs(q[0]).reshape(kv_heads, group, D)
+    largest = np.einsum("ghd,tgd->tgh", grouped, np.abs(k)).max() * D**-0.5
+    r = (D + 3) * EPSILON * largest + 2**8 * EPSILON
+    bound = (2 * r + 2 * (position + 1) * EPSILON) * np.abs(v).max()
+    assert_close(out.array.reshape(heads, D), expected, bound, form.name)
+
+
+@settings(max_examples=12)
+@example(shape=(128, 4), threads=64, position=3, splits=2, seed=1)
+@given(
+    shape=st.sampled_from([(8, 4), (4, 1), (2, 2), (20, 3), (64, 2), (100, 1), (32, 8), (16, 12)]),
+    threads=st.sampled_from([32, 64]),
+    position=st.integers(0, 11),
+    splits=st.integers(1, 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+def simulate_attention(shape: tuple[int, int], threads: int, position: int, splits: int, seed: int) -> None:
+    D, group = shape
+    form = attention_form(arch(), D, group, threads, passes=2)
+    _, parts = attention_grid(1, group, 1)
+    check_attention(form, (splits, parts), 1, group, D, position, 12, 2, seed)
+
+
+def test_simulated() -> None:
+    run_simulated(__file__)
+
+
+@needs_gpu
+@example(shape=(128, 4, 5), position=4095, capacity=4096, least=128, seed=2, spread=4.0)
+@example(shape=(128, 4, 5), position=127, capacity=4096, least=128, seed=2, spread=1.0)
+@example(shape=(256, 3, 4), position=32767, capacity=32768, least=64, seed=3, spread=1.0)
+@given(
+    shape=st.sampled_from(
+        [(128, 4, 5), (64, 4, 2), (96, 1, 16), (100, 1, 32), (256, 3, 4), (128, 8, 2), (6, 5, 3), (128, 16, 1)]
+    ),
+    position=st.integers(0, 1500),
+    capacity=st.sampled_from([1501, 2048]),
+    least=st.sampled_from([16, 64, 128]),
+    seed=st.integers(0, 2**32 - 1),
+    spread=st.sampled_from([0.1, 1.0, 8.0]),
+)
+def test_attention_on_gpu(
+    shape: tuple[int, int, int], position: int, capacity: int, least: int, seed: int, spread: float
+) -> None:
+    from bitnet_numba.kernels.device import usable_device
+
+    D, group, kv_heads = shape
+    form = attention_form(arch(), D, group)
+    grid = attention_grid(usable_device().multiprocessors, group * kv_heads, kv_heads)
+    check_attention(form, grid, kv_heads, group, D, position, capacity, least, seed, spread)
+
+
+@pytest.mark.parametrize("head_dim", [0, 3, 127, 258])
+def test_refuses_head_sizes(head_dim: int) -> None:
+    with pytest.raises(ValueError, match=f"even head sizes up to 256, not {head_dim}"):
+        attention_form(90, head_dim, 1)
