@@ -1,0 +1,1 @@
+"""A text world for a small language model: children's stories, questions about them, and a little talk around them."""

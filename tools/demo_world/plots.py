@@ -1,0 +1,80 @@
+"""The plots, read from `plots.txt` beside this file.
+
+A plot is a header, the text of its stories as a template, and the questions which that text answers, as
+`key: question => answer`. Sections are separated by lines of four equals signs, paragraphs by a blank line.
+
+Slots: `h` the hero's name, `h_a` "a shy young fox", `he`, `him`, `his` the pronouns; `f`, `f_a`, `fhe`, ... the same
+for the friend and `x`, ... for a third one; `o_a` "a red kite", `o_full` "red kite", `o` "kite"; `g_a`, `g_full`, `g`
+a second thing; `p_to` "to the forest", `p_in` "in the forest". Upper-case slots are passages shared by the plots. A
+plot's own slots are drawn from the lists of `words.py`; where an entry is a pair, it fills `name` and `name_2`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tools.demo_world import words
+
+THING, FOOD = "thing", "food"
+
+
+@dataclass(frozen=True)
+class Fact:
+    key: str
+    question: str  # a template; empty where the question is one that every story answers
+    answer: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    name: str
+    topic: str  # how a user may ask for it: "a story about ..."
+    text: str
+    facts: tuple[Fact, ...]
+    things: tuple[str, ...]  # classes of things that may stand in the slot `o`
+    gifts: tuple[str, ...]  # and in the slot `g`; empty where the plot has no second thing
+    slots: dict[str, list]
+
+
+def _join_lines(text: str) -> str:
+    """Undo the line breaks inside paragraphs: a space, except after the bar between two alternatives."""
+    return "\n\n".join(p.replace("|\n", "|").replace("\n", " ") for p in text.strip().split("\n\n"))
+
+
+def _parse_fact(line: str) -> Fact:
+    left, answer = line.split(" => ")
+    key, _, question = left.partition(": ")
+    return Fact(key, question, answer)
+
+
+def _parse_plot(section: str) -> Plot:
+    header, rest = section.split("\n\n", 1)
+    text, facts = rest.rsplit("\n\n", 1)
+    lines = dict(line.split(": ", 1) for line in header.split("\n"))
+    title = next(key for key in lines if key.startswith("plot "))
+    slots = dict(item.split("=") for item in lines.get("slots", "").split(", ") if item)
+    return Plot(
+        name=title.removeprefix("plot "),
+        topic=lines[title],
+        text=_join_lines(text),
+        facts=tuple(_parse_fact(line) for line in facts.strip().split("\n")),
+        things=tuple(lines.get("things", f"{THING}, {FOOD}").split(", ")),
+        gifts=tuple(lines.get("gifts", f"{THING}, {FOOD}").split(", ")) if "{g" in text else (),
+        slots={name: getattr(words, source) for name, source in slots.items()},
+    )
+
+
+def _read() -> tuple[dict[str, str], list[Plot]]:
+    shared: dict[str, str] = {}
+    plots: list[Plot] = []
+    for section in Path(__file__).with_name("plots.txt").read_text(encoding="utf-8").split("\n\n====\n\n"):
+        if section.startswith("shared "):
+            title, text = section.split("\n", 1)
+            shared[title.removeprefix("shared ")] = _join_lines(text)
+        else:
+            plots.append(_parse_plot(section.strip()))
+    return shared, plots
+
+
+SHARED, PLOTS = _read()

@@ -1,0 +1,248 @@
+"""The lexicon of the text world: who may appear, with what, where, and how they feel."""
+
+from __future__ import annotations
+
+
+def items(text: str) -> list[str]:
+    """The entries of a comma-separated list."""
+    return [item.strip() for item in " ".join(text.split()).split(",") if item.strip()]
+
+
+FEMALE_NAMES = """Ada Alma Anna Bella Bea Cara Carla Celia Clara Cora Daisy Dora Edith Ella Elsa Emma Enid Erin Eva
+Faye Fern Flora Freya Gemma Gina Greta Hanna Hazel Heidi Ida Ina Iona Ivy Jana June Kaia Kira Lara Lena Lila Lily
+Lina Lola Lotta Lucy Luna Mabel Maja Mara Maya Mia Mila Mina Mira Molly Nadia Nell Nina Nora Olga Olive Pia Polly
+Rita Rosa Ruby Runa Sara Selma Sofia Stella Suri Tara Thea Tilda Tina Uma Vera Wanda Willa Yara Zara Zoe""".split()
+
+MALE_NAMES = """Abel Adam Alfie Amir Anton Arlo Axel Ben Bert Boris Bruno Carl Caspar Cato Dan David Elio Emil Enzo
+Erik Ezra Felix Finn Frank Fred Georg Gus Hans Harry Henry Hugo Igor Ivan Jack Jakob Jasper Jim Joel John Jonah Juri
+Karl Kim Kurt Leo Levi Liam Linus Luka Luke Magnus Mark Martin Max Milo Ned Nico Noah Odin Oleg Omar Oscar Otto Owen
+Paul Peter Pip Quentin Ralf Remy Rolf Rory Rufus Sam Simon Sven Ted Theo Tim Toby Tom Tony Udo Viktor Walter Yuri
+Zack""".split()
+
+ANIMALS = items("""fox, owl, rabbit, bear, dog, cat, mouse, hedgehog, squirrel, badger, otter, beaver, frog, toad,
+duck, goose, swan, hen, rooster, crow, sparrow, robin, pigeon, parrot, penguin, seal, turtle, tortoise, snail,
+lizard, mole, deer, fawn, elk, moose, wolf, lion, tiger, leopard, panda, monkey, elephant, giraffe, zebra, camel,
+donkey, horse, pony, cow, calf, sheep, lamb, goat, pig, piglet, llama, kangaroo, koala, raccoon, skunk, ferret,
+hamster, puppy, kitten, duckling, chick, bat, ant, bee, beetle, butterfly, cricket, spider, crab, dragon, unicorn,
+dinosaur, hare, weasel, stork, heron, peacock, eagle, gorilla, hippo, rhino, buffalo, ostrich, pelican, raven,
+woodpecker, hummingbird, caterpillar""")
+
+PEOPLE = items("""baker, farmer, sailor, knight, tailor, painter, gardener, teacher, doctor, miller, shepherd,
+shoemaker, pilot, cook, carpenter, clockmaker, musician, dancer, singer, juggler, clown, pirate, robot, giant,
+fairy, elf, gnome, dwarf, librarian, woodcutter, blacksmith, beekeeper, captain, student, traveller, astronaut,
+firefighter, nurse, inventor, weaver, potter, toymaker, gatekeeper, ferryman, innkeeper, explorer, scientist, poet,
+magician, troll""")
+WOMEN = items("girl, queen, princess, witch, grandmother, milkmaid, mermaid, duchess")
+MEN = items("boy, king, prince, wizard, grandfather, fisherman, postman, snowman")
+
+TRAITS = items("""brave, shy, curious, gentle, clever, cheerful, sleepy, grumpy, lazy, kind, proud, lonely, quiet,
+silly, patient, careful, honest, friendly, playful, polite, stubborn, dreamy, generous, helpful, hungry, lively,
+loyal, merry, nervous, noisy, restless, serious, thoughtful, tidy, timid, wise, bold, busy, calm, forgetful,
+impatient, hopeful""")
+
+# How a story ends for its hero, and how things look before.
+GLAD = items("""happy, proud, glad, grateful, cheerful, joyful, peaceful, content, delighted, thankful, calm, hopeful,
+relieved, merry, pleased, lucky, very happy, very proud, full of joy""")
+SAD = items("sad, worried, unhappy, upset, miserable, troubled, gloomy, downhearted")
+AFRAID = items("afraid, frightened, scared, nervous, anxious, alarmed")
+
+# Things one can carry. The ones below with a use of their own help in their own way when someone is in trouble.
+LIGHTS = items("lantern, lamp, candle, torch")
+LOUD = {"drum": "beat", "bell": "rang", "whistle": "blew", "horn": "blew", "trumpet": "blew", "flute": "played",
+        "fiddle": "played", "tambourine": "shook", "rattle": "shook", "harp": "played", "gong": "struck",
+        "trombone": "blew", "guitar": "played"}  # fmt: skip
+LONG = items("rope, ribbon, scarf, blanket, ladder, stick, net, broom, belt, fishing rod, shawl, branch, rake, oar")
+PLAIN_THINGS = items("""kite, flag, balloon, mirror, umbrella, mask, key, ball, book, map, compass, hat, coat,
+mitten, boot, basket, cup, spoon, teapot, clock, coin, ring, crown, shell, feather, button, pebble, marble, star,
+doll, puppet, teddy bear, toy train, toy boat, rocking horse, spinning top, music box, paintbrush, pencil, notebook,
+letter, postcard, parcel, box, jar, bottle, bucket, watering can, shovel, hammer, wheel, cart, wagon, sled, pillow,
+quilt, bag, backpack, purse, necklace, bracelet, pearl, gem, jewel, acorn, seed, flower, rose, sunflower, leaf,
+pinecone, telescope, camera, magnifying glass, snow globe, kettle, pan, plate, comb, brush, needle, thimble,
+cushion, chair, stool, bicycle, scooter, boat, raft, puzzle, card, picture, painting, statue, vase, wreath, garland,
+locket, medal, stone, crystal, helmet, shield, sword, cape, cloak, glove, sock, slipper, apron, tent, toolbox,
+ruler, magnet, robot toy, paper plane, windmill, birdhouse, flowerpot, suitcase, trunk, barrel, anchor, hourglass,
+calendar, newspaper, diary, chalkboard, sponge""")
+FOODS = items("""apple, pear, plum, peach, orange, lemon, cherry, strawberry, melon, pumpkin, carrot, turnip, pie,
+cake, honey cake, muffin, cookie, pancake, bun, loaf of bread, sandwich, pretzel, waffle, pudding, cheese, biscuit,
+doughnut, jam tart, gingerbread man, pot of soup, bowl of porridge, jar of honey, chestnut, walnut, mushroom,
+banana, cupcake, sausage, potato, radish""")
+# Things from beyond the story world: seldom drawn, so that the model learns to take a new word as it comes.
+RARE_THINGS = items("""spaceship, volcano, computer, rocket, helicopter, submarine, tractor, laptop, telephone,
+piano, violin, motorbike, airplane, skateboard, television, refrigerator, toaster, microscope, dinosaur bone,
+football, basketball, tennis racket, snowboard, surfboard, parachute, satellite, iceberg, rainbow, cloud, moonbeam,
+snowflake, pizza, hamburger, ice cream, lollipop, milkshake, chocolate bar, burrito, pineapple, coconut, avocado,
+watermelon, cactus, bonsai tree, mailbox, treadmill, typewriter, elevator, escalator, train, bus, truck, car, taxi,
+ship, canoe, hot air balloon, zeppelin, tunnel, pyramid, igloo, skyscraper, castle gate, throne, wand, potion,
+spellbook, magic carpet, treasure chest, cannon, catapult, bow, arrow, spear, boomerang, yo-yo, slingshot,
+trampoline, swing, seesaw, tricycle, unicycle, wheelbarrow, chimney, window, door, bathtub, toothbrush, soap bubble,
+towel, mop, vacuum cleaner, stapler, eraser, crayon, sticker, dictionary, encyclopedia, violin case, accordion,
+banjo, saxophone, tuba, xylophone, microphone, headphone, keyboard""")
+
+COLOURS = items("red, blue, green, yellow, white, black, brown, purple, orange, pink, grey, golden, silver")
+LOOKS = items("""tiny, little, big, old, new, shiny, wooden, striped, spotted, pretty, strange, heavy, round, painted,
+beautiful, dusty, simple, fine, unusual, enormous""")
+FOOD_LOOKS = items(
+    "big, small, sweet, fresh, warm, round, tasty, juicy, golden, special, delicious, enormous, ordinary"
+)
+
+# Place and the preposition that goes with it.
+PLACES = dict(
+    line.rsplit(":", 1)
+    for line in items("""forest:in, woods:in, meadow:in, garden:in, hill:on, mountain:on, river:by, lake:by,
+    pond:by, sea:by, beach:at, harbour:at, island:on, castle:at, tower:at, mill:at, market:at, village square:in,
+    town:in, bridge:at, cave:at, orchard:in, farm:on, field:in, barn:in, waterfall:by, valley:in, desert:in,
+    jungle:in, swamp:in, park:in, playground:on, school:at, library:in, bakery:at, museum:in, lighthouse:at, train
+    station:at, well:by, cliff:on, glade:in, vineyard:in, zoo:at, fair:at, circus:at, palace:at, stable:in,
+    greenhouse:in, stream:by, canal:by, theatre:at, workshop:in, crossroads:at, ruins:at, maze:in, snowy plain:on""")
+)
+PLACE_LOOKS = items("old, quiet, green, wide, sunny, distant, misty, little, great, hidden, beautiful, famous, windy")
+
+WEATHER = items("""windy, sunny, rainy, snowy, foggy, cloudy, frosty, warm, chilly, stormy, bright, misty, cold, hot,
+golden, grey, clear, mild""")
+DAYTIMES = items("morning, afternoon, evening, day")
+
+HOMES = items("""in a small house by the river, under an old oak tree, in a cosy cottage, at the edge of the woods,
+on top of a green hill, in a house with a red door, at the end of a long lane, near a mill, in a tiny hut by the
+lake, beside a wide meadow, behind a tall hedge, in a village by the sea, not far from the market, in a valley full
+of flowers, under a bridge, in a tower with a round window, next to an apple orchard, in a house made of stone, at
+the foot of a mountain, in a little boat on the canal, in a room above the bakery, beside a quiet road, in a tent by
+the forest, near an old well, in a house with a crooked chimney, on a sunny farm, in a hollow log, under the roots
+of a pine""")
+
+HOBBIES = items("""climb trees, pick berries, draw pictures, sing songs, count the stars, collect stones, bake
+bread, read old books, look at the clouds, tell jokes, dance in the rain, swim in the pond, plant flowers, play hide
+and seek, watch the birds, build little boats, write poems, whistle tunes, make soup, jump over puddles, roll down
+hills, listen to the wind, paint pebbles, watch the sunset, fish in the stream, sew clothes, mend old things, play
+chess, gather nuts, sleep in the sun, ask questions, tell riddles, skip stones, ride downhill, chase leaves, make
+friends""")
+
+SPOTS = items("""under a bush, beside the path, in the tall grass, behind a tree, under a bench, between two rocks,
+in a pile of leaves, at the bottom of a ditch, behind a low wall, on a tree stump, next to a puddle, in an empty
+nest, under a wooden gate, behind a barrel, inside a hollow tree, near a fence, among the flowers, on a flat stone,
+under a fallen branch, in the mud, in a corner, on a mossy log""")
+
+# A lost little one: as the story first names it, and as a question does.
+BABIES = [
+    (f"a {size}{baby}", f"the {baby}")
+    for size in ("", "tiny ", "little ")
+    for baby in items("""duckling, kitten, puppy, lamb, gosling, chick, piglet, bear cub, fawn, foal, mouse, hedgehog,
+    squirrel, penguin""")
+]
+
+# Where someone can be stuck: what happened, and the place as an answer gives it.
+STUCK = [
+    ("had fallen into a deep hole", "in a deep hole"),
+    ("had slipped into a muddy ditch", "in a muddy ditch"),
+    ("was hanging from a branch above the water", "on a branch above the water"),
+    ("was sitting on a rock in the middle of the water", "on a rock in the water"),
+    ("had tumbled into an empty well", "in an empty well"),
+    ("had sunk deep into the mud", "in the mud"),
+    ("had slid to the bottom of a steep bank", "at the bottom of a steep bank"),
+    ("was caught in a thorny bush", "in a thorny bush"),
+    ("had stepped onto a narrow ledge and did not dare to move", "on a narrow ledge"),
+    ("had fallen through the floor of an old shed", "in an old shed"),
+    ("was trapped between two big stones", "between two big stones"),
+    ("had rolled into a pit full of leaves", "in a pit full of leaves"),
+]
+
+SHELTERS = items("""in a small cave, in an empty barn, under a wide oak, in a hollow tree, under an old bridge, in
+a shed, under a big rock, in a windmill, in a ruined tower, under an upturned boat, in a hut, in a haystack""")
+
+# How one cheers up a friend: as it is told, and as an answer says it.
+CHEERS = [
+    ("sang a funny song", "sang"),
+    ("told a long story about the moon", "told a story"),
+    ("made silly faces", "made silly faces"),
+    ("told one joke after another", "told jokes"),
+    ("hummed a soft tune", "hummed a tune"),
+    ("played a guessing game with {f}", "played a guessing game"),
+    ("counted the raindrops aloud", "counted the raindrops"),
+    ("asked riddles", "asked riddles"),
+    ("drew pictures on the ground", "drew pictures"),
+    ("told {f} about the summer", "talked about the summer"),
+]
+
+GIVERS = items("grandmother, grandfather, uncle, aunt, cousin, neighbour, teacher, older sister, older brother")
+
+WORKERS = items("""miller, baker, farmer, shoemaker, tailor, gardener, blacksmith, innkeeper, carpenter, potter,
+weaver, beekeeper, clockmaker, librarian, toymaker""")
+CHORES = items("""swept the floor, carried water, washed the windows, fed the hens, stacked the wood, pulled the
+weeds, painted the fence, sorted the buttons, picked the apples, watered the plants, cleaned the shelves, polished
+the tools, brushed the horses, raked the leaves, scrubbed the pots""")
+PRICES = items("three coins, five coins, seven coins, ten coins, a silver coin, a gold coin, a handful of pennies")
+
+CONTESTS = items("""running race, singing contest, baking contest, drawing contest, boat race, dancing contest,
+spelling contest, jumping contest, cooking contest, swimming race, storytelling contest, sack race, flower show,
+riddle contest, egg race, whistling contest""")
+
+WISE_ONES = items("""wise old owl, tall old oak tree, talking fish, tiny fairy, old tortoise, silver moth,
+friendly ghost, kind old woman, kind old man, shooting star, whispering well, grey heron, little star, white stag""")
+BURDENS = items("""a heavy sack of flour, a tall stack of books, a bucket of water, a bundle of firewood, a big
+basket of apples, a crate of pumpkins, a long wooden plank, three bags of potatoes, a huge bale of hay, a box of
+dishes""")
+
+SKILLS = items("""swim, sing, whistle, dance, bake bread, ride a bicycle, read, paint, juggle, skate, play the piano,
+tie knots, row a boat, climb, do a handstand, write letters, knit, ski, play chess, sail, cook soup, fly a kite,
+tell the time, count to a hundred, draw, weave baskets, do magic tricks, walk on stilts""")
+TRIES = items("two, three, four, five, six, seven, eight, nine, ten")
+
+# A noise in the night and what it turned out to be.
+NOISES = [
+    ("a loud knocking", "a loose shutter in the wind"),
+    ("a strange howling", "the wind in an empty bottle"),
+    ("a soft tapping", "a branch against a window"),
+    ("a deep rumbling", "an old barrel rolling to and fro"),
+    ("a long squeaking", "a gate that needed some oil"),
+    ("a low humming", "a swarm of sleepy bees"),
+    ("a sad whimpering", "a puppy that had lost its mother"),
+    ("a quick scratching", "a mouse building a nest"),
+    ("a wild splashing", "two ducks having a bath"),
+    ("a loud snoring", "a tired old bear fast asleep"),
+    ("a faint crying", "a kitten up on a roof"),
+    ("a funny clinking", "a magpie sorting its spoons"),
+    ("a heavy stomping", "a cow that had left its barn"),
+    ("a high ringing", "a tiny bell on a lost lamb"),
+]
+
+ILLNESSES = items("a cold, a fever, a sore throat, a bad cough, a headache, a stomach ache, a sore foot, a runny nose")
+CURES = items("""mint leaves, honey, lemons, fresh herbs, elderberries, ginger, chamomile flowers, clean water,
+rose hips, sage leaves, warm milk, thyme""")
+
+LANDMARKS = items("""under an old apple tree, behind the waterfall, below a crooked tree, under a round white stone,
+beside a broken gate, at the end of a tunnel, inside a hollow log, under the third step, beneath a rusty anchor,
+next to a stone lion, behind a curtain of ivy, between two tall pines""")
+CLUES = items(
+    "an old map, a secret note, a riddle, a strange letter, a faded drawing, a message in a bottle, an old song"
+)
+
+BROKEN = items("""fence, roof, boat, bridge, cart, chimney, gate, garden wall, swing, tree house, bed, clock,
+oven, mill wheel, doll house, wagon""")
+BREAKERS = items("the storm, the wind, a falling branch, a runaway goat, the heavy snow, the flood, a rolling stone")
+
+# Theme of a story and the lesson that names it.
+MORALS = {
+    "friendship": "friendship is worth more than gold",
+    "kindness": "kindness always comes back",
+    "courage": "courage grows when you use it",
+    "sharing": "sharing makes everything twice as nice",
+    "honesty": "honesty is the best way",
+    "patience": "patience brings good things",
+    "helping": "helping others helps yourself too",
+    "listening": "listening is as important as talking",
+    "trust": "trust makes friends strong",
+    "hope": "hope is a light in the dark",
+    "forgiveness": "forgiveness makes the heart light",
+    "generosity": "generosity needs no reason",
+    "teamwork": "teamwork makes hard things easy",
+    "gratitude": "gratitude turns little things into treasures",
+    "laughter": "laughter chases fear away",
+    "love": "love is stronger than any storm",
+    "practice": "practice makes everyone better",
+    "wonder": "wonder waits behind every corner",
+    "bravery": "bravery can be very quiet",
+    "giving": "giving is nicer than getting",
+}
+
+SYLLABLES = "ba bo bri da do dra fa fi flo ga gli go ka ki kra la lo lu ma mi mo na ni no pa po pli ra ri ro sa si " \
+    "sno ta ti tro va ve vo wa wi za ze zo".split()  # fmt: skip
+SYLLABLE_ENDS = "b d g k l lt m mp n ng nk p r rf sh st t th x zz".split()
