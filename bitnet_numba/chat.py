@@ -6,6 +6,7 @@ standard output, everything else on standard error.
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import sys
@@ -63,6 +64,11 @@ def main(argv: list[str] | None = None) -> int:
     interactive = not args.prompt and sys.stdin.isatty() and sys.stdout.isatty()
     if interactive and args.json:
         parser.error("--json needs --prompt or a pipe on standard input")
+    if args.raw and args.system:
+        parser.error("--system has no place in a text that is continued as it is (--raw)")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     try:
         options = AnswerOptions(
             SamplingParams(args.temperature, args.top_p, args.top_k, args.min_p, args.repetition_penalty, args.seed),

@@ -31,7 +31,7 @@ COMMANDS = {
     "/help": "this list",
     "/exit": "leave, as Ctrl-D does",
 }
-EXAMPLES = ("Tell me a story about a dog and a kite.", "Tell me a story about a fox and a lantern.", "What can you do?")
+EXAMPLES = ("Tell me a story about a dog and a kite.", "Where did they go?", "What can you do?")
 WIDEST = 100  # columns; longer lines are hard to read
 
 
@@ -103,7 +103,8 @@ class Terminal:
             waiting.start()
             try:
                 for piece in pieces:
-                    waiting.stop()
+                    if not shown:
+                        waiting.stop()
                     self.write(wrap.push(printable(piece)))
                     shown = True
                     if interrupted:
@@ -145,6 +146,9 @@ class Terminal:
         self.note("there is nothing to take back" if text is None else f"taken back: {printable(text)}")
 
     def system(self, text: str) -> None:
+        if self.conversation.raw:
+            self.note("a text that is continued as it is has no system message (--raw)")
+            return
         if text:
             self.conversation.system = "" if text == "-" else text
         system = self.conversation.system

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from bitnet_numba import chat
-from bitnet_numba.chat_terminal import COMMANDS, Terminal, WordWrap
+from bitnet_numba.chat_terminal import COMMANDS, EXAMPLES, Terminal, WordWrap
 from bitnet_numba.conversation import AnswerOptions, Conversation
 from bitnet_numba.errors import ContextFull, RequestError
 from tests.toy_backend import tokens_of, toy_engine
@@ -188,7 +188,7 @@ def test_commands_of_the_terminal(
 
     terminal.greet(None)
     greeting = capsys.readouterr().out
-    assert greeting.count("Tell me") == 2 and "/help" in greeting and "toy backend" in greeting
+    assert all(example in greeting for example in EXAMPLES) and "/help" in greeting and "toy backend" in greeting
     assert shown("/stats") == "no answer yet\n"
     assert shown("One?") == "Fine.\n"
     assert "answer 4 tokens" in shown("/stats") and "context" in shown("/stats")
@@ -326,6 +326,7 @@ def test_a_pipe_is_one_prompt(run: Callable[..., tuple[int, str, str]]) -> None:
         (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens must be"),
         (["--prompt", "x", "--stop", ""], "a stop string must be"),
         (["--prompt", "x", "--backend", "tpu"], "argument --backend: invalid choice"),
+        (["--prompt", "x", "--raw", "--system", "y"], "--system has no place"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
