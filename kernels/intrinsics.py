@@ -38,9 +38,9 @@ if SIMULATED:
         def __call__(self, x: Any) -> Any:
             return self.dtype.type(((int(x) - self._least) & self._mask) + self._least)
 
-    int32, uint32, float32 = _Register(np.int32), _Register(np.uint32), np.float32
+    int32, uint32, int64, float32 = _Register(np.int32), _Register(np.uint32), _Register(np.int64), np.float32
 else:
-    int32, uint32, float32 = types.int32, types.uint32, types.float32
+    int32, uint32, int64, float32 = types.int32, types.uint32, types.int64, types.float32
 
 
 def device_function(function: Callable) -> Callable:
@@ -48,15 +48,15 @@ def device_function(function: Callable) -> Callable:
     return cuda.jit(device=True)(function) if SIMULATED else cuda.jit(device=True, forceinline=True)(function)
 
 
-_ASM_TYPES = {"r": (32, "int32"), "u": (32, "uint32"), "U": (64, "uint64"), "f": (32, "float32")}
+_ASM_TYPES = {"r": (32, "int32"), "u": (32, "uint32"), "L": (64, "int64"), "f": (32, "float32")}
 
 
 def _instruction(ptx: str, result: str, operands: str, effects: bool = False) -> Callable[[Callable], Callable]:
     """Makes a kernel instruction of inline PTX; under the simulator the decorated stand-in itself.
 
     `result` is "", one register letter, or four of them for a tuple; `operands` one letter each: r int32, u uint32,
-    U uint64, f float32, p an element's address (which takes two arguments, pointer and index). In `ptx`, $0.. are results, then
-    operands. `effects`: touches memory or order, so it is never moved, merged or dropped.
+    L int64, f float32, p an element's address (which takes two arguments, pointer and index). In `ptx`, $0.. are
+    results, then operands. `effects`: touches memory or order, so it is never moved, merged or dropped.
     """
 
     def decorate(stand_in: Callable) -> Callable:
@@ -73,9 +73,9 @@ def _asm_intrinsic(stand_in: Callable, ptx: str, result: str, operands: str, eff
     from llvmlite import ir
     from numba.cuda.extending import intrinsic
 
-    llvm = {"r": ir.IntType(32), "u": ir.IntType(32), "U": ir.IntType(64), "f": ir.FloatType()}
+    llvm = {"r": ir.IntType(32), "u": ir.IntType(32), "L": ir.IntType(64), "f": ir.FloatType()}
     numba_types = {letter: getattr(types, name) for letter, (_, name) in _ASM_TYPES.items()}
-    register = {"r": "r", "u": "r", "U": "l", "f": "f", "p": "l"}
+    register = {"r": "r", "u": "r", "L": "l", "f": "f", "p": "l"}
 
     def definition(typing_context: Any, *arguments: Any) -> Any:
         wanted, position = [], 0
@@ -174,6 +174,13 @@ def bits_to_float(word: Any) -> Any:
 def float_to_bits(x: Any) -> Any:
     """A float32's bit pattern, uint32. Any architecture."""
     return np.array([x], np.float32).view(np.uint32)[0]
+
+
+@_instruction("prmt.b32 $0, $1, $2, $3;", "u", "uuu")
+def byte_permute(a: Any, b: Any, selector: Any) -> Any:
+    """The word whose byte k is byte number (selector >> 4k) & 7 of the eight in a (0-3) and b (4-7). Any architecture."""
+    source = _bytes(a, False) + _bytes(b, False)
+    return np.uint32(sum(source[int(selector) >> 4 * k & 7] << 8 * k for k in range(4)))
 
 
 @_instruction("shl.b32 $0, $1, 16;", "f", "r")
@@ -490,10 +497,28 @@ def div_rn(a: Any, b: Any) -> Any:
     return np.float32(a) / np.float32(b)
 
 
+@_instruction("rcp.rn.f32 $0, $1;", "f", "f")
+def rcp_rn(x: Any) -> Any:
+    """1 / x, correctly rounded. Any architecture."""
+    return np.float32(1) / np.float32(x)
+
+
 @_instruction("sqrt.rn.f32 $0, $1;", "f", "f")
 def sqrt_rn(x: Any) -> Any:
     """The square root, correctly rounded. Any architecture."""
     return np.sqrt(np.float32(x))
+
+
+@_instruction("mul.hi.u32 $0, $1, $2;", "u", "uu")
+def mul_high(a: Any, b: Any) -> Any:
+    """The upper half of a 32 x 32 bit product, uint32. Any architecture."""
+    return uint32(int(a) * int(b) >> 32)
+
+
+@_instruction("mul.lo.u32 $0, $1, $2;", "u", "uu")
+def mul_low(a: Any, b: Any) -> Any:
+    """The lower half of a 32 x 32 bit product, uint32. Any architecture."""
+    return uint32(int(a) * int(b))
 
 
 # ---- Between blocks ---------------------------------------------------------------------------------------------------
@@ -511,15 +536,15 @@ def atomic_add_release(p: Any, i: Any, value: Any) -> None:
     atomic_fetch_add(p, i, value)
 
 
-@_instruction("red.global.max.u64 [$0], $1;", "", "pU", effects=True)
+@_instruction("red.global.max.s64 [$0], $1;", "", "pL", effects=True)
 def atomic_max_wide(p: Any, i: Any, value: Any) -> None:
-    """p[i] = max(p[i], value), uint64 in global memory. Any architecture."""
+    """p[i] = max(p[i], value), int64 in global memory. Any architecture."""
     with _atomic_lock:
         p[int(i)] = max(int(p[int(i)]), int(value))
 
 
-@_instruction("red.global.add.u64 [$0], $1;", "", "pU", effects=True)
+@_instruction("red.global.add.u64 [$0], $1;", "", "pL", effects=True)
 def atomic_add_wide(p: Any, i: Any, value: Any) -> None:
-    """p[i] += value, uint64 in global memory; exact, so the same in any order. Any architecture."""
+    """p[i] += value, int64 in global memory; exact, so the same in any order. Any architecture."""
     with _atomic_lock:
-        p[int(i)] = np.uint64((int(p[int(i)]) + int(value)) & 0xFFFFFFFFFFFFFFFF)
+        p[int(i)] = int(p[int(i)]) + int(value)

@@ -53,7 +53,8 @@ from bitnet_numba.kernels.intrinsics import (
     mul_rn,
     round_to_int,
     shuffle_xor,
-    sqrt_rn,
+    rcp_rn,
+    rsqrt_approx,
     store4,
     stream_load,
     warp_max,
@@ -64,7 +65,11 @@ from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_BITS, CODE_MASK, C
 
 STEP_COLS = 128  # columns that one 16-byte load of each lane covers: four blocks
 STEP_WORDS = WARP * 4
+WARPS = 8
+MOST_WARPS = 12
 MAX_WARPS = 32
+OTHER_REGISTERS = 44  # a thread's, beside the weights it holds
+MOST_LOADS = 28  # 112 registers of weights
 EPSILON = float32(1e-5)  # least absmax, as in `quantize`
 INT8_MAX = float32(127)
 ALL_ONES = 0x01010101  # four bytes of 1: dp4a with it adds up four activations
@@ -101,7 +106,7 @@ def make_gemv(
     Q_CHUNKS = KP // 16
     Q_LOADS = -(-Q_CHUNKS // THREADS)
     OUT_THREADS = UNITS * BLOCK_ROWS
-    COLUMNS = float32(K)
+    PER_COLUMN = float32(1 / K)
     MASK0, MASK1, MASK2, MASK3 = (np.int32(np.uint32(CODE_MASK << CODE_BITS * i).astype(np.int32)) for i in range(4))
     SHIFT1, SHIFT2, SHIFT3 = CODE_BITS, 2 * CODE_BITS, 3 * CODE_BITS
     ZERO, ONE = float32(0), float32(1)
@@ -159,30 +164,35 @@ def make_gemv(
                     for i in range(4):
                         x_r[4 * j + i] = ZERO
                         n_r[4 * j + i] = ZERO
-            if NORM:
-                squares = ZERO
-                for i in range(X_REGS):
-                    squares = float32(squares + x_r[i] * x_r[i])
-                squares = warp_sum(squares)
-                if lane == 0:
-                    square_s[warp] = squares
-                cuda.syncthreads()
-                squares = warp_sum(square_s[lane] if lane < WARPS else ZERO)
-                inverse = div_rn(ONE, sqrt_rn(add_rn(div_rn(squares, COLUMNS), eps)))
-                for i in range(X_REGS):
-                    x_r[i] = mul_rn(n_r[i], mul_rn(x_r[i], inverse))
+            squares = ZERO
             largest = ZERO
             for i in range(X_REGS):
-                largest = max(largest, abs(x_r[i]))
+                if NORM:
+                    squares = float32(squares + x_r[i] * x_r[i])
+                    largest = max(largest, abs(float32(n_r[i] * x_r[i])))
+                else:
+                    largest = max(largest, abs(x_r[i]))
+            if NORM:
+                squares = warp_sum(squares)
             largest = warp_max(largest)
             if lane == 0:
+                square_s[warp] = squares
                 max_s[warp] = largest
             cuda.syncthreads()
-            largest = warp_max(max_s[lane] if lane < WARPS else ZERO)
-            scale_x = mul_rn(div_rn(ONE, max(largest, EPSILON)), INT8_MAX)
+            squares = ZERO
+            for i in range(WARPS):
+                if NORM:
+                    squares = float32(squares + square_s[i])
+                largest = max(largest, max_s[i])
+            if NORM:
+                inverse = rsqrt_approx(float32(squares * PER_COLUMN + eps))
+                largest = float32(largest * inverse)
+                for i in range(X_REGS):
+                    x_r[i] = mul_rn(n_r[i], mul_rn(x_r[i], inverse))
+            scale_x = mul_rn(rcp_rn(max(largest, EPSILON)), INT8_MAX)
             total = int32(0)
             for j in range(X_LOADS):
-                # No clamp: |x| * scale_x is at most 127 (1 + 2^-22), which rounds to 127.
+                # No clamp: |x| * scale_x is at most 127 (1 + 2^-20), which rounds to 127.
                 q0 = round_to_int(x_r[4 * j] * scale_x)
                 q1 = round_to_int(x_r[4 * j + 1] * scale_x)
                 q2 = round_to_int(x_r[4 * j + 2] * scale_x)
@@ -192,16 +202,11 @@ def make_gemv(
                 chunk = int32(tid + j * THREADS)
                 if chunk < CHUNKS:
                     q_s[chunk] = word
-            total = warp_sum_int(total)
+        cuda.syncthreads()
+        if not INT8:
+            total = warp_sum_int(total)  # here, not before the barrier: nobody needs it until the sums meet
             if lane == 0:
                 total_s[warp] = total
-        cuda.syncthreads()
-        if INT8:
-            total = int32(norm[1])
-        else:
-            total = int32(0)
-            for i in range(WARPS):
-                total = int32(total + total_s[i])
 
         # 3. Products, sums, output; a round's registers are refilled for the next as they are used.
         for turn in range(ROUNDS):
@@ -265,6 +270,12 @@ def make_gemv(
                         offset2 = bias[rows + n]
             cuda.syncthreads()
             if writes:
+                if INT8:
+                    total = int32(norm[1])
+                else:
+                    total = int32(0)
+                    for i in range(WARPS):
+                        total = int32(total + total_s[i])
                 start = int32(tid // BLOCK_ROWS * HALVES * P * BLOCK_ROWS + tid % BLOCK_ROWS)
                 acc = int32(-CODE_OFFSET * total)
                 for i in range(P):
@@ -305,24 +316,26 @@ class Plan(NamedTuple):
     grid: int  # blocks
 
 
-def plan(rows: int, K: int, multiprocessors: int, gated: bool = False, warps: int = 20, loads: int = 10) -> Plan:
-    """The launch rule: one block a multiprocessor, all weights in registers if they fit.
+def plan(rows: int, K: int, multiprocessors: int, gated: bool = False) -> Plan:
+    """The launch rule: one block a multiprocessor, its weights in registers all at once if they fit.
 
-    A block owns every grid-th unit of 16 rows. It has at most `warps` warps, so that the next launch's blocks fit beside
-    it, and at most `loads` 16-byte loads a lane in flight; within that, as few loads a lane, i.e. as many warps, as
-    it can. What does not fit is done in rounds.
+    A block owns every grid-th unit of 16 rows (pairs of 16 for "gated"). It has about WARPS warps: few enough for the
+    blocks of the next launches to fit beside it and for cheap barriers, enough to hide latencies. A lane holds at most
+    MOST_LOADS loads; where more than MOST_WARPS warps would be needed, the units are done in rounds.
     """
     halves = 2 if gated else 1
     total = -(-rows // (BLOCK_ROWS * halves))
     steps = -(-K // STEP_COLS)
     each = -(-total // multiprocessors)
-    least = -(-steps // loads)  # warps that a row-block needs
-    units = max(1, min(each, warps // (halves * least)))
-    rounds = -(-each // units)
-    units = -(-each // rounds)
-    parts = max(least, min(steps, warps // (units * halves)))
+    for rounds in range(1, each + 1):
+        units = -(-each // rounds)
+        parts = max(-(-steps // MOST_LOADS), min(steps, WARPS // (units * halves)))
+        if units * halves * parts <= MOST_WARPS:
+            break
     parts = -(-steps // -(-steps // parts))  # no more warps than the loads need
-    return Plan(units, min(parts, MAX_WARPS // (units * halves)), rounds, min(total, multiprocessors))
+    if parts * units * halves > MAX_WARPS:
+        raise ValueError(f"{K} columns are more than the {MAX_WARPS * MOST_LOADS * STEP_COLS} that a block can hold")
+    return Plan(units, parts, rounds, min(total, multiprocessors))
 
 
 def form(
@@ -345,11 +358,13 @@ def form(
     )  # fmt: skip
     name = f"w2a8_gemv[{K} {prologue} {epilogue} {activation if halves == 2 else ''} {split[:3]} {bias}]"
     loads = -(-K // (STEP_COLS * split.parts))
+    threads = split.units * halves * split.parts * WARP
     return KernelForm(
         name=name,
         kernel=make_gemv(arch, K, split.units, split.parts, prologue, epilogue, activation, split.rounds),
         signature=signature,
-        threads=split.units * halves * split.parts * WARP,
+        threads=threads,
+        blocks_per_sm=max(1, 65536 // (threads * (4 * loads + OTHER_REGISTERS))),
         dp4a=16 * loads,
         wide_loads=loads,
     )
