@@ -5,10 +5,11 @@ same function: the bytes are joined and read as UTF-8, with U+FFFD for what is n
 """
 
 import codecs
+import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ TIKTOKEN_CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
 )
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_AFFIX = re.compile(rb'"(continuing_subword_prefix|end_of_word_suffix)"\s*:\s*"[^"]')
 _MARKS = [chr(c) for c in range(0xFDD0, 0xFDF0)]  # code points that Unicode reserves for use inside a program
 
 
@@ -79,7 +81,7 @@ class Tokenizer:
             value = config.get(key)
             value = value.get("content") if isinstance(value, dict) else value
             if isinstance(value, str):
-                named[key] = value
+                named[key] = _no_surrogates(value)
         add_bos = config.get("add_bos_token")
         eos = _read_object(folder / "generation_config.json").get("eos_token_id")
         tokenizer = Tokenizer(
@@ -95,7 +97,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """Token ids of a text. Special tokens written in it are read as such; the first token is bos exactly once."""
-        ids: list[int] = self._backend.encode(_no_surrogates(text), add_special_tokens=False).ids
+        ids = self._encode(_no_surrogates(text), add_special_tokens=False)
         if add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids
@@ -171,8 +173,13 @@ class Tokenizer:
         """
         return not self._byte_level and first_id == self.bos_id
 
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        with _library_errors("the tokenizer cannot encode this text"):
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
     def _find_bos(self, named: str | None, add_bos: bool | None) -> int | None:
-        own: list[int] = self._backend.encode("").ids
+        own = self._encode("", add_special_tokens=True)
         if add_bos is None:
             return own[0] if own else None
         return self._backend.token_to_id(named) if add_bos and named is not None else None
@@ -244,13 +251,23 @@ def from_tiktoken(vocabulary: str | os.PathLike[str], folder: str | os.PathLike[
     return Tokenizer.open(folder)
 
 
-def _load(path: Path) -> tokenizers.Tokenizer:
+@contextlib.contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """Turns whatever the library raises into a TokenizerError; its panics derive from BaseException."""
     try:
+        yield
+    except (TokenizerError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise TokenizerError(f"{what}: {' '.join(str(error).split())[:200]}") from None
+
+
+def _load(path: Path) -> tokenizers.Tokenizer:
+    with _library_errors(f"{path} is damaged"):
+        # The library ends the whole process when such a text does not fit the vocabulary; no model here has one.
+        if affix := _AFFIX.search(path.read_bytes()):
+            raise TokenizerError(f"{path}: {affix[1].decode()} is not supported")
         return tokenizers.Tokenizer.from_file(str(path))
-    except BaseException as error:  # a panic in the library derives from BaseException
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise TokenizerError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from None
 
 
 def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:

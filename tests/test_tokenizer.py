@@ -312,11 +312,49 @@ def test_an_unknown_decoder_is_refused(folder: Path) -> None:
         Tokenizer.open(folder)
 
 
+def test_an_affix_the_library_would_die_of_is_refused(folder: Path) -> None:
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["model"]["continuing_subword_prefix"] = "x"
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(TokenizerError, match="continuing_subword_prefix is not supported"):
+        Tokenizer.open(folder)
+
+
+def mutated(value: Any, draw: st.DrawFn) -> Any:
+    """A JSON value with one place changed or removed."""
+    if isinstance(value, dict | list) and value and draw(st.integers(0, 4)):
+        place = draw(st.sampled_from(range(len(value)) if isinstance(value, list) else sorted(value)))
+        changed = value.copy()
+        if isinstance(changed, dict) and not draw(st.integers(0, 4)):
+            del changed[place]
+        else:
+            changed[place] = mutated(changed[place], draw)
+        return changed
+    wrong = [None, True, -1, 0, 3.5, 1e400, 2**80, "", "x", "\ud800", "{{", [], [1], {}, {"a": 1}, {"content": 5}]
+    return draw(st.sampled_from(wrong))
+
+
+@given(data=st.data(), name=st.sampled_from(["tokenizer.json", "tokenizer_config.json", "generation_config.json"]))
+def test_mutated_json_raises_our_error_or_opens(small_folder: Path, data: st.DataObject, name: str) -> None:
+    target = Path(shutil.copytree(small_folder, small_folder.with_name("mutated"), dirs_exist_ok=True))
+    original = json.loads((small_folder / name).read_text())
+    (target / name).write_text(json.dumps(mutated(original, data.draw)))
+    try:
+        tokenizer = Tokenizer.open(target, 2000)
+        assert isinstance(tokenizer.decode(tokenizer.encode_chat(HI)), str)
+    except TokenizerError as error:
+        assert "\n" not in str(error)
+    finally:
+        shutil.rmtree(target)
+
+
 @pytest.fixture(scope="module")
 def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer small enough to be damaged byte by byte, many times."""
     folder = tmp_path_factory.mktemp("small")
     sentencepiece_like().save(str(folder / "tokenizer.json"), pretty=False)
+    shutil.copy(FOLDER / "tokenizer_config.json", folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2], "bos_token_id": 1}')
     return folder
 
 
@@ -326,7 +364,7 @@ def test_mutated_bytes_raise_our_error_or_open(small_folder: Path, data: st.Data
     damaged = bytearray(original)
     for _ in range(data.draw(st.integers(1, 4))):
         damaged[data.draw(st.integers(0, len(original) - 1))] = data.draw(st.integers(0, 255))
-    target = small_folder / "damaged"
+    target = small_folder.with_name("damaged")
     target.mkdir(exist_ok=True)
     (target / "tokenizer.json").write_bytes(damaged[: data.draw(st.integers(1, len(damaged)))])
     try:
