@@ -33,6 +33,7 @@ class SimulatedThread(threading.Thread):
         self.blockIdx, self.threadIdx, self.thread_id = blockIdx, threadIdx, thread_id
         self.offers: list[Any] = [None, None]  # what this lane gives in its even and its odd exchanges
         self.exchanges = 0
+        self.vote = False
         self.waits_at = ""  # "", "block" or "warp"
         self.done = False
         self.go = threading.Lock()  # held except for the moment in which this thread is woken
@@ -62,6 +63,22 @@ class SimulatedThread(threading.Thread):
 
     def syncwarp(self) -> None:
         self._wait("warp")
+
+    def _votes(self, value: Any) -> list[bool]:
+        self.vote = bool(value)
+        self.syncthreads()
+        votes = [thread.vote for thread in self.block.threads if not thread.done]
+        self.syncthreads()
+        return votes
+
+    def syncthreads_count(self, value: Any) -> int:
+        return sum(self._votes(value))
+
+    def syncthreads_and(self, value: Any) -> int:
+        return int(all(self._votes(value)))
+
+    def syncthreads_or(self, value: Any) -> int:
+        return int(any(self._votes(value)))
 
     def exchange_in_warp(self, value: Any, source: Callable[[int], int]) -> Any:
         """A warp shuffle: the value of lane `source(own lane)`; one's own if the block has no such thread."""

@@ -1,0 +1,396 @@
+"""Choosing the next token on the device: the whole of `bitnet_numba.sampling` over logits float32 [V], in one launch.
+
+A token never visits the host to be chosen: the launch also stores it where the next step's embedding look-up reads it,
+moves the position on, and writes it to a ring in page-locked memory that the host reads at leisure.
+
+    grid: up to 64 blocks, all resident at once; block b owns V / grid neighbouring tokens in shared memory
+    1. every block: repetition penalty; largest logit, lowest id first  -> one 64-bit atomic maximum
+       temperature 0: the last block to arrive stores the token. That is all: 513 KB read for V = 128256.
+    2. (grid barrier) z = (logit - max) / temperature
+    3. top-k, then top-p: the cut is found by radix select, 10 bits a pass, over keys that order tokens as the definition
+       does: by falling z, then by rising id. A pass adds up a histogram of the tokens that share the bits found so far
+       (of how many there are for top-k, of their probabilities for top-p), meets the other blocks at a barrier, and
+       looks where the target is reached.
+    4. largest z + Gumbel noise of the tokens at or above the cut and min-p's least z; the last block stores it
+
+                  49              18 17              0
+            key: | z as an integer  | 2^18 - 1 - id  |     larger key = earlier rank; no two are equal
+
+Probabilities are added as integers, exp(z) in units of 2^-40: exact, so the same in any order. All else is float32 in the
+definition's own order of operations; only exp and log may differ from NumPy's in the last bit.
+
+Tried: a launch for each pass costs a greedy step about 1 us for each pass that it does not need. One block for all of
+it reads 513 KB through one multiprocessor, 5 us a pass. A barrier of 64 blocks costs about 1 us.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+
+from bitnet_numba.kernels.device import Device, DeviceArray, Launch, PinnedArray
+from bitnet_numba.kernels.forms import KernelForm
+from bitnet_numba.kernels.intrinsics import (
+    WARP,
+    add_rn,
+    atomic_add_release,
+    atomic_add_wide,
+    atomic_fetch_add,
+    atomic_max_wide,
+    bits_to_float,
+    device_function,
+    div_rn,
+    fence,
+    float32,
+    float_to_bits,
+    grid_wait,
+    int32,
+    int64,
+    int_to_float,
+    load_acquire,
+    mul_high,
+    mul_low,
+    mul_rn,
+    shuffle,
+    shuffle_xor,
+    uint32,
+    warp_max,
+)
+from bitnet_numba.sampling import PHILOX_MULTIPLIERS, PHILOX_ROUNDS, PHILOX_WEYL, SamplingParams
+
+THREADS = 256  # two blocks fit a multiprocessor of any architecture; four bins of a histogram each
+MAX_BLOCKS = 64
+SLICE = 4096  # tokens of a block: 16 KB of shared memory
+ID_BITS = 18
+MAX_VOCAB = 1 << ID_BITS
+DIGIT_BITS = 10
+BINS = 1 << DIGIT_BITS
+PASSES = (32 + ID_BITS) // DIGIT_BITS
+HISTOGRAMS = 3  # in turn: one is added to, one was just read, one is being cleared
+NAN_KEY = 1 << (32 + ID_BITS)  # above every key
+UNIT = float32(2.0**40)  # of probabilities: 2^18 tokens of at most 1 fit 63 bits
+NAN_TOKEN = -1  # what the ring holds when logits hold NaN
+
+# Scratch, int64 words, and counters, int32. Zeroed once; every launch leaves zeros.
+BEST, CHOSEN, HISTOGRAM = 0, 1, 2
+SCRATCH_WORDS = HISTOGRAM + HISTOGRAMS * BINS
+ARRIVED, LEFT = 0, 1
+COUNTERS = 2
+
+# Settings, float64: read from device memory, so that one captured graph serves every request.
+TEMPERATURE, TOP_P, PENALTY, LEAST_Z, TOP_K, SEED_LOW, SEED_HIGH = range(7)
+SETTINGS = 7
+
+
+def settings(params: SamplingParams) -> np.ndarray:
+    """Sampling parameters as the kernel reads them: float64 [SETTINGS]; `params.seed` is set unless temperature is 0."""
+    seed = params.seed or 0
+    least = math.log(params.min_p) if params.min_p > 0 else -math.inf
+    values = (params.temperature, params.top_p, params.repetition_penalty, least, min(params.top_k, MAX_VOCAB))
+    return np.array([*values, seed & 0xFFFFFFFF, seed >> 32], np.float64)
+
+
+@device_function
+def _ordered(x):
+    """A float as an unsigned integer that orders as floats do (NaN aside); -0 becomes 0."""
+    bits = float_to_bits(add_rn(x, float32(0)))
+    return uint32(bits ^ uint32(0xFFFFFFFF)) if bits & uint32(0x80000000) else uint32(bits | uint32(0x80000000))
+
+
+@device_function
+def _unordered(word):
+    """The float that `_ordered` made a word of."""
+    flip = uint32(0x80000000) if word & uint32(0x80000000) else uint32(0xFFFFFFFF)
+    return bits_to_float(uint32(word ^ flip))
+
+
+@device_function
+def _key(x, token):
+    """Larger for larger x, and for lower tokens of equal x."""
+    return int64(int64(_ordered(x)) << ID_BITS) | int64(MAX_VOCAB - 1 - token)
+
+
+@device_function
+def _grid_barrier(counters, arrivals, tid):
+    """All threads of all blocks arrive before any goes on; all that was written before is visible."""
+    cuda.syncthreads()
+    if tid == 0:
+        atomic_add_release(counters, ARRIVED, uint32(1))
+        while load_acquire(counters, ARRIVED) < uint32(arrivals):
+            pass
+    cuda.syncthreads()
+
+
+@device_function
+def _philox_round(c0, c1, c2, c3, key0, key1):
+    high0, low0 = mul_high(c0, uint32(PHILOX_MULTIPLIERS[0])), mul_low(c0, uint32(PHILOX_MULTIPLIERS[0]))
+    high1, low1 = mul_high(c2, uint32(PHILOX_MULTIPLIERS[1])), mul_low(c2, uint32(PHILOX_MULTIPLIERS[1]))
+    return uint32(uint32(high1 ^ c1) ^ key0), low1, uint32(uint32(high0 ^ c3) ^ key1), low0
+
+
+@device_function
+def _gumbel(word):
+    """-log(-log(u)) with u of 23 random bits, as in `sampling.gumbel_noise`."""
+    u = mul_rn(add_rn(int_to_float(int32(word >> uint32(9))), float32(0.5)), float32(2.0**-23))
+    return -float32(math.log(-float32(math.log(u))))
+
+
+def make_sampler(arch: int, threads: int = THREADS, slice_size: int = SLICE) -> Callable[..., None]:
+    """The kernel; the launch's grid may be any number of blocks that are all resident and own every token."""
+    wait = grid_wait(arch)
+    WARPS, BINS_EACH = threads // WARP, BINS // threads
+    LOWEST, ZERO = float32(-np.inf), float32(0)
+    TINY = float32(np.finfo(np.float32).tiny)
+    W0, W1 = PHILOX_WEYL
+    FIRST_SHIFT = 32 + ID_BITS - DIGIT_BITS
+
+    def sample(logits, vocab, setting, position, tokens, seen, scratch, counters, ring, ring_size):
+        z_s = cuda.shared.array(slice_size, float32)
+        bins_s = cuda.shared.array(BINS, int64)
+        top_s = cuda.shared.array(WARPS, float32)
+        id_s = cuda.shared.array(WARPS, int32)
+        sums_s = cuda.shared.array(WARPS, int64)
+        found_s = cuda.shared.array(3, int64)  # the digit, what ranks above it, whether all of it is wanted
+        last_s = cuda.shared.array(1, int32)
+        tid = int32(cuda.threadIdx.x)
+        warp, lane = int32(tid // WARP), int32(tid % WARP)
+        block, grid = int32(cuda.blockIdx.x), int32(cuda.gridDim.x)
+        size = int32((vocab + 4 * grid - 1) // (4 * grid) * 4)  # a block's tokens: whole groups of four random words
+        start = int32(block * size)
+        count = max(int32(0), min(size, int32(vocab - start)))
+        temperature = max(float32(setting[TEMPERATURE]), TINY)
+        greedy = setting[TEMPERATURE] == 0.0
+        penalty = float32(setting[PENALTY])
+        wait()
+        pos = int32(position[0])
+        barriers = int32(0)
+
+        # 1. Penalty, and the largest logit.
+        top, top_id, broken = LOWEST, int32(vocab), int32(0)
+        for i in range(tid, count, threads):
+            token = int32(start + i)
+            x = logits[token]
+            if penalty != float32(1):
+                if (seen[token >> 5] >> (token & 31)) & 1:
+                    x = div_rn(x, penalty) if x > ZERO else mul_rn(x, penalty)
+            z_s[i] = x
+            if x != x:
+                broken = int32(1)
+            if x > top or (x == top and token < top_id):
+                top, top_id = x, token
+        broken = cuda.syncthreads_or(broken)
+        best_slot = BEST
+        cut = int64(0)
+        least = LOWEST
+        turn = int32(0)  # 0: the largest logit; 1: the largest of logit plus noise
+        while True:
+            largest = warp_max(top)
+            top_id = top_id if top == largest else int32(vocab)
+            for step in range(5):
+                top_id = min(top_id, shuffle_xor(top_id, 1 << step))
+            if lane == 0:
+                top_s[warp], id_s[warp] = largest, top_id
+            cuda.syncthreads()
+            if tid == 0:
+                key = int64(0)
+                for i in range(WARPS):
+                    if id_s[i] < vocab:
+                        key = max(key, _key(top_s[i], id_s[i]))
+                atomic_max_wide(scratch, best_slot, int64(NAN_KEY) if broken else key)
+            if greedy or turn == 1:
+                break
+            barriers = int32(barriers + grid)
+            _grid_barrier(counters, barriers, tid)
+            best = scratch[BEST]
+            if best == int64(NAN_KEY):
+                break
+            # 2. Shift and temperature.
+            largest = _unordered(uint32(best >> ID_BITS))
+            for i in range(tid, count, threads):
+                z_s[i] = add_rn(div_rn(add_rn(z_s[i], -largest), temperature), ZERO)
+            cuda.syncthreads()
+
+            # 3. The cuts of top-k (stage 0) and top-p (stage 1).
+            passes = int32(0)
+            for stage in range(2):
+                target = int64(setting[TOP_K])
+                if stage == 0:
+                    wanted = target > 0 and target < vocab
+                else:
+                    wanted = setting[TOP_P] < 1.0
+                    target = int64(0)
+                prefix, shift = int64(0), int32(32 + ID_BITS)
+                whole = False
+                while wanted and shift > 0 and not whole:
+                    shift = int32(shift - DIGIT_BITS)
+                    now = HISTOGRAM + passes % HISTOGRAMS * BINS
+                    after = HISTOGRAM + (passes + 1) % HISTOGRAMS * BINS
+                    for i in range(tid, BINS, threads):
+                        bins_s[i] = int64(0)
+                    for i in range(block * threads + tid, BINS, grid * threads):
+                        scratch[after + i] = int64(0)
+                    cuda.syncthreads()
+                    for i in range(tid, count, threads):
+                        key = _key(z_s[i], start + i)
+                        if key >= cut and key >> (shift + DIGIT_BITS) == prefix:
+                            share = int64(1)
+                            if stage == 1:
+                                share = int64(float32(math.exp(z_s[i])) * UNIT)
+                            cuda.atomic.add(bins_s, (key >> shift) & (BINS - 1), share)
+                    cuda.syncthreads()
+                    for i in range(tid, BINS, threads):
+                        if bins_s[i] != 0:
+                            atomic_add_wide(scratch, now + i, bins_s[i])
+                    barriers = int32(barriers + grid)
+                    _grid_barrier(counters, barriers, tid)
+                    # Running sums from the highest digit down; thread t holds digits BINS - 1 - BINS_EACH * t and below.
+                    own = int64(0)
+                    for j in range(BINS_EACH):
+                        digit = BINS - 1 - BINS_EACH * tid - j
+                        bins_s[digit] = scratch[now + digit]
+                        own += bins_s[digit]
+                    running = own
+                    for step in range(5):
+                        below = shuffle(running, max(int32(lane - (1 << step)), int32(0)))
+                        if lane >= 1 << step:
+                            running += below
+                    if lane == WARP - 1:
+                        sums_s[warp] = running
+                    cuda.syncthreads()
+                    before, total = int64(0), int64(0)
+                    for i in range(WARPS):
+                        if i < warp:
+                            before += sums_s[i]
+                        total += sums_s[i]
+                    running += before - own
+                    if stage == 1 and shift == FIRST_SHIFT:
+                        target = max(int64(1), int64(math.ceil(setting[TOP_P] * float(total))))
+                    for j in range(BINS_EACH):
+                        digit = BINS - 1 - BINS_EACH * tid - j
+                        if running < target and target <= running + bins_s[digit]:
+                            found_s[0], found_s[1] = digit, running
+                            found_s[2] = int64(target == running + bins_s[digit])
+                        running += bins_s[digit]
+                    cuda.syncthreads()
+                    prefix = (prefix << DIGIT_BITS) | found_s[0]
+                    target -= found_s[1]
+                    whole = found_s[2] != 0
+                    passes = int32(passes + 1)
+                if wanted:
+                    cut = prefix << shift
+            least = float32(setting[LEAST_Z])
+
+            # 4. Noise.
+            turn = int32(1)
+            best_slot = CHOSEN
+            top, top_id = LOWEST, int32(vocab)
+            for quad in range(tid, (count + 3) // 4, threads):
+                kept = int32(0)
+                for j in range(4):
+                    i = int32(quad * 4 + j)
+                    if i < count:
+                        if z_s[i] >= least and _key(z_s[i], start + i) >= cut:
+                            kept = int32(kept | 1 << j)
+                if kept:
+                    c0, c1, c2, c3 = uint32((start >> 2) + quad), uint32(pos + 1), uint32(0), uint32(0)
+                    key0, key1 = uint32(setting[SEED_LOW]), uint32(setting[SEED_HIGH])
+                    for _ in range(PHILOX_ROUNDS):
+                        c0, c1, c2, c3 = _philox_round(c0, c1, c2, c3, key0, key1)
+                        key0, key1 = uint32(key0 + uint32(W0)), uint32(key1 + uint32(W1))
+                    for j in range(4):
+                        if kept >> j & 1:
+                            word = c0 if j == 0 else c1 if j == 1 else c2 if j == 2 else c3
+                            x = add_rn(z_s[quad * 4 + j], _gumbel(word))
+                            if x > top or top_id == vocab:
+                                top, top_id = x, int32(start + quad * 4 + j)
+            cuda.syncthreads()
+
+        # The last block to leave stores the token and clears the scratch.
+        if tid == 0:
+            fence()
+            last_s[0] = int32(atomic_fetch_add(counters, LEFT, uint32(1))) == grid - 1
+            fence()
+        cuda.syncthreads()
+        if not last_s[0]:
+            return
+        if tid == 0:
+            best = scratch[BEST]
+            token = int64(NAN_TOKEN)
+            if best != int64(NAN_KEY):
+                if not greedy:
+                    best = scratch[CHOSEN]
+                token = MAX_VOCAB - 1 - (best & (MAX_VOCAB - 1))
+            tokens[pos + 1] = int32(max(token, int64(0)))
+            position[0] = int32(pos + 1)
+            ring[(pos + 1) % ring_size] = int64(int64(pos + 1) << 32) | (token & 0xFFFFFFFF)
+            cuda.threadfence_system()
+            scratch[BEST] = int64(0)
+            scratch[CHOSEN] = int64(0)
+            counters[ARRIVED] = int32(0)
+            counters[LEFT] = int32(0)
+        if not greedy:
+            for i in range(tid, HISTOGRAMS * BINS, threads):
+                scratch[HISTOGRAM + i] = int64(0)
+
+    return sample
+
+
+_P = types.CPointer
+SIGNATURE = (
+    *(_P(types.float32), types.int32, _P(types.float64), _P(types.int32), _P(types.int32)),  # logits .. tokens
+    *(_P(types.int32), _P(types.int64), _P(types.int32), _P(types.int64), types.int32),  # seen .. ring_size
+)
+
+
+def sampler_form(arch: int, threads: int = THREADS, slice_size: int = SLICE) -> KernelForm:
+    """The compiled form; the arguments only for tests."""
+    return KernelForm(f"sampler[{threads}, {slice_size}]", make_sampler(arch, threads, slice_size), SIGNATURE, threads, 2)
+
+
+def sampler_grid(multiprocessors: int, vocab: int) -> int:
+    """Blocks of a launch: all can be resident at once (two a multiprocessor fit everywhere) and own every token.
+
+    Raises ValueError if the vocabulary is too large.
+    """
+    blocks = min(MAX_BLOCKS, 2 * multiprocessors)
+    if not 1 <= vocab <= min(MAX_VOCAB, blocks * SLICE):
+        raise ValueError(f"the sampler takes 1 to {min(MAX_VOCAB, blocks * SLICE)} tokens, not {vocab}")
+    return blocks
+
+
+def sampler(
+    device: Device,
+    logits: DeviceArray,
+    vocab: int,
+    setting: DeviceArray,
+    position: DeviceArray,
+    tokens: DeviceArray,
+    seen: DeviceArray,
+    scratch: DeviceArray,
+    counters: DeviceArray,
+    ring: DeviceArray | PinnedArray,
+    overlap: bool = True,
+) -> Launch:
+    """The launch that chooses the token after position[0].
+
+    logits float32 [vocab]; setting float64 [SETTINGS], see `settings`; position int32 [1], moved on by one; tokens int32
+    [capacity + 1], the choice goes to tokens[position + 1]; seen int32 [ceil(vocab / 32)], a bit for each token of the
+    history; scratch int64 [SCRATCH_WORDS] and counters int32 [COUNTERS], zeroed once; ring int64: entry p % size becomes
+    p << 32 | token for the new position p, the token NAN_TOKEN (as 32 bits) if logits hold NaN.
+    Raises ValueError with the sizes if they do not fit together.
+    """
+    grid = sampler_grid(device.multiprocessors, vocab)
+    sizes = {"logits": (logits, vocab), "settings": (setting, SETTINGS), "seen": (seen, -(-vocab // 32))}
+    sizes |= {"scratch": (scratch, SCRATCH_WORDS), "counters": (counters, COUNTERS), "ring": (ring, 1)}
+    for name, (array, size) in sizes.items():
+        if array.size < size:
+            raise ValueError(f"sampler: {name} holds {array.size} elements, {size} are needed")
+    arguments = (logits, vocab, setting, position, tokens, seen, scratch, counters, ring, ring.size)
+    return Launch(sampler_form(device.arch), grid, arguments, device, overlap)
+
+
+def forms(arch: int) -> list[KernelForm]:
+    """Every compiled form."""
+    return [sampler_form(arch)]
