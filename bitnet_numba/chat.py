@@ -22,6 +22,7 @@ from bitnet_numba.sampling import SamplingParams
 from bitnet_numba.session import Completion
 
 PROG = "bitnet-chat"
+NO_TEMPLATE = "this model has no chat template: turns are plain 'User: ...', 'Assistant: ...'; see also --raw"
 TRY_LESS = "the context is full; give a shorter prompt, fewer of them or a larger --context"
 
 
@@ -104,9 +105,10 @@ def open_model(args: argparse.Namespace) -> Engine:
 
 def answer_all(conversation: Conversation, prompts: list[str], as_json: bool, stats: bool) -> None:
     """Answers prompts, one turn each, on standard output."""
+    if not conversation.raw and not conversation.engine.tokenizer.has_chat_template:
+        print(f"{PROG}: {NO_TEMPLATE}", file=sys.stderr)
     for prompt in prompts:
-        pieces = conversation.ask(prompt)
-        for piece in pieces:
+        for piece in conversation.ask(prompt):
             if not as_json:
                 print(printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
         completion = conversation.last

@@ -17,7 +17,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from bitnet_numba.chat import describe, printable
+from bitnet_numba.chat import NO_TEMPLATE, describe, printable
 from bitnet_numba.conversation import Conversation
 from bitnet_numba.errors import BitNetError, ContextFull
 
@@ -65,7 +65,7 @@ class Terminal:
         if self.conversation.raw:
             self.note("--raw: each text is continued as it is, on its own")
         elif not engine.tokenizer.has_chat_template:
-            self.note("this model has no chat template: turns are plain 'User: ...', 'Assistant: ...' (see also --raw)")
+            self.note(NO_TEMPLATE)
         self.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
         if name is None:
             self.console.print("\nTry, for example:")

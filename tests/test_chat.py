@@ -355,6 +355,11 @@ def test_bad_folders_give_one_line_and_exit_code_2(
     config["chat_template"] = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     assert "unsafe" in refused(folder)
+    config["chat_template"] = None
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    code, _, err = run("--prompt", "x", model=folder)  # no mistake, but worth a line
+    assert code == 0 and "no chat template" in err and err.count("\n") == 1
+    assert run("--prompt", "x", "--raw", model=folder)[2] == ""
     (folder / "tokenizer.json").write_bytes(b"{")
     assert "tokenizer.json is damaged" in refused(folder)
 
