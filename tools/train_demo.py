@@ -109,6 +109,8 @@ def train(model: BitNet, args: argparse.Namespace, folder: Path) -> list[dict[st
             total += loss.detach()
             step += 1
             window += 1
+            if window == 1 and not curve:
+                started = time.monotonic()  # the first step waits for the workers and for the compiler
             if step % args.report == 0:
                 mean = total.item() / window
                 total.zero_()
@@ -229,7 +231,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="where the Hugging Face folder is written")
-    parser.add_argument("--minutes", type=float, help="time for the training steps; or give --steps")
+    parser.add_argument("--minutes", type=float, help="time for training, from the first step on; or give --steps")
     parser.add_argument("--steps", type=int, help="number of training steps; or give --minutes")
     parser.add_argument("--rows", type=int, default=128, help="conversations of 1024 tokens per step")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")

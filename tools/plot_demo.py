@@ -1,0 +1,51 @@
+"""Draw the loss curve of the demo model: `python tools/plot_demo.py training.json loss.png` (needs matplotlib).
+
+`training.json` is what `tools/train_demo.py` leaves in its folder.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+
+def plot(training: dict, image: Path) -> None:
+    """Loss per assistant token (left, logarithmic) and learning rate (right) over the tokens seen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tokens_per_step = int(training["settings"]["rows"]) * 1024
+    tokens = [point["step"] * tokens_per_step / 1e6 for point in training["curve"]]
+    loss = [point["loss"] for point in training["curve"]]
+    floor = min(loss)
+
+    figure, axis = plt.subplots(figsize=(8, 4.5), dpi=120)
+    axis.plot(tokens, loss, color="tab:blue")
+    axis.set_yscale("log")
+    ticks = [0.45, 0.5, 0.6, 0.8, 1, 2, 4]
+    axis.set_yticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("million tokens, each conversation seen once")
+    axis.set_ylabel("loss per assistant token (nats)", color="tab:blue")
+    axis.annotate(f"{loss[-1]:.3f}", (tokens[-1], loss[-1]), xytext=(-140, 10), textcoords="offset points")
+    axis.set_ylim(floor * 0.97, max(loss) * 1.1)
+    axis.grid(alpha=0.3)
+    rate = axis.twinx()
+    rate.plot(tokens, [point["rate"] * 1e3 for point in training["curve"]], color="tab:orange", linewidth=1)
+    rate.set_ylabel("learning rate (thousandths)", color="tab:orange")
+    rate.set_ylim(0)
+    figure.tight_layout()
+    figure.savefig(image)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("training", type=Path, help="training.json of a trained folder")
+    parser.add_argument("image", type=Path, help="PNG file to write")
+    args = parser.parse_args()
+    plot(json.loads(args.training.read_text()), args.image)
+
+
+if __name__ == "__main__":
+    main()
