@@ -70,6 +70,7 @@ def train(model: BitNet, args: argparse.Namespace, folder: Path) -> list[dict[st
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         step, spent, curve = state["step"], state["spent"], state["curve"]
+    first, before = step, spent
 
     compiled = args.compile
     step_loss = torch.compile(model.loss) if compiled else model.loss
@@ -109,8 +110,8 @@ def train(model: BitNet, args: argparse.Namespace, folder: Path) -> list[dict[st
             total += loss.detach()
             step += 1
             window += 1
-            if window == 1 and not curve:
-                started = time.monotonic()  # the first step waits for the workers and for the compiler
+            if step == first + 1:
+                started = time.monotonic() - before  # the first step waits for the workers and for the compiler
             if step % args.report == 0:
                 mean = total.item() / window
                 total.zero_()
