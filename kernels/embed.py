@@ -17,7 +17,6 @@ from bitnet_numba.kernels.device import Device, DeviceArray, Launch
 from bitnet_numba.kernels.forms import KernelForm
 from bitnet_numba.kernels.intrinsics import (
     bits_to_float,
-    float32,
     grid_release,
     grid_wait,
     int32,
@@ -89,7 +88,7 @@ def embed(
     vocab = rows.size // columns
     if rows.size != vocab * columns or h.size < columns or seen.size < -(-vocab // 32):
         raise ValueError(
-            f"embedding: {rows.size} elements in rows of {columns} do not fit h of {h.size} and seen of {seen.size} words"
+            f"embedding: {rows.size} elements in rows of {columns}, h of {h.size}, seen of {seen.size} words do not fit"
         )
     if int8 and (scale is None or scale.size < vocab):
         raise ValueError(f"embedding: int8 rows need {vocab} scales, not {0 if scale is None else scale.size}")

@@ -38,9 +38,11 @@ if SIMULATED:
         def __call__(self, x: Any) -> Any:
             return self.dtype.type(((int(x) - self._least) & self._mask) + self._least)
 
-    int32, uint32, int64, float32 = _Register(np.int32), _Register(np.uint32), _Register(np.int64), np.float32
+    int32, uint32, int64 = _Register(np.int32), _Register(np.uint32), _Register(np.int64)
+    float32, float64 = np.float32, np.float64
 else:
-    int32, uint32, int64, float32 = types.int32, types.uint32, types.int64, types.float32
+    int32, uint32, int64 = types.int32, types.uint32, types.int64
+    float32, float64 = types.float32, types.float64
 
 
 def device_function(function: Callable) -> Callable:

@@ -1,7 +1,7 @@
 """Choosing the next token on the device: the whole of `bitnet_numba.sampling` over logits float32 [V], in one launch.
 
-A token never visits the host to be chosen: the launch also stores it where the next step's embedding look-up reads it,
-moves the position on, and writes it to a ring in page-locked memory that the host reads at leisure.
+A token never visits the host to be chosen: the launch also stores it where the next step's embedding look-up reads
+it, moves the position on, and writes it to a ring in page-locked memory that the host reads at leisure.
 
     grid: up to 64 blocks, all resident at once; block b owns V / grid neighbouring tokens in shared memory
     1. every block: repetition penalty; largest logit, lowest id first  -> one 64-bit atomic maximum
@@ -346,7 +346,9 @@ SIGNATURE = (
 
 def sampler_form(arch: int, threads: int = THREADS, slice_size: int = SLICE) -> KernelForm:
     """The compiled form; the arguments only for tests."""
-    return KernelForm(f"sampler[{threads}, {slice_size}]", make_sampler(arch, threads, slice_size), SIGNATURE, threads, 2)
+    return KernelForm(
+        f"sampler[{threads}, {slice_size}]", make_sampler(arch, threads, slice_size), SIGNATURE, threads, 2
+    )
 
 
 def sampler_grid(multiprocessors: int, vocab: int) -> int:

@@ -32,9 +32,7 @@ def check_embed(form: KernelForm, threads: int, int8: bool, vocab: int, columns:
 
 
 @settings(max_examples=10)
-@given(
-    int8=st.booleans(), vocab=st.integers(1, 100), columns=st.integers(1, 70), seed=st.integers(0, 2**32 - 1)
-)
+@given(int8=st.booleans(), vocab=st.integers(1, 100), columns=st.integers(1, 70), seed=st.integers(0, 2**32 - 1))
 def simulate_embed(int8: bool, vocab: int, columns: int, seed: int) -> None:
     check_embed(embed_form(arch(), int8, 32), 32, int8, vocab, columns, seed)
 
@@ -44,8 +42,6 @@ def test_simulated() -> None:
 
 
 @needs_gpu
-@given(
-    int8=st.booleans(), vocab=st.integers(1, 5000), columns=st.integers(1, 3000), seed=st.integers(0, 2**32 - 1)
-)
+@given(int8=st.booleans(), vocab=st.integers(1, 5000), columns=st.integers(1, 3000), seed=st.integers(0, 2**32 - 1))
 def test_embed_on_gpu(int8: bool, vocab: int, columns: int, seed: int) -> None:
     check_embed(embed_form(arch(), int8), 256, int8, vocab, columns, seed)
