@@ -20,6 +20,7 @@ from bitnet_numba.engine import BACKENDS, Engine, load
 from bitnet_numba.errors import BitNetError, ContextFull
 from bitnet_numba.sampling import SamplingParams
 from bitnet_numba.session import Completion
+from bitnet_numba.terminal import printable
 
 PROG = "bitnet-chat"
 NO_TEMPLATE = "this model has no chat template: turns are plain 'User: ...', 'Assistant: ...'; see also --raw"
@@ -141,11 +142,6 @@ def describe(completion: Completion, conversation: Conversation) -> str:
         f"{prefill}, {stats.prefill_tokens_per_second:,.1f} tokens/s | {decode} | "
         f"context {session.held:,}/{session.capacity:,} | {memory}"
     )
-
-
-def printable(text: str) -> str:
-    """Text without control characters, which a terminal would obey; line ends and tabs stay."""
-    return "".join([c if c in "\n\t" or c.isprintable() or c == "\u00a0" else "\ufffd" for c in text])
 
 
 def _read_stdin(raw: bool) -> str:

@@ -1,25 +1,22 @@
 """The conversation in a terminal: line editing, commands, and answers that stream in."""
 
-import contextlib
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import Completer, WordCompleter
 from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from bitnet_numba.chat import NO_TEMPLATE, describe, printable
+from bitnet_numba.chat import NO_TEMPLATE, describe
 from bitnet_numba.conversation import Conversation
 from bitnet_numba.errors import BitNetError, ContextFull
+from bitnet_numba.terminal import WordWrap, interruptible, printable, silent_keyboard
 
 COMMANDS = {
     "/reset": "start over",
@@ -97,7 +94,7 @@ class Terminal:
         """Streams the model's answer. Ctrl-C ends it after the token being made, a second one at once."""
         width = min(self.console.width, WIDEST)
         wrap, shown = WordWrap(width), False
-        with interruptible() as interrupted:
+        with silent_keyboard(), interruptible() as interrupted:
             pieces = self.conversation.ask(text)
             waiting = self.console.status("", spinner="dots")
             waiting.start()
@@ -181,69 +178,6 @@ class Terminal:
         for command, meaning in COMMANDS.items():
             self.console.print(Text.assemble((f"  {command:<16}", "cyan"), meaning))
         self.note("  Alt-Enter begins a new line, Up and Down go through what was said before")
-
-
-class WordWrap:
-    """Breaks streamed text between words. A word is held back until it is known to fit its line."""
-
-    def __init__(self, width: int):
-        self._width = max(width, 2)
-        self._column = 0
-        self._gap = ""  # spaces after the last word
-        self._word = ""
-
-    def push(self, text: str) -> str:
-        """What can be shown now."""
-        out = []
-        for character in text:
-            if character in " \t":
-                out.append(self._flush())
-                self._gap += " "
-            elif character == "\n":
-                out.append(self._flush() + "\n")
-                self._gap, self._column = "", 0
-            else:
-                self._word += character
-                # Wide characters may be parted anywhere; a word longer than a line has to be.
-                if cell_len(character) > 1 or cell_len(self._word) >= self._width:
-                    out.append(self._flush())
-        return "".join(out)
-
-    def finish(self) -> str:
-        """What was held back."""
-        return self._flush()
-
-    def _flush(self) -> str:
-        if not self._word:
-            return ""
-        length, gap = cell_len(self._word), self._gap
-        if self._column and self._column + len(gap) + length > self._width:
-            gap, self._column = "\n", length
-        else:
-            self._column += len(gap) + length
-        text = gap + self._word
-        self._word, self._gap = "", ""
-        return text
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[list[bool]]:
-    """While inside, the first Ctrl-C only makes the yielded list true; the next raises KeyboardInterrupt.
-
-    A step of the model that is cut short loses the context; one that may finish keeps it.
-    """
-    interrupted: list[bool] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if interrupted:
-            raise KeyboardInterrupt
-        interrupted.append(True)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def converse(conversation: Conversation, name: str | None, show_stats: bool) -> None:

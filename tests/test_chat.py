@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from bitnet_numba import chat
-from bitnet_numba.chat_terminal import COMMANDS, EXAMPLES, Terminal, WordWrap
+from bitnet_numba.chat_terminal import COMMANDS, EXAMPLES, Terminal
 from bitnet_numba.conversation import AnswerOptions, Conversation
 from bitnet_numba.errors import ContextFull, RequestError
+from bitnet_numba.terminal import WordWrap, printable
 from tests.toy_backend import tokens_of, toy_engine
 
 EOT = 1999
@@ -170,7 +171,7 @@ def test_wrapping_breaks_between_words() -> None:
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
-    assert chat.printable("a\x1b[31mb\r\x07\x9b\tc\nd\u00a0\u4e2d\U0001f642") == (
+    assert printable("a\x1b[31mb\r\x07\x9b\tc\nd\u00a0\u4e2d\U0001f642") == (
         "a\ufffd[31mb\ufffd\ufffd\ufffd\tc\nd\u00a0\u4e2d\U0001f642"
     )
 
