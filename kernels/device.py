@@ -104,6 +104,7 @@ class DeviceArray:
         self.address = int(driver_call("cuMemAlloc", max(self.nbytes, 16)))
         if zero:
             driver_call("cuMemsetD8", self.address, 0, self.nbytes)
+            driver_call("cuCtxSynchronize")  # our streams do not wait for the default one
 
     @staticmethod
     def of(host: np.ndarray) -> "DeviceArray":
@@ -118,6 +119,7 @@ class DeviceArray:
             raise ValueError(f"{host.size} x {host.dtype} do not fit {self.size} x {self.dtype} at {start}")
         host = np.ascontiguousarray(host)
         driver_call("cuMemcpyHtoD", self.address + start * self.dtype.itemsize, host.ctypes.data, host.nbytes)
+        driver_call("cuStreamSynchronize", 0)  # the copy from pageable memory may still be on its way
 
     def read(self) -> np.ndarray:
         """A copy on the host, after all work on the device."""
@@ -250,11 +252,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitnet-numba"
 
 
-def machine_code(form: Any, arch: int) -> tuple[bytes, bool]:
-    """A KernelForm's machine code, from the disk cache or compiled now; and whether it was compiled."""
+def _cache_path(form: Any, arch: int) -> Path:
     digest = hashlib.sha256(_toolchain())
     digest.update(repr((form.name, form.signature, form.threads, form.blocks_per_sm, arch)).encode())
-    path = cache_folder() / f"{digest.hexdigest()[:32]}.cubin"
+    return cache_folder() / f"{digest.hexdigest()[:32]}.cubin"
+
+
+def _cached(form: Any, arch: int) -> bool:
+    with contextlib.suppress(OSError):
+        return _cache_path(form, arch).exists()
+    return False
+
+
+def machine_code(form: Any, arch: int) -> tuple[bytes, bool]:
+    """A KernelForm's machine code, from the disk cache or compiled now; and whether it was compiled."""
+    path = _cache_path(form, arch)
     with contextlib.suppress(OSError):
         return path.read_bytes(), False
     cubin = link_cubin(compile_ptx(form.kernel, form.signature, arch, form.threads, form.blocks_per_sm), arch)
@@ -269,15 +281,31 @@ def machine_code(form: Any, arch: int) -> tuple[bytes, bool]:
 _loaded: dict[Any, Any] = {}
 
 
+def _key(form: Any, device: Device) -> tuple:
+    return (form.name, form.signature, form.threads, form.blocks_per_sm, device.arch)
+
+
 def load_kernel(form: Any, device: Device) -> Any:
     """A KernelForm as a driver function, compiled and loaded once."""
-    key = (form.name, form.signature, form.threads, form.blocks_per_sm, device.arch)
+    key = _key(form, device)
     if key not in _loaded:
         cubin, _ = machine_code(form, device.arch)
         module = driver_call("cuModuleLoadData", cubin)
         # The module is kept too: functions die with it.
         _loaded[key] = (driver_call("cuModuleGetFunction", module, ENTRY.encode()), module)
     return _loaded[key][0]
+
+
+def load_kernels(forms: Sequence[Any], device: Device, progress: Callable[[int, int, Device], None]) -> None:
+    """Loads forms; those not in the disk cache are compiled, with `progress(done, total, device)` before and after each."""
+    missing = [form for form in forms if _key(form, device) not in _loaded and not _cached(form, device.arch)]
+    for done, form in enumerate(missing):
+        progress(done, len(missing), device)
+        machine_code(form, device.arch)
+    if missing:
+        progress(len(missing), len(missing), device)
+    for form in forms:
+        load_kernel(form, device)
 
 
 # ---- Launches ---------------------------------------------------------------------------------------------------------
@@ -347,6 +375,19 @@ class Stream:
     def synchronize(self) -> None:
         """Waits for all work in it. Raises BackendError if a kernel failed."""
         driver_call("cuStreamSynchronize", self.handle)
+
+    def idle(self) -> bool:
+        """Whether all work in it is done. Raises BackendError if a kernel failed."""
+        from cuda.bindings import driver
+
+        (status,) = driver.cuStreamQuery(self.handle)
+        if status not in (driver.CUresult.CUDA_SUCCESS, driver.CUresult.CUDA_ERROR_NOT_READY):
+            raise BackendError(f"a kernel failed: {status.name}")
+        return status == driver.CUresult.CUDA_SUCCESS
+
+    def upload(self, address: int, source: "PinnedArray", nbytes: int) -> None:
+        """Enqueues a copy from page-locked memory, which must stay as it is until the copy is done."""
+        driver_call("cuMemcpyHtoDAsync", address, source.host.ctypes.data, nbytes, self.handle)
 
     def capture(self, enqueue: Callable[[Any], None]) -> "Graph":
         """The launches that `enqueue(stream handle)` makes, as a graph."""

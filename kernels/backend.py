@@ -1,0 +1,184 @@
+"""The CUDA backend behind the engine's interface (see `bitnet_numba.backend`): weights, contexts, captured steps."""
+
+import sys
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet_numba.checkpoint import PackedCheckpoint
+from bitnet_numba.config import ModelConfig
+from bitnet_numba.errors import BackendError
+from bitnet_numba.kernels import sampler
+from bitnet_numba.kernels.attention import padded_head_dim
+from bitnet_numba.kernels.decode import RING, Activations, SequenceState, Step, kernel_forms
+from bitnet_numba.kernels.device import Device, Graph, Stream, driver_call, load_kernels, usable_device
+from bitnet_numba.kernels.weights import Weights, why_unsupported
+from bitnet_numba.sampling import SamplingParams
+
+STEPS_AHEAD = 2  # steps in flight while the host deals with a token
+RESERVE = 64 << 20  # bytes of device memory left to the driver: graphs, kernels
+
+
+def why_unusable() -> str | None:
+    """Why CUDA cannot be used here, in a few words; None if it can."""
+    try:
+        usable_device()
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+class CudaBackend:
+    """A model on one NVIDIA GPU."""
+
+    name = "cuda"
+
+    def __init__(self, checkpoint: PackedCheckpoint):
+        """Compiles what is not cached, with a progress line, and uploads the weights. Raises BackendError."""
+        reason = why_unsupported(checkpoint)
+        if reason is not None:
+            raise BackendError(f"CUDA cannot run this model: {reason}")
+        self.device = usable_device()
+        self.device.activate()
+        self.config = checkpoint.config
+        load_kernels(kernel_forms(self.config, checkpoint.head == "int8", self.device), self.device, _progress)
+        self.stream = Stream()
+        free, _ = self.device.memory_info()
+        self.weights = Weights(checkpoint, self.stream, free - RESERVE)
+        self.flow = Activations(self.config, self.device)
+        self._kv_cache = 0
+
+    def new_context(self, capacity: int) -> "CudaContext":
+        """An empty context for up to `capacity` tokens. Raises BackendError when memory does not suffice."""
+        self.device.activate()
+        needed = capacity * cache_bytes(self.config)
+        free, _ = self.device.memory_info()
+        if needed > free - RESERVE:
+            fits = max(0, (free - RESERVE) // cache_bytes(self.config))
+            raise BackendError(
+                f"a context of {capacity} tokens takes {needed / 1e9:.2f} GB of device memory and {free / 1e9:.2f} GB "
+                f"are free: --context {fits} would fit"
+            )
+        self._kv_cache += needed
+        return CudaContext(self, capacity)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of device memory in use by purpose."""
+        return {"weights": self.weights.nbytes, "kv_cache": self._kv_cache, "activations": self.flow.nbytes()}
+
+    def release(self, context: "CudaContext") -> None:
+        """A context's memory has been freed."""
+        self._kv_cache -= context.capacity * cache_bytes(self.config)
+
+
+class CudaContext:
+    """One sequence. Its steps are captured when they are first needed, and replayed once a token."""
+
+    def __init__(self, backend: CudaBackend, capacity: int):
+        self.capacity = capacity
+        self.ids: list[int] = []
+        self._backend, self._stream = backend, backend.stream
+        self._state = SequenceState(backend.config, capacity)
+        self._step = Step(backend.config, backend.weights, backend.flow, self._state, backend.device)
+        self._graphs: dict[str, Graph] = {}
+
+    def truncate(self, length: int) -> None:
+        """Forgets every token from position `length` on."""
+        if not 0 <= length <= len(self.ids):
+            raise ValueError(f"cannot cut a context of {len(self.ids)} tokens to {length}")
+        self._backend.device.activate()
+        if length < len(self.ids):
+            del self.ids[length:]
+            # Bits of the tokens that stay: a token that was cut may have been there before as well.
+            seen = np.zeros(self._state.seen.size, np.uint32)
+            ids = np.asarray(self.ids, np.int64)
+            np.bitwise_or.at(seen, ids >> 5, np.uint32(1) << (ids & 31).astype(np.uint32))
+            self._state.seen.write(seen.view(np.int32))
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Appends tokens and returns the logits at each of them, float32 [T, vocab]."""
+        self._start(ids)
+        result = np.empty((len(ids), self._backend.config.vocab_size), np.float32)
+        logits = self._backend.flow.logits
+        for row in result:
+            self._replay("score")
+            self._stream.synchronize()
+            driver_call("cuMemcpyDtoH", row.ctypes.data, logits.address, row.nbytes)
+        self.ids += ids
+        return result
+
+    def decode(self, ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
+        """Appends tokens (at least one), then yields sampled tokens, one a step, until the context is full."""
+        self._start(ids)
+        self._state.settings.write(sampler.settings(params))
+        for _ in ids[1:]:
+            self._replay("feed")
+        self.ids += ids
+        known = launched = len(self.ids)  # tokens fed for certain; positions whose step is under way or done
+        self._replay("decode")
+        try:
+            while True:
+                # The steps after this one are queued before its token is read: the device never waits for the host.
+                while launched < min(self.capacity, known + STEPS_AHEAD):
+                    self._replay("decode")
+                    launched += 1
+                token = self._token(known)
+                yield token
+                if known == self.capacity:
+                    return
+                self.ids.append(token)
+                known += 1
+        finally:
+            self._backend.device.activate()
+            self._stream.synchronize()
+            # What was fed ahead stays in the cache until it is cut or overwritten.
+            for position in range(known, launched):
+                self.ids.append(self._token(position))
+
+    def close(self) -> None:
+        """Frees the cache and the captured steps."""
+        self._backend.device.activate()
+        self._stream.synchronize()
+        for graph in self._graphs.values():
+            graph.close()
+        self._state.close()
+        self._backend.release(self)
+
+    def _start(self, ids: Sequence[int]) -> None:
+        """Stores tokens where the steps read them, and the position of the first."""
+        if not 1 <= len(ids) <= self.capacity - len(self.ids):
+            raise ValueError(f"{len(ids)} tokens do not fit {self.capacity - len(self.ids)} free places")
+        self._backend.device.activate()
+        self._state.tokens.write(np.asarray(ids, np.int32), len(self.ids))
+        self._state.ring.host[:] = -1  # an earlier answer's entries may be for the same positions
+        self._state.position.write(np.array([len(self.ids)], np.int32))
+
+    def _replay(self, kind: str) -> None:
+        if kind not in self._graphs:
+            self._graphs[kind] = self._stream.capture(getattr(self._step, kind))
+        self._graphs[kind].replay(self._stream)
+
+    def _token(self, position: int) -> int:
+        """The token chosen for a position, once the device has written it to the ring."""
+        ring, place = self._state.ring.host, position % RING
+        while True:
+            entry = int(ring[place])
+            if entry >> 32 == position:
+                break
+            if self._stream.idle() and int(ring[place]) >> 32 != position:
+                raise BackendError("a decode step ended without a token")
+        token = entry & 0xFFFFFFFF
+        if token >> 31:
+            raise ValueError("logits hold NaN")
+        return token
+
+
+def cache_bytes(config: ModelConfig) -> int:
+    """Bytes of keys and values a token."""
+    return 4 * config.num_layers * config.num_kv_heads * padded_head_dim(config.head_dim)
+
+
+def _progress(done: int, total: int, device: Device) -> None:
+    end = "\n" if done == total else ""
+    print(f"\rCompiling kernels for {device.name}, once: {done} of {total}", end=end, file=sys.stderr, flush=True)

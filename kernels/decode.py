@@ -1,0 +1,215 @@
+"""One decode step as a chain of launches: the token at the present position goes in, logits or the next token come out.
+
+Five launches a layer, each of which starts while those before it still run, loads its weights, and then waits:
+
+    qkv         RMSNorm, quantise | q, k, v rows
+    attention   rotate, append to the cache, attend
+    o           (sub-norm,) quantise | o rows, added to the residual
+    gate_up     RMSNorm, quantise | gate and up rows, activation(gate) * up
+    down        (sub-norm,) quantise | down rows, added to the residual
+
+before them the embedding, after them the head (which does the final norm) and the sampler. Everything that changes
+from step to step (position, tokens, sampling settings) is read from device memory, so that the chain is captured once.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+
+from bitnet_numba.config import ModelConfig
+from bitnet_numba.kernels import attention, embed, head, sampler, w2a8_gemv
+from bitnet_numba.kernels.attention import attention_grid, attention_scratch, padded_head_dim
+from bitnet_numba.kernels.device import Device, DeviceArray, Launch, PinnedArray
+from bitnet_numba.kernels.forms import KernelForm
+from bitnet_numba.kernels.intrinsics import grid_wait, int32
+from bitnet_numba.kernels.weights import View, Weights, head_name
+from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS
+from bitnet_numba.reference.model import rope_tables  # the one definition of the rotary frequencies
+
+RING = 64  # tokens that the host may be behind
+
+
+def make_advance(arch: int) -> Callable[..., None]:
+    """The kernel that ends a step without a sampler: the position moves on by one."""
+    wait = grid_wait(arch)
+
+    def advance(position):
+        wait()
+        if cuda.threadIdx.x == 0:
+            position[0] = int32(position[0] + 1)
+
+    return advance
+
+
+def advance_form(arch: int) -> KernelForm:
+    """The compiled form."""
+    return KernelForm("advance", make_advance(arch), (types.CPointer(types.int32),), 32)
+
+
+class Activations:
+    """What flows between the launches of a step; shared by all contexts, since steps run one after the other."""
+
+    def __init__(self, config: ModelConfig, device: Device):
+        def floats(size: int) -> DeviceArray:
+            return DeviceArray(-(-size // BLOCK_COLS) * BLOCK_COLS, np.float32, zero=True)
+
+        self.h = floats(config.hidden_size)  # the residual stream
+        self.qkv = floats(config.q_size + 2 * config.kv_size)
+        self.mixed = floats(config.q_size)
+        self.inner = floats(config.intermediate_size)
+        self.logits = floats(config.vocab_size)
+        grid = attention_grid(device.multiprocessors, config.num_heads, config.num_kv_heads)
+        sizes = attention_scratch(grid, config.num_heads, config.head_dim)
+        kinds = (np.float32, np.float32, np.int32)
+        self.attention = tuple(DeviceArray(size, kind, zero=True) for size, kind in zip(sizes, kinds, strict=True))
+        self.scratch = DeviceArray(sampler.SCRATCH_WORDS, np.int64, zero=True)
+        self.counters = DeviceArray(sampler.COUNTERS, np.int32, zero=True)
+
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        arrays = [value for value in vars(self).values() if isinstance(value, DeviceArray)]
+        return sum(array.nbytes for array in (*arrays, *self.attention))
+
+
+class SequenceState:
+    """One sequence on the device: its tokens, the position that is fed next, keys and values."""
+
+    def __init__(self, config: ModelConfig, capacity: int):
+        self.capacity = capacity
+        self.cache_words = config.num_kv_heads * capacity * padded_head_dim(config.head_dim) // 2
+        self.cache = DeviceArray(2 * config.num_layers * self.cache_words, np.int32, zero=True)
+        self.tokens = DeviceArray(capacity + 1, np.int32, zero=True)
+        self.position = DeviceArray(1, np.int32, zero=True)
+        self.seen = DeviceArray(-(-config.vocab_size // 32), np.int32, zero=True)
+        self.settings = DeviceArray(sampler.SETTINGS, np.float64, zero=True)
+        self.ring = PinnedArray(RING, np.int64)
+        cos, sin = rope_tables(config, np.arange(capacity))  # [capacity, D], the second half a copy of the first
+        half = config.head_dim // 2
+        self.cos, self.sin = DeviceArray.of(cos[:, :half]), DeviceArray.of(sin[:, :half])
+
+    def keys_values(self, layer: int) -> tuple[View, View]:
+        """A layer's part of the cache."""
+        start = self.cache.address + 8 * layer * self.cache_words
+        words = self.cache_words
+        return View(start, words, np.int32), View(start + 4 * words, words, np.int32)
+
+    def close(self) -> None:
+        """Frees the memory."""
+        for array in (
+            self.cache, self.tokens, self.position, self.seen, self.settings, self.ring, self.cos, self.sin
+        ):  # fmt: skip
+            array.close()
+
+
+class Products:
+    """The compiled forms and launches of a model's ternary products."""
+
+    def __init__(self, config: ModelConfig, device: Device):
+        self.config, self.device = config, device
+        sub_norm = "norm" if config.sub_norms else "quantize"
+        self.kinds = {
+            "qkv": ("norm", "store"),
+            "o": (sub_norm, "residual"),
+            "gate_up": ("norm", "gated"),
+            "down": (sub_norm, "residual"),
+        }
+        self.plans, self.forms = {}, {}
+        for group, (prologue, epilogue) in self.kinds.items():
+            segments, K = config.group_shape(group)
+            plan = w2a8_gemv.plan(sum(segments), K, device.multiprocessors, epilogue == "gated")
+            bias = config.group_bias(group)
+            self.plans[group] = plan
+            self.forms[group] = w2a8_gemv.form(device.arch, K, plan, prologue, epilogue, config.activation, bias)
+
+    def launch(self, weights: Weights, layer: int, group: str, x: Any, norm: Any, out: Any) -> Launch:
+        """A layer's product: out (or out +=) group's rows times quantised x."""
+        segments, _ = self.config.group_shape(group)
+        name = f"layers.{layer}.{group}"
+        gated = self.kinds[group][1] == "gated"
+        rows = segments[0] if gated else sum(segments)
+        bounds = np.cumsum(segments)
+        blocks = -(-rows // BLOCK_ROWS)
+        arguments = (
+            weights[f"{name}.words"], x, norm if norm is not None else x, self.config.rms_norm_eps,
+            weights[f"{name}.scales"], weights.get(f"{name}.bias"), out, rows, blocks, blocks if gated else 0,
+            int(bounds[0]), int(bounds[1]) if len(bounds) > 1 else rows,
+        )  # fmt: skip
+        return Launch(self.forms[group], self.plans[group].grid, arguments, self.device)
+
+
+def kernel_forms(config: ModelConfig, int8_rows: bool, device: Device) -> list[KernelForm]:
+    """Every form that decoding with a model takes."""
+    return [
+        *Products(config, device).forms.values(),
+        attention.attention_form(device.arch, config.head_dim, config.num_heads // config.num_kv_heads),
+        embed.embed_form(device.arch, int8_rows),
+        head.form(device.arch, config.hidden_size, int8_rows),
+        sampler.sampler_form(device.arch),
+        advance_form(device.arch),
+    ]
+
+
+class Step:
+    """The launches of one step of one sequence."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, flow: Activations, state: SequenceState, device: Device):
+        int8 = weights["embed.weight"].dtype == np.int8
+        self._embed = embed.embed(
+            device, weights["embed.weight"], weights.get("embed.scale"), state.tokens, state.position, state.seen,
+            flow.h, config.hidden_size,
+        )  # fmt: skip
+        cos, sin = state.cos, state.sin
+        products = Products(config, device)
+        self._layers: list[Launch] = []
+        for i in range(config.num_layers):
+            name = f"layers.{i}"
+            keys, values = state.keys_values(i)
+            self._layers += [
+                products.launch(weights, i, "qkv", flow.h, weights[f"{name}.input_norm.weight"], flow.qkv),
+                attention.attention(
+                    device, flow.qkv, cos, sin, state.position, keys, values, flow.attention, flow.mixed,
+                    config.num_heads, config.num_kv_heads, config.head_dim, state.capacity,
+                ),
+                products.launch(weights, i, "o", flow.mixed, weights.get(f"{name}.attn_sub_norm.weight"), flow.h),
+                products.launch(
+                    weights, i, "gate_up", flow.h, weights[f"{name}.post_attention_norm.weight"], flow.inner
+                ),
+                products.launch(weights, i, "down", flow.inner, weights.get(f"{name}.ffn_sub_norm.weight"), flow.h),
+            ]  # fmt: skip
+        rows = head_name(config)
+        arguments = (
+            weights[f"{rows}.weight"], weights.get(f"{rows}.scale"), flow.h, weights["norm.weight"],
+            config.rms_norm_eps, flow.logits, config.vocab_size,
+        )  # fmt: skip
+        form = head.form(device.arch, config.hidden_size, int8)
+        self._head = Launch(form, device.multiprocessors * form.blocks_per_sm, arguments, device)
+        self._sampler = sampler.sampler(
+            device, flow.logits, config.vocab_size, state.settings, state.position, state.tokens, state.seen,
+            flow.scratch, flow.counters, state.ring,
+        )  # fmt: skip
+        self._advance = Launch(advance_form(device.arch), 1, (state.position,), device)
+
+    def feed(self, stream: Any) -> None:
+        """A token whose logits nobody asks for."""
+        self._run(stream, [self._embed, *self._layers, self._advance])
+
+    def score(self, stream: Any) -> None:
+        """A token and its logits."""
+        self._run(stream, [self._embed, *self._layers, self._head, self._advance])
+
+    def decode(self, stream: Any) -> None:
+        """A token and the choice of the next."""
+        self._run(stream, [self._embed, *self._layers, self._head, self._sampler])
+
+    def launches(self) -> dict[str, list[Launch]]:
+        """The launches of `decode` by name, for measurements."""
+        groups = ("qkv", "attention", "o", "gate_up", "down")
+        named = {group: self._layers[i :: len(groups)] for i, group in enumerate(groups)}
+        return {"embed": [self._embed], **named, "head": [self._head], "sampler": [self._sampler]}
+
+    def _run(self, stream: Any, launches: list[Launch]) -> None:
+        for launch in launches:
+            launch(stream)
