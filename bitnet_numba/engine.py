@@ -136,23 +136,24 @@ def load(path: str | os.PathLike[str] | None = None, backend: str = "auto", cont
 
 def _open_backend(name: str, checkpoint: PackedCheckpoint) -> Backend:
     if name != "reference":
-        reason = _why_no_cuda()
-        if reason is None:
-            from bitnet_numba.kernels.backend import CudaBackend
-
-            return CudaBackend(checkpoint)
-        if name == "cuda":
-            raise BackendError(f"CUDA cannot be used: {reason}")
-        _log.warning("CUDA cannot be used (%s); going on with the reference model on the CPU", reason)
+        try:
+            return _open_cuda(checkpoint)
+        except BackendError as error:
+            if name == "cuda":
+                raise
+            _log.warning("%s; going on with the reference model on the CPU", error)
     from bitnet_numba.reference.backend import ReferenceBackend
 
     return ReferenceBackend(checkpoint)
 
 
-def _why_no_cuda() -> str | None:
-    """Why the CUDA backend cannot run here, in a few words; None if it can."""
+def _open_cuda(checkpoint: PackedCheckpoint) -> Backend:
+    """The CUDA backend. Raises BackendError if there is no usable device, or none that holds this model."""
     try:
-        from bitnet_numba.kernels.backend import why_unusable
+        from bitnet_numba.kernels.backend import CudaBackend, why_unusable
     except ImportError as error:
-        return str(error)
-    return why_unusable()
+        raise BackendError(f"CUDA cannot be used: {error}") from None
+    reason = why_unusable()
+    if reason is not None:
+        raise BackendError(f"CUDA cannot be used: {reason}")
+    return CudaBackend(checkpoint)

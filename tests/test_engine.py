@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import bitnet_numba as bn
 from bitnet_numba import engine as engine_module
-from bitnet_numba.checkpoint import open_packed
+from bitnet_numba.checkpoint import PackedCheckpoint, open_packed
 from bitnet_numba.conversation import AnswerOptions, Conversation
 from bitnet_numba.errors import BackendError, BitNetError, CheckpointError, ContextFull, RequestError, TokenizerError
 from bitnet_numba.reference.backend import ReferenceBackend
@@ -367,14 +367,18 @@ def test_a_converted_folder_answers(tiny_packed: Path) -> None:
     assert llm.memory()["weights"] > 0
 
 
+@pytest.mark.parametrize("reason", ["CUDA cannot be used: no NVIDIA driver", "CUDA cannot run this model: too wide"])
 def test_without_cuda_auto_says_why_and_goes_on(
-    tiny_packed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny_packed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: str
 ) -> None:
-    monkeypatch.setattr(engine_module, "_why_no_cuda", lambda: "no NVIDIA driver")
+    def refuse(checkpoint: PackedCheckpoint) -> NoReturn:
+        raise BackendError(reason)
+
+    monkeypatch.setattr(engine_module, "_open_cuda", refuse)
     with caplog.at_level(logging.WARNING, "bitnet_numba"):
         assert bn.load(tiny_packed).backend == "reference"
-    assert len(caplog.messages) == 1 and "no NVIDIA driver" in caplog.messages[0]
-    with pytest.raises(BackendError, match="CUDA cannot be used: no NVIDIA driver"):
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith(reason)
+    with pytest.raises(BackendError, match=reason):
         bn.load(tiny_packed, backend="cuda")
 
 
