@@ -11,7 +11,7 @@ from random import Random
 
 from tools.demo_world import talk, words
 from tools.demo_world.grammar import article, capitalise, chance, expand, pick
-from tools.demo_world.plots import PLOTS
+from tools.demo_world.plots import PLOTS, SHARED
 from tools.demo_world.stories import (
     Figure,
     Request,
@@ -38,24 +38,9 @@ class Turn:
     mentions: tuple[str, ...] = ()
 
 
-_FRAMES = (
-    "[[Tell me|Tell me|Please tell me|Can you tell me|Could you tell me|Would you tell me|I want to hear|I would "
-    "like to hear|I'd like|"
-    "Give me|Write|Write me|Make up|Invent|May I have|Let me hear|Let's have|Read me] "
-    "[a|a|a|a short|another|a new|a nice|a little|one more|a funny|a bedtime] [story|story|story|tale] {about}[|, "
-    "please|]"
-    "|[A|Another|One] [story|tale] {about}[|, please]|[Now|And now|Then] [one|a story|another one|another story] "
-    "{about}"
-    "|[Do you know|How about|What about] [a story|a tale|one] {about}|Make it {about}|I want one {about}|{topic}[|, "
-    "please])"
-)
-_FRAMES = _FRAMES[:-1] + "]"
-_PLAIN_FRAMES = (
-    "[[Tell me|Please tell me|Can you tell me|Give me|I want to hear|I would like] [a story|another story|another "
-    "one|one more story|a tale]"
-    "|[Another one|One more|Another story|One more story|A story|Again|Once more][|, please]|Surprise me|Do you "
-    "know a story"
-    "|Tell me any story|[Yes, please|Yes], [tell me a story|another one]|A story, please]"
+_OPENERS = frozenset(
+    "What Where Who How Why Tell Can Could Would May Was Which A An Another Do One Whose Make Give Let Write Invent "
+    "Then".split()
 )
 
 
@@ -71,12 +56,6 @@ def typed(rng: Random, text: str) -> str:
     elif chance(rng, 0.04):
         text += " please" if text[-1].isalnum() else ""
     return text or "?"
-
-
-_OPENERS = frozenset(
-    "What Where Who How Why Tell Can Could Would May Was Which A An Another Do One Whose Make Give Let Write Invent "
-    "Then".split()
-)
 
 
 def draw_request(rng: Random, taken_names: set[str], evaluation: bool = False) -> Request:
@@ -151,7 +130,7 @@ def phrase(rng: Random, request: Request) -> str:
         else:
             topics.append(f"[the|the|{article(request.place).split()[0]}] {request.place}")
     if not topics:
-        return expand(_PLAIN_FRAMES, rng, {}) + "."
+        return expand(SHARED["ANY_STORY"], rng, {}) + "."
     if len(topics) == 2 and request.thing and chance(rng, 0.15):
         alone = request.hero != Figure() and request.friend == Figure() and request.thing in topics[1]
         topic = f"{topics[0]} [with|who finds|who has] {topics[1]}" if alone else " and ".join(topics)
@@ -161,7 +140,7 @@ def phrase(rng: Random, request: Request) -> str:
         topic = " and ".join([", ".join(topics[:-1]), topics[-1]] if len(topics) > 1 else topics)
     topic += scene
     about = "[about|about|about|about|with|of]" if not request.plot and not request.theme else "about"
-    text = capitalise(expand(_FRAMES, rng, {"about": f"{about} {topic}", "topic": topic}))
+    text = capitalise(expand(SHARED["REQUEST"], rng, {"about": f"{about} {topic}", "topic": topic}))
     return text + ("?" if text.split()[0] in ("Can", "Could", "Would", "May", "Do", "How", "What") else ".")
 
 
@@ -178,31 +157,26 @@ def _question_turn(rng: Random, stories: list[Story]) -> Turn:
 def _stranger_turn(rng: Random, taken_names: set[str]) -> Turn:
     """A question about somebody who is in no story."""
     name = draw_name(rng, "", taken_names)
-    text = expand(
-        "[What did {n} find?|Where did {n} go?|Who was {n}?|Where did {n} live?|How did {n} feel?|Who helped {n}?|"
-        "What did {n} lose?]",
-        rng,
-        {"n": name},
-    )
+    text = expand(SHARED["STRANGER"], rng, {"n": name})
     return Turn(typed(rng, text), f"There is nobody called {name} in this story.", QUESTION, "stranger")
 
 
 def _early_question(rng: Random) -> Turn:
-    text = expand(
-        "[What did {n} find?|Where did they go?|Who was {n}?|How did {n} feel at the end?|Where did {n} live?|Who "
-        "helped {n}?|"
-        "What was the story about?|What did they find?|What did {n} give {m}?]",
-        rng,
-        {"n": draw_name(rng, "", set()), "m": draw_name(rng, "", set())},
-    )
+    names = {"n": draw_name(rng, "", set()), "m": draw_name(rng, "", set())}
+    text = expand(SHARED["EARLY"], rng, names)
     return Turn(typed(rng, text), talk.NO_STORY_YET, QUESTION, "early")
 
 
 def _introduction(rng: Random) -> tuple[Turn, str]:
     name = coin_word(rng).capitalize() if chance(rng, 0.2) else draw_name(rng, "", set())
-    said = expand("[My name is {n}|I am {n}|I'm {n}|Hello, I am {n}|Hi, my name is {n}|Call me {n}].", rng, {"n": name})
+    said = expand(SHARED["INTRODUCTION"], rng, {"n": name})
     reply = expand("Nice to meet you, {n}! What should the story be about?", rng, {"n": name})
     return Turn(typed(rng, said), reply, OTHER), name
+
+
+def _aside(rng: Random, exchange: tuple[str, str]) -> Turn:
+    said, reply = exchange
+    return Turn(typed(rng, said), reply, OTHER)
 
 
 def conversation(rng: Random, evaluation: bool = False) -> Iterator[Turn]:
@@ -220,17 +194,17 @@ def conversation(rng: Random, evaluation: bool = False) -> Iterator[Turn]:
             said, reply = talk.small_talk(rng)
             if reply.startswith("That is the end") or reply.startswith("Thank you"):
                 said, reply = talk.outside(rng)
-            yield Turn(typed(rng, said), reply, OTHER)
+            yield _aside(rng, (said, reply))
     while True:
         aside = rng.random()
         if stories or not evaluation:
             if aside < 0.14:
-                yield Turn(*_say(rng, *talk.small_talk(rng)), OTHER)
+                yield _aside(rng, talk.small_talk(rng))
             elif aside < 0.28:
-                yield Turn(*_say(rng, *talk.outside(rng)), OTHER)
+                yield _aside(rng, talk.outside(rng))
             elif user_name and aside < 0.35:
-                asked = pick(rng, ["What is my name?", "Do you know my name?", "Who am I?", "What's my name?"])
-                yield Turn(typed(rng, asked), f"Your name is {user_name}.", OTHER)
+                said = pick(rng, ["What is my name?", "Do you know my name?", "Who am I?", "What's my name?"])
+                yield Turn(typed(rng, said), f"Your name is {user_name}.", OTHER)
         request = draw_request(rng, taken_names, evaluation)
         story = tell(rng, request, taken_names, evaluation)
         stories.append(story)
@@ -243,8 +217,4 @@ def conversation(rng: Random, evaluation: bool = False) -> Iterator[Turn]:
             asked.add(turn.key)
             yield turn
             if chance(rng, 0.05):
-                yield Turn(*_say(rng, *talk.outside(rng)), OTHER)
-
-
-def _say(rng: Random, said: str, reply: str) -> tuple[str, str]:
-    return typed(rng, said), reply
+                yield _aside(rng, talk.outside(rng))

@@ -1,7 +1,8 @@
 """The plots, read from `plots.txt` beside this file.
 
 A plot is a header, the text of its stories as a template, and the questions which that text answers, as
-`key: question => answer`. Sections are separated by lines of four equals signs, paragraphs by a blank line.
+`key: question => answer`. Sections are separated by lines of four equals signs, paragraphs by a blank line; a line that
+begins with spaces goes on with the one before. The section "facts" holds the questions that any story answers.
 
 Slots: `h` the hero's name, `h_a` "a shy young fox", `he`, `him`, `his` the pronouns; `f`, `f_a`, `fhe`, ... the same
 for the friend and `x`, ... for a third one; `o_a` "a red kite", `o_full` "red kite", `o` "kite"; `g_a`, `g_full`, `g`
@@ -11,6 +12,7 @@ plot's own slots are drawn from the lists of `words.py`; where an entry is a pai
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,15 +39,18 @@ class Plot:
     slots: dict[str, list]
 
 
-def _join_lines(text: str) -> str:
-    """Undo the line breaks inside paragraphs: a space, except after the bar between two alternatives."""
-    return "\n\n".join(p.replace("|\n", "|").replace("\n", " ") for p in text.strip().split("\n\n"))
+def join_lines(text: str) -> str:
+    """Undo line breaks: a space, except after the bar between two alternatives."""
+    return "\n".join(line.strip() for line in text.strip().split("\n")).replace("|\n", "|").replace("\n", " ")
 
 
-def _parse_fact(line: str) -> Fact:
-    left, answer = line.split(" => ")
-    key, _, question = left.partition(": ")
-    return Fact(key, question, answer)
+def _parse_facts(text: str) -> tuple[Fact, ...]:
+    facts = []
+    for entry in re.split(r"\n(?! )", text.strip()):
+        left, answer = join_lines(entry).split(" => ")
+        key, _, question = left.partition(": ")
+        facts.append(Fact(key, question, answer))
+    return tuple(facts)
 
 
 def _parse_plot(section: str) -> Plot:
@@ -57,24 +62,27 @@ def _parse_plot(section: str) -> Plot:
     return Plot(
         name=title.removeprefix("plot "),
         topic=lines[title],
-        text=_join_lines(text),
-        facts=tuple(_parse_fact(line) for line in facts.strip().split("\n")),
+        text="\n\n".join(join_lines(paragraph) for paragraph in text.split("\n\n")),
+        facts=_parse_facts(facts),
         things=tuple(lines.get("things", f"{THING}, {FOOD}").split(", ")),
         gifts=tuple(lines.get("gifts", f"{THING}, {FOOD}").split(", ")) if "{g" in text else (),
         slots={name: getattr(words, source) for name, source in slots.items()},
     )
 
 
-def _read() -> tuple[dict[str, str], list[Plot]]:
+def _read() -> tuple[dict[str, str], tuple[Fact, ...], list[Plot]]:
     shared: dict[str, str] = {}
+    facts: tuple[Fact, ...] = ()
     plots: list[Plot] = []
     for section in Path(__file__).with_name("plots.txt").read_text(encoding="utf-8").split("\n\n====\n\n"):
-        if section.startswith("shared "):
-            title, text = section.split("\n", 1)
-            shared[title.removeprefix("shared ")] = _join_lines(text)
+        title, text = section.split("\n", 1)
+        if title == "facts":
+            facts = _parse_facts(text)
+        elif title.startswith("shared "):
+            shared[title.removeprefix("shared ")] = join_lines(text)
         else:
             plots.append(_parse_plot(section.strip()))
-    return shared, plots
+    return shared, facts, plots
 
 
-SHARED, PLOTS = _read()
+SHARED, COMMON_FACTS, PLOTS = _read()

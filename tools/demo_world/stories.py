@@ -8,7 +8,7 @@ from zlib import crc32
 
 from tools.demo_world import words
 from tools.demo_world.grammar import article, capitalise, chance, expand, pick
-from tools.demo_world.plots import FOOD, PLOTS, SHARED, THING, Plot
+from tools.demo_world.plots import COMMON_FACTS, FOOD, PLOTS, SHARED, THING, Fact, Plot
 
 HELD_OUT_SHARE = 16  # one (hero, thing) pair in so many is kept for evaluation
 
@@ -18,66 +18,10 @@ _FOODS = frozenset(words.FOODS)
 _ANIMALS = frozenset(words.ANIMALS)
 _PEOPLE = frozenset(PEOPLE)
 
-# Questions that every story answers (those whose slots it used), beside the questions of its plot.
-COMMON_FACTS = [
-    ("who_h", "[Who was {h}?|Who is {h}?|Tell me who {h} was.]", "{h} was {h_a}."),
-    ("who_f", "[Who was {f}?|Who is {f}?|Tell me who {f} was.]", "{f} was {f_a}."),
-    ("kind_h", "[What kind of [animal|creature] was {h}?|What was {h}?|Was {h} a person or an animal?]", "{h} was "
-                                                                                                         "{h_kind_a}"
-                                                                                                         "."),
-    ("kind_f", "[What kind of [animal|creature] was {f}?|What was {f}?|Was {f} a person or an animal?]", "{f} was "
-                                                                                                         "{f_kind_a}"
-                                                                                                         "."),
-    ("name_h", "[What was the {h_kind} called?|What was the name of the {h_kind}?|What was the {h_kind}'s name?]",
-     "The {h_kind} was called {h}."),
-    ("name_f", "[What was the {f_kind} called?|What was the name of the {f_kind}?|What was the {f_kind}'s name?]",
-     "The {f_kind} was called {f}."),
-    ("cast", "[Who is in the story?|Who was the story about?|Who are the [main |]characters?]",
-     "{h} the {h_kind} and {f} the {f_kind}."),
-    ("home", "[Where did {h} live?|Where was {h}'s home?]", "{h} lived {home}."),
-    ("hobby", "[What did {h} like to do?|What did {h} love to do?|What did {h} like?]", "{h} liked to {hobby}."),
-    ("weather", "[What was the weather like?|How was the weather?|What kind of {daytime} was it?]", "It was "
-                                                                                                    "{weather}."),
-    ("feel_end", "[How did {h} feel [at the end|in the end|at the end of the story]?|How was {h} [at the end|in the "
-                 "end]?]",
-     "{h} felt {feel}."),
-    ("moral", "[What did {h} learn [from this|in this story|from all this]?|What is the moral[| of the story]?]",
-     "{h} learned that {moral}."),
-    ("colour", "[What colour was the {o}?|What color was the {o}?]", "The {o} was {look}."),
-    ("find", "[What did {h} find?|What was it that {h} found?]", "{h} did not find anything."),
-    ("unsaid", "[How old was {h}?|What did {h} have for breakfast?|What was {h}'s favourite [colour|song|book|number]?"
-     "|How tall was {h}?|How many [sisters|brothers] did {h} have?|What was the name of {h}'s mother?]",
-     "The story does not say."),
-]  # fmt: skip
-
 SUMMARY_QUESTION = (
     "[What was the story about?|What happened in the story?|[Can|Could] you sum up the story?|Sum it up, please.]"
 )
-WHEN = [
-    "one {weather} {daytime}",
-    "one {weather} {daytime}",
-    "on a {weather} {daytime}",
-    "it was a {weather} {daytime} when",
-]
-
-_SIGNALS = {
-    "light": "[{h} lit the {o} and [held it up high|swung it to and fro]|{h} lit the {o}], and its light "
-    "[could be seen from far away|shone like a little star].",
-    "loud": "{h} {verb} the {o} [as loudly as {he} could|again and again|for a long time], and the sound "
-    "[could be heard from far away|was carried away by the wind].",
-    "other": "{h} [held up the {o}|lifted the {o}|held the {o} up high] and waved it [to and fro|again and again|as "
-    "high as {he} could], "
-    "so that [somebody|someone] might see it.",
-}
-_PULLS = {
-    "light": "{h} lit the {o} and held it up, so that {f} could see [where to step|the way out|what to hold on to].",
-    "loud": "{h} {verb} the {o} so loudly that [the neighbours|many friends|all the others] came running, and "
-    "together they helped {f}.",
-    "long": "{h} [held out|reached out] one end of the {o}, {f} [took hold of it|held on tightly], and {h} pulled "
-    "[with all {his} might|as hard as {he} could|and pulled].",
-    "other": "{h} held out the {o}, {f} [took hold of it|held on to it tightly], and {h} pulled "
-    "[with all {his} might|as hard as {he} could|and pulled].",
-}
+WHEN = ["one {weather} {daytime}", "one {weather} {daytime}", "on a {weather} {daytime}"]
 
 
 def held_out(hero: str, thing: str) -> bool:
@@ -126,17 +70,18 @@ class Story:
     plot: Plot
     text: str
     slots: dict[str, str]
-    facts: list[tuple[str, str, str]] = field(default_factory=list)
+    facts: list[Fact] = field(default_factory=list)
 
     def ask(self, rng: Random, key: str | None = None) -> Question:
         """A question about the story (one of the given key, if any) with its answer."""
-        key, question, answer = pick(rng, [fact for fact in self.facts if key in (None, fact[0])])
-        slots = self.slots
-        if chance(rng, 0.25) and key not in ("kind_h", "kind_f", "who_h", "who_f", "cast"):
+        fact = pick(rng, [fact for fact in self.facts if key in (None, fact.key)])
+        slots, question = self.slots, fact.question
+        if chance(rng, 0.25) and fact.key not in ("kind_h", "kind_f", "who_h", "who_f", "cast"):
             slots = slots | {"h": f"the {slots['h_kind']}", "f": f"the {slots['f_kind']}"}
         if chance(rng, 0.2) and "did {h} " in question and slots["he"] != slots["fhe"]:
             question = question.replace("did {h} ", "did {he} ")
-        return Question(key, capitalise(expand(question, rng, slots)), capitalise(expand(answer, rng, self.slots)))
+        asked, answered = expand(question, rng, slots), expand(fact.answer, rng, self.slots)
+        return Question(fact.key, capitalise(asked), capitalise(answered))
 
 
 def coin_word(rng: Random) -> str:
@@ -252,23 +197,11 @@ def tell(rng: Random, request: Request, taken_names: set[str] | None = None, eva
     slots |= {"p_in": f"{words.PLACES[place]} {full_place}", "p_to": f"to {full_place}", "moral": words.MORALS[theme]}
     if request.theme:
         slots["CLOSE"] = slots["LESSON"]
-    slots |= {"weather": pick(rng, words.WEATHER), "daytime": pick(rng, words.DAYTIMES), "when": pick(rng, WHEN[:3])}
+    slots |= {"weather": pick(rng, words.WEATHER), "daytime": pick(rng, words.DAYTIMES), "when": pick(rng, WHEN)}
     slots |= {"home": pick(rng, words.HOMES), "hobby": pick(rng, words.HOBBIES), "feel": pick(rng, words.GLAD)}
-    use = (
-        "light"
-        if thing in words.LIGHTS
-        else "loud"
-        if thing in words.LOUD
-        else "long"
-        if thing in words.LONG
-        else "other"
-    )
-    slots |= {"verb": words.LOUD.get(thing, ""), "PULL": _PULLS[use], "SIGNAL": _SIGNALS.get(use, _SIGNALS["other"])}
-    slots["NOTICE"] = (
-        "heard it [from far away|in the distance]"
-        if use == "loud"
-        else "[saw it from far away|noticed it|was not far away]"
-    )
+    use = _use(thing)
+    slots |= {"verb": words.LOUD.get(thing, ""), "PULL": SHARED[f"PULL_{use}"], "SIGNAL": SHARED[f"SIGNAL_{use}"]}
+    slots["NOTICE"] = SHARED["NOTICE_loud" if use == "loud" else "NOTICE_other"]
     for name, options in plot.slots.items():
         option = pick(rng, options)
         if isinstance(option, str):
@@ -282,21 +215,25 @@ def tell(rng: Random, request: Request, taken_names: set[str] | None = None, eva
     return Story(plot, text, slots, _facts(plot, slots, used))
 
 
-def _facts(plot: Plot, slots: dict[str, str], used: set[str]) -> list[tuple[str, str, str]]:
-    facts = [(fact.key, fact.question or SUMMARY_QUESTION, fact.answer) for fact in plot.facts]
+def _use(thing: str) -> str:
+    """How a thing helps someone in trouble."""
+    if thing in words.LIGHTS:
+        return "light"
+    if thing in words.LOUD:
+        return "loud"
+    return "long" if thing in words.LONG else "other"
+
+
+def _facts(plot: Plot, slots: dict[str, str], used: set[str]) -> list[Fact]:
+    """The questions that this story answers: those of its plot, and the common ones whose slots its text holds."""
+    facts = [replace(fact, question=fact.question or SUMMARY_QUESTION) for fact in plot.facts]
     own = {fact.key for fact in plot.facts}
-    told = {name.split("_")[0] for name in used}
-    for key, question, answer in COMMON_FACTS:
-        needs = {"home": "home", "hobby": "hobby", "moral": "moral", "weather": "weather"}.get(key)
-        if key in own or (needs and needs not in told):
+    for fact in COMMON_FACTS:
+        if fact.key in own or (fact.key in ("home", "hobby", "moral", "weather") and fact.key not in used):
             continue
-        if key == "colour" and slots["o_look"] not in words.COLOURS:
-            answer = "The story does not say."
-        if (
-            key in ("kind_h", "kind_f", "name_h", "name_f")
-            and slots[f"{key[-1]}_kind"] in _PEOPLE
-            and key[:4] == "kind"
-        ):
-            question = question.replace("What kind of [animal|creature] was", "What was")
-        facts.append((key, question, answer.replace("{look}", "{o_look}")))
+        if fact.key == "colour" and slots["o_look"] not in words.COLOURS:
+            fact = replace(fact, answer="The story does not say.")
+        if fact.key in ("kind_h", "kind_f") and slots[f"{fact.key[-1]}_kind"] in _PEOPLE:
+            fact = replace(fact, question=fact.question.replace("What kind of [animal|creature] was", "What was"))
+        facts.append(fact)
     return facts
