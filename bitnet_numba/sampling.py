@@ -11,6 +11,7 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,10 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise RequestError(f"{name} must be a number, not {value!r}")
         self._check("temperature", 0.0 <= self.temperature < math.inf, "a number of at least 0")
         self._check("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1")
         self._check("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1")

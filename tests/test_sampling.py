@@ -201,6 +201,8 @@ def test_philox_equals_its_definition(seed: int, counters: list[int], position: 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"temperature": "x"}, "temperature must be a number, not"),
+        ({"top_p": True}, "top_p must be a number, not True"),
         ({"temperature": -0.1}, "temperature must be a number of at least 0"),
         ({"temperature": math.nan}, "temperature"),
         ({"temperature": math.inf}, "temperature"),
