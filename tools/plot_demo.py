@@ -8,16 +8,19 @@ import json
 from pathlib import Path
 
 
-def plot(training: dict, image: Path) -> None:
-    """Loss per assistant token (left, logarithmic) and learning rate (right) over the tokens seen."""
+def plot(runs: list[dict], image: Path) -> None:
+    """Loss per assistant token (left, logarithmic) and learning rate (right) over the tokens seen in all runs."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tokens_per_step = int(training["settings"]["rows"]) * 1024
-    tokens = [point["step"] * tokens_per_step / 1e6 for point in training["curve"]]
-    loss = [point["loss"] for point in training["curve"]]
+    tokens: list[float] = []
+    for run in runs:
+        before = tokens[-1] if tokens else 0.0
+        tokens += [before + point["step"] * int(run["settings"]["rows"]) * 1024 / 1e6 for point in run["curve"]]
+    curve = [point for run in runs for point in run["curve"]]
+    loss = [point["loss"] for point in curve]
     floor = min(loss)
 
     figure, axis = plt.subplots(figsize=(8, 4.5), dpi=120)
@@ -32,7 +35,7 @@ def plot(training: dict, image: Path) -> None:
     axis.set_ylim(floor * 0.97, max(loss) * 1.1)
     axis.grid(alpha=0.3)
     rate = axis.twinx()
-    rate.plot(tokens, [point["rate"] * 1e3 for point in training["curve"]], color="tab:orange", linewidth=1)
+    rate.plot(tokens, [point["rate"] * 1e3 for point in curve], color="tab:orange", linewidth=1)
     rate.set_ylabel("learning rate (thousandths)", color="tab:orange")
     rate.set_ylim(0)
     figure.tight_layout()
@@ -41,10 +44,12 @@ def plot(training: dict, image: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("training", type=Path, help="training.json of a trained folder")
+    parser.add_argument(
+        "training", type=Path, nargs="+", help="training.json of a trained folder, and of those it led to"
+    )
     parser.add_argument("image", type=Path, help="PNG file to write")
     args = parser.parse_args()
-    plot(json.loads(args.training.read_text()), args.image)
+    plot([json.loads(file.read_text()) for file in args.training], args.image)
 
 
 if __name__ == "__main__":
