@@ -1,5 +1,6 @@
 """`load` opens a packed checkpoint, picks a backend and returns an Engine: prompts in, answers out."""
 
+import importlib.util
 import logging
 import os
 from collections.abc import Sequence
@@ -149,10 +150,11 @@ def _open_backend(name: str, checkpoint: PackedCheckpoint) -> Backend:
 
 def _open_cuda(checkpoint: PackedCheckpoint) -> Backend:
     """The CUDA backend. Raises BackendError if there is no usable device, or none that holds this model."""
-    try:
-        from bitnet_numba.kernels.backend import CudaBackend, why_unusable
-    except ImportError as error:
-        raise BackendError(f"CUDA cannot be used: {error}") from None
+    if importlib.util.find_spec("numba_cuda") is None:
+        # Numba alone has a numba.cuda too, but one that the kernels cannot be built on.
+        raise BackendError("CUDA cannot be used: its packages are not installed (extra cuda13 or cuda12)")
+    from bitnet_numba.kernels.backend import CudaBackend, why_unusable
+
     reason = why_unusable()
     if reason is not None:
         raise BackendError(f"CUDA cannot be used: {reason}")

@@ -382,6 +382,14 @@ def test_without_cuda_auto_says_why_and_goes_on(
         bn.load(tiny_packed, backend="cuda")
 
 
+def test_without_the_cuda_packages(tiny_packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain install has Numba's own shell of numba.cuda; the kernels must not be imported on it."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert bn.load(tiny_packed).backend == "reference"
+    with pytest.raises(BackendError, match="packages are not installed"):
+        bn.load(tiny_packed, backend="cuda")
+
+
 def test_loading_mistakes(
     tiny_packed: Path, tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
