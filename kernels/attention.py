@@ -4,9 +4,9 @@ One launch does all of it. The cache is bfloat16 (round to nearest even), everyt
 cache: 2 * kv_heads * position * head_dim * 2 bytes a layer (10.5 MB at 4096 tokens of 2B4T, 2.5 us at 4.27 TB/s).
 
     cache   [kv_heads, capacity, DP] twice (keys, values), DP = head_dim rounded up to 8, so that a lane loads 16 bytes
-    grid    x: splits of the context        y: key-value heads (times parts of a group of more than 8 query heads)
+    grid    x: splits of the context        y: key-value heads (times the parts of a group's query heads)
 
-    one block: a range of tokens of one key-value head, for all query heads that share it
+    one block: a range of tokens of one key-value head, for one to four of the query heads that share it
     +- warp 0 ------------------+- warp 1 ---+- ...            a row of LANES lanes holds one token,
     | lanes 0-15  | lanes 16-31 |            |                 a lane 8 of its dimensions (DP = 128: 16 lanes)
     | token row 0 | token row 1 | row 2, 3   |
@@ -14,22 +14,24 @@ cache: 2 * kv_heads * position * head_dim * 2 bytes a layer (10.5 MB at 4096 tok
     +---------------------------+------------+- ...
 
     1. loads of the first tile's keys and values are issued (before the previous kernel has ended: see below)
-    2. q (and in split 0 the new k, v) are rotated into shared memory; split 0 stores k, v to the cache
-    3. scores: each lane multiplies 8 dimensions for every head, then the lanes of a row add up, trading heads for
-       lanes on the way (HEADS + 2 shuffles instead of 4 * HEADS for 16 lanes)
-    4. a warp per head: maximum, exponentials, sum;  5. p * v into registers; next tile
-    6. rows meet in shared memory; with one split this is the output, else the partial result is stored and the last
-       block of the head to arrive (an integer counter) adds the splits up in their order: the same bits every time
+    2. q and the new k, v are rotated into shared memory; the block with the last token stores k, v to the cache
+    3. each warp for itself: scores, which the lanes of a row add up by trading scores for lanes (until a lane has
+       one), the warp's running maximum, exponentials, p * v into registers; next tile
+    4. rows meet in shared memory; with one split this is the output, else
+    5. the partial result is stored and the last block of the head to arrive (an integer counter) adds the splits up
+       in their order: the same bits every time
 
-How many splits work is decided by the position, read from device memory, so that one captured graph serves every step:
-a split has at least `least` tokens, and blocks without tokens leave at once. The new token is handled by split 0 from
-shared memory, not from the cache, so nothing waits for the store.
+How many splits work is decided by the position, read from device memory, so that a captured graph serves every step:
+a split has at least `least` tokens, and blocks without tokens leave at once.
 
 Order between kernels: cached tokens and `position` are read before `grid_wait`. That is safe because the end of a step
 (of a graph) is waited for in full, and within a step nothing writes `position` or this layer's earlier tokens.
 
-Tried: one block per (head, split) reads the cache once for each query head of a group, 4 times the bytes for 2B4T.
-Separate kernels for rotation, attention and combination cost a launch gap each, about 1 us with early launch.
+A warp's instructions are the cost, not the bytes: at 4 heads a block, with every score added up in every lane, 4,000 of
+them took 4.5 us for 60 tokens; now they are 700 and take 1.9 us. So SHORT contexts have a block a query head, and read
+the cache (from L2) once for each; for LONG ones that costs more than it saves. Splitting costs 2.2 us (the arrival, the
+partial results' way through L2), so a split has up to 256 tokens. Tried as well: a barrier for each of maximum,
+exponentials and products over the whole block (5.8 us), 128 threads a block (slower everywhere).
 """
 
 from collections.abc import Callable
@@ -48,7 +50,9 @@ from bitnet_numba.kernels.intrinsics import (
     bf16_high,
     bf16_low,
     bits_to_float,
+    byte_permute,
     device_function,
+    divide,
     exp2_approx,
     fence,
     float32,
@@ -58,7 +62,9 @@ from bitnet_numba.kernels.intrinsics import (
     int32,
     load4,
     mul_rn,
+    pointer,
     prefetch_l2,
+    shuffle,
     shuffle_xor,
     store4,
     stream_load,
@@ -67,17 +73,17 @@ from bitnet_numba.kernels.intrinsics import (
     warp_sum,
 )
 
-# Threads, and tokens that each row of lanes holds at a time, for up to so many heads a block: one block fills a
-# multiprocessor's registers (168 a thread at 384 threads). 7 * 24 rows = 168 tokens: 26 splits hold 4096 in one tile.
-SHAPES = {4: (384, 7), 8: (256, 3)}
+# Query heads a block, threads, tokens that a row of lanes holds at a time, blocks a multiprocessor: see above.
+SHORT = (1, 512, 4, 1)
+LONG = (4, 256, 4, 1)
+LONG_CONTEXT = 1024  # tokens from which LONG is the faster
 LANE_DIMS = 8  # bfloat16 numbers in a 16-byte load
-MAX_HEADS = 8  # query heads of one block: 8 registers each for q, then for the output
 MAX_HEAD_DIM = 256  # a row of 32 lanes
 MAX_SPLITS = 128
-LEAST_TOKENS = 128  # of a split: fewer do not pay for the combination, about 1 us
-REDUCE_FLOATS = 8192  # shared memory in which the warps' outputs meet: 32 KB
-AHEAD = 16  # partial results in flight when splits are added up
+LEAST_TOKENS = 256  # of a split
+AHEAD = 32  # partial results in flight when splits are added up
 LOG2_E = np.log2(np.e)
+LOWEST = float32(-1e30)  # below every score, and finite: a difference of two is no NaN
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -85,9 +91,10 @@ def padded_head_dim(head_dim: int) -> int:
     return -(-head_dim // LANE_DIMS) * LANE_DIMS
 
 
-def heads_per_block(group: int) -> int:
-    """Query heads that one block serves: the largest divisor of the group that fits the registers."""
-    return max(heads for heads in range(1, MAX_HEADS + 1) if group % heads == 0)
+def heads_per_block(group: int, long: bool) -> int:
+    """Query heads that one block serves: the largest divisor of the group within the limit."""
+    most = (LONG if long else SHORT)[0]
+    return max(heads for heads in range(1, most + 1) if group % heads == 0)
 
 
 def _power_of_two(n: int) -> int:
@@ -102,295 +109,303 @@ def to_bf16(x: float) -> float:
     return bits_to_float(rounded) if x == x else x
 
 
-def make_attention(arch: int, head_dim: int, group: int, threads: int, passes: int) -> Callable[..., None]:
-    """The kernel for a head size and a number of query heads per key-value head; `passes` tokens per row of lanes."""
+@device_function
+def pack_bf16(low: float, high: float) -> int:
+    """Two float32 that are bfloat16 already, in one word, the first in the lower half."""
+    return int32(byte_permute(float_to_bits(low), float_to_bits(high), 0x7632))
+
+
+def make_attention(arch: int, head_dim: int, group: int, heads: int, threads: int, passes: int) -> Callable[..., None]:
+    """The kernel for a head size and a number of query heads per key-value head, `heads` of them a block; a row of lanes
+    holds `passes` tokens, a power of two."""
     stream, wait, release = stream_load(arch), grid_wait(arch), grid_release(arch)
-    D, DP, HALF, WORDS = head_dim, padded_head_dim(head_dim), head_dim // 2, padded_head_dim(head_dim) // 2
-    HEADS = heads_per_block(group)
+    D, DP, HALF = head_dim, padded_head_dim(head_dim), head_dim // 2
+    WORDS = DP // 2
+    HEADS = heads
     PARTS = group // HEADS
     SLOTS = _power_of_two(HEADS)
+    PASSES, SCORES = passes, passes * SLOTS
     CHUNKS = DP // LANE_DIMS  # lanes of a row that hold dimensions
-    LANES = max(_power_of_two(CHUNKS), SLOTS)
+    LANES = max(_power_of_two(CHUNKS), SCORES)
     ROWS, WARPS = threads // LANES, threads // WARP
-    PASSES, TILE = passes, ROWS * passes
-    STEP1, STEP2, STEP3 = SLOTS // 2, SLOTS // 4, SLOTS // 8
-    PLAIN_STEPS = (LANES // SLOTS).bit_length() - 1
-    ROW_STEPS = (WARP // LANES).bit_length() - 1
+    TILE = ROWS * PASSES
+    TRADES = SCORES.bit_length() - 1
+    PASS_STEPS, LANE_STEPS = PASSES.bit_length() - 1, LANES.bit_length() - 1
     SCALE = float32(D**-0.5 * LOG2_E)  # exponentials are taken to base 2
-    LOWEST = float32(-np.inf)
-    ROUND = max(n for n in range(1, HEADS + 1) if HEADS % n == 0 and (n == 1 or WARPS * n * DP <= REDUCE_FLOATS))
-    ROUNDS = HEADS // ROUND
-    Q_PAIRS = HEADS * HALF
-    Q_FLOATS, KV_REGS, HEAD_REGS = HEADS * DP, PASSES * 4, HEADS * LANE_DIMS
-    P_FLOATS = max(TILE + 1, MAX_SPLITS) * SLOTS
-    SCORE_REGS = (PASSES + 1) * SLOTS
-    NEW_FLOATS, SUM_FLOATS = 2 * DP, WARPS * ROUND * DP
+    KV_REGS, HEAD_REGS = PASSES * 4, HEADS * LANE_DIMS
+    Q_FLOATS, NEW_FLOATS, SUM_FLOATS = HEADS * DP, 2 * DP, ROWS * HEADS * DP
+    STATS = SLOTS * WARPS
+    WEIGHT_FLOATS = MAX_SPLITS * HEADS
+    PAIRS = (HEADS + 2) * HALF  # of dimensions that are half a head apart: queries, key, value
+    TURNS = -(-PAIRS // threads)
+    ZERO = float32(0)
+    ITEMS, STRIDE, TILE_STEP, ROW_STEP = (
+        np.int32(HEADS * D),
+        np.int32(threads),
+        np.int32(TILE),
+        np.int32(ROWS),
+    )  # int32 bounds make an int32 loop
 
     def attention(
         qkv, cos, sin, position, keys, values, partials, stats, arrivals, out, kv_heads, capacity, least
     ):  # fmt: skip
-        q_s = cuda.shared.array(Q_FLOATS, float32, SHARED_ALIGN)  # [HEADS, DP] rotated and scaled
-        new_s = cuda.shared.array(NEW_FLOATS, float32, SHARED_ALIGN)  # [2, DP] this token's key and value, as stored
-        p_s = cuda.shared.array(P_FLOATS, float32, SHARED_ALIGN)  # [TILE + 1, SLOTS] scores, then exp(score - max)
-        sum_s = cuda.shared.array(SUM_FLOATS, float32, SHARED_ALIGN)  # [WARPS, ROUND, DP]
-        max_s = cuda.shared.array(SLOTS, float32)
-        total_s = cuda.shared.array(SLOTS, float32)
-        alpha_s = cuda.shared.array(SLOTS, float32)  # factor for what earlier tiles added up
-        arrived_s = cuda.shared.array(1, uint32)
+        q_s = pointer(cuda.shared.array(Q_FLOATS, float32, SHARED_ALIGN))  # [HEADS, DP] rotated and scaled
+        new_s = pointer(
+            cuda.shared.array(NEW_FLOATS, float32, SHARED_ALIGN)
+        )  # [2, DP] this token's key and value, as stored
+        sum_s = pointer(cuda.shared.array(SUM_FLOATS, float32, SHARED_ALIGN))  # [ROWS, HEADS, DP]
+        max_s = pointer(cuda.shared.array(STATS, float32))  # [SLOTS, WARPS]
+        total_s = pointer(cuda.shared.array(STATS, float32))
+        weight_s = pointer(cuda.shared.array(WEIGHT_FLOATS, float32))
+        arrived_s = pointer(cuda.shared.array(1, uint32))
         q_r = cuda.local.array(HEAD_REGS, float32)
         k_r = cuda.local.array(KV_REGS, int32)
         v_r = cuda.local.array(KV_REGS, int32)
-        s_r = cuda.local.array(SCORE_REGS, float32)
+        s_r = cuda.local.array(SCORES, float32)
         acc_r = cuda.local.array(HEAD_REGS, float32)
+        cos_r = cuda.local.array(TURNS, float32)
+        sin_r = cuda.local.array(TURNS, float32)
         ahead_r = cuda.local.array(AHEAD, float32)
 
         tid = int32(cuda.threadIdx.x)
         warp, warp_lane = int32(tid // WARP), int32(tid % WARP)
         row, lane = int32(tid // LANES), int32(tid % LANES)
-        # The head whose score this lane ends with, if lane < SLOTS.
-        head = (lane & 1) * STEP1 + ((lane >> 1) & 1) * STEP2 + ((lane >> 2) & 1) * STEP3
         split, splits, part = int32(cuda.blockIdx.x), int32(cuda.gridDim.x), int32(cuda.blockIdx.y)
         kv = int32(part // PARTS)
         pos = int32(position[0])
-        chunk = max(least, int32((pos + splits - 1) // splits))
-        used = max(int32(1), int32((pos + chunk - 1) // chunk))
-        if split >= used:
-            return
+        tokens = int32(pos + 1)
+        chunk = max(least, divide(int32(pos + splits), splits))
         start = int32(split * chunk)
-        end = min(int32(start + chunk), pos)
-        left = int32(end - start - row)  # token n of this row exists if n * ROWS < left
-        mine = left if lane < CHUNKS else int32(0)  # and this lane has dimensions of it
-        kv_gl_rd = (kv * capacity + start + row) * WORDS + lane * 4  # int64: a cache may hold more than 2^31 words
+        end = min(int32(start + chunk), tokens)
+        release()
+        if start >= tokens:
+            return
+
+        # 1. Keys and values of the first tile, others on their way to L2; this position's angles.
+        holds = lane < CHUNKS
+        cached = min(end, pos)  # tokens from here on are not in the cache
+        at = int32(int32(kv * capacity + start + row) * WORDS + lane * 4)
         for n in range(PASSES):
             for j in range(4):
                 k_r[4 * n + j] = int32(0)
-            if n * ROWS < mine:
-                a, b, c, d = stream(keys, kv_gl_rd + n * ROWS * WORDS)
-                k_r[4 * n], k_r[4 * n + 1], k_r[4 * n + 2], k_r[4 * n + 3] = a, b, c, d
-        for n in range(PASSES):
-            if n * ROWS < mine:
-                prefetch_l2(values, kv_gl_rd + n * ROWS * WORDS)
-
+                v_r[4 * n + j] = int32(0)
+            if holds and start + n * ROWS + row < cached:
+                k_r[4 * n], k_r[4 * n + 1], k_r[4 * n + 2], k_r[4 * n + 3] = stream(keys, at + n * ROWS * WORDS)
+                v_r[4 * n], v_r[4 * n + 1], v_r[4 * n + 2], v_r[4 * n + 3] = stream(values, at + n * ROWS * WORDS)
+        if lane % 8 == 0:
+            for token in range(int32(start + TILE + row), cached, ROW_STEP):
+                prefetch_l2(keys, int32(int32(kv * capacity + token) * WORDS + lane * 4))
+                prefetch_l2(values, int32(int32(kv * capacity + token) * WORDS + lane * 4))
+        for t in range(TURNS):
+            j = int32((tid + t * threads) % HALF)
+            cos_r[t] = cos[int32(pos * HALF + j)]
+            sin_r[t] = sin[int32(pos * HALF + j)]
+        if DP != D:
+            for i in range(tid, Q_FLOATS, threads):
+                q_s[i] = ZERO
+            for i in range(tid, NEW_FLOATS, threads):
+                new_s[i] = ZERO
+            cuda.syncthreads()
         wait()
-        release()
-        # Rotation: pairs of every q head; in split 0 also the new key's pairs and the new value.
-        work = int32(Q_PAIRS)
-        if split == 0:
-            work = int32(Q_PAIRS + HALF + D)
-        k_gl_rd = int32(cuda.gridDim.y * HEADS * D + kv * D)
-        for i in range(tid, work, threads):
-            if i < Q_PAIRS + HALF:
-                h = int32(i // HALF)
-                j = int32(i - h * HALF)
-                at = int32((part * HEADS + h) * D + j) if i < Q_PAIRS else int32(k_gl_rd + j)
-                x0, x1 = qkv[at], qkv[at + HALF]
-                c, s = cos[pos * HALF + j], sin[pos * HALF + j]
-                y0 = add_rn(mul_rn(x0, c), mul_rn(-x1, s))
-                y1 = add_rn(mul_rn(x1, c), mul_rn(x0, s))
-                if i < Q_PAIRS:
-                    q_s[h * DP + j] = y0 * SCALE
-                    q_s[h * DP + j + HALF] = y1 * SCALE
+
+        # 2. Queries, rotated and scaled; the new key, rotated, and the new value, both as bfloat16.
+        for t in range(TURNS):
+            i = int32(tid + t * threads)
+            kind, j = int32(i // HALF), int32(i % HALF)
+            if i < PAIRS:
+                head = int32(part * HEADS + kind)
+                if kind >= HEADS:
+                    head = int32(kv_heads * (PARTS * HEADS) + (kind - HEADS) * kv_heads + kv)
+                x, y = qkv[int32(head * D + j)], qkv[int32(head * D + j + HALF)]
+                a = add_rn(mul_rn(x, cos_r[t]), -mul_rn(y, sin_r[t]))
+                b = add_rn(mul_rn(y, cos_r[t]), mul_rn(x, sin_r[t]))
+                if kind < HEADS:
+                    q_s[kind * DP + j], q_s[kind * DP + j + HALF] = a * SCALE, b * SCALE
                 else:
-                    new_s[j] = to_bf16(y0)
-                    new_s[j + HALF] = to_bf16(y1)
-            else:
-                j = int32(i - Q_PAIRS - HALF)
-                new_s[DP + j] = to_bf16(qkv[k_gl_rd + kv_heads * D + j])
-        for i in range(tid, (HEADS + 2) * (DP - D), threads):  # the padding
-            h = int32(i // (DP - D))
-            j = int32(D + i - h * (DP - D))
-            if h < HEADS:
-                q_s[h * DP + j] = float32(0)
-            else:
-                new_s[(h - HEADS) * DP + j] = float32(0)
-        if tid < SLOTS:
-            max_s[tid] = LOWEST
-            total_s[tid] = float32(0)
+                    if kind > HEADS:
+                        a, b = x, y
+                    wr = int32((kind - HEADS) * DP + j)
+                    new_s[wr], new_s[wr + HALF] = to_bf16(a), to_bf16(b)
         cuda.syncthreads()
-        if split == 0 and part % PARTS == 0:
-            kv_gl_wr = (kv * capacity + pos) * WORDS
-            for i in range(tid, 2 * WORDS, threads):
-                word = int32(
-                    (float_to_bits(new_s[2 * i]) >> uint32(16)) | (float_to_bits(new_s[2 * i + 1]) & uint32(0xFFFF0000))
-                )
-                if i < WORDS:
-                    keys[kv_gl_wr + i] = word
-                else:
-                    values[kv_gl_wr + i - WORDS] = word
+        for h in range(HEADS):
+            for j in range(0, LANE_DIMS, 4):
+                i = h * LANE_DIMS + j
+                q_r[i] = q_r[i + 1] = q_r[i + 2] = q_r[i + 3] = ZERO
+                if holds:
+                    q_r[i], q_r[i + 1], q_r[i + 2], q_r[i + 3] = load4(q_s, h * DP + lane * LANE_DIMS + j)
 
+        # 3. Tile by tile, every warp for itself: scores, their exponentials, and the values they weigh.
+        top, total = LOWEST, ZERO  # of the head whose scores this lane ends up with
         for i in range(HEAD_REGS):
-            acc_r[i] = float32(0)
-        p_rd = int32(row * SLOTS)
-        p_wr = int32(row * SLOTS + head)
-        q_rd = int32(lane * LANE_DIMS)
-        fresh = split == 0  # the new token is still to be counted
-        tile = start
-        while True:
-            for i in range(HEAD_REGS):
-                q_r[i] = float32(0)
-            if lane < CHUNKS:
-                for h in range(HEADS):
-                    for half in range(2):
-                        a, b, c, d = load4(q_s, q_rd + (h * DP + half * 4))
-                        q_r[h * LANE_DIMS + half * 4] = a
-                        q_r[h * LANE_DIMS + half * 4 + 1] = b
-                        q_r[h * LANE_DIMS + half * 4 + 2] = c
-                        q_r[h * LANE_DIMS + half * 4 + 3] = d
-            for i in range(SCORE_REGS):
-                s_r[i] = float32(0)
-            for n in range(PASSES):
-                for h in range(HEADS):
-                    for j in range(4):
-                        s_r[n * SLOTS + h] += q_r[h * LANE_DIMS + 2 * j] * bf16_low(k_r[4 * n + j])
-                        s_r[n * SLOTS + h] += q_r[h * LANE_DIMS + 2 * j + 1] * bf16_high(k_r[4 * n + j])
-            if fresh and row == 0 and lane < CHUNKS:
-                for h in range(HEADS):
-                    for j in range(LANE_DIMS):
-                        s_r[PASSES * SLOTS + h] += q_r[h * LANE_DIMS + j] * new_s[q_rd + j]
+            acc_r[i] = ZERO
+        for tile in range(start, end, TILE_STEP):
+            first = int32(tile + row)
+            at = int32(at + TILE * WORDS)
+            if pos < tile + TILE and end == tokens and holds:
+                for n in range(PASSES):
+                    if first + n * ROWS == pos:
+                        for half in range(2):
+                            a, b, c, d = load4(new_s, lane * LANE_DIMS + half * 4)
+                            k_r[4 * n + 2 * half], k_r[4 * n + 2 * half + 1] = pack_bf16(a, b), pack_bf16(c, d)
+                            a, b, c, d = load4(new_s, DP + lane * LANE_DIMS + half * 4)
+                            v_r[4 * n + 2 * half], v_r[4 * n + 2 * half + 1] = pack_bf16(a, b), pack_bf16(c, d)
+                        wr = int32(int32(kv * capacity + pos) * WORDS + lane * 4)
+                        store4(keys, wr, k_r[4 * n], k_r[4 * n + 1], k_r[4 * n + 2], k_r[4 * n + 3])
+                        store4(values, wr, v_r[4 * n], v_r[4 * n + 1], v_r[4 * n + 2], v_r[4 * n + 3])
+            for i in range(SCORES):
+                s_r[i] = ZERO
             for n in range(PASSES):
                 for j in range(4):
-                    v_r[4 * n + j] = int32(0)
-                if n * ROWS < mine:
-                    a, b, c, d = stream(values, kv_gl_rd + n * ROWS * WORDS)
-                    v_r[4 * n], v_r[4 * n + 1], v_r[4 * n + 2], v_r[4 * n + 3] = a, b, c, d
-            # Sums over the lanes of a row: each step, half of the heads stays and half is traded away.
-            for n in range(PASSES + 1):
-                for i in range(STEP1):
-                    a, b = s_r[n * SLOTS + i], s_r[n * SLOTS + i + STEP1]
-                    s_r[n * SLOTS + i] = (b if lane & 1 else a) + shuffle_xor(a if lane & 1 else b, 1)
-            for n in range(PASSES + 1):
-                for i in range(STEP2):
-                    a, b = s_r[n * SLOTS + i], s_r[n * SLOTS + i + STEP2]
-                    s_r[n * SLOTS + i] = (b if lane & 2 else a) + shuffle_xor(a if lane & 2 else b, 2)
-            for n in range(PASSES + 1):
-                for i in range(STEP3):
-                    a, b = s_r[n * SLOTS + i], s_r[n * SLOTS + i + STEP3]
-                    s_r[n * SLOTS + i] = (b if lane & 4 else a) + shuffle_xor(a if lane & 4 else b, 4)
-            for n in range(PASSES + 1):
-                for i in range(PLAIN_STEPS):
-                    s_r[n * SLOTS] += shuffle_xor(s_r[n * SLOTS], SLOTS << i)
-            for n in range(PASSES + 1):
-                known = n * ROWS < left if n < PASSES else fresh
-                if lane < SLOTS and (n < PASSES or row == 0):
-                    p_s[p_wr + n * ROWS * SLOTS] = s_r[n * SLOTS] if known else LOWEST
-            cuda.syncthreads()
-            for h in range(warp, HEADS, WARPS):
-                top = LOWEST
-                for i in range(warp_lane, TILE + 1, WARP):
-                    top = max(top, p_s[i * SLOTS + h])
-                before = max_s[h]
-                top = max(warp_max(top), before)
-                total = float32(0)
-                for i in range(warp_lane, TILE + 1, WARP):
-                    weight = exp2_approx(p_s[i * SLOTS + h] - top)
-                    p_s[i * SLOTS + h] = weight
-                    total += weight
-                total = warp_sum(total)
-                if warp_lane == 0:
-                    alpha = exp2_approx(before - top)
-                    alpha_s[h] = alpha
-                    max_s[h] = top
-                    total_s[h] = total_s[h] * alpha + total
-            cuda.syncthreads()
+                    low, high = bf16_low(k_r[4 * n + j]), bf16_high(k_r[4 * n + j])
+                    for h in range(HEADS):
+                        i = n * SLOTS + h
+                        s_r[i] = float32(s_r[i] + low * q_r[h * LANE_DIMS + 2 * j])
+                        s_r[i] = float32(s_r[i] + high * q_r[h * LANE_DIMS + 2 * j + 1])
+                if tile + TILE < end:
+                    for j in range(4):
+                        k_r[4 * n + j] = int32(0)
+                    if holds and first + TILE + n * ROWS < cached:
+                        k_r[4 * n], k_r[4 * n + 1], k_r[4 * n + 2], k_r[4 * n + 3] = stream(keys, at + n * ROWS * WORDS)
+            # The lanes of a row add up, trading scores for lanes: bit k of the lane is bit TRADES - 1 - k of the score.
+            for step in range(TRADES):
+                upper = (lane >> step) & 1
+                for i in range(SCORES // 2):
+                    if i < SCORES >> (step + 1):
+                        j = i + (SCORES >> (step + 1))
+                        send = s_r[i] if upper else s_r[j]
+                        keep = s_r[j] if upper else s_r[i]
+                        s_r[i] = float32(keep + shuffle_xor(send, 1 << step))
+            score = s_r[0]
+            for step in range(TRADES, LANE_STEPS):
+                score = float32(score + shuffle_xor(score, 1 << step))
+            mine = int32(0)
+            for step in range(PASS_STEPS):
+                mine = int32(mine | ((lane >> step) & 1) << (PASS_STEPS - 1 - step))
+            if first + mine * ROWS >= end:
+                score = LOWEST
+            highest = max(top, score)
+            for step in range(PASS_STEPS):
+                highest = max(highest, shuffle_xor(highest, 1 << step))
+            for step in range(LANE_STEPS, 5):
+                highest = max(highest, shuffle_xor(highest, 1 << step))
+            alpha = exp2_approx(top - highest)
+            top = highest
+            weight = exp2_approx(score - highest)
+            total = float32(total * alpha + weight)
+            home = int32(warp_lane & ~(LANES - 1))
             for h in range(HEADS):
-                alpha = alpha_s[h]
-                for j in range(LANE_DIMS):
-                    acc_r[h * LANE_DIMS + j] *= alpha
-            for n in range(PASSES):
-                for h in range(HEADS):
-                    weight = p_s[p_rd + (n * ROWS * SLOTS + h)]
-                    for j in range(4):
-                        acc_r[h * LANE_DIMS + 2 * j] += weight * bf16_low(v_r[4 * n + j])
-                        acc_r[h * LANE_DIMS + 2 * j + 1] += weight * bf16_high(v_r[4 * n + j])
-            if fresh and row == 0 and lane < CHUNKS:
-                for h in range(HEADS):
-                    weight = p_s[TILE * SLOTS + h]
+                if tile != start:
+                    source = int32(0)
+                    for step in range(TRADES):
+                        source = int32(source | ((h >> (TRADES - 1 - step)) & 1) << step)
+                    factor = shuffle(alpha, home + source)
                     for j in range(LANE_DIMS):
-                        acc_r[h * LANE_DIMS + j] += weight * new_s[q_rd + (DP + j)]
-            fresh = False
-            tile = int32(tile + TILE)
-            if tile >= end:
-                break
-            kv_gl_rd += TILE * WORDS
-            left = int32(left - TILE)
-            mine = int32(mine - TILE)
+                        acc_r[h * LANE_DIMS + j] *= factor
             for n in range(PASSES):
+                for h in range(HEADS):
+                    source = int32(0)
+                    for step in range(TRADES):
+                        source = int32(source | (((n * SLOTS + h) >> (TRADES - 1 - step)) & 1) << step)
+                    s_r[n * SLOTS + h] = shuffle(weight, home + source)
                 for j in range(4):
-                    k_r[4 * n + j] = int32(0)
-                if n * ROWS < mine:
-                    a, b, c, d = stream(keys, kv_gl_rd + n * ROWS * WORDS)
-                    k_r[4 * n], k_r[4 * n + 1], k_r[4 * n + 2], k_r[4 * n + 3] = a, b, c, d
-            for n in range(PASSES):
-                if n * ROWS < mine:
-                    prefetch_l2(values, kv_gl_rd + n * ROWS * WORDS)
-            cuda.syncthreads()
+                    low, high = bf16_low(v_r[4 * n + j]), bf16_high(v_r[4 * n + j])
+                    for h in range(HEADS):
+                        i = h * LANE_DIMS + 2 * j
+                        acc_r[i] = float32(acc_r[i] + low * s_r[n * SLOTS + h])
+                        acc_r[i + 1] = float32(acc_r[i + 1] + high * s_r[n * SLOTS + h])
+                if tile + TILE < end:
+                    for j in range(4):
+                        v_r[4 * n + j] = int32(0)
+                    if holds and first + TILE + n * ROWS < cached:
+                        v_r[4 * n], v_r[4 * n + 1], v_r[4 * n + 2], v_r[4 * n + 3] = stream(
+                            values, at + n * ROWS * WORDS
+                        )
 
-        for step in range(ROW_STEPS):
-            for i in range(HEAD_REGS):
-                acc_r[i] += shuffle_xor(acc_r[i], LANES << step)
-        sum_wr = int32(warp * (ROUND * DP) + warp_lane * LANE_DIMS)
-        part_wr = (part * splits + split) * HEADS
-        for r in range(ROUNDS):
-            if warp_lane < CHUNKS:
-                for h in range(ROUND):
-                    for half in range(2):
-                        i = (r * ROUND + h) * LANE_DIMS + half * 4
-                        store4(sum_s, sum_wr + (h * DP + half * 4), acc_r[i], acc_r[i + 1], acc_r[i + 2], acc_r[i + 3])
-            cuda.syncthreads()
-            for i in range(tid, ROUND * D, threads):
-                h = int32(i // D)
-                d = int32(i - h * D)
-                total = float32(0)
-                for w in range(WARPS):
-                    total += sum_s[(w * ROUND + h) * DP + d]
-                h = int32(r * ROUND + h)
-                if used == 1:
-                    out[(part * HEADS + h) * D + d] = total / total_s[h]
-                else:
-                    partials[(part_wr + h) * D + d] = total
-            cuda.syncthreads()
-        if used == 1:
+        # 4. Rows and warps meet.
+        for h in range(HEADS):
+            if holds:
+                i = h * LANE_DIMS
+                wr = (row * HEADS + h) * DP + lane * LANE_DIMS
+                store4(sum_s, wr, acc_r[i], acc_r[i + 1], acc_r[i + 2], acc_r[i + 3])
+                store4(sum_s, wr + 4, acc_r[i + 4], acc_r[i + 5], acc_r[i + 6], acc_r[i + 7])
+        for step in range(PASS_STEPS):
+            total = float32(total + shuffle_xor(total, 1 << step))
+        for step in range(LANE_STEPS, 5):
+            total = float32(total + shuffle_xor(total, 1 << step))
+        slot = int32(0)
+        for step in range(PASS_STEPS, TRADES):
+            slot = int32(slot | ((lane >> step) & 1) << (TRADES - 1 - step))
+        max_s[slot * WARPS + warp] = top  # by several lanes, all with the same value
+        total_s[slot * WARPS + warp] = total
+        cuda.syncthreads()
+        part_wr = int32((part * splits + split) * HEADS)
+        used = chunk >= tokens
+        for i in range(tid, ITEMS, STRIDE):
+            h = int32(i // D)
+            d = int32(i % D)
+            highest = LOWEST
+            for w in range(WARPS):
+                highest = max(highest, max_s[h * WARPS + w])
+            x, sums = ZERO, ZERO
+            for w in range(WARPS):
+                weight = exp2_approx(max_s[h * WARPS + w] - highest)
+                sums = float32(sums + weight * total_s[h * WARPS + w])
+                y = ZERO
+                for r in range(ROWS // WARPS):
+                    y = float32(y + sum_s[((w * (ROWS // WARPS) + r) * HEADS + h) * DP + d])
+                x = float32(x + weight * y)
+            if used:
+                out[int32(part * HEADS * D + i)] = x / sums
+            else:
+                partials[int32(part_wr * D + i)] = x
+                if d == 0:
+                    stats[int32((part_wr + h) * 2)] = highest
+                    stats[int32((part_wr + h) * 2 + 1)] = sums
+        if used:
             return
 
-        if tid < HEADS:
-            stats[(part_wr + tid) * 2] = max_s[tid]
-            stats[(part_wr + tid) * 2 + 1] = total_s[tid]
+        # 5. The last block of these heads to arrive adds up the splits, in their order.
+        fence()
         cuda.syncthreads()
+        used = divide(int32(pos + chunk), chunk)
         if tid == 0:
-            fence()
             arrived_s[0] = atomic_fetch_add(arrivals, part, uint32(1))
             fence()
         cuda.syncthreads()
         if arrived_s[0] != uint32(used - 1):
             return
-        # The last block of this head: every split's partial result is there.
-        part_rd = part * splits * HEADS
+        part_rd = int32(part * splits * HEADS)
+        for j in range(AHEAD):  # asked for before their weights are known
+            ahead_r[j] = ZERO
+            if j < used and tid < ITEMS:
+                ahead_r[j] = partials[int32((part_rd + j * HEADS) * D + tid)]
         for h in range(warp, HEADS, WARPS):
-            top = LOWEST
+            highest = LOWEST
             for i in range(warp_lane, used, WARP):
-                top = max(top, stats[(part_rd + i * HEADS + h) * 2])
-            top = warp_max(top)
-            total = float32(0)
+                highest = max(highest, stats[int32((part_rd + i * HEADS + h) * 2)])
+            highest = warp_max(highest)
+            total = ZERO
             for i in range(warp_lane, used, WARP):
-                weight = exp2_approx(stats[(part_rd + i * HEADS + h) * 2] - top)
-                p_s[i * SLOTS + h] = weight
-                total += weight * stats[(part_rd + i * HEADS + h) * 2 + 1]
+                weight = exp2_approx(stats[int32((part_rd + i * HEADS + h) * 2)] - highest)
+                weight_s[i * HEADS + h] = weight
+                total = float32(total + weight * stats[int32((part_rd + i * HEADS + h) * 2 + 1)])
             total = warp_sum(total)
             if warp_lane == 0:
                 total_s[h] = total
         cuda.syncthreads()
-        for i in range(tid, HEADS * D, threads):
+        for i in range(tid, ITEMS, STRIDE):
             h = int32(i // D)
-            total = float32(0)
+            x = ZERO
             for first in range(0, used, AHEAD):
+                if i != tid or first > 0:
+                    for j in range(AHEAD):
+                        ahead_r[j] = ZERO
+                        if first + j < used:
+                            ahead_r[j] = partials[int32((part_rd + (first + j) * HEADS) * D + i)]
                 for j in range(AHEAD):
-                    ahead_r[j] = float32(0)
                     if first + j < used:
-                        ahead_r[j] = partials[part_rd * D + (first + j) * HEADS * D + i]
-                for j in range(AHEAD):
-                    if first + j < used:
-                        total += ahead_r[j] * p_s[(first + j) * SLOTS + h]
-            out[part * HEADS * D + i] = total / total_s[h]
+                        x = float32(x + ahead_r[j] * weight_s[(first + j) * HEADS + h])
+            out[int32(part * HEADS * D + i)] = x / total_s[h]
         if tid == 0:
             arrivals[part] = 0
 
@@ -405,25 +420,28 @@ SIGNATURE = (
 )
 
 
-def attention_form(arch: int, head_dim: int, group: int, threads: int = 0, passes: int = 0) -> KernelForm:
-    """The compiled form for a head size and group; `threads` and `passes` only for tests (0: this module's choice).
+def attention_form(
+    arch: int, head_dim: int, group: int, long: bool = False, threads: int = 0, passes: int = 0
+) -> KernelForm:
+    """The compiled form for a head size and group, for short or long contexts (any length works with either).
 
-    Raises ValueError for an odd head size or one over 256.
+    `threads` and `passes` only for tests (0: this module's choice). Raises ValueError for an odd head size or one over
+    256.
     """
     if head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"attention takes even head sizes up to {MAX_HEAD_DIM}, not {head_dim}")
     if group < 1:
         raise ValueError(f"a key-value head serves at least one query head, not {group}")
-    default_threads, default_passes = next(shape for heads, shape in SHAPES.items() if heads_per_block(group) <= heads)
-    threads, passes = threads or default_threads, passes or default_passes
-    kernel = make_attention(arch, head_dim, group, threads, passes)
-    name = f"attention[{head_dim}, {group}, {threads}, {passes}]"
-    return KernelForm(name, kernel, SIGNATURE, threads, wide_loads=3 * passes)
+    _, default_threads, default_passes, blocks = LONG if long else SHORT
+    heads, threads, passes = heads_per_block(group, long), threads or default_threads, passes or default_passes
+    kernel = make_attention(arch, head_dim, group, heads, threads, passes)
+    name = f"attention[{head_dim}, {group}, {heads}, {threads}, {passes}]"
+    return KernelForm(name, kernel, SIGNATURE, threads, blocks, wide_loads=4 * passes)
 
 
-def attention_grid(multiprocessors: int, num_heads: int, kv_heads: int) -> tuple[int, int]:
+def attention_grid(multiprocessors: int, num_heads: int, kv_heads: int, long: bool = False) -> tuple[int, int]:
     """(splits, parts) of a launch: about one block for each multiprocessor."""
-    parts = num_heads // heads_per_block(num_heads // kv_heads)
+    parts = num_heads // heads_per_block(num_heads // kv_heads, long)
     return max(1, min(MAX_SPLITS, multiprocessors // parts)), parts
 
 
@@ -446,6 +464,7 @@ def attention(
     kv_heads: int,
     head_dim: int,
     capacity: int,
+    long: bool = False,
     least: int = LEAST_TOKENS,
     overlap: bool = True,
 ) -> Launch:
@@ -453,13 +472,14 @@ def attention(
 
     qkv float32 [(num_heads + 2 * kv_heads) * head_dim]; cos, sin float32 [capacity, head_dim / 2]; position int32 [1];
     keys, values int32 [kv_heads, capacity, padded_head_dim / 2]: pairs of bfloat16, written at position[0]; scratch as
-    `attention_scratch` says; out float32 [num_heads * head_dim]. `least` tokens are given to a split.
+    `attention_scratch` says; out float32 [num_heads * head_dim]. `long` chooses the form for long contexts. A split has
+    at least `least` tokens.
     Raises ValueError with the sizes if they do not fit together.
     """
     if num_heads % kv_heads:
         raise ValueError(f"{num_heads} heads cannot share {kv_heads} key-value heads evenly")
-    form = attention_form(device.arch, head_dim, num_heads // kv_heads)
-    grid = attention_grid(device.multiprocessors, num_heads, kv_heads)
+    form = attention_form(device.arch, head_dim, num_heads // kv_heads, long)
+    grid = attention_grid(device.multiprocessors, num_heads, kv_heads, long)
     cache_words = kv_heads * capacity * padded_head_dim(head_dim) // 2
     sizes = {
         "qkv": (qkv, (num_heads + 2 * kv_heads) * head_dim),
@@ -484,4 +504,4 @@ def attention(
 def forms(arch: int) -> list[KernelForm]:
     """Forms of 2B4T and of every other branch: padding, idle lanes, one head, many heads, a whole warp a row."""
     shapes = [(128, 4), (64, 4), (96, 1), (100, 1), (256, 2), (256, 3), (128, 8), (8, 4), (128, 16)]
-    return [attention_form(arch, head_dim, group) for head_dim, group in shapes]
+    return [attention_form(arch, head_dim, group, long) for head_dim, group in shapes for long in (False, True)]

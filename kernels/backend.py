@@ -10,7 +10,7 @@ from bitnet_numba.checkpoint import PackedCheckpoint
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels import sampler
-from bitnet_numba.kernels.attention import padded_head_dim
+from bitnet_numba.kernels.attention import LONG_CONTEXT, padded_head_dim
 from bitnet_numba.kernels.decode import RING, Activations, SequenceState, Step, kernel_forms
 from bitnet_numba.kernels.device import Device, Graph, Stream, driver_call, load_kernels, usable_device
 from bitnet_numba.kernels.weights import Weights, why_unsupported
@@ -81,7 +81,7 @@ class CudaContext:
         self._backend, self._stream = backend, backend.stream
         self._state = SequenceState(backend.config, capacity)
         self._step = Step(backend.config, backend.weights, backend.flow, self._state, backend.device)
-        self._graphs: dict[str, Graph] = {}
+        self._graphs: dict[tuple[str, bool], Graph] = {}
 
     def truncate(self, length: int) -> None:
         """Forgets every token from position `length` on."""
@@ -101,8 +101,8 @@ class CudaContext:
         self._start(ids)
         result = np.empty((len(ids), self._backend.config.vocab_size), np.float32)
         logits = self._backend.flow.logits
-        for row in result:
-            self._replay("score")
+        for position, row in enumerate(result, len(self.ids)):
+            self._replay("score", position)
             self._stream.synchronize()
             driver_call("cuMemcpyDtoH", row.ctypes.data, logits.address, row.nbytes)
         self.ids += ids
@@ -112,16 +112,16 @@ class CudaContext:
         """Appends tokens (at least one), then yields sampled tokens, one a step, until the context is full."""
         self._start(ids)
         self._state.settings.write(sampler.settings(params))
-        for _ in ids[1:]:
-            self._replay("feed")
+        for position in range(len(self.ids), len(self.ids) + len(ids) - 1):
+            self._replay("feed", position)
         self.ids += ids
         known = launched = len(self.ids)  # tokens fed for certain; positions whose step is under way or done
-        self._replay("decode")
+        self._replay("decode", launched - 1)
         try:
             while True:
                 # The steps after this one are queued before its token is read: the device never waits for the host.
                 while launched < min(self.capacity, known + STEPS_AHEAD):
-                    self._replay("decode")
+                    self._replay("decode", launched)
                     launched += 1
                 token = self._token(known)
                 yield token
@@ -154,10 +154,12 @@ class CudaContext:
         self._state.ring.host[:] = -1  # an earlier answer's entries may be for the same positions
         self._state.position.write(np.array([len(self.ids)], np.int32))
 
-    def _replay(self, kind: str) -> None:
-        if kind not in self._graphs:
-            self._graphs[kind] = self._stream.capture(getattr(self._step, kind))
-        self._graphs[kind].replay(self._stream)
+    def _replay(self, kind: str, position: int) -> None:
+        """Enqueues the step of a kind (a method of Step) that feeds the token at a position."""
+        key = kind, position >= LONG_CONTEXT
+        if key not in self._graphs:
+            self._graphs[key] = self._stream.capture(lambda stream: getattr(self._step, kind)(stream, key[1]))
+        self._graphs[key].replay(self._stream)
 
     def _token(self, position: int) -> int:
         """The token chosen for a position, once the device has written it to the ring."""

@@ -33,6 +33,7 @@ from bitnet_numba.kernels.intrinsics import (
     int32,
     load4,
     mul_rn,
+    pointer,
     sqrt_rn,
     store4,
     stream_load,
@@ -66,8 +67,8 @@ def make_head(arch: int, K: int, int8: bool, threads: int = THREADS) -> Callable
     COLUMNS, ZERO, ONE = float32(K), float32(0), float32(1)
 
     def head(weight, scale, h, norm, eps, logits, rows):
-        x_s = cuda.shared.array(X_FLOATS, float32, SHARED_ALIGN)
-        square_s = cuda.shared.array(WARPS, float32)
+        x_s = pointer(cuda.shared.array(X_FLOATS, float32, SHARED_ALIGN))
+        square_s = pointer(cuda.shared.array(WARPS, float32))
         w_r = cuda.local.array(W_REGS, int32)
         x_r = cuda.local.array(X_REGS, float32)
         n_r = cuda.local.array(X_REGS, float32)

@@ -229,6 +229,24 @@ def _vector_pointer(context: Any, builder: Any, kind: Any, base: Any, index: Any
     return builder.bitcast(address, ir.VectorType(address.type.pointee, 4).as_pointer())
 
 
+def _pointer_intrinsic() -> Callable:
+    from numba.cuda.extending import intrinsic
+
+    @intrinsic
+    def pointer(typing_context: Any, array: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            return context.make_array(signature.args[0])(context, builder, value=values[0]).data
+
+        return types.CPointer(array.dtype)(array), codegen
+
+    return pointer
+
+
+def _pointer(array: Any) -> Any:
+    """A shared array as a pointer: Numba wraps an array's negative indices round, five instructions an access."""
+    return array
+
+
 def _load4_intrinsic() -> Callable:
     from llvmlite import ir
     from numba.cuda.extending import intrinsic
@@ -274,6 +292,7 @@ def _store4(p: Any, i: Any, a: Any, b: Any, c: Any, d: Any) -> None:
     p[int(i)], p[int(i) + 1], p[int(i) + 2], p[int(i) + 3] = a, b, c, d
 
 
+pointer = _pointer if SIMULATED else _pointer_intrinsic()
 load4 = _load4 if SIMULATED else _load4_intrinsic()
 store4 = _store4 if SIMULATED else _store4_intrinsic()
 
@@ -550,3 +569,96 @@ def atomic_add_wide(p: Any, i: Any, value: Any) -> None:
     """p[i] += value, int64 in global memory; exact, so the same in any order. Any architecture."""
     with _atomic_lock:
         p[int(i)] = int(p[int(i)]) + int(value)
+
+
+# ---- Tensor cores -----------------------------------------------------------------------------------------------------
+
+
+@_instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", "r", "ff")
+def _pack_bf16(low: Any, high: Any) -> Any:
+    def rounded(x: Any) -> int:
+        bits = int(float_to_bits(x))
+        return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 if x == x else 0x7FFF
+
+    return int32(rounded(high) << 16 | rounded(low))
+
+
+@device_function
+def _pack_bf16_slowly(low: Any, high: Any) -> Any:
+    a, b = float_to_bits(low), float_to_bits(high)
+    a = uint32(uint32(a + uint32(0x7FFF) + (uint32(a >> uint32(16)) & uint32(1))) >> uint32(16))
+    b = uint32(uint32(b + uint32(0x7FFF) + (uint32(b >> uint32(16)) & uint32(1))) >> uint32(16))
+    a = a if low == low else uint32(0x7FFF)
+    b = b if high == high else uint32(0x7FFF)
+    return int32(uint32(b << uint32(16)) | a)
+
+
+def pack_bf16(arch: int) -> Callable:
+    """`pack(low, high)`: two float32 rounded to bfloat16, ties to even, as a word. One instruction from sm_80 on."""
+    return _pack_bf16 if arch >= 80 or SIMULATED else _pack_bf16_slowly
+
+
+@_instruction(
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+    "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+    "ffff",
+    "rrrrrrffff",
+)
+def _mma_bf16(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> tuple:
+    thread: Any = threading.current_thread()
+    lanes = thread.gather_in_warp((a0, a1, a2, a3, b0, b1))
+    words = np.array(lanes, np.int64).astype(np.uint32)  # [32, 6]
+    halves = np.stack([words << np.uint32(16), words & np.uint32(0xFFFF0000)], -1).view(np.float32)  # [32, 6, 2]
+    quads = halves.reshape(8, 4, 6, 2)
+    a = np.empty((16, 16), np.float64)  # [row, k]
+    b = np.empty((16, 8), np.float64)  # [k, column]
+    for c in range(4):
+        for half in range(2):
+            a[:8, 2 * c + half], a[8:, 2 * c + half] = quads[:, c, 0, half], quads[:, c, 1, half]
+            a[:8, 2 * c + 8 + half], a[8:, 2 * c + 8 + half] = quads[:, c, 2, half], quads[:, c, 3, half]
+            b[2 * c + half], b[2 * c + 8 + half] = quads[:, c, 4, half], quads[:, c, 5, half]
+    g, c = divmod(thread.thread_id % WARP, 4)
+    rows = a[[g, g, g + 8, g + 8]] * b[:, [2 * c, 2 * c + 1] * 2].T
+    return tuple(np.float32(np.float64(start) + row.sum()) for start, row in zip((c0, c1, c2, c3), rows, strict=True))
+
+
+@device_function
+def _mma_bf16_slowly(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> tuple:
+    lane = int32(cuda.laneid)
+    row, column = int32(lane & ~3), int32((lane & 3) * 8)  # first lanes of this lane's rows and columns
+    for i in range(4):
+        left0, left1 = shuffle(b0, column + i), shuffle(b1, column + i)
+        right0, right1 = shuffle(b0, column + 4 + i), shuffle(b1, column + 4 + i)
+        upper0, upper1 = shuffle(a0, row + i), shuffle(a2, row + i)
+        lower0, lower1 = shuffle(a1, row + i), shuffle(a3, row + i)
+        c0 += bf16_low(upper0) * bf16_low(left0) + bf16_high(upper0) * bf16_high(left0)
+        c0 += bf16_low(upper1) * bf16_low(left1) + bf16_high(upper1) * bf16_high(left1)
+        c1 += bf16_low(upper0) * bf16_low(right0) + bf16_high(upper0) * bf16_high(right0)
+        c1 += bf16_low(upper1) * bf16_low(right1) + bf16_high(upper1) * bf16_high(right1)
+        c2 += bf16_low(lower0) * bf16_low(left0) + bf16_high(lower0) * bf16_high(left0)
+        c2 += bf16_low(lower1) * bf16_low(left1) + bf16_high(lower1) * bf16_high(left1)
+        c3 += bf16_low(lower0) * bf16_low(right0) + bf16_high(lower0) * bf16_high(right0)
+        c3 += bf16_low(lower1) * bf16_low(right1) + bf16_high(lower1) * bf16_high(right1)
+    return c0, c1, c2, c3
+
+
+def mma_bf16(arch: int) -> Callable:
+    """`mma(a0..a3, b0, b1, c0..c3) -> c0..c3`: the warp's C [16, 8] += A [16, 16] . B [16, 8], bfloat16 in, float32 sums.
+
+    With g = lane // 4, c = lane % 4, a lane holds of A rows g (a0, a2) and g + 8 (a1, a3), columns 2c, 2c + 1 (a0, a1)
+    and 2c + 8, 2c + 9 (a2, a3); of B column g, rows 2c, 2c + 1 (b0) and 2c + 8, 2c + 9 (b1); of C rows g (c0, c1) and
+    g + 8 (c2, c3), columns 2c and 2c + 1. Tensor cores from sm_80 on; before, shuffles and multiply-adds.
+    """
+    return _mma_bf16 if arch >= 80 or SIMULATED else _mma_bf16_slowly
+
+
+@_instruction("div.u32 $0, $1, $2;", "r", "rr")
+def divide(a: Any, b: Any) -> Any:
+    """a // b for int32 a >= 0, b > 0: Numba's own divides 64 bits, ten times the instructions. Any architecture."""
+    return int32(int(a) // int(b))
+
+
+@_instruction("atom.acq_rel.gpu.global.add.u32 $0, [$1], $2;", "u", "pu", effects=True)
+def atomic_fetch_add_ordered(p: Any, i: Any, value: Any) -> Any:
+    """`atomic_fetch_add`, ordered after every earlier and before every later access of this thread. sm_70."""
+    return atomic_fetch_add(p, i, value)

@@ -41,17 +41,19 @@ from bitnet_numba.kernels.intrinsics import (
     SHARED_ALIGN,
     WARP,
     add_rn,
+    byte_permute,
     div_rn,
     dp4a,
     dp4a_us,
     float32,
+    float_to_bits,
     grid_release,
     grid_wait,
     int32,
     int_to_float,
     load4,
     mul_rn,
-    round_to_int,
+    pointer,
     shuffle_xor,
     rcp_rn,
     rsqrt_approx,
@@ -72,6 +74,7 @@ OTHER_REGISTERS = 44  # a thread's, beside the weights it holds
 MOST_LOADS = 28  # 112 registers of weights
 EPSILON = float32(1e-5)  # least absmax, as in `quantize`
 INT8_MAX = float32(127)
+ROUNDER = float32(1.5 * 2**23)
 ALL_ONES = 0x01010101  # four bytes of 1: dp4a with it adds up four activations
 
 
@@ -112,11 +115,11 @@ def make_gemv(
     ZERO, ONE = float32(0), float32(1)
 
     def gemv(words, x, norm, eps, scales, bias, out, rows, unit_count, second, bound1, bound2):
-        q_s = cuda.shared.array(Q_WORDS, int32, SHARED_ALIGN)
-        sum_s = cuda.shared.array(SUM_INTS, int32, SHARED_ALIGN)  # [WARPS, 16] partial rows
-        square_s = cuda.shared.array(WARPS, float32)
-        max_s = cuda.shared.array(WARPS, float32)
-        total_s = cuda.shared.array(WARPS, int32)
+        q_s = pointer(cuda.shared.array(Q_WORDS, int32, SHARED_ALIGN))
+        sum_s = pointer(cuda.shared.array(SUM_INTS, int32, SHARED_ALIGN))  # [WARPS, 16] partial rows
+        square_s = pointer(cuda.shared.array(WARPS, float32))
+        max_s = pointer(cuda.shared.array(WARPS, float32))
+        total_s = pointer(cuda.shared.array(WARPS, int32))
         w_r = cuda.local.array(W_REGS, int32)
         x_r = cuda.local.array(X_REGS, float32)
         n_r = cuda.local.array(X_REGS, float32)
@@ -192,12 +195,13 @@ def make_gemv(
             scale_x = mul_rn(rcp_rn(max(largest, EPSILON)), INT8_MAX)
             total = int32(0)
             for j in range(X_LOADS):
-                # No clamp: |x| * scale_x is at most 127 (1 + 2^-20), which rounds to 127.
-                q0 = round_to_int(x_r[4 * j] * scale_x)
-                q1 = round_to_int(x_r[4 * j + 1] * scale_x)
-                q2 = round_to_int(x_r[4 * j + 2] * scale_x)
-                q3 = round_to_int(x_r[4 * j + 3] * scale_x)
-                word = int32((q0 & 255) | (q1 & 255) << 8 | (q2 & 255) << 16 | q3 << 24)
+                # No clamp: |x| * scale_x is at most 127 (1 + 2^-20), which rounds to 127. Adding 1.5 * 2^23 rounds half
+                # to even and leaves the whole number in the low bits, four times as fast as a conversion.
+                q0 = float_to_bits(add_rn(mul_rn(x_r[4 * j], scale_x), ROUNDER))
+                q1 = float_to_bits(add_rn(mul_rn(x_r[4 * j + 1], scale_x), ROUNDER))
+                q2 = float_to_bits(add_rn(mul_rn(x_r[4 * j + 2], scale_x), ROUNDER))
+                q3 = float_to_bits(add_rn(mul_rn(x_r[4 * j + 3], scale_x), ROUNDER))
+                word = int32(byte_permute(byte_permute(q0, q1, 0x40), byte_permute(q2, q3, 0x40), 0x5410))
                 total = dp4a(word, ALL_ONES, total)
                 chunk = int32(tid + j * THREADS)
                 if chunk < CHUNKS:

@@ -72,18 +72,21 @@ def check_attention(
 
 
 @settings(max_examples=12)
-@example(shape=(128, 4), threads=64, position=3, splits=2, seed=1)
+@example(shape=(128, 4), long=True, threads=64, position=3, splits=2, seed=1)
 @given(
     shape=st.sampled_from([(8, 4), (4, 1), (2, 2), (20, 3), (64, 2), (100, 1), (32, 8), (16, 12)]),
+    long=st.booleans(),
     threads=st.sampled_from([32, 64]),
     position=st.integers(0, 11),
     splits=st.integers(1, 3),
     seed=st.integers(0, 2**32 - 1),
 )
-def simulate_attention(shape: tuple[int, int], threads: int, position: int, splits: int, seed: int) -> None:
+def simulate_attention(
+    shape: tuple[int, int], long: bool, threads: int, position: int, splits: int, seed: int
+) -> None:
     D, group = shape
-    form = attention_form(arch(), D, group, threads, passes=2)
-    _, parts = attention_grid(1, group, 1)
+    form = attention_form(arch(), D, group, long, threads, passes=2)
+    _, parts = attention_grid(1, group, 1, long)
     check_attention(form, (splits, parts), 1, group, D, position, 12, 2, seed)
 
 
@@ -92,13 +95,14 @@ def test_simulated() -> None:
 
 
 @needs_gpu
-@example(shape=(128, 4, 5), position=4095, capacity=4096, least=128, seed=2, spread=4.0)
-@example(shape=(128, 4, 5), position=127, capacity=4096, least=128, seed=2, spread=1.0)
-@example(shape=(256, 3, 4), position=32767, capacity=32768, least=64, seed=3, spread=1.0)
+@example(shape=(128, 4, 5), long=True, position=4095, capacity=4096, least=128, seed=2, spread=4.0)
+@example(shape=(128, 4, 5), long=False, position=127, capacity=4096, least=128, seed=2, spread=1.0)
+@example(shape=(256, 3, 4), long=True, position=32767, capacity=32768, least=64, seed=3, spread=1.0)
 @given(
     shape=st.sampled_from(
         [(128, 4, 5), (64, 4, 2), (96, 1, 16), (100, 1, 32), (256, 3, 4), (128, 8, 2), (6, 5, 3), (128, 16, 1)]
     ),
+    long=st.booleans(),
     position=st.integers(0, 1500),
     capacity=st.sampled_from([1501, 2048]),
     least=st.sampled_from([16, 64, 128]),
@@ -106,13 +110,13 @@ def test_simulated() -> None:
     spread=st.sampled_from([0.1, 1.0, 8.0]),
 )
 def test_attention_on_gpu(
-    shape: tuple[int, int, int], position: int, capacity: int, least: int, seed: int, spread: float
+    shape: tuple[int, int, int], long: bool, position: int, capacity: int, least: int, seed: int, spread: float
 ) -> None:
     from bitnet_numba.kernels.device import usable_device
 
     D, group, kv_heads = shape
-    form = attention_form(arch(), D, group)
-    grid = attention_grid(usable_device().multiprocessors, group * kv_heads, kv_heads)
+    form = attention_form(arch(), D, group, long)
+    grid = attention_grid(usable_device().multiprocessors, group * kv_heads, kv_heads, long)
     check_attention(form, grid, kv_heads, group, D, position, capacity, least, seed, spread)
 
 
