@@ -19,7 +19,7 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
-from bitnet_numba.config import ModelConfig
+from bitnet_numba.config import GROUPS, ModelConfig
 from bitnet_numba.kernels import attention, embed, head, sampler, w2a8_gemv
 from bitnet_numba.kernels.attention import attention_grid, attention_scratch, padded_head_dim
 from bitnet_numba.kernels.device import Device, DeviceArray, Launch, PinnedArray
@@ -29,6 +29,8 @@ from bitnet_numba.kernels.weights import View, Weights, head_name
 from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS
 from bitnet_numba.reference.model import rope_tables  # the one definition of the rotary frequencies
 
+LAYER = ("qkv", "attention", "o", "gate_up", "down")
+NORMS = ("input_norm", "attn_sub_norm", "post_attention_norm", "ffn_sub_norm")  # in the order of config.GROUPS
 RING = 64  # tokens that the host may be behind
 
 
@@ -61,10 +63,13 @@ class Activations:
         self.mixed = floats(config.q_size)
         self.inner = floats(config.intermediate_size)
         self.logits = floats(config.vocab_size)
-        grid = attention_grid(device.multiprocessors, config.num_heads, config.num_kv_heads)
-        sizes = attention_scratch(grid, config.num_heads, config.head_dim)
+        forms = [
+            attention_grid(device.multiprocessors, config.num_heads, config.num_kv_heads, long)
+            for long in (False, True)
+        ]
+        sizes = np.max([attention_scratch(grid, config.num_heads, config.head_dim) for grid in forms], axis=0)
         kinds = (np.float32, np.float32, np.int32)
-        self.attention = tuple(DeviceArray(size, kind, zero=True) for size, kind in zip(sizes, kinds, strict=True))
+        self.attention = tuple(DeviceArray(int(size), kind, zero=True) for size, kind in zip(sizes, kinds, strict=True))
         self.scratch = DeviceArray(sampler.SCRATCH_WORDS, np.int64, zero=True)
         self.counters = DeviceArray(sampler.COUNTERS, np.int32, zero=True)
 
@@ -144,7 +149,10 @@ def kernel_forms(config: ModelConfig, int8_rows: bool, device: Device) -> list[K
     """Every form that decoding with a model takes."""
     return [
         *Products(config, device).forms.values(),
-        attention.attention_form(device.arch, config.head_dim, config.num_heads // config.num_kv_heads),
+        *(
+            attention.attention_form(device.arch, config.head_dim, config.num_heads // config.num_kv_heads, long)
+            for long in (False, True)
+        ),
         embed.embed_form(device.arch, int8_rows),
         head.form(device.arch, config.hidden_size, int8_rows),
         sampler.sampler_form(device.arch),
@@ -163,22 +171,27 @@ class Step:
         )  # fmt: skip
         cos, sin = state.cos, state.sin
         products = Products(config, device)
-        self._layers: list[Launch] = []
+        self._layers: list[dict[bool, Launch]] = []  # in order; each for short and for long contexts
         for i in range(config.num_layers):
             name = f"layers.{i}"
             keys, values = state.keys_values(i)
-            self._layers += [
-                products.launch(weights, i, "qkv", flow.h, weights[f"{name}.input_norm.weight"], flow.qkv),
-                attention.attention(
+            attentions = {
+                long: attention.attention(
                     device, flow.qkv, cos, sin, state.position, keys, values, flow.attention, flow.mixed,
-                    config.num_heads, config.num_kv_heads, config.head_dim, state.capacity,
-                ),
-                products.launch(weights, i, "o", flow.mixed, weights.get(f"{name}.attn_sub_norm.weight"), flow.h),
-                products.launch(
-                    weights, i, "gate_up", flow.h, weights[f"{name}.post_attention_norm.weight"], flow.inner
-                ),
-                products.launch(weights, i, "down", flow.inner, weights.get(f"{name}.ffn_sub_norm.weight"), flow.h),
-            ]  # fmt: skip
+                    config.num_heads, config.num_kv_heads, config.head_dim, state.capacity, long,
+                )
+                for long in (False, True)
+            }  # fmt: skip
+            norms = [weights.get(f"{name}.{norm}.weight") for norm in NORMS]
+            ends = ((flow.h, flow.qkv), (flow.mixed, flow.h), (flow.h, flow.inner), (flow.inner, flow.h))
+            qkv, o, gate_up, down = (
+                {False: launch, True: launch}
+                for launch in (
+                    products.launch(weights, i, group, x, norm, out)
+                    for group, norm, (x, out) in zip(GROUPS, norms, ends, strict=True)
+                )
+            )
+            self._layers += [qkv, attentions, o, gate_up, down]
         rows = head_name(config)
         arguments = (
             weights[f"{rows}.weight"], weights.get(f"{rows}.scale"), flow.h, weights["norm.weight"],
@@ -192,22 +205,25 @@ class Step:
         )  # fmt: skip
         self._advance = Launch(advance_form(device.arch), 1, (state.position,), device)
 
-    def feed(self, stream: Any) -> None:
-        """A token whose logits nobody asks for."""
-        self._run(stream, [self._embed, *self._layers, self._advance])
+    def feed(self, stream: Any, long: bool) -> None:
+        """A token whose logits nobody asks for. `long`: the context is at least attention.LONG_CONTEXT tokens."""
+        self._run(stream, [self._embed, *self.layers(long), self._advance])
 
-    def score(self, stream: Any) -> None:
+    def score(self, stream: Any, long: bool) -> None:
         """A token and its logits."""
-        self._run(stream, [self._embed, *self._layers, self._head, self._advance])
+        self._run(stream, [self._embed, *self.layers(long), self._head, self._advance])
 
-    def decode(self, stream: Any) -> None:
+    def decode(self, stream: Any, long: bool) -> None:
         """A token and the choice of the next."""
-        self._run(stream, [self._embed, *self._layers, self._head, self._sampler])
+        self._run(stream, [self._embed, *self.layers(long), self._head, self._sampler])
 
-    def launches(self) -> dict[str, list[Launch]]:
+    def layers(self, long: bool) -> list[Launch]:
+        """The launches of all layers, in order: as in LAYER, again and again."""
+        return [launch[long] for launch in self._layers]
+
+    def launches(self, long: bool) -> dict[str, list[Launch]]:
         """The launches of `decode` by name, for measurements."""
-        groups = ("qkv", "attention", "o", "gate_up", "down")
-        named = {group: self._layers[i :: len(groups)] for i, group in enumerate(groups)}
+        named = {name: self.layers(long)[i :: len(LAYER)] for i, name in enumerate(LAYER)}
         return {"embed": [self._embed], **named, "head": [self._head], "sampler": [self._sampler]}
 
     def _run(self, stream: Any, launches: list[Launch]) -> None:
