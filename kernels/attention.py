@@ -116,8 +116,8 @@ def pack_bf16(low: float, high: float) -> int:
 
 
 def make_attention(arch: int, head_dim: int, group: int, heads: int, threads: int, passes: int) -> Callable[..., None]:
-    """The kernel for a head size and a number of query heads per key-value head, `heads` of them a block; a row of lanes
-    holds `passes` tokens, a power of two."""
+    """The kernel for a head size and a number of query heads per key-value head, `heads` of them a block; a row of
+    lanes holds `passes` tokens, a power of two."""
     stream, wait, release = stream_load(arch), grid_wait(arch), grid_release(arch)
     D, DP, HALF = head_dim, padded_head_dim(head_dim), head_dim // 2
     WORDS = DP // 2

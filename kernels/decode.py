@@ -164,7 +164,6 @@ class Step:
     """The launches of one step of one sequence."""
 
     def __init__(self, config: ModelConfig, weights: Weights, flow: Activations, state: SequenceState, device: Device):
-        int8 = weights["embed.weight"].dtype == np.int8
         self._embed = embed.embed(
             device, weights["embed.weight"], weights.get("embed.scale"), state.tokens, state.position, state.seen,
             flow.h, config.hidden_size,
@@ -193,12 +192,10 @@ class Step:
             )
             self._layers += [qkv, attentions, o, gate_up, down]
         rows = head_name(config)
-        arguments = (
-            weights[f"{rows}.weight"], weights.get(f"{rows}.scale"), flow.h, weights["norm.weight"],
-            config.rms_norm_eps, flow.logits, config.vocab_size,
+        self._head = head.head(
+            device, weights[f"{rows}.weight"], weights.get(f"{rows}.scale"), flow.h, weights["norm.weight"],
+            config.rms_norm_eps, flow.logits, config.vocab_size, config.hidden_size,
         )  # fmt: skip
-        form = head.form(device.arch, config.hidden_size, int8)
-        self._head = Launch(form, device.multiprocessors * form.blocks_per_sm, arguments, device)
         self._sampler = sampler.sampler(
             device, flow.logits, config.vocab_size, state.settings, state.position, state.tokens, state.seen,
             flow.scratch, flow.counters, state.ring,

@@ -37,7 +37,7 @@ def driver_call(name: str, *arguments: Any) -> Any:
     return results[0] if len(results) == 1 else tuple(results)
 
 
-# ---- The device -------------------------------------------------------------------------------------------------------
+# ---- The device -----------------------------------------------------------------------------------------------------
 
 
 class Device:
@@ -91,7 +91,7 @@ def usable_device(index: int = 0) -> Device:
     return Device(index)
 
 
-# ---- Memory -----------------------------------------------------------------------------------------------------------
+# ---- Memory ---------------------------------------------------------------------------------------------------------
 
 
 class DeviceArray:
@@ -161,7 +161,7 @@ class PinnedArray:
             self.address = 0
 
 
-# ---- Compilation --------------------------------------------------------------------------------------------------------
+# ---- Compilation ----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -297,7 +297,7 @@ def load_kernel(form: Any, device: Device) -> Any:
 
 
 def load_kernels(forms: Sequence[Any], device: Device, progress: Callable[[int, int, Device], None]) -> None:
-    """Loads forms; those not in the disk cache are compiled, with `progress(done, total, device)` before and after each."""
+    """Loads forms; those not in the disk cache are compiled first, with `progress(done, total, device)` as it goes."""
     missing = [form for form in forms if _key(form, device) not in _loaded and not _cached(form, device.arch)]
     for done, form in enumerate(missing):
         progress(done, len(missing), device)
@@ -308,7 +308,7 @@ def load_kernels(forms: Sequence[Any], device: Device, progress: Callable[[int, 
         load_kernel(form, device)
 
 
-# ---- Launches ---------------------------------------------------------------------------------------------------------
+# ---- Launches -------------------------------------------------------------------------------------------------------
 
 
 class Launch:

@@ -3,9 +3,10 @@
     logits[n] = sum_k norm(h)[k] * w[n, k]   (* scale[n] for int8 rows)          float32 throughout
 
 It is the largest read of a step (657 MB of 1.18 GB for 2B4T), and nothing else: 4 lane operations a byte, against a
-budget of 28. So the layout is the plain one, a warp a row, and what matters is loads in flight: each warp asks for its next
-row before it multiplies the one it has, and asks for its first before `grid_wait`. The vector stays in shared memory as
-float32. Rows go to warps round robin, so that all blocks end together.
+budget of 28. So the layout is the plain one, a warp a row, and what matters is loads in flight: each warp asks for its
+next row as it multiplies the one it has, and asks for its first before `grid_wait`. The vector stays in shared memory
+as float32. Rows go to warps round robin, so that all blocks end together. Measured on an H200: 161 us for bfloat16 rows
+of 2B4T, 4.07 TB/s of 4.23; 81 us for int8. 256 to 1024 threads and 3 to 10 loads in flight all come within 3 %.
 
     warp      row r           row r + all warps       ...
     lane l    16 bytes l, l + 32, l + 64, ... of the row: 8 (bfloat16) or 16 (int8) columns each
@@ -17,6 +18,7 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
+from bitnet_numba.kernels.device import Device, DeviceArray, Launch
 from bitnet_numba.kernels.forms import KernelForm
 from bitnet_numba.kernels.intrinsics import (
     SHARED_ALIGN,
@@ -39,6 +41,7 @@ from bitnet_numba.kernels.intrinsics import (
     stream_load,
     warp_sum,
 )
+from bitnet_numba.packing import BLOCK_COLS
 
 THREADS = 512
 BLOCKS_PER_SM = 1  # the whole register file: 10 loads in flight for each of 512 threads
@@ -48,14 +51,16 @@ OFFSET = np.float32(2**23 + 128)
 MOST_LOADS = 10  # of 16 bytes that a lane has in flight; longer rows go piece by piece
 
 
-def make_head(arch: int, K: int, int8: bool, threads: int = THREADS) -> Callable[..., None]:
+def make_head(
+    arch: int, K: int, int8: bool, threads: int = THREADS, most_loads: int = MOST_LOADS
+) -> Callable[..., None]:
     """The kernel for rows of K columns (a multiple of 32), bfloat16 or int8."""
     load, wait, release = stream_load(arch), grid_wait(arch), grid_release(arch)
     INT8, THREADS, WARPS = int8, threads, threads // WARP
     PER_LOAD = 16 if int8 else 8  # columns
     ROW_WORDS = K // (4 if int8 else 2)
     ROW_LOADS = -(-ROW_WORDS // (4 * WARP))
-    PIECES = -(-ROW_LOADS // MOST_LOADS)
+    PIECES = -(-ROW_LOADS // most_loads)
     LOADS = -(-ROW_LOADS // PIECES)
     W_REGS = 4 * LOADS
     CHUNKS = K // 4
@@ -163,11 +168,50 @@ def make_head(arch: int, K: int, int8: bool, threads: int = THREADS) -> Callable
     return head
 
 
-def form(arch: int, K: int, int8: bool) -> KernelForm:
-    """The compiled form for rows of K columns."""
+def form(arch: int, K: int, int8: bool, threads: int = THREADS, most_loads: int = MOST_LOADS) -> KernelForm:
+    """The compiled form for rows of K columns; `threads` and `most_loads` only for tests.
+
+    Raises ValueError unless K is a multiple of 32.
+    """
+    if K < 1 or K % BLOCK_COLS:
+        raise ValueError(f"head rows must have a multiple of {BLOCK_COLS} columns, not {K}")
     f32, i32 = types.float32, types.int32
-    pointer = types.CPointer
-    scale = pointer(f32) if int8 else types.none
-    signature = (pointer(i32), scale, pointer(f32), pointer(f32), f32, pointer(f32), i32)
-    kernel = make_head(arch, K, int8)
-    return KernelForm(f"head[{K} {'int8' if int8 else 'bf16'}]", kernel, signature, THREADS, BLOCKS_PER_SM)
+    pointer_to = types.CPointer
+    scale = pointer_to(f32) if int8 else types.none
+    signature = (pointer_to(i32), scale, pointer_to(f32), pointer_to(f32), f32, pointer_to(f32), i32)
+    kernel = make_head(arch, K, int8, threads, most_loads)
+    name = f"head[{K} {'int8' if int8 else 'bf16'} {threads} {most_loads}]"
+    return KernelForm(name, kernel, signature, threads, BLOCKS_PER_SM, wide_loads=2)
+
+
+def head(
+    device: Device,
+    weight: DeviceArray,
+    scale: DeviceArray | None,
+    h: DeviceArray,
+    norm: DeviceArray,
+    eps: float,
+    logits: DeviceArray,
+    rows: int,
+    K: int,
+    overlap: bool = True,
+) -> Launch:
+    """The launch that scores every token: logits = norm(h) . weight rows.
+
+    weight uint16 (bfloat16 bits) or int8 [rows, K]; scale float32 [rows] for int8 rows, else None; h, norm float32 [K];
+    logits float32 [rows]. Raises ValueError with the sizes if they do not fit together.
+    """
+    int8 = weight.dtype == np.int8
+    if int8 == (scale is None):
+        raise ValueError(f"head: {weight.dtype} rows {'need' if int8 else 'take no'} scales")
+    sizes = {"weight": (weight, rows * K), "h": (h, K), "norm": (norm, K), "logits": (logits, rows)}
+    for name, (array, size) in sizes.items():
+        if array.size < size:
+            raise ValueError(f"head: {name} holds {array.size} elements, {size} are needed")
+    arguments = (weight, scale, h, norm, eps, logits, rows)
+    return Launch(form(device.arch, K, int8), device.multiprocessors * BLOCKS_PER_SM, arguments, device, overlap)
+
+
+def forms(arch: int) -> list[KernelForm]:
+    """Forms of 2B4T and of rows that go in pieces."""
+    return [form(arch, K, int8) for K in (2560, 4096) for int8 in (False, True)]

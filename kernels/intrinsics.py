@@ -1,13 +1,13 @@
 """Machine instructions that Numba does not offer, each with a plain-Python stand-in for the simulator.
 
 Conventions of every kernel in this folder:
-- Kernels are plain Python functions of flat pointers and int32 / float32 scalars, wrapped in `device.Kernel`, which compiles
-  them for an architecture or, under the simulator (NUMBA_ENABLE_CUDASIM=1), runs them on flat NumPy arrays.
+- Kernels are plain Python functions of flat pointers and int32 / float32 scalars. `device` compiles and launches them;
+  under the simulator (NUMBA_ENABLE_CUDASIM=1) they run on flat NumPy arrays.
 - An operand `p, i` is element i of a kernel's pointer or of a shared array. Shared arrays that 16-byte accesses touch
   are made with `cuda.shared.array(size, dtype, SHARED_ALIGN)`.
-- What an architecture lacks is chosen when a kernel is built (`stream_load(arch)`, `grid_wait(arch)`, ...), never at run
-  time; `arch` is 10 * major + minor of the compute capability, e.g. 90.
-- Lanes exchange values with their whole warp: every thread of a warp must reach an exchange, and blocks are whole warps.
+- What an architecture lacks is chosen when a kernel is built (`stream_load(arch)`, `grid_wait(arch)`, ...), never at
+  run time; `arch` is 10 * major + minor of the compute capability, e.g. 90.
+- Lanes exchange values with their whole warp: every thread of a warp must reach an exchange; blocks are whole warps.
 - Numba widens int32 arithmetic to int64: wrap each result in `int32(...)`, and the compiler narrows it again.
 """
 
@@ -180,7 +180,7 @@ def float_to_bits(x: Any) -> Any:
 
 @_instruction("prmt.b32 $0, $1, $2, $3;", "u", "uuu")
 def byte_permute(a: Any, b: Any, selector: Any) -> Any:
-    """The word whose byte k is byte number (selector >> 4k) & 7 of the eight in a (0-3) and b (4-7). Any architecture."""
+    """The word whose byte k is byte (selector >> 4k) & 7 of the eight in a (0-3) and b (4-7). Any architecture."""
     source = _bytes(a, False) + _bytes(b, False)
     return np.uint32(sum(source[int(selector) >> 4 * k & 7] << 8 * k for k in range(4)))
 
@@ -197,7 +197,7 @@ def bf16_high(word: Any) -> Any:
     return bits_to_float(int(word) & 0xFFFF0000)
 
 
-# ---- Approximations; each bound is from the PTX manual ----------------------------------------------------------------
+# ---- Approximations; each bound is from the PTX manual --------------------------------------------------------------
 
 
 @_instruction("ex2.approx.ftz.f32 $0, $1;", "f", "f")
@@ -283,7 +283,7 @@ def _store4_intrinsic() -> Callable:
 
 
 def _load4(p: Any, i: Any) -> Any:
-    """Elements i .. i+3 (i a multiple of 4) of 32-bit memory, global or shared, in one 16-byte load. Any architecture."""
+    """Elements i .. i+3 (i a multiple of 4) of 32-bit memory, global or shared: one 16-byte load. Any architecture."""
     return _four(p, i)
 
 
@@ -337,13 +337,13 @@ def _nothing() -> None:
 
 
 def grid_wait(arch: int) -> Callable:
-    """`wait()`: blocks until the launches before this one have finished and their writes are visible. sm_90; else nothing,
-    since there the launch itself waits."""
+    """`wait()`: blocks until the launches before this one have finished and their writes are visible. sm_90; else
+    nothing, since there the launch itself waits."""
     return _grid_wait if arch >= 90 else _nothing
 
 
 def grid_release(arch: int) -> Callable:
-    """`release()`: lets the next launch start before this one ends (it still waits for its data). sm_90; else nothing."""
+    """`release()`: lets the next launch start before this one ends (it still waits for data). sm_90; else nothing."""
     return _grid_release if arch >= 90 else _nothing
 
 
@@ -352,36 +352,7 @@ def prefetch_l2(p: Any, i: Any) -> None:
     """Asks for the line of element i to be brought into L2. Any architecture."""
 
 
-@_instruction(
-    "{ .reg .u64 s; cvta.to.shared.u64 s, $0; cp.async.cg.shared.global.L2::256B [s], [$1], 16; }",
-    "",
-    "pp",
-    effects=True,
-)
-def copy_async(to: Any, i: Any, p: Any, j: Any) -> None:
-    """Starts copying words j .. j+3 of global p to words i .. i+3 of a shared array. sm_80."""
-    for k in range(4):
-        to[int(i) + k] = p[int(j) + k]
-
-
-@_instruction("cp.async.commit_group;", "", "", effects=True)
-def copy_commit() -> None:
-    """Closes a group of this thread's copies. sm_80."""
-
-
-@_instruction("cp.async.wait_all;", "", "", effects=True)
-def copy_wait_all() -> None:
-    """Waits for all copies that this thread started; others see them after a barrier. sm_80."""
-
-
 _atomic_lock = threading.Lock()
-
-
-@_instruction("red.global.add.s32 [$0], $1;", "", "pr", effects=True)
-def atomic_add(p: Any, i: Any, value: Any) -> None:
-    """p[i] += value, int32 in global memory; exact, so the same in any order. Any architecture."""
-    with _atomic_lock:
-        p[int(i)] = int32(int(p[int(i)]) + int(value))
 
 
 @_instruction("atom.global.add.u32 $0, [$1], $2;", "u", "pu", effects=True)
@@ -393,20 +364,13 @@ def atomic_fetch_add(p: Any, i: Any, value: Any) -> Any:
         return old
 
 
-@_instruction("red.global.max.u32 [$0], $1;", "", "pu", effects=True)
-def atomic_max(p: Any, i: Any, value: Any) -> None:
-    """p[i] = max(p[i], value), uint32 in global memory. The bits of floats >= 0 order as the floats do. Any architecture."""
-    with _atomic_lock:
-        p[int(i)] = max(uint32(p[int(i)]), uint32(value))
-
-
 @device_function
 def fence() -> None:
     """Orders this thread's global writes before its later ones, for the whole device. Any architecture."""
     cuda.threadfence()
 
 
-# ---- Exchange inside a warp -------------------------------------------------------------------------------------------
+# ---- Exchange inside a warp -----------------------------------------------------------------------------------------
 
 
 class _SimulatedWarp:
@@ -438,17 +402,9 @@ if SIMULATED:
         """The value of lane `lane ^ mask`. Any architecture."""
         return _exchange(value, lambda lane: lane ^ int(mask))
 
-    def shuffle_down(value: Any, delta: Any) -> Any:
-        """The value of lane `lane + delta`, or the lane's own where there is none. Any architecture."""
-        return _exchange(value, lambda lane: lane + int(delta) if lane + int(delta) < WARP else lane)
-
     def shuffle(value: Any, source: Any) -> Any:
         """The value of lane `source`. Any architecture."""
         return _exchange(value, lambda lane: int(source))
-
-    def sync_warp() -> None:
-        """All lanes arrive before any goes on; their shared-memory writes are visible. Any architecture."""
-        _exchange(None, lambda lane: lane)
 
 else:
     _ALL_LANES = 0xFFFFFFFF
@@ -458,17 +414,8 @@ else:
         return cuda.shfl_xor_sync(_ALL_LANES, value, mask)
 
     @device_function
-    def shuffle_down(value: Any, delta: Any) -> Any:
-        return cuda.shfl_down_sync(_ALL_LANES, value, delta)
-
-    @device_function
     def shuffle(value: Any, source: Any) -> Any:
         return cuda.shfl_sync(_ALL_LANES, value, source)
-
-    @device_function
-    def sync_warp() -> None:
-        cuda.syncwarp()
-
 
 # The butterfly leaves the same value, to the bit, in every lane: each step adds the same pair in both orders.
 
@@ -497,7 +444,7 @@ def warp_sum_int(x: Any) -> Any:
     return x
 
 
-# ---- Arithmetic that must round exactly as NumPy does: the compiler may not fuse it -----------------------------------
+# ---- Arithmetic that must round exactly as NumPy does: the compiler may not fuse it ---------------------------------
 
 
 @_instruction("mul.rn.f32 $0, $1, $2;", "f", "ff")
@@ -542,7 +489,7 @@ def mul_low(a: Any, b: Any) -> Any:
     return uint32(int(a) * int(b))
 
 
-# ---- Between blocks ---------------------------------------------------------------------------------------------------
+# ---- Between blocks -------------------------------------------------------------------------------------------------
 
 
 @_instruction("ld.acquire.gpu.global.u32 $0, [$1];", "u", "p", effects=True)
@@ -571,7 +518,7 @@ def atomic_add_wide(p: Any, i: Any, value: Any) -> None:
         p[int(i)] = int(p[int(i)]) + int(value)
 
 
-# ---- Tensor cores -----------------------------------------------------------------------------------------------------
+# ---- Tensor cores ---------------------------------------------------------------------------------------------------
 
 
 @_instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", "r", "ff")

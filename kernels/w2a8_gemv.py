@@ -2,18 +2,19 @@
 
     y[n] = (sum_k q[k] * w[n, k]) * scale[segment of n] / s  (+ bias[n])
 
-with q, s the absmax quantisation of the input vector. The products are exact integers; the codes w + 2 go into `dp4a` as
-they are stored, and 2 * sum(q) is taken off once per row.
+with q, s the absmax quantisation of the input vector. The products are exact integers; the codes w + 2 go into `dp4a`
+as they are stored, and 2 * sum(q) is taken off once per row.
 
-One factory, `make_gemv`, makes every form, from three choices:
-    prologue   "int8": q, 1/s-scale and sum are given;  "quantize": x float32 is quantised here;
+One factory, `make_gemv`, makes every form, from two choices:
+    prologue   "int8": q, s and sum(q) are given;  "quantize": x float32 is quantised here;
                "norm": x goes through RMSNorm (weights given), then is quantised
     epilogue   "acc": int32 sums, for tests;  "store": y;  "residual": y is added to what `out` holds;
                "gated": activation(y[n]) * y[n + N/2], the feed-forward's gate and up rows at once
-Fusing matters because a 2B4T layer's weights stream in 4 us but each launch costs about 1 us and each dependent read
-of L2 another: the vector is small, so every block quantises all of it for itself while its weights are on their way.
+Fusing pays because a 2B4T layer's weights stream in 4 us, but each launch costs about half a microsecond and each
+dependent trip through L2 another: the vector is small, so every block quantises all of it for itself, while its
+weights are on their way.
 
-Work split (P = parts, U = row-blocks a block owns; the weights' layout is drawn in `packing`):
+Work split (P = parts, U = units a block holds at a time; the weights' layout is drawn in `packing`):
 
     block b: row-blocks b, b + grid, ... (U of them), 16 rows each;   P warps share a row-block:
         columns   0        128       256       384
@@ -26,16 +27,22 @@ Work split (P = parts, U = row-blocks a block owns; the weights' layout is drawn
 
 All of a block's weights are loaded into registers before `grid_wait`, i.e. while the kernels before this one still
 run. A matrix too large for that goes in rounds, each loading ahead for the next.
+
+Of a word, `word & (mask << 2i)` holds codes times 4^i, so a dp4a costs one more instruction instead of two; the sums
+for each i are kept apart and shifted back once. RMSNorm and absmax share one reduction over the block: the largest
+|w * x| is multiplied by 1 / rms afterwards, so the scale may be off by 2 ulp; a separate pass cost 0.7 us more.
+docs/performance-notes.md has what was tried and measured.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numba import cuda
 from numba.cuda import types
 
+from bitnet_numba.kernels.device import Device, DeviceArray, Launch
 from bitnet_numba.kernels.forms import KernelForm
 from bitnet_numba.kernels.intrinsics import (
     SHARED_ALIGN,
@@ -54,24 +61,28 @@ from bitnet_numba.kernels.intrinsics import (
     load4,
     mul_rn,
     pointer,
-    shuffle_xor,
     rcp_rn,
     rsqrt_approx,
+    shuffle_xor,
     store4,
     stream_load,
     warp_max,
     warp_sum,
     warp_sum_int,
 )
-from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_BITS, CODE_MASK, CODE_OFFSET
+from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_BITS, CODE_MASK, CODE_OFFSET, packed_words
 
 STEP_COLS = 128  # columns that one 16-byte load of each lane covers: four blocks
 STEP_WORDS = WARP * 4
+# Eight warps a block: a barrier and a reduction cost more with each warp, and two neighbouring launches must fit a
+# multiprocessor's registers. Of 4, 6, 8, 10, 12, 16, 20 and 32, eight were the fastest for a whole layer.
 WARPS = 8
 MOST_WARPS = 12
 MAX_WARPS = 32
 OTHER_REGISTERS = 44  # a thread's, beside the weights it holds
+REGISTERS = 65536  # of a multiprocessor
 MOST_LOADS = 28  # 112 registers of weights
+MOST_SEGMENTS = 3  # q, k and v
 EPSILON = float32(1e-5)  # least absmax, as in `quantize`
 INT8_MAX = float32(127)
 ROUNDER = float32(1.5 * 2**23)
@@ -368,7 +379,63 @@ def form(
         kernel=make_gemv(arch, K, split.units, split.parts, prologue, epilogue, activation, split.rounds),
         signature=signature,
         threads=threads,
-        blocks_per_sm=max(1, 65536 // (threads * (4 * loads + OTHER_REGISTERS))),
+        blocks_per_sm=max(1, REGISTERS // (threads * (4 * loads + OTHER_REGISTERS))),
         dp4a=16 * loads,
         wide_loads=loads,
     )
+
+
+def w2a8_gemv(
+    device: Device,
+    words: DeviceArray,
+    q: DeviceArray,
+    quantization: DeviceArray,
+    scales: DeviceArray,
+    out: DeviceArray,
+    N: int,
+    K: int,
+    ends: Sequence[int] = (),
+    bias: DeviceArray | None = None,
+    overlap: bool = True,
+) -> Launch:
+    """The prepared launch of a single product; calling it with a stream's handle costs about 5 us of host time.
+
+    words int32 [packed_words(N, K)]; q int8 [K rounded up to 32], zeros at the end; quantization float32 [2]: s of
+    `quantize_activations`, and the sum of q; scales float32, one for each of up to three segments of rows that end at
+    `ends` (by default one segment, N); bias float32 [N] or None; out float32 [N] for (acc * scale / s) + bias, or int32
+    [N] for the sums acc. Raises ValueError with the sizes if they do not fit together.
+    """
+    ends = tuple(ends) or (N,)
+    if not 1 <= len(ends) <= MOST_SEGMENTS or ends[-1] != N or list(ends) != sorted(ends):
+        raise ValueError(f"w2a8_gemv: segments that end at {ends} do not divide {N} rows into up to {MOST_SEGMENTS}")
+    padded_K = -(-K // BLOCK_COLS) * BLOCK_COLS
+    sizes = {"words": (words, packed_words(N, K)), "q": (q, padded_K), "quantization": (quantization, 2)}
+    sizes |= {"scales": (scales, len(ends)), "out": (out, N)} | ({"bias": (bias, N)} if bias is not None else {})
+    for name, (array, size) in sizes.items():
+        if array.size < size:
+            raise ValueError(f"w2a8_gemv: {name} holds {array.size} elements, a {N} x {K} product takes {size}")
+    if out.dtype not in ("float32", "int32"):
+        raise ValueError(f"w2a8_gemv: out must be float32 or int32, not {out.dtype}")
+    epilogue = "acc" if out.dtype == np.int32 else "store"
+    split = plan(N, K, device.multiprocessors)
+    bounds = (*ends, N, N)[:2]
+    arguments = (words, q, quantization, 0.0, scales, bias, out, N, -(-N // BLOCK_ROWS), 0, *bounds)
+    return Launch(
+        form(device.arch, K, split, "int8", epilogue, bias=bias is not None), split.grid, arguments, device, overlap
+    )
+
+
+def forms(arch: int) -> list[KernelForm]:
+    """Forms of a 2B4T step on 132 multiprocessors, and every other branch: no norm, silu, biases, rounds, padding."""
+    few, pair = plan(3840, 2560, 132), plan(13824, 2560, 132, gated=True)
+    return [
+        form(arch, 2560, few),
+        form(arch, 2560, plan(2560, 2560, 132), "norm", "residual"),
+        form(arch, 2560, pair, "norm", "gated"),
+        form(arch, 6912, plan(2560, 6912, 132), "norm", "residual"),
+        form(arch, 8640, plan(3200, 8640, 132), "quantize", "residual", bias=True),
+        form(arch, 4096, plan(28672, 4096, 132, gated=True), "norm", "gated", "silu", bias=True),
+        form(arch, 2560, few, "int8", "acc"),
+        form(arch, 27648, plan(5120, 27648, 132), "int8", "store"),
+        form(arch, 72, plan(40, 72, 132), "int8", "store", bias=True),
+    ]
