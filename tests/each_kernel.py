@@ -1,0 +1,36 @@
+"""Launches each kernel once on small inputs and checks what it gives: the program that compute-sanitizer watches."""
+
+import numpy as np
+
+from bitnet_numba.kernels import attention, embed, norm_quant, sampler
+from bitnet_numba.kernels.w2a8_gemv import Plan
+from bitnet_numba.sampling import SamplingParams
+from tests.kernel_harness import arch
+from tests.test_attention import check_attention
+from tests.test_embed import check_embed
+from tests.test_head import check_head
+from tests.test_norm_quant import check_norm_quant
+from tests.test_sampler_cuda import choose
+from tests.test_w2a8_gemv import check_gemv
+
+
+def main() -> None:
+    """Every kernel, in the branches that a step takes."""
+    for prologue, epilogue in (("int8", "acc"), ("quantize", "residual"), ("norm", "store"), ("norm", "gated")):
+        check_gemv(96, 300, Plan(1, 2, 2, 3), prologue, epilogue, "relu2", True, 1)
+    for int8 in (False, True):
+        check_head(320, 50, int8, 512, 10, 2, 2)
+        check_embed(embed.embed_form(arch(), int8), 256, int8, 40, 64, 3)
+    for long in (False, True):
+        form = attention.attention_form(arch(), 64, 4, long)
+        grid = (3, attention.attention_grid(1, 8, 2, long)[1])
+        check_attention(form, grid, 2, 4, 64, 150, 200, 32, 4)
+    check_norm_quant(norm_quant.norm_quant_form(arch(), 320), 3, 320, "none", True, 5, 1.0)
+    logits = np.random.default_rng(6).standard_normal(300).astype(np.float32)
+    for params in (SamplingParams(), SamplingParams(0.8, 0.9, 20, 0.01, 1.2, 7)):
+        choose(logits, [1, 2, 3], params, sampler.sampler_form(arch()), 2, repeat=1)
+    print("each kernel ran")
+
+
+if __name__ == "__main__":
+    main()
