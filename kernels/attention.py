@@ -40,6 +40,7 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
+from bitnet_numba.kernels import attention_long
 from bitnet_numba.kernels.device import Device, DeviceArray, Launch
 from bitnet_numba.kernels.forms import KernelForm
 from bitnet_numba.kernels.intrinsics import (
@@ -76,11 +77,11 @@ from bitnet_numba.kernels.intrinsics import (
 # Query heads a block, threads, tokens that a row of lanes holds at a time, blocks a multiprocessor: see above.
 SHORT = (1, 512, 4, 1)
 LONG = (4, 256, 4, 1)
-LONG_CONTEXT = 1024  # tokens from which LONG is the faster
+LONG_CONTEXT = 256  # tokens from which the long form is the faster
 LANE_DIMS = 8  # bfloat16 numbers in a 16-byte load
 MAX_HEAD_DIM = 256  # a row of 32 lanes
 MAX_SPLITS = 128
-LEAST_TOKENS = 256  # of a split
+LEAST_TOKENS, LEAST_TOKENS_LONG = 256, 64  # of a split, in a form for short contexts and in one for long
 AHEAD = 32  # partial results in flight when splits are added up
 LOG2_E = np.log2(np.e)
 LOWEST = float32(-1e30)  # below every score, and finite: a difference of two is no NaN
@@ -432,6 +433,13 @@ def attention_form(
         raise ValueError(f"attention takes even head sizes up to {MAX_HEAD_DIM}, not {head_dim}")
     if group < 1:
         raise ValueError(f"a key-value head serves at least one query head, not {group}")
+    if long and arch >= attention_long.LEAST_ARCH and head_dim <= attention_long.MAX_HEAD_DIM:
+        heads, threads = heads_per_block(group, long), threads or attention_long.THREADS
+        kernel = attention_long.make_long_attention(arch, head_dim, group, heads, threads)
+        wide = 4 * -(-head_dim // attention_long.KEY_DIMS) + 8 * -(-head_dim // attention_long.VALUE_DIMS)
+        return KernelForm(
+            f"attention_long[{head_dim}, {group}, {threads}]", kernel, SIGNATURE, threads, wide_loads=wide
+        )
     _, default_threads, default_passes, blocks = LONG if long else SHORT
     heads, threads, passes = heads_per_block(group, long), threads or default_threads, passes or default_passes
     kernel = make_attention(arch, head_dim, group, heads, threads, passes)
@@ -447,7 +455,7 @@ def attention_grid(multiprocessors: int, num_heads: int, kv_heads: int, long: bo
 
 def attention_scratch(grid: tuple[int, int], num_heads: int, head_dim: int) -> tuple[int, int, int]:
     """Elements of (partials float32, stats float32, arrivals int32: zeroed once, the kernel leaves zeros)."""
-    return grid[0] * num_heads * head_dim, grid[0] * num_heads * 2, grid[1]
+    return grid[0] * num_heads * attention_long.partial_dims(head_dim), grid[0] * num_heads * 2, grid[1]
 
 
 def attention(
@@ -465,7 +473,7 @@ def attention(
     head_dim: int,
     capacity: int,
     long: bool = False,
-    least: int = LEAST_TOKENS,
+    least: int = 0,
     overlap: bool = True,
 ) -> Launch:
     """The launch for one layer's token: out = softmax(q . K / sqrt(head_dim)) . V over positions 0 .. position[0].
@@ -473,7 +481,7 @@ def attention(
     qkv float32 [(num_heads + 2 * kv_heads) * head_dim]; cos, sin float32 [capacity, head_dim / 2]; position int32 [1];
     keys, values int32 [kv_heads, capacity, padded_head_dim / 2]: pairs of bfloat16, written at position[0]; scratch as
     `attention_scratch` says; out float32 [num_heads * head_dim]. `long` chooses the form for long contexts. A split has
-    at least `least` tokens.
+    at least `least` tokens (0: this module's choice).
     Raises ValueError with the sizes if they do not fit together.
     """
     if num_heads % kv_heads:
@@ -495,8 +503,9 @@ def attention(
     for array, size in zip(scratch, attention_scratch(grid, num_heads, head_dim), strict=True):
         if array.size < size:
             raise ValueError(f"attention: scratch holds {array.size} elements, {size} are needed")
-    if capacity < 1 or least < 1:
-        raise ValueError(f"attention: capacity {capacity} and least {least} must be at least 1")
+    if capacity < 1 or least < 0:
+        raise ValueError(f"attention: a capacity of {capacity} tokens, or at least {least} a split, is none")
+    least = least or (LEAST_TOKENS_LONG if long else LEAST_TOKENS)
     arguments = (qkv, cos, sin, position, keys, values, *scratch, out, kv_heads, capacity, least)
     return Launch(form, grid, arguments, device, overlap)
 

@@ -522,27 +522,14 @@ def atomic_add_wide(p: Any, i: Any, value: Any) -> None:
 
 
 @_instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", "r", "ff")
-def _pack_bf16(low: Any, high: Any) -> Any:
+def pack_bf16(low: Any, high: Any) -> Any:
+    """Two float32 rounded to bfloat16, ties to even, as a word. sm_80."""
+
     def rounded(x: Any) -> int:
         bits = int(float_to_bits(x))
         return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 if x == x else 0x7FFF
 
     return int32(rounded(high) << 16 | rounded(low))
-
-
-@device_function
-def _pack_bf16_slowly(low: Any, high: Any) -> Any:
-    a, b = float_to_bits(low), float_to_bits(high)
-    a = uint32(uint32(a + uint32(0x7FFF) + (uint32(a >> uint32(16)) & uint32(1))) >> uint32(16))
-    b = uint32(uint32(b + uint32(0x7FFF) + (uint32(b >> uint32(16)) & uint32(1))) >> uint32(16))
-    a = a if low == low else uint32(0x7FFF)
-    b = b if high == high else uint32(0x7FFF)
-    return int32(uint32(b << uint32(16)) | a)
-
-
-def pack_bf16(arch: int) -> Callable:
-    """`pack(low, high)`: two float32 rounded to bfloat16, ties to even, as a word. One instruction from sm_80 on."""
-    return _pack_bf16 if arch >= 80 or SIMULATED else _pack_bf16_slowly
 
 
 @_instruction(
@@ -551,7 +538,13 @@ def pack_bf16(arch: int) -> Callable:
     "ffff",
     "rrrrrrffff",
 )
-def _mma_bf16(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> tuple:
+def mma_bf16(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> tuple:
+    """The warp's C [16, 8] += A [16, 16] . B [16, 8], bfloat16 in, float32 sums; returns c0 .. c3. sm_80.
+
+    With g = lane // 4, c = lane % 4, a lane holds of A rows g (a0, a2) and g + 8 (a1, a3), columns 2c, 2c + 1 (a0, a1)
+    and 2c + 8, 2c + 9 (a2, a3); of B column g, rows 2c, 2c + 1 (b0) and 2c + 8, 2c + 9 (b1); of C rows g (c0, c1) and
+    g + 8 (c2, c3), columns 2c and 2c + 1.
+    """
     thread: Any = threading.current_thread()
     lanes = thread.gather_in_warp((a0, a1, a2, a3, b0, b1))
     words = np.array(lanes, np.int64).astype(np.uint32)  # [32, 6]
@@ -567,36 +560,6 @@ def _mma_bf16(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1:
     g, c = divmod(thread.thread_id % WARP, 4)
     rows = a[[g, g, g + 8, g + 8]] * b[:, [2 * c, 2 * c + 1] * 2].T
     return tuple(np.float32(np.float64(start) + row.sum()) for start, row in zip((c0, c1, c2, c3), rows, strict=True))
-
-
-@device_function
-def _mma_bf16_slowly(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> tuple:
-    lane = int32(cuda.laneid)
-    row, column = int32(lane & ~3), int32((lane & 3) * 8)  # first lanes of this lane's rows and columns
-    for i in range(4):
-        left0, left1 = shuffle(b0, column + i), shuffle(b1, column + i)
-        right0, right1 = shuffle(b0, column + 4 + i), shuffle(b1, column + 4 + i)
-        upper0, upper1 = shuffle(a0, row + i), shuffle(a2, row + i)
-        lower0, lower1 = shuffle(a1, row + i), shuffle(a3, row + i)
-        c0 += bf16_low(upper0) * bf16_low(left0) + bf16_high(upper0) * bf16_high(left0)
-        c0 += bf16_low(upper1) * bf16_low(left1) + bf16_high(upper1) * bf16_high(left1)
-        c1 += bf16_low(upper0) * bf16_low(right0) + bf16_high(upper0) * bf16_high(right0)
-        c1 += bf16_low(upper1) * bf16_low(right1) + bf16_high(upper1) * bf16_high(right1)
-        c2 += bf16_low(lower0) * bf16_low(left0) + bf16_high(lower0) * bf16_high(left0)
-        c2 += bf16_low(lower1) * bf16_low(left1) + bf16_high(lower1) * bf16_high(left1)
-        c3 += bf16_low(lower0) * bf16_low(right0) + bf16_high(lower0) * bf16_high(right0)
-        c3 += bf16_low(lower1) * bf16_low(right1) + bf16_high(lower1) * bf16_high(right1)
-    return c0, c1, c2, c3
-
-
-def mma_bf16(arch: int) -> Callable:
-    """`mma(a0..a3, b0, b1, c0..c3) -> c0..c3`: the warp's C [16, 8] += A [16, 16] . B [16, 8], bfloat16 in, float32 sums.
-
-    With g = lane // 4, c = lane % 4, a lane holds of A rows g (a0, a2) and g + 8 (a1, a3), columns 2c, 2c + 1 (a0, a1)
-    and 2c + 8, 2c + 9 (a2, a3); of B column g, rows 2c, 2c + 1 (b0) and 2c + 8, 2c + 9 (b1); of C rows g (c0, c1) and
-    g + 8 (c2, c3), columns 2c and 2c + 1. Tensor cores from sm_80 on; before, shuffles and multiply-adds.
-    """
-    return _mma_bf16 if arch >= 80 or SIMULATED else _mma_bf16_slowly
 
 
 @_instruction("div.u32 $0, $1, $2;", "r", "rr")

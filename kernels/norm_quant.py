@@ -5,8 +5,8 @@
     s = 127 / max(max|n|, 1e-5), q = rint(n * s), half to even          as in `bitnet_numba.quantize`
 
 A step of one token does not use it: there the matrix-vector product quantises its input itself (see w2a8_gemv),
-because a launch costs more than the vector. For M tokens a block owns a row; its values stay in registers between the two
-reductions, so that each is read once: 4 M K bytes in (8 with a gate), M K out.
+because a launch costs more than the vector. For M tokens a block owns a row; its values stay in registers between the
+two reductions, so that each is read once: 4 M K bytes in (8 with a gate), M K out.
 
     block = token     thread t: columns t, t + T, t + 2 T, ...     (coalesced for every K, no alignment asked for)
 
@@ -181,9 +181,9 @@ def norm_quant(
 ) -> Launch:
     """The launch that norms (with a weight) and quantises `tokens` rows.
 
-    x float32 [tokens, K], or [tokens, 2 K] with gate and up side by side if there is an activation; weight float32 [K]
-    or None; q int8 [tokens, K rounded up to 32], padded with zeros; s float32 [tokens]; total int32 [tokens]: sums of q.
-    Raises ValueError with the sizes if they do not fit together.
+    x float32 [tokens, K], or [tokens, 2 K] with gate and up side by side if there is an activation; weight float32
+    [K] or None; q int8 [tokens, K rounded up to 32], padded with zeros; s float32 [tokens]; total int32 [tokens]:
+    sums of q. Raises ValueError with the sizes if they do not fit together.
     """
     gated = activation != "none"
     stride = 2 * K if gated else K

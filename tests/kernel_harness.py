@@ -3,10 +3,12 @@
 The agreement with the kernel modules
 - A kernel is a plain Python function that a factory `make_x(arch, constants...)` builds: constants are closure
   variables, arguments are pointers (flat) and scalars. Each module lists its compiled forms, `forms(arch) ->
-  list[KernelForm]` (see kernels/forms.py); block sizes are arguments of the factory, so that simulated blocks are small.
+  list[KernelForm]` (see kernels/forms.py); block sizes are arguments of the factory, so that simulated blocks are
+  small.
 - test_ptx.py compiles every form for every architecture and checks the PTX: no local memory, at least so many dp4a and
   16-byte loads, and, where ptxas is there, no spills.
-- Stand-ins in intrinsics.py find the running thread by `threading.current_thread()`; tests/simulator.py says what it has.
+- Stand-ins in intrinsics.py find the running thread by `threading.current_thread()`; tests/simulator.py says what it
+  has.
 - Kernels that wait for each other across blocks (a grid barrier) cannot run on the simulator with more than one block,
   because it runs block after block: such kernels take the number of blocks from gridDim and are simulated with one.
 

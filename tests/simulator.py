@@ -80,15 +80,18 @@ class SimulatedThread(threading.Thread):
     def syncthreads_or(self, value: Any) -> int:
         return int(any(self._votes(value)))
 
-    def exchange_in_warp(self, value: Any, source: Callable[[int], int]) -> Any:
-        """A warp shuffle: the value of lane `source(own lane)`; one's own if the block has no such thread."""
+    def gather_in_warp(self, value: Any) -> list[Any]:
+        """What every lane of the warp offers, in lane order."""
         turn = self.exchanges % 2  # the slot is written again two exchanges later, when all have read it
         self.exchanges += 1
         self.offers[turn] = value
         self.syncwarp()
         start = self.thread_id // WARP * WARP
-        other = start + source(self.thread_id - start)
-        return self.block.threads[other].offers[turn] if start <= other < len(self.block.threads) else value
+        return [thread.offers[turn] for thread in self.block.threads[start : start + WARP]]
+
+    def exchange_in_warp(self, value: Any, source: Callable[[int], int]) -> Any:
+        """A warp shuffle: the value of lane `source(own lane)`."""
+        return self.gather_in_warp(value)[source(self.thread_id % WARP)]
 
 
 class Block:

@@ -3,10 +3,11 @@
 Contract: keys and values are stored as bfloat16, bit for bit `bfloat16.from_float32` of what the reference stores; the
 output is the reference's attention over that cache, in float32.
 
-Tolerance. With e = 2^-24: a score is a sum of D products of relative error e, any order, so it is off by at most
-D * e * sum|q_i k_i| (scaled), plus the scaling's 3 e; 2^x is within 2 ulp and its argument, at most ~2^7 apart, rounds
-by 2^7 e; so every weight is off by a factor 1 + r with r <= (D + 3) * e * max_t(sum|q_i k_i|) + 2^8 e. Sums of T weights
-and of T weighted values add T e each, and the division by the sum doubles r: |error| <= (2 r + 2 T e) * max|v|.
+Tolerance. The three terms of q and p hold all 24 bits. Tensor cores cut off, where float32 arithmetic rounds: 2 e for
+each of a sum's terms, with e = 2^-24. A score is a sum of D products of relative error 2 e, any order, so it is off by
+at most 2 D * e * sum|q_i k_i| (scaled), plus the scaling's 6 e; 2^x is within 2 ulp and its argument, at most ~2^7
+apart, rounds by 2^7 e; so every weight is off by a factor 1 + r with r <= 2 (D + 3) * e * max_t(sum|q_i k_i|) + 2^8 e. Sums of
+T weights and of T weighted values add 2 T e each, and the division by the sum doubles r: in all (2 r + 4 T e) max|v|.
 """
 
 import numpy as np
@@ -59,35 +60,35 @@ def check_attention(
     caches[0, :, position, :D] = from_float32(new_key)
     caches[1, :, position, :D] = from_float32(qkv[heads + kv_heads :])
     caches[:, :, position, D:] = 0
-    for name, stored, expected in (("keys", keys, caches[0]), ("values", values, caches[1])):
-        assert np.array_equal(stored.array.view(np.uint16), expected.reshape(-1)), f"{name} differ"
+    for name, array, expected in zip(("keys", "values"), (keys, values), caches, strict=True):
+        assert np.array_equal(array.array.view(np.uint16), expected.reshape(-1)), f"{name} differ"
     assert not scratch[2].array.any(), "the arrival counters are not zero again"
     k, v = (to_float32(cache[:, : position + 1, :D]).transpose(1, 0, 2) for cache in caches)  # [T, G, D]
     expected = attend(q.astype(np.float64), k.astype(np.float64), v.astype(np.float64))[0]  # [H, D]
     grouped = np.abs(q[0]).reshape(kv_heads, group, D)
     largest = np.einsum("ghd,tgd->tgh", grouped, np.abs(k)).max() * D**-0.5
-    r = (D + 3) * EPSILON * largest + 2**8 * EPSILON
-    bound = (2 * r + 2 * (position + 1) * EPSILON) * np.abs(v).max()
+    r = 2 * (D + 3) * EPSILON * largest + 2**8 * EPSILON
+    bound = (2 * r + 4 * (position + 1) * EPSILON) * np.abs(v).max()
     assert_close(out.array.reshape(heads, D), expected, bound, form.name)
 
 
-@settings(max_examples=12)
-@example(shape=(128, 4), long=True, threads=64, position=3, splits=2, seed=1)
+@settings(max_examples=10)
+@example(shape=(128, 4), long=True, threads=128, position=3, splits=2, seed=1)
+@example(shape=(6, 6), long=True, threads=64, position=33, splits=3, seed=1)
 @given(
-    shape=st.sampled_from([(8, 4), (4, 1), (2, 2), (20, 3), (64, 2), (100, 1), (32, 8), (16, 12)]),
+    shape=st.sampled_from([(8, 4), (4, 1), (2, 2), (20, 3), (64, 2), (34, 1), (32, 8), (16, 9)]),
     long=st.booleans(),
     threads=st.sampled_from([32, 64]),
-    position=st.integers(0, 11),
+    position=st.integers(0, 70),
     splits=st.integers(1, 3),
     seed=st.integers(0, 2**32 - 1),
 )
-def simulate_attention(
-    shape: tuple[int, int], long: bool, threads: int, position: int, splits: int, seed: int
-) -> None:
+def simulate_attention(shape: tuple[int, int], long: bool, threads: int, position: int, splits: int, seed: int) -> None:
     D, group = shape
+    threads = max(threads, 64) if long else threads  # a thread for each 16 bytes of a partial result
     form = attention_form(arch(), D, group, long, threads, passes=2)
     _, parts = attention_grid(1, group, 1, long)
-    check_attention(form, (splits, parts), 1, group, D, position, 12, 2, seed)
+    check_attention(form, (splits, parts), 1, group, D, position, 71, 16, seed)
 
 
 def test_simulated() -> None:
@@ -95,8 +96,9 @@ def test_simulated() -> None:
 
 
 @needs_gpu
-@example(shape=(128, 4, 5), long=True, position=4095, capacity=4096, least=128, seed=2, spread=4.0)
-@example(shape=(128, 4, 5), long=False, position=127, capacity=4096, least=128, seed=2, spread=1.0)
+@example(shape=(128, 4, 5), long=True, position=4095, capacity=4096, least=64, seed=2, spread=4.0)
+@example(shape=(128, 4, 5), long=False, position=127, capacity=4096, least=256, seed=2, spread=1.0)
+@example(shape=(128, 4, 5), long=True, position=32767, capacity=32768, least=64, seed=4, spread=1.0)
 @example(shape=(256, 3, 4), long=True, position=32767, capacity=32768, least=64, seed=3, spread=1.0)
 @given(
     shape=st.sampled_from(
@@ -105,7 +107,7 @@ def test_simulated() -> None:
     long=st.booleans(),
     position=st.integers(0, 1500),
     capacity=st.sampled_from([1501, 2048]),
-    least=st.sampled_from([16, 64, 128]),
+    least=st.sampled_from([1, 16, 64, 256]),
     seed=st.integers(0, 2**32 - 1),
     spread=st.sampled_from([0.1, 1.0, 8.0]),
 )

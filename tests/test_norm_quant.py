@@ -1,9 +1,11 @@
 """RMSNorm and quantisation of rows.
 
-Contract: q, s and the sum equal, bit for bit, those of the definition with the mean of squares rounded once from float64
-(whatever the block size). The reference takes that mean in float32: it may differ by K units of 2^-24 at most, usually
-by one, so that s is within K * 2^-24 of the reference's, and a q differs by at most 1. silu's exponential may differ from
-NumPy's in its last bit, which moves values by 2^-22: there q may differ by 1, where n * s is that close to a tie.
+Contract: q, s and the sum equal, bit for bit, those of the definition with the mean of squares rounded once from
+float64
+(whatever the block size). The reference takes that mean in float32: it may differ by K units of 2^-24 at most,
+usually by one, so that s is within K * 2^-24 of the reference's, and a q differs by at most 1. silu's exponential may
+differ from NumPy's in its last bit, which moves values by 2^-22: there q may differ by 1, where n * s is that close
+to a tie.
 """
 
 import numpy as np

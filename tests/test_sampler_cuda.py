@@ -1,10 +1,10 @@
 """The sampler kernel chooses the token that `sampling.sample` chooses.
 
-The penalty, the temperature and the cuts are the same float32 operations in the same order, so what is kept is equal, but
-for two things that the kernel computes otherwise: probabilities are float32 exponentials (relative error 2^-23) in units
-of 2^-40 against float64, so that top-p's cut may move by a token whose running sum is within V * 2^-41 + 2^-22 of top_p;
-and the noise is two logarithms of up to 1 ulp each, about 2^-19 at its largest, 17. So where the tokens differ, the
-definition itself must be that close to a tie; for greedy choice they never differ.
+The penalty, the temperature and the cuts are the same float32 operations in the same order, so what is kept is equal,
+but for two things that the kernel computes otherwise: probabilities are float32 exponentials (relative error 2^-23)
+in units of 2^-40 against float64, so that top-p's cut may move by a token whose running sum is within V * 2^-41 +
+2^-22 of top_p; and the noise is two logarithms of up to 1 ulp each, about 2^-19 at its largest, 17. So where the
+tokens differ, the definition itself must be that close to a tie; for greedy choice they never differ.
 """
 
 import dataclasses
