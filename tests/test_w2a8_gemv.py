@@ -64,9 +64,11 @@ def check_gemv(
     if prologue == "norm":
         unrounded = np.abs(normed.astype(np.float64) * np.float64(s[0]))
         near_half = np.abs(unrounded % 1 - 0.5) < 127 * 2.0**-20
-        error = (np.abs(w[:, near_half]).sum(axis=1) + 2.0**-19 * np.abs(w @ np.abs(q.astype(np.float64)))) * m / s[0]
+        magnitude = np.abs(w).astype(np.float64)
+        error = (magnitude[:, near_half].sum(axis=1) + 2.0**-19 * (magnitude @ np.abs(q.astype(np.float64)))) * m / s[0]
     if b is not None:
         y = y + b
+        error = error + (2.0**-23 * np.abs(y) if prologue == "norm" else 0)
     rows = N // 2 if gated else N
     old = rng.standard_normal(rows).astype(np.float32)
     expected, bound = y, error

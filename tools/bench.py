@@ -1,0 +1,173 @@
+"""Measures the CUDA backend on full-size BitNet b1.58 2B4T with random weights.
+
+    python tools/bench.py kernels|decode|load|all [--json FILE] [--plot DIR]
+    python tools/bench.py table --json FILE          the Markdown of an earlier run, as in docs/benchmarks.md
+
+Markdown tables and the JSON they are made of go to standard output.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bitnet_numba.errors import BitNetError
+
+ROOT = Path(__file__).resolve().parent.parent
+HOW_TIMED = (
+    'In "us" each starts while the one before still runs and waits for its result, as in a decode step; '
+    'in "alone" each starts when the one before has ended.'
+)
+
+
+def environment() -> dict[str, Any]:
+    """The device, versions and commit that figures belong to."""
+    from bitnet_numba.kernels.device import driver_call, usable_device
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    versions = {}
+    for package in ("numba", "numba-cuda", "cuda-bindings", "numpy", "torch"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    device = usable_device()
+    return {
+        "device": device.name,
+        "multiprocessors": device.multiprocessors,
+        "driver_cuda": driver_call("cuDriverGetVersion"),
+        "python": sys.version.split()[0],
+        "versions": versions,
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+def measure(what: str) -> dict[str, Any]:
+    """The figures of one or all parts."""
+    from bitnet_numba.kernels.device import Stream, usable_device
+    from tools import bench_measure
+
+    figures: dict[str, Any] = {"environment": environment()}
+    if what in ("kernels", "all"):
+        figures["kernels"] = bench_measure.measure_kernels()
+    if what in ("decode", "load", "all"):
+        bandwidth = figures.get("kernels", {}).get("bandwidth_GB/s")
+        with tempfile.TemporaryDirectory() as folder:
+            folders = {head: Path(folder) / head for head in bench_measure.HEADS}
+            for head in bench_measure.HEADS if what != "load" else ("bf16",):
+                bench_measure.write_random_packed(folders[head], head)
+            if what in ("decode", "all"):
+                bandwidth = bandwidth or bench_measure.measure_bandwidth(usable_device(), Stream())
+                figures["decode"] = bench_measure.measure_decode(folders, bandwidth)
+            if what in ("load", "all"):
+                figures["load"] = bench_measure.measure_load(folders["bf16"])
+    return figures
+
+
+def row(*cells: object) -> str:
+    """A line of a Markdown table."""
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def head_of(*cells: str) -> list[str]:
+    """The first two lines of a Markdown table."""
+    return ["", row(*cells), row(*(["---"] * len(cells)))]
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The Markdown of a run."""
+    env = figures["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
+    lines = [f"{env['device']}, driver for CUDA {env['driver_cuda']}, Python {env['python']}, {versions}; "
+             f"commit {env['commit']}."]  # fmt: skip
+    if "kernels" in figures:
+        kernels = figures["kernels"]
+        lines += ["", "## Matrix-vector products", ""]
+        lines.append(f"Cold L2, in a graph. Streaming read: {kernels['bandwidth_GB/s']:.0f} GB/s. {HOW_TIMED}")
+        lines += head_of("N x K", "us", "alone", "GB/s", "of read", "host us a call", "cuBLAS bf16 us", "speed-up")
+        for p in kernels["products"]:
+            cublas = p["cublas_bf16_us"]
+            lines.append(
+                row(f"{p['N']} x {p['K']}", f"{p['us']:.2f}", f"{p['us_alone']:.2f}", f"{p['GB/s']:.0f}",
+                    f"{p['share_of_bandwidth']:.0%}", f"{p['host_us_per_call']:.1f}",
+                    f"{cublas:.2f}" if cublas else "-", f"{cublas / p['us']:.1f}" if cublas else "-")
+            )  # fmt: skip
+    if "decode" in figures:
+        lines += ["", "## Decoding, 2B4T, one sequence"]
+        lines += head_of("head", "context", "us a step", "tokens/s", "of the byte ceiling")
+        for head, part in figures["decode"].items():
+            for step in part["steps"]:
+                lines.append(
+                    row(head, step["context"], f"{step['us']:.0f}", f"{step['tokens/s']:.0f}",
+                        f"{step['share_of_ceiling']:.0%}")
+                )  # fmt: skip
+        lines += ["", "Launches of one kind after another, us for all of a step's (they overlap in a step):"]
+        names = list(next(iter(figures["decode"]["bf16"]["kernels_us"].values())))
+        lines += head_of("head", "context", *names)
+        for head, part in figures["decode"].items():
+            for context, times in part["kernels_us"].items():
+                lines.append(row(head, context, *(f"{times[name]:.0f}" for name in names)))
+        lines += ["", "Latency, ms, from the prompt's ids to the last token (prompts go token by token):"]
+        answers = sorted({entry["answer"] for entry in figures["decode"]["bf16"]["latency"]})
+        lines += head_of("head", "prompt", *(f"{answer} tokens out" for answer in answers))
+        for head, part in figures["decode"].items():
+            for prompt in sorted({entry["prompt"] for entry in part["latency"]}):
+                cells = [f"{entry['ms']:.0f}" for entry in part["latency"] if entry["prompt"] == prompt]
+                lines.append(row(head, prompt, *cells))
+        lines += ["", "Device memory with a context of 4096, MB:"]
+        lines += head_of("head", "weights", "keys and values", "activations", "taken from the device in all")
+        for head, part in figures["decode"].items():
+            memory = [part["memory"][key] / 1e6 for key in ("weights", "kv_cache", "activations")]
+            lines.append(row(head, *(f"{size:.0f}" for size in (*memory, part["device_bytes"] / 1e6))))
+    if "load" in figures:
+        load = figures["load"]
+        lines += [
+            "",
+            "## Start",
+            "",
+            "Seconds from the start of Python to the first token, 2B4T, bf16 head, warm files:",
+        ]
+        lines += head_of("first start (compiles)", "later starts")
+        lines.append(row(f"{load['first_start_s']:.1f}", f"{load['later_starts_s']:.1f}"))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; exit code 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )  # fmt: skip
+    parser.add_argument("what", choices=("kernels", "decode", "load", "all", "table"))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here (table: read them)")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="write PNG charts here; needs matplotlib")
+    args = parser.parse_args(argv)
+    try:
+        if args.what == "table":
+            if args.json is None:
+                parser.error("table needs --json FILE")
+            figures = json.loads(args.json.read_text())
+        else:
+            figures = json.loads(json.dumps(measure(args.what)))  # keys as they are in the file
+    except (BitNetError, OSError, json.JSONDecodeError) as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return 2
+    print(table(figures))
+    if args.what != "table":
+        print(f"\n```json\n{json.dumps(figures)}\n```")
+        if args.json:
+            args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    if args.plot:
+        from tools.bench_plot import plot
+
+        plot(figures, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

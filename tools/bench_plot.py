@@ -1,0 +1,60 @@
+"""Charts of what tools/bench.py measured."""
+
+from pathlib import Path
+from typing import Any
+
+
+def plot(figures: dict[str, Any], folder: Path) -> None:
+    """Writes speed-up bars, a roofline and the time of a step by kernel into a folder, as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    device = figures["environment"]["device"]
+    if "kernels" in figures:
+        products = figures["kernels"]["products"]
+        names = [f"{p['N']} x {p['K']}" for p in products]
+        compared = [p for p in products if p["cublas_bf16_us"]]
+        if compared:
+            figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+            labels = [f"{p['N']} x {p['K']}" for p in compared]
+            bars = axes.bar(labels, [p["cublas_bf16_us"] / p["us"] for p in compared])
+            axes.bar_label(bars, fmt="%.1f")
+            axes.set_ylabel("times as fast as cuBLAS bf16")
+            axes.set_title(f"W2A8 matrix-vector product, {device}")
+            axes.tick_params(axis="x", rotation=40)
+            figure.savefig(folder / "speed_up.png", dpi=120)
+            pyplot.close(figure)
+        figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+        sizes = [p["N"] * p["K"] / 4e6 for p in products]
+        axes.axhline(figures["kernels"]["bandwidth_GB/s"], color="grey", linestyle="--", label="streaming read")
+        axes.scatter(sizes, [p["GB/s"] for p in products], label="in a graph, launches overlapping")
+        axes.scatter(sizes, [s * 1e3 / p["us_alone"] for s, p in zip(sizes, products, strict=True)], label="each alone")
+        for name, size, p in zip(names, sizes, products, strict=True):
+            axes.annotate(name, (size, p["GB/s"]), textcoords="offset points", xytext=(4, 5), fontsize=7)
+        axes.set_xscale("log")
+        axes.set_xlabel("weights, MB")
+        axes.set_ylabel("GB/s")
+        axes.set_title(f"Roofline of the product: memory, {device}")
+        axes.legend()
+        figure.savefig(folder / "roofline.png", dpi=120)
+        pyplot.close(figure)
+    if "decode" in figures:
+        figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+        bars_of = [
+            (f"{head}, {context}", times)
+            for head, part in figures["decode"].items()
+            for context, times in part["kernels_us"].items()
+        ]
+        left = [0.0] * len(bars_of)
+        for name in bars_of[0][1]:
+            widths = [times[name] for _, times in bars_of]
+            axes.barh([label for label, _ in bars_of], widths, left=left, label=name)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        axes.set_xlabel("us, launches of one kind after another")
+        axes.set_title(f"Where a decode step's time goes (head, context), {device}")
+        axes.legend(fontsize=8)
+        figure.savefig(folder / "step.png", dpi=120)
+        pyplot.close(figure)
