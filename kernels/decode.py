@@ -22,10 +22,10 @@ from numba.cuda import types
 from bitnet_numba.config import GROUPS, ModelConfig
 from bitnet_numba.kernels import attention, embed, head, sampler, w2a8_gemv
 from bitnet_numba.kernels.attention import attention_grid, attention_scratch, padded_head_dim
-from bitnet_numba.kernels.device import Device, DeviceArray, Launch, PinnedArray
+from bitnet_numba.kernels.device import Device, DeviceArray, DeviceView, Launch, PinnedArray
 from bitnet_numba.kernels.forms import KernelForm
 from bitnet_numba.kernels.intrinsics import grid_wait, int32
-from bitnet_numba.kernels.weights import View, Weights, head_name
+from bitnet_numba.kernels.weights import Weights, head_name
 from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS
 from bitnet_numba.reference.model import rope_tables  # the one definition of the rotary frequencies
 
@@ -68,8 +68,12 @@ class Activations:
             for long in (False, True)
         ]
         sizes = np.max([attention_scratch(grid, config.num_heads, config.head_dim) for grid in forms], axis=0)
-        kinds = (np.float32, np.float32, np.int32)
-        self.attention = tuple(DeviceArray(int(size), kind, zero=True) for size, kind in zip(sizes, kinds, strict=True))
+        partials, stats, arrivals = (int(size) for size in sizes)
+        self.attention = (
+            DeviceArray(partials, np.float32),
+            DeviceArray(stats, np.float32),
+            DeviceArray(arrivals, np.int32, zero=True),
+        )
         self.scratch = DeviceArray(sampler.SCRATCH_WORDS, np.int64, zero=True)
         self.counters = DeviceArray(sampler.COUNTERS, np.int32, zero=True)
 
@@ -95,11 +99,11 @@ class SequenceState:
         half = config.head_dim // 2
         self.cos, self.sin = DeviceArray.of(cos[:, :half]), DeviceArray.of(sin[:, :half])
 
-    def keys_values(self, layer: int) -> tuple[View, View]:
+    def keys_values(self, layer: int) -> tuple[DeviceView, DeviceView]:
         """A layer's part of the cache."""
         start = self.cache.address + 8 * layer * self.cache_words
         words = self.cache_words
-        return View(start, words, np.int32), View(start + 4 * words, words, np.int32)
+        return DeviceView(start, words, np.int32), DeviceView(start + 4 * words, words, np.int32)
 
     def close(self) -> None:
         """Frees the memory."""

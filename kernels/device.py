@@ -144,6 +144,17 @@ class DeviceArray:
             self.close()
 
 
+class DeviceView(DeviceArray):
+    """Part of another array's memory, which must outlive it."""
+
+    def __init__(self, address: int, size: int, dtype: Any):
+        self.dtype, self.size, self.address = np.dtype(dtype), size, address
+        self.nbytes = size * self.dtype.itemsize
+
+    def close(self) -> None:
+        """Nothing: the memory belongs to another."""
+
+
 class PinnedArray:
     """Page-locked host memory that the device reaches too: `.host` is the NumPy array, `.address` what kernels take."""
 

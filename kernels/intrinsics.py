@@ -45,7 +45,7 @@ else:
     float32, float64 = types.float32, types.float64
 
 
-def device_function(function: Callable) -> Callable:
+def device_function(function: Callable) -> Any:
     """Makes a function callable from kernels, always inlined."""
     return cuda.jit(device=True)(function) if SIMULATED else cuda.jit(device=True, forceinline=True)(function)
 

@@ -1,6 +1,5 @@
 """A checkpoint's tensors in device memory: one slab, filled from the mapped file through page-locked buffers."""
 
-from typing import Any
 
 import numpy as np
 
@@ -8,7 +7,7 @@ from bitnet_numba.checkpoint import PackedCheckpoint
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention import MAX_HEAD_DIM
-from bitnet_numba.kernels.device import DeviceArray, Event, PinnedArray, Stream
+from bitnet_numba.kernels.device import DeviceArray, DeviceView, Event, PinnedArray, Stream
 from bitnet_numba.kernels.sampler import MAX_VOCAB
 from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS
 
@@ -34,19 +33,12 @@ def why_unsupported(checkpoint: PackedCheckpoint) -> str | None:
     return None
 
 
-class View:
-    """A tensor inside a slab: what launches take as an argument."""
-
-    def __init__(self, address: int, size: int, dtype: Any):
-        self.address, self.size, self.dtype = address, size, np.dtype(dtype)
-
-
 class Weights:
     """Every tensor of a checkpoint by name, padded with zeros to whole blocks of columns where it is a vector."""
 
     def __init__(self, checkpoint: PackedCheckpoint, stream: Stream, free: int):
         """Uploads; `free` is the device memory that may be used. Raises BackendError if it does not suffice."""
-        self._views: dict[str, View] = {}
+        self._views: dict[str, DeviceView] = {}
         offsets: dict[str, int] = {}
         size = 0
         for name in checkpoint.names:
@@ -65,7 +57,7 @@ class Weights:
         turn = 0
         for name in checkpoint.names:
             tensor = checkpoint.tensor(name)
-            self._views[name] = View(self._slab.address + offsets[name], tensor.size, tensor.dtype)
+            self._views[name] = DeviceView(self._slab.address + offsets[name], tensor.size, tensor.dtype)
             data = tensor.reshape(-1).view(np.uint8)
             for start in range(0, len(data), STAGING):
                 buffer, done = staging[turn % 2]
@@ -80,10 +72,10 @@ class Weights:
         for buffer, _ in staging:
             buffer.close()
 
-    def __getitem__(self, name: str) -> View:
+    def __getitem__(self, name: str) -> DeviceView:
         return self._views[name]
 
-    def get(self, name: str) -> View | None:
+    def get(self, name: str) -> DeviceView | None:
         """The tensor, or None if the checkpoint has none of that name."""
         return self._views.get(name)
 
