@@ -2,7 +2,7 @@
 
 import bitnet_numba as bn
 llm = bn.load()                     # the built-in model; or bn.load("folder written by tools/convert.py")
-print(llm.generate("Once upon a time", max_new_tokens=50).text)
+print(llm.generate([{"role": "user", "content": "Tell me a story about a fox and a lantern."}]).text)
 """
 
 import importlib

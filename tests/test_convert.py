@@ -241,9 +241,43 @@ def test_force_spares_other_folders(source: Path, tmp_path: Path) -> None:
     (tmp_path / "documents" / "thesis.txt").write_text("years of work")
     with pytest.raises(CheckpointError, match="is not a packed checkpoint, so --force will not replace it"):
         convert(source, tmp_path / "documents", force=True)
-    with pytest.raises(CheckpointError, match="is not a packed checkpoint, so --force will not replace it"):
+    with pytest.raises(CheckpointError, match="holds the source, so --force will not replace it"):
         convert(source, source, force=True)
     assert (tmp_path / "documents" / "thesis.txt").read_text() == "years of work"
+
+
+def test_force_spares_the_source_and_strangers(source: Path, tmp_path: Path) -> None:
+    """Neither a source that lies inside the target nor a file that no conversion wrote is lost."""
+    convert(source, tmp_path / "out")
+    (tmp_path / "out" / "notes.md").write_text("mine")
+    with pytest.raises(CheckpointError, match="also holds notes.md"):
+        convert(source, tmp_path / "out", force=True)
+    (tmp_path / "out" / "notes.md").unlink()
+    inside = Path(shutil.copytree(source, tmp_path / "out" / "source"))
+    with pytest.raises(CheckpointError, match="holds the source"):
+        convert(inside, tmp_path / "out", force=True)
+    assert (inside / "config.json").exists()
+
+
+def test_target_behind_a_link(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    convert(source, tmp_path / "link", head="int8", force=True)
+    assert (tmp_path / "link").is_symlink() and open_packed(tmp_path / "out").head == "int8"
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out", "link"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["", "out"], "SRC must be a folder, or a hub id"),
+        (["https://example.org/owner/name", "out"], "SRC must be a folder, or a hub id"),
+        (["source", ""], "DST must be a folder"),
+    ],
+)
+def test_odd_names(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_failed_force_keeps_the_old_checkpoint(source: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -31,6 +32,7 @@ from bitnet_numba.checkpoint import (
     group_is_ternary,
     one_line,
     packed_plan,
+    read_config,
     write_tensors,
 )
 from bitnet_numba.config import GROUPS
@@ -41,6 +43,7 @@ from bitnet_numba.tokenizer import Tokenizer, from_tiktoken
 
 NEEDED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]  # what is downloaded of a hub repository
 OPTIONAL_FILES = ["generation_config.json", "special_tokens_map.json", "chat_template.jinja"]
+PACKED_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", *OPTIONAL_FILES]
 ROWS_AT_A_TIME = 8192  # of embedding and head, while they are checked and rounded
 
 Named = tuple[str, np.ndarray]
@@ -71,8 +74,8 @@ def convert(
     """
     if target.exists() and not force:
         raise CheckpointError(f"{target} exists already; give --force to replace it")
-    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or is_packed(target))):
-        raise CheckpointError(f"{target} is not a packed checkpoint, so --force will not replace it")
+    if target.exists():
+        refuse_to_replace(source, target)
     checkpoint = HuggingFaceCheckpoint(source)
     plan = packed_plan(checkpoint.config, head)
     report = Report(checkpoint.count, checkpoint.nbytes, sum(spec.nbytes for spec in plan.values()))
@@ -94,31 +97,42 @@ def convert(
     return report
 
 
-def is_packed(folder: Path) -> bool:
-    """Whether a folder looks like a packed checkpoint: what --force may replace."""
+def refuse_to_replace(source: Path, target: Path) -> None:
+    """Raises CheckpointError unless `target` is empty or a packed checkpoint with nothing of the user's in it."""
+    if source.resolve().is_relative_to(target.resolve()):
+        raise CheckpointError(f"{target} holds the source, so --force will not replace it")
+    names = {path.name for path in target.iterdir()} if target.is_dir() else {""}
+    if names and "bitnet_numba" not in _config_of(target):
+        raise CheckpointError(f"{target} is not a packed checkpoint, so --force will not replace it")
+    if names - {*PACKED_FILES}:
+        raise CheckpointError(f"{target} also holds {min(names - {*PACKED_FILES})}, so --force will not replace it")
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
     try:
-        return "bitnet_numba" in json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, TypeError):
-        return False
+        return read_config(folder)
+    except CheckpointError:
+        return {}
 
 
 @contextmanager
 def beside(target: Path) -> Iterator[Path]:
     """A new folder beside `target` that takes its place at the end, or disappears if anything fails.
 
-    What a killed conversion into the same target left behind is cleared away first.
+    A link is followed. What a killed conversion into the same target left behind is cleared away first.
     """
-    folder = target.parent / f".{target.name}.partial"
+    target = target.resolve()
+    folder = target.parent / f".{target.name}.bitnet-partial"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         yield folder
         if target.exists():
-            old = target.parent / f".{target.name}.old"
+            old = target.parent / f".{target.name}.bitnet-old"
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
             folder.rename(target)
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         else:
             folder.rename(target)
     finally:
@@ -223,6 +237,8 @@ def write_tokenizer(source: Path, folder: Path, vocab_size: int) -> None:
 
 def find_source(name: str, revision: str | None) -> Path:
     """SRC as a folder: itself, or what huggingface_hub downloads (or holds in its cache) for a hub id."""
+    if not name or "://" in name:
+        raise CheckpointError("SRC must be a folder, or a hub id such as owner/name")
     if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         if revision is not None:
             raise CheckpointError("--revision goes with a hub id, not with a folder")
@@ -254,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("src", metavar="SRC", help="a Hugging Face model folder, or a hub id such as owner/name")
-    parser.add_argument("dst", metavar="DST", type=Path, help="the folder to write")
+    parser.add_argument("dst", metavar="DST", help="the folder to write")
     parser.add_argument(
         "--head", choices=HEAD_FORMS, default="bf16", help="how embedding and head rows are stored (default: bf16)"
     )
@@ -263,6 +279,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     console = Console(highlight=False, soft_wrap=True)
     try:
+        if not args.dst:
+            raise CheckpointError("DST must be a folder to write")
+        target = Path(args.dst)
         source = find_source(args.src, args.revision)
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as progress:
@@ -272,14 +291,14 @@ def main(argv: list[str] | None = None) -> int:
             def show(written: int, total: int) -> None:
                 progress.update(task, completed=written, total=total, description=f"tensor {next(tensors)}")
 
-            report = convert(source, args.dst, args.head, args.force, show)
+            report = convert(source, target, args.head, args.force, show)
     except BitNetError as error:
         print(f"convert: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("convert: stopped; nothing was written", file=sys.stderr)
         return 130
-    print_report(console, report, args.dst)
+    print_report(console, report, target)
     return 0
 
 

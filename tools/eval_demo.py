@@ -29,7 +29,6 @@ from tools.demo_world.conversation import QUESTION, STORY, Turn, conversation
 
 FIRST_SEED = 1 << 41  # seeds from here on were never used in training
 SAMPLED_REQUEST = "Tell me a story about a dog and a kite."
-SAMPLED_STORIES = 100
 TEMPERATURE = 0.8
 LONGEST_STORY, LONGEST_ANSWER = 400, 60  # tokens
 BARS = {"exact": 0.97, "honoured": 0.95, "distinct": 1.0}
@@ -89,18 +88,18 @@ def perplexity(llm: Engine, seed: int, conversations: int) -> float:
     return float(np.exp(total / count))
 
 
-def distinct_share(llm: Engine, seed: int) -> float:
-    """Share of different stories among those sampled for one request."""
+def distinct_share(llm: Engine, seed: int, samples: int) -> float:
+    """Share of different stories among so many sampled for one request."""
     prompt = [message("user", SAMPLED_REQUEST)]
     stories = set()
     with llm.session() as session:
-        for i in track(range(SAMPLED_STORIES), "sampled stories", transient=True):
+        for i in track(range(samples), "sampled stories", transient=True):
             params = SamplingParams(temperature=TEMPERATURE, seed=seed + i)
             stories.add(session.generate(prompt, params, LONGEST_STORY).text)
-    return len(stories) / SAMPLED_STORIES
+    return len(stories) / samples
 
 
-def judge(llm: Engine, args: argparse.Namespace) -> dict[str, float]:
+def judge(llm: Engine, other: Engine | None, args: argparse.Namespace) -> dict[str, float]:
     """All figures, and the wrong answers on standard error."""
     started = perf_counter()
     honoured, right = 0, Counter[bool]()
@@ -110,18 +109,18 @@ def judge(llm: Engine, args: argparse.Namespace) -> dict[str, float]:
         for turn, answer in answers:
             right[answer == turn.assistant] += 1
             if answer != turn.assistant:
-                print(f"  {turn.user!r}: {answer!r}, not {turn.assistant!r}", file=sys.stderr)
+                print(f"  {turn.user!r}: {answer[:100]!r}, not {turn.assistant!r}", file=sys.stderr)
     figures = {
         "stories": args.number,
         "questions": right.total(),
         "exact": right[True] / right.total(),
         "honoured": honoured / args.number,
-        "distinct": distinct_share(llm, args.seed * 1_000_000),
+        "distinct": distinct_share(llm, args.seed * 1_000_000, args.samples),
+        "samples": args.samples,
         "perplexity": perplexity(llm, FIRST_SEED - 1_000_000, args.conversations),
     }
-    if args.against:
-        other = perplexity(load(args.against, args.backend), FIRST_SEED - 1_000_000, args.conversations)
-        figures["perplexity_against"] = other
+    if other is not None:
+        figures["perplexity_against"] = perplexity(other, FIRST_SEED - 1_000_000, args.conversations)
     figures["seconds"] = round(perf_counter() - started, 1)
     return figures
 
@@ -131,7 +130,7 @@ def report(llm: Engine, figures: dict[str, float]) -> str:
         f"backend                                   {llm.backend}",
         f"questions answered exactly right          {figures['exact']:.1%} of {figures['questions']:.0f}",
         f"stories that mention what was asked for   {figures['honoured']:.1%} of {figures['stories']:.0f}",
-        f"different stories at temperature {TEMPERATURE}      {figures['distinct']:.0%} of {SAMPLED_STORIES}",
+        f"different stories at temperature {TEMPERATURE}      {figures['distinct']:.0%} of {figures['samples']:.0f}",
         f"perplexity of held-out replies            {figures['perplexity']:.5f}",
     ]
     if "perplexity_against" in figures:
@@ -150,15 +149,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what computes")
     parser.add_argument("-n", "--number", type=int, default=500, help="stories, with two questions each")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other stories")
+    parser.add_argument("--samples", type=int, default=100, help="stories sampled for one request")
     parser.add_argument("--conversations", type=int, default=24, help="that fill the context, for the perplexity")
     parser.add_argument("--against", metavar="FOLDER", help="a second checkpoint whose perplexity is compared")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
     args = parser.parse_args(argv)
-    if min(args.number, args.conversations) < 1 or args.seed < 0:
-        parser.error("-n and --conversations must be at least 1, --seed at least 0")
+    if min(args.number, args.samples, args.conversations) < 1 or args.seed < 0:
+        parser.error("-n, --samples and --conversations must be at least 1, --seed at least 0")
     try:
         llm = load(args.checkpoint, args.backend)
-        figures = judge(llm, args)
+        other = load(args.against, args.backend) if args.against else None
+        figures = judge(llm, other, args)
     except BitNetError as error:
         print(f"eval_demo: {error}", file=sys.stderr)
         return 2

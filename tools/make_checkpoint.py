@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", choices=PRESETS, required=True, help="which model's sizes")
     parser.add_argument("--form", choices=FORMS, help="stored form (default: the one the model is published in)")
     parser.add_argument("--dtype", choices=MASTER_DTYPES, default="bf16", help="floating-point type (default: bf16)")
-    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
+    parser.add_argument("--layers", type=int, help="another number of layers than the model has")
     parser.add_argument("--shards", type=int, default=1, help="how many safetensors files (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: 0)")
     args = parser.parse_args(argv)
@@ -263,8 +263,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.layers is not None:
         config = config | {"num_hidden_layers": args.layers}
     try:
-        if args.shards < 1 or args.seed < 0:
-            raise CheckpointError("--shards must be at least 1 and --seed at least 0")
+        if not 1 <= args.shards <= 64 or args.seed < 0:
+            raise CheckpointError("--shards must be between 1 and 64, and --seed at least 0")
         make_checkpoint(args.dst, config, args.form or form, args.seed, args.dtype, args.shards)
     except BitNetError as error:
         print(f"make_checkpoint: {error}", file=sys.stderr)

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import importlib.util
 import json
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def main() -> None:
     )
     parser.add_argument("image", type=Path, help="PNG file to write")
     args = parser.parse_args()
+    if importlib.util.find_spec("matplotlib") is None:
+        parser.error("matplotlib is missing; it comes with the extras train and bench")
     plot([json.loads(file.read_text()) for file in args.training], args.image)
 
 

@@ -26,9 +26,14 @@ from random import Random
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
-from torch import nn
+
+try:
+    import torch
+    from torch import nn
+except ImportError:
+    print("train_demo: PyTorch is missing; it comes with the extra train", file=sys.stderr)
+    sys.exit(2)
 
 from tools.demo_data import encode_conversation, make_rows, start_worker, train_tokenizer
 from tools.demo_model import CONTEXT, END, EOT, BitNet, Size, read_folder, write_folder
@@ -253,6 +258,12 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if not (args.minutes or args.steps):
         parser.error("give --minutes or --steps")
+    if args.hidden < 256 or args.hidden % 256 or min(args.layers, args.ffn, args.rows) < 1:
+        parser.error("--hidden must be a multiple of 256 (groups of four heads of 64), the other sizes at least 1")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no CUDA device here")
+    if args.resume and not (args.folder / "state.pt").is_file():
+        parser.error(f"--resume: there is no {args.folder / 'state.pt'}")
     return args
 
 
