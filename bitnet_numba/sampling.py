@@ -11,7 +11,7 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
+from numbers import Integral, Real
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,12 +47,14 @@ class SamplingParams:
         self._check("temperature", 0.0 <= self.temperature < math.inf, "a number of at least 0")
         self._check("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1")
         self._check("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1")
-        self._check("repetition_penalty", 0.0 < self.repetition_penalty < math.inf, "above 0")
+        self._check("repetition_penalty", 1e-3 <= self.repetition_penalty <= 1e3, "between 0.001 and 1000")
         for name in ("top_k", "seed"):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if not (whole or (name == "seed" and value is None)):
+            if name == "seed" and value is None:
+                continue
+            if not isinstance(value, Integral) or isinstance(value, bool):
                 raise RequestError(f"{name} must be a whole number, not {value!r}")
+            object.__setattr__(self, name, int(value))  # NumPy's integers would overflow in the generator
         self._check("top_k", self.top_k >= 0, "0 or more")
         self._check("seed", self.seed is None or 0 <= self.seed < 1 << 64, "between 0 and 2^64 - 1")
 

@@ -214,7 +214,8 @@ def test_philox_equals_its_definition(seed: int, counters: list[int], position: 
         ({"top_k": -1}, "top_k must be 0 or more"),
         ({"top_k": 2.5}, "top_k must be a whole number"),
         ({"top_k": True}, "top_k must be a whole number"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be between 0.001 and 1000"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty must be between 0.001 and 1000"),
         ({"repetition_penalty": math.inf}, "repetition_penalty"),
         ({"seed": -1}, "seed must be between"),
         ({"seed": 2**64}, "seed must be between"),
@@ -238,3 +239,11 @@ def test_broken_logits_and_missing_seeds_are_refused() -> None:
 def test_tiny_temperatures_are_greedy(temperature: float) -> None:
     logits = np.array([1.0, 3.0, 2.0], np.float32)
     assert sample(logits, [0], SamplingParams(temperature=temperature, seed=1)) == 1
+
+
+def test_numpy_numbers() -> None:
+    """NumPy's integers and floats are numbers like any other."""
+    logits = np.random.default_rng(0).standard_normal(50).astype(np.float32)
+    plain = SamplingParams(temperature=0.5, top_k=7, seed=2**40 + 3)
+    numpys = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(7), seed=np.int64(2**40 + 3))
+    assert [sample(logits, [i], plain) for i in range(20)] == [sample(logits, [i], numpys) for i in range(20)]
