@@ -1,0 +1,146 @@
+"""The whole decode step without a GPU: the backend's own host code over the simulator.
+
+A block of host memory plays the device's: addresses are real, copies are memmove, and a launch runs its kernel on the
+arrays that its pointers lie in. What is checked is what single-kernel tests cannot see: which buffer goes where, in
+which order, and that a context survives cuts. The model is tiny, since a simulated step takes seconds.
+"""
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.kernel_harness import ARCH, run_simulated
+
+CONFIG = {
+    "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+    "intermediate_size": 48, "vocab_size": 300, "max_position_embeddings": 16,
+}  # fmt: skip
+
+
+class HostMemory:
+    """Stands in for the driver: allocations inside one buffer, at their real addresses."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, np.ndarray] = {}
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """What `device.driver_call` would do."""
+        if name in ("cuMemAlloc", "cuMemHostAlloc"):
+            block = np.full(-(-arguments[0] // 16) * 16, 0xA5, np.uint8)
+            self.blocks[block.ctypes.data] = block
+            return block.ctypes.data
+        if name == "cuMemHostGetDevicePointer":
+            return arguments[0]
+        if name == "cuMemsetD8":
+            ctypes.memset(*arguments)
+        elif name in ("cuMemcpyHtoD", "cuMemcpyDtoH", "cuMemcpyHtoDAsync"):
+            ctypes.memmove(*arguments[:3])
+        elif name in ("cuMemFree", "cuMemFreeHost"):
+            del self.blocks[int(arguments[0])]
+        elif name == "cuMemGetInfo":
+            return 1 << 30, 1 << 30
+        return 0
+
+    def array(self, address: int, dtype: Any) -> np.ndarray:
+        """The memory from an address to the end of its allocation."""
+        start = max(block for block in self.blocks if block <= address)
+        return self.blocks[start][address - start :].view(dtype)
+
+
+class FakeDevice:
+    """What the host code asks of a Device."""
+
+    arch, multiprocessors, name = ARCH, 2, "simulator"
+
+    def activate(self) -> None:
+        """Nothing to do."""
+
+    def memory_info(self) -> tuple[int, int]:
+        """Plenty."""
+        return 1 << 30, 1 << 30
+
+
+def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
+    """A CudaBackend over host memory and the simulator."""
+    from numba import cuda, types
+    from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+
+    from bitnet_numba.kernels import attention, backend, decode, device, embed, head, sampler, w2a8_gemv
+    from tests import simulator
+
+    simulator.install()
+    memory = HostMemory()
+
+    class SimulatedLaunch:
+        def __init__(self, form: Any, grid: Any, arguments: Any, device: Any, overlap: bool = True):
+            self.form, self.grid, self.arguments = form, grid, arguments
+            assert len(arguments) == len(form.signature)
+
+        def __call__(self, stream: Any) -> None:
+            values = []
+            for kind, argument in zip(self.form.signature, self.arguments, strict=True):
+                if isinstance(kind, types.CPointer):
+                    dtype = np.dtype(str(kind.dtype))
+                    argument = FakeCUDAArray(memory.array(int(getattr(argument, "address", argument)), dtype))
+                elif kind == types.float32:
+                    argument = np.float32(argument)
+                values.append(argument)
+            cuda.jit(self.form.kernel)[self.grid, self.form.threads](*values)
+
+    class Replayed:
+        def __init__(self, enqueue: Any):
+            self.enqueue = enqueue
+
+        def replay(self, stream: Any) -> None:
+            self.enqueue(None)
+
+        def close(self) -> None:
+            pass
+
+    for module in (device, backend):
+        monkeypatch.setattr(module, "driver_call", memory.call)
+    for module in (attention, decode, embed, head, sampler, w2a8_gemv):
+        monkeypatch.setattr(module, "Launch", SimulatedLaunch)
+    monkeypatch.setattr(backend, "usable_device", FakeDevice)
+    monkeypatch.setattr(backend, "load_kernels", lambda forms, device, progress: None)
+    monkeypatch.setattr(device.Stream, "capture", lambda self, enqueue: Replayed(enqueue))
+    monkeypatch.setattr(device.Stream, "idle", lambda self: True)
+    monkeypatch.setattr(sampler, "MAX_BLOCKS", 1)  # blocks run one after the other: none may wait for another
+    monkeypatch.setattr(attention, "SHORT", (1, 64, 2, 1))  # fewer threads, for speed
+    monkeypatch.setattr(backend, "STEPS_AHEAD", 1)
+    return backend.CudaBackend(checkpoint)
+
+
+def simulate_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from bitnet_numba.checkpoint import open_packed
+    from bitnet_numba.reference.backend import ReferenceBackend
+    from bitnet_numba.sampling import SamplingParams, sample
+    from tools.convert import convert
+    from tools.make_checkpoint import PRESETS, make_checkpoint
+
+    form, config = PRESETS["tiny"]
+    make_checkpoint(tmp_path / "source", config | CONFIG, form, seed=2)
+    convert(tmp_path / "source", tmp_path / "packed", head="int8")
+    checkpoint = open_packed(tmp_path / "packed")
+    context = simulated_backend(monkeypatch, checkpoint).new_context(16)
+    reference = ReferenceBackend(checkpoint).new_context(16)
+
+    expected = reference.logits([5, 250])
+    logits = context.logits([5, 250])
+    # Only the first token's cache is read, so bfloat16 rounding of keys and values stays small.
+    assert np.abs(logits - expected).max() < 0.2 * expected.std()
+
+    context.truncate(1)
+    params = SamplingParams(repetition_penalty=1.5)
+    steps = context.decode([250], params)
+    token = next(steps)
+    steps.close()
+    assert token == sample(logits[-1], [5, 250], params)
+    assert context.ids == [5, 250, token]
+
+
+def test_simulated() -> None:
+    run_simulated(__file__)
