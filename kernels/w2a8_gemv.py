@@ -113,6 +113,7 @@ def make_gemv(
     LOADS = -(-STEPS // P)  # of 16 bytes, per lane and round
     W_REGS = 4 * LOADS
     Q_WORDS = LOADS * P * STEP_COLS // 4
+    EXACT = KP == LOADS * P * STEP_COLS  # no lane's load lies beyond the row
     SUM_INTS = WARPS * BLOCK_ROWS
     CHUNKS = KP // 4  # 16-byte pieces of x
     X_LOADS = -(-CHUNKS // THREADS)
@@ -147,7 +148,7 @@ def make_gemv(
         unit = int32(first + slot * grid)
         for u in range(LOADS):
             column = int32((part + u * P) * STEP_WORDS + lane * 4)
-            if unit < unit_count and column < KP:
+            if unit < unit_count and (EXACT or column < KP):
                 a, b, c, d = load(words, int32(unit + half * second) * KP + column)
                 w_r[4 * u], w_r[4 * u + 1], w_r[4 * u + 2], w_r[4 * u + 3] = a, b, c, d
             else:
@@ -249,7 +250,7 @@ def make_gemv(
                 a32, a33 = dp4a_us(w & MASK2, x2, a32), dp4a_us(w & MASK3, x3, a33)
                 if ROUNDS > 1:
                     column = int32(step * STEP_WORDS + lane * 4)
-                    if following < unit_count and column < KP and turn + 1 < ROUNDS:
+                    if following < unit_count and (EXACT or column < KP) and turn + 1 < ROUNDS:
                         a, b, c, d = load(words, int32(following + half * second) * KP + column)
                         w_r[4 * u], w_r[4 * u + 1], w_r[4 * u + 2], w_r[4 * u + 3] = a, b, c, d
             # Sums of 4^i multiples are 4^i multiples: the shifts are exact.
@@ -336,7 +337,8 @@ def plan(rows: int, K: int, multiprocessors: int, gated: bool = False) -> Plan:
 
     A block owns every grid-th unit of 16 rows (pairs of 16 for "gated"). It has about WARPS warps: few enough for the
     blocks of the next launches to fit beside it and for cheap barriers, enough to hide latencies. A lane holds at most
-    MOST_LOADS loads; where more than MOST_WARPS warps would be needed, the units are done in rounds.
+    MOST_LOADS loads; where more than MOST_WARPS warps would be needed, the units are done in rounds, by WARPS of them:
+    loading ahead takes more registers.
     """
     halves = 2 if gated else 1
     total = -(-rows // (BLOCK_ROWS * halves))
@@ -345,7 +347,7 @@ def plan(rows: int, K: int, multiprocessors: int, gated: bool = False) -> Plan:
     for rounds in range(1, each + 1):
         units = -(-each // rounds)
         parts = max(-(-steps // MOST_LOADS), min(steps, WARPS // (units * halves)))
-        if units * halves * parts <= MOST_WARPS:
+        if units * halves * parts <= (MOST_WARPS if rounds == 1 else WARPS):
             break
     parts = -(-steps // -(-steps // parts))  # no more warps than the loads need
     if parts * units * halves > MAX_WARPS:
