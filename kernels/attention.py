@@ -511,6 +511,6 @@ def attention(
 
 
 def forms(arch: int) -> list[KernelForm]:
-    """Forms of 2B4T and of every other branch: padding, idle lanes, one head, many heads, a whole warp a row."""
-    shapes = [(128, 4), (64, 4), (96, 1), (100, 1), (256, 2), (256, 3), (128, 8), (8, 4), (128, 16)]
+    """Forms of 2B4T and of every other branch: padding and idle lanes, one head, a whole warp a row."""
+    shapes = [(128, 4), (100, 1), (256, 3)]
     return [attention_form(arch, head_dim, group, long) for head_dim, group in shapes for long in (False, True)]

@@ -69,6 +69,7 @@ def make_head(
     FILL = X_FLOATS // 4
     FILLS = -(-FILL // THREADS)
     X_REGS = 4 * FILLS
+    EXACT = ROW_WORDS == PIECES * LOADS * WARP * 4
     COLUMNS, ZERO, ONE = float32(K), float32(0), float32(1)
 
     def head(weight, scale, h, norm, eps, logits, rows):
@@ -129,6 +130,8 @@ def make_head(
             next_row, next_piece = row, int32(piece + 1)
             if next_piece == PIECES:
                 next_row, next_piece = int32(row + stride), int32(0)
+            next_word = int32((next_piece * (LOADS * WARP) + lane) * 4)
+            next_rd = next_row * types.int64(ROW_WORDS) + next_word
             for u in range(LOADS):
                 for i in range(4):
                     word = w_r[4 * u + i]
@@ -151,9 +154,9 @@ def make_head(
                         else:
                             total = float32(total + bf16_low(word) * x2)
                             total2 = float32(total2 + bf16_high(word) * x3)
-                word = int32(((next_piece * LOADS + u) * WARP + lane) * 4)
-                if next_row < rows and word < ROW_WORDS:
-                    a, b, c, d = load(weight, next_row * types.int64(ROW_WORDS) + word)
+                word = int32(next_word + u * (WARP * 4))
+                if next_row < rows and (EXACT or word < ROW_WORDS):
+                    a, b, c, d = load(weight, next_rd + u * (WARP * 4))
                     w_r[4 * u], w_r[4 * u + 1], w_r[4 * u + 2], w_r[4 * u + 3] = a, b, c, d
                 elif PIECES > 1:
                     for i in range(4):

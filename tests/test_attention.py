@@ -6,8 +6,8 @@ output is the reference's attention over that cache, in float32.
 Tolerance. The three terms of q and p hold all 24 bits. Tensor cores cut off, where float32 arithmetic rounds: 2 e for
 each of a sum's terms, with e = 2^-24. A score is a sum of D products of relative error 2 e, any order, so it is off by
 at most 2 D * e * sum|q_i k_i| (scaled), plus the scaling's 6 e; 2^x is within 2 ulp and its argument, at most ~2^7
-apart, rounds by 2^7 e; so every weight is off by a factor 1 + r with r <= 2 (D + 3) * e * max_t(sum|q_i k_i|) + 2^8 e. Sums of
-T weights and of T weighted values add 2 T e each, and the division by the sum doubles r: in all (2 r + 4 T e) max|v|.
+apart, rounds by 2^7 e; so every weight is off by a factor 1 + r, r <= 2 (D + 3) * e * max_t(sum|q_i k_i|) + 2^8 e. Sums
+of T weights and of T weighted values add 2 T e each, and the division by the sum doubles r: (2 r + 4 T e) max|v|.
 """
 
 import numpy as np
