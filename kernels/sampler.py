@@ -386,8 +386,14 @@ def sampler(
     Raises ValueError with the sizes if they do not fit together.
     """
     grid = sampler_grid(device.multiprocessors, vocab)
-    sizes = {"logits": (logits, vocab), "settings": (setting, SETTINGS), "seen": (seen, -(-vocab // 32))}
-    sizes |= {"scratch": (scratch, SCRATCH_WORDS), "counters": (counters, COUNTERS), "ring": (ring, 1)}
+    sizes: dict[str, tuple[DeviceArray | PinnedArray, int]] = {
+        "logits": (logits, vocab),
+        "settings": (setting, SETTINGS),
+        "seen": (seen, -(-vocab // 32)),
+        "scratch": (scratch, SCRATCH_WORDS),
+        "counters": (counters, COUNTERS),
+        "ring": (ring, 1),
+    }
     for name, (array, size) in sizes.items():
         if array.size < size:
             raise ValueError(f"sampler: {name} holds {array.size} elements, {size} are needed")

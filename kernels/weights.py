@@ -1,6 +1,5 @@
 """A checkpoint's tensors in device memory: one slab, filled from the mapped file through page-locked buffers."""
 
-
 import numpy as np
 
 from bitnet_numba.checkpoint import PackedCheckpoint
