@@ -44,15 +44,11 @@ class Device:
     """The current CUDA device with its primary context active on this thread."""
 
     def __init__(self, index: int):
-        from cuda.bindings import driver
-
-        attribute = driver.CUdevice_attribute
         self._handle = driver_call("cuDeviceGet", index)
-        query = lambda name: driver_call("cuDeviceGetAttribute", getattr(attribute, name), self._handle)  # noqa: E731
-        self.arch = 10 * query("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR")
-        self.arch += query("CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR")
-        self.multiprocessors = query("CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT")
-        self.l2_bytes = query("CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE")
+        major, minor = (self._attribute(f"COMPUTE_CAPABILITY_{part}") for part in ("MAJOR", "MINOR"))
+        self.arch = 10 * major + minor
+        self.multiprocessors = self._attribute("MULTIPROCESSOR_COUNT")
+        self.l2_bytes = self._attribute("L2_CACHE_SIZE")
         self.name = driver_call("cuDeviceGetName", 128, self._handle).split(b"\0")[0].decode()
         if self.arch < LEAST_ARCH:
             raise BackendError(
@@ -61,6 +57,12 @@ class Device:
             )
         self._context = driver_call("cuDevicePrimaryCtxRetain", self._handle)
         self.activate()
+
+    def _attribute(self, name: str) -> int:
+        from cuda.bindings import driver
+
+        attribute = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return int(driver_call("cuDeviceGetAttribute", attribute, self._handle))
 
     def activate(self) -> None:
         """Makes the context current on the calling thread."""
