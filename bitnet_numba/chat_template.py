@@ -3,16 +3,17 @@
 A template comes with the model and is not trusted. It sees what Hugging Face's templates expect and nothing else.
 """
 
-import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from threading import Lock
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from bitnet_numba.errors import RequestError, TokenizerError
+from bitnet_numba.template_sandbox import BoundedSandbox, size_of
 
 Message = Mapping[str, Any]  # {"role": str, "content": str}; an assistant's may hold "token_ids" as well
 
@@ -21,23 +22,8 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] | trim }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-MOST_REPEATED = 10_000  # as many copies or characters as a template may ask for with *
+LONGEST_DATE = 100  # characters of a date's format
 PLAIN_STOP = "\nUser:"  # where such a model starts to invent the other side
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which also refuses the two operators that turn a short template into endless work."""
-
-    intercepted_binops = frozenset(("*", "**"))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**":
-            raise SecurityError("powers are not allowed")
-        if not all(isinstance(value, int | float) for value in (left, right)):
-            size = max(len(value) if isinstance(value, str | list | tuple) else int(value) for value in (left, right))
-            if size > MOST_REPEATED:
-                raise SecurityError("a repetition this long is not allowed")
-        return super().call_binop(context, operator, left, right)
 
 
 class ChatTemplate:
@@ -46,13 +32,13 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]):
         self.source = source
         self._special_tokens = dict(special_tokens)  # bos_token, eos_token, ...
-        # trim_blocks, lstrip_blocks, loop controls, tojson and the two functions: as Hugging Face renders templates.
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        # The two functions that Hugging Face gives to templates.
+        functions = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        self._sandbox = BoundedSandbox()
+        self._sandbox.globals.update(functions)
+        self._lock = Lock()  # the sandbox adds up one rendering at a time
         try:
-            self._template = environment.from_string(source)
+            self._template = self._sandbox.compile_bounded(source)
         except Exception as error:  # compiling evaluates constants, so a template can raise nearly anything
             raise TokenizerError(f"chat template: {_one_line(error)}") from None
 
@@ -61,13 +47,15 @@ class ChatTemplate:
         check_messages(messages)
         shown = [{key: message[key] for key in message if key != "token_ids"} for message in messages]
         try:
-            return self._template.render(
-                messages=shown,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self._special_tokens,
-            )
+            with self._lock:
+                self._sandbox.begin(size_of(messages))
+                return self._template.render(
+                    messages=shown,
+                    add_generation_prompt=add_generation_prompt,
+                    tools=None,
+                    documents=None,
+                    **self._special_tokens,
+                )
         except Exception as error:  # whatever the template provoked, it is the template that failed
             raise TokenizerError(f"chat template: {_one_line(error)}") from None
 
@@ -104,8 +92,10 @@ def check_messages(messages: Sequence[Message]) -> None:
             raise RequestError("each message needs a role and a content, both text")
 
 
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+def _strftime_now(form: str) -> str:
+    if len(form) > LONGEST_DATE or re.search(r"\d{3}", form):
+        raise TemplateError("a date this long is not allowed")
+    return datetime.now().strftime(form)
 
 
 def _raise_exception(message: str) -> NoReturn:

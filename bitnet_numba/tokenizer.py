@@ -6,6 +6,7 @@ same function: the bytes are joined and read as UTF-8, with U+FFFD for what is n
 
 import codecs
 import contextlib
+import functools
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from typing import Any
 import tokenizers
 
 from bitnet_numba.chat_template import PLAIN_STOP, PLAIN_TEMPLATE, ChatTemplate, Message, check_messages, find_template
-from bitnet_numba.errors import TokenizerError
+from bitnet_numba.errors import ContextFull, TokenizerError
 from bitnet_numba.tiktoken_vocabulary import BOS, EOS, build_tokenizer, byte_alphabet
 
 # 2B4T's: "Role: content<|eot_id|>" for each message, then "Assistant: ".
@@ -95,8 +96,12 @@ class Tokenizer:
             raise TokenizerError(f"{path} has {tokenizer.size} tokens, but the model has embeddings for {vocab_size}")
         return tokenizer
 
-    def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """Token ids of a text. Special tokens written in it are read as such; the first token is bos exactly once."""
+    def encode(self, text: str, add_bos: bool = True, most: int | None = None) -> list[int]:
+        """Token ids of a text. Special tokens written in it are read as such; the first token is bos exactly once.
+
+        Raises ContextFull, before any work, for a text that cannot be written in `most` tokens.
+        """
+        self._check_length(text, most)
         ids = self._encode(_no_surrogates(text), add_special_tokens=False)
         if add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
@@ -111,8 +116,10 @@ class Tokenizer:
         """A conversation, [{"role": ..., "content": ...}, ...], as the template writes it. Raises TokenizerError."""
         return self._template.render(messages, add_generation_prompt)
 
-    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation, bos included.
+    def encode_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, most: int | None = None
+    ) -> list[int]:
+        """Token ids of a conversation, bos included; `most` is that of `encode`.
 
         Special tokens inside a content are read as plain text, so that nobody can end a turn by writing so. A message
         that has "token_ids" is put in with just these, not with those that its content would be encoded to: what a
@@ -134,8 +141,10 @@ class Tokenizer:
                 content = self._special_text.sub(lambda m: m[0][:1] + cut + m[0][1:], message["content"])
             marked.append({**message, "content": content})
         text = self._template.render(marked, add_generation_prompt)
+        parts = text.split(slot)
+        self._check_length("".join(parts[::2]).replace(cut, ""), most)
         ids: list[int] = []
-        for i, part in enumerate(text.split(slot)):
+        for i, part in enumerate(parts):
             if i % 2:
                 ids.extend(given[int(part)])
             else:
@@ -144,6 +153,17 @@ class Tokenizer:
         if self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """At least the bytes that the longest token stands for."""
+        return max((len(text.encode()) for text in self._backend.get_vocab()), default=1)
+
+    def _check_length(self, text: str, most: int | None) -> None:
+        if most is not None and len(text) > most * self.longest_token:
+            raise ContextFull(
+                f"the prompt has {len(text):,} characters, far more than the context of {most} tokens holds"
+            )
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for, UTF-8 for special ones; none for an id without a token."""

@@ -4,6 +4,7 @@ import base64
 import json
 import random
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from bitnet_numba import template_sandbox
 from bitnet_numba.chat_template import ChatTemplate
-from bitnet_numba.errors import RequestError, TokenizerError
+from bitnet_numba.errors import ContextFull, RequestError, TokenizerError
 from bitnet_numba.tiktoken_vocabulary import SPLIT_PATTERN, byte_alphabet, last_merge, read_ranks, special_tokens
 from bitnet_numba.tokenizer import StreamDecoder, Tokenizer, from_tiktoken
 from tests.conftest import GOLDEN
@@ -195,6 +197,18 @@ def test_stop_ids_come_from_all_three_places(folder: Path, eos: object) -> None:
     assert Tokenizer.open(folder).stop_ids == named | {EOS, EOT}
 
 
+def test_a_text_far_too_long_is_refused_before_it_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    longest = TOKENIZER.longest_token
+    assert longest >= max(len(TOKENIZER.token_bytes(i)) for i in range(TOKENIZER.size))
+    assert TOKENIZER.encode("word", most=1)  # only what cannot fit is refused here
+    monkeypatch.setattr(Tokenizer, "_encode", None)
+    text = "0" * (10 * longest + 1)
+    with pytest.raises(ContextFull, match="characters, far more than the context of 10 tokens"):
+        TOKENIZER.encode(text, most=10)
+    with pytest.raises(ContextFull):
+        TOKENIZER.encode_chat([{"role": "user", "content": text}], most=10)
+
+
 # Chat templates
 
 
@@ -244,8 +258,8 @@ def test_template_helpers_as_hugging_face_has_them() -> None:
         ("{{ '{0.__class__.__mro__}'.format(messages) }}", "unsafe"),
         ("{% for i in range(10**9) %}{% endfor %}", "powers are not allowed"),
         ("{% for i in range(1000000000) %}{% endfor %}", "Range too big"),
-        ("{{ 'a' * 100000000000 }}", "repetition"),
-        ("{{ 100000000000 * [1] }}", "repetition"),
+        ("{{ 'a' * 100000000000 }}", "a value is too long"),
+        ("{{ 100000000000 * [1] }}", "a value is too long"),
         ("{{ raise_exception('only\\nuser messages') }}", "only user messages"),
         ("{% if", "unexpected"),
         ("{{ nothing.at.all }}", "undefined"),
@@ -258,6 +272,76 @@ def test_templates_cannot_leave_their_sandbox(source: str, message: str) -> None
     with pytest.raises(TokenizerError, match=message) as caught:
         ChatTemplate(source, {}).render(HI)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) recursive %}{{ loop(range(99999)) }}{% endfor %}",
+        "{{ range(99999) | map('string') | map('length') | map('string') | select('in', range(99999)) | list }}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% set n = namespace(a='aa') %}{% for i in range(60) %}{% set n.a = n.a + n.a %}{% endfor %}",
+        "{% set n = namespace(a='aa') %}{% for i in range(60) %}{% set n.a = n.a ~ n.a %}{% endfor %}",
+        "{% set n = namespace(a=[1]) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a }}",
+        "{% set n = namespace(a=1) %}{% set n.n = [n, n] %}{{ n ~ '' }}",
+        "{% set n = namespace(a=9) %}{% for i in range(60) %}{% set n.a = n.a * n.a %}{% endfor %}",
+        "{% set a = 'aaaaaaaaaa' * 90000 %}{% for i in range(99999) %}{{ a }}{% endfor %}",
+        "{% set a %}{% for i in range(99999) %}{{ 'aaaaaaaaaa' * 9000 }}{% endfor %}{% endset %}",
+        "{{ '%1000000000d' | format(1) }}",
+        "{{ '%*d' | format(1000000000, 1) }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '{:>1000000000}'.format(1) }}",
+        "{{ '{:>{}}'.format(1, 1000000000) }}",
+        "{{ ('{0}' * 99999).format('a' * 99999) }}",
+        "{{ 'x' | center(1000000000) }}",
+        "{{ 'x'.center(1000000000) }}",
+        "{{ 'x'['zfill'](1000000000) }}",
+        "{{ 'x' | attr('ljust') }}{{ ['x'] | map('center', 1000000000) | list }}",
+        "{{ (5).to_bytes(1000000000, 'big') }}",
+        "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
+        "{{ ('a' * 99999) | replace('', 'b' * 99999) }}",
+        "{{ ('a' * 99999).join('b' * 99999) }}",
+        "{{ ('b' * 99999) | join('a' * 99999) }}",
+        "{{ messages | tojson(indent=100000000) }}",
+        "{{ 'a\nb' | indent(100000000) }}",
+        "{{ 'a' | wordwrap(1) }}",
+        "{{ 3.5 | round(1000000000) }}",
+        "{{ lipsum(n=100000) }}",
+        "{{ strftime_now('%1000000000d') }}",
+    ],
+)
+def test_templates_cannot_work_on_without_end(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_sandbox, "SECONDS", 0.3)
+    started = time.monotonic()
+    with pytest.raises(TokenizerError, match="chat template: ") as caught:
+        ChatTemplate(source, {}).render(HI)
+    assert time.monotonic() - started < 3 and "\n" not in str(caught.value)
+
+
+def test_what_published_templates_do_goes_on_working() -> None:
+    source = (
+        "{% set ns = namespace(text='', n=0) %}{% macro show(m) %}<{{ m.role | upper }}>{% endmacro %}"
+        "{% for m in messages | selectattr('role', 'in', ['user', 'assistant']) | list %}"
+        "{% set ns.n = ns.n + 1 %}{% set ns.text = ns.text ~ show(m) + m['content'] | trim %}"
+        "{{ loop.index }}{{ loop.first }}{{ loop.last }}{{ loop.length }}{{ loop.previtem is defined }};{% endfor %}"
+        "{{ ns.text }}{{ ns.n }}|{{ messages | map(attribute='role') | join(', ') }}|{{ messages[-1:][0].content }}|"
+        "{{ {'b': 1, 'a': [1]} | tojson(indent=4) }}|{{ {'b': 1, 'a': 2} | dictsort | first | last }}|"
+        "{% for k, v in {'x': 1}.items() %}{{ k }}={{ v }}{% endfor %}|{{ 'a-b'.split('-') | last | capitalize }}|"
+        "{{ ('a' if messages | length > 1 else 'b') | replace('a', 'c') }}|{{ tools | default('none', true) }}|"
+        "{{ '%s-%02d' | format('x', 3) }}|{{ '{:>3}'.format('x') }}|{{ 'x,y' | replace(',', ';') }}"
+        "{% for m in messages if m.role == 'nobody' %}{% else %}|empty{% endfor %}"
+    )
+    messages = [{"role": "user", "content": " One "}, {"role": "assistant", "content": "Two"}]
+    assert ChatTemplate(source, {}).render(messages) == (
+        "1TrueFalse2False;2FalseTrue2True;<USER>One<ASSISTANT>Two2|user, assistant|Two|"
+        '{\n    "b": 1,\n    "a": [\n        1\n    ]\n}|2|x=1|B|c|none|x-03|  x|x;y|empty'
+    )
+
+
+def test_a_long_conversation_may_be_rendered() -> None:
+    messages = [{"role": "user", "content": "word " * 1_000_000}, {"role": "assistant", "content": "x"}]
+    assert len(TOKENIZER.apply_chat_template(messages)) > 4_999_000
 
 
 @given(st.text(alphabet="{}%# abcm'\"|[]().*+-_~0123456789\n", max_size=60))

@@ -1,0 +1,269 @@
+"""Jinja's sandbox with bounds on time and memory, for templates that come with a model and are not trusted.
+
+Jinja's own sandbox keeps a template from files and code, not from endless work. Here every loop step, call, filter and
+piece of output passes `_charge`, which watches the clock and adds up sizes; what one operation can blow up beyond
+that (repetition, formatting, joining, replacing) is measured beforehand, and filters and methods that published chat
+templates do not use are left out.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from time import monotonic
+from typing import Any
+
+from jinja2 import Environment, nodes, pass_context
+from jinja2.runtime import Context, LoopContext, Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
+
+SECONDS = 5.0  # for one rendering; published templates take milliseconds
+LARGEST = 1_000_000  # characters and items in one value, beyond four times the conversation
+IN_ALL = 50  # values of the largest size that one rendering may make
+LONGEST_INTEGER = 1024  # bits
+WIDEST = 100  # columns of indentation
+
+FILTERS = """abs capitalize count d default dictsort e escape first float format groupby indent int items join last
+    length list lower map max min reject rejectattr replace reverse safe select selectattr sort string sum title trim
+    unique upper wordcount""".split()
+METHODS = frozenset(
+    """capitalize casefold count endswith find format get index isalnum isalpha isdecimal isdigit islower isspace
+    istitle isupper items join keys lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition
+    rsplit rstrip split splitlines startswith strip swapcase title upper values""".split()
+)
+_CONTAINERS = (list, tuple, dict, set)
+_PLAIN = (str, bytes, int, float, *_CONTAINERS)
+_WIDE = re.compile(r"\d{3}|\*|:[^}]*\{")  # in a format: a width of three digits, or one that is not written there
+
+# Filters that only rewritten templates use: no name in a template can hold a space.
+_STEPS, _MADE = "loop steps", "value made"
+
+
+class BoundedSandbox(ImmutableSandboxedEnvironment):
+    """Templates whose rendering ends soon; SecurityError where it would not. Call `begin` before each rendering."""
+
+    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
+
+    def __init__(self) -> None:
+        # Trimmed blocks and loop controls: as Hugging Face renders templates. Without the optimizer and with a
+        # `finalize` that needs a context, nothing is computed while a template is compiled.
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols"],
+            optimized=False,
+            finalize=pass_context(lambda context, value: self._charge(value)),
+        )
+        for name in ("lipsum", "cycler", "joiner"):
+            del self.globals[name]
+        known = {name: self.filters[name] for name in FILTERS}
+        known["indent"] = _bounded_indent(known["indent"])
+        known["tojson"] = self._to_json
+        self.filters = {name: self._bounded(name, function) for name, function in known.items()}
+        self.filters |= {_STEPS: self._steps, _MADE: self._charge}
+        self.begin(0)
+
+    def begin(self, size: int) -> None:
+        """A rendering starts, of a conversation with this many characters."""
+        self._until = monotonic() + SECONDS
+        self._largest = LARGEST + 4 * size
+        self._left = IN_ALL * self._largest
+
+    def compile_bounded(self, source: str) -> Any:
+        """The template, with every loop counted and every new value measured."""
+        return self.from_string(_Rewriter().visit(self.parse(source)))
+
+    def render_pieces(self, pieces: Iterable[str]) -> str:
+        """Joins text, as Jinja joins every block of output; refused beyond the largest size."""
+        parts, size = [], 0
+        for piece in pieces:
+            size += len(piece)
+            if size > self._largest:
+                raise SecurityError("it makes too long a text")
+            parts.append(piece)
+        self._charge(None)
+        return "".join(parts)
+
+    concat = render_pieces  # compiled templates call it for macros and blocks
+
+    # What templates do, each step of it charged
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**":
+            raise SecurityError("powers are not allowed")
+        if operator == "*" and not all(isinstance(value, int | float) for value in (left, right)):
+            times = next((value for value in (left, right) if isinstance(value, int)), 1)
+            self._expect(max(self._size(left), self._size(right)) * times)
+        if operator == "%" and isinstance(left, str):
+            self._expect_format(left, left.count("%"), right)
+        return self._charge(super().call_binop(context, operator, left, right))
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
+        args = tuple(__self._counted(value) for value in args)
+        owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+        if isinstance(__obj, LoopContext):  # a recursive loop
+            args = (__self._steps(args[0]), *args[1:]) if args else args
+        elif isinstance(owner, str) and name in ("join", "replace"):
+            args = __self._expect_built(name, (owner, *args))[1:]
+        elif not isinstance(__obj, Macro):
+            __self._charge([args, kwargs])
+        return __self._charge(super().call(__context, __obj, *args, **kwargs))
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return super().is_safe_attribute(obj, attr, value) and (not isinstance(obj, _PLAIN) or attr in METHODS)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+
+        def bounded(*args: Any, **kwargs: Any) -> str:
+            self._expect_format(value.__self__, value.__self__.count("{"), [args, kwargs])
+            return str(wrapped(*args, **kwargs))
+
+        return bounded
+
+    def _bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)  # also copies whether it wants the context
+        def bounded(*args: Any, **kwargs: Any) -> Any:
+            args = tuple(self._counted(value) for value in args)
+            self._charge([args, kwargs])
+            # Jinja passes what the filter works on first, or behind the context that some filters want.
+            own = [value for value in args if not isinstance(value, Context | nodes.EvalContext | Environment)]
+            if name in ("join", "replace"):
+                built = self._expect_built(name, [*own, *kwargs.values()])
+                args = (*args[: len(args) - len(own)], *built[: len(own)])
+            elif name == "format":
+                self._expect_format(str(own[0]), str(own[0]).count("%"), [own[1:], kwargs])
+            return self._charge(self._counted(function(*args, **kwargs)))
+
+        return bounded
+
+    def _to_json(
+        self,
+        value: Any,
+        indent: int | None = None,
+        ensure_ascii: bool = False,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        """JSON as Hugging Face's templates have it: not escaped for HTML."""
+        if indent is not None:
+            _check_width(indent)
+        encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return self.render_pieces(encoder.iterencode(value))
+
+    # Bounds
+
+    def _charge(self, value: Any) -> Any:
+        """The value, unless it is too large or time is up."""
+        if monotonic() > self._until:
+            raise SecurityError(f"it takes longer than {SECONDS:g} seconds")
+        self._left -= self._size(value)
+        if self._left < 0:
+            raise SecurityError("it makes too much text")
+        return value
+
+    def _size(self, value: Any) -> int:
+        """Characters and items of a value and all it holds, an item counted as often as it would be printed."""
+        size, stack = 0, [value]
+        while stack:
+            item = stack.pop()
+            if isinstance(item, str | bytes | range):
+                size += 1 + len(item)
+            elif isinstance(item, _CONTAINERS):
+                size += 1 + len(item)
+                stack += [*item, *item.values()] if isinstance(item, dict) else item
+            elif isinstance(item, int) and item.bit_length() > LONGEST_INTEGER:
+                raise SecurityError("a number is too large")
+            elif isinstance(item, Namespace):  # one that holds itself is found endless here
+                size += 1
+                stack.append(object.__getattribute__(item, "_Namespace__attrs"))
+            else:
+                size += 1
+            if size > self._largest:
+                raise SecurityError("a value is too long")
+        return size
+
+    def _steps(self, values: Iterable[Any]) -> Iterator[Any]:
+        for value in values:
+            self._charge(None)
+            yield value
+
+    def _counted(self, value: Any) -> Any:
+        """Iterators, whose items cannot be measured yet, with each step charged."""
+        return self._steps(value) if isinstance(value, Iterator) else value
+
+    def _expect(self, size: int) -> None:
+        """Refuses an operation whose result would be this large."""
+        if size > self._largest:
+            raise SecurityError("a value is too long")
+
+    def _expect_format(self, form: str, fields: int, values: Any) -> None:
+        if _WIDE.search(form):
+            raise SecurityError("so wide a format is not allowed")
+        self._expect(len(form) + fields * (99 + self._size(values)))
+
+    def _expect_built(self, name: str, args: Iterable[Any]) -> tuple[Any, ...]:
+        """The arguments of a replacement (text, old, new) or join (of items and separator, either way round)."""
+        args = tuple(list(value) if isinstance(value, Iterator) else value for value in args)
+        sizes = [self._size(value) for value in args]
+        if name == "replace" and len(args) > 2:
+            self._expect(sizes[0] + str(args[0]).count(str(args[1])) * sizes[2])
+        elif name == "join" and len(args) > 1:
+            texts = [value for value in args if isinstance(value, str)]
+            items = max(len(value) for value in args if isinstance(value, Sized))
+            self._expect(sum(sizes) + items * sum(len(text) for text in texts))
+        return args
+
+
+class _Rewriter(NodeTransformer):
+    """Lets every loop, and every value that a template writes down or stores, pass a filter of the sandbox."""
+
+    def visit_For(self, node: nodes.For) -> nodes.For:
+        self.generic_visit(node)
+        node.iter = _filtered(node.iter, _STEPS)
+        return node
+
+    def visit_Assign(self, node: nodes.Assign) -> nodes.Assign:
+        self.generic_visit(node)
+        node.node = _filtered(node.node, _MADE)
+        return node
+
+    def _made(self, node: nodes.Expr) -> nodes.Expr:
+        self.generic_visit(node)
+        return _filtered(node, _MADE)
+
+    visit_List = visit_Dict = _made
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
+        self.generic_visit(node)
+        node.nodes = [_filtered(part, _MADE) for part in node.nodes]  # each is made a text first
+        return _filtered(node, _MADE)
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:
+        return self._made(node) if node.ctx == "load" else node
+
+
+def _filtered(node: nodes.Node, name: str) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+
+
+def _bounded_indent(function: Callable[..., str]) -> Callable[..., str]:
+    def bounded(text: str, width: Any = 4, *args: Any, **kwargs: Any) -> str:
+        _check_width(width)
+        return function(text, width, *args, **kwargs)
+
+    return bounded
+
+
+def _check_width(width: Any) -> None:
+    if (len(width) if isinstance(width, str) else width) > WIDEST:
+        raise SecurityError("so wide an indentation is not allowed")
+
+
+def size_of(messages: Iterable[Mapping[str, Any]]) -> int:
+    """Characters of a conversation's contents."""
+    return sum(len(message["content"]) for message in messages)
