@@ -252,6 +252,8 @@ def open_packed(folder: str | os.PathLike[str]) -> PackedCheckpoint:
     for name, spec in plan.items():
         if spec.dtype == "F32" and not np.isfinite(file.map(name)).all():
             raise CheckpointError(f"{file.path}: tensor {name} holds NaN or infinity")
+        if name.endswith((".scale", ".scales")) and not (file.map(name) > 0).all():
+            raise CheckpointError(f"{file.path}: tensor {name} holds a scale that is not positive")
     return PackedCheckpoint(folder, config, head, file)
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.backend import Backend
+from bitnet_numba.backend import Backend, Context
 from bitnet_numba.checkpoint import PackedCheckpoint, open_packed
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError, CheckpointError, RequestError
 from bitnet_numba.sampling import SamplingParams
-from bitnet_numba.session import Completion, Prompt, Session, Stream, check_ids
+from bitnet_numba.session import Completion, Prompt, Session, Stream, check_ids, finite_arithmetic, whole_number
 from bitnet_numba.tokenizer import Tokenizer
 
 BACKENDS = ("auto", "cuda", "reference")
@@ -31,7 +31,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.context = context  # tokens of prompt and answer together
         self._backend = backend
-        self._idle: list[Session] = []  # contexts are dear to make; `stream` gives them back here
+        self._idle: list[Context] = []  # contexts are dear to make; streams that have ended give them back here
 
     @property
     def backend(self) -> str:
@@ -45,14 +45,19 @@ class Engine:
     def logits(self, token_ids: Sequence[int] | NDArray[np.integer]) -> NDArray[np.float32]:
         """The logits after each token of a text, in a fresh context: float32 [T, vocab].
 
-        Raises RequestError for no tokens, ids outside the vocabulary or more of them than the model's context holds.
+        Raises RequestError for no tokens, ids outside the vocabulary or more of them than the model's context holds;
+        BackendError where the model's weights make numbers that are not finite.
         """
-        ids = check_ids(list(token_ids), self.config.vocab_size)
+        ids = check_ids(token_ids, self.config.vocab_size)
         if len(ids) > self.config.max_context:
             raise RequestError(f"{len(ids)} tokens do not fit the model's context of {self.config.max_context}")
         context = self._backend.new_context(len(ids))
         try:
-            return context.logits(ids)
+            with finite_arithmetic():
+                logits = context.logits(ids)
+                if not np.isfinite(logits).all():
+                    raise ValueError("logits hold NaN or infinity")
+                return logits
         finally:
             context.close()
 
@@ -100,13 +105,22 @@ class Engine:
         so an answer depends on its arguments alone; `session` is for conversations.
         """
         params = SamplingParams(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-        session = self._idle.pop() if self._idle else self.session()
-        session.clear()
-        try:
-            return session.stream(prompt, params, max_new_tokens, stop, ended=lambda: self._idle.append(session))
-        except BaseException:
-            self._idle.append(session)
-            raise
+        session = Session(self._backend, self.tokenizer, self.config.vocab_size, self.context, self._take_context)
+
+        def ended() -> None:
+            context = session.give_back()
+            if context is not None:
+                self._idle.append(context)
+
+        return session.stream(prompt, params, max_new_tokens, stop, ended)
+
+    def _take_context(self, capacity: int) -> Context:
+        """An empty context, for a stream that begins: one that is idle, else a new one."""
+        if not self._idle:
+            return self._backend.new_context(capacity)
+        context = self._idle.pop()
+        context.truncate(0)
+        return context
 
 
 def load(path: str | os.PathLike[str] | None = None, backend: str = "auto", context: int | None = None) -> Engine:
@@ -129,8 +143,11 @@ def load(path: str | os.PathLike[str] | None = None, backend: str = "auto", cont
     config = checkpoint.config
     if context is None:
         context = config.max_context
-    elif isinstance(context, bool) or not isinstance(context, int) or not 1 <= context <= config.max_context:
-        raise RequestError(f"context must be between 1 and the model's {config.max_context}, not {context!r}")
+    else:
+        tokens = whole_number(context)
+        if tokens is None or not 1 <= tokens <= config.max_context:
+            raise RequestError(f"context must be between 1 and the model's {config.max_context}, not {context!r}")
+        context = tokens
     tokenizer = Tokenizer.open(folder, config.vocab_size)
     return Engine(_open_backend(backend, checkpoint), tokenizer, config, context)
 

@@ -1,13 +1,17 @@
 """One live sequence: from a prompt to text, token by token, keeping what has been computed for the next turn."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+import contextlib
+import operator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from bitnet_numba.backend import Backend, Context
 from bitnet_numba.chat_template import Message
-from bitnet_numba.errors import ContextFull, RequestError
+from bitnet_numba.errors import BackendError, ContextFull, RequestError
 from bitnet_numba.sampling import SamplingParams
 from bitnet_numba.tokenizer import StreamDecoder, Tokenizer
 
@@ -107,29 +111,41 @@ class Stream(Iterator[str]):
         """Runs to the end and returns the whole answer."""
         for _ in self:
             pass
-        assert self.completion is not None, "a stream that was never started has no result"
+        if self.completion is None:
+            raise RequestError("this stream was closed before its first piece: there is no answer")
         return self.completion
 
 
 class Session:
     """A context that a conversation extends: a prompt is computed only from where it departs from what is held."""
 
-    def __init__(self, backend: Backend, tokenizer: Tokenizer, vocab_size: int, capacity: int):
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        capacity: int,
+        new_context: Callable[[int], Context] | None = None,
+    ):
+        """new_context: makes the context when the first answer begins; None makes the backend's own, at once."""
         self._backend = backend
+        self._new_context = new_context or backend.new_context
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._context: Context = backend.new_context(capacity)
+        self._capacity = capacity
+        self._held_context = backend.new_context(capacity) if new_context is None else None
         self._busy = False
+        self._closed = False
 
     @property
     def capacity(self) -> int:
         """Tokens that fit, prompt and answer together."""
-        return self._context.capacity
+        return self._capacity
 
     @property
     def held(self) -> int:
         """Tokens in the context now."""
-        return len(self._context.ids)
+        return len(self._held_context.ids) if self._held_context is not None else 0
 
     def __enter__(self) -> "Session":
         return self
@@ -139,11 +155,28 @@ class Session:
 
     def clear(self) -> None:
         """Forgets everything."""
-        self._context.truncate(0)
+        if self._held_context is not None:
+            self._held_context.truncate(0)
 
     def close(self) -> None:
-        """Frees the context's memory."""
-        self._context.close()
+        """Frees the context's memory; the session cannot be used again."""
+        if self._busy:
+            raise RequestError("this session is still answering: close its stream first")
+        self._closed = True
+        if self._held_context is not None:
+            self._held_context.close()
+            self._held_context = None
+
+    def _context(self) -> Context:
+        if self._held_context is None:
+            self._held_context = self._new_context(self._capacity)
+        return self._held_context
+
+    def give_back(self) -> Context | None:
+        """Closes the session, but not its context, which is the caller's now."""
+        self._closed = True
+        context, self._held_context = self._held_context, None
+        return context
 
     def generate(
         self,
@@ -172,21 +205,27 @@ class Session:
 
         Raises RequestError or ContextFull, at once, for what cannot be done.
         """
-        if self._busy:
-            raise RequestError("this session is still answering: close its stream or use another session")
-        ids = encode_prompt(self._tokenizer, prompt, self._vocab_size)
-        if len(ids) > self.capacity:
-            raise ContextFull(f"the prompt has {len(ids)} tokens, but the context holds {self.capacity}")
-        if max_new_tokens is not None and not _is_count(max_new_tokens):
-            raise RequestError(f"max_new_tokens must be a whole number of at least 1, not {max_new_tokens!r}")
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        self._check_free()
+        if max_new_tokens is not None:
+            limit = whole_number(max_new_tokens)
+            if limit is None or limit < 1:
+                raise RequestError(f"max_new_tokens must be a whole number of at least 1, not {max_new_tokens!r}")
+            max_new_tokens = limit
+        stops = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
         if not all(isinstance(text, str) and text for text in stops):
             raise RequestError("a stop string must be a text that is not empty")
+        ids = encode_prompt(self._tokenizer, prompt, self._vocab_size, self.capacity)
         if not isinstance(prompt, str) and isinstance(prompt[0], Mapping):
             stops += self._tokenizer.chat_stop
         params = (params or SamplingParams()).with_seed()
         result: list[Completion] = []
         return Stream(self._run(ids, params, max_new_tokens, stops, result, ended), result)
+
+    def _check_free(self) -> None:
+        if self._closed:
+            raise RequestError("this session is closed")
+        if self._busy:
+            raise RequestError("this session is still answering: close its stream or use another session")
 
     def _run(
         self,
@@ -197,7 +236,8 @@ class Session:
         result: list[Completion],
         ended: Callable[[], None],
     ) -> Generator[str, None, None]:
-        context = self._context
+        self._check_free()  # again: the stream may have waited before it was begun
+        context = self._context()
         # At least the last token is fed again: its logits choose the first new one.
         reused = common_prefix(context.ids, ids[:-1])
         decoder, matcher = StreamDecoder(self._tokenizer), StopStrings(stops)
@@ -212,7 +252,7 @@ class Session:
             context.truncate(reused)
             tokens = context.decode(ids[reused:], params)
             try:
-                for token in tokens:
+                for token in finite_steps(tokens):
                     times.append(perf_counter())
                     if token in self._tokenizer.stop_ids:
                         reason = "stop"
@@ -257,38 +297,75 @@ class Session:
         return Stats(prompt, reused, len(times) - 1, first - times[0], times[-1] - first, self._backend.memory())
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int) -> list[int]:
-    """Token ids of any form of prompt. Raises RequestError if it is empty or has ids that are no tokens."""
+@contextlib.contextmanager
+def finite_arithmetic() -> Iterator[None]:
+    """Turns arithmetic that leaves the finite numbers, as damaged weights make it, into one BackendError."""
+    with np.errstate(all="ignore"):  # the error says all that NumPy's warnings would
+        try:
+            yield
+        except ValueError as error:
+            if "NaN" not in str(error):
+                raise
+            raise BackendError(f"the model's weights make numbers that are not finite: {error}") from None
+
+
+def finite_steps(tokens: Iterator[int]) -> Iterator[int]:
+    """The tokens, each of them made under `finite_arithmetic`; the caller's own work is not."""
+    while True:
+        with finite_arithmetic():
+            token = next(tokens, None)
+        if token is None:
+            return
+        yield token
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int, capacity: int) -> list[int]:
+    """Token ids of any form of prompt. Raises RequestError if it is empty or has ids that are no tokens, and
+    ContextFull if there are more than `capacity`."""
+    if isinstance(prompt, bytes | bytearray | Mapping) or not isinstance(prompt, Sequence | np.ndarray):
+        raise RequestError("a prompt is a text, a list of token ids or a list of messages")
     if len(prompt) == 0:
         raise RequestError("the prompt is empty")
     if isinstance(prompt, str):
-        ids = tokenizer.encode(prompt)
+        ids = tokenizer.encode(prompt, most=capacity)
     elif isinstance(prompt[0], Mapping):
-        ids = tokenizer.encode_chat(prompt)  # type: ignore[arg-type]
+        ids = tokenizer.encode_chat(prompt, most=capacity)  # type: ignore[arg-type]
     else:
-        ids = list(prompt)  # type: ignore[arg-type]
-    return check_ids(ids, vocab_size)
+        ids = prompt  # type: ignore[assignment]
+    ids = check_ids(ids, vocab_size)
+    if len(ids) > capacity:
+        raise ContextFull(f"the prompt has {len(ids)} tokens, but the context holds {capacity}")
+    return ids
 
 
-def check_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
+def check_ids(ids: object, vocab_size: int) -> list[int]:
     """Token ids as a list of int. Raises RequestError unless there is one and all are below `vocab_size`."""
+    if isinstance(ids, str | bytes | bytearray | Mapping) or not isinstance(ids, Sequence | np.ndarray):
+        raise RequestError("token ids must be a list of whole numbers")
     if len(ids) == 0:
         raise RequestError("the prompt is empty")
-    try:
-        whole = [i.__index__() for i in ids]
-    except AttributeError:
-        raise RequestError("token ids must be whole numbers") from None
-    wrong = next((i for i in whole if not 0 <= i < vocab_size), None)
-    if wrong is not None:
-        raise RequestError(f"token id {wrong} is not in the vocabulary of {vocab_size}")
+    whole = []
+    for i in ids:
+        number = whole_number(i)
+        if number is None:
+            raise RequestError("token ids must be whole numbers")
+        if not 0 <= number < vocab_size:
+            raise RequestError(f"token id {number} is not in the vocabulary of {vocab_size}")
+        whole.append(number)
     return whole
+
+
+def whole_number(value: Any) -> int | None:
+    """Any whole number, NumPy's included, as an int; None for what is none, truth values among it."""
+    if isinstance(value, bool | np.bool_ | np.ndarray):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many leading items two sequences share."""
     shared = min(len(a), len(b))
     return next((i for i in range(shared) if a[i] != b[i]), shared)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from bitnet_numba.checkpoint import DTYPES, TensorFile, TensorSpec, open_packed, packed_plan, write_tensors
 from bitnet_numba.errors import BitNetError, CheckpointError, ConfigError
 from bitnet_numba.reference.model import Cache, Model
+from tools.convert import convert
 
 
 @pytest.fixture
@@ -55,6 +56,18 @@ def test_we_read_what_the_library_writes(tmp_path: Path) -> None:
     file = TensorFile(tmp_path / "x.safetensors")
     for name, array in arrays.items():
         assert np.array_equal(file.read(name), array) and file.read(name).shape == array.shape
+
+
+@pytest.mark.parametrize("name", ["layers.1.gate_up.scales", "embed.scale"])
+@pytest.mark.parametrize("value", [0.0, -1.5])
+def test_scales_that_are_not_positive_are_named(tiny_source: Path, tmp_path: Path, name: str, value: float) -> None:
+    convert(tiny_source, tmp_path / "int8", head="int8")
+    file = open_packed(tmp_path / "int8").file
+    with open(file.path, "r+b") as damaged:
+        damaged.seek(file._offsets[name] + 4)
+        damaged.write(np.float32(value).tobytes())
+    with pytest.raises(CheckpointError, match=f"{name} holds a scale that is not positive"):
+        open_packed(tmp_path / "int8")
 
 
 def test_maps_are_read_only(packed: Path) -> None:

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 import bitnet_numba as bn
 from bitnet_numba import engine as engine_module
-from bitnet_numba.checkpoint import PackedCheckpoint, open_packed
+from bitnet_numba.checkpoint import PackedCheckpoint, open_packed, packed_plan, write_tensors
 from bitnet_numba.conversation import AnswerOptions, Conversation
 from bitnet_numba.errors import BackendError, BitNetError, CheckpointError, ContextFull, RequestError, TokenizerError
 from bitnet_numba.reference.backend import ReferenceBackend
@@ -304,6 +305,13 @@ def test_common_prefix(a: list[int], b: list[int]) -> None:
         ([1.5], "whole numbers"),
         ([5, "x"], "whole numbers"),
         ([{"role": "user"}], "role and a content"),
+        ({"role": "user", "content": "Hi."}, "a prompt is a text, a list"),
+        (None, "a prompt is a text, a list"),
+        (5, "a prompt is a text, a list"),
+        (b"Hi.", "a prompt is a text, a list"),
+        ([5, True], "whole numbers"),
+        (np.array([[5, 6]]), "whole numbers"),
+        (np.array([0.5]), "whole numbers"),
     ],
     ids=str,
 )
@@ -326,6 +334,9 @@ def test_prompts_that_cannot_be_used(prompt: Any, message: str) -> None:
         {"stop": ""},
         {"stop": ["a", ""]},
         {"stop": [3]},
+        {"stop": None},
+        {"stop": b"ab"},
+        {"stop": 5},
         {"temperature": -1},
         {"top_p": 0},
         {"top_k": -1},
@@ -344,9 +355,68 @@ def test_logits_are_teacher_forced_and_checked() -> None:
     logits = llm.logits(np.arange(6))  # the context of conversations does not limit this
     assert logits.shape == (6, VOCAB) and backend.open_contexts == 0
     np.testing.assert_array_equal(logits[2], toy_logits([0, 1, 2]))
-    for ids in ([], [VOCAB], [0] * 4097):
+    for ids in ([], [VOCAB], [0] * 4097, 5, None, "x", b"x", [True], np.ones((2, 2), int), {1: 2}):
         with pytest.raises(RequestError):
-            llm.logits(ids)
+            llm.logits(ids)  # type: ignore[arg-type]
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
+    llm, _ = toy_engine()
+    want = llm.generate([5, 6], max_new_tokens=3).token_ids
+    assert llm.generate(np.array([5, 6], np.int32), max_new_tokens=np.int64(3)).token_ids == want  # type: ignore[arg-type]
+
+
+def test_streams_that_never_begin_take_no_context() -> None:
+    llm, backend = toy_engine()
+    streams = [llm.stream("x") for _ in range(20)]
+    assert backend.open_contexts == 0
+    streams[0].close()
+    with pytest.raises(RequestError, match="closed before its first piece"):
+        streams[0].result()
+    next(streams[1])
+    assert backend.open_contexts == 1
+    del streams
+    gc.collect()
+    llm.generate("x", max_new_tokens=1)
+    assert backend.open_contexts == 1
+
+
+def test_a_closed_session_says_so() -> None:
+    llm, backend = toy_engine()
+    session = llm.session()
+    waiting = session.stream("x")
+    running = session.stream("y")
+    next(running)
+    with pytest.raises(RequestError, match="still answering"):
+        session.close()
+    with pytest.raises(RequestError, match="still answering"):
+        next(waiting)
+    running.close()
+    session.close()
+    session.close()
+    session.clear()
+    assert backend.open_contexts == 0 and session.held == 0
+    with pytest.raises(RequestError, match="session is closed"):
+        session.generate("x")
+
+
+def test_weights_that_leave_the_finite_numbers_are_told_in_one_line(tiny_packed: Path, tmp_path: Path) -> None:
+    for i, name in enumerate(("norm.weight", "layers.0.qkv.scales", "layers.0.down.scales")):
+        folder = Path(shutil.copytree(tiny_packed, tmp_path / str(i)))
+        with safe_open(folder / "model.safetensors", "np") as file:
+            metadata = file.metadata()
+        checkpoint = open_packed(folder)
+        tensors = {name: np.array(checkpoint.tensor(name)) for name in checkpoint.names}
+        tensors[name][:] = 3e38
+        plan = packed_plan(checkpoint.config, checkpoint.head)
+        with open(tmp_path / "changed", "wb") as out:
+            write_tensors(out, plan, tensors.items(), metadata)
+        (tmp_path / "changed").replace(folder / "model.safetensors")
+        llm = bn.load(folder, backend="reference")  # warnings of NumPy's would be errors here
+        for call, prompt in ((llm.generate, "hello there"), (llm.logits, [5, 6])):
+            with pytest.raises(BackendError, match="numbers that are not finite") as caught:
+                call(prompt)  # type: ignore[operator]
+            assert "\n" not in str(caught.value)
 
 
 # Loading, and the reference backend
@@ -399,6 +469,7 @@ def test_loading_mistakes(
         bn.load(tiny_source, backend="reference")
     with pytest.raises(CheckpointError, match="does not exist"):
         bn.load(tmp_path / "nowhere", backend="reference")
+    assert bn.load(tiny_packed, backend="reference", context=np.int64(7)).context == 7  # type: ignore[arg-type]
     for context in (0, -1, 10**9, 2.5, True):
         with pytest.raises(RequestError, match="context must be between 1 and"):
             bn.load(tiny_packed, backend="reference", context=context)  # type: ignore[arg-type]
