@@ -3,5 +3,6 @@
 One module per operation, each with a launcher of the same name (`bitnet_numba.kernels.w2a8_gemv.w2a8_gemv`):
     embed, w2a8_gemv, attention, head, sampler    what a decode step is made of (see `decode`)
     norm_quant                                    RMSNorm and quantisation of many tokens at once
-`backend` puts them behind the engine's interface; `device` compiles and launches; `intrinsics` has the instructions.
+`backend` puts them behind the engine's interface; `compilation` and `device` compile and launch; `intrinsics` has the
+machine's instructions, `forms` describes a compiled kernel.
 """

@@ -1,28 +1,23 @@
-"""The CUDA device: is there a usable one, compiling kernels for it, memory, launches, graphs.
+"""The CUDA device: is there a usable one, memory, loaded kernels, launches, graphs.
 
-Numba compiles Python to PTX and its linker makes machine code; what runs it is the driver's own interface, through
-`cuda.bindings`. So a launch is prepared once and costs a few microseconds, kernels take raw pointers, and programmatic
-dependent launch and graphs are at hand. Importing this module touches no device.
+Kernels run through the driver's own interface, `cuda.bindings`, not through Numba's launcher: so a launch is prepared
+once and costs a few microseconds, takes raw pointers, and programmatic dependent launch and graphs are at hand.
+Importing this module touches no device.
 """
 
 import contextlib
 import ctypes
-import hashlib
-import os
-import re
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numba.cuda import types
 
 from bitnet_numba.errors import BackendError
+from bitnet_numba.kernels.compilation import ENTRY, is_cached, machine_code
+from bitnet_numba.kernels.forms import KernelForm
 
-ENTRY = "kernel"  # what the function is called in PTX and machine code
 LEAST_ARCH = 61  # dp4a
 KernelArgument = Any  # DeviceArray, None, int or float
 
@@ -174,131 +169,17 @@ class PinnedArray:
             self.address = 0
 
 
-# ---- Compilation ----------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _target(arch: int) -> Iterator[None]:
-    """While compiling: Numba asks the present device, which may not exist, what architecture to compile callees for."""
-    from numba.cuda import dispatcher
-
-    class Target:
-        compute_capability = divmod(arch, 10)
-
-    real = dispatcher.get_current_device
-    dispatcher.get_current_device = lambda: Target
-    try:
-        yield
-    finally:
-        dispatcher.get_current_device = real
-
-
-def compile_ptx(function: Any, signature: Sequence[Any], arch: int, threads: int, blocks_per_sm: int = 1) -> str:
-    """PTX of a kernel (a plain Python function, or what cuda.jit made of one) for an architecture such as 90.
-
-    `threads` a block and `blocks_per_sm` bound the registers. No device is needed.
-    """
-    from numba import cuda
-
-    with _target(arch):
-        ptx, _ = cuda.compile(
-            getattr(function, "py_func", function),
-            types.void(*signature),
-            device=False,
-            abi="numba",
-            cc=divmod(arch, 10),
-            launch_bounds=(threads, blocks_per_sm),
-        )
-    name = re.search(r"\.entry (\w+)\(", ptx)
-    assert name is not None
-    return ptx.replace(name.group(1), ENTRY)
-
-
-def link_cubin(ptx: str, arch: int) -> bytes:
-    """Machine code from PTX, by the linker that matches Numba's compiler (the driver's may be older). No device needed.
-
-    Raises BackendError with the assembler's first complaint.
-    """
-    from cuda.bindings import nvjitlink
-
-    options = [f"-arch=sm_{arch}"]
-    handle = nvjitlink.create(len(options), options)
-    try:
-        code = ptx.encode()
-        try:
-            nvjitlink.add_data(handle, nvjitlink.InputType.PTX, code, len(code), "kernel.ptx")
-            nvjitlink.complete(handle)
-        except nvjitlink.nvJitLinkError:
-            log = bytearray(nvjitlink.get_error_log_size(handle))
-            nvjitlink.get_error_log(handle, log)
-            raise BackendError(f"a kernel does not assemble for sm_{arch}: {log.decode().splitlines()[0]}") from None
-        cubin = bytearray(nvjitlink.get_linked_cubin_size(handle))
-        nvjitlink.get_linked_cubin(handle, cubin)
-        return bytes(cubin)
-    finally:
-        nvjitlink.destroy(handle)
-
-
-@cache
-def _toolchain() -> bytes:
-    """What machine code depends on beside a kernel's name: every source file of the kernels, and the compilers."""
-    digest = hashlib.sha256()
-    package = Path(__file__).parent
-    for source in sorted(package.glob("*.py")):
-        digest.update(source.read_bytes())
-    import bitnet_numba.packing
-    import bitnet_numba.sampling
-
-    for module in (bitnet_numba.packing, bitnet_numba.sampling):
-        digest.update(Path(str(module.__file__)).read_bytes())
-    for name in ("numba", "numba-cuda", "cuda-bindings", "nvidia-nvvm", "nvidia-nvjitlink"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            digest.update(f"{name} {metadata.version(name)};".encode())
-    return digest.digest()
-
-
-def cache_folder() -> Path:
-    """Where machine code is kept: $BITNET_NUMBA_CACHE, or bitnet-numba under the user's cache folder."""
-    chosen = os.environ.get("BITNET_NUMBA_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitnet-numba"
-
-
-def _cache_path(form: Any, arch: int) -> Path:
-    digest = hashlib.sha256(_toolchain())
-    digest.update(repr((form.name, form.signature, form.threads, form.blocks_per_sm, arch)).encode())
-    return cache_folder() / f"{digest.hexdigest()[:32]}.cubin"
-
-
-def _cached(form: Any, arch: int) -> bool:
-    with contextlib.suppress(OSError):
-        return _cache_path(form, arch).exists()
-    return False
-
-
-def machine_code(form: Any, arch: int) -> tuple[bytes, bool]:
-    """A KernelForm's machine code, from the disk cache or compiled now; and whether it was compiled."""
-    path = _cache_path(form, arch)
-    with contextlib.suppress(OSError):
-        return path.read_bytes(), False
-    cubin = link_cubin(compile_ptx(form.kernel, form.signature, arch, form.threads, form.blocks_per_sm), arch)
-    with contextlib.suppress(OSError):  # no cache, no harm: it is compiled again next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(cubin)
-        os.replace(file.name, path)
-    return cubin, True
+# ---- Kernels ---------------------------------------------------------------------------------------------------------
 
 
 _loaded: dict[Any, Any] = {}
 
 
-def _key(form: Any, device: Device) -> tuple:
+def _key(form: KernelForm, device: Device) -> tuple:
     return (form.name, form.signature, form.threads, form.blocks_per_sm, device.arch)
 
 
-def load_kernel(form: Any, device: Device) -> Any:
+def load_kernel(form: KernelForm, device: Device) -> Any:
     """A KernelForm as a driver function, compiled and loaded once."""
     key = _key(form, device)
     if key not in _loaded:
@@ -309,9 +190,9 @@ def load_kernel(form: Any, device: Device) -> Any:
     return _loaded[key][0]
 
 
-def load_kernels(forms: Sequence[Any], device: Device, progress: Callable[[int, int, Device], None]) -> None:
+def load_kernels(forms: Sequence[KernelForm], device: Device, progress: Callable[[int, int, Device], None]) -> None:
     """Loads forms; those not in the disk cache are compiled first, with `progress(done, total, device)` as it goes."""
-    missing = [form for form in forms if _key(form, device) not in _loaded and not _cached(form, device.arch)]
+    missing = [form for form in forms if _key(form, device) not in _loaded and not is_cached(form, device.arch)]
     for done, form in enumerate(missing):
         progress(done, len(missing), device)
         machine_code(form, device.arch)
@@ -329,7 +210,7 @@ class Launch:
 
     def __init__(
         self,
-        form: Any,
+        form: KernelForm,
         grid: int | tuple[int, int],
         arguments: Sequence[KernelArgument],
         device: Device,
@@ -416,7 +297,7 @@ class Graph:
     """Launches that are replayed as one."""
 
     def __init__(self, graph: Any):
-        self._executable = driver_call("cuGraphInstantiate", graph, 0)
+        self._executable: Any = driver_call("cuGraphInstantiate", graph, 0)
         driver_call("cuGraphDestroy", graph)
 
     def replay(self, stream: Stream) -> None:
@@ -425,7 +306,13 @@ class Graph:
 
     def close(self) -> None:
         """Frees it."""
-        driver_call("cuGraphExecDestroy", self._executable)
+        if self._executable is not None:
+            driver_call("cuGraphExecDestroy", self._executable)
+            self._executable = None
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # at exit the driver may be gone already
+            self.close()
 
 
 class Event:

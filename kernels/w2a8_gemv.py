@@ -81,6 +81,7 @@ MOST_WARPS = 12
 MAX_WARPS = 32
 OTHER_REGISTERS = 44  # a thread's, beside the weights it holds
 REGISTERS = 65536  # of a multiprocessor
+MOST_BLOCKS = 4  # of neighbouring launches that meet on a multiprocessor
 MOST_LOADS = 28  # 112 registers of weights
 MOST_SEGMENTS = 3  # q, k and v
 EPSILON = float32(1e-5)  # least absmax, as in `quantize`
@@ -381,7 +382,7 @@ def form(
         kernel=make_gemv(arch, K, split.units, split.parts, prologue, epilogue, activation, split.rounds),
         signature=signature,
         threads=threads,
-        blocks_per_sm=max(1, REGISTERS // (threads * (4 * loads + OTHER_REGISTERS))),
+        blocks_per_sm=max(1, min(MOST_BLOCKS, REGISTERS // (threads * (4 * loads + OTHER_REGISTERS)))),
         dp4a=16 * loads,
         wide_loads=loads,
     )

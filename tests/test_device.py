@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bitnet_numba.errors import BackendError
-from bitnet_numba.kernels import device
+from bitnet_numba.kernels import compilation, device
 from bitnet_numba.kernels.decode import advance_form
 from tests.kernel_harness import why_no_gpu
 
@@ -14,12 +14,12 @@ from tests.kernel_harness import why_no_gpu
 def test_machine_code_is_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BITNET_NUMBA_CACHE", str(tmp_path / "cache"))
     form = advance_form(90)
-    code, compiled = device.machine_code(form, 90)
+    code, compiled = compilation.machine_code(form, 90)
     assert compiled and code[:4] == b"\x7fELF"
-    assert device.machine_code(form, 90) == (code, False)
+    assert compilation.machine_code(form, 90) == (code, False)
     # Another architecture, launch bound or name is another entry.
-    assert device.machine_code(advance_form(80), 80)[1]
-    assert device.machine_code(form._replace(threads=64), 90)[1]
+    assert compilation.machine_code(advance_form(80), 80)[1]
+    assert compilation.machine_code(form._replace(threads=64), 90)[1]
     assert len(list((tmp_path / "cache").iterdir())) == 3
 
 
@@ -27,19 +27,19 @@ def test_machine_code_is_kept_on_disk(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path.chmod(0o500)
     monkeypatch.setenv("BITNET_NUMBA_CACHE", str(tmp_path / "cache"))
-    assert device.machine_code(advance_form(90), 90)[1]
+    assert compilation.machine_code(advance_form(90), 90)[1]
 
 
 def test_a_cache_that_is_a_file_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cache").write_text("")
     monkeypatch.setenv("BITNET_NUMBA_CACHE", str(tmp_path / "cache"))
     for _ in range(2):
-        assert device.machine_code(advance_form(90), 90)[1]
+        assert compilation.machine_code(advance_form(90), 90)[1]
 
 
 def test_what_does_not_assemble_gives_one_line() -> None:
     with pytest.raises(BackendError, match="does not assemble for sm_90: ") as caught:
-        device.link_cubin(".version 8.0\n.target sm_90\n.address_size 64\n.entry kernel() { nonsense; }", 90)
+        compilation.link_cubin(".version 8.0\n.target sm_90\n.address_size 64\n.entry kernel() { nonsense; }", 90)
     assert "\n" not in str(caught.value)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bitnet_numba.kernels.device import compile_ptx
+from bitnet_numba.kernels.compilation import compile_ptx
 from bitnet_numba.kernels.forms import KernelForm
 from tests.kernel_harness import ARCHITECTURES
 
