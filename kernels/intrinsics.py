@@ -1,8 +1,8 @@
 """Machine instructions that Numba does not offer, each with a plain-Python stand-in for the simulator.
 
 Conventions of every kernel in this folder:
-- Kernels are plain Python functions of flat pointers and int32 / float32 scalars. `compilation` and `device` compile and launch them;
-  under the simulator (NUMBA_ENABLE_CUDASIM=1) they run on flat NumPy arrays.
+- Kernels are plain Python functions of flat pointers and int32 / float32 scalars. `compilation` and `device` compile
+  and launch them; under the simulator (NUMBA_ENABLE_CUDASIM=1) they run on flat NumPy arrays.
 - An operand `p, i` is element i of a kernel's pointer or of a shared array. Shared arrays that 16-byte accesses touch
   are made with `cuda.shared.array(size, dtype, SHARED_ALIGN)`.
 - What an architecture lacks is chosen when a kernel is built (`stream_load(arch)`, `grid_wait(arch)`, ...), never at
