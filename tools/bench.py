@@ -1,6 +1,7 @@
-"""Measures the CUDA backend on full-size BitNet b1.58 2B4T with random weights.
+"""Measures the CUDA backend on full-size BitNet b1.58 2B4T with random weights; and packing, on one CPU core.
 
     python tools/bench.py kernels|decode|load|all [--json FILE] [--plot DIR]
+    python tools/bench.py packing                    needs no GPU
     python tools/bench.py table --json FILE          the Markdown of an earlier run, as in docs/benchmarks.md
 
 Markdown tables and the JSON they are made of go to standard output.
@@ -11,13 +12,17 @@ import json
 import subprocess
 import sys
 import tempfile
+import timeit
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
+
 from bitnet_numba.errors import BitNetError
+from bitnet_numba.packing import pack_ternary, unpack_ternary
 
 ROOT = Path(__file__).resolve().parent.parent
 HOW_TIMED = (
@@ -50,10 +55,12 @@ def environment() -> dict[str, Any]:
 
 def measure(what: str) -> dict[str, Any]:
     """The figures of one or all parts."""
+    if what == "packing":
+        return {"packing": measure_packing()}
     from bitnet_numba.kernels.device import Stream, usable_device
     from tools import bench_measure
 
-    figures: dict[str, Any] = {"environment": environment()}
+    figures: dict[str, Any] = {"environment": environment(), "packing": measure_packing()}
     if what in ("kernels", "all"):
         figures["kernels"] = bench_measure.measure_kernels()
     if what in ("decode", "load", "all"):
@@ -70,6 +77,18 @@ def measure(what: str) -> dict[str, Any]:
     return figures
 
 
+def measure_packing(N: int = 13824, K: int = 2560, repeats: int = 5) -> dict[str, Any]:
+    """Best seconds to pack and to unpack the largest matrix of 2B4T; NumPy does this on one core."""
+    w = np.random.default_rng(0).integers(-1, 2, (N, K)).astype(np.int8)
+    words = pack_ternary(w)
+    return {
+        "N": N,
+        "K": K,
+        "pack_s": min(timeit.repeat(lambda: pack_ternary(w), number=1, repeat=repeats)),
+        "unpack_s": min(timeit.repeat(lambda: unpack_ternary(words, N, K), number=1, repeat=repeats)),
+    }
+
+
 def row(*cells: object) -> str:
     """A line of a Markdown table."""
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
@@ -82,10 +101,16 @@ def head_of(*cells: str) -> list[str]:
 
 def table(figures: dict[str, Any]) -> str:
     """The Markdown of a run."""
-    env = figures["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
-    lines = [f"{env['device']}, driver for CUDA {env['driver_cuda']}, Python {env['python']}, {versions}; "
-             f"commit {env['commit']}."]  # fmt: skip
+    lines = []
+    if "environment" in figures:
+        env = figures["environment"]
+        versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
+        lines.append(f"{env['device']}, driver for CUDA {env['driver_cuda']}, Python {env['python']}, {versions}; "
+                     f"commit {env['commit']}.")  # fmt: skip
+    if "packing" in figures:
+        packing = figures["packing"]
+        lines += ["", "## Packing, one CPU core", *head_of("N x K", "pack, s", "unpack, s")]
+        lines.append(row(f"{packing['N']} x {packing['K']}", f"{packing['pack_s']:.3f}", f"{packing['unpack_s']:.3f}"))
     if "kernels" in figures:
         kernels = figures["kernels"]
         lines += ["", "## Matrix-vector products", ""]
@@ -143,10 +168,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )  # fmt: skip
-    parser.add_argument("what", choices=("kernels", "decode", "load", "all", "table"))
+    parser.add_argument("what", choices=("kernels", "decode", "load", "all", "packing", "table"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here (table: read them)")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write PNG charts here; needs matplotlib")
     args = parser.parse_args(argv)
+    if args.what == "packing" and args.plot:
+        parser.error("packing has no charts")
     try:
         if args.what == "table":
             if args.json is None:
