@@ -16,13 +16,14 @@ it, moves the position on, and writes it to a ring in page-locked memory that th
                   49              18 17              0
             key: | z as an integer  | 2^18 - 1 - id  |     larger key = earlier rank; no two are equal
 
-Probabilities are added as integers, exp(z) in units of 2^-40: exact, so the same in any order. All else is float32 in
+Probabilities are added as integers, exp(z) in units of 2^-39: exact, so the same in any order. All else is float32 in
 the definition's own order of operations; only exp and log may differ from NumPy's in the last bit.
 
 Measured (H200, V = 128256, us a launch in a graph): greedy 5.4, with a penalty 6.3, temperature alone 10.9, top-k 50.7,
-top-p 62.9, everything 68.4. For V = 4096: 3.9, 3.9, 7.5, 14.5, 22.5, 27.6. Most of a pass over 128256 tokens is likely
-the shared-memory histogram, whose first digits (sign and exponent) are few: not yet looked into. A launch for each pass
-instead of barriers would cost greedy steps about 1 us for each pass that they do not need.
+top-p 62.9, everything 68.4. For V = 4096: 3.9, 3.9, 7.5, 14.5, 22.5, 27.6. Those were with a histogram of int64 in
+shared memory, whose additions are loops of compare-and-swap, and a pass's first digits (sign and exponent) are few;
+now it is two arrays of int32, which the hardware adds to, but that has not been timed. A launch for each pass instead
+of barriers would cost greedy steps about 1 us for each pass that they do not need.
 """
 
 import math
@@ -55,6 +56,7 @@ from bitnet_numba.kernels.intrinsics import (
     mul_high,
     mul_low,
     mul_rn,
+    pointer,
     shuffle,
     shuffle_xor,
     uint32,
@@ -72,7 +74,8 @@ BINS = 1 << DIGIT_BITS
 PASSES = (32 + ID_BITS) // DIGIT_BITS
 HISTOGRAMS = 3  # in turn: one is added to, one was just read, one is being cleared
 NAN_KEY = 1 << (32 + ID_BITS)  # above every key
-UNIT = float32(2.0**40)  # of probabilities: 2^18 tokens of at most 1 fit 63 bits
+UNIT = float32(2.0**39)  # of probabilities: 2^18 tokens of at most 1 fit 63 bits
+LIMB_BITS = 20  # a block's 4096 tokens of one limb, 20 or 19 bits, fit 32
 NAN_TOKEN = -1  # what the ring holds when logits hold NaN
 
 # Scratch, int64 words, and counters, int32. Zeroed once; every launch leaves zeros.
@@ -142,20 +145,22 @@ def _gumbel(word):
 def make_sampler(arch: int, threads: int = THREADS, slice_size: int = SLICE) -> Callable[..., None]:
     """The kernel; the launch's grid may be any number of blocks that are all resident and own every token."""
     wait = grid_wait(arch)
-    WARPS, BINS_EACH = threads // WARP, BINS // threads
+    WARPS, BINS_EACH, BIN_LIMBS = threads // WARP, BINS // threads, 2 * BINS
+    LIMB = (1 << LIMB_BITS) - 1
     LOWEST, ZERO = float32(-np.inf), float32(0)
     TINY = float32(np.finfo(np.float32).tiny)
     W0, W1 = PHILOX_WEYL
     FIRST_SHIFT = 32 + ID_BITS - DIGIT_BITS
 
     def sample(logits, vocab, setting, position, tokens, seen, scratch, counters, ring, ring_size):
-        z_s = cuda.shared.array(slice_size, float32)
-        bins_s = cuda.shared.array(BINS, int64)
-        top_s = cuda.shared.array(WARPS, float32)
-        id_s = cuda.shared.array(WARPS, int32)
-        sums_s = cuda.shared.array(WARPS, int64)
-        found_s = cuda.shared.array(3, int64)  # the digit, what ranks above it, whether all of it is wanted
-        last_s = cuda.shared.array(1, int32)
+        z_s = pointer(cuda.shared.array(slice_size, float32))
+        bins_s = cuda.shared.array(BIN_LIMBS, int32)  # [2, BINS]: low limbs, high limbs
+        bins_r = cuda.local.array(BINS_EACH, int64)  # the grid's sums in this thread's digits
+        top_s = pointer(cuda.shared.array(WARPS, float32))
+        id_s = pointer(cuda.shared.array(WARPS, int32))
+        sums_s = pointer(cuda.shared.array(WARPS, int64))
+        found_s = pointer(cuda.shared.array(3, int64))  # the digit, what ranks above it, whether all of it is wanted
+        last_s = pointer(cuda.shared.array(1, int32))
         tid = int32(cuda.threadIdx.x)
         warp, lane = int32(tid // WARP), int32(tid % WARP)
         block, grid = int32(cuda.blockIdx.x), int32(cuda.gridDim.x)
@@ -229,30 +234,35 @@ def make_sampler(arch: int, threads: int = THREADS, slice_size: int = SLICE) -> 
                     shift = int32(shift - DIGIT_BITS)
                     now = HISTOGRAM + passes % HISTOGRAMS * BINS
                     after = HISTOGRAM + (passes + 1) % HISTOGRAMS * BINS
-                    for i in range(tid, BINS, threads):
-                        bins_s[i] = int64(0)
+                    for i in range(tid, BIN_LIMBS, threads):
+                        bins_s[i] = int32(0)
                     for i in range(block * threads + tid, BINS, grid * threads):
                         scratch[after + i] = int64(0)
                     cuda.syncthreads()
                     for i in range(tid, count, threads):
                         key = _key(z_s[i], start + i)
                         if key >= cut and key >> (shift + DIGIT_BITS) == prefix:
-                            share = int64(1)
-                            if stage == 1:
+                            digit = (key >> shift) & (BINS - 1)
+                            if stage == 0:
+                                cuda.atomic.add(bins_s, digit, int32(1))
+                            else:
                                 share = int64(float32(math.exp(z_s[i])) * UNIT)
-                            cuda.atomic.add(bins_s, (key >> shift) & (BINS - 1), share)
+                                cuda.atomic.add(bins_s, digit, int32(share & LIMB))
+                                if share > LIMB:
+                                    cuda.atomic.add(bins_s, digit + BINS, int32(share >> LIMB_BITS))
                     cuda.syncthreads()
                     for i in range(tid, BINS, threads):
-                        if bins_s[i] != 0:
-                            atomic_add_wide(scratch, now + i, bins_s[i])
+                        share = int64(uint32(bins_s[i])) + (int64(uint32(bins_s[i + BINS])) << LIMB_BITS)
+                        if share != 0:
+                            atomic_add_wide(scratch, now + i, share)
                     barriers = int32(barriers + grid)
                     _grid_barrier(counters, barriers, tid)
                     # Running sums from the highest digit down: thread t has BINS - 1 - BINS_EACH * t and those below.
                     own = int64(0)
                     for j in range(BINS_EACH):
                         digit = BINS - 1 - BINS_EACH * tid - j
-                        bins_s[digit] = scratch[now + digit]
-                        own += bins_s[digit]
+                        bins_r[j] = scratch[now + digit]
+                        own += bins_r[j]
                     running = own
                     for step in range(5):
                         below = shuffle(running, max(int32(lane - (1 << step)), int32(0)))
@@ -271,10 +281,10 @@ def make_sampler(arch: int, threads: int = THREADS, slice_size: int = SLICE) -> 
                         target = max(int64(1), int64(math.ceil(setting[TOP_P] * float(total))))
                     for j in range(BINS_EACH):
                         digit = BINS - 1 - BINS_EACH * tid - j
-                        if running < target and target <= running + bins_s[digit]:
+                        if running < target and target <= running + bins_r[j]:
                             found_s[0], found_s[1] = digit, running
-                            found_s[2] = int64(target == running + bins_s[digit])
-                        running += bins_s[digit]
+                            found_s[2] = int64(target == running + bins_r[j])
+                        running += bins_r[j]
                     cuda.syncthreads()
                     prefix = (prefix << DIGIT_BITS) | found_s[0]
                     target -= found_s[1]
