@@ -132,6 +132,7 @@ def make_attention(arch: int, head_dim: int, group: int, heads: int, threads: in
     TILE = ROWS * PASSES
     TRADES = SCORES.bit_length() - 1
     PASS_STEPS, LANE_STEPS = PASSES.bit_length() - 1, LANES.bit_length() - 1
+    SLOT_LANES = SCORES - PASSES  # bits of the lane that tell the head whose score it ends up with
     SCALE = float32(D**-0.5 * LOG2_E)  # exponentials are taken to base 2
     KV_REGS, HEAD_REGS = PASSES * 4, HEADS * LANE_DIMS
     Q_FLOATS, NEW_FLOATS, SUM_FLOATS = HEADS * DP, 2 * DP, ROWS * HEADS * DP
@@ -336,8 +337,9 @@ def make_attention(arch: int, head_dim: int, group: int, heads: int, threads: in
         slot = int32(0)
         for step in range(PASS_STEPS, TRADES):
             slot = int32(slot | ((lane >> step) & 1) << (TRADES - 1 - step))
-        max_s[slot * WARPS + warp] = top  # by several lanes, all with the same value
-        total_s[slot * WARPS + warp] = total
+        if warp_lane & ~SLOT_LANES == 0:  # one of the lanes that hold this head's
+            max_s[slot * WARPS + warp] = top
+            total_s[slot * WARPS + warp] = total
         cuda.syncthreads()
         part_wr = int32((part * splits + split) * HEADS)
         used = chunk >= tokens
