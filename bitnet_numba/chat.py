@@ -10,21 +10,22 @@ import io
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import NoReturn
 
 from rich.console import Console
 
 from bitnet_numba.conversation import AnswerOptions, Conversation
 from bitnet_numba.engine import BACKENDS, Engine, load
-from bitnet_numba.errors import BitNetError, ContextFull
+from bitnet_numba.errors import BitNetError, ContextFull, RequestError
 from bitnet_numba.sampling import SamplingParams
 from bitnet_numba.session import Completion
 from bitnet_numba.terminal import printable
 
 PROG = "bitnet-chat"
 NO_TEMPLATE = "this model has no chat template: turns are plain 'User: ...', 'Assistant: ...'; see also --raw"
-TRY_LESS = "the context is full; give a shorter prompt, fewer of them or a larger --context"
+DEFAULTS = SamplingParams(temperature=0.6, top_p=0.9)  # for models that do not say how to sample from them
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -46,15 +47,18 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--backend", choices=BACKENDS, default="auto", help="what computes (default: auto: CUDA if it can be used)")
     add("--context", type=int, metavar="N", help="tokens of the whole conversation (default: the model's most)")
-    group = parser.add_argument_group("answers")
+    group = parser.add_argument_group("answers", "The model's generation_config.json comes before these defaults.")
     add = group.add_argument
     add("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default: %(default)s)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end an answer before this text; may be repeated")
-    add("--temperature", type=float, default=0.6, help="0 always takes the likeliest token (default: %(default)s)")
-    add("--top-p", type=float, default=0.9, help="the likeliest tokens that reach this share (default: %(default)s)")
-    add("--top-k", type=int, default=0, help="so many of the likeliest tokens, 0: all (default: %(default)s)")
-    add("--min-p", type=float, default=0.0, help="least share of the likeliest token's (default: %(default)s)")
-    add("--repetition-penalty", type=float, default=1.0, help="above 1 avoids repetition (default: %(default)s)")
+    for flag, kind, meaning in (
+        ("--temperature", float, "0 always takes the likeliest token"),
+        ("--top-p", float, "the likeliest tokens that reach this share"),
+        ("--top-k", int, "so many of the likeliest tokens, 0: all"),
+        ("--min-p", float, "least share of the likeliest token's"),
+        ("--repetition-penalty", float, "above 1 avoids repetition"),
+    ):
+        add(flag, type=kind, help=f"{meaning} (default: {getattr(DEFAULTS, flag[2:].replace('-', '_'))})")
     add("--seed", type=int, help="the same seed gives the same answers (default: a new one each time)")
     return parser
 
@@ -63,7 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    interactive = not args.prompt and sys.stdin.isatty() and sys.stdout.isatty()
+    if sys.stdout is None:
+        return _fail("standard output is closed: there is nowhere to answer")
+    interactive = not args.prompt and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if interactive and args.json:
         parser.error("--json needs --prompt or a pipe on standard input")
     if args.raw and args.system:
@@ -71,14 +77,15 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
+    advice = ""
     try:
-        options = AnswerOptions(
-            SamplingParams(args.temperature, args.top_p, args.top_k, args.min_p, args.repetition_penalty, args.seed),
-            args.max_new_tokens,
-            tuple(args.stop),
-        )
-        prompts = args.prompt if args.prompt or interactive else [_read_stdin(args.raw)]
-        conversation = Conversation(open_model(args), options, args.system, args.raw)
+        given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+        SamplingParams(**given)  # a mistake shows before the model is opened
+        engine = open_model(args)
+        advice = "; " + less(engine)
+        options = AnswerOptions(replace(engine.sampling or DEFAULTS, **given), args.max_new_tokens, tuple(args.stop))
+        prompts = args.prompt if args.prompt or interactive else [_read_stdin(args.raw, engine)]
+        conversation = Conversation(engine, options, args.system, args.raw)
         if interactive:
             from bitnet_numba.chat_terminal import converse
 
@@ -86,13 +93,16 @@ def main(argv: list[str] | None = None) -> int:
         else:
             answer_all(conversation, prompts, args.json, args.stats)
     except ContextFull as error:
-        return _fail(f"{error}: {TRY_LESS}")
+        return _fail(f"{error}{advice}")
     except BitNetError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever was reading has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
+    except OSError as error:
+        _drop_output()
+        return _fail(f"input or output failed: {error.strerror or error}")
     return 0
 
 
@@ -107,7 +117,7 @@ def open_model(args: argparse.Namespace) -> Engine:
 def answer_all(conversation: Conversation, prompts: list[str], as_json: bool, stats: bool) -> None:
     """Answers prompts, one turn each, on standard output."""
     if not conversation.raw and not conversation.engine.tokenizer.has_chat_template:
-        print(f"{PROG}: {NO_TEMPLATE}", file=sys.stderr)
+        note(f"{PROG}: {NO_TEMPLATE}")
     for prompt in prompts:
         for piece in conversation.ask(prompt):
             if not as_json:
@@ -123,9 +133,25 @@ def answer_all(conversation: Conversation, prompts: list[str], as_json: bool, st
         else:
             print(flush=True)
         if completion.finish_reason == "context":
-            print(f"{PROG}: {TRY_LESS}", file=sys.stderr)
+            note(f"{PROG}: the context is full; {less(conversation.engine)}")
         if stats:
-            print(describe(completion, conversation), file=sys.stderr)
+            note(describe(completion, conversation))
+
+
+def less(engine: Engine) -> str:
+    """What to do, on the command line, about a full context."""
+    larger = " or a larger --context" if engine.context < engine.config.max_context else ""
+    return f"give a shorter prompt{',' if larger else ' or'} fewer of them{larger}"
+
+
+def sampling_line(params: SamplingParams) -> str:
+    """How tokens are chosen, in words."""
+    if params.temperature == 0:
+        line = "always the likeliest token (temperature 0)"
+    else:
+        names = ("temperature", "top_p", "top_k", "min_p")
+        line = ", ".join(f"{name.replace('_', '-')} {getattr(params, name):g}" for name in names)
+    return f"{line}, repetition-penalty {params.repetition_penalty:g}"
 
 
 def describe(completion: Completion, conversation: Conversation) -> str:
@@ -144,15 +170,34 @@ def describe(completion: Completion, conversation: Conversation) -> str:
     )
 
 
-def _read_stdin(raw: bool) -> str:
-    text = sys.stdin.buffer.read().decode("utf-8", "replace")
+def _read_stdin(raw: bool, engine: Engine) -> str:
+    if sys.stdin is None:
+        raise RequestError("standard input is closed: give --prompt")
+    most = engine.context * engine.tokenizer.longest_token
+    data = sys.stdin.buffer.read(most + 1)
+    if len(data) > most:
+        raise ContextFull(f"the prompt has more than {most:,} bytes, but the context holds {engine.context} tokens")
+    text = data.decode("utf-8", "replace")
     # The line end is the shell's; a text to be continued keeps all else.
     return text.removesuffix("\n") if raw else text.strip()
 
 
+def note(message: str) -> None:
+    """A line on standard error; nothing where that is closed or full."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(message, file=sys.stderr)
+
+
 def _fail(message: str) -> int:
-    print(f"{PROG}: {message}", file=sys.stderr)
+    note(f"{PROG}: {message}")
     return 2
+
+
+def _drop_output() -> None:
+    """What is still to be written goes nowhere, so that leaving does not fail on it again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

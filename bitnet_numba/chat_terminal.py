@@ -13,7 +13,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from rich.console import Console
 from rich.text import Text
 
-from bitnet_numba.chat import NO_TEMPLATE, describe
+from bitnet_numba.chat import NO_TEMPLATE, describe, sampling_line
 from bitnet_numba.conversation import Conversation
 from bitnet_numba.errors import BitNetError, ContextFull
 from bitnet_numba.terminal import WordWrap, interruptible, printable, silent_keyboard
@@ -28,6 +28,7 @@ COMMANDS = {
     "/help": "this list",
     "/exit": "leave, as Ctrl-D does",
 }
+OF_TURNS = ("/reset", "/undo", "/system", "/save", "/load")
 EXAMPLES = ("Tell me a story about a dog and a kite.", "Where did they go?", "What can you do?")
 WIDEST = 100  # columns; longer lines are hard to read
 
@@ -71,16 +72,23 @@ class Terminal:
 
     def handle(self, line: str) -> bool:
         """Does what a line asks for; False to leave."""
-        word, _, rest = line.partition(" ")
+        if not line.strip():
+            return True
+        word, rest = line, ""
+        if line.startswith("/"):
+            word, rest = (*line.split(None, 1), "")[:2]
+            word, rest = word.lower(), rest.strip()
         try:
             if word in ("/exit", "/quit"):
                 return False
-            if not line.strip():
-                return True
             if not word.startswith("/"):
                 self.answer(line)
+            elif rest and word in COMMANDS:  # these have no words after them; the others have them in their names
+                self.note(f"{word} takes nothing after it: nothing was done")
+            elif self.conversation.raw and word in OF_TURNS:
+                self.note(f"{word} has no meaning for texts that are continued on their own (--raw)")
             elif word in self.commands:
-                self.commands[word](rest.strip())
+                self.commands[word](rest)
             else:
                 self.note(f"there is no command {word}; /help lists them (a space in front sends it to the model)")
         except ContextFull as error:
@@ -130,9 +138,13 @@ class Terminal:
 
     def advise(self) -> None:
         """What to do about a full context."""
-        self.note(
-            "/undo takes back the last exchange, /reset starts over; or restart with a larger --context", "yellow"
-        )
+        if self.conversation.raw:
+            advice = "give a shorter text"
+        else:
+            advice = "/undo takes back the last exchange, /reset starts over"
+        engine = self.conversation.engine
+        larger = "; or restart with a larger --context" if engine.context < engine.config.max_context else ""
+        self.note(advice + larger, "yellow")
 
     def reset(self, _: str) -> None:
         self.conversation.reset()
@@ -143,9 +155,6 @@ class Terminal:
         self.note("there is nothing to take back" if text is None else f"taken back: {printable(text)}")
 
     def system(self, text: str) -> None:
-        if self.conversation.raw:
-            self.note("a text that is continued as it is has no system message (--raw)")
-            return
         if text:
             self.conversation.system = "" if text == "-" else text
         system = self.conversation.system
@@ -177,6 +186,7 @@ class Terminal:
     def help(self, _: str) -> None:
         for command, meaning in COMMANDS.items():
             self.console.print(Text.assemble((f"  {command:<16}", "cyan"), meaning))
+        self.note(f"  answers: {sampling_line(self.conversation.options.params)}")
         self.note("  Alt-Enter begins a new line, Up and Down go through what was said before")
 
 
@@ -201,8 +211,8 @@ def converse(conversation: Conversation, name: str | None, show_stats: bool) -> 
                 return
         except KeyboardInterrupt:
             continue  # Ctrl-C on an unfinished line drops the line
-        except EOFError:
-            return
+        except (EOFError, OSError):
+            return  # Ctrl-D, or the terminal is gone
 
 
 def _keys() -> KeyBindings:

@@ -1,8 +1,10 @@
 """`load` opens a packed checkpoint, picks a backend and returns an Engine: prompts in, answers out."""
 
+import ctypes
 import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from bitnet_numba.backend import Backend, Context
 from bitnet_numba.checkpoint import PackedCheckpoint, open_packed
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError, CheckpointError, RequestError
+from bitnet_numba.generation_config import read_sampling
 from bitnet_numba.sampling import SamplingParams
 from bitnet_numba.session import Completion, Prompt, Session, Stream, check_ids, finite_arithmetic, whole_number
 from bitnet_numba.tokenizer import Tokenizer
@@ -26,8 +29,16 @@ _log = logging.getLogger("bitnet_numba")
 class Engine:
     """A model ready to answer. Made by `load`."""
 
-    def __init__(self, backend: Backend, tokenizer: Tokenizer, config: ModelConfig, context: int):
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        config: ModelConfig,
+        context: int,
+        sampling: SamplingParams | None = None,
+    ):
         self.config = config
+        self.sampling = sampling  # what the model's own folder asks for, if it does; used by the chat
         self.tokenizer = tokenizer
         self.context = context  # tokens of prompt and answer together
         self._backend = backend
@@ -149,11 +160,14 @@ def load(path: str | os.PathLike[str] | None = None, backend: str = "auto", cont
             raise RequestError(f"context must be between 1 and the model's {config.max_context}, not {context!r}")
         context = tokens
     tokenizer = Tokenizer.open(folder, config.vocab_size)
-    return Engine(_open_backend(backend, checkpoint), tokenizer, config, context)
+    sampling = read_sampling(folder)
+    return Engine(_open_backend(backend, checkpoint), tokenizer, config, context, sampling)
 
 
 def _open_backend(name: str, checkpoint: PackedCheckpoint) -> Backend:
-    if name != "reference":
+    if name == "auto" and not _has_nvidia_driver():
+        _log.warning("no NVIDIA GPU here: running the NumPy reference on the CPU")
+    elif name != "reference":
         try:
             return _open_cuda(checkpoint)
         except BackendError as error:
@@ -163,6 +177,15 @@ def _open_backend(name: str, checkpoint: PackedCheckpoint) -> Backend:
     from bitnet_numba.reference.backend import ReferenceBackend
 
     return ReferenceBackend(checkpoint)
+
+
+def _has_nvidia_driver() -> bool:
+    """Whether this machine has an NVIDIA driver, or a container the device: where not, there is no fault to mend."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return os.path.exists("/dev/nvidiactl")
+    return True
 
 
 def _open_cuda(checkpoint: PackedCheckpoint) -> Backend:

@@ -8,6 +8,7 @@ import codecs
 import contextlib
 import functools
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ TIKTOKEN_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize + ': ' + message['content'] | trim + '<|eot_id|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
 )
+_log = logging.getLogger("bitnet_numba")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _AFFIX = re.compile(rb'"(continuing_subword_prefix|end_of_word_suffix)"\s*:\s*"[^"]')
 _MARKS = [chr(c) for c in range(0xFDD0, 0xFDF0)]  # code points that Unicode reserves for use inside a program
@@ -84,14 +86,14 @@ class Tokenizer:
             if isinstance(value, str):
                 named[key] = _no_surrogates(value)
         add_bos = config.get("add_bos_token")
-        eos = _read_object(folder / "generation_config.json").get("eos_token_id")
+        generation = _read_object(folder / "generation_config.json")
         tokenizer = Tokenizer(
             _load(path),
             find_template(folder, config),
             named,
             add_bos if isinstance(add_bos, bool) else None,
-            [i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int) and not isinstance(i, bool)],
         )
+        tokenizer.stop_ids |= _known_ids(generation.get("eos_token_id"), vocab_size or tokenizer.size)
         if vocab_size is not None and tokenizer.size > vocab_size:
             raise TokenizerError(f"{path} has {tokenizer.size} tokens, but the model has embeddings for {vocab_size}")
         return tokenizer
@@ -161,9 +163,7 @@ class Tokenizer:
 
     def _check_length(self, text: str, most: int | None) -> None:
         if most is not None and len(text) > most * self.longest_token:
-            raise ContextFull(
-                f"the prompt has {len(text):,} characters, far more than the context of {most} tokens holds"
-            )
+            raise ContextFull(f"the prompt has {len(text):,} characters, but the context holds {most} tokens")
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for, UTF-8 for special ones; none for an id without a token."""
@@ -299,6 +299,18 @@ def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
     if kinds & {"Metaspace", "ByteFallback"}:
         return False
     raise TokenizerError(f"tokenizer.json: a decoder of type {decoder.get('type')} is not supported")
+
+
+def _known_ids(value: object, size: int) -> frozenset[int]:
+    """The token ids that generation_config.json names: one or a list. What is no token is left out, with a line."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    known = set()
+    for i in ids:
+        if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < size:
+            known.add(i)
+        else:
+            _log.warning("generation_config.json: eos_token_id %.60r is not a token of this model; left out", i)
+    return frozenset(known)
 
 
 def _no_surrogates(text: str) -> str:

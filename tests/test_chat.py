@@ -23,6 +23,7 @@ from bitnet_numba import chat
 from bitnet_numba.chat_terminal import COMMANDS, EXAMPLES, Terminal
 from bitnet_numba.conversation import AnswerOptions, Conversation
 from bitnet_numba.errors import ContextFull, RequestError
+from bitnet_numba.sampling import SamplingParams
 from bitnet_numba.terminal import WordWrap, printable
 from tests.toy_backend import tokens_of, toy_engine
 
@@ -220,9 +221,32 @@ def test_a_full_context_is_told_with_what_to_do(
     assert terminal.handle("Go.")
     out = capsys.readouterr().out
     assert "[cut: the context is full]" in out and "/undo" in out and "/reset" in out and "context 40/40" in out
+    assert "larger --context" in out
     assert terminal.handle("Go.")
     out = capsys.readouterr().out
     assert "but the context holds 40: nothing was sent" in out and "/undo" in out
+    largest = toy_conversation("on and on " * 2000, context=4096)
+    Terminal(largest, show_stats=False).handle("Go.")
+    out = capsys.readouterr().out
+    assert "/undo" in out and "--context" not in out
+
+
+def test_commands_that_cannot_be_meant_do_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    talk = toy_conversation()
+    terminal = Terminal(talk, show_stats=False)
+    terminal.handle("One?")
+    for line in ("/reset now please", "/undo 3", "/RESET\nnow"):
+        capsys.readouterr()
+        assert terminal.handle(line) and len(talk.messages) == 2
+        assert "takes nothing after it" in capsys.readouterr().out
+    assert terminal.handle("/Help") and "/undo" in capsys.readouterr().out
+    assert terminal.handle("/Reset") and talk.messages == []
+    terminal = Terminal(toy_conversation(raw=True), show_stats=False)
+    terminal.handle("One?")
+    for line in ("/undo", "/reset", "/save x.json", "/load x.json", "/system x"):
+        capsys.readouterr()
+        assert terminal.handle(line) and "--raw" in capsys.readouterr().out
+    assert not Path("x.json").exists()
 
 
 def test_a_long_answer_is_cut_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -370,7 +394,50 @@ def test_help_names_every_flag_with_its_default(run: Callable[..., tuple[int, st
     assert code == 0
     for flag in "prompt system raw json stats backend context max-new-tokens stop temperature top-p top-k".split():
         assert f"--{flag}" in out
-    assert "(default: 0.6)" in out and "(default: 512)" in out
+    assert "(default: 0.6)" in out and "(default: 512)" in out and "generation_config.json" in out
+
+
+def test_a_model_says_how_to_sample_from_it(
+    run: Callable[..., tuple[int, str, str]], tiny_packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(tiny_packed, tmp_path / "copy"))
+    flags = ("--prompt", "One?", "--seed", "3")
+    plain = run(*flags, model=model)
+    assert run(*flags, "--temperature", "0.6", "--top-p", "0.9", model=model) == plain
+    (model / "generation_config.json").write_text('{"do_sample": true, "temperature": 2.5, "top_k": 90}')
+    assert run(*flags, model=model) == run(*flags, "--temperature", "2.5", "--top-k", "90", "--top-p", "1") != plain
+    assert run(*flags, "--temperature", "0", model=model) == run(*flags, "--temperature", "0")
+    (model / "generation_config.json").write_text('{"do_sample": false}')
+    assert run(*flags, model=model) == run(*flags, "--temperature", "0")
+    (model / "generation_config.json").write_text('{"temperature": "hot"}')
+    assert run(*flags, model=model)[:2] == plain[:2]
+    talk = toy_conversation()
+    talk.options = AnswerOptions(SamplingParams(0.5, top_k=40))
+    Terminal(talk, show_stats=False).handle("/help")
+    assert "temperature 0.5, top-p 1, top-k 40, min-p 0, repetition-penalty 1" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+@pytest.mark.parametrize(
+    ("redirection", "code", "message"),
+    [
+        ("<&-", 2, "standard input is closed: give --prompt"),
+        ("--prompt hi >&-", 2, "standard output is closed"),
+        ("--prompt hi >/dev/full", 2, "No space left"),
+        ("--prompt hi --json --stats >/dev/full", 2, "No space left"),
+        ("--prompt hi --stats 2>&-", 0, ""),
+        ("--prompt '' 2>&-", 2, ""),
+        ("--prompt '' 2>/dev/full", 2, ""),
+        ("</dev/zero", 2, "but the context holds 512 tokens"),
+    ],
+)
+def test_closed_and_full_streams(tiny_packed: Path, redirection: str, code: int, message: str) -> None:
+    command = f'"{sys.executable}" -m bitnet_numba.chat "{tiny_packed}" --backend reference --max-new-tokens 3'
+    done = subprocess.run(
+        ["sh", "-c", f"{command} {redirection}"], stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False
+    )
+    err = done.stderr.decode()
+    assert done.returncode == code and message in err and err.count("\n") == bool(message)
 
 
 def test_a_pipe_through_a_real_process(tiny_packed: Path) -> None:
@@ -441,6 +508,26 @@ class FakeTerminal:
                     time.sleep(0.05)
         os.kill(self.process, signal.SIGKILL)
         raise AssertionError("the chat did not leave")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning")
+def test_a_terminal_that_hangs_up_ends_the_chat_quietly(tiny_packed: Path, tmp_path: Path) -> None:
+    errors = tmp_path / "errors"
+    script = (
+        "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); from bitnet_numba.chat import main;"
+        f"sys.stderr = open({str(errors)!r}, 'w', buffering=1); code = main(sys.argv[1:]);"
+        "sys.stderr.write(f'left with {code}')"
+    )
+    terminal = FakeTerminal([sys.executable, "-c", script, str(tiny_packed), "--backend", "reference"], tmp_path)
+    terminal.wait_for("Ctrl-D leaves")
+    terminal.wait_for("> ")
+    os.close(terminal.keyboard)
+    until = time.monotonic() + 30
+    while not os.waitpid(terminal.process, os.WNOHANG)[0]:
+        assert time.monotonic() < until, "the chat did not leave"
+        time.sleep(0.05)
+    assert errors.read_text() in ("left with 0", "left with 2")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")

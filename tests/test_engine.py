@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import json
 import logging
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from bitnet_numba import engine as engine_module
 from bitnet_numba.checkpoint import PackedCheckpoint, open_packed, packed_plan, write_tensors
 from bitnet_numba.conversation import AnswerOptions, Conversation
 from bitnet_numba.errors import BackendError, BitNetError, CheckpointError, ContextFull, RequestError, TokenizerError
+from bitnet_numba.generation_config import read_sampling
 from bitnet_numba.reference.backend import ReferenceBackend
 from bitnet_numba.sampling import SamplingParams, sample
 from bitnet_numba.session import StopStrings, common_prefix
@@ -445,11 +447,47 @@ def test_without_cuda_auto_says_why_and_goes_on(
         raise BackendError(reason)
 
     monkeypatch.setattr(engine_module, "_open_cuda", refuse)
+    monkeypatch.setattr(engine_module, "_has_nvidia_driver", lambda: True)
     with caplog.at_level(logging.WARNING, "bitnet_numba"):
         assert bn.load(tiny_packed).backend == "reference"
     assert len(caplog.messages) == 1 and caplog.messages[0].startswith(reason)
     with pytest.raises(BackendError, match=reason):
         bn.load(tiny_packed, backend="cuda")
+
+
+def test_without_an_nvidia_gpu_auto_says_just_that(
+    tiny_packed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(engine_module, "_has_nvidia_driver", lambda: False)
+    with caplog.at_level(logging.WARNING, "bitnet_numba"):
+        assert bn.load(tiny_packed).backend == "reference"
+    assert caplog.messages == ["no NVIDIA GPU here: running the NumPy reference on the CPU"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted"),
+    [
+        ({}, None),
+        ({"eos_token_id": 1, "max_length": 9}, None),
+        (
+            {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.01, "repetition_penalty": 1.1},
+            SamplingParams(0.7, 0.8, 20, 0.01, 1.1),
+        ),
+        ({"do_sample": True}, SamplingParams(1.0)),
+        ({"do_sample": True, "top_p": 0.5, "top_k": None}, SamplingParams(1.0, 0.5)),
+        ({"do_sample": False, "temperature": 0.7, "repetition_penalty": 1.2}, SamplingParams(repetition_penalty=1.2)),
+        ({"temperature": 0.7, "top_p": 3}, SamplingParams(0.7)),
+        ({"top_k": "x"}, None),
+    ],
+    ids=str,
+)
+def test_sampling_that_a_model_asks_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, stored: dict[str, Any], wanted: SamplingParams | None
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(stored))
+    assert read_sampling(tmp_path) == wanted
+    wrong = stored.get("top_p") == 3 or stored.get("top_k") == "x"
+    assert len(caplog.messages) == wrong and all("must be" in line for line in caplog.messages)
 
 
 def test_without_the_cuda_packages(tiny_packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,10 +203,17 @@ def test_a_text_far_too_long_is_refused_before_it_is_encoded(monkeypatch: pytest
     assert TOKENIZER.encode("word", most=1)  # only what cannot fit is refused here
     monkeypatch.setattr(Tokenizer, "_encode", None)
     text = "0" * (10 * longest + 1)
-    with pytest.raises(ContextFull, match="characters, far more than the context of 10 tokens"):
+    with pytest.raises(ContextFull, match="characters, but the context holds 10 tokens"):
         TOKENIZER.encode(text, most=10)
     with pytest.raises(ContextFull):
         TOKENIZER.encode_chat([{"role": "user", "content": text}], most=10)
+
+
+@pytest.mark.parametrize("eos", ["x", -5, 99999999, [7, True], [7, [7]], [7, 7.0], {}])
+def test_stop_ids_that_are_no_tokens_are_told(folder: Path, eos: object, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    assert Tokenizer.open(folder).stop_ids - {7} == {EOS, EOT}
+    assert len(caplog.messages) == 1 and "is not a token of this model" in caplog.messages[0]
 
 
 # Chat templates

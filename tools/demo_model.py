@@ -212,7 +212,8 @@ def write_folder(model: BitNet, folder: Path) -> None:
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     (folder / "config.json").write_text(json.dumps(hugging_face_config(model.size), indent=2) + "\n")
-    generation = {"bos_token_id": BOS, "eos_token_id": [END, EOT]}
+    # Sampled so, stories have as many plots as the world; below temperature 0.8 a few plots take over.
+    generation = {"bos_token_id": BOS, "eos_token_id": [END, EOT], "do_sample": True, "temperature": 0.9, "top_p": 0.95}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
