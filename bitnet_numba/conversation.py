@@ -10,8 +10,9 @@ from typing import Any
 
 from bitnet_numba.engine import Engine
 from bitnet_numba.errors import RequestError
+from bitnet_numba.prompts import Prompt
 from bitnet_numba.sampling import SamplingParams
-from bitnet_numba.session import Completion, Prompt, Stream
+from bitnet_numba.session import Completion, Stream
 
 FORMAT = 1  # of saved conversations
 

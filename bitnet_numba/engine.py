@@ -16,8 +16,9 @@ from bitnet_numba.checkpoint import PackedCheckpoint, open_packed
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError, CheckpointError, RequestError
 from bitnet_numba.generation_config import read_sampling
+from bitnet_numba.prompts import Prompt, check_ids, whole_number
 from bitnet_numba.sampling import SamplingParams
-from bitnet_numba.session import Completion, Prompt, Session, Stream, check_ids, finite_arithmetic, whole_number
+from bitnet_numba.session import Completion, Session, Stream, finite_arithmetic
 from bitnet_numba.tokenizer import Tokenizer
 
 BACKENDS = ("auto", "cuda", "reference")

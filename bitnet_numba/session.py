@@ -1,21 +1,20 @@
 """One live sequence: from a prompt to text, token by token, keeping what has been computed for the next turn."""
 
 import contextlib
-import operator
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from bitnet_numba.backend import Backend, Context
-from bitnet_numba.chat_template import Message
-from bitnet_numba.errors import BackendError, ContextFull, RequestError
+from bitnet_numba.errors import BackendError, RequestError
+from bitnet_numba.prompts import Prompt, encode_prompt, whole_number
 from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.stop_strings import StopStrings
 from bitnet_numba.tokenizer import StreamDecoder, Tokenizer
 
-Prompt = str | Sequence[int] | Sequence[Message]  # a text to continue, token ids, or chat messages
 FinishReason = Literal["stop", "length", "context", "interrupted"]
 
 
@@ -56,36 +55,6 @@ class Completion:
     token_ids: list[int]
     finish_reason: FinishReason
     stats: Stats
-
-
-class StopStrings:
-    """Cuts a stream of text before the first stop string to be completed, of several at once the longest.
-
-    Text that may yet become a stop string is held back. How the text is divided into pieces makes no difference.
-    """
-
-    def __init__(self, stops: Sequence[str]):
-        self._stops = stops
-        self._held = ""
-        self.found = False
-
-    def push(self, piece: str) -> str:
-        """The text that is now safe to show; once `found`, there is no more."""
-        text = self._held + piece
-        ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops if stop in text]
-        if ends:
-            self.found, self._held = True, ""
-            return text[: min(ends)[1]]
-        # The longest tail that some stop string begins with; none is whole, so a tail is shorter than its string.
-        longest = max((len(stop) - 1 for stop in self._stops), default=0)
-        tails = (text[i:] for i in range(max(len(text) - longest, 0), len(text)))
-        self._held = next((tail for tail in tails if any(stop.startswith(tail) for stop in self._stops)), "")
-        return text[: len(text) - len(self._held)]
-
-    def finish(self) -> str:
-        """What was held back, now that nothing follows."""
-        held, self._held = self._held, ""
-        return held
 
 
 class Stream(Iterator[str]):
@@ -317,52 +286,6 @@ def finite_steps(tokens: Iterator[int]) -> Iterator[int]:
         if token is None:
             return
         yield token
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int, capacity: int) -> list[int]:
-    """Token ids of any form of prompt. Raises RequestError if it is empty or has ids that are no tokens, and
-    ContextFull if there are more than `capacity`."""
-    if isinstance(prompt, bytes | bytearray | Mapping) or not isinstance(prompt, Sequence | np.ndarray):
-        raise RequestError("a prompt is a text, a list of token ids or a list of messages")
-    if len(prompt) == 0:
-        raise RequestError("the prompt is empty")
-    if isinstance(prompt, str):
-        ids = tokenizer.encode(prompt, most=capacity)
-    elif isinstance(prompt[0], Mapping):
-        ids = tokenizer.encode_chat(prompt, most=capacity)  # type: ignore[arg-type]
-    else:
-        ids = prompt  # type: ignore[assignment]
-    ids = check_ids(ids, vocab_size)
-    if len(ids) > capacity:
-        raise ContextFull(f"the prompt has {len(ids)} tokens, but the context holds {capacity}")
-    return ids
-
-
-def check_ids(ids: object, vocab_size: int) -> list[int]:
-    """Token ids as a list of int. Raises RequestError unless there is one and all are below `vocab_size`."""
-    if isinstance(ids, str | bytes | bytearray | Mapping) or not isinstance(ids, Sequence | np.ndarray):
-        raise RequestError("token ids must be a list of whole numbers")
-    if len(ids) == 0:
-        raise RequestError("the prompt is empty")
-    whole = []
-    for i in ids:
-        number = whole_number(i)
-        if number is None:
-            raise RequestError("token ids must be whole numbers")
-        if not 0 <= number < vocab_size:
-            raise RequestError(f"token id {number} is not in the vocabulary of {vocab_size}")
-        whole.append(number)
-    return whole
-
-
-def whole_number(value: Any) -> int | None:
-    """Any whole number, NumPy's included, as an int; None for what is none, truth values among it."""
-    if isinstance(value, bool | np.bool_ | np.ndarray):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

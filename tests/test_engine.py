@@ -24,7 +24,8 @@ from bitnet_numba.errors import BackendError, BitNetError, CheckpointError, Cont
 from bitnet_numba.generation_config import read_sampling
 from bitnet_numba.reference.backend import ReferenceBackend
 from bitnet_numba.sampling import SamplingParams, sample
-from bitnet_numba.session import StopStrings, common_prefix
+from bitnet_numba.session import common_prefix
+from bitnet_numba.stop_strings import StopStrings
 from bitnet_numba.tokenizer import StreamDecoder, Tokenizer
 from tests.toy_backend import TOKENIZER, VOCAB, tokens_of, toy_engine, toy_logits
 

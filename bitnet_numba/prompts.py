@@ -1,0 +1,59 @@
+"""What may be asked: prompts of every form and whole numbers, checked, as token ids."""
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bitnet_numba.chat_template import Message
+from bitnet_numba.errors import ContextFull, RequestError
+from bitnet_numba.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[Message]  # a text to continue, token ids, or chat messages
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int, capacity: int) -> list[int]:
+    """Token ids of any form of prompt. Raises RequestError if it is empty or has ids that are no tokens, and
+    ContextFull if there are more than `capacity`."""
+    if isinstance(prompt, bytes | bytearray | Mapping) or not isinstance(prompt, Sequence | np.ndarray):
+        raise RequestError("a prompt is a text, a list of token ids or a list of messages")
+    if len(prompt) == 0:
+        raise RequestError("the prompt is empty")
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt, most=capacity)
+    elif isinstance(prompt[0], Mapping):
+        ids = tokenizer.encode_chat(prompt, most=capacity)  # type: ignore[arg-type]
+    else:
+        ids = prompt  # type: ignore[assignment]
+    ids = check_ids(ids, vocab_size)
+    if len(ids) > capacity:
+        raise ContextFull(f"the prompt has {len(ids)} tokens, but the context holds {capacity}")
+    return ids
+
+
+def check_ids(ids: object, vocab_size: int) -> list[int]:
+    """Token ids as a list of int. Raises RequestError unless there is one and all are below `vocab_size`."""
+    if isinstance(ids, str | bytes | bytearray | Mapping) or not isinstance(ids, Sequence | np.ndarray):
+        raise RequestError("token ids must be a list of whole numbers")
+    if len(ids) == 0:
+        raise RequestError("the prompt is empty")
+    whole = []
+    for i in ids:
+        number = whole_number(i)
+        if number is None:
+            raise RequestError("token ids must be whole numbers")
+        if not 0 <= number < vocab_size:
+            raise RequestError(f"token id {number} is not in the vocabulary of {vocab_size}")
+        whole.append(number)
+    return whole
+
+
+def whole_number(value: Any) -> int | None:
+    """Any whole number, NumPy's included, as an int; None for what is none, truth values among it."""
+    if isinstance(value, bool | np.bool_ | np.ndarray):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
