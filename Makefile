@@ -10,7 +10,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\)\..*/\1/p' | head -n 1)
 EXTRA := $(if $(CUDA),$(if $(filter 12,$(CUDA)),[cuda12],$(if $(filter 11,$(CUDA)),,[cuda13])),)
 
-.PHONY: chat test check env gpu-test bench clean
+.PHONY: chat test check env gpu-test clean
 
 chat: $(VENV)/.installed
 	@$(PY) -m bitnet_numba.chat $(CHECKPOINT)
