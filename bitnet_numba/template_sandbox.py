@@ -73,6 +73,8 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
 
     def compile_bounded(self, source: str) -> Any:
         """The template, with every loop counted and every new value measured."""
+        if len(source) > LARGEST:
+            raise SecurityError(f"it has {len(source):,} characters")
         return self.from_string(_Rewriter().visit(self.parse(source)))
 
     def render_pieces(self, pieces: Iterable[str]) -> str:
@@ -112,7 +114,8 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         return __self._charge(super().call(__context, __obj, *args, **kwargs))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        return super().is_safe_attribute(obj, attr, value) and (not isinstance(obj, _PLAIN) or attr in METHODS)
+        method = isinstance(obj, _PLAIN) and callable(value)
+        return super().is_safe_attribute(obj, attr, value) and (attr in METHODS or not method)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         wrapped = super().wrap_str_format(value)

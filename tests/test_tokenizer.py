@@ -316,7 +316,9 @@ def test_templates_cannot_leave_their_sandbox(source: str, message: str) -> None
         "{{ 3.5 | round(1000000000) }}",
         "{{ lipsum(n=100000) }}",
         "{{ strftime_now('%1000000000d') }}",
+        "{{ 1 }}" * 200_000,
     ],
+    ids=lambda source: source[:50],
 )
 def test_templates_cannot_work_on_without_end(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_sandbox, "SECONDS", 0.3)
@@ -337,12 +339,13 @@ def test_what_published_templates_do_goes_on_working() -> None:
         "{% for k, v in {'x': 1}.items() %}{{ k }}={{ v }}{% endfor %}|{{ 'a-b'.split('-') | last | capitalize }}|"
         "{{ ('a' if messages | length > 1 else 'b') | replace('a', 'c') }}|{{ tools | default('none', true) }}|"
         "{{ '%s-%02d' | format('x', 3) }}|{{ '{:>3}'.format('x') }}|{{ 'x,y' | replace(',', ';') }}"
-        "{% for m in messages if m.role == 'nobody' %}{% else %}|empty{% endfor %}"
+        "{% for m in messages if m.role == 'nobody' %}{% else %}|empty{% endfor %}|"
+        "{% for group in messages | groupby('role') %}{{ group.grouper }}{{ group.list | length }}{% endfor %}"
     )
     messages = [{"role": "user", "content": " One "}, {"role": "assistant", "content": "Two"}]
     assert ChatTemplate(source, {}).render(messages) == (
         "1TrueFalse2False;2FalseTrue2True;<USER>One<ASSISTANT>Two2|user, assistant|Two|"
-        '{\n    "b": 1,\n    "a": [\n        1\n    ]\n}|2|x=1|B|c|none|x-03|  x|x;y|empty'
+        '{\n    "b": 1,\n    "a": [\n        1\n    ]\n}|2|x=1|B|c|none|x-03|  x|x;y|empty|assistant1user1'
     )
 
 
