@@ -128,11 +128,9 @@ class Session:
             self._held_context.truncate(0)
 
     def close(self) -> None:
-        """Frees the context's memory; the session cannot be used again."""
-        if self._busy:
-            raise RequestError("this session is still answering: close its stream first")
+        """Frees the context's memory, once a stream that is running has ended; the session cannot be used again."""
         self._closed = True
-        if self._held_context is not None:
+        if self._held_context is not None and not self._busy:
             self._held_context.close()
             self._held_context = None
 
@@ -260,6 +258,8 @@ class Session:
             context.truncate(min(len(context.ids), len(ids) + len(answer)))
             result.append(Completion(text, answer, reason, self._stats(len(ids), reused, times)))
             ended()
+            if self._closed:
+                self.close()
 
     def _stats(self, prompt: int, reused: int, times: list[float]) -> Stats:
         first = times[min(1, len(times) - 1)]

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +247,22 @@ def test_commands_that_cannot_be_meant_do_nothing(capsys: pytest.CaptureFixture[
         capsys.readouterr()
         assert terminal.handle(line) and "--raw" in capsys.readouterr().out
     assert not Path("x.json").exists()
+
+
+def test_a_model_that_breaks_down_is_told_and_the_chat_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    talk = toy_conversation()
+    terminal = Terminal(talk, show_stats=False)
+
+    def break_down(*_: object) -> Iterator[int]:
+        raise ValueError("logits hold NaN")
+        yield 0
+
+    context = talk.session._context()
+    decode, context.decode = context.decode, break_down  # type: ignore[method-assign]
+    assert terminal.handle("Go.") and talk.messages == []
+    assert "numbers that are not finite: logits hold NaN" in " ".join(capsys.readouterr().out.split())
+    context.decode = decode  # type: ignore[method-assign]
+    assert terminal.handle("Go.") and capsys.readouterr().out == "Fine.\n"
 
 
 def test_a_long_answer_is_cut_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
