@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,7 +109,7 @@ def kept_tokens(z: NDArray[np.float32], params: SamplingParams) -> NDArray[np.in
     Tokens are ranked by falling z, equal ones by rising id. top-p keeps the shortest run of ranks whose probabilities
     (softmax over what top-k left) sum to at least top_p; min-p keeps those of at least min_p times the largest.
     """
-    keep = np.arange(len(z))
+    keep: NDArray[Any] = np.arange(len(z))
     if params.top_k or params.top_p < 1.0:
         keep = np.argsort(-z, kind="stable")
         if params.top_k:

@@ -93,7 +93,7 @@ class Layer:
         q = rotate(self.q(x).reshape(M, config.num_heads, config.head_dim), cos, sin)  # [M, hidden] -> [M, H, D]
         keys[start:end] = rotate(self.k(x).reshape(M, config.num_kv_heads, config.head_dim), cos, sin)  # [M, G, D]
         values[start:end] = self.v(x).reshape(M, config.num_kv_heads, config.head_dim)
-        mixed = attend(q, keys[:end], values[:end]).reshape(M, config.q_size)  # [M, H, D] -> [M, H * D]
+        mixed: Floats = attend(q, keys[:end], values[:end]).reshape(M, config.q_size)  # [M, H, D] -> [M, H * D]
         if config.sub_norms:
             mixed = rms_norm(mixed, self.attn_sub_norm, config.rms_norm_eps)
         return self.o(mixed)
@@ -110,7 +110,7 @@ class Layer:
 
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     """weight * x / sqrt(mean(x^2) + eps) over the last axis (Zhang and Sennrich, 2019)."""
-    variance = np.mean(x * x, axis=-1, keepdims=True, dtype=np.float32)
+    variance: Floats = np.mean(x * x, axis=-1, keepdims=True, dtype=np.float32)
     return weight * (x * (ONE / np.sqrt(variance + np.float32(eps))))
 
 
@@ -125,7 +125,7 @@ def rope_tables(config: ModelConfig, positions: NDArray[np.int64]) -> tuple[Floa
         # Llama 3.1: long waves are stretched by the factor, short ones kept, those between blended.
         turns = np.float32(scaling.original_context) * frequencies / np.float32(2 * np.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept = np.clip((turns - np.float32(low)) / np.float32(high - low), 0, 1)
+        kept: Floats = np.clip((turns - np.float32(low)) / np.float32(high - low), 0, 1)
         frequencies = (ONE - kept) * frequencies / np.float32(scaling.factor) + kept * frequencies
     angles = positions.astype(np.float32)[:, None] * frequencies  # [M, D / 2]
     angles = np.concatenate([angles, angles], axis=-1)  # [M, D]
