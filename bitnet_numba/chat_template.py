@@ -12,11 +12,16 @@ from typing import Any, NoReturn
 
 from jinja2 import TemplateError
 
-from bitnet_numba.errors import RequestError, TokenizerError
+from bitnet_numba.errors import RequestError, TokenizerError, one_line
 from bitnet_numba.template_sandbox import BoundedSandbox, size_of
 
 Message = Mapping[str, Any]  # {"role": str, "content": str}; an assistant's may hold "token_ids" as well
 
+# 2B4T's: "Role: content<|eot_id|>" for each message, then "Assistant: ".
+BITNET_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize + ': ' + message['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+)
 # For models that were never trained on conversations: what a plain language model continues best.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] | trim }}\n{% endfor %}"
@@ -40,7 +45,7 @@ class ChatTemplate:
         try:
             self._template = self._sandbox.compile_bounded(source)
         except Exception as error:  # compiling evaluates constants, so a template can raise nearly anything
-            raise TokenizerError(f"chat template: {_one_line(error)}") from None
+            raise TokenizerError(f"chat template: {one_line(error)}") from None
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as text. Raises TokenizerError if the template fails, refuses or leaves its sandbox."""
@@ -57,7 +62,7 @@ class ChatTemplate:
                     **self._special_tokens,
                 )
         except Exception as error:  # whatever the template provoked, it is the template that failed
-            raise TokenizerError(f"chat template: {_one_line(error)}") from None
+            raise TokenizerError(f"chat template: {one_line(error)}") from None
 
 
 def find_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
@@ -70,7 +75,7 @@ def find_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | No
         try:
             return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise TokenizerError(f"{file} cannot be read: {_one_line(error)}") from None
+            raise TokenizerError(f"{file} cannot be read: {one_line(error)}") from None
     value = tokenizer_config.get("chat_template")
     if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
         value = {entry.get("name"): entry.get("template") for entry in value}
@@ -100,7 +105,3 @@ def _strftime_now(form: str) -> str:
 
 def _raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:200]

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from bitnet_numba.config import GROUPS, ModelConfig
-from bitnet_numba.errors import CheckpointError, ConfigError
+from bitnet_numba.errors import BitNetError, CheckpointError, ConfigError, one_line
 from bitnet_numba.packing import packed_words, unpack_ternary
 
 FORMAT = 1
@@ -266,17 +266,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / "config.json")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A parsed JSON object. Raises CheckpointError with one line for anything else."""
+def read_json(path: Path, error_type: type[BitNetError] = CheckpointError) -> dict[str, Any]:
+    """A parsed JSON object. Raises `error_type` with one line for anything else."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON: {one_line(error)}") from None
+        raise error_type(f"{path} is not readable JSON: {one_line(error)}") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
+        raise error_type(f"{path} must hold a JSON object")
     return value
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message, shortened to one line."""
-    return " ".join((str(error) or type(error).__name__).split())[:200]

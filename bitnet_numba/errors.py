@@ -27,3 +27,8 @@ class ContextFull(RequestError):
 
 class BackendError(BitNetError):
     """The requested backend cannot run here."""
+
+
+def one_line(error: BaseException) -> str:
+    """Another library's message, shortened to one line."""
+    return " ".join((str(error) or type(error).__name__).split())[:200]

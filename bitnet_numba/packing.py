@@ -34,7 +34,6 @@ from numpy.typing import NDArray
 BLOCK_ROWS = 16
 BLOCK_COLS = 32
 WORD_CODES = 16  # codes in one int32 word
-WORDS_PER_BLOCK = BLOCK_ROWS * BLOCK_COLS // WORD_CODES
 CODE_OFFSET = 2  # stored code = w + CODE_OFFSET
 CODE_BITS = 2
 CODES_PER_BYTE = 4  # also the number of shifts that empty a word

@@ -17,15 +17,19 @@ from typing import Any
 
 import tokenizers
 
-from bitnet_numba.chat_template import PLAIN_STOP, PLAIN_TEMPLATE, ChatTemplate, Message, check_messages, find_template
-from bitnet_numba.errors import ContextFull, TokenizerError
+from bitnet_numba.chat_template import (
+    BITNET_TEMPLATE,
+    PLAIN_STOP,
+    PLAIN_TEMPLATE,
+    ChatTemplate,
+    Message,
+    check_messages,
+    find_template,
+)
+from bitnet_numba.checkpoint import read_json
+from bitnet_numba.errors import ContextFull, TokenizerError, one_line
 from bitnet_numba.tiktoken_vocabulary import BOS, EOS, build_tokenizer, byte_alphabet
 
-# 2B4T's: "Role: content<|eot_id|>" for each message, then "Assistant: ".
-TIKTOKEN_CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] | capitalize + ': ' + message['content'] | trim + '<|eot_id|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
-)
 _log = logging.getLogger("bitnet_numba")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _AFFIX = re.compile(rb'"(continuing_subword_prefix|end_of_word_suffix)"\s*:\s*"[^"]')
@@ -263,7 +267,7 @@ def from_tiktoken(vocabulary: str | os.PathLike[str], folder: str | os.PathLike[
     config = {
         "bos_token": BOS,
         "eos_token": EOS,
-        "chat_template": TIKTOKEN_CHAT_TEMPLATE,
+        "chat_template": BITNET_TEMPLATE,
         "clean_up_tokenization_spaces": False,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
@@ -279,7 +283,7 @@ def _library_errors(what: str) -> Iterator[None]:
     except (TokenizerError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        raise TokenizerError(f"{what}: {' '.join(str(error).split())[:200]}") from None
+        raise TokenizerError(f"{what}: {one_line(error)}") from None
 
 
 def _load(path: Path) -> tokenizers.Tokenizer:
@@ -320,12 +324,4 @@ def _no_surrogates(text: str) -> str:
 
 def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file; empty if there is no file."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} is not readable JSON: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} must hold a JSON object")
-    return value
+    return read_json(path, TokenizerError) if path.exists() else {}

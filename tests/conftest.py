@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from bitnet_numba.checkpoint import PackedCheckpoint, open_packed
+from bitnet_numba.checkpoint import PackedCheckpoint, TensorFile, TensorSpec, open_packed, write_tensors
 from tools.convert import convert
 from tools.make_checkpoint import PRESETS, make_checkpoint, write_tokenizer
 
@@ -71,3 +72,27 @@ def tiny_packed(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("packed") / "tiny"
     convert(tiny_source, folder)
     return folder
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    """Changes keys of a folder's config.json."""
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | changes))
+
+
+def rewrite(path: Path, change: Callable[[dict[str, np.ndarray], dict[str, TensorSpec]], None]) -> None:
+    """Rewrites a safetensors file after `change` has edited its tensors and specs in place."""
+    file = TensorFile(path)
+    arrays, specs = {name: file.read(name) for name in file.specs}, dict(file.specs)
+    change(arrays, specs)
+    with open(path, "wb") as out:
+        write_tensors(out, specs, arrays.items(), {})
+
+
+def mutate(data: bytes, edits: list[tuple[float, bytes]], within: int) -> bytes:
+    """`data` with each edit's bytes written over it, at a place given as a share of the first `within` bytes."""
+    changed = bytearray(data)
+    for place, new in edits:
+        start = int(place * within)
+        changed[start : start + len(new)] = new
+    return bytes(changed)

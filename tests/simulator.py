@@ -71,12 +71,6 @@ class SimulatedThread(threading.Thread):
         self.syncthreads()
         return votes
 
-    def syncthreads_count(self, value: Any) -> int:
-        return sum(self._votes(value))
-
-    def syncthreads_and(self, value: Any) -> int:
-        return int(all(self._votes(value)))
-
     def syncthreads_or(self, value: Any) -> int:
         return int(any(self._votes(value)))
 

@@ -1,7 +1,6 @@
 """Safetensors files and packed checkpoints: cross-checked with the safetensors library, damaged in every way."""
 
 import io
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from bitnet_numba.checkpoint import DTYPES, TensorFile, TensorSpec, open_packed, packed_plan, write_tensors
 from bitnet_numba.errors import BitNetError, CheckpointError, ConfigError
 from bitnet_numba.reference.model import Cache, Model
+from tests.conftest import edit_config, mutate, rewrite
 from tools.convert import convert
 
 
@@ -87,15 +87,6 @@ def test_opens(packed: Path) -> None:
     assert checkpoint.names == list(packed_plan(checkpoint.config, "bf16"))
     assert checkpoint.nbytes() < (packed / "model.safetensors").stat().st_size
     assert checkpoint.ternary("layers.0.o.words", 256, 256).shape == (256, 256)
-
-
-def rewrite(path: Path, change: Callable[[dict[str, np.ndarray], dict[str, TensorSpec]], None]) -> None:
-    """Rewrites a safetensors file after `change` has edited its tensors and specs in place."""
-    file = TensorFile(path)
-    arrays, specs = {name: file.read(name) for name in file.specs}, dict(file.specs)
-    change(arrays, specs)
-    with open(path, "wb") as out:
-        write_tensors(out, specs, arrays.items(), {})
 
 
 def drop(arrays: dict[str, np.ndarray], specs: dict[str, TensorSpec]) -> None:
@@ -171,11 +162,6 @@ def test_spoilt_folders(packed: Path, spoil: Callable[[Path], object], error: ty
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def edit_config(folder: Path, **changes: object) -> None:
-    raw = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(raw | changes))
-
-
 def test_every_truncation_is_noticed(packed: Path) -> None:
     whole = (packed / "model.safetensors").read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
@@ -189,14 +175,6 @@ def test_every_truncation_is_noticed(packed: Path) -> None:
 
 
 mutations = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=4)), max_size=4)
-
-
-def mutate(data: bytes, edits: list[tuple[float, bytes]], within: int) -> bytes:
-    changed = bytearray(data)
-    for place, new in edits:
-        start = int(place * within)
-        changed[start : start + len(new)] = new
-    return bytes(changed)
 
 
 @given(mutations, mutations, st.floats(0, 1))

@@ -1,6 +1,5 @@
 """tools/convert.py: what it writes, what it refuses, and that it never leaves half a checkpoint."""
 
-import json
 import os
 import resource
 import shutil
@@ -21,6 +20,7 @@ from bitnet_numba.errors import BitNetError, CheckpointError
 from bitnet_numba.huggingface import HuggingFaceCheckpoint
 from bitnet_numba.packing import pack_ternary
 from bitnet_numba.quantize import ternarize
+from tests.conftest import edit_config, mutate, rewrite
 from tools.convert import convert, main
 from tools.make_checkpoint import PRESETS, make_checkpoint
 
@@ -33,21 +33,15 @@ def source(tiny_source: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_source, tmp_path / "source"))
 
 
-def edit_config(folder: Path, **changes: object) -> None:
-    raw = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(raw | changes))
-
-
 def change_tensor(folder: Path, name: str, change: Callable[[np.ndarray], np.ndarray | None], dtype: str = "") -> None:
     """Replaces one tensor of model.safetensors by `change(tensor)`, or removes it for None."""
-    file = TensorFile(folder / "model.safetensors")
-    arrays, plan = {n: file.read(n) for n in file.specs}, dict(file.specs)
-    new = change(arrays.pop(name))
-    spec = plan.pop(name)
-    if new is not None:
-        arrays[name], plan[name] = new, TensorSpec(dtype or spec.dtype, new.shape)
-    with open(folder / "model.safetensors", "wb") as out:
-        write_tensors(out, plan, arrays.items(), {})
+
+    def replace(arrays: dict[str, np.ndarray], specs: dict[str, TensorSpec]) -> None:
+        new, spec = change(arrays.pop(name)), specs.pop(name)
+        if new is not None:
+            arrays[name], specs[name] = new, TensorSpec(dtype or spec.dtype, new.shape)
+
+    rewrite(folder / "model.safetensors", replace)
 
 
 def test_tensors(source: Path, tmp_path: Path) -> None:
@@ -148,12 +142,12 @@ def test_report(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_tied_head_stored_twice(source: Path, tmp_path: Path) -> None:
     """A redundant equal copy is fine, a different one is not."""
-    file = TensorFile(source / "model.safetensors")
-    arrays, plan = {n: file.read(n) for n in file.specs}, dict(file.specs)
-    arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
-    plan["lm_head.weight"] = plan["model.embed_tokens.weight"]
-    with open(source / "model.safetensors", "wb") as out:
-        write_tensors(out, plan, arrays.items(), {})
+
+    def repeat(arrays: dict[str, np.ndarray], specs: dict[str, TensorSpec]) -> None:
+        arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
+        specs["lm_head.weight"] = specs["model.embed_tokens.weight"]
+
+    rewrite(source / "model.safetensors", repeat)
     convert(source, tmp_path / "out")
     change_tensor(source, "lm_head.weight", lambda a: a + np.uint16(1))
     with pytest.raises(CheckpointError, match="lm_head.weight differs from model.embed_tokens.weight"):
@@ -372,12 +366,9 @@ def test_fuzzed_sources(
     folder = tmp_path_factory.mktemp("fuzz")
     source = Path(shutil.copytree(tiny_source, folder / "source"))
     for name, changes in (("model.safetensors", header_edits), ("config.json", config_edits)):
-        data = bytearray((source / name).read_bytes())
+        data = (source / name).read_bytes()
         within = 8 + int.from_bytes(data[:8], "little") + 64 if name != "config.json" else len(data)
-        for place, new in changes:
-            start = int(place * within)
-            data[start : start + len(new)] = new
-        (source / name).write_bytes(data)
+        (source / name).write_bytes(mutate(data, changes, within))
     try:
         convert(source, folder / "out")
     except BitNetError as error:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from bitnet_numba.checkpoint import HEAD_FORMS
 from bitnet_numba.errors import BitNetError
 from bitnet_numba.packing import pack_ternary, unpack_ternary
 
@@ -66,8 +67,8 @@ def measure(what: str) -> dict[str, Any]:
     if what in ("decode", "load", "all"):
         bandwidth = figures.get("kernels", {}).get("bandwidth_GB/s")
         with tempfile.TemporaryDirectory() as folder:
-            folders = {head: Path(folder) / head for head in bench_measure.HEADS}
-            for head in bench_measure.HEADS if what != "load" else ("bf16",):
+            folders = {head: Path(folder) / head for head in HEAD_FORMS}
+            for head in HEAD_FORMS if what != "load" else ("bf16",):
                 bench_measure.write_random_packed(folders[head], head)
             if what in ("decode", "all"):
                 bandwidth = bandwidth or bench_measure.measure_bandwidth(usable_device(), Stream())

@@ -34,7 +34,6 @@ SHAPES = [  # N, K: the linears of 2B4T, of the 3B model, and two large ones
 ]  # fmt: skip
 CONTEXTS = (128, 1024, 4096)
 PROMPTS, ANSWERS = (64, 256, 512), (16, 32, 64)
-HEADS: tuple[HeadForm, ...] = ("bf16", "int8")
 REPEATS = 7
 READ_THREADS, READ_BYTES = 512, 1 << 30
 

@@ -30,13 +30,12 @@ from bitnet_numba.checkpoint import (
     HEAD_FORMS,
     HeadForm,
     group_is_ternary,
-    one_line,
     packed_plan,
     read_config,
     write_tensors,
 )
 from bitnet_numba.config import GROUPS
-from bitnet_numba.errors import BitNetError, CheckpointError
+from bitnet_numba.errors import BitNetError, CheckpointError, one_line
 from bitnet_numba.huggingface import HuggingFaceCheckpoint
 from bitnet_numba.packing import pack_ternary
 from bitnet_numba.tokenizer import Tokenizer, from_tiktoken

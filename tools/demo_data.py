@@ -12,6 +12,8 @@ from random import Random
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from bitnet_numba.chat_template import BITNET_TEMPLATE
+from bitnet_numba.tiktoken_vocabulary import SPLIT_PATTERN
 from tools.demo_model import BOS, CONTEXT, END, EOT, VOCAB
 from tools.demo_world.conversation import Turn, conversation
 
@@ -20,16 +22,6 @@ SPECIAL_TOKENS = [
     "<|reserved_special_token_2|>", "<|reserved_special_token_3|>", "<|start_header_id|>", "<|end_header_id|>",
     "<|reserved_special_token_4|>", "<|eot_id|>",
 ]  # fmt: skip
-# The split of Llama 3's tokenizer.
-SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-CHAT_TEMPLATE = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = message['role'] | capitalize"
-    " + ': '+ message['content'] | trim + '<|eot_id|>' %}{{ content }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
-)
 
 
 def train_tokenizer(folder: Path, seed: int) -> None:
@@ -68,7 +60,7 @@ def train_tokenizer(folder: Path, seed: int) -> None:
         "added_tokens_decoder": {str(BOS + i): {"content": t, **flags} for i, t in enumerate(SPECIAL_TOKENS)},
         "bos_token": "<|begin_of_text|>",
         "eos_token": "<|eot_id|>",
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": BITNET_TEMPLATE,
         "clean_up_tokenization_spaces": False,
         "model_max_length": CONTEXT,
         "tokenizer_class": "PreTrainedTokenizerFast",

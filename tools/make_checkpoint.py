@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from bitnet_numba.bfloat16 import from_float32
+from bitnet_numba.chat_template import BITNET_TEMPLATE
 from bitnet_numba.checkpoint import TensorSpec, write_tensors
 from bitnet_numba.config import GROUPS, ModelConfig
 from bitnet_numba.errors import BitNetError, CheckpointError
@@ -35,11 +36,6 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-CHAT_TEMPLATE = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}"
-    "{% set content = message['role'] | capitalize + ': '+ message['content'] | trim + '<|eot_id|>' %}"
-    "{{ content }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
-)
 
 
 def preset(
@@ -236,7 +232,7 @@ def write_tokenizer(folder: Path, vocab_size: int, context: int) -> None:
         {
             "bos_token": SPECIAL_TOKENS[0],
             "eos_token": SPECIAL_TOKENS[1],
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": BITNET_TEMPLATE,
             "model_max_length": context,
             "tokenizer_class": "PreTrainedTokenizerFast",
         },
