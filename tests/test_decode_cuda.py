@@ -245,7 +245,7 @@ def test_the_built_in_model_answers_as_well_as_on_the_reference() -> None:
 
     llm = bitnet_numba.load(None)
     assert llm.backend == "cuda"
-    figures = judge(llm, Namespace(number=100, seed=0, conversations=2, against=None))
+    figures = judge(llm, None, Namespace(number=100, seed=0, samples=20, conversations=2))
     assert figures["exact"] >= 0.97
     assert figures["honoured"] >= 0.95
 

@@ -116,13 +116,15 @@ def table(figures: dict[str, Any]) -> str:
         kernels = figures["kernels"]
         lines += ["", "## Matrix-vector products", ""]
         lines.append(f"Cold L2, in a graph. Streaming read: {kernels['bandwidth_GB/s']:.0f} GB/s. {HOW_TIMED}")
-        lines += head_of("N x K", "us", "alone", "GB/s", "of read", "host us a call", "cuBLAS bf16 us", "speed-up")
+        lines += head_of(
+            "N x K", "us", "alone", "GB/s", "of read", "host us a call", "cuBLAS bf16 us", "speed-up", "alone"
+        )
         for p in kernels["products"]:
             cublas = p["cublas_bf16_us"]
             lines.append(
                 row(f"{p['N']} x {p['K']}", f"{p['us']:.2f}", f"{p['us_alone']:.2f}", f"{p['GB/s']:.0f}",
                     f"{p['share_of_bandwidth']:.0%}", f"{p['host_us_per_call']:.1f}",
-                    f"{cublas:.2f}" if cublas else "-", f"{cublas / p['us']:.1f}" if cublas else "-")
+                    *((f"{cublas:.2f}", f"{cublas / p['us']:.1f}", f"{cublas / p['us_alone']:.1f}") if cublas else "---"))
             )  # fmt: skip
     if "decode" in figures:
         lines += ["", "## Decoding, 2B4T, one sequence"]
