@@ -121,10 +121,11 @@ def table(figures: dict[str, Any]) -> str:
         )
         for p in kernels["products"]:
             cublas = p["cublas_bf16_us"]
+            compared = [cublas, cublas / p["us"], cublas / p["us_alone"]] if cublas else []
             lines.append(
                 row(f"{p['N']} x {p['K']}", f"{p['us']:.2f}", f"{p['us_alone']:.2f}", f"{p['GB/s']:.0f}",
                     f"{p['share_of_bandwidth']:.0%}", f"{p['host_us_per_call']:.1f}",
-                    *((f"{cublas:.2f}", f"{cublas / p['us']:.1f}", f"{cublas / p['us_alone']:.1f}") if cublas else "---"))
+                    *([f"{value:.1f}" for value in compared] or "---"))
             )  # fmt: skip
     if "decode" in figures:
         lines += ["", "## Decoding, 2B4T, one sequence"]
