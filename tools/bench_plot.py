@@ -24,6 +24,7 @@ def plot(figures: dict[str, Any], folder: Path) -> None:
                 speed_ups = [p["cublas_bf16_us"] / p[key] for p in compared]
                 axes.bar_label(axes.bar([i + shift for i in places], speed_ups, 0.4, label=label), fmt="%.1f")
             axes.set_xticks(places, [f"{p['N']} x {p['K']}" for p in compared])
+            axes.margins(y=0.2)
             axes.legend()
             axes.set_ylabel("times as fast as cuBLAS bf16")
             axes.set_title(f"W2A8 matrix-vector product, {device}")
@@ -35,8 +36,9 @@ def plot(figures: dict[str, Any], folder: Path) -> None:
         axes.axhline(figures["kernels"]["bandwidth_GB/s"], color="grey", linestyle="--", label="streaming read")
         axes.scatter(sizes, [p["GB/s"] for p in products], label="in a graph, launches overlapping")
         axes.scatter(sizes, [s * 1e3 / p["us_alone"] for s, p in zip(sizes, products, strict=True)], label="each alone")
-        for i, (name, size, p) in enumerate(zip(names, sizes, products, strict=True)):
-            below = i % 2  # neighbours in size take turns
+        order = sorted(zip(sizes, names, products, strict=True), key=lambda item: item[0])
+        for i, (size, name, p) in enumerate(order):
+            below = i % 2 == 0  # neighbours in size take turns
             place = {"xytext": (4, -10) if below else (-4, 5), "ha": "left" if below else "right"}
             axes.annotate(name, (size, p["GB/s"]), textcoords="offset points", fontsize=7, **place)
         axes.set_xscale("log")
