@@ -1,16 +1,52 @@
-"""What may be asked: prompts of every form and whole numbers, checked, as token ids."""
+"""What may be asked: prompts of every form, and what goes with them, checked, as token ids."""
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from bitnet_numba.chat_template import Message
 from bitnet_numba.errors import ContextFull, RequestError
+from bitnet_numba.sampling import SamplingParams
 from bitnet_numba.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Message]  # a text to continue, token ids, or chat messages
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how it is to be answered, checked."""
+
+    ids: list[int]
+    params: SamplingParams  # with a seed
+    limit: int | None  # new tokens; None: until the model stops or the context is full
+    stops: tuple[str, ...]  # texts before which the answer ends
+
+
+def read_request(
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    capacity: int,
+    prompt: Prompt,
+    params: SamplingParams | None,
+    max_new_tokens: int | None,
+    stop: str | Sequence[str],
+) -> Request:
+    """Checks and encodes what `Session.stream` takes. Raises RequestError or ContextFull for what cannot be done."""
+    if max_new_tokens is not None:
+        limit = whole_number(max_new_tokens)
+        if limit is None or limit < 1:
+            raise RequestError(f"max_new_tokens must be a whole number of at least 1, not {max_new_tokens!r}")
+        max_new_tokens = limit
+    stops = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
+    if not all(isinstance(text, str) and text for text in stops):
+        raise RequestError("a stop string must be a text that is not empty")
+    ids = encode_prompt(tokenizer, prompt, vocab_size, capacity)
+    if not isinstance(prompt, str) and isinstance(prompt[0], Mapping):
+        stops += tokenizer.chat_stop
+    return Request(ids, (params or SamplingParams()).with_seed(), max_new_tokens, stops)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int, capacity: int) -> list[int]:

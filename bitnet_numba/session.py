@@ -1,60 +1,16 @@
 """One live sequence: from a prompt to text, token by token, keeping what has been computed for the next turn."""
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from time import perf_counter
-from typing import Literal
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import numpy as np
 
+from bitnet_numba.answer import Answer, Completion
 from bitnet_numba.backend import Backend, Context
 from bitnet_numba.errors import BackendError, RequestError
-from bitnet_numba.prompts import Prompt, encode_prompt, whole_number
+from bitnet_numba.prompts import Prompt, Request, read_request
 from bitnet_numba.sampling import SamplingParams
-from bitnet_numba.stop_strings import StopStrings
-from bitnet_numba.tokenizer import StreamDecoder, Tokenizer
-
-FinishReason = Literal["stop", "length", "context", "interrupted"]
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What one answer took. Times are wall-clock, the caller's own work between tokens included."""
-
-    prompt_tokens: int
-    reused_tokens: int  # of the prompt, found in the context and not computed again
-    generated_tokens: int  # the one that ended the answer included
-    prefill_seconds: float  # until the first token was there
-    decode_seconds: float  # from the first token to the last
-    memory: dict[str, int]  # bytes by purpose, as the backend counts them
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        """New prompt tokens over the time to the first token; 0 if there was none."""
-        new = self.prompt_tokens - self.reused_tokens
-        return new / self.prefill_seconds if self.prefill_seconds > 0 else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Decoding speed, the first token left out since prefill makes it; 0 for fewer than two tokens."""
-        return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
-
-
-@dataclass(frozen=True)
-class Completion:
-    """An answer.
-
-    finish_reason: "stop" a stop token or stop string came; "length" max_new_tokens were made; "context" the context is
-    full; "interrupted" the stream was closed early.
-    token_ids: without the stop token. Where a stop string cuts a token in two, text goes on to the cut and the ids end
-    before it; otherwise text is exactly their decoding.
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    stats: Stats
+from bitnet_numba.tokenizer import Tokenizer
 
 
 class Stream(Iterator[str]):
@@ -173,20 +129,9 @@ class Session:
         Raises RequestError or ContextFull, at once, for what cannot be done.
         """
         self._check_free()
-        if max_new_tokens is not None:
-            limit = whole_number(max_new_tokens)
-            if limit is None or limit < 1:
-                raise RequestError(f"max_new_tokens must be a whole number of at least 1, not {max_new_tokens!r}")
-            max_new_tokens = limit
-        stops = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
-        if not all(isinstance(text, str) and text for text in stops):
-            raise RequestError("a stop string must be a text that is not empty")
-        ids = encode_prompt(self._tokenizer, prompt, self._vocab_size, self.capacity)
-        if not isinstance(prompt, str) and isinstance(prompt[0], Mapping):
-            stops += self._tokenizer.chat_stop
-        params = (params or SamplingParams()).with_seed()
+        request = read_request(self._tokenizer, self._vocab_size, self.capacity, prompt, params, max_new_tokens, stop)
         result: list[Completion] = []
-        return Stream(self._run(ids, params, max_new_tokens, stops, result, ended), result)
+        return Stream(self._run(request, result, ended), result)
 
     def _check_free(self) -> None:
         if self._closed:
@@ -196,54 +141,30 @@ class Session:
 
     def _run(
         self,
-        ids: list[int],
-        params: SamplingParams,
-        limit: int | None,
-        stops: Sequence[str],
+        request: Request,
         result: list[Completion],
         ended: Callable[[], None],
     ) -> Generator[str, None, None]:
         self._check_free()  # again: the stream may have waited before it was begun
-        context = self._context()
+        context, ids = self._context(), request.ids
         # At least the last token is fed again: its logits choose the first new one.
         reused = common_prefix(context.ids, ids[:-1])
-        decoder, matcher = StreamDecoder(self._tokenizer), StopStrings(stops)
-        answer: list[int] = []
-        borders = [(0, 0)]  # (tokens, characters) where a token and a character end together
-        decoded = 0
-        shown: list[str] = []
-        times = [perf_counter()]
-        reason: FinishReason = "interrupted"
+        answer = Answer(self._tokenizer, request.stops, request.limit)
         self._busy = True
         try:
             context.truncate(reused)
-            tokens = context.decode(ids[reused:], params)
+            tokens = context.decode(ids[reused:], request.params)
             try:
                 for token in finite_steps(tokens):
-                    times.append(perf_counter())
-                    if token in self._tokenizer.stop_ids:
-                        reason = "stop"
-                        break
-                    answer.append(token)
-                    piece = decoder.push(token)
-                    decoded += len(piece)
-                    if not decoder.pending:
-                        borders.append((len(answer), decoded))
-                    if safe := matcher.push(piece):
-                        shown.append(safe)
-                        yield safe
-                    if matcher.found:
-                        reason = "stop"
-                        break
-                    if len(answer) == limit:
-                        reason = "length"
+                    if piece := answer.push(token):
+                        yield piece
+                    if answer.reason:
                         break
                 else:
-                    reason = "context"
+                    answer.reason = "context"
             finally:
                 tokens.close()  # type: ignore[attr-defined]
-            if not matcher.found and (rest := matcher.push(decoder.finish()) + matcher.finish()):
-                shown.append(rest)
+            if rest := answer.finish():
                 yield rest
         except GeneratorExit:
             pass  # the caller has had enough
@@ -252,18 +173,12 @@ class Session:
             raise
         finally:
             self._busy = False
-            text = "".join(shown)
-            if matcher.found or reason == "interrupted":
-                answer = answer[: max(count for count, length in borders if length <= len(text))]
-            context.truncate(min(len(context.ids), len(ids) + len(answer)))
-            result.append(Completion(text, answer, reason, self._stats(len(ids), reused, times)))
+            completion = answer.completion(len(ids), reused, self._backend.memory())
+            context.truncate(min(len(context.ids), len(ids) + len(completion.token_ids)))
+            result.append(completion)
             ended()
             if self._closed:
                 self.close()
-
-    def _stats(self, prompt: int, reused: int, times: list[float]) -> Stats:
-        first = times[min(1, len(times) - 1)]
-        return Stats(prompt, reused, len(times) - 1, first - times[0], times[-1] - first, self._backend.memory())
 
 
 @contextlib.contextmanager
