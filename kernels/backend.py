@@ -7,15 +7,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_numba.checkpoint import PackedCheckpoint
-from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels import sampler
-from bitnet_numba.kernels.attention import LONG_CONTEXT, padded_head_dim
-from bitnet_numba.kernels.decode import RING, Activations, SequenceState, Step, kernel_forms
-from bitnet_numba.kernels.device import Device, Graph, Stream, driver_call, load_kernels, usable_device
+from bitnet_numba.kernels.attention import LONG_CONTEXT
+from bitnet_numba.kernels.decode import Activations, Step, kernel_forms
+from bitnet_numba.kernels.device import Device, Graph, PinnedArray, Stream, driver_call, load_kernels, usable_device
+from bitnet_numba.kernels.kv_cache import PAGE
+from bitnet_numba.kernels.sequences import Sequences, page_bytes, pages_of
 from bitnet_numba.kernels.weights import Weights, why_unsupported
 from bitnet_numba.sampling import SamplingParams
 
+RING = 64  # tokens that the host may be behind
 STEPS_AHEAD = 2  # steps in flight while the host deals with a token
 RESERVE = 64 << 20  # bytes of device memory left to the driver: graphs, kernels
 
@@ -52,10 +54,10 @@ class CudaBackend:
     def new_context(self, capacity: int) -> "CudaContext":
         """An empty context for up to `capacity` tokens. Raises BackendError when memory does not suffice."""
         self.device.activate()
-        needed = capacity * cache_bytes(self.config)
+        needed = pages_of(capacity) * page_bytes(self.config)
         free, _ = self.device.memory_info()
         if needed > free - RESERVE:
-            fits = max(0, (free - RESERVE) // cache_bytes(self.config))
+            fits = max(0, (free - RESERVE) // page_bytes(self.config) * PAGE)
             raise BackendError(
                 f"a context of {capacity} tokens takes {needed / 1e9:.2f} GB of device memory and {free / 1e9:.2f} GB "
                 f"are free: --context {fits} would fit"
@@ -69,7 +71,7 @@ class CudaBackend:
 
     def release(self, context: "CudaContext") -> None:
         """A context's memory has been freed."""
-        self._kv_cache -= context.capacity * cache_bytes(self.config)
+        self._kv_cache -= pages_of(context.capacity) * page_bytes(self.config)
 
 
 class CudaContext:
@@ -79,8 +81,9 @@ class CudaContext:
         self.capacity = capacity
         self.ids: list[int] = []
         self._backend, self._stream = backend, backend.stream
-        self._state = SequenceState(backend.config, capacity)
-        self._step = Step(backend.config, backend.weights, backend.flow, self._state, backend.device)
+        self._state = Sequences(backend.config, capacity)
+        self._ring = PinnedArray(RING, np.int64)
+        self._step = Step(backend.config, backend.weights, backend.flow, self._state, self._ring, backend.device)
         self._graphs: dict[tuple[str, bool], Graph] = {}
 
     def truncate(self, length: int) -> None:
@@ -91,10 +94,7 @@ class CudaContext:
         if length < len(self.ids):
             del self.ids[length:]
             # Bits of the tokens that stay: a token that was cut may have been there before as well.
-            seen = np.zeros(self._state.seen.size, np.uint32)
-            ids = np.asarray(self.ids, np.int64)
-            np.bitwise_or.at(seen, ids >> 5, np.uint32(1) << (ids & 31).astype(np.uint32))
-            self._state.seen.write(seen.view(np.int32))
+            self._state.seen.write(self._state.seen_bits(self.ids))
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Appends tokens and returns the logits at each of them, float32 [T, vocab]."""
@@ -143,6 +143,7 @@ class CudaContext:
         for graph in self._graphs.values():
             graph.close()
         self._state.close()
+        self._ring.close()
         self._backend.release(self)
 
     def _start(self, ids: Sequence[int]) -> None:
@@ -151,7 +152,7 @@ class CudaContext:
             raise ValueError(f"{len(ids)} tokens do not fit {self.capacity - len(self.ids)} free places")
         self._backend.device.activate()
         self._state.tokens.write(np.asarray(ids, np.int32), len(self.ids))
-        self._state.ring.host[:] = -1  # an earlier answer's entries may be for the same positions
+        self._ring.host[:] = -1  # an earlier answer's entries may be for the same positions
         self._state.position.write(np.array([len(self.ids)], np.int32))
 
     def _replay(self, kind: str, position: int) -> None:
@@ -163,7 +164,7 @@ class CudaContext:
 
     def _token(self, position: int) -> int:
         """The token chosen for a position, once the device has written it to the ring."""
-        ring, place = self._state.ring.host, position % RING
+        ring, place = self._ring.host, position % RING
         while True:
             entry = int(ring[place])
             if entry >> 32 == position:
@@ -174,11 +175,6 @@ class CudaContext:
         if token >> 31:
             raise ValueError("logits hold NaN")
         return token
-
-
-def cache_bytes(config: ModelConfig) -> int:
-    """Bytes of keys and values a token."""
-    return 4 * config.num_layers * config.num_kv_heads * padded_head_dim(config.head_dim)
 
 
 def _progress(done: int, total: int, device: Device) -> None:

@@ -21,17 +21,16 @@ from numba.cuda import types
 
 from bitnet_numba.config import GROUPS, ModelConfig
 from bitnet_numba.kernels import attention, embed, head, sampler, w2a8_gemv
-from bitnet_numba.kernels.attention import attention_grid, attention_scratch, padded_head_dim
-from bitnet_numba.kernels.device import Device, DeviceArray, DeviceView, Launch, PinnedArray
+from bitnet_numba.kernels.attention import attention_grid, attention_scratch
+from bitnet_numba.kernels.device import Device, DeviceArray, Launch, PinnedArray
 from bitnet_numba.kernels.forms import KernelForm
 from bitnet_numba.kernels.intrinsics import grid_wait, int32
+from bitnet_numba.kernels.sequences import Sequences
 from bitnet_numba.kernels.weights import Weights, head_name
 from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS
-from bitnet_numba.reference.model import rope_tables  # the one definition of the rotary frequencies
 
 LAYER = ("qkv", "attention", "o", "gate_up", "down")
 NORMS = ("input_norm", "attn_sub_norm", "post_attention_norm", "ffn_sub_norm")  # in the order of config.GROUPS
-RING = 64  # tokens that the host may be behind
 
 
 def make_advance(arch: int) -> Callable[..., None]:
@@ -81,36 +80,6 @@ class Activations:
         """Bytes of all of it."""
         arrays = [value for value in vars(self).values() if isinstance(value, DeviceArray)]
         return sum(array.nbytes for array in (*arrays, *self.attention))
-
-
-class SequenceState:
-    """One sequence on the device: its tokens, the position that is fed next, keys and values."""
-
-    def __init__(self, config: ModelConfig, capacity: int):
-        self.capacity = capacity
-        self.cache_words = config.num_kv_heads * capacity * padded_head_dim(config.head_dim) // 2
-        self.cache = DeviceArray(2 * config.num_layers * self.cache_words, np.int32, zero=True)
-        self.tokens = DeviceArray(capacity + 1, np.int32, zero=True)
-        self.position = DeviceArray(1, np.int32, zero=True)
-        self.seen = DeviceArray(-(-config.vocab_size // 32), np.int32, zero=True)
-        self.settings = DeviceArray(sampler.SETTINGS, np.float64, zero=True)
-        self.ring = PinnedArray(RING, np.int64)
-        cos, sin = rope_tables(config, np.arange(capacity))  # [capacity, D], the second half a copy of the first
-        half = config.head_dim // 2
-        self.cos, self.sin = DeviceArray.of(cos[:, :half]), DeviceArray.of(sin[:, :half])
-
-    def keys_values(self, layer: int) -> tuple[DeviceView, DeviceView]:
-        """A layer's part of the cache."""
-        start = self.cache.address + 8 * layer * self.cache_words
-        words = self.cache_words
-        return DeviceView(start, words, np.int32), DeviceView(start + 4 * words, words, np.int32)
-
-    def close(self) -> None:
-        """Frees the memory."""
-        for array in (
-            self.cache, self.tokens, self.position, self.seen, self.settings, self.ring, self.cos, self.sin
-        ):  # fmt: skip
-            array.close()
 
 
 class Products:
@@ -167,7 +136,15 @@ def kernel_forms(config: ModelConfig, int8_rows: bool, device: Device) -> list[K
 class Step:
     """The launches of one step of one sequence."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, flow: Activations, state: SequenceState, device: Device):
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        flow: Activations,
+        state: Sequences,
+        ring: PinnedArray,
+        device: Device,
+    ):
         self._embed = embed.embed(
             device, weights["embed.weight"], weights.get("embed.scale"), state.tokens, state.position, state.seen,
             flow.h, config.hidden_size,
@@ -181,7 +158,7 @@ class Step:
             attentions = {
                 long: attention.attention(
                     device, flow.qkv, cos, sin, state.position, keys, values, flow.attention, flow.mixed,
-                    config.num_heads, config.num_kv_heads, config.head_dim, state.capacity, long,
+                    config.num_heads, config.num_kv_heads, config.head_dim, state.padded, long,
                 )
                 for long in (False, True)
             }  # fmt: skip
@@ -202,7 +179,7 @@ class Step:
         )  # fmt: skip
         self._sampler = sampler.sampler(
             device, flow.logits, config.vocab_size, state.settings, state.position, state.tokens, state.seen,
-            flow.scratch, flow.counters, state.ring,
+            flow.scratch, flow.counters, ring,
         )  # fmt: skip
         self._advance = Launch(advance_form(device.arch), 1, (state.position,), device)
 

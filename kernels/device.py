@@ -279,9 +279,13 @@ class Stream:
             raise BackendError(f"a kernel failed: {status.name}")
         return status == driver.CUresult.CUDA_SUCCESS
 
-    def upload(self, address: int, source: "PinnedArray", nbytes: int) -> None:
-        """Enqueues a copy from page-locked memory, which must stay as it is until the copy is done."""
-        driver_call("cuMemcpyHtoDAsync", address, source.host.ctypes.data, nbytes, self.handle)
+    def upload(self, address: int, source: "PinnedArray", nbytes: int, start: int = 0) -> None:
+        """Enqueues a copy of page-locked memory from byte `start` on, which must stay as it is until that is done."""
+        driver_call("cuMemcpyHtoDAsync", address, source.host.ctypes.data + start, nbytes, self.handle)
+
+    def download(self, target: "PinnedArray", start: int, address: int, nbytes: int) -> None:
+        """Enqueues a copy to page-locked memory, from its byte `start` on."""
+        driver_call("cuMemcpyDtoHAsync", target.host.ctypes.data + start, address, nbytes, self.handle)
 
     def capture(self, enqueue: Callable[[Any], None]) -> "Graph":
         """The launches that `enqueue(stream handle)` makes, as a graph."""
@@ -291,6 +295,31 @@ class Stream:
         finally:
             graph = driver_call("cuStreamEndCapture", self.handle)
         return Graph(graph)
+
+
+class Uploads:
+    """Small writes to device memory in the order of a stream's work, by way of a ring of page-locked memory."""
+
+    def __init__(self, stream: Stream, size: int = 1 << 22):
+        self._stream, self._size, self._next = stream, size, 0
+        self._ring = PinnedArray(size, np.uint8)
+
+    def write(self, array: DeviceArray, values: Any, start: int = 0) -> None:
+        """Enqueues the copy of values, of the array's type, to elements start, start + 1, ..."""
+        data = np.ascontiguousarray(values, array.dtype).reshape(-1)
+        if start + data.size > array.size or data.nbytes > self._size:
+            raise ValueError(f"{data.size} elements do not fit {array.size} from {start} on")
+        if self._next + data.nbytes > self._size:
+            self._stream.synchronize()  # every copy out of the ring has been made
+            self._next = 0
+        self._ring.host[self._next : self._next + data.nbytes] = data.view(np.uint8)
+        address = array.address + start * array.dtype.itemsize
+        self._stream.upload(address, self._ring, data.nbytes, self._next)
+        self._next += -(-data.nbytes // 16) * 16
+
+    def close(self) -> None:
+        """Frees the ring."""
+        self._ring.close()
 
 
 class Graph:
