@@ -56,7 +56,7 @@ _ASM_TYPES = {"r": (32, "int32"), "u": (32, "uint32"), "L": (64, "int64"), "f": 
 def _instruction(ptx: str, result: str, operands: str, effects: bool = False) -> Callable[[Callable], Callable]:
     """Makes a kernel instruction of inline PTX; under the simulator the decorated stand-in itself.
 
-    `result` is "", one register letter, or four of them for a tuple; `operands` one letter each: r int32, u uint32,
+    `result` is "", one register letter, or several for a tuple; `operands` one letter each: r int32, u uint32,
     L int64, f float32, p an element's address (which takes two arguments, pointer and index). In `ptx`, $0.. are
     results, then operands. `effects`: touches memory or order, so it is never moved, merged or dropped.
     """
@@ -321,6 +321,30 @@ def stream_load(arch: int) -> Callable:
     return _STREAM_LOADS[max(level for level in _STREAM_LOADS if level <= max(arch, 60))]
 
 
+_STREAM_PAIR_PTX = {
+    80: "ld.global.nc.L1::no_allocate.L2::256B.v2.b32 {$0, $1}, [$2];",
+    70: "ld.global.nc.L1::no_allocate.v2.b32 {$0, $1}, [$2];",
+    60: "ld.global.nc.v2.b32 {$0, $1}, [$2];",
+}
+
+
+def _stream_pair(ptx: str) -> Callable:
+    @_instruction(ptx, "rr", "p", effects=True)
+    def stream_pair(p: Any, i: Any) -> Any:
+        """Words i, i + 1 (i even) of read-only global memory, past L1: int32 x 2."""
+        return tuple(int32(p[int(i) + k]) for k in range(2))
+
+    return stream_pair
+
+
+_STREAM_PAIRS = {arch: _stream_pair(ptx) for arch, ptx in _STREAM_PAIR_PTX.items()}
+
+
+def stream_pair(arch: int) -> Callable:
+    """The 8-byte load for weights: `load(p, i) -> (int32, int32)`; see `stream_load`."""
+    return _STREAM_PAIRS[max(level for level in _STREAM_PAIRS if level <= max(arch, 60))]
+
+
 @_instruction("griddepcontrol.wait;", "", "", effects=True)
 def _grid_wait() -> None:
     return None
@@ -364,10 +388,56 @@ def atomic_fetch_add(p: Any, i: Any, value: Any) -> Any:
         return old
 
 
+@_instruction("red.global.or.b32 [$0], $1;", "", "pr", effects=True)
+def atomic_or(p: Any, i: Any, value: Any) -> None:
+    """p[i] |= value, 32 bits in global memory. Any architecture."""
+    with _atomic_lock:
+        p[int(i)] = int(p[int(i)]) | int(value)
+
+
 @device_function
 def fence() -> None:
     """Orders this thread's global writes before its later ones, for the whole device. Any architecture."""
     cuda.threadfence()
+
+
+# Asynchronous copies, global to shared memory: a thread's copies since its last commit are a group, and it waits for
+# groups. Under the simulator a copy arrives when it is waited for, and no earlier.
+
+
+@_instruction(
+    "{ .reg .u64 to; cvta.to.shared.u64 to, $0; cp.async.cg.shared.global [to], [$1], 16, $2; }", "", "ppr", effects=True
+)
+def async_copy4(to: Any, i: Any, source: Any, j: Any, size: Any) -> None:
+    """Starts copying 32-bit elements j .. j+3 of global memory to i .. i+3 of a shared array (multiples of 4): the first
+    `size` bytes (0 or 16); the others become zero, and are not read. sm_80."""
+    thread: Any = threading.current_thread()
+    thread.__dict__.setdefault("async_copies", [[]])[-1].append((to, int(i), source, int(j), int(size)))
+
+
+@_instruction("cp.async.commit_group;", "", "", effects=True)
+def async_commit() -> None:
+    """Ends a group of this thread's copies. sm_80."""
+    threading.current_thread().__dict__.setdefault("async_copies", [[]]).append([])
+
+
+def _async_wait(pending: int) -> Callable:
+    @_instruction(f"cp.async.wait_group {pending};", "", "", effects=True)
+    def wait() -> None:
+        groups = threading.current_thread().__dict__.setdefault("async_copies", [[]])
+        while len(groups) - 1 > pending:
+            for to, i, source, j, size in groups.pop(0):
+                to[i : i + 4] = source[j : j + 4] if size else 0
+
+    return wait
+
+
+_ASYNC_WAITS = [_async_wait(pending) for pending in range(6)]
+
+
+def async_wait(pending: int) -> Callable:
+    """`wait()`: until at most `pending` (0 to 5) of this thread's latest groups have not arrived. sm_80."""
+    return _ASYNC_WAITS[pending]
 
 
 # ---- Exchange inside a warp -----------------------------------------------------------------------------------------
@@ -562,6 +632,41 @@ def mma_bf16(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: 
     return tuple(np.float32(np.float64(start) + row.sum()) for start, row in zip((c0, c1, c2, c3), rows, strict=True))
 
 
+@_instruction(
+    "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+    "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+    "rrrr",
+    "rrrrrrrrrr",
+)
+def mma_codes(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> tuple:
+    """The warp's C [16, 8] += A [16, 32] . B [32, 8], uint8 . int8, int32 sums; returns c0 .. c3. sm_80.
+
+    With g = lane // 4, c = lane % 4, a lane holds of A rows g (a0, a2) and g + 8 (a1, a3), columns 4c .. 4c + 3 (a0, a1)
+    and 4c + 16 .. 4c + 19 (a2, a3); of B column g, rows 4c .. 4c + 3 (b0) and 4c + 16 .. 4c + 19 (b1); of C rows g
+    (c0, c1) and g + 8 (c2, c3), columns 2c and 2c + 1.
+    """
+    thread: Any = threading.current_thread()
+    lanes = np.array([[int(x) & 0xFFFFFFFF for x in lane] for lane in thread.gather_in_warp((a0, a1, a2, a3, b0, b1))])
+    quads = lanes.astype("<u4").view(np.uint8).reshape(8, 4, 6, 4)  # [g, c, register, byte]
+    a = np.empty((16, 32), np.int64)  # [row, k]
+    b = np.empty((32, 8), np.int64)  # [k, column]
+    for half in range(2):
+        a[:8, 16 * half :][:, :16] = quads[:, :, 2 * half].reshape(8, 16)
+        a[8:, 16 * half :][:, :16] = quads[:, :, 2 * half + 1].reshape(8, 16)
+        b[16 * half :][:16] = quads[:, :, 4 + half].view(np.int8).reshape(8, 16).T
+    g, c = divmod(thread.thread_id % WARP, 4)
+    sums = (a[[g, g, g + 8, g + 8]] * b[:, [2 * c, 2 * c + 1] * 2].T).sum(axis=1)
+    return tuple(int32(int(start) + int(more)) for start, more in zip((c0, c1, c2, c3), sums, strict=True))
+
+
+@_instruction("fma.rn.bf16x2 $0, $1, $2, $3;", "r", "rrr")
+def fma_bf16(a: Any, b: Any, c: Any) -> Any:
+    """a * b + c for two bfloat16 in each word, one rounding. sm_80."""
+    low = bf16_low(a) * np.float64(bf16_low(b)) + bf16_low(c)
+    high = bf16_high(a) * np.float64(bf16_high(b)) + bf16_high(c)
+    return pack_bf16(np.float32(low), np.float32(high))
+
+
 @_instruction("div.u32 $0, $1, $2;", "r", "rr")
 def divide(a: Any, b: Any) -> Any:
     """a // b for int32 a >= 0, b > 0: Numba's own divides 64 bits, ten times the instructions. Any architecture."""
@@ -572,3 +677,73 @@ def divide(a: Any, b: Any) -> Any:
 def atomic_fetch_add_ordered(p: Any, i: Any, value: Any) -> Any:
     """`atomic_fetch_add`, ordered after every earlier and before every later access of this thread. sm_70."""
     return atomic_fetch_add(p, i, value)
+
+
+# Matrices of 8 x 8 bfloat16 from shared memory. The place of a row is a 32-bit address, `shared_address`; under
+# the simulator it is an offset in bytes, so the array comes along.
+
+if SIMULATED:
+
+    def shared_address(p: Any, i: Any) -> Any:
+        """The place of element i of a shared array of 32-bit elements, int32, for the functions below."""
+        return int32(4 * int(i))
+
+    def _matrices(p: Any, at: Any) -> np.ndarray:
+        rows = threading.current_thread().gather_in_warp(int(at) // 4)  # type: ignore[attr-defined]
+        words = np.array([[int(p[row + k]) & 0xFFFFFFFF for k in range(4)] for row in rows], np.uint32)
+        return words.view(np.uint16).reshape(4, 8, 8)  # [matrix, row, column]
+
+    def load_matrices(p: Any, at: Any) -> tuple:
+        """Four 8 x 8 matrices of bfloat16, int32 x 4: lane 8 i + r gives the place of row r of matrix i (16 bytes, a
+        multiple of 16), and receives of each matrix row lane // 4, columns 2 (lane % 4) and the next. sm_75."""
+        g, c = divmod(threading.current_thread().thread_id % WARP, 4)  # type: ignore[attr-defined]
+        return tuple(int32(int(m[g, 2 * c]) | int(m[g, 2 * c + 1]) << 16) for m in _matrices(p, at))
+
+    def load_matrices_transposed(p: Any, at: Any) -> tuple:
+        """The same, but each lane receives column lane // 4, rows 2 (lane % 4) and the next. sm_75."""
+        g, c = divmod(threading.current_thread().thread_id % WARP, 4)  # type: ignore[attr-defined]
+        return tuple(int32(int(m[2 * c, g]) | int(m[2 * c + 1, g]) << 16) for m in _matrices(p, at))
+
+    def async_fill4(to: Any, at: Any, source: Any, j: Any, size: Any) -> None:
+        """`async_copy4` to the place `at` of a shared array; of the 16 bytes the first `size` are copied, 0 or 16, and
+        the others zero: with 0 the source is not read. sm_80."""
+        some = source[int(j) : int(j) + 4] if size else np.zeros(4, to.dtype)
+        async_copy4(to, int(at) // 4, some, 0)
+
+else:
+
+    @_instruction("{ .reg .u64 t; cvta.to.shared.u64 t, $1; cvt.u32.u64 $0, t; }", "r", "p")
+    def shared_address(p: Any, i: Any) -> Any: ...
+
+    @_instruction("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];", "rrrr", "r", effects=True)
+    def _load_matrices(at: Any) -> Any: ...
+
+    @_instruction("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];", "rrrr", "r", effects=True)
+    def _load_matrices_transposed(at: Any) -> Any: ...
+
+    @_instruction("cp.async.cg.shared.global [$0], [$1], 16, $2;", "", "rpr", effects=True)
+    def _async_fill4(at: Any, source: Any, j: Any, size: Any) -> Any: ...
+
+    @device_function
+    def load_matrices(p: Any, at: Any) -> Any:
+        return _load_matrices(at)
+
+    @device_function
+    def load_matrices_transposed(p: Any, at: Any) -> Any:
+        return _load_matrices_transposed(at)
+
+    @device_function
+    def async_fill4(to: Any, at: Any, source: Any, j: Any, size: Any) -> None:
+        _async_fill4(at, source, j, size)
+
+
+@_instruction("ld.global.v2.f32 {$0, $1}, [$2];", "ff", "p", effects=True)
+def load_pair(p: Any, i: Any) -> Any:
+    """float32 elements i, i + 1 (i even) of global memory: one 8-byte load. Any architecture."""
+    return p[int(i)], p[int(i) + 1]
+
+
+@_instruction("st.global.v2.f32 [$0], {$1, $2};", "", "pff", effects=True)
+def store_pair(p: Any, i: Any, a: Any, b: Any) -> None:
+    """Writes float32 elements i, i + 1 (i even) of global memory in one 8-byte store. Any architecture."""
+    p[int(i)], p[int(i) + 1] = a, b
