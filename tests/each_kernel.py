@@ -3,10 +3,12 @@
 import numpy as np
 
 from bitnet_numba.kernels import attention, embed, norm_quant, sampler
+from bitnet_numba.kernels.attention_batch import fits
 from bitnet_numba.kernels.w2a8_gemv import Plan
 from bitnet_numba.sampling import SamplingParams
 from tests.kernel_harness import arch
 from tests.test_attention import check_attention
+from tests.test_attention_batch import check_attention_batch
 from tests.test_embed import check_embed
 from tests.test_head import check_head
 from tests.test_norm_quant import check_norm_quant
@@ -25,6 +27,8 @@ def main() -> None:
         form = attention.attention_form(arch(), 64, 4, long)
         grid = (3, attention.attention_grid(1, 8, 2, long)[1])
         check_attention(form, grid, 2, 4, 64, 150, 200, 32, 4)
+    if fits(arch(), 64):
+        check_attention_batch((64, 4, 2), [300, 0, 65, 1100], 64, 3, other=(256, 1))
     check_norm_quant(norm_quant.norm_quant_form(arch(), 320), 3, 320, "none", True, 5, 1.0)
     logits = np.random.default_rng(6).standard_normal(300).astype(np.float32)
     for params in (SamplingParams(), SamplingParams(0.8, 0.9, 20, 0.01, 1.2, 7)):

@@ -18,7 +18,7 @@ from bitnet_numba.kernels.compilation import compile_ptx
 from bitnet_numba.kernels.forms import KernelForm
 from tests.kernel_harness import ARCHITECTURES
 
-MODULES = ("attention", "decode", "embed", "head", "kv_cache", "norm_quant", "sampler", "w2a8_gemv")
+MODULES = ("attention", "attention_batch", "decode", "embed", "head", "kv_cache", "norm_quant", "sampler", "w2a8_gemv")
 MOST_COMMON = 90  # the architecture that every form is compiled for; the others get each module's first forms
 TENSOR_CORES = 80
 NO_PTXAS = "ptxas is not installed (pip install nvidia-cuda-nvcc)"

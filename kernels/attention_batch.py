@@ -1,0 +1,533 @@
+"""Attention of a batched decode pass: one new token in each of many sequences, over a cache of pages.
+
+Row b is one token, of slot where[b, 0] at position where[b, 1]. Its key and value are in the cache already. One block
+serves a row and a key-value head with all query heads that share it (in parts of four), so that the cache is read
+once. What is read is the cache: 84 MB a layer for 128 rows of 256 tokens of 2B4T, 20 us at 4.2 TB/s.
+
+    grid       x: splits of a row's tokens       y: row * parts + part of the query heads
+    strand v   groups of 16 tokens v, v + 16, ... of a split, v = 0 .. 15; a warp takes strands w, w + W, ..., one
+               after the other                   lane: g = lane / 4, c = lane % 4
+
+    scores [16 rows, 8 tokens] += q [16, 16 dims] . k [16 dims, 8 tokens]      lane: token g, dims 8c .. 8c + 7 of 32
+        as in attention_long.py: rows are the three bfloat16 terms of four heads; lanes g and g + 4 end up with the
+        scores of head g % 4, tokens 2c and 2c + 1
+    out [16 dims, 8 columns] += v [16 dims, 16 tokens] . p [16 tokens, 8 columns]      tokens 2c, 2c + 1, 2c + 8, 2c + 9
+        columns 0 .. 3 are the first terms of four heads' p, 4 .. 7 the second; a second product adds the third to
+        columns 0 .. 3. So the sums take 32 registers, half of what p as the left operand takes, and loads of the next
+        keys and values have 64.
+
+Results do not depend on the batch, to the bit: a row of n tokens has splits of max(256, n / 32 rounded up to 64)
+tokens, a split 16 strands, each with its own running maximum and sums, and these are added up in their order, whichever
+warp had them. So the number of warps a block is free: many for few rows (each has one group of a short context: all
+loads are under way at once), two for many rows (five blocks share a multiprocessor; loads of one hide behind the
+products of another). So is the number of splits in the grid: a block goes on with split x + gridDim.x, and the last
+block of a row's part to arrive (an integer counter, left zero) adds up the splits.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+
+from bitnet_numba.kernels.attention import heads_per_block
+from bitnet_numba.kernels.attention_long import (
+    GROUP_TOKENS,
+    KEY_DIMS,
+    LEAST_ARCH,
+    LOG2_E,
+    LOWER,
+    MAX_HEAD_DIM,
+    SLOTS,
+    UPPER,
+    VALUE_DIMS,
+    partial_dims,
+)
+from bitnet_numba.kernels.device import Device, DeviceArray, Launch
+from bitnet_numba.kernels.forms import KernelForm
+from bitnet_numba.kernels.intrinsics import (
+    SHARED_ALIGN,
+    WARP,
+    add_rn,
+    atomic_fetch_add_ordered,
+    bf16_high,
+    bf16_low,
+    byte_permute,
+    div_rn,
+    divide,
+    exp2_approx,
+    float32,
+    grid_release,
+    grid_wait,
+    int32,
+    int64,
+    load4,
+    mma_bf16,
+    mul_rn,
+    pack_bf16,
+    pointer,
+    shuffle,
+    shuffle_xor,
+    store4,
+    stream_load,
+    uint32,
+    warp_max,
+    warp_sum,
+)
+from bitnet_numba.kernels.kv_cache import CACHE_SIGNATURE, PAGE, LayerCache, cache_arguments, check_sizes, token_words
+
+STRANDS = 16  # of a split: see above
+LEAST_TOKENS = 256  # of a split; splitting costs about 2 us
+MAX_SPLITS = 32
+SPLIT_STEP = 64  # tokens that a long row's splits are a multiple of
+AHEAD = 8  # partial results that a thread has in flight
+
+
+def fits(arch: int, head_dim: int) -> bool:
+    """Whether this kernel takes the head size on the architecture; where not, there is attention_rows."""
+    return arch >= LEAST_ARCH and head_dim % 2 == 0 and 2 <= head_dim <= MAX_HEAD_DIM
+
+
+def splits_needed(tokens: int) -> int:
+    """Splits that a row of so many tokens (its own included) has."""
+    chunk = max(LEAST_TOKENS, -(-tokens // (MAX_SPLITS * SPLIT_STEP)) * SPLIT_STEP)
+    return -(-tokens // chunk)
+
+
+def most_splits(max_tokens: int) -> int:
+    """Splits that rows of up to so many tokens have at most."""
+    return min(MAX_SPLITS, -(-max_tokens // LEAST_TOKENS))
+
+
+def make_attention_batch(
+    arch: int, head_dim: int, group: int, heads: int, threads: int, least: int = LEAST_TOKENS
+) -> Callable[..., None]:
+    """The kernel for a head size and a number of query heads per key-value head, `heads` (at most SLOTS, a divisor) of
+    them a block. `least` tokens of a split (a multiple of 64) other than this module's only in tests."""
+    stream, wait, release = stream_load(arch), grid_wait(arch), grid_release(arch)
+    mma, pack = mma_bf16, pack_bf16
+    D, HALF = head_dim, head_dim // 2
+    WORDS = token_words(D)
+    HEADS = heads
+    PARTS = group // HEADS
+    WARPS = threads // WARP
+    if STRANDS % WARPS:
+        raise ValueError(f"{STRANDS} strands cannot be shared by {WARPS} warps evenly")
+    L, Q = -(-D // KEY_DIMS), -(-D // VALUE_DIMS)  # 16-byte loads of each lane for a token's key, and for its value
+    DP = VALUE_DIMS * Q  # dimensions with padding, in shared memory and in partial results
+    WHOLE = 2 * WORDS == KEY_DIMS * L and 2 * WORDS == DP  # every lane of every load has dimensions
+    K_REGS, V_REGS, O_REGS = 8 * L, 16 * Q, 16 * Q
+    Q_WORDS, Q_TURNS = 2 * L * WARP * 4, -(-SLOTS * DP // 2 // threads)
+    ROTATIONS, PADS = -(-SLOTS * HALF // threads), SLOTS * (DP - D)
+    STRIDE = DP + 4  # keeps the heads' sums in different banks
+    SUMS, STATS, WEIGHTS = STRANDS * SLOTS * STRIDE, STRANDS * SLOTS, max(STRANDS, MAX_SPLITS) * SLOTS
+    AHEAD_REGS = 4 * AHEAD
+    HEAD_TURNS, OUTPUTS = -(-HEADS // WARPS), -(-HEADS * DP // 4 // threads)
+    LEAST_GROUPS, STEP_GROUPS = least // GROUP_TOKENS, SPLIT_STEP // GROUP_TOKENS
+    STEP_SHIFT = (MAX_SPLITS * SPLIT_STEP).bit_length() - 1
+    PAGE_GROUPS, PAGE_SHIFT = PAGE // GROUP_TOKENS, (PAGE // GROUP_TOKENS).bit_length() - 1
+    SCALE = float32(D**-0.5 * LOG2_E)  # exponentials are taken to base 2
+    LOWEST, ZERO, ONE = float32(-np.inf), float32(0), float32(1)
+
+    def attention_batch(
+        qkv, cos, sin, where, table, table_stride, keys, values, page_words, head_words, partials, stats, arrivals, out,
+        kv_heads, room
+    ):  # fmt: skip
+        q_s = pointer(cuda.shared.array(Q_WORDS, int32, SHARED_ALIGN))  # left operands: [steps, lane, 4 registers]
+        sum_s = pointer(cuda.shared.array(SUMS, float32, SHARED_ALIGN))  # [STRANDS, SLOTS, STRIDE]; first rotated q
+        max_s = pointer(cuda.shared.array(STATS, float32))  # [STRANDS, SLOTS]
+        total_s = pointer(cuda.shared.array(STATS, float32))
+        weight_s = pointer(cuda.shared.array(WEIGHTS, float32))  # [strands or splits, SLOTS]
+        whole_s = pointer(cuda.shared.array(SLOTS, float32))
+        arrived_s = pointer(cuda.shared.array(1, int32))
+        k_r = cuda.local.array(K_REGS, int32)
+        v_r = cuda.local.array(V_REGS, int32)
+        o_r = cuda.local.array(O_REGS, float32)
+        ahead_r = cuda.local.array(AHEAD_REGS, float32)
+
+        release()
+        tid = int32(cuda.threadIdx.x)
+        warp, lane = tid >> 5, tid & 31
+        g, c = lane >> 2, lane & 3
+        index = int32(cuda.blockIdx.y)
+        row = divide(index, int32(kv_heads * PARTS))
+        part = int32(index - row * kv_heads * PARTS)
+        kv = part if PARTS == 1 else divide(part, int32(PARTS))
+        split, in_grid = int32(cuda.blockIdx.x), int32(cuda.gridDim.x)
+        wait()
+        slot, pos = int32(where[2 * row]), int32(where[2 * row + 1])
+        if slot < 0:
+            return
+        groups = int32((pos >> 4) + 1)
+        chunk = max(int32(LEAST_GROUPS), int32(((pos >> STEP_SHIFT) + 1) * STEP_GROUPS))
+        used = divide(int32(groups + chunk - 1), chunk)
+        if split >= used:
+            return
+        blocks = min(used, in_grid)
+        base = int64(kv) * head_words
+        pages = int64(slot) * table_stride
+        k_lane, v_lane = int32(g * WORDS + c * 4), int32(2 * c * WORDS + g * 4)
+
+        while split < used:
+            start = int32(split * chunk)
+            end = min(int32(start + chunk), groups)
+            current = int32(start + warp)
+            if current < end:
+                page = int64(table[pages + (current >> PAGE_SHIFT)])
+                at = page * page_words + base + (current & (PAGE_GROUPS - 1)) * (GROUP_TOKENS * WORDS)
+                left = int32(
+                    pos + 1 - current * GROUP_TOKENS
+                )  # tokens t < left exist, t counted from the group's first
+                for i in range(L):
+                    for t in range(2):
+                        n = 8 * i + 4 * t
+                        k_r[n] = k_r[n + 1] = k_r[n + 2] = k_r[n + 3] = int32(0)
+                        if g + 8 * t < left and (WHOLE or 16 * i + 4 * c < WORDS):
+                            rd = at + (k_lane + (8 * t * WORDS + 16 * i))
+                            k_r[n], k_r[n + 1], k_r[n + 2], k_r[n + 3] = stream(keys, rd)
+                for i in range(Q):
+                    for t in range(4):
+                        n = 16 * i + 4 * t
+                        to = (t & 1) + 4 * (t & 2)
+                        v_r[n] = v_r[n + 1] = v_r[n + 2] = v_r[n + 3] = int32(0)
+                        if 2 * c + to < left and (WHOLE or 32 * i + 4 * g < WORDS):
+                            rd = at + (v_lane + (to * WORDS + 32 * i))
+                            v_r[n], v_r[n + 1], v_r[n + 2], v_r[n + 3] = stream(values, rd)
+
+            if split == int32(cuda.blockIdx.x):
+                # Queries, rotated and scaled, then as left operands: registers 0 and 2 hold rows 0 .. 7 (first and
+                # second terms), 1 and 3 rows 8 .. 15 (third terms, zeros).
+                for n in range(ROTATIONS):
+                    i = int32(tid + n * threads)
+                    h = divide(i, int32(HALF))
+                    j = int32(i - h * HALF)
+                    if h < SLOTS:
+                        x0 = x1 = ZERO
+                        if h < HEADS:
+                            rd = (row * (kv_heads * (group + 2)) + part * HEADS + h) * D + j
+                            x0, x1 = qkv[rd], qkv[rd + HALF]
+                        cosine, sine = cos[pos * HALF + j], sin[pos * HALF + j]
+                        y0 = add_rn(mul_rn(x0, cosine), mul_rn(-x1, sine))
+                        y1 = add_rn(mul_rn(x1, cosine), mul_rn(x0, sine))
+                        sum_s[h * DP + j] = mul_rn(y0, SCALE)
+                        sum_s[h * DP + HALF + j] = mul_rn(y1, SCALE)
+                if DP > D:
+                    for i in range(tid, PADS, threads):
+                        h = int32(i // (DP - D))
+                        sum_s[h * DP + D + i - h * (DP - D)] = ZERO
+                cuda.syncthreads()
+                for n in range(Q_TURNS):
+                    i = int32(tid + n * threads)
+                    h = divide(i, int32(DP // 2))
+                    word = int32(i - h * (DP // 2))
+                    if h < SLOTS and word < 16 * L:
+                        x0, x1 = sum_s[h * DP + 2 * word], sum_s[h * DP + 2 * word + 1]
+                        hi = pack(x0, x1)
+                        x0, x1 = x0 - bf16_low(hi), x1 - bf16_high(hi)
+                        mid = pack(x0, x1)
+                        step, to_c = int32((word >> 4) * 2 + (word >> 1 & 1)), word >> 2 & 3
+                        to = int32((step * WARP + h * 4 + to_c) * 4 + (word & 1) * 2)
+                        q_s[to] = hi
+                        q_s[to + 1] = pack(x0 - bf16_low(mid), x1 - bf16_high(mid))
+                        q_s[to + 64] = mid
+                        q_s[to + 65] = int32(0)
+            cuda.syncthreads()
+
+            top, total = LOWEST, ZERO
+            for i in range(O_REGS):
+                o_r[i] = ZERO
+            while current < end:
+                # The group after this one: of the same strand or, after the strand's last, of this warp's next strand.
+                following = int32(current + STRANDS)
+                strand = int32((current - start) & (STRANDS - 1))
+                ends = following >= end
+                if ends:
+                    following = int32(start + strand + WARPS) if strand + WARPS < STRANDS else end
+                page = int64(0)
+                if following < end:
+                    page = int64(table[pages + (following >> PAGE_SHIFT)])
+                left = int32(pos + 1 - current * GROUP_TOKENS)
+                ahead = int32(pos + 1 - following * GROUP_TOKENS)
+                s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = ZERO
+                for i in range(L):
+                    for j in range(2):
+                        a0, a1, a2, a3 = load4(q_s, lane * 4 + (2 * i + j) * WARP * 4)
+                        n = 8 * i + 2 * j
+                        s0, s1, s2, s3 = mma(a0, a1, a2, a3, k_r[n], k_r[n + 1], s0, s1, s2, s3)
+                        t0, t1, t2, t3 = mma(a0, a1, a2, a3, k_r[n + 4], k_r[n + 5], t0, t1, t2, t3)
+                at = page * page_words + base + (following & (PAGE_GROUPS - 1)) * (GROUP_TOKENS * WORDS)
+                if following < end:
+                    for i in range(L):
+                        for t in range(2):
+                            n = 8 * i + 4 * t
+                            k_r[n] = k_r[n + 1] = k_r[n + 2] = k_r[n + 3] = int32(0)
+                            if g + 8 * t < ahead and (WHOLE or 16 * i + 4 * c < WORDS):
+                                rd = at + (k_lane + (8 * t * WORDS + 16 * i))
+                                k_r[n], k_r[n + 1], k_r[n + 2], k_r[n + 3] = stream(keys, rd)
+                # The three terms' rows add up to the scores of head g % 4: tokens 2c, 2c + 1, 2c + 8, 2c + 9.
+                s0, s1, t0, t1 = s0 + s2, s1 + s3, t0 + t2, t1 + t3
+                s0 += shuffle_xor(s0, 16)
+                s1 += shuffle_xor(s1, 16)
+                t0 += shuffle_xor(t0, 16)
+                t1 += shuffle_xor(t1, 16)
+                if left < GROUP_TOKENS:
+                    s0 = s0 if 2 * c < left else LOWEST
+                    s1 = s1 if 2 * c + 1 < left else LOWEST
+                    t0 = t0 if 2 * c + 8 < left else LOWEST
+                    t1 = t1 if 2 * c + 9 < left else LOWEST
+                before = top
+                top = max(top, max(max(s0, s1), max(t0, t1)))
+                top = max(top, shuffle_xor(top, 1))
+                top = max(top, shuffle_xor(top, 2))
+                alpha = exp2_approx(before - top)
+                s0, s1 = exp2_approx(s0 - top), exp2_approx(s1 - top)
+                t0, t1 = exp2_approx(t0 - top), exp2_approx(t1 - top)
+                total = total * alpha + ((s0 + s1) + (t0 + t1))
+                p0, p1 = pack(s0, s1), pack(t0, t1)  # first terms
+                s0, s1, t0, t1 = s0 - bf16_low(p0), s1 - bf16_high(p0), t0 - bf16_low(p1), t1 - bf16_high(p1)
+                p2, p3 = pack(s0, s1), pack(t0, t1)  # second
+                p4 = pack(s0 - bf16_low(p2), s1 - bf16_high(p2))  # third
+                p5 = pack(t0 - bf16_low(p3), t1 - bf16_high(p3))
+                if g >= SLOTS:
+                    p0, p1, p4, p5 = p2, p3, int32(0), int32(0)
+                if current - start >= STRANDS:  # columns 2c and 2c + 1 are heads 2c % 4 and 2c % 4 + 1
+                    even, odd = shuffle(alpha, (c & 1) * 8), shuffle(alpha, (c & 1) * 8 + 4)
+                    for i in range(0, O_REGS, 2):
+                        o_r[i], o_r[i + 1] = o_r[i] * even, o_r[i + 1] * odd
+                for i in range(Q):
+                    for j in range(4):  # dimensions 64i + 8g + 2j and, in rows 8 .. 15, the one after
+                        v, n = 16 * i + j, 4 * (4 * i + j)
+                        a0 = int32(byte_permute(v_r[v], v_r[v + 4], LOWER))
+                        a1 = int32(byte_permute(v_r[v], v_r[v + 4], UPPER))
+                        a2 = int32(byte_permute(v_r[v + 8], v_r[v + 12], LOWER))
+                        a3 = int32(byte_permute(v_r[v + 8], v_r[v + 12], UPPER))
+                        o0, o1, o2, o3 = o_r[n], o_r[n + 1], o_r[n + 2], o_r[n + 3]
+                        o0, o1, o2, o3 = mma(a0, a1, a2, a3, p0, p1, o0, o1, o2, o3)
+                        o0, o1, o2, o3 = mma(a0, a1, a2, a3, p4, p5, o0, o1, o2, o3)
+                        o_r[n], o_r[n + 1], o_r[n + 2], o_r[n + 3] = o0, o1, o2, o3
+                if following < end:
+                    for i in range(Q):
+                        for t in range(4):
+                            n = 16 * i + 4 * t
+                            to = (t & 1) + 4 * (t & 2)
+                            v_r[n] = v_r[n + 1] = v_r[n + 2] = v_r[n + 3] = int32(0)
+                            if 2 * c + to < ahead and (WHOLE or 32 * i + 4 * g < WORDS):
+                                rd = at + (v_lane + (to * WORDS + 32 * i))
+                                b0, b1, b2, b3 = stream(values, rd)
+                                v_r[n], v_r[n + 1], v_r[n + 2], v_r[n + 3] = b0, b1, b2, b3
+                if ends:
+                    # The strand's result. Lanes c and c + 2 have the terms of the same two heads: each adds up one.
+                    total += shuffle_xor(total, 1)
+                    total += shuffle_xor(total, 2)
+                    if c == 0 and g < SLOTS:
+                        max_s[strand * SLOTS + g] = top
+                        total_s[strand * SLOTS + g] = total
+                    to = (strand * SLOTS + (c & 1) * 2 + (c >> 1)) * STRIDE + 8 * g
+                    upper = c >= 2
+                    for i in range(4 * Q):  # two neighbouring dimensions
+                        n = 4 * i
+                        o0, o1, o2, o3 = o_r[n], o_r[n + 1], o_r[n + 2], o_r[n + 3]
+                        o_r[2 * i] = (o1 if upper else o0) + shuffle_xor(o0 if upper else o1, 2)
+                        o_r[2 * i + 1] = (o3 if upper else o2) + shuffle_xor(o2 if upper else o3, 2)
+                    for i in range(2 * Q):
+                        wr = to + (i // 2 * VALUE_DIMS + i % 2 * 4)
+                        store4(sum_s, wr, o_r[4 * i], o_r[4 * i + 1], o_r[4 * i + 2], o_r[4 * i + 3])
+                    top, total = LOWEST, ZERO
+                    for i in range(O_REGS):
+                        o_r[i] = ZERO
+                current = following
+
+            # The strands meet.
+            cuda.syncthreads()
+            strands = min(int32(end - start), int32(STRANDS))
+            split_wr = (int64(index) * room + split) * HEADS
+            for n in range(HEAD_TURNS):
+                h = int32(warp + n * WARPS)
+                if h < HEADS:
+                    top = max_s[lane * SLOTS + h] if lane < strands else LOWEST
+                    total = total_s[lane * SLOTS + h] if lane < strands else ZERO
+                    largest = warp_max(top)
+                    weight = exp2_approx(top - largest)
+                    total = warp_sum(mul_rn(weight, total))
+                    if lane < strands:
+                        weight_s[lane * SLOTS + h] = weight
+                    if lane == 0:
+                        whole_s[h] = total
+                        if used > 1:
+                            stats[(split_wr + h) * 2] = largest
+                            stats[(split_wr + h) * 2 + 1] = total
+            cuda.syncthreads()
+            for n in range(OUTPUTS):
+                i = int32(tid + n * threads)
+                h = divide(i, int32(DP // 4))
+                d = int32((i - h * (DP // 4)) * 4)
+                if h < HEADS:
+                    b0 = b1 = b2 = b3 = ZERO
+                    for s in range(strands):
+                        weight = weight_s[s * SLOTS + h]
+                        x0, x1, x2, x3 = load4(sum_s, (s * SLOTS + h) * STRIDE + d)
+                        b0, b1, b2, b3 = b0 + weight * x0, b1 + weight * x1, b2 + weight * x2, b3 + weight * x3
+                    if used > 1:
+                        store4(partials, (split_wr + h) * DP + d, b0, b1, b2, b3)
+                    else:
+                        inverse = div_rn(ONE, whole_s[h])
+                        wr = (row * (kv_heads * group) + part * HEADS + h) * D + d
+                        for k in range(4):
+                            if d + k < D:
+                                out[wr + k] = (b0 if k == 0 else b1 if k == 1 else b2 if k == 2 else b3) * inverse
+            split = int32(split + in_grid)
+            if split < used:
+                cuda.syncthreads()
+        if used == 1:
+            return
+
+        cuda.syncthreads()
+        if tid == 0:
+            arrived_s[0] = int32(atomic_fetch_add_ordered(arrivals, index, uint32(1)))
+        cuda.syncthreads()
+        if arrived_s[0] != blocks - 1:
+            return
+        # The last block of this row's part: every split's partial result is there.
+        part_rd = int64(index) * room * HEADS
+        for n in range(HEAD_TURNS):
+            h = int32(warp + n * WARPS)
+            if h < HEADS:
+                top, total = LOWEST, ZERO
+                if lane < used:
+                    top = stats[(part_rd + lane * HEADS + h) * 2]
+                    total = stats[(part_rd + lane * HEADS + h) * 2 + 1]
+                largest = warp_max(top)
+                weight = exp2_approx(top - largest)
+                weight_s[lane * SLOTS + h] = weight
+                total = warp_sum(mul_rn(weight, total))
+                if lane == 0:
+                    whole_s[h] = total
+        cuda.syncthreads()
+        for n in range(OUTPUTS):
+            i = int32(tid + n * threads)
+            h = divide(i, int32(DP // 4))
+            d = int32((i - h * (DP // 4)) * 4)
+            if h < HEADS:
+                b0 = b1 = b2 = b3 = ZERO
+                first = int32(0)
+                while first < used:
+                    for j in range(AHEAD):
+                        if first + j < used:
+                            x0, x1, x2, x3 = load4(partials, (part_rd + (first + j) * HEADS + h) * DP + d)
+                            ahead_r[4 * j], ahead_r[4 * j + 1], ahead_r[4 * j + 2], ahead_r[4 * j + 3] = x0, x1, x2, x3
+                    for j in range(AHEAD):
+                        if first + j < used:
+                            weight = weight_s[(first + j) * SLOTS + h]
+                            b0 += weight * ahead_r[4 * j]
+                            b1 += weight * ahead_r[4 * j + 1]
+                            b2 += weight * ahead_r[4 * j + 2]
+                            b3 += weight * ahead_r[4 * j + 3]
+                    first = int32(first + AHEAD)
+                inverse = div_rn(ONE, whole_s[h])
+                wr = (row * (kv_heads * group) + part * HEADS + h) * D + d
+                for k in range(4):
+                    if d + k < D:
+                        out[wr + k] = (b0 if k == 0 else b1 if k == 1 else b2 if k == 2 else b3) * inverse
+        if tid == 0:
+            arrivals[index] = 0
+
+    return attention_batch
+
+
+_FLOATS, _WORDS = types.CPointer(types.float32), types.CPointer(types.int32)
+SIGNATURE = (
+    *(_FLOATS, _FLOATS, _FLOATS, _WORDS, *CACHE_SIGNATURE),  # qkv, cos, sin, where, table ... head_words
+    *(_FLOATS, _FLOATS, _WORDS, _FLOATS, types.int32, types.int32),  # partials, stats, arrivals, out, kv_heads, room
+)
+BLOCKS = {64: 5, 128: 3, 256: 2, 512: 1}  # resident blocks of so many threads
+
+
+def attention_batch_form(arch: int, head_dim: int, group: int, threads: int, least: int = LEAST_TOKENS) -> KernelForm:
+    """The compiled form for a head size, group and threads a block (32 * a power of two up to 512).
+
+    `least` only for tests. Raises ValueError where the kernel does not fit.
+    """
+    if not fits(arch, head_dim):
+        raise ValueError(
+            f"batched attention takes even head sizes up to {MAX_HEAD_DIM} from sm_{LEAST_ARCH} on, "
+            f"not {head_dim} on sm_{arch}"
+        )
+    if group < 1:
+        raise ValueError(f"a key-value head serves at least one query head, not {group}")
+    heads = heads_per_block(group, True)
+    kernel = make_attention_batch(arch, head_dim, group, heads, threads, least)
+    wide = 4 * -(-head_dim // KEY_DIMS) + 8 * -(-head_dim // VALUE_DIMS)
+    name = f"attention_batch[{head_dim}, {group}, {threads}, {least}]"
+    return KernelForm(name, kernel, SIGNATURE, threads, BLOCKS.get(threads, 1), wide_loads=wide)
+
+
+def attention_batch_scratch(
+    rows: int, max_tokens: int, heads: int, kv_heads: int, head_dim: int
+) -> tuple[int, int, int]:
+    """Elements of (partials float32, stats float32, arrivals int32: zeroed once, the kernel leaves zeros) for up to
+    `rows` rows of up to `max_tokens` tokens."""
+    room = most_splits(max_tokens)
+    parts = heads // heads_per_block(heads // kv_heads, True)
+    return rows * heads * room * partial_dims(head_dim), rows * heads * room * 2, rows * parts
+
+
+def threads_for(blocks: int, multiprocessors: int) -> int:
+    """Threads a block, by how many blocks have work: they should all be resident at once."""
+    return next((t for t in (512, 256, 128) if blocks <= BLOCKS[t] * multiprocessors), 64)
+
+
+def attention_batch(
+    device: Device,
+    qkv: DeviceArray,
+    cos: DeviceArray,
+    sin: DeviceArray,
+    where: DeviceArray,
+    cache: LayerCache,
+    scratch: Sequence[DeviceArray],
+    out: DeviceArray,
+    rows: int,
+    splits: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    threads: int = 0,
+    overlap: bool = True,
+) -> Launch:
+    """The launch for one layer: out[b] = softmax(q_b . K / sqrt(head_dim)) . V over row b's tokens 0 .. where[b, 1].
+
+    qkv float32 [rows, (heads + 2 * kv_heads) * head_dim], q not yet rotated; cos, sin float32 [max tokens, head_dim /
+    2]; where int32 [rows, 2]: slot (-1: the row is skipped) and position; cache: one layer's, the rows' own tokens
+    included; scratch as `attention_batch_scratch` says for at least `rows` and max tokens; out float32 [rows, heads *
+    head_dim]. `splits`: blocks that share a row's part, `splits_needed` of the longest row at best; any number gives
+    the same result, and so does any number of `threads` a block (0: this module's choice).
+    Raises ValueError with the sizes if they do not fit together.
+    """
+    max_tokens = cos.size // (head_dim // 2)
+    parts = heads // heads_per_block(max(1, heads // kv_heads), True)
+    partials, stats, arrivals = attention_batch_scratch(rows, max_tokens, heads, kv_heads, head_dim)
+    sizes = {
+        "qkv": (qkv, rows * (heads + 2 * kv_heads) * head_dim),
+        "cos": (cos, head_dim // 2),
+        "sin": (sin, cos.size),
+        "where": (where, 2 * rows),
+        "partials": (scratch[0], partials),
+        "stats": (scratch[1], stats),
+        "arrivals": (scratch[2], arrivals),
+        "out": (out, rows * heads * head_dim),
+    }
+    check_sizes("attention_batch", sizes, cache, rows, heads, kv_heads, head_dim)
+    if splits < 1:
+        raise ValueError(f"attention_batch: {splits} splits; at least one is needed")
+    threads = threads or threads_for(rows * parts * splits, device.multiprocessors)
+    form = attention_batch_form(device.arch, head_dim, heads // kv_heads, threads)
+    arguments = (
+        qkv, cos, sin, where, *cache_arguments(cache), *scratch, out, kv_heads, most_splits(max_tokens)
+    )  # fmt: skip
+    return Launch(form, (splits, rows * parts), arguments, device, overlap)
+
+
+def forms(arch: int) -> list[KernelForm]:
+    """Forms of a full-size 2B4T step, then of other head sizes and groups. None where the kernel does not fit."""
+    shapes = [(128, 4, 64), (128, 4, 128), (128, 4, 256), (128, 4, 512), (64, 4, 64), (96, 1, 64), (100, 1, 512)]
+    shapes += [(128, 8, 128), (8, 5, 64)]
+    return [attention_batch_form(arch, *shape) for shape in shapes] if fits(arch, shapes[0][0]) else []
