@@ -7,17 +7,10 @@ it, moves the position on, and writes it to a ring in page-locked memory that th
     1. every block: repetition penalty; largest logit, lowest id first  -> one 64-bit atomic maximum
        temperature 0: the last block to arrive stores the token. That is all: 513 KB read for V = 128256.
     2. (grid barrier) z = (logit - max) / temperature
-    3. top-k, then top-p: the cut is found by radix select, 10 bits a pass, over keys that order tokens as the
-       definition does: by falling z, then by rising id. A pass adds up a histogram of the tokens that share the bits
-       found so far (of how many there are for top-k, of their probabilities for top-p), meets the other blocks at a
-       barrier, and looks where the target is reached.
+    3. top-k, then top-p: the cut is found by radix select, 10 bits a pass, over the keys of `sampler_parts`. A pass
+       adds up a histogram of the tokens that share the bits found so far (of how many there are for top-k, of their
+       probabilities for top-p), meets the other blocks at a barrier, and looks where the target is reached.
     4. largest z + Gumbel noise of the tokens at or above the cut and min-p's least z; the last block stores it
-
-                  49              18 17              0
-            key: | z as an integer  | 2^18 - 1 - id  |     larger key = earlier rank; no two are equal
-
-Probabilities are added as integers, exp(z) in units of 2^-39: exact, so the same in any order. All else is float32 in
-the definition's own order of operations; only exp and log may differ from NumPy's in the last bit.
 
 Measured (H200, V = 128256, us a launch in a graph): greedy 5.4, with a penalty 6.3, temperature alone 10.9, top-k 50.7,
 top-p 62.9, everything 68.4. For V = 4096: 3.9, 3.9, 7.5, 14.5, 22.5, 27.6. Those were with a histogram of int64 in
@@ -26,7 +19,6 @@ now it is two arrays of int32, which the hardware adds to, but that has not been
 of barriers would cost greedy steps about 1 us for each pass that they do not need.
 """
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -42,79 +34,59 @@ from bitnet_numba.kernels.intrinsics import (
     atomic_add_wide,
     atomic_fetch_add,
     atomic_max_wide,
-    bits_to_float,
     device_function,
-    div_rn,
     fence,
     float32,
-    float_to_bits,
     grid_wait,
     int32,
     int64,
-    int_to_float,
     load_acquire,
-    mul_high,
-    mul_low,
-    mul_rn,
     pointer,
-    shuffle,
-    shuffle_xor,
     uint32,
-    warp_max,
 )
-from bitnet_numba.sampling import PHILOX_MULTIPLIERS, PHILOX_ROUNDS, PHILOX_WEYL, SamplingParams
+from bitnet_numba.kernels.sampler_parts import (
+    BINS,
+    DIGIT_BITS,
+    FIRST_SHIFT,
+    ID_BITS,
+    LEAST_Z,
+    MAX_VOCAB,
+    NAN_TOKEN,
+    PENALTY,
+    SEED_HIGH,
+    SEED_LOW,
+    SETTINGS,
+    TEMPERATURE,
+    TINY,
+    TOP_K,
+    TOP_P,
+    block_best,
+    chosen_word,
+    gumbel,
+    key_of,
+    penalized,
+    probability,
+    random_words,
+    running_sums,
+    shifted,
+    token_of,
+    unordered,
+    wanted_sum,
+)
+from bitnet_numba.kernels.sampler_parts import settings as settings  # for callers
 
 THREADS = 256  # two blocks fit a multiprocessor of any architecture; four bins of a histogram each
 MAX_BLOCKS = 64
 SLICE = 4096  # tokens of a block: 16 KB of shared memory
-ID_BITS = 18
-MAX_VOCAB = 1 << ID_BITS
-DIGIT_BITS = 10
-BINS = 1 << DIGIT_BITS
-PASSES = (32 + ID_BITS) // DIGIT_BITS
 HISTOGRAMS = 3  # in turn: one is added to, one was just read, one is being cleared
 NAN_KEY = 1 << (32 + ID_BITS)  # above every key
-UNIT = float32(2.0**39)  # of probabilities: 2^18 tokens of at most 1 fit 63 bits
 LIMB_BITS = 20  # a block's 4096 tokens of one limb, 20 or 19 bits, fit 32
-NAN_TOKEN = -1  # what the ring holds when logits hold NaN
 
 # Scratch, int64 words, and counters, int32. Zeroed once; every launch leaves zeros.
 BEST, CHOSEN, HISTOGRAM = 0, 1, 2
 SCRATCH_WORDS = HISTOGRAM + HISTOGRAMS * BINS
 ARRIVED, LEFT = 0, 1
 COUNTERS = 2
-
-# Settings, float64: read from device memory, so that one captured graph serves every request.
-TEMPERATURE, TOP_P, PENALTY, LEAST_Z, TOP_K, SEED_LOW, SEED_HIGH = range(7)
-SETTINGS = 7
-
-
-def settings(params: SamplingParams) -> np.ndarray:
-    """Sampling parameters as the kernel reads them, float64 [SETTINGS]. The seed is set unless temperature is 0."""
-    seed = params.seed or 0
-    least = math.log(params.min_p) if params.min_p > 0 else -math.inf
-    values = (params.temperature, params.top_p, params.repetition_penalty, least, min(params.top_k, MAX_VOCAB))
-    return np.array([*values, seed & 0xFFFFFFFF, seed >> 32], np.float64)
-
-
-@device_function
-def _ordered(x):
-    """A float as an unsigned integer that orders as floats do (NaN aside); -0 becomes 0."""
-    bits = float_to_bits(add_rn(x, float32(0)))
-    return uint32(bits ^ uint32(0xFFFFFFFF)) if bits & uint32(0x80000000) else uint32(bits | uint32(0x80000000))
-
-
-@device_function
-def _unordered(word):
-    """The float that `_ordered` made a word of."""
-    flip = uint32(0x80000000) if word & uint32(0x80000000) else uint32(0xFFFFFFFF)
-    return bits_to_float(uint32(word ^ flip))
-
-
-@device_function
-def _key(x, token):
-    """Larger for larger x, and for lower tokens of equal x."""
-    return int64(int64(_ordered(x)) << ID_BITS) | int64(MAX_VOCAB - 1 - token)
 
 
 @device_function
@@ -128,36 +100,18 @@ def _grid_barrier(counters, arrivals, tid):
     cuda.syncthreads()
 
 
-@device_function
-def _philox_round(c0, c1, c2, c3, key0, key1):
-    high0, low0 = mul_high(c0, uint32(PHILOX_MULTIPLIERS[0])), mul_low(c0, uint32(PHILOX_MULTIPLIERS[0]))
-    high1, low1 = mul_high(c2, uint32(PHILOX_MULTIPLIERS[1])), mul_low(c2, uint32(PHILOX_MULTIPLIERS[1]))
-    return uint32(uint32(high1 ^ c1) ^ key0), low1, uint32(uint32(high0 ^ c3) ^ key1), low0
-
-
-@device_function
-def _gumbel(word):
-    """-log(-log(u)) with u of 23 random bits, as in `sampling.gumbel_noise`."""
-    u = mul_rn(add_rn(int_to_float(int32(word >> uint32(9))), float32(0.5)), float32(2.0**-23))
-    return -float32(math.log(-float32(math.log(u))))
-
-
 def make_sampler(arch: int, threads: int = THREADS, slice_size: int = SLICE) -> Callable[..., None]:
     """The kernel; the launch's grid may be any number of blocks that are all resident and own every token."""
     wait = grid_wait(arch)
     WARPS, BINS_EACH, BIN_LIMBS = threads // WARP, BINS // threads, 2 * BINS
     LIMB = (1 << LIMB_BITS) - 1
-    LOWEST, ZERO = float32(-np.inf), float32(0)
-    TINY = float32(np.finfo(np.float32).tiny)
-    W0, W1 = PHILOX_WEYL
-    FIRST_SHIFT = 32 + ID_BITS - DIGIT_BITS
+    LOWEST = float32(-np.inf)
 
     def sample(logits, vocab, setting, position, tokens, seen, scratch, counters, ring, ring_size):
         z_s = pointer(cuda.shared.array(slice_size, float32))
         bins_s = cuda.shared.array(BIN_LIMBS, int32)  # [2, BINS]: low limbs, high limbs
         bins_r = cuda.local.array(BINS_EACH, int64)  # the grid's sums in this thread's digits
-        top_s = pointer(cuda.shared.array(WARPS, float32))
-        id_s = pointer(cuda.shared.array(WARPS, int32))
+        keys_s = pointer(cuda.shared.array(WARPS, int64))
         sums_s = pointer(cuda.shared.array(WARPS, int64))
         found_s = pointer(cuda.shared.array(3, int64))  # the digit, what ranks above it, whether all of it is wanted
         last_s = pointer(cuda.shared.array(1, int32))
@@ -178,14 +132,11 @@ def make_sampler(arch: int, threads: int = THREADS, slice_size: int = SLICE) -> 
         top, top_id, broken = LOWEST, int32(vocab), int32(0)
         for i in range(tid, count, threads):
             token = int32(start + i)
-            x = logits[token]
-            if penalty != float32(1):
-                if (seen[token >> 5] >> (token & 31)) & 1:
-                    x = div_rn(x, penalty) if x > ZERO else mul_rn(x, penalty)
+            x = penalized(logits[token], seen, 0, token, penalty)
             z_s[i] = x
             if x != x:
                 broken = int32(1)
-            if x > top or (x == top and token < top_id):
+            if x > top or top_id == vocab:
                 top, top_id = x, token
         broken = cuda.syncthreads_or(broken)
         best_slot = BEST
@@ -193,18 +144,8 @@ def make_sampler(arch: int, threads: int = THREADS, slice_size: int = SLICE) -> 
         least = LOWEST
         turn = int32(0)  # 0: the largest logit; 1: the largest of logit plus noise
         while True:
-            largest = warp_max(top)
-            top_id = top_id if top == largest else int32(vocab)
-            for step in range(5):
-                top_id = min(top_id, shuffle_xor(top_id, 1 << step))
-            if lane == 0:
-                top_s[warp], id_s[warp] = largest, top_id
-            cuda.syncthreads()
+            key = block_best(key_of(top, top_id) if top_id < vocab else int64(0), keys_s, warp, lane, WARPS)
             if tid == 0:
-                key = int64(0)
-                for i in range(WARPS):
-                    if id_s[i] < vocab:
-                        key = max(key, _key(top_s[i], id_s[i]))
                 atomic_max_wide(scratch, best_slot, int64(NAN_KEY) if broken else key)
             if greedy or turn == 1:
                 break
@@ -214,9 +155,9 @@ def make_sampler(arch: int, threads: int = THREADS, slice_size: int = SLICE) -> 
             if best == int64(NAN_KEY):
                 break
             # 2. Shift and temperature.
-            largest = _unordered(uint32(best >> ID_BITS))
+            largest = unordered(uint32(best >> ID_BITS))
             for i in range(tid, count, threads):
-                z_s[i] = add_rn(div_rn(add_rn(z_s[i], -largest), temperature), ZERO)
+                z_s[i] = shifted(z_s[i], largest, temperature)
             cuda.syncthreads()
 
             # 3. The cuts of top-k (stage 0) and top-p (stage 1).
@@ -240,13 +181,13 @@ def make_sampler(arch: int, threads: int = THREADS, slice_size: int = SLICE) -> 
                         scratch[after + i] = int64(0)
                     cuda.syncthreads()
                     for i in range(tid, count, threads):
-                        key = _key(z_s[i], start + i)
+                        key = key_of(z_s[i], start + i)
                         if key >= cut and key >> (shift + DIGIT_BITS) == prefix:
                             digit = (key >> shift) & (BINS - 1)
                             if stage == 0:
                                 cuda.atomic.add(bins_s, digit, int32(1))
                             else:
-                                share = int64(float32(math.exp(z_s[i])) * UNIT)
+                                share = probability(z_s[i])
                                 cuda.atomic.add(bins_s, digit, int32(share & LIMB))
                                 if share > LIMB:
                                     cuda.atomic.add(bins_s, digit + BINS, int32(share >> LIMB_BITS))
@@ -263,22 +204,9 @@ def make_sampler(arch: int, threads: int = THREADS, slice_size: int = SLICE) -> 
                         digit = BINS - 1 - BINS_EACH * tid - j
                         bins_r[j] = scratch[now + digit]
                         own += bins_r[j]
-                    running = own
-                    for step in range(5):
-                        below = shuffle(running, max(int32(lane - (1 << step)), int32(0)))
-                        if lane >= 1 << step:
-                            running += below
-                    if lane == WARP - 1:
-                        sums_s[warp] = running
-                    cuda.syncthreads()
-                    before, total = int64(0), int64(0)
-                    for i in range(WARPS):
-                        if i < warp:
-                            before += sums_s[i]
-                        total += sums_s[i]
-                    running += before - own
+                    running, total = running_sums(own, sums_s, warp, lane, WARPS)
                     if stage == 1 and shift == FIRST_SHIFT:
-                        target = max(int64(1), int64(math.ceil(setting[TOP_P] * float(total))))
+                        target = wanted_sum(setting[TOP_P], total)
                     for j in range(BINS_EACH):
                         digit = BINS - 1 - BINS_EACH * tid - j
                         if running < target and target <= running + bins_r[j]:
@@ -303,18 +231,15 @@ def make_sampler(arch: int, threads: int = THREADS, slice_size: int = SLICE) -> 
                 for j in range(4):
                     i = int32(quad * 4 + j)
                     if i < count:
-                        if z_s[i] >= least and _key(z_s[i], start + i) >= cut:
+                        if z_s[i] >= least and key_of(z_s[i], start + i) >= cut:
                             kept = int32(kept | 1 << j)
                 if kept:
-                    c0, c1, c2, c3 = uint32((start >> 2) + quad), uint32(pos + 1), uint32(0), uint32(0)
-                    key0, key1 = uint32(setting[SEED_LOW]), uint32(setting[SEED_HIGH])
-                    for _ in range(PHILOX_ROUNDS):
-                        c0, c1, c2, c3 = _philox_round(c0, c1, c2, c3, key0, key1)
-                        key0, key1 = uint32(key0 + uint32(W0)), uint32(key1 + uint32(W1))
+                    c0, c1, c2, c3 = random_words(
+                        (start >> 2) + quad, pos + 1, uint32(setting[SEED_LOW]), uint32(setting[SEED_HIGH])
+                    )
                     for j in range(4):
                         if kept >> j & 1:
-                            word = c0 if j == 0 else c1 if j == 1 else c2 if j == 2 else c3
-                            x = add_rn(z_s[quad * 4 + j], _gumbel(word))
+                            x = add_rn(z_s[quad * 4 + j], gumbel(chosen_word(c0, c1, c2, c3, j)))
                             if x > top or top_id == vocab:
                                 top, top_id = x, int32(start + quad * 4 + j)
             cuda.syncthreads()
@@ -333,7 +258,7 @@ def make_sampler(arch: int, threads: int = THREADS, slice_size: int = SLICE) -> 
             if best != int64(NAN_KEY):
                 if not greedy:
                     best = scratch[CHOSEN]
-                token = MAX_VOCAB - 1 - (best & (MAX_VOCAB - 1))
+                token = token_of(best)
             tokens[pos + 1] = int32(max(token, int64(0)))
             position[0] = int32(pos + 1)
             ring[(pos + 1) % ring_size] = int64(int64(pos + 1) << 32) | (token & 0xFFFFFFFF)

@@ -1,4 +1,4 @@
-"""The sampler kernel chooses the token that `sampling.sample` chooses.
+"""The sampler kernels, of one row and of many, choose the token that `sampling.sample` chooses.
 
 The penalty, the temperature and the cuts are the same float32 operations in the same order, so what is kept is equal,
 but for two things that the kernel computes otherwise: probabilities are float32 exponentials (relative error 2^-23)
@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from bitnet_numba import sampling
 from bitnet_numba.kernels import sampler as kernel
+from bitnet_numba.kernels import sampler_many
 from bitnet_numba.sampling import SamplingParams, sample
-from tests.kernel_harness import Out, arch, needs_gpu, run, run_simulated
+from tests.kernel_harness import SIMULATED, Out, arch, needs_gpu, run, run_simulated
 
+Case = tuple[np.ndarray, list[int], SamplingParams]  # logits, history, parameters
 RING = 8
 NOISE_ERROR = 2.0**-18
 
@@ -51,7 +53,11 @@ def check_sampler(
     logits: np.ndarray, history: list[int], params: SamplingParams, form: kernel.KernelForm, grid: int
 ) -> None:
     """The kernel chooses what the definition chooses."""
-    token = choose(logits, history, params, form, grid)
+    assert_choice(choose(logits, history, params, form, grid), logits, history, params)
+
+
+def assert_choice(token: int, logits: np.ndarray, history: list[int], params: SamplingParams) -> None:
+    """The token is what the definition chooses, or the definition is too close to a tie to tell."""
     expected = sample(logits, history, params)
     if token == expected:
         return
@@ -69,10 +75,67 @@ def check_sampler(
         assert abs(noisy[0] - noisy[1]) <= NOISE_ERROR, f"token {token}: {noisy[0]}, expected {expected}: {noisy[1]}"
 
 
+def choose_many(rows: list[Case | None], form: kernel.KernelForm, repeat: int = 2) -> list[int | None]:
+    """The kernel's tokens for rows of one vocabulary (None: a row to skip); checks everything else that it stores."""
+    vocab = max(len(row[0]) for row in rows if row is not None)
+    slots = len(rows) + 1
+    stride = max(len(row[1]) for row in rows if row is not None) + 1
+    logits = np.full((len(rows), vocab), np.nan, np.float32)
+    setting = np.full((slots, kernel.SETTINGS), np.nan)
+    seen = np.zeros((slots, -(-vocab // 32)), np.uint32)
+    where = np.full((len(rows), 2), -1, np.int32)
+    tokens, position = np.full((slots, stride), -7, np.int32), np.full(slots, -5, np.int32)
+    for i, row in enumerate(rows):
+        if row is None:
+            continue
+        slot = slots - 1 - i
+        logits[i], history, setting[slot] = row[0], row[1], kernel.settings(row[2])
+        for token in history:
+            seen[slot, token // 32] |= np.uint32(1 << token % 32)
+        where[i] = slot, len(history) - 1
+    tokens_out, position_out = Out(tokens.size, np.int32, tokens), Out(slots, np.int32, position)
+    out = Out(len(rows), np.int64, np.full(len(rows), -1, np.int64))
+    arguments = [logits, vocab, setting, where, tokens_out, stride, seen.view(np.int32), seen.shape[1], position_out]
+    run(form, len(rows), [*arguments, out], repeat)
+    chosen: list[int | None] = []
+    for i, row in enumerate(rows):
+        entry = int(out.array[i])
+        if row is None:
+            assert entry == -1
+            chosen.append(None)
+            continue
+        slot, new = slots - 1 - i, len(row[1])
+        assert entry >> 32 == new
+        token = entry & 0xFFFFFFFF
+        position[slot], tokens[slot, new] = new, 0 if token == 0xFFFFFFFF else token
+        chosen.append(kernel.NAN_TOKEN if token == 0xFFFFFFFF else token)
+    assert np.array_equal(position_out.array, position)
+    assert np.array_equal(tokens_out.array, tokens.reshape(-1))
+    return chosen
+
+
 @st.composite
-def cases(draw: st.DrawFn, most: int) -> tuple[np.ndarray, list[int], SamplingParams]:
-    """Logits with many equal values, a history and parameters."""
+def batches(draw: st.DrawFn, most: int, rows: int) -> list[Case | None]:
+    """Rows of one vocabulary with settings of their own; some are to be skipped."""
     vocab = draw(st.integers(1, most) | st.just(most))
+    first = draw(cases(most, vocab))
+    return [first, *draw(st.lists(st.none() | cases(most, vocab), max_size=rows - 1))]
+
+
+def check_sampler_many(rows: list[Case | None], form: kernel.KernelForm) -> list[int | None]:
+    """Each row's choice is the definition's; returns them."""
+    chosen = choose_many(rows, form)
+    for token, row in zip(chosen, rows, strict=True):
+        if row is not None:
+            assert token is not None
+            assert_choice(token, *row)
+    return chosen
+
+
+@st.composite
+def cases(draw: st.DrawFn, most: int, vocab: int = 0) -> Case:
+    """Logits with many equal values, a history and parameters."""
+    vocab = vocab or draw(st.integers(1, most) | st.just(most))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     logits = (rng.standard_normal(vocab) * draw(st.sampled_from([0.01, 1.0, 4.0]))).astype(np.float32)
     if draw(st.booleans()):
@@ -94,8 +157,14 @@ def cases(draw: st.DrawFn, most: int) -> tuple[np.ndarray, list[int], SamplingPa
 
 @settings(max_examples=15)
 @given(case=cases(most=70))
-def simulate_sampler(case: tuple[np.ndarray, list[int], SamplingParams]) -> None:
+def simulate_sampler(case: Case) -> None:
     check_sampler(*case, kernel.sampler_form(arch(), 32, 128), 1)
+
+
+@settings(max_examples=12)
+@given(rows=batches(most=70, rows=2), list_size=st.sampled_from([2, 20, 128]))
+def simulate_sampler_many(rows: list[Case | None], list_size: int) -> None:
+    check_sampler_many(rows, sampler_many.sampler_many_form(arch(), 32, list_size))
 
 
 @settings(max_examples=3)
@@ -110,6 +179,9 @@ def check_nan(vocab: int, at: int, temperature: float, form: kernel.KernelForm, 
     logits[at] = np.nan
     params = SamplingParams(temperature=temperature, top_k=3, seed=1)
     assert choose(logits, [0, 0], params, form, grid) == kernel.NAN_TOKEN
+    many = sampler_many.sampler_many_form(arch(), 32 if SIMULATED else sampler_many.THREADS)
+    other = np.zeros(vocab, np.float32), [0], SamplingParams()
+    assert choose_many([(logits, [0, 0], params), other], many) == [kernel.NAN_TOKEN, 0]
 
 
 def test_simulated() -> None:
@@ -124,12 +196,28 @@ FULL = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01, repetiti
 @example(case=(np.random.default_rng(1).standard_normal(262144).astype(np.float32), [5, 7], FULL))
 @example(case=(np.zeros(128256, np.float32), [5, 7], SamplingParams(temperature=1.0, top_p=0.5, seed=6)))
 @given(case=cases(most=128256))
-def test_sampler_on_gpu(case: tuple[np.ndarray, list[int], SamplingParams]) -> None:
+def test_sampler_on_gpu(case: Case) -> None:
     from bitnet_numba.kernels.device import usable_device
 
     logits, history, params = case
     grid = kernel.sampler_grid(usable_device().multiprocessors, len(logits))
     check_sampler(logits, history, params, kernel.sampler_form(arch()), grid)
+
+
+@needs_gpu
+@settings(max_examples=25)
+@example(rows=[(np.random.default_rng(2).standard_normal(262144).astype(np.float32), [5, 7], FULL)])
+@example(rows=[(np.zeros(128256, np.float32), [5, 7], SamplingParams(temperature=1.0, top_p=0.5, top_k=9000, seed=6))])
+@given(rows=batches(most=128256, rows=8))
+def test_sampler_many_on_gpu(rows: list[Case | None]) -> None:
+    """Rows in company get the token that the sampler of one row chooses, ties and all."""
+    from bitnet_numba.kernels.device import usable_device
+
+    chosen = check_sampler_many(rows, sampler_many.sampler_many_form(arch()))
+    for token, row in zip(chosen, rows, strict=True):
+        if row is not None:
+            grid = kernel.sampler_grid(usable_device().multiprocessors, len(row[0]))
+            assert token == choose(*row, kernel.sampler_form(arch()), grid, repeat=1)
 
 
 @needs_gpu
