@@ -707,8 +707,7 @@ if SIMULATED:
     def async_fill4(to: Any, at: Any, source: Any, j: Any, size: Any) -> None:
         """`async_copy4` to the place `at` of a shared array; of the 16 bytes the first `size` are copied, 0 or 16, and
         the others zero: with 0 the source is not read. sm_80."""
-        some = source[int(j) : int(j) + 4] if size else np.zeros(4, to.dtype)
-        async_copy4(to, int(at) // 4, some, 0)
+        async_copy4(to, int(at) // 4, source, j, size)
 
 else:
 
