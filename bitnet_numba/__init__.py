@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bitnet_numba.engine import load as load
     from bitnet_numba.errors import BitNetError as BitNetError
     from bitnet_numba.sampling import SamplingParams as SamplingParams
+    from bitnet_numba.scheduler import Scheduler as Scheduler
     from bitnet_numba.session import Session as Session
 
 # Public names and the modules they live in, imported when first asked for: `import bitnet_numba` itself costs nothing.
@@ -32,6 +33,7 @@ _HOMES = {
     "Completion": "answer",
     "Engine": "engine",
     "SamplingParams": "sampling",
+    "Scheduler": "scheduler",
     "Session": "session",
     "load": "engine",
 }

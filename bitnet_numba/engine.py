@@ -1,24 +1,27 @@
 """`load` opens a packed checkpoint, picks a backend and returns an Engine: prompts in, answers out."""
 
+import contextlib
 import ctypes
 import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_numba.answer import Completion
 from bitnet_numba.backend import Backend, Context
 from bitnet_numba.checkpoint import PackedCheckpoint, open_packed
 from bitnet_numba.config import ModelConfig
-from bitnet_numba.errors import BackendError, CheckpointError, RequestError
+from bitnet_numba.errors import BackendError, BitNetError, CheckpointError, RequestError
 from bitnet_numba.generation_config import read_sampling
-from bitnet_numba.prompts import Prompt, check_ids, whole_number
+from bitnet_numba.prompts import Prompt, check_ids, read_request, whole_number
 from bitnet_numba.sampling import SamplingParams
-from bitnet_numba.session import Completion, Session, Stream, finite_arithmetic
+from bitnet_numba.scheduler import Scheduler
+from bitnet_numba.session import Session, Stream, finite_arithmetic
 from bitnet_numba.tokenizer import Tokenizer
 
 BACKENDS = ("auto", "cuda", "reference")
@@ -126,6 +129,58 @@ class Engine:
 
         return session.stream(prompt, params, max_new_tokens, stop, ended)
 
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams | None] | None = None,
+        max_new_tokens: int | None = None,
+        stop: str | Sequence[str] = (),
+        max_sequences: int = 64,
+    ) -> list[Completion]:
+        """The answers to many prompts, in their order, computed together.
+
+        params: for all prompts, or a list with one for each; None is greedy.
+        max_new_tokens: of each answer. Room is kept for that many, so a small number lets more prompts run at a time.
+        stop: texts before which an answer ends.
+        max_sequences: how many run at a time; the others wait.
+
+        Raises RequestError or ContextFull, naming the prompt's index, before anything is computed; BackendError when
+        memory does not suffice or a prompt makes the model's numbers not finite.
+        """
+        if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Sequence):
+            raise RequestError("prompts must be a list of prompts")
+        if isinstance(params, SamplingParams) or params is None:
+            params = [params] * len(prompts)
+        elif len(params) != len(prompts):
+            raise RequestError(f"there are {len(prompts)} prompts but {len(params)} sampling parameters")
+        requests = []
+        vocab = self.config.vocab_size
+        for i in range(len(prompts)):
+            with _naming_prompt(i):
+                request = read_request(self.tokenizer, vocab, self.context, prompts[i], params[i], max_new_tokens, stop)
+            requests.append(request)
+        if not requests:
+            return []
+        completions: dict[int, Completion] = {}
+        with self.scheduler(max_sequences) as scheduler:
+            numbers = []
+            for i, request in enumerate(requests):
+                with _naming_prompt(i):
+                    numbers.append(scheduler.add_request(request))
+            while scheduler.busy:
+                for update in scheduler.step():
+                    if update.error is not None:
+                        raise BackendError(f"prompt {numbers.index(update.request)}: {update.error}")
+                    if update.completion is not None:
+                        completions[update.request] = update.completion
+        return [completions[number] for number in numbers]
+
+    def scheduler(self, max_sequences: int = 64, tokens: int | None = None, prefill_chunk: int = 1024) -> Scheduler:
+        """Answers many requests together, which may come and go at any time; arguments as for `Scheduler`."""
+        return Scheduler(
+            self._backend, self.tokenizer, self.config.vocab_size, self.context, max_sequences, tokens, prefill_chunk
+        )
+
     def _take_context(self, capacity: int) -> Context:
         """An empty context, for a stream that begins: one that is idle, else a new one."""
         if not self._idle:
@@ -133,6 +188,14 @@ class Engine:
         context = self._idle.pop()
         context.truncate(0)
         return context
+
+
+@contextlib.contextmanager
+def _naming_prompt(index: int) -> Iterator[None]:
+    try:
+        yield
+    except BitNetError as error:
+        raise type(error)(f"prompt {index}: {error}") from None
 
 
 def load(path: str | os.PathLike[str] | None = None, backend: str = "auto", context: int | None = None) -> Engine:

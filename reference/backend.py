@@ -6,10 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_numba.checkpoint import PackedCheckpoint
+from bitnet_numba.reference.batch import ReferenceBatch, page_bytes
 from bitnet_numba.reference.model import Cache, Model
 from bitnet_numba.sampling import SamplingParams, sample
 
-CHUNK = 256  # prompt tokens computed at a time: bounds the memory of attention scores and logits
+ROOM = 1 << 30  # bytes of keys and values that a batch takes unless asked for a certain room
 
 
 class ReferenceBackend:
@@ -23,6 +24,16 @@ class ReferenceBackend:
     def new_context(self, capacity: int) -> "ReferenceContext":
         """An empty context for up to `capacity` tokens."""
         return ReferenceContext(self.model, capacity)
+
+    def new_batch(self, max_sequences: int, capacity: int, tokens: int | None = None) -> ReferenceBatch:
+        """Room for sequences that decode together. Raises BackendError when memory does not suffice."""
+        longest = -(-capacity // ReferenceBatch.page_size)  # pages of one sequence
+        most = max_sequences * longest
+        if tokens is None:
+            num_pages = min(most, max(longest, ROOM // page_bytes(self.model.config)))
+        else:
+            num_pages = -(-tokens // ReferenceBatch.page_size)
+        return ReferenceBatch(self.model, max_sequences, capacity, num_pages)
 
     def memory(self) -> dict[str, int]:
         """Bytes of weights in memory; rows of embedding and head stay in the mapped file."""
@@ -70,11 +81,10 @@ class ReferenceContext:
         del self._cache
 
     def _extend(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-        """Final hidden states of appended tokens, chunk by chunk."""
+        """Final hidden states of appended tokens, piece by piece."""
+        start = len(self.ids)
         if not 1 <= len(ids) <= self.capacity - len(self.ids):
             raise ValueError(f"{len(ids)} tokens do not fit {self.capacity - len(self.ids)} free places")
-        for start in range(0, len(ids), CHUNK):
-            part = ids[start : start + CHUNK]
-            hidden = self._model.forward(np.asarray(part, np.int64), self._cache)
-            self.ids += part
+        for hidden in self._model.extend(ids, self._cache):
+            self.ids += ids[len(self.ids) - start :][: len(hidden)]
             yield hidden

@@ -7,7 +7,9 @@ Letters: M tokens in this call, T tokens in the context after it, N rows out, K 
 D head_dim, V vocabulary. Shapes stand behind the lines that change them.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,9 @@ from bitnet_numba.config import GROUPS, ModelConfig
 from bitnet_numba.quantize import quantize_activations
 
 Floats = NDArray[np.float32]
+Append = Callable[[Floats, Floats], tuple[Floats, Floats]]
 ONE = np.float32(1)
+PIECE = 64  # prompt tokens computed at a time
 TILE = 1 << 18  # elements turned to float32 at a time, so that a tile of weights stays in the cache
 EXACT_COLUMNS = (1 << 24) // 128  # sums of this many products of int8 with ternary are exact in float32
 
@@ -27,14 +31,17 @@ EXACT_COLUMNS = (1 << 24) // 128  # sums of this many products of int8 with tern
 class Cache:
     """Keys and values of one sequence, for every layer: float32 [capacity, G, D] each."""
 
+    length = 0  # tokens held
+
     def __init__(self, config: ModelConfig, capacity: int):
         shape = (config.num_layers, 2, capacity, config.num_kv_heads, config.head_dim)
         self.values = np.empty(shape, np.float32)
-        self.length = 0  # tokens held
 
-    def layer(self, i: int) -> tuple[Floats, Floats]:
-        """Keys and values of layer i."""
-        return self.values[i, 0], self.values[i, 1]
+    def append(self, layer: int, keys: Floats, values: Floats) -> tuple[Floats, Floats]:
+        """Stores the next tokens' keys and values [M, G, D] of a layer; returns those of all tokens [T, G, D]."""
+        end = self.length + len(keys)
+        self.values[layer, :, self.length : end] = keys, values
+        return self.values[layer, 0, :end], self.values[layer, 1, :end]
 
 
 class Model:
@@ -54,9 +61,21 @@ class Model:
         positions = np.arange(cache.length, cache.length + len(ids))
         cos, sin = rope_tables(self.config, positions)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, *cache.layer(i), cache.length)
+            x = layer(x, cos, sin, partial(cache.append, i))
         cache.length += len(ids)
         return rms_norm(x, self.norm, self.config.rms_norm_eps)
+
+    def extend(self, ids: Sequence[int], cache: Cache) -> Iterator[Floats]:
+        """`forward` for any number of tokens, piece by piece, which bounds the memory of scores.
+
+        Pieces end where the position is a multiple of PIECE. Float32 rounding varies with the shape of a product; so it
+        does not depend on how a prompt was divided into calls, as long as those end where pieces do.
+        """
+        start = 0
+        while start < len(ids):
+            end = start + PIECE - cache.length % PIECE
+            yield self.forward(np.asarray(ids[start:end], np.int64), cache)
+            start = end
 
     def logits(self, hidden: Floats) -> Floats:
         """Scores of the next token: [M, hidden] -> [M, V]."""
@@ -80,20 +99,20 @@ class Layer:
         self.gate, self.up = load_linears(checkpoint, i, "gate_up")
         (self.down,) = load_linears(checkpoint, i, "down")
 
-    def __call__(self, x: Floats, cos: Floats, sin: Floats, keys: Floats, values: Floats, start: int) -> Floats:
-        """Tokens [M, hidden] at positions start, start + 1, ... -> [M, hidden]; their keys and values are stored."""
+    def __call__(self, x: Floats, cos: Floats, sin: Floats, append: Append) -> Floats:
+        """Tokens [M, hidden], the next of a sequence -> [M, hidden]; `append` is the cache's, for this layer."""
         eps = self.config.rms_norm_eps
-        x = x + self.attention(rms_norm(x, self.input_norm, eps), cos, sin, keys, values, start)
+        x = x + self.attention(rms_norm(x, self.input_norm, eps), cos, sin, append)
         return x + self.feed_forward(rms_norm(x, self.post_attention_norm, eps))
 
-    def attention(self, x: Floats, cos: Floats, sin: Floats, keys: Floats, values: Floats, start: int) -> Floats:
+    def attention(self, x: Floats, cos: Floats, sin: Floats, append: Append) -> Floats:
         """Grouped-query causal attention [M, hidden] -> [M, hidden]."""
         config, M = self.config, len(x)
-        end = start + M
         q = rotate(self.q(x).reshape(M, config.num_heads, config.head_dim), cos, sin)  # [M, hidden] -> [M, H, D]
-        keys[start:end] = rotate(self.k(x).reshape(M, config.num_kv_heads, config.head_dim), cos, sin)  # [M, G, D]
-        values[start:end] = self.v(x).reshape(M, config.num_kv_heads, config.head_dim)
-        mixed: Floats = attend(q, keys[:end], values[:end]).reshape(M, config.q_size)  # [M, H, D] -> [M, H * D]
+        k = rotate(self.k(x).reshape(M, config.num_kv_heads, config.head_dim), cos, sin)  # [M, G, D]
+        v = self.v(x).reshape(M, config.num_kv_heads, config.head_dim)
+        keys, values = append(k, v)  # [M, G, D] -> [T, G, D]
+        mixed: Floats = attend(q, keys, values).reshape(M, config.q_size)  # [M, H, D] -> [M, H * D]
         if config.sub_norms:
             mixed = rms_norm(mixed, self.attn_sub_norm, config.rms_norm_eps)
         return self.o(mixed)
