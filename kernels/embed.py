@@ -104,7 +104,7 @@ def make_finish_prompt(arch: int, threads: int = THREADS) -> Callable[..., None]
     """The kernel that ends a pass over a prompt."""
     wait, release = grid_wait(arch), grid_release(arch)
 
-    def finish_prompt(count, slots, position, keep, h, last, columns):
+    def finish_prompt(count, slots, position, keep, h, last, where, columns):
         release()
         wait()
         fed = count[0]
@@ -113,7 +113,9 @@ def make_finish_prompt(arch: int, threads: int = THREADS) -> Callable[..., None]
             if j < columns:
                 last[j] = h[int64(fed - 1) * columns + j]
             if j == 0:
-                position[slots[0]] = int32(position[slots[0]] + fed - keep)
+                slot = slots[0]
+                position[slot] = int32(position[slot] + fed - keep)
+                where[0], where[1] = slot, position[slot]
 
     return finish_prompt
 
@@ -227,7 +229,7 @@ def embed_many(
 def finish_prompt_form(arch: int, threads: int = THREADS) -> KernelForm:
     """The compiled form; `threads` only for tests."""
     i32, words, floats = types.int32, types.CPointer(types.int32), types.CPointer(types.float32)
-    signature = (words, words, words, i32, floats, floats, i32)
+    signature = (words, words, words, i32, floats, floats, words, i32)
     return KernelForm(f"finish_prompt[{threads}]", make_finish_prompt(arch, threads), signature, threads)
 
 
@@ -239,19 +241,21 @@ def finish_prompt(
     keep: int,
     h: DeviceArray,
     last: DeviceArray,
+    where: DeviceArray,
     columns: int,
     overlap: bool = True,
 ) -> Launch:
     """The launch that ends a pass over a prompt: position[slots[0]] += count - keep, and row count - 1 of h to `last`.
 
-    keep is 1 if a sampler follows, which moves the position on by one itself, else 0. count int32 [1]; slots int32 [1];
-    position int32 [S]; h float32 [rows, columns]; last float32 [columns]. Raises ValueError for sizes that do not fit.
+    keep is 1 if a sampler follows, which moves the position on by one itself, else 0. where[0], where[1] become slot and
+    new position, as `sampler_many` wants them of `last`. count int32 [1]; slots int32 [1]; position int32 [S]; h
+    float32 [rows, columns]; last float32 [columns]; where int32 [2]. Raises ValueError for sizes that do not fit.
     """
-    if keep not in (0, 1) or h.size % columns or last.size < columns:
+    if keep not in (0, 1) or h.size % columns or last.size < columns or where.size < 2:
         raise ValueError(
             f"finish_prompt: keep {keep}, {h.size} elements in rows of {columns}, last of {last.size} do not fit"
         )
-    arguments = (count, slots, position, keep, h, last, columns)
+    arguments = (count, slots, position, keep, h, last, where, columns)
     return Launch(finish_prompt_form(device.arch), embed_grid(columns), arguments, device, overlap)
 
 

@@ -79,12 +79,13 @@ def check_finish_prompt(form: KernelForm, threads: int, size: int, columns: int,
     h = rng.standard_normal((size, columns)).astype(np.float32)
     start = rng.integers(0, 100, 5).astype(np.int32)
     count, slot = int(rng.integers(1, size + 1)), int(rng.integers(5))
-    position, last = Out(5, np.int32, start), Out(columns, np.float32)
-    arguments = [np.array([count], np.int32), np.array([slot, -1], np.int32), position, keep, h, last, columns]
+    position, last, where = Out(5, np.int32, start), Out(columns, np.float32), Out(2, np.int32)
+    arguments = [np.array([count], np.int32), np.array([slot, -1], np.int32), position, keep, h, last, where, columns]
     run(form, embed_grid(columns, threads), arguments)
     start[slot] += count - keep
     assert np.array_equal(position.array, start)
     assert last.array.tobytes() == h[count - 1].tobytes()
+    assert where.array.tolist() == [slot, start[slot]]
 
 
 @settings(max_examples=10)
