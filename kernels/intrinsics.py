@@ -406,11 +406,14 @@ def fence() -> None:
 
 
 @_instruction(
-    "{ .reg .u64 to; cvta.to.shared.u64 to, $0; cp.async.cg.shared.global [to], [$1], 16, $2; }", "", "ppr", effects=True
+    "{ .reg .u64 to; cvta.to.shared.u64 to, $0; cp.async.cg.shared.global [to], [$1], 16, $2; }",
+    "",
+    "ppr",
+    effects=True,
 )
 def async_copy4(to: Any, i: Any, source: Any, j: Any, size: Any) -> None:
-    """Starts copying 32-bit elements j .. j+3 of global memory to i .. i+3 of a shared array (multiples of 4): the first
-    `size` bytes (0 or 16); the others become zero, and are not read. sm_80."""
+    """Starts copying 32-bit elements j .. j+3 of global memory to i .. i+3 of a shared array (multiples of 4); `size`
+    is 16, or 0 for zeros without reading. sm_80."""
     thread: Any = threading.current_thread()
     thread.__dict__.setdefault("async_copies", [[]])[-1].append((to, int(i), source, int(j), int(size)))
 
@@ -438,6 +441,11 @@ _ASYNC_WAITS = [_async_wait(pending) for pending in range(6)]
 def async_wait(pending: int) -> Callable:
     """`wait()`: until at most `pending` (0 to 5) of this thread's latest groups have not arrived. sm_80."""
     return _ASYNC_WAITS[pending]
+
+
+@_instruction(r".pragma \22nounroll\22;", "", "", effects=True)  # \22: LLVM's way to write a quotation mark
+def keep_loop() -> None:
+    """At the start of a loop's body: the assembler does not unroll it, which would take registers. Any architecture."""
 
 
 # ---- Exchange inside a warp -----------------------------------------------------------------------------------------
@@ -588,6 +596,18 @@ def atomic_add_wide(p: Any, i: Any, value: Any) -> None:
         p[int(i)] = int(p[int(i)]) + int(value)
 
 
+@_instruction("ld.global.cg.v2.b32 {$0, $1}, [$2];", "rr", "p", effects=True)
+def load2_l2(p: Any, i: Any) -> Any:
+    """Words i, i + 1 (i even) of global memory as L2 has them, never from L1: int32 x 2. Any architecture."""
+    return int32(p[int(i)]), int32(p[int(i) + 1])
+
+
+@_instruction("ld.global.cg.v4.b32 {$0, $1, $2, $3}, [$4];", "rrrr", "p", effects=True)
+def load4_l2(p: Any, i: Any) -> Any:
+    """Words i .. i + 3 (i a multiple of 4) of global memory as L2 has them: int32 x 4. Any architecture."""
+    return _four(p, i)
+
+
 # ---- Tensor cores ---------------------------------------------------------------------------------------------------
 
 
@@ -641,9 +661,9 @@ def mma_bf16(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: 
 def mma_codes(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> tuple:
     """The warp's C [16, 8] += A [16, 32] . B [32, 8], uint8 . int8, int32 sums; returns c0 .. c3. sm_80.
 
-    With g = lane // 4, c = lane % 4, a lane holds of A rows g (a0, a2) and g + 8 (a1, a3), columns 4c .. 4c + 3 (a0, a1)
-    and 4c + 16 .. 4c + 19 (a2, a3); of B column g, rows 4c .. 4c + 3 (b0) and 4c + 16 .. 4c + 19 (b1); of C rows g
-    (c0, c1) and g + 8 (c2, c3), columns 2c and 2c + 1.
+    With g = lane // 4, c = lane % 4, a lane holds of A rows g (a0, a2) and g + 8 (a1, a3), columns 4c .. 4c + 3 (a0,
+    a1) and 4c + 16 .. 4c + 19 (a2, a3); of B column g, rows 4c .. 4c + 3 (b0) and 4c + 16 .. 4c + 19 (b1); of C rows
+    g (c0, c1) and g + 8 (c2, c3), columns 2c and 2c + 1.
     """
     thread: Any = threading.current_thread()
     lanes = np.array([[int(x) & 0xFFFFFFFF for x in lane] for lane in thread.gather_in_warp((a0, a1, a2, a3, b0, b1))])
@@ -657,6 +677,33 @@ def mma_codes(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1:
     g, c = divmod(thread.thread_id % WARP, 4)
     sums = (a[[g, g, g + 8, g + 8]] * b[:, [2 * c, 2 * c + 1] * 2].T).sum(axis=1)
     return tuple(int32(int(start) + int(more)) for start, more in zip((c0, c1, c2, c3), sums, strict=True))
+
+
+_MMA_BF16 = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+
+
+@_instruction(
+    "{ .reg .f32 s<4>; "
+    f"{_MMA_BF16} {{s0, s1, s2, s3}}, {{$4, $5, $6, $7}}, {{$12, $13}}, {{$20, $21, $22, $23}}; "
+    f"{_MMA_BF16} {{s0, s1, s2, s3}}, {{$4, $5, $6, $7}}, {{$16, $17}}, {{s0, s1, s2, s3}}; "
+    f"{_MMA_BF16} {{s0, s1, s2, s3}}, {{$8, $9, $10, $11}}, {{$14, $15}}, {{s0, s1, s2, s3}}; "
+    f"{_MMA_BF16} {{$0, $1, $2, $3}}, {{$8, $9, $10, $11}}, {{$18, $19}}, {{s0, s1, s2, s3}}; }}",
+    "ffff",
+    "r" * 16 + "ffff",
+)
+def mma_bf16_terms(
+    a0: Any, a1: Any, a2: Any, a3: Any, a4: Any, a5: Any, a6: Any, a7: Any,
+    h0: Any, h1: Any, h2: Any, h3: Any, l0: Any, l1: Any, l2: Any, l3: Any,
+    c0: Any, c1: Any, c2: Any, c3: Any,
+) -> tuple:  # fmt: skip
+    """`mma_bf16` over 32 columns (a0 .. a3, then a4 .. a7) with B a sum of two terms, h and l; returns c0 .. c3. sm_80.
+
+    One for the compiler, which weighs a loop by how much it holds before it unrolls it.
+    """
+    c0, c1, c2, c3 = mma_bf16(a0, a1, a2, a3, h0, h1, c0, c1, c2, c3)
+    c0, c1, c2, c3 = mma_bf16(a0, a1, a2, a3, l0, l1, c0, c1, c2, c3)
+    c0, c1, c2, c3 = mma_bf16(a4, a5, a6, a7, h2, h3, c0, c1, c2, c3)
+    return mma_bf16(a4, a5, a6, a7, l2, l3, c0, c1, c2, c3)
 
 
 @_instruction("fma.rn.bf16x2 $0, $1, $2, $3;", "r", "rrr")

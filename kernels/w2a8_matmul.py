@@ -34,7 +34,6 @@ or, where no two warps want the same, straight from global memory (`stages` = 0)
 docs/performance-notes.md has what was tried and measured.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -47,24 +46,22 @@ from bitnet_numba.kernels.forms import KernelForm
 from bitnet_numba.kernels.intrinsics import (
     SHARED_ALIGN,
     WARP,
-    add_rn,
     async_commit,
     async_copy4,
     async_wait,
-    div_rn,
     float32,
     grid_release,
     grid_wait,
     int32,
-    int_to_float,
     load4,
     mma_codes,
-    mul_rn,
     pointer,
     store4,
     stream_pair,
 )
-from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_BITS, CODE_MASK, CODE_OFFSET, packed_words
+from bitnet_numba.kernels.w2a8_columns import STEP, make_columns
+from bitnet_numba.kernels.w2a8_epilogue import EPILOGUES, make_epilogue
+from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_BITS, CODE_MASK, packed_words
 
 LEAST_ARCH = 80  # mma of 8-bit integers with 32 columns
 PANEL = 64  # columns that a warp multiplies in a turn: two blocks
@@ -76,7 +73,7 @@ MOST_SEGMENTS = 3  # q, k and v
 
 
 class Tile(NamedTuple):
-    """How a product is cut up: what `make_matmul` is specialised to."""
+    """How a product is cut up: what its kernel is specialised to."""
 
     tokens: int  # of a block: a multiple of 8
     blocks: int  # row-blocks of a warp; even for "gated"
@@ -85,6 +82,7 @@ class Tile(NamedTuple):
     held: int  # turns of weights in registers
     stages: int  # turns of activations in shared memory; 0: straight to registers
     per_sm: int = 1  # blocks of a multiprocessor that the registers must allow
+    scheme: str = "mma"  # or "dp4a", of w2a8_columns.py
 
     @property
     def rows(self) -> int:
@@ -97,13 +95,12 @@ class Tile(NamedTuple):
         return self.row_warps * self.k_warps * WARP
 
 
-def make_matmul(
-    arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu2"
-) -> Callable[..., None]:
+def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu2") -> Callable[..., None]:
     """The kernel for a tile. `epilogue`: "acc" int32 sums, for tests; "store" y; "residual" y is added to what `out`
     holds; "gated" activation(y[n]) * y[n + N/2]."""
     load, wait, release = stream_pair(arch), grid_wait(arch), grid_release(arch)
-    GATED, RESIDUAL, ACC, RELU2 = epilogue == "gated", epilogue == "residual", epilogue == "acc", activation == "relu2"
+    GATED, RESIDUAL, ACC = epilogue == "gated", epilogue == "residual", epilogue == "acc"
+    finish = make_epilogue(epilogue, activation)
     T, U, WR, WK, HELD, STAGES = tile[:6]
     HALVES = 2 if GATED else 1
     UNITS = U // HALVES  # row-blocks of the output
@@ -123,7 +120,7 @@ def make_matmul(
     PASS = N_PASS * U * FRAGMENT  # sums of a warp in a pass
     SCALE_TURNS = -(-T // THREADS)
     MASK = np.int32(CODE_MASK)
-    ZERO, ONE = float32(0), float32(1)
+    ZERO = float32(0)
     if GATED and U % 2 or T % TOKENS or SHARED > SHARED_INTS:
         raise ValueError(f"no product is made of {tile}")
 
@@ -248,8 +245,14 @@ def make_matmul(
                         for u in range(U):
                             for p in range(2):
                                 w0, w1 = w_r[2 * (j * U + u)], w_r[2 * (j * U + u) + 1]
-                                a0, a2 = (w0 >> (2 * CODE_BITS * p)) & MASK, (w0 >> (2 * CODE_BITS * p + CODE_BITS)) & MASK
-                                a1, a3 = (w1 >> (2 * CODE_BITS * p)) & MASK, (w1 >> (2 * CODE_BITS * p + CODE_BITS)) & MASK
+                                a0, a2 = (
+                                    (w0 >> (2 * CODE_BITS * p)) & MASK,
+                                    (w0 >> (2 * CODE_BITS * p + CODE_BITS)) & MASK,
+                                )
+                                a1, a3 = (
+                                    (w1 >> (2 * CODE_BITS * p)) & MASK,
+                                    (w1 >> (2 * CODE_BITS * p + CODE_BITS)) & MASK,
+                                )
                                 for t in range(NT):
                                     n, b = 4 * (t * U + u), 4 * (j % B_AHEAD * NT + t) + 2 * p
                                     c0, c1, c2, c3 = acc_r[n], acc_r[n + 1], acc_r[n + 2], acc_r[n + 3]
@@ -315,45 +318,142 @@ def make_matmul(
                     m, r = int32(token + k % 2), int32(row + k // 2)
                     if first + m < limit and r < rows:
                         c = c0 if k == 0 else (c1 if k == 1 else (c2 if k == 2 else c3))
-                        off = int32(CODE_OFFSET * total_s[m])
-                        to = int32(first + m) * rows + r
-                        if ACC:
-                            out[to] = int32(c - off)
-                        else:
-                            scale = scale0 if r < bound1 else (scale1 if r < bound2 else scale2)
-                            y = div_rn(mul_rn(int_to_float(int32(c - off)), scale), s_s[m])
-                            if bias is not None:
-                                y = add_rn(y, bias[r])
-                            if GATED:
-                                e = e0 if k == 0 else (e1 if k == 1 else (e2 if k == 2 else e3))
-                                z = div_rn(mul_rn(int_to_float(int32(e - off)), scale1), s_s[m])
-                                if bias is not None:
-                                    z = add_rn(z, bias[rows + r])
-                                if RELU2:
-                                    y = max(y, ZERO)
-                                    y = mul_rn(mul_rn(y, y), z)
-                                else:
-                                    y = mul_rn(div_rn(y, add_rn(ONE, math.exp(-y))), z)
-                            if RESIDUAL:
-                                old = old0 if k == 0 else (old1 if k == 1 else (old2 if k == 2 else old3))
-                                y = add_rn(old, y)
-                            out[to] = y
+                        e = e0 if k == 0 else (e1 if k == 1 else (e2 if k == 2 else e3))
+                        old = old0 if k == 0 else (old1 if k == 1 else (old2 if k == 2 else old3))
+                        scale = scale0 if r < bound1 else (scale1 if r < bound2 else scale2)
+                        y = finish(c, e, total_s[m], scale, scale1, s_s[m], bias, r, rows, old)
+                        out[int32(first + m) * rows + r] = y
 
     return matmul
 
 
-def form(
-    arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu2", bias: bool = False
-) -> KernelForm:
+def plan(M: int, N: int, K: int, arch: int, multiprocessors: int, gated: bool = False) -> Tile:
+    """The launch rule, from measurements on 132 multiprocessors; N counts gate and up rows.
+
+    Up to 128 tokens the time is that of getting the weights: activations go straight to registers, 8, 16 or 32 tokens
+    a block; a matrix with few rows is split over eight warps along K, long rows over sixteen, one with many rows (more
+    than four blocks a multiprocessor) over four. Beyond that blocks of 160 x 64 or 128 x 64 sums, activations through
+    shared memory: whichever leaves the busiest multiprocessor less to do. Before sm_80: dp4a, 8 tokens a block.
+    """
+    halves = 2 if gated else 1
+    if arch < LEAST_ARCH:
+        return Tile(TOKENS, halves, 1, 8, 0, 0, scheme="dp4a")
+    row_blocks = -(-N // BLOCK_ROWS)
+    many = row_blocks > 4 * multiprocessors
+    if M <= 8:
+        if many:
+            return Tile(8, 2, 2, 4, 5, 0, 2)
+        return Tile(8, 2, 1, 16, 5, 0, 1) if K > 4096 else Tile(8, 4, 1, 8, 5, 0, 1)
+    if M <= 128:
+        tokens = 16 if M <= 16 else 32
+        if many:
+            return Tile(tokens, 4, 1, 4, 2, 0, 1)
+        return Tile(tokens, 4, 1, 8, 2, 0, 1) if gated or K > 4096 else Tile(tokens, 1, 1, 8, 4, 0, 2)
+    tiles = [Tile(64, 2, 4, 1, 2, 4, 3)] if many or gated else [Tile(64, 4, 2, 2, 2, 3, 2), Tile(64, 2, 5, 2, 2, 2, 1)]
+
+    def busiest(tile: Tile) -> int:
+        blocks = -(-M // tile.tokens) * -(-N // tile.rows)
+        return -(-blocks // multiprocessors) * tile.tokens * tile.rows
+
+    return min(tiles, key=busiest)
+
+
+def form(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu2", bias: bool = False) -> KernelForm:
     """The compiled form of a tile; K, N and M are arguments of the launch."""
     f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
     out = i32 if epilogue == "acc" else f32
     signature = (i32, i32, f32, i32, i32, f32, f32 if bias else types.none, out, *(types.int32,) * 8)
     kind = f"gated {activation}" if epilogue == "gated" else epilogue
+    if tile.scheme == "dp4a":
+        kernel, dp4a = make_columns(arch, tile.k_warps, epilogue, activation), 16 * tile.tokens
+    else:
+        kernel, dp4a = make_matmul(arch, tile, epilogue, activation), 0
     return KernelForm(
-        name=f"w2a8_matmul[{kind} {'bias ' if bias else ''}{tuple(tile)}]",
-        kernel=make_matmul(arch, tile, epilogue, activation),
+        name=f"w2a8_matmul[{kind} {'bias ' if bias else ''}{' '.join(map(str, tile))}]",
+        kernel=kernel,
         signature=signature,
         threads=tile.threads,
         blocks_per_sm=tile.per_sm,
+        dp4a=dp4a,
     )
+
+
+def launch_sizes(tile: Tile, M: int, N: int, K: int, ends: Sequence[int], gated: bool) -> tuple:
+    """The grid and the int32 arguments of a product: (x, y), (M, rows, KP, turns, blocks, second, bound1, bound2)."""
+    rows, halves = (N // 2, 2) if gated else (N, 1)
+    blocks, padded_K = -(-rows // BLOCK_ROWS), -(-K // BLOCK_COLS) * BLOCK_COLS
+    turns = -(-padded_K // ((STEP if tile.scheme == "dp4a" else PANEL) * tile.k_warps))
+    grid = (-(-M // tile.tokens), -(-blocks // (tile.blocks * tile.row_warps // halves)))
+    return grid, (M, rows, padded_K, turns, blocks, blocks if gated else 0, *(*ends, N, N)[:2])
+
+
+def w2a8_matmul(
+    device: Device,
+    words: DeviceArray,
+    q: DeviceArray,
+    s: DeviceArray,
+    total: DeviceArray,
+    count: DeviceArray,
+    scales: DeviceArray,
+    out: DeviceArray,
+    M: int,
+    N: int,
+    K: int,
+    ends: Sequence[int] = (),
+    bias: DeviceArray | None = None,
+    epilogue: str = "store",
+    activation: str = "relu2",
+    overlap: bool = True,
+) -> Launch:
+    """The prepared launch of a product for up to M tokens.
+
+    words int32 [packed_words(N, K)]; q int8 [M, KP], KP = K rounded up to 32, zeros at the end of each row; s float32
+    [M], the scales of `quantize_activations`; total int32 [M], the sums of q's rows; count int32 [1], how many of the M
+    tokens there are when it runs (no kernel still running may write it): rows of `out` for the others keep what they
+    hold, or get anything. scales float32, one for each of up to three segments of rows that end at `ends` (by default
+    one, N; "gated": two equal ones); bias float32 [N] or None; out float32 [M, N] ("gated" [M, N / 2]), or int32 for
+    epilogue "acc". Epilogues as in `make_matmul`. Raises ValueError with the sizes if they do not fit together.
+    """
+    gated = epilogue == "gated"
+    ends = tuple(ends) or ((N // 2, N) if gated else (N,))
+    if M < 1:
+        raise ValueError(f"w2a8_matmul: a product needs at least one token, not {M}")
+    if epilogue not in EPILOGUES:
+        raise ValueError(f"w2a8_matmul: no epilogue {epilogue!r}, only {', '.join(EPILOGUES)}")
+    if not 1 <= len(ends) <= MOST_SEGMENTS or ends[-1] != N or list(ends) != sorted(ends):
+        raise ValueError(f"w2a8_matmul: segments that end at {ends} do not divide {N} rows into up to {MOST_SEGMENTS}")
+    if gated and (N % (2 * BLOCK_ROWS) or ends != (N // 2, N)):
+        raise ValueError(
+            f"w2a8_matmul: {N} rows in segments to {ends} are no gate and up rows in blocks of {BLOCK_ROWS}"
+        )
+    padded_K = -(-K // BLOCK_COLS) * BLOCK_COLS
+    if out.dtype != ("int32" if epilogue == "acc" else "float32"):
+        raise ValueError(f"w2a8_matmul: out must be {'int32' if epilogue == 'acc' else 'float32'}, not {out.dtype}")
+    sizes = {"words": (words, packed_words(N, K)), "q": (q, M * padded_K), "s": (s, M), "total": (total, M)}
+    sizes |= {"count": (count, 1), "scales": (scales, len(ends)), "out": (out, M * (N // 2 if gated else N))}
+    sizes |= {"bias": (bias, N)} if bias is not None else {}
+    for name, (array, size) in sizes.items():
+        if array.size < size:
+            raise ValueError(
+                f"w2a8_matmul: {name} holds {array.size} elements, a {N} x {K} product of {M} tokens takes {size}"
+            )
+    tile = plan(M, N, K, device.arch, device.multiprocessors, gated)
+    grid, integers = launch_sizes(tile, M, N, K, ends, gated)
+    arguments = (words, q, s, total, count, scales, bias, out, *integers)
+    return Launch(form(device.arch, tile, epilogue, activation, bias is not None), grid, arguments, device, overlap)
+
+
+def forms(arch: int) -> list[KernelForm]:
+    """Forms of 2B4T's products on 132 multiprocessors for 8, 32, 128 and 512 tokens, and every other branch."""
+    kinds = [(3840, 2560, "store"), (2560, 2560, "residual"), (13824, 2560, "gated"), (2560, 6912, "residual")]
+    found = {
+        (plan(M, N, K, arch, 132, epilogue == "gated"), epilogue): None
+        for M in (512, 8, 32, 128)
+        for N, K, epilogue in kinds
+    }
+    few, many = plan(8, 512, 512, arch, 132, True), plan(512, 512, 512, arch, 132, True)
+    return [form(arch, tile, epilogue) for tile, epilogue in found] + [
+        form(arch, few, "acc"),
+        form(arch, few, "gated", "silu", True),
+        form(arch, many, "store", bias=True),
+    ]

@@ -5,6 +5,7 @@ import numpy as np
 from bitnet_numba.kernels import attention, embed, norm_quant, sampler
 from bitnet_numba.kernels.attention_batch import fits
 from bitnet_numba.kernels.w2a8_gemv import Plan
+from bitnet_numba.kernels.w2a8_matmul import Tile
 from bitnet_numba.sampling import SamplingParams
 from tests.kernel_harness import arch
 from tests.test_attention import check_attention
@@ -14,12 +15,17 @@ from tests.test_head import check_head
 from tests.test_norm_quant import check_norm_quant
 from tests.test_sampler_cuda import choose
 from tests.test_w2a8_gemv import check_gemv
+from tests.test_w2a8_matmul import check_matmul
 
 
 def main() -> None:
     """Every kernel, in the branches that a step takes."""
     for prologue, epilogue in (("int8", "acc"), ("quantize", "residual"), ("norm", "store"), ("norm", "gated")):
         check_gemv(96, 300, Plan(1, 2, 2, 3), prologue, epilogue, "relu2", True, 1)
+    few, many, dp4a = Tile(8, 2, 1, 2, 3, 0), Tile(16, 2, 2, 2, 2, 3), Tile(8, 2, 1, 2, 0, 0, scheme="dp4a")
+    for tile in (few, many, dp4a):
+        check_matmul(19, 128, 300, tile, "gated", "silu", True, 8, 17)
+    check_matmul(19, 100, 300, many, "residual", "relu2", True, 9)
     for int8 in (False, True):
         check_head(320, 50, int8, 512, 10, 2, 2)
         check_embed(embed.embed_form(arch(), int8), 256, int8, 40, 64, 3)

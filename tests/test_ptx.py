@@ -18,7 +18,20 @@ from bitnet_numba.kernels.compilation import compile_ptx
 from bitnet_numba.kernels.forms import KernelForm
 from tests.kernel_harness import ARCHITECTURES
 
-MODULES = ("attention", "attention_batch", "decode", "embed", "head", "kv_cache", "norm_quant", "sampler", "w2a8_gemv")
+MODULES = (
+    "attention",
+    "attention_batch",
+    "attention_prompt",
+    "attention_rows",
+    "decode",
+    "embed",
+    "head",
+    "kv_cache",
+    "norm_quant",
+    "sampler",
+    "w2a8_gemv",
+    "w2a8_matmul",
+)
 MOST_COMMON = 90  # the architecture that every form is compiled for; the others get each module's first forms
 TENSOR_CORES = 80
 NO_PTXAS = "ptxas is not installed (pip install nvidia-cuda-nvcc)"
@@ -96,6 +109,15 @@ def test_products_and_long_attention_use_the_units_made_for_them() -> None:
     long = first_forms("attention", TENSOR_CORES)[1]
     ptx = compile_ptx(long.kernel, long.signature, TENSOR_CORES, long.threads, long.blocks_per_sm)
     assert len(re.findall(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16", ptx)) >= 32
+
+
+def test_products_of_many_tokens_use_the_units_made_for_them() -> None:
+    for form in forms_of("w2a8_matmul", TENSOR_CORES):
+        ptx = compile_ptx(form.kernel, form.signature, TENSOR_CORES, form.threads, form.blocks_per_sm)
+        assert len(re.findall(r"mma\.sync\.aligned\.m16n8k32\.row\.col\.s32\.u8\.s8", ptx)) >= 8, form.name
+        assert "ld.global.nc.L1::no_allocate.L2::256B.v2.b32" in ptx, form.name
+    for form in forms_of("w2a8_matmul", 75):
+        assert form.dp4a >= 128
 
 
 def test_names_are_unique() -> None:

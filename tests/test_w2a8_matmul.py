@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bitnet_numba.kernels.w2a8_matmul import Tile, form
-from bitnet_numba.packing import BLOCK_ROWS, pack_ternary
+from bitnet_numba.kernels.w2a8_matmul import LEAST_ARCH, Tile, form, launch_sizes, plan, w2a8_matmul
+from bitnet_numba.packing import pack_ternary
 from bitnet_numba.reference.model import relu2, silu
 from tests.kernel_harness import Out, arch, assert_close, needs_gpu, run, run_simulated
 
@@ -52,13 +52,11 @@ def check_matmul(
     out = Out(M * rows, np.int32) if acc_only else Out(M * rows, np.float32, old if epilogue == "residual" else None)
     before = out.array.reshape(M, rows).copy()
     kernel = form(arch(), tile, epilogue, activation, bias)
-    blocks = -(-rows // BLOCK_ROWS)
-    units = tile.rows // BLOCK_ROWS // (2 if gated else 1)
-    turns = -(-padded_K // (64 * tile.k_warps))
     total = q.sum(axis=1, dtype=np.int32)
-    sizes = (M, rows, padded_K, turns, blocks, blocks if gated else 0, *bounds)
+    grid, sizes = launch_sizes(tile, M, N, K, bounds, gated)
+    assert sizes[-2:] == bounds
     arguments = [pack_ternary(w), q.view(np.int32), s, total, np.array([count], np.int32), scales, b, out, *sizes]
-    run(kernel, (-(-M // tile.tokens), -(-blocks // units)), arguments)
+    run(kernel, grid, arguments)
     result = out.array.reshape(M, rows)
     wanted = acc if acc_only else expected
     assert_close(result[:count], wanted[:count], np.broadcast_to(bound, wanted.shape)[:count], kernel.name)
@@ -71,7 +69,11 @@ KINDS = st.sampled_from(
 )
 
 
+DP4A = Tile(8, 1, 1, 2, 0, 0, scheme="dp4a")
+
+
 @settings(max_examples=8)
+@example(M=9, N=64, K=300, kind=("gated", "relu2"), bias=True, tile=DP4A, short=1, seed=4)
 @example(M=11, N=40, K=290, kind=("acc", "relu2"), bias=False, tile=Tile(8, 2, 1, 2, 2, 2), short=0, seed=1)
 @example(M=9, N=70, K=200, kind=("residual", "relu2"), bias=True, tile=Tile(16, 1, 2, 1, 3, 0), short=3, seed=2)
 @example(M=5, N=64, K=160, kind=("gated", "silu"), bias=True, tile=Tile(8, 2, 1, 2, 1, 3), short=0, seed=3)
@@ -89,7 +91,8 @@ KINDS = st.sampled_from(
         st.integers(1, 2),
         st.integers(1, 3),
         st.sampled_from([0, 2, 3]),
-    ),
+    )
+    | st.just(DP4A),
     short=st.integers(0, 9),
     seed=st.integers(0, 2**32 - 1),
 )
@@ -98,8 +101,105 @@ def simulate_matmul(
 ) -> None:
     if kind[0] == "gated":
         N = -(-N // 32) * 32
+    if tile.scheme == "dp4a":
+        tile = tile._replace(blocks=2 if kind[0] == "gated" else 1)
     check_matmul(M, N, K, tile, *kind, bias, seed, max(1, M - short))
 
 
 def test_simulated() -> None:
     run_simulated(__file__)
+
+
+SHAPES = [(2560, 2560, False), (3840, 2560, False), (13824, 2560, True), (2560, 6912, False), (17280, 3200, True),
+          (3200, 8640, False), (4096, 14336, False), (16, 32, False), (33, 31, False), (64, 160, True)]  # fmt: skip
+
+
+@pytest.mark.parametrize("arch_", [61, 75, 80, 90, 120])
+@pytest.mark.parametrize(("N", "K", "gated"), SHAPES)
+def test_plan_covers_every_row_and_token(N: int, K: int, gated: bool, arch_: int) -> None:
+    for M in (1, 2, 7, 8, 9, 33, 64, 500, 1024, 4096):
+        for multiprocessors in (1, 46, 132):
+            tile = plan(M, N, K, arch_, multiprocessors, gated)
+            (x, y), (*_, turns, blocks, second, _, _) = launch_sizes(tile, M, N, K, (N,), gated)
+            assert (tile.scheme == "dp4a") == (arch_ < LEAST_ARCH)
+            assert x * tile.tokens >= M > (x - 1) * tile.tokens
+            each = tile.rows // 16 // (2 if gated else 1)
+            assert y * each >= blocks > (y - 1) * each
+            assert blocks * 16 * (2 if gated else 1) >= N and second == (blocks if gated else 0)
+            assert turns * tile.k_warps * (128 if tile.scheme == "dp4a" else 64) >= K
+            assert tile.threads <= 1024
+
+
+def test_tiles_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="no product is made of"):
+        form(90, Tile(8, 3, 1, 2, 2, 0), "gated")
+    with pytest.raises(ValueError, match="no product is made of"):
+        form(90, Tile(12, 2, 1, 2, 2, 0))
+    with pytest.raises(ValueError, match="no product is made of"):
+        form(90, Tile(128, 2, 2, 4, 2, 3))
+
+
+@needs_gpu
+@pytest.mark.parametrize("M", [1, 8, 13, 32, 100, 512, 1024])
+@pytest.mark.parametrize(("N", "K", "gated"), SHAPES)
+def test_full_size_on_gpu(N: int, K: int, gated: bool, M: int) -> None:
+    from bitnet_numba.kernels.device import usable_device
+
+    tile = plan(M, N, K, arch(), usable_device().multiprocessors, gated)
+    check_matmul(M, N, K, tile, "gated" if gated else "acc", "relu2", False, M)
+
+
+@needs_gpu
+@settings(max_examples=40)
+@given(
+    M=st.integers(1, 1024),
+    N=st.integers(1, 3000),
+    K=st.integers(1, 3000),
+    kind=KINDS,
+    bias=st.booleans(),
+    scheme=st.sampled_from(["plan", "plan", "dp4a"]),
+    multiprocessors=st.sampled_from([1, 46, 132]),
+    short=st.integers(0, 70),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_shape_on_gpu(
+    M: int, N: int, K: int, kind: tuple[str, str], bias: bool, scheme: str, multiprocessors: int, short: int, seed: int
+) -> None:
+    gated = kind[0] == "gated"
+    if gated:
+        N = -(-N // 32) * 32
+    tile = plan(M, N, K, 75 if scheme == "dp4a" else arch(), multiprocessors, gated)
+    check_matmul(M, N, K, tile, *kind, bias, seed, max(1, M - short))
+
+
+@needs_gpu
+def test_launcher_on_gpu() -> None:
+    """A row equals the matrix-vector product's to the bit, and what does not fit is refused."""
+    from bitnet_numba.kernels.device import DeviceArray, Stream, usable_device
+    from bitnet_numba.kernels.w2a8_gemv import w2a8_gemv
+
+    device, stream, rng = usable_device(), Stream(), np.random.default_rng(5)
+    M, N, K, ends = 37, 3840, 2560, (2560, 3200, 3840)
+    words = DeviceArray.of(pack_ternary(rng.integers(-1, 2, (N, K)).astype(np.int8)))
+    q = rng.integers(-127, 128, (M, K)).astype(np.int8)
+    s, total = rng.uniform(0.1, 9, M).astype(np.float32), q.sum(axis=1, dtype=np.int32)
+    scales = DeviceArray.of(np.array([0.7, 0.011, 3.3], np.float32))
+    out, row = DeviceArray(M * N, np.float32), DeviceArray(N, np.float32)
+    given = [DeviceArray.of(a) for a in (q, s, total, np.array([M], np.int32))]
+    w2a8_matmul(device, words, *given, scales, out, M, N, K, ends)(stream.handle)
+    stream.synchronize()
+    for m in (0, 8, 36):
+        one = DeviceArray.of(q[m]), DeviceArray.of(np.array([s[m], total[m]], np.float32))
+        w2a8_gemv(device, words, *one, scales, row, N, K, ends)(stream.handle)
+        stream.synchronize()
+        assert np.array_equal(out.read().reshape(M, N)[m], row.read())
+    with pytest.raises(ValueError, match=r"q holds \d+ elements, a 3840 x 2560 product of 38 tokens takes 97280"):
+        w2a8_matmul(device, words, *given, scales, out, 38, N, K, ends)
+    with pytest.raises(ValueError, match=r"segments that end at \(100, 3839\)"):
+        w2a8_matmul(device, words, *given, scales, out, M, N, K, (100, 3839))
+    with pytest.raises(ValueError, match="no gate and up rows"):
+        w2a8_matmul(device, words, *given, scales, out, M, N, K, (2560, 3840), epilogue="gated")
+    with pytest.raises(ValueError, match="no epilogue 'add'"):
+        w2a8_matmul(device, words, *given, scales, out, M, N, K, epilogue="add")
+    with pytest.raises(ValueError, match="out must be int32"):
+        w2a8_matmul(device, words, *given, scales, out, M, N, K, epilogue="acc")
