@@ -684,26 +684,26 @@ _MMA_BF16 = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 
 @_instruction(
     "{ .reg .f32 s<4>; "
-    f"{_MMA_BF16} {{s0, s1, s2, s3}}, {{$4, $5, $6, $7}}, {{$12, $13}}, {{$20, $21, $22, $23}}; "
-    f"{_MMA_BF16} {{s0, s1, s2, s3}}, {{$4, $5, $6, $7}}, {{$16, $17}}, {{s0, s1, s2, s3}}; "
-    f"{_MMA_BF16} {{s0, s1, s2, s3}}, {{$8, $9, $10, $11}}, {{$14, $15}}, {{s0, s1, s2, s3}}; "
-    f"{_MMA_BF16} {{$0, $1, $2, $3}}, {{$8, $9, $10, $11}}, {{$18, $19}}, {{s0, s1, s2, s3}}; }}",
+    f"{_MMA_BF16} {{s0, s1, s2, s3}}, {{$4, $5, $6, $7}}, {{$20, $21}}, {{$24, $25, $26, $27}}; "
+    f"{_MMA_BF16} {{s0, s1, s2, s3}}, {{$8, $9, $10, $11}}, {{$20, $21}}, {{s0, s1, s2, s3}}; "
+    f"{_MMA_BF16} {{s0, s1, s2, s3}}, {{$12, $13, $14, $15}}, {{$22, $23}}, {{s0, s1, s2, s3}}; "
+    f"{_MMA_BF16} {{$0, $1, $2, $3}}, {{$16, $17, $18, $19}}, {{$22, $23}}, {{s0, s1, s2, s3}}; }}",
     "ffff",
-    "r" * 16 + "ffff",
+    "r" * 20 + "ffff",
 )
 def mma_bf16_terms(
-    a0: Any, a1: Any, a2: Any, a3: Any, a4: Any, a5: Any, a6: Any, a7: Any,
     h0: Any, h1: Any, h2: Any, h3: Any, l0: Any, l1: Any, l2: Any, l3: Any,
-    c0: Any, c1: Any, c2: Any, c3: Any,
+    h4: Any, h5: Any, h6: Any, h7: Any, l4: Any, l5: Any, l6: Any, l7: Any,
+    b0: Any, b1: Any, b2: Any, b3: Any, c0: Any, c1: Any, c2: Any, c3: Any,
 ) -> tuple:  # fmt: skip
-    """`mma_bf16` over 32 columns (a0 .. a3, then a4 .. a7) with B a sum of two terms, h and l; returns c0 .. c3. sm_80.
+    """`mma_bf16` over 32 columns with A a sum of two terms: h and l 0 .. 3 with b0, b1, then 4 .. 7 with b2, b3. sm_80.
 
-    One for the compiler, which weighs a loop by how much it holds before it unrolls it.
+    One for the compiler, which weighs how much a loop holds before it unrolls it.
     """
-    c0, c1, c2, c3 = mma_bf16(a0, a1, a2, a3, h0, h1, c0, c1, c2, c3)
-    c0, c1, c2, c3 = mma_bf16(a0, a1, a2, a3, l0, l1, c0, c1, c2, c3)
-    c0, c1, c2, c3 = mma_bf16(a4, a5, a6, a7, h2, h3, c0, c1, c2, c3)
-    return mma_bf16(a4, a5, a6, a7, l2, l3, c0, c1, c2, c3)
+    c0, c1, c2, c3 = mma_bf16(h0, h1, h2, h3, b0, b1, c0, c1, c2, c3)
+    c0, c1, c2, c3 = mma_bf16(l0, l1, l2, l3, b0, b1, c0, c1, c2, c3)
+    c0, c1, c2, c3 = mma_bf16(h4, h5, h6, h7, b2, b3, c0, c1, c2, c3)
+    return mma_bf16(l4, l5, l6, l7, b2, b3, c0, c1, c2, c3)
 
 
 @_instruction("fma.rn.bf16x2 $0, $1, $2, $3;", "r", "rrr")
