@@ -49,7 +49,7 @@ from bitnet_numba.kernels.intrinsics import (
 from bitnet_numba.kernels.kv_cache import CACHE_SIGNATURE, PAGE, LayerCache, cache_arguments, check_sizes
 
 THREADS = 256
-AHEAD = 2  # tokens that a team takes at a time: their loads overlap
+AHEAD = 2  # tokens that a team takes at a time, so that their loads overlap; the softmax below is written for two
 
 
 def make_attention_rows(arch: int, head_dim: int, group: int, heads: int, threads: int) -> Callable[..., None]:
@@ -143,22 +143,17 @@ def make_attention_rows(arch: int, head_dim: int, group: int, heads: int, thread
                         score += shuffle_xor(score, 1 << step)
                     s_r[n * HEADS + h] = score if tile + n * TEAMS + team < tokens else LOWEST
             for h in range(HEADS):
-                before = top_r[h]
-                top = before
-                for n in range(AHEAD):
-                    top = max(top, s_r[n * HEADS + h])
-                top_r[h] = top
+                before, score0, score1 = top_r[h], s_r[h], s_r[HEADS + h]
+                top = max(before, max(score0, score1))
                 alpha = exp2_approx(before - top)
-                total = total_r[h] * alpha
+                weight0, weight1 = exp2_approx(score0 - top), exp2_approx(score1 - top)
+                top_r[h], total_r[h] = top, total_r[h] * alpha + (weight0 + weight1)
                 for j in range(LANE_DIMS):
                     acc_r[h * LANE_DIMS + j] *= alpha
-                for n in range(AHEAD):
-                    weight = exp2_approx(s_r[n * HEADS + h] - top)
-                    total += weight
-                    for j in range(4):
-                        acc_r[h * LANE_DIMS + 2 * j] += weight * bf16_low(v_r[4 * n + j])
-                        acc_r[h * LANE_DIMS + 2 * j + 1] += weight * bf16_high(v_r[4 * n + j])
-                total_r[h] = total
+                for j in range(4):
+                    i = h * LANE_DIMS + 2 * j
+                    acc_r[i] += weight0 * bf16_low(v_r[j]) + weight1 * bf16_low(v_r[4 + j])
+                    acc_r[i + 1] += weight0 * bf16_high(v_r[j]) + weight1 * bf16_high(v_r[4 + j])
 
         # The teams meet; one without tokens has the lowest maximum, and so no weight.
         for h in range(HEADS):
