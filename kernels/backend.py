@@ -10,15 +10,27 @@ from bitnet_numba.checkpoint import PackedCheckpoint
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels import sampler
 from bitnet_numba.kernels.attention import LONG_CONTEXT
+from bitnet_numba.kernels.batch import MOST_SEQUENCES, CudaBatch, batch_forms, fixed_bytes
 from bitnet_numba.kernels.decode import Activations, Step, kernel_forms
-from bitnet_numba.kernels.device import Device, Graph, PinnedArray, Stream, driver_call, load_kernels, usable_device
+from bitnet_numba.kernels.device import (
+    Device,
+    Graph,
+    PinnedArray,
+    Stream,
+    Uploads,
+    driver_call,
+    load_kernels,
+    usable_device,
+)
 from bitnet_numba.kernels.kv_cache import PAGE
+from bitnet_numba.kernels.rows import MOST_ROWS, Model, Prompts, RowActivations, RowHead, prompt_forms
 from bitnet_numba.kernels.sequences import Sequences, page_bytes, pages_of
 from bitnet_numba.kernels.weights import Weights, why_unsupported
 from bitnet_numba.sampling import SamplingParams
 
 RING = 64  # tokens that the host may be behind
 STEPS_AHEAD = 2  # steps in flight while the host deals with a token
+MOST_SCORED = 128  # tokens whose logits are computed at a time
 RESERVE = 64 << 20  # bytes of device memory left to the driver: graphs, kernels
 
 
@@ -44,11 +56,16 @@ class CudaBackend:
         self.device = usable_device()
         self.device.activate()
         self.config = checkpoint.config
-        load_kernels(kernel_forms(self.config, checkpoint.head == "int8", self.device), self.device, _progress)
+        int8_rows = checkpoint.head == "int8"
+        forms = kernel_forms(self.config, int8_rows, self.device) + prompt_forms(self.config, int8_rows, self.device)
+        load_kernels(forms, self.device, _progress)
         self.stream = Stream()
         free, _ = self.device.memory_info()
         self.weights = Weights(checkpoint, self.stream, free - RESERVE)
         self.flow = Activations(self.config, self.device)
+        rows = RowActivations(self.config, self.device, MOST_ROWS)
+        self.model = Model(self.config, self.weights, self.device, self.stream, rows)
+        self.uploads = Uploads(self.stream)
         self._kv_cache = 0
 
     def new_context(self, capacity: int) -> "CudaContext":
@@ -65,17 +82,38 @@ class CudaBackend:
         self._kv_cache += needed
         return CudaContext(self, capacity)
 
+    def new_batch(self, max_sequences: int, capacity: int, tokens: int | None = None) -> CudaBatch:
+        """Room for sequences that decode together. Raises BackendError when memory does not suffice."""
+        if max_sequences > MOST_SEQUENCES:
+            raise BackendError(f"at most {MOST_SEQUENCES} sequences decode together on CUDA, not {max_sequences}")
+        self.device.activate()
+        free, _ = self.device.memory_info()
+        free -= RESERVE + fixed_bytes(self.config, max_sequences, capacity)
+        fit, least = max(0, free // page_bytes(self.config)), pages_of(capacity)
+        pages = max(least, min(max_sequences * least, fit)) if tokens is None else pages_of(tokens)
+        if pages > fit:
+            needed = pages * page_bytes(self.config) / 1e9
+            raise BackendError(
+                f"a batch of {pages * PAGE} tokens takes {needed:.2f} GB of device memory and "
+                f"{max(0, free) / 1e9:.2f} GB are free: {fit * PAGE} tokens would fit"
+            )
+        int8_rows = self.weights["embed.weight"].dtype == np.int8
+        load_kernels(batch_forms(self.config, int8_rows, self.device, max_sequences), self.device, _progress)
+        self._kv_cache += pages * page_bytes(self.config)
+        return CudaBatch(self.model, max_sequences, capacity, pages, self.release)
+
     def memory(self) -> dict[str, int]:
         """Bytes of device memory in use by purpose."""
-        return {"weights": self.weights.nbytes, "kv_cache": self._kv_cache, "activations": self.flow.nbytes()}
+        activations = self.flow.nbytes() + self.model.flow.nbytes()
+        return {"weights": self.weights.nbytes, "kv_cache": self._kv_cache, "activations": activations}
 
-    def release(self, context: "CudaContext") -> None:
-        """A context's memory has been freed."""
-        self._kv_cache -= pages_of(context.capacity) * page_bytes(self.config)
+    def release(self, pages: int) -> None:
+        """The memory of so many pages has been freed."""
+        self._kv_cache -= pages * page_bytes(self.config)
 
 
 class CudaContext:
-    """One sequence. Its steps are captured when they are first needed, and replayed once a token."""
+    """One sequence. Passes of its prompts and its steps are captured when they are first needed, and replayed."""
 
     def __init__(self, backend: CudaBackend, capacity: int):
         self.capacity = capacity
@@ -84,6 +122,7 @@ class CudaContext:
         self._state = Sequences(backend.config, capacity)
         self._ring = PinnedArray(RING, np.int64)
         self._step = Step(backend.config, backend.weights, backend.flow, self._state, self._ring, backend.device)
+        self._prompts = Prompts(backend.model, self._state, backend.flow.h)
         self._graphs: dict[tuple[str, bool], Graph] = {}
 
     def truncate(self, length: int) -> None:
@@ -100,11 +139,21 @@ class CudaContext:
         """Appends tokens and returns the logits at each of them, float32 [T, vocab]."""
         self._start(ids)
         result = np.empty((len(ids), self._backend.config.vocab_size), np.float32)
-        logits = self._backend.flow.logits
-        for position, row in enumerate(result, len(self.ids)):
-            self._replay("score", position)
+        if len(ids) == 1:
+            self._replay("score", len(self.ids))
             self._stream.synchronize()
-            driver_call("cuMemcpyDtoH", row.ctypes.data, logits.address, row.nbytes)
+            logits = self._backend.flow.logits
+            driver_call("cuMemcpyDtoH", result.ctypes.data, logits.address, result.nbytes)
+        else:
+            head = RowHead(self._backend.model, min(len(ids), MOST_SCORED))
+            for start in range(0, len(ids), MOST_SCORED):
+                part = result[start : start + MOST_SCORED]
+                self._prompts.feed(self._backend.uploads, 0, len(part))
+                for launch in head.launches(len(part)):
+                    launch(self._stream.handle)
+                self._stream.synchronize()
+                driver_call("cuMemcpyDtoH", part.ctypes.data, head.logits.address, part.nbytes)
+            head.close()
         self.ids += ids
         return result
 
@@ -112,11 +161,13 @@ class CudaContext:
         """Appends tokens (at least one), then yields sampled tokens, one a step, until the context is full."""
         self._start(ids)
         self._state.settings.write(sampler.settings(params))
-        for position in range(len(self.ids), len(self.ids) + len(ids) - 1):
-            self._replay("feed", position)
+        if len(ids) == 1:
+            self._replay("decode", len(self.ids))
+        else:
+            self._prompts.feed(self._backend.uploads, 0, len(ids), keep_last=True)
+            self._replay("choose", len(self.ids))
         self.ids += ids
         known = launched = len(self.ids)  # tokens fed for certain; positions whose step is under way or done
-        self._replay("decode", launched - 1)
         try:
             while True:
                 # The steps after this one are queued before its token is read: the device never waits for the host.
@@ -142,9 +193,10 @@ class CudaContext:
         self._stream.synchronize()
         for graph in self._graphs.values():
             graph.close()
+        self._prompts.close()
         self._state.close()
         self._ring.close()
-        self._backend.release(self)
+        self._backend.release(pages_of(self.capacity))
 
     def _start(self, ids: Sequence[int]) -> None:
         """Stores tokens where the steps read them, and the position of the first."""

@@ -183,17 +183,17 @@ class Step:
         )  # fmt: skip
         self._advance = Launch(advance_form(device.arch), 1, (state.position,), device)
 
-    def feed(self, stream: Any, long: bool) -> None:
-        """A token whose logits nobody asks for. `long`: the context is at least attention.LONG_CONTEXT tokens."""
-        self._run(stream, [self._embed, *self.layers(long), self._advance])
-
     def score(self, stream: Any, long: bool) -> None:
-        """A token and its logits."""
+        """A token and its logits. `long`: the context is at least attention.LONG_CONTEXT tokens."""
         self._run(stream, [self._embed, *self.layers(long), self._head, self._advance])
 
     def decode(self, stream: Any, long: bool) -> None:
         """A token and the choice of the next."""
         self._run(stream, [self._embed, *self.layers(long), self._head, self._sampler])
+
+    def choose(self, stream: Any, long: bool) -> None:
+        """The choice after a token that a pass over a prompt fed (see `rows.Prompts`), whose row is in `flow.h`."""
+        self._run(stream, [self._head, self._sampler])
 
     def layers(self, long: bool) -> list[Launch]:
         """The launches of all layers, in order: as in LAYER, again and again."""

@@ -247,8 +247,8 @@ def finish_prompt(
 ) -> Launch:
     """The launch that ends a pass over a prompt: position[slots[0]] += count - keep, and row count - 1 of h to `last`.
 
-    keep is 1 if a sampler follows, which moves the position on by one itself, else 0. where[0], where[1] become slot and
-    new position, as `sampler_many` wants them of `last`. count int32 [1]; slots int32 [1]; position int32 [S]; h
+    keep is 1 if a sampler follows, which moves the position on by one itself, else 0. where[0], where[1] become slot
+    and new position, as `sampler_many` wants them of `last`. count int32 [1]; slots int32 [1]; position int32 [S]; h
     float32 [rows, columns]; last float32 [columns]; where int32 [2]. Raises ValueError for sizes that do not fit.
     """
     if keep not in (0, 1) or h.size % columns or last.size < columns or where.size < 2:

@@ -7,6 +7,7 @@ Everything that changes from step to step lies here, in device memory, so that a
     seen      [slots, vocabulary / 32]    a bit for every token that was fed
     settings  [slots, SETTINGS]           see `sampler`
     table     [slots, capacity / PAGE]    the pages of a slot's keys and values, in order (drawn in `kv_cache`)
+    order     [at least slots]            which slot each row of the next pass is (of a prompt's: the first entry)
 """
 
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ class Sequences:
         self.seen = DeviceArray(slots * self.seen_words, np.int32, zero=True)
         self.settings = DeviceArray(slots * sampler.SETTINGS, np.float64, zero=True)
         self.table = DeviceArray.of(np.arange(slots * self.table_stride, dtype=np.int32))
+        self.order = DeviceArray(1 << (slots - 1).bit_length(), np.int32, zero=True)
         positions = np.arange(self.table_stride * PAGE)
         cos, sin = rope_tables(config, positions)  # [positions, D], the second half a copy of the first
         half = config.head_dim // 2
@@ -71,7 +73,7 @@ class Sequences:
     def close(self) -> None:
         """Frees the memory."""
         for array in (
-            self.cache, self.tokens, self.position, self.seen, self.settings, self.table, self.cos, self.sin
+            self.cache, self.tokens, self.position, self.seen, self.settings, self.table, self.order, self.cos, self.sin
         ):  # fmt: skip
             array.close()
 

@@ -6,6 +6,7 @@ which order, and that a context survives cuts. The model is tiny, since a simula
 """
 
 import ctypes
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class HostMemory:
             return arguments[0]
         if name == "cuMemsetD8":
             ctypes.memset(*arguments)
-        elif name in ("cuMemcpyHtoD", "cuMemcpyDtoH", "cuMemcpyHtoDAsync"):
+        elif name.startswith("cuMemcpy"):
             ctypes.memmove(*arguments[:3])
         elif name in ("cuMemFree", "cuMemFreeHost"):
             del self.blocks[int(arguments[0])]
@@ -68,7 +69,26 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     from numba import cuda, types
     from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 
-    from bitnet_numba.kernels import attention, backend, decode, device, embed, head, sampler, w2a8_gemv
+    from bitnet_numba.kernels import (
+        attention,
+        attention_batch,
+        attention_prompt,
+        attention_rows,
+        backend,
+        batch,
+        decode,
+        device,
+        embed,
+        head,
+        head_many,
+        kv_cache,
+        norm_quant,
+        rows,
+        sampler,
+        sampler_many,
+        w2a8_gemv,
+        w2a8_matmul,
+    )
     from tests import simulator
 
     simulator.install()
@@ -102,7 +122,10 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
 
     for module in (device, backend):
         monkeypatch.setattr(module, "driver_call", memory.call)
-    for module in (attention, decode, embed, head, sampler, w2a8_gemv):
+    for module in (
+        attention, attention_batch, attention_prompt, attention_rows, decode, embed, head, head_many, kv_cache,
+        norm_quant, sampler, sampler_many, w2a8_gemv, w2a8_matmul,
+    ):  # fmt: skip
         monkeypatch.setattr(module, "Launch", SimulatedLaunch)
     monkeypatch.setattr(backend, "usable_device", FakeDevice)
     monkeypatch.setattr(backend, "load_kernels", lambda forms, device, progress: None)
@@ -111,6 +134,10 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     monkeypatch.setattr(sampler, "MAX_BLOCKS", 1)  # blocks run one after the other: none may wait for another
     monkeypatch.setattr(attention, "SHORT", (1, 64, 2, 1))  # fewer threads, for speed
     monkeypatch.setattr(backend, "STEPS_AHEAD", 1)
+    monkeypatch.setattr(rows, "LEAST_ROWS", 2)
+    monkeypatch.setattr(norm_quant, "norm_quant_form", partial(norm_quant.norm_quant_form, threads=64))
+    for module in (backend, batch):
+        monkeypatch.setattr(module, "load_kernels", lambda forms, device, progress: None, raising=False)
     return backend.CudaBackend(checkpoint)
 
 
@@ -140,6 +167,41 @@ def simulate_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     steps.close()
     assert token == sample(logits[-1], [5, 250], params)
     assert context.ids == [5, 250, token]
+
+
+def simulate_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two sequences, whose pages lie anyhow, get the tokens that each would get alone."""
+    from bitnet_numba.checkpoint import open_packed
+    from bitnet_numba.kernels import attention_batch, head_many, sampler_many
+    from bitnet_numba.sampling import SamplingParams
+    from tools.convert import convert
+    from tools.make_checkpoint import PRESETS, make_checkpoint
+
+    form, config = PRESETS["tiny"]
+    make_checkpoint(tmp_path / "source", config | CONFIG, form, seed=3)
+    convert(tmp_path / "source", tmp_path / "packed", head="bf16")
+    backend = simulated_backend(monkeypatch, open_packed(tmp_path / "packed"))
+    monkeypatch.setattr(attention_batch, "threads_for", lambda blocks, multiprocessors: 64)
+    monkeypatch.setattr(sampler_many, "sampler_many_form", partial(sampler_many.sampler_many_form, threads=64))
+    monkeypatch.setattr(head_many, "norm_split_form", partial(head_many.norm_split_form, threads=64))
+    params = SamplingParams(0.8, seed=5)
+    tokens = []
+    for prompts, pages in (([[5, 250], [7]], [[1], [0]]), ([[7]], [[0]])):
+        batch = backend.new_batch(len(prompts), 16)
+        for slot, ids in enumerate(prompts):
+            batch.start(slot, ids, params, pages[slot], 0)
+            batch.prefill(slot, len(ids))
+        batch.step(list(range(len(prompts))))
+        tokens.append([batch.collect() for _ in range(len(prompts) + 1)])
+        batch.close()
+    (_, first), (_, alone) = tokens[0][0][0], tokens[1][0][0]
+    assert tokens[0][1] == [(1, alone)]
+    assert tokens[0][2][1] == (1, tokens[1][1][0][1])
+
+    context = backend.new_context(16)
+    steps = context.decode([5, 250], params)
+    assert [next(steps), next(steps)] == [first, tokens[0][2][0][1]]
+    steps.close()
 
 
 def test_simulated() -> None:

@@ -1,0 +1,191 @@
+"""Many sequences that decode together on the GPU, behind the engine's interface (see `bitnet_numba.backend.Batch`)."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from bitnet_numba.backend import NO_TOKEN
+from bitnet_numba.config import ModelConfig
+from bitnet_numba.kernels import attention_batch, attention_rows, embed, head, head_many, sampler
+from bitnet_numba.kernels.device import Device, DeviceArray, Event, Graph, Launch, PinnedArray, Uploads
+from bitnet_numba.kernels.forms import KernelForm
+from bitnet_numba.kernels.kv_cache import PAGE
+from bitnet_numba.kernels.rows import Model, Pass, Prompts, RowHead, capture, ladder, product_forms
+from bitnet_numba.kernels.sampler_many import sampler_many, sampler_many_form
+from bitnet_numba.kernels.sequences import Sequences, pages_of
+from bitnet_numba.kernels.weights import head_name
+from bitnet_numba.sampling import SamplingParams
+
+MOST_SEQUENCES = 256
+
+
+class CudaBatch:
+    """Slots and pages on the device. Every call enqueues on the model's stream and returns.
+
+    A step is one graph: a pass of one row a sequence, the head, the sampler. Graphs are captured when first needed, for
+    a ladder of numbers of rows and of the parts that the longest context is cut into.
+    """
+
+    page_size = PAGE
+
+    def __init__(self, model: Model, max_sequences: int, capacity: int, pages: int, released: Callable[[int], None]):
+        """released: told how many pages there are no more, once closed."""
+        self._released = released
+        config, weights, device, stream, _ = model
+        self.num_pages, self.max_sequences, self.capacity = pages, max_sequences, capacity
+        self._model, self._stream = model, stream
+        self._state = Sequences(config, capacity, max_sequences, pages)
+        self._most_rows = ladder(max_sequences)
+        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        tokens = pages_of(capacity) * PAGE
+        sizes = attention_batch.attention_batch_scratch(self._most_rows, tokens, heads, kv_heads, head_dim)
+        kinds = (np.float32, np.float32, np.int32)
+        self._attention = [DeviceArray(size, kind, zero=True) for size, kind in zip(sizes, kinds, strict=True)]
+        self._head = RowHead(model, self._most_rows)
+        self._last = DeviceArray(config.hidden_size, np.float32)  # of a prompt's rows
+        self._chosen = DeviceArray(self._most_rows, np.int64)
+        self._prompts = Prompts(model, self._state, self._last)
+        self._uploads = Uploads(stream)
+        self._steps: dict[tuple[int, int], Graph] = {}
+        self._first: Graph | None = None  # head and sampler of a prompt's last row
+        self._fed = [0] * max_sequences  # tokens of each slot, those under way included
+        self._prompt = [0] * max_sequences  # lengths
+        self._rows: list[int] = []  # of the last step
+        uncollected = 2 * (max_sequences + 1)  # calls, at most
+        self._results = PinnedArray(uncollected * max_sequences, np.int64)
+        self._events = [Event() for _ in range(uncollected)]
+        self._pending: deque[tuple[int, list[int]]] = deque()  # which event, and the slots of its results
+        self._turn = 0
+
+    def start(self, slot: int, ids: Sequence[int], params: SamplingParams, pages: Sequence[int], computed: int) -> None:
+        """A new sequence takes a slot."""
+        if not 0 <= computed < len(ids) <= self.capacity or len(pages) * PAGE < len(ids):
+            raise ValueError(f"{len(ids)} tokens, {computed} of them computed, do not fit {len(pages)} pages")
+        self._model.device.activate()
+        state, write = self._state, self._uploads.write
+        write(state.tokens, ids, slot * state.stride)
+        write(state.seen, state.seen_bits(ids), slot * state.seen_words)
+        write(state.table, pages, slot * state.table_stride)
+        write(state.settings, sampler.settings(params), slot * sampler.SETTINGS)
+        write(state.position, [computed], slot)
+        self._fed[slot], self._prompt[slot] = computed, len(ids)
+
+    def prefill(self, slot: int, count: int) -> None:
+        """Computes the next `count` tokens of a prompt; where that completes it, samples the first token."""
+        if not 1 <= count <= self._prompt[slot] - self._fed[slot]:
+            raise ValueError(f"{count} tokens are more than slot {slot}'s prompt still has")
+        self._model.device.activate()
+        self._fed[slot] += count
+        done = self._fed[slot] == self._prompt[slot]
+        self._prompts.feed(self._uploads, slot, count, keep_last=done)
+        self._rows = []  # a pass of a prompt has taken their place
+        if done:
+            if self._first is None:
+                self._first = capture(self._stream, self._choose_first())
+            self._first.replay(self._stream)
+            self._expect([slot])
+
+    def step(self, slots: Sequence[int]) -> None:
+        """Feeds each sequence its last token and samples the next."""
+        self._model.device.activate()
+        for slot in slots:
+            if self._fed[slot] == self.capacity:
+                raise ValueError(f"slot {slot} is full")
+            self._fed[slot] += 1
+        rows, longest = ladder(len(slots)), max(self._fed[slot] for slot in slots)
+        places = [*slots, *[-1] * (rows - len(slots))]
+        if places != self._rows:
+            self._uploads.write(self._state.order, places)
+            self._rows = places
+        self._step_graph(rows, ladder(attention_batch.splits_needed(longest))).replay(self._stream)
+        self._expect(list(slots))
+
+    def _step_graph(self, rows: int, splits: int) -> Graph:
+        if (rows, splits) not in self._steps:
+            launches = Pass(self._model, self._state, rows, False, splits, self._attention).launches
+            self._steps[rows, splits] = capture(
+                self._stream, [*launches, *self._head.launches(rows), self._sampler(rows)]
+            )
+        return self._steps[rows, splits]
+
+    def _choose_first(self) -> list[Launch]:
+        """Head and sampler of a prompt's last row, always by the same kernels."""
+        config, weights, device, _, _ = self._model
+        rows = head_name(config)
+        scores = head.head(
+            device, weights[f"{rows}.weight"], weights.get(f"{rows}.scale"), self._last, weights["norm.weight"],
+            config.rms_norm_eps, self._head.logits, config.vocab_size, config.hidden_size,
+        )  # fmt: skip
+        return [scores, self._sampler(1)]
+
+    def _sampler(self, rows: int) -> Launch:
+        state = self._state
+        return sampler_many(
+            self._model.device, self._head.logits, rows, self._model.config.vocab_size, state.settings,
+            self._model.flow.where, state.tokens, state.stride, state.seen, state.position, self._chosen,
+        )  # fmt: skip
+
+    def _expect(self, slots: list[int]) -> None:
+        """Has the results of the pass under way copied to where `collect` finds them."""
+        place = self._turn % len(self._events)
+        self._turn += 1
+        start = 8 * place * self.max_sequences
+        self._stream.download(self._results, start, self._chosen.address, 8 * len(slots))
+        self._events[place].record(self._stream)
+        self._pending.append((place, slots))
+
+    def collect(self) -> list[tuple[int, int]]:
+        """The (slot, token) pairs of the oldest call with results."""
+        place, slots = self._pending.popleft()
+        self._model.device.activate()
+        self._events[place].wait()
+        start = place * self.max_sequences
+        entries = self._results.host[start : start + len(slots)] & 0xFFFFFFFF
+        tokens = np.where(entries >> 31, NO_TOKEN, entries).tolist()
+        return list(zip(slots, tokens, strict=True))
+
+    def close(self) -> None:
+        """Frees everything."""
+        self._model.device.activate()
+        self._stream.synchronize()
+        self._pending.clear()
+        self._prompts.close()
+        for graph in (*self._steps.values(), *([self._first] if self._first else [])):
+            graph.close()
+        for array in (*self._attention, self._head, self._last, self._chosen):
+            array.close()
+        self._state.close()
+        self._results.close()
+        self._uploads.close()
+        self._released(self.num_pages)
+
+
+def fixed_bytes(config: ModelConfig, max_sequences: int, capacity: int) -> int:
+    """Bytes of device memory that a batch takes beside its pages, but for small change."""
+    rows = ladder(max_sequences)
+    partials, stats, _ = attention_batch.attention_batch_scratch(
+        rows, pages_of(capacity) * PAGE, config.num_heads, config.num_kv_heads, config.head_dim
+    )
+    return 4 * (partials + stats + rows * (config.vocab_size + 2 * config.hidden_size + capacity))
+
+
+def batch_forms(config: ModelConfig, int8_rows: bool, device: Device, max_sequences: int) -> list[KernelForm]:
+    """Every form that a batch takes beside those of prompts."""
+    arch, head_dim, group = device.arch, config.head_dim, config.num_heads // config.num_kv_heads
+    sizes = [1 << i for i in range(ladder(max_sequences).bit_length())]
+    tiles = {head_many.tiles_of(rows) for rows in sizes}
+    if attention_batch.fits(arch, head_dim):
+        attention = [
+            attention_batch.attention_batch_form(arch, head_dim, group, threads) for threads in attention_batch.BLOCKS
+        ]
+    else:
+        attention = [attention_rows.attention_rows_form(arch, head_dim, group)]
+    return [
+        *product_forms(config, device, sizes),
+        embed.embed_many_form(arch, int8_rows, False),
+        *attention,
+        head_many.norm_split_form(arch, config.hidden_size, int8_rows),
+        *(head_many.head_many_form(arch, config.hidden_size, int8_rows, n) for n in sorted(tiles)),
+        sampler_many_form(arch),
+    ]

@@ -1,0 +1,165 @@
+"""What tools/bench.py measures of many tokens at a time: products, prompts and batches; plain dictionaries."""
+
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from bitnet_numba.kernels.backend import CudaBackend
+from bitnet_numba.kernels.device import DeviceArray, DeviceView, Event, Stream, usable_device
+from bitnet_numba.kernels.w2a8_matmul import w2a8_matmul
+from bitnet_numba.packing import packed_words
+from bitnet_numba.sampling import SamplingParams
+from tools.bench_measure import REPEATS, graph_us, random_words
+
+SHAPES = [(2560, 2560), (3840, 2560), (13824, 2560), (2560, 6912)]  # N, K: the linears of 2B4T
+TOKENS = (8, 32, 128, 512)  # M
+PROMPTS = (64, 512, 4096)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+CONTEXT, STEPS = 256, 64  # tokens before the middle of a batch's measured steps; steps
+GREEDY = SamplingParams()
+
+
+def random_ids(vocab_size: int, count: int, seed: int) -> list[int]:
+    """Tokens of a prompt."""
+    return np.random.default_rng(seed).integers(0, vocab_size, count).tolist()
+
+
+def measure_products() -> list[dict[str, Any]]:
+    """Products of several tokens with cold L2, in a graph, and cuBLAS bf16 beside them."""
+    device, stream, rng = usable_device(), Stream(), np.random.default_rng(4)
+    most = max(TOKENS)
+    cublas = cublas_products(device.l2_bytes)
+    s, count = DeviceArray.of(np.full(most, 50, np.float32)), DeviceArray(1, np.int32)
+    scales = DeviceArray.of(np.full(1, 0.02, np.float32))
+    rows = []
+    for N, K in SHAPES:
+        size = packed_words(N, K)
+        copies = max(20, -(-5 * device.l2_bytes // (4 * size)))
+        weights = DeviceArray.of(random_words(size * copies))
+        values = rng.integers(-127, 128, (most, K)).astype(np.int8)
+        q, total = DeviceArray.of(values), DeviceArray.of(values.sum(axis=1, dtype=np.int32))
+        out = DeviceArray(most * N, np.float32)
+        for M in TOKENS:
+            count.write(np.array([M], np.int32))
+            times = {}
+            for overlap in (True, False):
+                launches = [
+                    w2a8_matmul(
+                        device,
+                        DeviceView(weights.address + 4 * i * size, size, np.int32),
+                        q,
+                        s,
+                        total,
+                        count,
+                        scales,
+                        out,
+                        M,
+                        N,
+                        K,
+                        overlap=overlap,
+                    )
+                    for i in range(copies)
+                ]
+                times[overlap] = graph_us(stream, launches) / copies
+            rows.append(
+                {
+                    "N": N,
+                    "K": K,
+                    "M": M,
+                    "us": times[True],
+                    "us_alone": times[False],
+                    "TOPS": 2 * M * N * K / times[True] / 1e6,
+                    "cublas_bf16_us": cublas.get((N, K, M)),
+                }
+            )
+        for array in (weights, q, total, out):
+            array.close()
+    return rows
+
+
+def cublas_products(l2_bytes: int) -> dict[tuple[int, int, int], float]:
+    """Microseconds of the same products by cuBLAS, bfloat16, through torch; empty without it."""
+    try:
+        import torch
+    except ImportError:
+        return {}
+    result = {}
+    for N, K in SHAPES:
+        copies = max(4, -(-3 * l2_bytes // (2 * N * K)))
+        weights = torch.randn(copies, N, K, dtype=torch.bfloat16, device="cuda")
+        for M in TOKENS:
+            x = torch.randn(M, K, dtype=torch.bfloat16, device="cuda")
+            y = torch.empty(M, N, dtype=torch.bfloat16, device="cuda")
+            torch.mm(x, weights[0].T, out=y)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for i in range(copies):
+                    torch.mm(x, weights[i].T, out=y)
+            times = []
+            for _ in range(REPEATS):
+                before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                before.record()
+                graph.replay()
+                after.record()
+                after.synchronize()
+                times.append(before.elapsed_time(after) * 1e3 / copies)
+            result[N, K, M] = median(times)
+            del graph
+        del weights
+        torch.cuda.empty_cache()
+    return result
+
+
+def measure_prefill(backend: CudaBackend) -> list[dict[str, Any]]:
+    """Wall-clock time from a prompt's ids to the first token out, passes captured before."""
+    context = backend.new_context(max(PROMPTS) + 1)
+    rows = []
+    for prompt in PROMPTS:
+        ids = random_ids(backend.config.vocab_size, prompt, 5)
+        times = []
+        for _ in range(REPEATS + 1):
+            context.truncate(0)
+            start = perf_counter()
+            steps = context.decode(ids, GREEDY)
+            next(steps)
+            times.append(perf_counter() - start)
+            steps.close()
+        ms = median(times[1:]) * 1e3
+        rows.append({"prompt": prompt, "ms": ms, "first_ms": times[0] * 1e3, "tokens/s": prompt / ms * 1e3})
+    context.close()
+    return rows
+
+
+def measure_batch(backend: CudaBackend) -> list[dict[str, Any]]:
+    """Steps of batches of growing size around a context, each sequence with a prompt of its own."""
+    rows = []
+    for size in BATCHES:
+        batch = backend.new_batch(size, CONTEXT + STEPS)
+        prompt = CONTEXT - STEPS // 2
+        pages = -(-(CONTEXT + STEPS) // batch.page_size)
+        for slot in range(size):
+            ids = random_ids(backend.config.vocab_size, prompt, slot)
+            batch.start(slot, ids, GREEDY, range(slot * pages, (slot + 1) * pages), 0)
+            batch.prefill(slot, prompt)
+        for _ in range(size):
+            batch.collect()
+        slots = list(range(size))
+        batch.step(slots)  # captures
+        batch.collect()
+        before, after = Event(), Event()
+        before.record(backend.stream)
+        start = perf_counter()
+        batch.step(slots)
+        for _ in range(STEPS - 2):
+            batch.step(slots)  # one step ahead, as the scheduler does
+            batch.collect()
+        batch.collect()
+        wall = (perf_counter() - start) / (STEPS - 1)
+        after.record(backend.stream)
+        after.wait()
+        device = after.microseconds_since(before) / (STEPS - 1)
+        rows.append({"sequences": size, "us": wall * 1e6, "device_us": device, "tokens/s": size / wall})
+        batch.close()
+    return rows
