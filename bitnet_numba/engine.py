@@ -151,6 +151,8 @@ class Engine:
             raise RequestError("prompts must be a list of prompts")
         if isinstance(params, SamplingParams) or params is None:
             params = [params] * len(prompts)
+        elif not isinstance(params, Sequence):
+            raise RequestError(f"params must be SamplingParams or a list of them, not {params!r}")
         elif len(params) != len(prompts):
             raise RequestError(f"there are {len(prompts)} prompts but {len(params)} sampling parameters")
         requests = []

@@ -43,6 +43,8 @@ def read_request(
     stops = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
     if not all(isinstance(text, str) and text for text in stops):
         raise RequestError("a stop string must be a text that is not empty")
+    if not isinstance(params, SamplingParams | None):
+        raise RequestError(f"params must be SamplingParams, not {params!r}")
     ids = encode_prompt(tokenizer, prompt, vocab_size, capacity)
     if not isinstance(prompt, str) and isinstance(prompt[0], Mapping):
         stops += tokenizer.chat_stop

@@ -27,20 +27,10 @@ from bitnet_numba.sampling import SamplingParams, sample
 from bitnet_numba.session import common_prefix
 from bitnet_numba.stop_strings import StopStrings
 from bitnet_numba.tokenizer import StreamDecoder, Tokenizer
-from tests.toy_backend import TOKENIZER, VOCAB, tokens_of, toy_engine, toy_logits
+from tests.toy_backend import TOKENIZER, VOCAB, sampling, some_ids, tokens_of, toy_engine, toy_logits
 
 EOT = 1999
 HI = [{"role": "user", "content": "Hi."}]
-some_ids = st.lists(st.integers(0, 1989), min_size=1, max_size=30)  # no special tokens: none of these ends an answer
-sampling = st.builds(
-    SamplingParams,
-    temperature=st.sampled_from([0.0, 0.7, 1.5]),
-    top_p=st.sampled_from([1.0, 0.9]),
-    top_k=st.sampled_from([0, 40]),
-    min_p=st.sampled_from([0.0, 0.05]),
-    repetition_penalty=st.sampled_from([1.0, 1.3]),
-    seed=st.integers(0, 2**64 - 1),
-)
 
 
 def as_options(params: SamplingParams) -> dict[str, Any]:

@@ -1,10 +1,14 @@
 """A backend without a model: its logits are a pure function of the tokens so far, and it counts what it computes."""
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from bitnet_numba.backend import NO_TOKEN
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.engine import Engine
 from bitnet_numba.sampling import SamplingParams, sample
@@ -14,6 +18,17 @@ from tests.conftest import GOLDEN
 VOCAB = 2000
 TOKENIZER = Tokenizer.open(GOLDEN / "tokenizer", VOCAB)
 CONFIG = ModelConfig(VOCAB, 64, 64, 1, 1, 1, 64, 4096, 1e-5, 1e4, "relu2", sub_norms=True, tied=True)
+
+some_ids = st.lists(st.integers(0, 1989), min_size=1, max_size=30)  # no special tokens: none of these ends an answer
+sampling = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.7, 1.5]),
+    top_p=st.sampled_from([1.0, 0.9]),
+    top_k=st.sampled_from([0, 40]),
+    min_p=st.sampled_from([0.0, 0.05]),
+    repetition_penalty=st.sampled_from([1.0, 1.3]),
+    seed=st.integers(0, 2**64 - 1),
+)
 
 
 class ToyBackend:
@@ -30,10 +45,25 @@ class ToyBackend:
         self.prefilled: list[int] = []  # tokens computed for each prompt
         self.fail_after: int | None = None  # tokens of an answer before a step fails
         self.open_contexts = 0
+        self.logits: Callable[[Sequence[int]], NDArray[np.float32]] = toy_logits
+        self.page_size = 4
+        self.bad_token: int | None = None  # in a batch, sequences that hold it have logits of NaN
+        self.batches: list[ToyBatch] = []  # all that were ever made
 
     def new_context(self, capacity: int) -> "ToyContext":
         self.open_contexts += 1
         return ToyContext(self, capacity)
+
+    def new_batch(self, max_sequences: int, capacity: int, tokens: int | None = None) -> "ToyBatch":
+        pages = -(-(tokens or max_sequences * capacity) // self.page_size)
+        self.batches.append(ToyBatch(self, max_sequences, capacity, pages))
+        return self.batches[-1]
+
+    def choose(self, ids: Sequence[int], prompt: int, params: SamplingParams) -> int:
+        """The token after `ids`, of which the first `prompt` are the prompt."""
+        if self.script:
+            return self.script[(len(ids) - prompt) % len(self.script)]
+        return sample(self.logits(ids), ids, params)
 
     def memory(self) -> dict[str, int]:
         return {"weights": 123}
@@ -70,16 +100,99 @@ class ToyContext:
             while len(chosen) <= min(given + self.backend.ahead, room):
                 if chosen:
                     self.feed(chosen[-1:])
-                if script := self.backend.script:
-                    chosen.append(script[len(chosen) % len(script)])
-                else:
-                    chosen.append(sample(toy_logits(self.ids), self.ids, params))
+                chosen.append(self.backend.choose(self.ids, len(self.ids) - len(chosen), params))
             if given == self.backend.fail_after:
                 raise ValueError("a step failed")
             yield chosen[given]
 
     def close(self) -> None:
         self.backend.open_contexts -= 1
+
+
+@dataclass
+class ToySequence:
+    ids: list[int]
+    prompt: int  # tokens
+    params: SamplingParams
+    pages: list[int]
+    fed: int
+
+
+class ToyBatch:
+    """Writes down in its pages which token each place holds, and checks all that the protocol asks of the caller."""
+
+    def __init__(self, backend: ToyBackend, max_sequences: int, capacity: int, num_pages: int):
+        self.backend = backend
+        self.page_size = backend.page_size
+        self.max_sequences, self.capacity, self.num_pages = max_sequences, capacity, num_pages
+        self.places: list[list[int | None]] = [[None] * self.page_size for _ in range(num_pages)]
+        self.sequences: dict[int, ToySequence] = {}
+        self.results: deque[list[tuple[int, int]]] = deque()
+        self.log: list[str] = []  # the names of the calls
+        self.started: list[list[int]] = []  # the prompts in the order of their starts
+        self.prefilled: list[int] = []  # tokens of each call
+        self.closed = False
+
+    def start(self, slot: int, ids: Sequence[int], params: SamplingParams, pages: Sequence[int], computed: int) -> None:
+        assert not self.closed and 0 <= slot < self.max_sequences and params.seed is not None
+        assert len(set(pages)) == len(pages) and len(pages) * self.page_size >= len(ids)
+        assert computed % self.page_size == 0 and 0 <= computed < len(ids)
+        for page in pages[computed // self.page_size :]:
+            self.places[page] = [None] * self.page_size
+        self.sequences[slot] = ToySequence(list(ids), len(ids), params, list(pages), computed)
+        self.check(self.sequences[slot])
+        self.log.append("start")
+        self.started.append(list(ids))
+
+    def prefill(self, slot: int, count: int) -> None:
+        s = self.sequences[slot]
+        end = s.fed + count
+        assert count >= 1 and end <= s.prompt and (end == s.prompt or end % self.page_size == 0)
+        self.prefilled.append(count)
+        self.log.append("prefill")
+        self.feed(s, count)
+        if end == s.prompt:
+            self.results.append([(slot, self.next_token(s))])
+
+    def step(self, slots: Sequence[int]) -> None:
+        assert slots and len(set(slots)) == len(slots)
+        self.log.append("step")
+        results = []
+        for slot in slots:
+            s = self.sequences[slot]
+            assert s.fed == len(s.ids) - 1 and s.fed >= s.prompt
+            if s.fed - s.prompt == self.backend.fail_after:
+                raise ValueError("a step failed")
+            self.feed(s, 1)
+            results.append((slot, self.next_token(s)))
+        self.results.append(results)
+        assert len(self.results) <= 2 * (self.max_sequences + 1)
+
+    def collect(self) -> list[tuple[int, int]]:
+        self.log.append("collect")
+        return self.results.popleft()
+
+    def close(self) -> None:
+        assert not self.closed
+        self.closed = True
+
+    def feed(self, s: ToySequence, count: int) -> None:
+        for position in range(s.fed, s.fed + count):
+            assert position < self.capacity
+            page, place = s.pages[position // self.page_size], position % self.page_size
+            assert self.places[page][place] is None, "a place was written twice"
+            self.places[page][place] = s.ids[position]
+        s.fed += count
+        self.check(s)
+
+    def check(self, s: ToySequence) -> None:
+        held = [token for page in s.pages for token in self.places[page]]
+        assert held[: s.fed] == s.ids[: s.fed], "another sequence wrote into these pages"
+
+    def next_token(self, s: ToySequence) -> int:
+        bad = self.backend.bad_token in s.ids
+        s.ids.append(NO_TOKEN if bad else self.backend.choose(s.ids, s.prompt, s.params))
+        return s.ids[-1]
 
 
 def toy_logits(ids: Sequence[int]) -> NDArray[np.float32]:
