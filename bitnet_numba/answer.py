@@ -64,7 +64,9 @@ class Answer:
         self._limit = limit
         self._finished = False
         self._ids: list[int] = []  # all tokens but the one that stops
-        self._borders = [(0, 0)]  # (tokens, characters) where a token and a character end together
+        self._ends: list[int | None] = [
+            0
+        ]  # characters after so many tokens, where a token and a character end together
         self._decoded = 0  # characters
         self._shown: list[str] = []
         self._begun = self._first = self._last = perf_counter()
@@ -82,8 +84,7 @@ class Answer:
         self._ids.append(token)
         piece = self._decoder.push(token)
         self._decoded += len(piece)
-        if not self._decoder.pending:
-            self._borders.append((len(self._ids), self._decoded))
+        self._ends.append(None if self._decoder.pending else self._decoded)
         safe = self._matcher.push(piece)
         if safe:
             self._shown.append(safe)
@@ -106,6 +107,6 @@ class Answer:
         text, ids = "".join(self._shown), self._ids
         reason: FinishReason = self.reason if self.reason and self._finished else "interrupted"
         if self._matcher.found or reason == "interrupted":
-            ids = ids[: max(count for count, length in self._borders if length <= len(text))]
+            ids = ids[: max(count for count, end in enumerate(self._ends) if end is not None and end <= len(text))]
         seconds = self._first - self._begun, self._last - self._first
         return Completion(text, ids, reason, Stats(prompt_tokens, reused_tokens, self._count, *seconds, memory))

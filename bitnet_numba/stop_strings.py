@@ -16,6 +16,8 @@ class StopStrings:
 
     def push(self, piece: str) -> str:
         """The text that is now safe to show; once `found`, there is no more."""
+        if not self._stops:
+            return piece
         text = self._held + piece
         ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops if stop in text]
         if ends:
