@@ -13,6 +13,7 @@ Conventions of every kernel in this folder:
 
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -712,6 +713,96 @@ def fma_bf16(a: Any, b: Any, c: Any) -> Any:
     low = bf16_low(a) * np.float64(bf16_low(b)) + bf16_low(c)
     high = bf16_high(a) * np.float64(bf16_high(b)) + bf16_high(c)
     return pack_bf16(np.float32(low), np.float32(high))
+
+
+def _warpgroup_mma_stand_in(tokens: int, blocks: int) -> Callable:
+    def warpgroup_mma(sums: Any, codes: Any, shared: Any, i: Any) -> None:
+        thread: Any = threading.current_thread()
+        g, c = divmod(thread.thread_id % WARP, 4)
+        for p in range(2):
+            start = int(i) + 8 * tokens * p
+            words = np.asarray(shared[start : start + 8 * tokens]).astype(np.int32)
+            b = words.view(np.int8).reshape(2, tokens, 16).transpose(0, 2, 1).reshape(32, tokens).astype(np.int64)
+            for u in range(blocks):
+                own = tuple(codes[8 * u + 4 * p + r] for r in range(4))
+                lanes = np.array([[int(x) & 0xFFFFFFFF for x in lane] for lane in thread.gather_in_warp(own)])
+                quads = lanes.astype("<u4").view(np.uint8).reshape(8, 4, 4, 4)[g].astype(np.int64)  # [c, register, byte]
+                rows = [np.concatenate([quads[:, r].reshape(16), quads[:, r + 2].reshape(16)]) @ b for r in range(2)]
+                for n in range(tokens // 2):
+                    at = tokens // 2 * u + n
+                    sums[at] = int32(int(sums[at]) + int(rows[n >> 1 & 1][8 * (n >> 2) + 2 * c + (n & 1)]))
+
+    return warpgroup_mma
+
+
+def _warpgroup_mma_intrinsic(tokens: int, blocks: int) -> Callable:
+    from llvmlite import ir
+    from numba.cuda.extending import intrinsic
+
+    each = tokens // 2  # sums of a lane and row-block
+    sums_count, codes_count = each * blocks, 8 * blocks
+    # No swizzle: 8 tokens x 16 columns lie together (128 bytes); the next 8 tokens follow, then the next 16 columns.
+    strides = (16 * tokens >> 4) << 16 | (128 >> 4) << 32
+    lines = [
+        "{ .reg .pred yes; .reg .u64 at, b0, b1;",
+        "setp.eq.u32 yes, 0, 0;",
+        f"cvta.to.shared.u64 at, ${2 * sums_count + codes_count};",
+        "and.b64 at, at, 0x3ffff; shr.u64 at, at, 4;",
+        f"or.b64 b0, at, {strides}; add.u64 b1, b0, {32 * tokens >> 4};",
+        "wgmma.fence.sync.aligned;",
+    ]
+    for p in range(2):
+        for u in range(blocks):
+            into = ", ".join(f"${each * u + n}" for n in range(each))
+            left = ", ".join(f"${sums_count + 8 * u + 4 * p + r}" for r in range(4))
+            lines.append(
+                f"wgmma.mma_async.sync.aligned.m64n{tokens}k32.s32.u8.s8 {{{into}}}, {{{left}}}, b{p}, yes;"
+            )
+    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0; }"]
+    # Operands: results, codes, sums (tied to the results), address. The number of the address counts all of them.
+    ptx = " ".join(lines)
+
+    @intrinsic
+    def warpgroup_mma(typing_context: Any, sums: Any, codes: Any, shared: Any, i: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            word = ir.IntType(32)
+
+            def element(kind: Any, base: Any, n: int) -> Any:
+                return _address(context, builder, kind, base, ir.IntType(64)(n))
+
+            into = [element(signature.args[0], values[0], n) for n in range(sums_count)]
+            left = [builder.load(element(signature.args[1], values[1], n)) for n in range(codes_count)]
+            address = _address(context, builder, signature.args[2], values[2], values[3])
+            operands = left + [builder.load(a) for a in into] + [address]
+            result = ir.LiteralStructType([word] * sums_count)
+            constraints = ["=r"] * sums_count + ["r"] * codes_count + [str(n) for n in range(sums_count)] + ["l"]
+            function = ir.FunctionType(result, [value.type for value in operands])
+            asm = ir.InlineAsm(function, ptx, ",".join([*constraints, "~{memory}"]), side_effect=True)
+            sums_after = builder.call(asm, operands)
+            for n, a in enumerate(into):
+                builder.store(builder.extract_value(sums_after, n), a)
+            return context.get_dummy_value()
+
+        return types.void(sums, codes, shared, types.int64), codegen
+
+    return warpgroup_mma
+
+
+@cache
+def warpgroup_mma(tokens: int, blocks: int) -> Callable:
+    """`mma(sums, codes, shared, i)`: C [16 rows, tokens] += A [16, 64] . B [64, tokens] for each of `blocks` row-blocks
+    of each of the four warps of a warpgroup, uint8 . int8, int32 sums. sm_90a alone. All four warps call it together.
+
+    sums, codes: local arrays. As of `mma_codes`, of a row-block u: codes[8 u + 4 p ..] are a0 .. a3 of columns 32 p ..,
+    sums[tokens / 2 * u + 4 t ..] are c0 .. c3 of tokens 8 t ... B is shared memory from element i on: int8
+    [4, tokens, 16], 16 columns a time, written before an `async_fence` and a barrier.
+    """
+    return (_warpgroup_mma_stand_in if SIMULATED else _warpgroup_mma_intrinsic)(tokens, blocks)
+
+
+@_instruction("fence.proxy.async.shared::cta;", "", "", effects=True)
+def async_fence() -> None:
+    """Makes this thread's writes to shared memory visible to `warpgroup_mma`, after a barrier. sm_90."""
 
 
 @_instruction("div.u32 $0, $1, $2;", "r", "rr")

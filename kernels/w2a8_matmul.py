@@ -48,6 +48,7 @@ from bitnet_numba.kernels.intrinsics import (
     WARP,
     async_commit,
     async_copy4,
+    async_fence,
     async_wait,
     float32,
     grid_release,
@@ -58,6 +59,7 @@ from bitnet_numba.kernels.intrinsics import (
     pointer,
     store4,
     stream_pair,
+    warpgroup_mma,
 )
 from bitnet_numba.kernels.w2a8_columns import STEP, make_columns
 from bitnet_numba.kernels.w2a8_epilogue import EPILOGUES, make_epilogue
@@ -82,7 +84,7 @@ class Tile(NamedTuple):
     held: int  # turns of weights in registers
     stages: int  # turns of activations in shared memory; 0: straight to registers
     per_sm: int = 1  # blocks of a multiprocessor that the registers must allow
-    scheme: str = "mma"  # or "dp4a", of w2a8_columns.py
+    scheme: str = "mma"  # or "wgmma", for sm_90 alone, or "dp4a", of w2a8_columns.py
 
     @property
     def rows(self) -> int:
@@ -106,12 +108,14 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
     UNITS = U // HALVES  # row-blocks of the output
     THREADS = tile.threads
     NT = T // TOKENS
-    STAGED = STAGES > 0
+    WARPGROUP = tile.scheme == "wgmma"
+    STAGED = STAGES > 0 and not WARPGROUP
     arrived = async_wait(max(STAGES - 2, 0))
     STAGE = WK * T * PANEL_INTS
     COPIES = -(-STAGE // 4 // THREADS)
     COPIES_EXACT = STAGE % (4 * THREADS) == 0
-    B_AHEAD = 0 if STAGED else max(n for n in (8, 7, 6, 5, 4, 3, 2, 1) if HELD % n == 0 and (n == 1 or n * NT <= 8))
+    B_AHEAD = 0 if STAGES else max(n for n in (8, 7, 6, 5, 4, 3, 2, 1) if HELD % n == 0 and (n == 1 or n * NT <= 8))
+    F_REGS = 8 * COPIES if WARPGROUP else 1
     W_REGS, A_REGS, B_REGS, ACC_REGS = 2 * U * HELD, 8 * U, max(4 * NT * B_AHEAD, 1), 4 * U * NT
     # Sums meet in passes of as many n-tiles as fit the shared memory.
     N_PASS = next(n for n in range(NT, 0, -1) if NT % n == 0 and n * U * WR * WK * FRAGMENT <= SHARED_INTS)
@@ -121,8 +125,10 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
     SCALE_TURNS = -(-T // THREADS)
     MASK = np.int32(CODE_MASK)
     ZERO = float32(0)
-    if GATED and U % 2 or T % TOKENS or SHARED > SHARED_INTS:
+    bad_group = WARPGROUP and (WR % 4 or HELD % 2 or STAGES != 2 or not COPIES_EXACT)
+    if GATED and U % 2 or T % TOKENS or SHARED > SHARED_INTS or bad_group:
         raise ValueError(f"no product is made of {tile}")
+    warpgroup_product = warpgroup_mma(T, U)
 
     def matmul(words, q, s, total, count, scales, bias, out, M, rows, KP, turns, blocks, second, bound1, bound2):
         shared = pointer(cuda.shared.array(SHARED, int32, SHARED_ALIGN))  # activations, then sums
@@ -138,12 +144,17 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
         column_r = cuda.local.array(COPIES, int32)
         from_r = cuda.local.array(COPIES, int32)
         bytes_r = cuda.local.array(COPIES, int32)
+        to_r = cuda.local.array(COPIES, int32)
+        f_r = cuda.local.array(F_REGS, int32)
 
         tid = int32(cuda.threadIdx.x)
         warp, lane = tid >> 5, tid & 31
         g, i = lane >> 2, lane & 3
         k_warp = int32(warp % WK)
         row_warp = int32(warp // WK)
+        if WARPGROUP:  # four neighbouring warps multiply together, each its own rows
+            k_warp = int32((warp >> 2) % WK)
+            row_warp = int32((warp >> 2) // WK * 4 + (warp & 3))
         first = int32(cuda.blockIdx.x) * T
         limit = min(int32(M), int32(count[0]))  # no kernel writes it: it may be read before the wait
         if first >= limit:
@@ -152,7 +163,7 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
             return
         unit0 = int32((int32(cuda.blockIdx.y) * WR + row_warp) * UNITS)
 
-        # 1. The first turns' weights. Columns beyond the last are any words: the activations are zero there.
+        # 1. The first turns' weights. Beyond the last column they are any words, and count for nothing.
         for u in range(U):
             unit = min(int32(unit0 + u // HALVES), int32(blocks - 1))
             lane_rd = int32((g >> 2) * 16 + (i & 1) * 8 + (g & 3) * 2)
@@ -177,13 +188,15 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
         # 2. The first turns' activations.
         stride = int32(KP >> 2)  # int32 words of a token
         q_column = int32(k_warp * PANEL_INTS + i * 4)  # of what is asked for next, in int32 words
-        if STAGED:
+        if STAGES > 0:
             for n in range(COPIES):
                 chunk = int32(tid + n * THREADS)
                 token = int32((chunk >> 2) % T)
                 column_r[n] = int32(chunk // (4 * T) * PANEL_INTS + (chunk & 3) * 4)
-                from_r[n] = int32((first + token) * stride)
+                from_r[n] = int32((min(first + token, limit - 1) if WARPGROUP else first + token) * stride)
+                to_r[n] = int32(chunk // (4 * T) * (T * PANEL_INTS) + token * 4 + (chunk & 3))
                 bytes_r[n] = int32(16) if first + token < limit else int32(0)
+        if STAGED:
             for t in range(STAGES - 1):
                 for n in range(COPIES):
                     chunk = int32(tid + n * THREADS)
@@ -192,6 +205,16 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
                         async_copy4(shared, t * STAGE + chunk * 4, q, from_r[n] + column_r[n], size)
                     column_r[n] += WK * PANEL_INTS
                 async_commit()
+        elif WARPGROUP:
+            for t in range(3):  # the first turn's to shared memory, the next two's to registers
+                for n in range(COPIES):
+                    f = 4 * ((t & 1) * COPIES + n)
+                    at = from_r[n] + min(column_r[n], int32(stride - 4))
+                    f_r[f], f_r[f + 1], f_r[f + 2], f_r[f + 3] = load4(q, at)
+                    if t == 0:
+                        for c in range(4):
+                            shared[to_r[n] + c * (4 * T)] = f_r[f + c] if column_r[n] < stride else int32(0)
+                    column_r[n] += WK * PANEL_INTS
         else:
             for t in range(NT):
                 q_rd[t] = int32(min(int32(first + t * TOKENS + g), int32(limit - 1)) * stride)
@@ -200,8 +223,6 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
                 for t in range(NT):
                     n = 4 * (j * NT + t)
                     b_r[n], b_r[n + 1], b_r[n + 2], b_r[n + 3] = load4(q, q_rd[t] + at)
-                    if q_column >= stride:
-                        b_r[n] = b_r[n + 1] = b_r[n + 2] = b_r[n + 3] = int32(0)
                 q_column += WK * PANEL_INTS
         for n in range(SCALE_TURNS):
             token = int32(tid + n * THREADS)
@@ -226,25 +247,43 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
                                 async_copy4(shared, stage_wr + chunk * 4, q, from_r[n] + column_r[n], size)
                             column_r[n] += WK * PANEL_INTS
                         async_commit()
+                    if WARPGROUP:
+                        async_fence()  # for what was written in the last turn
+                        cuda.syncthreads()  # this turn's activations are there, the last turn's have been read
+                        for n in range(COPIES):
+                            f = 4 * ((j + 1 & 1) * COPIES + n)
+                            inside = column_r[n] - 2 * WK * PANEL_INTS < stride  # of what was loaded two turns ago
+                            for c in range(4):
+                                x = f_r[f + c] if inside else int32(0)
+                                shared[(j + 1 & 1) * STAGE + to_r[n] + c * (4 * T)] = x
+                            at = from_r[n] + min(column_r[n], int32(stride - 4))
+                            f_r[f], f_r[f + 1], f_r[f + 2], f_r[f + 3] = load4(q, at)
+                            column_r[n] += WK * PANEL_INTS
+                    if STAGES > 0:
                         for u in range(U):
                             for r in range(2):
                                 w = w_r[2 * (j * U + u) + r]
                                 for p in range(4):
                                     a_r[8 * u + 4 * (p >> 1) + 2 * (p & 1) + r] = (w >> (CODE_BITS * p)) & MASK
+                    if WARPGROUP:
+                        warpgroup_product(acc_r, a_r, shared, (j & 1) * STAGE + k_warp * (T * PANEL_INTS))
+                    elif STAGED:
                         for t in range(NT):
                             b0, b1, b2, b3 = load4(shared, stage_rd + b_rd + t * TOKENS * PANEL_INTS)
                             for p in range(2):
                                 for u in range(U):
-                                    n, a = 4 * (t * U + u), 8 * u + 4 * p
+                                    n, a = 4 * (u * NT + t), 8 * u + 4 * p
                                     c0, c1, c2, c3 = acc_r[n], acc_r[n + 1], acc_r[n + 2], acc_r[n + 3]
                                     a0, a1, a2, a3 = a_r[a], a_r[a + 1], a_r[a + 2], a_r[a + 3]
                                     x0, x1 = (b2, b3) if p else (b0, b1)
                                     c0, c1, c2, c3 = mma_codes(a0, a1, a2, a3, x0, x1, c0, c1, c2, c3)
                                     acc_r[n], acc_r[n + 1], acc_r[n + 2], acc_r[n + 3] = c0, c1, c2, c3
                     else:
+                        inside = column - HELD * WK * PANEL < KP
                         for u in range(U):
+                            w0 = w_r[2 * (j * U + u)] if inside else int32(0)
+                            w1 = w_r[2 * (j * U + u) + 1] if inside else int32(0)
                             for p in range(2):
-                                w0, w1 = w_r[2 * (j * U + u)], w_r[2 * (j * U + u) + 1]
                                 a0, a2 = (
                                     (w0 >> (2 * CODE_BITS * p)) & MASK,
                                     (w0 >> (2 * CODE_BITS * p + CODE_BITS)) & MASK,
@@ -254,7 +293,7 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
                                     (w1 >> (2 * CODE_BITS * p + CODE_BITS)) & MASK,
                                 )
                                 for t in range(NT):
-                                    n, b = 4 * (t * U + u), 4 * (j % B_AHEAD * NT + t) + 2 * p
+                                    n, b = 4 * (u * NT + t), 4 * (j % B_AHEAD * NT + t) + 2 * p
                                     c0, c1, c2, c3 = acc_r[n], acc_r[n + 1], acc_r[n + 2], acc_r[n + 3]
                                     c0, c1, c2, c3 = mma_codes(a0, a1, a2, a3, b_r[b], b_r[b + 1], c0, c1, c2, c3)
                                     acc_r[n], acc_r[n + 1], acc_r[n + 2], acc_r[n + 3] = c0, c1, c2, c3
@@ -262,8 +301,6 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
                         for t in range(NT):
                             n = 4 * (j % B_AHEAD * NT + t)
                             b_r[n], b_r[n + 1], b_r[n + 2], b_r[n + 3] = load4(q, q_rd[t] + at)
-                            if q_column >= stride:
-                                b_r[n] = b_r[n + 1] = b_r[n + 2] = b_r[n + 3] = int32(0)
                         q_column += WK * PANEL_INTS
                     at = min(column, int32(KP - BLOCK_COLS))
                     for u in range(U):
@@ -283,7 +320,8 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
             t0 = pass_ * N_PASS
             cuda.syncthreads()
             for n in range(N_PASS * U):
-                at, c = int32(row_sums + k_warp * PASS + n * FRAGMENT + lane * 4), 4 * (t0 * U + n)
+                at = int32(row_sums + k_warp * PASS + n * FRAGMENT + lane * 4)
+                c = 4 * (n % U * NT + t0 + n // U)
                 store4(shared, at, acc_r[c], acc_r[c + 1], acc_r[c + 2], acc_r[c + 3])
             fragment = int32(k_warp)
             if RESIDUAL:

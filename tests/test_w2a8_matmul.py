@@ -69,11 +69,13 @@ KINDS = st.sampled_from(
 )
 
 
+GROUP = Tile(32, 1, 4, 1, 2, 2, scheme="wgmma")
 DP4A = Tile(8, 1, 1, 2, 0, 0, scheme="dp4a")
 
 
 @settings(max_examples=8)
 @example(M=9, N=64, K=300, kind=("gated", "relu2"), bias=True, tile=DP4A, short=1, seed=4)
+@example(M=35, N=70, K=160, kind=("store", "relu2"), bias=False, tile=GROUP, short=1, seed=5)
 @example(M=11, N=40, K=290, kind=("acc", "relu2"), bias=False, tile=Tile(8, 2, 1, 2, 2, 2), short=0, seed=1)
 @example(M=9, N=70, K=200, kind=("residual", "relu2"), bias=True, tile=Tile(16, 1, 2, 1, 3, 0), short=3, seed=2)
 @example(M=5, N=64, K=160, kind=("gated", "silu"), bias=True, tile=Tile(8, 2, 1, 2, 1, 3), short=0, seed=3)
