@@ -726,7 +726,7 @@ def _warpgroup_mma_stand_in(tokens: int, blocks: int) -> Callable:
             for u in range(blocks):
                 own = tuple(codes[8 * u + 4 * p + r] for r in range(4))
                 lanes = np.array([[int(x) & 0xFFFFFFFF for x in lane] for lane in thread.gather_in_warp(own)])
-                quads = lanes.astype("<u4").view(np.uint8).reshape(8, 4, 4, 4)[g].astype(np.int64)  # [c, register, byte]
+                quads = lanes.astype("<u4").view(np.uint8).reshape(8, 4, 4, 4)[g].astype(np.int64)  # [c, a, byte]
                 rows = [np.concatenate([quads[:, r].reshape(16), quads[:, r + 2].reshape(16)]) @ b for r in range(2)]
                 for n in range(tokens // 2):
                     at = tokens // 2 * u + n

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bitnet_numba.kernels import attention, embed, norm_quant, sampler
+from bitnet_numba.kernels import attention, embed, norm_quant, sampler, sampler_many
 from bitnet_numba.kernels.attention_batch import fits
 from bitnet_numba.kernels.w2a8_gemv import Plan
 from bitnet_numba.kernels.w2a8_matmul import Tile
@@ -10,10 +10,11 @@ from bitnet_numba.sampling import SamplingParams
 from tests.kernel_harness import arch
 from tests.test_attention import check_attention
 from tests.test_attention_batch import check_attention_batch
-from tests.test_embed import check_embed
+from tests.test_embed import check_embed, check_embed_many, check_finish_prompt
 from tests.test_head import check_head
+from tests.test_head_many import check_head_many
 from tests.test_norm_quant import check_norm_quant
-from tests.test_sampler_cuda import choose
+from tests.test_sampler_cuda import choose, choose_many
 from tests.test_w2a8_gemv import check_gemv
 from tests.test_w2a8_matmul import check_matmul
 
@@ -29,6 +30,13 @@ def main() -> None:
     for int8 in (False, True):
         check_head(320, 50, int8, 512, 10, 2, 2)
         check_embed(embed.embed_form(arch(), int8), 256, int8, 40, 64, 3)
+        for prompt in (False, True):
+            form = embed.embed_many_form(arch(), int8, prompt)
+            check_embed_many(form, 256, int8, prompt, 5, 40, 300, 10)
+        for tokens in (7, 100):
+            check_head_many(320, 50, tokens, int8, 11, 2, arch())
+        check_head_many(320, 50, 9, int8, 12, 2, 75)
+    check_finish_prompt(embed.finish_prompt_form(arch()), 256, 5, 300, 1, 13)
     for long in (False, True):
         form = attention.attention_form(arch(), 64, 4, long)
         grid = (3, attention.attention_grid(1, 8, 2, long)[1])
@@ -39,6 +47,7 @@ def main() -> None:
     logits = np.random.default_rng(6).standard_normal(300).astype(np.float32)
     for params in (SamplingParams(), SamplingParams(0.8, 0.9, 20, 0.01, 1.2, 7)):
         choose(logits, [1, 2, 3], params, sampler.sampler_form(arch()), 2, repeat=1)
+        choose_many([(logits, [1, 2, 3], params), None], sampler_many.sampler_many_form(arch()), repeat=1)
     print("each kernel ran")
 
 

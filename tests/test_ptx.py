@@ -26,9 +26,11 @@ MODULES = (
     "decode",
     "embed",
     "head",
+    "head_many",
     "kv_cache",
     "norm_quant",
     "sampler",
+    "sampler_many",
     "w2a8_gemv",
     "w2a8_matmul",
 )
