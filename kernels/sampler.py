@@ -40,6 +40,7 @@ from bitnet_numba.kernels.intrinsics import (
     grid_wait,
     int32,
     int64,
+    keep_loop,
     load_acquire,
     pointer,
     uint32,
@@ -140,8 +141,6 @@ def make_sampler(arch: int, threads: int = THREADS, slice_size: int = SLICE) -> 
                 top, top_id = x, token
         broken = cuda.syncthreads_or(broken)
         best_slot = BEST
-        cut = int64(0)
-        least = LOWEST
         turn = int32(0)  # 0: the largest logit; 1: the largest of logit plus noise
         while True:
             key = block_best(key_of(top, top_id) if top_id < vocab else int64(0), keys_s, warp, lane, WARPS)
@@ -162,6 +161,7 @@ def make_sampler(arch: int, threads: int = THREADS, slice_size: int = SLICE) -> 
 
             # 3. The cuts of top-k (stage 0) and top-p (stage 1).
             passes = int32(0)
+            cut = int64(0)
             for stage in range(2):
                 target = int64(setting[TOP_K])
                 if stage == 0:
@@ -181,6 +181,7 @@ def make_sampler(arch: int, threads: int = THREADS, slice_size: int = SLICE) -> 
                         scratch[after + i] = int64(0)
                     cuda.syncthreads()
                     for i in range(tid, count, threads):
+                        keep_loop()
                         key = key_of(z_s[i], start + i)
                         if key >= cut and key >> (shift + DIGIT_BITS) == prefix:
                             digit = (key >> shift) & (BINS - 1)
