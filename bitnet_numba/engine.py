@@ -164,7 +164,8 @@ class Engine:
         if not requests:
             return []
         completions: dict[int, Completion] = {}
-        with self.scheduler(max_sequences) as scheduler:
+        most = whole_number(max_sequences)
+        with self.scheduler(max_sequences if most is None else min(most, len(requests))) as scheduler:
             numbers = []
             for i, request in enumerate(requests):
                 with _naming_prompt(i):

@@ -71,15 +71,11 @@ class Scheduler:
 
         Raises RequestError for numbers that are none, BackendError when memory does not suffice.
         """
-        sizes = {"max_sequences": max_sequences, "prefill_chunk": prefill_chunk} | (
-            {} if tokens is None else {"tokens": tokens}
-        )
-        for name, value in sizes.items():
-            if (whole_number(value) or 0) < 1:
-                raise RequestError(f"{name} must be a whole number of at least 1, not {value!r}")
+        max_sequences = _at_least_one("max_sequences", max_sequences)
+        tokens = None if tokens is None else _at_least_one("tokens", tokens)
         self._backend, self._tokenizer = backend, tokenizer
         self._vocab_size, self._context = vocab_size, context
-        self._chunk = prefill_chunk
+        self._chunk = _at_least_one("prefill_chunk", prefill_chunk)
         self._batch = backend.new_batch(max_sequences, context, tokens)
         self._pool = PagePool(self._batch.num_pages, self._batch.page_size)
         self._slots = list(range(self._batch.max_sequences - 1, -1, -1))  # free ones
@@ -271,3 +267,10 @@ class Scheduler:
         """How many tokens a request may feed: its prompt and its answer but for the last token, which is not fed."""
         most = self._context
         return most if request.limit is None else min(most, len(request.ids) + request.limit - 1)
+
+
+def _at_least_one(name: str, value: int) -> int:
+    number = whole_number(value)
+    if number is None or number < 1:
+        raise RequestError(f"{name} must be a whole number of at least 1, not {value!r}")
+    return number

@@ -157,6 +157,24 @@ def test_a_cancelled_request_makes_room_in_the_same_step() -> None:
     assert scheduler.busy and scheduler.step() == []
 
 
+def test_a_request_cancelled_amid_its_prompt_frees_its_room() -> None:
+    llm, backend = engine(tokens_of("a"), context=200)
+    scheduler = llm.scheduler(max_sequences=2, prefill_chunk=20)
+    batch = backend.batches[0]
+    first = scheduler.add(list(range(100)), max_new_tokens=3)
+    for _ in range(2):
+        scheduler.step()
+    scheduler.cancel(first)
+    (update,) = scheduler.step()
+    assert update.completion is not None and update.completion.finish_reason == "interrupted"
+    assert (update.completion.text, update.completion.token_ids) == ("", [])
+    assert scheduler._pool.free == batch.num_pages and sum(batch.prefilled) == 40
+    scheduler.add(list(range(50)), max_new_tokens=3)  # what had been computed is still of use
+    completion = run(scheduler)[-1].completion
+    assert completion is not None and completion.stats.reused_tokens == 40
+    assert len(completion.token_ids) == 3 and sum(batch.prefilled) == 50
+
+
 def test_what_could_never_fit_is_refused_at_once() -> None:
     llm, _ = engine()
     scheduler = llm.scheduler(max_sequences=2, tokens=30)  # 8 pages of 4
