@@ -1,21 +1,22 @@
-"""RMSNorm and absmax quantisation of whole rows, for products of many tokens; optionally after a gated activation.
+"""RMSNorm and absmax quantisation of whole rows, for products of many tokens.
 
-    v = x, or relu2(gate) * up, or silu(gate) * up          float32
-    n = w * (v / sqrt(mean(v^2) + eps)), or v itself        (Zhang and Sennrich, 2019)
+    n = w * (x / sqrt(mean(x^2) + eps)), or x itself        (Zhang and Sennrich, 2019)
     s = 127 / max(max|n|, 1e-5), q = rint(n * s), half to even          as in `bitnet_numba.quantize`
 
 A step of one token does not use it: there the matrix-vector product quantises its input itself (see w2a8_gemv),
 because a launch costs more than the vector. For M tokens a block owns a row; its values stay in registers between the
-two reductions, so that each is read once: 4 M K bytes in (8 with a gate), M K out.
+two reductions, so that each is read once: 4 M K bytes in, M K out.
 
-    block = token     thread t: columns t, t + T, t + 2 T, ...     (coalesced for every K, no alignment asked for)
+    block = token     thread t: columns 4 t .. 4 t + 3, 4 (t + T) .., ...    16 bytes in, one word of four q out
+                      (rows that are no multiple of 4 long: columns t, t + T, ...)
+
+T is chosen so that a thread has as few values as 1024 threads allow: with few rows, latency is all there is.
 
 The squares are summed in float64 and the mean is rounded once: the result does not depend on how the work is split, so
 that a row gives the same q whatever the block size. Every other operation is the definition's, in its order.
 Products and sums of q are exact, so the activations' sum is carried as int32 for the `+2` correction of `packing`.
 """
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -27,14 +28,19 @@ from bitnet_numba.kernels.forms import KernelForm
 from bitnet_numba.kernels.intrinsics import (
     WARP,
     add_rn,
+    byte_permute,
     div_rn,
+    dp4a,
     float32,
     float64,
+    float_to_bits,
     grid_release,
     grid_wait,
     int32,
     int64,
+    load4,
     mul_rn,
+    pointer,
     round_to_int,
     shuffle_xor,
     sqrt_rn,
@@ -44,51 +50,60 @@ from bitnet_numba.kernels.intrinsics import (
 from bitnet_numba.packing import BLOCK_COLS
 from bitnet_numba.quantize import EPSILON, INT8_MAX
 
-ACTIVATIONS = ("none", "relu2", "silu")
-MOST_VALUES = 36  # of a row in a thread's registers
-MOST_EARLY = 16  # weights in registers beside them, loaded before the row is there
-LARGE = 16384  # columns above which a block has 768 threads instead of 512: 85 registers each
+MOST_COLUMNS = 28 * 1024  # that the registers of a block hold
+MOST_THREADS = 1024
+MOST_EARLY = 16  # weights in a thread's registers beside the row, loaded before that is there
+ROUNDER = float32(1.5 * 2**23)  # added to a small number, leaves it rounded, half to even, in the low bits
+ALL_ONES = 0x01010101
 
 
-def make_norm_quant(arch: int, K: int, activation: str, norm: bool, threads: int) -> Callable[..., None]:
-    """The kernel for rows of K columns; `activation` one of ACTIVATIONS."""
+def make_norm_quant(arch: int, K: int, norm: bool, threads: int) -> Callable[..., None]:
+    """The kernel for rows of K columns. q is int32 words of four where K is a multiple of 4, else int8."""
     wait, release = grid_wait(arch), grid_release(arch)
-    VALUES, WARPS, PADDED = -(-K // threads), threads // WARP, -(-K // BLOCK_COLS) * BLOCK_COLS
+    WIDE = K % 4 == 0
+    EACH = 4 if WIDE else 1  # columns of a piece
+    PIECES, PADDED = K // EACH, -(-K // BLOCK_COLS) * BLOCK_COLS // EACH
+    TURNS, WARPS = -(-PIECES // threads), threads // WARP
+    VALUES = TURNS * EACH
     EARLY = norm and VALUES <= MOST_EARLY
-    W_REGS = VALUES if EARLY else 1
-    GATED, RELU2, NORM = activation != "none", activation == "relu2", norm
+    W_REGS = VALUES if EARLY else EACH
+    NORM, COLUMNS, STEP = norm, K, np.int32(threads)
     ZERO, ONE, LEAST, MOST = float32(0), float32(1), float32(EPSILON), float32(INT8_MAX)
 
-    def norm_quant(x, stride, second, weight, eps, q, s, total):
-        square_s = cuda.shared.array(WARPS, float64)
-        max_s = cuda.shared.array(WARPS, float32)
-        sum_s = cuda.shared.array(WARPS, int32)
+    def norm_quant(x, weight, eps, q, s, total):
+        square_s = pointer(cuda.shared.array(WARPS, float64))
+        max_s = pointer(cuda.shared.array(WARPS, float32))
+        sum_s = pointer(cuda.shared.array(WARPS, int32))
         v_r = cuda.local.array(VALUES, float32)
         w_r = cuda.local.array(W_REGS, float32)
         tid = int32(cuda.threadIdx.x)
         warp, lane = int32(tid // WARP), int32(tid % WARP)
         row = int64(cuda.blockIdx.x)
-        x_rd = row * stride
+        x_rd, q_wr = row * COLUMNS, row * PADDED
         if EARLY:
-            for i in range(VALUES):
-                k = int32(tid + i * threads)
-                w_r[i] = weight[k] if k < K else ZERO
+            for t in range(TURNS):
+                piece = int32(tid + t * threads)
+                for j in range(EACH):
+                    w_r[t * EACH + j] = ZERO
+                if piece < PIECES:
+                    if WIDE:
+                        i = 4 * t
+                        w_r[i], w_r[i + 1], w_r[i + 2], w_r[i + 3] = load4(weight, 4 * piece)
+                    else:
+                        w_r[t] = weight[piece]
         release()
         wait()
 
-        for i in range(VALUES):
-            k = int32(tid + i * threads)
-            v = ZERO
-            if k < K:
-                v = x[x_rd + k]
-                if GATED:
-                    up = x[x_rd + second + k]
-                    if RELU2:
-                        v = max(v, ZERO)
-                        v = mul_rn(mul_rn(v, v), up)
-                    else:
-                        v = mul_rn(div_rn(v, add_rn(ONE, float32(math.exp(-v)))), up)
-            v_r[i] = v
+        for t in range(TURNS):
+            piece = int32(tid + t * threads)
+            for j in range(EACH):
+                v_r[t * EACH + j] = ZERO
+            if piece < PIECES:
+                if WIDE:
+                    i = 4 * t
+                    v_r[i], v_r[i + 1], v_r[i + 2], v_r[i + 3] = load4(x, x_rd + 4 * piece)
+                else:
+                    v_r[t] = x[x_rd + piece]
         if NORM:
             squares = float64(0)
             for i in range(VALUES):
@@ -101,16 +116,22 @@ def make_norm_quant(arch: int, K: int, activation: str, norm: bool, threads: int
             squares = float64(0)
             for i in range(WARPS):
                 squares += square_s[i]
-            mean = float32(squares / float64(K))
+            mean = float32(squares / float64(COLUMNS))
             inverse = div_rn(ONE, sqrt_rn(add_rn(mean, eps)))
-            for i in range(VALUES):
-                k = int32(tid + i * threads)
-                w = ZERO
+            for t in range(TURNS):
+                piece = int32(tid + t * threads)
                 if EARLY:
-                    w = w_r[i]
-                elif k < K:
-                    w = weight[k]
-                v_r[i] = mul_rn(w, mul_rn(v_r[i], inverse))
+                    for j in range(EACH):
+                        i = t * EACH + j
+                        v_r[i] = mul_rn(w_r[i], mul_rn(v_r[i], inverse))
+                elif piece < PIECES:
+                    if WIDE:
+                        w_r[0], w_r[1], w_r[2], w_r[3] = load4(weight, 4 * piece)
+                    else:
+                        w_r[0] = weight[piece]
+                    for j in range(EACH):
+                        i = t * EACH + j
+                        v_r[i] = mul_rn(w_r[j], mul_rn(v_r[i], inverse))
         largest = ZERO
         for i in range(VALUES):
             largest = max(largest, abs(v_r[i]))
@@ -122,15 +143,25 @@ def make_norm_quant(arch: int, K: int, activation: str, norm: bool, threads: int
             largest = max(largest, max_s[i])
         scale = mul_rn(div_rn(ONE, max(largest, LEAST)), MOST)
         added = int32(0)
-        for i in range(VALUES):
-            k = int32(tid + i * threads)
-            # No clamp: |v| * scale is at most 127 (1 + 2^-22), which rounds to 127. Padding holds zeros.
-            value = round_to_int(mul_rn(v_r[i], scale))
-            added = int32(added + value)
-            if k < PADDED:
-                q[row * PADDED + k] = value
-        for k in range(tid + VALUES * threads, PADDED, threads):
-            q[row * PADDED + k] = int32(0)
+        # No clamp: |v| * scale is at most 127 (1 + 2^-22), which rounds to 127. Padding holds zeros.
+        for t in range(TURNS):
+            piece = int32(tid + t * threads)
+            if WIDE:
+                q0 = float_to_bits(add_rn(mul_rn(v_r[4 * t], scale), ROUNDER))
+                q1 = float_to_bits(add_rn(mul_rn(v_r[4 * t + 1], scale), ROUNDER))
+                q2 = float_to_bits(add_rn(mul_rn(v_r[4 * t + 2], scale), ROUNDER))
+                q3 = float_to_bits(add_rn(mul_rn(v_r[4 * t + 3], scale), ROUNDER))
+                word = int32(byte_permute(byte_permute(q0, q1, 0x40), byte_permute(q2, q3, 0x40), 0x5410))
+                added = dp4a(word, ALL_ONES, added)
+                if piece < PADDED:
+                    q[q_wr + piece] = word
+            else:
+                value = round_to_int(mul_rn(v_r[t], scale))
+                added = int32(added + value)
+                if piece < PADDED:
+                    q[q_wr + piece] = value
+        for piece in range(int32(tid + TURNS * threads), PADDED, STEP):
+            q[q_wr + piece] = int32(0)
         added = warp_sum_int(added)
         if lane == 0:
             sum_s[warp] = added
@@ -145,25 +176,22 @@ def make_norm_quant(arch: int, K: int, activation: str, norm: bool, threads: int
     return norm_quant
 
 
-_FLOATS = types.CPointer(types.float32)
-SIGNATURE = (
-    *(_FLOATS, types.int32, types.int32, _FLOATS, types.float32),  # x, stride, second, weight, eps
-    *(types.CPointer(types.int8), _FLOATS, types.CPointer(types.int32)),  # q, s, total
-)
-
-
-def norm_quant_form(arch: int, K: int, activation: str = "none", norm: bool = True, threads: int = 0) -> KernelForm:
+def norm_quant_form(arch: int, K: int, norm: bool = True, threads: int = 0) -> KernelForm:
     """The compiled form for rows of K columns; `threads` only for tests (0: this module's choice).
 
-    Raises ValueError for an unknown activation or a row that no block can hold.
+    Raises ValueError for a row that no block can hold.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
-    threads = threads or (512 if K <= LARGE else 768)
-    if not 1 <= K <= MOST_VALUES * threads:
-        raise ValueError(f"rows to quantise have 1 to {MOST_VALUES * threads} columns, not {K}")
-    kernel = make_norm_quant(arch, K, activation, norm, threads)
-    return KernelForm(f"norm_quant[{K}, {activation}, {norm}, {threads}]", kernel, SIGNATURE, threads)
+    if not 1 <= K <= MOST_COLUMNS:
+        raise ValueError(f"rows to quantise have 1 to {MOST_COLUMNS} columns, not {K}")
+    wide = K % 4 == 0
+    if not threads:
+        pieces = K // 4 if wide else K
+        turns = -(-pieces // MOST_THREADS)
+        threads = -(-pieces // (turns * WARP)) * WARP
+    f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
+    signature = (f32, f32, types.float32, i32 if wide else types.CPointer(types.int8), f32, i32)
+    kernel = make_norm_quant(arch, K, norm, threads)
+    return KernelForm(f"norm_quant[{K}, {norm}, {threads}]", kernel, signature, threads, wide_loads=int(wide))
 
 
 def norm_quant(
@@ -176,20 +204,16 @@ def norm_quant(
     total: DeviceArray,
     tokens: int,
     K: int,
-    activation: str = "none",
     overlap: bool = True,
 ) -> Launch:
     """The launch that norms (with a weight) and quantises `tokens` rows.
 
-    x float32 [tokens, K], or [tokens, 2 K] with gate and up side by side if there is an activation; weight float32
-    [K] or None; q int8 [tokens, K rounded up to 32], padded with zeros; s float32 [tokens]; total int32 [tokens]:
-    sums of q. Raises ValueError with the sizes if they do not fit together.
+    x float32 [tokens, K]; weight float32 [K] or None; q int8 [tokens, K rounded up to 32], padded with zeros; s float32
+    [tokens]; total int32 [tokens]: sums of q. Raises ValueError with the sizes if they do not fit together.
     """
-    gated = activation != "none"
-    stride = 2 * K if gated else K
-    form = norm_quant_form(device.arch, K, activation, weight is not None)
+    form = norm_quant_form(device.arch, K, weight is not None)
     padded = -(-K // BLOCK_COLS) * BLOCK_COLS
-    sizes = {"x": (x, tokens * stride), "q": (q, tokens * padded), "s": (s, tokens), "total": (total, tokens)}
+    sizes = {"x": (x, tokens * K), "q": (q, tokens * padded), "s": (s, tokens), "total": (total, tokens)}
     if weight is not None:
         sizes["weight"] = (weight, K)
     for name, (array, size) in sizes.items():
@@ -198,12 +222,11 @@ def norm_quant(
     if tokens < 1:
         raise ValueError(f"norm_quant: {tokens} tokens; at least one is needed")
     # Without a norm the weight is not read; any address serves.
-    arguments = (x, stride, K, weight if weight is not None else x, np.float32(eps), q, s, total)
+    arguments = (x, weight if weight is not None else x, np.float32(eps), q, s, total)
     return Launch(form, tokens, arguments, device, overlap)
 
 
 def forms(arch: int) -> list[KernelForm]:
     """Rows of 2B4T, of the longest kind, and every other branch."""
-    choices = [(2560, "none", True), (6912, "relu2", True), (6912, "silu", False), (2560, "none", False)]
-    choices += [(100, "silu", True), (27648, "relu2", True)]
-    return [norm_quant_form(arch, K, activation, norm) for K, activation, norm in choices]
+    choices = [(2560, True), (6912, True), (6912, False), (2560, False), (101, True), (MOST_COLUMNS, True)]
+    return [norm_quant_form(arch, K, norm) for K, norm in choices]

@@ -43,7 +43,8 @@ def main() -> None:
         check_attention(form, grid, 2, 4, 64, 150, 200, 32, 4)
     if fits(arch(), 64):
         check_attention_batch((64, 4, 2), [300, 0, 65, 1100], 64, 3, other=(256, 1))
-    check_norm_quant(norm_quant.norm_quant_form(arch(), 320), 3, 320, "none", True, 5, 1.0)
+    for K in (320, 101):
+        check_norm_quant(norm_quant.norm_quant_form(arch(), K), 3, K, True, 5, 1.0)
     logits = np.random.default_rng(6).standard_normal(300).astype(np.float32)
     for params in (SamplingParams(), SamplingParams(0.8, 0.9, 20, 0.01, 1.2, 7)):
         choose(logits, [1, 2, 3], params, sampler.sampler_form(arch()), 2, repeat=1)
