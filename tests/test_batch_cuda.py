@@ -59,6 +59,7 @@ def test_prompts_cut_anyhow_give_the_same_bits(demo: PackedCheckpoint, monkeypat
 
     ids = random_ids(demo, 300, 1)
     whole = backend_of(demo).new_context(300).logits(ids)
+    monkeypatch.setattr(cuda_backend, "MOST_SCORED", 23)
     monkeypatch.setattr(cuda_backend, "MOST_ROWS", 32)
     cut = backend_of(demo).new_context(300)
     rng, start, parts = np.random.default_rng(2), 0, []

@@ -1,6 +1,6 @@
 """Measures the CUDA backend on full-size BitNet b1.58 2B4T with random weights; and packing, on one CPU core.
 
-    python tools/bench.py kernels|decode|load|all [--json FILE] [--plot DIR]
+    python tools/bench.py kernels|decode|prefill|batch|load|all [--json FILE] [--plot DIR]
     python tools/bench.py packing                    needs no GPU
     python tools/bench.py table --json FILE          the Markdown of an earlier run, as in docs/benchmarks.md
 
@@ -58,21 +58,32 @@ def measure(what: str) -> dict[str, Any]:
     """The figures of one or all parts."""
     if what == "packing":
         return {"packing": measure_packing()}
+    from bitnet_numba.checkpoint import open_packed
+    from bitnet_numba.kernels.backend import CudaBackend
     from bitnet_numba.kernels.device import Stream, usable_device
-    from tools import bench_measure
+    from tools import bench_many, bench_measure
 
     figures: dict[str, Any] = {"environment": environment(), "packing": measure_packing()}
     if what in ("kernels", "all"):
         figures["kernels"] = bench_measure.measure_kernels()
-    if what in ("decode", "load", "all"):
+    if what in ("prefill", "batch", "all"):
+        figures["products"] = bench_many.measure_products()
+    if what != "kernels":
         bandwidth = figures.get("kernels", {}).get("bandwidth_GB/s")
         with tempfile.TemporaryDirectory() as folder:
             folders = {head: Path(folder) / head for head in HEAD_FORMS}
-            for head in HEAD_FORMS if what != "load" else ("bf16",):
+            for head in HEAD_FORMS if what in ("decode", "all") else ("bf16",):
                 bench_measure.write_random_packed(folders[head], head)
             if what in ("decode", "all"):
                 bandwidth = bandwidth or bench_measure.measure_bandwidth(usable_device(), Stream())
                 figures["decode"] = bench_measure.measure_decode(folders, bandwidth)
+            if what in ("prefill", "batch", "all"):
+                backend = CudaBackend(open_packed(folders["bf16"]))
+                if what != "batch":
+                    figures["prefill"] = bench_many.measure_prefill(backend)
+                if what != "prefill":
+                    figures["batch"] = bench_many.measure_batch(backend)
+                backend.weights.close()
             if what in ("load", "all"):
                 figures["load"] = bench_measure.measure_load(folders["bf16"])
     return figures
@@ -154,6 +165,36 @@ def table(figures: dict[str, Any]) -> str:
         for head, part in figures["decode"].items():
             memory = [part["memory"][key] / 1e6 for key in ("weights", "kv_cache", "activations")]
             lines.append(row(head, *(f"{size:.0f}" for size in (*memory, part["device_bytes"] / 1e6))))
+    if "products" in figures:
+        lines += ["", "## Products of many tokens", "", f"Cold L2, in a graph. {HOW_TIMED}"]
+        lines += head_of("N x K", "tokens", "us", "alone", "TOP/s", "cuBLAS bf16 us", "speed-up", "alone")
+        for p in figures["products"]:
+            cublas = p["cublas_bf16_us"]
+            compared = [cublas, cublas / p["us"], cublas / p["us_alone"]] if cublas else []
+            lines.append(
+                row(f"{p['N']} x {p['K']}", p["M"], f"{p['us']:.2f}", f"{p['us_alone']:.2f}", f"{p['TOPS']:.0f}",
+                    *([f"{value:.1f}" for value in compared] or "---"))
+            )  # fmt: skip
+    if "prefill" in figures:
+        prefill = figures["prefill"]
+        lines += ["", "## Prompts, 2B4T, bf16 head"]
+        lines += ["", "From the prompt's ids to the first token out; passes captured before, and the very first time:"]
+        lines += head_of("prompt", "ms", "first time, ms", "tokens/s")
+        for p in prefill["prompts"]:
+            lines.append(row(p["prompt"], f"{p['ms']:.2f}", f"{p['first_ms']:.1f}", f"{p['tokens/s']:.0f}"))
+        turns = prefill["conversation"]
+        lines += ["", f"A conversation of {len(turns)} turns, each of {turns[0]['new']} new tokens and "
+                  f"{turns[0]['answer']} answered, ms to the first token of a turn:"]  # fmt: skip
+        lines += head_of("tokens held before", "ms")
+        lines += [row(turn["held"], f"{turn['ms']:.2f}") for turn in turns[:: max(1, len(turns) // 5)]]
+    if "batch" in figures:
+        lines += ["", "## Batches, 2B4T, bf16 head, context 256", "", "Steps one ahead of the host, wall-clock time:"]
+        lines += head_of("sequences", "us a step", "device us", "tokens/s in all", "tokens/s each")
+        for b in figures["batch"]:
+            lines.append(
+                row(b["sequences"], f"{b['us']:.0f}", f"{b['device_us']:.0f}", f"{b['tokens/s']:.0f}",
+                    f"{1e6 / b['us']:.0f}")
+            )  # fmt: skip
     if "load" in figures:
         load = figures["load"]
         lines += [
@@ -172,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )  # fmt: skip
-    parser.add_argument("what", choices=("kernels", "decode", "load", "all", "packing", "table"))
+    parser.add_argument("what", choices=("kernels", "decode", "prefill", "batch", "load", "all", "packing", "table"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here (table: read them)")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write PNG charts here; needs matplotlib")
     args = parser.parse_args(argv)

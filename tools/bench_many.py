@@ -18,6 +18,7 @@ TOKENS = (8, 32, 128, 512)  # M
 PROMPTS = (64, 512, 4096)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 CONTEXT, STEPS = 256, 64  # tokens before the middle of a batch's measured steps; steps
+TURNS, TURN_TOKENS, ANSWER_TOKENS = 20, 50, 100  # 3,000 tokens in the end
 GREEDY = SamplingParams()
 
 
@@ -112,8 +113,8 @@ def cublas_products(l2_bytes: int) -> dict[tuple[int, int, int], float]:
     return result
 
 
-def measure_prefill(backend: CudaBackend) -> list[dict[str, Any]]:
-    """Wall-clock time from a prompt's ids to the first token out, passes captured before."""
+def measure_prefill(backend: CudaBackend) -> dict[str, Any]:
+    """Wall-clock time from a prompt's ids to the first token out; and of the turns of a long conversation."""
     context = backend.new_context(max(PROMPTS) + 1)
     rows = []
     for prompt in PROMPTS:
@@ -128,8 +129,21 @@ def measure_prefill(backend: CudaBackend) -> list[dict[str, Any]]:
             steps.close()
         ms = median(times[1:]) * 1e3
         rows.append({"prompt": prompt, "ms": ms, "first_ms": times[0] * 1e3, "tokens/s": prompt / ms * 1e3})
+    context.truncate(0)
+    turns = []
+    for turn in range(TURNS):
+        held = len(context.ids)
+        start = perf_counter()
+        steps = context.decode(random_ids(backend.config.vocab_size, TURN_TOKENS, turn), GREEDY)
+        next(steps)
+        ms = (perf_counter() - start) * 1e3
+        for _ in range(ANSWER_TOKENS):
+            next(steps)
+        steps.close()
+        context.truncate(held + TURN_TOKENS + ANSWER_TOKENS)
+        turns.append({"held": held, "new": TURN_TOKENS, "answer": ANSWER_TOKENS, "ms": ms})
     context.close()
-    return rows
+    return {"prompts": rows, "conversation": turns}
 
 
 def measure_batch(backend: CudaBackend) -> list[dict[str, Any]]:

@@ -67,3 +67,20 @@ def plot(figures: dict[str, Any], folder: Path) -> None:
         figure.legend(fontsize=8, loc="outside right upper")
         figure.savefig(folder / "step.png", dpi=120)
         pyplot.close(figure)
+    if "batch" in figures:
+        batch = figures["batch"]
+        sizes = [b["sequences"] for b in batch]
+        figure, (left_axes, right_axes) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        left_axes.plot(sizes, [b["tokens/s"] for b in batch], marker="o")
+        left_axes.set_ylabel("tokens/s in all")
+        right_axes.plot(sizes, [b["us"] / 1e3 for b in batch], marker="o")
+        right_axes.set_ylabel("ms from token to token of a sequence")
+        for one in (left_axes, right_axes):
+            one.set_xscale("log", base=2)
+            one.set_xticks(sizes, [str(size) for size in sizes])
+            one.set_xlabel("sequences")
+            one.set_ylim(bottom=0)
+            one.grid(alpha=0.3)
+        figure.suptitle(f"Batched decoding, 2B4T, context 256, {device}")
+        figure.savefig(folder / "batch.png", dpi=120)
+        pyplot.close(figure)
