@@ -397,8 +397,8 @@ def head_many_form(
     """
     _check_columns(K)
     kind = "int8" if int8 else "bf16"
-    signature = (_P(types.int32), _P(types.float32) if int8 else types.none, _P(types.int32), _P(types.float32))
-    signature += (types.int32, types.int32)
+    f32, i32 = types.float32, types.int32
+    signature = (_P(i32), _P(f32) if int8 else types.none, _P(i32), _P(f32), i32, i32)
     if arch < TENSOR_CORES:
         threads = threads or ROWS_THREADS
         kernel = make_head_rows(arch, K, int8, threads)
