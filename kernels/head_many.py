@@ -376,7 +376,7 @@ def norm_split_form(arch: int, K: int, int8: bool, threads: int = NORM_THREADS) 
     """The compiled form; `threads` only for tests. Raises ValueError unless K is a multiple of 32."""
     _check_columns(K)
     f32, i32 = types.float32, types.int32
-    name = f"norm_split[{K}, {'int8' if int8 else 'bf16'}, {threads}]"
+    name = f"norm_{'split' if arch >= TENSOR_CORES else 'rows'}[{K}, {'int8' if int8 else 'bf16'}, {threads}]"
     signature = (_P(f32), _P(f32), f32, _P(i32), i32, i32)
     return KernelForm(name, make_norm_split(arch, K, int8, threads), signature, threads)
 
