@@ -96,7 +96,7 @@ def make_attention_prompt(arch: int, head_dim: int, group: int, heads: int, tile
     mma, pack = mma_bf16, pack_bf16
     D, HALF, WORDS = head_dim, head_dim // 2, token_words(head_dim)
     HEADS, PARTS, VPARTS = heads, group // heads, value_parts(head_dim)
-    KEYS = PAGE if VPARTS == 1 else PAGE // 2
+    KEYS = 32 if VPARTS == 1 else 16  # of a tile
     TILE_BITS, PAGE_TILES = KEYS.bit_length() - 1, PAGE // KEYS
     THREADS, TOKENS = heads * tiles * WARP, tiles * WARP_TOKENS
     KS = -(-D // 16)  # steps of the scores' product
@@ -105,12 +105,14 @@ def make_attention_prompt(arch: int, head_dim: int, group: int, heads: int, tile
     NT = KEYS // 8  # tiles of 8 keys
     K_CHUNKS, V_CHUNKS = 2 * KS, VT  # of 16 bytes in a row
     K_ROW, V_ROW = 16 * (K_CHUNKS + 1), 16 * (V_CHUNKS + 1)  # bytes; odd in chunks: 8 rows lie in different banks
-    K_WORDS, V_WORDS = KEYS * K_ROW // 4, KEYS * V_ROW // 4
+    K_BYTES, V_BYTES = KEYS * K_ROW, KEYS * V_ROW
+    K_WORDS, V_WORDS = K_BYTES // 2, V_BYTES // 2  # two tiles
     ROW_LANES = 1 << (K_CHUNKS - 1).bit_length()  # threads that load a row
+    K_FULL, V_FULL = K_CHUNKS == ROW_LANES, V_CHUNKS == ROW_LANES
     LOAD_ROWS = THREADS // ROW_LANES  # at a time
     LOADS, EVEN = -(-KEYS // LOAD_ROWS), KEYS % LOAD_ROWS == 0
     Q_REGS, O_REGS, S_REGS, V_GROUPS = 4 * KS, 4 * VT, 4 * NT, -(-VT // VG)
-    HELD = KS if VPARTS == 1 else 8  # steps whose lower terms of q stay in registers
+    HELD = KS if VPARTS == 1 else 6  # steps whose lower terms of q stay in registers
     LO_WORDS = max(4, (KS - HELD) * THREADS * 4)
     PAIRED = HALF % 16 == 0  # a lane's dimensions d and d + HALF are in whole steps
     USED_TURNS = -(-TOKENS // WARP)
@@ -135,32 +137,28 @@ def make_attention_prompt(arch: int, head_dim: int, group: int, heads: int, tile
         return value
 
     @device_function
-    def load_queries(qkv, cos, sin, first, start, row, used, head, kv_heads, c, r, q_hi, q_lo):
+    def load_queries(qkv, cos, sin, q_rd, angle, c, r, q_hi, q_lo):
         """One of a lane's two queries as left operand: registers 4s + r, 4s + 2 + r are dimensions 16s + 2c and
         16s + 8 + 2c, and of the next dimension each."""
-        q_rd = (int64(first) + row) * int32((PARTS * HEADS + 2) * kv_heads * D) + int32(head * D)
-        angle = int64(start + row) * HALF
         for s in range(KS // 2 if PAIRED else KS):
             for half in range(2):
                 d = int32(16 * s + 8 * half + 2 * c)
                 i = 4 * s + 2 * half + r
-                x0 = x1 = y0 = y1 = ZERO
                 if PAIRED:
-                    if row < used:
-                        x0, x1 = load_pair(qkv, q_rd + d)
-                        y0, y1 = load_pair(qkv, q_rd + d + HALF)
-                        c0, c1 = load_pair(cos, angle + d)
-                        s0, s1 = load_pair(sin, angle + d)
-                        a0 = mul_rn(add_rn(mul_rn(x0, c0), -mul_rn(y0, s0)), SCALE)
-                        a1 = mul_rn(add_rn(mul_rn(x1, c1), -mul_rn(y1, s1)), SCALE)
-                        y0 = mul_rn(add_rn(mul_rn(y0, c0), mul_rn(x0, s0)), SCALE)
-                        y1 = mul_rn(add_rn(mul_rn(y1, c1), mul_rn(x1, s1)), SCALE)
-                        x0, x1 = a0, a1
-                    q_hi[i + 2 * KS], q_lo[i + 2 * KS] = split(y0, y1)
-                elif row < used:
+                    x0, x1 = load_pair(qkv, q_rd + d)
+                    y0, y1 = load_pair(qkv, q_rd + d + HALF)
+                    c0, c1 = load_pair(cos, angle + d)
+                    s0, s1 = load_pair(sin, angle + d)
+                    a0 = mul_rn(add_rn(mul_rn(x0, c0), -mul_rn(y0, s0)), SCALE)
+                    a1 = mul_rn(add_rn(mul_rn(x1, c1), -mul_rn(y1, s1)), SCALE)
+                    b0 = mul_rn(add_rn(mul_rn(y0, c0), mul_rn(x0, s0)), SCALE)
+                    b1 = mul_rn(add_rn(mul_rn(y1, c1), mul_rn(x1, s1)), SCALE)
+                    q_hi[i], q_lo[i] = split(a0, a1)
+                    q_hi[i + 2 * KS], q_lo[i + 2 * KS] = split(b0, b1)
+                else:
                     x0 = rotated(qkv, cos, sin, q_rd, angle, d)
                     x1 = rotated(qkv, cos, sin, q_rd, angle, int32(d + 1))
-                q_hi[i], q_lo[i] = split(x0, x1)
+                    q_hi[i], q_lo[i] = split(x0, x1)
 
     def attention_prompt(
         qkv, cos, sin, where, table, table_stride, keys, values, page_words, head_words, out, rows, kv_heads
@@ -171,6 +169,7 @@ def make_attention_prompt(arch: int, head_dim: int, group: int, heads: int, tile
         q_hi = cuda.local.array(Q_REGS, int32)
         q_lo = cuda.local.array(Q_REGS, int32)
         s_r = cuda.local.array(S_REGS, float32)
+        t_r = cuda.local.array(S_REGS, float32)  # scores of the lower terms of q: shorter chains
         o_r = cuda.local.array(O_REGS, float32)
         b_r = cuda.local.array(16, int32)
 
@@ -210,13 +209,22 @@ def make_attention_prompt(arch: int, head_dim: int, group: int, heads: int, tile
         pages = int64(slot) * table_stride
         rd = int64(table[pages]) * page_words + head_rd
         for n in range(LOADS):
-            if chunk < K_CHUNKS and (EVEN or load_row + n * LOAD_ROWS < KEYS):
-                size = k_bytes if load_row + n * LOAD_ROWS <= last else int32(0)
+            row = int32(load_row + n * LOAD_ROWS)
+            if (K_FULL or chunk < K_CHUNKS) and (EVEN or row < KEYS):
+                size = k_bytes if row <= last else int32(0)
                 async_fill4(k_s, k_wr + n * LOAD_ROWS * K_ROW, keys, rd + n * LOAD_ROWS * WORDS, size)
+            if (V_FULL or chunk < V_CHUNKS) and (EVEN or row < KEYS):
+                size = v_bytes if row <= last else int32(0)
+                async_fill4(v_s, v_wr + n * LOAD_ROWS * V_ROW, values, rd + v_skip + n * LOAD_ROWS * WORDS, size)
         async_commit()
+        page = int32(table[pages + (min(int32(1), int32(end - 1)) // PAGE_TILES)])  # of the tile after
 
-        load_queries(qkv, cos, sin, first, start, token + g, used, head, kv_heads, c, 0, q_hi, q_lo)
-        load_queries(qkv, cos, sin, first, start, token + g + 8, used, head, kv_heads, c, 1, q_hi, q_lo)
+        # Rows that are not used repeat the last one that is.
+        row0, row1 = min(int32(token + g), int32(used - 1)), min(int32(token + g + 8), int32(used - 1))
+        stride = int32((PARTS * HEADS + 2) * kv_heads * D)
+        q_rd = int64(first) * stride + int32(head * D)
+        load_queries(qkv, cos, sin, q_rd + int64(row0) * stride, int64(start + row0) * HALF, c, 0, q_hi, q_lo)
+        load_queries(qkv, cos, sin, q_rd + int64(row1) * stride, int64(start + row1) * HALF, c, 1, q_hi, q_lo)
         for s in range(HELD, KS):
             store4(
                 lo_s, ((s - HELD) * THREADS + tid) * 4, q_lo[4 * s], q_lo[4 * s + 1], q_lo[4 * s + 2], q_lo[4 * s + 3]
@@ -235,25 +243,33 @@ def make_attention_prompt(arch: int, head_dim: int, group: int, heads: int, tile
         tile = int32(0)
         while tile < end:
             begin = int32(tile << TILE_BITS)  # the tile's first token
-            works = begin < warp_end
             arrived()
-            cuda.syncthreads()  # these keys are there, the values before them are used up
-            for n in range(LOADS):
-                if chunk < V_CHUNKS and (EVEN or load_row + n * LOAD_ROWS < KEYS):
-                    size = v_bytes if begin + load_row + n * LOAD_ROWS <= last else int32(0)
-                    async_fill4(v_s, v_wr + n * LOAD_ROWS * V_ROW, values, rd + v_skip + n * LOAD_ROWS * WORDS, size)
-            async_commit()
+            cuda.syncthreads()  # this tile is there, the one before is used up
             following = int32(tile + 1)
             if following < end:
-                rd = int64(table[pages + (following // PAGE_TILES)]) * page_words + head_rd
-                rd += (following % PAGE_TILES) * (KEYS * WORDS)
-            alpha0 = alpha1 = ONE
-            if works:
+                rd = int64(page) * page_words + head_rd + int32(following % PAGE_TILES * (KEYS * WORDS))
+                ahead = int32((following & 1) * K_BYTES)
+                for n in range(LOADS):
+                    row = int32(load_row + n * LOAD_ROWS)
+                    if (K_FULL or chunk < K_CHUNKS) and (EVEN or row < KEYS):
+                        size = k_bytes if begin + KEYS + row <= last else int32(0)
+                        async_fill4(k_s, k_wr + ahead + n * LOAD_ROWS * K_ROW, keys, rd + n * LOAD_ROWS * WORDS, size)
+                rd += v_skip
+                ahead = int32((following & 1) * V_BYTES)
+                for n in range(LOADS):
+                    row = int32(load_row + n * LOAD_ROWS)
+                    if (V_FULL or chunk < V_CHUNKS) and (EVEN or row < KEYS):
+                        size = v_bytes if begin + KEYS + row <= last else int32(0)
+                        async_fill4(v_s, v_wr + ahead + n * LOAD_ROWS * V_ROW, values, rd + n * LOAD_ROWS * WORDS, size)
+                page = int32(table[pages + (min(int32(tile + 2), int32(end - 1)) // PAGE_TILES)])
+            async_commit()
+            if begin < warp_end:
+                k_at, v_at = int32(k_rd + (tile & 1) * K_BYTES), int32(v_rd + (tile & 1) * V_BYTES)
                 for i in range(S_REGS):
-                    s_r[i] = ZERO
+                    s_r[i] = t_r[i] = ZERO
                 for s in range(KS):
                     for n in range(0, NT, 2):
-                        b0, b1, b2, b3 = load_matrices(k_s, k_rd + (n * 8 * K_ROW + s * 32))
+                        b0, b1, b2, b3 = load_matrices(k_s, k_at + (n * 8 * K_ROW + s * 32))
                         b_r[2 * n], b_r[2 * n + 1], b_r[2 * n + 2], b_r[2 * n + 3] = b0, b1, b2, b3
                     a0, a1, a2, a3 = q_hi[4 * s], q_hi[4 * s + 1], q_hi[4 * s + 2], q_hi[4 * s + 3]
                     for n in range(NT):
@@ -265,9 +281,11 @@ def make_attention_prompt(arch: int, head_dim: int, group: int, heads: int, tile
                     else:
                         a0, a1, a2, a3 = load4(lo_s, ((s - HELD) * THREADS + tid) * 4)
                     for n in range(NT):
-                        c0, c1, c2, c3 = s_r[4 * n], s_r[4 * n + 1], s_r[4 * n + 2], s_r[4 * n + 3]
+                        c0, c1, c2, c3 = t_r[4 * n], t_r[4 * n + 1], t_r[4 * n + 2], t_r[4 * n + 3]
                         c0, c1, c2, c3 = mma(a0, a1, a2, a3, b_r[2 * n], b_r[2 * n + 1], c0, c1, c2, c3)
-                        s_r[4 * n], s_r[4 * n + 1], s_r[4 * n + 2], s_r[4 * n + 3] = c0, c1, c2, c3
+                        t_r[4 * n], t_r[4 * n + 1], t_r[4 * n + 2], t_r[4 * n + 3] = c0, c1, c2, c3
+                for i in range(S_REGS):
+                    s_r[i] += t_r[i]
                 if begin + KEYS > at0:
                     for n in range(NT):
                         key = int32(begin + 2 * c + 8 * n)
@@ -282,25 +300,17 @@ def make_attention_prompt(arch: int, head_dim: int, group: int, heads: int, tile
                 for step in range(2):
                     top0 = max(top0, shuffle_xor(top0, 1 << step))
                     top1 = max(top1, shuffle_xor(top1, 1 << step))
-                alpha0, alpha1 = exp2_approx(before0 - top0), exp2_approx(before1 - top1)
-                total0, total1 = total0 * alpha0, total1 * alpha1
+                if before0 != top0 or before1 != top1:
+                    alpha0, alpha1 = exp2_approx(before0 - top0), exp2_approx(before1 - top1)
+                    total0, total1 = total0 * alpha0, total1 * alpha1
+                    for n in range(VT):
+                        o_r[4 * n], o_r[4 * n + 1] = o_r[4 * n] * alpha0, o_r[4 * n + 1] * alpha0
+                        o_r[4 * n + 2], o_r[4 * n + 3] = o_r[4 * n + 2] * alpha1, o_r[4 * n + 3] * alpha1
                 for n in range(NT):
                     p0, p1 = exp2_approx(s_r[4 * n] - top0), exp2_approx(s_r[4 * n + 1] - top0)
                     p2, p3 = exp2_approx(s_r[4 * n + 2] - top1), exp2_approx(s_r[4 * n + 3] - top1)
                     total0, total1 = total0 + (p0 + p1), total1 + (p2 + p3)
                     s_r[4 * n], s_r[4 * n + 1], s_r[4 * n + 2], s_r[4 * n + 3] = p0, p1, p2, p3
-                for n in range(VT):
-                    o_r[4 * n], o_r[4 * n + 1] = o_r[4 * n] * alpha0, o_r[4 * n + 1] * alpha0
-                    o_r[4 * n + 2], o_r[4 * n + 3] = o_r[4 * n + 2] * alpha1, o_r[4 * n + 3] * alpha1
-            arrived()
-            cuda.syncthreads()  # the values are there, the keys are used up
-            if following < end:
-                for n in range(LOADS):
-                    if chunk < K_CHUNKS and (EVEN or load_row + n * LOAD_ROWS < KEYS):
-                        size = k_bytes if begin + KEYS + load_row + n * LOAD_ROWS <= last else int32(0)
-                        async_fill4(k_s, k_wr + n * LOAD_ROWS * K_ROW, keys, rd + n * LOAD_ROWS * WORDS, size)
-            async_commit()
-            if works:
                 for k in range(KEYS // 16):
                     i = 8 * k
                     a0, l0 = split(s_r[i], s_r[i + 1])
@@ -311,7 +321,7 @@ def make_attention_prompt(arch: int, head_dim: int, group: int, heads: int, tile
                         for n in range(0, VG, 2):
                             if VG * v + n < VT:
                                 b0, b1, b2, b3 = load_matrices_transposed(
-                                    v_s, v_rd + (k * 16 * V_ROW + (VG * v + n) * 16)
+                                    v_s, v_at + (k * 16 * V_ROW + (VG * v + n) * 16)
                                 )
                                 b_r[2 * n], b_r[2 * n + 1], b_r[2 * n + 2], b_r[2 * n + 3] = b0, b1, b2, b3
                         for n in range(VG):
