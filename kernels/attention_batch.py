@@ -22,6 +22,19 @@ warp had them. So the number of warps a block is free: many for few rows (each h
 loads are under way at once), two for many rows (five blocks share a multiprocessor; loads of one hide behind the
 products of another). So is the number of splits in the grid: a block goes on with split x + gridDim.x, and the last
 block of a row's part to arrive (an integer counter, left zero) adds up the splits.
+
+Order between kernels: `where`, the table and a row's earlier tokens are read before `grid_wait`; afterwards `where` is
+read again, past L1, and if it has changed all is loaded again. The rows' own tokens, and queries, are read afterwards.
+That asks that earlier tokens were written by an earlier pass: a slot has one row at most, and passes are graphs, which
+wait for the end of what was enqueued before; and that no launch of the pass writes the table.
+
+Measured (H200, 2B4T, us a launch in a graph of such launches, cold cache of pages in random order):
+    rows x tokens     1x256  8x256  32x256  64x256  128x256  256x256  1x4096  8x4096  32x1024
+    us                 4.0    4.2     9.5    13.7     25.0     48.6     7.8    28.7     27.0
+128x256 is 3.4 TB/s. Few rows: a chain of latencies (where, table, cache, products, strands), 3.4 us for 64 tokens. With
+everything read after `grid_wait`: 6.2, 6.7, 11.1, 16.3, 27.1, 50.4, 10.5, 30.3, 29.2. Tried as well: prefetches into L2
+one group further ahead (28.7 for 128x256, 31.3 for 32x1024), and of the second group before `grid_wait` (27.9); scores
+in four chains instead of two (no difference); four blocks of 128 threads at 128 registers (31.3).
 """
 
 from collections.abc import Callable, Sequence
@@ -53,6 +66,7 @@ from bitnet_numba.kernels.intrinsics import (
     bf16_high,
     bf16_low,
     byte_permute,
+    device_function,
     div_rn,
     divide,
     exp2_approx,
@@ -61,7 +75,9 @@ from bitnet_numba.kernels.intrinsics import (
     grid_wait,
     int32,
     int64,
+    load2_l2,
     load4,
+    load4_l2,
     mma_bf16,
     mul_rn,
     pack_bf16,
@@ -99,6 +115,18 @@ def most_splits(max_tokens: int) -> int:
     return min(MAX_SPLITS, -(-max_tokens // LEAST_TOKENS))
 
 
+@device_function
+def _after(group: int, start: int, end: int, next_first: int, warps: int) -> int:
+    """The group that a warp takes after `group` of the split start .. end - 1."""
+    following = int32(group + STRANDS)
+    if following >= end:
+        strand = int32(((group - start) & (STRANDS - 1)) + warps)
+        following = int32(start + strand)
+        if strand >= STRANDS or following >= end:
+            following = int32(next_first)
+    return following
+
+
 def make_attention_batch(
     arch: int, head_dim: int, group: int, heads: int, threads: int, least: int = LEAST_TOKENS
 ) -> Callable[..., None]:
@@ -131,7 +159,7 @@ def make_attention_batch(
 
     def attention_batch(
         qkv, cos, sin, where, table, table_stride, keys, values, page_words, head_words, partials, stats, arrivals, out,
-        kv_heads, room
+        kv_heads, room, slots, tokens_most, cache_words
     ):  # fmt: skip
         q_s = pointer(cuda.shared.array(Q_WORDS, int32, SHARED_ALIGN))  # left operands: [steps, lane, 4 registers]
         sum_s = pointer(cuda.shared.array(SUMS, float32, SHARED_ALIGN))  # [STRANDS, SLOTS, STRIDE]; first rotated q
@@ -144,6 +172,8 @@ def make_attention_batch(
         v_r = cuda.local.array(V_REGS, int32)
         o_r = cuda.local.array(O_REGS, float32)
         ahead_r = cuda.local.array(AHEAD_REGS, float32)
+        cos_r = cuda.local.array(ROTATIONS, float32)
+        sin_r = cuda.local.array(ROTATIONS, float32)
 
         release()
         tid = int32(cuda.threadIdx.x)
@@ -154,30 +184,28 @@ def make_attention_batch(
         part = int32(index - row * kv_heads * PARTS)
         kv = part if PARTS == 1 else divide(part, int32(PARTS))
         split, in_grid = int32(cuda.blockIdx.x), int32(cuda.gridDim.x)
-        wait()
-        slot, pos = int32(where[2 * row]), int32(where[2 * row + 1])
-        if slot < 0:
-            return
-        groups = int32((pos >> 4) + 1)
-        chunk = max(int32(LEAST_GROUPS), int32(((pos >> STEP_SHIFT) + 1) * STEP_GROUPS))
-        used = divide(int32(groups + chunk - 1), chunk)
-        if split >= used:
-            return
-        blocks = min(used, in_grid)
-        base = int64(kv) * head_words
-        pages = int64(slot) * table_stride
+        base = int32(kv * head_words)
         k_lane, v_lane = int32(g * WORDS + c * 4), int32(2 * c * WORDS + g * 4)
 
-        while split < used:
+        # The first turn begins before the launches before this one have ended. It takes `where` as it is then, perhaps
+        # of an earlier pass: any numbers that are in range do, for if they turn out otherwise there is a second turn.
+        # Nobody else writes tokens before the row's own; that one is loaded afterwards.
+        while True:
+            slot, pos = load2_l2(where, 2 * row)
+            known = slot >= 0 and slot < slots and pos >= 0 and pos < tokens_most
+            groups = int32((pos >> 4) + 1) if known else int32(0)
+            chunk = max(int32(LEAST_GROUPS), int32(((pos >> STEP_SHIFT) + 1) * STEP_GROUPS))
             start = int32(split * chunk)
             end = min(int32(start + chunk), groups)
             current = int32(start + warp)
+            pages = int32(slot * table_stride)
             if current < end:
                 page = int64(table[pages + (current >> PAGE_SHIFT)])
-                at = page * page_words + base + (current & (PAGE_GROUPS - 1)) * (GROUP_TOKENS * WORDS)
-                left = int32(
-                    pos + 1 - current * GROUP_TOKENS
-                )  # tokens t < left exist, t counted from the group's first
+                at = page * page_words + base
+                if page < 0 or at + PAGE * WORDS > cache_words:
+                    at = base
+                at += (current & (PAGE_GROUPS - 1)) * (GROUP_TOKENS * WORDS)
+                left = int32(pos - current * GROUP_TOKENS)  # tokens t < left exist, t counted from the group's first
                 for i in range(L):
                     for t in range(2):
                         n = 8 * i + 4 * t
@@ -193,10 +221,15 @@ def make_attention_batch(
                         if 2 * c + to < left and (WHOLE or 32 * i + 4 * g < WORDS):
                             rd = at + (v_lane + (to * WORDS + 32 * i))
                             v_r[n], v_r[n + 1], v_r[n + 2], v_r[n + 3] = stream(values, rd)
-
-            if split == int32(cuda.blockIdx.x):
-                # Queries, rotated and scaled, then as left operands: registers 0 and 2 hold rows 0 .. 7 (first and
-                # second terms), 1 and 3 rows 8 .. 15 (third terms, zeros).
+            for n in range(ROTATIONS):
+                i = int32(tid + n * threads)
+                j = int32(i - divide(i, int32(HALF)) * HALF)
+                cos_r[n] = sin_r[n] = ZERO
+                if start < end:
+                    cos_r[n], sin_r[n] = cos[int64(pos) * HALF + j], sin[int64(pos) * HALF + j]
+            wait()
+            slot_now, pos_now = load2_l2(where, 2 * row)
+            if start < end:  # the queries, rotated and scaled
                 for n in range(ROTATIONS):
                     i = int32(tid + n * threads)
                     h = divide(i, int32(HALF))
@@ -206,46 +239,72 @@ def make_attention_batch(
                         if h < HEADS:
                             rd = (row * (kv_heads * (group + 2)) + part * HEADS + h) * D + j
                             x0, x1 = qkv[rd], qkv[rd + HALF]
-                        cosine, sine = cos[pos * HALF + j], sin[pos * HALF + j]
-                        y0 = add_rn(mul_rn(x0, cosine), mul_rn(-x1, sine))
-                        y1 = add_rn(mul_rn(x1, cosine), mul_rn(x0, sine))
+                        y0 = add_rn(mul_rn(x0, cos_r[n]), mul_rn(-x1, sin_r[n]))
+                        y1 = add_rn(mul_rn(x1, cos_r[n]), mul_rn(x0, sin_r[n]))
                         sum_s[h * DP + j] = mul_rn(y0, SCALE)
                         sum_s[h * DP + HALF + j] = mul_rn(y1, SCALE)
-                if DP > D:
-                    for i in range(tid, PADS, threads):
-                        h = int32(i // (DP - D))
-                        sum_s[h * DP + D + i - h * (DP - D)] = ZERO
-                cuda.syncthreads()
-                for n in range(Q_TURNS):
-                    i = int32(tid + n * threads)
-                    h = divide(i, int32(DP // 2))
-                    word = int32(i - h * (DP // 2))
-                    if h < SLOTS and word < 16 * L:
-                        x0, x1 = sum_s[h * DP + 2 * word], sum_s[h * DP + 2 * word + 1]
-                        hi = pack(x0, x1)
-                        x0, x1 = x0 - bf16_low(hi), x1 - bf16_high(hi)
-                        mid = pack(x0, x1)
-                        step, to_c = int32((word >> 4) * 2 + (word >> 1 & 1)), word >> 2 & 3
-                        to = int32((step * WARP + h * 4 + to_c) * 4 + (word & 1) * 2)
-                        q_s[to] = hi
-                        q_s[to + 1] = pack(x0 - bf16_low(mid), x1 - bf16_high(mid))
-                        q_s[to + 64] = mid
-                        q_s[to + 65] = int32(0)
-            cuda.syncthreads()
+            if slot == slot_now and pos == pos_now:
+                break
+        if start >= end:
+            return
+        used = divide(int32(groups + chunk - 1), chunk)
+        left = int32(pos - current * GROUP_TOKENS)
+        if 0 <= left < GROUP_TOKENS and current < end:  # the row's own token is in this warp's first group
+            at = int64(table[pages + (current >> PAGE_SHIFT)]) * page_words + base
+            at += (current & (PAGE_GROUPS - 1)) * (GROUP_TOKENS * WORDS)
+            for i in range(L):
+                for t in range(2):
+                    n = 8 * i + 4 * t
+                    if g + 8 * t == left and (WHOLE or 16 * i + 4 * c < WORDS):
+                        rd = at + (k_lane + (8 * t * WORDS + 16 * i))
+                        k_r[n], k_r[n + 1], k_r[n + 2], k_r[n + 3] = load4_l2(keys, rd)
+            for i in range(Q):
+                for t in range(4):
+                    n = 16 * i + 4 * t
+                    to = (t & 1) + 4 * (t & 2)
+                    if 2 * c + to == left and (WHOLE or 32 * i + 4 * g < WORDS):
+                        rd = at + (v_lane + (to * WORDS + 32 * i))
+                        v_r[n], v_r[n + 1], v_r[n + 2], v_r[n + 3] = load4_l2(values, rd)
 
+        # The queries as left operands: registers 0 and 2 hold rows 0 .. 7 (first and second terms), 1 and 3 rows
+        # 8 .. 15 (third terms, zeros).
+        if DP > D:
+            for i in range(tid, PADS, threads):
+                h = int32(i // (DP - D))
+                sum_s[h * DP + D + i - h * (DP - D)] = ZERO
+        cuda.syncthreads()
+        for n in range(Q_TURNS):
+            i = int32(tid + n * threads)
+            h = divide(i, int32(DP // 2))
+            word = int32(i - h * (DP // 2))
+            if h < SLOTS and word < 16 * L:
+                x0, x1 = sum_s[h * DP + 2 * word], sum_s[h * DP + 2 * word + 1]
+                hi = pack(x0, x1)
+                x0, x1 = x0 - bf16_low(hi), x1 - bf16_high(hi)
+                mid = pack(x0, x1)
+                step, to_c = int32((word >> 4) * 2 + (word >> 1 & 1)), word >> 2 & 3
+                to = int32((step * WARP + h * 4 + to_c) * 4 + (word & 1) * 2)
+                q_s[to] = hi
+                q_s[to + 1] = pack(x0 - bf16_low(mid), x1 - bf16_high(mid))
+                q_s[to + 64] = mid
+                q_s[to + 65] = int32(0)
+        cuda.syncthreads()
+
+        while split < used:
+            start = int32(split * chunk)
+            end = min(int32(start + chunk), groups)
+            split_after = int32(split + in_grid)
+            # A warp's first group of the next split; of splits, only a row's last can have warps without a group.
+            next_first = int32(split_after * chunk + warp) if split_after < used else groups
             top, total = LOWEST, ZERO
             for i in range(O_REGS):
                 o_r[i] = ZERO
             while current < end:
-                # The group after this one: of the same strand or, after the strand's last, of this warp's next strand.
-                following = int32(current + STRANDS)
-                strand = int32((current - start) & (STRANDS - 1))
-                ends = following >= end
-                if ends:
-                    following = int32(start + strand + WARPS) if strand + WARPS < STRANDS else end
-                page = int64(0)
-                if following < end:
-                    page = int64(table[pages + (following >> PAGE_SHIFT)])
+                # The group after this one: of the same strand; after its last, of this warp's next strand or split.
+                following = _after(current, start, end, next_first, WARPS)
+                page = int32(0)
+                if following < groups:
+                    page = int32(table[pages + (following >> PAGE_SHIFT)])
                 left = int32(pos + 1 - current * GROUP_TOKENS)
                 ahead = int32(pos + 1 - following * GROUP_TOKENS)
                 s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = ZERO
@@ -255,8 +314,8 @@ def make_attention_batch(
                         n = 8 * i + 2 * j
                         s0, s1, s2, s3 = mma(a0, a1, a2, a3, k_r[n], k_r[n + 1], s0, s1, s2, s3)
                         t0, t1, t2, t3 = mma(a0, a1, a2, a3, k_r[n + 4], k_r[n + 5], t0, t1, t2, t3)
-                at = page * page_words + base + (following & (PAGE_GROUPS - 1)) * (GROUP_TOKENS * WORDS)
-                if following < end:
+                at = int64(page) * page_words + base + (following & (PAGE_GROUPS - 1)) * (GROUP_TOKENS * WORDS)
+                if following < groups:
                     for i in range(L):
                         for t in range(2):
                             n = 8 * i + 4 * t
@@ -305,7 +364,7 @@ def make_attention_batch(
                         o0, o1, o2, o3 = mma(a0, a1, a2, a3, p0, p1, o0, o1, o2, o3)
                         o0, o1, o2, o3 = mma(a0, a1, a2, a3, p4, p5, o0, o1, o2, o3)
                         o_r[n], o_r[n + 1], o_r[n + 2], o_r[n + 3] = o0, o1, o2, o3
-                if following < end:
+                if following < groups:
                     for i in range(Q):
                         for t in range(4):
                             n = 16 * i + 4 * t
@@ -315,7 +374,8 @@ def make_attention_batch(
                                 rd = at + (v_lane + (to * WORDS + 32 * i))
                                 b0, b1, b2, b3 = stream(values, rd)
                                 v_r[n], v_r[n + 1], v_r[n + 2], v_r[n + 3] = b0, b1, b2, b3
-                if ends:
+                if current + STRANDS >= end:
+                    strand = int32((current - start) & (STRANDS - 1))
                     # The strand's result. Lanes c and c + 2 have the terms of the same two heads: each adds up one.
                     total += shuffle_xor(total, 1)
                     total += shuffle_xor(total, 2)
@@ -375,7 +435,7 @@ def make_attention_batch(
                         for k in range(4):
                             if d + k < D:
                                 out[wr + k] = (b0 if k == 0 else b1 if k == 1 else b2 if k == 2 else b3) * inverse
-            split = int32(split + in_grid)
+            split = split_after
             if split < used:
                 cuda.syncthreads()
         if used == 1:
@@ -385,7 +445,7 @@ def make_attention_batch(
         if tid == 0:
             arrived_s[0] = int32(atomic_fetch_add_ordered(arrivals, index, uint32(1)))
         cuda.syncthreads()
-        if arrived_s[0] != blocks - 1:
+        if arrived_s[0] != min(used, in_grid) - 1:
             return
         # The last block of this row's part: every split's partial result is there.
         part_rd = int64(index) * room * HEADS
@@ -437,7 +497,8 @@ def make_attention_batch(
 _FLOATS, _WORDS = types.CPointer(types.float32), types.CPointer(types.int32)
 SIGNATURE = (
     *(_FLOATS, _FLOATS, _FLOATS, _WORDS, *CACHE_SIGNATURE),  # qkv, cos, sin, where, table ... head_words
-    *(_FLOATS, _FLOATS, _WORDS, _FLOATS, types.int32, types.int32),  # partials, stats, arrivals, out, kv_heads, room
+    *(_FLOATS, _FLOATS, _WORDS, _FLOATS),  # partials, stats, arrivals, out
+    *(types.int32, types.int32, types.int32, types.int32, types.int64),  # kv_heads, room ... cache_words
 )
 BLOCKS = {64: 5, 128: 3, 256: 2, 512: 1}  # resident blocks of so many threads
 
@@ -471,9 +532,11 @@ def attention_batch_scratch(
     return rows * heads * room * partial_dims(head_dim), rows * heads * room * 2, rows * parts
 
 
-def threads_for(blocks: int, multiprocessors: int) -> int:
+def threads_for(head_dim: int, blocks: int, multiprocessors: int) -> int:
     """Threads a block, by how many blocks have work: they should all be resident at once."""
-    return next((t for t in (512, 256, 128) if blocks <= BLOCKS[t] * multiprocessors), 64)
+    choice = next((t for t in (512, 256, 128) if blocks <= BLOCKS[t] * multiprocessors), 64)
+    padded = head_dim % KEY_DIMS != 0  # takes registers that sixteen warps do not have
+    return min(choice, 256) if padded else choice
 
 
 def attention_batch(
@@ -498,8 +561,8 @@ def attention_batch(
     qkv float32 [rows, (heads + 2 * kv_heads) * head_dim], q not yet rotated; cos, sin float32 [max tokens, head_dim /
     2]; where int32 [rows, 2]: slot (-1: the row is skipped) and position; cache: one layer's, the rows' own tokens
     included; scratch as `attention_batch_scratch` says for at least `rows` and max tokens; out float32 [rows, heads *
-    head_dim]. `splits`: blocks that share a row's part, `splits_needed` of the longest row at best; any number gives
-    the same result, and so does any number of `threads` a block (0: this module's choice).
+    head_dim]. Rows must be of different slots. `splits`: blocks that share a row's part, `splits_needed` of the longest
+    row at best; any number gives the same result, and so does any number of `threads` (0: this module's choice).
     Raises ValueError with the sizes if they do not fit together.
     """
     max_tokens = cos.size // (head_dim // 2)
@@ -518,16 +581,17 @@ def attention_batch(
     check_sizes("attention_batch", sizes, cache, rows, heads, kv_heads, head_dim)
     if splits < 1:
         raise ValueError(f"attention_batch: {splits} splits; at least one is needed")
-    threads = threads or threads_for(rows * parts * splits, device.multiprocessors)
+    threads = threads or threads_for(head_dim, rows * parts * splits, device.multiprocessors)
     form = attention_batch_form(device.arch, head_dim, heads // kv_heads, threads)
     arguments = (
-        qkv, cos, sin, where, *cache_arguments(cache), *scratch, out, kv_heads, most_splits(max_tokens)
+        qkv, cos, sin, where, *cache_arguments(cache), *scratch, out, kv_heads, most_splits(max_tokens),
+        cache.table.size // cache.table_stride, min(max_tokens, cache.table_stride * PAGE), cache.keys.size,
     )  # fmt: skip
     return Launch(form, (splits, rows * parts), arguments, device, overlap)
 
 
 def forms(arch: int) -> list[KernelForm]:
     """Forms of a full-size 2B4T step, then of other head sizes and groups. None where the kernel does not fit."""
-    shapes = [(128, 4, 64), (128, 4, 128), (128, 4, 256), (128, 4, 512), (64, 4, 64), (96, 1, 64), (100, 1, 512)]
+    shapes = [(128, 4, 64), (128, 4, 128), (128, 4, 256), (128, 4, 512), (64, 4, 64), (96, 1, 64), (100, 1, 256)]
     shapes += [(128, 8, 128), (8, 5, 64)]
     return [attention_batch_form(arch, *shape) for shape in shapes] if fits(arch, shapes[0][0]) else []

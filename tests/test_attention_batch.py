@@ -6,23 +6,29 @@ number of threads and splits. Tolerance: that of test_attention.py, whose sums t
 NaN, to show if they are read.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from numba import cuda
+from numba.cuda import types
 
 from bitnet_numba.bfloat16 import from_float32, to_float32
 from bitnet_numba.kernels.attention import heads_per_block, padded_head_dim
 from bitnet_numba.kernels.attention_batch import (
+    attention_batch,
     attention_batch_form,
     attention_batch_scratch,
     fits,
     most_splits,
     splits_needed,
 )
-from bitnet_numba.kernels.kv_cache import PAGE, pool_strides
+from bitnet_numba.kernels.forms import KernelForm
+from bitnet_numba.kernels.intrinsics import grid_release, load_acquire
+from bitnet_numba.kernels.kv_cache import PAGE, LayerCache, pool_strides
 from bitnet_numba.reference.model import attend, rotate
 from tests.kernel_harness import Out, arch, assert_close, needs_gpu, run, run_simulated
 
@@ -65,7 +71,7 @@ def attention_of_rows(
     qkv = np.stack([row[1] for row in rows])
     words = [cache.view(np.int32) for cache in caches]
     arguments: list[Any] = [qkv, np.cos(angles), np.sin(angles), where, table, stride, *words]
-    arguments += [*pool_strides(kv_heads, D), *scratch, out, kv_heads, room]
+    arguments += [*pool_strides(kv_heads, D), *scratch, out, kv_heads, room, slots, max_tokens, words[0].size]
     parts = heads // heads_per_block(group, True)
     run(form, (splits, len(rows) * parts), arguments)
     assert not scratch[2].array.any(), "the arrival counters are not zero again"
@@ -150,6 +156,71 @@ def test_attention_batch_on_gpu(
     shape: tuple[int, int, int], lengths: list[int], threads: int, splits: int, seed: int, spread: float
 ) -> None:
     check_attention_batch(shape, lengths, threads, splits, 256, seed, spread, other=(512 if threads < 256 else 64, 3))
+
+
+def make_late(arch: int, count: int) -> Callable[..., None]:
+    """A kernel that lets the next launch begin, takes its time, and then writes `where` and the rows' own tokens."""
+    release = grid_release(arch)
+    DELAY = 100  # trips to L2, some 50 us in all
+
+    def late(where, where_source, keys, keys_source, values, values_source, words):
+        release()
+        tid = cuda.threadIdx.x
+        for _ in range(DELAY):
+            load_acquire(where_source, 0)
+        if tid < 2 * count:
+            where[tid] = where_source[tid]
+        for i in range(tid, words, 512):
+            keys[i], values[i] = keys_source[i], values_source[i]
+
+    return late
+
+
+LATE_SIGNATURE = (*(types.CPointer(types.int32),) * 6, types.int32)
+
+
+@needs_gpu
+@pytest.mark.parametrize("stale", [-1, 0, 1, 7, 2**31 - 1])
+def test_begins_before_the_launches_before_it_have_ended(stale: int) -> None:
+    from bitnet_numba.kernels.device import DeviceArray, Launch, Stream, usable_device
+
+    device, (D, group, kv_heads), rng = usable_device(), (128, 4, 2), np.random.default_rng(1)
+    lengths, heads, stride = [700, 16, 1, 300, 65], kv_heads * group, 12
+    rows = len(lengths)
+    table = rng.permutation(rows * stride).astype(np.int32).reshape(rows, stride)
+    where = np.array([(b, n - 1) for b, n in enumerate(lengths)], np.int32)
+    page_words, head_words = pool_strides(kv_heads, D)
+    full = from_float32(rng.standard_normal((2, rows * stride, kv_heads, PAGE, D)).astype(np.float32))
+    partly = full.copy()  # without the rows' own tokens
+    for b, n in enumerate(lengths):
+        partly[:, table[b, (n - 1) // PAGE], :, (n - 1) % PAGE] = 0x7FC0
+    qkv = rng.standard_normal((rows, (heads + 2 * kv_heads) * D)).astype(np.float32)
+    angles = rng.uniform(-3, 3, (stride * PAGE, D // 2)).astype(np.float32)
+    sizes = attention_batch_scratch(rows, stride * PAGE, heads, kv_heads, D)
+    scratch = [DeviceArray(n, t, zero=True) for n, t in zip(sizes, (np.float32, np.float32, np.int32), strict=True)]
+    inputs = [DeviceArray.of(x) for x in (qkv, np.cos(angles), np.sin(angles))]
+    sources = [DeviceArray.of(x) for x in (where, *(cache.view(np.int32) for cache in full))]
+    late = KernelForm("late", make_late(device.arch, rows), LATE_SIGNATURE, 512)
+    results = []
+    for begin in (where, np.full_like(where, stale)):
+        now = [DeviceArray.of(x) for x in (begin, *(cache.view(np.int32) for cache in partly))]
+        pairs = [x for pair in zip(now, sources, strict=True) for x in pair]
+        cache = LayerCache(now[1], now[2], DeviceArray.of(table), stride, page_words, head_words)
+        for overlap in (False, True):
+            now[0].write(begin)
+            for array, part in zip(now[1:], partly, strict=True):
+                array.write(part.view(np.int32).reshape(-1))
+            out = DeviceArray(rows * heads * D, np.float32, zero=True)
+            launch = attention_batch(
+                device, *inputs, now[0], cache, scratch, out, rows, 3, heads, kv_heads, D, overlap=overlap
+            )
+            stream = Stream()
+            Launch(late, 1, [*pairs, full[0].size // 2], device, overlap=False)(stream.handle)
+            launch(stream.handle)
+            stream.synchronize()
+            results.append(out.read().tobytes())
+    assert len(set(results)) == 1, "what is read too early shows"
+    assert not np.isnan(np.frombuffer(results[0], np.float32)).any()
 
 
 def test_splits() -> None:
