@@ -41,19 +41,24 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
-from bitnet_numba.kernels.device import Device, DeviceArray, Launch
+from bitnet_numba.kernels.device import Device, DeviceArray, Launch, driver_call
 from bitnet_numba.kernels.forms import KernelForm
 from bitnet_numba.kernels.intrinsics import (
+    PANEL_ALIGN,
     SHARED_ALIGN,
     WARP,
+    arrival_expect,
+    arrival_init,
+    arrival_wait,
     async_commit,
     async_copy4,
-    async_fence,
     async_wait,
+    copy_panel,
     float32,
     grid_release,
     grid_wait,
     int32,
+    int64,
     load4,
     mma_codes,
     pointer,
@@ -111,12 +116,15 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
     WARPGROUP = tile.scheme == "wgmma"
     STAGED = STAGES > 0 and not WARPGROUP
     arrived = async_wait(max(STAGES - 2, 0))
-    STAGE = WK * T * PANEL_INTS
+    SPAN = 2 * PANEL if WARPGROUP else PANEL  # columns that a warp multiplies in a turn
+    STAGE = WK * T * SPAN // 4
     COPIES = -(-STAGE // 4 // THREADS)
     COPIES_EXACT = STAGE % (4 * THREADS) == 0
     B_AHEAD = 0 if STAGES else max(n for n in (8, 7, 6, 5, 4, 3, 2, 1) if HELD % n == 0 and (n == 1 or n * NT <= 8))
-    F_REGS = 8 * COPIES if WARPGROUP else 1
-    W_REGS, A_REGS, B_REGS, ACC_REGS = 2 * U * HELD, 8 * U, max(4 * NT * B_AHEAD, 1), 4 * U * NT
+    W_EACH, A_EACH = (16, 16) if WARPGROUP else (2, 8)  # registers of a row-block and turn
+    W_REGS, A_REGS, B_REGS, ACC_REGS = W_EACH * U * HELD, A_EACH * U, max(4 * NT * B_AHEAD, 1), 4 * U * NT
+    ALIGN = PANEL_ALIGN if WARPGROUP else SHARED_ALIGN
+    SLOTS = max(STAGES, 1)
     # Sums meet in passes of as many n-tiles as fit the shared memory.
     N_PASS = next(n for n in range(NT, 0, -1) if NT % n == 0 and n * U * WR * WK * FRAGMENT <= SHARED_INTS)
     PASSES = NT // N_PASS
@@ -125,13 +133,16 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
     SCALE_TURNS = -(-T // THREADS)
     MASK = np.int32(CODE_MASK)
     ZERO = float32(0)
-    bad_group = WARPGROUP and (WR % 4 or HELD % 2 or STAGES != 2 or not COPIES_EXACT)
+    bad_group = WARPGROUP and (WR % 4 or STAGES < 2)
     if GATED and U % 2 or T % TOKENS or SHARED > SHARED_INTS or bad_group:
         raise ValueError(f"no product is made of {tile}")
     warpgroup_product = warpgroup_mma(T, U)
 
-    def matmul(words, q, s, total, count, scales, bias, out, M, rows, KP, turns, blocks, second, bound1, bound2):
-        shared = pointer(cuda.shared.array(SHARED, int32, SHARED_ALIGN))  # activations, then sums
+    def matmul(
+        words, q, panels, s, total, count, scales, bias, out, M, rows, KP, turns, blocks, second, bound1, bound2
+    ):
+        shared = pointer(cuda.shared.array(SHARED, int32, ALIGN))  # activations, then sums
+        arrival_s = pointer(cuda.shared.array(SLOTS, int64))
         s_s = pointer(cuda.shared.array(T, float32))
         total_s = pointer(cuda.shared.array(T, int32))
         w_r = cuda.local.array(W_REGS, int32)
@@ -144,8 +155,6 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
         column_r = cuda.local.array(COPIES, int32)
         from_r = cuda.local.array(COPIES, int32)
         bytes_r = cuda.local.array(COPIES, int32)
-        to_r = cuda.local.array(COPIES, int32)
-        f_r = cuda.local.array(F_REGS, int32)
 
         tid = int32(cuda.threadIdx.x)
         warp, lane = tid >> 5, tid & 31
@@ -166,15 +175,18 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
         # 1. The first turns' weights. Beyond the last column they are any words, and count for nothing.
         for u in range(U):
             unit = min(int32(unit0 + u // HALVES), int32(blocks - 1))
-            lane_rd = int32((g >> 2) * 16 + (i & 1) * 8 + (g & 3) * 2)
+            lane_rd = int32((g >> 2) * 16 + (g & 3) * 2 + (0 if WARPGROUP else (i & 1) * 8))
             words_rd[u] = int32(int32(unit + u % HALVES * second) * KP + lane_rd)
-        column = int32(k_warp * PANEL + (i >> 1) * BLOCK_COLS)  # of the words that are asked for next: a word a column
+        last = int32(KP - BLOCK_COLS)
+        # The column of the words that are asked for next; a row-block has a word a column.
+        column = int32(k_warp * SPAN + (0 if WARPGROUP else (i >> 1) * BLOCK_COLS))
         for j in range(HELD):
-            at = min(column, int32(KP - BLOCK_COLS))
             for u in range(U):
-                n = 2 * (j * U + u)
-                w_r[n], w_r[n + 1] = load(words, words_rd[u] + at)
-            column += WK * PANEL
+                for c in range(W_EACH // 2):
+                    n = W_EACH * (j * U + u) + 2 * c
+                    at = int32(min(int32(column + (c >> 1) * BLOCK_COLS), last) + (c & 1) * 8)
+                    w_r[n], w_r[n + 1] = load(words, words_rd[u] + at)
+            column += WK * SPAN
         for n in range(ACC_REGS):
             acc_r[n] = int32(0)
         scale0 = scale1 = scale2 = ZERO
@@ -182,21 +194,22 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
             scale0 = scales[0]
             scale1 = scales[1] if bound1 < rows or GATED else ZERO
             scale2 = scales[2] if bound2 < rows else ZERO
+        if WARPGROUP and tid == 0:
+            for n in range(SLOTS):
+                arrival_init(arrival_s, n)
         release()
         wait()
 
         # 2. The first turns' activations.
         stride = int32(KP >> 2)  # int32 words of a token
         q_column = int32(k_warp * PANEL_INTS + i * 4)  # of what is asked for next, in int32 words
-        if STAGES > 0:
+        if STAGED:
             for n in range(COPIES):
                 chunk = int32(tid + n * THREADS)
                 token = int32((chunk >> 2) % T)
                 column_r[n] = int32(chunk // (4 * T) * PANEL_INTS + (chunk & 3) * 4)
-                from_r[n] = int32((min(first + token, limit - 1) if WARPGROUP else first + token) * stride)
-                to_r[n] = int32(chunk // (4 * T) * (T * PANEL_INTS) + token * 4 + (chunk & 3))
+                from_r[n] = int32((first + token) * stride)
                 bytes_r[n] = int32(16) if first + token < limit else int32(0)
-        if STAGED:
             for t in range(STAGES - 1):
                 for n in range(COPIES):
                     chunk = int32(tid + n * THREADS)
@@ -206,15 +219,14 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
                     column_r[n] += WK * PANEL_INTS
                 async_commit()
         elif WARPGROUP:
-            for t in range(3):  # the first turn's to shared memory, the next two's to registers
-                for n in range(COPIES):
-                    f = 4 * ((t & 1) * COPIES + n)
-                    at = from_r[n] + min(column_r[n], int32(stride - 4))
-                    f_r[f], f_r[f + 1], f_r[f + 2], f_r[f + 3] = load4(q, at)
-                    if t == 0:
-                        for c in range(4):
-                            shared[to_r[n] + c * (4 * T)] = f_r[f + c] if column_r[n] < stride else int32(0)
-                    column_r[n] += WK * PANEL_INTS
+            cuda.syncthreads()
+            if tid == 0:
+                for t in range(STAGES - 1):
+                    if t < turns:
+                        arrival_expect(arrival_s, t, 4 * STAGE)
+                        for k in range(2 * WK):
+                            to = t * STAGE + k * (T * PANEL_INTS)
+                            copy_panel(panels, 0, shared, to, arrival_s, t, t * WK * SPAN + k * PANEL, first)
         else:
             for t in range(NT):
                 q_rd[t] = int32(min(int32(first + t * TOKENS + g), int32(limit - 1)) * stride)
@@ -223,6 +235,8 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
                 for t in range(NT):
                     n = 4 * (j * NT + t)
                     b_r[n], b_r[n + 1], b_r[n + 2], b_r[n + 3] = load4(q, q_rd[t] + at)
+                    if q_column >= stride:
+                        b_r[n] = b_r[n + 1] = b_r[n + 2] = b_r[n + 3] = int32(0)
                 q_column += WK * PANEL_INTS
         for n in range(SCALE_TURNS):
             token = int32(tid + n * THREADS)
@@ -233,6 +247,7 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
         # 3. Products.
         b_rd = int32((k_warp * T + g) * PANEL_INTS + i * 4)
         stage_rd, stage_wr = int32(0), int32((STAGES - 1) * STAGE)
+        slot_rd, slot_wr, parity = int32(0), int32(STAGES - 1), int32(0)
         turn = int32(0)
         while turn < turns:
             for j in range(HELD):
@@ -248,26 +263,30 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
                             column_r[n] += WK * PANEL_INTS
                         async_commit()
                     if WARPGROUP:
-                        async_fence()  # for what was written in the last turn
-                        cuda.syncthreads()  # this turn's activations are there, the last turn's have been read
-                        for n in range(COPIES):
-                            f = 4 * ((j + 1 & 1) * COPIES + n)
-                            inside = column_r[n] - 2 * WK * PANEL_INTS < stride  # of what was loaded two turns ago
-                            for c in range(4):
-                                x = f_r[f + c] if inside else int32(0)
-                                shared[(j + 1 & 1) * STAGE + to_r[n] + c * (4 * T)] = x
-                            at = from_r[n] + min(column_r[n], int32(stride - 4))
-                            f_r[f], f_r[f + 1], f_r[f + 2], f_r[f + 3] = load4(q, at)
-                            column_r[n] += WK * PANEL_INTS
-                    if STAGES > 0:
+                        cuda.syncthreads()  # the last turn's activations have been multiplied
+                        ahead = int32(turn + j + STAGES - 1)
+                        if tid == 0 and ahead < turns:
+                            arrival_expect(arrival_s, slot_wr, 4 * STAGE)
+                            for k in range(2 * WK):
+                                to = slot_wr * STAGE + k * (T * PANEL_INTS)
+                                copy_panel(
+                                    panels, 0, shared, to, arrival_s, slot_wr, ahead * WK * SPAN + k * PANEL, first
+                                )
+                        for u in range(U):
+                            for n in range(16):
+                                a_r[16 * u + n] = (w_r[16 * (j * U + u) + n] >> (CODE_BITS * i)) & MASK
+                        arrival_wait(arrival_s, slot_rd, parity)
+                        warpgroup_product(acc_r, a_r, shared, slot_rd * STAGE + k_warp * (T * SPAN // 4))
+                        slot_wr = slot_rd
+                        slot_rd += 1
+                        if slot_rd == STAGES:
+                            slot_rd, parity = int32(0), int32(1 - parity)
+                    elif STAGED:
                         for u in range(U):
                             for r in range(2):
                                 w = w_r[2 * (j * U + u) + r]
                                 for p in range(4):
                                     a_r[8 * u + 4 * (p >> 1) + 2 * (p & 1) + r] = (w >> (CODE_BITS * p)) & MASK
-                    if WARPGROUP:
-                        warpgroup_product(acc_r, a_r, shared, (j & 1) * STAGE + k_warp * (T * PANEL_INTS))
-                    elif STAGED:
                         for t in range(NT):
                             b0, b1, b2, b3 = load4(shared, stage_rd + b_rd + t * TOKENS * PANEL_INTS)
                             for p in range(2):
@@ -279,11 +298,9 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
                                     c0, c1, c2, c3 = mma_codes(a0, a1, a2, a3, x0, x1, c0, c1, c2, c3)
                                     acc_r[n], acc_r[n + 1], acc_r[n + 2], acc_r[n + 3] = c0, c1, c2, c3
                     else:
-                        inside = column - HELD * WK * PANEL < KP
                         for u in range(U):
-                            w0 = w_r[2 * (j * U + u)] if inside else int32(0)
-                            w1 = w_r[2 * (j * U + u) + 1] if inside else int32(0)
                             for p in range(2):
+                                w0, w1 = w_r[2 * (j * U + u)], w_r[2 * (j * U + u) + 1]
                                 a0, a2 = (
                                     (w0 >> (2 * CODE_BITS * p)) & MASK,
                                     (w0 >> (2 * CODE_BITS * p + CODE_BITS)) & MASK,
@@ -297,16 +314,21 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
                                     c0, c1, c2, c3 = acc_r[n], acc_r[n + 1], acc_r[n + 2], acc_r[n + 3]
                                     c0, c1, c2, c3 = mma_codes(a0, a1, a2, a3, b_r[b], b_r[b + 1], c0, c1, c2, c3)
                                     acc_r[n], acc_r[n + 1], acc_r[n + 2], acc_r[n + 3] = c0, c1, c2, c3
-                        at = min(q_column, int32(stride - 4))
-                        for t in range(NT):
-                            n = 4 * (j % B_AHEAD * NT + t)
-                            b_r[n], b_r[n + 1], b_r[n + 2], b_r[n + 3] = load4(q, q_rd[t] + at)
-                        q_column += WK * PANEL_INTS
-                    at = min(column, int32(KP - BLOCK_COLS))
-                    for u in range(U):
-                        n = 2 * (j * U + u)
-                        w_r[n], w_r[n + 1] = load(words, words_rd[u] + at)
-                    column += WK * PANEL
+                        if turn + j + B_AHEAD < turns:
+                            at = min(q_column, int32(stride - 4))
+                            for t in range(NT):
+                                n = 4 * (j % B_AHEAD * NT + t)
+                                b_r[n], b_r[n + 1], b_r[n + 2], b_r[n + 3] = load4(q, q_rd[t] + at)
+                                if q_column >= stride:
+                                    b_r[n] = b_r[n + 1] = b_r[n + 2] = b_r[n + 3] = int32(0)
+                            q_column += WK * PANEL_INTS
+                    if turn + j + HELD < turns:
+                        for u in range(U):
+                            for c in range(W_EACH // 2):
+                                n = W_EACH * (j * U + u) + 2 * c
+                                at = int32(min(int32(column + (c >> 1) * BLOCK_COLS), last) + (c & 1) * 8)
+                                w_r[n], w_r[n + 1] = load(words, words_rd[u] + at)
+                        column += WK * SPAN
                     if STAGED:
                         stage_rd = int32(stage_rd + STAGE if stage_rd < (STAGES - 1) * STAGE else 0)
                         stage_wr = int32(stage_wr + STAGE if stage_wr < (STAGES - 1) * STAGE else 0)
@@ -400,7 +422,8 @@ def form(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu
     """The compiled form of a tile; K, N and M are arguments of the launch."""
     f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
     out = i32 if epilogue == "acc" else f32
-    signature = (i32, i32, f32, i32, i32, f32, f32 if bias else types.none, out, *(types.int32,) * 8)
+    panels = i32 if tile.scheme == "wgmma" else types.none
+    signature = (i32, i32, panels, f32, i32, i32, f32, f32 if bias else types.none, out, *(types.int32,) * 8)
     kind = f"gated {activation}" if epilogue == "gated" else epilogue
     if tile.scheme == "dp4a":
         kernel, dp4a = make_columns(arch, tile.k_warps, epilogue, activation), 16 * tile.tokens
@@ -420,9 +443,38 @@ def launch_sizes(tile: Tile, M: int, N: int, K: int, ends: Sequence[int], gated:
     """The grid and the int32 arguments of a product: (x, y), (M, rows, KP, turns, blocks, second, bound1, bound2)."""
     rows, halves = (N // 2, 2) if gated else (N, 1)
     blocks, padded_K = -(-rows // BLOCK_ROWS), -(-K // BLOCK_COLS) * BLOCK_COLS
-    turns = -(-padded_K // ((STEP if tile.scheme == "dp4a" else PANEL) * tile.k_warps))
+    turns = -(
+        -padded_K // ((STEP if tile.scheme == "dp4a" else PANEL * (2 if tile.scheme == "wgmma" else 1)) * tile.k_warps)
+    )
     grid = (-(-M // tile.tokens), -(-blocks // (tile.blocks * tile.row_warps // halves)))
     return grid, (M, rows, padded_K, turns, blocks, blocks if gated else 0, *(*ends, N, N)[:2])
+
+
+def tensor_map(q: DeviceArray, M: int, KP: int, tokens: int) -> DeviceArray:
+    """What `copy_panel` wants to know of q, int8 [M, KP]: a CUtensorMap in device memory."""
+    from cuda.bindings import driver
+
+    def member(kind: str, name: str) -> object:
+        return getattr(getattr(driver, f"CUtensorMap{kind}"), f"CU_TENSOR_MAP_{name}")
+
+    def numbers(kind: str, *values: int) -> list:
+        return [getattr(driver, kind)(value) for value in values]
+
+    encoded = driver_call(
+        "cuTensorMapEncodeTiled",
+        member("DataType", "DATA_TYPE_UINT8"),
+        2,
+        q.address,
+        numbers("cuuint64_t", KP, M),
+        numbers("cuuint64_t", KP),
+        numbers("cuuint32_t", PANEL, tokens),
+        numbers("cuuint32_t", 1, 1),
+        member("Interleave", "INTERLEAVE_NONE"),
+        member("Swizzle", "SWIZZLE_64B"),
+        member("L2promotion", "L2_PROMOTION_L2_256B"),
+        member("FloatOOBfill", "FLOAT_OOB_FILL_NONE"),
+    )
+    return DeviceArray.of(np.array([int(word) for word in encoded.opaque], np.uint64))
 
 
 def w2a8_matmul(
@@ -477,7 +529,8 @@ def w2a8_matmul(
             )
     tile = plan(M, N, K, device.arch, device.multiprocessors, gated)
     grid, integers = launch_sizes(tile, M, N, K, ends, gated)
-    arguments = (words, q, s, total, count, scales, bias, out, *integers)
+    panels = tensor_map(q, M, padded_K, tile.tokens) if tile.scheme == "wgmma" else None
+    arguments = (words, q, panels, s, total, count, scales, bias, out, *integers)
     return Launch(form(device.arch, tile, epilogue, activation, bias is not None), grid, arguments, device, overlap)
 
 
