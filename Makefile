@@ -29,7 +29,8 @@ check: env
 	@$(PY) -m mypy
 
 gpu-test: env
-	@$(PY) -m pytest -m gpu
+	@$(PY) -m pytest -m "gpu and not alone" -n 4
+	@$(PY) -m pytest -m "gpu and alone"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "bitnet_numba needs Python 3.10 or newer")'

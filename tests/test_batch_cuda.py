@@ -182,6 +182,7 @@ def test_too_large_a_batch_says_what_would_fit(demo: PackedCheckpoint) -> None:
 
 
 @needs_gpu
+@pytest.mark.alone
 def test_a_batch_gives_its_memory_back(demo: PackedCheckpoint) -> None:
     backend = backend_of(demo)
     for turn in range(4):

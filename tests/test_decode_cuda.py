@@ -198,6 +198,7 @@ def test_decoding_ends_with_the_context(demo: PackedCheckpoint) -> None:
 
 
 @needs_gpu
+@pytest.mark.alone
 def test_ten_thousand_steps_leave_memory_as_it_was(demo: PackedCheckpoint) -> None:
     from bitnet_numba.kernels.backend import CudaBackend
     from bitnet_numba.kernels.device import usable_device
