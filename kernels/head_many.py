@@ -42,7 +42,7 @@ from bitnet_numba.kernels.intrinsics import (
     WARP,
     add_rn,
     async_commit,
-    async_copy4,
+    async_fill4,
     async_wait,
     bf16_high,
     bf16_low,
@@ -64,6 +64,7 @@ from bitnet_numba.kernels.intrinsics import (
     mul_rn,
     pack_bf16,
     pointer,
+    shared_address,
     sqrt_rn,
     stream_load,
     warp_sum,
@@ -201,6 +202,8 @@ def make_head_many(
     X_WORDS = CHUNKS * CHUNK_WORDS if chunk_units else 4
     X_CHUNKS = UNITS // CHUNK
     GROUP_WORDS = UNITS * UNIT_WORDS
+    COPIES = CHUNK_WORDS // (4 * threads)  # of 16 bytes, of a thread and a chunk
+    assert not chunk_units or CHUNK_WORDS % (4 * threads) == 0
     TURNS_A_CHUNK = max(1, CHUNK // AHEAD)
     arrived, all_arrived = async_wait(1), async_wait(0)
     ZERO = float32(0)
@@ -232,10 +235,14 @@ def make_head_many(
         group_rd = int64(cuda.blockIdx.y) * GROUP_WORDS
         x_at = int64(0)
         now, free, chunk = int32(0), int32(2 * CHUNK_WORDS), int32(2 % X_CHUNKS)
+        # Where this thread's copies go and come from.
+        copy_wr, copy_rd = int32(0), group_rd + 4 * tid
         if STAGED:
+            copy_wr = shared_address(x_s, 4 * tid)
             for j in range(2):
-                for i in range(tid, CHUNK_WORDS // 4, THREADS):
-                    async_copy4(x_s, j * CHUNK_WORDS + 4 * i, x, group_rd + j % X_CHUNKS * CHUNK_WORDS + 4 * i, 16)
+                for i in range(COPIES):
+                    at = int64(j % X_CHUNKS * CHUNK_WORDS + 4 * THREADS * i)
+                    async_fill4(x_s, int32(copy_wr + 4 * (j * CHUNK_WORDS + 4 * THREADS * i)), x, copy_rd + at, 16)
                 async_commit()
 
         while first < rows:
@@ -255,8 +262,10 @@ def make_head_many(
                         # This chunk has arrived, and nobody reads the one before it any more.
                         arrived()
                         cuda.syncthreads()
-                        for i in range(tid, CHUNK_WORDS // 4, THREADS):
-                            async_copy4(x_s, free + 4 * i, x, group_rd + chunk * CHUNK_WORDS + 4 * i, 16)
+                        to = int32(copy_wr + 4 * free)
+                        source = copy_rd + chunk * CHUNK_WORDS
+                        for i in range(COPIES):
+                            async_fill4(x_s, int32(to + 16 * THREADS * i), x, source + 4 * THREADS * i, 16)
                         async_commit()
                         x_at = int64(now)
                         chunk = int32(chunk + 1) if chunk + 1 < X_CHUNKS else int32(0)

@@ -133,7 +133,8 @@ def make_sampler(arch: int, threads: int = THREADS, slice_size: int = SLICE) -> 
         top, top_id, broken = LOWEST, int32(vocab), int32(0)
         for i in range(tid, count, threads):
             token = int32(start + i)
-            x = penalized(logits[token], seen, 0, token, penalty)
+            word = seen[token >> 5] if penalty != float32(1) else int32(0)
+            x = penalized(logits[token], word, token, penalty)
             z_s[i] = x
             if x != x:
                 broken = int32(1)

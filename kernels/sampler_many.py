@@ -28,6 +28,7 @@ from bitnet_numba.kernels.intrinsics import (
     WARP,
     add_rn,
     device_function,
+    div_rn,
     float32,
     grid_wait,
     int32,
@@ -93,6 +94,7 @@ def make_sampler_many(arch: int, threads: int = THREADS, list_size: int = LIST) 
         bins_s = cuda.shared.array(BIN_LIMBS, int32)  # [LIMBS, BINS]
         bins_r = cuda.local.array(BINS_EACH, int64)
         x_r = cuda.local.array(FAR_AHEAD, float32)
+        seen_r = cuda.local.array(FAR_AHEAD, int32)  # the words of `seen` for x_r; 0 where nothing is penalised
         keys_s = pointer(cuda.shared.array(WARPS, int64))
         sums_s = pointer(cuda.shared.array(WARPS, int64))
         found_s = pointer(cuda.shared.array(3, int64))  # the digit, what ranks above it, whether all of it is wanted
@@ -110,6 +112,7 @@ def make_sampler_many(arch: int, threads: int = THREADS, list_size: int = LIST) 
         x_rd = int64(row) * vocab
         temperature = max(float32(settings[setting + TEMPERATURE]), TINY)
         penalty = float32(settings[setting + PENALTY])
+        penalizes = penalty != float32(1)
 
         # 1. Penalty, and the largest logit.
         top, top_id, broken = LOWEST, int32(vocab), int32(0)
@@ -117,10 +120,11 @@ def make_sampler_many(arch: int, threads: int = THREADS, list_size: int = LIST) 
             for u in range(FAR_AHEAD):
                 token = int32(first + u * threads)
                 x_r[u] = logits[x_rd + token] if token < vocab else LOWEST
+                seen_r[u] = seen[seen_rd + (token >> 5)] if penalizes and token < vocab else int32(0)
             for u in range(FAR_AHEAD):
                 token = int32(first + u * threads)
                 if token < vocab:
-                    x = penalized(x_r[u], seen, seen_rd, token, penalty)
+                    x = penalized(x_r[u], seen_r[u], token, penalty)
                     if x != x:
                         broken = int32(1)
                     if x > top or top_id == vocab:
@@ -130,6 +134,7 @@ def make_sampler_many(arch: int, threads: int = THREADS, list_size: int = LIST) 
 
         if settings[setting + TEMPERATURE] != 0.0 and not broken:
             largest = unordered(uint32(best >> ID_BITS))
+            inverse = div_rn(float32(1), temperature)  # for what is cheaper than z and nearly z
             # 2. The cuts of top-k (stage 0) and top-p (stage 1).
             cut = int64(0)
             listed = int32(-1)  # tokens in the list; -1 without one
@@ -156,23 +161,32 @@ def make_sampler_many(arch: int, threads: int = THREADS, list_size: int = LIST) 
                         for u in range(AHEAD):
                             i = int32(first + u * threads)
                             x_r[u] = LOWEST
+                            seen_r[u] = int32(0)
                             if i < size:
                                 x_r[u] = z_s[i] if listed >= 0 else logits[x_rd + i]
+                                if listed < 0 and penalizes:
+                                    seen_r[u] = seen[seen_rd + (i >> 5)]
                         for u in range(AHEAD):
                             i = int32(first + u * threads)
                             if i < size:
                                 z, token = x_r[u], i
+                                counts = True
+                                digit = int32(0)
                                 if listed >= 0:
                                     token = id_s[i]
                                 else:
-                                    z = shifted(penalized(z, seen, seen_rd, token, penalty), largest, temperature)
-                                key = key_of(z, token)
-                                digit = int32((key >> shift) & (BINS - 1))
-                                counts = key >= cut and key >> (shift + DIGIT_BITS) == prefix
-                                if coarse:
+                                    z = penalized(z, seen_r[u], token, penalty)
+                                    digit = _range_of(mul_rn(add_rn(z, -largest), inverse))
                                     # The last range holds whatever is left; it is not worth taking turns for.
-                                    digit = _range_of(z)
-                                    counts = key >= cut and digit > 0
+                                    counts = digit > 0 or not coarse
+                                    if counts and (stage == 1 or not coarse):
+                                        z = shifted(z, largest, temperature)
+                                if counts and not (coarse and stage == 0):
+                                    key = key_of(z, token)
+                                    counts = key >= cut
+                                    if not coarse:
+                                        digit = int32((key >> shift) & (BINS - 1))
+                                        counts = counts and key >> (shift + DIGIT_BITS) == prefix
                                 if counts:
                                     if stage == 0:
                                         cuda.atomic.add(bins_s, digit, int32(1))
@@ -213,12 +227,15 @@ def make_sampler_many(arch: int, threads: int = THREADS, list_size: int = LIST) 
                             for u in range(AHEAD):
                                 token = int32(first + u * threads)
                                 x_r[u] = logits[x_rd + token] if token < vocab else LOWEST
+                                seen_r[u] = seen[seen_rd + (token >> 5)] if penalizes and token < vocab else int32(0)
                             for u in range(AHEAD):
                                 token = int32(first + u * threads)
-                                if token < vocab and not full:
-                                    x = penalized(x_r[u], seen, seen_rd, token, penalty)
+                                x = penalized(x_r[u], seen_r[u], token, penalty)
+                                # One range more: equal z may lie on both sides of a border of what is only nearly z.
+                                near = _range_of(mul_rn(add_rn(x, -largest), inverse)) >= least_range - 1
+                                if near and token < vocab and not full:
                                     z = shifted(x, largest, temperature)
-                                    if _range_of(z) >= least_range and key_of(z, token) >= cut:
+                                    if key_of(z, token) >= cut:
                                         place = cuda.atomic.add(length_s, 0, int32(1))
                                         full = place >= list_size
                                         if not full:
@@ -232,7 +249,8 @@ def make_sampler_many(arch: int, threads: int = THREADS, list_size: int = LIST) 
                     cut = prefix << shift
 
             # 3. Noise.
-            least = float32(settings[setting + LEAST_Z])
+            # The likeliest token's noise is above -2.82 and no noise above 16.64: a z under -19.5 cannot win.
+            least = max(float32(settings[setting + LEAST_Z]), float32(-19.5))
             key0, key1 = uint32(settings[setting + SEED_LOW]), uint32(settings[setting + SEED_HIGH])
             best = int64(0)
             if listed >= 0:
@@ -247,10 +265,11 @@ def make_sampler_many(arch: int, threads: int = THREADS, list_size: int = LIST) 
                     for j in range(4):
                         token = int32(quad * 4 + j)
                         x_r[j] = logits[x_rd + token] if token < vocab else LOWEST
+                    word = seen[seen_rd + (quad >> 3)] if penalizes else int32(0)
                     for j in range(4):
                         token = int32(quad * 4 + j)
-                        if token < vocab:
-                            x = penalized(x_r[j], seen, seen_rd, token, penalty)
+                        x = penalized(x_r[j], word, token, penalty)
+                        if mul_rn(add_rn(x, -largest), inverse) >= float32(-20) and token < vocab:
                             x_r[j] = shifted(x, largest, temperature)
                             if x_r[j] >= least and key_of(x_r[j], token) >= cut:
                                 kept = int32(kept | 1 << j)

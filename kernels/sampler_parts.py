@@ -61,11 +61,10 @@ def settings(params: SamplingParams) -> np.ndarray:
 
 
 @device_function
-def penalized(x, seen, seen_rd, token, penalty):
-    """A logit after the repetition penalty; the token's bit is in the words of `seen` from seen_rd on."""
-    if penalty != float32(1):
-        if (seen[seen_rd + (token >> 5)] >> (token & 31)) & 1:
-            x = div_rn(x, penalty) if x > float32(0) else mul_rn(x, penalty)
+def penalized(x, word, token, penalty):
+    """A logit after the repetition penalty; `word`: that of the token's bit in `seen` (0 where there is no penalty)."""
+    if word >> (token & 31) & 1:
+        x = div_rn(x, penalty) if x > float32(0) else mul_rn(x, penalty)
     return x
 
 
