@@ -164,12 +164,13 @@ def test_tokens_are_the_definitions_choice(demo: PackedCheckpoint) -> None:
             float(rng.choice([0.0, 0.05])), float(rng.choice([1.0, 1.3])), seed,
         )  # fmt: skip
         context.truncate(0)
-        logits = context.logits(ids)[-1]
-        context.truncate(0)
-        tokens = take(context, ids, params, 3)
+        context.logits(ids[:-1])
+        logits = context.logits(ids[-1:])[0]
+        context.truncate(19)
+        tokens = take(context, ids[-1:], params, 3)
         assert tokens[0] == sample(logits, ids, params), params
-        context.truncate(0)
-        assert take(context, ids, params, 3) == tokens
+        context.truncate(19)
+        assert take(context, ids[-1:], params, 3) == tokens
 
 
 @needs_gpu
