@@ -32,7 +32,7 @@ Measured (H200, 2B4T, us a launch in a graph of such launches, cold cache of pag
     rows x tokens     1x256  8x256  32x256  64x256  128x256  256x256  1x4096  8x4096  32x1024
     us                 4.0    4.2     9.5    13.7     25.0     48.6     7.8    28.7     27.0
 128x256 is 3.4 TB/s. Few rows: a chain of latencies (where, table, cache, products, strands), 3.4 us for 64 tokens. With
-everything read after `grid_wait`: 6.2, 6.7, 11.1, 16.3, 27.1, 50.4, 10.5, 30.3, 29.2. Tried as well: prefetches into L2
+everything read after `grid_wait`, us: 6.2, 6.7, 11.1, 16.3, 27.1, 50.4, 10.5, 30.3, 29.2. Tried as well: prefetches into L2
 one group further ahead (28.7 for 128x256, 31.3 for 32x1024), and of the second group before `grid_wait` (27.9); scores
 in four chains instead of two (no difference); four blocks of 128 threads at 128 registers (31.3).
 """
@@ -157,6 +157,29 @@ def make_attention_batch(
     SCALE = float32(D**-0.5 * LOG2_E)  # exponentials are taken to base 2
     LOWEST, ZERO, ONE = float32(-np.inf), float32(0), float32(1)
 
+    @device_function
+    def load_keys(k_r, keys, at, left, g, c):
+        """A lane's keys of a group, the first at word `at`: of tokens g and g + 8, zeros from token `left` on."""
+        for i in range(L):
+            for t in range(2):
+                n = 8 * i + 4 * t
+                k_r[n] = k_r[n + 1] = k_r[n + 2] = k_r[n + 3] = int32(0)
+                if g + 8 * t < left and (WHOLE or 16 * i + 4 * c < WORDS):
+                    rd = at + (8 * t * WORDS + 16 * i)
+                    k_r[n], k_r[n + 1], k_r[n + 2], k_r[n + 3] = stream(keys, rd)
+
+    @device_function
+    def load_values(v_r, values, at, left, g, c):
+        """Values likewise: of tokens 2c, 2c + 1, 2c + 8 and 2c + 9."""
+        for i in range(Q):
+            for t in range(4):
+                n = 16 * i + 4 * t
+                to = (t & 1) + 4 * (t & 2)
+                v_r[n] = v_r[n + 1] = v_r[n + 2] = v_r[n + 3] = int32(0)
+                if 2 * c + to < left and (WHOLE or 32 * i + 4 * g < WORDS):
+                    rd = at + (to * WORDS + 32 * i)
+                    v_r[n], v_r[n + 1], v_r[n + 2], v_r[n + 3] = stream(values, rd)
+
     def attention_batch(
         qkv, cos, sin, where, table, table_stride, keys, values, page_words, head_words, partials, stats, arrivals, out,
         kv_heads, room, slots, tokens_most, cache_words
@@ -206,21 +229,8 @@ def make_attention_batch(
                     at = base
                 at += (current & (PAGE_GROUPS - 1)) * (GROUP_TOKENS * WORDS)
                 left = int32(pos - current * GROUP_TOKENS)  # tokens t < left exist, t counted from the group's first
-                for i in range(L):
-                    for t in range(2):
-                        n = 8 * i + 4 * t
-                        k_r[n] = k_r[n + 1] = k_r[n + 2] = k_r[n + 3] = int32(0)
-                        if g + 8 * t < left and (WHOLE or 16 * i + 4 * c < WORDS):
-                            rd = at + (k_lane + (8 * t * WORDS + 16 * i))
-                            k_r[n], k_r[n + 1], k_r[n + 2], k_r[n + 3] = stream(keys, rd)
-                for i in range(Q):
-                    for t in range(4):
-                        n = 16 * i + 4 * t
-                        to = (t & 1) + 4 * (t & 2)
-                        v_r[n] = v_r[n + 1] = v_r[n + 2] = v_r[n + 3] = int32(0)
-                        if 2 * c + to < left and (WHOLE or 32 * i + 4 * g < WORDS):
-                            rd = at + (v_lane + (to * WORDS + 32 * i))
-                            v_r[n], v_r[n + 1], v_r[n + 2], v_r[n + 3] = stream(values, rd)
+                load_keys(k_r, keys, at + k_lane, left, g, c)
+                load_values(v_r, values, at + v_lane, left, g, c)
             for n in range(ROTATIONS):
                 i = int32(tid + n * threads)
                 j = int32(i - divide(i, int32(HALF)) * HALF)
@@ -316,13 +326,7 @@ def make_attention_batch(
                         t0, t1, t2, t3 = mma(a0, a1, a2, a3, k_r[n + 4], k_r[n + 5], t0, t1, t2, t3)
                 at = int64(page) * page_words + base + (following & (PAGE_GROUPS - 1)) * (GROUP_TOKENS * WORDS)
                 if following < groups:
-                    for i in range(L):
-                        for t in range(2):
-                            n = 8 * i + 4 * t
-                            k_r[n] = k_r[n + 1] = k_r[n + 2] = k_r[n + 3] = int32(0)
-                            if g + 8 * t < ahead and (WHOLE or 16 * i + 4 * c < WORDS):
-                                rd = at + (k_lane + (8 * t * WORDS + 16 * i))
-                                k_r[n], k_r[n + 1], k_r[n + 2], k_r[n + 3] = stream(keys, rd)
+                    load_keys(k_r, keys, at + k_lane, ahead, g, c)
                 # The three terms' rows add up to the scores of head g % 4: tokens 2c, 2c + 1, 2c + 8, 2c + 9.
                 s0, s1, t0, t1 = s0 + s2, s1 + s3, t0 + t2, t1 + t3
                 s0 += shuffle_xor(s0, 16)
@@ -365,15 +369,7 @@ def make_attention_batch(
                         o0, o1, o2, o3 = mma(a0, a1, a2, a3, p4, p5, o0, o1, o2, o3)
                         o_r[n], o_r[n + 1], o_r[n + 2], o_r[n + 3] = o0, o1, o2, o3
                 if following < groups:
-                    for i in range(Q):
-                        for t in range(4):
-                            n = 16 * i + 4 * t
-                            to = (t & 1) + 4 * (t & 2)
-                            v_r[n] = v_r[n + 1] = v_r[n + 2] = v_r[n + 3] = int32(0)
-                            if 2 * c + to < ahead and (WHOLE or 32 * i + 4 * g < WORDS):
-                                rd = at + (v_lane + (to * WORDS + 32 * i))
-                                b0, b1, b2, b3 = stream(values, rd)
-                                v_r[n], v_r[n + 1], v_r[n + 2], v_r[n + 3] = b0, b1, b2, b3
+                    load_values(v_r, values, at + v_lane, ahead, g, c)
                 if current + STRANDS >= end:
                     strand = int32((current - start) & (STRANDS - 1))
                     # The strand's result. Lanes c and c + 2 have the terms of the same two heads: each adds up one.
