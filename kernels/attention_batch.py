@@ -32,9 +32,9 @@ Measured (H200, 2B4T, us a launch in a graph of such launches, cold cache of pag
     rows x tokens     1x256  8x256  32x256  64x256  128x256  256x256  1x4096  8x4096  32x1024
     us                 4.0    4.2     9.5    13.7     25.0     48.6     7.8    28.7     27.0
 128x256 is 3.4 TB/s. Few rows: a chain of latencies (where, table, cache, products, strands), 3.4 us for 64 tokens. With
-everything read after `grid_wait`, us: 6.2, 6.7, 11.1, 16.3, 27.1, 50.4, 10.5, 30.3, 29.2. Tried as well: prefetches into L2
-one group further ahead (28.7 for 128x256, 31.3 for 32x1024), and of the second group before `grid_wait` (27.9); scores
-in four chains instead of two (no difference); four blocks of 128 threads at 128 registers (31.3).
+everything read after `grid_wait`: 6.2, 6.7, 11.1, 16.3, 27.1, 50.4, 10.5, 30.3, 29.2. Tried as well: prefetches into
+L2 one group further ahead (28.7 for 128x256, 31.3 for 32x1024), and of the second group before `grid_wait` (27.9);
+scores in four chains instead of two (no difference); four blocks of 128 threads at 128 registers (31.3).
 """
 
 from collections.abc import Callable, Sequence
