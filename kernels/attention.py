@@ -35,6 +35,7 @@ exponentials and products over the whole block (5.8 us), 128 threads a block (sl
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 from numba import cuda
@@ -423,6 +424,7 @@ SIGNATURE = (
 )
 
 
+@cache
 def attention_form(
     arch: int, head_dim: int, group: int, long: bool = False, threads: int = 0, passes: int = 0
 ) -> KernelForm:

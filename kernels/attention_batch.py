@@ -38,6 +38,7 @@ scores in four chains instead of two (no difference); four blocks of 128 threads
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 from numba import cuda
@@ -499,6 +500,7 @@ SIGNATURE = (
 BLOCKS = {64: 5, 128: 3, 256: 2, 512: 1}  # resident blocks of so many threads
 
 
+@cache
 def attention_batch_form(arch: int, head_dim: int, group: int, threads: int, least: int = LEAST_TOKENS) -> KernelForm:
     """The compiled form for a head size, group and threads a block (32 * a power of two up to 512).
 

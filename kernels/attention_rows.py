@@ -19,6 +19,7 @@ long contexts most multiprocessors idle, which kernels/attention.py is for.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 from numba import cuda
@@ -188,6 +189,7 @@ SIGNATURE = (
 )
 
 
+@cache
 def attention_rows_form(arch: int, head_dim: int, group: int, threads: int = THREADS) -> KernelForm:
     """The compiled form for a head size and a number of query heads per key-value head.
 

@@ -23,6 +23,7 @@ It moves 20 bytes a word; its time is that of a launch.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -150,6 +151,7 @@ def cache_arguments(cache: LayerCache) -> tuple[DeviceArray, int, DeviceArray, D
     return cache.table, cache.table_stride, cache.keys, cache.values, cache.page_words, cache.head_words
 
 
+@cache
 def append_form(arch: int, head_dim: int, threads: int = APPEND_THREADS) -> KernelForm:
     """The compiled form for a head size. Raises ValueError for an odd one, or one that attention does not take."""
     if head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:

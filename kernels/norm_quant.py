@@ -18,6 +18,7 @@ Products and sums of q are exact, so the activations' sum is carried as int32 fo
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 from numba import cuda
@@ -176,6 +177,7 @@ def make_norm_quant(arch: int, K: int, norm: bool, threads: int) -> Callable[...
     return norm_quant
 
 
+@cache
 def norm_quant_form(arch: int, K: int, norm: bool = True, threads: int = 0) -> KernelForm:
     """The compiled form for rows of K columns; `threads` only for tests (0: this module's choice).
 

@@ -36,6 +36,7 @@ docs/performance-notes.md has what was tried and measured.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -356,6 +357,7 @@ def plan(rows: int, K: int, multiprocessors: int, gated: bool = False) -> Plan:
     return Plan(units, parts, rounds, min(total, multiprocessors))
 
 
+@cache
 def form(
     arch: int,
     K: int,
