@@ -56,10 +56,7 @@ def compile_ptx(function: Any, signature: Sequence[Any], arch: int, threads: int
         )
     name = re.search(r"\.entry (\w+)\(", ptx)
     assert name is not None
-    ptx = ptx.replace(name.group(1), ENTRY)
-    if "wgmma." in ptx:  # instructions of this very architecture and no later one
-        ptx = ptx.replace(f".target sm_{arch}", f".target sm_{arch}a")
-    return ptx
+    return ptx.replace(name.group(1), ENTRY)
 
 
 def link_cubin(ptx: str, arch: int) -> bytes:
@@ -69,7 +66,7 @@ def link_cubin(ptx: str, arch: int) -> bytes:
     """
     from cuda.bindings import nvjitlink
 
-    options = [f"-arch=sm_{arch}{'a' if f'.target sm_{arch}a' in ptx else ''}"]
+    options = [f"-arch=sm_{arch}"]
     handle = nvjitlink.create(len(options), options)
     try:
         code = ptx.encode()

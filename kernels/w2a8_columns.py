@@ -50,7 +50,7 @@ def make_columns(arch: int, k_warps: int, epilogue: str = "store", activation: s
     SHIFT1, SHIFT2, SHIFT3 = CODE_BITS, 2 * CODE_BITS, 3 * CODE_BITS
     ZERO = float32(0)
 
-    def columns(words, q, panels, s, total, count, scales, bias, out, M, rows, KP, turns, blocks, second, bound1, bound2):
+    def columns(words, q, s, total, count, scales, bias, out, M, rows, KP, turns, blocks, second, bound1, bound2):
         sum_s = pointer(cuda.shared.array(SUMS, int32))  # [WK, HALVES, 16 rows, T]
         acc_r = cuda.local.array(ACC_REGS, int32)
         q_rd = cuda.local.array(T, int32)
