@@ -6,26 +6,26 @@ and values, the pass's own included, are in the cache already (see kv_cache).
 
     block     HEADS query heads that share a key-value head  x  TILES * 16 tokens         grid y: tokens, the last first
     warp      one of its heads, 16 tokens                                                 grid x: key-value heads, ..
-    +-- warp: 16 queries --+        key tiles of KEYS tokens, absolute: 0 .. 63, 64 .. 127, ...
+    +-- warp: 16 queries --+        key tiles of KEYS tokens, absolute: 0 .. 31, 32 .. 63, ...
     | head 0, tokens 0-15  |        +--------+--------+--------+--------+
     | head 1, tokens 0-15  |   x    | tile 0 | tile 1 | tile 2 |\\ masked|    up to the tile of the block's last token
     | ...                  |        +--------+--------+--------+--------+
-    +----------------------+        one tile of keys and one of values in shared memory; while one is multiplied,
-                                    cp.async fetches the other
+    +----------------------+        two tiles of keys and values in shared memory; while one is multiplied,
+                                    cp.async fetches the next: one barrier a tile
     lane      g = lane / 4, c = lane % 4: queries g and g + 8; of scores and output columns 2c, 2c + 1 of every 8
 
     scores [16, KEYS] = q [16, D] . k'        out [16, D] += p [16, KEYS] . v            mma m16n8k16, float32 sums
 
 Precision. Cache entries are bfloat16 as they are. q and p are float32, so each goes in as two bfloat16 terms, hi + lo:
-what is left out is 2^-18 of an entry. That doubles the products (one term would leave 2^-9), and it is what most of the
-time goes into: see docs/performance-notes.md.
+what is left out is 2^-18 of an entry, where one term would leave 2^-9. That doubles the products, but not the time:
+with one term each it was 77 % as long. docs/performance-notes.md has what was tried and measured.
 
 A query's bits depend on its own position alone. Its sums run over absolute tiles in order, and a tile in which all its
 keys are masked changes nothing: the maximum stays, every factor is exactly 1 and every weight exactly 0. So it does not
 matter how a prompt is cut into passes, nor which queries share a block.
 
 Head sizes over 128: a warp's registers hold the scores' operands of all dimensions, but only half of the output's. So
-each block computes all scores and half of the values' dimensions, on tiles of 32 keys.
+each block computes all scores and half of the values' dimensions, on tiles of 16 keys.
 """
 
 from collections.abc import Callable
@@ -300,12 +300,11 @@ def make_attention_prompt(arch: int, head_dim: int, group: int, heads: int, tile
                 for step in range(2):
                     top0 = max(top0, shuffle_xor(top0, 1 << step))
                     top1 = max(top1, shuffle_xor(top1, 1 << step))
-                if before0 != top0 or before1 != top1:
-                    alpha0, alpha1 = exp2_approx(before0 - top0), exp2_approx(before1 - top1)
-                    total0, total1 = total0 * alpha0, total1 * alpha1
-                    for n in range(VT):
-                        o_r[4 * n], o_r[4 * n + 1] = o_r[4 * n] * alpha0, o_r[4 * n + 1] * alpha0
-                        o_r[4 * n + 2], o_r[4 * n + 3] = o_r[4 * n + 2] * alpha1, o_r[4 * n + 3] * alpha1
+                alpha0, alpha1 = exp2_approx(before0 - top0), exp2_approx(before1 - top1)
+                total0, total1 = total0 * alpha0, total1 * alpha1
+                for n in range(VT):
+                    o_r[4 * n], o_r[4 * n + 1] = o_r[4 * n] * alpha0, o_r[4 * n + 1] * alpha0
+                    o_r[4 * n + 2], o_r[4 * n + 3] = o_r[4 * n + 2] * alpha1, o_r[4 * n + 3] * alpha1
                 for n in range(NT):
                     p0, p1 = exp2_approx(s_r[4 * n] - top0), exp2_approx(s_r[4 * n + 1] - top0)
                     p2, p3 = exp2_approx(s_r[4 * n + 2] - top1), exp2_approx(s_r[4 * n + 3] - top1)

@@ -7,7 +7,7 @@ Tolerance, with e = 2^-24. q and p are two bfloat16 terms, which leave out 2^-18
 where float32 arithmetic rounds: 2 e for each of a sum's terms. So a score, a sum of 2 D products, is off by at most
 (64 + 4 D + 8) e * sum|q_i k_i| (the scaling and rotation are the 8); 2^x is within 2 ulp and its argument, at most ~2^7
 apart, rounds by 2^7 e: every weight is off by a factor 1 + r, r <= 2 (72 + 4 D) e max_t(sum|q_i k_i|) + 2^8 e. The
-two terms of p leave 64 e, sums of T weights and of 2 T weighted values add 4 T e each, rescaling once a tile of 32 or
+two terms of p leave 64 e, sums of T weights and of 2 T weighted values add 4 T e each, rescaling once a tile of 16 or
 more 2 e each, and the division by the sum doubles r: (2 r + (64 + 9 T) e) max|v|.
 """
 
@@ -141,7 +141,7 @@ def simulate_prompt(shape: tuple[int, int, int], start: int, used: int, rows: in
 
 
 def simulate_large_heads() -> None:
-    """Two blocks a head, tiles of half a page, lower terms of q in shared memory."""
+    """Two blocks a head, tiles of a quarter of a page, lower terms of q in shared memory."""
     check_attention_prompt(attention_prompt_form(arch(), 160, 1, warps=1), 1, (160, 1, 1), 30, 5, 5, True, 3)
 
 
