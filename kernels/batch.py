@@ -153,8 +153,9 @@ class CudaBatch:
         self._prompts.close()
         for graph in (*self._steps.values(), *([self._first] if self._first else [])):
             graph.close()
-        for array in (*self._attention, self._head, self._last, self._chosen):
+        for array in (*self._attention, self._last, self._chosen):
             array.close()
+        self._head.close()
         self._state.close()
         self._results.close()
         self._uploads.close()
@@ -176,9 +177,8 @@ def batch_forms(config: ModelConfig, int8_rows: bool, device: Device, max_sequen
     sizes = [1 << i for i in range(ladder(max_sequences).bit_length())]
     tiles = {head_many.tiles_of(rows) for rows in sizes}
     if attention_batch.fits(arch, head_dim):
-        attention = [
-            attention_batch.attention_batch_form(arch, head_dim, group, threads) for threads in attention_batch.BLOCKS
-        ]
+        threads = {attention_batch.threads_for(head_dim, n, 1) for n in range(8)}
+        attention = [attention_batch.attention_batch_form(arch, head_dim, group, t) for t in sorted(threads)]
     else:
         attention = [attention_rows.attention_rows_form(arch, head_dim, group)]
     return [

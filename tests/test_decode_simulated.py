@@ -181,7 +181,7 @@ def simulate_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "source", config | CONFIG, form, seed=3)
     convert(tmp_path / "source", tmp_path / "packed", head="bf16")
     backend = simulated_backend(monkeypatch, open_packed(tmp_path / "packed"))
-    monkeypatch.setattr(attention_batch, "threads_for", lambda blocks, multiprocessors: 64)
+    monkeypatch.setattr(attention_batch, "threads_for", lambda *arguments: 64)
     monkeypatch.setattr(sampler_many, "sampler_many_form", partial(sampler_many.sampler_many_form, threads=64))
     monkeypatch.setattr(head_many, "norm_split_form", partial(head_many.norm_split_form, threads=64))
     params = SamplingParams(0.8, seed=5)
