@@ -7,9 +7,6 @@ from bitnet_numba.kernels.attention_batch import fits
 from bitnet_numba.kernels.attention_prompt import LEAST_ARCH, attention_prompt_form
 from bitnet_numba.kernels.attention_rows import attention_rows_form
 from bitnet_numba.kernels.kv_cache import append_form
-from bitnet_numba.kernels.attention_prompt import LEAST_ARCH, attention_prompt_form
-from bitnet_numba.kernels.attention_rows import attention_rows_form
-from bitnet_numba.kernels.kv_cache import append_form
 from bitnet_numba.kernels.w2a8_gemv import Plan
 from bitnet_numba.kernels.w2a8_tensor import Tile
 from bitnet_numba.sampling import SamplingParams
@@ -18,12 +15,9 @@ from tests.test_attention import check_attention
 from tests.test_attention_batch import check_attention_batch
 from tests.test_attention_prompt import check_attention_prompt
 from tests.test_attention_rows import check_attention_rows
-from tests.test_attention_prompt import check_attention_prompt
-from tests.test_attention_rows import check_attention_rows
 from tests.test_embed import check_embed, check_embed_many, check_finish_prompt
 from tests.test_head import check_head
 from tests.test_head_many import check_head_many
-from tests.test_kv_cache import check_append
 from tests.test_kv_cache import check_append
 from tests.test_norm_quant import check_norm_quant
 from tests.test_sampler_cuda import choose, choose_many
@@ -55,12 +49,6 @@ def main() -> None:
         check_attention(form, grid, 2, 4, 64, 150, 200, 32, 4)
     if fits(arch(), 64):
         check_attention_batch((64, 4, 2), [300, 0, 65, 1100], 64, 3, other=(256, 1))
-    check_append(append_form(arch(), 100), 100, 4, 2, 9, 3, 150, 14)
-    check_attention_rows(attention_rows_form(arch(), 64, 4), (64, 4, 2), 4, 2, 150, 15)
-    if arch() >= LEAST_ARCH:
-        for shape in ((64, 4, 2), (100, 1, 1), (256, 3, 1)):
-            form = attention_prompt_form(arch(), *shape[:2])
-            check_attention_prompt(form, 4, shape, 70, 40, 48, True, 16)
     check_append(append_form(arch(), 100), 100, 4, 2, 9, 3, 150, 14)
     check_attention_rows(attention_rows_form(arch(), 64, 4), (64, 4, 2), 4, 2, 150, 15)
     if arch() >= LEAST_ARCH:
