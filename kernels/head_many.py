@@ -17,12 +17,14 @@ half the work for 8 tokens; but its registers alternate between two rows, and pu
     warp: ROW_TILES tiles of 8 rows at a time, all tokens, all of K. No sum is split, so that a logit has the same
         order of additions for every number of tokens.
     block: its warps' tiles, then those `grid` further on. Tokens come through shared memory, three chunks of K in turn,
-        by asynchronous copies; or straight from L1, and warps never meet.
+        by asynchronous copies; or, for 16 tokens of few columns, from L1, so that warps never meet.
 
 x, the two terms, lies in the order that lanes read it in; the four words are tokens g, g + 8, g, g + 8, two columns
 each:
 
     [group of 16 TILES tokens, unit, tile of 16 tokens, half of a lane's columns, term, lane, 4 words]
+
+docs/performance-notes.md has what was tried and measured: 162 us for 8 tokens of 2B4T, what one token takes.
 
 Architectures before sm_80 have no such instruction: there a warp multiplies one row of the vocabulary with eight tokens
 (`make_head_rows`), on normed activations that stay float32.
@@ -82,6 +84,7 @@ UNITS_OF = 8  # K is padded to so many units, with zeros: a turn of the loop has
 PADDED_COLUMNS = 512  # what either kernel pads K to, at most
 CHUNK_BYTES = 16384  # of x in shared memory; three chunks fill the 48 KB
 CHUNKS = 3
+BY_L1 = 2560  # columns up to which x of 16 tokens, 160 KB, stays in L1 beside what streams through
 NORM_THREADS = 512  # as the head of one token has, so that the sums of its norm are the same
 ROWS_THREADS = 256  # of the kernel without tensor cores
 POSITIVE, NEGATIVE, BF16_ONE = 0x43004300, int(np.uint32(0xC300C300).astype(np.int32)), 0x3F803F80
@@ -213,7 +216,7 @@ def make_head_many(
         w_r = cuda.local.array(W_REGS, int32)  # [LOADS, ROW_TILES, 4]
         b_r = cuda.local.array(B_REGS, int32)  # [ROW_TILES, 4]: the unit at hand, two columns a word
         sum_r = cuda.local.array(SUMS, float32)  # [ROW_TILES, TILES, 4]
-        row_r = cuda.local.array(ROW_TILES, int64)  # where the lane's rows begin
+        row_r = cuda.local.array(ROW_TILES, int32)  # the lane's rows
         tid = int32(cuda.threadIdx.x)
         warp, lane = int32(tid // WARP), int32(tid % WARP)
         g, c = int32(lane // 4), int32(lane % 4)
@@ -223,25 +226,25 @@ def make_head_many(
 
         # Rows beyond the last are read as the last, and not stored.
         for j in range(ROW_TILES):
-            row_r[j] = int64(min(int32(row + 8 * j), int32(rows - 1))) * ROW_WORDS
+            row_r[j] = min(int32(row + 8 * j), int32(rows - 1))
         for u in range(LOADS):
             word = int32(min(int32((u * 4 + c) * 4), int32(ROW_WORDS - 4)))
             for j in range(ROW_TILES):
                 w = (u * ROW_TILES + j) * 4
-                w_r[w], w_r[w + 1], w_r[w + 2], w_r[w + 3] = load(weight, row_r[j] + word)
+                w_r[w], w_r[w + 1], w_r[w + 2], w_r[w + 3] = load(weight, row_r[j] * int64(ROW_WORDS) + word)
         release()
         wait()
 
-        group_rd = int64(cuda.blockIdx.y) * GROUP_WORDS
-        x_at = int64(0)
+        group_rd = int32(cuda.blockIdx.y * GROUP_WORDS)
+        x_at = int32(0)
         now, free, chunk = int32(0), int32(2 * CHUNK_WORDS), int32(2 % X_CHUNKS)
         # Where this thread's copies go and come from.
-        copy_wr, copy_rd = int32(0), group_rd + 4 * tid
+        copy_wr, copy_rd = int32(0), int32(group_rd + 4 * tid)
         if STAGED:
             copy_wr = shared_address(x_s, 4 * tid)
             for j in range(2):
                 for i in range(COPIES):
-                    at = int64(j % X_CHUNKS * CHUNK_WORDS + 4 * THREADS * i)
+                    at = int32(j % X_CHUNKS * CHUNK_WORDS + 4 * THREADS * i)
                     async_fill4(x_s, int32(copy_wr + 4 * (j * CHUNK_WORDS + 4 * THREADS * i)), x, copy_rd + at, 16)
                 async_commit()
 
@@ -256,18 +259,18 @@ def make_head_many(
                 if next_turn == TURNS:
                     next_turn = int32(0)
                     for j in range(ROW_TILES):
-                        row_r[j] = int64(min(int32(row + stride + 8 * j), int32(rows - 1))) * ROW_WORDS
+                        row_r[j] = min(int32(row + stride + 8 * j), int32(rows - 1))
                 for d in range(AHEAD):
                     if STAGED and d % CHUNK == 0 and turn % TURNS_A_CHUNK == 0:
                         # This chunk has arrived, and nobody reads the one before it any more.
                         arrived()
                         cuda.syncthreads()
                         to = int32(copy_wr + 4 * free)
-                        source = copy_rd + chunk * CHUNK_WORDS
+                        source = int32(copy_rd + chunk * CHUNK_WORDS)
                         for i in range(COPIES):
                             async_fill4(x_s, int32(to + 16 * THREADS * i), x, source + 4 * THREADS * i, 16)
                         async_commit()
-                        x_at = int64(now)
+                        x_at = now
                         chunk = int32(chunk + 1) if chunk + 1 < X_CHUNKS else int32(0)
                         free = now
                         now = int32(now + CHUNK_WORDS) if now < 2 * CHUNK_WORDS else int32(0)
@@ -301,14 +304,16 @@ def make_head_many(
                                 sum_r[s], sum_r[s + 1], sum_r[s + 2], sum_r[s + 3],
                             )  # fmt: skip
                             sum_r[s], sum_r[s + 1], sum_r[s + 2], sum_r[s + 3] = c0, c1, c2, c3
-                    x_at += UNIT_WORDS
+                    x_at = int32(x_at + UNIT_WORDS)
                     if half == LOAD_UNITS - 1:
                         word = int32(((next_turn * LOADS + u) * 4 + c) * 4)
                         if not EXACT:
                             word = min(word, int32(ROW_WORDS - 4))
                         for j in range(ROW_TILES):
                             w = (u * ROW_TILES + j) * 4
-                            w_r[w], w_r[w + 1], w_r[w + 2], w_r[w + 3] = load(weight, row_r[j] + word)
+                            w_r[w], w_r[w + 1], w_r[w + 2], w_r[w + 3] = load(
+                                weight, row_r[j] * int64(ROW_WORDS) + word
+                            )
             for j in range(ROW_TILES):
                 for i in range(2):
                     n = int32(row - g + (8 * j + 2 * c + i))
@@ -412,9 +417,10 @@ def head_many_form(
         threads = threads or ROWS_THREADS
         kernel = make_head_rows(arch, K, int8, threads)
         return KernelForm(f"head_rows[{K}, {kind}, {threads}]", kernel, signature, threads, wide_loads=1)
-    threads, row_tiles = threads or 256, row_tiles or 4
+    by_l1 = tiles == 1 and K <= BY_L1
+    threads, row_tiles = threads or (512 if by_l1 else 256), row_tiles or (2 if by_l1 else 4)
     if chunk_units < 0:
-        chunk_units = min(UNITS_OF, CHUNK_BYTES // (tiles * TILE_WORDS * 4))
+        chunk_units = 0 if by_l1 else min(UNITS_OF, CHUNK_BYTES // (tiles * TILE_WORDS * 4))
     ahead = ahead or (2 if tiles == TILES[-1] else 4)  # as registers allow
     kernel = make_head_many(arch, K, int8, tiles, threads, row_tiles, chunk_units, ahead)
     name = f"head_many[{K}, {kind}, {tiles}, {threads}, {row_tiles}, {chunk_units}, {ahead}]"

@@ -13,6 +13,9 @@ three passes (largest, histogram, list) and for greedy rows in one. Loads go out
 on its multiprocessor has nothing else to wait behind. Ranges of z instead of the key's first bits (sign and exponent)
 because those are the same for most tokens, and additions to one word of shared memory take turns.
 
+A z under -19.5 is not given noise: it could not win. Where only a range of z is asked for, a product with
+1 / temperature stands for the division; the list takes a range more, so that a border between equal z does not matter.
+
 Sums are integers, so neither the list's order nor the ranges change a choice: it is the token that `sampler` chooses.
 """
 

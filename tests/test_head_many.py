@@ -91,7 +91,7 @@ def check_company(K: int, rows: int, counts: list[int], int8: bool, seed: int, b
         assert logits.tobytes() == most[:tokens].tobytes(), f"{tokens} tokens: other bits than {max(counts)}"
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     K=st.sampled_from([32, 64, 160, 288, 320]),
     rows=st.integers(1, 40),
@@ -104,7 +104,7 @@ def simulate_head_many(K: int, rows: int, tokens: int, int8: bool, plan: tuple[i
     check_head_many(K, rows, tokens, int8, seed, 1 + seed % 2, arch(), plan)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
     K=st.sampled_from([32, 160, 576]),
     rows=st.integers(1, 9),
@@ -119,7 +119,7 @@ def simulate_without_tensor_cores(K: int, rows: int, tokens: int, int8: bool, se
 @settings(max_examples=2)
 @given(int8=st.booleans(), seed=st.integers(0, 2**32 - 1))
 def simulate_company(int8: bool, seed: int) -> None:
-    check_company(64, 9, [1, 17, 40], int8, seed, 1, 32)
+    check_company(64, 9, [1, 17], int8, seed, 1, 32)
 
 
 def test_simulated() -> None:
