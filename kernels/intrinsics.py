@@ -759,7 +759,11 @@ if SIMULATED:
 else:
 
     @_instruction("{ .reg .u64 t; cvta.to.shared.u64 t, $1; cvt.u32.u64 $0, t; }", "r", "p")
-    def shared_address(p: Any, i: Any) -> Any: ...
+    def _shared_address(p: Any, i: Any) -> Any: ...
+
+    @device_function
+    def shared_address(p: Any, i: Any) -> Any:
+        return _shared_address(p, i)
 
     @_instruction("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];", "rrrr", "r", effects=True)
     def _load_matrices(at: Any) -> Any: ...
