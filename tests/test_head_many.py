@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from bitnet_numba.bfloat16 import from_float32, to_float32
 from bitnet_numba.kernels import head_many as kernel
+from bitnet_numba.kernels.compilation import compile_ptx
 from bitnet_numba.kernels.forms import KernelForm
 from tests.kernel_harness import Out, arch, assert_close, needs_gpu, run, run_simulated
 
@@ -156,6 +157,15 @@ def test_company_on_gpu(K: int, rows: int, int8: bool, seed: int) -> None:
 def test_numbers_of_tokens() -> None:
     assert [kernel.tiles_of(tokens) for tokens in (1, 16, 17, 32, 64, 65, 128, 129)] == [1, 1, 2, 2, 4, 8, 8, 8]
     assert kernel.split_words(129, 32) == 256 * 512
+
+
+def test_tensor_cores_from_sm_80_on() -> None:
+    for target, expected in ((75, {"head_rows", "norm_rows"}), (80, {"head_many", "norm_split"})):
+        assert {form.name.split("[")[0] for form in kernel.forms(target)} == expected
+    form = kernel.head_many_form(80, 2560, False, 8)
+    ptx = compile_ptx(form.kernel, form.signature, 80, form.threads, form.blocks_per_sm)
+    products = 4 * 8 * 4 * 2  # row tiles, token tiles, instructions of a unit, units in flight
+    assert ptx.count("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32") == products
 
 
 @pytest.mark.parametrize("K", [0, 16, 2561])
