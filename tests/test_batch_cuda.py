@@ -40,17 +40,23 @@ def params_of(seed: int) -> SamplingParams:
 def answer(
     batch: Batch, prompts: dict[int, list[int]], count: int, pages: dict[int, list[int]]
 ) -> dict[int, list[int]]:
-    """The first `count` tokens of each slot's answer, all decoding together."""
+    """The first `count` tokens of each slot's answer, all decoding together, a step ahead of what is collected."""
     tokens: dict[int, list[int]] = {slot: [] for slot in prompts}
     for slot, ids in prompts.items():
         batch.start(slot, ids, params_of(len(ids)), pages[slot], 0)
         batch.prefill(slot, len(ids))
-    for _ in range(count - 1):
+    for step in range(count - 1):
         batch.step(list(prompts))
-    results = [pair for _ in range(len(prompts) + count - 1) for pair in batch.collect()]
-    for slot, token in results:
-        tokens[slot].append(token)
+        collect(batch, tokens, len(prompts) if step == 0 else 1)
+    collect(batch, tokens, 1)
     return tokens
+
+
+def collect(batch: Batch, tokens: dict[int, list[int]], calls: int) -> None:
+    """Adds the results of so many calls to each slot's tokens."""
+    for _ in range(calls):
+        for slot, token in batch.collect():
+            tokens[slot].append(token)
 
 
 @needs_gpu
@@ -106,9 +112,12 @@ def test_a_shared_beginning_is_computed_once(demo: PackedCheckpoint) -> None:
     expected = answer(batch, {0: ids}, 20, {0: [4, 2, 0, 7]})[0]
     batch.start(1, ids, params_of(len(ids)), [4, 2, 1, 3], 128)
     batch.prefill(1, 22)
+    tokens: dict[int, list[int]] = {1: []}
+    collect(batch, tokens, 1)
     for _ in range(19):
         batch.step([1])
-    assert [token for _ in range(20) for _, token in batch.collect()] == expected
+        collect(batch, tokens, 1)
+    assert tokens[1] == expected
     batch.close()
 
 
@@ -135,8 +144,7 @@ def test_numbers_that_are_none_stay_with_their_sequence(demo: PackedCheckpoint) 
     tokens: dict[int, list[int]] = {0: [], 1: []}
     for _ in range(9):
         batch.step([0, 1])
-        for slot, token in batch.collect():
-            tokens[slot].append(token)
+        collect(batch, tokens, 1)
     assert tokens[0][0] == NO_TOKEN
     assert tokens[1] == expected[1][1:]
     assert answer(batch, prompts, 10, {0: pages[1], 1: pages[0]}) == expected
