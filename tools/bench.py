@@ -117,7 +117,8 @@ def table(figures: dict[str, Any]) -> str:
     if "environment" in figures:
         env = figures["environment"]
         versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
-        lines.append(f"{env['device']}, driver for CUDA {env['driver_cuda']}, Python {env['python']}, {versions}; "
+        cuda = f"{env['driver_cuda'] // 1000}.{env['driver_cuda'] % 1000 // 10}"
+        lines.append(f"{env['device']}, driver for CUDA {cuda}, Python {env['python']}, {versions}; "
                      f"commit {env['commit']}.")  # fmt: skip
     if "packing" in figures:
         packing = figures["packing"]
