@@ -32,6 +32,7 @@ RING = 64  # tokens that the host may be behind
 STEPS_AHEAD = 2  # steps in flight while the host deals with a token
 MOST_SCORED = 128  # tokens whose logits are computed at a time
 RESERVE = 64 << 20  # bytes of device memory left to the driver: graphs, kernels
+BATCH_RESERVE = 4 * RESERVE  # a batch may come to have dozens of graphs
 
 
 def why_unusable() -> str | None:
@@ -60,10 +61,10 @@ class CudaBackend:
         forms = kernel_forms(self.config, int8_rows, self.device) + prompt_forms(self.config, int8_rows, self.device)
         load_kernels(forms, self.device, _progress)
         self.stream = Stream()
-        free, _ = self.device.memory_info()
-        self.weights = Weights(checkpoint, self.stream, free - RESERVE)
         self.flow = Activations(self.config, self.device)
         rows = RowActivations(self.config, self.device, MOST_ROWS)
+        free, _ = self.device.memory_info()
+        self.weights = Weights(checkpoint, self.stream, free - RESERVE)
         self.model = Model(self.config, self.weights, self.device, self.stream, rows)
         self.uploads = Uploads(self.stream)
         self._kv_cache = 0
@@ -88,7 +89,7 @@ class CudaBackend:
             raise BackendError(f"at most {MOST_SEQUENCES} sequences decode together on CUDA, not {max_sequences}")
         self.device.activate()
         free, _ = self.device.memory_info()
-        free -= RESERVE + fixed_bytes(self.config, max_sequences, capacity)
+        free -= BATCH_RESERVE + fixed_bytes(self.config, max_sequences, capacity)
         fit, least = max(0, free // page_bytes(self.config)), pages_of(capacity)
         pages = max(least, min(max_sequences * least, fit)) if tokens is None else pages_of(tokens)
         if pages > fit:

@@ -128,6 +128,8 @@ class CudaBatch:
 
     def _expect(self, slots: list[int]) -> None:
         """Has the results of the pass under way copied to where `collect` finds them."""
+        if len(self._pending) == len(self._events):
+            raise ValueError(f"{len(self._pending)} results wait to be collected: there is no room for more")
         place = self._turn % len(self._events)
         self._turn += 1
         start = 8 * place * self.max_sequences
