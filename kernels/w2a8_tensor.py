@@ -76,7 +76,7 @@ class Tile(NamedTuple):
     held: int  # turns of weights in registers
     stages: int  # turns of activations in shared memory; 0: straight to registers
     per_sm: int = 1  # blocks of a multiprocessor that the registers must allow
-    scheme: str = "mma"  # or "dp4a", of w2a8_columns.py
+    scheme: str = "mma"  # or "wgmma", of w2a8_warpgroup.py, or "dp4a", of w2a8_columns.py
 
     @property
     def rows(self) -> int:
@@ -101,7 +101,7 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
     THREADS = tile.threads
     NT = T // TOKENS
     STAGED = STAGES > 0
-    arrived = async_wait(max(STAGES - 2, 0))
+    arrived, all_arrived = async_wait(max(STAGES - 2, 0)), async_wait(0)
     STAGE = WK * T * PANEL_INTS
     COPIES = -(-STAGE // 4 // THREADS)
     COPIES_EXACT = STAGE % (4 * THREADS) == 0
@@ -271,6 +271,8 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
 
         # 4. Output. A fragment's 4 x 32 sums keep their order in shared memory; the warps of a row group share out its
         # fragments.
+        if STAGED:
+            all_arrived()  # the zeros of turns beyond the last, which would land on sums
         row_sums = int32(row_warp * (WK * PASS))
         lane_row = int32((g >> 2) * 8 + (g & 3) * 2)
         for pass_ in range(PASSES):

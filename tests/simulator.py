@@ -6,7 +6,9 @@ one thread runs at a time until it reaches a barrier and wakes the next; so bloc
  - blocks are independent: shared arrays belong to one block;
  - threads that wait at barriers that can never open are an error, not a hang;
  - the order of threads between barriers is shuffled, a new order each time: a missing barrier changes the result;
- - shared and local arrays start as NaN (or -1), so that reading what nobody wrote shows.
+ - shared and local arrays start as NaN (or -1), so that reading what nobody wrote shows;
+ - an asynchronous copy arrives at some barrier after its start, or when it is waited for at the latest: memory that is
+   used again before or without that wait changes the result.
 """
 
 import random
@@ -33,6 +35,7 @@ class SimulatedThread(threading.Thread):
         self.blockIdx, self.threadIdx, self.thread_id = blockIdx, threadIdx, thread_id
         self.offers: list[Any] = [None, None]  # what this lane gives in its even and its odd exchanges
         self.exchanges = 0
+        self.async_copies: list[list[Any]] = [[]]  # groups of copies under way, see `intrinsics`
         self.vote = False
         self.waits_at = ""  # "", "block" or "warp"
         self.done = False
@@ -51,6 +54,11 @@ class SimulatedThread(threading.Thread):
         self.block.wake_next(self)
 
     def _wait(self, where: str) -> None:
+        for group in self.async_copies:
+            if group and self.block.order.random() < 0.5:
+                for to, i, source, j, size in group:
+                    to[i : i + 4] = source[j : j + 4] if size else 0
+                group.clear()
         self.waits_at = where
         self.block.wake_next(self)
         self.go.acquire()
