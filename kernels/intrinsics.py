@@ -13,6 +13,8 @@ Conventions of every kernel in this folder:
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -156,8 +158,8 @@ def dp4a_us(a: Any, b: Any, c: Any) -> Any:
 
 @_instruction("cvt.rni.s32.f32 $0, $1;", "r", "f")
 def round_to_int(x: Any) -> Any:
-    """The nearest int32, half to even; saturates. Any architecture."""
-    return np.int32(min(max(np.rint(np.float64(x)), -(2**31)), 2**31 - 1))
+    """The nearest int32, half to even; saturates, NaN becomes 0. Any architecture."""
+    return np.int32(0) if x != x else np.int32(min(max(np.rint(np.float64(x)), -(2**31)), 2**31 - 1))
 
 
 @_instruction("cvt.rn.f32.s32 $0, $1;", "f", "r")
@@ -508,7 +510,7 @@ def warp_sum(x: Any) -> Any:
 
 @device_function
 def warp_max(x: Any) -> Any:
-    """The largest float32 x of the warp, in every lane."""
+    """The largest x, float32 or int32, of the warp, in every lane."""
     for step in range(5):
         x = max(x, shuffle_xor(x, 1 << step))
     return x
@@ -712,6 +714,166 @@ def fma_bf16(a: Any, b: Any, c: Any) -> Any:
     low = bf16_low(a) * np.float64(bf16_low(b)) + bf16_low(c)
     high = bf16_high(a) * np.float64(bf16_high(b)) + bf16_high(c)
     return pack_bf16(np.float32(low), np.float32(high))
+
+
+# Warpgroups (sm_90a alone): four neighbouring warps multiply what the copy engine has brought to shared memory. A panel
+# there is int8 [tokens, 64 columns], 64 bytes a token; of token t the 16-byte piece c lies at c ^ (t / 2 % 4) ("64-byte
+# swizzle"): eight tokens' pieces touch every bank once.
+PANEL_COLUMNS = 64
+PANEL_ALIGN = None if SIMULATED else 512  # bytes
+
+
+@dataclass
+class SimulatedPanels:
+    """What stands for a tensor map under the simulator."""
+
+    q: np.ndarray  # int8 [M, KP]
+    tokens: int
+
+
+@_instruction(
+    "{ .reg .u64 t; .reg .u32 b; cvta.to.shared.u64 t, $0; cvt.u32.u64 b, t; mbarrier.init.shared::cta.b64 [b], 1; "
+    "fence.mbarrier_init.release.cluster; }",
+    "",
+    "p",
+    effects=True,
+)
+def arrival_init(p: Any, i: Any) -> None:
+    """Makes p[i], int64 in shared memory, count the bytes that copies bring. One thread, then a barrier. sm_90."""
+
+
+@_instruction(
+    "{ .reg .u64 t; .reg .u32 b; cvta.to.shared.u64 t, $0; cvt.u32.u64 b, t; "
+    "mbarrier.arrive.expect_tx.shared::cta.b64 _, [b], $1; }",
+    "",
+    "pr",
+    effects=True,
+)
+def arrival_expect(p: Any, i: Any, count: Any) -> None:
+    """Says how many bytes the copies that report to p[i] will bring: then its phase is over. One thread. sm_90."""
+
+
+@_instruction(
+    "{ .reg .u64 t; .reg .u32 b; .reg .pred done; cvta.to.shared.u64 t, $0; cvt.u32.u64 b, t; "
+    "again: mbarrier.try_wait.parity.shared::cta.b64 done, [b], $1; @!done bra again; }",
+    "",
+    "pr",
+    effects=True,
+)
+def arrival_wait(p: Any, i: Any, parity: Any) -> None:
+    """Until the phase of p[i] with this parity (0, 1, 0, ...) is over. All threads of a block together. sm_90."""
+    thread: Any = threading.current_thread()
+    thread.syncthreads()  # simulated copies arrive at once; but the thread that starts them must have come by
+
+
+@_instruction(
+    "{ .reg .u64 t; .reg .u32 b, d; cvta.to.shared.u64 t, $1; cvt.u32.u64 d, t; cvta.to.shared.u64 t, $2; "
+    "cvt.u32.u64 b, t; cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+    "[d], [$0, {$3, $4}], [b]; }",
+    "",
+    "ppprr",
+    effects=True,
+)
+def copy_panel(panels: Any, z: Any, to: Any, i: Any, p: Any, j: Any, column: Any, token: Any) -> None:
+    """Starts copying the panel of q at (token, column) to shared memory from element i of int32 `to` on, zeros beyond
+    q's end; p[j] counts the bytes. panels: a `tensor_map`, z: 0. One thread. sm_90."""
+    q, tokens = panels.q, panels.tokens
+    panel = np.zeros((tokens, PANEL_COLUMNS), np.int8)
+    part = q[int(token) : int(token) + tokens, int(column) : int(column) + PANEL_COLUMNS]
+    panel[: part.shape[0], : part.shape[1]] = part
+    pieces = panel.view(np.int32).reshape(tokens, 4, 4)
+    for t in range(tokens):
+        for c in range(4):
+            at = int(i) + 16 * t + 4 * (c ^ t >> 1 & 3)
+            to[at : at + 4] = pieces[t, c]
+
+
+def _warpgroup_mma_stand_in(tokens: int, blocks: int) -> Callable:
+    def warpgroup_mma(sums: Any, codes: Any, shared: Any, i: Any) -> None:
+        thread: Any = threading.current_thread()
+        g, c = divmod(thread.thread_id % WARP, 4)
+        words = np.asarray(shared[int(i) : int(i) + 32 * tokens]).astype(np.int32).reshape(2, tokens, 4, 4)
+        order = np.arange(4) ^ np.arange(tokens)[:, None] >> 1 & 3
+        words = np.take_along_axis(words, order[None, :, :, None], axis=2)
+        b = words.reshape(2, tokens, 16).view(np.int8).astype(np.int64)  # [panel, token, column]
+        for u in range(blocks):
+            own = tuple(codes[16 * u + r] for r in range(16))
+            lanes = np.array([[int(x) & 0xFFFFFFFF for x in lane] for lane in thread.gather_in_warp(own)])
+            quads = lanes.astype("<u4").view(np.uint8).reshape(8, 4, 4, 2, 2, 4)[g].astype(np.int64)
+            for r in range(2):  # quads: [c, step, half, row, byte]
+                row = quads[:, :, :, r].transpose(1, 2, 0, 3).reshape(2, 64)
+                for t in range(tokens // 8):
+                    for odd in range(2):
+                        at = tokens // 2 * u + 4 * t + 2 * r + odd
+                        more = (row * b[:, 8 * t + 2 * c + odd]).sum()
+                        sums[at] = int32(int(sums[at]) + int(more))
+
+    return warpgroup_mma
+
+
+def _warpgroup_mma_intrinsic(tokens: int, blocks: int) -> Callable:
+    from llvmlite import ir
+    from numba.cuda.extending import intrinsic
+
+    each = tokens // 2  # sums of a lane and row-block
+    sums_count, codes_count = each * blocks, 16 * blocks
+    # The operand's descriptor: place / 16; distance of 8 tokens / 16; code of the 64-byte swizzle.
+    constant = 1 << 16 | (512 >> 4) << 32 | 2 << 62
+    lines = [
+        "{ .reg .pred yes; .reg .u64 at, b0, b1, b2, b3;",
+        "setp.eq.u32 yes, 0, 0;",
+        f"cvta.to.shared.u64 at, ${2 * sums_count + codes_count};",
+        "and.b64 at, at, 0x3ffff; shr.u64 at, at, 4;",
+        f"or.b64 b0, at, 0x{constant:x}; add.u64 b1, b0, 2;",
+        f"add.u64 b2, b0, {64 * tokens >> 4}; add.u64 b3, b2, 2;",
+        "wgmma.fence.sync.aligned;",
+    ]
+    for step in range(4):
+        for u in range(blocks):
+            into = ", ".join(f"${each * u + n}" for n in range(each))
+            left = ", ".join(f"${sums_count + 16 * u + 4 * step + r}" for r in range(4))
+            shape = f"m64n{tokens}k32.s32.u8.s8"
+            lines.append(f"wgmma.mma_async.sync.aligned.{shape} {{{into}}}, {{{left}}}, b{step}, yes;")
+    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0; }"]
+    # Operands: results, codes, sums (tied to the results), address.
+    ptx = " ".join(lines)
+
+    @intrinsic
+    def warpgroup_mma(typing_context: Any, sums: Any, codes: Any, shared: Any, i: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            word = ir.IntType(32)
+
+            def element(kind: Any, base: Any, n: int) -> Any:
+                return _address(context, builder, kind, base, ir.IntType(64)(n))
+
+            into = [element(signature.args[0], values[0], n) for n in range(sums_count)]
+            left = [builder.load(element(signature.args[1], values[1], n)) for n in range(codes_count)]
+            address = _address(context, builder, signature.args[2], values[2], values[3])
+            operands = left + [builder.load(a) for a in into] + [address]
+            result = ir.LiteralStructType([word] * sums_count)
+            constraints = ["=r"] * sums_count + ["r"] * codes_count + [str(n) for n in range(sums_count)] + ["l"]
+            function = ir.FunctionType(result, [value.type for value in operands])
+            asm = ir.InlineAsm(function, ptx, ",".join([*constraints, "~{memory}"]), side_effect=True)
+            sums_after = builder.call(asm, operands)
+            for n, a in enumerate(into):
+                builder.store(builder.extract_value(sums_after, n), a)
+            return context.get_dummy_value()
+
+        return types.void(sums, codes, shared, types.int64), codegen
+
+    return warpgroup_mma
+
+
+@cache
+def warpgroup_mma(tokens: int, blocks: int) -> Callable:
+    """`mma(sums, codes, shared, i)`: C [16 rows, tokens] += A [16, 128] . B [128, tokens] for each of `blocks`
+    row-blocks of each of the four warps of a warpgroup, uint8 . int8, int32 sums. sm_90a; all four warps together.
+
+    sums, codes: local arrays. As of `mma_codes`, of a row-block u: codes[16 u + 4 s ..] are a0, a1, a2, a3 of columns
+    32 s .., sums[tokens / 2 * u + 4 t ..] are c0 .. c3 of tokens 8 t ... B: two panels in shared memory from element i
+    on.
+    """
+    return (_warpgroup_mma_stand_in if SIMULATED else _warpgroup_mma_intrinsic)(tokens, blocks)
 
 
 @_instruction("div.u32 $0, $1, $2;", "r", "rr")

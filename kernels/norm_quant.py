@@ -15,6 +15,7 @@ T is chosen so that a thread has as few values as 1024 threads allow: with few r
 The squares are summed in float64 and the mean is rounded once: the result does not depend on how the work is split, so
 that a row gives the same q whatever the block size. Every other operation is the definition's, in its order.
 Products and sums of q are exact, so the activations' sum is carried as int32 for the `+2` correction of `packing`.
+A row that holds NaN gets s = NaN, so that all that is made of it is NaN; its q may be anything.
 """
 
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from bitnet_numba.kernels.forms import KernelForm
 from bitnet_numba.kernels.intrinsics import (
     WARP,
     add_rn,
+    bits_to_float,
     byte_permute,
     div_rn,
     dp4a,
@@ -45,6 +47,7 @@ from bitnet_numba.kernels.intrinsics import (
     round_to_int,
     shuffle_xor,
     sqrt_rn,
+    uint32,
     warp_max,
     warp_sum_int,
 )
@@ -56,6 +59,7 @@ MOST_THREADS = 1024
 MOST_EARLY = 16  # weights in a thread's registers beside the row, loaded before that is there
 ROUNDER = float32(1.5 * 2**23)  # added to a small number, leaves it rounded, half to even, in the low bits
 ALL_ONES = 0x01010101
+MAGNITUDE = 0x7FFFFFFF  # of a float32's bits: all but the sign
 
 
 def make_norm_quant(arch: int, K: int, norm: bool, threads: int) -> Callable[..., None]:
@@ -73,7 +77,7 @@ def make_norm_quant(arch: int, K: int, norm: bool, threads: int) -> Callable[...
 
     def norm_quant(x, weight, eps, q, s, total):
         square_s = pointer(cuda.shared.array(WARPS, float64))
-        max_s = pointer(cuda.shared.array(WARPS, float32))
+        max_s = pointer(cuda.shared.array(WARPS, int32))
         sum_s = pointer(cuda.shared.array(WARPS, int32))
         v_r = cuda.local.array(VALUES, float32)
         w_r = cuda.local.array(W_REGS, float32)
@@ -133,16 +137,18 @@ def make_norm_quant(arch: int, K: int, norm: bool, threads: int) -> Callable[...
                     for j in range(EACH):
                         i = t * EACH + j
                         v_r[i] = mul_rn(w_r[j], mul_rn(v_r[i], inverse))
-        largest = ZERO
+        # As bits, which order |v| as the numbers do and put NaN above all: a maximum of floats would drop it.
+        most = int32(0)
         for i in range(VALUES):
-            largest = max(largest, abs(v_r[i]))
-        largest = warp_max(largest)
+            most = max(most, int32(float_to_bits(v_r[i]) & MAGNITUDE))
+        most = warp_max(most)
         if lane == 0:
-            max_s[warp] = largest
+            max_s[warp] = most
         cuda.syncthreads()
         for i in range(WARPS):
-            largest = max(largest, max_s[i])
-        scale = mul_rn(div_rn(ONE, max(largest, LEAST)), MOST)
+            most = max(most, max_s[i])
+        largest = bits_to_float(uint32(most))
+        scale = mul_rn(div_rn(ONE, LEAST if largest < LEAST else largest), MOST)
         added = int32(0)
         # No clamp: |v| * scale is at most 127 (1 + 2^-22), which rounds to 127. Padding holds zeros.
         for t in range(TURNS):

@@ -47,6 +47,25 @@ def check_norm_quant(form: KernelForm, tokens: int, K: int, norm: bool, seed: in
         assert_close(rows[:, :K], reference_q, 1, "q against the reference")
 
 
+def check_nan(form: KernelForm, K: int, seed: int) -> None:
+    """A row that holds NaN gets s = NaN; the rows beside it get what they get without."""
+    rng = np.random.default_rng(seed)
+    padded, wide = -(-K // 32) * 32, K % 4 == 0
+    x, weight = rng.standard_normal((3, K)).astype(np.float32), rng.uniform(0.5, 2, K).astype(np.float32)
+    at = int(rng.integers(K))
+    results = []
+    for value in (x[1, at], np.float32(np.nan), -np.float32(np.nan)):
+        x[1, at] = value
+        q = Out(3 * padded // 4, np.int32) if wide else Out(3 * padded, np.int8)
+        s, total = Out(3, np.float32), Out(3, np.int32)
+        run(form, 3, [x, weight, np.float32(1e-5), q, s, total], 1)
+        results.append([out.array.view(np.uint8).reshape(3, -1).copy() for out in (q, s, total)])
+        assert np.isnan(s.array).tolist() == [False, bool(np.isnan(value)), False]
+    for result in results[1:]:
+        for without, array in zip(results[0], result, strict=True):
+            assert np.array_equal(array[::2], without[::2]), "a row with NaN changed another"
+
+
 shapes = {
     "norm": st.booleans(),
     "seed": st.integers(0, 2**32 - 1),
@@ -60,6 +79,12 @@ def simulate_norm_quant(tokens: int, K: int, threads: int, norm: bool, seed: int
     check_norm_quant(norm_quant_form(arch(), K, norm, threads), tokens, K, norm, seed, scale)
 
 
+@settings(max_examples=6)
+@given(K=st.integers(1, 200), norm=st.booleans(), seed=st.integers(0, 2**32 - 1))
+def simulate_nan(K: int, norm: bool, seed: int) -> None:
+    check_nan(norm_quant_form(arch(), K, norm, 64), K, seed)
+
+
 def test_simulated() -> None:
     run_simulated(__file__)
 
@@ -69,6 +94,13 @@ def test_simulated() -> None:
 @given(tokens=st.integers(1, 64), K=st.sampled_from([1, 31, 100, 2560, 6912, 14336, 27648]), **shapes)
 def test_norm_quant_on_gpu(tokens: int, K: int, norm: bool, seed: int, scale: float) -> None:
     check_norm_quant(norm_quant_form(arch(), K, norm), tokens, K, norm, seed, scale)
+
+
+@needs_gpu
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("K", [101, 2560, 6912, 27648])
+def test_nan_on_gpu(K: int, norm: bool) -> None:
+    check_nan(norm_quant_form(arch(), K, norm), K, K)
 
 
 @pytest.mark.parametrize("K", [0, 28673])
