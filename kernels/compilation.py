@@ -56,7 +56,10 @@ def compile_ptx(function: Any, signature: Sequence[Any], arch: int, threads: int
         )
     name = re.search(r"\.entry (\w+)\(", ptx)
     assert name is not None
-    return ptx.replace(name.group(1), ENTRY)
+    ptx = ptx.replace(name.group(1), ENTRY)
+    if "wgmma." in ptx:  # instructions of this very architecture and no later one
+        ptx = ptx.replace(f".target sm_{arch}", f".target sm_{arch}a")
+    return ptx
 
 
 def link_cubin(ptx: str, arch: int) -> bytes:
@@ -66,7 +69,7 @@ def link_cubin(ptx: str, arch: int) -> bytes:
     """
     from cuda.bindings import nvjitlink
 
-    options = [f"-arch=sm_{arch}"]
+    options = [f"-arch=sm_{arch}{'a' if f'.target sm_{arch}a' in ptx else ''}"]
     handle = nvjitlink.create(len(options), options)
     try:
         code = ptx.encode()

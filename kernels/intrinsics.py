@@ -415,7 +415,9 @@ def fence() -> None:
 )
 def async_copy4(to: Any, i: Any, source: Any, j: Any, size: Any) -> None:
     """Starts copying 32-bit elements j .. j+3 of global memory to i .. i+3 of a shared array (multiples of 4); `size`
-    is 16, or 0 for zeros without reading. sm_80."""
+    is 16, or 0 for zeros without reading; the address must lie in the source all the same, see `async_fill4`. sm_80."""
+    if not 0 <= int(j) <= len(source) - 4:
+        raise IndexError(f"a copy from elements {int(j)} .. {int(j) + 3} of {len(source)}")
     thread: Any = threading.current_thread()
     thread.__dict__.setdefault("async_copies", [[]])[-1].append((to, int(i), source, int(j), int(size)))
 
@@ -915,7 +917,10 @@ if SIMULATED:
 
     def async_fill4(to: Any, at: Any, source: Any, j: Any, size: Any) -> None:
         """`async_copy4` to the place `at` of a shared array; of the 16 bytes the first `size` are copied, 0 or 16, and
-        the others zero: with 0 the source is not read. sm_80."""
+        the others zero: with 0 the source is not read. The address must lie in it all the same: memcheck before
+        2026.4 has false alarms about zeros. sm_80."""
+        if not 0 <= int(j) <= source.size - 4:
+            raise IndexError(f"a copy from elements {int(j)} .. {int(j) + 3} of {source.size}")
         async_copy4(to, int(at) // 4, source, j, size)
 
 else:

@@ -2,8 +2,9 @@
 
     y[m, n] = (sum_k q[m, k] * w[n, k]) * scale[segment of n] / s[m]  (+ bias[n])
 
-w2a8_tensor.py holds the kernel for tensor cores (sm_80 and later), w2a8_columns.py the one without. All forms give the
-same bits: sums are exact, and w2a8_epilogue.py does the rest as w2a8_gemv.py does.
+w2a8_tensor.py holds the kernel for tensor cores (sm_80 and later), w2a8_warpgroup.py another for many tokens on sm_90,
+w2a8_columns.py the one without. All forms give the same bits: sums are exact, and w2a8_epilogue.py does the rest as
+w2a8_gemv.py does.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from bitnet_numba.kernels.forms import KernelForm
 from bitnet_numba.kernels.w2a8_columns import STEP, TOKENS, make_columns
 from bitnet_numba.kernels.w2a8_epilogue import EPILOGUES
 from bitnet_numba.kernels.w2a8_tensor import PANEL, Tile, make_matmul
+from bitnet_numba.kernels.w2a8_warpgroup import ARCH as WARPGROUP_ARCH
+from bitnet_numba.kernels.w2a8_warpgroup import SPAN, make_warpgroup, tensor_map
 from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, packed_words
 
 LEAST_ARCH = 80  # mma of 8-bit integers with 32 columns
@@ -28,7 +31,8 @@ def plan(M: int, N: int, K: int, arch: int, multiprocessors: int, gated: bool = 
     block. A matrix of few rows is split over eight warps along K, or sixteen if K is long; one of many rows (more than
     four row-blocks a multiprocessor) over fewer. With more tokens activations come through shared memory, in blocks of
     64 or 128 rows and 32 or 64 tokens; from 256 tokens on also 160 x 64, whichever leaves the busiest multiprocessor
-    less to do. Before sm_80: dp4a, 8 tokens a block.
+    less to do. On sm_90 warpgroups take over at 1024 tokens, for gate and up at 512. Before sm_80: dp4a, 8 tokens a
+    block.
     """
     if arch < LEAST_ARCH:
         return Tile(TOKENS, 2 if gated else 1, 1, 8, 0, 0, scheme="dp4a")
@@ -47,6 +51,10 @@ def plan(M: int, N: int, K: int, arch: int, multiprocessors: int, gated: bool = 
         return Tile(32, 2, 4, 2, 4, 4, 2) if many else Tile(32, 2, 1, 8, 2, 0, 2)
     if M <= 128:
         return Tile(64, 4, 2, 2, 2, 3, 2) if many else Tile(32, 2, 2, 4, 4, 3, 2)
+    if arch == WARPGROUP_ARCH and M >= (512 if gated else 1024):
+        if gated:
+            return Tile(64, 2, 4, 1, 1, 4, 3, "wgmma") if M < 1024 else Tile(96, 2, 4, 1, 1, 3, 2, "wgmma")
+        return Tile(128, 1, 8, 1, 1, 2, 2, "wgmma")
     if many:
         return Tile(64, 2, 4, 1, 2, 4, 3)
 
@@ -61,12 +69,14 @@ def form(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu
     """The compiled form of a tile; K, N and M are arguments of the launch."""
     f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
     out = i32 if epilogue == "acc" else f32
+    # The activations are q, or for warpgroups the tensor map that tells the copy engine about it.
     signature = (i32, i32, f32, i32, i32, f32, f32 if bias else types.none, out, *(types.int32,) * 8)
     kind = f"gated {activation}" if epilogue == "gated" else epilogue
     if tile.scheme == "dp4a":
         kernel, dp4a = make_columns(arch, tile.k_warps, epilogue, activation), 16 * tile.tokens
     else:
-        kernel, dp4a = make_matmul(arch, tile, epilogue, activation), 0
+        make = make_warpgroup if tile.scheme == "wgmma" else make_matmul
+        kernel, dp4a = make(arch, tile, epilogue, activation), 0
     return KernelForm(
         name=f"w2a8_matmul[{kind} {'bias ' if bias else ''}{' '.join(map(str, tile))}]",
         kernel=kernel,
@@ -81,7 +91,8 @@ def launch_sizes(tile: Tile, M: int, N: int, K: int, ends: Sequence[int], gated:
     """The grid and the int32 arguments of a product: (x, y), (M, rows, KP, turns, blocks, second, bound1, bound2)."""
     rows, halves = (N // 2, 2) if gated else (N, 1)
     blocks, padded_K = -(-rows // BLOCK_ROWS), -(-K // BLOCK_COLS) * BLOCK_COLS
-    turns = -(-padded_K // ((STEP if tile.scheme == "dp4a" else PANEL) * tile.k_warps))
+    columns = {"dp4a": STEP, "mma": PANEL, "wgmma": SPAN}[tile.scheme]
+    turns = -(-padded_K // (columns * tile.k_warps))
     grid = (-(-M // tile.tokens), -(-blocks // (tile.blocks * tile.row_warps // halves)))
     return grid, (M, rows, padded_K, turns, blocks, blocks if gated else 0, *(*ends, N, N)[:2])
 
@@ -138,7 +149,8 @@ def w2a8_matmul(
             )
     tile = plan(M, N, K, device.arch, device.multiprocessors, gated)
     grid, integers = launch_sizes(tile, M, N, K, ends, gated)
-    arguments = (words, q, s, total, count, scales, bias, out, *integers)
+    activations = tensor_map(q.address, M, padded_K, tile.tokens) if tile.scheme == "wgmma" else q
+    arguments = (words, activations, s, total, count, scales, bias, out, *integers)
     return Launch(form(device.arch, tile, epilogue, activation, bias is not None), grid, arguments, device, overlap)
 
 
@@ -147,10 +159,10 @@ def forms(arch: int) -> list[KernelForm]:
     kinds = [(3840, 2560, "store"), (2560, 2560, "residual"), (13824, 2560, "gated"), (2560, 6912, "residual")]
     found = {
         (plan(M, N, K, arch, 132, epilogue == "gated"), epilogue): None
-        for M in (512, 8, 16, 32, 64, 128)
+        for M in (256, 8, 16, 32, 64, 128, 512, 1024)
         for N, K, epilogue in kinds
     }
-    few, many = plan(8, 512, 512, arch, 132, True), plan(512, 512, 512, arch, 132, True)
+    few, many = plan(8, 512, 512, arch, 132, True), plan(256, 512, 512, arch, 132, True)
     return [form(arch, tile, epilogue) for tile, epilogue in found] + [
         form(arch, few, "acc"),
         form(arch, few, "gated", "silu", True),

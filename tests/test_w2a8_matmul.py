@@ -5,16 +5,20 @@ operation at a time, in the order of the matrix-vector product and of the refere
 whose exponential is good to 2 ulp, each of the three operations after it adding half of one: 2^-21 relative.
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from bitnet_numba.kernels.intrinsics import SimulatedPanels
 from bitnet_numba.kernels.w2a8_matmul import LEAST_ARCH, form, launch_sizes, plan, w2a8_matmul
 from bitnet_numba.kernels.w2a8_tensor import Tile
+from bitnet_numba.kernels.w2a8_warpgroup import tensor_map
 from bitnet_numba.packing import pack_ternary
 from bitnet_numba.reference.model import relu2, silu
-from tests.kernel_harness import Out, arch, assert_close, needs_gpu, run, run_simulated
+from tests.kernel_harness import SIMULATED, Out, arch, assert_close, needs_gpu, run, run_simulated
 
 
 def check_matmul(
@@ -56,7 +60,10 @@ def check_matmul(
     total = q.sum(axis=1, dtype=np.int32)
     grid, sizes = launch_sizes(tile, M, N, K, bounds, gated)
     assert sizes[-2:] == bounds
-    arguments = [pack_ternary(w), q.view(np.int32), s, total, np.array([count], np.int32), scales, b, out, *sizes]
+    activations = q.view(np.int32)
+    if tile.scheme == "wgmma":
+        activations, on_device = _panels(q, tile.tokens)
+    arguments = [pack_ternary(w), activations, s, total, np.array([count], np.int32), scales, b, out, *sizes]
     run(kernel, grid, arguments)
     result = out.array.reshape(M, rows)
     wanted = acc if acc_only else expected
@@ -65,11 +72,23 @@ def check_matmul(
     assert result[beyond:].tobytes() == before[beyond:].tobytes(), f"{kernel.name}: wrote tokens that are not there"
 
 
+def _panels(q: np.ndarray, tokens: int) -> tuple[Any, Any]:
+    """What tells the copy engine about q, and what must live as long."""
+    if SIMULATED:
+        return SimulatedPanels(q, tokens), q
+    from bitnet_numba.kernels.device import DeviceArray
+
+    on_device = DeviceArray.of(q)
+    return tensor_map(on_device.address, *q.shape, tokens), on_device
+
+
 KINDS = st.sampled_from(
     [("acc", "relu2"), ("store", "relu2"), ("residual", "relu2"), ("gated", "relu2"), ("gated", "silu")]
 )
 
 
+GROUP = Tile(16, 1, 4, 1, 1, 2, scheme="wgmma")
+PAIRS = Tile(16, 2, 4, 1, 2, 3, scheme="wgmma")
 DP4A = Tile(8, 1, 1, 2, 0, 0, scheme="dp4a")
 
 
@@ -78,6 +97,8 @@ DP4A = Tile(8, 1, 1, 2, 0, 0, scheme="dp4a")
 @example(M=11, N=40, K=290, kind=("acc", "relu2"), bias=False, tile=Tile(8, 2, 1, 2, 2, 2), short=0, seed=1)
 @example(M=9, N=70, K=200, kind=("residual", "relu2"), bias=True, tile=Tile(16, 1, 2, 1, 3, 0), short=3, seed=2)
 @example(M=5, N=64, K=160, kind=("gated", "silu"), bias=True, tile=Tile(8, 2, 1, 2, 1, 3), short=0, seed=3)
+@example(M=35, N=70, K=160, kind=("residual", "relu2"), bias=True, tile=GROUP, short=1, seed=5)
+@example(M=20, N=64, K=290, kind=("gated", "relu2"), bias=False, tile=PAIRS, short=3, seed=6)
 @given(
     M=st.integers(1, 20),
     N=st.integers(1, 70),
@@ -92,8 +113,10 @@ DP4A = Tile(8, 1, 1, 2, 0, 0, scheme="dp4a")
         st.integers(1, 2),
         st.integers(1, 3),
         st.sampled_from([0, 2, 3]),
+        st.just(1),
+        st.just("mma"),
     )
-    | st.just(DP4A),
+    | st.sampled_from([DP4A, GROUP]),
     short=st.integers(0, 9),
     seed=st.integers(0, 2**32 - 1),
 )
@@ -127,7 +150,7 @@ def test_plan_covers_every_row_and_token(N: int, K: int, gated: bool, arch_: int
             each = tile.rows // 16 // (2 if gated else 1)
             assert y * each >= blocks > (y - 1) * each
             assert blocks * 16 * (2 if gated else 1) >= N and second == (blocks if gated else 0)
-            assert turns * tile.k_warps * (128 if tile.scheme == "dp4a" else 64) >= K
+            assert turns * tile.k_warps * (64 if tile.scheme == "mma" else 128) >= K
             assert tile.threads <= 1024
 
 
@@ -138,6 +161,8 @@ def test_tiles_that_cannot_be_are_refused() -> None:
         form(90, Tile(12, 2, 1, 2, 2, 0))
     with pytest.raises(ValueError, match="no product is made of"):
         form(90, Tile(128, 2, 2, 4, 2, 3))
+    with pytest.raises(ValueError, match="no product of warpgroups is made of"):
+        form(90, GROUP._replace(row_warps=2))
 
 
 @needs_gpu
