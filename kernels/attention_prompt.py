@@ -104,6 +104,7 @@ def make_attention_prompt(arch: int, head_dim: int, group: int, heads: int, tile
     VG = 8 if VPARTS == 1 else 4  # of them at a time
     NT = KEYS // 8  # tiles of 8 keys
     K_CHUNKS, V_CHUNKS = 2 * KS, VT  # of 16 bytes in a row
+    LAST_CHUNK = np.int32(WORDS - 4)
     K_ROW, V_ROW = 16 * (K_CHUNKS + 1), 16 * (V_CHUNKS + 1)  # bytes; odd in chunks: 8 rows lie in different banks
     K_BYTES, V_BYTES = KEYS * K_ROW, KEYS * V_ROW
     K_WORDS, V_WORDS = K_BYTES // 2, V_BYTES // 2  # two tiles
@@ -202,10 +203,13 @@ def make_attention_prompt(arch: int, head_dim: int, group: int, heads: int, tile
         chunk, load_row = int32(tid % ROW_LANES), int32(tid // ROW_LANES)
         k_wr = shared_address(k_s, load_row * (K_ROW // 4) + chunk * 4)
         v_wr = shared_address(v_s, load_row * (V_ROW // 4) + chunk * 4)
-        head_rd = int64(kv) * head_words + load_row * WORDS + chunk * 4
         v_skip = int32(v_part * VT * 4)
         k_bytes = int32(16) if chunk * 4 < WORDS else int32(0)
         v_bytes = int32(16) if chunk * 4 + v_skip < WORDS else int32(0)
+        # What pads a row is not read; its address is the last chunk's, since the cache may end there.
+        k_word, v_word = min(int32(chunk * 4), LAST_CHUNK), min(int32(chunk * 4 + v_skip), LAST_CHUNK)
+        head_rd = int64(kv) * head_words + load_row * WORDS + k_word
+        v_skip = int32(v_word - k_word)
         pages = int64(slot) * table_stride
         rd = int64(table[pages]) * page_words + head_rd
         for n in range(LOADS):

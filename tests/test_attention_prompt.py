@@ -127,6 +127,7 @@ def check_attention_prompt(
 @settings(max_examples=3)
 @example(shape=(16, 2, 1), start=60, used=10, rows=18, pooled=True, seed=1)
 @example(shape=(32, 2, 1), start=3, used=5, rows=5, pooled=False, seed=1)
+@example(shape=(18, 1, 2), start=60, used=4, rows=4, pooled=False, seed=1)  # up to the cache's last word, padded rows
 @given(
     shape=st.sampled_from([(6, 2, 1), (18, 1, 2), (32, 2, 1)]),
     start=st.integers(0, 70),
