@@ -172,18 +172,19 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
         stride = int32(KP >> 2)  # int32 words of a token
         q_column = int32(k_warp * PANEL_INTS + i * 4)  # of what is asked for next, in int32 words
         if STAGED:
-            for n in range(COPIES):
+            for n in range(COPIES):  # what is zero is not read; its address is the last that is
                 chunk = int32(tid + n * THREADS)
                 token = int32((chunk >> 2) % T)
                 column_r[n] = int32(chunk // (4 * T) * PANEL_INTS + (chunk & 3) * 4)
-                from_r[n] = int32((first + token) * stride)
+                from_r[n] = int32(min(int32(first + token), int32(limit - 1)) * stride)
                 bytes_r[n] = int32(16) if first + token < limit else int32(0)
             for t in range(STAGES - 1):
                 for n in range(COPIES):
                     chunk = int32(tid + n * THREADS)
                     size = bytes_r[n] if column_r[n] < stride else int32(0)
+                    at = from_r[n] + min(column_r[n], int32(stride - 4))
                     if COPIES_EXACT or chunk < STAGE // 4:
-                        async_copy4(shared, t * STAGE + chunk * 4, q, from_r[n] + column_r[n], size)
+                        async_copy4(shared, t * STAGE + chunk * 4, q, at, size)
                     column_r[n] += WK * PANEL_INTS
                 async_commit()
         else:
@@ -216,8 +217,9 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
                         for n in range(COPIES):
                             chunk = int32(tid + n * THREADS)
                             size = bytes_r[n] if column_r[n] < stride else int32(0)
+                            at = from_r[n] + min(column_r[n], int32(stride - 4))
                             if COPIES_EXACT or chunk < STAGE // 4:
-                                async_copy4(shared, stage_wr + chunk * 4, q, from_r[n] + column_r[n], size)
+                                async_copy4(shared, stage_wr + chunk * 4, q, at, size)
                             column_r[n] += WK * PANEL_INTS
                         async_commit()
                         for u in range(U):
