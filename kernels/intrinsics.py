@@ -656,19 +656,19 @@ def mma_bf16(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: 
     return tuple(np.float32(np.float64(start) + row.sum()) for start, row in zip((c0, c1, c2, c3), rows, strict=True))
 
 
-@_instruction(
-    "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+_MMA_SMALL = "mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32"
+_MMA_CODES = {
+    80: "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
     "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-    "rrrr",
-    "rrrrrrrrrr",
-)
-def mma_codes(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> tuple:
-    """The warp's C [16, 8] += A [16, 32] . B [32, 8], uint8 . int8, int32 sums; returns c0 .. c3. sm_80.
+    # Four of eight rows and sixteen columns each: their operands' registers are the larger one's, one by one.
+    75: "{ .reg .s32 s<4>; "
+    f"{_MMA_SMALL} {{s0, s1}}, {{$4}}, {{$8}}, {{$10, $11}}; {_MMA_SMALL} {{s2, s3}}, {{$5}}, {{$8}}, {{$12, $13}}; "
+    f"{_MMA_SMALL} {{s0, s1}}, {{$6}}, {{$9}}, {{s0, s1}}; {_MMA_SMALL} {{s2, s3}}, {{$7}}, {{$9}}, {{s2, s3}}; "
+    "mov.b32 $0, s0; mov.b32 $1, s1; mov.b32 $2, s2; mov.b32 $3, s3; }",
+}
 
-    With g = lane // 4, c = lane % 4, a lane holds of A rows g (a0, a2) and g + 8 (a1, a3), columns 4c .. 4c + 3 (a0,
-    a1) and 4c + 16 .. 4c + 19 (a2, a3); of B column g, rows 4c .. 4c + 3 (b0) and 4c + 16 .. 4c + 19 (b1); of C rows
-    g (c0, c1) and g + 8 (c2, c3), columns 2c and 2c + 1.
-    """
+
+def _mma_codes(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> tuple:
     thread: Any = threading.current_thread()
     lanes = np.array([[int(x) & 0xFFFFFFFF for x in lane] for lane in thread.gather_in_warp((a0, a1, a2, a3, b0, b1))])
     quads = lanes.astype("<u4").view(np.uint8).reshape(8, 4, 6, 4)  # [g, c, register, byte]
@@ -681,6 +681,20 @@ def mma_codes(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1:
     g, c = divmod(thread.thread_id % WARP, 4)
     sums = (a[[g, g, g + 8, g + 8]] * b[:, [2 * c, 2 * c + 1] * 2].T).sum(axis=1)
     return tuple(int32(int(start) + int(more)) for start, more in zip((c0, c1, c2, c3), sums, strict=True))
+
+
+_MMA_OF = {least: _instruction(ptx, "rrrr", "rrrrrrrrrr")(_mma_codes) for least, ptx in _MMA_CODES.items()}
+
+
+def mma_codes(arch: int) -> Callable:
+    """`mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3)`: the warp's C [16, 8] += A [16, 32] . B [32, 8], uint8 . int8,
+    int32 sums; returns c0 .. c3. sm_75 (there in four parts).
+
+    With g = lane // 4, c = lane % 4, a lane holds of A rows g (a0, a2) and g + 8 (a1, a3), columns 4c .. 4c + 3 (a0,
+    a1) and 4c + 16 .. 4c + 19 (a2, a3); of B column g, rows 4c .. 4c + 3 (b0) and 4c + 16 .. 4c + 19 (b1); of C rows
+    g (c0, c1) and g + 8 (c2, c3), columns 2c and 2c + 1.
+    """
+    return _MMA_OF[max(least for least in _MMA_OF if least <= max(arch, 75))]
 
 
 _MMA_BF16 = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"

@@ -1,4 +1,4 @@
-"""The W2A8 product of many tokens before sm_80: `dp4a`, eight tokens at a time.
+"""The W2A8 product of many tokens before sm_75: `dp4a`, eight tokens at a time.
 
 The matrix-vector scheme (see w2a8_gemv.py for which lane owns which words) with eight activation columns: a word is
 decoded once, in seven instructions, and multiplied with every token's sixteen activations, which every block reads for
@@ -6,8 +6,6 @@ itself through the caches. Same arguments and results as w2a8_matmul.py.
 
     block (x, y): tokens 8 x .. 8 x + 7;  row-block y (for "gated" also that of the up rows)
     warp: every k_warps-th step of 128 columns; the warps' sums meet in shared memory.
-
-sm_75 has `mma.m8n8k16` for int8, which is not used: no such device has been at hand to measure it on.
 """
 
 from collections.abc import Callable

@@ -2,7 +2,7 @@
 
     y[m, n] = (sum_k q[m, k] * w[n, k]) * scale[segment of n] / s[m]  (+ bias[n])
 
-w2a8_tensor.py holds the kernel for tensor cores (sm_80 and later), w2a8_warpgroup.py another for many tokens on sm_90,
+w2a8_tensor.py holds the kernel for tensor cores (sm_75 and later), w2a8_warpgroup.py another for many tokens on sm_90,
 w2a8_columns.py the one without. All forms give the same bits: sums are exact, and w2a8_epilogue.py does the rest as
 w2a8_gemv.py does.
 """
@@ -20,7 +20,8 @@ from bitnet_numba.kernels.w2a8_warpgroup import ARCH as WARPGROUP_ARCH
 from bitnet_numba.kernels.w2a8_warpgroup import SPAN, make_warpgroup, tensor_map
 from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, packed_words
 
-LEAST_ARCH = 80  # mma of 8-bit integers with 32 columns
+LEAST_ARCH = 75  # mma of 8-bit integers
+STAGED_ARCH = 80  # asynchronous copies to shared memory
 MOST_SEGMENTS = 3  # q, k and v
 
 
@@ -31,11 +32,13 @@ def plan(M: int, N: int, K: int, arch: int, multiprocessors: int, gated: bool = 
     block. A matrix of few rows is split over eight warps along K, or sixteen if K is long; one of many rows (more than
     four row-blocks a multiprocessor) over fewer. With more tokens activations come through shared memory, in blocks of
     64 or 128 rows and 32 or 64 tokens; from 256 tokens on also 160 x 64, whichever leaves the busiest multiprocessor
-    less to do. On sm_90 warpgroups take over at 1024 tokens, for gate and up at 512. Before sm_80: dp4a, 8 tokens a
-    block.
+    less to do. On sm_90 warpgroups take over at 1024 tokens, for gate and up at 512. Before sm_80 (no such card was
+    measured): the forms for 32 tokens, whatever M, or dp4a, 8 tokens a block, where there are no tensor cores.
     """
     if arch < LEAST_ARCH:
         return Tile(TOKENS, 2 if gated else 1, 1, 8, 0, 0, scheme="dp4a")
+    if arch < STAGED_ARCH:
+        M = min(M, 32)
     many, long = -(-N // BLOCK_ROWS) > 4 * multiprocessors, K > 4096
     if M <= 8:
         if many:

@@ -1,14 +1,14 @@
-"""The W2A8 product on tensor cores, from sm_80 on: ternary weights [N, K] as packed words, M tokens' q as int8.
+"""The W2A8 product on tensor cores, from sm_75 on: ternary weights [N, K] as packed words, M tokens' q as int8.
 
     y[m, n] = (sum_k q[m, k] * w[n, k]) * scale[segment of n] / s[m]  (+ bias[n])
 
 The sums are exact integers and everything after them is done as in w2a8_gemv.py, operation by operation, so that a
 token's row of the result is the same, to the bit, as that of a product for it alone, whatever M and the tiles.
 
-`mma.m16n8k32` multiplies 16 x 32 codes (w + 2, unsigned) with 32 x 8 activations. A product's columns may come in any
-order if both operands agree, and its 16 rows may be any rows: so each lane takes what lies together in memory, and no
-value ever changes lanes. Of a row-block's 64 columns (two blocks of `packing`, 256 bytes in a row), with g = lane / 4
-and i = lane % 4:
+`mma.m16n8k32` (on sm_75 four `mma.m8n8k16`) multiplies 16 x 32 codes (w + 2, unsigned) with 32 x 8 activations. A
+product's columns may come in any order if both operands agree, and its 16 rows may be any rows: so each lane takes what
+lies together in memory, and no value ever changes lanes. Of a row-block's 64 columns (two blocks of `packing`, 256
+bytes in a row), with g = lane / 4 and i = lane % 4:
 
     words    8 bytes: columns 16 i .. 16 i + 15 of rows r and r + 1, r = 8 (g / 4) + 2 (g % 4)
     q       16 bytes: columns 16 i .. 16 i + 15 of token g
@@ -93,6 +93,7 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
     """The kernel for a tile. `epilogue`: "acc" int32 sums, for tests; "store" y; "residual" y is added to what `out`
     holds; "gated" activation(y[n]) * y[n + N/2]."""
     load, wait, release = stream_pair(arch), grid_wait(arch), grid_release(arch)
+    multiply = mma_codes(arch)
     GATED, RESIDUAL, ACC = epilogue == "gated", epilogue == "residual", epilogue == "acc"
     finish = make_epilogue(epilogue, activation)
     T, U, WR, WK, HELD, STAGES = tile[:6]
@@ -235,7 +236,7 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
                                     c0, c1, c2, c3 = acc_r[n], acc_r[n + 1], acc_r[n + 2], acc_r[n + 3]
                                     a0, a1, a2, a3 = a_r[a], a_r[a + 1], a_r[a + 2], a_r[a + 3]
                                     x0, x1 = (b2, b3) if p else (b0, b1)
-                                    c0, c1, c2, c3 = mma_codes(a0, a1, a2, a3, x0, x1, c0, c1, c2, c3)
+                                    c0, c1, c2, c3 = multiply(a0, a1, a2, a3, x0, x1, c0, c1, c2, c3)
                                     acc_r[n], acc_r[n + 1], acc_r[n + 2], acc_r[n + 3] = c0, c1, c2, c3
                     else:
                         for u in range(U):
@@ -252,7 +253,7 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
                                 for t in range(NT):
                                     n, b = 4 * (t * U + u), 4 * (j % B_AHEAD * NT + t) + 2 * p
                                     c0, c1, c2, c3 = acc_r[n], acc_r[n + 1], acc_r[n + 2], acc_r[n + 3]
-                                    c0, c1, c2, c3 = mma_codes(a0, a1, a2, a3, b_r[b], b_r[b + 1], c0, c1, c2, c3)
+                                    c0, c1, c2, c3 = multiply(a0, a1, a2, a3, b_r[b], b_r[b + 1], c0, c1, c2, c3)
                                     acc_r[n], acc_r[n + 1], acc_r[n + 2], acc_r[n + 3] = c0, c1, c2, c3
                         at = min(q_column, int32(stride - 4))
                         for t in range(NT):

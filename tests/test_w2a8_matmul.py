@@ -22,8 +22,9 @@ from tests.kernel_harness import SIMULATED, Out, arch, assert_close, needs_gpu, 
 
 
 def check_matmul(
-    M: int, N: int, K: int, tile: Tile, epilogue: str, activation: str, bias: bool, seed: int, count: int | None = None
-) -> None:
+    M: int, N: int, K: int, tile: Tile, epilogue: str, activation: str, bias: bool, seed: int,
+    count: int | None = None, built_for: int = 0,
+) -> None:  # fmt: skip
     """One product of random ternary weights, N rows in three segments of odd scales, `count` of M tokens real."""
     rng = np.random.default_rng(seed)
     gated, acc_only = epilogue == "gated", epilogue == "acc"
@@ -56,7 +57,7 @@ def check_matmul(
 
     out = Out(M * rows, np.int32) if acc_only else Out(M * rows, np.float32, old if epilogue == "residual" else None)
     before = out.array.reshape(M, rows).copy()
-    kernel = form(arch(), tile, epilogue, activation, bias)
+    kernel = form(built_for or arch(), tile, epilogue, activation, bias)
     total = q.sum(axis=1, dtype=np.int32)
     grid, sizes = launch_sizes(tile, M, N, K, bounds, gated)
     assert sizes[-2:] == bounds
@@ -183,19 +184,27 @@ def test_full_size_on_gpu(N: int, K: int, gated: bool, M: int) -> None:
     K=st.integers(1, 3000),
     kind=KINDS,
     bias=st.booleans(),
-    scheme=st.sampled_from(["plan", "plan", "dp4a"]),
+    built_for=st.sampled_from([0, 0, 0, 75, 61]),
     multiprocessors=st.sampled_from([1, 46, 132]),
     short=st.integers(0, 70),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_any_shape_on_gpu(
-    M: int, N: int, K: int, kind: tuple[str, str], bias: bool, scheme: str, multiprocessors: int, short: int, seed: int
+    M: int,
+    N: int,
+    K: int,
+    kind: tuple[str, str],
+    bias: bool,
+    built_for: int,
+    multiprocessors: int,
+    short: int,
+    seed: int,
 ) -> None:
     gated = kind[0] == "gated"
     if gated:
         N = -(-N // 32) * 32
-    tile = plan(M, N, K, 75 if scheme == "dp4a" else arch(), multiprocessors, gated)
-    check_matmul(M, N, K, tile, *kind, bias, seed, max(1, M - short))
+    tile = plan(M, N, K, built_for or arch(), multiprocessors, gated)
+    check_matmul(M, N, K, tile, *kind, bias, seed, max(1, M - short), built_for)
 
 
 @needs_gpu
