@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from bitnet_numba.kernels import w2a8_matmul
 from bitnet_numba.kernels.compilation import compile_ptx
 from bitnet_numba.kernels.forms import KernelForm
 from tests.kernel_harness import ARCHITECTURES
@@ -114,13 +115,21 @@ def test_products_and_long_attention_use_the_units_made_for_them() -> None:
     assert len(re.findall(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16", ptx)) >= 32
 
 
-def test_products_of_many_tokens_use_the_units_made_for_them() -> None:
-    for form in forms_of("w2a8_matmul", TENSOR_CORES):
-        ptx = compile_ptx(form.kernel, form.signature, TENSOR_CORES, form.threads, form.blocks_per_sm)
-        assert len(re.findall(r"mma\.sync\.aligned\.m16n8k32\.row\.col\.s32\.u8\.s8", ptx)) >= 8, form.name
-        assert "ld.global.nc.L1::no_allocate.L2::256B.v2.b32" in ptx, form.name
-    for form in forms_of("w2a8_matmul", 75):
-        assert form.dp4a >= 128
+@pytest.mark.parametrize(
+    "arch, M, unit",
+    [
+        (61, 8, r"dp4a\.u32\.s32"),
+        (75, 8, r"mma\.sync\.aligned\.m8n8k16\.row\.col\.s32\.u8\.s8"),
+        (80, 512, r"mma\.sync\.aligned\.m16n8k32\.row\.col\.s32\.u8\.s8"),
+        (90, 1024, r"wgmma\.mma_async\.sync\.aligned\.m64n128k32\.s32\.u8\.s8"),
+        (100, 1024, r"mma\.sync\.aligned\.m16n8k32\.row\.col\.s32\.u8\.s8"),
+    ],
+)
+def test_products_of_many_tokens_use_the_units_made_for_them(arch: int, M: int, unit: str) -> None:
+    form = w2a8_matmul.form(arch, w2a8_matmul.plan(M, 2560, 2560, arch, 132))
+    compiled_for = max(arch, 75)  # the least that the compiler knows
+    ptx = compile_ptx(form.kernel, form.signature, compiled_for, form.threads, form.blocks_per_sm)
+    assert len(re.findall(unit, ptx)) >= 4
 
 
 def test_names_are_unique() -> None:
