@@ -89,6 +89,7 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
         w2a8_gemv,
         w2a8_matmul,
     )
+    from bitnet_numba.kernels.w2a8_tensor import Tile
     from tests import simulator
 
     simulator.install()
@@ -135,6 +136,9 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     monkeypatch.setattr(attention, "SHORT", (1, 64, 2, 1))  # fewer threads, for speed
     monkeypatch.setattr(backend, "STEPS_AHEAD", 1)
     monkeypatch.setattr(rows, "LEAST_ROWS", 2)
+    monkeypatch.setattr(w2a8_matmul, "plan", lambda *arguments: Tile(8, 2, 1, 1, 1, 0))
+    monkeypatch.setattr(head, "form", partial(head.form, threads=128))
+    monkeypatch.setattr(head_many, "head_many_form", partial(head_many.head_many_form, threads=64))
     monkeypatch.setattr(norm_quant, "norm_quant_form", partial(norm_quant.norm_quant_form, threads=64))
     for module in (backend, batch):
         monkeypatch.setattr(module, "load_kernels", lambda forms, device, progress: None, raising=False)
