@@ -206,7 +206,8 @@ def make_gemv(
                 largest = float32(largest * inverse)
                 for i in range(X_REGS):
                     x_r[i] = mul_rn(n_r[i], mul_rn(x_r[i], inverse))
-            scale_x = mul_rn(rcp_rn(max(largest, EPSILON)), INT8_MAX)
+            # A NaN in x makes the sum of squares NaN, and stays: then so is all of y. (max would drop it.)
+            scale_x = mul_rn(rcp_rn(EPSILON if largest < EPSILON else largest), INT8_MAX)
             total = int32(0)
             for j in range(X_LOADS):
                 # No clamp: |x| * scale_x is at most 127 (1 + 2^-20), which rounds to 127. Adding 1.5 * 2^23 rounds half

@@ -153,6 +153,19 @@ def simulate_gemv(
     check_gemv(N, K, Plan(units, parts, rounds, grid), *kind, bias, seed)
 
 
+def simulate_nan() -> None:
+    """NaN in a vector that is normed makes every output NaN."""
+    K = 70
+    kernel = form(arch(), K, Plan(1, 1, 1, 1), "norm", "store")
+    x, norm = np.zeros(96, np.float32), np.ones(96, np.float32)
+    x[:K] = 1
+    x[33] = np.nan
+    out = Out(16, np.float32)
+    words = pack_ternary(np.ones((16, K), np.int8))
+    run(kernel, 1, [words, x, norm, EPS, np.ones(3, np.float32), None, out, 16, 1, 0, 16, 16], repeat=1)
+    assert np.isnan(out.array).all()
+
+
 def test_simulated() -> None:
     run_simulated(__file__)
 
