@@ -79,9 +79,7 @@ from bitnet_numba.kernels.intrinsics import (
     load2_l2,
     load4,
     load4_l2,
-    mma_bf16,
     mul_rn,
-    pack_bf16,
     pointer,
     shuffle,
     shuffle_xor,
@@ -92,6 +90,7 @@ from bitnet_numba.kernels.intrinsics import (
     warp_sum,
 )
 from bitnet_numba.kernels.kv_cache import CACHE_SIGNATURE, PAGE, LayerCache, cache_arguments, check_sizes, token_words
+from bitnet_numba.kernels.tensor_cores import mma_bf16, pack_bf16
 
 STRANDS = 16  # of a split: see above
 LEAST_TOKENS = 256  # of a split; splitting costs about 2 us

@@ -48,9 +48,7 @@ from bitnet_numba.kernels.intrinsics import (
     grid_wait,
     int32,
     load4,
-    mma_bf16,
     mul_rn,
-    pack_bf16,
     pointer,
     shuffle_xor,
     store4,
@@ -59,6 +57,7 @@ from bitnet_numba.kernels.intrinsics import (
     warp_max,
     warp_sum,
 )
+from bitnet_numba.kernels.tensor_cores import mma_bf16, pack_bf16
 
 LEAST_ARCH = 80  # mma of bfloat16
 SLOTS = 4  # query heads of a block: three rows each of a product's sixteen

@@ -41,9 +41,6 @@ from bitnet_numba.kernels.intrinsics import (
     SHARED_ALIGN,
     WARP,
     add_rn,
-    async_commit,
-    async_fill4,
-    async_wait,
     bf16_high,
     bf16_low,
     device_function,
@@ -56,20 +53,25 @@ from bitnet_numba.kernels.intrinsics import (
     int32,
     int64,
     load4,
-    load_matrices,
-    load_matrices_transposed,
     load_pair,
-    mma_bf16,
     mul_rn,
-    pack_bf16,
     pointer,
-    shared_address,
     shuffle_xor,
     store4,
     store_pair,
     warp_sum_int,
 )
 from bitnet_numba.kernels.kv_cache import CACHE_SIGNATURE, PAGE, LayerCache, cache_arguments, check_sizes, token_words
+from bitnet_numba.kernels.tensor_cores import (
+    async_commit,
+    async_fill4,
+    async_wait,
+    load_matrices,
+    load_matrices_transposed,
+    mma_bf16,
+    pack_bf16,
+    shared_address,
+)
 
 LEAST_ARCH = 80  # mma of bfloat16
 WARP_TOKENS = 16  # queries of a warp: an operand's rows

@@ -43,19 +43,16 @@ from numba import cuda
 from bitnet_numba.kernels.intrinsics import (
     SHARED_ALIGN,
     WARP,
-    async_commit,
-    async_copy4,
-    async_wait,
     float32,
     grid_release,
     grid_wait,
     int32,
     load4,
-    mma_codes,
     pointer,
     store4,
     stream_pair,
 )
+from bitnet_numba.kernels.tensor_cores import async_commit, async_copy4, async_wait, mma_codes
 from bitnet_numba.kernels.w2a8_epilogue import make_epilogue
 from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_BITS, CODE_MASK
 

@@ -25,12 +25,6 @@ from numba import cuda
 
 from bitnet_numba.kernels.device import DeviceArray, driver_call
 from bitnet_numba.kernels.intrinsics import (
-    PANEL_ALIGN,
-    PANEL_COLUMNS,
-    arrival_expect,
-    arrival_init,
-    arrival_wait,
-    copy_panel,
     float32,
     grid_release,
     grid_wait,
@@ -40,6 +34,14 @@ from bitnet_numba.kernels.intrinsics import (
     pointer,
     store4,
     stream_pair,
+)
+from bitnet_numba.kernels.tensor_cores import (
+    PANEL_ALIGN,
+    PANEL_COLUMNS,
+    arrival_expect,
+    arrival_init,
+    arrival_wait,
+    copy_panel,
     warpgroup_mma,
 )
 from bitnet_numba.kernels.w2a8_epilogue import make_epilogue

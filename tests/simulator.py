@@ -35,7 +35,7 @@ class SimulatedThread(threading.Thread):
         self.blockIdx, self.threadIdx, self.thread_id = blockIdx, threadIdx, thread_id
         self.offers: list[Any] = [None, None]  # what this lane gives in its even and its odd exchanges
         self.exchanges = 0
-        self.async_copies: list[list[Any]] = [[]]  # groups of copies under way, see `intrinsics`
+        self.async_copies: list[list[Any]] = [[]]  # groups of copies under way, see `tensor_cores`
         self.vote = False
         self.waits_at = ""  # "", "block" or "warp"
         self.done = False

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bitnet_numba.kernels.intrinsics import SimulatedPanels
+from bitnet_numba.kernels.tensor_cores import SimulatedPanels
 from bitnet_numba.kernels.w2a8_matmul import LEAST_ARCH, form, launch_sizes, plan, w2a8_matmul
 from bitnet_numba.kernels.w2a8_tensor import Tile
 from bitnet_numba.kernels.w2a8_warpgroup import tensor_map

@@ -1,0 +1,418 @@
+"""Machine instructions of the tensor cores and what feeds them: asynchronous copies, matrices from shared memory.
+
+Each has a plain-Python stand-in for the simulator; the conventions are those of `intrinsics`.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba.cuda import types
+
+from bitnet_numba.kernels.intrinsics import (
+    SIMULATED,
+    WARP,
+    bf16_high,
+    bf16_low,
+    device_function,
+    element_address,
+    float_to_bits,
+    instruction,
+    int32,
+)
+
+# ---- Asynchronous copies --------------------------------------------------------------------------------------------
+
+# From global to shared memory. A thread's copies since its last commit are a group, and it waits for groups. Under the
+# simulator a copy arrives when it is waited for, or at some barrier before (see tests/simulator.py).
+
+
+@instruction(
+    "{ .reg .u64 to; cvta.to.shared.u64 to, $0; cp.async.cg.shared.global [to], [$1], 16, $2; }",
+    "",
+    "ppr",
+    effects=True,
+)
+def async_copy4(to: Any, i: Any, source: Any, j: Any, size: Any) -> None:
+    """Starts copying 32-bit elements j .. j+3 of global memory to i .. i+3 of a shared array (multiples of 4); `size`
+    is 16, or 0 for zeros without reading; the address must lie in the source all the same, see `async_fill4`. sm_80."""
+    if not 0 <= int(j) <= len(source) - 4:
+        raise IndexError(f"a copy from elements {int(j)} .. {int(j) + 3} of {len(source)}")
+    thread: Any = threading.current_thread()
+    thread.__dict__.setdefault("async_copies", [[]])[-1].append((to, int(i), source, int(j), int(size)))
+
+
+@instruction("cp.async.commit_group;", "", "", effects=True)
+def async_commit() -> None:
+    """Ends a group of this thread's copies. sm_80."""
+    threading.current_thread().__dict__.setdefault("async_copies", [[]]).append([])
+
+
+def _async_wait(pending: int) -> Callable:
+    @instruction(f"cp.async.wait_group {pending};", "", "", effects=True)
+    def wait() -> None:
+        groups = threading.current_thread().__dict__.setdefault("async_copies", [[]])
+        while len(groups) - 1 > pending:
+            for to, i, source, j, size in groups.pop(0):
+                to[i : i + 4] = source[j : j + 4] if size else 0
+
+    return wait
+
+
+_ASYNC_WAITS = [_async_wait(pending) for pending in range(6)]
+
+
+def async_wait(pending: int) -> Callable:
+    """`wait()`: until at most `pending` (0 to 5) of this thread's latest groups have not arrived. sm_80."""
+    return _ASYNC_WAITS[pending]
+
+
+# ---- Matrices from shared memory ------------------------------------------------------------------------------------
+
+# Matrices of 8 x 8 bfloat16 from shared memory. The place of a row is a 32-bit address, `shared_address`; under
+# the simulator it is an offset in bytes, so the array comes along.
+
+if SIMULATED:
+
+    def shared_address(p: Any, i: Any) -> Any:
+        """The place of element i of a shared array of 32-bit elements, int32, for the functions below."""
+        return int32(4 * int(i))
+
+    def _matrices(p: Any, at: Any) -> np.ndarray:
+        rows = threading.current_thread().gather_in_warp(int(at) // 4)  # type: ignore[attr-defined]
+        words = np.array([[int(p[row + k]) & 0xFFFFFFFF for k in range(4)] for row in rows], np.uint32)
+        return words.view(np.uint16).reshape(4, 8, 8)  # [matrix, row, column]
+
+    def load_matrices(p: Any, at: Any) -> tuple:
+        """Four 8 x 8 matrices of bfloat16, int32 x 4: lane 8 i + r gives the place of row r of matrix i (16 bytes, a
+        multiple of 16), and receives of each matrix row lane // 4, columns 2 (lane % 4) and the next. sm_75."""
+        g, c = divmod(threading.current_thread().thread_id % WARP, 4)  # type: ignore[attr-defined]
+        return tuple(int32(int(m[g, 2 * c]) | int(m[g, 2 * c + 1]) << 16) for m in _matrices(p, at))
+
+    def load_matrices_transposed(p: Any, at: Any) -> tuple:
+        """The same, but each lane receives column lane // 4, rows 2 (lane % 4) and the next. sm_75."""
+        g, c = divmod(threading.current_thread().thread_id % WARP, 4)  # type: ignore[attr-defined]
+        return tuple(int32(int(m[2 * c, g]) | int(m[2 * c + 1, g]) << 16) for m in _matrices(p, at))
+
+    def async_fill4(to: Any, at: Any, source: Any, j: Any, size: Any) -> None:
+        """`async_copy4` to the place `at` of a shared array; of the 16 bytes the first `size` are copied, 0 or 16, and
+        the others zero: with 0 the source is not read. The address must lie in it all the same, since a memory
+        checker may look at nothing else. sm_80."""
+        if not 0 <= int(j) <= source.size - 4:
+            raise IndexError(f"a copy from elements {int(j)} .. {int(j) + 3} of {source.size}")
+        async_copy4(to, int(at) // 4, source, j, size)
+
+else:
+
+    @instruction("{ .reg .u64 t; cvta.to.shared.u64 t, $1; cvt.u32.u64 $0, t; }", "r", "p")
+    def _shared_address(p: Any, i: Any) -> Any: ...
+
+    @device_function
+    def shared_address(p: Any, i: Any) -> Any:
+        return _shared_address(p, i)
+
+    @instruction("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];", "rrrr", "r", effects=True)
+    def _load_matrices(at: Any) -> Any: ...
+
+    @instruction("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0, $1, $2, $3}, [$4];", "rrrr", "r", effects=True)
+    def _load_matrices_transposed(at: Any) -> Any: ...
+
+    @instruction("cp.async.cg.shared.global [$0], [$1], 16, $2;", "", "rpr", effects=True)
+    def _async_fill4(at: Any, source: Any, j: Any, size: Any) -> Any: ...
+
+    @device_function
+    def load_matrices(p: Any, at: Any) -> Any:
+        return _load_matrices(at)
+
+    @device_function
+    def load_matrices_transposed(p: Any, at: Any) -> Any:
+        return _load_matrices_transposed(at)
+
+    @device_function
+    def async_fill4(to: Any, at: Any, source: Any, j: Any, size: Any) -> None:
+        _async_fill4(at, source, j, size)
+
+
+# ---- Matrix products ------------------------------------------------------------------------------------------------
+
+
+@instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", "r", "ff")
+def pack_bf16(low: Any, high: Any) -> Any:
+    """Two float32 rounded to bfloat16, ties to even, as a word. sm_80."""
+
+    def rounded(x: Any) -> int:
+        bits = int(float_to_bits(x))
+        return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 if x == x else 0x7FFF
+
+    return int32(rounded(high) << 16 | rounded(low))
+
+
+@instruction(
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+    "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+    "ffff",
+    "rrrrrrffff",
+)
+def mma_bf16(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> tuple:
+    """The warp's C [16, 8] += A [16, 16] . B [16, 8], bfloat16 in, float32 sums; returns c0 .. c3. sm_80.
+
+    With g = lane // 4, c = lane % 4, a lane holds of A rows g (a0, a2) and g + 8 (a1, a3), columns 2c, 2c + 1 (a0, a1)
+    and 2c + 8, 2c + 9 (a2, a3); of B column g, rows 2c, 2c + 1 (b0) and 2c + 8, 2c + 9 (b1); of C rows g (c0, c1) and
+    g + 8 (c2, c3), columns 2c and 2c + 1.
+    """
+    thread: Any = threading.current_thread()
+    lanes = thread.gather_in_warp((a0, a1, a2, a3, b0, b1))
+    words = np.array(lanes, np.int64).astype(np.uint32)  # [32, 6]
+    halves = np.stack([words << np.uint32(16), words & np.uint32(0xFFFF0000)], -1).view(np.float32)  # [32, 6, 2]
+    quads = halves.reshape(8, 4, 6, 2)
+    a = np.empty((16, 16), np.float64)  # [row, k]
+    b = np.empty((16, 8), np.float64)  # [k, column]
+    for c in range(4):
+        for half in range(2):
+            a[:8, 2 * c + half], a[8:, 2 * c + half] = quads[:, c, 0, half], quads[:, c, 1, half]
+            a[:8, 2 * c + 8 + half], a[8:, 2 * c + 8 + half] = quads[:, c, 2, half], quads[:, c, 3, half]
+            b[2 * c + half], b[2 * c + 8 + half] = quads[:, c, 4, half], quads[:, c, 5, half]
+    g, c = divmod(thread.thread_id % WARP, 4)
+    rows = a[[g, g, g + 8, g + 8]] * b[:, [2 * c, 2 * c + 1] * 2].T
+    return tuple(np.float32(np.float64(start) + row.sum()) for start, row in zip((c0, c1, c2, c3), rows, strict=True))
+
+
+_MMA_SMALL = "mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32"
+_MMA_CODES = {
+    80: "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+    "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+    # Four of eight rows and sixteen columns each: their operands' registers are the larger one's, one by one.
+    75: "{ .reg .s32 s<4>; "
+    f"{_MMA_SMALL} {{s0, s1}}, {{$4}}, {{$8}}, {{$10, $11}}; {_MMA_SMALL} {{s2, s3}}, {{$5}}, {{$8}}, {{$12, $13}}; "
+    f"{_MMA_SMALL} {{s0, s1}}, {{$6}}, {{$9}}, {{s0, s1}}; {_MMA_SMALL} {{s2, s3}}, {{$7}}, {{$9}}, {{s2, s3}}; "
+    "mov.b32 $0, s0; mov.b32 $1, s1; mov.b32 $2, s2; mov.b32 $3, s3; }",
+}
+
+
+def _mma_codes(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> tuple:
+    thread: Any = threading.current_thread()
+    lanes = np.array([[int(x) & 0xFFFFFFFF for x in lane] for lane in thread.gather_in_warp((a0, a1, a2, a3, b0, b1))])
+    quads = lanes.astype("<u4").view(np.uint8).reshape(8, 4, 6, 4)  # [g, c, register, byte]
+    a = np.empty((16, 32), np.int64)  # [row, k]
+    b = np.empty((32, 8), np.int64)  # [k, column]
+    for half in range(2):
+        a[:8, 16 * half :][:, :16] = quads[:, :, 2 * half].reshape(8, 16)
+        a[8:, 16 * half :][:, :16] = quads[:, :, 2 * half + 1].reshape(8, 16)
+        b[16 * half :][:16] = quads[:, :, 4 + half].view(np.int8).reshape(8, 16).T
+    g, c = divmod(thread.thread_id % WARP, 4)
+    sums = (a[[g, g, g + 8, g + 8]] * b[:, [2 * c, 2 * c + 1] * 2].T).sum(axis=1)
+    return tuple(int32(int(start) + int(more)) for start, more in zip((c0, c1, c2, c3), sums, strict=True))
+
+
+_MMA_OF = {least: instruction(ptx, "rrrr", "rrrrrrrrrr")(_mma_codes) for least, ptx in _MMA_CODES.items()}
+
+
+def mma_codes(arch: int) -> Callable:
+    """`mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3)`: the warp's C [16, 8] += A [16, 32] . B [32, 8], uint8 . int8,
+    int32 sums; returns c0 .. c3. sm_75 (there in four parts).
+
+    With g = lane // 4, c = lane % 4, a lane holds of A rows g (a0, a2) and g + 8 (a1, a3), columns 4c .. 4c + 3 (a0,
+    a1) and 4c + 16 .. 4c + 19 (a2, a3); of B column g, rows 4c .. 4c + 3 (b0) and 4c + 16 .. 4c + 19 (b1); of C rows
+    g (c0, c1) and g + 8 (c2, c3), columns 2c and 2c + 1.
+    """
+    return _MMA_OF[max(least for least in _MMA_OF if least <= max(arch, 75))]
+
+
+_MMA_BF16 = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+
+
+@instruction(
+    "{ .reg .f32 s<4>; "
+    f"{_MMA_BF16} {{s0, s1, s2, s3}}, {{$4, $5, $6, $7}}, {{$20, $21}}, {{$24, $25, $26, $27}}; "
+    f"{_MMA_BF16} {{s0, s1, s2, s3}}, {{$8, $9, $10, $11}}, {{$20, $21}}, {{s0, s1, s2, s3}}; "
+    f"{_MMA_BF16} {{s0, s1, s2, s3}}, {{$12, $13, $14, $15}}, {{$22, $23}}, {{s0, s1, s2, s3}}; "
+    f"{_MMA_BF16} {{$0, $1, $2, $3}}, {{$16, $17, $18, $19}}, {{$22, $23}}, {{s0, s1, s2, s3}}; }}",
+    "ffff",
+    "r" * 20 + "ffff",
+)
+def mma_bf16_terms(
+    h0: Any, h1: Any, h2: Any, h3: Any, l0: Any, l1: Any, l2: Any, l3: Any,
+    h4: Any, h5: Any, h6: Any, h7: Any, l4: Any, l5: Any, l6: Any, l7: Any,
+    b0: Any, b1: Any, b2: Any, b3: Any, c0: Any, c1: Any, c2: Any, c3: Any,
+) -> tuple:  # fmt: skip
+    """`mma_bf16` over 32 columns with A a sum of two terms: h and l 0 .. 3 with b0, b1, then 4 .. 7 with b2, b3. sm_80.
+
+    One for the compiler, which weighs how much a loop holds before it unrolls it.
+    """
+    c0, c1, c2, c3 = mma_bf16(h0, h1, h2, h3, b0, b1, c0, c1, c2, c3)
+    c0, c1, c2, c3 = mma_bf16(l0, l1, l2, l3, b0, b1, c0, c1, c2, c3)
+    c0, c1, c2, c3 = mma_bf16(h4, h5, h6, h7, b2, b3, c0, c1, c2, c3)
+    return mma_bf16(l4, l5, l6, l7, b2, b3, c0, c1, c2, c3)
+
+
+@instruction("fma.rn.bf16x2 $0, $1, $2, $3;", "r", "rrr")
+def fma_bf16(a: Any, b: Any, c: Any) -> Any:
+    """a * b + c for two bfloat16 in each word, one rounding. sm_80."""
+    low = bf16_low(a) * np.float64(bf16_low(b)) + bf16_low(c)
+    high = bf16_high(a) * np.float64(bf16_high(b)) + bf16_high(c)
+    return pack_bf16(np.float32(low), np.float32(high))
+
+
+# ---- Warpgroups -----------------------------------------------------------------------------------------------------
+
+# Warpgroups (sm_90a alone): four neighbouring warps multiply what the copy engine has brought to shared memory. A panel
+# there is int8 [tokens, 64 columns], 64 bytes a token; of token t the 16-byte piece c lies at c ^ (t / 2 % 4) ("64-byte
+# swizzle"): eight tokens' pieces touch every bank once.
+PANEL_COLUMNS = 64
+PANEL_ALIGN = None if SIMULATED else 512  # bytes
+
+
+@dataclass
+class SimulatedPanels:
+    """What stands for a tensor map under the simulator."""
+
+    q: np.ndarray  # int8 [M, KP]
+    tokens: int
+
+
+@instruction(
+    "{ .reg .u64 t; .reg .u32 b; cvta.to.shared.u64 t, $0; cvt.u32.u64 b, t; mbarrier.init.shared::cta.b64 [b], 1; "
+    "fence.mbarrier_init.release.cluster; }",
+    "",
+    "p",
+    effects=True,
+)
+def arrival_init(p: Any, i: Any) -> None:
+    """Makes p[i], int64 in shared memory, count the bytes that copies bring. One thread, then a barrier. sm_90."""
+
+
+@instruction(
+    "{ .reg .u64 t; .reg .u32 b; cvta.to.shared.u64 t, $0; cvt.u32.u64 b, t; "
+    "mbarrier.arrive.expect_tx.shared::cta.b64 _, [b], $1; }",
+    "",
+    "pr",
+    effects=True,
+)
+def arrival_expect(p: Any, i: Any, count: Any) -> None:
+    """Says how many bytes the copies that report to p[i] will bring: then its phase is over. One thread. sm_90."""
+
+
+@instruction(
+    "{ .reg .u64 t; .reg .u32 b; .reg .pred done; cvta.to.shared.u64 t, $0; cvt.u32.u64 b, t; "
+    "again: mbarrier.try_wait.parity.shared::cta.b64 done, [b], $1; @!done bra again; }",
+    "",
+    "pr",
+    effects=True,
+)
+def arrival_wait(p: Any, i: Any, parity: Any) -> None:
+    """Until the phase of p[i] with this parity (0, 1, 0, ...) is over. All threads of a block together. sm_90."""
+    thread: Any = threading.current_thread()
+    thread.syncthreads()  # simulated copies arrive at once; but the thread that starts them must have come by
+
+
+@instruction(
+    "{ .reg .u64 t; .reg .u32 b, d; cvta.to.shared.u64 t, $1; cvt.u32.u64 d, t; cvta.to.shared.u64 t, $2; "
+    "cvt.u32.u64 b, t; cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+    "[d], [$0, {$3, $4}], [b]; }",
+    "",
+    "ppprr",
+    effects=True,
+)
+def copy_panel(panels: Any, z: Any, to: Any, i: Any, p: Any, j: Any, column: Any, token: Any) -> None:
+    """Starts copying the panel of q at (token, column) to shared memory from element i of int32 `to` on, zeros beyond
+    q's end; p[j] counts the bytes. panels: a `tensor_map`, z: 0. One thread. sm_90."""
+    q, tokens = panels.q, panels.tokens
+    panel = np.zeros((tokens, PANEL_COLUMNS), np.int8)
+    part = q[int(token) : int(token) + tokens, int(column) : int(column) + PANEL_COLUMNS]
+    panel[: part.shape[0], : part.shape[1]] = part
+    pieces = panel.view(np.int32).reshape(tokens, 4, 4)
+    for t in range(tokens):
+        for c in range(4):
+            at = int(i) + 16 * t + 4 * (c ^ t >> 1 & 3)
+            to[at : at + 4] = pieces[t, c]
+
+
+def _warpgroup_mma_stand_in(tokens: int, blocks: int) -> Callable:
+    def warpgroup_mma(sums: Any, codes: Any, shared: Any, i: Any) -> None:
+        thread: Any = threading.current_thread()
+        g, c = divmod(thread.thread_id % WARP, 4)
+        words = np.asarray(shared[int(i) : int(i) + 32 * tokens]).astype(np.int32).reshape(2, tokens, 4, 4)
+        order = np.arange(4) ^ np.arange(tokens)[:, None] >> 1 & 3
+        words = np.take_along_axis(words, order[None, :, :, None], axis=2)
+        b = words.reshape(2, tokens, 16).view(np.int8).astype(np.int64)  # [panel, token, column]
+        for u in range(blocks):
+            own = tuple(codes[16 * u + r] for r in range(16))
+            lanes = np.array([[int(x) & 0xFFFFFFFF for x in lane] for lane in thread.gather_in_warp(own)])
+            quads = lanes.astype("<u4").view(np.uint8).reshape(8, 4, 4, 2, 2, 4)[g].astype(np.int64)
+            for r in range(2):  # quads: [c, step, half, row, byte]
+                row = quads[:, :, :, r].transpose(1, 2, 0, 3).reshape(2, 64)
+                for t in range(tokens // 8):
+                    for odd in range(2):
+                        at = tokens // 2 * u + 4 * t + 2 * r + odd
+                        more = (row * b[:, 8 * t + 2 * c + odd]).sum()
+                        sums[at] = int32(int(sums[at]) + int(more))
+
+    return warpgroup_mma
+
+
+def _warpgroup_mma_intrinsic(tokens: int, blocks: int) -> Callable:
+    from llvmlite import ir
+    from numba.cuda.extending import intrinsic
+
+    each = tokens // 2  # sums of a lane and row-block
+    sums_count, codes_count = each * blocks, 16 * blocks
+    # The operand's descriptor: place / 16; distance of 8 tokens / 16; code of the 64-byte swizzle.
+    constant = 1 << 16 | (512 >> 4) << 32 | 2 << 62
+    lines = [
+        "{ .reg .pred yes; .reg .u64 at, b0, b1, b2, b3;",
+        "setp.eq.u32 yes, 0, 0;",
+        f"cvta.to.shared.u64 at, ${2 * sums_count + codes_count};",
+        "and.b64 at, at, 0x3ffff; shr.u64 at, at, 4;",
+        f"or.b64 b0, at, 0x{constant:x}; add.u64 b1, b0, 2;",
+        f"add.u64 b2, b0, {64 * tokens >> 4}; add.u64 b3, b2, 2;",
+        "wgmma.fence.sync.aligned;",
+    ]
+    for step in range(4):
+        for u in range(blocks):
+            into = ", ".join(f"${each * u + n}" for n in range(each))
+            left = ", ".join(f"${sums_count + 16 * u + 4 * step + r}" for r in range(4))
+            shape = f"m64n{tokens}k32.s32.u8.s8"
+            lines.append(f"wgmma.mma_async.sync.aligned.{shape} {{{into}}}, {{{left}}}, b{step}, yes;")
+    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0; }"]
+    # Operands: results, codes, sums (tied to the results), address.
+    ptx = " ".join(lines)
+
+    @intrinsic
+    def warpgroup_mma(typing_context: Any, sums: Any, codes: Any, shared: Any, i: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            word = ir.IntType(32)
+
+            def element(kind: Any, base: Any, n: int) -> Any:
+                return element_address(context, builder, kind, base, ir.IntType(64)(n))
+
+            into = [element(signature.args[0], values[0], n) for n in range(sums_count)]
+            left = [builder.load(element(signature.args[1], values[1], n)) for n in range(codes_count)]
+            address = element_address(context, builder, signature.args[2], values[2], values[3])
+            operands = left + [builder.load(a) for a in into] + [address]
+            result = ir.LiteralStructType([word] * sums_count)
+            constraints = ["=r"] * sums_count + ["r"] * codes_count + [str(n) for n in range(sums_count)] + ["l"]
+            function = ir.FunctionType(result, [value.type for value in operands])
+            asm = ir.InlineAsm(function, ptx, ",".join([*constraints, "~{memory}"]), side_effect=True)
+            sums_after = builder.call(asm, operands)
+            for n, a in enumerate(into):
+                builder.store(builder.extract_value(sums_after, n), a)
+            return context.get_dummy_value()
+
+        return types.void(sums, codes, shared, types.int64), codegen
+
+    return warpgroup_mma
+
+
+@cache
+def warpgroup_mma(tokens: int, blocks: int) -> Callable:
+    """`mma(sums, codes, shared, i)`: C [16 rows, tokens] += A [16, 128] . B [128, tokens] for each of `blocks`
+    row-blocks of each of the four warps of a warpgroup, uint8 . int8, int32 sums. sm_90a; all four warps together.
+
+    sums, codes: local arrays. As of `mma_codes`, of a row-block u: codes[16 u + 4 s ..] are a0, a1, a2, a3 of columns
+    32 s .., sums[tokens / 2 * u + 4 t ..] are c0 .. c3 of tokens 8 t ... B: two panels in shared memory from element i
+    on.
+    """
+    return (_warpgroup_mma_stand_in if SIMULATED else _warpgroup_mma_intrinsic)(tokens, blocks)
