@@ -154,7 +154,7 @@ def table(figures: dict[str, Any]) -> str:
         for head, part in figures["decode"].items():
             for context, times in part["kernels_us"].items():
                 lines.append(row(head, context, *(f"{times[name]:.0f}" for name in names)))
-        lines += ["", "Latency, ms, from the prompt's ids to the last token (prompts go token by token):"]
+        lines += ["", "Latency, ms, from the prompt's ids to the last token:"]
         answers = sorted({entry["answer"] for entry in figures["decode"]["bf16"]["latency"]})
         lines += head_of("head", "prompt", *(f"{answer} tokens out" for answer in answers))
         for head, part in figures["decode"].items():
