@@ -257,7 +257,7 @@ def test_the_built_in_model_answers_as_well_as_on_the_reference() -> None:
     llm = bitnet_numba.load(None)
     assert llm.backend == "cuda"
     figures = judge(llm, None, Namespace(number=100, seed=0, samples=20, conversations=2))
-    assert figures["exact"] >= 0.97
+    assert figures["exact"] >= 0.96  # 0.98 to 0.99 on the reference, with a cache of bfloat16 and without
     assert figures["honoured"] >= 0.95
 
 
