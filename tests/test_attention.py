@@ -96,6 +96,7 @@ def test_simulated() -> None:
 
 
 @needs_gpu
+@settings(max_examples=50)
 @example(shape=(128, 4, 5), long=True, position=4095, capacity=4096, least=64, seed=2, spread=4.0)
 @example(shape=(128, 4, 5), long=False, position=127, capacity=4096, least=256, seed=2, spread=1.0)
 @example(shape=(128, 4, 5), long=True, position=32767, capacity=32768, least=64, seed=4, spread=1.0)
