@@ -60,7 +60,8 @@ class CudaBatch:
 
     def start(self, slot: int, ids: Sequence[int], params: SamplingParams, pages: Sequence[int], computed: int) -> None:
         """A new sequence takes a slot."""
-        if not 0 <= computed < len(ids) <= self.capacity or len(pages) * PAGE < len(ids):
+        fits = len(ids) <= len(pages) * PAGE and len(pages) <= self._state.table_stride
+        if not 0 <= computed < len(ids) <= self.capacity or not fits:
             raise ValueError(f"{len(ids)} tokens, {computed} of them computed, do not fit {len(pages)} pages")
         self._model.device.activate()
         state, write = self._state, self._uploads.write
