@@ -51,17 +51,14 @@ from bitnet_numba.kernels.intrinsics import (
     atomic_fetch_add,
     bf16_high,
     bf16_low,
-    bits_to_float,
-    byte_permute,
-    device_function,
     divide,
     exp2_approx,
     fence,
     float32,
-    float_to_bits,
     grid_release,
     grid_wait,
     int32,
+    join_bf16,
     load4,
     mul_rn,
     pointer,
@@ -70,6 +67,7 @@ from bitnet_numba.kernels.intrinsics import (
     shuffle_xor,
     store4,
     stream_load,
+    to_bf16,
     uint32,
     warp_max,
     warp_sum,
@@ -101,20 +99,6 @@ def heads_per_block(group: int, long: bool) -> int:
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
-
-
-@device_function
-def to_bf16(x: float) -> float:
-    """float32 rounded to the nearest bfloat16, ties to even, as a float32; NaN stays NaN."""
-    bits = float_to_bits(x)
-    rounded = uint32(uint32(bits + uint32(0x7FFF) + (uint32(bits >> uint32(16)) & uint32(1))) & uint32(0xFFFF0000))
-    return bits_to_float(rounded) if x == x else x
-
-
-@device_function
-def pack_bf16(low: float, high: float) -> int:
-    """Two float32 that are bfloat16 already, in one word, the first in the lower half."""
-    return int32(byte_permute(float_to_bits(low), float_to_bits(high), 0x7632))
 
 
 def make_attention(arch: int, head_dim: int, group: int, heads: int, threads: int, passes: int) -> Callable[..., None]:
@@ -249,9 +233,9 @@ def make_attention(arch: int, head_dim: int, group: int, heads: int, threads: in
                     if first + n * ROWS == pos:
                         for half in range(2):
                             a, b, c, d = load4(new_s, lane * LANE_DIMS + half * 4)
-                            k_r[4 * n + 2 * half], k_r[4 * n + 2 * half + 1] = pack_bf16(a, b), pack_bf16(c, d)
+                            k_r[4 * n + 2 * half], k_r[4 * n + 2 * half + 1] = join_bf16(a, b), join_bf16(c, d)
                             a, b, c, d = load4(new_s, DP + lane * LANE_DIMS + half * 4)
-                            v_r[4 * n + 2 * half], v_r[4 * n + 2 * half + 1] = pack_bf16(a, b), pack_bf16(c, d)
+                            v_r[4 * n + 2 * half], v_r[4 * n + 2 * half + 1] = join_bf16(a, b), join_bf16(c, d)
                         wr = int32(int32(kv * capacity + pos) * WORDS + lane * 4)
                         store4(keys, wr, k_r[4 * n], k_r[4 * n + 1], k_r[4 * n + 2], k_r[4 * n + 3])
                         store4(values, wr, v_r[4 * n], v_r[4 * n + 1], v_r[4 * n + 2], v_r[4 * n + 3])

@@ -36,14 +36,11 @@ from bitnet_numba.kernels.intrinsics import (
     atomic_fetch_add_ordered,
     bf16_high,
     bf16_low,
-    bits_to_float,
     byte_permute,
-    device_function,
     div_rn,
     divide,
     exp2_approx,
     float32,
-    float_to_bits,
     grid_release,
     grid_wait,
     int32,
@@ -53,6 +50,7 @@ from bitnet_numba.kernels.intrinsics import (
     shuffle_xor,
     store4,
     stream_load,
+    to_bf16,
     uint32,
     warp_max,
     warp_sum,
@@ -74,14 +72,6 @@ LOG2_E = np.log2(np.e)
 def partial_dims(head_dim: int) -> int:
     """Dimensions of a head's partial result, with padding."""
     return -(-head_dim // VALUE_DIMS) * VALUE_DIMS
-
-
-@device_function
-def _to_bf16(x):
-    """float32 rounded to the nearest bfloat16, ties to even, as a float32; NaN stays NaN."""
-    bits = float_to_bits(x)
-    rounded = uint32(uint32(bits + uint32(0x7FFF) + (uint32(bits >> uint32(16)) & uint32(1))) & uint32(0xFFFF0000))
-    return bits_to_float(rounded) if x == x else x
 
 
 def make_long_attention(arch: int, head_dim: int, group: int, heads: int, threads: int) -> Callable[..., None]:
@@ -195,8 +185,8 @@ def make_long_attention(arch: int, head_dim: int, group: int, heads: int, thread
                 y1 = add_rn(mul_rn(x1, cos_r[n]), mul_rn(x0, sin_r[n]))
                 if row > SLOTS:
                     y0, y1 = x0, x1
-                y0 = _to_bf16(y0) if row >= SLOTS else y0 * SCALE
-                y1 = _to_bf16(y1) if row >= SLOTS else y1 * SCALE
+                y0 = to_bf16(y0) if row >= SLOTS else y0 * SCALE
+                y1 = to_bf16(y1) if row >= SLOTS else y1 * SCALE
                 rotated_s[row * DP + j] = y0
                 rotated_s[row * DP + HALF + j] = y1
         if DP > D:

@@ -199,6 +199,20 @@ def bf16_high(word: Any) -> Any:
     return bits_to_float(int(word) & 0xFFFF0000)
 
 
+@device_function
+def to_bf16(x: Any) -> Any:
+    """float32 rounded to the nearest bfloat16, ties to even, as a float32; NaN stays NaN. Any architecture."""
+    bits = float_to_bits(x)
+    rounded = uint32(uint32(bits + uint32(0x7FFF) + (uint32(bits >> uint32(16)) & uint32(1))) & uint32(0xFFFF0000))
+    return bits_to_float(rounded) if x == x else x
+
+
+@device_function
+def join_bf16(low: Any, high: Any) -> Any:
+    """Two float32 that are bfloat16 already, in one word, the first in the lower half. Any architecture."""
+    return int32(byte_permute(float_to_bits(low), float_to_bits(high), 0x7632))
+
+
 # ---- Approximations; each bound is from the PTX manual --------------------------------------------------------------
 
 

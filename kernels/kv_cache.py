@@ -30,10 +30,21 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
-from bitnet_numba.kernels.attention import MAX_HEAD_DIM, pack_bf16, padded_head_dim, to_bf16
+from bitnet_numba.kernels.attention import MAX_HEAD_DIM, padded_head_dim
 from bitnet_numba.kernels.device import Device, DeviceArray, Launch
 from bitnet_numba.kernels.forms import KernelForm
-from bitnet_numba.kernels.intrinsics import add_rn, divide, float32, grid_release, grid_wait, int32, int64, mul_rn
+from bitnet_numba.kernels.intrinsics import (
+    add_rn,
+    divide,
+    float32,
+    grid_release,
+    grid_wait,
+    int32,
+    int64,
+    join_bf16,
+    mul_rn,
+    to_bf16,
+)
 
 PAGE = 64  # tokens
 APPEND_THREADS = 256
@@ -134,8 +145,8 @@ def make_append(arch: int, head_dim: int, threads: int) -> Callable[..., None]:
                     else:
                         k1, v1 = to_bf16(k), to_bf16(v)
             wr = token_wr + int64(head) * head_words + word
-            keys[wr] = pack_bf16(k0, k1)
-            values[wr] = pack_bf16(v0, v1)
+            keys[wr] = join_bf16(k0, k1)
+            values[wr] = join_bf16(v0, v1)
 
     assert PAGE == 64  # position >> 6
     return append
