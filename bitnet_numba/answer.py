@@ -64,9 +64,8 @@ class Answer:
         self._limit = limit
         self._finished = False
         self._ids: list[int] = []  # all tokens but the one that stops
-        self._ends: list[int | None] = [
-            0
-        ]  # characters after so many tokens, where a token and a character end together
+        # Characters after so many tokens, where a token and a character end together.
+        self._ends: list[int | None] = [0]
         self._decoded = 0  # characters
         self._shown: list[str] = []
         self._begun = self._first = self._last = perf_counter()

@@ -565,17 +565,11 @@ def attention_batch(
     max_tokens = cos.size // (head_dim // 2)
     parts = heads // heads_per_block(max(1, heads // kv_heads), True)
     partials, stats, arrivals = attention_batch_scratch(rows, max_tokens, heads, kv_heads, head_dim)
-    sizes = {
-        "qkv": (qkv, rows * (heads + 2 * kv_heads) * head_dim),
-        "cos": (cos, head_dim // 2),
-        "sin": (sin, cos.size),
-        "where": (where, 2 * rows),
-        "partials": (scratch[0], partials),
-        "stats": (scratch[1], stats),
-        "arrivals": (scratch[2], arrivals),
-        "out": (out, rows * heads * head_dim),
-    }
-    check_sizes("attention_batch", sizes, cache, rows, heads, kv_heads, head_dim)
+    check_sizes(
+        "attention_batch", qkv, cos, sin, where, cache, rows, heads, kv_heads, head_dim,
+        partials=(scratch[0], partials), stats=(scratch[1], stats), arrivals=(scratch[2], arrivals),
+        out=(out, rows * heads * head_dim),
+    )  # fmt: skip
     if splits < 1:
         raise ValueError(f"attention_batch: {splits} splits; at least one is needed")
     threads = threads or threads_for(head_dim, rows * parts * splits, device.multiprocessors)

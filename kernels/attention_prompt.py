@@ -416,14 +416,8 @@ def attention_prompt(
     token up to the last row's; out float32 [rows, heads * head_dim], of which unused rows are not written.
     Raises ValueError with the sizes if they do not fit together.
     """
-    sizes = {
-        "qkv": (qkv, rows * (heads + 2 * kv_heads) * head_dim),
-        "where": (where, 2 * rows),
-        "cos": (cos, head_dim // 2),
-        "sin": (sin, cos.size),
-        "out": (out, rows * heads * head_dim),
-    }
-    check_sizes("attention_prompt", sizes, cache, rows, heads, kv_heads, head_dim)
+    size = rows * heads * head_dim
+    check_sizes("attention_prompt", qkv, cos, sin, where, cache, rows, heads, kv_heads, head_dim, out=(out, size))
     form = attention_prompt_form(device.arch, head_dim, heads // kv_heads)
     grid = attention_prompt_grid(rows, kv_heads, head_dim, heads // kv_heads)
     arguments = (qkv, cos, sin, where, *cache_arguments(cache), out, rows, kv_heads)

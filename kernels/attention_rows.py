@@ -231,14 +231,8 @@ def attention_rows(
     [rows, heads * head_dim], of which unused rows are not written.
     Raises ValueError with the sizes if they do not fit together.
     """
-    sizes = {
-        "qkv": (qkv, rows * (heads + 2 * kv_heads) * head_dim),
-        "where": (where, 2 * rows),
-        "cos": (cos, head_dim // 2),
-        "sin": (sin, cos.size),
-        "out": (out, rows * heads * head_dim),
-    }
-    check_sizes("attention_rows", sizes, cache, rows, heads, kv_heads, head_dim)
+    size = rows * heads * head_dim
+    check_sizes("attention_rows", qkv, cos, sin, where, cache, rows, heads, kv_heads, head_dim, out=(out, size))
     group = heads // kv_heads
     form = attention_rows_form(device.arch, head_dim, group)
     arguments = (qkv, cos, sin, where, *cache_arguments(cache), out, kv_heads)

@@ -18,7 +18,6 @@ from bitnet_numba.kernels.device import (
     PinnedArray,
     Stream,
     Uploads,
-    driver_call,
     load_kernels,
     usable_device,
 )
@@ -65,8 +64,7 @@ class CudaBackend:
         rows = RowActivations(self.config, self.device, MOST_ROWS)
         free, _ = self.device.memory_info()
         self.weights = Weights(checkpoint, self.stream, free - RESERVE)
-        self.model = Model(self.config, self.weights, self.device, self.stream, rows)
-        self.uploads = Uploads(self.stream)
+        self.model = Model(self.config, self.weights, self.device, self.stream, Uploads(self.stream), rows)
         self._kv_cache = 0
 
     def new_context(self, capacity: int) -> "CudaContext":
@@ -143,17 +141,16 @@ class CudaContext:
         if len(ids) == 1:
             self._replay("score", len(self.ids))
             self._stream.synchronize()
-            logits = self._backend.flow.logits
-            driver_call("cuMemcpyDtoH", result.ctypes.data, logits.address, result.nbytes)
+            self._backend.flow.logits.read_into(result)
         else:
             head = RowHead(self._backend.model, min(len(ids), MOST_SCORED))
             for start in range(0, len(ids), MOST_SCORED):
                 part = result[start : start + MOST_SCORED]
-                self._prompts.feed(self._backend.uploads, 0, len(part))
+                self._prompts.feed(0, len(part))
                 for launch in head.launches(len(part)):
                     launch(self._stream.handle)
                 self._stream.synchronize()
-                driver_call("cuMemcpyDtoH", part.ctypes.data, head.logits.address, part.nbytes)
+                head.logits.read_into(part)
             head.close()
         self.ids += ids
         return result
@@ -165,7 +162,7 @@ class CudaContext:
         if len(ids) == 1:
             self._replay("decode", len(self.ids))
         else:
-            self._prompts.feed(self._backend.uploads, 0, len(ids), keep_last=True)
+            self._prompts.feed(0, len(ids), keep_last=True)
             self._replay("choose", len(self.ids))
         self.ids += ids
         known = launched = len(self.ids)  # tokens fed for certain; positions whose step is under way or done
@@ -212,7 +209,7 @@ class CudaContext:
         """Enqueues the step of a kind (a method of Step) that feeds the token at a position."""
         key = kind, position >= LONG_CONTEXT
         if key not in self._graphs:
-            self._graphs[key] = self._stream.capture(lambda stream: getattr(self._step, kind)(stream, key[1]))
+            self._graphs[key] = self._stream.capture(getattr(self._step, kind)(key[1]))
         self._graphs[key].replay(self._stream)
 
     def _token(self, position: int) -> int:

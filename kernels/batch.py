@@ -7,14 +7,14 @@ import numpy as np
 
 from bitnet_numba.backend import NO_TOKEN
 from bitnet_numba.config import ModelConfig
-from bitnet_numba.kernels import attention_batch, attention_rows, embed, head, head_many, sampler
-from bitnet_numba.kernels.device import Device, DeviceArray, Event, Graph, Launch, PinnedArray, Uploads
+from bitnet_numba.kernels import attention_batch, attention_rows, embed, head_many, sampler
+from bitnet_numba.kernels.decode import head_launch
+from bitnet_numba.kernels.device import Device, DeviceArray, Event, Graph, Launch, PinnedArray
 from bitnet_numba.kernels.forms import KernelForm
 from bitnet_numba.kernels.kv_cache import PAGE
-from bitnet_numba.kernels.rows import Model, Pass, Prompts, RowHead, capture, ladder, product_forms
+from bitnet_numba.kernels.rows import Model, Pass, Prompts, RowHead, product_forms
 from bitnet_numba.kernels.sampler_many import sampler_many, sampler_many_form
-from bitnet_numba.kernels.sequences import Sequences, pages_of
-from bitnet_numba.kernels.weights import head_name
+from bitnet_numba.kernels.sequences import Sequences, ladder, pages_of
 from bitnet_numba.sampling import SamplingParams
 
 MOST_SEQUENCES = 256
@@ -32,7 +32,7 @@ class CudaBatch:
     def __init__(self, model: Model, max_sequences: int, capacity: int, pages: int, released: Callable[[int], None]):
         """released: told how many pages there are no more, once closed."""
         self._released = released
-        config, weights, device, stream, _ = model
+        config, _, _, stream, _, _ = model
         self.num_pages, self.max_sequences, self.capacity = pages, max_sequences, capacity
         self._model, self._stream = model, stream
         self._state = Sequences(config, capacity, max_sequences, pages)
@@ -46,7 +46,6 @@ class CudaBatch:
         self._last = DeviceArray(config.hidden_size, np.float32)  # of a prompt's rows
         self._chosen = DeviceArray(self._most_rows, np.int64)
         self._prompts = Prompts(model, self._state, self._last)
-        self._uploads = Uploads(stream)
         self._steps: dict[tuple[int, int], Graph] = {}
         self._first: Graph | None = None  # head and sampler of a prompt's last row
         self._fed = [0] * max_sequences  # tokens of each slot, those under way included
@@ -64,7 +63,7 @@ class CudaBatch:
         if not 0 <= computed < len(ids) <= self.capacity or not fits:
             raise ValueError(f"{len(ids)} tokens, {computed} of them computed, do not fit {len(pages)} pages")
         self._model.device.activate()
-        state, write = self._state, self._uploads.write
+        state, write = self._state, self._model.uploads.write
         write(state.tokens, ids, slot * state.stride)
         write(state.seen, state.seen_bits(ids), slot * state.seen_words)
         write(state.table, pages, slot * state.table_stride)
@@ -79,11 +78,11 @@ class CudaBatch:
         self._model.device.activate()
         self._fed[slot] += count
         done = self._fed[slot] == self._prompt[slot]
-        self._prompts.feed(self._uploads, slot, count, keep_last=done)
+        self._prompts.feed(slot, count, keep_last=done)
         self._rows = []  # a pass of a prompt has taken their place
         if done:
             if self._first is None:
-                self._first = capture(self._stream, self._choose_first())
+                self._first = self._stream.capture(self._choose_first())
             self._first.replay(self._stream)
             self._expect([slot])
 
@@ -97,7 +96,7 @@ class CudaBatch:
         rows, longest = ladder(len(slots)), max(self._fed[slot] for slot in slots)
         places = [*slots, *[-1] * (rows - len(slots))]
         if places != self._rows:
-            self._uploads.write(self._state.order, places)
+            self._model.uploads.write(self._state.order, places)
             self._rows = places
         self._step_graph(rows, ladder(attention_batch.splits_needed(longest))).replay(self._stream)
         self._expect(list(slots))
@@ -105,20 +104,15 @@ class CudaBatch:
     def _step_graph(self, rows: int, splits: int) -> Graph:
         if (rows, splits) not in self._steps:
             launches = Pass(self._model, self._state, rows, False, splits, self._attention).launches
-            self._steps[rows, splits] = capture(
-                self._stream, [*launches, *self._head.launches(rows), self._sampler(rows)]
+            self._steps[rows, splits] = self._stream.capture(
+                [*launches, *self._head.launches(rows), self._sampler(rows)]
             )
         return self._steps[rows, splits]
 
     def _choose_first(self) -> list[Launch]:
         """Head and sampler of a prompt's last row, always by the same kernels."""
-        config, weights, device, _, _ = self._model
-        rows = head_name(config)
-        scores = head.head(
-            device, weights[f"{rows}.weight"], weights.get(f"{rows}.scale"), self._last, weights["norm.weight"],
-            config.rms_norm_eps, self._head.logits, config.vocab_size, config.hidden_size,
-        )  # fmt: skip
-        return [scores, self._sampler(1)]
+        config, weights, device, *_ = self._model
+        return [head_launch(config, weights, device, self._last, self._head.logits), self._sampler(1)]
 
     def _sampler(self, rows: int) -> Launch:
         state = self._state
@@ -161,7 +155,6 @@ class CudaBatch:
         self._head.close()
         self._state.close()
         self._results.close()
-        self._uploads.close()
         self._released(self.num_pages)
 
 

@@ -172,28 +172,24 @@ class Step:
                 )
             )
             self._layers += [qkv, attentions, o, gate_up, down]
-        rows = head_name(config)
-        self._head = head.head(
-            device, weights[f"{rows}.weight"], weights.get(f"{rows}.scale"), flow.h, weights["norm.weight"],
-            config.rms_norm_eps, flow.logits, config.vocab_size, config.hidden_size,
-        )  # fmt: skip
+        self._head = head_launch(config, weights, device, flow.h, flow.logits)
         self._sampler = sampler.sampler(
             device, flow.logits, config.vocab_size, state.settings, state.position, state.tokens, state.seen,
             flow.scratch, flow.counters, ring,
         )  # fmt: skip
         self._advance = Launch(advance_form(device.arch), 1, (state.position,), device)
 
-    def score(self, stream: Any, long: bool) -> None:
+    def score(self, long: bool) -> list[Launch]:
         """A token and its logits. `long`: the context is at least attention.LONG_CONTEXT tokens."""
-        self._run(stream, [self._embed, *self.layers(long), self._head, self._advance])
+        return [self._embed, *self.layers(long), self._head, self._advance]
 
-    def decode(self, stream: Any, long: bool) -> None:
+    def decode(self, long: bool) -> list[Launch]:
         """A token and the choice of the next."""
-        self._run(stream, [self._embed, *self.layers(long), self._head, self._sampler])
+        return [self._embed, *self.layers(long), self._head, self._sampler]
 
-    def choose(self, stream: Any, long: bool) -> None:
+    def choose(self, long: bool) -> list[Launch]:
         """The choice after a token that a pass over a prompt fed (see `rows.Prompts`), whose row is in `flow.h`."""
-        self._run(stream, [self._head, self._sampler])
+        return [self._head, self._sampler]
 
     def layers(self, long: bool) -> list[Launch]:
         """The launches of all layers, in order: as in LAYER, again and again."""
@@ -204,6 +200,11 @@ class Step:
         named = {name: self.layers(long)[i :: len(LAYER)] for i, name in enumerate(LAYER)}
         return {"embed": [self._embed], **named, "head": [self._head], "sampler": [self._sampler]}
 
-    def _run(self, stream: Any, launches: list[Launch]) -> None:
-        for launch in launches:
-            launch(stream)
+
+def head_launch(config: ModelConfig, weights: Weights, device: Device, h: DeviceArray, logits: DeviceArray) -> Launch:
+    """The final norm and the head of one row: h float32 [hidden] -> logits float32 [vocabulary]."""
+    rows = head_name(config)
+    return head.head(
+        device, weights[f"{rows}.weight"], weights.get(f"{rows}.scale"), h, weights["norm.weight"],
+        config.rms_norm_eps, logits, config.vocab_size, config.hidden_size,
+    )  # fmt: skip

@@ -122,8 +122,12 @@ class DeviceArray:
         """A copy on the host, after all work on the device."""
         host = np.empty(self.size, self.dtype)
         driver_call("cuCtxSynchronize")
-        driver_call("cuMemcpyDtoH", host.ctypes.data, self.address, self.nbytes)
+        self.read_into(host)
         return host
+
+    def read_into(self, host: np.ndarray) -> None:
+        """Copies the first elements to a contiguous host array, as many as it has; their work must have ended."""
+        driver_call("cuMemcpyDtoH", host.ctypes.data, self.address, host.nbytes)
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -287,11 +291,12 @@ class Stream:
         """Enqueues a copy to page-locked memory, from its byte `start` on."""
         driver_call("cuMemcpyDtoHAsync", target.host.ctypes.data + start, address, nbytes, self.handle)
 
-    def capture(self, enqueue: Callable[[Any], None]) -> "Graph":
-        """The launches that `enqueue(stream handle)` makes, as a graph."""
+    def capture(self, launches: Sequence[Launch]) -> "Graph":
+        """The launches, one after the other, as a graph."""
         driver_call("cuStreamBeginCapture", self.handle, _enum("CUstreamCaptureMode", "THREAD_LOCAL"))
         try:
-            enqueue(self.handle)
+            for launch in launches:
+                launch(self.handle)
         finally:
             graph = driver_call("cuStreamEndCapture", self.handle)
         return Graph(graph)

@@ -80,14 +80,21 @@ def sequence_strides(capacity: int, head_dim: int) -> tuple[int, int]:
 
 def check_sizes(
     what: str,
-    sizes: dict[str, tuple[DeviceArray, int]],
+    qkv: DeviceArray,
+    cos: DeviceArray,
+    sin: DeviceArray,
+    where: DeviceArray,
     cache: LayerCache,
     rows: int,
     heads: int,
     kv_heads: int,
     head_dim: int,
+    **others: tuple[DeviceArray, int],
 ) -> None:
-    """What the launchers over this cache ask of their arguments; raises ValueError with the sizes that do not fit."""
+    """What the launchers over this cache ask of their arguments; raises ValueError with the sizes that do not fit.
+
+    others: further arrays, each with the elements that it needs.
+    """
     if head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"{what} takes even head sizes up to {MAX_HEAD_DIM}, not {head_dim}")
     if kv_heads < 1 or heads < 1 or heads % kv_heads:
@@ -98,8 +105,16 @@ def check_sizes(
         raise ValueError(f"{what}: keys hold {cache.keys.size} words, values {cache.values.size}")
     last = PAGE * token_words(head_dim)
     least = max(cache.page_words, (kv_heads - 1) * cache.head_words + last)
-    one = {"keys": (cache.keys, least), "table": (cache.table, cache.table_stride)}
-    for name, (array, size) in (sizes | one).items():
+    sizes = {
+        "qkv": (qkv, rows * (heads + 2 * kv_heads) * head_dim),
+        "where": (where, 2 * rows),
+        "cos": (cos, head_dim // 2),
+        "sin": (sin, cos.size),
+        **others,
+        "keys": (cache.keys, least),
+        "table": (cache.table, cache.table_stride),
+    }
+    for name, (array, size) in sizes.items():
         if array.size < size:
             raise ValueError(f"{what}: {name} holds {array.size} elements, {size} are needed")
 
@@ -190,13 +205,7 @@ def append(
     [rows, 2]; cache: pages of every position in `where` must be in its table. Rows of slot -1 store nothing.
     Raises ValueError with the sizes if they do not fit together.
     """
-    sizes = {
-        "qkv": (qkv, rows * (heads + 2 * kv_heads) * head_dim),
-        "where": (where, 2 * rows),
-        "cos": (cos, head_dim // 2),
-        "sin": (sin, cos.size),
-    }
-    check_sizes("append", sizes, cache, rows, heads, kv_heads, head_dim)
+    check_sizes("append", qkv, cos, sin, where, cache, rows, heads, kv_heads, head_dim)
     arguments = (qkv, cos, sin, where, *cache_arguments(cache), heads, kv_heads)
     return Launch(append_form(device.arch, head_dim), rows, arguments, device, overlap)
 

@@ -15,7 +15,7 @@ of products are exact, and every other sum has an order that depends on the row'
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,18 +33,13 @@ from bitnet_numba.kernels import (
 from bitnet_numba.kernels.decode import NORMS
 from bitnet_numba.kernels.device import Device, DeviceArray, DeviceView, Graph, Launch, Stream, Uploads
 from bitnet_numba.kernels.forms import KernelForm
-from bitnet_numba.kernels.sequences import Sequences
+from bitnet_numba.kernels.sequences import Sequences, ladder
 from bitnet_numba.kernels.weights import Weights, head_name
 from bitnet_numba.packing import BLOCK_COLS
 
 MOST_ROWS = 1024  # of a pass; longer prompts go in several
 EPILOGUES = {"qkv": "store", "o": "residual", "gate_up": "gated", "down": "residual"}
 LEAST_ROWS = 16  # of the shortest captured pass of a prompt
-
-
-def ladder(rows: int, least: int = 1) -> int:
-    """The captured size that serves so many rows: the next power of two."""
-    return max(least, 1 << (rows - 1).bit_length())
 
 
 class RowActivations:
@@ -77,12 +72,14 @@ class RowActivations:
 
 
 class Model(NamedTuple):
-    """What every pass takes: weights on a device, a stream for all work, and the activations in between."""
+    """What every pass takes: weights on a device, a stream for all work, small writes in its order, and the activations
+    in between."""
 
     config: ModelConfig
     weights: Weights
     device: Device
     stream: Stream
+    uploads: Uploads
     flow: RowActivations
 
 
@@ -103,7 +100,7 @@ class Pass:
         scratch: Sequence[DeviceArray] = (),
     ):
         self._model, self._state, self._rows, self._scratch = model, state, rows, scratch
-        config, weights, device, _, flow = model
+        config, weights, device, _, _, flow = model
         self._count = flow.count if prompt else flow.plenty
         self.launches = [
             embed.embed_many(
@@ -121,7 +118,7 @@ class Pass:
 
     def _product(self, layer: int, group: str, x: DeviceArray, norm: DeviceArray | None, out: DeviceArray) -> None:
         """Norms (with a weight) and quantises rows, and multiplies them with a group's weights."""
-        config, weights, device, _, flow = self._model
+        config, weights, device, _, _, flow = self._model
         segments, K = config.group_shape(group)
         eps = config.rms_norm_eps
         self.launches.append(norm_quant.norm_quant(device, x, norm, eps, flow.q, flow.s, flow.total, self._rows, K))
@@ -136,7 +133,7 @@ class Pass:
 
     def _attend(self, layer: int, prompt: bool, splits: int) -> None:
         """Stores keys and values and attends to them."""
-        config, _, device, _, flow = self._model
+        config, _, device, _, _, flow = self._model
         state, cache, rows = self._state, self._state.layer_cache(layer), self._rows
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         where = (state.cos, state.sin, flow.where)
@@ -167,7 +164,7 @@ class RowHead:
 
     def launches(self, rows: int) -> list[Launch]:
         """Norm and head of the first `rows`."""
-        config, weights, device, _, flow = self._model
+        config, weights, device, _, _, flow = self._model
         name = head_name(config)
         weight, scale = weights[f"{name}.weight"], weights.get(f"{name}.scale")
         K, norm = config.hidden_size, weights["norm.weight"]
@@ -192,13 +189,13 @@ class Prompts:
         self._model, self._state, self._last = model, state, last
         self._graphs: dict[tuple[int, bool], Graph] = {}
 
-    def feed(self, uploads: Uploads, slot: int, count: int, keep_last: bool = False) -> None:
+    def feed(self, slot: int, count: int, keep_last: bool = False) -> None:
         """Feeds a slot's next `count` tokens; afterwards its position is that of the next token.
 
         `keep_last`: its position stays that of the last token fed, as samplers want it, `where` of the first row says
         so, and the token's row lies in `last`.
         """
-        flow = self._model.flow
+        flow, uploads = self._model.flow, self._model.uploads
         uploads.write(self._state.order, [slot])
         while count:
             rows = min(count, flow.rows)
@@ -217,23 +214,13 @@ class Prompts:
                     self._last, model.flow.where, model.config.hidden_size,
                 )
             )  # fmt: skip
-            self._graphs[key] = capture(model.stream, launches)
+            self._graphs[key] = model.stream.capture(launches)
         return self._graphs[key]
 
     def close(self) -> None:
         """Frees the captured passes."""
         for graph in self._graphs.values():
             graph.close()
-
-
-def capture(stream: Stream, launches: Sequence[Launch]) -> Graph:
-    """The launches as one graph."""
-
-    def enqueue(handle: Any) -> None:
-        for launch in launches:
-            launch(handle)
-
-    return stream.capture(enqueue)
 
 
 def product_forms(config: ModelConfig, device: Device, sizes: Iterable[int]) -> list[KernelForm]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels import sampler
 from bitnet_numba.kernels.device import DeviceArray, DeviceView
-from bitnet_numba.kernels.kv_cache import PAGE, LayerCache, pool_strides, token_words
+from bitnet_numba.kernels.kv_cache import PAGE, LayerCache, pool_strides, sequence_strides, token_words
 from bitnet_numba.reference.model import rope_tables  # the one definition of the rotary frequencies
 
 
@@ -27,13 +27,12 @@ class Sequences:
 
     def __init__(self, config: ModelConfig, capacity: int, slots: int = 1, pages: int | None = None):
         """`pages`: how many the slots share; None is for one slot, whose tokens lie side by side."""
-        words = token_words(config.head_dim)
         self.capacity, self.slots = capacity, slots
         self.stride = capacity + 1  # of tokens
         self.table_stride = pages_of(capacity)
         if pages is None:
             self.padded = self.table_stride * PAGE  # tokens from one head's keys to the next's
-            self.page_words, self.head_words = PAGE * words, self.padded * words
+            self.page_words, self.head_words = sequence_strides(self.padded, config.head_dim)
             self.cache_words = config.num_kv_heads * self.head_words
         else:
             self.page_words, self.head_words = pool_strides(config.num_kv_heads, config.head_dim)
@@ -45,7 +44,7 @@ class Sequences:
         self.seen = DeviceArray(slots * self.seen_words, np.int32, zero=True)
         self.settings = DeviceArray(slots * sampler.SETTINGS, np.float64, zero=True)
         self.table = DeviceArray.of(np.arange(slots * self.table_stride, dtype=np.int32))
-        self.order = DeviceArray(1 << (slots - 1).bit_length(), np.int32, zero=True)
+        self.order = DeviceArray(ladder(slots), np.int32, zero=True)
         positions = np.arange(self.table_stride * PAGE)
         cos, sin = rope_tables(config, positions)  # [positions, D], the second half a copy of the first
         half = config.head_dim // 2
@@ -76,6 +75,11 @@ class Sequences:
             self.cache, self.tokens, self.position, self.seen, self.settings, self.table, self.order, self.cos, self.sin
         ):  # fmt: skip
             array.close()
+
+
+def ladder(rows: int, least: int = 1) -> int:
+    """The captured size of a pass that serves so many rows: the next power of two."""
+    return max(least, 1 << (rows - 1).bit_length())
 
 
 def pages_of(tokens: int) -> int:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from bitnet_numba.checkpoint import PackedCheckpoint, TensorFile, TensorSpec, open_packed, write_tensors
+from bitnet_numba.engine import DEMO
 from tools.convert import convert
 from tools.make_checkpoint import PRESETS, make_checkpoint, write_tokenizer
 
@@ -49,6 +50,12 @@ def load_golden(name: str, folder: Path) -> GoldenCase:
 def golden(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> GoldenCase:
     """Each golden case that has every layer and logits."""
     return load_golden(request.param, tmp_path_factory.mktemp("golden"))
+
+
+@pytest.fixture(scope="session")
+def demo() -> PackedCheckpoint:
+    """The built-in model."""
+    return open_packed(DEMO)
 
 
 @pytest.fixture(scope="session")

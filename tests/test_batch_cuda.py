@@ -18,13 +18,6 @@ from tests.test_decode_cuda import GREEDY, check_close, one_by_one, random_ids
 from tools.convert import convert
 from tools.make_checkpoint import PRESETS, make_checkpoint
 
-WARM = SamplingParams(temperature=1.0, top_p=0.95, top_k=50, min_p=0.01, repetition_penalty=1.1)
-
-
-@pytest.fixture(scope="module")
-def demo() -> PackedCheckpoint:
-    return open_packed(DEMO)
-
 
 def backend_of(checkpoint: PackedCheckpoint) -> Any:
     from bitnet_numba.kernels.backend import CudaBackend

@@ -20,7 +20,6 @@ import bitnet_numba
 from bitnet_numba.backend import Context
 from bitnet_numba.bfloat16 import from_float32, to_float32
 from bitnet_numba.checkpoint import PackedCheckpoint, open_packed
-from bitnet_numba.engine import DEMO
 from bitnet_numba.errors import BackendError
 from bitnet_numba.reference import model as reference_model
 from bitnet_numba.reference.backend import ReferenceBackend
@@ -42,11 +41,6 @@ def rounded_cache(monkeypatch: pytest.MonkeyPatch) -> None:
         return attend(q, to_float32(from_float32(keys)), to_float32(from_float32(values)))
 
     monkeypatch.setattr(reference_model, "attend", rounded)
-
-
-@pytest.fixture(scope="module")
-def demo() -> PackedCheckpoint:
-    return open_packed(DEMO)
 
 
 def on_gpu(checkpoint: PackedCheckpoint, capacity: int) -> Any:

@@ -75,7 +75,6 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
         attention_prompt,
         attention_rows,
         backend,
-        batch,
         decode,
         device,
         embed,
@@ -112,17 +111,17 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
             cuda.jit(self.form.kernel)[self.grid, self.form.threads](*values)
 
     class Replayed:
-        def __init__(self, enqueue: Any):
-            self.enqueue = enqueue
+        def __init__(self, launches: Any):
+            self.launches = launches
 
         def replay(self, stream: Any) -> None:
-            self.enqueue(None)
+            for launch in self.launches:
+                launch(None)
 
         def close(self) -> None:
             pass
 
-    for module in (device, backend):
-        monkeypatch.setattr(module, "driver_call", memory.call)
+    monkeypatch.setattr(device, "driver_call", memory.call)
     for module in (
         attention, attention_batch, attention_prompt, attention_rows, decode, embed, head, head_many, kv_cache,
         norm_quant, sampler, sampler_many, w2a8_gemv, w2a8_matmul,
@@ -130,7 +129,7 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
         monkeypatch.setattr(module, "Launch", SimulatedLaunch)
     monkeypatch.setattr(backend, "usable_device", FakeDevice)
     monkeypatch.setattr(backend, "load_kernels", lambda forms, device, progress: None)
-    monkeypatch.setattr(device.Stream, "capture", lambda self, enqueue: Replayed(enqueue))
+    monkeypatch.setattr(device.Stream, "capture", lambda self, launches: Replayed(launches))
     monkeypatch.setattr(device.Stream, "idle", lambda self: True)
     monkeypatch.setattr(sampler, "MAX_BLOCKS", 1)  # blocks run one after the other: none may wait for another
     monkeypatch.setattr(attention, "SHORT", (1, 64, 2, 1))  # fewer threads, for speed
@@ -140,8 +139,6 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     monkeypatch.setattr(head, "form", partial(head.form, threads=128))
     monkeypatch.setattr(head_many, "head_many_form", partial(head_many.head_many_form, threads=64))
     monkeypatch.setattr(norm_quant, "norm_quant_form", partial(norm_quant.norm_quant_form, threads=64))
-    for module in (backend, batch):
-        monkeypatch.setattr(module, "load_kernels", lambda forms, device, progress: None, raising=False)
     return backend.CudaBackend(checkpoint)
 
 

@@ -1,5 +1,6 @@
 """What tools/bench.py measures of many tokens at a time: products, prompts and batches; plain dictionaries."""
 
+from functools import partial
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -11,7 +12,7 @@ from bitnet_numba.kernels.device import DeviceArray, DeviceView, Event, Stream, 
 from bitnet_numba.kernels.w2a8_matmul import w2a8_matmul
 from bitnet_numba.packing import packed_words
 from bitnet_numba.sampling import SamplingParams
-from tools.bench_measure import REPEATS, graph_us, random_words
+from tools.bench_measure import REPEATS, graph_us, random_ids, random_words, torch_graph_us
 
 SHAPES = [(2560, 2560), (3840, 2560), (13824, 2560), (2560, 6912)]  # N, K: the linears of 2B4T
 TOKENS = (8, 32, 128, 512)  # M
@@ -20,11 +21,6 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 CONTEXT, STEPS = 256, 64  # tokens before the middle of a batch's measured steps; steps
 TURNS, TURN_TOKENS, ANSWER_TOKENS = 20, 50, 100  # 3,000 tokens in the end
 GREEDY = SamplingParams()
-
-
-def random_ids(vocab_size: int, count: int, seed: int) -> list[int]:
-    """Tokens of a prompt."""
-    return np.random.default_rng(seed).integers(0, vocab_size, count).tolist()
 
 
 def measure_products() -> list[dict[str, Any]]:
@@ -93,21 +89,7 @@ def cublas_products(l2_bytes: int) -> dict[tuple[int, int, int], float]:
         for M in TOKENS:
             x = torch.randn(M, K, dtype=torch.bfloat16, device="cuda")
             y = torch.empty(M, N, dtype=torch.bfloat16, device="cuda")
-            torch.mm(x, weights[0].T, out=y)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for i in range(copies):
-                    torch.mm(x, weights[i].T, out=y)
-            times = []
-            for _ in range(REPEATS):
-                before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                before.record()
-                graph.replay()
-                after.record()
-                after.synchronize()
-                times.append(before.elapsed_time(after) * 1e3 / copies)
-            result[N, K, M] = median(times)
-            del graph
+            result[N, K, M] = torch_graph_us([partial(torch.mm, x, w.T, out=y) for w in weights]) / copies
         del weights
         torch.cuda.empty_cache()
     return result

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -45,14 +46,14 @@ def random_words(count: int, seed: int = 0) -> np.ndarray:
     return (words | (~(words | words >> np.uint32(1)) & pairs)).view(np.int32)
 
 
+def random_ids(vocab_size: int, count: int, seed: int) -> list[int]:
+    """Tokens of a prompt."""
+    return np.random.default_rng(seed).integers(0, vocab_size, count).tolist()
+
+
 def graph_us(stream: Stream, launches: list[Launch]) -> float:
     """Median device time of the launches, replayed as one graph, in microseconds."""
-
-    def enqueue(handle: Any) -> None:
-        for launch in launches:
-            launch(handle)
-
-    graph, before, after = stream.capture(enqueue), Event(), Event()
+    graph, before, after = stream.capture(launches), Event(), Event()
     graph.replay(stream)
     times = []
     for _ in range(REPEATS):
@@ -159,23 +160,30 @@ def cublas_products(l2_bytes: int) -> dict[tuple[int, int], float]:
         weights = torch.randn(copies, N, K, dtype=torch.bfloat16, device="cuda")
         x = torch.randn(K, 1, dtype=torch.bfloat16, device="cuda")
         y = torch.empty(N, 1, dtype=torch.bfloat16, device="cuda")
-        torch.mm(weights[0], x, out=y)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for i in range(copies):
-                torch.mm(weights[i], x, out=y)
-        times = []
-        for _ in range(REPEATS):
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            before.record()
-            graph.replay()
-            after.record()
-            after.synchronize()
-            times.append(before.elapsed_time(after) * 1e3 / copies)
-        result[N, K] = median(times)
-        del weights, graph
+        result[N, K] = torch_graph_us([partial(torch.mm, w, x, out=y) for w in weights]) / copies
+        del weights
         torch.cuda.empty_cache()
     return result
+
+
+def torch_graph_us(calls: list[Callable[[], Any]]) -> float:
+    """Median device time of torch calls, replayed as one graph, in microseconds."""
+    import torch
+
+    calls[0]()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(REPEATS):
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        graph.replay()
+        after.record()
+        after.synchronize()
+        times.append(before.elapsed_time(after) * 1e3)
+    return median(times)
 
 
 def write_random_packed(folder: Path, head: HeadForm) -> None:
@@ -254,7 +262,7 @@ def measure_decode(folders: dict[str, Path], bandwidth: float) -> dict[str, Any]
         latency = []
         for prompt in PROMPTS:
             for answer in ANSWERS:
-                ids = np.random.default_rng(2).integers(0, config.vocab_size, prompt).tolist()
+                ids = random_ids(config.vocab_size, prompt, 2)
                 times = []
                 for _ in range(3):
                     context.truncate(0)
