@@ -93,7 +93,7 @@ from bitnet_numba.kernels.kv_cache import CACHE_SIGNATURE, PAGE, LayerCache, cac
 from bitnet_numba.kernels.tensor_cores import mma_bf16, pack_bf16
 
 STRANDS = 16  # of a split: see above
-LEAST_TOKENS = 256  # of a split; splitting costs about 2 us
+LEAST_TOKENS = 512  # of a split; splitting costs about 2 us
 MAX_SPLITS = 32
 SPLIT_STEP = 64  # tokens that a long row's splits are a multiple of
 AHEAD = 8  # partial results that a thread has in flight

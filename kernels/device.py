@@ -179,6 +179,9 @@ class PinnedArray:
 _loaded: dict[Any, Any] = {}
 
 
+CARVEOUT = "PREFERRED_SHARED_MEMORY_CARVEOUT"  # in percent of the memory that L1 and shared memory divide
+
+
 def _key(form: KernelForm, device: Device) -> tuple:
     return (form.name, form.signature, form.threads, form.blocks_per_sm, device.arch)
 
@@ -189,8 +192,12 @@ def load_kernel(form: KernelForm, device: Device) -> Any:
     if key not in _loaded:
         cubin, _ = machine_code(form, device.arch)
         module = driver_call("cuModuleLoadData", cubin)
+        function = driver_call("cuModuleGetFunction", module, ENTRY.encode())
+        if form.shared:
+            for attribute, value in (("MAX_DYNAMIC_SHARED_SIZE_BYTES", form.shared), (CARVEOUT, 100)):
+                driver_call("cuFuncSetAttribute", function, _enum("CUfunction_attribute", attribute), value)
         # The module is kept too: functions die with it.
-        _loaded[key] = (driver_call("cuModuleGetFunction", module, ENTRY.encode()), module)
+        _loaded[key] = (function, module)
     return _loaded[key][0]
 
 
@@ -235,6 +242,7 @@ class Launch:
         config.gridDimX, config.gridDimY = grid if isinstance(grid, tuple) else (grid, 1)
         config.gridDimZ = 1
         config.blockDimX, config.blockDimY, config.blockDimZ = form.threads, 1, 1
+        config.sharedMemBytes = form.shared
         if overlap and device.arch >= 90:
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION

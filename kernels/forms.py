@@ -20,3 +20,4 @@ class KernelForm(NamedTuple):
     blocks_per_sm: int = 1  # resident blocks that the register budget must allow
     dp4a: int = 0  # least number of dp4a instructions in its PTX
     wide_loads: int = 0  # least number of 16-byte global loads in its PTX
+    shared: int = 0  # bytes of dynamic shared memory, per block

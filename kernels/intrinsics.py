@@ -222,6 +222,12 @@ def exp2_approx(x: Any) -> Any:
     return np.exp2(np.float32(x))
 
 
+@instruction("rcp.approx.f32 $0, $1;", "f", "f")
+def rcp_approx(x: Any) -> Any:
+    """1 / x, to within 1 ulp."""
+    return np.float32(1) / np.float32(x)
+
+
 @instruction("rsqrt.approx.f32 $0, $1;", "f", "f")
 def rsqrt_approx(x: Any) -> Any:
     """1 / sqrt(x), relative error at most 2^-22.9. Any architecture."""
@@ -238,11 +244,11 @@ def _four(p: Any, i: Any) -> tuple:
     return tuple(values)
 
 
-def _vector_pointer(context: Any, builder: Any, kind: Any, base: Any, index: Any) -> Any:
+def _vector_pointer(context: Any, builder: Any, kind: Any, base: Any, index: Any, count: int) -> Any:
     from llvmlite import ir
 
     address = element_address(context, builder, kind, base, index)
-    return builder.bitcast(address, ir.VectorType(address.type.pointee, 4).as_pointer())
+    return builder.bitcast(address, ir.VectorType(address.type.pointee, count).as_pointer())
 
 
 def _pointer_intrinsic() -> Callable:
@@ -270,7 +276,7 @@ def _load4_intrinsic() -> Callable:
     @intrinsic
     def load4(typing_context: Any, p: Any, i: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            vector = builder.load(_vector_pointer(context, builder, signature.args[0], *values), align=16)
+            vector = builder.load(_vector_pointer(context, builder, signature.args[0], *values, 4), align=16)
             parts = [builder.extract_element(vector, ir.IntType(32)(k)) for k in range(4)]
             return context.make_tuple(builder, signature.return_type, parts)
 
@@ -279,23 +285,38 @@ def _load4_intrinsic() -> Callable:
     return load4
 
 
-def _store4_intrinsic() -> Callable:
+def _store_codegen(count: int) -> Callable:
     from llvmlite import ir
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        pointer = _vector_pointer(context, builder, signature.args[0], *values[:2], count)
+        vector = ir.Constant(pointer.type.pointee, ir.Undefined)
+        for k in range(count):
+            vector = builder.insert_element(vector, values[2 + k], ir.IntType(32)(k))
+        builder.store(vector, pointer, align=4 * count)
+        return context.get_dummy_value()
+
+    return codegen
+
+
+def _store4_intrinsic() -> Callable:
     from numba.cuda.extending import intrinsic
 
     @intrinsic
     def store4(typing_context: Any, p: Any, i: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            pointer = _vector_pointer(context, builder, signature.args[0], *values[:2])
-            vector = ir.Constant(pointer.type.pointee, ir.Undefined)
-            for k in range(4):
-                vector = builder.insert_element(vector, values[2 + k], ir.IntType(32)(k))
-            builder.store(vector, pointer, align=16)
-            return context.get_dummy_value()
-
-        return types.void(p, types.int64, *(p.dtype,) * 4), codegen
+        return types.void(p, types.int64, *(p.dtype,) * 4), _store_codegen(4)
 
     return store4
+
+
+def _store2_intrinsic() -> Callable:
+    from numba.cuda.extending import intrinsic
+
+    @intrinsic
+    def store2(typing_context: Any, p: Any, i: Any, a: Any, b: Any) -> Any:
+        return types.void(p, types.int64, *(p.dtype,) * 2), _store_codegen(2)
+
+    return store2
 
 
 def _load4(p: Any, i: Any) -> Any:
@@ -308,8 +329,14 @@ def _store4(p: Any, i: Any, a: Any, b: Any, c: Any, d: Any) -> None:
     p[int(i)], p[int(i) + 1], p[int(i) + 2], p[int(i) + 3] = a, b, c, d
 
 
+def _store2(p: Any, i: Any, a: Any, b: Any) -> None:
+    """Writes elements i and i+1 (i even) of 32-bit memory in one 8-byte store. Any architecture."""
+    p[int(i)], p[int(i) + 1] = a, b
+
+
 pointer = _pointer if SIMULATED else _pointer_intrinsic()
 load4 = _load4 if SIMULATED else _load4_intrinsic()
+store2 = _store2 if SIMULATED else _store2_intrinsic()
 store4 = _store4 if SIMULATED else _store4_intrinsic()
 
 

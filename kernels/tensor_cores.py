@@ -259,160 +259,198 @@ def fma_bf16(a: Any, b: Any, c: Any) -> Any:
 # ---- Warpgroups -----------------------------------------------------------------------------------------------------
 
 # Warpgroups (sm_90a alone): four neighbouring warps multiply what the copy engine has brought to shared memory. A panel
-# there is int8 [tokens, 64 columns], 64 bytes a token; of token t the 16-byte piece c lies at c ^ (t / 2 % 4) ("64-byte
+# there is int8 [tokens, 128 columns], 128 bytes a token; of token t the 16-byte piece c lies at c ^ (t % 8) ("128-byte
 # swizzle"): eight tokens' pieces touch every bank once.
-PANEL_COLUMNS = 64
-PANEL_ALIGN = None if SIMULATED else 512  # bytes
+PANEL_INTS = 32  # of a token
+PANEL_ALIGN = 1024  # bytes
 
 
 @dataclass
-class SimulatedPanels:
-    """What stands for a tensor map under the simulator."""
+class SimulatedMap:
+    """What stands for a tensor map under the simulator: a matrix, int32, and how many rows and columns a copy takes."""
 
-    q: np.ndarray  # int8 [M, KP]
-    tokens: int
+    matrix: np.ndarray
+    rows: int
+    ints: int
 
 
-@instruction(
-    "{ .reg .u64 t; .reg .u32 b; cvta.to.shared.u64 t, $0; cvt.u32.u64 b, t; mbarrier.init.shared::cta.b64 [b], 1; "
-    "fence.mbarrier_init.release.cluster; }",
-    "",
-    "p",
-    effects=True,
+@instruction("{ .reg .b32 t; shr.b32 t, $1, $2; and.b32 $0, t, 0x03030303; }", "r", "rr")
+def shifted_codes(word: Any, shift: Any) -> Any:
+    """Four codes of a packed word, a byte each: (word >> shift) & 0x03030303."""
+    return int32((int(word) & 0xFFFFFFFF) >> int(shift) & 0x03030303)
+
+
+# The 8-byte pieces of a row-block's 128 columns that hold two neighbouring rows: 16 columns after the other.
+PART_PIECES = [128 * (n // 2) + 32 * (n % 2) for n in range(8)]
+_PART_WORDS = " ".join(
+    f"ld.shared.v2.b32 {{${2 * n}, ${2 * n + 1}}}, [$16+{piece}];" for n, piece in enumerate(PART_PIECES)
 )
-def arrival_init(p: Any, i: Any) -> None:
-    """Makes p[i], int64 in shared memory, count the bytes that copies bring. One thread, then a barrier. sm_90."""
+
+# What follows takes places in shared memory: 32-bit addresses, see `shared_address`.
+
+if SIMULATED:
+
+    def part_words(p: Any, at: Any) -> tuple:
+        """The words of a lane's two rows in a row-block's 128 columns, int32 x 16: of both rows, 16 columns after the
+        other. at: the place of the first in a shared array."""
+        first = int(at) // 4
+        return tuple(int32(p[first + piece // 4 + r]) for piece in PART_PIECES for r in range(2))
+
+    def arrival_init(at: Any) -> None:
+        """Makes the int64 at a place count the bytes that copies bring. One thread, then a barrier. sm_90."""
+
+    def arrival_expect(at: Any, count: Any) -> None:
+        """Says how many bytes the copies that report to a place will bring: then its phase is over. One thread."""
+
+    def arrival_wait(at: Any, parity: Any) -> None:
+        """Until the phase with this parity (0, 1, 0, ...) is over. All threads of a block together. sm_90."""
+        thread: Any = threading.current_thread()
+        thread.syncthreads()  # simulated copies arrive at once; but the thread that starts them must have come by
+
+    def copy_tile(source: Any, z: Any, to: Any, at: Any, arrival: Any, column: Any, row: Any) -> None:
+        """Starts copying a box of a matrix from (row, column) on, in int32, to place `at` of a shared array, row after
+        row, zeros beyond the matrix' end; `arrival` counts the bytes. source: a `tensor_map`, z: 0. A panel is
+        swizzled. One thread. sm_90."""
+        box = np.zeros((source.rows, source.ints), np.int32)
+        part = source.matrix[int(row) : int(row) + source.rows, int(column) : int(column) + source.ints]
+        box[: part.shape[0], : part.shape[1]] = part
+        if source.ints == PANEL_INTS:
+            order = np.arange(8) ^ np.arange(source.rows)[:, None] & 7
+            box = np.take_along_axis(box.reshape(source.rows, 8, 4), order[:, :, None], axis=1)
+        assert int(at) % 128 == 0
+        to[int(at) // 4 : int(at) // 4 + box.size] = box.reshape(-1)
+
+else:
+
+    @instruction(_PART_WORDS, "r" * 16, "r", effects=True)
+    def _part_words(at: Any) -> Any: ...
+
+    @device_function
+    def part_words(p: Any, at: Any) -> Any:
+        return _part_words(at)
+
+    @instruction(
+        "mbarrier.init.shared::cta.b64 [$0], 1; fence.mbarrier_init.release.cluster;", "", "r", effects=True
+    )
+    def arrival_init(at: Any) -> None: ...
+
+    @instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "", "rr", effects=True)
+    def arrival_expect(at: Any, count: Any) -> None: ...
+
+    @instruction(
+        "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1; @!done bra again; }",
+        "",
+        "rr",
+        effects=True,
+    )
+    def arrival_wait(at: Any, parity: Any) -> None: ...
+
+    @instruction(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [$1], [$0, {$3, $4}], [$2];",
+        "",
+        "prrrr",
+        effects=True,
+    )
+    def _copy_tile(source: Any, z: Any, at: Any, arrival: Any, column: Any, row: Any) -> None: ...
+
+    @device_function
+    def copy_tile(source: Any, z: Any, to: Any, at: Any, arrival: Any, column: Any, row: Any) -> None:
+        _copy_tile(source, z, at, arrival, column, row)
 
 
-@instruction(
-    "{ .reg .u64 t; .reg .u32 b; cvta.to.shared.u64 t, $0; cvt.u32.u64 b, t; "
-    "mbarrier.arrive.expect_tx.shared::cta.b64 _, [b], $1; }",
-    "",
-    "pr",
-    effects=True,
-)
-def arrival_expect(p: Any, i: Any, count: Any) -> None:
-    """Says how many bytes the copies that report to p[i] will bring: then its phase is over. One thread. sm_90."""
-
-
-@instruction(
-    "{ .reg .u64 t; .reg .u32 b; .reg .pred done; cvta.to.shared.u64 t, $0; cvt.u32.u64 b, t; "
-    "again: mbarrier.try_wait.parity.shared::cta.b64 done, [b], $1; @!done bra again; }",
-    "",
-    "pr",
-    effects=True,
-)
-def arrival_wait(p: Any, i: Any, parity: Any) -> None:
-    """Until the phase of p[i] with this parity (0, 1, 0, ...) is over. All threads of a block together. sm_90."""
-    thread: Any = threading.current_thread()
-    thread.syncthreads()  # simulated copies arrive at once; but the thread that starts them must have come by
-
-
-@instruction(
-    "{ .reg .u64 t; .reg .u32 b, d; cvta.to.shared.u64 t, $1; cvt.u32.u64 d, t; cvta.to.shared.u64 t, $2; "
-    "cvt.u32.u64 b, t; cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-    "[d], [$0, {$3, $4}], [b]; }",
-    "",
-    "ppprr",
-    effects=True,
-)
-def copy_panel(panels: Any, z: Any, to: Any, i: Any, p: Any, j: Any, column: Any, token: Any) -> None:
-    """Starts copying the panel of q at (token, column) to shared memory from element i of int32 `to` on, zeros beyond
-    q's end; p[j] counts the bytes. panels: a `tensor_map`, z: 0. One thread. sm_90."""
-    q, tokens = panels.q, panels.tokens
-    panel = np.zeros((tokens, PANEL_COLUMNS), np.int8)
-    part = q[int(token) : int(token) + tokens, int(column) : int(column) + PANEL_COLUMNS]
-    panel[: part.shape[0], : part.shape[1]] = part
-    pieces = panel.view(np.int32).reshape(tokens, 4, 4)
-    for t in range(tokens):
-        for c in range(4):
-            at = int(i) + 16 * t + 4 * (c ^ t >> 1 & 3)
-            to[at : at + 4] = pieces[t, c]
-
-
-def _warpgroup_mma_stand_in(tokens: int, blocks: int) -> Callable:
-    def warpgroup_mma(sums: Any, codes: Any, shared: Any, i: Any) -> None:
+def _warpgroup_mma_stand_in(tokens: int) -> tuple[Callable, Callable]:
+    def start(sums: Any, codes: Any, shared: Any, at: Any) -> None:
         thread: Any = threading.current_thread()
         g, c = divmod(thread.thread_id % WARP, 4)
-        words = np.asarray(shared[int(i) : int(i) + 32 * tokens]).astype(np.int32).reshape(2, tokens, 4, 4)
-        order = np.arange(4) ^ np.arange(tokens)[:, None] >> 1 & 3
-        words = np.take_along_axis(words, order[None, :, :, None], axis=2)
-        b = words.reshape(2, tokens, 16).view(np.int8).astype(np.int64)  # [panel, token, column]
-        for u in range(blocks):
-            own = tuple(codes[16 * u + r] for r in range(16))
-            lanes = np.array([[int(x) & 0xFFFFFFFF for x in lane] for lane in thread.gather_in_warp(own)])
-            quads = lanes.astype("<u4").view(np.uint8).reshape(8, 4, 4, 2, 2, 4)[g].astype(np.int64)
-            for r in range(2):  # quads: [c, step, half, row, byte]
-                row = quads[:, :, :, r].transpose(1, 2, 0, 3).reshape(2, 64)
-                for t in range(tokens // 8):
-                    for odd in range(2):
-                        at = tokens // 2 * u + 4 * t + 2 * r + odd
-                        more = (row * b[:, 8 * t + 2 * c + odd]).sum()
-                        sums[at] = int32(int(sums[at]) + int(more))
+        first = int(at) // 4
+        words = np.asarray(shared[first : first + PANEL_INTS * tokens]).astype(np.int32).reshape(tokens, 8, 4)
+        order = np.arange(8) ^ np.arange(tokens)[:, None] & 7
+        words = np.take_along_axis(words, order[:, :, None], axis=1)
+        b = words.reshape(tokens, PANEL_INTS).view(np.int8).astype(np.int64)  # [token, column]
+        own = tuple(codes[r] for r in range(16))
+        lanes = np.array([[int(x) & 0xFFFFFFFF for x in lane] for lane in thread.gather_in_warp(own)])
+        quads = lanes.astype("<u4").view(np.uint8).reshape(8, 4, 4, 2, 2, 4)[g].astype(np.int64)
+        for r in range(2):  # quads: [c, step, half, row, byte]
+            row = quads[:, :, :, r].transpose(1, 2, 0, 3).reshape(-1)
+            for t in range(tokens // 8):
+                for odd in range(2):
+                    n = 4 * t + 2 * r + odd
+                    sums[n] = int32(int(sums[n]) + int((row * b[8 * t + 2 * c + odd]).sum()))
 
-    return warpgroup_mma
+    def wait(sums: Any) -> None:
+        pass
+
+    return start, wait
 
 
-def _warpgroup_mma_intrinsic(tokens: int, blocks: int) -> Callable:
+def _array_asm(name: str, ptx: str, results: int, read: int, place: bool) -> Callable:
+    """An intrinsic over local arrays: the first `results` elements of the first are changed, the first `read` of the
+    second and a place in shared memory are read. Operands of `ptx` in the order results, read, place, then the results'
+    old values, which are tied to them."""
     from llvmlite import ir
     from numba.cuda.extending import intrinsic
 
-    each = tokens // 2  # sums of a lane and row-block
-    sums_count, codes_count = each * blocks, 16 * blocks
-    # The operand's descriptor: place / 16; distance of 8 tokens / 16; code of the 64-byte swizzle.
-    constant = 1 << 16 | (512 >> 4) << 32 | 2 << 62
-    lines = [
-        "{ .reg .pred yes; .reg .u64 at, b0, b1, b2, b3;",
-        "setp.eq.u32 yes, 0, 0;",
-        f"cvta.to.shared.u64 at, ${2 * sums_count + codes_count};",
-        "and.b64 at, at, 0x3ffff; shr.u64 at, at, 4;",
-        f"or.b64 b0, at, 0x{constant:x}; add.u64 b1, b0, 2;",
-        f"add.u64 b2, b0, {64 * tokens >> 4}; add.u64 b3, b2, 2;",
-        "wgmma.fence.sync.aligned;",
-    ]
-    for step in range(4):
-        for u in range(blocks):
-            into = ", ".join(f"${each * u + n}" for n in range(each))
-            left = ", ".join(f"${sums_count + 16 * u + 4 * step + r}" for r in range(4))
-            shape = f"m64n{tokens}k32.s32.u8.s8"
-            lines.append(f"wgmma.mma_async.sync.aligned.{shape} {{{into}}}, {{{left}}}, b{step}, yes;")
-    lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0; }"]
-    # Operands: results, codes, sums (tied to the results), address.
-    ptx = " ".join(lines)
+    word = ir.IntType(32)
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        def elements(n: int, count: int) -> list[Any]:
+            kind, base = signature.args[n], values[n]
+            return [element_address(context, builder, kind, base, ir.IntType(64)(i)) for i in range(count)]
+
+        into = elements(0, results)
+        operands = [builder.load(a) for a in (elements(1, read) if read else [])]
+        operands += [values[3]] if place else []
+        constraints = ["=r"] * results + ["r"] * len(operands) + [str(n) for n in range(results)] + ["~{memory}"]
+        operands += [builder.load(a) for a in into]
+        function = ir.FunctionType(ir.LiteralStructType([word] * results), [value.type for value in operands])
+        after = builder.call(ir.InlineAsm(function, ptx, ",".join(constraints), side_effect=True), operands)
+        for n, a in enumerate(into):
+            builder.store(builder.extract_value(after, n), a)
+        return context.get_dummy_value()
+
+    if place:
+
+        @intrinsic
+        def start(typing_context: Any, sums: Any, codes: Any, shared: Any, at: Any) -> Any:
+            return types.void(sums, codes, shared, types.int32), codegen
+
+        return start
 
     @intrinsic
-    def warpgroup_mma(typing_context: Any, sums: Any, codes: Any, shared: Any, i: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            word = ir.IntType(32)
+    def wait(typing_context: Any, sums: Any) -> Any:
+        return types.void(sums), codegen
 
-            def element(kind: Any, base: Any, n: int) -> Any:
-                return element_address(context, builder, kind, base, ir.IntType(64)(n))
+    return wait
 
-            into = [element(signature.args[0], values[0], n) for n in range(sums_count)]
-            left = [builder.load(element(signature.args[1], values[1], n)) for n in range(codes_count)]
-            address = element_address(context, builder, signature.args[2], values[2], values[3])
-            operands = left + [builder.load(a) for a in into] + [address]
-            result = ir.LiteralStructType([word] * sums_count)
-            constraints = ["=r"] * sums_count + ["r"] * codes_count + [str(n) for n in range(sums_count)] + ["l"]
-            function = ir.FunctionType(result, [value.type for value in operands])
-            asm = ir.InlineAsm(function, ptx, ",".join([*constraints, "~{memory}"]), side_effect=True)
-            sums_after = builder.call(asm, operands)
-            for n, a in enumerate(into):
-                builder.store(builder.extract_value(sums_after, n), a)
-            return context.get_dummy_value()
 
-        return types.void(sums, codes, shared, types.int64), codegen
-
-    return warpgroup_mma
+def _warpgroup_mma_intrinsics(tokens: int) -> tuple[Callable, Callable]:
+    count = tokens // 2
+    # The operand's descriptor: place / 16; distance of 8 tokens / 16; code of the 128-byte swizzle.
+    lines = [
+        "{ .reg .pred yes; .reg .b32 low, high; .reg .b64 b0, b1, b2, b3;",
+        "setp.eq.u32 yes, 0, 0;",
+        f"and.b32 low, ${count + 16}, 0x3ffff; shr.u32 low, low, 4; or.b32 low, low, 0x10000;",
+        f"mov.b32 high, {1024 >> 4 | 1 << 30}; mov.b64 b0, {{low, high}};",
+        "add.u64 b1, b0, 2; add.u64 b2, b0, 4; add.u64 b3, b0, 6;",
+        "wgmma.fence.sync.aligned;",
+    ]
+    into = ", ".join(f"${n}" for n in range(count))
+    for step in range(4):
+        left = ", ".join(f"${count + 4 * step + r}" for r in range(4))
+        shape = f"m64n{tokens}k32.s32.u8.s8"
+        lines.append(f"wgmma.mma_async.sync.aligned.{shape} {{{into}}}, {{{left}}}, b{step}, yes;")
+    lines.append("wgmma.commit_group.sync.aligned; }")
+    start = _array_asm("start", " ".join(lines), count, 16, True)
+    return start, _array_asm("wait", "wgmma.wait_group.sync.aligned 0;", count, 0, False)
 
 
 @cache
-def warpgroup_mma(tokens: int, blocks: int) -> Callable:
-    """`mma(sums, codes, shared, i)`: C [16 rows, tokens] += A [16, 128] . B [128, tokens] for each of `blocks`
-    row-blocks of each of the four warps of a warpgroup, uint8 . int8, int32 sums. sm_90a; all four warps together.
+def warpgroup_mma(tokens: int) -> tuple[Callable, Callable]:
+    """`start(sums, codes, shared, at)` and `wait(sums)`: C [16 rows, tokens] += A [16, 128] . B [128, tokens] for each
+    of the four warps of a warpgroup, uint8 . int8, int32 sums. Between them neither sums nor codes nor B may be
+    touched. sm_90a; all four warps together.
 
-    sums, codes: local arrays. As of `mma_codes`, of a row-block u: codes[16 u + 4 s ..] are a0, a1, a2, a3 of columns
-    32 s .., sums[tokens / 2 * u + 4 t ..] are c0 .. c3 of tokens 8 t ... B: two panels in shared memory from element i
-    on.
+    sums, codes: local arrays. As of `mma_codes`, codes[4 s ..] are a0, a1, a2, a3 of columns 32 s .., sums[4 t ..] are
+    c0 .. c3 of tokens 8 t ... B: a panel at a place in shared memory.
     """
-    return (_warpgroup_mma_stand_in if SIMULATED else _warpgroup_mma_intrinsic)(tokens, blocks)
+    return (_warpgroup_mma_stand_in if SIMULATED else _warpgroup_mma_intrinsics)(tokens)

@@ -17,7 +17,8 @@ from bitnet_numba.kernels.w2a8_columns import STEP, TOKENS, make_columns
 from bitnet_numba.kernels.w2a8_epilogue import EPILOGUES
 from bitnet_numba.kernels.w2a8_tensor import PANEL, Tile, make_matmul
 from bitnet_numba.kernels.w2a8_warpgroup import ARCH as WARPGROUP_ARCH
-from bitnet_numba.kernels.w2a8_warpgroup import SPAN, make_warpgroup, tensor_map
+from bitnet_numba.kernels.tensor_cores import PANEL_INTS
+from bitnet_numba.kernels.w2a8_warpgroup import SPAN, make_warpgroup, shared_bytes, tensor_map
 from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, packed_words
 
 LEAST_ARCH = 75  # mma of 8-bit integers
@@ -56,8 +57,8 @@ def plan(M: int, N: int, K: int, arch: int, multiprocessors: int, gated: bool = 
         return Tile(64, 4, 2, 2, 2, 3, 2) if many else Tile(32, 2, 2, 4, 4, 3, 2)
     if arch == WARPGROUP_ARCH and M >= (512 if gated else 1024):
         if gated:
-            return Tile(64, 2, 4, 1, 1, 4, 3, "wgmma") if M < 1024 else Tile(96, 2, 4, 1, 1, 3, 2, "wgmma")
-        return Tile(128, 1, 8, 1, 1, 2, 2, "wgmma")
+            return Tile(128, 1, 8, 1, 0, 5, 2, "wgmma")
+        return Tile(128, 1, 8, 1, 0, 5, 2, "wgmma")
     if many:
         return Tile(64, 2, 4, 1, 2, 4, 3)
 
@@ -72,7 +73,7 @@ def form(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu
     """The compiled form of a tile; K, N and M are arguments of the launch."""
     f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
     out = i32 if epilogue == "acc" else f32
-    # The activations are q, or for warpgroups the tensor map that tells the copy engine about it.
+    # For warpgroups words and q are the tensor maps that tell the copy engine about them.
     signature = (i32, i32, f32, i32, i32, f32, f32 if bias else types.none, out, *(types.int32,) * 8)
     kind = f"gated {activation}" if epilogue == "gated" else epilogue
     if tile.scheme == "dp4a":
@@ -81,13 +82,22 @@ def form(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu
         make = make_warpgroup if tile.scheme == "wgmma" else make_matmul
         kernel, dp4a = make(arch, tile, epilogue, activation), 0
     return KernelForm(
-        name=f"w2a8_matmul[{kind} {'bias ' if bias else ''}{' '.join(map(str, tile))}]",
+        # The architecture too: machine code is kept by names, and tests run forms made for others, which do not wait.
+        name=f"w2a8_matmul[sm_{arch} {kind} {'bias ' if bias else ''}{' '.join(map(str, tile))}]",
         kernel=kernel,
         signature=signature,
         threads=tile.threads,
         blocks_per_sm=tile.per_sm,
         dp4a=dp4a,
+        shared=shared_bytes(tile) if tile.scheme == "wgmma" else 0,
     )
+
+
+def map_sizes(tile: Tile, M: int, N: int, K: int, gated: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the maps of words and q tell: rows and int32 of a row, of the matrix and of what is copied at a time."""
+    padded_K = -(-K // BLOCK_COLS) * BLOCK_COLS
+    words = (-(-N // BLOCK_ROWS), padded_K, tile.row_warps // (2 if gated else 1), SPAN)
+    return words, (M, padded_K // 4, tile.tokens, PANEL_INTS)
 
 
 def launch_sizes(tile: Tile, M: int, N: int, K: int, ends: Sequence[int], gated: bool) -> tuple:
@@ -152,8 +162,10 @@ def w2a8_matmul(
             )
     tile = plan(M, N, K, device.arch, device.multiprocessors, gated)
     grid, integers = launch_sizes(tile, M, N, K, ends, gated)
-    activations = tensor_map(q.address, M, padded_K, tile.tokens) if tile.scheme == "wgmma" else q
-    arguments = (words, activations, s, total, count, scales, bias, out, *integers)
+    if tile.scheme == "wgmma":
+        of_words, of_q = map_sizes(tile, M, N, K, gated)
+        words, q = tensor_map(words.address, *of_words), tensor_map(q.address, *of_q)
+    arguments = (words, q, s, total, count, scales, bias, out, *integers)
     return Launch(form(device.arch, tile, epilogue, activation, bias is not None), grid, arguments, device, overlap)
 
 

@@ -1,20 +1,27 @@
 """The W2A8 matrix product by warpgroups, for many tokens on sm_90: four warps multiply together, `wgmma`.
 
 There `mma.sync`, which w2a8_tensor.py uses, runs at half the unit's rate. What it computes, the sums' exactness and the
-output are as there; what differs:
+order of what is done to them are as there. Here nothing goes through registers on its way in but codes: the copy engine
+brings weights and activations to shared memory, `stages` - 1 turns ahead of the products, and a warp does little else
+than wait, decode and multiply.
 
-    weights      the register operand: with g = lane / 4, i = lane % 4, a lane takes the words of rows r and r + 1,
-                 r = 8 (g / 4) + 2 (g % 4), of every 16 columns, and of each word the four columns 4 i .. 4 i + 3:
-                 (word >> 2 i) & mask. So columns come in their natural order; the four lanes of a row load the same
-                 words, which is one access.
-    activations  the shared operand: panels of 64 columns, int8 [tokens, 64], that the copy engine brings (`copy_panel`,
-                 zeros beyond the last token and column), `stages` - 1 turns ahead; a stage's arrival counter says when
-    turn         two panels (128 columns): four products of 32 columns a row-block
+    block (x, y)   tokens T x .. T x + T - 1;  `row_warps` row-blocks, one a warp, of the y-th tile ("gated": gate rows
+                   by the first half of the warps, up rows by the second); `k_warps` such sets of warps take turns' parts
+    part           128 columns.  activations: a panel, int8 [T, 128], in 128-byte swizzle
+                                 weights: 512 bytes a row-block, as they lie in memory
+    turn           k_warps parts; one arrival counter a stage
 
-    block (x, y): tokens T x .. T x + T - 1;  row-blocks of the y-th tile, `blocks` a warp;  warps 4 w .. 4 w + 3 are
-    warpgroup w, each warp with rows of its own
+    shared memory  | stage 0: panels, words | stage 1: panels, words | ...
+                   at the end, in the same place: int32 sums [k_warps, T, rows + 4]
 
-docs/performance-notes.md has what was measured: a turn takes far longer than its products, and why is not known yet.
+A warp's 16 rows x 32 columns of an instruction are the register operand. With g = lane / 4, i = lane % 4, a lane takes
+the words of rows r and r + 1, r = 8 (g / 4) + 2 (g % 4), and of each word the four columns 4 i .. 4 i + 3:
+(word >> 2 i) & mask. So columns come in their natural order, and the four lanes of a row read the same words.
+
+Sums leave through shared memory, so that neighbouring threads write neighbouring rows of one token: 4 bytes each, 128 a
+warp, and everything that depends on the row alone is computed once a thread.
+
+docs/performance-notes.md has what was tried and measured.
 """
 
 from collections.abc import Callable
@@ -25,207 +32,224 @@ from numba import cuda
 
 from bitnet_numba.kernels.device import DeviceArray, driver_call
 from bitnet_numba.kernels.intrinsics import (
+    device_function,
     float32,
+    float64,
     grid_release,
     grid_wait,
     int32,
     int64,
-    load4,
     pointer,
-    store4,
-    stream_pair,
+    store2,
 )
 from bitnet_numba.kernels.tensor_cores import (
     PANEL_ALIGN,
-    PANEL_COLUMNS,
+    PANEL_INTS,
     arrival_expect,
     arrival_init,
     arrival_wait,
-    copy_panel,
+    copy_tile,
+    part_words,
+    shared_address,
+    shifted_codes,
     warpgroup_mma,
 )
-from bitnet_numba.kernels.w2a8_epilogue import make_epilogue
-from bitnet_numba.kernels.w2a8_tensor import FRAGMENT, SHARED_INTS, TOKENS, Tile
-from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_BITS, CODE_MASK
+from bitnet_numba.kernels.w2a8_epilogue import make_epilogue, reciprocal
+from bitnet_numba.kernels.w2a8_tensor import TOKENS, Tile
+from bitnet_numba.packing import BLOCK_ROWS, CODE_BITS
 
 ARCH = 90  # wgmma is this architecture's alone
-SPAN = 2 * PANEL_COLUMNS  # columns of a turn
-PANEL_INTS = PANEL_COLUMNS // 4  # of a token
-CODES = 16  # registers of a row-block and turn
+SPAN = 128  # columns of a part, and the words of its row-block
+CODES = 16  # registers of a warp's part
+PADDING = 4  # sums between a token's rows and the next token's: 8-byte stores then touch every bank once
+SHARED_BYTES = 227 * 1024  # of a multiprocessor that one block can have
+MOST_TOKENS = 256  # of one instruction
+BATCH = 8  # sums that a thread has in hand on their way out
+
+
+def stage_bytes(tile: Tile) -> int:
+    """Shared memory of a turn."""
+    return tile.k_warps * (tile.tokens * SPAN + tile.row_warps * SPAN * 4)
+
+
+def shared_bytes(tile: Tile) -> int:
+    """Dynamic shared memory of a block, which may start anywhere: the kernel leaves out what comes before a panel's
+    place."""
+    sums = 4 * tile.k_warps * tile.tokens * (tile.row_warps * BLOCK_ROWS + PADDING)
+    return max(tile.stages * stage_bytes(tile), sums) + PANEL_ALIGN
 
 
 def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu2") -> Callable[..., None]:
-    """The kernel for a tile with k_warps 1 and row_warps a multiple of 4; epilogues as in `make_matmul`."""
-    load, wait, release = stream_pair(arch), grid_wait(arch), grid_release(arch)
+    """The kernel for a tile with one row-block a warp and row_warps a multiple of 4 (8 for "gated"); epilogues as in
+    `make_matmul`."""
+    wait, release = grid_wait(arch), grid_release(arch)
     GATED, RESIDUAL, ACC = epilogue == "gated", epilogue == "residual", epilogue == "acc"
-    finish = make_epilogue(epilogue, activation)
-    T, U, WR, _, HELD, STAGES = tile[:6]
+    finish = make_epilogue(epilogue, activation, inverse=True)
+    T, U, WR, WK, HELD, STAGES = tile[:6]
     HALVES = 2 if GATED else 1
-    UNITS = U // HALVES  # row-blocks of the output
+    UNITS = WR // HALVES  # row-blocks of the output
+    ROWS = UNITS * BLOCK_ROWS
     THREADS = tile.threads
-    NT = T // TOKENS
-    STAGE = T * SPAN // 4
-    W_REGS, A_REGS, ACC_REGS = CODES * U * HELD, CODES * U, 4 * U * NT
-    PIECES = CODES // 2
-    # Sums go out in passes of as many n-tiles as fit the shared memory.
-    N_PASS = next(n for n in range(NT, 0, -1) if NT % n == 0 and n * U * WR * FRAGMENT <= SHARED_INTS)
-    PASSES = NT // N_PASS
-    SHARED = max(STAGES * STAGE, N_PASS * U * WR * FRAGMENT)
-    PASS = N_PASS * U * FRAGMENT  # sums of a warp in a pass
+    STAGE, PANEL, WORDS = stage_bytes(tile), T * SPAN, WR * SPAN * 4  # bytes
+    WORDS_AT, UNIT_WORDS = WK * PANEL // 4, UNITS * SPAN  # words
+    WIDTH = WR * BLOCK_ROWS + PADDING
+    SUMS = T * WIDTH
+    ACC_REGS = T // 2
+    STEP = THREADS // ROWS  # tokens that are written side by side
+    EACH = min(BATCH, T // STEP)
     SCALE_TURNS = -(-T // THREADS)
-    MASK = np.int32(CODE_MASK)
     ZERO = float32(0)
-    if GATED and U % 2 or T % TOKENS or SHARED > SHARED_INTS or WR % 4 or STAGES < 2 or tile.k_warps != 1:
+    whole = not T % TOKENS and T <= MOST_TOKENS and not WR % (4 * HALVES) and not T % (STEP * EACH)
+    if U != 1 or HELD or STAGES < 2 or not whole or shared_bytes(tile) > SHARED_BYTES:
         raise ValueError(f"no product of warpgroups is made of {tile}")
-    multiply = warpgroup_mma(T, U)
+    start, finished = warpgroup_mma(T)
+
+    @device_function
+    def copy_words(words, shared, at, arrival, part, unit0, second):
+        for half in range(HALVES):
+            to = at + (WORDS_AT + half * UNIT_WORDS) * 4
+            copy_tile(words, 0, shared, to, arrival, part * SPAN, unit0 + half * second)
+
+    @device_function
+    def load_words(w_r, shared, at):
+        v = part_words(shared, at)
+        w_r[0], w_r[1], w_r[2], w_r[3], w_r[4], w_r[5], w_r[6], w_r[7] = v[:8]
+        w_r[8], w_r[9], w_r[10], w_r[11], w_r[12], w_r[13], w_r[14], w_r[15] = v[8:]
 
     def warpgroup(
         words, panels, s, total, count, scales, bias, out, M, rows, KP, turns, blocks, second, bound1, bound2
     ):  # fmt: skip
-        shared = pointer(cuda.shared.array(SHARED, int32, PANEL_ALIGN))  # activations, then sums
+        shared = pointer(cuda.shared.array(0, int32))
         arrival_s = pointer(cuda.shared.array(STAGES, int64))
-        s_s = pointer(cuda.shared.array(T, float32))
+        inverse_s = pointer(cuda.shared.array(T, float64))
         total_s = pointer(cuda.shared.array(T, int32))
-        w_r = cuda.local.array(W_REGS, int32)
-        a_r = cuda.local.array(A_REGS, int32)
+        w_r = cuda.local.array(CODES, int32)
+        a_r = cuda.local.array(CODES, int32)
         acc_r = cuda.local.array(ACC_REGS, int32)
-        old_r = cuda.local.array(4, float32)
-        words_rd = cuda.local.array(U, int32)
+        old_r = cuda.local.array(EACH, float32)
 
         tid = int32(cuda.threadIdx.x)
         warp, lane = tid >> 5, tid & 31
         g, i = lane >> 2, lane & 3
+        k = int32(warp // WR) if WK > 1 else int32(0)  # which parts
+        w = int32(warp - k * WR)
         first = int32(cuda.blockIdx.x) * T
         limit = min(int32(M), int32(count[0]))  # no kernel writes it: it may be read before the wait
         if first >= limit:
             if first == 0:
                 wait()  # so that the launch does not end before those it follows
             return
-        unit0 = int32((int32(cuda.blockIdx.y) * WR + warp) * UNITS)
+        unit0 = int32(cuda.blockIdx.y) * UNITS
+        # Places in shared memory, in bytes.
+        unaligned, arrival = shared_address(shared, 0), shared_address(arrival_s, 0)
+        base = int32((unaligned + (PANEL_ALIGN - 1)) & -PANEL_ALIGN)
 
-        # 1. The first turns' weights. Beyond the last column they are any words: the activations are zero there.
-        for u in range(U):
-            unit = min(int32(unit0 + u // HALVES), int32(blocks - 1))
-            words_rd[u] = int32(int32(unit + u % HALVES * second) * KP + (g >> 2) * 16 + (g & 3) * 2)
-        last = int32(KP - BLOCK_COLS)
-        column = int32(0)  # of the words that are asked for next; a row-block has a word a column
-        for j in range(HELD):
-            for u in range(U):
-                for c in range(PIECES):
-                    n = CODES * (j * U + u) + 2 * c
-                    at = int32(min(int32(column + (c >> 1) * BLOCK_COLS), last) + (c & 1) * 8)
-                    w_r[n], w_r[n + 1] = load(words, words_rd[u] + at)
-            column += SPAN
-        for n in range(ACC_REGS):
-            acc_r[n] = int32(0)
-        scale0 = scale1 = scale2 = ZERO
-        if not ACC:
-            scale0 = scales[0]
-            scale1 = scales[1] if bound1 < rows or GATED else ZERO
-            scale2 = scales[2] if bound2 < rows else ZERO
+        # 1. The first turns' weights, while the launches before this one still run.
         if tid == 0:
             for n in range(STAGES):
-                arrival_init(arrival_s, n)
+                arrival_init(arrival + 8 * n)
+            for t in range(STAGES):
+                if t < turns:
+                    arrival_expect(arrival + 8 * t, STAGE)
+                    for part in range(WK):
+                        to = base + (t * STAGE + part * WORDS)
+                        copy_words(words, shared, to, arrival + 8 * t, t * WK + part, unit0, second)
+        for n in range(ACC_REGS):
+            acc_r[n] = int32(0)
         release()
         wait()
 
         # 2. The first turns' activations.
-        cuda.syncthreads()
         if tid == 0:
-            for t in range(STAGES - 1):
+            for t in range(STAGES):
                 if t < turns:
-                    arrival_expect(arrival_s, t, 4 * STAGE)
-                    for k in range(2):
-                        to = t * STAGE + k * (T * PANEL_INTS)
-                        copy_panel(panels, 0, shared, to, arrival_s, t, t * SPAN + k * PANEL_COLUMNS, first)
+                    for part in range(WK):
+                        to = base + (t * STAGE + part * PANEL)
+                        copy_tile(panels, 0, shared, to, arrival + 8 * t, (t * WK + part) * PANEL_INTS, first)
         for n in range(SCALE_TURNS):
             token = int32(tid + n * THREADS)
             if token < T and first + token < limit:
-                s_s[token] = s[first + token]
+                inverse_s[token] = reciprocal(s[first + token])
                 total_s[token] = total[first + token]
+        cuda.syncthreads()
 
-        # 3. Products.
-        slot_rd, slot_wr, parity = int32(0), int32(STAGES - 1), int32(0)
+        # 3. Products. While one part is multiplied, the next part's words are fetched.
+        own_panel = int32(base + k * PANEL)
+        own_words = int32(base + (WORDS_AT * 4 + k * WORDS) + ((w * SPAN + (g >> 2) * 16 + (g & 3) * 2) << 2))
+        shift = int32(CODE_BITS * i)
+        slot, stage, parity = int32(0), int32(0), int32(0)
+        arrival_wait(arrival, 0)
+        load_words(w_r, shared, own_words)
         turn = int32(0)
         while turn < turns:
-            for j in range(HELD):
-                if turn + j < turns:
-                    cuda.syncthreads()  # the last turn's activations have been multiplied
-                    ahead = int32(turn + j + STAGES - 1)
-                    if tid == 0 and ahead < turns:
-                        arrival_expect(arrival_s, slot_wr, 4 * STAGE)
-                        for k in range(2):
-                            to = slot_wr * STAGE + k * (T * PANEL_INTS)
-                            at = ahead * SPAN + k * PANEL_COLUMNS
-                            copy_panel(panels, 0, shared, to, arrival_s, slot_wr, at, first)
-                    for u in range(U):
-                        for n in range(CODES):
-                            a_r[CODES * u + n] = (w_r[CODES * (j * U + u) + n] >> (CODE_BITS * i)) & MASK
-                    arrival_wait(arrival_s, slot_rd, parity)
-                    multiply(acc_r, a_r, shared, slot_rd * STAGE)
-                    slot_wr = slot_rd
-                    slot_rd += 1
-                    if slot_rd == STAGES:
-                        slot_rd, parity = int32(0), int32(1 - parity)
-                    if turn + j + HELD < turns:
-                        for u in range(U):
-                            for c in range(PIECES):
-                                n = CODES * (j * U + u) + 2 * c
-                                at = int32(min(int32(column + (c >> 1) * BLOCK_COLS), last) + (c & 1) * 8)
-                                w_r[n], w_r[n + 1] = load(words, words_rd[u] + at)
-                        column += SPAN
-            turn += HELD
+            for n in range(CODES):
+                a_r[n] = shifted_codes(w_r[n], shift)
+            start(acc_r, a_r, shared, int32(own_panel + stage))
+            done, done_stage = slot, stage
+            slot, stage, turn = int32(slot + 1), int32(stage + STAGE), int32(turn + 1)
+            if slot == STAGES:
+                slot, stage, parity = int32(0), int32(0), int32(1 - parity)
+            if turn < turns:
+                arrival_wait(int32(arrival + 8 * slot), parity)
+                load_words(w_r, shared, int32(own_words + stage))
+            finished(acc_r)
+            cuda.syncthreads()  # the stage has been multiplied by all
+            ahead = int32(turn + (STAGES - 1))
+            if tid == 0 and ahead < turns:
+                arrived = int32(arrival + 8 * done)
+                arrival_expect(arrived, STAGE)
+                for part in range(WK):
+                    to = int32(base + done_stage)
+                    column = int32((ahead * WK + part) * PANEL_INTS)
+                    copy_tile(panels, 0, shared, to + part * PANEL, arrived, column, first)
+                    copy_words(words, shared, to + part * WORDS, arrived, ahead * WK + part, unit0, second)
 
-        # 4. Output, each warp its own. A fragment's 4 x 32 sums keep their order on the way through shared memory.
-        row_sums = int32(warp * PASS)
-        lane_row = int32((g >> 2) * 8 + (g & 3) * 2)
-        for pass_ in range(PASSES):
-            t0 = pass_ * N_PASS
-            cuda.syncthreads()
-            for n in range(N_PASS * U):
-                at = int32(row_sums + n * FRAGMENT + lane * 4)
-                c = 4 * (n % U * NT + t0 + n // U)
-                store4(shared, at, acc_r[c], acc_r[c + 1], acc_r[c + 2], acc_r[c + 3])
-            fragment = int32(0)
+        # 4. Output. Sums c0 .. c3 of a lane: rows r, r, r + 1, r + 1 of tokens 2 i, 2 i + 1, 2 i, 2 i + 1.
+        sums = (base - unaligned) >> 2
+        to = sums + k * SUMS + 2 * i * WIDTH + w * BLOCK_ROWS + (g >> 2) * 8 + (g & 3) * 2
+        for t in range(T // TOKENS):
+            store2(shared, to + t * (TOKENS * WIDTH), acc_r[4 * t], acc_r[4 * t + 2])
+            store2(shared, to + (t * TOKENS + 1) * WIDTH, acc_r[4 * t + 1], acc_r[4 * t + 3])
+        cuda.syncthreads()
+        own = int32(tid % ROWS)
+        own_sums = int32(sums + own)
+        row = int32(unit0 * BLOCK_ROWS + own)
+        if row >= rows:
+            return
+        scale = scale1 = ZERO
+        if not ACC:
+            segment = int32(0) if row < bound1 else (int32(1) if row < bound2 else int32(2))
+            scale = scales[segment]
+            if GATED:
+                scale1 = scales[1]
+        token = int32(tid // ROWS)
+        while token < T and first + token < limit:
             if RESIDUAL:
-                for k in range(4):  # beyond the last row or token: of that one, and not used
-                    m = min(int32(first + (t0 + fragment // UNITS) * TOKENS + 2 * i + k % 2), int32(limit - 1))
-                    r = min(int32((unit0 + fragment % UNITS) * BLOCK_ROWS + lane_row + k // 2), int32(rows - 1))
-                    old_r[k] = out[m * rows + r]
-            cuda.syncthreads()
-            while fragment < N_PASS * UNITS:
-                unit, t = int32(fragment % UNITS), int32(fragment // UNITS)
-                row = int32((unit0 + unit) * BLOCK_ROWS + lane_row)
-                token = int32((t0 + t) * TOKENS + 2 * i)
-                at = int32(row_sums + (t * U + unit * HALVES) * FRAGMENT + lane * 4)
-                fragment += 1
-                old0, old1, old2, old3 = old_r[0], old_r[1], old_r[2], old_r[3]
-                if RESIDUAL:  # the next fragment's
-                    for k in range(4):
-                        m = min(int32(first + (t0 + fragment // UNITS) * TOKENS + 2 * i + k % 2), int32(limit - 1))
-                        r = min(int32((unit0 + fragment % UNITS) * BLOCK_ROWS + lane_row + k // 2), int32(rows - 1))
-                        old_r[k] = out[m * rows + r]
-                c0, c1, c2, c3 = load4(shared, at)
-                e0 = e1 = e2 = e3 = int32(0)
-                if GATED:
-                    e0, e1, e2, e3 = load4(shared, at + FRAGMENT)
-                for k in range(4):
-                    m, r = int32(token + k % 2), int32(row + k // 2)
-                    if first + m < limit and r < rows:
-                        c = c0 if k == 0 else (c1 if k == 1 else (c2 if k == 2 else c3))
-                        e = e0 if k == 0 else (e1 if k == 1 else (e2 if k == 2 else e3))
-                        old = old0 if k == 0 else (old1 if k == 1 else (old2 if k == 2 else old3))
-                        scale = scale0 if r < bound1 else (scale1 if r < bound2 else scale2)
-                        y = finish(c, e, total_s[m], scale, scale1, s_s[m], bias, r, rows, old)
-                        out[int32(first + m) * rows + r] = y
+                for n in range(EACH):  # beyond the last token: of that one, and not used
+                    old_r[n] = out[min(int32(first + token + n * STEP), int32(limit - 1)) * rows + row]
+            for n in range(EACH):
+                m = int32(token + n * STEP)
+                if first + m < limit:
+                    c, e = shared[own_sums + m * WIDTH], int32(0)
+                    if GATED:
+                        e = shared[own_sums + (m * WIDTH + ROWS)]
+                    for part in range(1, WK):
+                        c += shared[own_sums + (part * SUMS + m * WIDTH)]
+                        if GATED:
+                            e += shared[own_sums + (part * SUMS + m * WIDTH + ROWS)]
+                    old = old_r[n] if RESIDUAL else ZERO
+                    y = finish(int32(c), int32(e), total_s[m], scale, scale1, inverse_s[m], bias, row, rows, old)
+                    out[int32(first + m) * rows + row] = y
+            token += STEP * EACH
 
     return warpgroup
 
 
 @cache
-def tensor_map(q: int, M: int, KP: int, tokens: int) -> DeviceArray:
-    """What `copy_panel` wants to know of the q at an address, int8 [M, KP]: a CUtensorMap in device memory, for panels
-    of `tokens`. It is kept, 128 bytes, since captured launches go on using it."""
+def tensor_map(address: int, rows: int, row_ints: int, box_rows: int, box_ints: int) -> DeviceArray:
+    """What `copy_tile` wants to know of a matrix at an address, int32 [rows, row_ints], and of the boxes to copy: a
+    CUtensorMap in device memory. Boxes of PANEL_INTS a row come swizzled. It is kept, 128 bytes, since captured
+    launches go on using it."""
     from cuda.bindings import driver
 
     def member(kind: str, name: str) -> object:
@@ -236,15 +260,15 @@ def tensor_map(q: int, M: int, KP: int, tokens: int) -> DeviceArray:
 
     encoded = driver_call(
         "cuTensorMapEncodeTiled",
-        member("DataType", "DATA_TYPE_UINT8"),
+        member("DataType", "DATA_TYPE_INT32"),
         2,
-        q,
-        numbers("cuuint64_t", KP, M),
-        numbers("cuuint64_t", KP),
-        numbers("cuuint32_t", PANEL_COLUMNS, tokens),
+        address,
+        numbers("cuuint64_t", row_ints, rows),
+        numbers("cuuint64_t", 4 * row_ints),
+        numbers("cuuint32_t", box_ints, box_rows),
         numbers("cuuint32_t", 1, 1),
         member("Interleave", "INTERLEAVE_NONE"),
-        member("Swizzle", "SWIZZLE_64B"),
+        member("Swizzle", "SWIZZLE_128B" if box_ints == PANEL_INTS else "SWIZZLE_NONE"),
         member("L2promotion", "L2_PROMOTION_L2_256B"),
         member("FloatOOBfill", "FLOAT_OOB_FILL_NONE"),
     )

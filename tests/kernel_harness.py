@@ -131,7 +131,7 @@ def _simulate(form: Any, grid: int | tuple[int, int], arguments: Sequence[Any]) 
 
     simulator.install()
     flat = [a.array if isinstance(a, Out) else a.reshape(-1) if isinstance(a, np.ndarray) else a for a in arguments]
-    cuda.jit(form.kernel)[grid, form.threads](*flat)
+    cuda.jit(form.kernel)[grid, form.threads, 0, form.shared](*flat)
 
 
 def _launch(form: Any, grid: int | tuple[int, int], arguments: Sequence[Any]) -> None:

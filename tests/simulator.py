@@ -163,7 +163,9 @@ def _local_array(self: Any, shape: Any, dtype: Any, alignment: Any = None) -> np
 
 
 def _shared_array(self: Any, shape: Any, dtype: Any, alignment: Any = None) -> np.ndarray:
-    """One array for each place in the source and each block."""
+    """One array for each place in the source and each block; of size 0, all the dynamic shared memory."""
+    if shape == 0:
+        shape = self._dynshared_size // np.dtype(as_dtype(dtype) if isinstance(dtype, types.Type) else dtype).itemsize
     caller = sys._getframe(1)
     place = (caller.f_code, caller.f_lineno)
     shared = threading.current_thread().block.shared

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bitnet_numba.kernels.tensor_cores import SimulatedPanels
-from bitnet_numba.kernels.w2a8_matmul import LEAST_ARCH, form, launch_sizes, plan, w2a8_matmul
+from bitnet_numba.kernels.tensor_cores import SimulatedMap
+from bitnet_numba.kernels.w2a8_matmul import LEAST_ARCH, form, launch_sizes, map_sizes, plan, w2a8_matmul
 from bitnet_numba.kernels.w2a8_tensor import Tile
 from bitnet_numba.kernels.w2a8_warpgroup import tensor_map
 from bitnet_numba.packing import pack_ternary
@@ -61,10 +61,12 @@ def check_matmul(
     total = q.sum(axis=1, dtype=np.int32)
     grid, sizes = launch_sizes(tile, M, N, K, bounds, gated)
     assert sizes[-2:] == bounds
-    activations = q.view(np.int32)
+    words: Any = pack_ternary(w)
+    activations: Any = q.view(np.int32)
     if tile.scheme == "wgmma":
-        activations, on_device = _panels(q, tile.tokens)
-    arguments = [pack_ternary(w), activations, s, total, np.array([count], np.int32), scales, b, out, *sizes]
+        of_words, of_q = map_sizes(tile, M, N, K, gated)
+        (words, _on_device), (activations, _too) = _mapped(words, of_words), _mapped(activations, of_q)
+    arguments = [words, activations, s, total, np.array([count], np.int32), scales, b, out, *sizes]
     run(kernel, grid, arguments)
     result = out.array.reshape(M, rows)
     wanted = acc if acc_only else expected
@@ -73,14 +75,15 @@ def check_matmul(
     assert result[beyond:].tobytes() == before[beyond:].tobytes(), f"{kernel.name}: wrote tokens that are not there"
 
 
-def _panels(q: np.ndarray, tokens: int) -> tuple[Any, Any]:
-    """What tells the copy engine about q, and what must live as long."""
+def _mapped(array: np.ndarray, sizes: tuple[int, ...]) -> tuple[Any, Any]:
+    """What tells the copy engine about a matrix, and what must live as long."""
+    rows, ints, *box = sizes
     if SIMULATED:
-        return SimulatedPanels(q, tokens), q
+        return SimulatedMap(array.reshape(rows, ints), *box), array
     from bitnet_numba.kernels.device import DeviceArray
 
-    on_device = DeviceArray.of(q)
-    return tensor_map(on_device.address, *q.shape, tokens), on_device
+    on_device = DeviceArray.of(array)
+    return tensor_map(on_device.address, *sizes), on_device
 
 
 KINDS = st.sampled_from(
@@ -88,8 +91,9 @@ KINDS = st.sampled_from(
 )
 
 
-GROUP = Tile(16, 1, 4, 1, 1, 2, scheme="wgmma")
-PAIRS = Tile(16, 2, 4, 1, 2, 3, scheme="wgmma")
+GROUP = Tile(16, 1, 4, 1, 0, 2, scheme="wgmma")
+PAIRS = Tile(16, 1, 8, 1, 0, 3, scheme="wgmma")
+SPLIT = Tile(24, 1, 4, 2, 0, 3, scheme="wgmma")
 DP4A = Tile(8, 1, 1, 2, 0, 0, scheme="dp4a")
 
 
@@ -99,7 +103,8 @@ DP4A = Tile(8, 1, 1, 2, 0, 0, scheme="dp4a")
 @example(M=9, N=70, K=200, kind=("residual", "relu2"), bias=True, tile=Tile(16, 1, 2, 1, 3, 0), short=3, seed=2)
 @example(M=5, N=64, K=160, kind=("gated", "silu"), bias=True, tile=Tile(8, 2, 1, 2, 1, 3), short=0, seed=3)
 @example(M=35, N=70, K=160, kind=("residual", "relu2"), bias=True, tile=GROUP, short=1, seed=5)
-@example(M=20, N=64, K=290, kind=("gated", "relu2"), bias=False, tile=PAIRS, short=3, seed=6)
+@example(M=20, N=96, K=290, kind=("gated", "relu2"), bias=False, tile=PAIRS, short=3, seed=6)
+@example(M=30, N=70, K=330, kind=("residual", "relu2"), bias=True, tile=SPLIT, short=2, seed=7)
 @given(
     M=st.integers(1, 20),
     N=st.integers(1, 70),
@@ -126,6 +131,8 @@ def simulate_matmul(
 ) -> None:
     if kind[0] == "gated":
         N = -(-N // 32) * 32
+    if tile.scheme == "wgmma" and kind[0] == "gated":
+        tile = PAIRS
     if tile.scheme == "dp4a":
         tile = tile._replace(blocks=2 if kind[0] == "gated" else 1)
     check_matmul(M, N, K, tile, *kind, bias, seed, max(1, M - short))
