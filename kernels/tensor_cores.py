@@ -358,7 +358,7 @@ else:
         _copy_tile(source, z, at, arrival, column, row)
 
 
-def _warpgroup_mma_stand_in(tokens: int) -> tuple[Callable, Callable]:
+def _warpgroup_mma_stand_in(tokens: int) -> tuple[Callable, Callable, Callable]:
     def start(sums: Any, codes: Any, shared: Any, at: Any) -> None:
         thread: Any = threading.current_thread()
         g, c = divmod(thread.thread_id % WARP, 4)
@@ -377,13 +377,16 @@ def _warpgroup_mma_stand_in(tokens: int) -> tuple[Callable, Callable]:
                     n = 4 * t + 2 * r + odd
                     sums[n] = int32(int(sums[n]) + int((row * b[8 * t + 2 * c + odd]).sum()))
 
-    def wait(sums: Any) -> None:
+    def all_but_one() -> None:
         pass
 
-    return start, wait
+    def finished(sums: Any) -> None:
+        pass
+
+    return start, all_but_one, finished
 
 
-def _array_asm(name: str, ptx: str, results: int, read: int, place: bool) -> Callable:
+def _array_asm(ptx: str, results: int, read: int, place: bool) -> Callable:
     """An intrinsic over local arrays: the first `results` elements of the first are changed, the first `read` of the
     second and a place in shared memory are read. Operands of `ptx` in the order results, read, place, then the results'
     old values, which are tied to them."""
@@ -423,7 +426,11 @@ def _array_asm(name: str, ptx: str, results: int, read: int, place: bool) -> Cal
     return wait
 
 
-def _warpgroup_mma_intrinsics(tokens: int) -> tuple[Callable, Callable]:
+@instruction("wgmma.wait_group.sync.aligned 1;", "", "", effects=True)
+def _all_but_one() -> None: ...
+
+
+def _warpgroup_mma_intrinsics(tokens: int) -> tuple[Callable, Callable, Callable]:
     count = tokens // 2
     # The operand's descriptor: place / 16; distance of 8 tokens / 16; code of the 128-byte swizzle.
     lines = [
@@ -440,15 +447,17 @@ def _warpgroup_mma_intrinsics(tokens: int) -> tuple[Callable, Callable]:
         shape = f"m64n{tokens}k32.s32.u8.s8"
         lines.append(f"wgmma.mma_async.sync.aligned.{shape} {{{into}}}, {{{left}}}, b{step}, yes;")
     lines.append("wgmma.commit_group.sync.aligned; }")
-    start = _array_asm("start", " ".join(lines), count, 16, True)
-    return start, _array_asm("wait", "wgmma.wait_group.sync.aligned 0;", count, 0, False)
+    start = _array_asm(" ".join(lines), count, 16, True)
+    return start, _all_but_one, _array_asm("wgmma.wait_group.sync.aligned 0;", count, 0, False)
 
 
 @cache
-def warpgroup_mma(tokens: int) -> tuple[Callable, Callable]:
-    """`start(sums, codes, shared, at)` and `wait(sums)`: C [16 rows, tokens] += A [16, 128] . B [128, tokens] for each
-    of the four warps of a warpgroup, uint8 . int8, int32 sums. Between them neither sums nor codes nor B may be
-    touched. sm_90a; all four warps together.
+def warpgroup_mma(tokens: int) -> tuple[Callable, Callable, Callable]:
+    """`start(sums, codes, shared, at)`, `all_but_one()` and `finished(sums)`: C [16 rows, tokens] += A [16, 128] .
+    B [128, tokens] for each of the four warps of a warpgroup, uint8 . int8, int32 sums. sm_90a; all four together.
+
+    A product runs on while others start; its codes and B must stay until a wait for all but the latest, or for all. The
+    sums are there when all have finished, and may not be touched before.
 
     sums, codes: local arrays. As of `mma_codes`, codes[4 s ..] are a0, a1, a2, a3 of columns 32 s .., sums[4 t ..] are
     c0 .. c3 of tokens 8 t ... B: a panel at a place in shared memory.

@@ -98,11 +98,11 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
     STEP = THREADS // ROWS  # tokens that are written side by side
     EACH = min(BATCH, T // STEP)
     SCALE_TURNS = -(-T // THREADS)
-    ZERO = float32(0)
+    Y, ZERO = int32 if ACC else float32, float32(0)
     whole = not T % TOKENS and T <= MOST_TOKENS and not WR % (4 * HALVES) and not T % (STEP * EACH)
     if U != 1 or HELD or STAGES < 2 or not whole or shared_bytes(tile) > SHARED_BYTES:
         raise ValueError(f"no product of warpgroups is made of {tile}")
-    start, finished = warpgroup_mma(T)
+    start, all_but_one, finished = warpgroup_mma(T)
 
     @device_function
     def copy_words(words, shared, at, arrival, part, unit0, second):
@@ -111,22 +111,54 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
             copy_tile(words, 0, shared, to, arrival, part * SPAN, unit0 + half * second)
 
     @device_function
-    def load_words(w_r, shared, at):
-        v = part_words(shared, at)
-        w_r[0], w_r[1], w_r[2], w_r[3], w_r[4], w_r[5], w_r[6], w_r[7] = v[:8]
-        w_r[8], w_r[9], w_r[10], w_r[11], w_r[12], w_r[13], w_r[14], w_r[15] = v[8:]
+    def load_codes(code_r, shared, at, shift):
+        word = part_words(shared, at)
+        code_r[0], code_r[1] = shifted_codes(word[0], shift), shifted_codes(word[1], shift)
+        code_r[2], code_r[3] = shifted_codes(word[2], shift), shifted_codes(word[3], shift)
+        code_r[4], code_r[5] = shifted_codes(word[4], shift), shifted_codes(word[5], shift)
+        code_r[6], code_r[7] = shifted_codes(word[6], shift), shifted_codes(word[7], shift)
+        code_r[8], code_r[9] = shifted_codes(word[8], shift), shifted_codes(word[9], shift)
+        code_r[10], code_r[11] = shifted_codes(word[10], shift), shifted_codes(word[11], shift)
+        code_r[12], code_r[13] = shifted_codes(word[12], shift), shifted_codes(word[13], shift)
+        code_r[14], code_r[15] = shifted_codes(word[14], shift), shifted_codes(word[15], shift)
+
+    @device_function
+    def advance(
+        code_r, acc_r, words, panels, shared, base, arrival, own_panel, own_words, shift, slot, stage, parity,
+        turn, turns, tid, first, unit0, second
+    ):  # fmt: skip
+        """A turn but the first: starts its products, and gives the stage before it to the turn that takes it next."""
+        before, stage_before = slot, stage
+        slot, stage = int32(slot + 1), int32(stage + STAGE)
+        if slot == STAGES:
+            slot, stage, parity = int32(0), int32(0), int32(1 - parity)
+        arrival_wait(int32(arrival + 8 * slot), parity)
+        load_codes(code_r, shared, int32(own_words + stage), shift)
+        start(acc_r, code_r, shared, int32(own_panel + stage))
+        all_but_one()
+        cuda.syncthreads()  # the turn before has been multiplied by all
+        ahead = int32(turn + (STAGES - 1))
+        if tid == 0 and ahead < turns:
+            arrived, to = int32(arrival + 8 * before), int32(base + stage_before)
+            arrival_expect(arrived, STAGE)
+            for part in range(WK):
+                column = int32((ahead * WK + part) * PANEL_INTS)
+                copy_tile(panels, 0, shared, to + part * PANEL, arrived, column, first)
+                copy_words(words, shared, to + part * WORDS, arrived, ahead * WK + part, unit0, second)
+        return slot, stage, parity
 
     def warpgroup(
-        words, panels, s, total, count, scales, bias, out, M, rows, KP, turns, blocks, second, bound1, bound2
+        words, panels, s, q_total, count, scales, bias, out, M, rows, KP, turns, blocks, second, bound1, bound2
     ):  # fmt: skip
         shared = pointer(cuda.shared.array(0, int32))
         arrival_s = pointer(cuda.shared.array(STAGES, int64))
         inverse_s = pointer(cuda.shared.array(T, float64))
         total_s = pointer(cuda.shared.array(T, int32))
-        w_r = cuda.local.array(CODES, int32)
         a_r = cuda.local.array(CODES, int32)
+        b_r = cuda.local.array(CODES, int32)
         acc_r = cuda.local.array(ACC_REGS, int32)
         old_r = cuda.local.array(EACH, float32)
+        y_r = cuda.local.array(EACH, Y)
 
         tid = int32(cuda.threadIdx.x)
         warp, lane = tid >> 5, tid & 31
@@ -170,39 +202,35 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
             token = int32(tid + n * THREADS)
             if token < T and first + token < limit:
                 inverse_s[token] = reciprocal(s[first + token])
-                total_s[token] = total[first + token]
+                total_s[token] = q_total[first + token]
         cuda.syncthreads()
 
-        # 3. Products. While one part is multiplied, the next part's words are fetched.
+        # 3. Products. While those of one turn run, the next turn's words are decoded; the unit always has work.
         own_panel = int32(base + k * PANEL)
         own_words = int32(base + (WORDS_AT * 4 + k * WORDS) + ((w * SPAN + (g >> 2) * 16 + (g & 3) * 2) << 2))
         shift = int32(CODE_BITS * i)
         slot, stage, parity = int32(0), int32(0), int32(0)
         arrival_wait(arrival, 0)
-        load_words(w_r, shared, own_words)
-        turn = int32(0)
-        while turn < turns:
-            for n in range(CODES):
-                a_r[n] = shifted_codes(w_r[n], shift)
-            start(acc_r, a_r, shared, int32(own_panel + stage))
-            done, done_stage = slot, stage
-            slot, stage, turn = int32(slot + 1), int32(stage + STAGE), int32(turn + 1)
-            if slot == STAGES:
-                slot, stage, parity = int32(0), int32(0), int32(1 - parity)
-            if turn < turns:
-                arrival_wait(int32(arrival + 8 * slot), parity)
-                load_words(w_r, shared, int32(own_words + stage))
-            finished(acc_r)
-            cuda.syncthreads()  # the stage has been multiplied by all
-            ahead = int32(turn + (STAGES - 1))
-            if tid == 0 and ahead < turns:
-                arrived = int32(arrival + 8 * done)
-                arrival_expect(arrived, STAGE)
-                for part in range(WK):
-                    to = int32(base + done_stage)
-                    column = int32((ahead * WK + part) * PANEL_INTS)
-                    copy_tile(panels, 0, shared, to + part * PANEL, arrived, column, first)
-                    copy_words(words, shared, to + part * WORDS, arrived, ahead * WK + part, unit0, second)
+        load_codes(a_r, shared, own_words, shift)
+        start(acc_r, a_r, shared, own_panel)
+        turn = int32(1)
+        while turn + 1 < turns:
+            slot, stage, parity = advance(
+                b_r, acc_r, words, panels, shared, base, arrival, own_panel, own_words, shift, slot, stage, parity,
+                turn, turns, tid, first, unit0, second,
+            )  # fmt: skip
+            slot, stage, parity = advance(
+                a_r, acc_r, words, panels, shared, base, arrival, own_panel, own_words, shift, slot, stage, parity,
+                int32(turn + 1), turns, tid, first, unit0, second,
+            )  # fmt: skip
+            turn = int32(turn + 2)
+        if turn < turns:
+            advance(
+                b_r, acc_r, words, panels, shared, base, arrival, own_panel, own_words, shift, slot, stage, parity,
+                turn, turns, tid, first, unit0, second,
+            )  # fmt: skip
+        finished(acc_r)
+        cuda.syncthreads()
 
         # 4. Output. Sums c0 .. c3 of a lane: rows r, r, r + 1, r + 1 of tokens 2 i, 2 i + 1, 2 i, 2 i + 1.
         sums = (base - unaligned) >> 2
@@ -212,7 +240,6 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
             store2(shared, to + (t * TOKENS + 1) * WIDTH, acc_r[4 * t + 1], acc_r[4 * t + 3])
         cuda.syncthreads()
         own = int32(tid % ROWS)
-        own_sums = int32(sums + own)
         row = int32(unit0 * BLOCK_ROWS + own)
         if row >= rows:
             return
@@ -222,25 +249,30 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
             scale = scales[segment]
             if GATED:
                 scale1 = scales[1]
+        # Eight at a time, without branches up to the stores, so that they wait for each other's latencies together.
         token = int32(tid // ROWS)
+        rd, wr = int32(sums + own + token * WIDTH), int32((first + token) * rows + row)
+        jump, last = int32(STEP * rows), int32((limit - 1) * rows + row)
         while token < T and first + token < limit:
             if RESIDUAL:
                 for n in range(EACH):  # beyond the last token: of that one, and not used
-                    old_r[n] = out[min(int32(first + token + n * STEP), int32(limit - 1)) * rows + row]
+                    old_r[n] = out[min(int32(wr + n * jump), last)]
             for n in range(EACH):
-                m = int32(token + n * STEP)
-                if first + m < limit:
-                    c, e = shared[own_sums + m * WIDTH], int32(0)
+                c, e = shared[rd + n * STEP * WIDTH], int32(0)
+                if GATED:
+                    e = shared[rd + (n * STEP * WIDTH + ROWS)]
+                for part in range(1, WK):
+                    c += shared[rd + (n * STEP * WIDTH + part * SUMS)]
                     if GATED:
-                        e = shared[own_sums + (m * WIDTH + ROWS)]
-                    for part in range(1, WK):
-                        c += shared[own_sums + (part * SUMS + m * WIDTH)]
-                        if GATED:
-                            e += shared[own_sums + (part * SUMS + m * WIDTH + ROWS)]
-                    old = old_r[n] if RESIDUAL else ZERO
-                    y = finish(int32(c), int32(e), total_s[m], scale, scale1, inverse_s[m], bias, row, rows, old)
-                    out[int32(first + m) * rows + row] = y
-            token += STEP * EACH
+                        e += shared[rd + (n * STEP * WIDTH + part * SUMS + ROWS)]
+                total, inverse = total_s[token + n * STEP], inverse_s[token + n * STEP]
+                old = old_r[n] if RESIDUAL else ZERO
+                y_r[n] = finish(int32(c), int32(e), total, scale, scale1, inverse, bias, row, rows, old)
+            for n in range(EACH):
+                if wr <= last:
+                    out[wr] = y_r[n]
+                wr = int32(wr + jump)
+            token, rd = int32(token + STEP * EACH), int32(rd + STEP * EACH * WIDTH)
 
     return warpgroup
 
