@@ -16,7 +16,7 @@ once. What is read is the cache: 84 MB a layer for 128 rows of 256 tokens of 2B4
         columns 0 .. 3. So the sums take 32 registers, half of what p as the left operand takes, and loads of the next
         keys and values have 64.
 
-Results do not depend on the batch, to the bit: a row of n tokens has splits of max(256, n / 32 rounded up to 64)
+Results do not depend on the batch, to the bit: a row of n tokens has splits of max(512, n / 32 rounded up to 64)
 tokens, a split 16 strands, each with its own running maximum and sums, and these are added up in their order, whichever
 warp had them. So the number of warps a block is free: many for few rows (each has one group of a short context: all
 loads are under way at once), two for many rows (five blocks share a multiprocessor; loads of one hide behind the
@@ -30,7 +30,7 @@ wait for the end of what was enqueued before; and that no launch of the pass wri
 
 Measured (H200, 2B4T, us a launch in a graph of such launches, cold cache of pages in random order):
     rows x tokens     1x256  8x256  32x256  64x256  128x256  256x256  1x4096  8x4096  32x1024
-    us                 4.0    4.2     9.5    13.7     25.0     48.6     7.8    28.7     27.0
+    us                 4.0    4.2     9.5    13.7     25.0     48.6     7.8    28.7     27.0      (splits of 256)
 128x256 is 3.4 TB/s. Few rows: a chain of latencies (where, table, cache, products, strands), 3.4 us for 64 tokens. With
 everything read after `grid_wait`: 6.2, 6.7, 11.1, 16.3, 27.1, 50.4, 10.5, 30.3, 29.2. Tried as well: prefetches into
 L2 one group further ahead (28.7 for 128x256, 31.3 for 32x1024), and of the second group before `grid_wait` (27.9);

@@ -1,6 +1,5 @@
 """The CUDA backend behind the engine's interface (see `bitnet_numba.backend`): weights, contexts, captured steps."""
 
-import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -10,19 +9,12 @@ from bitnet_numba.checkpoint import PackedCheckpoint
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels import sampler
 from bitnet_numba.kernels.attention import LONG_CONTEXT
-from bitnet_numba.kernels.batch import MOST_SEQUENCES, CudaBatch, batch_forms, fixed_bytes
-from bitnet_numba.kernels.decode import Activations, Step, kernel_forms
-from bitnet_numba.kernels.device import (
-    Device,
-    Graph,
-    PinnedArray,
-    Stream,
-    Uploads,
-    load_kernels,
-    usable_device,
-)
+from bitnet_numba.kernels.batch import MOST_SEQUENCES, CudaBatch, fixed_bytes
+from bitnet_numba.kernels.decode import Activations, Step
+from bitnet_numba.kernels.device import Graph, PinnedArray, Stream, Uploads, usable_device
+from bitnet_numba.kernels.first_start import load_forms
 from bitnet_numba.kernels.kv_cache import PAGE
-from bitnet_numba.kernels.rows import MOST_ROWS, Model, Prompts, RowActivations, RowHead, prompt_forms
+from bitnet_numba.kernels.rows import MOST_ROWS, Model, Prompts, RowActivations, RowHead
 from bitnet_numba.kernels.sequences import Sequences, page_bytes, pages_of
 from bitnet_numba.kernels.weights import Weights, why_unsupported
 from bitnet_numba.sampling import SamplingParams
@@ -57,8 +49,7 @@ class CudaBackend:
         self.device.activate()
         self.config = checkpoint.config
         int8_rows = checkpoint.head == "int8"
-        forms = kernel_forms(self.config, int8_rows, self.device) + prompt_forms(self.config, int8_rows, self.device)
-        load_kernels(forms, self.device, _progress)
+        load_forms(self.config, int8_rows, self.device)
         self.stream = Stream()
         self.flow = Activations(self.config, self.device)
         rows = RowActivations(self.config, self.device, MOST_ROWS)
@@ -97,7 +88,7 @@ class CudaBackend:
                 f"{max(0, free) / 1e9:.2f} GB are free: {fit * PAGE} tokens would fit"
             )
         int8_rows = self.weights["embed.weight"].dtype == np.int8
-        load_kernels(batch_forms(self.config, int8_rows, self.device, max_sequences), self.device, _progress)
+        load_forms(self.config, int8_rows, self.device, max_sequences)
         self._kv_cache += pages * page_bytes(self.config)
         return CudaBatch(self.model, max_sequences, capacity, pages, self.release)
 
@@ -225,8 +216,3 @@ class CudaContext:
         if token >> 31:
             raise ValueError("logits hold NaN")
         return token
-
-
-def _progress(done: int, total: int, device: Device) -> None:
-    end = "\n" if done == total else ""
-    print(f"\rCompiling kernels for {device.name}, once: {done} of {total}", end=end, file=sys.stderr, flush=True)

@@ -9,8 +9,8 @@ from bitnet_numba.backend import NO_TOKEN
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels import attention_batch, attention_rows, embed, head_many, sampler
 from bitnet_numba.kernels.decode import head_launch
-from bitnet_numba.kernels.device import Device, DeviceArray, Event, Graph, Launch, PinnedArray
-from bitnet_numba.kernels.forms import KernelForm
+from bitnet_numba.kernels.device import DeviceArray, Event, Graph, Launch, PinnedArray
+from bitnet_numba.kernels.forms import KernelForm, Target
 from bitnet_numba.kernels.kv_cache import PAGE
 from bitnet_numba.kernels.rows import Model, Pass, Prompts, RowHead, product_forms
 from bitnet_numba.kernels.sampler_many import sampler_many, sampler_many_form
@@ -167,7 +167,7 @@ def fixed_bytes(config: ModelConfig, max_sequences: int, capacity: int) -> int:
     return 4 * (partials + stats + rows * (config.vocab_size + 2 * config.hidden_size + capacity))
 
 
-def batch_forms(config: ModelConfig, int8_rows: bool, device: Device, max_sequences: int) -> list[KernelForm]:
+def batch_forms(config: ModelConfig, int8_rows: bool, device: Target, max_sequences: int) -> list[KernelForm]:
     """Every form that a batch takes beside those of prompts."""
     arch, head_dim, group = device.arch, config.head_dim, config.num_heads // config.num_kv_heads
     sizes = [1 << i for i in range(ladder(max_sequences).bit_length())]

@@ -23,7 +23,7 @@ from bitnet_numba.config import GROUPS, ModelConfig
 from bitnet_numba.kernels import attention, embed, head, sampler, w2a8_gemv
 from bitnet_numba.kernels.attention import attention_grid, attention_scratch
 from bitnet_numba.kernels.device import Device, DeviceArray, Launch, PinnedArray
-from bitnet_numba.kernels.forms import KernelForm
+from bitnet_numba.kernels.forms import KernelForm, Target
 from bitnet_numba.kernels.intrinsics import grid_wait, int32
 from bitnet_numba.kernels.sequences import Sequences
 from bitnet_numba.kernels.weights import Weights, head_name
@@ -118,10 +118,10 @@ class Products:
         return Launch(self.forms[group], self.plans[group].grid, arguments, self.device)
 
 
-def kernel_forms(config: ModelConfig, int8_rows: bool, device: Device) -> list[KernelForm]:
+def kernel_forms(config: ModelConfig, int8_rows: bool, device: Target) -> list[KernelForm]:
     """Every form that decoding with a model takes."""
     return [
-        *Products(config, device).forms.values(),
+        *Products(config, device).forms.values(),  # type: ignore[arg-type]  # only launches ask for more
         *(
             attention.attention_form(device.arch, config.head_dim, config.num_heads // config.num_kv_heads, long)
             for long in (False, True)

@@ -1,7 +1,7 @@
 """KernelForm: one compiled form of a kernel, as each kernel module lists them for its launcher, tests and reports."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from numba import types
 
@@ -21,3 +21,15 @@ class KernelForm(NamedTuple):
     dp4a: int = 0  # least number of dp4a instructions in its PTX
     wide_loads: int = 0  # least number of 16-byte global loads in its PTX
     shared: int = 0  # bytes of dynamic shared memory, per block
+
+
+class Target(Protocol):
+    """What a choice of forms depends on: a Device, or what stands for one where there is none."""
+
+    @property
+    def arch(self) -> int:
+        """Such as 90."""
+
+    @property
+    def multiprocessors(self) -> int:
+        """How many."""

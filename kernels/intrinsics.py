@@ -244,7 +244,7 @@ def _four(p: Any, i: Any) -> tuple:
     return tuple(values)
 
 
-def _vector_pointer(context: Any, builder: Any, kind: Any, base: Any, index: Any, count: int) -> Any:
+def _vector_pointer(context: Any, builder: Any, count: int, kind: Any, base: Any, index: Any) -> Any:
     from llvmlite import ir
 
     address = element_address(context, builder, kind, base, index)
@@ -276,7 +276,7 @@ def _load4_intrinsic() -> Callable:
     @intrinsic
     def load4(typing_context: Any, p: Any, i: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            vector = builder.load(_vector_pointer(context, builder, signature.args[0], *values, 4), align=16)
+            vector = builder.load(_vector_pointer(context, builder, 4, signature.args[0], *values), align=16)
             parts = [builder.extract_element(vector, ir.IntType(32)(k)) for k in range(4)]
             return context.make_tuple(builder, signature.return_type, parts)
 
@@ -289,7 +289,7 @@ def _store_codegen(count: int) -> Callable:
     from llvmlite import ir
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        pointer = _vector_pointer(context, builder, signature.args[0], *values[:2], count)
+        pointer = _vector_pointer(context, builder, count, signature.args[0], *values[:2])
         vector = ir.Constant(pointer.type.pointee, ir.Undefined)
         for k in range(count):
             vector = builder.insert_element(vector, values[2 + k], ir.IntType(32)(k))

@@ -32,12 +32,12 @@ from bitnet_numba.kernels import (
 )
 from bitnet_numba.kernels.decode import NORMS
 from bitnet_numba.kernels.device import Device, DeviceArray, DeviceView, Graph, Launch, Stream, Uploads
-from bitnet_numba.kernels.forms import KernelForm
+from bitnet_numba.kernels.forms import KernelForm, Target
 from bitnet_numba.kernels.sequences import Sequences, ladder
 from bitnet_numba.kernels.weights import Weights, head_name
 from bitnet_numba.packing import BLOCK_COLS
 
-MOST_ROWS = 1024  # of a pass; longer prompts go in several
+MOST_ROWS = 2048  # of a pass; longer prompts go in several
 EPILOGUES = {"qkv": "store", "o": "residual", "gate_up": "gated", "down": "residual"}
 LEAST_ROWS = 16  # of the shortest captured pass of a prompt
 
@@ -223,7 +223,7 @@ class Prompts:
             graph.close()
 
 
-def product_forms(config: ModelConfig, device: Device, sizes: Iterable[int]) -> list[KernelForm]:
+def product_forms(config: ModelConfig, device: Target, sizes: Iterable[int]) -> list[KernelForm]:
     """Every form of the products in passes of so many rows."""
     found: dict[str, KernelForm] = {}
     for rows in sizes:
@@ -235,7 +235,7 @@ def product_forms(config: ModelConfig, device: Device, sizes: Iterable[int]) -> 
     return list(found.values())
 
 
-def prompt_forms(config: ModelConfig, int8_rows: bool, device: Device) -> list[KernelForm]:
+def prompt_forms(config: ModelConfig, int8_rows: bool, device: Target) -> list[KernelForm]:
     """Every form that prompts take."""
     arch, head_dim, group = device.arch, config.head_dim, config.num_heads // config.num_kv_heads
     widths = {

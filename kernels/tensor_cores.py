@@ -288,6 +288,29 @@ _PART_WORDS = " ".join(
 
 # What follows takes places in shared memory: 32-bit addresses, see `shared_address`.
 
+
+@instruction("mbarrier.init.shared::cta.b64 [$0], 1; fence.mbarrier_init.release.cluster;", "", "r", effects=True)
+def arrival_init(at: Any) -> None:
+    """Makes the int64 at a place count the bytes that copies bring. One thread, then a barrier. sm_90."""
+
+
+@instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "", "rr", effects=True)
+def arrival_expect(at: Any, count: Any) -> None:
+    """Says how many bytes the copies that report to a place will bring: then its phase is over. One thread. sm_90."""
+
+
+@instruction(
+    "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1; @!done bra again; }",
+    "",
+    "rr",
+    effects=True,
+)
+def arrival_wait(at: Any, parity: Any) -> None:
+    """Until the phase with this parity (0, 1, 0, ...) is over. All threads of a block together. sm_90."""
+    thread: Any = threading.current_thread()
+    thread.syncthreads()  # simulated copies arrive at once; but the thread that starts them must have come by
+
+
 if SIMULATED:
 
     def part_words(p: Any, at: Any) -> tuple:
@@ -295,17 +318,6 @@ if SIMULATED:
         other. at: the place of the first in a shared array."""
         first = int(at) // 4
         return tuple(int32(p[first + piece // 4 + r]) for piece in PART_PIECES for r in range(2))
-
-    def arrival_init(at: Any) -> None:
-        """Makes the int64 at a place count the bytes that copies bring. One thread, then a barrier. sm_90."""
-
-    def arrival_expect(at: Any, count: Any) -> None:
-        """Says how many bytes the copies that report to a place will bring: then its phase is over. One thread."""
-
-    def arrival_wait(at: Any, parity: Any) -> None:
-        """Until the phase with this parity (0, 1, 0, ...) is over. All threads of a block together. sm_90."""
-        thread: Any = threading.current_thread()
-        thread.syncthreads()  # simulated copies arrive at once; but the thread that starts them must have come by
 
     def copy_tile(source: Any, z: Any, to: Any, at: Any, arrival: Any, column: Any, row: Any) -> None:
         """Starts copying a box of a matrix from (row, column) on, in int32, to place `at` of a shared array, row after
@@ -328,22 +340,6 @@ else:
     @device_function
     def part_words(p: Any, at: Any) -> Any:
         return _part_words(at)
-
-    @instruction(
-        "mbarrier.init.shared::cta.b64 [$0], 1; fence.mbarrier_init.release.cluster;", "", "r", effects=True
-    )
-    def arrival_init(at: Any) -> None: ...
-
-    @instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "", "rr", effects=True)
-    def arrival_expect(at: Any, count: Any) -> None: ...
-
-    @instruction(
-        "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1; @!done bra again; }",
-        "",
-        "rr",
-        effects=True,
-    )
-    def arrival_wait(at: Any, parity: Any) -> None: ...
 
     @instruction(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [$1], [$0, {$3, $4}], [$2];",

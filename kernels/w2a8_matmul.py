@@ -13,17 +13,52 @@ from numba.cuda import types
 
 from bitnet_numba.kernels.device import Device, DeviceArray, Launch
 from bitnet_numba.kernels.forms import KernelForm
+from bitnet_numba.kernels.tensor_cores import PANEL_INTS
 from bitnet_numba.kernels.w2a8_columns import STEP, TOKENS, make_columns
 from bitnet_numba.kernels.w2a8_epilogue import EPILOGUES
 from bitnet_numba.kernels.w2a8_tensor import PANEL, Tile, make_matmul
 from bitnet_numba.kernels.w2a8_warpgroup import ARCH as WARPGROUP_ARCH
-from bitnet_numba.kernels.tensor_cores import PANEL_INTS
 from bitnet_numba.kernels.w2a8_warpgroup import SPAN, make_warpgroup, shared_bytes, tensor_map
 from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, packed_words
 
 LEAST_ARCH = 75  # mma of 8-bit integers
 STAGED_ARCH = 80  # asynchronous copies to shared memory
 MOST_SEGMENTS = 3  # q, k and v
+
+
+def _group(tokens: int, row_warps: int, k_warps: int, stages: int, per_sm: int) -> Tile:
+    return Tile(tokens, 1, row_warps, k_warps, 0, stages, per_sm, "wgmma")
+
+
+# Tiles of warpgroups, and what they take on an H200, us: a block beside its turns, and a turn. With half as many
+# results, gate and up, the first is 0.7 of that.
+_GROUPS = (
+    (_group(32, 4, 4, 6, 1), 1.7, 0.50),
+    (_group(32, 8, 2, 6, 1), 2.3, 0.45),
+    (_group(64, 4, 4, 5, 1), 2.9, 0.56),
+    (_group(64, 8, 2, 6, 1), 3.4, 0.46),
+    (_group(64, 4, 2, 5, 2), 3.3, 0.47),
+    (_group(64, 8, 1, 8, 2), 4.7, 0.40),
+    (_group(96, 8, 2, 5, 1), 5.0, 0.56),
+    (_group(96, 8, 1, 6, 2), 5.7, 0.50),
+    (_group(128, 4, 2, 6, 1), 3.5, 0.38),
+    (_group(128, 8, 1, 8, 1), 5.1, 0.34),
+    (_group(192, 8, 1, 6, 1), 7.0, 0.44),
+    (_group(256, 8, 1, 6, 1), 8.3, 0.57),
+)
+
+
+def _plan_groups(M: int, N: int, K: int, multiprocessors: int, gated: bool) -> Tile:
+    """The tile of warpgroups that takes least by what was measured. Blocks come in rounds of as many as are resident;
+    of two on a multiprocessor one can be alone at last."""
+
+    def time(choice: tuple[Tile, float, float]) -> float:
+        tile, block, turn = choice
+        blocks = -(-M // tile.tokens) * -(-N // tile.rows)
+        rounds = -(-blocks // multiprocessors) / tile.per_sm
+        return max(1, rounds) * (block * (0.7 if gated else 1) + turn * -(-K // (SPAN * tile.k_warps)))
+
+    return min((choice for choice in _GROUPS if not (gated and choice[0].row_warps % 8)), key=time)[0]
 
 
 def plan(M: int, N: int, K: int, arch: int, multiprocessors: int, gated: bool = False) -> Tile:
@@ -33,13 +68,15 @@ def plan(M: int, N: int, K: int, arch: int, multiprocessors: int, gated: bool = 
     block. A matrix of few rows is split over eight warps along K, or sixteen if K is long; one of many rows (more than
     four row-blocks a multiprocessor) over fewer. With more tokens activations come through shared memory, in blocks of
     64 or 128 rows and 32 or 64 tokens; from 256 tokens on also 160 x 64, whichever leaves the busiest multiprocessor
-    less to do. On sm_90 warpgroups take over at 1024 tokens, for gate and up at 512. Before sm_80 (no such card was
+    less to do. On sm_90 warpgroups take over from 17 tokens on, see `_plan_groups`. Before sm_80 (no such card was
     measured): the forms for 32 tokens, whatever M, or dp4a, 8 tokens a block, where there are no tensor cores.
     """
     if arch < LEAST_ARCH:
         return Tile(TOKENS, 2 if gated else 1, 1, 8, 0, 0, scheme="dp4a")
     if arch < STAGED_ARCH:
         M = min(M, 32)
+    if arch == WARPGROUP_ARCH and M > 16:
+        return _plan_groups(M, N, K, multiprocessors, gated)
     many, long = -(-N // BLOCK_ROWS) > 4 * multiprocessors, K > 4096
     if M <= 8:
         if many:
@@ -55,10 +92,6 @@ def plan(M: int, N: int, K: int, arch: int, multiprocessors: int, gated: bool = 
         return Tile(32, 2, 4, 2, 4, 4, 2) if many else Tile(32, 2, 1, 8, 2, 0, 2)
     if M <= 128:
         return Tile(64, 4, 2, 2, 2, 3, 2) if many else Tile(32, 2, 2, 4, 4, 3, 2)
-    if arch == WARPGROUP_ARCH and M >= (512 if gated else 1024):
-        if gated:
-            return Tile(128, 1, 8, 1, 0, 5, 2, "wgmma")
-        return Tile(128, 1, 8, 1, 0, 5, 2, "wgmma")
     if many:
         return Tile(64, 2, 4, 1, 2, 4, 3)
 
@@ -174,12 +207,15 @@ def forms(arch: int) -> list[KernelForm]:
     kinds = [(3840, 2560, "store"), (2560, 2560, "residual"), (13824, 2560, "gated"), (2560, 6912, "residual")]
     found = {
         (plan(M, N, K, arch, 132, epilogue == "gated"), epilogue): None
-        for M in (256, 8, 16, 32, 64, 128, 512, 1024)
+        for M in (256, 8, 16, 32, 64, 128, 512, 1024, 2048)
         for N, K, epilogue in kinds
     }
+    if arch == WARPGROUP_ARCH:
+        found |= {(tile, "store"): None for tile, *_ in _GROUPS}
     few, many = plan(8, 512, 512, arch, 132, True), plan(256, 512, 512, arch, 132, True)
     return [form(arch, tile, epilogue) for tile, epilogue in found] + [
         form(arch, few, "acc"),
         form(arch, few, "gated", "silu", True),
         form(arch, many, "store", bias=True),
+        form(arch, many, "gated", "silu", True),
     ]

@@ -5,8 +5,9 @@ order of what is done to them are as there. Here nothing goes through registers 
 brings weights and activations to shared memory, `stages` - 1 turns ahead of the products, and a warp does little else
 than wait, decode and multiply.
 
-    block (x, y)   tokens T x .. T x + T - 1;  `row_warps` row-blocks, one a warp, of the y-th tile ("gated": gate rows
-                   by the first half of the warps, up rows by the second); `k_warps` such sets of warps take turns' parts
+    block (x, y)   tokens T x .. T x + T - 1;  `row_warps` row-blocks, one a warp, of the y-th tile ("gated": gate
+                   rows by the first half of the warps, up rows by the second); `k_warps` such sets of warps, each with
+                   its own parts of a turn
     part           128 columns.  activations: a panel, int8 [T, 128], in 128-byte swizzle
                                  weights: 512 bytes a row-block, as they lie in memory
     turn           k_warps parts; one arrival counter a stage
@@ -96,10 +97,10 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
     SUMS = T * WIDTH
     ACC_REGS = T // 2
     STEP = THREADS // ROWS  # tokens that are written side by side
-    EACH = min(BATCH, T // STEP)
+    EACH = max(n for n in range(1, BATCH + 1) if T // STEP % n == 0)
     SCALE_TURNS = -(-T // THREADS)
     Y, ZERO = int32 if ACC else float32, float32(0)
-    whole = not T % TOKENS and T <= MOST_TOKENS and not WR % (4 * HALVES) and not T % (STEP * EACH)
+    whole = not T % TOKENS and T <= MOST_TOKENS and not WR % (4 * HALVES) and not T % STEP
     if U != 1 or HELD or STAGES < 2 or not whole or shared_bytes(tile) > SHARED_BYTES:
         raise ValueError(f"no product of warpgroups is made of {tile}")
     start, all_but_one, finished = warpgroup_mma(T)

@@ -23,6 +23,9 @@ settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True
 settings.register_profile("nightly", deadline=None, max_examples=2000, suppress_health_check=_quiet)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+# Tests share the cores already.
+os.environ.setdefault("BITNET_NUMBA_COMPILERS", "1")
+
 GOLDEN = Path(__file__).parent / "golden"
 
 

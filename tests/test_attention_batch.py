@@ -64,8 +64,8 @@ def attention_of_rows(
                 cache[table[slot, t // PAGE], :, t % PAGE] = np.pad(new, ((0, 0), (0, 0), (0, DP - D)))
     form = attention_batch_form(arch(), D, group, threads, least)
     partials, stats, arrivals = attention_batch_scratch(len(rows), max_tokens, heads, kv_heads, D)
-    room = most_splits(max_tokens) * (256 // least)
-    partials, stats = (size * (256 // least) for size in (partials, stats))
+    room = most_splits(max_tokens) * (512 // least)
+    partials, stats = (size * (512 // least) for size in (partials, stats))
     scratch = (Out(partials, np.float32), Out(stats, np.float32), Out(arrivals, np.int32, np.zeros(arrivals, np.int32)))
     out = Out(len(rows) * heads * D, np.float32)
     qkv = np.stack([row[1] for row in rows])
@@ -83,7 +83,7 @@ def check_attention_batch(
     lengths: list[int],
     threads: int,
     splits: int,
-    least: int = 256,
+    least: int = 512,
     seed: int = 1,
     spread: float = 1.0,
     other: tuple[int, int] | None = None,
@@ -159,7 +159,7 @@ def test_attention_batch_on_gpu(
     form: tuple[tuple[int, int, int], int], lengths: list[int], splits: int, seed: int, spread: float
 ) -> None:
     shape, threads = form
-    check_attention_batch(shape, lengths, threads, splits, 256, seed, spread, other=(512 if threads < 256 else 64, 3))
+    check_attention_batch(shape, lengths, threads, splits, 512, seed, spread, other=(512 if threads < 256 else 64, 3))
 
 
 def make_late(arch: int, count: int) -> Callable[..., None]:
@@ -228,7 +228,7 @@ def test_begins_before_the_launches_before_it_have_ended(stale: int) -> None:
 
 
 def test_splits() -> None:
-    assert [splits_needed(n) for n in (1, 256, 257, 4096, 8192, 8193, 10240, 32768)] == [1, 1, 2, 16, 32, 26, 32, 32]
+    assert [splits_needed(n) for n in (1, 512, 513, 4096, 16384, 16385, 20000, 32768)] == [1, 1, 2, 8, 32, 29, 32, 32]
     for n in range(1, 40000, 37):
         assert splits_needed(n) <= most_splits(n)
 

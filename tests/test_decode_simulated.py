@@ -128,7 +128,7 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     ):  # fmt: skip
         monkeypatch.setattr(module, "Launch", SimulatedLaunch)
     monkeypatch.setattr(backend, "usable_device", FakeDevice)
-    monkeypatch.setattr(backend, "load_kernels", lambda forms, device, progress: None)
+    monkeypatch.setattr(backend, "load_forms", lambda *arguments: None)
     monkeypatch.setattr(device.Stream, "capture", lambda self, launches: Replayed(launches))
     monkeypatch.setattr(device.Stream, "idle", lambda self: True)
     monkeypatch.setattr(sampler, "MAX_BLOCKS", 1)  # blocks run one after the other: none may wait for another

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from bitnet_numba.checkpoint import open_packed
+from bitnet_numba.engine import DEMO
 from bitnet_numba.errors import BackendError
-from bitnet_numba.kernels import compilation, device
+from bitnet_numba.kernels import compilation, device, first_start
 from bitnet_numba.kernels.decode import advance_form
 from tests.kernel_harness import why_no_gpu
 
@@ -51,3 +53,20 @@ def test_without_a_device_there_is_a_reason_in_one_line() -> None:
     assert reason and "\n" not in reason
     with pytest.raises(BackendError):
         device.usable_device()
+
+
+def test_processes_compile_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BITNET_NUMBA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("BITNET_NUMBA_COMPILERS", "2")
+    config = open_packed(DEMO).config
+    needs = first_start.Needs(config, True, first_start.Kind(90, 132), None)
+    forms = sorted(needs.forms(), key=lambda form: form.name)[:9]
+    compilation.machine_code(forms[3], 90)
+    first_start.compile_together(needs, forms, "a card")
+    assert all(compilation.is_cached(form, 90) for form in forms)
+    assert len(list((tmp_path / "cache").iterdir())) == 9, "only what was asked for"
+    assert "Compiling kernels for a card, once: 8 of 8\n" in capsys.readouterr().err
+    first_start.compile_together(needs, forms, "a card")
+    assert not capsys.readouterr().err

@@ -78,6 +78,9 @@ def check_form(form: KernelForm, arch: int, folder: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{form.name} for sm_{arch}: {done.stderr[-1000:]}"
     assert " 0 bytes spill stores, 0 bytes spill loads" in done.stderr, f"{form.name} for sm_{arch}: {done.stderr}"
+    assert "Potential Performance Loss" not in done.stderr, f"{form.name} for sm_{arch}: {done.stderr}"
+    if "wgmma." in ptx:  # the linker makes a subroutine of a division, and around its call wgmma runs one at a time
+        assert not re.search(r"^\s*(div\.(rn\.)?f|call\b)", ptx, re.M), f"{form.name} calls subroutines"
     assert re.search(r"\b0 bytes stack frame", done.stderr), f"{form.name} for sm_{arch}: {done.stderr}"
 
 
@@ -121,7 +124,7 @@ def test_products_and_long_attention_use_the_units_made_for_them() -> None:
         (61, 8, r"dp4a\.u32\.s32"),
         (75, 8, r"mma\.sync\.aligned\.m8n8k16\.row\.col\.s32\.u8\.s8"),
         (80, 512, r"mma\.sync\.aligned\.m16n8k32\.row\.col\.s32\.u8\.s8"),
-        (90, 1024, r"wgmma\.mma_async\.sync\.aligned\.m64n128k32\.s32\.u8\.s8"),
+        (90, 1024, r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.u8\.s8"),
         (100, 1024, r"mma\.sync\.aligned\.m16n8k32\.row\.col\.s32\.u8\.s8"),
     ],
 )
