@@ -114,21 +114,16 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
     @device_function
     def load_codes(code_r, shared, at, shift):
         word = part_words(shared, at)
-        code_r[0], code_r[1] = shifted_codes(word[0], shift), shifted_codes(word[1], shift)
-        code_r[2], code_r[3] = shifted_codes(word[2], shift), shifted_codes(word[3], shift)
-        code_r[4], code_r[5] = shifted_codes(word[4], shift), shifted_codes(word[5], shift)
-        code_r[6], code_r[7] = shifted_codes(word[6], shift), shifted_codes(word[7], shift)
-        code_r[8], code_r[9] = shifted_codes(word[8], shift), shifted_codes(word[9], shift)
-        code_r[10], code_r[11] = shifted_codes(word[10], shift), shifted_codes(word[11], shift)
-        code_r[12], code_r[13] = shifted_codes(word[12], shift), shifted_codes(word[13], shift)
-        code_r[14], code_r[15] = shifted_codes(word[14], shift), shifted_codes(word[15], shift)
+        for n in range(CODES):
+            code_r[n] = shifted_codes(word[n], shift)
 
     @device_function
-    def advance(
-        code_r, acc_r, words, panels, shared, base, arrival, own_panel, own_words, shift, slot, stage, parity,
-        turn, turns, tid, first, unit0, second
-    ):  # fmt: skip
-        """A turn but the first: starts its products, and gives the stage before it to the turn that takes it next."""
+    def advance(code_r, acc_r, block, places, state, turn):
+        """A turn but the first: starts its products, and gives the stage before it to the turn that takes it next.
+        Returns which stage it was: its number, its distance from the first, and its phase."""
+        words, panels, shared, tid, first, unit0, second, turns = block
+        base, arrival, own_panel, own_words, shift = places
+        slot, stage, parity = state
         before, stage_before = slot, stage
         slot, stage = int32(slot + 1), int32(stage + STAGE)
         if slot == STAGES:
@@ -210,26 +205,20 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
         own_panel = int32(base + k * PANEL)
         own_words = int32(base + (WORDS_AT * 4 + k * WORDS) + ((w * SPAN + (g >> 2) * 16 + (g & 3) * 2) << 2))
         shift = int32(CODE_BITS * i)
-        slot, stage, parity = int32(0), int32(0), int32(0)
         arrival_wait(arrival, 0)
         load_codes(a_r, shared, own_words, shift)
         start(acc_r, a_r, shared, own_panel)
+        block = words, panels, shared, tid, first, unit0, int32(second), int32(turns)
+        places = base, arrival, own_panel, own_words, shift
+        state = int32(0), int32(0), int32(0)
+        # In pairs, for the two sets of codes: with a condition between, the assembler would run one product at a time.
         turn = int32(1)
         while turn + 1 < turns:
-            slot, stage, parity = advance(
-                b_r, acc_r, words, panels, shared, base, arrival, own_panel, own_words, shift, slot, stage, parity,
-                turn, turns, tid, first, unit0, second,
-            )  # fmt: skip
-            slot, stage, parity = advance(
-                a_r, acc_r, words, panels, shared, base, arrival, own_panel, own_words, shift, slot, stage, parity,
-                int32(turn + 1), turns, tid, first, unit0, second,
-            )  # fmt: skip
+            state = advance(b_r, acc_r, block, places, state, turn)
+            state = advance(a_r, acc_r, block, places, state, int32(turn + 1))
             turn = int32(turn + 2)
         if turn < turns:
-            advance(
-                b_r, acc_r, words, panels, shared, base, arrival, own_panel, own_words, shift, slot, stage, parity,
-                turn, turns, tid, first, unit0, second,
-            )  # fmt: skip
+            advance(b_r, acc_r, block, places, state, turn)
         finished(acc_r)
         cuda.syncthreads()
 
