@@ -9,8 +9,8 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 # A machine with an NVIDIA driver gets the CUDA packages that match it; any other is spared a gigabyte of them.
 CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\)\..*/\1/p' | head -n 1)
 # Each GPU test process takes up to 4 GB of the card.
-WORKERS := $(shell nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1 | \
-	awk '{n = int($$1 / 4000); print n < 1 ? 1 : n > 14 ? 14 : n}')
+WORKERS = $(shell nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1 | \
+	awk '{n = int($$1 / 4000); print (n < 1 ? 1 : (n > 14 ? 14 : n))}')
 EXTRA := $(if $(CUDA),$(if $(filter 12,$(CUDA)),[cuda12],$(if $(filter 11,$(CUDA)),,[cuda13])),)
 
 .PHONY: chat test check env gpu-test clean

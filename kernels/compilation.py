@@ -113,6 +113,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitnet-numba"
 
 
+def cache_is_writable() -> bool:
+    """Whether machine code can be kept."""
+    with contextlib.suppress(OSError):
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache_folder()):
+            return True
+    return False
+
+
 def _cache_path(form: KernelForm, arch: int) -> Path:
     digest = hashlib.sha256(_toolchain())
     digest.update(repr((form.name, form.signature, form.threads, form.blocks_per_sm, arch)).encode())

@@ -179,7 +179,8 @@ class PinnedArray:
 _loaded: dict[Any, Any] = {}
 
 
-CARVEOUT = "PREFERRED_SHARED_MEMORY_CARVEOUT"  # in percent of the memory that L1 and shared memory divide
+# Of the memory that L1 and shared memory divide, how much is shared memory, in percent.
+CARVEOUT = "PREFERRED_SHARED_MEMORY_CARVEOUT"
 
 
 def _key(form: KernelForm, device: Device) -> tuple:

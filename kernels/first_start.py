@@ -1,8 +1,9 @@
-"""Getting a model's kernels: from the disk cache, or the first time compiled, in as many processes as there are cores.
+"""Getting a model's kernels: from the disk cache, or the first time compiled, by several processes.
 
-Compiling takes about a second a form, a model has some sixty, and Numba compiles one at a time. So processes of their
-own make a share each and leave it in the disk cache; a share that fails, or that cannot be kept, is made here, where
-errors show. $BITNET_NUMBA_COMPILERS is how many processes there are at most.
+Compiling takes one to two seconds a form; a context has some forty, a batch up to thirty more, and Numba compiles one
+at a time. So processes of their own, one for every four forms and at most one a core, make a share each and leave it in
+the disk cache; a share that fails, or that cannot be kept, is made here, where errors show. $BITNET_NUMBA_COMPILERS is
+how many processes there are at most.
 """
 
 import contextlib
@@ -14,8 +15,9 @@ from time import sleep
 from typing import NamedTuple
 
 from bitnet_numba.config import ModelConfig
+from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.batch import batch_forms
-from bitnet_numba.kernels.compilation import is_cached, machine_code
+from bitnet_numba.kernels.compilation import cache_is_writable, is_cached, machine_code
 from bitnet_numba.kernels.decode import kernel_forms
 from bitnet_numba.kernels.device import Device, load_kernels
 from bitnet_numba.kernels.forms import KernelForm
@@ -25,8 +27,8 @@ LEAST_SHARE = 4  # forms; starting a process takes as long as compiling two
 POLL = 0.1  # seconds
 
 
-class Kind(NamedTuple):
-    """What forms depend on, of a device."""
+class Card(NamedTuple):
+    """A `forms.Target` without a device."""
 
     arch: int
     multiprocessors: int
@@ -37,7 +39,7 @@ class Needs(NamedTuple):
 
     config: ModelConfig
     int8_rows: bool
-    target: Kind
+    target: Card
     sequences: int | None
 
     def forms(self) -> list[KernelForm]:
@@ -50,30 +52,32 @@ class Needs(NamedTuple):
 
 def load_forms(config: ModelConfig, int8_rows: bool, device: Device, sequences: int | None = None) -> None:
     """Compiles what is not cached, with a progress line, and loads all. Raises BackendError."""
-    needs = Needs(config, int8_rows, Kind(device.arch, device.multiprocessors), sequences)
+    needs = Needs(config, int8_rows, Card(device.arch, device.multiprocessors), sequences)
     forms = list({form.name: form for form in needs.forms()}.values())
     compile_together(needs, forms, device.name)
     load_kernels(forms, device, lambda done, total, _: _progress(done, total, device.name))
 
 
 def compile_together(needs: Needs, forms: list[KernelForm], device_name: str) -> None:
-    """Has processes compile the forms that are missing, if there are enough to share."""
+    """Has processes compile the forms that are missing, if there are enough to share. Raises BackendError if
+    $BITNET_NUMBA_COMPILERS is no number."""
     arch = needs.target.arch
     missing = [form for form in forms if not is_cached(form, arch)]
-    most = int(os.environ.get("BITNET_NUMBA_COMPILERS") or os.cpu_count() or 1)
-    count = min(most, len(missing) // LEAST_SHARE)
-    if count < 2:
+    count = min(_most_processes(), len(missing) // LEAST_SHARE)
+    # A frozen program is its own executable: it would start itself.
+    if count < 2 or not sys.executable or getattr(sys, "frozen", False) or not cache_is_writable():
         return
-    processes = []
-    for i in range(count):
-        command = [sys.executable, "-m", "bitnet_numba.kernels.first_start"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(command, **pipes)  # type: ignore[call-overload]
-        with contextlib.suppress(BrokenPipeError):
-            pickle.dump((needs, [form.name for form in missing[i::count]]), process.stdin)
-            process.stdin.close()
-        processes.append(process)
+    processes: list[subprocess.Popen[bytes]] = []
     try:
+        for i in range(count):
+            with contextlib.suppress(OSError):  # what this one would have made is compiled here, later
+                command = [sys.executable, "-m", "bitnet_numba.kernels.first_start"]
+                nowhere = subprocess.DEVNULL
+                processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere))
+                pipe = processes[-1].stdin
+                assert pipe is not None
+                pickle.dump((needs, [form.name for form in missing[i::count]]), pipe)
+                pipe.close()
         while any(process.poll() is None for process in processes):
             done = sum(is_cached(form, arch) for form in missing)
             _progress(min(done, len(missing) - 1), len(missing), device_name)
@@ -81,9 +85,18 @@ def compile_together(needs: Needs, forms: list[KernelForm], device_name: str) ->
     finally:
         for process in processes:
             process.kill()
+        for process in processes:
             process.wait()
     if all(is_cached(form, arch) for form in missing):
         _progress(len(missing), len(missing), device_name)
+
+
+def _most_processes() -> int:
+    wanted = os.environ.get("BITNET_NUMBA_COMPILERS", "")
+    try:
+        return int(wanted or os.cpu_count() or 1)
+    except ValueError:
+        raise BackendError(f"BITNET_NUMBA_COMPILERS must be a number of processes, not {wanted!r}") from None
 
 
 def compile_share() -> None:
@@ -103,5 +116,4 @@ if __name__ == "__main__":
     # Under its own name, since what arrives by pickle is of the module that its sender imported.
     from bitnet_numba.kernels import first_start
 
-    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
-        first_start.compile_share()
+    first_start.compile_share()

@@ -224,7 +224,7 @@ def exp2_approx(x: Any) -> Any:
 
 @instruction("rcp.approx.f32 $0, $1;", "f", "f")
 def rcp_approx(x: Any) -> Any:
-    """1 / x, to within 1 ulp."""
+    """1 / x, to within 1 ulp. Any architecture."""
     return np.float32(1) / np.float32(x)
 
 

@@ -261,7 +261,7 @@ def fma_bf16(a: Any, b: Any, c: Any) -> Any:
 # Warpgroups (sm_90a alone): four neighbouring warps multiply what the copy engine has brought to shared memory. A panel
 # there is int8 [tokens, 128 columns], 128 bytes a token; of token t the 16-byte piece c lies at c ^ (t % 8) ("128-byte
 # swizzle"): eight tokens' pieces touch every bank once.
-PANEL_INTS = 32  # of a token
+SPAN_INTS = 32  # of a token
 PANEL_ALIGN = 1024  # bytes
 
 
@@ -281,9 +281,9 @@ def shifted_codes(word: Any, shift: Any) -> Any:
 
 
 # The 8-byte pieces of a row-block's 128 columns that hold two neighbouring rows: 16 columns after the other.
-PART_PIECES = [128 * (n // 2) + 32 * (n % 2) for n in range(8)]
+_PART_PIECES = [128 * (n // 2) + 32 * (n % 2) for n in range(8)]
 _PART_WORDS = " ".join(
-    f"ld.shared.v2.b32 {{${2 * n}, ${2 * n + 1}}}, [$16+{piece}];" for n, piece in enumerate(PART_PIECES)
+    f"ld.shared.v2.b32 {{${2 * n}, ${2 * n + 1}}}, [$16+{piece}];" for n, piece in enumerate(_PART_PIECES)
 )
 
 # What follows takes places in shared memory: 32-bit addresses, see `shared_address`.
@@ -317,16 +317,16 @@ if SIMULATED:
         """The words of a lane's two rows in a row-block's 128 columns, int32 x 16: of both rows, 16 columns after the
         other. at: the place of the first in a shared array."""
         first = int(at) // 4
-        return tuple(int32(p[first + piece // 4 + r]) for piece in PART_PIECES for r in range(2))
+        return tuple(int32(p[first + piece // 4 + r]) for piece in _PART_PIECES for r in range(2))
 
-    def copy_tile(source: Any, z: Any, to: Any, at: Any, arrival: Any, column: Any, row: Any) -> None:
+    def copy_tile(source: Any, i: Any, to: Any, at: Any, arrival: Any, column: Any, row: Any) -> None:
         """Starts copying a box of a matrix from (row, column) on, in int32, to place `at` of a shared array, row after
-        row, zeros beyond the matrix' end; `arrival` counts the bytes. source: a `tensor_map`, z: 0. A panel is
+        row, zeros beyond the matrix' end; `arrival` counts the bytes. source: a `tensor_map`, i: 0. A panel is
         swizzled. One thread. sm_90."""
         box = np.zeros((source.rows, source.ints), np.int32)
         part = source.matrix[int(row) : int(row) + source.rows, int(column) : int(column) + source.ints]
         box[: part.shape[0], : part.shape[1]] = part
-        if source.ints == PANEL_INTS:
+        if source.ints == SPAN_INTS:
             order = np.arange(8) ^ np.arange(source.rows)[:, None] & 7
             box = np.take_along_axis(box.reshape(source.rows, 8, 4), order[:, :, None], axis=1)
         assert int(at) % 128 == 0
@@ -347,11 +347,11 @@ else:
         "prrrr",
         effects=True,
     )
-    def _copy_tile(source: Any, z: Any, at: Any, arrival: Any, column: Any, row: Any) -> None: ...
+    def _copy_tile(source: Any, i: Any, at: Any, arrival: Any, column: Any, row: Any) -> None: ...
 
     @device_function
-    def copy_tile(source: Any, z: Any, to: Any, at: Any, arrival: Any, column: Any, row: Any) -> None:
-        _copy_tile(source, z, at, arrival, column, row)
+    def copy_tile(source: Any, i: Any, to: Any, at: Any, arrival: Any, column: Any, row: Any) -> None:
+        _copy_tile(source, i, at, arrival, column, row)
 
 
 def _warpgroup_mma_stand_in(tokens: int) -> tuple[Callable, Callable, Callable]:
@@ -359,10 +359,10 @@ def _warpgroup_mma_stand_in(tokens: int) -> tuple[Callable, Callable, Callable]:
         thread: Any = threading.current_thread()
         g, c = divmod(thread.thread_id % WARP, 4)
         first = int(at) // 4
-        words = np.asarray(shared[first : first + PANEL_INTS * tokens]).astype(np.int32).reshape(tokens, 8, 4)
+        words = np.asarray(shared[first : first + SPAN_INTS * tokens]).astype(np.int32).reshape(tokens, 8, 4)
         order = np.arange(8) ^ np.arange(tokens)[:, None] & 7
         words = np.take_along_axis(words, order[:, :, None], axis=1)
-        b = words.reshape(tokens, PANEL_INTS).view(np.int8).astype(np.int64)  # [token, column]
+        b = words.reshape(tokens, SPAN_INTS).view(np.int8).astype(np.int64)  # [token, column]
         own = tuple(codes[r] for r in range(16))
         lanes = np.array([[int(x) & 0xFFFFFFFF for x in lane] for lane in thread.gather_in_warp(own)])
         quads = lanes.astype("<u4").view(np.uint8).reshape(8, 4, 4, 2, 2, 4)[g].astype(np.int64)

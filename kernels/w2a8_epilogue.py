@@ -5,8 +5,8 @@ The float operations and their order are those of w2a8_gemv.py, so that results 
 A float32 division is a subroutine for the assembler, and around its call it does not let `wgmma` run ahead. So the
 kernel of warpgroups multiplies with reciprocals in float64. That gives the same float32: with a, s and a float32's
 midpoint m (25 bits), a and m s are different integers of at most 49 bits, but for a power of two, so a / s is further
-than 2^-50 from m; reciprocal and product are off by less than 2^-51 together. Only quotients below 2^-126, which have
-fewer bits, may differ in the last.
+than 2^-50 of m from m; reciprocal and product are off by less than 2^-51 together. Only quotients below 2^-126, which
+have fewer bits, may differ in the last.
 """
 
 import math
@@ -32,7 +32,8 @@ EPILOGUES = ("acc", "store", "residual", "gated")
 
 @device_function
 def reciprocal(x):
-    """1 / x as float64, off by less than 2^-51.5 of it, for positive float32 from 2^-126 on; of infinity 0."""
+    """1 / x as float64, off by less than 2^-51.5 of it, for positive float32 from 2^-126 on; of infinity 0,
+    of 0 NaN (a token's scale is 0 only if the token holds an infinity)."""
     if x > LARGEST:
         return float64(0)
     wide, r = float64(x), float64(rcp_approx(x))

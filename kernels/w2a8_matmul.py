@@ -13,7 +13,7 @@ from numba.cuda import types
 
 from bitnet_numba.kernels.device import Device, DeviceArray, Launch
 from bitnet_numba.kernels.forms import KernelForm
-from bitnet_numba.kernels.tensor_cores import PANEL_INTS
+from bitnet_numba.kernels.tensor_cores import SPAN_INTS
 from bitnet_numba.kernels.w2a8_columns import STEP, TOKENS, make_columns
 from bitnet_numba.kernels.w2a8_epilogue import EPILOGUES
 from bitnet_numba.kernels.w2a8_tensor import PANEL, Tile, make_matmul
@@ -64,12 +64,13 @@ def _plan_groups(M: int, N: int, K: int, multiprocessors: int, gated: bool) -> T
 def plan(M: int, N: int, K: int, arch: int, multiprocessors: int, gated: bool = False) -> Tile:
     """The launch rule, from measurements of 2B4T's products on 132 multiprocessors; N counts gate and up rows.
 
+    On sm_90 warpgroups serve 17 tokens and more, see `_plan_groups`. What follows is about the others.
     Up to 64 tokens the time is that of getting the weights: activations go straight to registers, 8, 16 or 32 tokens a
-    block. A matrix of few rows is split over eight warps along K, or sixteen if K is long; one of many rows (more than
-    four row-blocks a multiprocessor) over fewer. With more tokens activations come through shared memory, in blocks of
-    64 or 128 rows and 32 or 64 tokens; from 256 tokens on also 160 x 64, whichever leaves the busiest multiprocessor
-    less to do. On sm_90 warpgroups take over from 17 tokens on, see `_plan_groups`. Before sm_80 (no such card was
-    measured): the forms for 32 tokens, whatever M, or dp4a, 8 tokens a block, where there are no tensor cores.
+    block (for 33 to 64 tokens and many rows through shared memory). A matrix of few rows is split over eight warps
+    along K, or sixteen if K is long; one of many rows (more than four row-blocks a multiprocessor) over fewer. With
+    more tokens activations come through shared memory, in blocks of 64 or 128 rows and 32 or 64 tokens; from 256 tokens
+    on also 160 x 64, whichever leaves the busiest multiprocessor less to do. Before sm_80 (no such card was measured):
+    the forms for 32 tokens, whatever M, or dp4a, 8 tokens a block, where there are no tensor cores.
     """
     if arch < LEAST_ARCH:
         return Tile(TOKENS, 2 if gated else 1, 1, 8, 0, 0, scheme="dp4a")
@@ -130,7 +131,7 @@ def map_sizes(tile: Tile, M: int, N: int, K: int, gated: bool) -> tuple[tuple[in
     """What the maps of words and q tell: rows and int32 of a row, of the matrix and of what is copied at a time."""
     padded_K = -(-K // BLOCK_COLS) * BLOCK_COLS
     words = (-(-N // BLOCK_ROWS), padded_K, tile.row_warps // (2 if gated else 1), SPAN)
-    return words, (M, padded_K // 4, tile.tokens, PANEL_INTS)
+    return words, (M, padded_K // 4, tile.tokens, SPAN_INTS)
 
 
 def launch_sizes(tile: Tile, M: int, N: int, K: int, ends: Sequence[int], gated: bool) -> tuple:

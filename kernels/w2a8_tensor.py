@@ -64,10 +64,11 @@ SHARED_INTS = 48 * 1024 // 4 - 512  # static shared memory of a block, less what
 
 
 class Tile(NamedTuple):
-    """How a product is cut up: what its kernel is specialised to."""
+    """How a product is cut up: what its kernel is specialised to. Of "wgmma": blocks is 1, held 0, and stages hold
+    weights too."""
 
     tokens: int  # of a block: a multiple of 8
-    blocks: int  # row-blocks of a warp; even for "gated"
+    blocks: int  # row-blocks of a warp; even for "gated" (not of "wgmma", where warps take gate or up rows)
     row_warps: int  # warps of a block side by side along the rows
     k_warps: int  # warps that share rows, each with its own columns
     held: int  # turns of weights in registers

@@ -45,7 +45,7 @@ from bitnet_numba.kernels.intrinsics import (
 )
 from bitnet_numba.kernels.tensor_cores import (
     PANEL_ALIGN,
-    PANEL_INTS,
+    SPAN_INTS,
     arrival_expect,
     arrival_init,
     arrival_wait,
@@ -80,6 +80,11 @@ def shared_bytes(tile: Tile) -> int:
     return max(tile.stages * stage_bytes(tile), sums) + PANEL_ALIGN
 
 
+def _static_bytes(tile: Tile) -> int:
+    """Shared memory beside that: arrival counters, reciprocals of scales, sums of activations."""
+    return 8 * tile.stages + 12 * tile.tokens
+
+
 def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu2") -> Callable[..., None]:
     """The kernel for a tile with one row-block a warp and row_warps a multiple of 4 (8 for "gated"); epilogues as in
     `make_matmul`."""
@@ -100,8 +105,8 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
     EACH = max(n for n in range(1, BATCH + 1) if T // STEP % n == 0)
     SCALE_TURNS = -(-T // THREADS)
     Y, ZERO = int32 if ACC else float32, float32(0)
-    whole = not T % TOKENS and T <= MOST_TOKENS and not WR % (4 * HALVES) and not T % STEP
-    if U != 1 or HELD or STAGES < 2 or not whole or shared_bytes(tile) > SHARED_BYTES:
+    whole = (not T % 16 or T in (8, 24)) and T <= MOST_TOKENS and not WR % (4 * HALVES) and not T % STEP
+    if U != 1 or HELD or STAGES < 2 or not whole or shared_bytes(tile) + _static_bytes(tile) > SHARED_BYTES:
         raise ValueError(f"no product of warpgroups is made of {tile}")
     start, all_but_one, finished = warpgroup_mma(T)
 
@@ -138,7 +143,7 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
             arrived, to = int32(arrival + 8 * before), int32(base + stage_before)
             arrival_expect(arrived, STAGE)
             for part in range(WK):
-                column = int32((ahead * WK + part) * PANEL_INTS)
+                column = int32((ahead * WK + part) * SPAN_INTS)
                 copy_tile(panels, 0, shared, to + part * PANEL, arrived, column, first)
                 copy_words(words, shared, to + part * WORDS, arrived, ahead * WK + part, unit0, second)
         return slot, stage, parity
@@ -193,7 +198,7 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
                 if t < turns:
                     for part in range(WK):
                         to = base + (t * STAGE + part * PANEL)
-                        copy_tile(panels, 0, shared, to, arrival + 8 * t, (t * WK + part) * PANEL_INTS, first)
+                        copy_tile(panels, 0, shared, to, arrival + 8 * t, (t * WK + part) * SPAN_INTS, first)
         for n in range(SCALE_TURNS):
             token = int32(tid + n * THREADS)
             if token < T and first + token < limit:
@@ -270,8 +275,8 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
 @cache
 def tensor_map(address: int, rows: int, row_ints: int, box_rows: int, box_ints: int) -> DeviceArray:
     """What `copy_tile` wants to know of a matrix at an address, int32 [rows, row_ints], and of the boxes to copy: a
-    CUtensorMap in device memory. Boxes of PANEL_INTS a row come swizzled. It is kept, 128 bytes, since captured
-    launches go on using it."""
+    CUtensorMap in device memory. Boxes of SPAN_INTS a row come swizzled. It is kept, 128 bytes, since captured
+    launches go on using it; and since it never changes, nor does its place ever hold another, kernels need no fence."""
     from cuda.bindings import driver
 
     def member(kind: str, name: str) -> object:
@@ -290,7 +295,7 @@ def tensor_map(address: int, rows: int, row_ints: int, box_rows: int, box_ints: 
         numbers("cuuint32_t", box_ints, box_rows),
         numbers("cuuint32_t", 1, 1),
         member("Interleave", "INTERLEAVE_NONE"),
-        member("Swizzle", "SWIZZLE_128B" if box_ints == PANEL_INTS else "SWIZZLE_NONE"),
+        member("Swizzle", "SWIZZLE_128B" if box_ints == SPAN_INTS else "SWIZZLE_NONE"),
         member("L2promotion", "L2_PROMOTION_L2_256B"),
         member("FloatOOBfill", "FLOAT_OOB_FILL_NONE"),
     )

@@ -1,7 +1,9 @@
 """Compiling and caching kernels, which need no device; and saying why there is none."""
 
+import io
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,7 +63,7 @@ def test_processes_compile_what_is_missing(
     monkeypatch.setenv("BITNET_NUMBA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("BITNET_NUMBA_COMPILERS", "2")
     config = open_packed(DEMO).config
-    needs = first_start.Needs(config, True, first_start.Kind(90, 132), None)
+    needs = first_start.Needs(config, True, first_start.Card(90, 132), None)
     forms = sorted(needs.forms(), key=lambda form: form.name)[:9]
     compilation.machine_code(forms[3], 90)
     first_start.compile_together(needs, forms, "a card")
@@ -70,3 +72,48 @@ def test_processes_compile_what_is_missing(
     assert "Compiling kernels for a card, once: 8 of 8\n" in capsys.readouterr().err
     first_start.compile_together(needs, forms, "a card")
     assert not capsys.readouterr().err
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """The processes that would have been started; each ends at once and has compiled nothing."""
+    processes: list[Any] = []
+
+    class Process:
+        def __init__(self, command: Any, **pipes: Any):
+            processes.append(command)
+            if len(processes) == 3:
+                raise OSError("no more processes")
+            self.stdin = io.BytesIO()
+
+        def poll(self) -> int:
+            return 1
+
+        def kill(self) -> None:
+            """It has ended."""
+
+        wait = kill
+
+    monkeypatch.setattr(first_start.subprocess, "Popen", Process)
+    monkeypatch.setenv("BITNET_NUMBA_CACHE", str(tmp_path / "cache"))
+    return processes
+
+
+def test_shares_that_nobody_makes_are_left_to_the_caller(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, started: list[Any]
+) -> None:
+    needs = first_start.Needs(open_packed(DEMO).config, True, first_start.Card(90, 132), None)
+    forms = needs.forms()
+    monkeypatch.setenv("BITNET_NUMBA_COMPILERS", "4")
+    first_start.compile_together(needs, forms, "a card")  # of four processes one cannot be started
+    assert len(started) == 4
+    monkeypatch.setenv("BITNET_NUMBA_COMPILERS", "0")
+    first_start.compile_together(needs, forms, "a card")
+    monkeypatch.setenv("BITNET_NUMBA_COMPILERS", "8")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BITNET_NUMBA_CACHE", str(tmp_path / "file"))  # nothing can be kept there
+    first_start.compile_together(needs, forms, "a card")
+    assert len(started) == 4
+    monkeypatch.setenv("BITNET_NUMBA_COMPILERS", "many")
+    with pytest.raises(BackendError, match="BITNET_NUMBA_COMPILERS must be a number of processes, not 'many'"):
+        first_start.compile_together(needs, forms, "a card")

@@ -171,6 +171,10 @@ def test_tiles_that_cannot_be_are_refused() -> None:
         form(90, Tile(128, 2, 2, 4, 2, 3))
     with pytest.raises(ValueError, match="no product of warpgroups is made of"):
         form(90, GROUP._replace(row_warps=2))
+    with pytest.raises(ValueError, match="no product of warpgroups is made of"):
+        form(90, GROUP._replace(tokens=40))
+    with pytest.raises(ValueError, match="no product of warpgroups is made of"):
+        form(90, Tile(192, 1, 8, 1, 0, 8, 1, "wgmma"))
 
 
 @needs_gpu

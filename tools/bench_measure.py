@@ -1,5 +1,6 @@
 """What tools/bench.py measures, as plain dictionaries; see there."""
 
+import gc
 import json
 import os
 import subprocess
@@ -279,6 +280,7 @@ def measure_decode(folders: dict[str, Path], bandwidth: float) -> dict[str, Any]
         context.close()
         backend.weights.close()
         del backend, context
+        gc.collect()  # else its activations count as the next one's
     return result
 
 
