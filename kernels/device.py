@@ -202,14 +202,14 @@ def load_kernel(form: KernelForm, device: Device) -> Any:
     return _loaded[key][0]
 
 
-def load_kernels(forms: Sequence[KernelForm], device: Device, progress: Callable[[int, int, Device], None]) -> None:
-    """Loads forms; those not in the disk cache are compiled first, with `progress(done, total, device)` as it goes."""
+def load_kernels(forms: Sequence[KernelForm], device: Device, progress: Callable[[int, int], None]) -> None:
+    """Loads forms; those not in the disk cache are compiled first, with `progress(done, total)` as it goes."""
     missing = [form for form in forms if _key(form, device) not in _loaded and not is_cached(form, device.arch)]
     for done, form in enumerate(missing):
-        progress(done, len(missing), device)
+        progress(done, len(missing))
         machine_code(form, device.arch)
     if missing:
-        progress(len(missing), len(missing), device)
+        progress(len(missing), len(missing))
     for form in forms:
         load_kernel(form, device)
 

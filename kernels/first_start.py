@@ -11,6 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
+from functools import partial
 from time import sleep
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ def load_forms(config: ModelConfig, int8_rows: bool, device: Device, sequences: 
     needs = Needs(config, int8_rows, Card(device.arch, device.multiprocessors), sequences)
     forms = list({form.name: form for form in needs.forms()}.values())
     compile_together(needs, forms, device.name)
-    load_kernels(forms, device, lambda done, total, _: _progress(done, total, device.name))
+    load_kernels(forms, device, partial(_progress, device.name))
 
 
 def compile_together(needs: Needs, forms: list[KernelForm], device_name: str) -> None:
@@ -80,7 +81,7 @@ def compile_together(needs: Needs, forms: list[KernelForm], device_name: str) ->
                 pipe.close()
         while any(process.poll() is None for process in processes):
             done = sum(is_cached(form, arch) for form in missing)
-            _progress(min(done, len(missing) - 1), len(missing), device_name)
+            _progress(device_name, min(done, len(missing) - 1), len(missing))
             sleep(POLL)
     finally:
         for process in processes:
@@ -88,7 +89,7 @@ def compile_together(needs: Needs, forms: list[KernelForm], device_name: str) ->
         for process in processes:
             process.wait()
     if all(is_cached(form, arch) for form in missing):
-        _progress(len(missing), len(missing), device_name)
+        _progress(device_name, len(missing), len(missing))
 
 
 def _most_processes() -> int:
@@ -107,7 +108,7 @@ def compile_share() -> None:
             machine_code(form, needs.target.arch)
 
 
-def _progress(done: int, total: int, device_name: str) -> None:
+def _progress(device_name: str, done: int, total: int) -> None:
     end = "\n" if done == total else ""
     print(f"\rCompiling kernels for {device_name}, once: {done} of {total}", end=end, file=sys.stderr, flush=True)
 

@@ -274,6 +274,13 @@ class SimulatedMap:
     ints: int
 
 
+def _swizzled(panel: np.ndarray) -> np.ndarray:
+    """A panel, int32 [tokens, SPAN_INTS], with its pieces where the swizzle puts them; or back again."""
+    pieces = panel.reshape(len(panel), 8, 4)
+    order = np.arange(8) ^ np.arange(len(panel))[:, None] & 7
+    return np.take_along_axis(pieces, order[:, :, None], axis=1).reshape(panel.shape)
+
+
 @instruction("{ .reg .b32 t; shr.b32 t, $1, $2; and.b32 $0, t, 0x03030303; }", "r", "rr")
 def shifted_codes(word: Any, shift: Any) -> Any:
     """Four codes of a packed word, a byte each: (word >> shift) & 0x03030303."""
@@ -327,8 +334,7 @@ if SIMULATED:
         part = source.matrix[int(row) : int(row) + source.rows, int(column) : int(column) + source.ints]
         box[: part.shape[0], : part.shape[1]] = part
         if source.ints == SPAN_INTS:
-            order = np.arange(8) ^ np.arange(source.rows)[:, None] & 7
-            box = np.take_along_axis(box.reshape(source.rows, 8, 4), order[:, :, None], axis=1)
+            box = _swizzled(box)
         assert int(at) % 128 == 0
         to[int(at) // 4 : int(at) // 4 + box.size] = box.reshape(-1)
 
@@ -359,10 +365,8 @@ def _warpgroup_mma_stand_in(tokens: int) -> tuple[Callable, Callable, Callable]:
         thread: Any = threading.current_thread()
         g, c = divmod(thread.thread_id % WARP, 4)
         first = int(at) // 4
-        words = np.asarray(shared[first : first + SPAN_INTS * tokens]).astype(np.int32).reshape(tokens, 8, 4)
-        order = np.arange(8) ^ np.arange(tokens)[:, None] & 7
-        words = np.take_along_axis(words, order[:, :, None], axis=1)
-        b = words.reshape(tokens, SPAN_INTS).view(np.int8).astype(np.int64)  # [token, column]
+        words = np.asarray(shared[first : first + SPAN_INTS * tokens]).astype(np.int32).reshape(tokens, SPAN_INTS)
+        b = _swizzled(words).view(np.int8).astype(np.int64)  # [token, column]
         own = tuple(codes[r] for r in range(16))
         lanes = np.array([[int(x) & 0xFFFFFFFF for x in lane] for lane in thread.gather_in_warp(own)])
         quads = lanes.astype("<u4").view(np.uint8).reshape(8, 4, 4, 2, 2, 4)[g].astype(np.int64)
@@ -382,8 +386,8 @@ def _warpgroup_mma_stand_in(tokens: int) -> tuple[Callable, Callable, Callable]:
     return start, all_but_one, finished
 
 
-def _array_asm(ptx: str, results: int, read: int, place: bool) -> Callable:
-    """An intrinsic over local arrays: the first `results` elements of the first are changed, the first `read` of the
+def _array_asm(ptx: str, results: int, read: int = 0) -> Callable:
+    """An intrinsic over local arrays: the first `results` elements of the first are changed; with `read`, so many of a
     second and a place in shared memory are read. Operands of `ptx` in the order results, read, place, then the results'
     old values, which are tied to them."""
     from llvmlite import ir
@@ -397,8 +401,7 @@ def _array_asm(ptx: str, results: int, read: int, place: bool) -> Callable:
             return [element_address(context, builder, kind, base, ir.IntType(64)(i)) for i in range(count)]
 
         into = elements(0, results)
-        operands = [builder.load(a) for a in (elements(1, read) if read else [])]
-        operands += [values[3]] if place else []
+        operands = [*(builder.load(a) for a in elements(1, read)), values[3]] if read else []
         constraints = ["=r"] * results + ["r"] * len(operands) + [str(n) for n in range(results)] + ["~{memory}"]
         operands += [builder.load(a) for a in into]
         function = ir.FunctionType(ir.LiteralStructType([word] * results), [value.type for value in operands])
@@ -407,7 +410,7 @@ def _array_asm(ptx: str, results: int, read: int, place: bool) -> Callable:
             builder.store(builder.extract_value(after, n), a)
         return context.get_dummy_value()
 
-    if place:
+    if read:
 
         @intrinsic
         def start(typing_context: Any, sums: Any, codes: Any, shared: Any, at: Any) -> Any:
@@ -443,8 +446,8 @@ def _warpgroup_mma_intrinsics(tokens: int) -> tuple[Callable, Callable, Callable
         shape = f"m64n{tokens}k32.s32.u8.s8"
         lines.append(f"wgmma.mma_async.sync.aligned.{shape} {{{into}}}, {{{left}}}, b{step}, yes;")
     lines.append("wgmma.commit_group.sync.aligned; }")
-    start = _array_asm(" ".join(lines), count, 16, True)
-    return start, _all_but_one, _array_asm("wgmma.wait_group.sync.aligned 0;", count, 0, False)
+    start = _array_asm(" ".join(lines), count, 16)
+    return start, _all_but_one, _array_asm("wgmma.wait_group.sync.aligned 0;", count)
 
 
 @cache

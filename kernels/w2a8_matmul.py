@@ -19,7 +19,7 @@ from bitnet_numba.kernels.w2a8_epilogue import EPILOGUES
 from bitnet_numba.kernels.w2a8_tensor import PANEL, Tile, make_matmul
 from bitnet_numba.kernels.w2a8_warpgroup import ARCH as WARPGROUP_ARCH
 from bitnet_numba.kernels.w2a8_warpgroup import SPAN, make_warpgroup, shared_bytes, tensor_map
-from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, packed_words
+from bitnet_numba.packing import BLOCK_ROWS, packed_words, padded_shape
 
 LEAST_ARCH = 75  # mma of 8-bit integers
 STAGED_ARCH = 80  # asynchronous copies to shared memory
@@ -129,15 +129,16 @@ def form(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu
 
 def map_sizes(tile: Tile, M: int, N: int, K: int, gated: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What the maps of words and q tell: rows and int32 of a row, of the matrix and of what is copied at a time."""
-    padded_K = -(-K // BLOCK_COLS) * BLOCK_COLS
-    words = (-(-N // BLOCK_ROWS), padded_K, tile.row_warps // (2 if gated else 1), SPAN)
+    padded_N, padded_K = padded_shape(N, K)
+    words = (padded_N // BLOCK_ROWS, padded_K, tile.row_warps // (2 if gated else 1), SPAN)
     return words, (M, padded_K // 4, tile.tokens, SPAN_INTS)
 
 
 def launch_sizes(tile: Tile, M: int, N: int, K: int, ends: Sequence[int], gated: bool) -> tuple:
     """The grid and the int32 arguments of a product: (x, y), (M, rows, KP, turns, blocks, second, bound1, bound2)."""
     rows, halves = (N // 2, 2) if gated else (N, 1)
-    blocks, padded_K = -(-rows // BLOCK_ROWS), -(-K // BLOCK_COLS) * BLOCK_COLS
+    padded_rows, padded_K = padded_shape(rows, K)
+    blocks = padded_rows // BLOCK_ROWS
     columns = {"dp4a": STEP, "mma": PANEL, "wgmma": SPAN}[tile.scheme]
     turns = -(-padded_K // (columns * tile.k_warps))
     grid = (-(-M // tile.tokens), -(-blocks // (tile.blocks * tile.row_warps // halves)))
@@ -183,7 +184,7 @@ def w2a8_matmul(
         raise ValueError(
             f"w2a8_matmul: {N} rows in segments to {ends} are no gate and up rows in blocks of {BLOCK_ROWS}"
         )
-    padded_K = -(-K // BLOCK_COLS) * BLOCK_COLS
+    _, padded_K = padded_shape(N, K)
     if out.dtype != ("int32" if epilogue == "acc" else "float32"):
         raise ValueError(f"w2a8_matmul: out must be {'int32' if epilogue == 'acc' else 'float32'}, not {out.dtype}")
     sizes = {"words": (words, packed_words(N, K)), "q": (q, M * padded_K), "s": (s, M), "total": (total, M)}

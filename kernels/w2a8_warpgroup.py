@@ -96,8 +96,9 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
     UNITS = WR // HALVES  # row-blocks of the output
     ROWS = UNITS * BLOCK_ROWS
     THREADS = tile.threads
-    STAGE, PANEL, WORDS = stage_bytes(tile), T * SPAN, WR * SPAN * 4  # bytes
-    WORDS_AT, UNIT_WORDS = WK * PANEL // 4, UNITS * SPAN  # words
+    # Bytes: of a turn, of a part's activations and weights, of its gate or up rows; where a turn's weights begin.
+    STAGE, PANEL, WORDS = stage_bytes(tile), T * SPAN, WR * SPAN * 4
+    HALF, WORDS_AT = WORDS // HALVES, WK * PANEL
     WIDTH = WR * BLOCK_ROWS + PADDING
     SUMS = T * WIDTH
     ACC_REGS = T // 2
@@ -113,8 +114,7 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
     @device_function
     def copy_words(words, shared, at, arrival, part, unit0, second):
         for half in range(HALVES):
-            to = at + (WORDS_AT + half * UNIT_WORDS) * 4
-            copy_tile(words, 0, shared, to, arrival, part * SPAN, unit0 + half * second)
+            copy_tile(words, 0, shared, at + (WORDS_AT + half * HALF), arrival, part * SPAN, unit0 + half * second)
 
     @device_function
     def load_codes(code_r, shared, at, shift):
@@ -208,7 +208,7 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
 
         # 3. Products. While those of one turn run, the next turn's words are decoded; the unit always has work.
         own_panel = int32(base + k * PANEL)
-        own_words = int32(base + (WORDS_AT * 4 + k * WORDS) + ((w * SPAN + (g >> 2) * 16 + (g & 3) * 2) << 2))
+        own_words = int32(base + (WORDS_AT + k * WORDS) + ((w * SPAN + (g >> 2) * 16 + (g & 3) * 2) << 2))
         shift = int32(CODE_BITS * i)
         arrival_wait(arrival, 0)
         load_codes(a_r, shared, own_words, shift)
