@@ -179,8 +179,7 @@ class PinnedArray:
 _loaded: dict[Any, Any] = {}
 
 
-# Of the memory that L1 and shared memory divide, how much is shared memory, in percent.
-CARVEOUT = "PREFERRED_SHARED_MEMORY_CARVEOUT"
+OVERLAP_ARCH = 90  # the first that starts a launch before the one before has ended
 
 
 def _key(form: KernelForm, device: Device) -> tuple:
@@ -194,9 +193,11 @@ def load_kernel(form: KernelForm, device: Device) -> Any:
         cubin, _ = machine_code(form, device.arch)
         module = driver_call("cuModuleLoadData", cubin)
         function = driver_call("cuModuleGetFunction", module, ENTRY.encode())
-        if form.shared:
-            for attribute, value in (("MAX_DYNAMIC_SHARED_SIZE_BYTES", form.shared), (CARVEOUT, 100)):
-                driver_call("cuFuncSetAttribute", function, _enum("CUfunction_attribute", attribute), value)
+        attributes = {"MAX_DYNAMIC_SHARED_SIZE_BYTES": form.shared} if form.shared else {}
+        if device.arch >= OVERLAP_ARCH:
+            attributes["PREFERRED_SHARED_MEMORY_CARVEOUT"] = form.carveout
+        for attribute, value in attributes.items():
+            driver_call("cuFuncSetAttribute", function, _enum("CUfunction_attribute", attribute), value)
         # The module is kept too: functions die with it.
         _loaded[key] = (function, module)
     return _loaded[key][0]
@@ -244,11 +245,18 @@ class Launch:
         config.gridDimZ = 1
         config.blockDimX, config.blockDimY, config.blockDimZ = form.threads, 1, 1
         config.sharedMemBytes = form.shared
-        if overlap and device.arch >= 90:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs, config.numAttrs = [attribute], 1
+        attributes = []
+        if overlap and device.arch >= OVERLAP_ARCH:
+            attributes.append(driver.CUlaunchAttribute())
+            attributes[-1].id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attributes[-1].value.programmaticStreamSerializationAllowed = 1
+        if form.cluster > 1:
+            attributes.append(driver.CUlaunchAttribute())
+            attributes[-1].id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            cluster = attributes[-1].value.clusterDim
+            cluster.x, cluster.y, cluster.z = 1, form.cluster, 1
+        if attributes:
+            config.attrs, config.numAttrs = attributes, len(attributes)
         self._launch = driver.cuLaunchKernelEx
 
     def __call__(self, stream: Any) -> None:

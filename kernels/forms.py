@@ -5,6 +5,10 @@ from typing import Any, NamedTuple, Protocol
 
 from numba import types
 
+# A multiprocessor cannot divide its memory anew while a block is resident: kernels that ask for different divisions
+# cannot overlap. So all ask for this one, but for those that need more shared memory, or more L1.
+CARVEOUT = 75
+
 
 class KernelForm(NamedTuple):
     """A kernel specialised to fixed constants and argument types: all that compiling it takes, without a device.
@@ -21,6 +25,8 @@ class KernelForm(NamedTuple):
     dp4a: int = 0  # least number of dp4a instructions in its PTX
     wide_loads: int = 0  # least number of 16-byte global loads in its PTX
     shared: int = 0  # bytes of dynamic shared memory, per block
+    cluster: int = 1  # blocks, neighbours along y, that run together and reach each other's shared memory
+    carveout: int = CARVEOUT  # percent of the memory that L1 and shared memory divide
 
 
 class Target(Protocol):

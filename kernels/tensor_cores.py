@@ -318,7 +318,27 @@ def arrival_wait(at: Any, parity: Any) -> None:
     thread.syncthreads()  # simulated copies arrive at once; but the thread that starts them must have come by
 
 
+@instruction("barrier.cluster.arrive;", "", "", effects=True)
+def cluster_arrive() -> None:
+    """The thread has come to the cluster's barrier: what it wrote to shared memory will be seen beyond it. sm_90."""
+
+
+@instruction("barrier.cluster.wait;", "", "", effects=True)
+def cluster_wait() -> None:
+    """Until all threads of the cluster have come to its barrier. sm_90."""
+    thread: Any = threading.current_thread()
+    thread.synccluster()
+
+
 if SIMULATED:
+
+    def prefetch_map(source: Any, i: Any) -> None:
+        """Fetches a `tensor_map` (i: 0) before `copy_tile` needs it. sm_90."""
+
+    def cluster_load(p: Any, at: Any, rank: Any) -> Any:
+        """The int32 at a place of a shared array, in the cluster's block of that rank. sm_90."""
+        thread: Any = threading.current_thread()
+        return thread.shared_of(p, int(rank))[int(at) // 4]
 
     def part_words(p: Any, at: Any) -> tuple:
         """The words of a lane's two rows in a row-block's 128 columns, int32 x 16: of both rows, 16 columns after the
@@ -339,6 +359,22 @@ if SIMULATED:
         to[int(at) // 4 : int(at) // 4 + box.size] = box.reshape(-1)
 
 else:
+
+    @instruction("prefetch.tensormap [$0];", "", "p", effects=True)
+    def _prefetch_map(source: Any, i: Any) -> None: ...
+
+    @device_function
+    def prefetch_map(source: Any, i: Any) -> None:
+        _prefetch_map(source, i)
+
+    @instruction(
+        "{ .reg .b32 t; mapa.shared::cluster.u32 t, $1, $2; ld.shared::cluster.b32 $0, [t]; }", "r", "rr", effects=True
+    )
+    def _cluster_load(at: Any, rank: Any) -> Any: ...
+
+    @device_function
+    def cluster_load(p: Any, at: Any, rank: Any) -> Any:
+        return _cluster_load(at, int32(rank))
 
     @instruction(_PART_WORDS, "r" * 16, "r", effects=True)
     def _part_words(at: Any) -> Any: ...

@@ -12,18 +12,19 @@ from collections.abc import Sequence
 from numba.cuda import types
 
 from bitnet_numba.kernels.device import Device, DeviceArray, Launch
-from bitnet_numba.kernels.forms import KernelForm
+from bitnet_numba.kernels.forms import CARVEOUT, KernelForm
 from bitnet_numba.kernels.tensor_cores import SPAN_INTS
 from bitnet_numba.kernels.w2a8_columns import STEP, TOKENS, make_columns
 from bitnet_numba.kernels.w2a8_epilogue import EPILOGUES
 from bitnet_numba.kernels.w2a8_tensor import PANEL, Tile, make_matmul
 from bitnet_numba.kernels.w2a8_warpgroup import ARCH as WARPGROUP_ARCH
-from bitnet_numba.kernels.w2a8_warpgroup import SPAN, make_warpgroup, shared_bytes, tensor_map
+from bitnet_numba.kernels.w2a8_warpgroup import SPAN, block_bytes, make_warpgroup, shared_bytes, tensor_map
 from bitnet_numba.packing import BLOCK_ROWS, packed_words, padded_shape
 
 LEAST_ARCH = 75  # mma of 8-bit integers
 STAGED_ARCH = 80  # asynchronous copies to shared memory
 MOST_SEGMENTS = 3  # q, k and v
+CARVED_BYTES = 196 * 1024  # of shared memory that CARVEOUT makes of an H100's
 
 
 def _group(tokens: int, row_warps: int, k_warps: int, stages: int, per_sm: int) -> Tile:
@@ -103,6 +104,11 @@ def plan(M: int, N: int, K: int, arch: int, multiprocessors: int, gated: bool = 
     return min((Tile(64, 4, 2, 2, 2, 3, 2), Tile(64, 2, 5, 2, 2, 2, 1)), key=busiest)
 
 
+def _carveout(tile: Tile) -> int:
+    """For as much shared memory as the tile's blocks on a multiprocessor take."""
+    return CARVEOUT if tile.scheme != "wgmma" or tile.per_sm * block_bytes(tile) <= CARVED_BYTES else 100
+
+
 def form(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu2", bias: bool = False) -> KernelForm:
     """The compiled form of a tile; K, N and M are arguments of the launch."""
     f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
@@ -124,6 +130,8 @@ def form(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu
         blocks_per_sm=tile.per_sm,
         dp4a=dp4a,
         shared=shared_bytes(tile) if tile.scheme == "wgmma" else 0,
+        cluster=tile.cluster,
+        carveout=_carveout(tile),
     )
 
 
@@ -140,8 +148,10 @@ def launch_sizes(tile: Tile, M: int, N: int, K: int, ends: Sequence[int], gated:
     padded_rows, padded_K = padded_shape(rows, K)
     blocks = padded_rows // BLOCK_ROWS
     columns = {"dp4a": STEP, "mma": PANEL, "wgmma": SPAN}[tile.scheme]
-    turns = -(-padded_K // (columns * tile.k_warps))
-    grid = (-(-M // tile.tokens), -(-blocks // (tile.blocks * tile.row_warps // halves)))
+    turns = -(-padded_K // (columns * tile.k_warps * tile.cluster))
+    if not tile.refill and turns > tile.stages:
+        raise ValueError(f"w2a8_matmul: {tile} has no stages for {K} columns")
+    grid = (-(-M // tile.tokens), -(-blocks // (tile.blocks * tile.row_warps // halves)) * tile.cluster)
     return grid, (M, rows, padded_K, turns, blocks, blocks if gated else 0, *(*ends, N, N)[:2])
 
 

@@ -75,6 +75,8 @@ class Tile(NamedTuple):
     stages: int  # turns of activations in shared memory; 0: straight to registers
     per_sm: int = 1  # blocks of a multiprocessor that the registers must allow
     scheme: str = "mma"  # or "wgmma", of w2a8_warpgroup.py, or "dp4a", of w2a8_columns.py
+    cluster: int = 1  # "wgmma": blocks that share a tile, each with its own columns
+    refill: bool = True  # "wgmma": stages are used again; else there is one for every turn
 
     @property
     def rows(self) -> int:

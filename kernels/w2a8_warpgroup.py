@@ -33,6 +33,7 @@ from numba import cuda
 
 from bitnet_numba.kernels.device import DeviceArray, driver_call
 from bitnet_numba.kernels.intrinsics import (
+    WARP,
     device_function,
     float32,
     float64,
@@ -40,8 +41,10 @@ from bitnet_numba.kernels.intrinsics import (
     grid_wait,
     int32,
     int64,
+    load4,
     pointer,
     store2,
+    store4,
 )
 from bitnet_numba.kernels.tensor_cores import (
     PANEL_ALIGN,
@@ -49,8 +52,12 @@ from bitnet_numba.kernels.tensor_cores import (
     arrival_expect,
     arrival_init,
     arrival_wait,
+    cluster_arrive,
+    cluster_load,
+    cluster_wait,
     copy_tile,
     part_words,
+    prefetch_map,
     shared_address,
     shifted_codes,
     warpgroup_mma,
@@ -63,9 +70,11 @@ ARCH = 90  # wgmma is this architecture's alone
 SPAN = 128  # columns of a part, and the words of its row-block
 CODES = 16  # registers of a warp's part
 PADDING = 4  # sums between a token's rows and the next token's: 8-byte stores then touch every bank once
-SHARED_BYTES = 227 * 1024  # of a multiprocessor that one block can have
+SHARED_BYTES = 228 * 1024  # of a multiprocessor
+SYSTEM_BYTES = 1024  # of each block
 MOST_TOKENS = 256  # of one instruction
 BATCH = 8  # sums that a thread has in hand on their way out
+MOST_EARLY = 4  # old values of a residual that a thread loads before its products
 
 
 def stage_bytes(tile: Tile) -> int:
@@ -80,34 +89,41 @@ def shared_bytes(tile: Tile) -> int:
     return max(tile.stages * stage_bytes(tile), sums) + PANEL_ALIGN
 
 
-def _static_bytes(tile: Tile) -> int:
-    """Shared memory beside that: arrival counters, reciprocals of scales, sums of activations."""
-    return 8 * tile.stages + 12 * tile.tokens
+def block_bytes(tile: Tile) -> int:
+    """All shared memory that a block takes: arrival counters, reciprocals of scales and sums of activations too, and
+    what the system keeps."""
+    return shared_bytes(tile) + 8 * tile.stages + 12 * tile.tokens + SYSTEM_BYTES
 
 
 def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu2") -> Callable[..., None]:
-    """The kernel for a tile with one row-block a warp and row_warps a multiple of 4 (8 for "gated"); epilogues as in
-    `make_matmul`."""
+    """The kernel for a tile with one row-block a warp and row_warps a multiple of 4; epilogues as in `make_matmul`."""
     wait, release = grid_wait(arch), grid_release(arch)
     GATED, RESIDUAL, ACC = epilogue == "gated", epilogue == "residual", epilogue == "acc"
     finish = make_epilogue(epilogue, activation, inverse=True)
     T, U, WR, WK, HELD, STAGES = tile[:6]
+    CLUSTER, REFILL = tile.cluster, tile.refill
     HALVES = 2 if GATED else 1
     UNITS = WR // HALVES  # row-blocks of the output
     ROWS = UNITS * BLOCK_ROWS
-    THREADS = tile.threads
+    THREADS, WARPS = tile.threads, tile.threads // WARP
     # Bytes: of a turn, of a part's activations and weights, of its gate or up rows; where a turn's weights begin.
     STAGE, PANEL, WORDS = stage_bytes(tile), T * SPAN, WR * SPAN * 4
     HALF, WORDS_AT = WORDS // HALVES, WK * PANEL
     WIDTH = WR * BLOCK_ROWS + PADDING
     SUMS = T * WIDTH
+    PIECES = SUMS // 4
     ACC_REGS = T // 2
     STEP = THREADS // ROWS  # tokens that are written side by side
-    EACH = max(n for n in range(1, BATCH + 1) if T // STEP % n == 0)
+    JUMP = STEP * CLUSTER  # from one of a thread's tokens to its next
+    TURNS = -(-T // JUMP)
+    EACH = TURNS if CLUSTER > 1 else max(n for n in range(1, BATCH + 1) if TURNS % n == 0)
+    EXACT = T % JUMP == 0
+    EARLY = RESIDUAL and TURNS <= MOST_EARLY
     SCALE_TURNS = -(-T // THREADS)
     Y, ZERO = int32 if ACC else float32, float32(0)
-    whole = (not T % 16 or T in (8, 24)) and T <= MOST_TOKENS and not WR % (4 * HALVES) and not T % STEP
-    if U != 1 or HELD or STAGES < 2 or not whole or shared_bytes(tile) + _static_bytes(tile) > SHARED_BYTES:
+    whole = (not T % 16 or T in (8, 24)) and T <= MOST_TOKENS and not WR % 4
+    many = block_bytes(tile) > SHARED_BYTES or CLUSTER > 1 and TURNS > BATCH
+    if U != 1 or HELD or STAGES < 2 - (not REFILL) or not whole or many:
         raise ValueError(f"no product of warpgroups is made of {tile}")
     start, all_but_one, finished = warpgroup_mma(T)
 
@@ -126,27 +142,56 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
     def advance(code_r, acc_r, block, places, state, turn):
         """A turn but the first: starts its products, and gives the stage before it to the turn that takes it next.
         Returns which stage it was: its number, its distance from the first, and its phase."""
-        words, panels, shared, tid, first, unit0, second, turns = block
+        words, panels, shared, tid, first, unit0, part0, second, turns = block
         base, arrival, own_panel, own_words, shift = places
         slot, stage, parity = state
         before, stage_before = slot, stage
         slot, stage = int32(slot + 1), int32(stage + STAGE)
-        if slot == STAGES:
+        if REFILL and slot == STAGES:
             slot, stage, parity = int32(0), int32(0), int32(1 - parity)
         arrival_wait(int32(arrival + 8 * slot), parity)
         load_codes(code_r, shared, int32(own_words + stage), shift)
         start(acc_r, code_r, shared, int32(own_panel + stage))
         all_but_one()
-        cuda.syncthreads()  # the turn before has been multiplied by all
-        ahead = int32(turn + (STAGES - 1))
-        if tid == 0 and ahead < turns:
-            arrived, to = int32(arrival + 8 * before), int32(base + stage_before)
-            arrival_expect(arrived, STAGE)
-            for part in range(WK):
-                column = int32((ahead * WK + part) * SPAN_INTS)
-                copy_tile(panels, 0, shared, to + part * PANEL, arrived, column, first)
-                copy_words(words, shared, to + part * WORDS, arrived, ahead * WK + part, unit0, second)
+        if REFILL:
+            cuda.syncthreads()  # the turn before has been multiplied by all
+            ahead = int32(turn + (STAGES - 1))
+            if tid == 0 and ahead < turns:
+                arrived, to = int32(arrival + 8 * before), int32(base + stage_before)
+                arrival_expect(arrived, STAGE)
+                for n in range(WK):
+                    part = int32(part0 + ahead * WK + n)
+                    copy_tile(panels, 0, shared, to + n * PANEL, arrived, part * SPAN_INTS, first)
+                    copy_words(words, shared, to + n * WORDS, arrived, part, unit0, second)
         return slot, stage, parity
+
+    @device_function
+    def read_results(y_r, old_r, shared, place, sums, total_s, inverse_s, token, given):
+        """EACH results of a thread, from `token` on. Without branches, so that they wait for each other's latencies
+        together. sums: where those of its row and the first token lie, counted in int32."""
+        scale, scale1, bias, row, rows = given
+        for n in range(EACH):
+            t = token + n * JUMP if EXACT else min(int32(token + n * JUMP), int32(T - 1))
+            rd = int32(sums + t * WIDTH)
+            e = int32(0)
+            if CLUSTER > 1:
+                c = cluster_load(shared, place + 4 * rd, 0)
+                if GATED:
+                    e = cluster_load(shared, place + 4 * (rd + ROWS), 0)
+                for other in range(1, CLUSTER):
+                    c += cluster_load(shared, place + 4 * rd, other)
+                    if GATED:
+                        e += cluster_load(shared, place + 4 * (rd + ROWS), other)
+            else:
+                c = shared[rd]
+                if GATED:
+                    e = shared[rd + ROWS]
+                for k in range(1, WK):
+                    c += shared[rd + k * SUMS]
+                    if GATED:
+                        e += shared[rd + (k * SUMS + ROWS)]
+            old = old_r[n] if RESIDUAL else ZERO
+            y_r[n] = finish(int32(c), int32(e), total_s[t], scale, scale1, inverse_s[t], bias, row, rows, old)
 
     def warpgroup(
         words, panels, s, q_total, count, scales, bias, out, M, rows, KP, turns, blocks, second, bound1, bound2
@@ -172,39 +217,60 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
             if first == 0:
                 wait()  # so that the launch does not end before those it follows
             return
-        unit0 = int32(cuda.blockIdx.y) * UNITS
+        y = int32(cuda.blockIdx.y)
+        rank = int32(y % CLUSTER) if CLUSTER > 1 else int32(0)
+        unit0 = int32(y // CLUSTER) * UNITS
+        part0 = int32(rank * turns * WK)
+        filled = min(int32(turns), int32(STAGES)) * WK  # parts that have a place from the beginning
         # Places in shared memory, in bytes.
         unaligned, arrival = shared_address(shared, 0), shared_address(arrival_s, 0)
         base = int32((unaligned + (PANEL_ALIGN - 1)) & -PANEL_ALIGN)
 
-        # 1. The first turns' weights, while the launches before this one still run.
+        # 1. The first turns' weights, while the launches before this one still run. Warps take parts in turn.
         if tid == 0:
             for n in range(STAGES):
                 arrival_init(arrival + 8 * n)
-            for t in range(STAGES):
-                if t < turns:
-                    arrival_expect(arrival + 8 * t, STAGE)
-                    for part in range(WK):
-                        to = base + (t * STAGE + part * WORDS)
-                        copy_words(words, shared, to, arrival + 8 * t, t * WK + part, unit0, second)
+                if n < turns:
+                    arrival_expect(arrival + 8 * n, STAGE)
+            prefetch_map(panels, 0)
+        cuda.syncthreads()
+        if lane == 0:
+            for n in range(warp, filled, WARPS):
+                t = int32(n // WK)
+                to = int32(base + t * STAGE + (n - t * WK) * WORDS)
+                copy_words(words, shared, to, arrival + 8 * t, int32(part0 + n), unit0, second)
         for n in range(ACC_REGS):
             acc_r[n] = int32(0)
+        # A thread's results: one row of every JUMP-th token.
+        own = int32(tid % ROWS)
+        row = int32(unit0 * BLOCK_ROWS + own)
+        token = int32(tid // ROWS + rank * STEP)
+        if tid >= STEP * ROWS or row >= rows:
+            token, row = int32(T), int32(rows - 1)
+        scale = scale1 = ZERO
+        if not ACC:
+            segment = int32(0) if row < bound1 else (int32(1) if row < bound2 else int32(2))
+            scale = scales[segment]
+            if GATED:
+                scale1 = scales[1]
+        wr, jump, last = int32((first + token) * rows + row), int32(JUMP * rows), int32((limit - 1) * rows + row)
         release()
         wait()
 
         # 2. The first turns' activations.
-        if tid == 0:
-            for t in range(STAGES):
-                if t < turns:
-                    for part in range(WK):
-                        to = base + (t * STAGE + part * PANEL)
-                        copy_tile(panels, 0, shared, to, arrival + 8 * t, (t * WK + part) * SPAN_INTS, first)
+        if lane == 0:
+            for n in range(warp, filled, WARPS):
+                t = int32(n // WK)
+                to = int32(base + t * STAGE + (n - t * WK) * PANEL)
+                copy_tile(panels, 0, shared, to, arrival + 8 * t, int32(part0 + n) * SPAN_INTS, first)
+        if EARLY:
+            for n in range(EACH):  # beyond the last token: of that one, and not used
+                old_r[n] = out[min(int32(wr + n * jump), last)]
         for n in range(SCALE_TURNS):
-            token = int32(tid + n * THREADS)
-            if token < T and first + token < limit:
-                inverse_s[token] = reciprocal(s[first + token])
-                total_s[token] = q_total[first + token]
-        cuda.syncthreads()
+            t = int32(tid + n * THREADS)
+            if t < T and first + t < limit:
+                inverse_s[t] = reciprocal(s[first + t])
+                total_s[t] = q_total[first + t]
 
         # 3. Products. While those of one turn run, the next turn's words are decoded; the unit always has work.
         own_panel = int32(base + k * PANEL)
@@ -213,7 +279,7 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
         arrival_wait(arrival, 0)
         load_codes(a_r, shared, own_words, shift)
         start(acc_r, a_r, shared, own_panel)
-        block = words, panels, shared, tid, first, unit0, int32(second), int32(turns)
+        block = words, panels, shared, tid, first, unit0, part0, int32(second), int32(turns)
         places = base, arrival, own_panel, own_words, shift
         state = int32(0), int32(0), int32(0)
         # In pairs, for the two sets of codes: with a condition between, the assembler would run one product at a time.
@@ -233,41 +299,45 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
         for t in range(T // TOKENS):
             store2(shared, to + t * (TOKENS * WIDTH), acc_r[4 * t], acc_r[4 * t + 2])
             store2(shared, to + (t * TOKENS + 1) * WIDTH, acc_r[4 * t + 1], acc_r[4 * t + 3])
-        cuda.syncthreads()
-        own = int32(tid % ROWS)
-        row = int32(unit0 * BLOCK_ROWS + own)
-        if row >= rows:
-            return
-        scale = scale1 = ZERO
-        if not ACC:
-            segment = int32(0) if row < bound1 else (int32(1) if row < bound2 else int32(2))
-            scale = scales[segment]
-            if GATED:
-                scale1 = scales[1]
-        # Eight at a time, without branches up to the stores, so that they wait for each other's latencies together.
-        token = int32(tid // ROWS)
-        rd, wr = int32(sums + own + token * WIDTH), int32((first + token) * rows + row)
-        jump, last = int32(STEP * rows), int32((limit - 1) * rows + row)
-        while token < T and first + token < limit:
-            if RESIDUAL:
-                for n in range(EACH):  # beyond the last token: of that one, and not used
-                    old_r[n] = out[min(int32(wr + n * jump), last)]
-            for n in range(EACH):
-                c, e = shared[rd + n * STEP * WIDTH], int32(0)
-                if GATED:
-                    e = shared[rd + (n * STEP * WIDTH + ROWS)]
-                for part in range(1, WK):
-                    c += shared[rd + (n * STEP * WIDTH + part * SUMS)]
-                    if GATED:
-                        e += shared[rd + (n * STEP * WIDTH + part * SUMS + ROWS)]
-                total, inverse = total_s[token + n * STEP], inverse_s[token + n * STEP]
-                old = old_r[n] if RESIDUAL else ZERO
-                y_r[n] = finish(int32(c), int32(e), total, scale, scale1, inverse, bias, row, rows, old)
-            for n in range(EACH):
-                if wr <= last:
-                    out[wr] = y_r[n]
-                wr = int32(wr + jump)
-            token, rd = int32(token + STEP * EACH), int32(rd + STEP * EACH * WIDTH)
+        given = scale, scale1, bias, row, int32(rows)
+        if CLUSTER > 1:
+            # The block's own sums become one, then each block reads its tokens' from all.
+            if WK > 1:
+                cuda.syncthreads()
+                for piece in range(tid, PIECES, THREADS):
+                    at = sums + 4 * piece
+                    c0, c1, c2, c3 = load4(shared, at)
+                    for part in range(1, WK):
+                        d0, d1, d2, d3 = load4(shared, at + part * SUMS)
+                        c0, c1, c2, c3 = int32(c0 + d0), int32(c1 + d1), int32(c2 + d2), int32(c3 + d3)
+                    store4(shared, at, c0, c1, c2, c3)
+            cluster_arrive()
+            cluster_wait()
+            writes = token < T and first + token < limit
+            if writes:
+                if RESIDUAL and not EARLY:
+                    for n in range(EACH):
+                        old_r[n] = out[min(int32(wr + n * jump), last)]
+                read_results(y_r, old_r, shared, unaligned, sums + own, total_s, inverse_s, token, given)
+            cluster_arrive()  # a block may end when nobody reads its sums any more
+            if writes:
+                for n in range(EACH):
+                    if wr <= last and (EXACT or token + n * JUMP < T):
+                        out[wr] = y_r[n]
+                    wr = int32(wr + jump)
+            cluster_wait()
+        else:
+            cuda.syncthreads()
+            while token < T and first + token < limit:
+                if RESIDUAL and not EARLY:
+                    for n in range(EACH):
+                        old_r[n] = out[min(int32(wr + n * jump), last)]
+                read_results(y_r, old_r, shared, unaligned, sums + own, total_s, inverse_s, token, given)
+                for n in range(EACH):
+                    if wr <= last and (EXACT or token + n * JUMP < T):
+                        out[wr] = y_r[n]
+                    wr = int32(wr + jump)
+                token = int32(token + JUMP * EACH)
 
     return warpgroup
 

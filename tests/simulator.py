@@ -3,7 +3,8 @@
 Numba's simulator starts a Python thread for each CUDA thread and polls them, which is slow, and knows no warps. Here
 one thread runs at a time until it reaches a barrier and wakes the next; so blocks run many times faster, and
  - a barrier of one warp (shuffles, syncwarp) concerns its 32 threads alone, as on the device;
- - blocks are independent: shared arrays belong to one block;
+ - blocks are independent: shared arrays belong to one block; those of a cluster run together, see each other's shared
+   arrays, and meet at its barrier;
  - threads that wait at barriers that can never open are an error, not a hang;
  - the order of threads between barriers is shuffled, a new order each time: a missing barrier changes the result;
  - shared and local arrays start as NaN (or -1), so that reading what nobody wrote shows;
@@ -29,15 +30,15 @@ WARP = 32
 class SimulatedThread(threading.Thread):
     """One CUDA thread. It runs only between being woken and reaching a barrier, when it wakes another one."""
 
-    def __init__(self, block: "Block", target: Callable[[], None], blockIdx: Any, threadIdx: Any, thread_id: int):
+    def __init__(self, block: "Block", rank: int, target: Callable[[], None], threadIdx: Any, thread_id: int):
         super().__init__(daemon=True)
-        self.block, self._kernel = block, target
-        self.blockIdx, self.threadIdx, self.thread_id = blockIdx, threadIdx, thread_id
+        self.block, self.rank, self._kernel = block, rank, target
+        self.blockIdx, self.threadIdx, self.thread_id = block.places[rank], threadIdx, thread_id
         self.offers: list[Any] = [None, None]  # what this lane gives in its even and its odd exchanges
         self.exchanges = 0
         self.async_copies: list[list[Any]] = [[]]  # groups of copies under way, see `tensor_cores`
         self.vote = False
-        self.waits_at = ""  # "", "block" or "warp"
+        self.waits_at = ""  # "", "cluster", "block" or "warp"
         self.done = False
         self.go = threading.Lock()  # held except for the moment in which this thread is woken
         self.go.acquire()
@@ -69,13 +70,29 @@ class SimulatedThread(threading.Thread):
     def syncthreads(self) -> None:
         self._wait("block")
 
+    def synccluster(self) -> None:
+        self._wait("cluster")
+
+    @property
+    def shared(self) -> dict[Any, np.ndarray]:
+        """The shared arrays of this thread's block, by their place in the source."""
+        return self.block.shared[self.rank]
+
+    def shared_of(self, own: np.ndarray, rank: int) -> np.ndarray:
+        """What a shared array is in the cluster's block of that rank."""
+        return self.block.shared[rank][next(place for place, array in self.shared.items() if array is own)]
+
+    def _mates(self) -> list["SimulatedThread"]:
+        size = len(self.block.threads) // len(self.block.places)
+        return self.block.threads[self.rank * size :][:size]
+
     def syncwarp(self) -> None:
         self._wait("warp")
 
     def _votes(self, value: Any) -> list[bool]:
         self.vote = bool(value)
         self.syncthreads()
-        votes = [thread.vote for thread in self.block.threads if not thread.done]
+        votes = [thread.vote for thread in self._mates() if not thread.done]
         self.syncthreads()
         return votes
 
@@ -89,7 +106,7 @@ class SimulatedThread(threading.Thread):
         self.offers[turn] = value
         self.syncwarp()
         start = self.thread_id // WARP * WARP
-        return [thread.offers[turn] for thread in self.block.threads[start : start + WARP]]
+        return [thread.offers[turn] for thread in self._mates()[start : start + WARP]]
 
     def exchange_in_warp(self, value: Any, source: Callable[[int], int]) -> Any:
         """A warp shuffle: the value of lane `source(own lane)`."""
@@ -97,27 +114,33 @@ class SimulatedThread(threading.Thread):
 
 
 class Block:
-    """The threads of one block, of which one runs at a time."""
+    """The threads of one block, or of a cluster's blocks (neighbours along y), of which one runs at a time."""
 
     order = random.Random(0)  # shuffles the threads between barriers
+    cluster = 1  # blocks of a cluster
+    early: list[Any] = []  # noqa: RUF012 - the cluster's blocks that have been started and wait for the others
 
     def __init__(self, function: Callable[..., None], grid_dim: Any, block_dim: Any, debug: bool):
         self._function, self._block_dim = function, block_dim
         self.threads: list[SimulatedThread] = []
-        self.shared: dict[Any, np.ndarray] = {}  # shared arrays by their place in the source
+        self.places: list[Any] = []  # of its blocks in the grid
+        self.shared: list[dict[Any, np.ndarray]] = []  # of each block
         self.failure: str | None = None
         self._ready: list[SimulatedThread] = []
         self._finished = threading.Lock()
         self._finished.acquire()
 
     def run(self, grid_point: Any, *args: Any) -> None:
-        """Runs the block to its end. Raises RuntimeError if a thread fails or waits for ever."""
-        block_idx = kernelapi.Dim3(*grid_point)
-        for z, y, x in np.ndindex(*reversed(self._block_dim)):
-            index = kernelapi.Dim3(x, y, z)
-            self.threads.append(
-                SimulatedThread(self, lambda: self._function(*args), block_idx, index, len(self.threads))
-            )
+        """Runs the block to its end, with its cluster. Raises RuntimeError if a thread fails or waits for ever."""
+        Block.early.append(kernelapi.Dim3(*grid_point))
+        if len(Block.early) < Block.cluster:
+            return
+        self.places, Block.early = Block.early, []
+        self.shared = [{} for _ in self.places]
+        for rank in range(len(self.places)):
+            for thread_id, (z, y, x) in enumerate(np.ndindex(*reversed(self._block_dim))):
+                index = kernelapi.Dim3(x, y, z)
+                self.threads.append(SimulatedThread(self, rank, lambda: self._function(*args), index, thread_id))
         for thread in self.threads:
             thread.start()
         self._ready = self.order.sample(self.threads, len(self.threads))
@@ -149,13 +172,17 @@ class Block:
     @staticmethod
     def _released(live: list[SimulatedThread]) -> list[SimulatedThread]:
         """The threads whose barrier has opened."""
-        if all(thread.waits_at == "block" for thread in live):
+
+        def groups(size: int, where: str) -> list[SimulatedThread]:
+            found: dict[Any, list[SimulatedThread]] = {}
+            for thread in live:
+                found.setdefault((thread.rank, thread.thread_id // size), []).append(thread)
+            together = [group for group in found.values() if all(thread.waits_at == where for thread in group)]
+            return [thread for group in together for thread in group]
+
+        if all(thread.waits_at == "cluster" for thread in live):
             return list(live)
-        warps: dict[int, list[SimulatedThread]] = {}
-        for thread in live:
-            warps.setdefault(thread.thread_id // WARP, []).append(thread)
-        together = [lanes for lanes in warps.values() if all(thread.waits_at == "warp" for thread in lanes)]
-        return [thread for lanes in together for thread in lanes]
+        return groups(1 << 16, "block") + groups(WARP, "warp")
 
 
 def _local_array(self: Any, shape: Any, dtype: Any, alignment: Any = None) -> np.ndarray:
@@ -168,7 +195,7 @@ def _shared_array(self: Any, shape: Any, dtype: Any, alignment: Any = None) -> n
         shape = self._dynshared_size // np.dtype(as_dtype(dtype) if isinstance(dtype, types.Type) else dtype).itemsize
     caller = sys._getframe(1)
     place = (caller.f_code, caller.f_lineno)
-    shared = threading.current_thread().block.shared
+    shared = threading.current_thread().shared
     if place not in shared:
         shared[place] = _poisoned(shape, dtype)
     return shared[place]

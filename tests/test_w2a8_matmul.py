@@ -94,6 +94,8 @@ KINDS = st.sampled_from(
 GROUP = Tile(16, 1, 4, 1, 0, 2, scheme="wgmma")
 PAIRS = Tile(16, 1, 8, 1, 0, 3, scheme="wgmma")
 SPLIT = Tile(24, 1, 4, 2, 0, 3, scheme="wgmma")
+CLUSTER = Tile(16, 1, 4, 2, 0, 2, scheme="wgmma", cluster=3, refill=False)
+CLUSTER_PAIRS = Tile(8, 1, 4, 1, 0, 1, scheme="wgmma", cluster=2, refill=False)
 DP4A = Tile(8, 1, 1, 2, 0, 0, scheme="dp4a")
 
 
@@ -105,6 +107,8 @@ DP4A = Tile(8, 1, 1, 2, 0, 0, scheme="dp4a")
 @example(M=35, N=70, K=160, kind=("residual", "relu2"), bias=True, tile=GROUP, short=1, seed=5)
 @example(M=20, N=96, K=290, kind=("gated", "relu2"), bias=False, tile=PAIRS, short=3, seed=6)
 @example(M=30, N=70, K=330, kind=("residual", "relu2"), bias=True, tile=SPLIT, short=2, seed=7)
+@example(M=21, N=70, K=700, kind=("residual", "relu2"), bias=True, tile=CLUSTER, short=1, seed=8)
+@example(M=9, N=96, K=200, kind=("gated", "relu2"), bias=True, tile=CLUSTER_PAIRS, short=2, seed=9)
 @given(
     M=st.integers(1, 20),
     N=st.integers(1, 70),
@@ -121,6 +125,8 @@ DP4A = Tile(8, 1, 1, 2, 0, 0, scheme="dp4a")
         st.sampled_from([0, 2, 3]),
         st.just(1),
         st.just("mma"),
+        st.just(1),
+        st.just(True),
     )
     | st.sampled_from([DP4A, GROUP]),
     short=st.integers(0, 9),
@@ -131,8 +137,6 @@ def simulate_matmul(
 ) -> None:
     if kind[0] == "gated":
         N = -(-N // 32) * 32
-    if tile.scheme == "wgmma" and kind[0] == "gated":
-        tile = PAIRS
     if tile.scheme == "dp4a":
         tile = tile._replace(blocks=2 if kind[0] == "gated" else 1)
     check_matmul(M, N, K, tile, *kind, bias, seed, max(1, M - short))
