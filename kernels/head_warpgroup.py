@@ -17,8 +17,8 @@ A tile's turns follow each other, and so do tiles: while the logits of one are s
 their way. One thread starts the copies of a stage when all have multiplied what it held. Rows, tokens and columns that
 are not there arrive as zeros.
 
-A logit has the same bits for every number of tokens: always these instructions, so columns are added 16 at a time, those
-of the high term and then those of the low one, and no sum is split.
+A logit has the same bits for every number of tokens: columns are always added 16 at a time, those of the high term and
+then those of the low one, and no sum is split.
 """
 
 from collections.abc import Callable

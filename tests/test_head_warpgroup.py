@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bitnet_numba.bfloat16 import from_float32, to_float32
 from bitnet_numba.kernels import head_warpgroup as kernel
-from bitnet_numba.kernels.head_many import norm_split_form
+from bitnet_numba.kernels.head_many import NORM_THREADS, norm_split_form
 from bitnet_numba.kernels.tensor_cores import SimulatedMap
 from bitnet_numba.kernels.w2a8_warpgroup import ARCH, tensor_map
 from tests.kernel_harness import SIMULATED, Out, arch, assert_close, needs_gpu, run, run_simulated, why_no_gpu
@@ -57,7 +57,7 @@ def launch(
     weight: np.ndarray,
     blocks: int,
     tile: kernel.Tile | None = None,
-    threads: int = 512,
+    threads: int = NORM_THREADS,
 ) -> np.ndarray:
     """Logits [tokens, rows] by the two kernels; `tile`: with fewer rows and stages than the plan's."""
     (tokens, K), rows = h.shape, len(weight)
@@ -75,7 +75,7 @@ def launch(
 
 
 def check_head_warpgroup(
-    K: int, rows: int, tokens: int, blocks: int, seed: int, tile: kernel.Tile | None = None, threads: int = 512
+    K: int, rows: int, tokens: int, blocks: int, seed: int, tile: kernel.Tile | None = None, threads: int = NORM_THREADS
 ) -> None:
     """Logits of random rows and tokens against float64."""
     h, norm, weight = inputs(np.random.default_rng(seed), rows, tokens, K)
@@ -85,7 +85,13 @@ def check_head_warpgroup(
 
 
 def check_company(
-    K: int, rows: int, counts: list[int], blocks: int, seed: int, tile: kernel.Tile | None = None, threads: int = 512
+    K: int,
+    rows: int,
+    counts: list[int],
+    blocks: int,
+    seed: int,
+    tile: kernel.Tile | None = None,
+    threads: int = NORM_THREADS,
 ) -> None:
     """A token's logits are the same bits whatever the number of tokens in its launch."""
     h, norm, weight = inputs(np.random.default_rng(seed), rows, max(counts), K)
