@@ -182,6 +182,10 @@ def make_head_warpgroup(arch: int, tile: Tile) -> Callable[..., None]:
         own = int32(base + (warp >> 2) * OWN_BYTES)
         terms = int32(base + TERMS_AT)
         places = base, arrival, group, int32(rows)
+        # The lane's first row of a tile, and its first token.
+        lane_row = int32((warp >> 2) * (TILES * TILE_ROWS) + (warp & 3) * 16 + (lane >> 2))
+        token = int32((group >> 1) + 2 * (lane & 3))
+        tokens_left = int32(tokens - token)
         slot, stage, parity = int32(0), int32(0), int32(0)
         while first < rows:
             # 2. Products: while those of one turn run, those of the next are started.
@@ -205,18 +209,17 @@ def make_head_warpgroup(arch: int, tile: Tile) -> Callable[..., None]:
             slot, stage, parity = after(slot, stage, parity)
 
             # 3. Output: a warp's store is 32 bytes of each of four tokens.
-            n = int32(first + ((warp >> 2) * (TILES * TILE_ROWS) + (warp & 3) * 16 + (lane >> 2)))
-            m = int32((group >> 1) + 2 * (lane & 3))
+            n = int32(first + lane_row)
+            rows_left, wr = int32(rows - n), int64(token) * rows + n
             for t in range(T // 8):
                 for odd in range(2):
-                    token = int32(m + (8 * t + odd))
-                    if token < tokens:
-                        wr = int64(token) * rows + n
+                    if tokens_left > 8 * t + odd:
                         for j in range(TILES):
                             for half in range(2):
-                                if n + (j * TILE_ROWS + half * 8) < rows:
+                                if rows_left > j * TILE_ROWS + half * 8:
                                     value = sum_r[j * (T // 2) + 4 * t + 2 * half + odd]
                                     logits[wr + (j * TILE_ROWS + half * 8)] = value
+                    wr += int64(rows) if odd == 0 else int64(rows) * 7
             first = int32(first + stride)
 
     return head_warpgroup

@@ -155,8 +155,8 @@ class Pass:
 
 
 class RowHead:
-    """Logits, float32 [rows, vocabulary], of rows that a pass has left in `flow.h`; always from the same kernel, so that
-    a row's are the same bits for every number of rows."""
+    """Logits, float32 [rows, vocabulary], of rows that a pass has left in `flow.h`; always from the same kernel, so
+    that a row's are the same bits for every number of rows."""
 
     def __init__(self, model: Model, rows: int):
         config, weights, device, *_ = model
