@@ -11,11 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitnet_numba.bfloat16 import from_float32, to_float32
+from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels import head_warpgroup as kernel
+from bitnet_numba.kernels.batch import batch_forms
+from bitnet_numba.kernels.first_start import Card
 from bitnet_numba.kernels.head_many import NORM_THREADS, norm_split_form
 from bitnet_numba.kernels.tensor_cores import SimulatedMap
 from bitnet_numba.kernels.w2a8_warpgroup import ARCH, tensor_map
 from tests.kernel_harness import SIMULATED, Out, arch, assert_close, needs_gpu, run, run_simulated, why_no_gpu
+from tools.make_checkpoint import PRESETS
 
 EPS = np.float32(1e-5)
 VOCABULARY, HIDDEN = 128256, 2560  # of 2B4T
@@ -229,3 +233,13 @@ def test_serves_one_architecture() -> None:
 def test_refuses_tiles(tile: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="no head of warpgroups is made of"):
         kernel.form(90, kernel.Tile(*tile))
+
+
+def test_batches_have_its_forms_compiled() -> None:
+    config = ModelConfig.from_hf(PRESETS["2b-4t"][1] | {"quantization_config": {"quant_method": "bitnet"}})
+    for arch_, int8, expected in ((90, False, True), (90, True, False), (80, False, False)):
+        names = {form.name for form in batch_forms(config, int8, Card(arch_, 132), 200)}
+        taken = {kernel.form(90, kernel.plan(rows)).name for rows in (1, 16, 32, 64, 128, 200)}
+        taken |= {kernel.norm_form(90, config.hidden_size).name}
+        assert taken <= names if expected else not taken & names
+        assert any(name.startswith("head_many") for name in names) != expected
