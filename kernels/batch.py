@@ -7,7 +7,7 @@ import numpy as np
 
 from bitnet_numba.backend import NO_TOKEN
 from bitnet_numba.config import ModelConfig
-from bitnet_numba.kernels import attention_batch, attention_rows, embed, head_many, sampler
+from bitnet_numba.kernels import attention_batch, attention_rows, embed, head_many, head_warpgroup, sampler
 from bitnet_numba.kernels.decode import head_launch
 from bitnet_numba.kernels.device import DeviceArray, Event, Graph, Launch, PinnedArray
 from bitnet_numba.kernels.forms import KernelForm, Target
@@ -171,7 +171,13 @@ def batch_forms(config: ModelConfig, int8_rows: bool, device: Target, max_sequen
     """Every form that a batch takes beside those of prompts."""
     arch, head_dim, group = device.arch, config.head_dim, config.num_heads // config.num_kv_heads
     sizes = [1 << i for i in range(ladder(max_sequences).bit_length())]
-    tiles = {head_many.tiles_of(rows) for rows in sizes}
+    if head_warpgroup.serves(arch, int8_rows):
+        head = [head_warpgroup.norm_form(arch, config.hidden_size)]
+        head += [head_warpgroup.form(arch, tile) for tile in sorted({head_warpgroup.plan(rows) for rows in sizes})]
+    else:
+        head = [head_many.norm_split_form(arch, config.hidden_size, int8_rows)]
+        tiles = sorted({head_many.tiles_of(rows) for rows in sizes})
+        head += [head_many.head_many_form(arch, config.hidden_size, int8_rows, n) for n in tiles]
     if attention_batch.fits(arch, head_dim):
         threads = {attention_batch.threads_for(head_dim, n, 1) for n in range(8)}
         attention = [attention_batch.attention_batch_form(arch, head_dim, group, t) for t in sorted(threads)]
@@ -181,7 +187,6 @@ def batch_forms(config: ModelConfig, int8_rows: bool, device: Target, max_sequen
         *product_forms(config, device, sizes),
         embed.embed_many_form(arch, int8_rows, False),
         *attention,
-        head_many.norm_split_form(arch, config.hidden_size, int8_rows),
-        *(head_many.head_many_form(arch, config.hidden_size, int8_rows, n) for n in sorted(tiles)),
+        *head,
         sampler_many_form(arch),
     ]

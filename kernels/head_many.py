@@ -26,6 +26,8 @@ each:
 
 docs/performance-notes.md has what was tried and measured: 162 us for 8 tokens of 2B4T, what one token takes.
 
+On sm_90 bfloat16 rows have a kernel of their own, head_warpgroup.py, whose x is written here too.
+
 Architectures before sm_80 have no such instruction: there a warp multiplies one row of the vocabulary with eight tokens
 (`make_head_rows`), on normed activations that stay float32.
 """
@@ -61,6 +63,7 @@ from bitnet_numba.kernels.intrinsics import (
     mul_rn,
     pointer,
     sqrt_rn,
+    store2,
     stream_load,
     warp_sum,
 )
@@ -120,12 +123,20 @@ def _bf16_pair(word, selector):
     return fma_bf16(int32(pair & 0x7F007F | POSITIVE), BF16_ONE, int32(pair & 0x800080 | NEGATIVE))
 
 
-def make_norm_split(arch: int, K: int, int8: bool, threads: int = NORM_THREADS) -> Callable[..., None]:
-    """The kernel that norms rows of K columns and writes x; a block a row. `int8`: of the weights that x will meet."""
+def make_norm_split(
+    arch: int, K: int, int8: bool, threads: int = NORM_THREADS, plain: bool = False
+) -> Callable[..., None]:
+    """The kernel that norms rows of K columns and writes x; a block a row. `int8`: of the weights that x will meet.
+
+    `plain`: x is for `head_warpgroup`, [group of `tiles` tokens, term, token, K columns].
+    """
     wait, release = grid_wait(arch), grid_release(arch)
     WARPS, CHUNKS_OF_4, PER_LOAD, TERMS = threads // WARP, K // 4, 16 if int8 else 8, arch >= TENSOR_CORES
     LOAD_UNITS, UNITS = PER_LOAD // 8, _units(K)
     FILL = UNITS * (UNIT // 4) if TERMS else -(-K // (WARP * PER_LOAD)) * WARP * PER_LOAD // 4
+    PLAIN, ROW_WORDS = plain, K // 2
+    if plain:
+        FILL = CHUNKS_OF_4
     COLUMNS, ZERO, ONE = float32(K), float32(0), float32(1)
 
     def norm_split(h, norm, eps, x, tokens, tiles):
@@ -138,6 +149,7 @@ def make_norm_split(arch: int, K: int, int8: bool, threads: int = NORM_THREADS) 
         tile = int32(m // TILE)
         group = divide(tile, tiles)
         tile_wr = (int64(group * UNITS) * tiles + int32(tile - group * tiles)) * TILE_WORDS
+        row_wr = int64(m + divide(m, tiles) * tiles) * ROW_WORDS
         release()
         wait()
 
@@ -164,7 +176,14 @@ def make_norm_split(arch: int, K: int, int8: bool, threads: int = NORM_THREADS) 
                 v0, v1 = mul_rn(n0, mul_rn(v0, inverse)), mul_rn(n1, mul_rn(v1, inverse))
                 v2, v3 = mul_rn(n2, mul_rn(v2, inverse)), mul_rn(n3, mul_rn(v3, inverse))
             k = int32(chunk * 4)
-            if TERMS:
+            if PLAIN:
+                high, high2 = pack_bf16(v0, v1), pack_bf16(v2, v3)
+                low = pack_bf16(add_rn(v0, -bf16_low(high)), add_rn(v1, -bf16_high(high)))
+                low2 = pack_bf16(add_rn(v2, -bf16_low(high2)), add_rn(v3, -bf16_high(high2)))
+                wr = row_wr + chunk * 2
+                store2(x, wr, high, high2)
+                store2(x, wr + int64(tiles) * ROW_WORDS, low, low2)
+            elif TERMS:
                 unit = int32(k // (4 * PER_LOAD) * LOAD_UNITS + k % PER_LOAD // 8)
                 lane_wr = int32((m % 8 * 4 + k // PER_LOAD % 4) * 4 + m % TILE // 8)
                 wr = tile_wr + int64(unit * tiles) * TILE_WORDS + (k % 8 // 4 * (2 * TERM_WORDS) + lane_wr)
@@ -388,13 +407,14 @@ def make_head_rows(arch: int, K: int, int8: bool, threads: int = ROWS_THREADS) -
 _P = types.CPointer
 
 
-def norm_split_form(arch: int, K: int, int8: bool, threads: int = NORM_THREADS) -> KernelForm:
+def norm_split_form(arch: int, K: int, int8: bool, threads: int = NORM_THREADS, plain: bool = False) -> KernelForm:
     """The compiled form; `threads` only for tests. Raises ValueError unless K is a multiple of 32."""
-    _check_columns(K)
+    check_columns(K)
     f32, i32 = types.float32, types.int32
-    name = f"norm_{'split' if arch >= TENSOR_CORES else 'rows'}[{K}, {'int8' if int8 else 'bf16'}, {threads}]"
+    kind = "plain" if plain else "int8" if int8 else "bf16"
+    name = f"norm_{'split' if arch >= TENSOR_CORES else 'rows'}[{K}, {kind}, {threads}]"
     signature = (_P(f32), _P(f32), f32, _P(i32), i32, i32)
-    return KernelForm(name, make_norm_split(arch, K, int8, threads), signature, threads)
+    return KernelForm(name, make_norm_split(arch, K, int8, threads, plain), signature, threads)
 
 
 def head_many_form(
@@ -411,7 +431,7 @@ def head_many_form(
 
     Raises ValueError unless K is a multiple of 32.
     """
-    _check_columns(K)
+    check_columns(K)
     kind = "int8" if int8 else "bf16"
     f32, i32 = types.float32, types.int32
     signature = (_P(i32), _P(f32) if int8 else types.none, _P(i32), _P(f32), i32, i32)
@@ -429,7 +449,7 @@ def head_many_form(
     return KernelForm(name, kernel, signature, threads, wide_loads=2)
 
 
-def _check_columns(K: int) -> None:
+def check_columns(K: int) -> None:
     if K < 1 or K % BLOCK_COLS:
         raise ValueError(f"head rows must have a multiple of {BLOCK_COLS} columns, not {K}")
 
@@ -451,7 +471,7 @@ def norm_split(
     Raises ValueError with the sizes if they do not fit together.
     """
     sizes = {"h": (h, tokens * K), "norm": (norm, K), "x": (x, split_words(tokens, K))}
-    _check_sizes("norm_split", tokens, sizes)
+    check_sizes("norm_split", tokens, sizes)
     form = norm_split_form(device.arch, K, int8)
     return Launch(
         form, padded_tokens(device.arch, tokens), (h, norm, eps, x, tokens, tiles_of(tokens)), device, overlap
@@ -478,7 +498,7 @@ def head_many(
     if int8 == (scale is None):
         raise ValueError(f"head_many: {weight.dtype} rows {'need' if int8 else 'take no'} scales")
     sizes = {"weight": (weight, rows * K), "x": (x, split_words(tokens, K)), "logits": (logits, tokens * rows)}
-    _check_sizes("head_many", tokens, sizes)
+    check_sizes("head_many", tokens, sizes)
     form = head_many_form(device.arch, K, int8, tiles_of(tokens))
     arguments = (weight, scale, x, logits, rows, tokens)
     return Launch(form, head_many_grid(device.arch, device.multiprocessors, tokens), arguments, device, overlap)
@@ -491,7 +511,7 @@ def head_many_grid(arch: int, multiprocessors: int, tokens: int) -> tuple[int, i
     return multiprocessors, -(-tokens // (TILE * tiles_of(tokens)))
 
 
-def _check_sizes(what: str, tokens: int, sizes: dict[str, tuple[DeviceArray, int]]) -> None:
+def check_sizes(what: str, tokens: int, sizes: dict[str, tuple[DeviceArray, int]]) -> None:
     if tokens < 1:
         raise ValueError(f"{what}: {tokens} tokens; at least one is needed")
     for name, (array, size) in sizes.items():

@@ -26,6 +26,7 @@ from bitnet_numba.kernels import (
     attention_rows,
     embed,
     head_many,
+    head_warpgroup,
     kv_cache,
     norm_quant,
     w2a8_matmul,
@@ -154,26 +155,33 @@ class Pass:
 
 
 class RowHead:
-    """Logits, float32 [rows, vocabulary], of rows that a pass has left in `flow.h`."""
+    """Logits, float32 [rows, vocabulary], of rows that a pass has left in `flow.h`; always from the same kernel, so
+    that a row's are the same bits for every number of rows."""
 
     def __init__(self, model: Model, rows: int):
-        config = model.config
-        self._model = model
-        self._terms = DeviceArray(head_many.split_words(rows, config.hidden_size), np.int32)
+        config, weights, device, *_ = model
+        self._model, name = model, head_name(config)
+        self._weight, self._scale = weights[f"{name}.weight"], weights.get(f"{name}.scale")
+        self._int8 = self._weight.dtype == np.int8
+        self._by_warpgroups = head_warpgroup.serves(device.arch, self._int8)
+        split_words = head_warpgroup.split_words if self._by_warpgroups else head_many.split_words
+        self._terms = DeviceArray(split_words(rows, config.hidden_size), np.int32)
         self.logits = DeviceArray(rows * config.vocab_size, np.float32)
 
     def launches(self, rows: int) -> list[Launch]:
         """Norm and head of the first `rows`."""
         config, weights, device, _, _, flow = self._model
-        name = head_name(config)
-        weight, scale = weights[f"{name}.weight"], weights.get(f"{name}.scale")
-        K, norm = config.hidden_size, weights["norm.weight"]
+        terms, K, vocabulary = self._terms, config.hidden_size, config.vocab_size
+        normed = (device, flow.h, weights["norm.weight"], config.rms_norm_eps, terms, rows, K)
+        if self._by_warpgroups:
+            return [
+                head_warpgroup.norm_split(*normed),
+                head_warpgroup.head_warpgroup(device, self._weight, terms, self.logits, vocabulary, rows, K),
+            ]
         return [
-            head_many.norm_split(
-                device, flow.h, norm, config.rms_norm_eps, self._terms, rows, K, weight.dtype == np.int8
-            ),
-            head_many.head_many(device, weight, scale, self._terms, self.logits, config.vocab_size, rows, K),
-        ]  # fmt: skip
+            head_many.norm_split(*normed, self._int8),
+            head_many.head_many(device, self._weight, self._scale, terms, self.logits, vocabulary, rows, K),
+        ]
 
     def close(self) -> None:
         """Frees the memory."""

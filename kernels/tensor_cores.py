@@ -259,10 +259,11 @@ def fma_bf16(a: Any, b: Any, c: Any) -> Any:
 # ---- Warpgroups -----------------------------------------------------------------------------------------------------
 
 # Warpgroups (sm_90a alone): four neighbouring warps multiply what the copy engine has brought to shared memory. A panel
-# there is int8 [tokens, 128 columns], 128 bytes a token; of token t the 16-byte piece c lies at c ^ (t % 8) ("128-byte
-# swizzle"): eight tokens' pieces touch every bank once.
-SPAN_INTS = 32  # of a token
+# there is [rows, 128 bytes], int8 or bfloat16, a row for each token (or weight row); of row t the 16-byte piece c lies
+# at c ^ (t % 8) ("128-byte swizzle"): eight rows' pieces touch every bank once.
+SPAN_INTS = 32  # of a row
 PANEL_ALIGN = 1024  # bytes
+TILE_BYTES = 64 * 4 * SPAN_INTS  # of a panel's 64 rows
 
 
 @dataclass
@@ -275,7 +276,7 @@ class SimulatedMap:
 
 
 def _swizzled(panel: np.ndarray) -> np.ndarray:
-    """A panel, int32 [tokens, SPAN_INTS], with its pieces where the swizzle puts them; or back again."""
+    """A panel, int32 [rows, SPAN_INTS], with its pieces where the swizzle puts them; or back again."""
     pieces = panel.reshape(len(panel), 8, 4)
     order = np.arange(8) ^ np.arange(len(panel))[:, None] & 7
     return np.take_along_axis(pieces, order[:, :, None], axis=1).reshape(panel.shape)
@@ -330,10 +331,12 @@ def cluster_wait() -> None:
     thread.synccluster()
 
 
-if SIMULATED:
+@instruction("prefetch.tensormap [$0];", "", "p", effects=True)
+def prefetch_map(source: Any, i: Any) -> None:
+    """Asks for a `tensor_map` (i: 0), so that the first `copy_tile` by it need not wait for it. sm_90."""
 
-    def prefetch_map(source: Any, i: Any) -> None:
-        """Fetches a `tensor_map` (i: 0) before `copy_tile` needs it. sm_90."""
+
+if SIMULATED:
 
     def cluster_load(p: Any, at: Any, rank: Any) -> Any:
         """The int32 at a place of a shared array, in the cluster's block of that rank. sm_90."""
@@ -359,13 +362,6 @@ if SIMULATED:
         to[int(at) // 4 : int(at) // 4 + box.size] = box.reshape(-1)
 
 else:
-
-    @instruction("prefetch.tensormap [$0];", "", "p", effects=True)
-    def _prefetch_map(source: Any, i: Any) -> None: ...
-
-    @device_function
-    def prefetch_map(source: Any, i: Any) -> None:
-        _prefetch_map(source, i)
 
     @instruction(
         "{ .reg .b32 t; mapa.shared::cluster.u32 t, $1, $2; ld.shared::cluster.b32 $0, [t]; }", "r", "rr", effects=True
@@ -422,23 +418,25 @@ def _warpgroup_mma_stand_in(tokens: int) -> tuple[Callable, Callable, Callable]:
     return start, all_but_one, finished
 
 
-def _array_asm(ptx: str, results: int, read: int = 0) -> Callable:
-    """An intrinsic over local arrays: the first `results` elements of the first are changed; with `read`, so many of a
-    second and a place in shared memory are read. Operands of `ptx` in the order results, read, place, then the results'
-    old values, which are tied to them."""
+def _array_asm(ptx: str, results: int, read: int = 0, places: int = 0, kind: str = "r") -> Callable:
+    """An intrinsic over local arrays, int32 or (kind "f") float32: the first `results` elements of the first are
+    changed; with `read`, so many of a second are read; `places` numbers follow, 1 or 3, after the shared array that
+    they are about. Operands of `ptx` in the order results, read, numbers, then the results' old values, which are tied
+    to them."""
     from llvmlite import ir
     from numba.cuda.extending import intrinsic
 
-    word = ir.IntType(32)
+    word = ir.FloatType() if kind == "f" else ir.IntType(32)
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         def elements(n: int, count: int) -> list[Any]:
-            kind, base = signature.args[n], values[n]
-            return [element_address(context, builder, kind, base, ir.IntType(64)(i)) for i in range(count)]
+            array, base = signature.args[n], values[n]
+            return [element_address(context, builder, array, base, ir.IntType(64)(i)) for i in range(count)]
 
         into = elements(0, results)
-        operands = [*(builder.load(a) for a in elements(1, read)), values[3]] if read else []
-        constraints = ["=r"] * results + ["r"] * len(operands) + [str(n) for n in range(results)] + ["~{memory}"]
+        operands = [builder.load(a) for a in elements(1, read)] if read else []
+        operands += values[len(values) - places :]
+        constraints = [f"={kind}"] * results + ["r"] * len(operands) + [str(n) for n in range(results)] + ["~{memory}"]
         operands += [builder.load(a) for a in into]
         function = ir.FunctionType(ir.LiteralStructType([word] * results), [value.type for value in operands])
         after = builder.call(ir.InlineAsm(function, ptx, ",".join(constraints), side_effect=True), operands)
@@ -454,6 +452,14 @@ def _array_asm(ptx: str, results: int, read: int = 0) -> Callable:
 
         return start
 
+    if places:
+
+        @intrinsic
+        def start_shared(typing_context: Any, sums: Any, shared: Any, a: Any, b: Any, more: Any) -> Any:
+            return types.void(sums, shared, types.int32, types.int32, types.int32), codegen
+
+        return start_shared
+
     @intrinsic
     def wait(typing_context: Any, sums: Any) -> Any:
         return types.void(sums), codegen
@@ -465,14 +471,21 @@ def _array_asm(ptx: str, results: int, read: int = 0) -> Callable:
 def _all_but_one() -> None: ...
 
 
+def _descriptor(name: str, place: str) -> str:
+    """Makes an operand's descriptor: its place / 16; the distance of 8 rows / 16; the code of the 128-byte swizzle. An
+    operand's next 32 bytes of each row are 2 further on."""
+    return (
+        f"and.b32 low, {place}, 0x3ffff; shr.u32 low, low, 4; or.b32 low, low, 0x10000; "
+        f"mov.b32 high, {1024 >> 4 | 1 << 30}; mov.b64 {name}, {{low, high}};"
+    )
+
+
 def _warpgroup_mma_intrinsics(tokens: int) -> tuple[Callable, Callable, Callable]:
     count = tokens // 2
-    # The operand's descriptor: place / 16; distance of 8 tokens / 16; code of the 128-byte swizzle.
     lines = [
         "{ .reg .pred yes; .reg .b32 low, high; .reg .b64 b0, b1, b2, b3;",
         "setp.eq.u32 yes, 0, 0;",
-        f"and.b32 low, ${count + 16}, 0x3ffff; shr.u32 low, low, 4; or.b32 low, low, 0x10000;",
-        f"mov.b32 high, {1024 >> 4 | 1 << 30}; mov.b64 b0, {{low, high}};",
+        _descriptor("b0", f"${count + 16}"),
         "add.u64 b1, b0, 2; add.u64 b2, b0, 4; add.u64 b3, b0, 6;",
         "wgmma.fence.sync.aligned;",
     ]
@@ -482,7 +495,7 @@ def _warpgroup_mma_intrinsics(tokens: int) -> tuple[Callable, Callable, Callable
         shape = f"m64n{tokens}k32.s32.u8.s8"
         lines.append(f"wgmma.mma_async.sync.aligned.{shape} {{{into}}}, {{{left}}}, b{step}, yes;")
     lines.append("wgmma.commit_group.sync.aligned; }")
-    start = _array_asm(" ".join(lines), count, 16)
+    start = _array_asm(" ".join(lines), count, 16, 1)
     return start, _all_but_one, _array_asm("wgmma.wait_group.sync.aligned 0;", count)
 
 
@@ -498,3 +511,64 @@ def warpgroup_mma(tokens: int) -> tuple[Callable, Callable, Callable]:
     c0 .. c3 of tokens 8 t ... B: a panel at a place in shared memory.
     """
     return (_warpgroup_mma_stand_in if SIMULATED else _warpgroup_mma_intrinsics)(tokens)
+
+
+def _warpgroup_terms_stand_in(tokens: int, tiles: int) -> tuple[Callable, Callable, Callable]:
+    def panel(shared: Any, at: int, rows: int) -> np.ndarray:
+        """bfloat16 [rows, 64 columns] as float64."""
+        words = np.asarray(shared[at // 4 : at // 4 + SPAN_INTS * rows]).astype(np.int32).reshape(rows, SPAN_INTS)
+        halves = _swizzled(words).view(np.uint16).astype(np.uint32) << np.uint32(16)
+        return halves.view(np.float32).astype(np.float64)
+
+    def start(sums: Any, shared: Any, a: Any, b: Any, keep: Any) -> None:
+        thread: Any = threading.current_thread()
+        g, c = divmod(thread.thread_id % WARP, 4)
+        first = thread.thread_id // WARP % 4 * 16 + g
+        # [term, 8 tokens, row, token, column]
+        x = panel(shared, int(b), 2 * tokens).reshape(2, tokens // 8, 1, 8, 64)[:, :, :, 2 * c : 2 * c + 2]
+        for m in range(tiles):
+            w = panel(shared, int(a) + m * TILE_BYTES, 64)[[first, first + 8], None]
+            own = slice(m * tokens // 2, (m + 1) * tokens // 2)
+            total = np.array(sums[own], np.float32).reshape(tokens // 8, 2, 2) if keep else np.float32(0)
+            for k in range(0, 64, 16):
+                for term in range(2):
+                    products = w[..., k : k + 16] * x[term, ..., k : k + 16]
+                    total = (total + products.sum(axis=-1)).astype(np.float32)
+            sums[own] = total.reshape(-1)
+
+    return start, *_warpgroup_mma_stand_in(tokens)[1:]
+
+
+def _warpgroup_terms_intrinsics(tokens: int, tiles: int) -> tuple[Callable, Callable, Callable]:
+    each = tokens // 2
+    count = tiles * each
+    lines = [
+        "{ .reg .pred yes, keep; .reg .b32 low, high; .reg .b64 a, b, x, y;",
+        f"setp.eq.u32 yes, 0, 0; setp.ne.u32 keep, ${count + 2}, 0;",
+        _descriptor("a", f"${count}"),
+        _descriptor("b", f"${count + 1}"),
+        "wgmma.fence.sync.aligned;",
+    ]
+    for step in range(4):
+        for term in range(2):
+            lines.append(f"add.u64 y, b, {2 * step + term * tokens * 8};")
+            for m in range(tiles):
+                into = ", ".join(f"${m * each + n}" for n in range(each))
+                shape, old = f"m64n{tokens}k16.f32.bf16.bf16", "yes" if step or term else "keep"
+                lines.append(f"add.u64 x, a, {2 * step + m * TILE_BYTES // 16};")
+                lines.append(f"wgmma.mma_async.sync.aligned.{shape} {{{into}}}, x, y, {old}, 1, 1, 0, 0;")
+    lines.append("wgmma.commit_group.sync.aligned; }")
+    start = _array_asm(" ".join(lines), count, places=3, kind="f")
+    return start, _all_but_one, _array_asm("wgmma.wait_group.sync.aligned 0;", count, kind="f")
+
+
+@cache
+def warpgroup_terms(tokens: int, tiles: int) -> tuple[Callable, Callable, Callable]:
+    """`start(sums, shared, a, b, keep)`, `all_but_one()` and `finished(sums)`, as of `warpgroup_mma`: C [64 tiles rows,
+    tokens] (+)= A [64 tiles rows, 64] . (B + B') [64, tokens] for a warpgroup, bfloat16, float32 sums; with keep 0 the
+    sums start anew. Each sum takes 16 columns at a time, of B and then of B'. sm_90a.
+
+    a, b: the places of A and of B, a panel each; the panel of B' follows that of B. sums[m * tokens / 2 + 4 t ..] of
+    the warpgroup's warp w: c0 .. c3 as of `mma_bf16` of rows 64 m + 16 w .. and tokens 8 t ...
+    """
+    return (_warpgroup_terms_stand_in if SIMULATED else _warpgroup_terms_intrinsics)(tokens, tiles)

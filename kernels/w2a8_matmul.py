@@ -24,7 +24,8 @@ from bitnet_numba.packing import BLOCK_ROWS, packed_words, padded_shape
 LEAST_ARCH = 75  # mma of 8-bit integers
 STAGED_ARCH = 80  # asynchronous copies to shared memory
 MOST_SEGMENTS = 3  # q, k and v
-CARVED_BYTES = 196 * 1024  # of shared memory that CARVEOUT makes of an H100's
+CARVED_BYTES = 196 * 1024  # of shared memory that CARVEOUT makes on sm_90
+SYSTEM_BYTES = 1024  # of it that each block takes beside its own
 
 
 def _group(tokens: int, row_warps: int, k_warps: int, stages: int, per_sm: int) -> Tile:
@@ -105,8 +106,10 @@ def plan(M: int, N: int, K: int, arch: int, multiprocessors: int, gated: bool = 
 
 
 def _carveout(tile: Tile) -> int:
-    """For as much shared memory as the tile's blocks on a multiprocessor take."""
-    return CARVEOUT if tile.scheme != "wgmma" or tile.per_sm * block_bytes(tile) <= CARVED_BYTES else 100
+    """All of it as shared memory for tiles whose blocks take more than the usual share."""
+    return (
+        100 if tile.scheme == "wgmma" and tile.per_sm * (block_bytes(tile) + SYSTEM_BYTES) > CARVED_BYTES else CARVEOUT
+    )
 
 
 def form(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu2", bias: bool = False) -> KernelForm:

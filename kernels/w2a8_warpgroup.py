@@ -70,8 +70,7 @@ ARCH = 90  # wgmma is this architecture's alone
 SPAN = 128  # columns of a part, and the words of its row-block
 CODES = 16  # registers of a warp's part
 PADDING = 4  # sums between a token's rows and the next token's: 8-byte stores then touch every bank once
-SHARED_BYTES = 228 * 1024  # of a multiprocessor
-SYSTEM_BYTES = 1024  # of each block
+SHARED_BYTES = 227 * 1024  # of a multiprocessor that one block can have
 MOST_TOKENS = 256  # of one instruction
 BATCH = 8  # sums that a thread has in hand on their way out
 MOST_EARLY = 4  # old values of a residual that a thread loads before its products
@@ -90,9 +89,8 @@ def shared_bytes(tile: Tile) -> int:
 
 
 def block_bytes(tile: Tile) -> int:
-    """All shared memory that a block takes: arrival counters, reciprocals of scales and sums of activations too, and
-    what the system keeps."""
-    return shared_bytes(tile) + 8 * tile.stages + 12 * tile.tokens + SYSTEM_BYTES
+    """All shared memory that a block takes: arrival counters, reciprocals of scales and sums of activations too."""
+    return shared_bytes(tile) + 8 * tile.stages + 12 * tile.tokens
 
 
 def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu2") -> Callable[..., None]:

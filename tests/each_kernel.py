@@ -21,6 +21,7 @@ from tests.test_attention_rows import check_attention_rows
 from tests.test_embed import check_embed, check_embed_many, check_finish_prompt
 from tests.test_head import check_head
 from tests.test_head_many import check_head_many
+from tests.test_head_warpgroup import check_head_warpgroup
 from tests.test_kv_cache import check_append
 from tests.test_norm_quant import check_norm_quant
 from tests.test_sampler_cuda import choose, choose_many
@@ -38,6 +39,8 @@ def main(tool: str) -> None:
     check_matmul(19, 100, 300, many, "residual", "relu2", True, 9)
     if arch() == WARPGROUP_ARCH and tool == "memcheck":  # racecheck knows nothing of the copy engine's arrivals
         check_matmul(70, 128, 300, Tile(64, 1, 8, 1, 0, 4, 1, "wgmma"), "gated", "relu2", False, 18, 65)
+        for tokens in (7, 100):
+            check_head_warpgroup(320, 700, tokens, 2, 19)
     for int8 in (False, True):
         check_head(320, 50, int8, 512, 10, 2, 2)
         check_embed(embed.embed_form(arch(), int8), 256, int8, 40, 64, 3)

@@ -80,6 +80,7 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
         embed,
         head,
         head_many,
+        head_warpgroup,
         kv_cache,
         norm_quant,
         rows,
@@ -88,6 +89,7 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
         w2a8_gemv,
         w2a8_matmul,
     )
+    from bitnet_numba.kernels.tensor_cores import SimulatedMap
     from bitnet_numba.kernels.w2a8_tensor import Tile
     from tests import simulator
 
@@ -102,13 +104,19 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
         def __call__(self, stream: Any) -> None:
             values = []
             for kind, argument in zip(self.form.signature, self.arguments, strict=True):
-                if isinstance(kind, types.CPointer):
+                if isinstance(argument, SimulatedMap):
+                    pass
+                elif isinstance(kind, types.CPointer):
                     dtype = np.dtype(str(kind.dtype))
                     argument = FakeCUDAArray(memory.array(int(getattr(argument, "address", argument)), dtype))
                 elif kind == types.float32:
                     argument = np.float32(argument)
                 values.append(argument)
-            cuda.jit(self.form.kernel)[self.grid, self.form.threads](*values)
+            cuda.jit(self.form.kernel)[self.grid, self.form.threads, 0, self.form.shared](*values)
+
+    def simulated_map(address: int, rows: int, row_ints: int, box_rows: int, box_ints: int) -> SimulatedMap:
+        matrix = memory.array(address, np.dtype(np.int32))[: rows * row_ints]
+        return SimulatedMap(matrix.reshape(rows, row_ints), box_rows, box_ints)
 
     class Replayed:
         def __init__(self, launches: Any):
@@ -123,10 +131,11 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
 
     monkeypatch.setattr(device, "driver_call", memory.call)
     for module in (
-        attention, attention_batch, attention_prompt, attention_rows, decode, embed, head, head_many, kv_cache,
-        norm_quant, sampler, sampler_many, w2a8_gemv, w2a8_matmul,
+        attention, attention_batch, attention_prompt, attention_rows, decode, embed, head, head_many,
+        head_warpgroup, kv_cache, norm_quant, sampler, sampler_many, w2a8_gemv, w2a8_matmul,
     ):  # fmt: skip
         monkeypatch.setattr(module, "Launch", SimulatedLaunch)
+    monkeypatch.setattr(head_warpgroup, "tensor_map", simulated_map)
     monkeypatch.setattr(backend, "usable_device", FakeDevice)
     monkeypatch.setattr(backend, "load_forms", lambda *arguments: None)
     monkeypatch.setattr(device.Stream, "capture", lambda self, launches: Replayed(launches))
@@ -173,7 +182,7 @@ def simulate_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def simulate_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two sequences, whose pages lie anyhow, get the tokens that each would get alone."""
     from bitnet_numba.checkpoint import open_packed
-    from bitnet_numba.kernels import attention_batch, head_many, sampler_many
+    from bitnet_numba.kernels import attention_batch, head_many, head_warpgroup, sampler_many
     from bitnet_numba.sampling import SamplingParams
     from tools.convert import convert
     from tools.make_checkpoint import PRESETS, make_checkpoint
@@ -184,7 +193,8 @@ def simulate_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     backend = simulated_backend(monkeypatch, open_packed(tmp_path / "packed"))
     monkeypatch.setattr(attention_batch, "threads_for", lambda *arguments: 64)
     monkeypatch.setattr(sampler_many, "sampler_many_form", partial(sampler_many.sampler_many_form, threads=64))
-    monkeypatch.setattr(head_many, "norm_split_form", partial(head_many.norm_split_form, threads=64))
+    for module in (head_many, head_warpgroup):
+        monkeypatch.setattr(module, "norm_split_form", partial(module.norm_split_form, threads=64))
     params = SamplingParams(0.8, seed=5)
     tokens = []
     for prompts, pages in (([[5, 250], [7]], [[1], [0]]), ([[7]], [[0]])):

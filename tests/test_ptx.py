@@ -28,6 +28,7 @@ MODULES = (
     "embed",
     "head",
     "head_many",
+    "head_warpgroup",
     "kv_cache",
     "norm_quant",
     "sampler",
