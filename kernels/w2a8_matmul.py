@@ -18,7 +18,14 @@ from bitnet_numba.kernels.w2a8_columns import STEP, TOKENS, make_columns
 from bitnet_numba.kernels.w2a8_epilogue import EPILOGUES
 from bitnet_numba.kernels.w2a8_tensor import PANEL, Tile, make_matmul
 from bitnet_numba.kernels.w2a8_warpgroup import ARCH as WARPGROUP_ARCH
-from bitnet_numba.kernels.w2a8_warpgroup import SPAN, block_bytes, make_warpgroup, shared_bytes, tensor_map
+from bitnet_numba.kernels.w2a8_warpgroup import (
+    SHARED_BYTES,
+    SPAN,
+    block_bytes,
+    make_warpgroup,
+    shared_bytes,
+    tensor_map,
+)
 from bitnet_numba.packing import BLOCK_ROWS, packed_words, padded_shape
 
 LEAST_ARCH = 75  # mma of 8-bit integers
@@ -28,45 +35,75 @@ CARVED_BYTES = 196 * 1024  # of shared memory that CARVEOUT makes on sm_90
 SYSTEM_BYTES = 1024  # of it that each block takes beside its own
 
 
-def _group(tokens: int, row_warps: int, k_warps: int, stages: int, per_sm: int) -> Tile:
-    return Tile(tokens, 1, row_warps, k_warps, 0, stages, per_sm, "wgmma")
+def _group(tokens: int, row_warps: int, k_warps: int, stages: int, per_sm: int = 1, cluster: int = 1) -> Tile:
+    """A tile of warpgroups; `stages` 0: one for every turn."""
+    return Tile(tokens, 1, row_warps, k_warps, 0, stages, per_sm, "wgmma", cluster, stages > 0)
 
 
 # Tiles of warpgroups, and what they take on an H200, us: a block beside its turns, and a turn. With half as many
 # results, gate and up, the first is 0.7 of that.
 _GROUPS = (
-    (_group(32, 4, 4, 6, 1), 1.7, 0.50),
-    (_group(32, 8, 2, 6, 1), 2.3, 0.45),
-    (_group(64, 4, 4, 5, 1), 2.9, 0.56),
-    (_group(64, 8, 2, 6, 1), 3.4, 0.46),
+    (_group(8, 4, 4, 0), 1.45, 0.30),
+    (_group(8, 4, 4, 0, cluster=2), 2.45, 0.33),
+    (_group(8, 4, 2, 0, 2), 3.4, 0.30),
+    (_group(8, 4, 4, 6), 0.94, 0.48),
+    (_group(8, 8, 2, 6), 2.8, 0.45),
+    (_group(16, 4, 4, 0), 1.75, 0.30),
+    (_group(16, 4, 4, 0, cluster=2), 2.5, 0.37),
+    (_group(16, 4, 2, 0, 2), 3.6, 0.32),
+    (_group(16, 4, 4, 6), 1.1, 0.48),
+    (_group(16, 8, 2, 6), 3.0, 0.45),
+    (_group(32, 4, 4, 0), 2.1, 0.37),
+    (_group(32, 4, 4, 0, cluster=2), 3.0, 0.43),
+    (_group(32, 8, 2, 0), 3.6, 0.45),
+    (_group(32, 4, 4, 6), 1.7, 0.50),
+    (_group(32, 8, 2, 6), 3.8, 0.45),
+    (_group(64, 4, 4, 5), 2.9, 0.56),
+    (_group(64, 4, 4, 3, cluster=2), 4.1, 0.55),
+    (_group(64, 8, 2, 6), 5.0, 0.46),
+    (_group(64, 8, 1, 8), 2.9, 0.32),
     (_group(64, 4, 2, 5, 2), 3.3, 0.47),
     (_group(64, 8, 1, 8, 2), 4.7, 0.40),
-    (_group(96, 8, 2, 5, 1), 5.0, 0.56),
+    (_group(96, 8, 2, 5), 5.0, 0.56),
     (_group(96, 8, 1, 6, 2), 5.7, 0.50),
-    (_group(128, 4, 2, 6, 1), 3.5, 0.38),
-    (_group(128, 8, 1, 8, 1), 5.1, 0.34),
-    (_group(192, 8, 1, 6, 1), 7.0, 0.44),
-    (_group(256, 8, 1, 6, 1), 8.3, 0.57),
+    (_group(128, 4, 2, 6), 3.5, 0.38),
+    (_group(128, 8, 1, 8), 5.1, 0.34),
+    (_group(192, 8, 1, 6), 7.0, 0.44),
+    (_group(256, 8, 1, 6), 8.3, 0.57),
 )
+
+
+def _fitted(tile: Tile, K: int) -> Tile | None:
+    """A tile with a stage for each of its turns, if that is how it is made, and if these fit."""
+    if tile.refill:
+        return tile
+    tile = tile._replace(stages=-(-K // (SPAN * tile.k_warps * tile.cluster)))
+    return tile if tile.per_sm * (block_bytes(tile) + SYSTEM_BYTES) <= SHARED_BYTES + SYSTEM_BYTES else None
+
+
+def _narrow(tile: Tile) -> bool:
+    """Whether gate and up rows would have two warps each, where that was slow."""
+    return tile.row_warps < 8 and (tile.tokens > 16 or tile.per_sm == 1)
 
 
 def _plan_groups(M: int, N: int, K: int, multiprocessors: int, gated: bool) -> Tile:
     """The tile of warpgroups that takes least by what was measured. Blocks come in rounds of as many as are resident;
     of two on a multiprocessor one can be alone at last."""
 
-    def time(choice: tuple[Tile, float, float]) -> float:
-        tile, block, turn = choice
-        blocks = -(-M // tile.tokens) * -(-N // tile.rows)
+    def time(tile: Tile, block: float, turn: float) -> float:
+        blocks = -(-M // tile.tokens) * -(-N // tile.rows) * tile.cluster
         rounds = -(-blocks // multiprocessors) / tile.per_sm
-        return max(1, rounds) * (block * (0.7 if gated else 1) + turn * -(-K // (SPAN * tile.k_warps)))
+        turns = -(-K // (SPAN * tile.k_warps * tile.cluster))
+        return max(1, rounds) * (block * (0.7 if gated else 1) + turn * turns)
 
-    return min((choice for choice in _GROUPS if not (gated and choice[0].row_warps % 8)), key=time)[0]
+    fitted = [(_fitted(tile, K), block, turn) for tile, block, turn in _GROUPS if not (gated and _narrow(tile))]
+    return min((time(tile, block, turn), tile) for tile, block, turn in fitted if tile is not None)[1]
 
 
 def plan(M: int, N: int, K: int, arch: int, multiprocessors: int, gated: bool = False) -> Tile:
     """The launch rule, from measurements of 2B4T's products on 132 multiprocessors; N counts gate and up rows.
 
-    On sm_90 warpgroups serve 17 tokens and more, see `_plan_groups`. What follows is about the others.
+    On sm_90 warpgroups serve them all, see `_plan_groups`. What follows is about the others.
     Up to 64 tokens the time is that of getting the weights: activations go straight to registers, 8, 16 or 32 tokens a
     block (for 33 to 64 tokens and many rows through shared memory). A matrix of few rows is split over eight warps
     along K, or sixteen if K is long; one of many rows (more than four row-blocks a multiprocessor) over fewer. With
@@ -78,7 +115,7 @@ def plan(M: int, N: int, K: int, arch: int, multiprocessors: int, gated: bool = 
         return Tile(TOKENS, 2 if gated else 1, 1, 8, 0, 0, scheme="dp4a")
     if arch < STAGED_ARCH:
         M = min(M, 32)
-    if arch == WARPGROUP_ARCH and M > 16:
+    if arch == WARPGROUP_ARCH:
         return _plan_groups(M, N, K, multiprocessors, gated)
     many, long = -(-N // BLOCK_ROWS) > 4 * multiprocessors, K > 4096
     if M <= 8:
@@ -226,7 +263,7 @@ def forms(arch: int) -> list[KernelForm]:
         for N, K, epilogue in kinds
     }
     if arch == WARPGROUP_ARCH:
-        found |= {(tile, "store"): None for tile, *_ in _GROUPS}
+        found |= {(tile, "store"): None for tile in (_fitted(tile, 2560) for tile, *_ in _GROUPS) if tile}
     few, many = plan(8, 512, 512, arch, 132, True), plan(256, 512, 512, arch, 132, True)
     return [form(arch, tile, epilogue) for tile, epilogue in found] + [
         form(arch, few, "acc"),
