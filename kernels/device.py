@@ -5,7 +5,6 @@ once and costs a few microseconds, takes raw pointers, and programmatic dependen
 Importing this module touches no device.
 """
 
-import contextlib
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -141,8 +140,10 @@ class DeviceArray:
             self.address = 0
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # at exit the driver may be gone already
+        try:  # noqa: SIM105 - at exit the driver may be gone already, and contextlib too
             self.close()
+        except Exception:  # noqa: BLE001, S110
+            pass
 
 
 class DeviceView(DeviceArray):
@@ -362,8 +363,10 @@ class Graph:
             self._executable = None
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # at exit the driver may be gone already
+        try:  # noqa: SIM105 - at exit the driver may be gone already, and contextlib too
             self.close()
+        except Exception:  # noqa: BLE001, S110
+            pass
 
 
 class Event:

@@ -53,11 +53,13 @@ _GROUPS = (
     (_group(16, 4, 2, 0, 2), 3.6, 0.32),
     (_group(16, 4, 4, 6), 1.1, 0.48),
     (_group(16, 8, 2, 6), 3.0, 0.45),
+    (_group(32, 4, 2, 0), 1.2, 0.25),
     (_group(32, 4, 4, 0), 2.1, 0.37),
     (_group(32, 4, 4, 0, cluster=2), 3.0, 0.43),
     (_group(32, 8, 2, 0), 3.6, 0.45),
     (_group(32, 4, 4, 6), 1.7, 0.50),
     (_group(32, 8, 2, 6), 3.8, 0.45),
+    (_group(64, 4, 2, 0), 2.2, 0.30),
     (_group(64, 4, 4, 5), 2.9, 0.56),
     (_group(64, 4, 4, 3, cluster=2), 4.1, 0.55),
     (_group(64, 8, 2, 6), 5.0, 0.46),
@@ -71,6 +73,8 @@ _GROUPS = (
     (_group(192, 8, 1, 6), 7.0, 0.44),
     (_group(256, 8, 1, 6), 8.3, 0.57),
 )
+
+AGAIN = 0.4  # us that fetching the same weights once more adds to tiles of up to 32 tokens
 
 
 def _fitted(tile: Tile, K: int) -> Tile | None:
@@ -94,7 +98,8 @@ def _plan_groups(M: int, N: int, K: int, multiprocessors: int, gated: bool) -> T
         blocks = -(-M // tile.tokens) * -(-N // tile.rows) * tile.cluster
         rounds = -(-blocks // multiprocessors) / tile.per_sm
         turns = -(-K // (SPAN * tile.k_warps * tile.cluster))
-        return max(1, rounds) * (block * (0.7 if gated else 1) + turn * turns)
+        again = AGAIN * (-(-M // tile.tokens) - 1) if tile.tokens <= 32 else 0
+        return max(1, rounds) * (block * (0.7 if gated else 1) + turn * turns) + again
 
     fitted = [(_fitted(tile, K), block, turn) for tile, block, turn in _GROUPS if not (gated and _narrow(tile))]
     return min((time(tile, block, turn), tile) for tile, block, turn in fitted if tile is not None)[1]
