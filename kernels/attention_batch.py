@@ -1,8 +1,9 @@
 """Attention of a batched decode pass: one new token in each of many sequences, over a cache of pages.
 
-Row b is one token, of slot where[b, 0] at position where[b, 1]. Its key and value are in the cache already. One block
-serves a row and a key-value head with all query heads that share it (in parts of four), so that the cache is read
-once. What is read is the cache: 84 MB a layer for 128 rows of 256 tokens of 2B4T, 20 us at 4.2 TB/s.
+Row b is one token, of slot where[b, 0] at position where[b, 1]. Its key and value come with its query, and are put into
+the cache here, to the bit as `append` in kv_cache.py would: that spares a launch a layer. One block serves a row and a
+key-value head with all query heads that share it (in parts of four), so that the cache is read once. What is read is
+the cache: 84 MB a layer for 128 rows of 256 tokens of 2B4T, 20 us at 4.2 TB/s.
 
     grid       x: splits of a row's tokens       y: row * parts + part of the query heads
     strand v   groups of 16 tokens v, v + 16, ... of a split, v = 0 .. 15; a warp takes strands w, w + W, ..., one
@@ -16,6 +17,15 @@ once. What is read is the cache: 84 MB a layer for 128 rows of 256 tokens of 2B4
         columns 0 .. 3. So the sums take 32 registers, half of what p as the left operand takes, and loads of the next
         keys and values have 64.
 
+The row's own token t is in no cache yet when the cache is read. Every block of the row makes it in shared memory:
+
+    qkv   q 0 | q 1 | ...            | k | v            loaded together, one trip to L2
+          rotated, scaled            | rotated |
+          q_s, left operands         | own_s [2, words]     bfloat16 --> cache, by the first block of a row's kv head
+                                        |
+                                     registers of the lanes that hold token t % 16 of the row's last group, whenever
+                                     a warp comes to that group
+
 Results do not depend on the batch, to the bit: a row of n tokens has splits of max(512, n / 32 rounded up to 64)
 tokens, a split 16 strands, each with its own running maximum and sums, and these are added up in their order, whichever
 warp had them. So the number of warps a block is free: many for few rows (each has one group of a short context: all
@@ -24,11 +34,14 @@ products of another). So is the number of splits in the grid: a block goes on wi
 block of a row's part to arrive (an integer counter, left zero) adds up the splits.
 
 Order between kernels: `where`, the table and a row's earlier tokens are read before `grid_wait`; afterwards `where` is
-read again, past L1, and if it has changed all is loaded again. The rows' own tokens, and queries, are read afterwards.
-That asks that earlier tokens were written by an earlier pass: a slot has one row at most, and passes are graphs, which
-wait for the end of what was enqueued before; and that no launch of the pass writes the table.
+read again, past L1, and if it has changed all is loaded again. `qkv` is read afterwards. Then own tokens are stored,
+each by one block, in places that no block of the launch reads for its result: whoever reads them is a later launch, and
+waits for the end of this one. All that asks that earlier tokens were written by an earlier pass: a slot has one row at
+most, pages that slots share are full, and passes are graphs, which wait for the end of what was enqueued before; and
+that no launch of the pass writes the table.
 
-Measured (H200, 2B4T, us a launch in a graph of such launches, cold cache of pages in random order):
+Measured before own tokens were stored here (H200, 2B4T, us a launch in a graph of such launches, cold cache of pages in
+random order):
     rows x tokens     1x256  8x256  32x256  64x256  128x256  256x256  1x4096  8x4096  32x1024
     us                 4.0    4.2     9.5    13.7     25.0     48.6     7.8    28.7     27.0      (splits of 256)
 128x256 is 3.4 TB/s. Few rows: a chain of latencies (where, table, cache, products, strands), 3.4 us for 64 tokens. With
@@ -62,7 +75,6 @@ from bitnet_numba.kernels.forms import KernelForm
 from bitnet_numba.kernels.intrinsics import (
     SHARED_ALIGN,
     WARP,
-    add_rn,
     atomic_fetch_add_ordered,
     bf16_high,
     bf16_low,
@@ -78,7 +90,6 @@ from bitnet_numba.kernels.intrinsics import (
     int64,
     load2_l2,
     load4,
-    load4_l2,
     mul_rn,
     pointer,
     shuffle,
@@ -89,7 +100,16 @@ from bitnet_numba.kernels.intrinsics import (
     warp_max,
     warp_sum,
 )
-from bitnet_numba.kernels.kv_cache import CACHE_SIGNATURE, PAGE, LayerCache, cache_arguments, check_sizes, token_words
+from bitnet_numba.kernels.kv_cache import (
+    CACHE_SIGNATURE,
+    PAGE,
+    LayerCache,
+    cache_arguments,
+    check_sizes,
+    rotate_pair,
+    stored_word,
+    token_words,
+)
 from bitnet_numba.kernels.tensor_cores import mma_bf16, pack_bf16
 
 STRANDS = 16  # of a split: see above
@@ -145,11 +165,13 @@ def make_attention_batch(
     DP = VALUE_DIMS * Q  # dimensions with padding, in shared memory and in partial results
     WHOLE = 2 * WORDS == KEY_DIMS * L and 2 * WORDS == DP  # every lane of every load has dimensions
     K_REGS, V_REGS, O_REGS = 8 * L, 16 * Q, 16 * Q
-    Q_WORDS, Q_TURNS = 2 * L * WARP * 4, -(-SLOTS * DP // 2 // threads)
-    ROTATIONS, PADS = -(-SLOTS * HALF // threads), SLOTS * (DP - D)
+    VECTORS = SLOTS + 2  # made before the scores: queries, the row's own key, its own value
+    Q_WORDS, VECTOR_TURNS = 2 * L * WARP * 4, -(-VECTORS * DP // 2 // threads)
+    ROTATIONS, PADS = -(-VECTORS * HALF // threads), VECTORS * (DP - D)
+    ANGLES = 1 if threads % HALF == 0 else ROTATIONS  # that a thread meets
     STRIDE = DP + 4  # keeps the heads' sums in different banks
     SUMS, STATS, WEIGHTS = STRANDS * SLOTS * STRIDE, STRANDS * SLOTS, max(STRANDS, MAX_SPLITS) * SLOTS
-    AHEAD_REGS = 4 * AHEAD
+    AHEAD_REGS, X_REGS = 4 * AHEAD, 2 * ROTATIONS
     HEAD_TURNS, OUTPUTS = -(-HEADS // WARPS), -(-HEADS * DP // 4 // threads)
     LEAST_GROUPS, STEP_GROUPS = least // GROUP_TOKENS, SPLIT_STEP // GROUP_TOKENS
     STEP_SHIFT = (MAX_SPLITS * SPLIT_STEP).bit_length() - 1
@@ -164,7 +186,7 @@ def make_attention_batch(
             for t in range(2):
                 n = 8 * i + 4 * t
                 k_r[n] = k_r[n + 1] = k_r[n + 2] = k_r[n + 3] = int32(0)
-                if g + 8 * t < left and (WHOLE or 16 * i + 4 * c < WORDS):
+                if int32(g + 8 * t) < left and (WHOLE or 16 * i + 4 * c < WORDS):
                     rd = at + (8 * t * WORDS + 16 * i)
                     k_r[n], k_r[n + 1], k_r[n + 2], k_r[n + 3] = stream(keys, rd)
 
@@ -176,16 +198,35 @@ def make_attention_batch(
                 n = 16 * i + 4 * t
                 to = (t & 1) + 4 * (t & 2)
                 v_r[n] = v_r[n + 1] = v_r[n + 2] = v_r[n + 3] = int32(0)
-                if 2 * c + to < left and (WHOLE or 32 * i + 4 * g < WORDS):
+                if int32(2 * c + to) < left and (WHOLE or 32 * i + 4 * g < WORDS):
                     rd = at + (to * WORDS + 32 * i)
                     v_r[n], v_r[n + 1], v_r[n + 2], v_r[n + 3] = stream(values, rd)
+
+    @device_function
+    def own_key(k_r, own_s, own, g, c):
+        """Puts the row's own key, token `own` of its group, into its lanes' registers."""
+        for i in range(L):
+            for t in range(2):
+                n = 8 * i + 4 * t
+                if int32(g + 8 * t) == own:
+                    k_r[n], k_r[n + 1], k_r[n + 2], k_r[n + 3] = load4(own_s, 16 * i + 4 * c)
+
+    @device_function
+    def own_value(v_r, own_s, own, g, c):
+        """The row's own value likewise."""
+        for i in range(Q):
+            for t in range(4):
+                n = 16 * i + 4 * t
+                if int32(2 * c + (t & 1) + 4 * (t & 2)) == own:
+                    v_r[n], v_r[n + 1], v_r[n + 2], v_r[n + 3] = load4(own_s, DP // 2 + 32 * i + 4 * g)
 
     def attention_batch(
         qkv, cos, sin, where, table, table_stride, keys, values, page_words, head_words, partials, stats, arrivals, out,
         kv_heads, room, slots, tokens_most, cache_words
     ):  # fmt: skip
         q_s = pointer(cuda.shared.array(Q_WORDS, int32, SHARED_ALIGN))  # left operands: [steps, lane, 4 registers]
-        sum_s = pointer(cuda.shared.array(SUMS, float32, SHARED_ALIGN))  # [STRANDS, SLOTS, STRIDE]; first rotated q
+        sum_s = pointer(cuda.shared.array(SUMS, float32, SHARED_ALIGN))  # [STRANDS, SLOTS, STRIDE]; first the vectors
+        own_s = pointer(cuda.shared.array(DP, int32, SHARED_ALIGN))  # [2, DP / 2]: own key and value, as stored
         max_s = pointer(cuda.shared.array(STATS, float32))  # [STRANDS, SLOTS]
         total_s = pointer(cuda.shared.array(STATS, float32))
         weight_s = pointer(cuda.shared.array(WEIGHTS, float32))  # [strands or splits, SLOTS]
@@ -195,13 +236,14 @@ def make_attention_batch(
         v_r = cuda.local.array(V_REGS, int32)
         o_r = cuda.local.array(O_REGS, float32)
         ahead_r = cuda.local.array(AHEAD_REGS, float32)
-        cos_r = cuda.local.array(ROTATIONS, float32)
-        sin_r = cuda.local.array(ROTATIONS, float32)
+        cos_r = cuda.local.array(ANGLES, float32)
+        sin_r = cuda.local.array(ANGLES, float32)
+        x_r = cuda.local.array(X_REGS, float32)
 
         release()
         tid = int32(cuda.threadIdx.x)
-        warp, lane = tid >> 5, tid & 31
-        g, c = lane >> 2, lane & 3
+        warp, lane = int32(tid >> 5), int32(tid & 31)
+        g, c = int32(lane >> 2), int32(lane & 3)
         index = int32(cuda.blockIdx.y)
         row = divide(index, int32(kv_heads * PARTS))
         part = int32(index - row * kv_heads * PARTS)
@@ -212,7 +254,7 @@ def make_attention_batch(
 
         # The first turn begins before the launches before this one have ended. It takes `where` as it is then, perhaps
         # of an earlier pass: any numbers that are in range do, for if they turn out otherwise there is a second turn.
-        # Nobody else writes tokens before the row's own; that one is loaded afterwards.
+        # Nobody writes tokens before the row's own, and that one is never loaded.
         while True:
             slot, pos = load2_l2(where, 2 * row)
             known = slot >= 0 and slot < slots and pos >= 0 and pos < tokens_most
@@ -231,7 +273,7 @@ def make_attention_batch(
                 left = int32(pos - current * GROUP_TOKENS)  # tokens t < left exist, t counted from the group's first
                 load_keys(k_r, keys, at + k_lane, left, g, c)
                 load_values(v_r, values, at + v_lane, left, g, c)
-            for n in range(ROTATIONS):
+            for n in range(ANGLES):
                 i = int32(tid + n * threads)
                 j = int32(i - divide(i, int32(HALF)) * HALF)
                 cos_r[n] = sin_r[n] = ZERO
@@ -239,65 +281,72 @@ def make_attention_batch(
                     cos_r[n], sin_r[n] = cos[int64(pos) * HALF + j], sin[int64(pos) * HALF + j]
             wait()
             slot_now, pos_now = load2_l2(where, 2 * row)
-            if start < end:  # the queries, rotated and scaled
-                for n in range(ROTATIONS):
+            if start < end:
+                row_rd = int32(row * kv_heads * (group + 2))
+                q_rd, k_rd = int32((row_rd + part * HEADS) * D), int32((row_rd + kv_heads * group + kv) * D)
+                for n in range(ROTATIONS):  # no branches: every load is under way before the first is waited for
+                    i = int32(tid + n * threads)
+                    h = divide(i, int32(HALF))
+                    rd = int32(q_rd + (h if HEADS == SLOTS else min(h, int32(HEADS - 1))) * D)
+                    if h >= SLOTS:
+                        rd = k_rd if h == SLOTS else int32(k_rd + kv_heads * D)
+                    rd = int32(rd + i - h * HALF)
+                    x_r[2 * n], x_r[2 * n + 1] = qkv[rd], qkv[rd + HALF]
+                for n in range(ROTATIONS):  # queries, rotated and scaled; own key, rotated; own value
                     i = int32(tid + n * threads)
                     h = divide(i, int32(HALF))
                     j = int32(i - h * HALF)
+                    x0, x1 = x_r[2 * n], x_r[2 * n + 1]
+                    y0, y1 = rotate_pair(x0, x1, cos_r[n % ANGLES], sin_r[n % ANGLES])
                     if h < SLOTS:
-                        x0 = x1 = ZERO
-                        if h < HEADS:
-                            rd = (row * (kv_heads * (group + 2)) + part * HEADS + h) * D + j
-                            x0, x1 = qkv[rd], qkv[rd + HALF]
-                        y0 = add_rn(mul_rn(x0, cos_r[n]), mul_rn(-x1, sin_r[n]))
-                        y1 = add_rn(mul_rn(x1, cos_r[n]), mul_rn(x0, sin_r[n]))
-                        sum_s[h * DP + j] = mul_rn(y0, SCALE)
-                        sum_s[h * DP + HALF + j] = mul_rn(y1, SCALE)
+                        y0, y1 = mul_rn(y0, SCALE), mul_rn(y1, SCALE)
+                    elif h > SLOTS:
+                        y0, y1 = x0, x1
+                    if h < VECTORS:
+                        sum_s[h * DP + j], sum_s[h * DP + HALF + j] = y0, y1
             if slot == slot_now and pos == pos_now:
                 break
         if start >= end:
             return
         used = divide(int32(groups + chunk - 1), chunk)
-        left = int32(pos - current * GROUP_TOKENS)
-        if 0 <= left < GROUP_TOKENS and current < end:  # the row's own token is in this warp's first group
-            at = int64(table[pages + (current >> PAGE_SHIFT)]) * page_words + base
-            at += (current & (PAGE_GROUPS - 1)) * (GROUP_TOKENS * WORDS)
-            for i in range(L):
-                for t in range(2):
-                    n = 8 * i + 4 * t
-                    if g + 8 * t == left and (WHOLE or 16 * i + 4 * c < WORDS):
-                        rd = at + (k_lane + (8 * t * WORDS + 16 * i))
-                        k_r[n], k_r[n + 1], k_r[n + 2], k_r[n + 3] = load4_l2(keys, rd)
-            for i in range(Q):
-                for t in range(4):
-                    n = 16 * i + 4 * t
-                    to = (t & 1) + 4 * (t & 2)
-                    if 2 * c + to == left and (WHOLE or 32 * i + 4 * g < WORDS):
-                        rd = at + (v_lane + (to * WORDS + 32 * i))
-                        v_r[n], v_r[n + 1], v_r[n + 2], v_r[n + 3] = load4_l2(values, rd)
+        # Of the blocks that have this key and value, the row's first stores them.
+        stores = split == 0 and (PARTS == 1 or part == kv * PARTS)
+        own_page = int32(0)
+        if stores:
+            own_page = int32(table[pages + ((groups - 1) >> PAGE_SHIFT)])
 
         # The queries as left operands: registers 0 and 2 hold rows 0 .. 7 (first and second terms), 1 and 3 rows
-        # 8 .. 15 (third terms, zeros).
+        # 8 .. 15 (third terms, zeros). The key and value as bfloat16.
         if DP > D:
             for i in range(tid, PADS, threads):
                 h = int32(i // (DP - D))
                 sum_s[h * DP + D + i - h * (DP - D)] = ZERO
         cuda.syncthreads()
-        for n in range(Q_TURNS):
+        for n in range(VECTOR_TURNS):
             i = int32(tid + n * threads)
             h = divide(i, int32(DP // 2))
             word = int32(i - h * (DP // 2))
-            if h < SLOTS and word < 16 * L:
-                x0, x1 = sum_s[h * DP + 2 * word], sum_s[h * DP + 2 * word + 1]
-                hi = pack(x0, x1)
-                x0, x1 = x0 - bf16_low(hi), x1 - bf16_high(hi)
-                mid = pack(x0, x1)
-                step, to_c = int32((word >> 4) * 2 + (word >> 1 & 1)), word >> 2 & 3
-                to = int32((step * WARP + h * 4 + to_c) * 4 + (word & 1) * 2)
-                q_s[to] = hi
-                q_s[to + 1] = pack(x0 - bf16_low(mid), x1 - bf16_high(mid))
-                q_s[to + 64] = mid
-                q_s[to + 65] = int32(0)
+            if h < SLOTS:
+                if word < 16 * L:
+                    x0, x1 = sum_s[h * DP + 2 * word], sum_s[h * DP + 2 * word + 1]
+                    hi = pack(x0, x1)
+                    x0, x1 = x0 - bf16_low(hi), x1 - bf16_high(hi)
+                    mid = pack(x0, x1)
+                    step, to_c = int32((word >> 4) * 2 + (word >> 1 & 1)), word >> 2 & 3
+                    to = int32((step * WARP + h * 4 + to_c) * 4 + (word & 1) * 2)
+                    q_s[to] = hi
+                    q_s[to + 1] = pack(x0 - bf16_low(mid), x1 - bf16_high(mid))
+                    q_s[to + 64] = mid
+                    q_s[to + 65] = int32(0)
+            elif h < VECTORS:
+                stored = stored_word(sum_s[h * DP + 2 * word], sum_s[h * DP + 2 * word + 1])
+                own_s[(h - SLOTS) * (DP // 2) + word] = stored
+                if stores and (WHOLE or word < WORDS):
+                    wr = int64(own_page) * page_words + base + ((pos & (PAGE - 1)) * WORDS + word)
+                    if h == SLOTS:
+                        keys[wr] = stored
+                    else:
+                        values[wr] = stored
         cuda.syncthreads()
 
         while split < used:
@@ -306,7 +355,7 @@ def make_attention_batch(
             split_after = int32(split + in_grid)
             # A warp's first group of the next split; of splits, only a row's last can have warps without a group.
             next_first = int32(split_after * chunk + warp) if split_after < used else groups
-            top, total = LOWEST, ZERO
+            top, total, fresh = LOWEST, ZERO, True
             for i in range(O_REGS):
                 o_r[i] = ZERO
             while current < end:
@@ -315,8 +364,10 @@ def make_attention_batch(
                 page = int32(0)
                 if following < groups:
                     page = int32(table[pages + (following >> PAGE_SHIFT)])
-                left = int32(pos + 1 - current * GROUP_TOKENS)
-                ahead = int32(pos + 1 - following * GROUP_TOKENS)
+                ahead = int32(pos - following * GROUP_TOKENS)
+                last, own = int32(current + 1) == groups, int32(pos & (GROUP_TOKENS - 1))
+                if last:
+                    own_key(k_r, own_s, own, g, c)
                 s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = ZERO
                 for i in range(L):
                     for j in range(2):
@@ -333,11 +384,11 @@ def make_attention_batch(
                 s1 += shuffle_xor(s1, 16)
                 t0 += shuffle_xor(t0, 16)
                 t1 += shuffle_xor(t1, 16)
-                if left < GROUP_TOKENS:
-                    s0 = s0 if 2 * c < left else LOWEST
-                    s1 = s1 if 2 * c + 1 < left else LOWEST
-                    t0 = t0 if 2 * c + 8 < left else LOWEST
-                    t1 = t1 if 2 * c + 9 < left else LOWEST
+                if last:
+                    s0 = s0 if int32(2 * c) <= own else LOWEST
+                    s1 = s1 if int32(2 * c + 1) <= own else LOWEST
+                    t0 = t0 if int32(2 * c + 8) <= own else LOWEST
+                    t1 = t1 if int32(2 * c + 9) <= own else LOWEST
                 before = top
                 top = max(top, max(max(s0, s1), max(t0, t1)))
                 top = max(top, shuffle_xor(top, 1))
@@ -353,10 +404,12 @@ def make_attention_batch(
                 p5 = pack(t0 - bf16_low(p3), t1 - bf16_high(p3))
                 if g >= SLOTS:
                     p0, p1, p4, p5 = p2, p3, int32(0), int32(0)
-                if current - start >= STRANDS:  # columns 2c and 2c + 1 are heads 2c % 4 and 2c % 4 + 1
+                if not fresh:  # columns 2c and 2c + 1 are heads 2c % 4 and 2c % 4 + 1
                     even, odd = shuffle(alpha, (c & 1) * 8), shuffle(alpha, (c & 1) * 8 + 4)
                     for i in range(0, O_REGS, 2):
                         o_r[i], o_r[i + 1] = o_r[i] * even, o_r[i + 1] * odd
+                if last:
+                    own_value(v_r, own_s, own, g, c)
                 for i in range(Q):
                     for j in range(4):  # dimensions 64i + 8g + 2j and, in rows 8 .. 15, the one after
                         v, n = 16 * i + j, 4 * (4 * i + j)
@@ -370,8 +423,9 @@ def make_attention_batch(
                         o_r[n], o_r[n + 1], o_r[n + 2], o_r[n + 3] = o0, o1, o2, o3
                 if following < groups:
                     load_values(v_r, values, at + v_lane, ahead, g, c)
-                if current + STRANDS >= end:
-                    strand = int32((current - start) & (STRANDS - 1))
+                fresh = int32(current + STRANDS) >= end
+                if fresh:
+                    strand = warp if WARPS == STRANDS else int32((current - start) & (STRANDS - 1))
                     # The strand's result. Lanes c and c + 2 have the terms of the same two heads: each adds up one.
                     total += shuffle_xor(total, 1)
                     total += shuffle_xor(total, 2)
@@ -553,13 +607,15 @@ def attention_batch(
     threads: int = 0,
     overlap: bool = True,
 ) -> Launch:
-    """The launch for one layer: out[b] = softmax(q_b . K / sqrt(head_dim)) . V over row b's tokens 0 .. where[b, 1].
+    """The launch for one layer: out[b] = softmax(q_b . K / sqrt(head_dim)) . V over row b's tokens 0 .. where[b, 1], of
+    which it stores the last.
 
-    qkv float32 [rows, (heads + 2 * kv_heads) * head_dim], q not yet rotated; cos, sin float32 [max tokens, head_dim /
-    2]; where int32 [rows, 2]: slot (-1: the row is skipped) and position; cache: one layer's, the rows' own tokens
-    included; scratch as `attention_batch_scratch` says for at least `rows` and max tokens; out float32 [rows, heads *
-    head_dim]. Rows must be of different slots. `splits`: blocks that share a row's part, `splits_needed` of the longest
-    row at best; any number gives the same result, and so does any number of `threads` (0: this module's choice).
+    qkv float32 [rows, (heads + 2 * kv_heads) * head_dim], q and k not yet rotated; cos, sin float32 [max tokens,
+    head_dim / 2]; where int32 [rows, 2]: slot (-1: the row is skipped) and position; cache: one layer's, the pages of
+    the rows' own tokens in its table; scratch as `attention_batch_scratch` says for at least `rows` and max tokens; out
+    float32 [rows, heads * head_dim]. Rows must be of different slots. `splits`: blocks that share a row's part,
+    `splits_needed` of the longest row at best; any number gives the same result, and so does any number of `threads`
+    (0: this module's choice).
     Raises ValueError with the sizes if they do not fit together.
     """
     max_tokens = cos.size // (head_dim // 2)

@@ -622,12 +622,6 @@ def load2_l2(p: Any, i: Any) -> Any:
     return int32(p[int(i)]), int32(p[int(i) + 1])
 
 
-@instruction("ld.global.cg.v4.b32 {$0, $1, $2, $3}, [$4];", "rrrr", "p", effects=True)
-def load4_l2(p: Any, i: Any) -> Any:
-    """Words i .. i + 3 (i a multiple of 4) of global memory as L2 has them: int32 x 4. Any architecture."""
-    return _four(p, i)
-
-
 @instruction("atom.acq_rel.gpu.global.add.u32 $0, [$1], $2;", "u", "pu", effects=True)
 def atomic_fetch_add_ordered(p: Any, i: Any, value: Any) -> Any:
     """`atomic_fetch_add`, ordered after every earlier and before every later access of this thread. sm_70."""

@@ -18,8 +18,9 @@ of PAGE; its table is 0, 1, 2, ..., page_words = PAGE * WORDS and head_words = c
 
 Which token a row of a pass is, `where` tells: int32 [rows, 2], (slot, position); slot -1 is a row that nobody uses.
 
-`append` is a pass's only writer of the cache. A block is a row, a thread a word of a head, of its key and of its value.
-It moves 20 bytes a word; its time is that of a launch.
+Tokens of a prompt are stored by `append`, before attention reads them. A block is a row, a thread a word of a head, of
+its key and of its value. It moves 20 bytes a word; its time is that of a launch. In a pass of one new token a sequence
+that launch is spared: there `attention_batch` stores the tokens itself, the same bits (`rotate_pair`, `stored_word`).
 """
 
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from bitnet_numba.kernels.device import Device, DeviceArray, Launch
 from bitnet_numba.kernels.forms import KernelForm
 from bitnet_numba.kernels.intrinsics import (
     add_rn,
+    device_function,
     divide,
     float32,
     grid_release,
@@ -119,6 +121,18 @@ def check_sizes(
             raise ValueError(f"{what}: {name} holds {array.size} elements, {size} are needed")
 
 
+@device_function
+def rotate_pair(x0, x1, cos, sin):
+    """Two dimensions of a query or key that are half a head apart, turned by their angle."""
+    return add_rn(mul_rn(x0, cos), mul_rn(-x1, sin)), add_rn(mul_rn(x1, cos), mul_rn(x0, sin))
+
+
+@device_function
+def stored_word(x0, x1):
+    """Two neighbouring dimensions as a word of the cache."""
+    return join_bf16(to_bf16(x0), to_bf16(x1))
+
+
 def make_append(arch: int, head_dim: int, threads: int) -> Callable[..., None]:
     """The kernel for a head size."""
     wait, release = grid_wait(arch), grid_release(arch)
@@ -147,21 +161,18 @@ def make_append(arch: int, head_dim: int, threads: int) -> Callable[..., None]:
                 first = int32(head * D)
                 for half in range(2):
                     j = int32(d + half)
-                    x = qkv[k_rd + first + j]
-                    if j < HALF:
-                        y = qkv[k_rd + first + j + HALF]
-                        k = add_rn(mul_rn(x, cos[angles + j]), -mul_rn(y, sin[angles + j]))
-                    else:
-                        y = qkv[k_rd + first + j - HALF]
-                        k = add_rn(mul_rn(x, cos[angles + j - HALF]), mul_rn(y, sin[angles + j - HALF]))
+                    turned = j if j < HALF else int32(j - HALF)
+                    x0, x1 = qkv[k_rd + first + turned], qkv[k_rd + first + turned + HALF]
+                    y0, y1 = rotate_pair(x0, x1, cos[angles + turned], sin[angles + turned])
+                    k = y0 if j < HALF else y1
                     v = qkv[v_rd + first + j]
                     if half == 0:
-                        k0, v0 = to_bf16(k), to_bf16(v)
+                        k0, v0 = k, v
                     else:
-                        k1, v1 = to_bf16(k), to_bf16(v)
+                        k1, v1 = k, v
             wr = token_wr + int64(head) * head_words + word
-            keys[wr] = join_bf16(k0, k1)
-            values[wr] = join_bf16(v0, v1)
+            keys[wr] = stored_word(k0, k1)
+            values[wr] = stored_word(v0, v1)
 
     assert PAGE == 64  # position >> 6
     return append

@@ -2,13 +2,14 @@
 copy of the weights.
 
     embed         h = embeddings; which slot and position each row is
-    per layer     norm_quant | qkv | append to the cache | attention | norm_quant | o, added to h
+    per layer     norm_quant | qkv | append to the cache, attention | norm_quant | o, added to h
                   norm_quant | gate and up, activation(gate) * up | norm_quant | down, added to h
 
 What differs from a step of one token (`decode`): rows are normed and quantised once, in launches of their own, because
-every block of a product would do all of them again; products are `w2a8_matmul`; keys and values are stored before
-attention reads them. How many rows are real, whose they are and where they stand is read from device memory, so that a
-pass captured for 128 rows serves 65 to 128 of them.
+every block of a product would do all of them again; products are `w2a8_matmul`. A prompt's keys and values are stored
+before attention reads them, since a row attends to others of its pass; the next tokens of many sequences are read by
+their own rows alone, and `attention_batch` stores them itself. How many rows are real, whose they are and where they
+stand is read from device memory, so that a pass captured for 128 rows serves 65 to 128 of them.
 
 A row's result does not depend, to the bit, on the other rows of its pass or on how a prompt was cut into passes: sums
 of products are exact, and every other sum has an order that depends on the row's own position alone.
@@ -138,20 +139,19 @@ class Pass:
         state, cache, rows = self._state, self._state.layer_cache(layer), self._rows
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         where = (state.cos, state.sin, flow.where)
+        if not prompt and attention_batch.fits(device.arch, head_dim):
+            self.launches.append(
+                attention_batch.attention_batch(
+                    device, flow.qkv, *where, cache, self._scratch, flow.mixed, rows, splits, heads, kv_heads, head_dim
+                )
+            )
+            return
         self.launches.append(kv_cache.append(device, flow.qkv, *where, cache, rows, heads, kv_heads, head_dim))
         if prompt and device.arch >= attention_prompt.LEAST_ARCH:
-            attention = attention_prompt.attention_prompt(
-                device, flow.qkv, *where, cache, flow.mixed, rows, heads, kv_heads, head_dim
-            )
-        elif not prompt and attention_batch.fits(device.arch, head_dim):
-            attention = attention_batch.attention_batch(
-                device, flow.qkv, *where, cache, self._scratch, flow.mixed, rows, splits, heads, kv_heads, head_dim
-            )
+            attention = attention_prompt.attention_prompt
         else:
-            attention = attention_rows.attention_rows(
-                device, flow.qkv, *where, cache, flow.mixed, rows, heads, kv_heads, head_dim
-            )
-        self.launches.append(attention)
+            attention = attention_rows.attention_rows
+        self.launches.append(attention(device, flow.qkv, *where, cache, flow.mixed, rows, heads, kv_heads, head_dim))
 
 
 class RowHead:
