@@ -170,7 +170,7 @@ def make_attention_batch(
     ROTATIONS, PADS = -(-VECTORS * HALF // threads), VECTORS * (DP - D)
     ANGLES = 1 if threads % HALF == 0 else ROTATIONS  # that a thread meets
     STRIDE = DP + 4  # keeps the heads' sums in different banks
-    SUMS, STATS, WEIGHTS = STRANDS * SLOTS * STRIDE, STRANDS * SLOTS, max(STRANDS, MAX_SPLITS) * SLOTS
+    SUMS, STATS = STRANDS * SLOTS * STRIDE, STRANDS * SLOTS
     AHEAD_REGS, X_REGS = 4 * AHEAD, 2 * ROTATIONS
     HEAD_TURNS, OUTPUTS = -(-HEADS // WARPS), -(-HEADS * DP // 4 // threads)
     LEAST_GROUPS, STEP_GROUPS = least // GROUP_TOKENS, SPLIT_STEP // GROUP_TOKENS
@@ -225,11 +225,12 @@ def make_attention_batch(
         kv_heads, room, slots, tokens_most, cache_words
     ):  # fmt: skip
         q_s = pointer(cuda.shared.array(Q_WORDS, int32, SHARED_ALIGN))  # left operands: [steps, lane, 4 registers]
-        sum_s = pointer(cuda.shared.array(SUMS, float32, SHARED_ALIGN))  # [STRANDS, SLOTS, STRIDE]; first the vectors
+        sum_s = pointer(
+            cuda.shared.array(SUMS, float32, SHARED_ALIGN)
+        )  # [STRANDS, SLOTS, STRIDE]; first vectors, last weights
         own_s = pointer(cuda.shared.array(DP, int32, SHARED_ALIGN))  # [2, DP / 2]: own key and value, as stored
-        max_s = pointer(cuda.shared.array(STATS, float32))  # [STRANDS, SLOTS]
+        max_s = pointer(cuda.shared.array(STATS, float32))  # [STRANDS, SLOTS]; then the strands' weights
         total_s = pointer(cuda.shared.array(STATS, float32))
-        weight_s = pointer(cuda.shared.array(WEIGHTS, float32))  # [strands or splits, SLOTS]
         whole_s = pointer(cuda.shared.array(SLOTS, float32))
         arrived_s = pointer(cuda.shared.array(1, int32))
         k_r = cuda.local.array(K_REGS, int32)
@@ -460,7 +461,7 @@ def make_attention_batch(
                     weight = exp2_approx(top - largest)
                     total = warp_sum(mul_rn(weight, total))
                     if lane < strands:
-                        weight_s[lane * SLOTS + h] = weight
+                        max_s[lane * SLOTS + h] = weight
                     if lane == 0:
                         whole_s[h] = total
                         if used > 1:
@@ -474,7 +475,7 @@ def make_attention_batch(
                 if h < HEADS:
                     b0 = b1 = b2 = b3 = ZERO
                     for s in range(strands):
-                        weight = weight_s[s * SLOTS + h]
+                        weight = max_s[s * SLOTS + h]
                         x0, x1, x2, x3 = load4(sum_s, (s * SLOTS + h) * STRIDE + d)
                         b0, b1, b2, b3 = b0 + weight * x0, b1 + weight * x1, b2 + weight * x2, b3 + weight * x3
                     if used > 1:
@@ -508,7 +509,7 @@ def make_attention_batch(
                     total = stats[(part_rd + lane * HEADS + h) * 2 + 1]
                 largest = warp_max(top)
                 weight = exp2_approx(top - largest)
-                weight_s[lane * SLOTS + h] = weight
+                sum_s[lane * SLOTS + h] = weight
                 total = warp_sum(mul_rn(weight, total))
                 if lane == 0:
                     whole_s[h] = total
@@ -527,7 +528,7 @@ def make_attention_batch(
                             ahead_r[4 * j], ahead_r[4 * j + 1], ahead_r[4 * j + 2], ahead_r[4 * j + 3] = x0, x1, x2, x3
                     for j in range(AHEAD):
                         if first + j < used:
-                            weight = weight_s[(first + j) * SLOTS + h]
+                            weight = sum_s[(first + j) * SLOTS + h]
                             b0 += weight * ahead_r[4 * j]
                             b1 += weight * ahead_r[4 * j + 1]
                             b2 += weight * ahead_r[4 * j + 2]

@@ -8,6 +8,8 @@ from numba import types
 # A multiprocessor cannot divide its memory anew while a block is resident: kernels that ask for different divisions
 # cannot overlap. So all ask for this one, but for those that need more shared memory, or more L1.
 CARVEOUT = 75
+CARVED_BYTES = 196 * 1024  # of shared memory that this makes on sm_90
+SYSTEM_BYTES = 1024  # of it that each block takes beside its own
 
 
 class KernelForm(NamedTuple):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from numba.cuda import types
 
 from bitnet_numba.kernels.device import Device, DeviceArray, Launch
-from bitnet_numba.kernels.forms import CARVEOUT, KernelForm
+from bitnet_numba.kernels.forms import CARVED_BYTES, CARVEOUT, SYSTEM_BYTES, KernelForm
 from bitnet_numba.kernels.tensor_cores import SPAN_INTS
 from bitnet_numba.kernels.w2a8_columns import STEP, TOKENS, make_columns
 from bitnet_numba.kernels.w2a8_epilogue import EPILOGUES
@@ -31,8 +31,6 @@ from bitnet_numba.packing import BLOCK_ROWS, packed_words, padded_shape
 LEAST_ARCH = 75  # mma of 8-bit integers
 STAGED_ARCH = 80  # asynchronous copies to shared memory
 MOST_SEGMENTS = 3  # q, k and v
-CARVED_BYTES = 196 * 1024  # of shared memory that CARVEOUT makes on sm_90
-SYSTEM_BYTES = 1024  # of it that each block takes beside its own
 
 
 def _group(tokens: int, row_warps: int, k_warps: int, stages: int, per_sm: int = 1, cluster: int = 1) -> Tile:

@@ -112,6 +112,7 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
                 elif kind == types.float32:
                     argument = np.float32(argument)
                 values.append(argument)
+            simulator.Block.cluster = self.form.cluster
             cuda.jit(self.form.kernel)[self.grid, self.form.threads, 0, self.form.shared](*values)
 
     def simulated_map(address: int, rows: int, row_ints: int, box_rows: int, box_ints: int) -> SimulatedMap:
@@ -135,7 +136,8 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
         head_warpgroup, kv_cache, norm_quant, sampler, sampler_many, w2a8_gemv, w2a8_matmul,
     ):  # fmt: skip
         monkeypatch.setattr(module, "Launch", SimulatedLaunch)
-    monkeypatch.setattr(head_warpgroup, "tensor_map", simulated_map)
+    for module in (head_warpgroup, w2a8_matmul):
+        monkeypatch.setattr(module, "tensor_map", simulated_map)
     monkeypatch.setattr(backend, "usable_device", FakeDevice)
     monkeypatch.setattr(backend, "load_forms", lambda *arguments: None)
     monkeypatch.setattr(device.Stream, "capture", lambda self, launches: Replayed(launches))
@@ -144,7 +146,7 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     monkeypatch.setattr(attention, "SHORT", (1, 64, 2, 1))  # fewer threads, for speed
     monkeypatch.setattr(backend, "STEPS_AHEAD", 1)
     monkeypatch.setattr(rows, "LEAST_ROWS", 2)
-    monkeypatch.setattr(w2a8_matmul, "plan", lambda *arguments: Tile(8, 2, 1, 1, 1, 0))
+    monkeypatch.setattr(w2a8_matmul, "plan", lambda *arguments: Tile(8, 1, 4, 1, 0, 2, scheme="wgmma"))
     monkeypatch.setattr(head, "form", partial(head.form, threads=128))
     monkeypatch.setattr(head_many, "head_many_form", partial(head_many.head_many_form, threads=64))
     monkeypatch.setattr(norm_quant, "norm_quant_form", partial(norm_quant.norm_quant_form, threads=64))

@@ -16,7 +16,7 @@ import pytest
 
 from bitnet_numba.kernels import w2a8_matmul
 from bitnet_numba.kernels.compilation import compile_ptx
-from bitnet_numba.kernels.forms import KernelForm
+from bitnet_numba.kernels.forms import CARVED_BYTES, CARVEOUT, SYSTEM_BYTES, KernelForm
 from tests.kernel_harness import ARCHITECTURES
 
 MODULES = (
@@ -80,6 +80,12 @@ def check_form(form: KernelForm, arch: int, folder: Path) -> None:
     assert done.returncode == 0, f"{form.name} for sm_{arch}: {done.stderr[-1000:]}"
     assert " 0 bytes spill stores, 0 bytes spill loads" in done.stderr, f"{form.name} for sm_{arch}: {done.stderr}"
     assert "Potential Performance Loss" not in done.stderr, f"{form.name} for sm_{arch}: {done.stderr}"
+    if arch == MOST_COMMON and form.carveout == CARVEOUT:
+        static = re.search(r"(\d+) bytes smem", done.stderr)
+        shared = form.shared + (int(static[1]) if static else 0)
+        assert form.blocks_per_sm * (shared + SYSTEM_BYTES) <= CARVED_BYTES, (
+            f"{form.name}: {shared} bytes of shared memory"
+        )
     if "wgmma." in ptx:  # the linker makes a subroutine of a division, and around its call wgmma runs one at a time
         assert not re.search(r"^\s*(div\.(rn\.)?f|call\b)", ptx, re.M), f"{form.name} calls subroutines"
     assert re.search(r"\b0 bytes stack frame", done.stderr), f"{form.name} for sm_{arch}: {done.stderr}"
