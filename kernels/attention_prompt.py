@@ -29,6 +29,7 @@ each block computes all scores and half of the values' dimensions, on tiles of 1
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 from numba import cuda
@@ -367,6 +368,7 @@ SIGNATURE = (
 )
 
 
+@cache
 def attention_prompt_form(
     arch: int, head_dim: int, group: int, warps: int = MOST_WARPS, blocks_per_sm: int = 2
 ) -> KernelForm:

@@ -22,6 +22,7 @@ then those of the low one, and no sum is split.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -225,6 +226,7 @@ def make_head_warpgroup(arch: int, tile: Tile) -> Callable[..., None]:
     return head_warpgroup
 
 
+@cache
 def form(arch: int, tile: Tile) -> KernelForm:
     """The compiled form of a tile; K, rows and tokens are arguments of the launch. Raises ValueError for a tile that
     cannot be."""

@@ -8,6 +8,7 @@ w2a8_gemv.py does.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 from numba.cuda import types
 
@@ -103,6 +104,7 @@ def _plan_groups(M: int, N: int, K: int, multiprocessors: int, gated: bool) -> T
     return min((time(tile, block, turn), tile) for tile, block, turn in fitted if tile is not None)[1]
 
 
+@cache
 def plan(M: int, N: int, K: int, arch: int, multiprocessors: int, gated: bool = False) -> Tile:
     """The launch rule, from measurements of 2B4T's products on 132 multiprocessors; N counts gate and up rows.
 
@@ -152,6 +154,7 @@ def _carveout(tile: Tile) -> int:
     )
 
 
+@cache
 def form(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu2", bias: bool = False) -> KernelForm:
     """The compiled form of a tile; K, N and M are arguments of the launch."""
     f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
