@@ -5,7 +5,7 @@ the cache here, to the bit as `append` in kv_cache.py would: that spares a launc
 key-value head with all query heads that share it (in parts of four), so that the cache is read once. What is read is
 the cache: 84 MB a layer for 128 rows of 256 tokens of 2B4T, 20 us at 4.2 TB/s.
 
-    grid       x: splits of a row's tokens       y: row * parts + part of the query heads
+    grid       x: one entry of `work`, a row and splits of its tokens        y: part of the query heads
     strand v   groups of 16 tokens v, v + 16, ... of a split, v = 0 .. 15; a warp takes strands w, w + W, ..., one
                after the other                   lane: g = lane / 4, c = lane % 4
 
@@ -30,15 +30,16 @@ Results do not depend on the batch, to the bit: a row of n tokens has splits of 
 tokens, a split 16 strands, each with its own running maximum and sums, and these are added up in their order, whichever
 warp had them. So the number of warps a block is free: many for few rows (each has one group of a short context: all
 loads are under way at once), two for many rows (five blocks share a multiprocessor; loads of one hide behind the
-products of another). So is the number of splits in the grid: a block goes on with split x + gridDim.x, and the last
-block of a row's part to arrive (an integer counter, left zero) adds up the splits.
+products of another). So is the number of blocks that share a row's part: block x of n takes splits x, x + n, ..., and
+the last of them to arrive (an integer counter, left zero) adds up the splits. `work` says which row and x and n a block
+has, so that a batch of many short rows and a long one has no blocks without work.
 
-Order between kernels: `where`, the table and a row's earlier tokens are read before `grid_wait`; afterwards `where` is
-read again, past L1, and if it has changed all is loaded again. `qkv` is read afterwards. Then own tokens are stored,
-each by one block, in places that no block of the launch reads for its result: whoever reads them is a later launch, and
-waits for the end of this one. All that asks that earlier tokens were written by an earlier pass: a slot has one row at
-most, pages that slots share are full, and passes are graphs, which wait for the end of what was enqueued before; and
-that no launch of the pass writes the table.
+Order between kernels: `work`, `where`, the table and a row's earlier tokens are read before `grid_wait`; afterwards
+`where` is read again, past L1, and if it has changed all is loaded again. `qkv` is read afterwards. Then own tokens are
+stored, each by one block, in places that no block of the launch reads for its result: whoever reads them is a later
+launch, and waits for the end of this one. All that asks that earlier tokens were written by an earlier pass: a slot has
+one row at most, pages that slots share are full, and passes are graphs, which wait for the end of what was enqueued
+before; and that no launch of the pass writes the table or `work`.
 
 Measured before own tokens were stored here (H200, 2B4T, us a launch in a graph of such launches, cold cache of pages in
 random order):
@@ -117,6 +118,8 @@ LEAST_TOKENS = 512  # of a split; splitting costs about 2 us
 MAX_SPLITS = 32
 SPLIT_STEP = 64  # tokens that a long row's splits are a multiple of
 AHEAD = 8  # partial results that a thread has in flight
+ROW_BITS = 12  # of an entry of `work`: the row; then 8 bits each for which block of the row it is, and of how many
+MOST_ROWS = 1 << ROW_BITS
 
 
 def fits(arch: int, head_dim: int) -> bool:
@@ -133,6 +136,13 @@ def splits_needed(tokens: int) -> int:
 def most_splits(max_tokens: int) -> int:
     """Splits that rows of up to so many tokens have at most."""
     return min(MAX_SPLITS, -(-max_tokens // LEAST_TOKENS))
+
+
+def work_entries(blocks: Sequence[int]) -> list[int]:
+    """`work` for a launch in which blocks[b] blocks (up to 255; 0: none) share each part of row b, int32. Rows of many
+    come first, since they are likely to take longest."""
+    order = sorted(range(len(blocks)), key=lambda row: -blocks[row])
+    return [row | x << ROW_BITS | blocks[row] << ROW_BITS + 8 for row in order for x in range(blocks[row])]
 
 
 @device_function
@@ -222,12 +232,11 @@ def make_attention_batch(
 
     def attention_batch(
         qkv, cos, sin, where, table, table_stride, keys, values, page_words, head_words, partials, stats, arrivals, out,
-        kv_heads, room, slots, tokens_most, cache_words
+        work, kv_heads, room, slots, tokens_most, cache_words
     ):  # fmt: skip
         q_s = pointer(cuda.shared.array(Q_WORDS, int32, SHARED_ALIGN))  # left operands: [steps, lane, 4 registers]
-        sum_s = pointer(
-            cuda.shared.array(SUMS, float32, SHARED_ALIGN)
-        )  # [STRANDS, SLOTS, STRIDE]; first vectors, last weights
+        # [STRANDS, SLOTS, STRIDE]; at first queries and own vectors, at last the splits' weights
+        sum_s = pointer(cuda.shared.array(SUMS, float32, SHARED_ALIGN))
         own_s = pointer(cuda.shared.array(DP, int32, SHARED_ALIGN))  # [2, DP / 2]: own key and value, as stored
         max_s = pointer(cuda.shared.array(STATS, float32))  # [STRANDS, SLOTS]; then the strands' weights
         total_s = pointer(cuda.shared.array(STATS, float32))
@@ -245,11 +254,13 @@ def make_attention_batch(
         tid = int32(cuda.threadIdx.x)
         warp, lane = int32(tid >> 5), int32(tid & 31)
         g, c = int32(lane >> 2), int32(lane & 3)
-        index = int32(cuda.blockIdx.y)
-        row = divide(index, int32(kv_heads * PARTS))
-        part = int32(index - row * kv_heads * PARTS)
+        entry = work[cuda.blockIdx.x]
+        if entry < 0:
+            return
+        row, split, in_grid = int32(entry & MOST_ROWS - 1), int32(entry >> ROW_BITS & 255), int32(entry >> ROW_BITS + 8)
+        part = int32(cuda.blockIdx.y)
         kv = part if PARTS == 1 else divide(part, int32(PARTS))
-        split, in_grid = int32(cuda.blockIdx.x), int32(cuda.gridDim.x)
+        index = int32(row * kv_heads * PARTS + part)
         base = int32(kv * head_words)
         k_lane, v_lane = int32(g * WORDS + c * 4), int32(2 * c * WORDS + g * 4)
 
@@ -548,7 +559,7 @@ def make_attention_batch(
 _FLOATS, _WORDS = types.CPointer(types.float32), types.CPointer(types.int32)
 SIGNATURE = (
     *(_FLOATS, _FLOATS, _FLOATS, _WORDS, *CACHE_SIGNATURE),  # qkv, cos, sin, where, table ... head_words
-    *(_FLOATS, _FLOATS, _WORDS, _FLOATS),  # partials, stats, arrivals, out
+    *(_FLOATS, _FLOATS, _WORDS, _FLOATS, _WORDS),  # partials, stats, arrivals, out, work
     *(types.int32, types.int32, types.int32, types.int32, types.int64),  # kv_heads, room ... cache_words
 )
 BLOCKS = {64: 5, 128: 3, 256: 2, 512: 1}  # resident blocks of so many threads
@@ -600,8 +611,9 @@ def attention_batch(
     cache: LayerCache,
     scratch: Sequence[DeviceArray],
     out: DeviceArray,
+    work: DeviceArray,
     rows: int,
-    splits: int,
+    blocks: int,
     heads: int,
     kv_heads: int,
     head_dim: int,
@@ -614,9 +626,9 @@ def attention_batch(
     qkv float32 [rows, (heads + 2 * kv_heads) * head_dim], q and k not yet rotated; cos, sin float32 [max tokens,
     head_dim / 2]; where int32 [rows, 2]: slot (-1: the row is skipped) and position; cache: one layer's, the pages of
     the rows' own tokens in its table; scratch as `attention_batch_scratch` says for at least `rows` and max tokens; out
-    float32 [rows, heads * head_dim]. Rows must be of different slots. `splits`: blocks that share a row's part,
-    `splits_needed` of the longest row at best; any number gives the same result, and so does any number of `threads`
-    (0: this module's choice).
+    float32 [rows, heads * head_dim]. Rows must be of different slots. work int32 [blocks]: the `work_entries` of all
+    rows, `splits_needed` for each at best (any numbers give the same result, and so does any number of `threads`; 0:
+    this module's choice), and -1 for blocks too many; it must be there before the launches that this one may overlap.
     Raises ValueError with the sizes if they do not fit together.
     """
     max_tokens = cos.size // (head_dim // 2)
@@ -627,15 +639,15 @@ def attention_batch(
         partials=(scratch[0], partials), stats=(scratch[1], stats), arrivals=(scratch[2], arrivals),
         out=(out, rows * heads * head_dim),
     )  # fmt: skip
-    if splits < 1:
-        raise ValueError(f"attention_batch: {splits} splits; at least one is needed")
-    threads = threads or threads_for(head_dim, rows * parts * splits, device.multiprocessors)
+    if blocks < 1 or work.size < blocks or rows > MOST_ROWS:
+        raise ValueError(f"attention_batch: {blocks} blocks for {rows} rows, and work for {work.size}")
+    threads = threads or threads_for(head_dim, blocks * parts, device.multiprocessors)
     form = attention_batch_form(device.arch, head_dim, heads // kv_heads, threads)
     arguments = (
-        qkv, cos, sin, where, *cache_arguments(cache), *scratch, out, kv_heads, most_splits(max_tokens),
+        qkv, cos, sin, where, *cache_arguments(cache), *scratch, out, work, kv_heads, most_splits(max_tokens),
         cache.table.size // cache.table_stride, min(max_tokens, cache.table_stride * PAGE), cache.keys.size,
     )  # fmt: skip
-    return Launch(form, (splits, rows * parts), arguments, device, overlap)
+    return Launch(form, (blocks, parts), arguments, device, overlap)
 
 
 def forms(arch: int) -> list[KernelForm]:

@@ -12,7 +12,7 @@ from bitnet_numba.kernels.decode import head_launch
 from bitnet_numba.kernels.device import DeviceArray, Event, Graph, Launch, PinnedArray
 from bitnet_numba.kernels.forms import KernelForm, Target
 from bitnet_numba.kernels.kv_cache import PAGE
-from bitnet_numba.kernels.rows import Model, Pass, Prompts, RowHead, product_forms
+from bitnet_numba.kernels.rows import Model, Pass, Prompts, RowHead, Sharing, product_forms
 from bitnet_numba.kernels.sampler_many import sampler_many, sampler_many_form
 from bitnet_numba.kernels.sequences import Sequences, ladder, pages_of
 from bitnet_numba.sampling import SamplingParams
@@ -24,7 +24,7 @@ class CudaBatch:
     """Slots and pages on the device. Every call enqueues on the model's stream and returns.
 
     A step is one graph: a pass of one row a sequence, the head, the sampler. Graphs are captured when first needed, for
-    a ladder of numbers of rows and of the parts that the longest context is cut into.
+    a ladder of numbers of rows and of blocks that their contexts are shared out among.
     """
 
     page_size = PAGE
@@ -42,6 +42,7 @@ class CudaBatch:
         sizes = attention_batch.attention_batch_scratch(self._most_rows, tokens, heads, kv_heads, head_dim)
         kinds = (np.float32, np.float32, np.int32)
         self._attention = [DeviceArray(size, kind, zero=True) for size, kind in zip(sizes, kinds, strict=True)]
+        self._work = DeviceArray(ladder(self._most_rows * attention_batch.most_splits(tokens)), np.int32)
         self._head = RowHead(model, self._most_rows)
         self._last = DeviceArray(config.hidden_size, np.float32)  # of a prompt's rows
         self._chosen = DeviceArray(self._most_rows, np.int64)
@@ -51,6 +52,8 @@ class CudaBatch:
         self._fed = [0] * max_sequences  # tokens of each slot, those under way included
         self._prompt = [0] * max_sequences  # lengths
         self._rows: list[int] = []  # of the last step
+        self._shares: list[int] = []  # blocks of each row of the last step
+        self._blocks = 0  # of them together, captured
         uncollected = 2 * (max_sequences + 1)  # calls, at most
         self._results = PinnedArray(uncollected * max_sequences, np.int64)
         self._events = [Event() for _ in range(uncollected)]
@@ -93,21 +96,26 @@ class CudaBatch:
             if self._fed[slot] == self.capacity:
                 raise ValueError(f"slot {slot} is full")
             self._fed[slot] += 1
-        rows, longest = ladder(len(slots)), max(self._fed[slot] for slot in slots)
+        rows, shares = ladder(len(slots)), [attention_batch.splits_needed(self._fed[slot]) for slot in slots]
         places = [*slots, *[-1] * (rows - len(slots))]
         if places != self._rows:
             self._model.uploads.write(self._state.order, places)
             self._rows = places
-        self._step_graph(rows, ladder(attention_batch.splits_needed(longest))).replay(self._stream)
+        if shares != self._shares:
+            work = attention_batch.work_entries(shares)
+            self._shares, self._blocks = shares, ladder(len(work), rows)
+            self._model.uploads.write(self._work, work + [-1] * (self._blocks - len(work)))
+        self._step_graph(rows, self._blocks).replay(self._stream)
         self._expect(list(slots))
 
-    def _step_graph(self, rows: int, splits: int) -> Graph:
-        if (rows, splits) not in self._steps:
-            launches = Pass(self._model, self._state, rows, False, splits, self._attention).launches
-            self._steps[rows, splits] = self._stream.capture(
+    def _step_graph(self, rows: int, blocks: int) -> Graph:
+        if (rows, blocks) not in self._steps:
+            sharing = Sharing(self._work, blocks, self._attention)
+            launches = Pass(self._model, self._state, rows, False, sharing).launches
+            self._steps[rows, blocks] = self._stream.capture(
                 [*launches, *self._head.launches(rows), self._sampler(rows)]
             )
-        return self._steps[rows, splits]
+        return self._steps[rows, blocks]
 
     def _choose_first(self) -> list[Launch]:
         """Head and sampler of a prompt's last row, always by the same kernels."""
@@ -150,7 +158,7 @@ class CudaBatch:
         self._prompts.close()
         for graph in (*self._steps.values(), *([self._first] if self._first else [])):
             graph.close()
-        for array in (*self._attention, self._last, self._chosen):
+        for array in (*self._attention, self._work, self._last, self._chosen):
             array.close()
         self._head.close()
         self._state.close()

@@ -85,11 +85,19 @@ class Model(NamedTuple):
     flow: RowActivations
 
 
+class Sharing(NamedTuple):
+    """How the contexts of a decode pass are shared out among blocks, and where their results meet: see
+    `attention_batch`."""
+
+    work: DeviceArray
+    blocks: int
+    scratch: Sequence[DeviceArray]
+
+
 class Pass:
     """The launches of a pass of up to `rows` rows of some sequences: of one's prompt, or one row of each of many.
 
-    splits, scratch: for many sequences, the parts that the longest context is cut into, and where these meet
-    (see `attention_batch`).
+    sharing: for many sequences, how their contexts are shared out.
     """
 
     def __init__(
@@ -98,10 +106,9 @@ class Pass:
         state: Sequences,
         rows: int,
         prompt: bool,
-        splits: int = 1,
-        scratch: Sequence[DeviceArray] = (),
+        sharing: Sharing | None = None,
     ):
-        self._model, self._state, self._rows, self._scratch = model, state, rows, scratch
+        self._model, self._state, self._rows, self._sharing = model, state, rows, sharing
         config, weights, device, _, _, flow = model
         self._count = flow.count if prompt else flow.plenty
         self.launches = [
@@ -113,7 +120,7 @@ class Pass:
         for i in range(config.num_layers):
             norms = [weights.get(f"layers.{i}.{norm}.weight") for norm in NORMS]
             self._product(i, "qkv", flow.h, norms[0], flow.qkv)
-            self._attend(i, prompt, splits)
+            self._attend(i, prompt)
             self._product(i, "o", flow.mixed, norms[1], flow.h)
             self._product(i, "gate_up", flow.h, norms[2], flow.inner)
             self._product(i, "down", flow.inner, norms[3], flow.h)
@@ -133,16 +140,17 @@ class Pass:
             )
         )  # fmt: skip
 
-    def _attend(self, layer: int, prompt: bool, splits: int) -> None:
+    def _attend(self, layer: int, prompt: bool) -> None:
         """Stores keys and values and attends to them."""
         config, _, device, _, _, flow = self._model
         state, cache, rows = self._state, self._state.layer_cache(layer), self._rows
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         where = (state.cos, state.sin, flow.where)
-        if not prompt and attention_batch.fits(device.arch, head_dim):
+        if self._sharing is not None and attention_batch.fits(device.arch, head_dim):
+            work, blocks, scratch = self._sharing
             self.launches.append(
                 attention_batch.attention_batch(
-                    device, flow.qkv, *where, cache, self._scratch, flow.mixed, rows, splits, heads, kv_heads, head_dim
+                    device, flow.qkv, *where, cache, scratch, flow.mixed, work, rows, blocks, heads, kv_heads, head_dim
                 )
             )
             return

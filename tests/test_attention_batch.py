@@ -28,6 +28,7 @@ from bitnet_numba.kernels.attention_batch import (
     fits,
     most_splits,
     splits_needed,
+    work_entries,
 )
 from bitnet_numba.kernels.forms import KernelForm
 from bitnet_numba.kernels.intrinsics import grid_release, load_acquire
@@ -48,7 +49,8 @@ def attention_of_rows(
     seed: int,
 ) -> np.ndarray:
     """One launch over rows of (slot, qkv [heads + 2 kv heads, D], keys, values), the last two of the earlier tokens, as
-    bfloat16 bits [tokens, kv heads, D]; pages in a random order. Returns [rows, heads, D]; rows of slot -1 as poison.
+    bfloat16 bits [tokens, kv heads, D]; pages in a random order. Every row is shared by `splits` blocks, or every other
+    one by fewer. Returns [rows, heads, D]; rows of slot -1 as poison.
 
     Checks that the cache then is what `append` makes of it.
     """
@@ -79,7 +81,11 @@ def attention_of_rows(
     begin: list[Any] = [qkv, np.cos(angles), np.sin(angles), where, table, stride]
     arguments = [*begin, *words, *pool_strides(kv_heads, D), *scratch, out, kv_heads, room, slots, max_tokens]
     parts = heads // heads_per_block(group, True)
-    run(form, (splits, len(rows) * parts), [*arguments, words[0].size])
+    shares = [
+        (splits if b % 2 == 0 else int(rng.integers(1, splits + 1))) * (row[0] >= 0) for b, row in enumerate(rows)
+    ]
+    work = rng.permutation([*work_entries(shares), -1]).astype(np.int32)
+    run(form, (len(work), parts), [*arguments[:-4], work, *arguments[-4:], words[0].size])
     assert not scratch[2].array.any(), "the arrival counters are not zero again"
     append = append_form(arch(), D, 32 if SIMULATED else APPEND_THREADS)
     run(append, len(rows), [*begin, *appended, *pool_strides(kv_heads, D), heads, kv_heads], 1)
@@ -241,6 +247,7 @@ def test_begins_before_the_launches_before_it_have_ended(stale: int) -> None:
     angles_of = [DeviceArray.of(x) for x in (np.cos(angles), np.sin(angles))]
     sources = [DeviceArray.of(x) for x in (where, qkv)]
     late = KernelForm("late", make_late(device.arch, rows), LATE_SIGNATURE, 512)
+    work = DeviceArray.of(np.array(work_entries([3] * rows), np.int32))
     results = []
     for begin in (where, np.full_like(where, stale)):
         for overlap in (False, True):
@@ -250,8 +257,9 @@ def test_begins_before_the_launches_before_it_have_ended(stale: int) -> None:
             cache = LayerCache(keys, values, DeviceArray.of(table), stride, page_words, head_words)
             out = DeviceArray(rows * heads * D, np.float32, zero=True)
             launch = attention_batch(
-                device, now[1], *angles_of, now[0], cache, scratch, out, rows, 3, heads, kv_heads, D, overlap=overlap
-            )
+                device, now[1], *angles_of, now[0], cache, scratch, out, work, rows, work.size, heads, kv_heads, D,
+                overlap=overlap,
+            )  # fmt: skip
             stream = Stream()
             Launch(late, 1, [*pairs, qkv.size], device, overlap=False)(stream.handle)
             launch(stream.handle)
