@@ -83,6 +83,7 @@ def measure(what: str) -> dict[str, Any]:
                     figures["prefill"] = bench_many.measure_prefill(backend)
                 if what != "prefill":
                     figures["batch"] = bench_many.measure_batch(backend)
+                    figures["mixed"] = bench_many.measure_mixed(backend)
                 backend.weights.close()
             if what in ("load", "all"):
                 figures["load"] = bench_measure.measure_load(folders["bf16"])
@@ -196,6 +197,11 @@ def table(figures: dict[str, Any]) -> str:
                 row(b["sequences"], f"{b['us']:.0f}", f"{b['device_us']:.0f}", f"{b['tokens/s']:.0f}",
                     f"{1e6 / b['us']:.0f}")
             )  # fmt: skip
+    if "mixed" in figures:
+        mixed = figures["mixed"]
+        short, long = min(mixed["contexts"]), max(mixed["contexts"])
+        lines += ["", f"{mixed['sequences'] - 1} sequences around a context of {short} and one around {long}: "
+                  f"{mixed['us']:.0f} us a step, {mixed['tokens/s']:.0f} tokens/s in all."]  # fmt: skip
     if "load" in figures:
         load = figures["load"]
         lines += [

@@ -9,6 +9,7 @@ import numpy as np
 
 from bitnet_numba.kernels.backend import CudaBackend
 from bitnet_numba.kernels.device import DeviceArray, DeviceView, Event, Stream, usable_device
+from bitnet_numba.kernels.kv_cache import PAGE
 from bitnet_numba.kernels.w2a8_matmul import w2a8_matmul
 from bitnet_numba.packing import packed_words
 from bitnet_numba.sampling import SamplingParams
@@ -19,6 +20,7 @@ TOKENS = (8, 32, 128, 512)  # M
 PROMPTS = (64, 512, 4096)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 CONTEXT, STEPS = 256, 64  # tokens before the middle of a batch's measured steps; steps
+MIXED = [CONTEXT] * 127 + [4096]  # contexts
 TURNS, TURN_TOKENS, ANSWER_TOKENS = 20, 50, 100  # 3,000 tokens in the end
 GREEDY = SamplingParams()
 
@@ -130,32 +132,42 @@ def measure_prefill(backend: CudaBackend) -> dict[str, Any]:
 
 def measure_batch(backend: CudaBackend) -> list[dict[str, Any]]:
     """Steps of batches of growing size around a context, each sequence with a prompt of its own."""
-    rows = []
-    for size in BATCHES:
-        batch = backend.new_batch(size, CONTEXT + STEPS)
-        prompt = CONTEXT - STEPS // 2
-        pages = -(-(CONTEXT + STEPS) // batch.page_size)
-        for slot in range(size):
-            ids = random_ids(backend.config.vocab_size, prompt, slot)
-            batch.start(slot, ids, GREEDY, range(slot * pages, (slot + 1) * pages), 0)
-            batch.prefill(slot, prompt)
-        for _ in range(size):
-            batch.collect()
-        slots = list(range(size))
-        batch.step(slots)  # captures
+    return [step_of_batch(backend, [CONTEXT] * size) for size in BATCHES]
+
+
+def measure_mixed(backend: CudaBackend) -> dict[str, Any]:
+    """A large batch in which one sequence has a long context."""
+    return {"contexts": MIXED} | step_of_batch(backend, MIXED)
+
+
+def step_of_batch(backend: CudaBackend, contexts: list[int]) -> dict[str, Any]:
+    """A step of sequences around these contexts."""
+    size, capacity = len(contexts), max(contexts) + STEPS
+    batch = backend.new_batch(size, capacity, sum(contexts) + size * (STEPS + PAGE))
+    pages = 0
+    for slot, context in enumerate(contexts):
+        prompt = context - STEPS // 2
+        ids = random_ids(backend.config.vocab_size, prompt, slot)
+        own = range(pages, pages + -(-(context + STEPS) // batch.page_size))
+        pages = own.stop
+        batch.start(slot, ids, GREEDY, own, 0)
+        batch.prefill(slot, prompt)
+    for _ in range(size):
         batch.collect()
-        before, after = Event(), Event()
-        before.record(backend.stream)
-        start = perf_counter()
-        batch.step(slots)
-        for _ in range(STEPS - 2):
-            batch.step(slots)  # one step ahead, as the scheduler does
-            batch.collect()
+    slots = list(range(size))
+    batch.step(slots)  # captures
+    batch.collect()
+    before, after = Event(), Event()
+    before.record(backend.stream)
+    start = perf_counter()
+    batch.step(slots)
+    for _ in range(STEPS - 2):
+        batch.step(slots)  # one step ahead, as the scheduler does
         batch.collect()
-        wall = (perf_counter() - start) / (STEPS - 1)
-        after.record(backend.stream)
-        after.wait()
-        device = after.microseconds_since(before) / (STEPS - 1)
-        rows.append({"sequences": size, "us": wall * 1e6, "device_us": device, "tokens/s": size / wall})
-        batch.close()
-    return rows
+    batch.collect()
+    wall = (perf_counter() - start) / (STEPS - 1)
+    after.record(backend.stream)
+    after.wait()
+    device = after.microseconds_since(before) / (STEPS - 1)
+    batch.close()
+    return {"sequences": size, "us": wall * 1e6, "device_us": device, "tokens/s": size / wall}
