@@ -2,7 +2,7 @@
 
     y[m, n] = (sum_k q[m, k] * w[n, k]) * scale[segment of n] / s[m]  (+ bias[n])
 
-w2a8_tensor.py holds the kernel for tensor cores (sm_75 and later), w2a8_warpgroup.py another for many tokens on sm_90,
+w2a8_tensor.py holds the kernel for tensor cores (sm_75 and later), w2a8_warpgroup.py the one for sm_90,
 w2a8_columns.py the one without. All forms give the same bits: sums are exact, and w2a8_epilogue.py does the rest as
 w2a8_gemv.py does.
 """
@@ -108,7 +108,8 @@ def _plan_groups(M: int, N: int, K: int, multiprocessors: int, gated: bool) -> T
 def plan(M: int, N: int, K: int, arch: int, multiprocessors: int, gated: bool = False) -> Tile:
     """The launch rule, from measurements of 2B4T's products on 132 multiprocessors; N counts gate and up rows.
 
-    On sm_90 warpgroups serve them all, see `_plan_groups`. What follows is about the others.
+    On sm_90 warpgroups serve them all, see `_plan_groups`. What follows serves other cards, though it was measured on
+    that one.
     Up to 64 tokens the time is that of getting the weights: activations go straight to registers, 8, 16 or 32 tokens a
     block (for 33 to 64 tokens and many rows through shared memory). A matrix of few rows is split over eight warps
     along K, or sixteen if K is long; one of many rows (more than four row-blocks a multiprocessor) over fewer. With

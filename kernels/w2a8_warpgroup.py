@@ -1,16 +1,18 @@
-"""The W2A8 matrix product by warpgroups, for many tokens on sm_90: four warps multiply together, `wgmma`.
+"""The W2A8 matrix product by warpgroups, on sm_90: four warps multiply together, `wgmma`.
 
 There `mma.sync`, which w2a8_tensor.py uses, runs at half the unit's rate. What it computes, the sums' exactness and the
 order of what is done to them are as there. Here nothing goes through registers on its way in but codes: the copy engine
 brings weights and activations to shared memory, `stages` - 1 turns ahead of the products, and a warp does little else
 than wait, decode and multiply.
 
-    block (x, y)   tokens T x .. T x + T - 1;  `row_warps` row-blocks, one a warp, of the y-th tile ("gated": gate
+    block (x, y)   tokens T x .. T x + T - 1;  `row_warps` row-blocks, one a warp, of tile y / cluster ("gated": gate
                    rows by the first half of the warps, up rows by the second); `k_warps` such sets of warps, each with
                    its own parts of a turn
+    cluster        blocks of one tile, each with its own turns: the y % cluster-th takes that share of the columns
     part           128 columns.  activations: a panel, int8 [T, 128], in 128-byte swizzle
                                  weights: 512 bytes a row-block, as they lie in memory
-    turn           k_warps parts; one arrival counter a stage
+    turn           k_warps parts; one arrival counter a stage.  Few tokens have a stage for every turn (`refill` is
+                   not set): all is under way at once, and warps need not meet until the end
 
     shared memory  | stage 0: panels, words | stage 1: panels, words | ...
                    at the end, in the same place: int32 sums [k_warps, T, rows + 4]
@@ -19,8 +21,13 @@ A warp's 16 rows x 32 columns of an instruction are the register operand. With g
 the words of rows r and r + 1, r = 8 (g / 4) + 2 (g % 4), and of each word the four columns 4 i .. 4 i + 3:
 (word >> 2 i) & mask. So columns come in their natural order, and the four lanes of a row read the same words.
 
-Sums leave through shared memory, so that neighbouring threads write neighbouring rows of one token: 4 bytes each, 128 a
-warp, and everything that depends on the row alone is computed once a thread.
+What few tokens take is latency: so all that does not depend on the kernel before, weights, scales, the copy engine's
+maps, is asked for before `grid_wait`, old values of a residual at once after it, and a long matrix of few rows is cut
+along its columns for a cluster.
+
+Sums leave through shared memory (of a cluster: each block reads its tokens' from all), so that neighbouring threads
+write neighbouring rows of one token: 4 bytes each, 128 a warp, and everything that depends on the row alone is computed
+once a thread.
 
 docs/performance-notes.md has what was tried and measured.
 """
