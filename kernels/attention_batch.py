@@ -32,7 +32,7 @@ warp had them. So the number of warps a block is free: many for few rows (each h
 loads are under way at once), two for many rows (five blocks share a multiprocessor; loads of one hide behind the
 products of another). So is the number of blocks that share a row's part: block x of n takes splits x, x + n, ..., and
 the last of them to arrive (an integer counter, left zero) adds up the splits. `work` says which row and x and n a block
-has, so that a batch of many short rows and a long one has no blocks without work.
+has, so that one long row among many short ones does not give blocks to all of them.
 
 Order between kernels: `work`, `where`, the table and a row's earlier tokens are read before `grid_wait`; afterwards
 `where` is read again, past L1, and if it has changed all is loaded again. `qkv` is read afterwards. Then own tokens are
@@ -41,14 +41,9 @@ launch, and waits for the end of this one. All that asks that earlier tokens wer
 one row at most, pages that slots share are full, and passes are graphs, which wait for the end of what was enqueued
 before; and that no launch of the pass writes the table or `work`.
 
-Measured before own tokens were stored here (H200, 2B4T, us a launch in a graph of such launches, cold cache of pages in
-random order):
-    rows x tokens     1x256  8x256  32x256  64x256  128x256  256x256  1x4096  8x4096  32x1024
-    us                 4.0    4.2     9.5    13.7     25.0     48.6     7.8    28.7     27.0      (splits of 256)
-128x256 is 3.4 TB/s. Few rows: a chain of latencies (where, table, cache, products, strands), 3.4 us for 64 tokens. With
-everything read after `grid_wait`: 6.2, 6.7, 11.1, 16.3, 27.1, 50.4, 10.5, 30.3, 29.2. Tried as well: prefetches into
-L2 one group further ahead (28.7 for 128x256, 31.3 for 32x1024), and of the second group before `grid_wait` (27.9);
-scores in four chains instead of two (no difference); four blocks of 128 threads at 128 registers (31.3).
+Measured (H200, 2B4T, us a launch in a graph of a step's thirty, cold cache, rows of 257 tokens): 5.6 for 8 rows, 11.4
+for 32, 25.5 for 128, which is 3.3 TB/s. Few rows: a chain of latencies (where, table, cache, products, strands).
+docs/performance-notes.md has what was tried.
 """
 
 from collections.abc import Callable, Sequence
@@ -257,7 +252,8 @@ def make_attention_batch(
         entry = work[cuda.blockIdx.x]
         if entry < 0:
             return
-        row, split, in_grid = int32(entry & MOST_ROWS - 1), int32(entry >> ROW_BITS & 255), int32(entry >> ROW_BITS + 8)
+        # How many blocks the row has is read again where it is used: no register is left to keep it in.
+        row, split = int32(entry & MOST_ROWS - 1), int32(entry >> ROW_BITS & 255)
         part = int32(cuda.blockIdx.y)
         kv = part if PARTS == 1 else divide(part, int32(PARTS))
         index = int32(row * kv_heads * PARTS + part)
@@ -364,7 +360,7 @@ def make_attention_batch(
         while split < used:
             start = int32(split * chunk)
             end = min(int32(start + chunk), groups)
-            split_after = int32(split + in_grid)
+            split_after = int32(split + (work[cuda.blockIdx.x] >> ROW_BITS + 8))
             # A warp's first group of the next split; of splits, only a row's last can have warps without a group.
             next_first = int32(split_after * chunk + warp) if split_after < used else groups
             top, total, fresh = LOWEST, ZERO, True
@@ -507,7 +503,7 @@ def make_attention_batch(
         if tid == 0:
             arrived_s[0] = int32(atomic_fetch_add_ordered(arrivals, index, uint32(1)))
         cuda.syncthreads()
-        if arrived_s[0] != min(used, in_grid) - 1:
+        if arrived_s[0] != min(used, int32(work[cuda.blockIdx.x] >> ROW_BITS + 8)) - 1:
             return
         # The last block of this row's part: every split's partial result is there.
         part_rd = int64(index) * room * HEADS
@@ -653,5 +649,5 @@ def attention_batch(
 def forms(arch: int) -> list[KernelForm]:
     """Forms of a full-size 2B4T step, then of other head sizes and groups. None where the kernel does not fit."""
     shapes = [(128, 4, 64), (128, 4, 128), (128, 4, 256), (128, 4, 512), (64, 4, 64), (96, 1, 64), (100, 1, 256)]
-    shapes += [(128, 8, 128), (8, 5, 64)]
+    shapes += [(96, 1, 256), (128, 8, 128), (8, 5, 64)]
     return [attention_batch_form(arch, *shape) for shape in shapes] if fits(arch, shapes[0][0]) else []

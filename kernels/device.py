@@ -195,7 +195,7 @@ def load_kernel(form: KernelForm, device: Device) -> Any:
         module = driver_call("cuModuleLoadData", cubin)
         function = driver_call("cuModuleGetFunction", module, ENTRY.encode())
         attributes = {"MAX_DYNAMIC_SHARED_SIZE_BYTES": form.shared} if form.shared else {}
-        if device.arch >= OVERLAP_ARCH:
+        if device.arch >= OVERLAP_ARCH:  # for launches that overlap; others keep the driver's choice
             attributes["PREFERRED_SHARED_MEMORY_CARVEOUT"] = form.carveout
         for attribute, value in attributes.items():
             driver_call("cuFuncSetAttribute", function, _enum("CUfunction_attribute", attribute), value)

@@ -7,6 +7,7 @@ w2a8_columns.py the one without. All forms give the same bits: sums are exact, a
 w2a8_gemv.py does.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache
 
@@ -73,6 +74,7 @@ _GROUPS = (
     (_group(256, 8, 1, 6), 8.3, 0.57),
 )
 
+LATER = 1.4  # us that a round but the first waits for its weights, of tiles with a stage for each turn
 AGAIN = 0.4  # us that fetching the same weights once more adds to tiles of up to 32 tokens
 
 
@@ -97,8 +99,9 @@ def _plan_groups(M: int, N: int, K: int, multiprocessors: int, gated: bool) -> T
         blocks = -(-M // tile.tokens) * -(-N // tile.rows) * tile.cluster
         rounds = -(-blocks // multiprocessors) / tile.per_sm
         turns = -(-K // (SPAN * tile.k_warps * tile.cluster))
+        later = 0 if tile.refill else LATER * max(0, math.ceil(rounds) - 1)
         again = AGAIN * (-(-M // tile.tokens) - 1) if tile.tokens <= 32 else 0
-        return max(1, rounds) * (block * (0.7 if gated else 1) + turn * turns) + again
+        return max(1, rounds) * (block * (0.7 if gated else 1) + turn * turns) + again + later
 
     fitted = [(_fitted(tile, K), block, turn) for tile, block, turn in _GROUPS if not (gated and _narrow(tile))]
     return min((time(tile, block, turn), tile) for tile, block, turn in fitted if tile is not None)[1]

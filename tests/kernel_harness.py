@@ -130,7 +130,7 @@ def _simulate(form: Any, grid: int | tuple[int, int], arguments: Sequence[Any]) 
     from tests import simulator
 
     simulator.install()
-    simulator.Block.cluster = form.cluster
+    simulator.Block.of_clusters(form.cluster)
     flat = [a.array if isinstance(a, Out) else a.reshape(-1) if isinstance(a, np.ndarray) else a for a in arguments]
     cuda.jit(form.kernel)[grid, form.threads, 0, form.shared](*flat)
 

@@ -130,6 +130,13 @@ class Block:
         self._finished = threading.Lock()
         self._finished.acquire()
 
+    @classmethod
+    def of_clusters(cls, size: int) -> None:
+        """The next launch has clusters of so many blocks. Raises RuntimeError if the last one had an unfinished one."""
+        unfinished, cls.early, cls.cluster = len(cls.early), [], size
+        if unfinished:
+            raise RuntimeError(f"{unfinished} blocks of the last launch had no whole cluster, and did not run")
+
     def run(self, grid_point: Any, *args: Any) -> None:
         """Runs the block to its end, with its cluster. Raises RuntimeError if a thread fails or waits for ever."""
         Block.early.append(kernelapi.Dim3(*grid_point))

@@ -112,7 +112,7 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
                 elif kind == types.float32:
                     argument = np.float32(argument)
                 values.append(argument)
-            simulator.Block.cluster = self.form.cluster
+            simulator.Block.of_clusters(self.form.cluster)
             cuda.jit(self.form.kernel)[self.grid, self.form.threads, 0, self.form.shared](*values)
 
     def simulated_map(address: int, rows: int, row_ints: int, box_rows: int, box_ints: int) -> SimulatedMap:
