@@ -40,29 +40,29 @@ def _group(tokens: int, row_warps: int, k_warps: int, stages: int, per_sm: int =
     return Tile(tokens, 1, row_warps, k_warps, 0, stages, per_sm, "wgmma", cluster, stages > 0)
 
 
-# Tiles of warpgroups, and what they take on an H200, us: a block beside its turns, and a turn. With half as many
-# results, gate and up, the first is 0.7 of that.
+# Tiles of warpgroups, and what they take on an H200, us: a block beside its turns, and a turn. From 64 tokens on the
+# first is 0.7 of that with half as many results, gate and up.
 _GROUPS = (
     (_group(8, 4, 4, 0), 1.45, 0.30),
     (_group(8, 4, 4, 0, cluster=2), 2.45, 0.33),
-    (_group(8, 4, 2, 0, 2), 3.4, 0.30),
+    (_group(8, 4, 2, 0, 2), 2.3, 0.30),
     (_group(8, 4, 4, 6), 0.94, 0.48),
-    (_group(8, 8, 2, 6), 2.8, 0.45),
+    (_group(8, 8, 2, 6), 2.0, 0.45),
     (_group(16, 4, 4, 0), 1.75, 0.30),
     (_group(16, 4, 4, 0, cluster=2), 2.5, 0.37),
-    (_group(16, 4, 2, 0, 2), 3.6, 0.32),
+    (_group(16, 4, 2, 0, 2), 2.6, 0.32),
     (_group(16, 4, 4, 6), 1.1, 0.48),
-    (_group(16, 8, 2, 6), 3.0, 0.45),
+    (_group(16, 8, 2, 6), 2.1, 0.45),
     (_group(32, 4, 2, 0), 1.2, 0.25),
     (_group(32, 4, 4, 0), 2.1, 0.37),
     (_group(32, 4, 4, 0, cluster=2), 3.0, 0.43),
-    (_group(32, 8, 2, 0), 3.6, 0.45),
+    (_group(32, 8, 2, 0), 2.5, 0.45),
     (_group(32, 4, 4, 6), 1.7, 0.50),
-    (_group(32, 8, 2, 6), 3.8, 0.45),
+    (_group(32, 8, 2, 6), 2.7, 0.45),
     (_group(64, 4, 2, 0), 2.2, 0.30),
     (_group(64, 4, 4, 5), 2.9, 0.56),
     (_group(64, 4, 4, 3, cluster=2), 4.1, 0.55),
-    (_group(64, 8, 2, 6), 5.0, 0.46),
+    (_group(64, 8, 2, 6), 3.6, 0.46),
     (_group(64, 8, 1, 8), 2.9, 0.32),
     (_group(64, 4, 2, 5, 2), 3.3, 0.47),
     (_group(64, 8, 1, 8, 2), 4.7, 0.40),
@@ -101,7 +101,7 @@ def _plan_groups(M: int, N: int, K: int, multiprocessors: int, gated: bool) -> T
         turns = -(-K // (SPAN * tile.k_warps * tile.cluster))
         later = 0 if tile.refill else LATER * max(0, math.ceil(rounds) - 1)
         again = AGAIN * (-(-M // tile.tokens) - 1) if tile.tokens <= 32 else 0
-        return max(1, rounds) * (block * (0.7 if gated else 1) + turn * turns) + again + later
+        return max(1, rounds) * (block * (0.7 if gated and tile.tokens >= 64 else 1) + turn * turns) + again + later
 
     fitted = [(_fitted(tile, K), block, turn) for tile, block, turn in _GROUPS if not (gated and _narrow(tile))]
     return min((time(tile, block, turn), tile) for tile, block, turn in fitted if tile is not None)[1]
