@@ -65,6 +65,7 @@ from bitnet_numba.kernels.attention_long import (
     UPPER,
     VALUE_DIMS,
     partial_dims,
+    store_query,
 )
 from bitnet_numba.kernels.device import Device, DeviceArray, Launch
 from bitnet_numba.kernels.forms import KernelForm
@@ -323,8 +324,7 @@ def make_attention_batch(
         if stores:
             own_page = int32(table[pages + ((groups - 1) >> PAGE_SHIFT)])
 
-        # The queries as left operands: registers 0 and 2 hold rows 0 .. 7 (first and second terms), 1 and 3 rows
-        # 8 .. 15 (third terms, zeros). The key and value as bfloat16.
+        # The queries as left operands, the key and value as bfloat16.
         if DP > D:
             for i in range(tid, PADS, threads):
                 h = int32(i // (DP - D))
@@ -336,16 +336,7 @@ def make_attention_batch(
             word = int32(i - h * (DP // 2))
             if h < SLOTS:
                 if word < 16 * L:
-                    x0, x1 = sum_s[h * DP + 2 * word], sum_s[h * DP + 2 * word + 1]
-                    hi = pack(x0, x1)
-                    x0, x1 = x0 - bf16_low(hi), x1 - bf16_high(hi)
-                    mid = pack(x0, x1)
-                    step, to_c = int32((word >> 4) * 2 + (word >> 1 & 1)), word >> 2 & 3
-                    to = int32((step * WARP + h * 4 + to_c) * 4 + (word & 1) * 2)
-                    q_s[to] = hi
-                    q_s[to + 1] = pack(x0 - bf16_low(mid), x1 - bf16_high(mid))
-                    q_s[to + 64] = mid
-                    q_s[to + 65] = int32(0)
+                    store_query(q_s, h, word, sum_s[h * DP + 2 * word], sum_s[h * DP + 2 * word + 1])
             elif h < VECTORS:
                 stored = stored_word(sum_s[h * DP + 2 * word], sum_s[h * DP + 2 * word + 1])
                 own_s[(h - SLOTS) * (DP // 2) + word] = stored

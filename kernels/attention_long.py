@@ -37,6 +37,7 @@ from bitnet_numba.kernels.intrinsics import (
     bf16_high,
     bf16_low,
     byte_permute,
+    device_function,
     div_rn,
     divide,
     exp2_approx,
@@ -72,6 +73,21 @@ LOG2_E = np.log2(np.e)
 def partial_dims(head_dim: int) -> int:
     """Dimensions of a head's partial result, with padding."""
     return -(-head_dim // VALUE_DIMS) * VALUE_DIMS
+
+
+@device_function
+def store_query(q_s, head, word, x0, x1):
+    """Dimensions 2 word, 2 word + 1 of a head's query as left operand, in three bfloat16 terms: registers 0 and 2 hold
+    rows 0 .. 7 (first and second terms), 1 and 3 rows 8 .. 15 (third terms, zeros). q_s: [steps, lane, 4 registers]."""
+    high = pack_bf16(x0, x1)
+    x0, x1 = x0 - bf16_low(high), x1 - bf16_high(high)
+    middle = pack_bf16(x0, x1)
+    step, c = int32((word >> 4) * 2 + (word >> 1 & 1)), word >> 2 & 3
+    to = int32((step * WARP + head * 4 + c) * 4 + (word & 1) * 2)
+    q_s[to] = high
+    q_s[to + 1] = pack_bf16(x0 - bf16_low(middle), x1 - bf16_high(middle))
+    q_s[to + 64] = middle
+    q_s[to + 65] = int32(0)
 
 
 def make_long_attention(arch: int, head_dim: int, group: int, heads: int, threads: int) -> Callable[..., None]:
@@ -194,22 +210,13 @@ def make_long_attention(arch: int, head_dim: int, group: int, heads: int, thread
                 row = int32(i // (DP - D))
                 rotated_s[row * DP + D + i - row * (DP - D)] = ZERO
         cuda.syncthreads()
-        # The queries as left operands: registers 0 and 2 hold rows 0 .. 7 (hi, mid), 1 and 3 rows 8 .. 15 (lo, zeros).
+        # The queries as left operands, the new key and value as bfloat16.
         for n in range(SPLITS_Q):
             i = int32(tid + n * threads)
             head = divide(i, int32(DP // 2))
             word = int32(i - head * (DP // 2))
             if head < SLOTS and word < 16 * L:
-                x0, x1 = rotated_s[head * DP + 2 * word], rotated_s[head * DP + 2 * word + 1]
-                hi = pack(x0, x1)
-                x0, x1 = x0 - bf16_low(hi), x1 - bf16_high(hi)
-                mid = pack(x0, x1)
-                step, to_c = int32((word >> 4) * 2 + (word >> 1 & 1)), word >> 2 & 3
-                to = int32((step * WARP + head * 4 + to_c) * 4 + (word & 1) * 2)
-                q_s[to] = hi
-                q_s[to + 1] = pack(x0 - bf16_low(mid), x1 - bf16_high(mid))
-                q_s[to + 64] = mid
-                q_s[to + 65] = int32(0)
+                store_query(q_s, head, word, rotated_s[head * DP + 2 * word], rotated_s[head * DP + 2 * word + 1])
             elif SLOTS <= head < ROWS:
                 new_s[(head - SLOTS) * (DP // 2) + word] = pack(
                     rotated_s[head * DP + 2 * word], rotated_s[head * DP + 2 * word + 1]

@@ -111,7 +111,7 @@ class CudaBatch:
     def _step_graph(self, rows: int, blocks: int) -> Graph:
         if (rows, blocks) not in self._steps:
             sharing = Sharing(self._work, blocks, self._attention)
-            launches = Pass(self._model, self._state, rows, False, sharing).launches
+            launches = Pass(self._model, self._state, rows, sharing).launches
             self._steps[rows, blocks] = self._stream.capture(
                 [*launches, *self._head.launches(rows), self._sampler(rows)]
             )

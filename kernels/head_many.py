@@ -24,8 +24,7 @@ each:
 
     [group of 16 TILES tokens, unit, tile of 16 tokens, half of a lane's columns, term, lane, 4 words]
 
-On sm_90 it serves int8 rows, and head_warpgroup.py bfloat16 ones. docs/performance-notes.md has what was tried and
-measured: there 103 us for 8 tokens of 2B4T and int8 rows, where one token takes 81.
+docs/performance-notes.md has what was tried and measured.
 
 On sm_90 bfloat16 rows have a kernel of their own, head_warpgroup.py, whose x is written here too.
 

@@ -97,7 +97,7 @@ class Sharing(NamedTuple):
 class Pass:
     """The launches of a pass of up to `rows` rows of some sequences: of one's prompt, or one row of each of many.
 
-    sharing: for many sequences, how their contexts are shared out.
+    sharing: of many sequences, how their contexts are shared out; None: the pass is a prompt's.
     """
 
     def __init__(
@@ -105,10 +105,10 @@ class Pass:
         model: Model,
         state: Sequences,
         rows: int,
-        prompt: bool,
         sharing: Sharing | None = None,
     ):
         self._model, self._state, self._rows, self._sharing = model, state, rows, sharing
+        prompt = sharing is None
         config, weights, device, _, _, flow = model
         self._count = flow.count if prompt else flow.plenty
         self.launches = [
@@ -120,7 +120,7 @@ class Pass:
         for i in range(config.num_layers):
             norms = [weights.get(f"layers.{i}.{norm}.weight") for norm in NORMS]
             self._product(i, "qkv", flow.h, norms[0], flow.qkv)
-            self._attend(i, prompt)
+            self._attend(i)
             self._product(i, "o", flow.mixed, norms[1], flow.h)
             self._product(i, "gate_up", flow.h, norms[2], flow.inner)
             self._product(i, "down", flow.inner, norms[3], flow.h)
@@ -140,7 +140,7 @@ class Pass:
             )
         )  # fmt: skip
 
-    def _attend(self, layer: int, prompt: bool) -> None:
+    def _attend(self, layer: int) -> None:
         """Stores keys and values and attends to them."""
         config, _, device, _, _, flow = self._model
         state, cache, rows = self._state, self._state.layer_cache(layer), self._rows
@@ -155,7 +155,7 @@ class Pass:
             )
             return
         self.launches.append(kv_cache.append(device, flow.qkv, *where, cache, rows, heads, kv_heads, head_dim))
-        if prompt and device.arch >= attention_prompt.LEAST_ARCH:
+        if self._sharing is None and device.arch >= attention_prompt.LEAST_ARCH:
             attention = attention_prompt.attention_prompt
         else:
             attention = attention_rows.attention_rows
@@ -223,7 +223,7 @@ class Prompts:
         key = rows, keep_last
         if key not in self._graphs:
             model, state = self._model, self._state
-            launches = Pass(model, state, rows, prompt=True).launches
+            launches = Pass(model, state, rows).launches
             launches.append(
                 embed.finish_prompt(
                     model.device, model.flow.count, state.order, state.position, int(keep_last), model.flow.h,

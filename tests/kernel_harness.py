@@ -124,6 +124,20 @@ def run(form: Any, grid: int | tuple[int, int], arguments: Sequence[Any], repeat
             assert a.tobytes() == b.tobytes(), f"{form.name}: a repeated launch gave other bits"
 
 
+def mapped(array: np.ndarray, sizes: tuple[int, ...]) -> tuple[Any, Any]:
+    """What tells the copy engine about a matrix (sizes as of `tensor_map`), and what must live as long."""
+    rows, ints, *box = sizes
+    if SIMULATED:
+        from bitnet_numba.kernels.tensor_cores import SimulatedMap
+
+        return SimulatedMap(array.reshape(-1).view(np.int32).reshape(rows, ints), *box), array
+    from bitnet_numba.kernels.device import DeviceArray
+    from bitnet_numba.kernels.w2a8_warpgroup import tensor_map
+
+    on_device = DeviceArray.of(array)
+    return tensor_map(on_device.address, *sizes), on_device
+
+
 def _simulate(form: Any, grid: int | tuple[int, int], arguments: Sequence[Any]) -> None:
     from numba import cuda
 

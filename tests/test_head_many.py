@@ -32,6 +32,17 @@ def weights(
     return bits.reshape(-1).view(np.int32), None, to_float32(bits).astype(np.float64)
 
 
+def normed(h: np.ndarray, norm: np.ndarray) -> np.ndarray:
+    """What the head multiplies, float64."""
+    wide = h.astype(np.float64)
+    return norm * (wide / np.sqrt(np.mean(wide * wide, axis=1, keepdims=True) + np.float64(EPS)))
+
+
+def tolerance(K: int) -> float:
+    """Of tensor cores, relative to sum|x w|: see above."""
+    return (17 / 8 * K + K / 2 + 9) * 2.0**-24 + 2.0**-17
+
+
 def launch(
     forms: tuple[KernelForm, KernelForm],
     target: int,
@@ -61,15 +72,14 @@ def check_head_many(
     h = (rng.standard_normal((tokens, K)) * 10.0 ** rng.uniform(-3, 3, (tokens, 1))).astype(np.float32)
     norm = rng.standard_normal(K).astype(np.float32)
     stored, scale, w = weights(rng, rows, K, int8)
-    wide = h.astype(np.float64)
-    x = norm * (wide / np.sqrt(np.mean(wide * wide, axis=1, keepdims=True) + np.float64(EPS)))
+    x = normed(h, norm)
     norm_threads = (64,) if plan else ()
     forms = (
         kernel.norm_split_form(target, K, int8, *norm_threads),
         kernel.head_many_form(target, K, int8, kernel.tiles_of(tokens), *plan),
     )
     logits = launch(forms, target, h, norm, stored, scale, rows, blocks)
-    bound = (17 / 8 * K + K / 2 + 9) * 2.0**-24 + 2.0**-17
+    bound = tolerance(K)
     if target < kernel.TENSOR_CORES:
         bound = (1.5 * K + 9) * 2.0**-24
     assert_close(logits, x @ w.T, bound * (np.abs(x) @ np.abs(w).T), forms[1].name)

@@ -16,19 +16,13 @@ from bitnet_numba.kernels import head_warpgroup as kernel
 from bitnet_numba.kernels.batch import batch_forms
 from bitnet_numba.kernels.first_start import Card
 from bitnet_numba.kernels.head_many import NORM_THREADS, norm_split_form
-from bitnet_numba.kernels.tensor_cores import SimulatedMap
-from bitnet_numba.kernels.w2a8_warpgroup import ARCH, tensor_map
-from tests.kernel_harness import SIMULATED, Out, arch, assert_close, needs_gpu, run, run_simulated, why_no_gpu
+from bitnet_numba.kernels.w2a8_warpgroup import ARCH
+from tests.kernel_harness import Out, arch, assert_close, mapped, needs_gpu, run, run_simulated, why_no_gpu
+from tests.test_head_many import EPS, normed, tolerance
 from tools.make_checkpoint import PRESETS
 
-EPS = np.float32(1e-5)
 VOCABULARY, HIDDEN = 128256, 2560  # of 2B4T
 only_there = pytest.mark.skipif(not why_no_gpu() and arch() != ARCH, reason=f"this kernel is sm_{ARCH}'s alone")
-
-
-def tolerance(K: int) -> float:
-    """Relative to sum|x w|, see test_head_many."""
-    return (17 / 8 * K + K / 2 + 9) * 2.0**-24 + 2.0**-17
 
 
 def inputs(rng: np.random.Generator, rows: int, tokens: int, K: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -36,23 +30,6 @@ def inputs(rng: np.random.Generator, rows: int, tokens: int, K: int) -> tuple[np
     h = (rng.standard_normal((tokens, K)) * 10.0 ** rng.uniform(-3, 3, (tokens, 1))).astype(np.float32)
     weight = from_float32(rng.standard_normal((rows, K), np.float32))
     return h, rng.standard_normal(K).astype(np.float32), weight
-
-
-def normed(h: np.ndarray, norm: np.ndarray) -> np.ndarray:
-    """float64."""
-    wide = h.astype(np.float64)
-    return norm * (wide / np.sqrt(np.mean(wide * wide, axis=1, keepdims=True) + np.float64(EPS)))
-
-
-def mapped(array: np.ndarray, sizes: tuple[int, ...]) -> tuple[Any, Any]:
-    """What tells the copy engine about a matrix, and what must live as long."""
-    rows, ints, *box = sizes
-    if SIMULATED:
-        return SimulatedMap(array.reshape(-1).view(np.int32).reshape(rows, ints), *box), array
-    from bitnet_numba.kernels.device import DeviceArray
-
-    on_device = DeviceArray.of(array)
-    return tensor_map(on_device.address, *sizes), on_device
 
 
 def launch(

@@ -12,13 +12,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bitnet_numba.kernels.tensor_cores import SimulatedMap
 from bitnet_numba.kernels.w2a8_matmul import LEAST_ARCH, form, launch_sizes, map_sizes, plan, w2a8_matmul
 from bitnet_numba.kernels.w2a8_tensor import Tile
-from bitnet_numba.kernels.w2a8_warpgroup import tensor_map
 from bitnet_numba.packing import pack_ternary
 from bitnet_numba.reference.model import relu2, silu
-from tests.kernel_harness import SIMULATED, Out, arch, assert_close, needs_gpu, run, run_simulated
+from tests.kernel_harness import Out, arch, assert_close, mapped, needs_gpu, run, run_simulated
 
 
 def check_matmul(
@@ -65,7 +63,7 @@ def check_matmul(
     activations: Any = q.view(np.int32)
     if tile.scheme == "wgmma":
         of_words, of_q = map_sizes(tile, M, N, K, gated)
-        (words, _on_device), (activations, _too) = _mapped(words, of_words), _mapped(activations, of_q)
+        (words, _on_device), (activations, _too) = mapped(words, of_words), mapped(activations, of_q)
     arguments = [words, activations, s, total, np.array([count], np.int32), scales, b, out, *sizes]
     run(kernel, grid, arguments)
     result = out.array.reshape(M, rows)
@@ -74,17 +72,6 @@ def check_matmul(
         assert_close(result[:count], wanted[:count], np.broadcast_to(bound, wanted.shape)[:count], kernel.name)
     beyond = -(-count // tile.tokens) * tile.tokens
     assert result[beyond:].tobytes() == before[beyond:].tobytes(), f"{kernel.name}: wrote tokens that are not there"
-
-
-def _mapped(array: np.ndarray, sizes: tuple[int, ...]) -> tuple[Any, Any]:
-    """What tells the copy engine about a matrix, and what must live as long."""
-    rows, ints, *box = sizes
-    if SIMULATED:
-        return SimulatedMap(array.reshape(rows, ints), *box), array
-    from bitnet_numba.kernels.device import DeviceArray
-
-    on_device = DeviceArray.of(array)
-    return tensor_map(on_device.address, *sizes), on_device
 
 
 KINDS = st.sampled_from(
