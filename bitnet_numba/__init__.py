@@ -18,24 +18,24 @@ if TYPE_CHECKING:
     from bitnet_numba import errors as errors
     from bitnet_numba import packing as packing
     from bitnet_numba import quantize as quantize
-    from bitnet_numba.answer import Completion as Completion
-    from bitnet_numba.engine import Engine as Engine
-    from bitnet_numba.engine import load as load
+    from bitnet_numba.engine.completion import Completion as Completion
+    from bitnet_numba.engine.engine import Engine as Engine
+    from bitnet_numba.engine.engine import load as load
+    from bitnet_numba.engine.scheduler import Scheduler as Scheduler
+    from bitnet_numba.engine.session import Session as Session
     from bitnet_numba.errors import BitNetError as BitNetError
     from bitnet_numba.sampling import SamplingParams as SamplingParams
-    from bitnet_numba.scheduler import Scheduler as Scheduler
-    from bitnet_numba.session import Session as Session
 
 # Public names and the modules they live in, imported when first asked for: `import bitnet_numba` itself costs nothing.
 _MODULES = ("errors", "packing", "quantize")
 _HOMES = {
     "BitNetError": "errors",
-    "Completion": "answer",
-    "Engine": "engine",
+    "Completion": "engine.completion",
+    "Engine": "engine.engine",
     "SamplingParams": "sampling",
-    "Scheduler": "scheduler",
-    "Session": "session",
-    "load": "engine",
+    "Scheduler": "engine.scheduler",
+    "Session": "engine.session",
+    "load": "engine.engine",
 }
 __all__ = [*_MODULES, *_HOMES]  # noqa: PLE0604
 

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from bitnet_numba.checkpoint import read_json
+from bitnet_numba.checkpoint.packed import read_json
 from bitnet_numba.errors import RequestError
 from bitnet_numba.sampling import SamplingParams
 

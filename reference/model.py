@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_numba.bfloat16 import to_float32
-from bitnet_numba.checkpoint import PackedCheckpoint, group_is_ternary
+from bitnet_numba.checkpoint.packed import PackedCheckpoint, group_is_ternary
 from bitnet_numba.config import GROUPS, ModelConfig
 from bitnet_numba.quantize import quantize_activations
 

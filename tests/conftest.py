@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from bitnet_numba.checkpoint import PackedCheckpoint, TensorFile, TensorSpec, open_packed, write_tensors
-from bitnet_numba.engine import DEMO
+from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
+from bitnet_numba.checkpoint.safetensors_file import TensorFile, TensorSpec, write_tensors
+from bitnet_numba.engine.engine import DEMO
 from tools.convert import convert
 from tools.make_checkpoint import PRESETS, make_checkpoint, write_tokenizer
 

@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 
 from bitnet_numba import quantize
 from bitnet_numba.bfloat16 import from_float32, to_float32
-from bitnet_numba.checkpoint import TensorFile
+from bitnet_numba.checkpoint.safetensors_file import TensorFile
 from bitnet_numba.quantize import absmean_scale, quantize_activations, ternarize
 from tests.conftest import GOLDEN, GoldenCase
 

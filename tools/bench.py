@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from bitnet_numba.checkpoint import HEAD_FORMS
+from bitnet_numba.checkpoint.packed import EMBEDDING_DTYPES
 from bitnet_numba.errors import BitNetError
 from bitnet_numba.packing import pack_ternary, unpack_ternary
 
@@ -34,7 +34,7 @@ HOW_TIMED = (
 
 def environment() -> dict[str, Any]:
     """The device, versions and commit that figures belong to."""
-    from bitnet_numba.kernels.device import driver_call, usable_device
+    from bitnet_numba.kernels.runtime.driver import driver_call, usable_device
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     versions = {}
@@ -46,7 +46,7 @@ def environment() -> dict[str, Any]:
     device = usable_device()
     return {
         "device": device.name,
-        "multiprocessors": device.multiprocessors,
+        "num_sms": device.num_sms,
         "driver_cuda": driver_call("cuDriverGetVersion"),
         "python": sys.version.split()[0],
         "versions": versions,
@@ -58,9 +58,9 @@ def measure(what: str) -> dict[str, Any]:
     """The figures of one or all parts."""
     if what == "packing":
         return {"packing": measure_packing()}
-    from bitnet_numba.checkpoint import open_packed
-    from bitnet_numba.kernels.backend import CudaBackend
-    from bitnet_numba.kernels.device import Stream, usable_device
+    from bitnet_numba.backends.cuda.backend import CudaBackend
+    from bitnet_numba.checkpoint.packed import open_packed
+    from bitnet_numba.kernels.runtime.driver import Stream, usable_device
     from tools import bench_many, bench_measure
 
     figures: dict[str, Any] = {"environment": environment(), "packing": measure_packing()}
@@ -71,8 +71,8 @@ def measure(what: str) -> dict[str, Any]:
     if what != "kernels":
         bandwidth = figures.get("kernels", {}).get("bandwidth_GB/s")
         with tempfile.TemporaryDirectory() as folder:
-            folders = {head: Path(folder) / head for head in HEAD_FORMS}
-            for head in HEAD_FORMS if what in ("decode", "all") else ("bf16",):
+            folders = {head: Path(folder) / head for head in EMBEDDING_DTYPES}
+            for head in EMBEDDING_DTYPES if what in ("decode", "all") else ("bf16",):
                 bench_measure.write_random_packed(folders[head], head)
             if what in ("decode", "all"):
                 bandwidth = bandwidth or bench_measure.measure_bandwidth(usable_device(), Stream())

@@ -17,15 +17,19 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
-from bitnet_numba.checkpoint import FORMAT, HeadForm, open_packed, packed_plan, write_tensors
+from bitnet_numba.backends.cuda.backend import CudaBackend
+from bitnet_numba.backends.cuda.context import CudaContext
+from bitnet_numba.checkpoint.packed import FORMAT, EmbeddingDtype, open_packed, packed_plan
+from bitnet_numba.checkpoint.safetensors_file import write_tensors
 from bitnet_numba.config import ModelConfig
-from bitnet_numba.kernels.attention import LONG_CONTEXT
-from bitnet_numba.kernels.backend import CudaBackend, CudaContext
-from bitnet_numba.kernels.device import Device, DeviceArray, Event, Launch, Stream, usable_device
-from bitnet_numba.kernels.forms import KernelForm
-from bitnet_numba.kernels.intrinsics import int32, stream_load
-from bitnet_numba.kernels.sampler import settings
-from bitnet_numba.kernels.w2a8_gemv import form, plan, w2a8_gemv
+from bitnet_numba.kernels import ptx
+from bitnet_numba.kernels.attention.decode import LONG_CONTEXT
+from bitnet_numba.kernels.linear.gemv import plan, spec, w2a8_gemv
+from bitnet_numba.kernels.ptx.base import int32
+from bitnet_numba.kernels.runtime.driver import Device, DeviceArray, Event, Stream, usable_device
+from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.spec import KernelSpec
+from bitnet_numba.kernels.sampling.parts import settings
 from bitnet_numba.packing import BLOCK_ROWS, packed_words
 from bitnet_numba.sampling import SamplingParams
 from tools.make_checkpoint import PRESETS, QUANTIZATION
@@ -69,7 +73,7 @@ def graph_us(stream: Stream, launches: list[Launch]) -> float:
 
 def make_read(arch: int) -> Callable[..., None]:
     """A kernel that only reads: what the memory gives at best."""
-    load, AHEAD, THREADS = stream_load(arch), 8, READ_THREADS
+    load, AHEAD, THREADS = ptx.stream_load(arch), 8, READ_THREADS
 
     def read(words, out, count):
         thread = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
@@ -90,9 +94,9 @@ def make_read(arch: int) -> Callable[..., None]:
 def measure_bandwidth(device: Device, stream: Stream) -> float:
     """GB/s of a streaming read of 1 GiB."""
     pointer = types.CPointer(types.int32)
-    kernel = KernelForm("read", make_read(device.arch), (pointer, pointer, types.int64), READ_THREADS)
+    kernel = KernelSpec("read", make_read(device.arch), (pointer, pointer, types.int64), READ_THREADS)
     words, out = DeviceArray(READ_BYTES // 4, np.int32, zero=True), DeviceArray(1, np.int32)
-    launch = Launch(kernel, device.multiprocessors, (words, out, READ_BYTES // 4), device, overlap=False)
+    launch = Launch(kernel, device.num_sms, (words, out, READ_BYTES // 4), device, overlap=False)
     return READ_BYTES / graph_us(stream, [launch]) / 1e3
 
 
@@ -109,8 +113,8 @@ def measure_kernels() -> dict[str, Any]:
         size = 4 * packed_words(N, K)
         copies = max(20, -(-5 * device.l2_bytes // size))
         weights = DeviceArray.of(random_words(packed_words(N, K) * copies))
-        split = plan(N, K, device.multiprocessors)
-        kernel = form(device.arch, K, split, "int8", "store")
+        split = plan(N, K, device.num_sms)
+        kernel = spec(device.arch, K, split, "int8", "store")
         times = {}
         for overlap in (True, False):
             sizes = (N, -(-N // BLOCK_ROWS), 0, N, N)
@@ -187,7 +191,7 @@ def torch_graph_us(calls: list[Callable[[], Any]]) -> float:
     return median(times)
 
 
-def write_random_packed(folder: Path, head: HeadForm) -> None:
+def write_random_packed(folder: Path, head: EmbeddingDtype) -> None:
     """A packed 2B4T of random weights, made directly, without the way through a Hugging Face checkpoint."""
     _, raw = PRESETS["2b-4t"]
     raw = raw | {"quantization_config": QUANTIZATION["offline"], "bitnet_numba": {"format": FORMAT, "head": head}}
@@ -200,12 +204,12 @@ def write_random_packed(folder: Path, head: HeadForm) -> None:
     kinds = {"I32": words, "BF16": halves.astype(np.uint16), "I8": rng.integers(-127, 128, 1 << 22).astype(np.int8)}
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for name, spec in plan_.items():
-            size = int(np.prod(spec.shape))
-            if spec.dtype == "F32":
-                yield name, np.full(spec.shape, 1.0 if "norm" in name else 2e-4, np.float32)
+        for name, tensor in plan_.items():
+            size = int(np.prod(tensor.shape))
+            if tensor.dtype == "F32":
+                yield name, np.full(tensor.shape, 1.0 if "norm" in name else 2e-4, np.float32)
             else:
-                yield name, np.resize(kinds[spec.dtype], size).reshape(spec.shape)
+                yield name, np.resize(kinds[tensor.dtype], size).reshape(tensor.shape)
 
     with open(folder / "model.safetensors", "wb") as file:
         write_tensors(file, plan_, tensors(), {})
@@ -288,7 +292,7 @@ FIRST_TOKEN = """
 import sys, time
 start = time.perf_counter()
 from bitnet_numba.checkpoint import open_packed
-from bitnet_numba.kernels.backend import CudaBackend
+from bitnet_numba.backends.cuda.backend import CudaBackend
 from bitnet_numba.sampling import SamplingParams
 backend = CudaBackend(open_packed(sys.argv[1]))
 steps = backend.new_context(4096).decode([1], SamplingParams())

@@ -25,20 +25,20 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bitnet_numba.bfloat16 import from_float32, to_float32
-from bitnet_numba.checkpoint import (
+from bitnet_numba.checkpoint.huggingface import HuggingFaceCheckpoint
+from bitnet_numba.checkpoint.packed import (
+    EMBEDDING_DTYPES,
     FORMAT,
-    HEAD_FORMS,
-    HeadForm,
+    EmbeddingDtype,
     group_is_ternary,
     packed_plan,
     read_config,
-    write_tensors,
 )
+from bitnet_numba.checkpoint.safetensors_file import write_tensors
 from bitnet_numba.config import GROUPS
 from bitnet_numba.errors import BitNetError, CheckpointError, one_line
-from bitnet_numba.huggingface import HuggingFaceCheckpoint
 from bitnet_numba.packing import pack_ternary
-from bitnet_numba.tokenizer import Tokenizer, from_tiktoken
+from bitnet_numba.text.tokenizer import Tokenizer, from_tiktoken
 
 NEEDED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]  # what is downloaded of a hub repository
 OPTIONAL_FILES = ["generation_config.json", "special_tokens_map.json", "chat_template.jinja"]
@@ -61,7 +61,7 @@ class Report:
 def convert(
     source: Path,
     target: Path,
-    head: HeadForm = "bf16",
+    head: EmbeddingDtype = "bf16",
     force: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> Report:
@@ -147,7 +147,7 @@ def told(tensors: Iterator[Named], progress: Callable[[int, int], object], total
         progress(written, total)
 
 
-def packed_tensors(checkpoint: HuggingFaceCheckpoint, head: HeadForm, report: Report) -> Iterator[Named]:
+def packed_tensors(checkpoint: HuggingFaceCheckpoint, head: EmbeddingDtype, report: Report) -> Iterator[Named]:
     """Every tensor of the packed checkpoint, in the order of its plan."""
     config = checkpoint.config
     yield from row_tensors(checkpoint, "embed", "model.embed_tokens.weight", head)
@@ -170,7 +170,7 @@ def packed_tensors(checkpoint: HuggingFaceCheckpoint, head: HeadForm, report: Re
             yield from group_tensors(checkpoint, i, group, report)
 
 
-def row_tensors(checkpoint: HuggingFaceCheckpoint, name: str, source: str, head: HeadForm) -> Iterator[Named]:
+def row_tensors(checkpoint: HuggingFaceCheckpoint, name: str, source: str, head: EmbeddingDtype) -> Iterator[Named]:
     """Embedding or head as bfloat16 rows, or as int8 rows with the scale absmax / 127 each."""
     config = checkpoint.config
     dtype, stored = checkpoint.take_raw(source, (config.vocab_size, config.hidden_size))
@@ -271,7 +271,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("src", metavar="SRC", help="a Hugging Face model folder, or a hub id such as owner/name")
     parser.add_argument("dst", metavar="DST", help="the folder to write")
     parser.add_argument(
-        "--head", choices=HEAD_FORMS, default="bf16", help="how embedding and head rows are stored (default: bf16)"
+        "--head",
+        choices=EMBEDDING_DTYPES,
+        default="bf16",
+        help="how embedding and head rows are stored (default: bf16)",
     )
     parser.add_argument("--force", action="store_true", help="replace DST if it is a packed checkpoint")
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id (default: its main branch)")

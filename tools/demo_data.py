@@ -12,8 +12,8 @@ from random import Random
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from bitnet_numba.chat_template import BITNET_TEMPLATE
-from bitnet_numba.tiktoken_vocabulary import SPLIT_PATTERN
+from bitnet_numba.text.chat_template import BITNET_TEMPLATE
+from bitnet_numba.text.tiktoken import SPLIT_PATTERN
 from tools.demo_model import BOS, CONTEXT, END, EOT, VOCAB
 from tools.demo_world.conversation import Turn, conversation
 

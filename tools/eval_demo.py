@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from rich.progress import track
 
-from bitnet_numba.chat_template import Message
-from bitnet_numba.engine import BACKENDS, Engine, load
+from bitnet_numba.engine.engine import BACKENDS, Engine, load
 from bitnet_numba.errors import BitNetError
 from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.text.chat_template import Message
 from tools.demo_world.conversation import QUESTION, STORY, Turn, conversation
 
 FIRST_SEED = 1 << 41  # seeds from here on were never used in training

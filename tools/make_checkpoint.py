@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from bitnet_numba.bfloat16 import from_float32
-from bitnet_numba.chat_template import BITNET_TEMPLATE
-from bitnet_numba.checkpoint import TensorSpec, write_tensors
+from bitnet_numba.checkpoint.safetensors_file import TensorSpec, write_tensors
 from bitnet_numba.config import GROUPS, ModelConfig
 from bitnet_numba.errors import BitNetError, CheckpointError
+from bitnet_numba.text.chat_template import BITNET_TEMPLATE
 
 FORMS = ("online", "offline", "bitlinear")
 QUANTIZATION = {

@@ -1,0 +1,1 @@
+"""What runs a model. `protocol` says what the engine asks of a backend; `host` and `cuda` answer."""

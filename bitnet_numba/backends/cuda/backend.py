@@ -1,0 +1,94 @@
+"""The CUDA backend behind the engine's interface (see `bitnet_numba.backend`): weights, contexts, captured steps."""
+
+import numpy as np
+
+from bitnet_numba.backends.cuda.batch import MAX_SEQUENCES, CudaBatch, fixed_bytes
+from bitnet_numba.backends.cuda.context import CudaContext
+from bitnet_numba.backends.cuda.decode import Activations
+from bitnet_numba.backends.cuda.forward import MAX_ROWS, Model, RowActivations
+from bitnet_numba.backends.cuda.state import page_bytes, pages_of
+from bitnet_numba.backends.cuda.warmup import load_specs
+from bitnet_numba.backends.cuda.weights import Weights, why_unsupported
+from bitnet_numba.checkpoint.packed import PackedCheckpoint
+from bitnet_numba.errors import BackendError
+from bitnet_numba.kernels.attention.kv_cache import PAGE
+from bitnet_numba.kernels.runtime.driver import Stream, Uploads, usable_device
+
+RESERVE = 64 << 20  # bytes of device memory left to the driver: graphs, kernels
+BATCH_RESERVE = 4 * RESERVE  # a batch may come to have dozens of graphs
+
+
+def why_unusable() -> str | None:
+    """Why CUDA cannot be used here, in a few words; None if it can."""
+    try:
+        usable_device()
+    except BackendError as error:
+        return str(error)
+    return None
+
+
+class CudaBackend:
+    """A model on one NVIDIA GPU."""
+
+    name = "cuda"
+
+    def __init__(self, checkpoint: PackedCheckpoint):
+        """Compiles what is not cached, with a progress line, and uploads the weights. Raises BackendError."""
+        reason = why_unsupported(checkpoint)
+        if reason is not None:
+            raise BackendError(f"CUDA cannot run this model: {reason}")
+        self.device = usable_device()
+        self.device.activate()
+        self.config = checkpoint.config
+        int8_rows = checkpoint.head == "int8"
+        load_specs(self.config, int8_rows, self.device)
+        self.stream = Stream()
+        self.flow = Activations(self.config, self.device)
+        rows = RowActivations(self.config, self.device, MAX_ROWS)
+        free, _ = self.device.memory_info()
+        self.weights = Weights(checkpoint, self.stream, free - RESERVE)
+        self.model = Model(self.config, self.weights, self.device, self.stream, Uploads(self.stream), rows)
+        self._kv_cache = 0
+
+    def new_context(self, capacity: int) -> "CudaContext":
+        """An empty context for up to `capacity` tokens. Raises BackendError when memory does not suffice."""
+        self.device.activate()
+        needed = pages_of(capacity) * page_bytes(self.config)
+        free, _ = self.device.memory_info()
+        if needed > free - RESERVE:
+            fits = max(0, (free - RESERVE) // page_bytes(self.config) * PAGE)
+            raise BackendError(
+                f"a context of {capacity} tokens takes {needed / 1e9:.2f} GB of device memory and {free / 1e9:.2f} GB "
+                f"are free: --context {fits} would fit"
+            )
+        self._kv_cache += needed
+        return CudaContext(self, capacity)
+
+    def new_batch(self, max_sequences: int, capacity: int, tokens: int | None = None) -> CudaBatch:
+        """Room for sequences that decode together. Raises BackendError when memory does not suffice."""
+        if max_sequences > MAX_SEQUENCES:
+            raise BackendError(f"at most {MAX_SEQUENCES} sequences decode together on CUDA, not {max_sequences}")
+        self.device.activate()
+        free, _ = self.device.memory_info()
+        free -= BATCH_RESERVE + fixed_bytes(self.config, max_sequences, capacity)
+        fit, least = max(0, free // page_bytes(self.config)), pages_of(capacity)
+        pages = max(least, min(max_sequences * least, fit)) if tokens is None else pages_of(tokens)
+        if pages > fit:
+            needed = pages * page_bytes(self.config) / 1e9
+            raise BackendError(
+                f"a batch of {pages * PAGE} tokens takes {needed:.2f} GB of device memory and "
+                f"{max(0, free) / 1e9:.2f} GB are free: {fit * PAGE} tokens would fit"
+            )
+        int8_rows = self.weights["embed.weight"].dtype == np.int8
+        load_specs(self.config, int8_rows, self.device, max_sequences)
+        self._kv_cache += pages * page_bytes(self.config)
+        return CudaBatch(self.model, max_sequences, capacity, pages, self.release)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of device memory in use by purpose."""
+        activations = self.flow.nbytes() + self.model.flow.nbytes()
+        return {"weights": self.weights.nbytes, "kv_cache": self._kv_cache, "activations": activations}
+
+    def release(self, pages: int) -> None:
+        """The memory of so many pages has been freed."""
+        self._kv_cache -= pages * page_bytes(self.config)

@@ -1,0 +1,1 @@
+"""The command-line chat: `python -m bitnet_numba.chat`."""

@@ -1,0 +1,141 @@
+"""A conversation with a model: its messages, and one live context that each turn extends."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bitnet_numba.engine.completion import Completion
+from bitnet_numba.engine.engine import Engine
+from bitnet_numba.engine.request import Prompt
+from bitnet_numba.engine.session import Stream
+from bitnet_numba.errors import RequestError
+from bitnet_numba.sampling import SamplingParams
+
+FORMAT = 1  # of saved conversations
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How each answer is made; see `Session.stream`."""
+
+    params: SamplingParams = field(default_factory=SamplingParams)
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+class Conversation:
+    """Turns of user and assistant. In raw mode there are no turns: each text is continued on its own."""
+
+    def __init__(self, engine: Engine, options: AnswerOptions, system: str = "", raw: bool = False):
+        self.engine = engine
+        self.options = options
+        self.system = system
+        self.raw = raw
+        self.messages: list[dict[str, Any]] = []  # without the system message
+        self.last: Completion | None = None
+        self.session = engine.session()
+
+    def ask(self, text: str) -> Iterator[str]:
+        """Yields the answer's text; then `last` holds the whole of it and `messages` both sides.
+
+        An iterator that is closed early keeps what was shown. Raises RequestError or ContextFull, and forgets the
+        question, if it cannot be answered.
+        """
+        prompt: Prompt = text
+        question = {"role": "user", "content": text}
+        if not self.raw:
+            if not text.strip():
+                raise RequestError("the prompt is empty")
+            system = [{"role": "system", "content": self.system}] if self.system else []
+            prompt = [*system, *self.messages, question]
+        stream = self.session.stream(prompt, self.options.params, self.options.max_new_tokens, self.options.stop)
+        return self._answer(stream, question)
+
+    def _answer(self, stream: Stream, question: dict[str, Any]) -> Iterator[str]:
+        failed = False
+        try:
+            with closing(stream):
+                yield from stream
+        except Exception:
+            failed = True
+            raise
+        finally:
+            self.last = stream.completion
+            if self.last is not None and not failed and not self.raw:
+                self._remember(question, self.last)
+
+    def _remember(self, question: dict[str, Any], completion: Completion) -> None:
+        if completion.finish_reason == "interrupted" and not completion.text:
+            return
+        answer: dict[str, Any] = {"role": "assistant", "content": completion.text}
+        # The very tokens of the answer, so that the next turn finds them in the context; but not where a stop string
+        # cut one in two.
+        if self.engine.tokenizer.decode(completion.token_ids) == completion.text:
+            answer["token_ids"] = completion.token_ids
+        self.messages += [question, answer]
+
+    def undo(self) -> str | None:
+        """Takes back the last exchange and returns what the user had said, or None if there is none."""
+        if not self.messages:
+            return None
+        del self.messages[-1]
+        return str(self.messages.pop()["content"])
+
+    def reset(self) -> None:
+        """Forgets all messages; the system message stays."""
+        self.messages.clear()
+        self.session.clear()
+        self.last = None
+
+    def save(self, path: Path) -> None:
+        """Writes the conversation as JSON. Raises RequestError, and changes nothing, if it cannot.
+
+        A file that is there is replaced only if it is a saved conversation itself.
+        """
+        if path.exists():
+            _read(path)
+        messages = [{"role": message["role"], "content": message["content"]} for message in self.messages]
+        saved = {"bitnet_numba_chat": FORMAT, "system": self.system, "messages": messages}
+        unfinished = path.with_name(path.name + ".part")
+        try:
+            unfinished.write_text(json.dumps(saved, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            os.replace(unfinished, path)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            raise RequestError(f"{path} cannot be written: {error.strerror}") from None
+
+    def load(self, path: Path) -> None:
+        """Takes up a saved conversation. Raises RequestError, and changes nothing, if it cannot."""
+        saved = _read(path)
+        self.reset()
+        self.system = saved["system"]
+        self.messages = saved["messages"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A saved conversation. Raises RequestError if the file is missing or is something else."""
+    try:
+        saved = json.loads(path.read_bytes())
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        saved = None
+    if not (isinstance(saved, dict) and saved.get("bitnet_numba_chat") == FORMAT and _is_text(saved.get("system"))):
+        raise RequestError(f"{path} is not a saved conversation")
+    messages = saved.get("messages")
+    if not isinstance(messages, list) or len(messages) % 2:
+        raise RequestError(f"{path} is not a saved conversation")
+    for i, message in enumerate(messages):
+        role = ("user", "assistant")[i % 2]
+        if not (isinstance(message, dict) and message.get("role") == role and _is_text(message.get("content"))):
+            raise RequestError(f"{path}: message {i + 1} is not one of the {role}")
+    messages = [{"role": message["role"], "content": message["content"]} for message in messages]
+    return {"system": saved["system"], "messages": messages}
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)

@@ -1,0 +1,248 @@
+"""The conversation in a terminal: line editing, commands, and answers that stream in."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import Completer, WordCompleter
+from prompt_toolkit.formatted_text import FormattedText
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from rich.console import Console
+from rich.text import Text
+
+from bitnet_numba.chat.__main__ import NO_TEMPLATE, describe, sampling_line
+from bitnet_numba.chat.conversation import Conversation
+from bitnet_numba.chat.terminal import WordWrap, interruptible, printable, silent_keyboard
+from bitnet_numba.errors import BitNetError, ContextFull
+
+COMMANDS = {
+    "/reset": "start over",
+    "/undo": "take back the last question and answer",
+    "/system [TEXT]": "show or set the system message; a single - removes it",
+    "/save FILE": "write the conversation to a file",
+    "/load FILE": "take up a conversation from a file",
+    "/stats": "speed, context and memory of the last answer",
+    "/help": "this list",
+    "/exit": "leave, as Ctrl-D does",
+}
+OF_TURNS = ("/reset", "/undo", "/system", "/save", "/load")
+EXAMPLES = ("Tell me a story about a dog and a kite.", "Where did they go?", "What can you do?")
+WIDEST = 100  # columns; longer lines are hard to read
+
+
+class Terminal:
+    """What is shown and asked; one per conversation."""
+
+    def __init__(self, conversation: Conversation, show_stats: bool):
+        self.conversation = conversation
+        self.show_stats = show_stats
+        self.console = Console(highlight=False)
+        self.commands: dict[str, Callable[[str], None]] = {
+            "/reset": self.reset,
+            "/undo": self.undo,
+            "/system": self.system,
+            "/save": self.save,
+            "/load": self.load,
+            "/stats": self.stats,
+            "/help": self.help,
+        }
+
+    def note(self, text: str, style: str = "dim") -> None:
+        """A line from the program, set apart from what the model says."""
+        self.console.print(Text(text, style))
+
+    def greet(self, name: str | None) -> None:
+        """Who is speaking, and how."""
+        engine = self.conversation.engine
+        title = "the built-in model" if name is None else Path(name).resolve().name
+        self.console.print(Text.assemble(("bitnet_numba", "bold cyan"), f"  {printable(title)}"))
+        self.note(f"{engine.backend} backend, context of {engine.context:,} tokens")
+        if self.conversation.raw:
+            self.note("--raw: each text is continued as it is, on its own")
+        elif not engine.tokenizer.has_chat_template:
+            self.note(NO_TEMPLATE)
+        self.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
+        if name is None:
+            self.console.print("\nTry, for example:")
+            for example in EXAMPLES:
+                self.console.print(Text(f"  {example}", "cyan"))
+
+    def handle(self, line: str) -> bool:
+        """Does what a line asks for; False to leave."""
+        if not line.strip():
+            return True
+        word, rest = line, ""
+        if line.startswith("/"):
+            word, rest = (*line.split(None, 1), "")[:2]
+            word, rest = word.lower(), rest.strip()
+        try:
+            if word in ("/exit", "/quit"):
+                return False
+            if not word.startswith("/"):
+                self.answer(line)
+            elif rest and word in COMMANDS:  # these have no words after them; the others have them in their names
+                self.note(f"{word} takes nothing after it: nothing was done")
+            elif self.conversation.raw and word in OF_TURNS:
+                self.note(f"{word} has no meaning for texts that are continued on their own (--raw)")
+            elif word in self.commands:
+                self.commands[word](rest)
+            else:
+                self.note(f"there is no command {word}; /help lists them (a space in front sends it to the model)")
+        except ContextFull as error:
+            self.note(f"{error}: nothing was sent", "yellow")
+            self.advise()
+        except BitNetError as error:
+            self.note(str(error), "red")
+        return True
+
+    def answer(self, text: str) -> None:
+        """Streams the model's answer. Ctrl-C ends it after the token being made, a second one at once."""
+        width = min(self.console.width, WIDEST)
+        wrap, shown = WordWrap(width), False
+        with silent_keyboard(), interruptible() as interrupted:
+            pieces = self.conversation.ask(text)
+            waiting = self.console.status("", spinner="dots")
+            waiting.start()
+            try:
+                for piece in pieces:
+                    if not shown:
+                        waiting.stop()
+                    self.write(wrap.push(printable(piece)))
+                    shown = True
+                    if interrupted:
+                        break
+            except KeyboardInterrupt:
+                interrupted.append(True)
+            finally:
+                waiting.stop()
+                pieces.close()  # type: ignore[attr-defined]
+        self.write(wrap.finish() + ("\n" if shown else ""))
+        last = self.conversation.last
+        if interrupted:
+            self.note("[stopped]")
+        elif last is not None and last.finish_reason == "length":
+            self.note(f"[cut after {self.conversation.options.max_new_tokens:,} tokens: see --max-new-tokens]")
+        elif last is not None and last.finish_reason == "context":
+            self.note("[cut: the context is full]", "yellow")
+            self.advise()
+        if self.show_stats and last is not None:
+            self.note(describe(last, self.conversation))
+
+    def write(self, text: str) -> None:
+        """The model's own words, as they are."""
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def advise(self) -> None:
+        """What to do about a full context."""
+        if self.conversation.raw:
+            advice = "give a shorter text"
+        else:
+            advice = "/undo takes back the last exchange, /reset starts over"
+        engine = self.conversation.engine
+        larger = "; or restart with a larger --context" if engine.context < engine.config.max_context else ""
+        self.note(advice + larger, "yellow")
+
+    def reset(self, _: str) -> None:
+        self.conversation.reset()
+        self.note("a new conversation")
+
+    def undo(self, _: str) -> None:
+        text = self.conversation.undo()
+        self.note("there is nothing to take back" if text is None else f"taken back: {printable(text)}")
+
+    def system(self, text: str) -> None:
+        if text:
+            self.conversation.system = "" if text == "-" else text
+        system = self.conversation.system
+        self.note(f"system message: {printable(system)}" if system else "no system message")
+
+    def save(self, name: str) -> None:
+        if self.named(name):
+            self.conversation.save(Path(name).expanduser())
+            self.note(f"saved {len(self.conversation.messages)} messages to {name}")
+
+    def load(self, name: str) -> None:
+        if self.named(name):
+            self.conversation.load(Path(name).expanduser())
+            for message in self.conversation.messages:
+                own = message["role"] == "user"
+                text = printable(message["content"])
+                self.console.print(Text(f"> {text}", "bold cyan") if own else Text(text))
+            self.note(f"loaded {len(self.conversation.messages)} messages from {name}")
+
+    def named(self, name: str) -> bool:
+        if not name:
+            self.note("name a file, such as chat.json")
+        return bool(name)
+
+    def stats(self, _: str) -> None:
+        last = self.conversation.last
+        self.note("no answer yet" if last is None else describe(last, self.conversation))
+
+    def help(self, _: str) -> None:
+        for command, meaning in COMMANDS.items():
+            self.console.print(Text.assemble((f"  {command:<16}", "cyan"), meaning))
+        self.note(f"  answers: {sampling_line(self.conversation.options.params)}")
+        self.note("  Alt-Enter begins a new line, Up and Down go through what was said before")
+
+
+def converse(conversation: Conversation, name: str | None, show_stats: bool) -> None:
+    """Runs the conversation until Ctrl-D or /exit. `name` is the checkpoint's, None for the built-in model."""
+    terminal = Terminal(conversation, show_stats)
+    terminal.greet(name)
+    session: PromptSession[str] = PromptSession(
+        history=_history(),
+        completer=_completer(),
+        complete_while_typing=True,
+        key_bindings=_keys(),
+        multiline=True,
+        prompt_continuation="  ",
+        reserve_space_for_menu=4,
+    )
+    message = FormattedText([("bold ansicyan", "> ")])
+    while True:
+        print()
+        try:
+            if not terminal.handle(session.prompt(message)):
+                return
+        except KeyboardInterrupt:
+            continue  # Ctrl-C on an unfinished line drops the line
+        except (EOFError, OSError):
+            return  # Ctrl-D, or the terminal is gone
+
+
+def _keys() -> KeyBindings:
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def send(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return keys
+
+
+def _completer() -> Completer:
+    names = [command.split()[0] for command in COMMANDS]
+    return WordCompleter(names, sentence=True)
+
+
+def _history() -> History:
+    """Lines of earlier conversations, from a file in the user's state folder; in memory where that cannot be."""
+    home = os.environ.get("XDG_STATE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".local" / "state"
+    folder = Path(home) / "bitnet-numba"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "history"
+        path.touch(mode=0o600)
+        path.open("ab").close()
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(str(path))

@@ -1,0 +1,1 @@
+"""Model folders: safetensors files, the packed checkpoint, Hugging Face folders, and the conversion between them."""

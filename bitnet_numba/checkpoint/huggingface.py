@@ -1,0 +1,177 @@
+"""Hugging Face BitNet checkpoints: finds every tensor a model needs, whatever form it is stored in.
+
+The three stored forms of a quantised linear (`ModelConfig.stored_form`), all read as ternary t and a float32 scale m
+such that y = sum(q * t) * m / s:
+
+    online      floating-point master weights, ternarised here: m = absmean
+    offline     packed uint8 and weight_scale = absmean: m = weight_scale, and a bias is scaled with it
+    bitlinear   packed uint8 and weight_scale = 1 / absmean: m = 1 / weight_scale
+
+Packed uint8 is [out / 4, in], in planes along the output rows: bits 2i, 2i + 1 of byte [r, c] hold t + 1 of row
+i * out / 4 + r.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet_numba.bfloat16 import to_float32
+from bitnet_numba.checkpoint.packed import read_config, read_json
+from bitnet_numba.checkpoint.safetensors_file import TensorFile, TensorSpec
+from bitnet_numba.config import ModelConfig
+from bitnet_numba.errors import CheckpointError
+from bitnet_numba.quantize import ternarize
+
+_FLOATS = ("BF16", "F16", "F32")
+# Tensors that some files carry and no model needs: rotary frequencies follow from the config.
+_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
+# The two spellings of the sub-norms.
+_SUB_NORMS = {
+    "attn_sub_norm": ("self_attn.attn_sub_norm", "self_attn.inner_attn_ln"),
+    "ffn_sub_norm": ("mlp.ffn_sub_norm", "mlp.ffn_layernorm"),
+}
+
+
+@dataclass(frozen=True)
+class TernaryLinear:
+    """A quantised linear: t int8 [N, K], scale m, bias float32 [N] or None, inner norm float32 [K] or None."""
+
+    t: NDArray[np.int8]
+    m: np.float32
+    bias: NDArray[np.float32] | None
+    norm: NDArray[np.float32] | None
+
+
+class HuggingFaceCheckpoint:
+    """An open Hugging Face folder. Every `take_...` reads tensors once; `refuse_leftovers` names what nobody took.
+
+    Raises CheckpointError or ConfigError with one line that names the file, key or tensor at fault.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.raw_config = read_config(folder)
+        if "bitnet_numba" in self.raw_config:
+            raise CheckpointError(f"{folder} is a packed checkpoint already")
+        self.config = ModelConfig.from_hf(self.raw_config)
+        self._files: dict[str, TensorFile] = {}
+        for path in _tensor_files(folder):
+            file = TensorFile(path)
+            for name in file.specs:
+                if name in self._files:
+                    raise CheckpointError(f"{path}: tensor {name} is in {self._files[name].path.name} already")
+                self._files[name] = file
+        self.nbytes = sum(file.specs[name].nbytes for name, file in self._files.items())
+        self._left = {name for name in self._files if not _IGNORED.fullmatch(name)}
+
+    @property
+    def count(self) -> int:
+        """How many tensors the checkpoint holds."""
+        return len(self._files)
+
+    def take_floats(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """A floating-point tensor as float32, exactly. NaN and infinity are refused."""
+        return _as_float32(*self._take(name, shape, _FLOATS), name)
+
+    def take_raw(self, name: str, shape: tuple[int, ...]) -> tuple[str, NDArray[Any]]:
+        """A floating-point tensor as (safetensors type, stored values); bfloat16 as uint16 bit patterns."""
+        dtype, values = self._take(name, shape, _FLOATS)
+        return dtype, values
+
+    def take_sub_norm(self, layer: int, name: str, size: int) -> NDArray[np.float32]:
+        """attn_sub_norm or ffn_sub_norm of a layer, in either spelling, float32 [size]."""
+        ours, other = (f"model.layers.{layer}.{spelling}.weight" for spelling in _SUB_NORMS[name])
+        return self.take_floats(other if other in self._files and ours not in self._files else ours, (size,))
+
+    def take_linear(self, module: str, N: int, K: int, bias: bool) -> TernaryLinear:
+        """A quantised linear [N, K] by its full module name, from whichever form it is stored in."""
+        form = self.config.stored_form
+        bias_values = self.take_floats(f"{module}.bias", (N,)) if bias else None
+        norm = self.take_floats(f"{module}.rms_norm.weight", (K,)) if self.config.linear_norm else None
+        name = f"{module}.weight"
+        if form == "online":
+            t, m = ternarize(self.take_floats(name, (N, K)))
+            return TernaryLinear(t, m, bias_values, norm)
+        if N % 4:
+            raise CheckpointError(f"tensor {name}: {N} rows cannot be stored packed, four to a byte")
+        t = _unpack_planes(self._take(name, (N // 4, K), ("U8",))[1], name)
+        stored = self._take_scale(f"{module}.weight_scale")
+        with np.errstate(over="ignore"):
+            m = stored if form == "offline" else np.float32(1) / stored
+        if not np.isfinite(m):
+            raise CheckpointError(f"tensor {module}.weight_scale = {stored} is out of range")
+        if bias_values is not None and form == "offline":
+            bias_values = bias_values * m
+        return TernaryLinear(t, m, bias_values, norm)
+
+    def refuse_leftovers(self) -> None:
+        """Raises CheckpointError for a tensor that no `take_...` asked for."""
+        if self._left:
+            raise CheckpointError(f"{self.folder}: unexpected tensor {min(self._left)}")
+
+    def drop_if_equal(self, name: str, to: str) -> None:
+        """Accepts a redundant copy of a tensor (a tied head stored twice); refuses one that differs."""
+        if name not in self._left:
+            return
+        spec = self._files[to].specs[to]
+        if self._spec(name) != spec or not np.array_equal(self._files[name].map(name), self._files[to].map(to)):
+            raise CheckpointError(f"tensor {name} differs from {to}, but config.json says that they are tied")
+        self._left.discard(name)
+
+    def _spec(self, name: str) -> TensorSpec:
+        if name not in self._files:
+            raise CheckpointError(f"{self.folder}: tensor {name} is missing")
+        return self._files[name].specs[name]
+
+    def _take(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> tuple[str, NDArray[Any]]:
+        spec = self._spec(name)
+        if spec.dtype not in dtypes:
+            raise CheckpointError(f"tensor {name} has type {spec.dtype}, expected {' or '.join(dtypes)}")
+        if spec.shape != shape:
+            raise CheckpointError(f"tensor {name} has shape {list(spec.shape)}, expected {list(shape)}")
+        self._left.discard(name)
+        return spec.dtype, self._files[name].read(name)
+
+    def _take_scale(self, name: str) -> np.float32:
+        shape: tuple[int, ...] = () if self._spec(name).shape == () else (1,)
+        value = self.take_floats(name, shape).reshape(())[()]
+        if not value > 0:
+            raise CheckpointError(f"tensor {name} = {value} must be positive")
+        return np.float32(value)
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: the shards that the index names, or the single file."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        if (folder / "model.safetensors").is_file():
+            return [folder / "model.safetensors"]
+        raise CheckpointError(f"{folder} has no model.safetensors (other weight formats are not read)")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map")
+    names = set(map(json.dumps, weight_map.values()))
+    for name in map(json.loads, names):
+        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
+            raise CheckpointError(f"{index}: {name!r} is not a safetensors file name")
+    return [folder / json.loads(name) for name in sorted(names)]
+
+
+def _as_float32(dtype: str, values: NDArray[Any], name: str) -> NDArray[np.float32]:
+    floats = to_float32(values) if dtype == "BF16" else values.astype(np.float32)
+    if not np.isfinite(floats).all():
+        raise CheckpointError(f"tensor {name} holds NaN or infinity")
+    return floats
+
+
+def _unpack_planes(packed: NDArray[np.uint8], name: str) -> NDArray[np.int8]:
+    """uint8 [N / 4, K] in four planes of rows -> ternary int8 [N, K]."""
+    t = np.concatenate([(packed >> np.uint8(2 * plane)) & np.uint8(3) for plane in range(4)])
+    if (t == 3).any():
+        raise CheckpointError(f"tensor {name} holds the unused code 3 and is damaged")
+    return t.view(np.int8) - np.int8(1)

@@ -1,0 +1,170 @@
+"""Safetensors files read lazily, and the packed checkpoint: the folder that `tools/convert.py` writes.
+
+A packed checkpoint holds config.json (the source's own plus the key "bitnet_numba"), model.safetensors, tokenizer.json,
+tokenizer_config.json and generation_config.json. Its tensors, for layer i and group g of `config.GROUPS`:
+
+    embed.weight             bfloat16 [vocab, hidden]; or int8, with embed.scale float32 [vocab]
+    head.weight              the same, only where the head is not the embedding
+    norm.weight              float32 [hidden]
+    layers.i.input_norm.weight, layers.i.post_attention_norm.weight            float32 [hidden]
+    layers.i.attn_sub_norm.weight, layers.i.ffn_sub_norm.weight                float32, where config.sub_norms
+    layers.i.g.words         int32, the ternary matrix [N, K] of all segments, packed (see `packing`)
+    layers.i.g.scales        float32 [segments]: y = acc * scale / s
+    layers.i.g.bias          float32 [N], where there is one
+    layers.i.g.norms         float32 [segments, K], where config.linear_norm
+    layers.i.g.weight        bfloat16 [N, K] in place of words, scales and norms, for a group that is not quantised
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet_numba.checkpoint.safetensors_file import TensorFile, TensorSpec
+from bitnet_numba.config import GROUPS, ModelConfig
+from bitnet_numba.errors import BitNetError, CheckpointError, ConfigError, one_line
+from bitnet_numba.packing import packed_words, unpack_ternary
+
+FORMAT = 1
+EmbeddingDtype = Literal["bf16", "int8"]
+EMBEDDING_DTYPES: tuple[EmbeddingDtype, ...] = ("bf16", "int8")
+
+
+def packed_plan(config: ModelConfig, head: EmbeddingDtype) -> dict[str, TensorSpec]:
+    """Every tensor of a packed checkpoint, in file order, with its type and shape."""
+    plan: dict[str, TensorSpec] = {}
+
+    def rows(name: str) -> None:
+        shape = (config.vocab_size, config.hidden_size)
+        plan[f"{name}.weight"] = TensorSpec("I8" if head == "int8" else "BF16", shape)
+        if head == "int8":
+            plan[f"{name}.scale"] = TensorSpec("F32", (config.vocab_size,))
+
+    def norm(name: str, size: int) -> None:
+        plan[f"{name}.weight"] = TensorSpec("F32", (size,))
+
+    rows("embed")
+    if not config.tied:
+        rows("head")
+    norm("norm", config.hidden_size)
+    for i in range(config.num_layers):
+        norm(f"layers.{i}.input_norm", config.hidden_size)
+        norm(f"layers.{i}.post_attention_norm", config.hidden_size)
+        if config.sub_norms:
+            norm(f"layers.{i}.attn_sub_norm", config.q_size)
+            norm(f"layers.{i}.ffn_sub_norm", config.intermediate_size)
+        for group in GROUPS:
+            segments, K = config.group_shape(group)
+            N, name = sum(segments), f"layers.{i}.{group}"
+            if group_is_ternary(config, i, group):
+                plan[f"{name}.words"] = TensorSpec("I32", (packed_words(N, K),))
+                plan[f"{name}.scales"] = TensorSpec("F32", (len(segments),))
+                if config.linear_norm:
+                    plan[f"{name}.norms"] = TensorSpec("F32", (len(segments), K))
+            else:
+                plan[f"{name}.weight"] = TensorSpec("BF16", (N, K))
+            if config.group_bias(group):
+                plan[f"{name}.bias"] = TensorSpec("F32", (N,))
+    return plan
+
+
+def group_is_ternary(config: ModelConfig, layer: int, group: str) -> bool:
+    """Whether a layer's group is quantised. Raises ConfigError where modules_to_not_convert splits a group."""
+    kinds = {config.is_ternary(f"model.layers.{layer}.{module}") for module in GROUPS[group]}
+    if len(kinds) > 1:
+        raise ConfigError(
+            "config.json: modules_to_not_convert names some but not all of "
+            f"{', '.join(GROUPS[group])} in layer {layer}, which is not supported"
+        )
+    return kinds.pop()
+
+
+@dataclass(frozen=True)
+class PackedCheckpoint:
+    """An open packed checkpoint. `tensor` maps; nothing is read before it is used."""
+
+    folder: Path
+    config: ModelConfig
+    head: EmbeddingDtype
+    file: TensorFile
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor's name, in file order."""
+        return list(self.file.specs)
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        """A tensor over the file's own pages, read-only; bfloat16 as uint16 bit patterns. KeyError if there is none."""
+        return self.file.map(name)
+
+    def ternary(self, name: str, N: int, K: int) -> NDArray[np.int8]:
+        """A tensor of packed words, unpacked: int8 [N, K]. Raises CheckpointError when the words are damaged."""
+        try:
+            return unpack_ternary(np.asarray(self.tensor(name)), N, K)
+        except ValueError as error:
+            raise CheckpointError(f"{self.file.path}: tensor {name}: {error}") from None
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(spec.nbytes for spec in self.file.specs.values())
+
+
+def open_packed(folder: str | os.PathLike[str]) -> PackedCheckpoint:
+    """Opens a packed checkpoint and checks that every tensor is there, with its type and shape, and no other.
+
+    Raises CheckpointError or ConfigError with one line that names what is wrong.
+    """
+    folder = Path(folder)
+    raw = read_config(folder)
+    packed = raw.get("bitnet_numba")
+    if packed is None:
+        raise CheckpointError(f"{folder} is not converted yet: run  python tools/convert.py {folder} DST")
+    if not isinstance(packed, dict) or packed.get("format") != FORMAT or packed.get("head") not in EMBEDDING_DTYPES:
+        raise CheckpointError(
+            f"{folder} was written in a packed format that this version does not read; convert it again"
+        )
+    config = ModelConfig.from_hf(raw)
+    head: EmbeddingDtype = packed["head"]
+    file = TensorFile(folder / "model.safetensors")
+    # A damaged config may ask for millions of layers: compare counts before the plan is drawn up.
+    if config.num_layers > len(file.specs):
+        raise CheckpointError(f"{file.path}: too few tensors for {config.num_layers} layers")
+    plan = packed_plan(config, head)
+    for name, spec in plan.items():
+        if name not in file.specs:
+            raise CheckpointError(f"{file.path}: tensor {name} is missing")
+        if file.specs[name] != spec:
+            raise CheckpointError(f"{file.path}: tensor {name} is {file.specs[name]}, expected {spec}")
+    extra = next((name for name in file.specs if name not in plan), None)
+    if extra is not None:
+        raise CheckpointError(f"{file.path}: unexpected tensor {extra}")
+    for name, spec in plan.items():
+        if spec.dtype == "F32" and not np.isfinite(file.map(name)).all():
+            raise CheckpointError(f"{file.path}: tensor {name} holds NaN or infinity")
+        if name.endswith((".scale", ".scales")) and not (file.map(name) > 0).all():
+            raise CheckpointError(f"{file.path}: tensor {name} holds a scale that is not positive")
+    return PackedCheckpoint(folder, config, head, file)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The parsed config.json of a model folder. Raises CheckpointError with one line if there is none to read."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} is not a model folder: it has no config.json")
+    return read_json(folder / "config.json")
+
+
+def read_json(path: Path, error_type: type[BitNetError] = CheckpointError) -> dict[str, Any]:
+    """A parsed JSON object. Raises `error_type` with one line for anything else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise error_type(f"{path} is not readable JSON: {one_line(error)}") from None
+    if not isinstance(value, dict):
+        raise error_type(f"{path} must hold a JSON object")
+    return value

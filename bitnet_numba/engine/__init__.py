@@ -1,0 +1,1 @@
+"""Prompts in, completions out, over any backend: `engine.load` opens a model."""

@@ -1,0 +1,320 @@
+"""The W2A8 matrix product by warpgroups, on sm_90: four warps multiply together, `wgmma`.
+
+There `mma.sync`, which w2a8_tensor.py uses, runs at half the unit's rate. What it computes, the sums' exactness and the
+order of what is done to them are as there. Here nothing goes through registers on its way in but codes: the copy engine
+brings weights and activations to shared memory, `stages` - 1 turns ahead of the products, and a warp does little else
+than wait, decode and multiply.
+
+    block (x, y)   tokens T x .. T x + T - 1;  `row_warps` row-blocks, one a warp, of tile y / cluster ("gated": gate
+                   rows by the first half of the warps, up rows by the second); `k_warps` such sets of warps, each with
+                   its own parts of a turn
+    cluster        blocks of one tile, each with its own turns: the y % cluster-th takes that share of the columns
+    part           128 columns.  activations: a panel, int8 [T, 128], in 128-byte swizzle
+                                 weights: 512 bytes a row-block, as they lie in memory
+    turn           k_warps parts; one arrival counter a stage.  Few tokens have a stage for every turn (`refill` is
+                   not set): all is under way at once, and warps need not meet until the end
+
+    shared memory  | stage 0: panels, words | stage 1: panels, words | ...
+                   at the end, in the same place: int32 sums [k_warps, T, rows + 4]
+
+A warp's 16 rows x 32 columns of an instruction are the register operand. With g = lane / 4, i = lane % 4, a lane takes
+the words of rows r and r + 1, r = 8 (g / 4) + 2 (g % 4), and of each word the four columns 4 i .. 4 i + 3:
+(word >> 2 i) & mask. So columns come in their natural order, and the four lanes of a row read the same words.
+
+What few tokens take is latency: so all that does not depend on the kernel before, weights, scales, the copy engine's
+maps, is asked for before `pdl_wait`, old values of a residual at once after it, and a long matrix of few rows is cut
+along its columns for a cluster.
+
+Sums leave through shared memory (of a cluster: each block reads its tokens' from all), so that neighbouring threads
+write neighbouring rows of one token: 4 bytes each, 128 a warp, and everything that depends on the row alone is computed
+once a thread.
+
+docs/performance-notes.md has what was tried and measured.
+"""
+
+from collections.abc import Callable
+
+from numba import cuda
+
+from bitnet_numba.kernels import ptx
+from bitnet_numba.kernels.linear.epilogue import make_epilogue, reciprocal
+from bitnet_numba.kernels.linear.gemm_mma import TOKENS
+from bitnet_numba.kernels.linear.tile import Tile
+from bitnet_numba.kernels.ptx.base import WARP, device_function, float32, float64, int32, int64
+from bitnet_numba.kernels.ptx.tma import PANEL_ALIGN, SPAN_INTS
+from bitnet_numba.packing import BLOCK_ROWS, CODE_BITS
+
+ARCH = 90  # wgmma is this architecture's alone
+SPAN = 128  # columns of a part, and the words of its row-block
+CODES = 16  # registers of a warp's part
+PADDING = 4  # sums between a token's rows and the next token's: 8-byte stores then touch every bank once
+SHARED_BYTES = 227 * 1024  # of a SM that one block can have
+MAX_TOKENS = 256  # of one instruction
+BATCH = 8  # sums that a thread has in hand on their way out
+MAX_EARLY_LOADS = 4  # old values of a residual that a thread loads before its products
+
+
+def stage_bytes(tile: Tile) -> int:
+    """Shared memory of a turn."""
+    return tile.k_warps * (tile.tokens * SPAN + tile.row_warps * SPAN * 4)
+
+
+def shared_bytes(tile: Tile) -> int:
+    """Dynamic shared memory of a block, which may start anywhere: the kernel leaves out what comes before a panel's
+    place."""
+    sums = 4 * tile.k_warps * tile.tokens * (tile.row_warps * BLOCK_ROWS + PADDING)
+    return max(tile.stages * stage_bytes(tile), sums) + PANEL_ALIGN
+
+
+def block_bytes(tile: Tile) -> int:
+    """All shared memory that a block takes: arrival counters, reciprocals of scales and sums of activations too."""
+    return shared_bytes(tile) + 8 * tile.stages + 12 * tile.tokens
+
+
+def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu2") -> Callable[..., None]:
+    """The kernel for a tile with one row-block a warp and row_warps a multiple of 4; epilogues as in `make_matmul`."""
+    wait, release = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
+    GATED, RESIDUAL, ACC = epilogue == "gated", epilogue == "residual", epilogue == "acc"
+    finish = make_epilogue(epilogue, activation, inverse=True)
+    T, U, WR, WK, HELD, STAGES = tile[:6]
+    CLUSTER, REFILL = tile.cluster, tile.refill
+    HALVES = 2 if GATED else 1
+    UNITS = WR // HALVES  # row-blocks of the output
+    ROWS = UNITS * BLOCK_ROWS
+    THREADS, WARPS = tile.threads, tile.threads // WARP
+    # Bytes: of a turn, of a part's activations and weights, of its gate or up rows; where a turn's weights begin.
+    STAGE, PANEL, WORDS = stage_bytes(tile), T * SPAN, WR * SPAN * 4
+    HALF, WORDS_AT = WORDS // HALVES, WK * PANEL
+    WIDTH = WR * BLOCK_ROWS + PADDING
+    SUMS = T * WIDTH
+    PIECES = SUMS // 4
+    ACC_REGS = T // 2
+    STEP = THREADS // ROWS  # tokens that are written side by side
+    JUMP = STEP * CLUSTER  # from one of a thread's tokens to its next
+    TURNS = -(-T // JUMP)
+    EACH = TURNS if CLUSTER > 1 else max(n for n in range(1, BATCH + 1) if TURNS % n == 0)
+    EXACT = T % JUMP == 0
+    EARLY = RESIDUAL and TURNS <= MAX_EARLY_LOADS
+    SCALE_TURNS = -(-T // THREADS)
+    Y, ZERO = int32 if ACC else float32, float32(0)
+    whole = (not T % 16 or T in (8, 24)) and T <= MAX_TOKENS and not WR % 4
+    many = block_bytes(tile) > SHARED_BYTES or CLUSTER > 1 and TURNS > BATCH
+    if U != 1 or HELD or STAGES < 2 - (not REFILL) or not whole or many:
+        raise ValueError(f"no product of warpgroups is made of {tile}")
+    start, all_but_one, finished = ptx.wgmma_s8(T)
+
+    @device_function
+    def copy_words(words, shared, at, arrival, part, unit0, second):
+        for half in range(HALVES):
+            ptx.tma_load_2d(
+                words, 0, shared, at + (WORDS_AT + half * HALF), arrival, part * SPAN, unit0 + half * second
+            )
+
+    @device_function
+    def load_codes(code_r, shared, at, shift):
+        word = ptx.load_row_pair(shared, at)
+        for n in range(CODES):
+            code_r[n] = ptx.shifted_codes(word[n], shift)
+
+    @device_function
+    def advance(code_r, acc_r, block, places, state, turn):
+        """A turn but the first: starts its products, and gives the stage before it to the turn that takes it next.
+        Returns which stage it was: its number, its distance from the first, and its phase."""
+        words, panels, shared, tid, first, unit0, part0, second, turns = block
+        base, arrival, own_panel, own_words, shift = places
+        slot, stage, parity = state
+        before, stage_before = slot, stage
+        slot, stage = int32(slot + 1), int32(stage + STAGE)
+        if REFILL and slot == STAGES:
+            slot, stage, parity = int32(0), int32(0), int32(1 - parity)
+        ptx.mbarrier_wait(int32(arrival + 8 * slot), parity)
+        load_codes(code_r, shared, int32(own_words + stage), shift)
+        start(acc_r, code_r, shared, int32(own_panel + stage))
+        all_but_one()
+        if REFILL:
+            cuda.syncthreads()  # the turn before has been multiplied by all
+            ahead = int32(turn + (STAGES - 1))
+            if tid == 0 and ahead < turns:
+                arrived, to = int32(arrival + 8 * before), int32(base + stage_before)
+                ptx.mbarrier_expect_tx(arrived, STAGE)
+                for n in range(WK):
+                    part = int32(part0 + ahead * WK + n)
+                    ptx.tma_load_2d(panels, 0, shared, to + n * PANEL, arrived, part * SPAN_INTS, first)
+                    copy_words(words, shared, to + n * WORDS, arrived, part, unit0, second)
+        return slot, stage, parity
+
+    @device_function
+    def read_results(y_r, old_r, shared, place, sums, total_s, inverse_s, token, given):
+        """EACH results of a thread, from `token` on. Without branches, so that they wait for each other's latencies
+        together. sums: where those of its row and the first token lie, counted in int32."""
+        scale, scale1, bias, row, rows = given
+        for n in range(EACH):
+            t = token + n * JUMP if EXACT else min(int32(token + n * JUMP), int32(T - 1))
+            rd = int32(sums + t * WIDTH)
+            e = int32(0)
+            if CLUSTER > 1:
+                c = ptx.cluster_load(shared, place + 4 * rd, 0)
+                if GATED:
+                    e = ptx.cluster_load(shared, place + 4 * (rd + ROWS), 0)
+                for other in range(1, CLUSTER):
+                    c += ptx.cluster_load(shared, place + 4 * rd, other)
+                    if GATED:
+                        e += ptx.cluster_load(shared, place + 4 * (rd + ROWS), other)
+            else:
+                c = shared[rd]
+                if GATED:
+                    e = shared[rd + ROWS]
+                for k in range(1, WK):
+                    c += shared[rd + k * SUMS]
+                    if GATED:
+                        e += shared[rd + (k * SUMS + ROWS)]
+            old = old_r[n] if RESIDUAL else ZERO
+            y_r[n] = finish(int32(c), int32(e), total_s[t], scale, scale1, inverse_s[t], bias, row, rows, old)
+
+    def warpgroup(
+        words, panels, s, q_total, count, scales, bias, out, M, rows, KP, turns, blocks, second, bound1, bound2
+    ):  # fmt: skip
+        shared = ptx.pointer(cuda.shared.array(0, int32))
+        arrival_s = ptx.pointer(cuda.shared.array(STAGES, int64))
+        inverse_s = ptx.pointer(cuda.shared.array(T, float64))
+        total_s = ptx.pointer(cuda.shared.array(T, int32))
+        a_r = cuda.local.array(CODES, int32)
+        b_r = cuda.local.array(CODES, int32)
+        acc_r = cuda.local.array(ACC_REGS, int32)
+        old_r = cuda.local.array(EACH, float32)
+        y_r = cuda.local.array(EACH, Y)
+
+        tid = int32(cuda.threadIdx.x)
+        warp, lane = tid >> 5, tid & 31
+        g, i = lane >> 2, lane & 3
+        k = int32(warp // WR) if WK > 1 else int32(0)  # which parts
+        w = int32(warp - k * WR)
+        first = int32(cuda.blockIdx.x) * T
+        limit = min(int32(M), int32(count[0]))  # no kernel writes it: it may be read before the wait
+        if first >= limit:
+            if first == 0:
+                wait()  # so that the launch does not end before those it follows
+            return
+        y = int32(cuda.blockIdx.y)
+        rank = int32(y % CLUSTER) if CLUSTER > 1 else int32(0)
+        unit0 = int32(y // CLUSTER) * UNITS
+        part0 = int32(rank * turns * WK)
+        filled = min(int32(turns), int32(STAGES)) * WK  # parts that have a place from the beginning
+        # Places in shared memory, in bytes.
+        unaligned, arrival = ptx.shared_address(shared, 0), ptx.shared_address(arrival_s, 0)
+        base = int32((unaligned + (PANEL_ALIGN - 1)) & -PANEL_ALIGN)
+
+        # 1. The first turns' weights, while the launches before this one still run. Warps take parts in turn.
+        if tid == 0:
+            for n in range(STAGES):
+                ptx.mbarrier_init(arrival + 8 * n)
+                if n < turns:
+                    ptx.mbarrier_expect_tx(arrival + 8 * n, STAGE)
+            ptx.prefetch_tensor_map(panels, 0)
+        cuda.syncthreads()
+        if lane == 0:
+            for n in range(warp, filled, WARPS):
+                t = int32(n // WK)
+                to = int32(base + t * STAGE + (n - t * WK) * WORDS)
+                copy_words(words, shared, to, arrival + 8 * t, int32(part0 + n), unit0, second)
+        for n in range(ACC_REGS):
+            acc_r[n] = int32(0)
+        # A thread's results: one row of every JUMP-th token.
+        own = int32(tid % ROWS)
+        row = int32(unit0 * BLOCK_ROWS + own)
+        token = int32(tid // ROWS + rank * STEP)
+        if tid >= STEP * ROWS or row >= rows:
+            token, row = int32(T), int32(rows - 1)
+        scale = scale1 = ZERO
+        if not ACC:
+            segment = int32(0) if row < bound1 else (int32(1) if row < bound2 else int32(2))
+            scale = scales[segment]
+            if GATED:
+                scale1 = scales[1]
+        wr, jump, last = int32((first + token) * rows + row), int32(JUMP * rows), int32((limit - 1) * rows + row)
+        release()
+        wait()
+
+        # 2. The first turns' activations.
+        if lane == 0:
+            for n in range(warp, filled, WARPS):
+                t = int32(n // WK)
+                to = int32(base + t * STAGE + (n - t * WK) * PANEL)
+                ptx.tma_load_2d(panels, 0, shared, to, arrival + 8 * t, int32(part0 + n) * SPAN_INTS, first)
+        if EARLY:
+            for n in range(EACH):  # beyond the last token: of that one, and not used
+                old_r[n] = out[min(int32(wr + n * jump), last)]
+        for n in range(SCALE_TURNS):
+            t = int32(tid + n * THREADS)
+            if t < T and first + t < limit:
+                inverse_s[t] = reciprocal(s[first + t])
+                total_s[t] = q_total[first + t]
+
+        # 3. Products. While those of one turn run, the next turn's words are decoded; the unit always has work.
+        own_panel = int32(base + k * PANEL)
+        own_words = int32(base + (WORDS_AT + k * WORDS) + ((w * SPAN + (g >> 2) * 16 + (g & 3) * 2) << 2))
+        shift = int32(CODE_BITS * i)
+        ptx.mbarrier_wait(arrival, 0)
+        load_codes(a_r, shared, own_words, shift)
+        start(acc_r, a_r, shared, own_panel)
+        block = words, panels, shared, tid, first, unit0, part0, int32(second), int32(turns)
+        places = base, arrival, own_panel, own_words, shift
+        state = int32(0), int32(0), int32(0)
+        # In pairs, for the two sets of codes: with a condition between, the assembler would run one product at a time.
+        turn = int32(1)
+        while turn + 1 < turns:
+            state = advance(b_r, acc_r, block, places, state, turn)
+            state = advance(a_r, acc_r, block, places, state, int32(turn + 1))
+            turn = int32(turn + 2)
+        if turn < turns:
+            advance(b_r, acc_r, block, places, state, turn)
+        finished(acc_r)
+        cuda.syncthreads()
+
+        # 4. Output. Sums c0 .. c3 of a lane: rows r, r, r + 1, r + 1 of tokens 2 i, 2 i + 1, 2 i, 2 i + 1.
+        sums = (base - unaligned) >> 2
+        to = sums + k * SUMS + 2 * i * WIDTH + w * BLOCK_ROWS + (g >> 2) * 8 + (g & 3) * 2
+        for t in range(T // TOKENS):
+            ptx.store2(shared, to + t * (TOKENS * WIDTH), acc_r[4 * t], acc_r[4 * t + 2])
+            ptx.store2(shared, to + (t * TOKENS + 1) * WIDTH, acc_r[4 * t + 1], acc_r[4 * t + 3])
+        given = scale, scale1, bias, row, int32(rows)
+        if CLUSTER > 1:
+            # The block's own sums become one, then each block reads its tokens' from all.
+            if WK > 1:
+                cuda.syncthreads()
+                for piece in range(tid, PIECES, THREADS):
+                    at = sums + 4 * piece
+                    c0, c1, c2, c3 = ptx.load4(shared, at)
+                    for part in range(1, WK):
+                        d0, d1, d2, d3 = ptx.load4(shared, at + part * SUMS)
+                        c0, c1, c2, c3 = int32(c0 + d0), int32(c1 + d1), int32(c2 + d2), int32(c3 + d3)
+                    ptx.store4(shared, at, c0, c1, c2, c3)
+            ptx.cluster_arrive()
+            ptx.cluster_wait()
+            writes = token < T and first + token < limit
+            if writes:
+                if RESIDUAL and not EARLY:
+                    for n in range(EACH):
+                        old_r[n] = out[min(int32(wr + n * jump), last)]
+                read_results(y_r, old_r, shared, unaligned, sums + own, total_s, inverse_s, token, given)
+            ptx.cluster_arrive()  # a block may end when nobody reads its sums any more
+            if writes:
+                for n in range(EACH):
+                    if wr <= last and (EXACT or token + n * JUMP < T):
+                        out[wr] = y_r[n]
+                    wr = int32(wr + jump)
+            ptx.cluster_wait()
+        else:
+            cuda.syncthreads()
+            while token < T and first + token < limit:
+                if RESIDUAL and not EARLY:
+                    for n in range(EACH):
+                        old_r[n] = out[min(int32(wr + n * jump), last)]
+                read_results(y_r, old_r, shared, unaligned, sums + own, total_s, inverse_s, token, given)
+                for n in range(EACH):
+                    if wr <= last and (EXACT or token + n * JUMP < T):
+                        out[wr] = y_r[n]
+                    wr = int32(wr + jump)
+                token = int32(token + JUMP * EACH)
+
+    return warpgroup

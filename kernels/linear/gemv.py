@@ -1,0 +1,410 @@
+"""The W2A8 matrix-vector product: ternary weights [N, K] as packed words, one token's activations as int8.
+
+    y[n] = (sum_k q[k] * w[n, k]) * scale[segment of n] / s  (+ bias[n])
+
+with q, s the absmax quantisation of the input vector. The products are exact integers; the codes w + 2 go into `dp4a`
+as they are stored, and 2 * sum(q) is taken off once per row.
+
+One factory, `make_gemv`, makes every form, from two choices:
+    prologue   "int8": q, s and sum(q) are given;  "quantize": x float32 is quantised here;
+               "norm": x goes through RMSNorm (weights given), then is quantised
+    epilogue   "acc": int32 sums, for tests;  "store": y;  "residual": y is added to what `out` holds;
+               "gated": activation(y[n]) * y[n + N/2], the feed-forward's gate and up rows at once
+Fusing pays because a 2B4T layer's weights stream in 4 us, but each launch costs about half a microsecond and each
+dependent trip through L2 another: the vector is small, so every block quantises all of it for itself, while its
+weights are on their way.
+
+Work split (P = parts, U = units a block holds at a time; the weights' layout is drawn in `packing`):
+
+    block b: row-blocks b, b + grid, ... (U of them), 16 rows each;   P warps share a row-block:
+        columns   0        128       256       384
+        warp 0    |========|         |         |======= ...      every P-th step of 128 columns
+        warp 1    |        |=========|         |        ...
+    lane: 16 bytes of a step = words 4*lane .. +3 = rows r .. r+3 of 16 columns, with
+        r       = 4 * (lane & 1) + 8 * (lane >> 2 & 1)
+        column  = 32 * (lane >> 3) + 16 * (lane >> 1 & 1)
+    so 8 lanes share rows. Four shuffles add them up, trading rows for lanes; the P warps meet in shared memory.
+
+All of a block's weights are loaded into registers before `pdl_wait`, i.e. while the kernels before this one still
+run. A matrix too large for that goes in rounds, each loading ahead for the next.
+
+Of a word, `word & (mask << 2i)` holds codes times 4^i, so a dp4a costs one more instruction instead of two; the sums
+for each i are kept apart and shifted back once. RMSNorm and absmax share one reduction over the block: the largest
+|w * x| is multiplied by 1 / rms afterwards, so the scale may be off by 2 ulp; a separate pass cost 0.7 us more.
+docs/performance-notes.md has what was tried and measured.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+
+from bitnet_numba.kernels import ptx
+from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, float32, int32
+from bitnet_numba.kernels.runtime.driver import Device, DeviceArray
+from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.spec import KernelSpec
+from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_BITS, CODE_MASK, CODE_OFFSET, packed_words
+
+STEP_COLS = 128  # columns that one 16-byte load of each lane covers: four blocks
+STEP_WORDS = WARP * 4
+# Eight warps a block: a barrier and a reduction cost more with each warp, and two neighbouring launches must fit a
+# SM's registers. Of 4, 6, 8, 10, 12, 16, 20 and 32, eight were the fastest for a whole layer.
+WARPS = 8
+SINGLE_ROUND_MAX_WARPS = 12
+BLOCK_MAX_WARPS = 32
+EXTRA_REGISTERS = 44  # a thread's, beside the weights it holds
+REGISTERS = 65536  # of a SM
+MAX_BLOCKS_PER_SM = 4  # of neighbouring launches that meet on a SM
+MAX_LOADS = 28  # 112 registers of weights
+MAX_SEGMENTS = 3  # q, k and v
+EPSILON = float32(1e-5)  # least absmax, as in `quantize`
+INT8_MAX = float32(127)
+ROUNDER = float32(1.5 * 2**23)
+ALL_ONES = 0x01010101  # four bytes of 1: dp4a with it adds up four activations
+
+
+def make_gemv(
+    arch: int,
+    K: int,
+    units: int,
+    parts: int,
+    prologue: str = "norm",
+    epilogue: str = "store",
+    activation: str = "relu2",
+    rounds: int = 1,
+) -> Callable[..., None]:
+    """The kernel for K columns. `units` row-blocks (pairs of them for "gated") are held by a block at a time, each
+    by `parts` warps; `rounds` times over."""
+    load, wait, release = ptx.stream_load(arch), ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
+    GATED, RESIDUAL, ACC = epilogue == "gated", epilogue == "residual", epilogue == "acc"
+    NORM, INT8, RELU2 = prologue == "norm", prologue == "int8", activation == "relu2"
+    UNITS, P, ROUNDS = units, parts, rounds
+    HALVES = 2 if GATED else 1
+    WARPS = UNITS * HALVES * P
+    THREADS = WARPS * WARP
+    KP = -(-K // BLOCK_COLS) * BLOCK_COLS
+    STEPS = -(-KP // STEP_COLS)
+    LOADS = -(-STEPS // P)  # of 16 bytes, per lane and round
+    W_REGS = 4 * LOADS
+    Q_WORDS = LOADS * P * STEP_COLS // 4
+    EXACT = KP == LOADS * P * STEP_COLS  # no lane's load lies beyond the row
+    SUM_INTS = WARPS * BLOCK_ROWS
+    CHUNKS = KP // 4  # 16-byte pieces of x
+    X_LOADS = -(-CHUNKS // THREADS)
+    X_REGS = 4 * X_LOADS
+    Q_CHUNKS = KP // 16
+    Q_LOADS = -(-Q_CHUNKS // THREADS)
+    OUT_THREADS = UNITS * BLOCK_ROWS
+    PER_COLUMN = float32(1 / K)
+    MASK0, MASK1, MASK2, MASK3 = (np.int32(np.uint32(CODE_MASK << CODE_BITS * i).astype(np.int32)) for i in range(4))
+    SHIFT1, SHIFT2, SHIFT3 = CODE_BITS, 2 * CODE_BITS, 3 * CODE_BITS
+    ZERO, ONE = float32(0), float32(1)
+
+    def gemv(words, x, norm, eps, scales, bias, out, rows, unit_count, second, bound1, bound2):
+        q_s = ptx.pointer(cuda.shared.array(Q_WORDS, int32, SHARED_ALIGN))
+        sum_s = ptx.pointer(cuda.shared.array(SUM_INTS, int32, SHARED_ALIGN))  # [WARPS, 16] partial rows
+        square_s = ptx.pointer(cuda.shared.array(WARPS, float32))
+        max_s = ptx.pointer(cuda.shared.array(WARPS, float32))
+        total_s = ptx.pointer(cuda.shared.array(WARPS, int32))
+        w_r = cuda.local.array(W_REGS, int32)
+        x_r = cuda.local.array(X_REGS, float32)
+        n_r = cuda.local.array(X_REGS, float32)
+
+        tid = int32(cuda.threadIdx.x)
+        warp, lane = int32(tid // WARP), int32(tid % WARP)
+        part = int32(warp % P)
+        half = int32(warp // P % HALVES)
+        slot = int32(warp // (P * HALVES))
+        first = int32(cuda.blockIdx.x)
+        grid = int32(cuda.gridDim.x)
+
+        # 1. This block's weights, and the norm's.
+        unit = int32(first + slot * grid)
+        for u in range(LOADS):
+            column = int32((part + u * P) * STEP_WORDS + lane * 4)
+            if unit < unit_count and (EXACT or column < KP):
+                a, b, c, d = load(words, int32(unit + half * second) * KP + column)
+                w_r[4 * u], w_r[4 * u + 1], w_r[4 * u + 2], w_r[4 * u + 3] = a, b, c, d
+            else:
+                for i in range(4):
+                    w_r[4 * u + i] = int32(0)
+        if NORM:
+            for j in range(X_LOADS):
+                chunk = int32(tid + j * THREADS)
+                if chunk < CHUNKS:
+                    n_r[4 * j], n_r[4 * j + 1], n_r[4 * j + 2], n_r[4 * j + 3] = ptx.load4(norm, chunk * 4)
+        release()
+        wait()
+
+        # 2. The activations as int8 in shared memory, their scale and sum.
+        if INT8:
+            scale_x = norm[0]
+            for j in range(Q_LOADS):
+                chunk = int32(tid + j * THREADS)
+                if chunk < Q_CHUNKS:
+                    a, b, c, d = ptx.load4(x, chunk * 4)
+                    ptx.store4(q_s, chunk * 4, a, b, c, d)
+        else:
+            for j in range(X_LOADS):
+                chunk = int32(tid + j * THREADS)
+                if chunk < CHUNKS:
+                    x_r[4 * j], x_r[4 * j + 1], x_r[4 * j + 2], x_r[4 * j + 3] = ptx.load4(x, chunk * 4)
+                else:
+                    for i in range(4):
+                        x_r[4 * j + i] = ZERO
+                        n_r[4 * j + i] = ZERO
+            squares = ZERO
+            largest = ZERO
+            for i in range(X_REGS):
+                if NORM:
+                    squares = float32(squares + x_r[i] * x_r[i])
+                    largest = max(largest, abs(float32(n_r[i] * x_r[i])))
+                else:
+                    largest = max(largest, abs(x_r[i]))
+            if NORM:
+                squares = ptx.warp_sum(squares)
+            largest = ptx.warp_max(largest)
+            if lane == 0:
+                square_s[warp] = squares
+                max_s[warp] = largest
+            cuda.syncthreads()
+            squares = ZERO
+            for i in range(WARPS):
+                if NORM:
+                    squares = float32(squares + square_s[i])
+                largest = max(largest, max_s[i])
+            if NORM:
+                inverse = ptx.rsqrt_approx(float32(squares * PER_COLUMN + eps))
+                largest = float32(largest * inverse)
+                for i in range(X_REGS):
+                    x_r[i] = ptx.mul_rn(n_r[i], ptx.mul_rn(x_r[i], inverse))
+            # A NaN in x makes the sum of squares NaN, and stays: then so is all of y. (max would drop it.)
+            scale_x = ptx.mul_rn(ptx.rcp_rn(EPSILON if largest < EPSILON else largest), INT8_MAX)
+            total = int32(0)
+            for j in range(X_LOADS):
+                # No clamp: |x| * scale_x is at most 127 (1 + 2^-20), which rounds to 127. Adding 1.5 * 2^23 rounds half
+                # to even and leaves the whole number in the low bits, four times as fast as a conversion.
+                q0 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j], scale_x), ROUNDER))
+                q1 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j + 1], scale_x), ROUNDER))
+                q2 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j + 2], scale_x), ROUNDER))
+                q3 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j + 3], scale_x), ROUNDER))
+                word = int32(ptx.byte_permute(ptx.byte_permute(q0, q1, 0x40), ptx.byte_permute(q2, q3, 0x40), 0x5410))
+                total = ptx.dp4a(word, ALL_ONES, total)
+                chunk = int32(tid + j * THREADS)
+                if chunk < CHUNKS:
+                    q_s[chunk] = word
+        cuda.syncthreads()
+        if not INT8:
+            total = ptx.warp_sum_int(total)  # here, not before the barrier: nobody needs it until the sums meet
+            if lane == 0:
+                total_s[warp] = total
+
+        # 3. Products, sums, output; a round's registers are refilled for the next as they are used.
+        for turn in range(ROUNDS):
+            base_unit = int32(first + turn * UNITS * grid)
+            unit = int32(base_unit + slot * grid)
+            following = int32(unit + UNITS * grid)
+            a00 = a01 = a02 = a03 = int32(0)  # a[row][i]: products of codes << 2 * i
+            a10 = a11 = a12 = a13 = int32(0)
+            a20 = a21 = a22 = a23 = int32(0)
+            a30 = a31 = a32 = a33 = int32(0)
+            for u in range(LOADS):
+                step = int32(part + u * P)
+                x0, x1, x2, x3 = ptx.load4(q_s, step * (STEP_COLS // 4) + (lane >> 3) * 8 + (lane >> 1 & 1) * 4)
+                w = w_r[4 * u]
+                a00, a01 = ptx.dp4a_us(w & MASK0, x0, a00), ptx.dp4a_us(w & MASK1, x1, a01)
+                a02, a03 = ptx.dp4a_us(w & MASK2, x2, a02), ptx.dp4a_us(w & MASK3, x3, a03)
+                w = w_r[4 * u + 1]
+                a10, a11 = ptx.dp4a_us(w & MASK0, x0, a10), ptx.dp4a_us(w & MASK1, x1, a11)
+                a12, a13 = ptx.dp4a_us(w & MASK2, x2, a12), ptx.dp4a_us(w & MASK3, x3, a13)
+                w = w_r[4 * u + 2]
+                a20, a21 = ptx.dp4a_us(w & MASK0, x0, a20), ptx.dp4a_us(w & MASK1, x1, a21)
+                a22, a23 = ptx.dp4a_us(w & MASK2, x2, a22), ptx.dp4a_us(w & MASK3, x3, a23)
+                w = w_r[4 * u + 3]
+                a30, a31 = ptx.dp4a_us(w & MASK0, x0, a30), ptx.dp4a_us(w & MASK1, x1, a31)
+                a32, a33 = ptx.dp4a_us(w & MASK2, x2, a32), ptx.dp4a_us(w & MASK3, x3, a33)
+                if ROUNDS > 1:
+                    column = int32(step * STEP_WORDS + lane * 4)
+                    if following < unit_count and (EXACT or column < KP) and turn + 1 < ROUNDS:
+                        a, b, c, d = load(words, int32(following + half * second) * KP + column)
+                        w_r[4 * u], w_r[4 * u + 1], w_r[4 * u + 2], w_r[4 * u + 3] = a, b, c, d
+            # Sums of 4^i multiples are 4^i multiples: the shifts are exact.
+            r0 = int32(a00 + (a01 >> SHIFT1) + (a02 >> SHIFT2) + (a03 >> SHIFT3))
+            r1 = int32(a10 + (a11 >> SHIFT1) + (a12 >> SHIFT2) + (a13 >> SHIFT3))
+            r2 = int32(a20 + (a21 >> SHIFT1) + (a22 >> SHIFT2) + (a23 >> SHIFT3))
+            r3 = int32(a30 + (a31 >> SHIFT1) + (a32 >> SHIFT2) + (a33 >> SHIFT3))
+            upper = (lane & 2) != 0
+            keep0, keep1, send0, send1 = (r2, r3, r0, r1) if upper else (r0, r1, r2, r3)
+            keep0 = int32(keep0 + ptx.shuffle_xor(send0, 2))
+            keep1 = int32(keep1 + ptx.shuffle_xor(send1, 2))
+            odd = (lane & 8) != 0
+            keep, send = (keep1, keep0) if odd else (keep0, keep1)
+            keep = int32(keep + ptx.shuffle_xor(send, 8))
+            keep = int32(keep + ptx.shuffle_xor(keep, 16))
+            if lane < 16:
+                row = (lane & 1) * 4 + (lane >> 2 & 1) * 8 + (lane & 2) + (lane >> 3 & 1)
+                sum_s[warp * BLOCK_ROWS + row] = keep
+
+            out_unit = int32(base_unit + tid // BLOCK_ROWS * grid)
+            n = int32(out_unit * BLOCK_ROWS + tid % BLOCK_ROWS)
+            writes = tid < OUT_THREADS and out_unit < unit_count and n < rows
+            scale = scale2 = offset = offset2 = old = ZERO
+            if writes and not ACC:
+                scale = scales[0] if n < bound1 else (scales[1] if n < bound2 else scales[2])
+                if bias is not None:
+                    offset = bias[n]
+                if RESIDUAL:
+                    old = out[n]
+                if GATED:
+                    scale2 = scales[1]
+                    if bias is not None:
+                        offset2 = bias[rows + n]
+            cuda.syncthreads()
+            if writes:
+                if INT8:
+                    total = int32(norm[1])
+                else:
+                    total = int32(0)
+                    for i in range(WARPS):
+                        total = int32(total + total_s[i])
+                start = int32(tid // BLOCK_ROWS * HALVES * P * BLOCK_ROWS + tid % BLOCK_ROWS)
+                acc = int32(-CODE_OFFSET * total)
+                for i in range(P):
+                    acc = int32(acc + sum_s[start + i * BLOCK_ROWS])
+                if ACC:
+                    out[n] = acc
+                else:
+                    y = ptx.div_rn(ptx.mul_rn(ptx.int_to_float(acc), scale), scale_x)
+                    if bias is not None:
+                        y = ptx.add_rn(y, offset)
+                    if GATED:
+                        acc = int32(-CODE_OFFSET * total)
+                        for i in range(P):
+                            acc = int32(acc + sum_s[start + (P + i) * BLOCK_ROWS])
+                        z = ptx.div_rn(ptx.mul_rn(ptx.int_to_float(acc), scale2), scale_x)
+                        if bias is not None:
+                            z = ptx.add_rn(z, offset2)
+                        if RELU2:
+                            y = max(y, ZERO)
+                            y = ptx.mul_rn(ptx.mul_rn(y, y), z)
+                        else:
+                            y = ptx.mul_rn(ptx.div_rn(y, ptx.add_rn(ONE, math.exp(-y))), z)
+                    if RESIDUAL:
+                        y = ptx.add_rn(old, y)
+                    out[n] = y
+            if ROUNDS > 1:
+                cuda.syncthreads()  # the next round writes the sums again
+
+    return gemv
+
+
+class Plan(NamedTuple):
+    """How a product is split: what `make_gemv` is specialised to, and the grid."""
+
+    units: int  # row-blocks (pairs for "gated") of a block in a round
+    parts: int  # warps that share a row-block
+    rounds: int
+    grid: int  # blocks
+
+
+def plan(rows: int, K: int, num_sms: int, gated: bool = False) -> Plan:
+    """The launch rule: one block a SM, its weights in registers all at once if they fit.
+
+    A block owns every grid-th unit of 16 rows (pairs of 16 for "gated"). It has about WARPS warps: few enough for the
+    blocks of the next launches to fit beside it and for cheap barriers, enough to hide latencies. A lane holds at most
+    MAX_LOADS loads; where more than SINGLE_ROUND_MAX_WARPS warps would be needed, the units are done in rounds, by
+    WARPS of them: loading ahead takes more registers.
+    """
+    halves = 2 if gated else 1
+    total = -(-rows // (BLOCK_ROWS * halves))
+    steps = -(-K // STEP_COLS)
+    each = -(-total // num_sms)
+    for rounds in range(1, each + 1):
+        units = -(-each // rounds)
+        parts = max(-(-steps // MAX_LOADS), min(steps, WARPS // (units * halves)))
+        if units * halves * parts <= (SINGLE_ROUND_MAX_WARPS if rounds == 1 else WARPS):
+            break
+    parts = -(-steps // -(-steps // parts))  # no more warps than the loads need
+    if parts * units * halves > BLOCK_MAX_WARPS:
+        raise ValueError(
+            f"{K} columns are more than the {BLOCK_MAX_WARPS * MAX_LOADS * STEP_COLS} that a block can hold"
+        )
+    return Plan(units, parts, rounds, min(total, num_sms))
+
+
+@cache
+def spec(
+    arch: int,
+    K: int,
+    split: Plan,
+    prologue: str = "norm",
+    epilogue: str = "store",
+    activation: str = "relu2",
+    bias: bool = False,
+) -> KernelSpec:
+    """The compiled form that fits a plan."""
+    halves = 2 if epilogue == "gated" else 1
+    f32, i32 = types.float32, types.int32
+    x = types.CPointer(i32 if prologue == "int8" else f32)
+    out = types.CPointer(i32 if epilogue == "acc" else f32)
+    signature = (
+        types.CPointer(i32), x, types.CPointer(f32), f32, types.CPointer(f32),
+        types.CPointer(f32) if bias else types.none, out, i32, i32, i32, i32, i32,
+    )  # fmt: skip
+    name = f"w2a8_gemv[{K} {prologue} {epilogue} {activation if halves == 2 else ''} {split[:3]} {bias}]"
+    loads = -(-K // (STEP_COLS * split.parts))
+    threads = split.units * halves * split.parts * WARP
+    return KernelSpec(
+        name=name,
+        kernel=make_gemv(arch, K, split.units, split.parts, prologue, epilogue, activation, split.rounds),
+        signature=signature,
+        threads=threads,
+        blocks_per_sm=max(1, min(MAX_BLOCKS_PER_SM, REGISTERS // (threads * (4 * loads + EXTRA_REGISTERS)))),
+        dp4a=16 * loads,
+        wide_loads=loads,
+    )
+
+
+def w2a8_gemv(
+    device: Device,
+    words: DeviceArray,
+    q: DeviceArray,
+    quantization: DeviceArray,
+    scales: DeviceArray,
+    out: DeviceArray,
+    N: int,
+    K: int,
+    ends: Sequence[int] = (),
+    bias: DeviceArray | None = None,
+    overlap: bool = True,
+) -> Launch:
+    """The prepared launch of a single product; calling it with a stream's handle costs about 5 us of host time.
+
+    words int32 [packed_words(N, K)]; q int8 [K rounded up to 32], zeros at the end; quantization float32 [2]: s of
+    `quantize_activations`, and the sum of q; scales float32, one for each of up to three segments of rows that end at
+    `ends` (by default one segment, N); bias float32 [N] or None; out float32 [N] for (acc * scale / s) + bias, or int32
+    [N] for the sums acc. Raises ValueError with the sizes if they do not fit together.
+    """
+    ends = tuple(ends) or (N,)
+    if not 1 <= len(ends) <= MAX_SEGMENTS or ends[-1] != N or list(ends) != sorted(ends):
+        raise ValueError(f"w2a8_gemv: segments that end at {ends} do not divide {N} rows into up to {MAX_SEGMENTS}")
+    padded_K = -(-K // BLOCK_COLS) * BLOCK_COLS
+    sizes = {"words": (words, packed_words(N, K)), "q": (q, padded_K), "quantization": (quantization, 2)}
+    sizes |= {"scales": (scales, len(ends)), "out": (out, N)} | ({"bias": (bias, N)} if bias is not None else {})
+    for name, (array, size) in sizes.items():
+        if array.size < size:
+            raise ValueError(f"w2a8_gemv: {name} holds {array.size} elements, a {N} x {K} product takes {size}")
+    if out.dtype not in ("float32", "int32"):
+        raise ValueError(f"w2a8_gemv: out must be float32 or int32, not {out.dtype}")
+    epilogue = "acc" if out.dtype == np.int32 else "store"
+    split = plan(N, K, device.num_sms)
+    bounds = (*ends, N, N)[:2]
+    arguments = (words, q, quantization, 0.0, scales, bias, out, N, -(-N // BLOCK_ROWS), 0, *bounds)
+    return Launch(
+        spec(device.arch, K, split, "int8", epilogue, bias=bias is not None), split.grid, arguments, device, overlap
+    )

@@ -1,0 +1,157 @@
+"""TODO docstring."""
+
+from typing import Any
+
+import numpy as np
+
+from bitnet_numba.kernels.ptx.base import device_function, instruction, int32, uint32
+
+# ---- Products -------------------------------------------------------------------------------------------------------
+
+
+def _bytes(word: Any, signed: bool) -> list[int]:
+    return [int(b) for b in np.array([int(word) & 0xFFFFFFFF], "<u4").view(np.int8 if signed else np.uint8)]
+
+
+@instruction("dp4a.s32.s32 $0, $1, $2, $3;", "r", "rrr")
+def dp4a(a: Any, b: Any, c: Any) -> Any:
+    """c + the dot product of four int8 pairs, int32. sm_61."""
+    return int32(int(c) + sum(x * y for x, y in zip(_bytes(a, True), _bytes(b, True), strict=True)))
+
+
+@instruction("dp4a.u32.s32 $0, $1, $2, $3;", "r", "rrr")
+def dp4a_us(a: Any, b: Any, c: Any) -> Any:
+    """c + the dot product of four uint8 (a) and int8 (b) pairs, int32. sm_61."""
+    return int32(int(c) + sum(x * y for x, y in zip(_bytes(a, False), _bytes(b, True), strict=True)))
+
+
+# ---- Conversions ----------------------------------------------------------------------------------------------------
+
+
+@instruction("cvt.rni.s32.f32 $0, $1;", "r", "f")
+def round_to_int(x: Any) -> Any:
+    """The nearest int32, half to even; saturates, NaN becomes 0. Any architecture."""
+    return np.int32(0) if x != x else np.int32(min(max(np.rint(np.float64(x)), -(2**31)), 2**31 - 1))
+
+
+@instruction("cvt.rn.f32.s32 $0, $1;", "f", "r")
+def int_to_float(x: Any) -> Any:
+    """An int32 as the nearest float32. Any architecture."""
+    return np.float32(np.int32(x))
+
+
+@instruction("mov.b32 $0, $1;", "f", "u")
+def bits_to_float(word: Any) -> Any:
+    """The float32 that a 32-bit pattern stands for. Any architecture."""
+    return np.array([int(word) & 0xFFFFFFFF], np.uint32).view(np.float32)[0]
+
+
+@instruction("mov.b32 $0, $1;", "u", "f")
+def float_to_bits(x: Any) -> Any:
+    """A float32's bit pattern, uint32. Any architecture."""
+    return np.array([x], np.float32).view(np.uint32)[0]
+
+
+@instruction("prmt.b32 $0, $1, $2, $3;", "u", "uuu")
+def byte_permute(a: Any, b: Any, selector: Any) -> Any:
+    """The word whose byte k is byte (selector >> 4k) & 7 of the eight in a (0-3) and b (4-7). Any architecture."""
+    source = _bytes(a, False) + _bytes(b, False)
+    return np.uint32(sum(source[int(selector) >> 4 * k & 7] << 8 * k for k in range(4)))
+
+
+@instruction("shl.b32 $0, $1, 16;", "f", "r")
+def bf16_low(word: Any) -> Any:
+    """float32 of the bfloat16 in a word's lower half (the first of two in memory). Any architecture."""
+    return bits_to_float(int(word) << 16)
+
+
+@instruction("and.b32 $0, $1, 0xffff0000;", "f", "r")
+def bf16_high(word: Any) -> Any:
+    """float32 of the bfloat16 in a word's upper half (the second of two in memory). Any architecture."""
+    return bits_to_float(int(word) & 0xFFFF0000)
+
+
+@device_function
+def to_bf16(x: Any) -> Any:
+    """float32 rounded to the nearest bfloat16, ties to even, as a float32; NaN stays NaN. Any architecture."""
+    bits = float_to_bits(x)
+    rounded = uint32(uint32(bits + uint32(0x7FFF) + (uint32(bits >> uint32(16)) & uint32(1))) & uint32(0xFFFF0000))
+    return bits_to_float(rounded) if x == x else x
+
+
+@device_function
+def join_bf16(low: Any, high: Any) -> Any:
+    """Two float32 that are bfloat16 already, in one word, the first in the lower half. Any architecture."""
+    return int32(byte_permute(float_to_bits(low), float_to_bits(high), 0x7632))
+
+
+# ---- Approximations; each bound is from the PTX manual --------------------------------------------------------------
+
+
+@instruction("ex2.approx.ftz.f32 $0, $1;", "f", "f")
+def exp2_approx(x: Any) -> Any:
+    """2^x within 2 ulp (relative error 2^-22), results under 2^-126 flushed to 0. Any architecture."""
+    return np.exp2(np.float32(x))
+
+
+@instruction("rcp.approx.f32 $0, $1;", "f", "f")
+def rcp_approx(x: Any) -> Any:
+    """1 / x, to within 1 ulp. Any architecture."""
+    return np.float32(1) / np.float32(x)
+
+
+@instruction("rsqrt.approx.f32 $0, $1;", "f", "f")
+def rsqrt_approx(x: Any) -> Any:
+    """1 / sqrt(x), relative error at most 2^-22.9. Any architecture."""
+    return np.float32(1) / np.sqrt(np.float32(x))
+
+
+# ---- Arithmetic that must round exactly as NumPy does: the compiler may not fuse it ---------------------------------
+
+
+@instruction("mul.rn.f32 $0, $1, $2;", "f", "ff")
+def mul_rn(a: Any, b: Any) -> Any:
+    """a * b rounded to float32, never fused into a multiply-add. Any architecture."""
+    return np.float32(a) * np.float32(b)
+
+
+@instruction("add.rn.f32 $0, $1, $2;", "f", "ff")
+def add_rn(a: Any, b: Any) -> Any:
+    """a + b rounded to float32, never fused into a multiply-add. Any architecture."""
+    return np.float32(a) + np.float32(b)
+
+
+@instruction("div.rn.f32 $0, $1, $2;", "f", "ff")
+def div_rn(a: Any, b: Any) -> Any:
+    """a / b, correctly rounded. Any architecture."""
+    return np.float32(a) / np.float32(b)
+
+
+@instruction("rcp.rn.f32 $0, $1;", "f", "f")
+def rcp_rn(x: Any) -> Any:
+    """1 / x, correctly rounded. Any architecture."""
+    return np.float32(1) / np.float32(x)
+
+
+@instruction("sqrt.rn.f32 $0, $1;", "f", "f")
+def sqrt_rn(x: Any) -> Any:
+    """The square root, correctly rounded. Any architecture."""
+    return np.sqrt(np.float32(x))
+
+
+@instruction("mul.hi.u32 $0, $1, $2;", "u", "uu")
+def mul_hi(a: Any, b: Any) -> Any:
+    """The upper half of a 32 x 32 bit product, uint32. Any architecture."""
+    return uint32(int(a) * int(b) >> 32)
+
+
+@instruction("mul.lo.u32 $0, $1, $2;", "u", "uu")
+def mul_lo(a: Any, b: Any) -> Any:
+    """The lower half of a 32 x 32 bit product, uint32. Any architecture."""
+    return uint32(int(a) * int(b))
+
+
+@instruction("div.u32 $0, $1, $2;", "r", "rr")
+def udiv(a: Any, b: Any) -> Any:
+    """a // b for int32 a >= 0, b > 0: Numba's own divides 64 bits, ten times the instructions. Any architecture."""
+    return int32(int(a) // int(b))

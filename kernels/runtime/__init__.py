@@ -1,0 +1,1 @@
+"""How a kernel gets onto a device: what it is (`spec`), compiling it (`compiler`), the driver, and launching it."""

@@ -1,0 +1,200 @@
+"""Prompts in passes and batches on the GPU: against the reference, and against themselves cut otherwise."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import bitnet_numba
+from bitnet_numba.backends.host import ReferenceBackend
+from bitnet_numba.backends.protocol import NO_TOKEN, Batch
+from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
+from bitnet_numba.engine.engine import DEMO
+from bitnet_numba.errors import BackendError
+from bitnet_numba.sampling import SamplingParams
+from tests.backends.test_cuda import GREEDY, check_close, one_by_one, random_ids
+from tests.kernels.harness import needs_gpu
+from tools.convert import convert
+from tools.make_checkpoint import PRESETS, make_checkpoint
+
+
+def backend_of(checkpoint: PackedCheckpoint) -> Any:
+    from bitnet_numba.backends.cuda.backend import CudaBackend
+
+    return CudaBackend(checkpoint)
+
+
+def params_of(seed: int) -> SamplingParams:
+    """Greedy for even seeds, else all of sampling."""
+    return GREEDY if seed % 2 == 0 else SamplingParams(1.0, 0.95, 50, 0.01, 1.1, seed)
+
+
+def answer(
+    batch: Batch, prompts: dict[int, list[int]], count: int, pages: dict[int, list[int]]
+) -> dict[int, list[int]]:
+    """The first `count` tokens of each slot's answer, all decoding together, a step ahead of what is collected."""
+    tokens: dict[int, list[int]] = {slot: [] for slot in prompts}
+    for slot, ids in prompts.items():
+        batch.start(slot, ids, params_of(len(ids)), pages[slot], 0)
+        batch.prefill(slot, len(ids))
+    for step in range(count - 1):
+        batch.step(list(prompts))
+        collect(batch, tokens, len(prompts) if step == 0 else 1)
+    collect(batch, tokens, 1)
+    return tokens
+
+
+def collect(batch: Batch, tokens: dict[int, list[int]], calls: int) -> None:
+    """Adds the results of so many calls to each slot's tokens."""
+    for _ in range(calls):
+        for slot, token in batch.collect():
+            tokens[slot].append(token)
+
+
+@needs_gpu
+def test_prompts_cut_anyhow_give_the_same_bits(demo: PackedCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitnet_numba.backends.cuda import backend as cuda_backend
+
+    ids = random_ids(demo, 300, 1)
+    whole = backend_of(demo).new_context(300).logits(ids)
+    monkeypatch.setattr(cuda_backend, "MAX_SCORED", 23)
+    monkeypatch.setattr(cuda_backend, "MAX_ROWS", 32)
+    cut = backend_of(demo).new_context(300)
+    rng, start, parts = np.random.default_rng(2), 0, []
+    while start < len(ids):
+        count = int(rng.integers(2, 60))
+        if start + count >= len(ids) - 1:
+            count = len(ids) - start
+        parts.append(cut.logits(ids[start : start + count]))
+        start += count
+    assert np.concatenate(parts).tobytes() == whole.tobytes()
+
+
+@needs_gpu
+def test_a_prompt_agrees_with_its_tokens_one_by_one(demo: PackedCheckpoint) -> None:
+    ids = random_ids(demo, 200, 3)
+    context = backend_of(demo).new_context(200)
+    together = context.logits(ids)
+    context.truncate(0)
+    check_close(together, one_by_one(context, ids), 0.8, 0.12)
+
+
+@needs_gpu
+def test_company_changes_nothing(demo: PackedCheckpoint) -> None:
+    """The same tokens alone and in company, whatever the slot, the pages and the neighbours."""
+    backend, rng = backend_of(demo), np.random.default_rng(4)
+    prompts = {slot: random_ids(demo, int(rng.integers(1, 150)), slot) for slot in range(23)}
+    batch = backend.new_batch(23, 300)
+    deck = rng.permutation(batch.num_pages).tolist()
+    pages = {slot: [deck.pop() for _ in range(4)] for slot in prompts}
+    together = answer(batch, prompts, 60, pages)
+    batch.close()
+    for slot in (0, 1, 7, 22):
+        alone = backend.new_batch(1, 300)
+        assert answer(alone, {0: prompts[slot]}, 60, {0: [3, 1, 0, 2]})[0] == together[slot]
+        alone.close()
+
+
+@needs_gpu
+def test_a_shared_beginning_is_computed_once(demo: PackedCheckpoint) -> None:
+    backend = backend_of(demo)
+    batch = backend.new_batch(2, 300)
+    ids = random_ids(demo, 150, 5)
+    expected = answer(batch, {0: ids}, 20, {0: [4, 2, 0, 7]})[0]
+    batch.start(1, ids, params_of(len(ids)), [4, 2, 1, 3], 128)
+    batch.prefill(1, 22)
+    tokens: dict[int, list[int]] = {1: []}
+    collect(batch, tokens, 1)
+    for _ in range(19):
+        batch.step([1])
+        collect(batch, tokens, 1)
+    assert tokens[1] == expected
+    batch.close()
+
+
+@needs_gpu
+def test_numbers_that_are_none_stay_with_their_sequence(demo: PackedCheckpoint) -> None:
+    """NaN in one sequence's cache ends that one; its pages serve another afterwards."""
+    from bitnet_numba.kernels.runtime.driver import DeviceView
+
+    backend = backend_of(demo)
+    batch = backend.new_batch(2, 200)
+    prompts = {0: random_ids(demo, 70, 6), 1: random_ids(demo, 71, 7)}
+    pages = {0: [0, 2, 4], 1: [1, 3, 5]}
+    expected = answer(batch, prompts, 10, pages)
+    for slot, ids in prompts.items():
+        batch.start(slot, ids, params_of(len(ids)), pages[slot], 0)
+        batch.prefill(slot, len(ids))
+        batch.collect()
+    backend.stream.synchronize()
+    state = batch._state
+    keys, _ = state.keys_values(0)
+    for page in pages[0]:
+        whole = DeviceView(keys.address + 4 * page * state.page_words, state.page_words, np.int32)
+        whole.write(np.full(state.page_words, -1, np.int32))
+    tokens: dict[int, list[int]] = {0: [], 1: []}
+    for _ in range(9):
+        batch.step([0, 1])
+        collect(batch, tokens, 1)
+    assert tokens[0][0] == NO_TOKEN
+    assert tokens[1] == expected[1][1:]
+    assert answer(batch, prompts, 10, {0: pages[1], 1: pages[0]}) == expected
+    batch.close()
+
+
+@needs_gpu
+def test_batches_agree_with_the_reference(tmp_path: Path) -> None:
+    """Each token is the reference's choice given those before it, or as good as; for a model of other sizes, too."""
+    spec, config = PRESETS["tiny-llama"]
+    make_checkpoint(tmp_path / "source", config | {"head_dim": 256, "attention_bias": True}, spec, seed=8)
+    convert(tmp_path / "source", tmp_path / "packed", head="int8")
+    for checkpoint in (open_packed(DEMO), open_packed(tmp_path / "packed")):
+        batch = backend_of(checkpoint).new_batch(3, 120)
+        prompts = {slot: random_ids(checkpoint, 10 * (slot + 1), slot) for slot in range(3)}
+        for slot, tokens in answer(batch, prompts, 24, {slot: [2 * slot, 2 * slot + 1] for slot in range(3)}).items():
+            ids = prompts[slot]
+            logits = ReferenceBackend(checkpoint).new_context(120).logits([*ids, *tokens[:-1]])[len(ids) - 1 :]
+            behind = logits.max(axis=1) - logits[np.arange(len(tokens)), tokens]
+            assert (behind <= 0.3 * logits.std(axis=1)).mean() > 0.9, (slot, behind / logits.std(axis=1))
+        batch.close()
+
+
+@needs_gpu
+def test_generate_batch_of_the_built_in_model() -> None:
+    llm = bitnet_numba.load(None)
+    assert llm.backend == "cuda"
+    chats = [[{"role": "user", "content": f"Tell me a story about a {who}."}] for who in ("fox", "dog", "cat", "owl")]
+    params = [SamplingParams(0.8, seed=seed) if seed else GREEDY for seed in range(4)]
+    together = llm.generate_batch(chats, params, max_new_tokens=80)
+    for chat, one, done in zip(chats, params, together, strict=True):
+        assert llm.generate_batch([chat], one, max_new_tokens=80)[0].text == done.text
+        assert done.token_ids
+
+
+@needs_gpu
+def test_too_large_a_batch_says_what_would_fit(demo: PackedCheckpoint) -> None:
+    backend = backend_of(demo)
+    with pytest.raises(BackendError, match=r"takes .* GB of device memory and .* GB are free: \d+ tokens would fit"):
+        backend.new_batch(4, 1000, 1 << 40)
+    with pytest.raises(BackendError, match="at most 256 sequences"):
+        backend.new_batch(257, 1000)
+
+
+@needs_gpu
+@pytest.mark.alone
+def test_a_batch_gives_its_memory_back(demo: PackedCheckpoint) -> None:
+    backend = backend_of(demo)
+    for turn in range(4):
+        batch = backend.new_batch(8, 200)
+        answer(
+            batch,
+            {slot: [1, 2, 3] for slot in range(8)},
+            5,
+            {slot: list(range(slot * 4, slot * 4 + 4)) for slot in range(8)},
+        )
+        batch.close()
+        if turn == 1:
+            free = backend.device.memory_info()[0]
+    assert backend.memory()["kv_cache"] == 0
+    assert backend.device.memory_info()[0] >= free - (4 << 20)

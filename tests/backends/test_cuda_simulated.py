@@ -1,0 +1,221 @@
+"""The whole decode step without a GPU: the backend's own host code over the simulator.
+
+A block of host memory plays the device's: addresses are real, copies are memmove, and a launch runs its kernel on the
+arrays that its pointers lie in. What is checked is what single-kernel tests cannot see: which buffer goes where, in
+which order, and that a context survives cuts. The model is tiny, since a simulated step takes seconds.
+"""
+
+import ctypes
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.kernels.harness import ARCH, run_simulated
+
+CONFIG = {
+    "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+    "intermediate_size": 48, "vocab_size": 300, "max_position_embeddings": 16,
+}  # fmt: skip
+
+
+class HostMemory:
+    """Stands in for the driver: allocations inside one buffer, at their real addresses."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, np.ndarray] = {}
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """What `device.driver_call` would do."""
+        if name in ("cuMemAlloc", "cuMemHostAlloc"):
+            block = np.full(-(-arguments[0] // 16) * 16, 0xA5, np.uint8)
+            self.blocks[block.ctypes.data] = block
+            return block.ctypes.data
+        if name == "cuMemHostGetDevicePointer":
+            return arguments[0]
+        if name == "cuMemsetD8":
+            ctypes.memset(*arguments)
+        elif name.startswith("cuMemcpy"):
+            ctypes.memmove(*arguments[:3])
+        elif name in ("cuMemFree", "cuMemFreeHost"):
+            del self.blocks[int(arguments[0])]
+        elif name == "cuMemGetInfo":
+            return 1 << 30, 1 << 30
+        return 0
+
+    def array(self, address: int, dtype: Any) -> np.ndarray:
+        """The memory from an address to the end of its allocation."""
+        start = max(block for block in self.blocks if block <= address)
+        return self.blocks[start][address - start :].view(dtype)
+
+
+class FakeDevice:
+    """What the host code asks of a Device."""
+
+    arch, num_sms, name = ARCH, 2, "simulator"
+
+    def activate(self) -> None:
+        """Nothing to do."""
+
+    def memory_info(self) -> tuple[int, int]:
+        """Plenty."""
+        return 1 << 30, 1 << 30
+
+
+def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
+    """A CudaBackend over host memory and the simulator."""
+    from numba import cuda, types
+    from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+
+    from bitnet_numba.backends.cuda import backend, decode
+    from bitnet_numba.backends.cuda import forward as rows
+    from bitnet_numba.kernels import embedding as embed
+    from bitnet_numba.kernels.attention import decode as attention
+    from bitnet_numba.kernels.attention import kv_cache
+    from bitnet_numba.kernels.attention import paged_decode as attention_batch
+    from bitnet_numba.kernels.attention import paged_simt as attention_rows
+    from bitnet_numba.kernels.attention import prefill as attention_prompt
+    from bitnet_numba.kernels.linear import gemm as w2a8_matmul
+    from bitnet_numba.kernels.linear import gemv as w2a8_gemv
+    from bitnet_numba.kernels.linear import quantize as norm_quant
+    from bitnet_numba.kernels.linear.tile import Tile
+    from bitnet_numba.kernels.lm_head import gemm_mma as head_many
+    from bitnet_numba.kernels.lm_head import gemm_wgmma as head_warpgroup
+    from bitnet_numba.kernels.lm_head import gemv as head
+    from bitnet_numba.kernels.ptx.tma import SimulatedTensorMap
+    from bitnet_numba.kernels.runtime import driver as device
+    from bitnet_numba.kernels.sampling import batched as sampler_many
+    from bitnet_numba.kernels.sampling import single as sampler
+    from tests.kernels import simulator
+
+    simulator.install()
+    memory = HostMemory()
+
+    class SimulatedLaunch:
+        def __init__(self, spec: Any, grid: Any, arguments: Any, device: Any, overlap: bool = True):
+            self.spec, self.grid, self.arguments = spec, grid, arguments
+            assert len(arguments) == len(spec.signature)
+
+        def __call__(self, stream: Any) -> None:
+            values = []
+            for kind, argument in zip(self.spec.signature, self.arguments, strict=True):
+                if isinstance(argument, SimulatedTensorMap):
+                    pass
+                elif isinstance(kind, types.CPointer):
+                    dtype = np.dtype(str(kind.dtype))
+                    argument = FakeCUDAArray(memory.array(int(getattr(argument, "address", argument)), dtype))
+                elif kind == types.float32:
+                    argument = np.float32(argument)
+                values.append(argument)
+            simulator.Block.of_clusters(self.spec.cluster)
+            cuda.jit(self.spec.kernel)[self.grid, self.spec.threads, 0, self.spec.shared](*values)
+
+    def simulated_map(address: int, rows: int, row_ints: int, box_rows: int, box_ints: int) -> SimulatedTensorMap:
+        matrix = memory.array(address, np.dtype(np.int32))[: rows * row_ints]
+        return SimulatedTensorMap(matrix.reshape(rows, row_ints), box_rows, box_ints)
+
+    class Replayed:
+        def __init__(self, launches: Any):
+            self.launches = launches
+
+        def replay(self, stream: Any) -> None:
+            for launch in self.launches:
+                launch(None)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(device, "driver_call", memory.call)
+    for module in (
+        attention, attention_batch, attention_prompt, attention_rows, decode, embed, head, head_many,
+        head_warpgroup, kv_cache, norm_quant, sampler, sampler_many, w2a8_gemv, w2a8_matmul,
+    ):  # fmt: skip
+        monkeypatch.setattr(module, "Launch", SimulatedLaunch)
+    for module in (head_warpgroup, w2a8_matmul):
+        monkeypatch.setattr(module, "tensor_map", simulated_map)
+    monkeypatch.setattr(backend, "usable_device", FakeDevice)
+    monkeypatch.setattr(backend, "load_specs", lambda *arguments: None)
+    monkeypatch.setattr(device.Stream, "capture", lambda self, launches: Replayed(launches))
+    monkeypatch.setattr(device.Stream, "idle", lambda self: True)
+    monkeypatch.setattr(sampler, "MAX_BLOCKS", 1)  # blocks run one after the other: none may wait for another
+    monkeypatch.setattr(attention, "SHORT", (1, 64, 2, 1))  # fewer threads, for speed
+    monkeypatch.setattr(backend, "STEPS_AHEAD", 1)
+    monkeypatch.setattr(rows, "MIN_ROWS", 2)
+    monkeypatch.setattr(w2a8_matmul, "plan", lambda *arguments: Tile(8, 1, 4, 1, 0, 2, scheme="wgmma"))
+    monkeypatch.setattr(head, "form", partial(head.spec, threads=128))
+    monkeypatch.setattr(head_many, "head_many_form", partial(head_many.head_many_spec, threads=64))
+    monkeypatch.setattr(norm_quant, "norm_quant_form", partial(norm_quant.norm_quant_spec, threads=64))
+    return backend.CudaBackend(checkpoint)
+
+
+def simulate_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from bitnet_numba.backends.host import ReferenceBackend
+    from bitnet_numba.checkpoint.packed import open_packed
+    from bitnet_numba.sampling import SamplingParams, sample
+    from tools.convert import convert
+    from tools.make_checkpoint import PRESETS, make_checkpoint
+
+    spec, config = PRESETS["tiny"]
+    make_checkpoint(tmp_path / "source", config | CONFIG, spec, seed=2)
+    convert(tmp_path / "source", tmp_path / "packed", head="int8")
+    checkpoint = open_packed(tmp_path / "packed")
+    context = simulated_backend(monkeypatch, checkpoint).new_context(16)
+    reference = ReferenceBackend(checkpoint).new_context(16)
+
+    expected = reference.logits([5, 250])
+    logits = context.logits([5, 250])
+    # Only the first token's cache is read, so bfloat16 rounding of keys and values stays small.
+    assert np.abs(logits - expected).max() < 0.2 * expected.std()
+
+    context.truncate(1)
+    params = SamplingParams(repetition_penalty=1.5)
+    steps = context.decode([250], params)
+    token = next(steps)
+    steps.close()
+    assert token == sample(logits[-1], [5, 250], params)
+    assert context.ids == [5, 250, token]
+
+
+def simulate_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two sequences, whose pages lie anyhow, get the tokens that each would get alone."""
+    from bitnet_numba.checkpoint.packed import open_packed
+    from bitnet_numba.kernels.attention import paged_decode as attention_batch
+    from bitnet_numba.kernels.lm_head import gemm_mma as head_many
+    from bitnet_numba.kernels.lm_head import gemm_wgmma as head_warpgroup
+    from bitnet_numba.kernels.sampling import batched as sampler_many
+    from bitnet_numba.sampling import SamplingParams
+    from tools.convert import convert
+    from tools.make_checkpoint import PRESETS, make_checkpoint
+
+    spec, config = PRESETS["tiny"]
+    make_checkpoint(tmp_path / "source", config | CONFIG, spec, seed=3)
+    convert(tmp_path / "source", tmp_path / "packed", head="bf16")
+    backend = simulated_backend(monkeypatch, open_packed(tmp_path / "packed"))
+    monkeypatch.setattr(attention_batch, "threads_for", lambda *arguments: 64)
+    monkeypatch.setattr(sampler_many, "sampler_many_form", partial(sampler_many.sampler_many_spec, threads=64))
+    for module in (head_many, head_warpgroup):
+        monkeypatch.setattr(module, "norm_split_form", partial(module.norm_split_spec, threads=64))
+    params = SamplingParams(0.8, seed=5)
+    tokens = []
+    for prompts, pages in (([[5, 250], [7]], [[1], [0]]), ([[7]], [[0]])):
+        batch = backend.new_batch(len(prompts), 16)
+        for slot, ids in enumerate(prompts):
+            batch.start(slot, ids, params, pages[slot], 0)
+            batch.prefill(slot, len(ids))
+        batch.step(list(range(len(prompts))))
+        tokens.append([batch.collect() for _ in range(len(prompts) + 1)])
+        batch.close()
+    (_, first), (_, alone) = tokens[0][0][0], tokens[1][0][0]
+    assert tokens[0][1] == [(1, alone)]
+    assert tokens[0][2][1] == (1, tokens[1][1][0][1])
+
+    context = backend.new_context(16)
+    steps = context.decode([5, 250], params)
+    assert [next(steps), next(steps)] == [first, tokens[0][2][0][1]]
+    steps.close()
+
+
+def test_simulated() -> None:
+    run_simulated(__file__)

@@ -1,0 +1,223 @@
+"""The reference batch against the reference context: the same tokens and the same numbers, to the bit."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bitnet_numba as bn
+from bitnet_numba.backends import host_batch as batch_module
+from bitnet_numba.backends.host import ReferenceBackend
+from bitnet_numba.backends.host_batch import PagedCache, ReferenceBatch, page_bytes
+from bitnet_numba.backends.protocol import NO_TOKEN, Batch
+from bitnet_numba.checkpoint.packed import open_packed
+from bitnet_numba.engine.engine import Engine
+from bitnet_numba.errors import BackendError
+from bitnet_numba.reference.model import PIECE, Cache, Rows
+from bitnet_numba.sampling import SamplingParams
+
+GREEDY = SamplingParams(seed=0)
+
+
+@pytest.fixture(scope="module")
+def backend(tiny_packed: Path) -> ReferenceBackend:
+    return ReferenceBackend(open_packed(tiny_packed))
+
+
+@pytest.fixture(scope="module")
+def demo() -> Engine:
+    return bn.load(None, backend="reference")
+
+
+def prompt_of(length: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 500, length).tolist()
+
+
+def alone(backend: ReferenceBackend, ids: list[int], params: SamplingParams, count: int) -> list[int]:
+    decoding = backend.new_context(len(ids) + count).decode(ids, params)
+    return [next(decoding) for _ in range(count)]
+
+
+lengths = st.sampled_from([1, 2, 40, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 150])
+
+
+@given(st.lists(st.tuples(lengths, st.integers(0, 2), st.floats(0, 1.5)), min_size=1, max_size=4), st.data())
+@settings(max_examples=15)
+def test_in_company_as_alone(
+    backend: ReferenceBackend, asked: list[tuple[int, int, float]], data: st.DataObject
+) -> None:
+    """Prompts in any order and in pieces of any pages, slots and pages in any order, others stepping in between."""
+    batch = backend.new_batch(len(asked), 200)
+    slots = data.draw(st.permutations(range(len(asked))))
+    pages = data.draw(st.permutations(range(batch.num_pages)))
+    got: dict[int, list[int]] = {slot: [] for slot in slots}
+    rest = {}
+    for slot, (length, seed, temperature) in zip(slots, asked, strict=True):
+        own, pages = pages[:3], pages[3:]
+        batch.start(slot, prompt_of(length, seed), SamplingParams(temperature, seed=seed), own, 0)
+        rest[slot] = length
+    while rest:
+        slot = data.draw(st.sampled_from(sorted(rest)))
+        count = min(rest[slot], PIECE * data.draw(st.integers(1, 3)))
+        batch.prefill(slot, count)
+        rest[slot] -= count
+        if rest[slot] == 0:
+            del rest[slot]
+            collect(batch, got)
+        if ready := [slot for slot in slots if 1 <= len(got[slot]) < 5]:
+            batch.step(data.draw(st.permutations(ready)))
+            collect(batch, got)
+    for slot, (length, seed, temperature) in zip(slots, asked, strict=True):
+        params = SamplingParams(temperature, seed=seed)
+        assert got[slot] == alone(backend, prompt_of(length, seed), params, len(got[slot]))
+
+
+def collect(batch: Batch, got: dict[int, list[int]]) -> None:
+    for slot, token in batch.collect():
+        got[slot].append(token)
+
+
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=3), st.integers(1, PIECE), st.integers(0, 99))
+@settings(max_examples=10)
+def test_paged_equals_contiguous(backend: ReferenceBackend, calls: list[int], last: int, seed: int) -> None:
+    """Hidden states, keys and values, however a prompt is divided at the ends of pages."""
+    model, config = backend.model, backend.model.config
+    ids = prompt_of(PIECE * sum(calls) + last, seed)
+    pages = np.random.default_rng(seed).permutation(12)[: sum(calls) + 1]
+    pool = np.full((12, config.num_layers, 2, PIECE, config.num_kv_heads, config.head_dim), np.nan, np.float32)
+    paged, whole = PagedCache(pool, pages.tolist(), 0), Cache(config, len(ids))
+    expected = np.concatenate(list(model.extend(ids, whole)))
+    hidden = []
+    for part in np.split(np.array(ids), np.cumsum(calls) * PIECE):
+        hidden += list(model.extend(part.tolist(), paged))
+    np.testing.assert_array_equal(np.concatenate(hidden), expected)
+    held = pool[pages].transpose(1, 2, 0, 3, 4, 5).reshape(config.num_layers, 2, -1, *pool.shape[4:])
+    np.testing.assert_array_equal(held[:, :, : len(ids)], whole.values)
+
+
+def test_a_shared_beginning_is_read_and_not_computed_again(backend: ReferenceBackend) -> None:
+    beginning = prompt_of(2 * PIECE, 1)
+    batch = backend.new_batch(2, 300)
+    assert isinstance(batch, ReferenceBatch)
+    first, second = [*beginning, 5, 6], [*beginning, 7]
+    batch.start(0, first, GREEDY, [0, 1, 2], 0)
+    batch.prefill(0, len(first))
+    shared = batch._pool[:2].copy()
+    batch.start(1, second, GREEDY, [0, 1, 3], 2 * PIECE)
+    fed: list[int] = []
+    forward = backend.model.forward
+    backend.model.forward = lambda ids, cache: fed.append(len(ids)) or forward(ids, cache)  # type: ignore
+    try:
+        batch.prefill(1, 1)
+    finally:
+        backend.model.forward = forward  # type: ignore[method-assign]
+    assert fed == [1]
+    got: dict[int, list[int]] = {0: [], 1: []}
+    for _ in range(5):
+        batch.step([1, 0])
+    for _ in range(7):
+        collect(batch, got)
+    assert got == {0: alone(backend, first, GREEDY, 6), 1: alone(backend, second, GREEDY, 6)}
+    np.testing.assert_array_equal(batch._pool[:2], shared)
+
+
+def test_numbers_that_are_not_finite_stay_with_their_sequence(tiny_packed: Path) -> None:
+    """Embeddings of one token are made infinite; a prompt that shares the page with it fails, one that does not is
+    answered, also where it shares pages computed before."""
+    backend = ReferenceBackend(open_packed(tiny_packed))
+    bad, stored = 77, np.array(backend.model.embedding.stored)
+    stored[bad] = 0x7F80  # infinity in bfloat16
+    backend.model.embedding = Rows(stored, None)  # the head keeps its own
+    good = [i for i in prompt_of(2 * PIECE, 3) if i != bad] + [5] * 9
+    broken = [*good[:PIECE], bad, *good[PIECE + 1 : PIECE + 80]]
+    batch = backend.new_batch(3, 200)
+    for slot, ids, pages, computed in (
+        (0, broken, [0, 1, 2], 0),
+        (1, good[:100], [0, 3], PIECE),
+        (2, broken, [0, 1, 4], 2 * PIECE),
+    ):
+        batch.start(slot, ids, GREEDY, pages, computed)
+        batch.prefill(slot, len(ids) - computed)
+    batch.step([2, 1, 0])
+    got: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for _ in range(4):
+        collect(batch, got)
+    assert got[0] == got[2] == [NO_TOKEN] * 2
+    assert got[1] == alone(backend, good[:100], GREEDY, 2)
+
+
+def test_room_follows_what_is_asked_for(backend: ReferenceBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = backend.model.config
+    assert backend.new_batch(3, PIECE + 1).num_pages == 6
+    assert backend.new_batch(3, PIECE + 1, PIECE * 4 + 1).num_pages == 5
+    monkeypatch.setattr("bitnet_numba.backends.host.ROOM", 4 * page_bytes(config))
+    assert backend.new_batch(3, PIECE + 1).num_pages == 4
+    assert backend.new_batch(3, 9 * PIECE).num_pages == 9  # one sequence always has room
+
+    def no_memory(*arguments: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(batch_module.np, "empty", no_memory)
+    with pytest.raises(BackendError, match=r"room for 640 tokens takes .* GB of memory"):
+        backend.new_batch(1, 640)
+
+
+def test_misuse_is_noticed(backend: ReferenceBackend) -> None:
+    batch = backend.new_batch(1, 200)
+    for arguments in (
+        (1, [5], [0], 0),
+        (0, [5], [], 0),
+        (0, [5], [batch.num_pages], 0),
+        (0, [5] * 70, [0, 1], 3),
+        (0, [5] * PIECE, [0], PIECE),
+    ):
+        slot, ids, pages, computed = arguments
+        with pytest.raises(ValueError, match=r"no slot 1|cannot lie in pages|are not whole pages or leave none"):
+            batch.start(slot, ids, GREEDY, pages, computed)
+    batch.start(0, [5] * 70, GREEDY, [0, 1], 0)
+    for count in (0, 5, 71):
+        with pytest.raises(ValueError, match="end neither a page nor the prompt"):
+            batch.prefill(0, count)
+    with pytest.raises(ValueError, match="has not computed its prompt"):
+        batch.step([0])
+    batch.close()
+
+
+STORIES = [
+    [{"role": "user", "content": f"Tell me a story about {things}."}]
+    for things in (
+        "a fox and a lantern",
+        "a dog and a kite",
+        "a cat",
+        "an owl and a key",
+        "a mouse and a hat",
+        "a bear",
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("params", "most"), [(SamplingParams(), None), (SamplingParams(0.8, seed=11), 60)], ids=["greedy", "seeded"]
+)
+def test_stories_told_together_are_those_told_alone(demo: Engine, params: SamplingParams, most: int | None) -> None:
+    together = demo.generate_batch(STORIES, params, most, max_sequences=4)
+    for completion, prompt in zip(together, STORIES, strict=True):
+        single = demo.generate(prompt, most, **vars(params))
+        assert (completion.text, completion.token_ids) == (single.text, single.token_ids)
+        assert completion.finish_reason == single.finish_reason == ("length" if most else "stop")
+
+
+def test_questions_about_one_story_share_it(demo: Engine) -> None:
+    """Turns that go on from the same long story compute it once, and are answered as they would be alone."""
+    story = demo.generate(STORIES[1])
+    said = [*STORIES[1], {"role": "assistant", "content": story.text}]
+    questions = [
+        [*said, {"role": "user", "content": text}]
+        for text in ("What was the name of the dog?", "Where did they go?", "What can you do?")
+    ]
+    together = demo.generate_batch(questions)
+    assert [completion.text for completion in together] == [demo.generate(question).text for question in questions]
+    reused = [completion.stats.reused_tokens for completion in together]
+    assert reused[0] == 0 and reused[1] == reused[2] and reused[1] >= 2 * PIECE

@@ -1,0 +1,393 @@
+"""The scheduler and generate_batch over a toy backend: every request is answered as a session would answer it alone."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from bitnet_numba.engine.completion import Completion
+from bitnet_numba.engine.engine import Engine
+from bitnet_numba.engine.scheduler import Scheduler, Update
+from bitnet_numba.errors import BackendError, ContextFull, RequestError
+from bitnet_numba.sampling import SamplingParams
+from tests.engine.toy_backend import TOKENIZER, VOCAB, ToyBackend, sampling, some_ids, tokens_of, toy_engine, toy_logits
+
+EOT = 1999
+CONTEXT = 48
+BEGINNING = list(range(100, 130))  # prompts share parts of it
+
+
+def logits_that_end(ids: Sequence[int]) -> NDArray[np.float32]:
+    """Toy logits after which a stop token comes now and then."""
+    logits = toy_logits(ids)
+    if sum(ids[-2:]) % 16 == 0:
+        logits[EOT] = 100.0
+    return logits
+
+
+def engine(script: Sequence[int] = (), context: int = CONTEXT) -> tuple[Engine, ToyBackend]:
+    llm, backend = toy_engine(script, context)
+    backend.logits = logits_that_end
+    return llm, backend
+
+
+prompts = st.one_of(some_ids, st.integers(1, 30).map(lambda n: BEGINNING[:n]))
+requests = st.fixed_dictionaries(
+    {
+        "prompt": st.builds(lambda a, b: (a + b)[:CONTEXT], st.integers(0, 30).map(lambda n: BEGINNING[:n]), prompts),
+        "params": sampling,
+        "max_new_tokens": st.one_of(st.none(), st.integers(1, 60)),
+        "stop": st.sampled_from([(), "e", ["th", "a ", "on"], [" "]]),
+    }
+)
+
+
+def alone(llm: Engine, request: dict[str, Any]) -> Completion:
+    return llm.session().generate(**request)
+
+
+def run(scheduler: Scheduler) -> list[Update]:
+    updates = []
+    while scheduler.busy:
+        updates += scheduler.step()
+    return updates
+
+
+def same_answer(one: Completion, other: Completion) -> bool:
+    return (one.text, one.token_ids, one.finish_reason, one.stats.prompt_tokens, one.stats.generated_tokens) == (
+        (other.text, other.token_ids, other.finish_reason, other.stats.prompt_tokens, other.stats.generated_tokens)
+    )
+
+
+@given(
+    st.lists(st.one_of(requests, st.none(), st.integers(0, 12)), max_size=25),
+    st.integers(1, 5),
+    st.sampled_from([None, 60, 100]),
+    st.sampled_from([1, 8, 100]),
+)
+def test_every_request_is_answered_as_if_alone(
+    events: list[dict[str, Any] | int | None], max_sequences: int, tokens: int | None, chunk: int
+) -> None:
+    """Events: a request comes, or (None) a step, or (a number) the request of that number is cancelled."""
+    llm, backend = engine()
+    scheduler = llm.scheduler(max_sequences, tokens, chunk)
+    batch = backend.batches[0]
+    asked: list[dict[str, Any]] = []
+    cancelled: set[int] = set()
+    updates: list[Update] = []
+    for event in events:
+        if isinstance(event, dict):
+            assert scheduler.add(**event) == len(asked)
+            asked.append(event)
+        elif event is not None:
+            cancelled.add(event)
+            scheduler.cancel(event)
+        else:
+            updates += scheduler.step()
+        assert scheduler.running <= max_sequences
+    updates += run(scheduler)
+
+    for number, request in enumerate(asked):
+        own = [update for update in updates if update.request == number]
+        *before, last = own
+        assert last.completion is not None and all(u.completion is None and u.text for u in before)
+        assert "".join(update.text for update in own) == last.completion.text
+        expected = alone(llm, request)
+        if last.completion.finish_reason == "interrupted":
+            assert number in cancelled
+            ids = last.completion.token_ids
+            assert ids == expected.token_ids[: len(ids)] and expected.text.startswith(last.completion.text)
+        else:
+            assert same_answer(last.completion, expected)
+    assert len({update.request for update in updates}) == len(asked)
+    # Nothing is left behind, and nothing was computed twice or for nobody.
+    assert (scheduler.running, scheduler.waiting, scheduler.busy) == (0, 0, False)
+    assert scheduler._pool.free == batch.num_pages and len(scheduler._slots) == max_sequences
+    ended = [update.completion.stats for update in updates if update.completion]
+    if not cancelled:
+        assert sum(batch.prefilled) == sum(stats.prompt_tokens - stats.reused_tokens for stats in ended)
+        assert batch.started == [request["prompt"] for request in asked]  # first come, first served
+    scheduler.close()
+    assert batch.closed
+
+
+# Room
+
+
+def test_those_that_do_not_fit_wait_their_turn() -> None:
+    llm, backend = engine(tokens_of("a"))
+    scheduler = llm.scheduler(max_sequences=3, tokens=40)
+    big = scheduler.add([5] * 20, max_new_tokens=5)  # 24 tokens: 6 pages of 10
+    also_big = scheduler.add([6] * 20, max_new_tokens=5)
+    small = scheduler.add([7], max_new_tokens=1)  # would fit, but came later
+    scheduler.step()
+    assert (scheduler.running, scheduler.waiting) == (1, 2)
+    ended: list[int] = []
+    while scheduler.waiting:
+        ended += [update.request for update in scheduler.step() if update.completion]
+    assert ended == [big] and scheduler.running == 2
+    assert sorted(update.request for update in run(scheduler) if update.completion) == [also_big, small]
+    assert [ids[0] for ids in backend.batches[0].started] == [5, 6, 7]
+
+
+def test_a_cancelled_request_makes_room_in_the_same_step() -> None:
+    llm, backend = engine(tokens_of("a"))
+    scheduler = llm.scheduler(max_sequences=1)
+    first, second, third = (scheduler.add([i], max_new_tokens=9) for i in (5, 6, 7))
+    for _ in range(3):
+        scheduler.step()
+    scheduler.cancel(third)
+    scheduler.cancel(first)
+    scheduler.cancel(99)
+    updates = scheduler.step()
+    assert [(update.request, update.completion.finish_reason) for update in updates if update.completion] == [
+        (third, "interrupted"),
+        (first, "interrupted"),
+    ]
+    assert len(backend.batches[0].started) == 2 and scheduler.running == 1
+    completion = run(scheduler)[-1].completion
+    assert completion is not None and len(completion.token_ids) == 9
+    scheduler.cancel(second)
+    assert scheduler.busy and scheduler.step() == []
+
+
+def test_a_request_cancelled_amid_its_prompt_frees_its_room() -> None:
+    llm, backend = engine(tokens_of("a"), context=200)
+    scheduler = llm.scheduler(max_sequences=2, prefill_chunk=20)
+    batch = backend.batches[0]
+    first = scheduler.add(list(range(100)), max_new_tokens=3)
+    for _ in range(2):
+        scheduler.step()
+    scheduler.cancel(first)
+    (update,) = scheduler.step()
+    assert update.completion is not None and update.completion.finish_reason == "interrupted"
+    assert (update.completion.text, update.completion.token_ids) == ("", [])
+    assert scheduler._pool.free == batch.num_pages and sum(batch.prefilled) == 40
+    scheduler.add(list(range(50)), max_new_tokens=3)  # what had been computed is still of use
+    completion = run(scheduler)[-1].completion
+    assert completion is not None and completion.stats.reused_tokens == 40
+    assert len(completion.token_ids) == 3 and sum(batch.prefilled) == 50
+
+
+def test_what_could_never_fit_is_refused_at_once() -> None:
+    llm, _ = engine()
+    scheduler = llm.scheduler(max_sequences=2, tokens=30)  # 8 pages of 4
+    with pytest.raises(RequestError, match="may take 48 tokens, but there is room for 32 in all"):
+        scheduler.add([5] * 3)
+    with pytest.raises(RequestError, match="may take 33 tokens"):
+        scheduler.add([5] * 30, max_new_tokens=4)
+    scheduler.add([5] * 30, max_new_tokens=3)
+    with pytest.raises(ContextFull, match="the prompt has 49 tokens, but the context holds 48"):
+        scheduler.add([5] * 49)
+    assert scheduler.waiting == 1
+
+
+@pytest.mark.parametrize("sizes", [(0, None, 1), (1, 0, 1), (1, None, 0), (True, None, 1), (1, 2.5, 1)], ids=str)
+def test_sizes_that_are_none(sizes: tuple[Any, Any, Any]) -> None:
+    llm, backend = engine()
+    with pytest.raises(RequestError, match="must be a whole number of at least 1"):
+        llm.scheduler(*sizes)
+    assert backend.batches == []
+
+
+# Rounds
+
+
+def test_it_stays_a_step_ahead_and_never_shows_what_follows_a_stop() -> None:
+    llm, backend = engine([*tokens_of("Fine."), EOT, *tokens_of("never")])
+    scheduler = llm.scheduler(max_sequences=2)
+    scheduler.add([5])
+    updates = run(scheduler)
+    assert "".join(update.text for update in updates) == "Fine."
+    log = backend.batches[0].log
+    assert log[:3] == ["start", "prefill", "step"]
+    assert log[3:7] == ["step", "collect", "collect", "step"]  # the next step before the first results
+    assert log.count("step") == len(tokens_of("Fine.")) + 1  # the last of them for nothing
+
+
+def test_no_step_is_enqueued_beyond_a_known_end() -> None:
+    llm, backend = engine(tokens_of("a"))
+    scheduler = llm.scheduler(max_sequences=2)
+    scheduler.add([5], max_new_tokens=4)
+    scheduler.add([5] * 46)
+    reasons = {update.request: update.completion.finish_reason for update in run(scheduler) if update.completion}
+    assert reasons == {0: "length", 1: "context"}
+    assert backend.batches[0].log.count("step") == 3
+
+
+def test_long_prompts_are_computed_in_pieces_while_others_go_on() -> None:
+    llm, backend = engine(tokens_of("a"), context=1000)
+    scheduler = llm.scheduler(max_sequences=2, prefill_chunk=100)
+    scheduler.add([5], max_new_tokens=50)
+    for _ in range(3):
+        scheduler.step()
+    long = scheduler.add(list(range(730)), max_new_tokens=1)
+    rounds = []
+    while scheduler.running + scheduler.waiting == 2:
+        rounds.append([update.request for update in scheduler.step()])
+    assert backend.batches[0].prefilled[1:] == [100] * 7 + [30]
+    assert rounds == [[0]] * 8 + [[long, 0]] or rounds == [[0]] * 8 + [[0, long]]
+
+
+def test_many_short_prompts_share_a_round() -> None:
+    llm, backend = engine(tokens_of("a"))
+    scheduler = llm.scheduler(max_sequences=20, prefill_chunk=100)
+    for i in range(20):
+        scheduler.add([i] * 10, max_new_tokens=5)
+    scheduler.step()
+    assert scheduler.running == 10 and sum(backend.batches[0].prefilled) == 100
+
+
+def test_a_common_beginning_is_computed_once() -> None:
+    llm, backend = engine(tokens_of("a"))
+    scheduler = llm.scheduler(max_sequences=8)
+    for i in range(8):
+        scheduler.add([*BEGINNING, i], max_new_tokens=3)
+    completions = [update.completion for update in run(scheduler) if update.completion]
+    assert [completion.stats.reused_tokens for completion in completions] == [0] + [28] * 7  # whole pages of 4
+    assert sum(backend.batches[0].prefilled) == 31 + 7 * 3
+    scheduler.add([*BEGINNING, 9], max_new_tokens=3)  # all have ended, but it is still known
+    assert run(scheduler)[-1].completion.stats.reused_tokens == 28  # type: ignore[union-attr]
+
+
+# What goes wrong
+
+
+def test_numbers_that_are_not_finite_end_one_request_alone() -> None:
+    llm, backend = engine()
+    backend.bad_token = 1234
+    scheduler = llm.scheduler(max_sequences=3)
+    params = SamplingParams(1.0, seed=1)
+    for ids in ([5, 6], [5, 1234], [7]):
+        scheduler.add(ids, params, max_new_tokens=9)
+    updates = run(scheduler)
+    assert [update.request for update in updates if update.error] == [1]
+    assert not any(update.text or update.completion for update in updates if update.request == 1)
+    backend.bad_token = None
+    for number, ids in ((0, [5, 6]), (2, [7])):
+        completion = next(u.completion for u in updates if u.request == number and u.completion)
+        assert same_answer(completion, alone(llm, {"prompt": ids, "params": params, "max_new_tokens": 9}))
+    assert scheduler._pool.free == backend.batches[0].num_pages
+    backend.bad_token = 1234
+    with pytest.raises(BackendError, match="prompt 1: the model's weights make numbers that are not finite"):
+        llm.generate_batch([[5], [1234]])
+    assert backend.batches[1].closed
+
+
+def test_a_backend_that_fails_closes_the_scheduler() -> None:
+    llm, backend = engine(tokens_of("a"))
+    backend.fail_after = 2
+    scheduler = llm.scheduler()
+    scheduler.add([5])
+    with pytest.raises(ValueError, match="a step failed"):
+        run(scheduler)
+    assert backend.batches[0].closed and not scheduler.busy
+    with pytest.raises(RequestError, match="this scheduler is closed"):
+        scheduler.step()
+    with pytest.raises(RequestError, match="this scheduler is closed"):
+        scheduler.add([5])
+    scheduler.close()
+
+
+def test_requests_may_come_from_any_thread() -> None:
+    llm, _ = engine(tokens_of("abc"))
+    scheduler = llm.scheduler(max_sequences=4)
+    numbers: list[int] = []
+
+    def ask(first: int) -> None:
+        for i in range(25):
+            number = scheduler.add([first + i], max_new_tokens=3)
+            numbers.append(number)
+            if i % 5 == 0:
+                scheduler.cancel(number)
+
+    threads = [threading.Thread(target=ask, args=(100 * i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    updates = []
+    while any(thread.is_alive() for thread in threads):
+        updates += scheduler.step()
+    updates += run(scheduler)
+    ended = [update.request for update in updates if update.completion]
+    assert sorted(ended) == sorted(numbers) == list(range(100))
+
+
+# generate_batch
+
+
+@given(st.lists(requests, max_size=8), st.integers(1, 9))
+def test_generate_batch_gives_the_answers_in_order(asked: list[dict[str, Any]], max_sequences: int) -> None:
+    llm, backend = engine()
+    got = llm.generate_batch(
+        [request["prompt"] for request in asked],
+        [request["params"] for request in asked],
+        max_new_tokens=12,
+        stop="e",
+        max_sequences=max_sequences,
+    )
+    expected = [alone(llm, request | {"max_new_tokens": 12, "stop": "e"}) for request in asked]
+    assert all(same_answer(a, b) for a, b in zip(got, expected, strict=True))
+    assert all(batch.closed for batch in backend.batches)
+
+
+def test_generate_batch_takes_prompts_of_all_forms() -> None:
+    llm, _ = engine()
+    chat = [{"role": "user", "content": "Hi."}]
+    forms: list[Any] = ["Once", [5, 6], chat]
+    for params in (None, SamplingParams(0.9, seed=3), [None, SamplingParams(1.1, seed=2), SamplingParams()]):
+        each = params if isinstance(params, list) else [params] * 3
+        got = llm.generate_batch(forms, params, max_new_tokens=6)
+        for completion, prompt, own in zip(got, forms, each, strict=True):
+            assert same_answer(completion, alone(llm, {"prompt": prompt, "params": own, "max_new_tokens": 6}))
+    unseeded = llm.generate_batch(["x"] * 4, SamplingParams(1.5), max_new_tokens=8)
+    assert len({completion.text for completion in unseeded}) > 1  # each prompt draws a seed of its own
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": ["x", ""]}, "prompt 1: the prompt is empty"),
+        ({"prompts": ["x", [VOCAB]]}, "prompt 1: token id 2000"),
+        ({"prompts": [[5], [5] * 49]}, "prompt 1: the prompt has 49 tokens"),
+        ({"prompts": [5, 6]}, "prompt 0: a prompt is a text"),
+        ({"prompts": "text"}, "prompts must be a list"),
+        ({"prompts": {"role": "user"}}, "prompts must be a list"),
+        ({"prompts": None}, "prompts must be a list"),
+        ({"prompts": ["x"], "params": [None, None]}, "1 prompts but 2 sampling parameters"),
+        ({"prompts": ["x"], "params": 5}, "params must be"),
+        ({"prompts": ["x"], "params": [5]}, "params must be"),
+        ({"prompts": ["x"], "max_new_tokens": 0}, "max_new_tokens must be"),
+        ({"prompts": ["x"], "stop": ""}, "a stop string must be"),
+        ({"prompts": ["x"], "max_sequences": 0}, "max_sequences must be"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_told_before_anything_is_computed(arguments: dict[str, Any], message: str) -> None:
+    llm, backend = engine()
+    with pytest.raises(RequestError, match=message) as caught:
+        llm.generate_batch(**arguments)
+    assert "\n" not in str(caught.value)
+    assert all(batch.log == [] for batch in backend.batches)
+
+
+def test_stop_strings_of_a_model_without_a_template_hold_in_batches() -> None:
+    llm, _ = engine([*tokens_of(" Fine.\nUser: And you?"), EOT])
+    llm.tokenizer = type(TOKENIZER)(TOKENIZER._backend, add_bos=True, named_tokens={"eos_token": "<|eot_id|>"})
+    chat = [{"role": "user", "content": "Hi."}]
+    texts = [completion.text for completion in llm.generate_batch([chat, "Hi."])]
+    assert texts == [" Fine.", " Fine.\nUser: And you?"]
+
+
+def test_seeds_are_drawn_once_a_request() -> None:
+    llm, _ = engine()
+    scheduler = llm.scheduler()
+    for seed in (None, 5, 5):
+        scheduler.add("x", replace(SamplingParams(1.2), seed=seed), max_new_tokens=10)
+    texts = {update.request: update.completion.text for update in run(scheduler) if update.completion}
+    assert texts[1] == texts[2] != texts[0]

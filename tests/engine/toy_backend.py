@@ -1,0 +1,212 @@
+"""A backend without a model: its logits are a pure function of the tokens so far, and it counts what it computes."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from bitnet_numba.backends.protocol import NO_TOKEN
+from bitnet_numba.config import ModelConfig
+from bitnet_numba.engine.engine import Engine
+from bitnet_numba.sampling import SamplingParams, sample
+from bitnet_numba.text.tokenizer import Tokenizer
+from tests.conftest import GOLDEN
+
+VOCAB = 2000
+TOKENIZER = Tokenizer.open(GOLDEN / "tokenizer", VOCAB)
+CONFIG = ModelConfig(VOCAB, 64, 64, 1, 1, 1, 64, 4096, 1e-5, 1e4, "relu2", sub_norms=True, tied=True)
+
+some_ids = st.lists(st.integers(0, 1989), min_size=1, max_size=30)  # no special tokens: none of these ends an answer
+sampling = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.7, 1.5]),
+    top_p=st.sampled_from([1.0, 0.9]),
+    top_k=st.sampled_from([0, 40]),
+    min_p=st.sampled_from([0.0, 0.05]),
+    repetition_penalty=st.sampled_from([1.0, 1.3]),
+    seed=st.integers(0, 2**64 - 1),
+)
+
+
+class ToyBackend:
+    """`script`: the tokens that every answer repeats; without one, tokens are chosen from the logits.
+
+    `ahead`: by how many steps `ids` runs ahead of the tokens handed out, as with a backend that works asynchronously.
+    """
+
+    name = "toy"
+
+    def __init__(self, script: Sequence[int] = (), ahead: int = 0):
+        self.script = list(script)
+        self.ahead = ahead
+        self.prefilled: list[int] = []  # tokens computed for each prompt
+        self.fail_after: int | None = None  # tokens of an answer before a step fails
+        self.open_contexts = 0
+        self.logits: Callable[[Sequence[int]], NDArray[np.float32]] = toy_logits
+        self.page_size = 4
+        self.bad_token: int | None = None  # in a batch, sequences that hold it have logits of NaN
+        self.batches: list[ToyBatch] = []  # all that were ever made
+
+    def new_context(self, capacity: int) -> "ToyContext":
+        self.open_contexts += 1
+        return ToyContext(self, capacity)
+
+    def new_batch(self, max_sequences: int, capacity: int, tokens: int | None = None) -> "ToyBatch":
+        pages = -(-(tokens or max_sequences * capacity) // self.page_size)
+        self.batches.append(ToyBatch(self, max_sequences, capacity, pages))
+        return self.batches[-1]
+
+    def choose(self, ids: Sequence[int], prompt: int, params: SamplingParams) -> int:
+        """The token after `ids`, of which the first `prompt` are the prompt."""
+        if self.script:
+            return self.script[(len(ids) - prompt) % len(self.script)]
+        return sample(self.logits(ids), ids, params)
+
+    def memory(self) -> dict[str, int]:
+        return {"weights": 123}
+
+
+class ToyContext:
+    def __init__(self, backend: ToyBackend, capacity: int):
+        self.backend = backend
+        self.capacity = capacity
+        self.ids: list[int] = []
+
+    def truncate(self, length: int) -> None:
+        if not 0 <= length <= len(self.ids):
+            raise ValueError(f"cannot cut {len(self.ids)} tokens to {length}")
+        del self.ids[length:]
+
+    def feed(self, ids: Sequence[int]) -> None:
+        assert 1 <= len(ids) <= self.capacity - len(self.ids), "the engine fed more than fits, or nothing"
+        assert all(type(i) is int for i in ids)
+        self.ids += ids
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        start = len(self.ids)
+        self.feed(ids)
+        return np.stack([toy_logits(self.ids[: i + 1]) for i in range(start, len(self.ids))])
+
+    def decode(self, ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
+        assert params.seed is not None
+        self.backend.prefilled.append(len(ids))
+        self.feed(ids)
+        chosen: list[int] = []
+        room = self.capacity - len(self.ids)
+        for given in range(room + 1):
+            while len(chosen) <= min(given + self.backend.ahead, room):
+                if chosen:
+                    self.feed(chosen[-1:])
+                chosen.append(self.backend.choose(self.ids, len(self.ids) - len(chosen), params))
+            if given == self.backend.fail_after:
+                raise ValueError("a step failed")
+            yield chosen[given]
+
+    def close(self) -> None:
+        self.backend.open_contexts -= 1
+
+
+@dataclass
+class ToySequence:
+    ids: list[int]
+    prompt: int  # tokens
+    params: SamplingParams
+    pages: list[int]
+    fed: int
+
+
+class ToyBatch:
+    """Writes down in its pages which token each place holds, and checks all that the protocol asks of the caller."""
+
+    def __init__(self, backend: ToyBackend, max_sequences: int, capacity: int, num_pages: int):
+        self.backend = backend
+        self.page_size = backend.page_size
+        self.max_sequences, self.capacity, self.num_pages = max_sequences, capacity, num_pages
+        self.places: list[list[int | None]] = [[None] * self.page_size for _ in range(num_pages)]
+        self.sequences: dict[int, ToySequence] = {}
+        self.results: deque[list[tuple[int, int]]] = deque()
+        self.log: list[str] = []  # the names of the calls
+        self.started: list[list[int]] = []  # the prompts in the order of their starts
+        self.prefilled: list[int] = []  # tokens of each call
+        self.closed = False
+
+    def start(self, slot: int, ids: Sequence[int], params: SamplingParams, pages: Sequence[int], computed: int) -> None:
+        assert not self.closed and 0 <= slot < self.max_sequences and params.seed is not None
+        assert len(set(pages)) == len(pages) and len(pages) * self.page_size >= len(ids)
+        assert computed % self.page_size == 0 and 0 <= computed < len(ids)
+        for page in pages[computed // self.page_size :]:
+            self.places[page] = [None] * self.page_size
+        self.sequences[slot] = ToySequence(list(ids), len(ids), params, list(pages), computed)
+        self.check(self.sequences[slot])
+        self.log.append("start")
+        self.started.append(list(ids))
+
+    def prefill(self, slot: int, count: int) -> None:
+        s = self.sequences[slot]
+        end = s.fed + count
+        assert count >= 1 and end <= s.prompt and (end == s.prompt or end % self.page_size == 0)
+        self.prefilled.append(count)
+        self.log.append("prefill")
+        self.feed(s, count)
+        if end == s.prompt:
+            self.results.append([(slot, self.next_token(s))])
+
+    def step(self, slots: Sequence[int]) -> None:
+        assert slots and len(set(slots)) == len(slots)
+        self.log.append("step")
+        results = []
+        for slot in slots:
+            s = self.sequences[slot]
+            assert s.fed == len(s.ids) - 1 and s.fed >= s.prompt
+            if s.fed - s.prompt == self.backend.fail_after:
+                raise ValueError("a step failed")
+            self.feed(s, 1)
+            results.append((slot, self.next_token(s)))
+        self.results.append(results)
+        assert len(self.results) <= 2 * (self.max_sequences + 1)
+
+    def collect(self) -> list[tuple[int, int]]:
+        self.log.append("collect")
+        return self.results.popleft()
+
+    def close(self) -> None:
+        assert not self.closed
+        self.closed = True
+
+    def feed(self, s: ToySequence, count: int) -> None:
+        for position in range(s.fed, s.fed + count):
+            assert position < self.capacity
+            page, place = s.pages[position // self.page_size], position % self.page_size
+            assert self.places[page][place] is None, "a place was written twice"
+            self.places[page][place] = s.ids[position]
+        s.fed += count
+        self.check(s)
+
+    def check(self, s: ToySequence) -> None:
+        held = [token for page in s.pages for token in self.places[page]]
+        assert held[: s.fed] == s.ids[: s.fed], "another sequence wrote into these pages"
+
+    def next_token(self, s: ToySequence) -> int:
+        bad = self.backend.bad_token in s.ids
+        s.ids.append(NO_TOKEN if bad else self.backend.choose(s.ids, s.prompt, s.params))
+        return s.ids[-1]
+
+
+def toy_logits(ids: Sequence[int]) -> NDArray[np.float32]:
+    """Logits after some tokens, float32 [VOCAB]: random, but the same for the same tokens."""
+    rng = np.random.default_rng([len(ids), *ids[-3:]])
+    return (rng.normal(size=VOCAB) * 2).astype(np.float32)
+
+
+def toy_engine(script: Sequence[int] = (), context: int = 256, ahead: int = 0) -> tuple[Engine, ToyBackend]:
+    """An engine over a toy backend, with the golden tokenizer."""
+    backend = ToyBackend(script, ahead)
+    return Engine(backend, TOKENIZER, CONFIG, context), backend
+
+
+def tokens_of(text: str) -> list[int]:
+    """The ids of a text, without bos."""
+    return TOKENIZER.encode(text, add_bos=False)

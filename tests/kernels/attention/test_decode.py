@@ -1,0 +1,129 @@
+"""The attention kernel: rotary embedding, cache append and grouped-query attention of one token.
+
+Contract: keys and values are stored as bfloat16, bit for bit `bfloat16.from_float32` of what the reference stores; the
+output is the reference's attention over that cache, in float32.
+
+Tolerance. The three terms of q and p hold all 24 bits. Tensor cores cut off, where float32 arithmetic rounds: 2 e for
+each of a sum's terms, with e = 2^-24. A score is a sum of D products of relative error 2 e, any order, so it is off by
+at most 2 D * e * sum|q_i k_i| (scaled), plus the scaling's 6 e; 2^x is within 2 ulp and its argument, at most ~2^7
+apart, rounds by 2^7 e; so every weight is off by a factor 1 + r, r <= 2 (D + 3) * e * max_t(sum|q_i k_i|) + 2^8 e. Sums
+of T weights and of T weighted values add 2 T e each, and the division by the sum doubles r: (2 r + 4 T e) max|v|.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from bitnet_numba.bfloat16 import from_float32, to_float32
+from bitnet_numba.kernels.attention.decode import attention_grid, attention_scratch, attention_spec, padded_head_dim
+from bitnet_numba.kernels.runtime.spec import KernelSpec
+from bitnet_numba.reference.model import attend, rotate
+from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, run_simulated
+
+EPSILON = 2.0**-24
+
+
+def check_attention(
+    spec: KernelSpec,
+    grid: tuple[int, int],
+    kv_heads: int,
+    group: int,
+    D: int,
+    position: int,
+    capacity: int,
+    least: int,
+    seed: int,
+    spread: float = 1.0,
+) -> None:
+    """Compares one launch with the reference."""
+    rng = np.random.default_rng(seed)
+    heads, DP = kv_heads * group, padded_head_dim(D)
+    qkv = (rng.standard_normal((heads + 2 * kv_heads, D)) * spread).astype(np.float32)
+    angles = rng.uniform(-np.pi, np.pi, (capacity, D // 2)).astype(np.float32)
+    cos, sin = np.cos(angles), np.sin(angles)
+    # Tokens from `position` on were never written: as bits that read NaN, to show if they are read.
+    caches = np.full((2, kv_heads, capacity, DP), 0x7FC0, np.uint16)
+    caches[:, :, :position, :D] = from_float32(rng.standard_normal((2, kv_heads, position, D)).astype(np.float32))
+    caches[:, :, :position, D:] = 0
+    keys, values = (Out(cache.size // 2, np.int32, cache.view(np.int32)) for cache in caches)
+    partials, stats, arrivals = attention_scratch(grid, heads, D)
+    scratch = (Out(partials, np.float32), Out(stats, np.float32), Out(arrivals, np.int32, np.zeros(arrivals, np.int32)))
+    out = Out(heads * D, np.float32)
+    at = np.array([position], np.int32)
+    run(spec, grid, [qkv, cos, sin, at, keys, values, *scratch, out, kv_heads, capacity, least])
+
+    row = slice(position, position + 1)
+    cos2, sin2 = (np.concatenate([table[row]] * 2, axis=-1) for table in (cos, sin))  # [1, D]
+    q = rotate(qkv[None, :heads], cos2, sin2)
+    new_key = rotate(qkv[None, heads : heads + kv_heads], cos2, sin2)[0]
+    caches[0, :, position, :D] = from_float32(new_key)
+    caches[1, :, position, :D] = from_float32(qkv[heads + kv_heads :])
+    caches[:, :, position, D:] = 0
+    for name, array, expected in zip(("keys", "values"), (keys, values), caches, strict=True):
+        assert np.array_equal(array.array.view(np.uint16), expected.reshape(-1)), f"{name} differ"
+    assert not scratch[2].array.any(), "the arrival counters are not zero again"
+    k, v = (to_float32(cache[:, : position + 1, :D]).transpose(1, 0, 2) for cache in caches)  # [T, G, D]
+    expected = attend(q.astype(np.float64), k.astype(np.float64), v.astype(np.float64))[0]  # [H, D]
+    grouped = np.abs(q[0]).reshape(kv_heads, group, D)
+    largest = np.einsum("ghd,tgd->tgh", grouped, np.abs(k)).max() * D**-0.5
+    r = 2 * (D + 3) * EPSILON * largest + 2**8 * EPSILON
+    bound = (2 * r + 4 * (position + 1) * EPSILON) * np.abs(v).max()
+    assert_close(out.array.reshape(heads, D), expected, bound, spec.name)
+
+
+@settings(max_examples=10)
+@example(shape=(128, 4), long=True, threads=128, position=3, splits=2, seed=1)
+@example(shape=(6, 6), long=True, threads=64, position=33, splits=3, seed=1)
+@given(
+    shape=st.sampled_from([(8, 4), (4, 1), (2, 2), (20, 3), (64, 2), (34, 1), (32, 8), (16, 9)]),
+    long=st.booleans(),
+    threads=st.sampled_from([32, 64]),
+    position=st.integers(0, 70),
+    splits=st.integers(1, 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+def simulate_attention(shape: tuple[int, int], long: bool, threads: int, position: int, splits: int, seed: int) -> None:
+    D, group = shape
+    threads = max(threads, 64) if long else threads  # a thread for each 16 bytes of a partial result
+    spec = attention_spec(arch(), D, group, long, threads, passes=2)
+    _, parts = attention_grid(1, group, 1, long)
+    check_attention(spec, (splits, parts), 1, group, D, position, 71, 16, seed)
+
+
+def test_simulated() -> None:
+    run_simulated(__file__)
+
+
+@needs_gpu
+@settings(max_examples=50)
+@example(shape=(128, 4, 5), long=True, position=4095, capacity=4096, least=64, seed=2, spread=4.0)
+@example(shape=(128, 4, 5), long=False, position=127, capacity=4096, least=256, seed=2, spread=1.0)
+@example(shape=(128, 4, 5), long=True, position=32767, capacity=32768, least=64, seed=4, spread=1.0)
+@example(shape=(256, 3, 4), long=True, position=32767, capacity=32768, least=64, seed=3, spread=1.0)
+@given(
+    shape=st.sampled_from(
+        [(128, 4, 5), (64, 4, 2), (96, 1, 16), (100, 1, 32), (256, 3, 4), (128, 8, 2), (6, 5, 3), (128, 16, 1)]
+    ),
+    long=st.booleans(),
+    position=st.integers(0, 1500),
+    capacity=st.sampled_from([1501, 2048]),
+    least=st.sampled_from([1, 16, 64, 256]),
+    seed=st.integers(0, 2**32 - 1),
+    spread=st.sampled_from([0.1, 1.0, 8.0]),
+)
+def test_attention_on_gpu(
+    shape: tuple[int, int, int], long: bool, position: int, capacity: int, least: int, seed: int, spread: float
+) -> None:
+    from bitnet_numba.kernels.runtime.driver import usable_device
+
+    D, group, kv_heads = shape
+    spec = attention_spec(arch(), D, group, long)
+    grid = attention_grid(usable_device().num_sms, group * kv_heads, kv_heads, long)
+    check_attention(spec, grid, kv_heads, group, D, position, capacity, least, seed, spread)
+
+
+@pytest.mark.parametrize("head_dim", [0, 3, 127, 258])
+def test_refuses_head_sizes(head_dim: int) -> None:
+    with pytest.raises(ValueError, match=f"even head sizes up to 256, not {head_dim}"):
+        attention_spec(90, head_dim, 1)

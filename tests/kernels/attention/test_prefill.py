@@ -1,0 +1,197 @@
+"""The tensor-core attention of a prompt's rows.
+
+Contract: the reference's causal attention of every used row over the cache, in float32, whatever the pages; unused rows
+are not written; a row's bits depend on its own position alone.
+
+Tolerance, with e = 2^-24. q and p are two bfloat16 terms, which leave out 2^-18 of an entry, 64 e. Tensor cores cut off
+where float32 arithmetic rounds: 2 e for each of a sum's terms. So a score, a sum of 2 D products, is off by at most
+(64 + 4 D + 8) e * sum|q_i k_i| (the scaling and rotation are the 8); 2^x is within 2 ulp and its argument, at most ~2^7
+apart, rounds by 2^7 e: every weight is off by a factor 1 + r, r <= 2 (72 + 4 D) e max_t(sum|q_i k_i|) + 2^8 e. The
+two terms of p leave 64 e, sums of T weights and of 2 T weighted values add 4 T e each, rescaling once a tile of 16 or
+more 2 e each, and the division by the sum doubles r: (2 r + (64 + 9 T) e) max|v|.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from bitnet_numba.bfloat16 import to_float32
+from bitnet_numba.kernels.attention.prefill import attention_prompt_grid, attention_prompt_spec, block_shape
+from bitnet_numba.kernels.runtime.spec import KernelSpec
+from bitnet_numba.reference.model import rotate
+from tests.kernels.attention.test_kv_cache import Cache
+from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, run_simulated
+
+EPSILON = 2.0**-24
+
+
+class Context:
+    """A random cache of some slots, all of whose tokens are there up to `tokens`; what is not is NaN in every bit."""
+
+    def __init__(self, slots: int, tokens: int, kv_heads: int, head_dim: int, pooled: bool, rng: np.random.Generator):
+        self.kv_heads, self.head_dim, self.tokens = kv_heads, head_dim, tokens
+        self.cache = Cache(slots, tokens, kv_heads, head_dim, pooled, rng)
+        self.cache.keys[:], self.cache.values[:] = 0x7FC07FC0, 0x7FC07FC0
+        self.k, self.v = rng.standard_normal((2, slots, tokens, kv_heads, head_dim)).astype(np.float32)
+        angles = rng.uniform(-np.pi, np.pi, (tokens, head_dim // 2)).astype(np.float32)
+        self.cos, self.sin = np.cos(angles), np.sin(angles)
+
+    def fill(self, slot: int, end: int) -> None:
+        """Stores a slot's tokens 0 .. end - 1."""
+        for token in range(end):
+            self.cache.store(slot, token, self.k[slot, token], self.v[slot, token])
+
+    def read(self, slot: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """A slot's keys and values as the cache has them: float64 [end, kv_heads, head_dim] each."""
+        places = [[self.cache.at(slot, g, t) for g in range(self.kv_heads)] for t in range(end)]
+        both = []
+        for words in (self.cache.keys, self.cache.values):
+            stored = np.array([[words[place] for place in token] for token in places]).view(np.uint16)
+            both.append(to_float32(stored[..., : self.head_dim]).astype(np.float64))
+        return both[0], both[1]
+
+    def check_row(
+        self,
+        what: str,
+        q: np.ndarray,
+        slot: int,
+        position: int,
+        actual: np.ndarray,
+        terms: int,
+        k: np.ndarray,
+        v: np.ndarray,
+    ) -> None:
+        """A row's q [heads, D] (not rotated) and result [heads, D], against float64 attention over k, v [T, G, D].
+        `terms`: the kernel's error of an entry of q or p, in units of 2^-24."""
+        T, D, group = position + 1, self.head_dim, len(q) // self.kv_heads
+        k, v = k[:T], v[:T]
+        cos, sin = (np.concatenate([table[position]] * 2)[None] for table in (self.cos, self.sin))
+        rotated = rotate(q[None], cos, sin)[0].astype(np.float64).reshape(self.kv_heads, group, D)
+        scores = np.einsum("ghd,tgd->ght", rotated, k) * D**-0.5
+        p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        p /= p.sum(axis=-1, keepdims=True)
+        expected = np.einsum("ght,tgd->ghd", p, v)
+        largest = np.einsum("ghd,tgd->ght", np.abs(rotated), np.abs(k)).max() * D**-0.5
+        r = 2 * (terms + 8 + 4 * D) * EPSILON * largest + 2**8 * EPSILON
+        bound = (2 * r + (terms + 9 * T) * EPSILON) * np.abs(v).max()
+        assert_close(actual.reshape(expected.shape), expected, bound, f"{what}, position {position}")
+
+
+def check_attention_prompt(
+    spec: KernelSpec,
+    warps: int,
+    shape: tuple[int, int, int],
+    start: int,
+    used: int,
+    rows: int,
+    pooled: bool,
+    seed: int,
+    spread: float = 1.0,
+) -> None:
+    """One pass of `used` of `rows` rows against the reference, and its last rows as a pass of their own."""
+    head_dim, group, kv_heads = shape
+    rng = np.random.default_rng(seed)
+    heads, tokens = kv_heads * group, start + used
+    slots = 3 if pooled else 1
+    slot = int(rng.integers(slots))
+    context = Context(slots, tokens, kv_heads, head_dim, pooled, rng)
+    context.fill(slot, tokens)
+    keys, values = context.cache.keys, context.cache.values
+    qkv = (rng.standard_normal((rows, heads + 2 * kv_heads, head_dim)) * spread).astype(np.float32)
+    qkv[used:] = np.nan
+
+    def attend(first: int, rows: int) -> np.ndarray:
+        where = np.full((rows, 2), (-1, 2**30), np.int32)
+        where[: used - first, 0], where[: used - first, 1] = slot, start + np.arange(first, used)
+        out = Out(rows * heads * head_dim, np.float32)
+        poison = out.array.copy().reshape(rows, -1)
+        grid = attention_prompt_grid(rows, kv_heads, head_dim, group, warps)
+        angles = (context.cos, context.sin)
+        run(spec, grid, [qkv[first:], *angles, where, *context.cache.arguments(keys, values), out, rows, kv_heads])
+        result = out.array.reshape(rows, -1)
+        unused = slice(used - first, rows)
+        assert result[unused].tobytes() == poison[unused].tobytes(), "an unused row was written"
+        return result[: used - first].copy()
+
+    result = attend(0, rows)
+    k, v = context.read(slot, tokens)
+    for row in rng.permutation(used)[:24]:
+        context.check_row(spec.name, qkv[row, :heads], slot, start + row, result[row], 64, k, v)
+    cut = int(rng.integers(used))
+    assert attend(cut, rows - cut).tobytes() == result[cut:].tobytes(), (
+        f"rows from {cut} on differ as a pass of their own"
+    )
+
+
+@settings(max_examples=3)
+@example(shape=(16, 2, 1), start=60, used=10, rows=18, pooled=True, seed=1)
+@example(shape=(32, 2, 1), start=3, used=5, rows=5, pooled=False, seed=1)
+@example(shape=(18, 1, 2), start=60, used=4, rows=4, pooled=False, seed=1)  # up to the cache's last word, padded rows
+@given(
+    shape=st.sampled_from([(6, 2, 1), (18, 1, 2), (32, 2, 1)]),
+    start=st.integers(0, 70),
+    used=st.integers(1, 17),
+    rows=st.integers(17, 18),
+    pooled=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def simulate_prompt(shape: tuple[int, int, int], start: int, used: int, rows: int, pooled: bool, seed: int) -> None:
+    spec = attention_prompt_spec(arch(), shape[0], shape[1], warps=2)
+    check_attention_prompt(spec, 2, shape, start, used, rows, pooled, seed)
+
+
+def simulate_large_heads() -> None:
+    """Two blocks a head, tiles of a quarter of a page, lower terms of q in shared memory."""
+    check_attention_prompt(attention_prompt_spec(arch(), 160, 1, warps=1), 1, (160, 1, 1), 30, 5, 5, True, 3)
+
+
+def test_simulated() -> None:
+    run_simulated(__file__)
+
+
+@needs_gpu
+@settings(max_examples=40)
+@example(shape=(128, 4, 5), start=0, used=512, rows=512, pooled=False, seed=1, spread=1.0)
+@example(shape=(128, 4, 1), start=3000, used=100, rows=128, pooled=True, seed=2, spread=8.0)
+@example(shape=(256, 3, 2), start=700, used=130, rows=256, pooled=True, seed=3, spread=1.0)
+@given(
+    shape=st.sampled_from(
+        [
+            (128, 4, 2),
+            (64, 4, 2),
+            (96, 1, 4),
+            (100, 1, 3),
+            (256, 3, 1),
+            (128, 8, 1),
+            (6, 5, 1),
+            (160, 6, 1),
+            (32, 7, 2),
+            (250, 2, 1),
+        ]
+    ),
+    start=st.integers(0, 600),
+    used=st.integers(1, 200),
+    rows=st.sampled_from([200, 256]),
+    pooled=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+    spread=st.sampled_from([0.1, 1.0, 8.0]),
+)
+def test_prompt_on_gpu(
+    shape: tuple[int, int, int], start: int, used: int, rows: int, pooled: bool, seed: int, spread: float
+) -> None:
+    spec = attention_prompt_spec(arch(), shape[0], shape[1])
+    check_attention_prompt(spec, 4, shape, start, used, rows, pooled, seed, spread)
+
+
+def test_block_shapes() -> None:
+    assert [block_shape(group) for group in (1, 2, 3, 4, 5, 6, 8)] == [
+        (1, 4), (2, 2), (3, 1), (4, 1), (1, 4), (3, 1), (4, 1)
+    ]  # fmt: skip
+
+
+def test_refuses() -> None:
+    with pytest.raises(ValueError, match="compute capability 8.0, not 7.5"):
+        attention_prompt_spec(75, 128, 4)
+    with pytest.raises(ValueError, match="even head sizes up to 256, not 258"):
+        attention_prompt_spec(90, 258, 4)

@@ -1,0 +1,247 @@
+"""The W2A8 matrix product of many tokens.
+
+Contract: int32 sums are exact, for every number of tokens and ragged sizes. Everything after them is a single float32
+operation at a time, in the order of the matrix-vector product and of the reference: compared with `==`, but for silu,
+whose exponential is good to 2 ulp, each of the three operations after it adding half of one: 2^-21 relative.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from bitnet_numba.kernels.linear.gemm import launch_sizes, map_sizes, spec, w2a8_matmul
+from bitnet_numba.kernels.linear.heuristics import MIN_ARCH, plan
+from bitnet_numba.kernels.linear.tile import Tile
+from bitnet_numba.packing import pack_ternary
+from bitnet_numba.reference.model import relu2, silu
+from tests.kernels.harness import Out, arch, assert_close, mapped, needs_gpu, run, run_simulated
+
+
+def check_matmul(
+    M: int, N: int, K: int, tile: Tile, epilogue: str, activation: str, bias: bool, seed: int,
+    count: int | None = None, built_for: int = 0,
+) -> None:  # fmt: skip
+    """One product of random ternary weights, N rows in three segments of odd scales, `count` of M tokens real."""
+    rng = np.random.default_rng(seed)
+    gated, acc_only = epilogue == "gated", epilogue == "acc"
+    count = M if count is None else count
+    padded_K = -(-K // 32) * 32
+    w = rng.integers(-1, 2, (N, K)).astype(np.int8)
+    q = np.zeros((M, padded_K), np.int8)
+    q[:, :K] = rng.integers(-127, 128, (M, K))
+    s = (rng.uniform(0.5, 2, M) * 10.0 ** rng.integers(-3, 4, M)).astype(np.float32)
+    if activation == "silu":
+        s = s * np.float32(K) + np.float32(3 * K)  # the simulator's exp refuses to overflow
+    rows = N // 2 if gated else N
+    bounds = (rows, N) if gated else (N // 3, N // 3 + 5)
+    scales = np.array([0.0137, 1.71, 0.29], np.float32)
+    segments = np.searchsorted(bounds, np.arange(N), side="right")
+    b = rng.standard_normal(N).astype(np.float32) if bias else None
+    # Sums of up to K * 127 are exact in float64, which NumPy multiplies much faster than integers.
+    acc = (q[:, :K].astype(np.float64) @ w.T.astype(np.float64)).astype(np.int32)
+    y = acc.astype(np.float32) * scales[segments] / s[:, None]
+    if b is not None:
+        y = y + b
+    old = rng.standard_normal((M, rows)).astype(np.float32)
+    expected, bound = y, np.float64(0)
+    if gated:
+        activate = relu2 if activation == "relu2" else silu
+        expected = activate(y[:, :rows]) * y[:, rows:]
+        bound = 2.0**-21 * np.abs(expected.astype(np.float64)) if activation == "silu" else bound
+    elif epilogue == "residual":
+        expected = old + y
+
+    out = Out(M * rows, np.int32) if acc_only else Out(M * rows, np.float32, old if epilogue == "residual" else None)
+    before = out.array.reshape(M, rows).copy()
+    kernel = spec(built_for or arch(), tile, epilogue, activation, bias)
+    total = q.sum(axis=1, dtype=np.int32)
+    grid, sizes = launch_sizes(tile, M, N, K, bounds, gated)
+    assert sizes[-2:] == bounds
+    words: Any = pack_ternary(w)
+    activations: Any = q.view(np.int32)
+    if tile.scheme == "wgmma":
+        of_words, of_q = map_sizes(tile, M, N, K, gated)
+        (words, _on_device), (activations, _too) = mapped(words, of_words), mapped(activations, of_q)
+    arguments = [words, activations, s, total, np.array([count], np.int32), scales, b, out, *sizes]
+    run(kernel, grid, arguments)
+    result = out.array.reshape(M, rows)
+    wanted = acc if acc_only else expected
+    if count:
+        assert_close(result[:count], wanted[:count], np.broadcast_to(bound, wanted.shape)[:count], kernel.name)
+    beyond = -(-count // tile.tokens) * tile.tokens
+    assert result[beyond:].tobytes() == before[beyond:].tobytes(), f"{kernel.name}: wrote tokens that are not there"
+
+
+KINDS = st.sampled_from(
+    [("acc", "relu2"), ("store", "relu2"), ("residual", "relu2"), ("gated", "relu2"), ("gated", "silu")]
+)
+
+
+GROUP = Tile(16, 1, 4, 1, 0, 2, scheme="wgmma")
+PAIRS = Tile(16, 1, 8, 1, 0, 3, scheme="wgmma")
+SPLIT = Tile(24, 1, 4, 2, 0, 3, scheme="wgmma")
+CLUSTER = Tile(16, 1, 4, 2, 0, 2, scheme="wgmma", cluster=3, refill=False)
+CLUSTER_PAIRS = Tile(8, 1, 4, 1, 0, 1, scheme="wgmma", cluster=2, refill=False)
+DP4A = Tile(8, 1, 1, 2, 0, 0, scheme="dp4a")
+
+
+@settings(max_examples=8)
+@example(M=9, N=64, K=300, kind=("gated", "relu2"), bias=True, tile=DP4A, short=1, seed=4)
+@example(M=11, N=40, K=290, kind=("acc", "relu2"), bias=False, tile=Tile(8, 2, 1, 2, 2, 2), short=0, seed=1)
+@example(M=9, N=70, K=200, kind=("residual", "relu2"), bias=True, tile=Tile(16, 1, 2, 1, 3, 0), short=3, seed=2)
+@example(M=5, N=64, K=160, kind=("gated", "silu"), bias=True, tile=Tile(8, 2, 1, 2, 1, 3), short=0, seed=3)
+@example(M=35, N=70, K=160, kind=("residual", "relu2"), bias=True, tile=GROUP, short=1, seed=5)
+@example(M=20, N=96, K=290, kind=("gated", "relu2"), bias=False, tile=PAIRS, short=3, seed=6)
+@example(M=30, N=70, K=330, kind=("residual", "relu2"), bias=True, tile=SPLIT, short=2, seed=7)
+@example(M=21, N=70, K=700, kind=("residual", "relu2"), bias=True, tile=CLUSTER, short=1, seed=8)
+@example(M=9, N=96, K=200, kind=("gated", "relu2"), bias=True, tile=CLUSTER_PAIRS, short=2, seed=9)
+@example(M=9, N=96, K=200, kind=("gated", "relu2"), bias=True, tile=CLUSTER_PAIRS, short=9, seed=10)
+@given(
+    M=st.integers(1, 20),
+    N=st.integers(1, 70),
+    K=st.integers(1, 300),
+    kind=KINDS,
+    bias=st.booleans(),
+    tile=st.builds(
+        Tile,
+        st.sampled_from([8, 16]),
+        st.sampled_from([2, 4]),
+        st.integers(1, 2),
+        st.integers(1, 2),
+        st.integers(1, 3),
+        st.sampled_from([0, 2, 3]),
+        st.just(1),
+        st.just("mma"),
+        st.just(1),
+        st.just(True),
+    )
+    | st.sampled_from([DP4A, GROUP]),
+    short=st.integers(0, 9),
+    seed=st.integers(0, 2**32 - 1),
+)
+def simulate_matmul(
+    M: int, N: int, K: int, kind: tuple[str, str], bias: bool, tile: Tile, short: int, seed: int
+) -> None:
+    if kind[0] == "gated":
+        N = -(-N // 32) * 32
+    if tile.scheme == "dp4a":
+        tile = tile._replace(blocks=2 if kind[0] == "gated" else 1)
+    check_matmul(M, N, K, tile, *kind, bias, seed, max(0, M - short))
+
+
+def test_simulated() -> None:
+    run_simulated(__file__)
+
+
+SHAPES = [(2560, 2560, False), (3840, 2560, False), (13824, 2560, True), (2560, 6912, False), (17280, 3200, True),
+          (3200, 8640, False), (4096, 14336, False), (16, 32, False), (33, 31, False), (64, 160, True)]  # fmt: skip
+
+
+@pytest.mark.parametrize("arch_", [61, 75, 80, 90, 120])
+@pytest.mark.parametrize(("N", "K", "gated"), SHAPES)
+def test_plan_covers_every_row_and_token(N: int, K: int, gated: bool, arch_: int) -> None:
+    for M in (1, 2, 7, 8, 9, 33, 64, 500, 1024, 4096):
+        for num_sms in (1, 46, 132):
+            tile = plan(M, N, K, arch_, num_sms, gated)
+            (x, y), (*_, turns, blocks, second, _, _) = launch_sizes(tile, M, N, K, (N,), gated)
+            assert (tile.scheme == "dp4a") == (arch_ < MIN_ARCH)
+            assert x * tile.tokens >= M > (x - 1) * tile.tokens
+            each = tile.rows // 16 // (2 if gated else 1)
+            y //= tile.cluster
+            assert y * each >= blocks > (y - 1) * each
+            assert blocks * 16 * (2 if gated else 1) >= N and second == (blocks if gated else 0)
+            assert turns * tile.k_warps * tile.cluster * (64 if tile.scheme == "mma" else 128) >= K
+            assert tile.refill or turns <= tile.stages
+            assert tile.threads <= 1024
+
+
+def test_tiles_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="no product is made of"):
+        spec(90, Tile(8, 3, 1, 2, 2, 0), "gated")
+    with pytest.raises(ValueError, match="no product is made of"):
+        spec(90, Tile(12, 2, 1, 2, 2, 0))
+    with pytest.raises(ValueError, match="no product is made of"):
+        spec(90, Tile(128, 2, 2, 4, 2, 3))
+    with pytest.raises(ValueError, match="no product of warpgroups is made of"):
+        spec(90, GROUP._replace(row_warps=2))
+    with pytest.raises(ValueError, match="no product of warpgroups is made of"):
+        spec(90, GROUP._replace(tokens=40))
+    with pytest.raises(ValueError, match="no product of warpgroups is made of"):
+        spec(90, Tile(192, 1, 8, 1, 0, 8, 1, "wgmma"))
+
+
+@needs_gpu
+@pytest.mark.parametrize("M", [1, 8, 13, 32, 100, 512, 1024])
+@pytest.mark.parametrize(("N", "K", "gated"), SHAPES)
+def test_full_size_on_gpu(N: int, K: int, gated: bool, M: int) -> None:
+    from bitnet_numba.kernels.runtime.driver import usable_device
+
+    tile = plan(M, N, K, arch(), usable_device().num_sms, gated)
+    check_matmul(M, N, K, tile, "gated" if gated else "acc", "relu2", False, M)
+
+
+@needs_gpu
+@settings(max_examples=40)
+@given(
+    M=st.integers(1, 1024),
+    N=st.integers(1, 3000),
+    K=st.integers(1, 3000),
+    kind=KINDS,
+    bias=st.booleans(),
+    built_for=st.sampled_from([0, 0, 0, 80, 75, 61]),
+    num_sms=st.sampled_from([1, 46, 132]),
+    short=st.integers(0, 70),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_shape_on_gpu(
+    M: int,
+    N: int,
+    K: int,
+    kind: tuple[str, str],
+    bias: bool,
+    built_for: int,
+    num_sms: int,
+    short: int,
+    seed: int,
+) -> None:
+    gated = kind[0] == "gated"
+    if gated:
+        N = -(-N // 32) * 32
+    tile = plan(M, N, K, built_for or arch(), num_sms, gated)
+    check_matmul(M, N, K, tile, *kind, bias, seed, max(1, M - short), built_for)
+
+
+@needs_gpu
+def test_launcher_on_gpu() -> None:
+    """A row equals the matrix-vector product's to the bit, and what does not fit is refused."""
+    from bitnet_numba.kernels.linear.gemv import w2a8_gemv
+    from bitnet_numba.kernels.runtime.driver import DeviceArray, Stream, usable_device
+
+    device, stream, rng = usable_device(), Stream(), np.random.default_rng(5)
+    M, N, K, ends = 37, 3840, 2560, (2560, 3200, 3840)
+    words = DeviceArray.of(pack_ternary(rng.integers(-1, 2, (N, K)).astype(np.int8)))
+    q = rng.integers(-127, 128, (M, K)).astype(np.int8)
+    s, total = rng.uniform(0.1, 9, M).astype(np.float32), q.sum(axis=1, dtype=np.int32)
+    scales = DeviceArray.of(np.array([0.7, 0.011, 3.3], np.float32))
+    out, row = DeviceArray(M * N, np.float32), DeviceArray(N, np.float32)
+    given = [DeviceArray.of(a) for a in (q, s, total, np.array([M], np.int32))]
+    w2a8_matmul(device, words, *given, scales, out, M, N, K, ends)(stream.handle)
+    stream.synchronize()
+    for m in (0, 8, 36):
+        one = DeviceArray.of(q[m]), DeviceArray.of(np.array([s[m], total[m]], np.float32))
+        w2a8_gemv(device, words, *one, scales, row, N, K, ends)(stream.handle)
+        stream.synchronize()
+        assert np.array_equal(out.read().reshape(M, N)[m], row.read())
+    with pytest.raises(ValueError, match=r"q holds \d+ elements, a 3840 x 2560 product of 38 tokens takes 97280"):
+        w2a8_matmul(device, words, *given, scales, out, 38, N, K, ends)
+    with pytest.raises(ValueError, match=r"segments that end at \(100, 3839\)"):
+        w2a8_matmul(device, words, *given, scales, out, M, N, K, (100, 3839))
+    with pytest.raises(ValueError, match="no gate and up rows"):
+        w2a8_matmul(device, words, *given, scales, out, M, N, K, (2560, 3840), epilogue="gated")
+    with pytest.raises(ValueError, match="no epilogue 'add'"):
+        w2a8_matmul(device, words, *given, scales, out, M, N, K, epilogue="add")
+    with pytest.raises(ValueError, match="out must be int32"):
+        w2a8_matmul(device, words, *given, scales, out, M, N, K, epilogue="acc")

@@ -1,0 +1,109 @@
+"""RMSNorm and quantisation of rows.
+
+Contract: q, s and the sum equal, bit for bit, those of the definition with the mean of squares rounded once from
+float64 (whatever the block size). The reference takes that mean in float32: it may differ by K units of 2^-24 at most,
+usually by one, so that s is within K * 2^-24 of the reference's, and a q differs by at most 1.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitnet_numba.kernels.linear.quantize import norm_quant_spec
+from bitnet_numba.kernels.runtime.spec import KernelSpec
+from bitnet_numba.quantize import quantize_activations
+from bitnet_numba.reference.model import rms_norm
+from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, run_simulated
+
+ONE = np.float32(1)
+
+
+def check_norm_quant(spec: KernelSpec, tokens: int, K: int, norm: bool, seed: int, scale: float) -> None:
+    """Compares one launch with the definition and with the reference."""
+    rng = np.random.default_rng(seed)
+    padded, wide = -(-K // 32) * 32, K % 4 == 0
+    x = (rng.standard_normal((tokens, K)) * scale).astype(np.float32)
+    x[0] *= rng.integers(0, 2)  # sometimes a row of zeros
+    weight = rng.uniform(-2, 2, K).astype(np.float32)
+    eps = np.float32(rng.choice([1e-5, 1e-6]))
+    q = Out(tokens * padded // 4, np.int32) if wide else Out(tokens * padded, np.int8)
+    s, total = Out(tokens, np.float32), Out(tokens, np.int32)
+    run(spec, tokens, [x, weight, eps, q, s, total])
+
+    n = x
+    if norm:
+        mean = np.mean((x * x).astype(np.float64), axis=-1, keepdims=True).astype(np.float32)
+        n = weight * (x * (ONE / np.sqrt(mean + eps)))
+    expected_q, expected_s = quantize_activations(n)
+    rows = q.array.view(np.int8).reshape(tokens, padded)
+    assert not rows[:, K:].any(), "the padding is not zero"
+    assert np.array_equal(total.array, rows.astype(np.int32).sum(axis=1))
+    assert s.array.tobytes() == expected_s.tobytes()
+    assert np.array_equal(rows[:, :K], expected_q)
+    if norm:
+        reference_q, reference_s = quantize_activations(rms_norm(x, weight, float(eps)))
+        assert_close(s.array, reference_s[:, 0], (K + 8) * 2.0**-24 * reference_s[:, 0], "s against the reference")
+        assert_close(rows[:, :K], reference_q, 1, "q against the reference")
+
+
+def check_nan(spec: KernelSpec, K: int, seed: int) -> None:
+    """A row that holds NaN gets s = NaN; the rows beside it get what they get without."""
+    rng = np.random.default_rng(seed)
+    padded, wide = -(-K // 32) * 32, K % 4 == 0
+    x, weight = rng.standard_normal((3, K)).astype(np.float32), rng.uniform(0.5, 2, K).astype(np.float32)
+    at = int(rng.integers(K))
+    results = []
+    for value in (x[1, at], np.float32(np.nan), -np.float32(np.nan)):
+        x[1, at] = value
+        q = Out(3 * padded // 4, np.int32) if wide else Out(3 * padded, np.int8)
+        s, total = Out(3, np.float32), Out(3, np.int32)
+        run(spec, 3, [x, weight, np.float32(1e-5), q, s, total], 1)
+        results.append([out.array.view(np.uint8).reshape(3, -1).copy() for out in (q, s, total)])
+        assert np.isnan(s.array).tolist() == [False, bool(np.isnan(value)), False]
+    for result in results[1:]:
+        for without, array in zip(results[0], result, strict=True):
+            assert np.array_equal(array[::2], without[::2]), "a row with NaN changed another"
+
+
+shapes = {
+    "norm": st.booleans(),
+    "seed": st.integers(0, 2**32 - 1),
+    "scale": st.sampled_from([1e-9, 0.01, 1.0, 300.0]),
+}
+
+
+@settings(max_examples=12)
+@given(tokens=st.integers(1, 2), K=st.integers(1, 200), threads=st.sampled_from([32, 64]), **shapes)
+def simulate_norm_quant(tokens: int, K: int, threads: int, norm: bool, seed: int, scale: float) -> None:
+    check_norm_quant(norm_quant_spec(arch(), K, norm, threads), tokens, K, norm, seed, scale)
+
+
+@settings(max_examples=6)
+@given(K=st.integers(1, 200), norm=st.booleans(), seed=st.integers(0, 2**32 - 1))
+def simulate_nan(K: int, norm: bool, seed: int) -> None:
+    check_nan(norm_quant_spec(arch(), K, norm, 64), K, seed)
+
+
+def test_simulated() -> None:
+    run_simulated(__file__)
+
+
+@needs_gpu
+@settings(max_examples=20)
+@given(tokens=st.integers(1, 64), K=st.sampled_from([1, 31, 100, 2560, 6912, 14336, 27648]), **shapes)
+def test_norm_quant_on_gpu(tokens: int, K: int, norm: bool, seed: int, scale: float) -> None:
+    check_norm_quant(norm_quant_spec(arch(), K, norm), tokens, K, norm, seed, scale)
+
+
+@needs_gpu
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("K", [101, 2560, 6912, 27648])
+def test_nan_on_gpu(K: int, norm: bool) -> None:
+    check_nan(norm_quant_spec(arch(), K, norm), K, K)
+
+
+@pytest.mark.parametrize("K", [0, 28673])
+def test_refuses_row_sizes(K: int) -> None:
+    with pytest.raises(ValueError, match=f"columns, not {K}"):
+        norm_quant_spec(90, K)

@@ -1,0 +1,236 @@
+"""The sampler kernels, of one row and of many, choose the token that `sampling.sample` chooses.
+
+The penalty, the temperature and the cuts are the same float32 operations in the same order, so what is kept is equal,
+but for two things that the kernel computes otherwise: probabilities are float32 exponentials (relative error 2^-23)
+in units of 2^-39 against float64, so that top-p's cut may move by a token whose running sum is within V * 2^-39 +
+2^-22 of top_p; and the noise is two logarithms of up to 1 ulp each, about 2^-19 at its largest, 17. So where the
+tokens differ, the definition itself must be that close to a tie; for greedy choice they never differ.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from bitnet_numba import sampling
+from bitnet_numba.kernels.runtime import spec
+from bitnet_numba.kernels.sampling import batched as sampler_many
+from bitnet_numba.kernels.sampling import parts
+from bitnet_numba.kernels.sampling import single as kernel
+from bitnet_numba.sampling import SamplingParams, sample
+from tests.kernels.harness import SIMULATED, Out, arch, needs_gpu, run, run_simulated
+
+Case = tuple[np.ndarray, list[int], SamplingParams]  # logits, history, parameters
+RING = 8
+NOISE_ERROR = 2.0**-18
+
+
+def choose(
+    logits: np.ndarray, history: list[int], params: SamplingParams, spec: spec.KernelSpec, grid: int, repeat: int = 2
+) -> int:
+    """The kernel's token; checks everything else that the launch stores."""
+    vocab, pos = len(logits), len(history) - 1
+    seen = np.zeros(-(-vocab // 32), np.uint32)
+    for token in history:
+        seen[token // 32] |= np.uint32(1 << token % 32)
+    position = Out(1, np.int32, np.array([pos], np.int32))
+    tokens = Out(len(history) + 1, np.int32, np.array([*history, -7], np.int32))
+    scratch = Out(kernel.SCRATCH_WORDS, np.int64, np.zeros(kernel.SCRATCH_WORDS, np.int64))
+    counters = Out(kernel.COUNTERS, np.int32, np.zeros(kernel.COUNTERS, np.int32))
+    ring = Out(RING, np.int64, np.full(RING, -1, np.int64))
+    arguments = [logits, vocab, parts.settings(params), position, tokens, seen.view(np.int32), scratch, counters]
+    run(spec, grid, [*arguments, ring, RING], repeat)
+    assert not scratch.array.any() and not counters.array.any(), "the scratch is not zero again"
+    assert position.array[0] == pos + 1
+    entry = int(ring.array[(pos + 1) % RING])
+    assert entry >> 32 == pos + 1 and (np.delete(ring.array, (pos + 1) % RING) == -1).all()
+    token = entry & 0xFFFFFFFF
+    assert list(tokens.array) == [*history, 0 if token == 0xFFFFFFFF else token]
+    return -1 if token == 0xFFFFFFFF else token
+
+
+def check_sampler(
+    logits: np.ndarray, history: list[int], params: SamplingParams, spec: spec.KernelSpec, grid: int
+) -> None:
+    """The kernel chooses what the definition chooses."""
+    assert_choice(choose(logits, history, params, spec, grid), logits, history, params)
+
+
+def assert_choice(token: int, logits: np.ndarray, history: list[int], params: SamplingParams) -> None:
+    """The token is what the definition chooses, or the definition is too close to a tie to tell."""
+    expected = sample(logits, history, params)
+    if token == expected:
+        return
+    assert params.temperature > 0, f"greedy choice {token}, expected {expected}"
+    assert params.seed is not None
+    z = sampling.scale(sampling.penalize(logits, history, params.repetition_penalty), params.temperature)
+    margin = len(z) * 2.0**-39 + 2.0**-22  # of top-p's running sum
+    at_least, at_most = (
+        set(sampling.kept_tokens(z, dataclasses.replace(params, top_p=top_p)).tolist())
+        for top_p in (max(params.top_p - margin, 1e-9), min(params.top_p + margin, 1.0))
+    )
+    assert token in at_most, f"token {token} is not kept; expected {expected}"
+    if token in at_least and expected in at_least:
+        noisy = z[[token, expected]] + sampling.gumbel_noise(params.seed, len(history), np.array([token, expected]))
+        assert abs(noisy[0] - noisy[1]) <= NOISE_ERROR, f"token {token}: {noisy[0]}, expected {expected}: {noisy[1]}"
+
+
+def choose_many(rows: list[Case | None], spec: spec.KernelSpec, repeat: int = 2) -> list[int | None]:
+    """The kernel's tokens for rows of one vocabulary (None: a row to skip); checks everything else that it stores."""
+    vocab = max(len(row[0]) for row in rows if row is not None)
+    slots = len(rows) + 1
+    stride = max(len(row[1]) for row in rows if row is not None) + 1
+    logits = np.full((len(rows), vocab), np.nan, np.float32)
+    setting = np.full((slots, parts.SETTINGS), np.nan)
+    seen = np.zeros((slots, -(-vocab // 32)), np.uint32)
+    where = np.full((len(rows), 2), -1, np.int32)
+    tokens, position = np.full((slots, stride), -7, np.int32), np.full(slots, -5, np.int32)
+    for i, row in enumerate(rows):
+        if row is None:
+            continue
+        slot = slots - 1 - i
+        logits[i], history, setting[slot] = row[0], row[1], parts.settings(row[2])
+        for token in history:
+            seen[slot, token // 32] |= np.uint32(1 << token % 32)
+        where[i] = slot, len(history) - 1
+    tokens_out, position_out = Out(tokens.size, np.int32, tokens), Out(slots, np.int32, position)
+    out = Out(len(rows), np.int64, np.full(len(rows), -1, np.int64))
+    arguments = [logits, vocab, setting, where, tokens_out, stride, seen.view(np.int32), seen.shape[1], position_out]
+    run(spec, len(rows), [*arguments, out], repeat)
+    chosen: list[int | None] = []
+    for i, row in enumerate(rows):
+        entry = int(out.array[i])
+        if row is None:
+            assert entry == -1
+            chosen.append(None)
+            continue
+        slot, new = slots - 1 - i, len(row[1])
+        assert entry >> 32 == new
+        token = entry & 0xFFFFFFFF
+        position[slot], tokens[slot, new] = new, 0 if token == 0xFFFFFFFF else token
+        chosen.append(parts.NAN_TOKEN if token == 0xFFFFFFFF else token)
+    assert np.array_equal(position_out.array, position)
+    assert np.array_equal(tokens_out.array, tokens.reshape(-1))
+    return chosen
+
+
+@st.composite
+def batches(draw: st.DrawFn, most: int, rows: int) -> list[Case | None]:
+    """Rows of one vocabulary with settings of their own; some are to be skipped."""
+    vocab = draw(st.integers(1, most) | st.just(most))
+    first = draw(cases(most, vocab))
+    return [first, *draw(st.lists(st.none() | cases(most, vocab), max_size=rows - 1))]
+
+
+def check_sampler_many(rows: list[Case | None], spec: spec.KernelSpec) -> list[int | None]:
+    """Each row's choice is the definition's; returns them."""
+    chosen = choose_many(rows, spec)
+    for token, row in zip(chosen, rows, strict=True):
+        if row is not None:
+            assert token is not None
+            assert_choice(token, *row)
+    return chosen
+
+
+@st.composite
+def cases(draw: st.DrawFn, most: int, vocab: int = 0) -> Case:
+    """Logits with many equal values, a history and parameters."""
+    vocab = vocab or draw(st.integers(1, most) | st.just(most))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    logits = (rng.standard_normal(vocab) * draw(st.sampled_from([0.01, 1.0, 4.0]))).astype(np.float32)
+    if draw(st.booleans()):
+        logits = np.round(logits)  # ties, and zeros of both signs
+    if draw(st.booleans()):
+        logits[rng.random(vocab) < 0.3] = -np.inf
+        logits[rng.integers(vocab)] = 1.5
+    history = rng.integers(0, vocab, draw(st.integers(1, 20))).tolist()
+    params = SamplingParams(
+        temperature=draw(st.sampled_from([0.0, 0.3, 0.8, 1.0, 2.0])),
+        top_k=draw(st.sampled_from([0, 1, 2, 5, 40, 10**6])),
+        top_p=draw(st.sampled_from([1.0, 1.0, 0.05, 0.5, 0.9, 0.999])),
+        min_p=draw(st.sampled_from([0.0, 0.0, 0.02, 0.5, 1.0])),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.3, 0.7])),
+        seed=draw(st.integers(0, 2**64 - 1)),
+    )
+    return logits, history, params
+
+
+@settings(max_examples=15)
+@given(case=cases(most=70))
+def simulate_sampler(case: Case) -> None:
+    check_sampler(*case, kernel.sampler_spec(arch(), 32, 128), 1)
+
+
+@settings(max_examples=12)
+@given(rows=batches(most=70, rows=2), list_size=st.sampled_from([2, 20, 128]))
+def simulate_sampler_many(rows: list[Case | None], list_size: int) -> None:
+    check_sampler_many(rows, sampler_many.sampler_many_spec(arch(), 32, list_size))
+
+
+@settings(max_examples=3)
+@given(vocab=st.integers(1, 40), at=st.integers(0, 39), temperature=st.sampled_from([0.0, 0.7]))
+def simulate_nan(vocab: int, at: int, temperature: float) -> None:
+    check_nan(vocab, at % vocab, temperature, kernel.sampler_spec(arch(), 32, 128), 1)
+
+
+def check_nan(vocab: int, at: int, temperature: float, spec: spec.KernelSpec, grid: int) -> None:
+    """The host can tell that logits hold NaN, and the next step still reads a token of the vocabulary."""
+    logits = np.linspace(-1, 1, vocab, dtype=np.float32)
+    logits[at] = np.nan
+    params = SamplingParams(temperature=temperature, top_k=3, seed=1)
+    assert choose(logits, [0, 0], params, spec, grid) == parts.NAN_TOKEN
+    many = sampler_many.sampler_many_spec(arch(), 32 if SIMULATED else sampler_many.THREADS)
+    other = np.zeros(vocab, np.float32), [0], SamplingParams()
+    assert choose_many([(logits, [0, 0], params), other], many) == [parts.NAN_TOKEN, 0]
+
+
+def test_simulated() -> None:
+    run_simulated(__file__)
+
+
+FULL = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=5)
+
+
+@needs_gpu
+@example(case=(np.random.default_rng(0).standard_normal(128256).astype(np.float32), [5, 7], FULL))
+@example(case=(np.random.default_rng(1).standard_normal(262144).astype(np.float32), [5, 7], FULL))
+@example(case=(np.zeros(128256, np.float32), [5, 7], SamplingParams(temperature=1.0, top_p=0.5, seed=6)))
+@given(case=cases(most=128256))
+def test_sampler_on_gpu(case: Case) -> None:
+    from bitnet_numba.kernels.runtime.driver import usable_device
+
+    logits, history, params = case
+    grid = kernel.sampler_grid(usable_device().num_sms, len(logits))
+    check_sampler(logits, history, params, kernel.sampler_spec(arch()), grid)
+
+
+@needs_gpu
+@settings(max_examples=25)
+@example(rows=[(np.random.default_rng(2).standard_normal(262144).astype(np.float32), [5, 7], FULL)])
+@example(rows=[(np.zeros(128256, np.float32), [5, 7], SamplingParams(temperature=1.0, top_p=0.5, top_k=9000, seed=6))])
+@given(rows=batches(most=128256, rows=8))
+def test_sampler_many_on_gpu(rows: list[Case | None]) -> None:
+    """Rows in company get the token that the sampler of one row chooses, ties and all."""
+    from bitnet_numba.kernels.runtime.driver import usable_device
+
+    chosen = check_sampler_many(rows, sampler_many.sampler_many_spec(arch()))
+    for token, row in zip(chosen, rows, strict=True):
+        if row is not None:
+            grid = kernel.sampler_grid(usable_device().num_sms, len(row[0]))
+            assert token == choose(*row, kernel.sampler_spec(arch()), grid, repeat=1)
+
+
+@needs_gpu
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_nan_on_gpu(temperature: float) -> None:
+    check_nan(50000, 49999, temperature, kernel.sampler_spec(arch()), 64)
+
+
+def test_grid_owns_every_token_and_refuses_more() -> None:
+    assert kernel.sampler_grid(132, 128256) == 64
+    assert kernel.sampler_grid(20, 128256) == 40
+    for num_sms, vocab in ((132, 0), (132, 262145), (16, 200000)):
+        with pytest.raises(ValueError, match=f"not {vocab}"):
+            kernel.sampler_grid(num_sms, vocab)
