@@ -21,7 +21,8 @@ chat: $(VENV)/.installed
 env: $(VENV)/.test-installed
 
 test: env check
-	@$(PY) -m pytest -n 2
+	@$(PY) -m pytest -n 2 -m "not simulated"
+	@NUMBA_ENABLE_CUDASIM=1 $(PY) -m pytest -n 2 -m simulated
 
 check: env
 	@$(PY) -m ruff check .

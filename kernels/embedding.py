@@ -22,8 +22,9 @@ from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.ptx.base import device_function, float32, int32, int64, uint32
-from bitnet_numba.kernels.runtime.driver import Device, DeviceArray
+from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 
 THREADS = 256
@@ -162,7 +163,7 @@ def embed(
     seen: DeviceArray,
     h: DeviceArray,
     columns: int,
-    overlap: bool = True,
+    use_pdl: bool = True,
 ) -> Launch:
     """The launch that looks up tokens[position[0]].
 
@@ -175,7 +176,7 @@ def embed(
         raise ValueError(f"embedding: h of {h.size}, seen of {seen.size} words do not fit {vocab} rows of {columns}")
     # bfloat16 rows have no scales; any address serves for the one that is not read.
     arguments = (rows, scale if scale is not None else h, tokens, position, seen, h, columns)
-    return Launch(embed_spec(device.arch, int8), embed_grid(columns), arguments, device, overlap)
+    return device.launch(embed_spec(device.arch, int8), embed_grid(columns), arguments, use_pdl)
 
 
 def embed_many_spec(arch: int, int8: bool, prompt: bool, threads: int = THREADS) -> KernelSpec:
@@ -201,7 +202,7 @@ def embed_many(
     where: DeviceArray,
     size: int,
     columns: int,
-    overlap: bool = True,
+    use_pdl: bool = True,
 ) -> Launch:
     """The launch that looks up the tokens of a pass of `size` rows.
 
@@ -230,7 +231,7 @@ def embed_many(
         count if count is not None else slots, seen, seen_stride, h, where, columns,
     )  # fmt: skip
     spec = embed_many_spec(device.arch, int8, count is not None)
-    return Launch(spec, (embed_grid(columns), size), arguments, device, overlap)
+    return device.launch(spec, (embed_grid(columns), size), arguments, use_pdl)
 
 
 def finish_prompt_spec(arch: int, threads: int = THREADS) -> KernelSpec:
@@ -250,7 +251,7 @@ def finish_prompt(
     last: DeviceArray,
     where: DeviceArray,
     columns: int,
-    overlap: bool = True,
+    use_pdl: bool = True,
 ) -> Launch:
     """The launch that ends a pass over a prompt: position[slots[0]] += count - keep, and row count - 1 of h to `last`.
 
@@ -263,4 +264,4 @@ def finish_prompt(
             f"finish_prompt: keep {keep}, {h.size} elements in rows of {columns}, last of {last.size} do not fit"
         )
     arguments = (count, slots, position, keep, h, last, where, columns)
-    return Launch(finish_prompt_spec(device.arch), embed_grid(columns), arguments, device, overlap)
+    return device.launch(finish_prompt_spec(device.arch), embed_grid(columns), arguments, use_pdl)

@@ -34,7 +34,8 @@ HOW_TIMED = (
 
 def environment() -> dict[str, Any]:
     """The device, versions and commit that figures belong to."""
-    from bitnet_numba.kernels.runtime.driver import driver_call, usable_device
+    from bitnet_numba.kernels.runtime.device import usable_device
+    from bitnet_numba.kernels.runtime.driver import driver_call
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     versions = {}
@@ -60,7 +61,8 @@ def measure(what: str) -> dict[str, Any]:
         return {"packing": measure_packing()}
     from bitnet_numba.backends.cuda.backend import CudaBackend
     from bitnet_numba.checkpoint.packed import open_packed
-    from bitnet_numba.kernels.runtime.driver import Stream, usable_device
+    from bitnet_numba.kernels.runtime.device import usable_device
+    from bitnet_numba.kernels.runtime.driver import Stream
     from tools import bench_many, bench_measure
 
     figures: dict[str, Any] = {"environment": environment(), "packing": measure_packing()}

@@ -10,7 +10,9 @@ import numpy as np
 from bitnet_numba.backends.cuda.backend import CudaBackend
 from bitnet_numba.kernels.attention.kv_cache import PAGE
 from bitnet_numba.kernels.linear.gemm import w2a8_matmul
-from bitnet_numba.kernels.runtime.driver import DeviceArray, DeviceView, Event, Stream, usable_device
+from bitnet_numba.kernels.runtime.device import usable_device
+from bitnet_numba.kernels.runtime.driver import Event, Stream
+from bitnet_numba.kernels.runtime.memory import DeviceArray, DeviceView
 from bitnet_numba.packing import packed_words
 from bitnet_numba.sampling import SamplingParams
 from tools.bench_measure import REPEATS, graph_us, random_ids, random_words, torch_graph_us

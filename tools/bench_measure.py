@@ -26,8 +26,10 @@ from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.attention.decode import LONG_CONTEXT
 from bitnet_numba.kernels.linear.gemv import plan, spec, w2a8_gemv
 from bitnet_numba.kernels.ptx.base import int32
-from bitnet_numba.kernels.runtime.driver import Device, DeviceArray, Event, Stream, usable_device
+from bitnet_numba.kernels.runtime.device import Device, usable_device
+from bitnet_numba.kernels.runtime.driver import Event, Stream
 from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.kernels.sampling.parts import settings
 from bitnet_numba.packing import BLOCK_ROWS, packed_words
@@ -96,7 +98,7 @@ def measure_bandwidth(device: Device, stream: Stream) -> float:
     pointer = types.CPointer(types.int32)
     kernel = KernelSpec("read", make_read(device.arch), (pointer, pointer, types.int64), READ_THREADS)
     words, out = DeviceArray(READ_BYTES // 4, np.int32, zero=True), DeviceArray(1, np.int32)
-    launch = Launch(kernel, device.num_sms, (words, out, READ_BYTES // 4), device, overlap=False)
+    launch = Launch(kernel, device.num_sms, (words, out, READ_BYTES // 4), device, use_pdl=False)
     return READ_BYTES / graph_us(stream, [launch]) / 1e3
 
 

@@ -44,8 +44,9 @@ from numba.cuda import types
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.attention import decode_mma as attention_long
 from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, float32, int32, uint32
-from bitnet_numba.kernels.runtime.driver import Device, DeviceArray
+from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 
 # Query heads a block, threads, tokens that a row of lanes holds at a time, blocks a SM: see above.
@@ -437,7 +438,7 @@ def attention(
     capacity: int,
     long: bool = False,
     least: int = 0,
-    overlap: bool = True,
+    use_pdl: bool = True,
 ) -> Launch:
     """The launch for one layer's token: out = softmax(q . K / sqrt(head_dim)) . V over positions 0 .. position[0].
 
@@ -470,4 +471,4 @@ def attention(
         raise ValueError(f"attention: a capacity of {capacity} tokens, or at least {least} a split, is none")
     least = least or (LEAST_TOKENS_LONG if long else MIN_SPLIT_TOKENS)
     arguments = (qkv, cos, sin, position, keys, values, *scratch, out, kv_heads, capacity, least)
-    return Launch(spec, grid, arguments, device, overlap)
+    return device.launch(spec, grid, arguments, use_pdl)

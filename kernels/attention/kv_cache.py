@@ -34,8 +34,9 @@ from numba.cuda import types
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.attention.decode import MAX_HEAD_DIM, padded_head_dim
 from bitnet_numba.kernels.ptx.base import device_function, float32, int32, int64
-from bitnet_numba.kernels.runtime.driver import Device, DeviceArray
+from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 
 PAGE = 64  # tokens
@@ -198,7 +199,7 @@ def append(
     heads: int,
     kv_heads: int,
     head_dim: int,
-    overlap: bool = True,
+    use_pdl: bool = True,
 ) -> Launch:
     """The launch that rotates the keys of `rows` rows and stores their keys and values at the rows' positions.
 
@@ -208,4 +209,4 @@ def append(
     """
     check_sizes("append", qkv, cos, sin, where, cache, rows, heads, kv_heads, head_dim)
     arguments = (qkv, cos, sin, where, *cache_arguments(cache), heads, kv_heads)
-    return Launch(append_spec(device.arch, head_dim), rows, arguments, device, overlap)
+    return device.launch(append_spec(device.arch, head_dim), rows, arguments, use_pdl)

@@ -79,8 +79,9 @@ from bitnet_numba.kernels.attention.kv_cache import (
     token_words,
 )
 from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, int32, int64, uint32
-from bitnet_numba.kernels.runtime.driver import Device, DeviceArray
+from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 
 STRANDS = 16  # of a split: see above
@@ -586,7 +587,7 @@ def attention_batch(
     kv_heads: int,
     head_dim: int,
     threads: int = 0,
-    overlap: bool = True,
+    use_pdl: bool = True,
 ) -> Launch:
     """The launch for one layer: out[b] = softmax(q_b . K / sqrt(head_dim)) . V over row b's tokens 0 .. where[b, 1], of
     which it stores the last.
@@ -615,4 +616,4 @@ def attention_batch(
         qkv, cos, sin, where, *cache_arguments(cache), *scratch, out, work, kv_heads, most_splits(max_tokens),
         cache.table.size // cache.table_stride, min(max_tokens, cache.table_stride * PAGE), cache.keys.size,
     )  # fmt: skip
-    return Launch(spec, (blocks, parts), arguments, device, overlap)
+    return device.launch(spec, (blocks, parts), arguments, use_pdl)

@@ -36,8 +36,9 @@ from bitnet_numba.kernels.attention.decode import (
 )
 from bitnet_numba.kernels.attention.kv_cache import CACHE_SIGNATURE, PAGE, LayerCache, cache_arguments, check_sizes
 from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, float32, int32, int64
-from bitnet_numba.kernels.runtime.driver import Device, DeviceArray
+from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 
 THREADS = 256
@@ -215,7 +216,7 @@ def attention_rows(
     heads: int,
     kv_heads: int,
     head_dim: int,
-    overlap: bool = True,
+    use_pdl: bool = True,
 ) -> Launch:
     """The launch for rows of any slots: out = softmax(q . K / sqrt(head_dim)) . V over tokens 0 .. position of each.
 
@@ -229,4 +230,4 @@ def attention_rows(
     group = heads // kv_heads
     spec = attention_rows_spec(device.arch, head_dim, group)
     arguments = (qkv, cos, sin, where, *cache_arguments(cache), out, kv_heads)
-    return Launch(spec, attention_rows_grid(rows, kv_heads, group), arguments, device, overlap)
+    return device.launch(spec, attention_rows_grid(rows, kv_heads, group), arguments, use_pdl)

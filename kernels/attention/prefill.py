@@ -46,8 +46,9 @@ from bitnet_numba.kernels.attention.kv_cache import (
     token_words,
 )
 from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, int32, int64
-from bitnet_numba.kernels.runtime.driver import Device, DeviceArray
+from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 
 MIN_ARCH = 80  # mma of bfloat16
@@ -389,7 +390,7 @@ def attention_prompt(
     heads: int,
     kv_heads: int,
     head_dim: int,
-    overlap: bool = True,
+    use_pdl: bool = True,
 ) -> Launch:
     """The launch for a pass of one slot's tokens: out = softmax(q . K / sqrt(head_dim)) . V, causal.
 
@@ -403,4 +404,4 @@ def attention_prompt(
     spec = attention_prompt_spec(device.arch, head_dim, heads // kv_heads)
     grid = attention_prompt_grid(rows, kv_heads, head_dim, heads // kv_heads)
     arguments = (qkv, cos, sin, where, *cache_arguments(cache), out, rows, kv_heads)
-    return Launch(spec, grid, arguments, device, overlap)
+    return device.launch(spec, grid, arguments, use_pdl)

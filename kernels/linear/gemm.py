@@ -19,10 +19,10 @@ from bitnet_numba.kernels.linear.gemm_wgmma import SPAN, block_bytes, make_warpg
 from bitnet_numba.kernels.linear.heuristics import plan
 from bitnet_numba.kernels.linear.tile import Tile
 from bitnet_numba.kernels.ptx.tma import SPAN_INTS
-from bitnet_numba.kernels.runtime.driver import Device, DeviceArray
+from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.kernels.runtime.spec import CARVEOUT, CARVEOUT_BYTES, RESERVED_BYTES, KernelSpec
-from bitnet_numba.kernels.runtime.tensor_map import tensor_map
 from bitnet_numba.packing import BLOCK_ROWS, packed_words, padded_shape
 
 MAX_SEGMENTS = 3  # q, k and v
@@ -100,7 +100,7 @@ def w2a8_matmul(
     bias: DeviceArray | None = None,
     epilogue: str = "store",
     activation: str = "relu2",
-    overlap: bool = True,
+    use_pdl: bool = True,
 ) -> Launch:
     """The prepared launch of a product for up to M tokens.
 
@@ -138,6 +138,6 @@ def w2a8_matmul(
     grid, integers = launch_sizes(tile, M, N, K, ends, gated)
     if tile.scheme == "wgmma":
         of_words, of_q = map_sizes(tile, M, N, K, gated)
-        words, q = tensor_map(words.address, *of_words), tensor_map(q.address, *of_q)
+        words, q = device.tensor_map(words, *of_words), device.tensor_map(q, *of_q)
     arguments = (words, q, s, total, count, scales, bias, out, *integers)
-    return Launch(spec(device.arch, tile, epilogue, activation, bias is not None), grid, arguments, device, overlap)
+    return device.launch(spec(device.arch, tile, epilogue, activation, bias is not None), grid, arguments, use_pdl)

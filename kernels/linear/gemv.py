@@ -45,8 +45,9 @@ from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, float32, int32
-from bitnet_numba.kernels.runtime.driver import Device, DeviceArray
+from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_BITS, CODE_MASK, CODE_OFFSET, packed_words
 
@@ -381,7 +382,7 @@ def w2a8_gemv(
     K: int,
     ends: Sequence[int] = (),
     bias: DeviceArray | None = None,
-    overlap: bool = True,
+    use_pdl: bool = True,
 ) -> Launch:
     """The prepared launch of a single product; calling it with a stream's handle costs about 5 us of host time.
 
@@ -405,6 +406,6 @@ def w2a8_gemv(
     split = plan(N, K, device.num_sms)
     bounds = (*ends, N, N)[:2]
     arguments = (words, q, quantization, 0.0, scales, bias, out, N, -(-N // BLOCK_ROWS), 0, *bounds)
-    return Launch(
-        spec(device.arch, K, split, "int8", epilogue, bias=bias is not None), split.grid, arguments, device, overlap
+    return device.launch(
+        spec(device.arch, K, split, "int8", epilogue, bias=bias is not None), split.grid, arguments, use_pdl
     )

@@ -29,8 +29,9 @@ from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.ptx.base import WARP, float32, float64, int32, int64, uint32
-from bitnet_numba.kernels.runtime.driver import Device, DeviceArray
+from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.packing import BLOCK_COLS
 from bitnet_numba.quantize import EPSILON, INT8_MAX
@@ -194,7 +195,7 @@ def norm_quant(
     total: DeviceArray,
     tokens: int,
     K: int,
-    overlap: bool = True,
+    use_pdl: bool = True,
 ) -> Launch:
     """The launch that norms (with a weight) and quantises `tokens` rows.
 
@@ -213,4 +214,4 @@ def norm_quant(
         raise ValueError(f"norm_quant: {tokens} tokens; at least one is needed")
     # Without a norm the weight is not read; any address serves.
     arguments = (x, weight if weight is not None else x, np.float32(eps), q, s, total)
-    return Launch(spec, tokens, arguments, device, overlap)
+    return device.launch(spec, tokens, arguments, use_pdl)

@@ -57,8 +57,9 @@ from bitnet_numba.kernels.lm_head.split_norm import (
     tiles_of,
 )
 from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, float32, int32, int64
-from bitnet_numba.kernels.runtime.driver import Device, DeviceArray
+from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 
 CHUNK_BYTES = 16384  # of x in shared memory; three chunks fill the 48 KB
@@ -261,7 +262,7 @@ def head_many(
     rows: int,
     tokens: int,
     K: int,
-    overlap: bool = True,
+    use_pdl: bool = True,
 ) -> Launch:
     """The launch that scores every token of the vocabulary for `tokens` rows of activations.
 
@@ -275,7 +276,7 @@ def head_many(
     check_sizes("head_many", tokens, sizes)
     spec = head_many_spec(device.arch, K, int8, tiles_of(tokens))
     arguments = (weight, scale, x, logits, rows, tokens)
-    return Launch(spec, head_many_grid(device.arch, device.num_sms, tokens), arguments, device, overlap)
+    return device.launch(spec, head_many_grid(device.arch, device.num_sms, tokens), arguments, use_pdl)
 
 
 def head_many_grid(arch: int, num_sms: int, tokens: int) -> tuple[int, int]:

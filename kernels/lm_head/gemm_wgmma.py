@@ -35,10 +35,10 @@ from bitnet_numba.kernels.lm_head.split_norm import check_columns, check_sizes, 
 from bitnet_numba.kernels.ptx.base import device_function, float32, int32, int64
 from bitnet_numba.kernels.ptx.tma import PANEL_ALIGN, SPAN_INTS
 from bitnet_numba.kernels.ptx.wgmma import TILE_BYTES
-from bitnet_numba.kernels.runtime.driver import Device, DeviceArray
+from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
-from bitnet_numba.kernels.runtime.tensor_map import tensor_map
 
 TOKENS = (8, 16, 32, 64, 128)  # of a group; more tokens are several groups
 SPAN = 64  # columns of a turn
@@ -244,7 +244,7 @@ def turns_of(K: int) -> int:
 
 def norm_split(
     device: Device, h: DeviceArray, norm: DeviceArray, eps: float, x: DeviceArray, tokens: int, K: int,
-    overlap: bool = True,
+    use_pdl: bool = True,
 ) -> Launch:  # fmt: skip
     """The launch that prepares x for `head_warpgroup`: normed activations as two terms.
 
@@ -254,12 +254,12 @@ def norm_split(
     sizes = {"h": (h, tokens * K), "norm": (norm, K), "x": (x, split_words(tokens, K))}
     check_sizes("norm_split", tokens, sizes)
     arguments = (h, norm, eps, x, tokens, plan(tokens).tokens)
-    return Launch(norm_spec(device.arch, K), padded_tokens(tokens), arguments, device, overlap)
+    return device.launch(norm_spec(device.arch, K), padded_tokens(tokens), arguments, use_pdl)
 
 
 def head_warpgroup(
     device: Device, weight: DeviceArray, x: DeviceArray, logits: DeviceArray, rows: int, tokens: int, K: int,
-    overlap: bool = True,
+    use_pdl: bool = True,
 ) -> Launch:  # fmt: skip
     """The launch that scores every token of the vocabulary for `tokens` rows of activations.
 
@@ -273,6 +273,6 @@ def head_warpgroup(
     check_sizes("head_warpgroup", tokens, sizes)
     tile = plan(tokens)
     of_weight, of_x = map_sizes(tile, rows, tokens, K)
-    maps = tensor_map(weight.address, *of_weight), tensor_map(x.address, *of_x)
+    maps = device.tensor_map(weight, *of_weight), device.tensor_map(x, *of_x)
     grid = min(device.num_sms, -(-rows // tile.rows)), -(-tokens // tile.tokens)
-    return Launch(spec(device.arch, tile), grid, (*maps, logits, rows, tokens, turns_of(K)), device, overlap)
+    return device.launch(spec(device.arch, tile), grid, (*maps, logits, rows, tokens, turns_of(K)), use_pdl)

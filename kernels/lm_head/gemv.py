@@ -20,8 +20,9 @@ from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, float32, int32
-from bitnet_numba.kernels.runtime.driver import Device, DeviceArray
+from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.packing import BLOCK_COLS
 
@@ -183,7 +184,7 @@ def head(
     logits: DeviceArray,
     rows: int,
     K: int,
-    overlap: bool = True,
+    use_pdl: bool = True,
 ) -> Launch:
     """The launch that scores every token: logits = norm(h) . weight rows.
 
@@ -198,4 +199,4 @@ def head(
         if array.size < size:
             raise ValueError(f"head: {name} holds {array.size} elements, {size} are needed")
     arguments = (weight, scale, h, norm, eps, logits, rows)
-    return Launch(spec(device.arch, K, int8), device.num_sms * BLOCKS_PER_SM, arguments, device, overlap)
+    return device.launch(spec(device.arch, K, int8), device.num_sms * BLOCKS_PER_SM, arguments, use_pdl)

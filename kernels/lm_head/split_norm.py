@@ -8,8 +8,9 @@ from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.ptx.base import WARP, device_function, float32, int32, int64
-from bitnet_numba.kernels.runtime.driver import Device, DeviceArray
+from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.packing import BLOCK_COLS
 
@@ -167,7 +168,7 @@ def norm_split(
     tokens: int,
     K: int,
     int8: bool,
-    overlap: bool = True,
+    use_pdl: bool = True,
 ) -> Launch:
     """The launch that prepares x for `head_many`: normed activations as two terms, in the order that it reads.
 
@@ -177,9 +178,7 @@ def norm_split(
     sizes = {"h": (h, tokens * K), "norm": (norm, K), "x": (x, split_words(tokens, K))}
     check_sizes("norm_split", tokens, sizes)
     spec = norm_split_spec(device.arch, K, int8)
-    return Launch(
-        spec, padded_tokens(device.arch, tokens), (h, norm, eps, x, tokens, tiles_of(tokens)), device, overlap
-    )
+    return device.launch(spec, padded_tokens(device.arch, tokens), (h, norm, eps, x, tokens, tiles_of(tokens)), use_pdl)
 
 
 def check_sizes(what: str, tokens: int, sizes: dict[str, tuple[DeviceArray, int]]) -> None:

@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Loading kernels and launching them with prepared arguments."""
 
 import ctypes
 from collections.abc import Callable, Sequence
@@ -8,86 +8,95 @@ from numba.cuda import types
 
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.runtime.compiler import ENTRY, is_cached, machine_code
-from bitnet_numba.kernels.runtime.driver import Device, _enum, driver_call
+from bitnet_numba.kernels.runtime.driver import driver_call, enum_member
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 
 KernelArgument = Any  # DeviceArray, None, int or float
 
 
-# ---- Kernels ---------------------------------------------------------------------------------------------------------
-
-
 _loaded: dict[Any, Any] = {}
 
 
-OVERLAP_ARCH = 90  # the first that starts a launch before the one before has ended
+PDL_ARCH = 90  # the first that starts a launch before the one before has ended
 
 
-def _key(spec: KernelSpec, device: Device) -> tuple:
-    return (spec.name, spec.signature, spec.threads, spec.blocks_per_sm, device.arch)
+def _key(spec: KernelSpec, arch: int) -> tuple:
+    return (spec.name, spec.signature, spec.threads, spec.blocks_per_sm, arch)
 
 
-def load_kernel(spec: KernelSpec, device: Device) -> Any:
+def load_kernel(spec: KernelSpec, arch: int) -> Any:
     """A KernelSpec as a driver function, compiled and loaded once."""
-    key = _key(spec, device)
+    key = _key(spec, arch)
     if key not in _loaded:
-        cubin, _ = machine_code(spec, device.arch)
+        cubin, _ = machine_code(spec, arch)
         module = driver_call("cuModuleLoadData", cubin)
         function = driver_call("cuModuleGetFunction", module, ENTRY.encode())
         attributes = {"MAX_DYNAMIC_SHARED_SIZE_BYTES": spec.shared} if spec.shared else {}
-        if device.arch >= OVERLAP_ARCH:  # for launches that overlap; others keep the driver's choice
+        if arch >= PDL_ARCH:  # for launches that overlap; others keep the driver's choice
             attributes["PREFERRED_SHARED_MEMORY_CARVEOUT"] = spec.carveout
         for attribute, value in attributes.items():
-            driver_call("cuFuncSetAttribute", function, _enum("CUfunction_attribute", attribute), value)
+            driver_call("cuFuncSetAttribute", function, enum_member("CUfunction_attribute", attribute), value)
         # The module is kept too: functions die with it.
         _loaded[key] = (function, module)
     return _loaded[key][0]
 
 
-def load_kernels(specs: Sequence[KernelSpec], device: Device, progress: Callable[[int, int], None]) -> None:
+def load_kernels(specs: Sequence[KernelSpec], arch: int, progress: Callable[[int, int], None]) -> None:
     """Loads forms; those not in the disk cache are compiled first, with `progress(done, total)` as it goes."""
-    missing = [spec for spec in specs if _key(spec, device) not in _loaded and not is_cached(spec, device.arch)]
+    missing = [spec for spec in specs if _key(spec, arch) not in _loaded and not is_cached(spec, arch)]
     for done, spec in enumerate(missing):
         progress(done, len(missing))
-        machine_code(spec, device.arch)
+        machine_code(spec, arch)
     if missing:
         progress(len(missing), len(missing))
     for spec in specs:
-        load_kernel(spec, device)
-
-
-# ---- Launches -------------------------------------------------------------------------------------------------------
+        load_kernel(spec, arch)
 
 
 class Launch:
-    """A kernel with its arguments, ready to go: calling it with a stream costs a few microseconds of host time."""
+    """A kernel and its arguments. Of a dry run it is no more than that; see `PreparedLaunch`."""
+
+    def __init__(self, spec: KernelSpec, arguments: Sequence[KernelArgument]):
+        if len(arguments) != len(spec.signature):
+            raise ValueError(f"{spec.name} takes {len(spec.signature)} arguments, not {len(arguments)}")
+        self.spec, self.arguments = spec, arguments
+
+    @property
+    def name(self) -> str:
+        """The kernel's."""
+        return self.spec.name
+
+    def __call__(self, stream: Any) -> None:
+        """Enqueues the launch on a stream, given by its handle."""
+        raise NotImplementedError("a dry run launches nothing")
+
+
+class PreparedLaunch(Launch):
+    """A launch on a device: calling it with a stream's handle costs a few microseconds of host time."""
 
     def __init__(
         self,
         spec: KernelSpec,
         grid: int | tuple[int, int],
         arguments: Sequence[KernelArgument],
-        device: Device,
-        overlap: bool = True,
+        arch: int,
+        use_pdl: bool = True,
     ):
-        """`overlap`: may start before the launch before it has ended (the kernel must have a pdl_wait)."""
+        """Arguments as of `Device.launch`. Raises BackendError if the kernel cannot be compiled or loaded."""
         from cuda.bindings import driver
 
-        if len(arguments) != len(spec.signature):
-            raise ValueError(f"{spec.name} takes {len(spec.signature)} arguments, not {len(arguments)}")
-        self.name = spec.name
-        self._function = load_kernel(spec, device)
+        super().__init__(spec, arguments)
+        self._function = load_kernel(spec, arch)
         self._values = [value for kind, a in zip(spec.signature, arguments, strict=True) for value in _pack(kind, a)]
         self._pointers = (ctypes.c_void_p * len(self._values))(*(ctypes.addressof(value) for value in self._values))
         self._parameters = ctypes.addressof(self._pointers)
-        self._keep = list(arguments)
         self._config = config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY = grid if isinstance(grid, tuple) else (grid, 1)
         config.gridDimZ = 1
         config.blockDimX, config.blockDimY, config.blockDimZ = spec.threads, 1, 1
         config.sharedMemBytes = spec.shared
         attributes = []
-        if overlap and device.arch >= OVERLAP_ARCH:
+        if use_pdl and arch >= PDL_ARCH:
             attributes.append(driver.CUlaunchAttribute())
             attributes[-1].id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attributes[-1].value.programmaticStreamSerializationAllowed = 1

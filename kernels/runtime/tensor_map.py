@@ -1,11 +1,12 @@
-"""TODO docstring."""
+"""The description of a matrix that the tensor memory accelerator (TMA, sm_90) loads boxes of."""
 
 from functools import cache
 
 import numpy as np
 
 from bitnet_numba.kernels.ptx.tma import SPAN_INTS
-from bitnet_numba.kernels.runtime.driver import DeviceArray, driver_call
+from bitnet_numba.kernels.runtime.driver import driver_call
+from bitnet_numba.kernels.runtime.memory import DeviceArray
 
 
 @cache

@@ -27,8 +27,9 @@ from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.ptx.base import WARP, device_function, float32, int32, int64, uint32
-from bitnet_numba.kernels.runtime.driver import Device, DeviceArray, PinnedArray
+from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.memory import DeviceArray, PinnedArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.kernels.sampling.parts import (
     BINS,
@@ -312,7 +313,7 @@ def sampler_many(
     seen: DeviceArray,
     position: DeviceArray,
     out: DeviceArray | PinnedArray,
-    overlap: bool = True,
+    use_pdl: bool = True,
 ) -> Launch:
     """The launch that chooses the token after the one that each row fed.
 
@@ -337,4 +338,4 @@ def sampler_many(
         if array.size < size:
             raise ValueError(f"sampler_many: {name} holds {array.size} elements, {size} are needed")
     arguments = (logits, vocab, settings, where, tokens, tokens_stride, seen, seen_stride, position, out)
-    return Launch(sampler_many_spec(device.arch), rows, arguments, device, overlap)
+    return device.launch(sampler_many_spec(device.arch), rows, arguments, use_pdl)

@@ -26,8 +26,9 @@ from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.ptx.base import WARP, device_function, float32, int32, int64, uint32
-from bitnet_numba.kernels.runtime.driver import Device, DeviceArray, PinnedArray
+from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.memory import DeviceArray, PinnedArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.kernels.sampling.parts import (
     BINS,
@@ -298,7 +299,7 @@ def sampler(
     scratch: DeviceArray,
     counters: DeviceArray,
     ring: DeviceArray | PinnedArray,
-    overlap: bool = True,
+    use_pdl: bool = True,
 ) -> Launch:
     """The launch that chooses the token after position[0].
 
@@ -321,4 +322,4 @@ def sampler(
         if array.size < size:
             raise ValueError(f"sampler: {name} holds {array.size} elements, {size} are needed")
     arguments = (logits, vocab, setting, position, tokens, seen, scratch, counters, ring, ring.size)
-    return Launch(sampler_spec(device.arch), grid, arguments, device, overlap)
+    return device.launch(sampler_spec(device.arch), grid, arguments, use_pdl)

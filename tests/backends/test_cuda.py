@@ -205,7 +205,7 @@ def test_decoding_ends_with_the_context(demo: PackedCheckpoint) -> None:
 @pytest.mark.alone
 def test_ten_thousand_steps_leave_memory_as_it_was(demo: PackedCheckpoint) -> None:
     from bitnet_numba.backends.cuda.backend import CudaBackend
-    from bitnet_numba.kernels.runtime.driver import usable_device
+    from bitnet_numba.kernels.runtime.device import usable_device
 
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

@@ -116,7 +116,7 @@ def test_a_shared_beginning_is_computed_once(demo: PackedCheckpoint) -> None:
 @needs_gpu
 def test_numbers_that_are_none_stay_with_their_sequence(demo: PackedCheckpoint) -> None:
     """NaN in one sequence's cache ends that one; its pages serve another afterwards."""
-    from bitnet_numba.kernels.runtime.driver import DeviceView
+    from bitnet_numba.kernels.runtime.memory import DeviceView
 
     backend = backend_of(demo)
     batch = backend.new_batch(2, 200)

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.kernels.harness import ARCH, run_simulated
+from bitnet_numba.kernels.ptx.tma import SimulatedTensorMap
+from bitnet_numba.kernels.runtime.device import CudaDevice
+from tests.kernels.harness import ARCH, simulated
 
 CONFIG = {
     "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
@@ -51,10 +53,12 @@ class HostMemory:
         return self.blocks[start][address - start :].view(dtype)
 
 
-class FakeDevice:
-    """What the host code asks of a Device."""
+class SimulatedDevice(CudaDevice):
+    """A device of the simulator, its memory in `HostMemory`."""
 
-    arch, num_sms, name = ARCH, 2, "simulator"
+    def __init__(self, memory: HostMemory):
+        self._memory = memory
+        self.arch, self.num_sms, self.name = ARCH, 2, "simulator"
 
     def activate(self) -> None:
         """Nothing to do."""
@@ -63,58 +67,51 @@ class FakeDevice:
         """Plenty."""
         return 1 << 30, 1 << 30
 
+    def tensor_map(self, array: Any, rows: int, row_ints: int, box_rows: int, box_ints: int) -> SimulatedTensorMap:
+        matrix = self._memory.array(array.address, np.dtype(np.int32))[: rows * row_ints]
+        return SimulatedTensorMap(matrix.reshape(rows, row_ints), box_rows, box_ints)
+
+    def launch(self, spec: Any, grid: Any, arguments: Any, use_pdl: bool = True) -> Any:
+        assert len(arguments) == len(spec.signature)
+        return partial(self._run, spec, grid, arguments)
+
+    def _run(self, spec: Any, grid: Any, arguments: Any, stream: Any) -> None:
+        from numba import cuda, types
+        from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+
+        from tests.kernels import simulator
+
+        values = []
+        for kind, argument in zip(spec.signature, arguments, strict=True):
+            if isinstance(argument, SimulatedTensorMap):
+                pass
+            elif isinstance(kind, types.CPointer):
+                dtype = np.dtype(str(kind.dtype))
+                argument = FakeCUDAArray(self._memory.array(int(getattr(argument, "address", argument)), dtype))
+            elif kind == types.float32:
+                argument = np.float32(argument)
+            values.append(argument)
+        simulator.Block.of_clusters(spec.cluster)
+        cuda.jit(spec.kernel)[grid, spec.threads, 0, spec.shared](*values)
+
 
 def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     """A CudaBackend over host memory and the simulator."""
-    from numba import cuda, types
-    from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
-
-    from bitnet_numba.backends.cuda import backend, decode
+    from bitnet_numba.backends.cuda import backend, context
     from bitnet_numba.backends.cuda import forward as rows
-    from bitnet_numba.kernels import embedding as embed
     from bitnet_numba.kernels.attention import decode as attention
-    from bitnet_numba.kernels.attention import kv_cache
-    from bitnet_numba.kernels.attention import paged_decode as attention_batch
-    from bitnet_numba.kernels.attention import paged_simt as attention_rows
-    from bitnet_numba.kernels.attention import prefill as attention_prompt
     from bitnet_numba.kernels.linear import gemm as w2a8_matmul
-    from bitnet_numba.kernels.linear import gemv as w2a8_gemv
     from bitnet_numba.kernels.linear import quantize as norm_quant
     from bitnet_numba.kernels.linear.tile import Tile
     from bitnet_numba.kernels.lm_head import gemm_mma as head_many
-    from bitnet_numba.kernels.lm_head import gemm_wgmma as head_warpgroup
     from bitnet_numba.kernels.lm_head import gemv as head
-    from bitnet_numba.kernels.ptx.tma import SimulatedTensorMap
-    from bitnet_numba.kernels.runtime import driver as device
-    from bitnet_numba.kernels.sampling import batched as sampler_many
+    from bitnet_numba.kernels.runtime import driver
+    from bitnet_numba.kernels.runtime import memory as memory_module
     from bitnet_numba.kernels.sampling import single as sampler
     from tests.kernels import simulator
 
     simulator.install()
     memory = HostMemory()
-
-    class SimulatedLaunch:
-        def __init__(self, spec: Any, grid: Any, arguments: Any, device: Any, overlap: bool = True):
-            self.spec, self.grid, self.arguments = spec, grid, arguments
-            assert len(arguments) == len(spec.signature)
-
-        def __call__(self, stream: Any) -> None:
-            values = []
-            for kind, argument in zip(self.spec.signature, self.arguments, strict=True):
-                if isinstance(argument, SimulatedTensorMap):
-                    pass
-                elif isinstance(kind, types.CPointer):
-                    dtype = np.dtype(str(kind.dtype))
-                    argument = FakeCUDAArray(memory.array(int(getattr(argument, "address", argument)), dtype))
-                elif kind == types.float32:
-                    argument = np.float32(argument)
-                values.append(argument)
-            simulator.Block.of_clusters(self.spec.cluster)
-            cuda.jit(self.spec.kernel)[self.grid, self.spec.threads, 0, self.spec.shared](*values)
-
-    def simulated_map(address: int, rows: int, row_ints: int, box_rows: int, box_ints: int) -> SimulatedTensorMap:
-        matrix = memory.array(address, np.dtype(np.int32))[: rows * row_ints]
-        return SimulatedTensorMap(matrix.reshape(rows, row_ints), box_rows, box_ints)
 
     class Replayed:
         def __init__(self, launches: Any):
@@ -127,30 +124,25 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(device, "driver_call", memory.call)
-    for module in (
-        attention, attention_batch, attention_prompt, attention_rows, decode, embed, head, head_many,
-        head_warpgroup, kv_cache, norm_quant, sampler, sampler_many, w2a8_gemv, w2a8_matmul,
-    ):  # fmt: skip
-        monkeypatch.setattr(module, "Launch", SimulatedLaunch)
-    for module in (head_warpgroup, w2a8_matmul):
-        monkeypatch.setattr(module, "tensor_map", simulated_map)
-    monkeypatch.setattr(backend, "usable_device", FakeDevice)
+    for module in (driver, memory_module):
+        monkeypatch.setattr(module, "driver_call", memory.call)
+    monkeypatch.setattr(backend, "usable_device", lambda: SimulatedDevice(memory))
     monkeypatch.setattr(backend, "load_specs", lambda *arguments: None)
-    monkeypatch.setattr(device.Stream, "capture", lambda self, launches: Replayed(launches))
-    monkeypatch.setattr(device.Stream, "idle", lambda self: True)
+    monkeypatch.setattr(driver.Stream, "capture", lambda self, launches: Replayed(launches))
+    monkeypatch.setattr(driver.Stream, "idle", lambda self: True)
     monkeypatch.setattr(sampler, "MAX_BLOCKS", 1)  # blocks run one after the other: none may wait for another
     monkeypatch.setattr(attention, "SHORT", (1, 64, 2, 1))  # fewer threads, for speed
-    monkeypatch.setattr(backend, "STEPS_AHEAD", 1)
+    monkeypatch.setattr(context, "STEPS_AHEAD", 1)
     monkeypatch.setattr(rows, "MIN_ROWS", 2)
     monkeypatch.setattr(w2a8_matmul, "plan", lambda *arguments: Tile(8, 1, 4, 1, 0, 2, scheme="wgmma"))
-    monkeypatch.setattr(head, "form", partial(head.spec, threads=128))
-    monkeypatch.setattr(head_many, "head_many_form", partial(head_many.head_many_spec, threads=64))
-    monkeypatch.setattr(norm_quant, "norm_quant_form", partial(norm_quant.norm_quant_spec, threads=64))
+    monkeypatch.setattr(head, "spec", partial(head.spec, threads=128))
+    monkeypatch.setattr(head_many, "head_many_spec", partial(head_many.head_many_spec, threads=64))
+    monkeypatch.setattr(norm_quant, "norm_quant_spec", partial(norm_quant.norm_quant_spec, threads=64))
     return backend.CudaBackend(checkpoint)
 
 
-def simulate_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@simulated
+def test_simulated_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from bitnet_numba.backends.host import ReferenceBackend
     from bitnet_numba.checkpoint.packed import open_packed
     from bitnet_numba.sampling import SamplingParams, sample
@@ -178,7 +170,8 @@ def simulate_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert context.ids == [5, 250, token]
 
 
-def simulate_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@simulated
+def test_simulated_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two sequences, whose pages lie anyhow, get the tokens that each would get alone."""
     from bitnet_numba.checkpoint.packed import open_packed
     from bitnet_numba.kernels.attention import paged_decode as attention_batch
@@ -194,9 +187,9 @@ def simulate_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     convert(tmp_path / "source", tmp_path / "packed", head="bf16")
     backend = simulated_backend(monkeypatch, open_packed(tmp_path / "packed"))
     monkeypatch.setattr(attention_batch, "threads_for", lambda *arguments: 64)
-    monkeypatch.setattr(sampler_many, "sampler_many_form", partial(sampler_many.sampler_many_spec, threads=64))
+    monkeypatch.setattr(sampler_many, "sampler_many_spec", partial(sampler_many.sampler_many_spec, threads=64))
     for module in (head_many, head_warpgroup):
-        monkeypatch.setattr(module, "norm_split_form", partial(module.norm_split_spec, threads=64))
+        monkeypatch.setattr(module, "norm_split_spec", partial(module.norm_split_spec, threads=64))
     params = SamplingParams(0.8, seed=5)
     tokens = []
     for prompts, pages in (([[5, 250], [7]], [[1], [0]]), ([[7]], [[0]])):
@@ -215,7 +208,3 @@ def simulate_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     steps = context.decode([5, 250], params)
     assert [next(steps), next(steps)] == [first, tokens[0][2][0][1]]
     steps.close()
-
-
-def test_simulated() -> None:
-    run_simulated(__file__)

@@ -14,15 +14,11 @@ The agreement with the kernel modules
 
 How a kernel test file is built
 - a property `check_x(...)` that makes inputs, calls `run(form, grid, arguments)` and compares with NumPy;
-- `@given(...) def simulate_x(...)`: the property on tiny shapes; not collected as a test, since the simulator must be
-  chosen before numba is imported: `def test_simulated(): run_simulated(__file__)` runs those of the file in a process
-  of their own;
+- `@simulated @given(...) def test_simulated_x(...)`: the property on tiny shapes, in Numba's CUDA simulator;
 - `@needs_gpu @given(...) def test_x_on_gpu(...)`: the same property at full size.
 """
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -33,8 +29,8 @@ import pytest
 
 from bitnet_numba.errors import BackendError
 
-ROOT = Path(__file__).parent.parent.parent
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+ROOT = Path(__file__).parent.parent.parent
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 ARCH = 90  # what simulated kernels are built for
 GUARD = 64  # elements on each side of an output that must stay as they were
@@ -46,7 +42,7 @@ def why_no_gpu() -> str:
     """One line that says why there is no usable GPU, or nothing."""
     if SIMULATED:
         return "this is the simulator"
-    from bitnet_numba.kernels.runtime.driver import usable_device
+    from bitnet_numba.kernels.runtime.device import usable_device
 
     try:
         usable_device()
@@ -65,19 +61,15 @@ def arch() -> int:
     """The architecture that kernels of this process run on."""
     if SIMULATED:
         return ARCH
-    from bitnet_numba.kernels.runtime.driver import usable_device
+    from bitnet_numba.kernels.runtime.device import usable_device
 
     return usable_device().arch
 
 
-def run_simulated(file: str) -> None:
-    """Runs the `simulate_*` properties of a test file on the simulator, in a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", file]
-    command += ["-o", "python_functions=simulate_*", "-o", "addopts=--import-mode=importlib"]
-    env = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"}
-    env.pop("PYTEST_XDIST_WORKER", None)
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+def simulated(test: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a test `simulated`: it needs Numba's CUDA simulator, which must be chosen before Numba is imported."""
+    skip = pytest.mark.skipif(not SIMULATED, reason="NUMBA_ENABLE_CUDASIM=1 python -m pytest -m simulated runs these")
+    return pytest.mark.simulated(skip(test))
 
 
 class Out:
@@ -131,7 +123,7 @@ def mapped(array: np.ndarray, sizes: tuple[int, ...]) -> tuple[Any, Any]:
         from bitnet_numba.kernels.ptx.tma import SimulatedTensorMap
 
         return SimulatedTensorMap(array.reshape(-1).view(np.int32).reshape(rows, ints), *box), array
-    from bitnet_numba.kernels.runtime.driver import DeviceArray
+    from bitnet_numba.kernels.runtime.memory import DeviceArray
     from bitnet_numba.kernels.runtime.tensor_map import tensor_map
 
     on_device = DeviceArray.of(array)
@@ -150,8 +142,9 @@ def _simulate(spec: Any, grid: int | tuple[int, int], arguments: Sequence[Any]) 
 
 
 def _launch(spec: Any, grid: int | tuple[int, int], arguments: Sequence[Any]) -> None:
-    from bitnet_numba.kernels.runtime.driver import DeviceArray, Stream, usable_device
-    from bitnet_numba.kernels.runtime.launch import Launch
+    from bitnet_numba.kernels.runtime.device import usable_device
+    from bitnet_numba.kernels.runtime.driver import Stream
+    from bitnet_numba.kernels.runtime.memory import DeviceArray
 
     device, values, held = usable_device(), [], []
     for argument in arguments:
@@ -164,7 +157,7 @@ def _launch(spec: Any, grid: int | tuple[int, int], arguments: Sequence[Any]) ->
         else:
             values.append(argument)
     stream = Stream()
-    Launch(spec, grid, values, device, overlap=False)(stream.handle)
+    device.launch(spec, grid, values, use_pdl=False)(stream.handle)
     stream.synchronize()
     arrays = [argument for argument in arguments if isinstance(argument, Out | np.ndarray)]
     for argument, array in zip(arrays, held, strict=True):

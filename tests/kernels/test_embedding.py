@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from bitnet_numba.bfloat16 import to_float32
 from bitnet_numba.kernels.embedding import embed_grid, embed_many_spec, embed_spec, finish_prompt_spec
 from bitnet_numba.kernels.runtime.spec import KernelSpec
-from tests.kernels.harness import Out, arch, needs_gpu, run, run_simulated
+from tests.kernels.harness import Out, arch, needs_gpu, run, simulated
 
 
 def embedding(
@@ -88,24 +88,22 @@ def check_finish_prompt(spec: KernelSpec, threads: int, size: int, columns: int,
     assert where.array.tolist() == [slot, start[slot]]
 
 
+@simulated
 @settings(max_examples=10)
 @given(int8=st.booleans(), vocab=st.integers(1, 100), columns=st.integers(1, 70), seed=st.integers(0, 2**32 - 1))
-def simulate_embed(int8: bool, vocab: int, columns: int, seed: int) -> None:
+def test_simulated_embed(int8: bool, vocab: int, columns: int, seed: int) -> None:
     check_embed(embed_spec(arch(), int8, 32), 32, int8, vocab, columns, seed)
 
 
+@simulated
 @settings(max_examples=10)
 @given(
     int8=st.booleans(), prompt=st.booleans(), size=st.integers(1, 5), vocab=st.integers(1, 70),
     columns=st.integers(1, 40), seed=st.integers(0, 2**32 - 1),
 )  # fmt: skip
-def simulate_embed_many(int8: bool, prompt: bool, size: int, vocab: int, columns: int, seed: int) -> None:
+def test_simulated_embed_many(int8: bool, prompt: bool, size: int, vocab: int, columns: int, seed: int) -> None:
     check_embed_many(embed_many_spec(arch(), int8, prompt, 32), 32, int8, prompt, size, vocab, columns, seed)
     check_finish_prompt(finish_prompt_spec(arch(), 32), 32, size, columns, seed % 2, seed)
-
-
-def test_simulated() -> None:
-    run_simulated(__file__)
 
 
 @needs_gpu

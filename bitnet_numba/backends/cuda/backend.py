@@ -12,7 +12,9 @@ from bitnet_numba.backends.cuda.weights import Weights, why_unsupported
 from bitnet_numba.checkpoint.packed import PackedCheckpoint
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention.kv_cache import PAGE
-from bitnet_numba.kernels.runtime.driver import Stream, Uploads, usable_device
+from bitnet_numba.kernels.runtime.device import usable_device
+from bitnet_numba.kernels.runtime.driver import Stream
+from bitnet_numba.kernels.runtime.memory import Uploads
 
 RESERVE = 64 << 20  # bytes of device memory left to the driver: graphs, kernels
 BATCH_RESERVE = 4 * RESERVE  # a batch may come to have dozens of graphs

@@ -17,8 +17,9 @@ from bitnet_numba.kernels.attention.kv_cache import PAGE
 from bitnet_numba.kernels.lm_head import gemm_mma as head_many
 from bitnet_numba.kernels.lm_head import gemm_wgmma as head_warpgroup
 from bitnet_numba.kernels.lm_head import split_norm
-from bitnet_numba.kernels.runtime.driver import DeviceArray, Event, Graph, PinnedArray
+from bitnet_numba.kernels.runtime.driver import Event, Graph
 from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.memory import DeviceArray, PinnedArray
 from bitnet_numba.kernels.runtime.spec import ArchSpec, KernelSpec
 from bitnet_numba.kernels.sampling import parts
 from bitnet_numba.kernels.sampling.batched import sampler_many, sampler_many_spec

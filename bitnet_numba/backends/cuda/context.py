@@ -11,7 +11,8 @@ from bitnet_numba.backends.cuda.forward import LMHead, Prefill
 from bitnet_numba.backends.cuda.state import SequenceState, pages_of
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention.decode import LONG_CONTEXT
-from bitnet_numba.kernels.runtime.driver import Graph, PinnedArray
+from bitnet_numba.kernels.runtime.driver import Graph
+from bitnet_numba.kernels.runtime.memory import PinnedArray
 from bitnet_numba.kernels.sampling import parts
 from bitnet_numba.sampling import SamplingParams
 

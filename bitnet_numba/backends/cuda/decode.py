@@ -24,8 +24,9 @@ from bitnet_numba.kernels.attention import decode as attention
 from bitnet_numba.kernels.attention.decode import attention_grid, attention_scratch
 from bitnet_numba.kernels.linear import gemv as w2a8_gemv
 from bitnet_numba.kernels.lm_head import gemv as head
-from bitnet_numba.kernels.runtime.driver import Device, DeviceArray, PinnedArray
+from bitnet_numba.kernels.runtime.device import CudaDevice
 from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.memory import DeviceArray, PinnedArray
 from bitnet_numba.kernels.runtime.spec import ArchSpec, KernelSpec
 from bitnet_numba.kernels.sampling import single as sampler
 from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS
@@ -37,7 +38,7 @@ NORMS = ("input_norm", "attn_sub_norm", "post_attention_norm", "ffn_sub_norm")  
 class Activations:
     """What flows between the launches of a step; shared by all contexts, since steps run one after the other."""
 
-    def __init__(self, config: ModelConfig, device: Device):
+    def __init__(self, config: ModelConfig, device: CudaDevice):
         def floats(size: int) -> DeviceArray:
             return DeviceArray(-(-size // BLOCK_COLS) * BLOCK_COLS, np.float32, zero=True)
 
@@ -66,7 +67,7 @@ class Activations:
 class Products:
     """The compiled forms and launches of a model's ternary products."""
 
-    def __init__(self, config: ModelConfig, device: Device):
+    def __init__(self, config: ModelConfig, device: CudaDevice):
         self.config, self.device = config, device
         sub_norm = "norm" if config.sub_norms else "quantize"
         self.kinds = {
@@ -96,7 +97,7 @@ class Products:
             weights[f"{name}.scales"], weights.get(f"{name}.bias"), out, rows, blocks, blocks if gated else 0,
             int(bounds[0]), int(bounds[1]) if len(bounds) > 1 else rows,
         )  # fmt: skip
-        return Launch(self.specs[group], self.plans[group].grid, arguments, self.device)
+        return self.device.launch(self.specs[group], self.plans[group].grid, arguments)
 
 
 def kernel_specs(config: ModelConfig, int8_rows: bool, device: ArchSpec) -> list[KernelSpec]:
@@ -124,7 +125,7 @@ class Step:
         flow: Activations,
         state: SequenceState,
         ring: PinnedArray,
-        device: Device,
+        device: CudaDevice,
     ):
         self._embed = embed.embed(
             device, weights["embed.weight"], weights.get("embed.scale"), state.tokens, state.position, state.seen,
@@ -158,7 +159,7 @@ class Step:
             device, flow.logits, config.vocab_size, state.settings, state.position, state.tokens, state.seen,
             flow.scratch, flow.counters, ring,
         )  # fmt: skip
-        self._advance = Launch(embed.advance_spec(device.arch), 1, (state.position,), device)
+        self._advance = device.launch(embed.advance_spec(device.arch), 1, (state.position,))
 
     def score(self, long: bool) -> list[Launch]:
         """A token and its logits. `long`: the context is at least attention.LONG_CONTEXT tokens."""
@@ -182,7 +183,9 @@ class Step:
         return {"embed": [self._embed], **named, "head": [self._head], "sampler": [self._sampler]}
 
 
-def head_launch(config: ModelConfig, weights: Weights, device: Device, h: DeviceArray, logits: DeviceArray) -> Launch:
+def head_launch(
+    config: ModelConfig, weights: Weights, device: CudaDevice, h: DeviceArray, logits: DeviceArray
+) -> Launch:
     """The final norm and the head of one row: h float32 [hidden] -> logits float32 [vocabulary]."""
     rows = head_name(config)
     return head.head(

@@ -35,8 +35,10 @@ from bitnet_numba.kernels.linear import quantize as norm_quant
 from bitnet_numba.kernels.lm_head import gemm_mma as head_many
 from bitnet_numba.kernels.lm_head import gemm_wgmma as head_warpgroup
 from bitnet_numba.kernels.lm_head import split_norm
-from bitnet_numba.kernels.runtime.driver import Device, DeviceArray, DeviceView, Graph, Stream, Uploads
+from bitnet_numba.kernels.runtime.device import CudaDevice
+from bitnet_numba.kernels.runtime.driver import Graph, Stream
 from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.memory import DeviceArray, DeviceView, Uploads
 from bitnet_numba.kernels.runtime.spec import ArchSpec, KernelSpec
 from bitnet_numba.packing import BLOCK_COLS
 
@@ -48,7 +50,7 @@ MIN_ROWS = 16  # of the shortest captured pass of a prompt
 class RowActivations:
     """What flows between the launches of a pass; shared by all sequences, since passes run one after the other."""
 
-    def __init__(self, config: ModelConfig, device: Device, rows: int):
+    def __init__(self, config: ModelConfig, device: CudaDevice, rows: int):
         def floats(size: int) -> DeviceArray:
             return DeviceArray(size, np.float32, zero=True)
 
@@ -80,7 +82,7 @@ class Model(NamedTuple):
 
     config: ModelConfig
     weights: Weights
-    device: Device
+    device: CudaDevice
     stream: Stream
     uploads: Uploads
     flow: RowActivations

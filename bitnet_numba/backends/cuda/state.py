@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels.attention.kv_cache import PAGE, LayerCache, pool_strides, sequence_strides, token_words
-from bitnet_numba.kernels.runtime.driver import DeviceArray, DeviceView
+from bitnet_numba.kernels.runtime.memory import DeviceArray, DeviceView
 from bitnet_numba.kernels.sampling import parts
 from bitnet_numba.reference.model import rope_tables  # the one definition of the rotary frequencies
 

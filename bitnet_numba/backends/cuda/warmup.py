@@ -21,7 +21,7 @@ from bitnet_numba.backends.cuda.forward import prompt_specs
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.runtime.compiler import cache_is_writable, is_cached, machine_code
-from bitnet_numba.kernels.runtime.driver import Device
+from bitnet_numba.kernels.runtime.device import CudaDevice
 from bitnet_numba.kernels.runtime.launch import load_kernels
 from bitnet_numba.kernels.runtime.spec import ArchSpec, KernelSpec
 
@@ -45,12 +45,12 @@ class Needs(NamedTuple):
         return kernel_specs(config, int8_rows, target) + prompt_specs(config, int8_rows, target)
 
 
-def load_specs(config: ModelConfig, int8_rows: bool, device: Device, sequences: int | None = None) -> None:
+def load_specs(config: ModelConfig, int8_rows: bool, device: CudaDevice, sequences: int | None = None) -> None:
     """Compiles what is not cached, with a progress line, and loads all. Raises BackendError."""
     needs = Needs(config, int8_rows, ArchSpec(device.arch, device.num_sms), sequences)
     specs = list({spec.name: spec for spec in needs.specs()}.values())
     compile_together(needs, specs, device.name)
-    load_kernels(specs, device, partial(_progress, device.name))
+    load_kernels(specs, device.arch, partial(_progress, device.name))
 
 
 def compile_together(needs: Needs, specs: list[KernelSpec], device_name: str) -> None:

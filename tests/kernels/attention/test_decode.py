@@ -19,7 +19,7 @@ from bitnet_numba.bfloat16 import from_float32, to_float32
 from bitnet_numba.kernels.attention.decode import attention_grid, attention_scratch, attention_spec, padded_head_dim
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.reference.model import attend, rotate
-from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, run_simulated
+from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, simulated
 
 EPSILON = 2.0**-24
 
@@ -72,6 +72,7 @@ def check_attention(
     assert_close(out.array.reshape(heads, D), expected, bound, spec.name)
 
 
+@simulated
 @settings(max_examples=10)
 @example(shape=(128, 4), long=True, threads=128, position=3, splits=2, seed=1)
 @example(shape=(6, 6), long=True, threads=64, position=33, splits=3, seed=1)
@@ -83,16 +84,14 @@ def check_attention(
     splits=st.integers(1, 3),
     seed=st.integers(0, 2**32 - 1),
 )
-def simulate_attention(shape: tuple[int, int], long: bool, threads: int, position: int, splits: int, seed: int) -> None:
+def test_simulated_attention(
+    shape: tuple[int, int], long: bool, threads: int, position: int, splits: int, seed: int
+) -> None:
     D, group = shape
     threads = max(threads, 64) if long else threads  # a thread for each 16 bytes of a partial result
     spec = attention_spec(arch(), D, group, long, threads, passes=2)
     _, parts = attention_grid(1, group, 1, long)
     check_attention(spec, (splits, parts), 1, group, D, position, 71, 16, seed)
-
-
-def test_simulated() -> None:
-    run_simulated(__file__)
 
 
 @needs_gpu
@@ -115,7 +114,7 @@ def test_simulated() -> None:
 def test_attention_on_gpu(
     shape: tuple[int, int, int], long: bool, position: int, capacity: int, least: int, seed: int, spread: float
 ) -> None:
-    from bitnet_numba.kernels.runtime.driver import usable_device
+    from bitnet_numba.kernels.runtime.device import usable_device
 
     D, group, kv_heads = shape
     spec = attention_spec(arch(), D, group, long)

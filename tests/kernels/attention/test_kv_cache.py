@@ -13,7 +13,7 @@ from bitnet_numba.bfloat16 import from_float32
 from bitnet_numba.kernels.attention.kv_cache import PAGE, append_spec, pool_strides, sequence_strides, token_words
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.reference.model import rotate
-from tests.kernels.harness import POISON, Out, arch, needs_gpu, run, run_simulated
+from tests.kernels.harness import POISON, Out, arch, needs_gpu, run, simulated
 
 
 class Cache:
@@ -83,6 +83,7 @@ def check_append(
         assert not wrong.size, f"{name}: {wrong.size} words differ, the first is {wrong[0]}"
 
 
+@simulated
 @settings(max_examples=8)
 @given(
     shape=st.sampled_from([(8, 4, 2), (4, 1, 1), (6, 2, 2), (34, 2, 1), (16, 3, 3)]),
@@ -91,13 +92,9 @@ def check_append(
     tokens=st.integers(6, 130),
     seed=st.integers(0, 2**32 - 1),
 )
-def simulate_append(shape: tuple[int, int, int], rows: int, slots: int, tokens: int, seed: int) -> None:
+def test_simulated_append(shape: tuple[int, int, int], rows: int, slots: int, tokens: int, seed: int) -> None:
     head_dim, heads, kv_heads = shape
     check_append(append_spec(arch(), head_dim, 32), head_dim, heads, kv_heads, rows, slots, tokens, seed)
-
-
-def test_simulated() -> None:
-    run_simulated(__file__)
 
 
 @needs_gpu

@@ -34,7 +34,7 @@ from bitnet_numba.kernels.attention.paged_decode import (
 )
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.reference.model import attend, rotate
-from tests.kernels.harness import SIMULATED, Out, arch, assert_close, needs_gpu, run, run_simulated
+from tests.kernels.harness import SIMULATED, Out, arch, assert_close, needs_gpu, run, simulated
 
 EPSILON = 2.0**-24
 
@@ -140,6 +140,7 @@ def check_attention_batch(
         assert alone[0].tobytes() == actual[b].tobytes(), f"row {b} of {lengths} differs from itself alone"
 
 
+@simulated
 @settings(max_examples=4)
 @example(shape=(128, 4, 1), lengths=[70], threads=64, splits=2, seed=1)
 @example(shape=(8, 6, 1), lengths=[1, 0, 64], threads=32, splits=1, seed=2)  # own tokens first and last of a page
@@ -153,19 +154,21 @@ def check_attention_batch(
     splits=st.integers(1, 3),
     seed=st.integers(0, 2**32 - 1),
 )
-def simulate_attention_batch(
+def test_simulated_attention_batch(
     shape: tuple[int, int, int], lengths: list[int], threads: int, splits: int, seed: int
 ) -> None:
     check_attention_batch(shape, lengths, threads, splits, 64, seed, other=(64, 1))
 
 
+@simulated
 @pytest.mark.parametrize("tokens", [257, 272])  # in the second group of the first strand, its first and last
-def simulate_own_token_in_a_later_group(tokens: int) -> None:
+def test_simulated_own_token_in_a_later_group(tokens: int) -> None:
     check_attention_batch((4, 1, 1), [tokens], 32, 1, seed=tokens, other=(512, 1))
 
 
+@simulated
 @pytest.mark.parametrize("stale", [(-1, -1), (0, 2), (1, 40), (5, 0), (0, 2**30), (0, 70)])
-def simulate_where_changes(stale: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_simulated_where_changes(stale: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every other thread, then every thread, looks at `where` before it is written: it must look again."""
     module = import_module("bitnet_numba.kernels.attention.paged_decode")
     for period in (2, 1):
@@ -176,12 +179,8 @@ def simulate_where_changes(stale: tuple[int, int], monkeypatch: pytest.MonkeyPat
             thread.looked = True
             return tuple(np.int32(x) for x in (stale if early else (p[int(i)], p[int(i) + 1])))
 
-        monkeypatch.setattr(module, "load2_l2", read)
+        monkeypatch.setattr(module.ptx, "load2_l2", read)
         check_attention_batch((8, 4, 1), [30, 66], 64, 2, 64, seed=6)
-
-
-def test_simulated() -> None:
-    run_simulated(__file__)
 
 
 @needs_gpu
@@ -229,8 +228,10 @@ LATE_SIGNATURE = (*(types.CPointer(types.int32),) * 2, *(types.CPointer(types.fl
 @needs_gpu
 @pytest.mark.parametrize("stale", [-1, 0, 1, 7, 2**31 - 1])
 def test_begins_before_the_launches_before_it_have_ended(stale: int) -> None:
-    from bitnet_numba.kernels.runtime.driver import DeviceArray, Stream, usable_device
+    from bitnet_numba.kernels.runtime.device import usable_device
+    from bitnet_numba.kernels.runtime.driver import Stream
     from bitnet_numba.kernels.runtime.launch import Launch
+    from bitnet_numba.kernels.runtime.memory import DeviceArray
 
     device, (D, group, kv_heads), rng = usable_device(), (128, 4, 2), np.random.default_rng(1)
     lengths, heads, stride = [700, 16, 1, 300, 65], kv_heads * group, 12
@@ -262,7 +263,7 @@ def test_begins_before_the_launches_before_it_have_ended(stale: int) -> None:
                 overlap=overlap,
             )  # fmt: skip
             stream = Stream()
-            Launch(late, 1, [*pairs, qkv.size], device, overlap=False)(stream.handle)
+            Launch(late, 1, [*pairs, qkv.size], device, use_pdl=False)(stream.handle)
             launch(stream.handle)
             stream.synchronize()
             results.append(b"".join(array.read().tobytes() for array in (out, keys, values)))

@@ -15,7 +15,7 @@ from bitnet_numba.kernels.attention.paged_simt import attention_rows_grid, atten
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from tests.kernels.attention.test_kv_cache import random_where
 from tests.kernels.attention.test_prefill import Context
-from tests.kernels.harness import Out, arch, needs_gpu, run, run_simulated
+from tests.kernels.harness import Out, arch, needs_gpu, run, simulated
 
 
 def check_attention_rows(
@@ -55,6 +55,7 @@ def check_attention_rows(
     assert attend(slice(alone, alone + 1)).tobytes() == result[alone].tobytes(), f"row {alone} differs alone"
 
 
+@simulated
 @settings(max_examples=6)
 @given(
     shape=st.sampled_from([(8, 4, 1), (4, 1, 2), (6, 6, 1), (34, 2, 1), (20, 3, 1)]),
@@ -63,12 +64,8 @@ def check_attention_rows(
     tokens=st.integers(3, 90),
     seed=st.integers(0, 2**32 - 1),
 )
-def simulate_rows(shape: tuple[int, int, int], rows: int, slots: int, tokens: int, seed: int) -> None:
+def test_simulated_rows(shape: tuple[int, int, int], rows: int, slots: int, tokens: int, seed: int) -> None:
     check_attention_rows(attention_rows_spec(arch(), *shape[:2], threads=32), shape, rows, slots, tokens, seed)
-
-
-def test_simulated() -> None:
-    run_simulated(__file__)
 
 
 @needs_gpu

@@ -21,7 +21,7 @@ from bitnet_numba.kernels.attention.prefill import attention_prompt_grid, attent
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.reference.model import rotate
 from tests.kernels.attention.test_kv_cache import Cache
-from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, run_simulated
+from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, simulated
 
 EPSILON = 2.0**-24
 
@@ -124,6 +124,7 @@ def check_attention_prompt(
     )
 
 
+@simulated
 @settings(max_examples=3)
 @example(shape=(16, 2, 1), start=60, used=10, rows=18, pooled=True, seed=1)
 @example(shape=(32, 2, 1), start=3, used=5, rows=5, pooled=False, seed=1)
@@ -136,18 +137,17 @@ def check_attention_prompt(
     pooled=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def simulate_prompt(shape: tuple[int, int, int], start: int, used: int, rows: int, pooled: bool, seed: int) -> None:
+def test_simulated_prompt(
+    shape: tuple[int, int, int], start: int, used: int, rows: int, pooled: bool, seed: int
+) -> None:
     spec = attention_prompt_spec(arch(), shape[0], shape[1], warps=2)
     check_attention_prompt(spec, 2, shape, start, used, rows, pooled, seed)
 
 
-def simulate_large_heads() -> None:
+@simulated
+def test_simulated_large_heads() -> None:
     """Two blocks a head, tiles of a quarter of a page, lower terms of q in shared memory."""
     check_attention_prompt(attention_prompt_spec(arch(), 160, 1, warps=1), 1, (160, 1, 1), 30, 5, 5, True, 3)
-
-
-def test_simulated() -> None:
-    run_simulated(__file__)
 
 
 @needs_gpu

@@ -17,7 +17,7 @@ from bitnet_numba.kernels.linear.heuristics import MIN_ARCH, plan
 from bitnet_numba.kernels.linear.tile import Tile
 from bitnet_numba.packing import pack_ternary
 from bitnet_numba.reference.model import relu2, silu
-from tests.kernels.harness import Out, arch, assert_close, mapped, needs_gpu, run, run_simulated
+from tests.kernels.harness import Out, arch, assert_close, mapped, needs_gpu, run, simulated
 
 
 def check_matmul(
@@ -88,6 +88,7 @@ CLUSTER_PAIRS = Tile(8, 1, 4, 1, 0, 1, scheme="wgmma", cluster=2, refill=False)
 DP4A = Tile(8, 1, 1, 2, 0, 0, scheme="dp4a")
 
 
+@simulated
 @settings(max_examples=8)
 @example(M=9, N=64, K=300, kind=("gated", "relu2"), bias=True, tile=DP4A, short=1, seed=4)
 @example(M=11, N=40, K=290, kind=("acc", "relu2"), bias=False, tile=Tile(8, 2, 1, 2, 2, 2), short=0, seed=1)
@@ -122,7 +123,7 @@ DP4A = Tile(8, 1, 1, 2, 0, 0, scheme="dp4a")
     short=st.integers(0, 9),
     seed=st.integers(0, 2**32 - 1),
 )
-def simulate_matmul(
+def test_simulated_matmul(
     M: int, N: int, K: int, kind: tuple[str, str], bias: bool, tile: Tile, short: int, seed: int
 ) -> None:
     if kind[0] == "gated":
@@ -130,10 +131,6 @@ def simulate_matmul(
     if tile.scheme == "dp4a":
         tile = tile._replace(blocks=2 if kind[0] == "gated" else 1)
     check_matmul(M, N, K, tile, *kind, bias, seed, max(0, M - short))
-
-
-def test_simulated() -> None:
-    run_simulated(__file__)
 
 
 SHAPES = [(2560, 2560, False), (3840, 2560, False), (13824, 2560, True), (2560, 6912, False), (17280, 3200, True),
@@ -177,7 +174,7 @@ def test_tiles_that_cannot_be_are_refused() -> None:
 @pytest.mark.parametrize("M", [1, 8, 13, 32, 100, 512, 1024])
 @pytest.mark.parametrize(("N", "K", "gated"), SHAPES)
 def test_full_size_on_gpu(N: int, K: int, gated: bool, M: int) -> None:
-    from bitnet_numba.kernels.runtime.driver import usable_device
+    from bitnet_numba.kernels.runtime.device import usable_device
 
     tile = plan(M, N, K, arch(), usable_device().num_sms, gated)
     check_matmul(M, N, K, tile, "gated" if gated else "acc", "relu2", False, M)
@@ -218,7 +215,9 @@ def test_any_shape_on_gpu(
 def test_launcher_on_gpu() -> None:
     """A row equals the matrix-vector product's to the bit, and what does not fit is refused."""
     from bitnet_numba.kernels.linear.gemv import w2a8_gemv
-    from bitnet_numba.kernels.runtime.driver import DeviceArray, Stream, usable_device
+    from bitnet_numba.kernels.runtime.device import usable_device
+    from bitnet_numba.kernels.runtime.driver import Stream
+    from bitnet_numba.kernels.runtime.memory import DeviceArray
 
     device, stream, rng = usable_device(), Stream(), np.random.default_rng(5)
     M, N, K, ends = 37, 3840, 2560, (2560, 3200, 3840)

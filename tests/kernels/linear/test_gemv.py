@@ -18,7 +18,7 @@ from bitnet_numba.kernels.linear.gemv import BLOCK_MAX_WARPS, Plan, plan, spec, 
 from bitnet_numba.packing import BLOCK_ROWS, pack_ternary
 from bitnet_numba.quantize import quantize_activations
 from bitnet_numba.reference.model import relu2, rms_norm, silu
-from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, run_simulated
+from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, simulated
 
 EPS = np.float32(1e-5)
 SHAPES = [  # N, K, gated: the published table's, two large ones, and those of other models
@@ -130,6 +130,7 @@ FORMS = st.sampled_from(
 )
 
 
+@simulated
 @settings(max_examples=10)
 @example(N=40, K=290, kind=("int8", "acc", "relu2"), bias=False, units=1, parts=3, grid=1, seed=1)
 @given(
@@ -142,7 +143,7 @@ FORMS = st.sampled_from(
     grid=st.integers(1, 3),
     seed=st.integers(0, 2**32 - 1),
 )
-def simulate_gemv(
+def test_simulated_gemv(
     N: int, K: int, kind: tuple[str, str, str], bias: bool, units: int, parts: int, grid: int, seed: int
 ) -> None:
     rows = N
@@ -153,7 +154,8 @@ def simulate_gemv(
     check_gemv(N, K, Plan(units, parts, rounds, grid), *kind, bias, seed)
 
 
-def simulate_nan() -> None:
+@simulated
+def test_simulated_nan() -> None:
     """NaN in a vector that is normed makes every output NaN."""
     K = 70
     kernel = spec(arch(), K, Plan(1, 1, 1, 1), "norm", "store")
@@ -164,10 +166,6 @@ def simulate_nan() -> None:
     words = pack_ternary(np.ones((16, K), np.int8))
     run(kernel, 1, [words, x, norm, EPS, np.ones(3, np.float32), None, out, 16, 1, 0, 16, 16], repeat=1)
     assert np.isnan(out.array).all()
-
-
-def test_simulated() -> None:
-    run_simulated(__file__)
 
 
 @pytest.mark.parametrize("num_sms", [1, 46, 132])
@@ -195,7 +193,7 @@ def test_plan_refuses_what_a_block_cannot_hold() -> None:
 @needs_gpu
 @pytest.mark.parametrize(("N", "K", "gated"), SHAPES)
 def test_full_size_on_gpu(N: int, K: int, gated: bool) -> None:
-    from bitnet_numba.kernels.runtime.driver import usable_device
+    from bitnet_numba.kernels.runtime.device import usable_device
 
     split = plan(N, K, usable_device().num_sms, gated)
     check_gemv(N, K, split, "int8", "gated" if gated else "acc", "relu2", False, 1)
@@ -223,7 +221,9 @@ def test_single_call_on_gpu() -> None:
     """The prepared launch: right, under 10 us of host time a call, and refusing what does not fit."""
     from time import perf_counter
 
-    from bitnet_numba.kernels.runtime.driver import DeviceArray, Stream, usable_device
+    from bitnet_numba.kernels.runtime.device import usable_device
+    from bitnet_numba.kernels.runtime.driver import Stream
+    from bitnet_numba.kernels.runtime.memory import DeviceArray
 
     device, stream, rng = usable_device(), Stream(), np.random.default_rng(3)
     N, K = 3840, 2560

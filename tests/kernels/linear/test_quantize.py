@@ -14,7 +14,7 @@ from bitnet_numba.kernels.linear.quantize import norm_quant_spec
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.quantize import quantize_activations
 from bitnet_numba.reference.model import rms_norm
-from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, run_simulated
+from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, simulated
 
 ONE = np.float32(1)
 
@@ -73,20 +73,18 @@ shapes = {
 }
 
 
+@simulated
 @settings(max_examples=12)
 @given(tokens=st.integers(1, 2), K=st.integers(1, 200), threads=st.sampled_from([32, 64]), **shapes)
-def simulate_norm_quant(tokens: int, K: int, threads: int, norm: bool, seed: int, scale: float) -> None:
+def test_simulated_norm_quant(tokens: int, K: int, threads: int, norm: bool, seed: int, scale: float) -> None:
     check_norm_quant(norm_quant_spec(arch(), K, norm, threads), tokens, K, norm, seed, scale)
 
 
+@simulated
 @settings(max_examples=6)
 @given(K=st.integers(1, 200), norm=st.booleans(), seed=st.integers(0, 2**32 - 1))
-def simulate_nan(K: int, norm: bool, seed: int) -> None:
+def test_simulated_nan(K: int, norm: bool, seed: int) -> None:
     check_nan(norm_quant_spec(arch(), K, norm, 64), K, seed)
-
-
-def test_simulated() -> None:
-    run_simulated(__file__)
 
 
 @needs_gpu

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from bitnet_numba.bfloat16 import from_float32, to_float32
 from bitnet_numba.kernels.lm_head import gemm_mma as kernel
 from bitnet_numba.kernels.lm_head import split_norm
+from bitnet_numba.kernels.lm_head.split_norm import TENSOR_CORES, padded_tokens, split_words, tiles_of
 from bitnet_numba.kernels.runtime.compiler import compile_ptx
 from bitnet_numba.kernels.runtime.spec import KernelSpec
-from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, run_simulated
+from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, simulated
 from tests.kernels.variants import lm_head_gemm
 
 EPS = np.float32(1e-5)
@@ -59,8 +60,8 @@ def launch(
     tokens, K = h.shape
     norm_spec, head_spec = specs
     groups = kernel.head_many_grid(target, 1, tokens)[1]
-    x = Out(kernel.split_words(tokens, K), np.int32)
-    run(norm_spec, kernel.padded_tokens(target, tokens), [h, norm, EPS, x, tokens, kernel.tiles_of(tokens)])
+    x = Out(split_words(tokens, K), np.int32)
+    run(norm_spec, padded_tokens(target, tokens), [h, norm, EPS, x, tokens, tiles_of(tokens)])
     logits = Out(tokens * rows, np.float32)
     run(head_spec, (blocks, groups), [stored, scale, x.array.copy(), logits, rows, tokens])
     return logits.array.reshape(tokens, rows)
@@ -78,11 +79,11 @@ def check_head_many(
     norm_threads = (64,) if plan else ()
     specs = (
         split_norm.norm_split_spec(target, K, int8, *norm_threads),
-        kernel.head_many_spec(target, K, int8, kernel.tiles_of(tokens), *plan),
+        kernel.head_many_spec(target, K, int8, tiles_of(tokens), *plan),
     )
     logits = launch(specs, target, h, norm, stored, scale, rows, blocks)
     bound = tolerance(K)
-    if target < kernel.TENSOR_CORES:
+    if target < TENSOR_CORES:
         bound = (1.5 * K + 9) * 2.0**-24
     assert_close(logits, x @ w.T, bound * (np.abs(x) @ np.abs(w).T), specs[1].name)
 
@@ -97,13 +98,14 @@ def check_company(K: int, rows: int, counts: list[int], int8: bool, seed: int, b
     for tokens in sorted(counts, reverse=True):
         specs = (
             split_norm.norm_split_spec(arch(), K, int8, threads),
-            kernel.head_many_spec(arch(), K, int8, kernel.tiles_of(tokens), min(threads, 256)),
+            kernel.head_many_spec(arch(), K, int8, tiles_of(tokens), min(threads, 256)),
         )
         logits = launch(specs, arch(), h[:tokens], norm, stored, scale, rows, blocks)
         most = logits if most is None else most
         assert logits.tobytes() == most[:tokens].tobytes(), f"{tokens} tokens: other bits than {max(counts)}"
 
 
+@simulated
 @settings(max_examples=6)
 @given(
     K=st.sampled_from([32, 64, 160, 288, 320]),
@@ -113,10 +115,11 @@ def check_company(K: int, rows: int, counts: list[int], int8: bool, seed: int, b
     plan=st.sampled_from([(32, 1, 0, 4), (64, 1, 1, 2), (32, 2, 2, 4), (32, 4, 4, 2), (32, 2, 8, 4), (64, 1, 4, 8)]),
     seed=st.integers(0, 2**32 - 1),
 )
-def simulate_head_many(K: int, rows: int, tokens: int, int8: bool, plan: tuple[int, ...], seed: int) -> None:
+def test_simulated_head_many(K: int, rows: int, tokens: int, int8: bool, plan: tuple[int, ...], seed: int) -> None:
     check_head_many(K, rows, tokens, int8, seed, 1 + seed % 2, arch(), plan)
 
 
+@simulated
 @settings(max_examples=4)
 @given(
     K=st.sampled_from([32, 160, 576]),
@@ -125,18 +128,15 @@ def simulate_head_many(K: int, rows: int, tokens: int, int8: bool, plan: tuple[i
     int8=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def simulate_without_tensor_cores(K: int, rows: int, tokens: int, int8: bool, seed: int) -> None:
+def test_simulated_without_tensor_cores(K: int, rows: int, tokens: int, int8: bool, seed: int) -> None:
     check_head_many(K, rows, tokens, int8, seed, 2, 75, (64,))
 
 
+@simulated
 @settings(max_examples=2)
 @given(int8=st.booleans(), seed=st.integers(0, 2**32 - 1))
-def simulate_company(int8: bool, seed: int) -> None:
+def test_simulated_company(int8: bool, seed: int) -> None:
     check_company(64, 9, [1, 17], int8, seed, 1, 32)
-
-
-def test_simulated() -> None:
-    run_simulated(__file__)
 
 
 @needs_gpu
@@ -167,8 +167,8 @@ def test_company_on_gpu(K: int, rows: int, int8: bool, seed: int) -> None:
 
 
 def test_numbers_of_tokens() -> None:
-    assert [kernel.tiles_of(tokens) for tokens in (1, 16, 17, 32, 64, 65, 128, 129)] == [1, 1, 2, 2, 4, 8, 8, 8]
-    assert kernel.split_words(129, 32) == 256 * 512
+    assert [tiles_of(tokens) for tokens in (1, 16, 17, 32, 64, 65, 128, 129)] == [1, 1, 2, 2, 4, 8, 8, 8]
+    assert split_words(129, 32) == 256 * 512
 
 
 def test_tensor_cores_from_sm_80_on() -> None:

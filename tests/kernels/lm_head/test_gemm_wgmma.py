@@ -17,7 +17,7 @@ from bitnet_numba.kernels.linear.gemm_wgmma import ARCH
 from bitnet_numba.kernels.lm_head import gemm_wgmma as kernel
 from bitnet_numba.kernels.lm_head.split_norm import NORM_THREADS, norm_split_spec
 from bitnet_numba.kernels.runtime.spec import ArchSpec
-from tests.kernels.harness import Out, arch, assert_close, mapped, needs_gpu, run, run_simulated, why_no_gpu
+from tests.kernels.harness import Out, arch, assert_close, mapped, needs_gpu, run, simulated, why_no_gpu
 from tests.kernels.lm_head.test_gemm import EPS, normed, tolerance
 from tests.kernels.variants import lm_head_gemm_wgmma
 from tools.make_checkpoint import PRESETS
@@ -86,6 +86,7 @@ def check_company(
 SMALL = st.sampled_from([kernel.Tile(8, 1, 1, 2), kernel.Tile(8, 1, 2, 3), kernel.Tile(8, 2, 1, 5)])
 
 
+@simulated
 @settings(max_examples=6)
 @given(
     K=st.sampled_from([32, 64, 160, 288]),
@@ -94,23 +95,21 @@ SMALL = st.sampled_from([kernel.Tile(8, 1, 1, 2), kernel.Tile(8, 1, 2, 3), kerne
     tile=SMALL,
     seed=st.integers(0, 2**32 - 1),
 )
-def simulate_head_warpgroup(K: int, rows: int, tokens: int, tile: kernel.Tile, seed: int) -> None:
+def test_simulated_head_warpgroup(K: int, rows: int, tokens: int, tile: kernel.Tile, seed: int) -> None:
     check_head_warpgroup(K, rows, tokens, 1 + seed % 2, seed, tile, 64)
 
 
+@simulated
 @settings(max_examples=2)
 @given(tile=SMALL, seed=st.integers(0, 2**32 - 1))
-def simulate_company(tile: kernel.Tile, seed: int) -> None:
+def test_simulated_company(tile: kernel.Tile, seed: int) -> None:
     check_company(96, 70, [1, 11], 1, seed, tile, 64)
 
 
-def simulate_groups() -> None:
+@simulated
+def test_simulated_groups() -> None:
     """More tokens than a group has."""
     check_head_warpgroup(32, 17, 130, 1, 1, kernel.Tile(8, 1, 1, 2), 64)
-
-
-def test_simulated() -> None:
-    run_simulated(__file__)
 
 
 @needs_gpu
@@ -164,7 +163,9 @@ def test_full_size_on_gpu(tokens: int, full_size: Any) -> None:
 @only_there
 def test_launcher_on_gpu() -> None:
     """Launches that overlap give what those alone give, and what does not fit is refused."""
-    from bitnet_numba.kernels.runtime.driver import DeviceArray, Stream, usable_device
+    from bitnet_numba.kernels.runtime.device import usable_device
+    from bitnet_numba.kernels.runtime.driver import Stream
+    from bitnet_numba.kernels.runtime.memory import DeviceArray
 
     device, stream = usable_device(), Stream()
     rows, tokens, K = 5000, 40, 2560

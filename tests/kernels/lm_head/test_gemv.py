@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bitnet_numba.bfloat16 import from_float32, to_float32
 from bitnet_numba.kernels.lm_head.gemv import THREADS, spec
-from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, run_simulated
+from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, simulated
 
 EPS = np.float32(1e-5)
 
@@ -38,6 +38,7 @@ def check_head(K: int, rows: int, int8: bool, threads: int, most_loads: int, gri
     assert_close(logits.array, w @ x, (1.5 * K + 8) * 2.0**-24 * (np.abs(w) @ np.abs(x)), kernel.name)
 
 
+@simulated
 @settings(max_examples=8)
 @given(
     K=st.integers(1, 20).map(lambda blocks: 32 * blocks),
@@ -47,12 +48,8 @@ def check_head(K: int, rows: int, int8: bool, threads: int, most_loads: int, gri
     grid=st.integers(1, 2),
     seed=st.integers(0, 2**32 - 1),
 )
-def simulate_head(K: int, rows: int, int8: bool, most_loads: int, grid: int, seed: int) -> None:
+def test_simulated_head(K: int, rows: int, int8: bool, most_loads: int, grid: int, seed: int) -> None:
     check_head(K, rows, int8, 64, most_loads, grid, seed)
-
-
-def test_simulated() -> None:
-    run_simulated(__file__)
 
 
 @needs_gpu

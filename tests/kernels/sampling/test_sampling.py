@@ -20,7 +20,7 @@ from bitnet_numba.kernels.sampling import batched as sampler_many
 from bitnet_numba.kernels.sampling import parts
 from bitnet_numba.kernels.sampling import single as kernel
 from bitnet_numba.sampling import SamplingParams, sample
-from tests.kernels.harness import SIMULATED, Out, arch, needs_gpu, run, run_simulated
+from tests.kernels.harness import SIMULATED, Out, arch, needs_gpu, run, simulated
 
 Case = tuple[np.ndarray, list[int], SamplingParams]  # logits, history, parameters
 RING = 8
@@ -157,21 +157,24 @@ def cases(draw: st.DrawFn, most: int, vocab: int = 0) -> Case:
     return logits, history, params
 
 
+@simulated
 @settings(max_examples=15)
 @given(case=cases(most=70))
-def simulate_sampler(case: Case) -> None:
+def test_simulated_sampler(case: Case) -> None:
     check_sampler(*case, kernel.sampler_spec(arch(), 32, 128), 1)
 
 
+@simulated
 @settings(max_examples=12)
 @given(rows=batches(most=70, rows=2), list_size=st.sampled_from([2, 20, 128]))
-def simulate_sampler_many(rows: list[Case | None], list_size: int) -> None:
+def test_simulated_sampler_many(rows: list[Case | None], list_size: int) -> None:
     check_sampler_many(rows, sampler_many.sampler_many_spec(arch(), 32, list_size))
 
 
+@simulated
 @settings(max_examples=3)
 @given(vocab=st.integers(1, 40), at=st.integers(0, 39), temperature=st.sampled_from([0.0, 0.7]))
-def simulate_nan(vocab: int, at: int, temperature: float) -> None:
+def test_simulated_nan(vocab: int, at: int, temperature: float) -> None:
     check_nan(vocab, at % vocab, temperature, kernel.sampler_spec(arch(), 32, 128), 1)
 
 
@@ -186,10 +189,6 @@ def check_nan(vocab: int, at: int, temperature: float, spec: spec.KernelSpec, gr
     assert choose_many([(logits, [0, 0], params), other], many) == [parts.NAN_TOKEN, 0]
 
 
-def test_simulated() -> None:
-    run_simulated(__file__)
-
-
 FULL = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=5)
 
 
@@ -199,7 +198,7 @@ FULL = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01, repetiti
 @example(case=(np.zeros(128256, np.float32), [5, 7], SamplingParams(temperature=1.0, top_p=0.5, seed=6)))
 @given(case=cases(most=128256))
 def test_sampler_on_gpu(case: Case) -> None:
-    from bitnet_numba.kernels.runtime.driver import usable_device
+    from bitnet_numba.kernels.runtime.device import usable_device
 
     logits, history, params = case
     grid = kernel.sampler_grid(usable_device().num_sms, len(logits))
@@ -213,7 +212,7 @@ def test_sampler_on_gpu(case: Case) -> None:
 @given(rows=batches(most=128256, rows=8))
 def test_sampler_many_on_gpu(rows: list[Case | None]) -> None:
     """Rows in company get the token that the sampler of one row chooses, ties and all."""
-    from bitnet_numba.kernels.runtime.driver import usable_device
+    from bitnet_numba.kernels.runtime.device import usable_device
 
     chosen = check_sampler_many(rows, sampler_many.sampler_many_spec(arch()))
     for token, row in zip(chosen, rows, strict=True):

@@ -1,0 +1,88 @@
+"""What the products take: a packed linear, quantised activations, and the norm before them.
+
+    y[m, n] = (sum_k q[m, k] * w[n, k]) * scales[segment of n] / scale[m]  (+ bias[n])
+
+Arrays are DeviceArrays, or anything else with `__cuda_array_interface__` (CuPy, PyTorch, Numba device arrays).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from bitnet_numba.kernels.runtime.device import Device
+from bitnet_numba.packing import BLOCK_ROWS, packed_words, padded_shape
+
+MAX_SEGMENTS = 3  # q, k and v
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """Ternary weights [N, K] in the packed layout (see `packing`), on a device. N is the sum of `segments`."""
+
+    words: Any  # int32 [packed_words(N, K)]
+    scales: Any  # float32 [segments]
+    segments: tuple[int, ...]  # rows that share a scale, in order: (N,), (q, k, v) or (gate, up)
+    K: int  # columns
+    bias: Any = None  # float32 [N]
+
+    @property
+    def N(self) -> int:
+        """Rows."""
+        return sum(self.segments)
+
+    @property
+    def segment_ends(self) -> tuple[int, ...]:
+        """The row after each segment's last."""
+        return tuple(accumulate(self.segments))
+
+    def sizes(self) -> dict[str, tuple[Any, int, str]]:
+        """Operands for `runtime.operands.checked`."""
+        return {
+            "words": (self.words, packed_words(self.N, self.K), "int32"),
+            "scales": (self.scales, len(self.segments), "float32"),
+            "bias": (self.bias, self.N, "float32"),
+        }
+
+
+@dataclass(frozen=True)
+class QuantizedActivations:
+    """Activations of M tokens as int8: `q`, the scale `s` of `quantize_activations` per token, and each token's sum of
+    q, which the codes' offset makes necessary (see `packing.CODE_OFFSET`)."""
+
+    q: Any  # int8 [M, K rounded up to 32], zeros at the end of each row
+    scale: Any  # float32 [M]
+    q_sum: Any  # int32 [M]
+
+    @staticmethod
+    def empty(device: Device, num_tokens: int, K: int) -> "QuantizedActivations":
+        """Room for so many tokens of up to K columns, all zeros."""
+        columns = padded_shape(1, K)[1]
+        return QuantizedActivations(
+            device.zeros(num_tokens * columns, "int8"), device.zeros(num_tokens, "float32"),
+            device.zeros(num_tokens, "int32"),
+        )  # fmt: skip
+
+    def sizes(self, num_tokens: int, K: int) -> dict[str, tuple[Any, int, str]]:
+        """Operands for `runtime.operands.checked`."""
+        return {
+            "q": (self.q, num_tokens * padded_shape(1, K)[1], "int8"),
+            "scale": (self.scale, num_tokens, "float32"),
+            "q_sum": (self.q_sum, num_tokens, "int32"),
+        }
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm: its weight, float32 [K rounded up to 32], zeros at the end; and eps."""
+
+    weight: Any
+    eps: float
+
+
+def check_segments(kernel: str, segments: Sequence[int], gated: bool) -> None:
+    """Raises ValueError unless there are 1 to 3 segments, or for gated products two equal ones of whole row blocks."""
+    if not 1 <= len(segments) <= MAX_SEGMENTS or min(segments) < 1:
+        raise ValueError(f"{kernel}: rows come in 1 to {MAX_SEGMENTS} segments, not {tuple(segments)}")
+    if gated and (len(segments) != 2 or segments[0] != segments[1] or segments[0] % BLOCK_ROWS):
+        raise ValueError(f"{kernel}: {tuple(segments)} are no gate and up rows in blocks of {BLOCK_ROWS}")
