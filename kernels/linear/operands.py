@@ -1,4 +1,4 @@
-"""What the products take: a packed linear, quantised activations, and the norm before them.
+"""What the products take: a packed linear and quantised activations.
 
     y[m, n] = (sum_k q[m, k] * w[n, k]) * scales[segment of n] / scale[m]  (+ bias[n])
 
@@ -37,7 +37,7 @@ class PackedLinear:
         return tuple(accumulate(self.segments))
 
     def sizes(self) -> dict[str, tuple[Any, int, str]]:
-        """Operands for `runtime.operands.checked`."""
+        """Operands for `kernels.operands.checked`."""
         return {
             "words": (self.words, packed_words(self.N, self.K), "int32"),
             "scales": (self.scales, len(self.segments), "float32"),
@@ -64,20 +64,12 @@ class QuantizedActivations:
         )  # fmt: skip
 
     def sizes(self, num_tokens: int, K: int) -> dict[str, tuple[Any, int, str]]:
-        """Operands for `runtime.operands.checked`."""
+        """Operands for `kernels.operands.checked`."""
         return {
             "q": (self.q, num_tokens * padded_shape(1, K)[1], "int8"),
             "scale": (self.scale, num_tokens, "float32"),
             "q_sum": (self.q_sum, num_tokens, "int32"),
         }
-
-
-@dataclass(frozen=True)
-class Norm:
-    """An RMSNorm: its weight, float32 [K rounded up to 32], zeros at the end; and eps."""
-
-    weight: Any
-    eps: float
 
 
 def check_segments(kernel: str, segments: Sequence[int], gated: bool) -> None:

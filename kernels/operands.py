@@ -1,0 +1,75 @@
+"""What more than one operation takes, and the check that every launcher makes of its operands.
+
+Arrays are DeviceArrays, or anything else with `__cuda_array_interface__` (CuPy, PyTorch, Numba device arrays).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from bitnet_numba.kernels.runtime.memory import DeviceArray, as_device_array
+
+
+def checked(kernel: str, problem: str, **operands: tuple[Any, int, str]) -> list[Any]:
+    """The operands as DeviceArrays, in their order; None stays None.
+
+    operands: name=(array, elements that it must hold at least, dtypes that it may have, such as "float32 int32").
+    Arrays are DeviceArrays or have `__cuda_array_interface__`. Raises ValueError in one line that names the kernel, the
+    operand, what it is, and what `problem` (such as "a 2560 x 6912 product") takes.
+    """
+    arrays: list[DeviceArray | None] = []
+    for name, (value, size, dtypes) in operands.items():
+        if value is None:
+            arrays.append(None)
+            continue
+        try:
+            array = as_device_array(value)
+        except ValueError as error:
+            raise ValueError(f"{kernel}: {name}: {error}") from None
+        if array.dtype.name not in dtypes.split():
+            raise ValueError(f"{kernel}: {name} must be {' or '.join(dtypes.split())}, not {array.dtype}")
+        if array.size < size:
+            raise ValueError(f"{kernel}: {name} holds {array.size} elements, {problem} takes {size}")
+        arrays.append(array)
+    return arrays
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm: x * weight / sqrt(mean(x^2) + eps)."""
+
+    weight: Any  # float32 [columns rounded up to 32], zeros at the end
+    eps: float
+
+
+@dataclass(frozen=True)
+class EmbeddingTable:
+    """A row for each token of the vocabulary: the embedding, and the LM head where the two are tied."""
+
+    rows: Any  # [vocab_size, columns]: uint16 (bfloat16 bits), or int8 with scales
+    scale: Any  # float32 [vocab_size] of int8 rows; None for bfloat16
+    vocab_size: int
+    columns: int
+
+    @property
+    def int8(self) -> bool:
+        """Whether rows are int8."""
+        return self.scale is not None
+
+    def sizes(self) -> dict[str, tuple[Any, int, str]]:
+        """Operands for `checked`."""
+        return {
+            "rows": (self.rows, self.vocab_size * self.columns, "int8" if self.int8 else "uint16"),
+            "scale": (self.scale, self.vocab_size, "float32"),
+        }
+
+
+@dataclass(frozen=True)
+class SequenceArrays:
+    """What the kernels know of sequences, each in a slot, and change as they decode."""
+
+    tokens: Any  # int32 [slots, tokens_stride]: a slot's tokens by position
+    tokens_stride: int
+    position: Any  # int32 [slots]: the position that is fed next
+    seen: Any  # int32 [slots, seen_stride]: a bit for every token that was fed
+    seen_stride: int
+    settings: Any  # float64 [slots, sampling.parts.SETTINGS]
