@@ -129,7 +129,7 @@ def test_numbers_that_are_none_stay_with_their_sequence(demo: PackedCheckpoint) 
         batch.collect()
     backend.stream.synchronize()
     state = batch._state
-    keys, _ = state.keys_values(0)
+    keys = state.layer_cache(0).keys
     for page in pages[0]:
         whole = DeviceView(keys.address + 4 * page * state.page_words, state.page_words, np.int32)
         whole.write(np.full(state.page_words, -1, np.int32))

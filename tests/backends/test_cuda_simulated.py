@@ -98,7 +98,6 @@ class SimulatedDevice(CudaDevice):
 def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     """A CudaBackend over host memory and the simulator."""
     from bitnet_numba.backends.cuda import backend, context
-    from bitnet_numba.backends.cuda import forward as rows
     from bitnet_numba.kernels.attention import decode as attention
     from bitnet_numba.kernels.linear import gemm as w2a8_matmul
     from bitnet_numba.kernels.linear import quantize as norm_quant
@@ -133,7 +132,7 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     monkeypatch.setattr(sampler, "MAX_BLOCKS", 1)  # blocks run one after the other: none may wait for another
     monkeypatch.setattr(attention, "SHORT", (1, 64, 2, 1))  # fewer threads, for speed
     monkeypatch.setattr(context, "STEPS_AHEAD", 1)
-    monkeypatch.setattr(rows, "MIN_ROWS", 2)
+    monkeypatch.setattr(context, "MIN_PREFILL", 2)
     monkeypatch.setattr(w2a8_matmul, "plan", lambda *arguments: Tile(8, 1, 4, 1, 0, 2, scheme="wgmma"))
     monkeypatch.setattr(head, "spec", partial(head.spec, threads=128))
     monkeypatch.setattr(head_many, "head_many_spec", partial(head_many.head_many_spec, threads=64))
