@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from bitnet_numba.kernels.ptx.base import instruction, simulated_thread
+from bitnet_numba.kernels.ptx.base import device_function, instruction, simulated_thread
 
 SPAN_INTS = 32  # int32 of a swizzled row: 128 bytes
 PANEL_ALIGN = 1024  # bytes: the swizzle repeats every eight rows
@@ -82,10 +82,7 @@ def prefetch_tensor_map(tensor_map: Any, i: Any) -> None:
     "psrrrr",
     effects=True,
 )
-def tma_load_2d(tensor_map: Any, i: Any, array: Any, address: Any, mbarrier: Any, column: Any, row: Any) -> None:
-    """Starts copying the box at (row, column), counted in int32, to an address in a shared array, a multiple of 128
-    (PANEL_ALIGN if swizzled), row after row, zeros where the matrix has ended. Its bytes, zeros too, are counted by
-    the mbarrier at an address. tensor_map: see `Device.tensor_map`; i = 0. One thread. sm_90."""
+def _tma_load_2d(tensor_map: Any, i: Any, array: Any, address: Any, mbarrier: Any, column: Any, row: Any) -> None:
     box = np.zeros((tensor_map.rows, tensor_map.ints), np.int32)
     part = tensor_map.matrix[int(row) : int(row) + tensor_map.rows, int(column) : int(column) + tensor_map.ints]
     box[: part.shape[0], : part.shape[1]] = part
@@ -93,6 +90,16 @@ def tma_load_2d(tensor_map: Any, i: Any, array: Any, address: Any, mbarrier: Any
         box = simulated_swizzle(box)
     assert int(address) % 128 == 0
     array[int(address) // 4 : int(address) // 4 + box.size] = box.reshape(-1)
+
+
+# A function around the instruction: it narrows the operands to 32 bits where it is inlined. Narrowed in the kernel, they
+# make the compiler order the same instructions otherwise.
+@device_function
+def tma_load_2d(tensor_map: Any, i: Any, array: Any, address: Any, mbarrier: Any, column: Any, row: Any) -> None:
+    """Starts copying the box at (row, column), counted in int32, to an address in a shared array, a multiple of 128
+    (PANEL_ALIGN if swizzled), row after row, zeros where the matrix has ended. Its bytes, zeros too, are counted by
+    the mbarrier at an address. tensor_map: see `Device.tensor_map`; i = 0. One thread. sm_90."""
+    _tma_load_2d(tensor_map, i, array, address, mbarrier, column, row)
 
 
 # ---- Clusters: blocks that run together and reach each other's shared memory ----------------------------------------
