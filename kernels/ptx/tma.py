@@ -92,8 +92,8 @@ def _tma_load_2d(tensor_map: Any, i: Any, array: Any, address: Any, mbarrier: An
     array[int(address) // 4 : int(address) // 4 + box.size] = box.reshape(-1)
 
 
-# A function around the instruction: it narrows the operands to 32 bits where it is inlined. Narrowed in the kernel, they
-# make the compiler order the same instructions otherwise.
+# A function around the instruction, which narrows the operands: if kernels narrow them, the compiler orders the same
+# instructions otherwise.
 @device_function
 def tma_load_2d(tensor_map: Any, i: Any, array: Any, address: Any, mbarrier: Any, column: Any, row: Any) -> None:
     """Starts copying the box at (row, column), counted in int32, to an address in a shared array, a multiple of 128
