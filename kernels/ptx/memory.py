@@ -105,7 +105,7 @@ def store2_f32(p: Any, i: Any, a: Any, b: Any) -> None:
     p[int(i)], p[int(i) + 1] = a, b
 
 
-# The first architecture that each form of the load works on, and its options.
+# Options of the load, and the first architecture that has them.
 _STREAM_OPTIONS = {80: ".L1::no_allocate.L2::256B", 70: ".L1::no_allocate", 60: ""}
 
 

@@ -97,7 +97,7 @@ def _tma_load_2d(tensor_map: Any, i: Any, array: Any, address: Any, mbarrier: An
 @device_function
 def tma_load_2d(tensor_map: Any, i: Any, array: Any, address: Any, mbarrier: Any, column: Any, row: Any) -> None:
     """Starts copying the box at (row, column), counted in int32, to an address in a shared array, a multiple of 128
-    (PANEL_ALIGN if swizzled), row after row, zeros where the matrix has ended. Its bytes, zeros too, are counted by
+    (PANEL_ALIGN if swizzled), row after row, with zeros outside the matrix. Its bytes, zeros too, are counted by
     the mbarrier at an address. tensor_map: see `Device.tensor_map`; i = 0. One thread. sm_90."""
     _tma_load_2d(tensor_map, i, array, address, mbarrier, column, row)
 

@@ -4,6 +4,7 @@ import ast
 import importlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,12 +67,11 @@ def digest() -> bytes:
 
 
 @pytest.fixture
-def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the folder kernels/, which the digest is then taken of."""
     copy = tmp_path / "kernels"
     shutil.copytree(compiler.KERNELS, copy, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(compiler, "KERNELS", copy)
-    monkeypatch.setattr(compiler, "toolchain_digest", compiler.toolchain_digest)  # so that its cache is cleared, below
     yield copy
     compiler.toolchain_digest.cache_clear()
 

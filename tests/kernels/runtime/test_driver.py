@@ -1,4 +1,4 @@
-"""Streams by any of their protocols, and what a prepared launch tells the driver. No device is needed."""
+"""Streams by any of their protocols, and what the driver gets for a prepared launch. No device is needed."""
 
 import ctypes
 from typing import Any
@@ -73,7 +73,7 @@ def test_what_is_no_stream(stream: Any) -> None:
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What the driver is told of each launch."""
+    """What the driver gets for each launch."""
     launches: list[dict[str, Any]] = []
 
     def launch(config: Any, function: Any, parameters: int, extra: int) -> tuple[Any]:
