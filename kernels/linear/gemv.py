@@ -35,21 +35,23 @@ docs/performance-notes.md has what was tried and measured.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import cuda
 from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
+from bitnet_numba.kernels.linear.epilogue import EPILOGUES
+from bitnet_numba.kernels.linear.operands import PackedLinear, QuantizedActivations, check_segments
+from bitnet_numba.kernels.operands import Norm, checked
 from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, float32, int32
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
-from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
-from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_BITS, CODE_MASK, CODE_OFFSET, packed_words
+from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_BITS, CODE_MASK, CODE_OFFSET, padded_shape
 
 STEP_COLS = 128  # columns that one 16-byte load of each lane covers: four blocks
 STEP_WORDS = WARP * 4
@@ -62,7 +64,6 @@ EXTRA_REGISTERS = 44  # a thread's, beside the weights it holds
 REGISTERS = 65536  # of a SM
 MAX_BLOCKS_PER_SM = 4  # of neighbouring launches that meet on a SM
 MAX_LOADS = 28  # 112 registers of weights
-MAX_SEGMENTS = 3  # q, k and v
 EPSILON = float32(1e-5)  # least absmax, as in `quantize`
 INT8_MAX = float32(127)
 ROUNDER = float32(1.5 * 2**23)
@@ -106,12 +107,12 @@ def make_gemv(
     SHIFT1, SHIFT2, SHIFT3 = CODE_BITS, 2 * CODE_BITS, 3 * CODE_BITS
     ZERO, ONE = float32(0), float32(1)
 
-    def gemv(words, x, norm, eps, scales, bias, out, rows, unit_count, second, bound1, bound2):
+    def gemv(words, x, norm, eps, scales, bias, out, rows, unit_count, up_offset, bound1, bound2, x_scale, x_sum):
         q_s = ptx.pointer(cuda.shared.array(Q_WORDS, int32, SHARED_ALIGN))
         sum_s = ptx.pointer(cuda.shared.array(SUM_INTS, int32, SHARED_ALIGN))  # [WARPS, 16] partial rows
         square_s = ptx.pointer(cuda.shared.array(WARPS, float32))
         max_s = ptx.pointer(cuda.shared.array(WARPS, float32))
-        total_s = ptx.pointer(cuda.shared.array(WARPS, int32))
+        q_sum_s = ptx.pointer(cuda.shared.array(WARPS, int32))
         w_r = cuda.local.array(W_REGS, int32)
         x_r = cuda.local.array(X_REGS, float32)
         n_r = cuda.local.array(X_REGS, float32)
@@ -129,7 +130,7 @@ def make_gemv(
         for u in range(LOADS):
             column = int32((part + u * P) * STEP_WORDS + lane * 4)
             if unit < unit_count and (EXACT or column < KP):
-                a, b, c, d = load(words, int32(unit + half * second) * KP + column)
+                a, b, c, d = load(words, int32(unit + half * up_offset) * KP + column)
                 w_r[4 * u], w_r[4 * u + 1], w_r[4 * u + 2], w_r[4 * u + 3] = a, b, c, d
             else:
                 for i in range(4):
@@ -144,7 +145,7 @@ def make_gemv(
 
         # 2. The activations as int8 in shared memory, their scale and sum.
         if INT8:
-            scale_x = norm[0]
+            s = x_scale[0]
             for j in range(Q_LOADS):
                 chunk = int32(tid + j * THREADS)
                 if chunk < Q_CHUNKS:
@@ -160,54 +161,54 @@ def make_gemv(
                         x_r[4 * j + i] = ZERO
                         n_r[4 * j + i] = ZERO
             squares = ZERO
-            largest = ZERO
+            absmax = ZERO
             for i in range(X_REGS):
                 if NORM:
                     squares = float32(squares + x_r[i] * x_r[i])
-                    largest = max(largest, abs(float32(n_r[i] * x_r[i])))
+                    absmax = max(absmax, abs(float32(n_r[i] * x_r[i])))
                 else:
-                    largest = max(largest, abs(x_r[i]))
+                    absmax = max(absmax, abs(x_r[i]))
             if NORM:
                 squares = ptx.warp_sum(squares)
-            largest = ptx.warp_max(largest)
+            absmax = ptx.warp_max(absmax)
             if lane == 0:
                 square_s[warp] = squares
-                max_s[warp] = largest
+                max_s[warp] = absmax
             cuda.syncthreads()
             squares = ZERO
             for i in range(WARPS):
                 if NORM:
                     squares = float32(squares + square_s[i])
-                largest = max(largest, max_s[i])
+                absmax = max(absmax, max_s[i])
             if NORM:
                 inverse = ptx.rsqrt_approx(float32(squares * PER_COLUMN + eps))
-                largest = float32(largest * inverse)
+                absmax = float32(absmax * inverse)
                 for i in range(X_REGS):
                     x_r[i] = ptx.mul_rn(n_r[i], ptx.mul_rn(x_r[i], inverse))
             # A NaN in x makes the sum of squares NaN, and stays: then so is all of y. (max would drop it.)
-            scale_x = ptx.mul_rn(ptx.rcp_rn(EPSILON if largest < EPSILON else largest), INT8_MAX)
-            total = int32(0)
+            s = ptx.mul_rn(ptx.rcp_rn(EPSILON if absmax < EPSILON else absmax), INT8_MAX)
+            q_sum = int32(0)
             for j in range(X_LOADS):
-                # No clamp: |x| * scale_x is at most 127 (1 + 2^-20), which rounds to 127. Adding 1.5 * 2^23 rounds half
+                # No clamp: |x| * s is at most 127 (1 + 2^-20), which rounds to 127. Adding 1.5 * 2^23 rounds half
                 # to even and leaves the whole number in the low bits, four times as fast as a conversion.
-                q0 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j], scale_x), ROUNDER))
-                q1 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j + 1], scale_x), ROUNDER))
-                q2 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j + 2], scale_x), ROUNDER))
-                q3 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j + 3], scale_x), ROUNDER))
+                q0 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j], s), ROUNDER))
+                q1 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j + 1], s), ROUNDER))
+                q2 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j + 2], s), ROUNDER))
+                q3 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j + 3], s), ROUNDER))
                 word = int32(ptx.byte_permute(ptx.byte_permute(q0, q1, 0x40), ptx.byte_permute(q2, q3, 0x40), 0x5410))
-                total = ptx.dp4a(word, ALL_ONES, total)
+                q_sum = ptx.dp4a(word, ALL_ONES, q_sum)
                 chunk = int32(tid + j * THREADS)
                 if chunk < CHUNKS:
                     q_s[chunk] = word
         cuda.syncthreads()
         if not INT8:
-            total = ptx.warp_sum_int(total)  # here, not before the barrier: nobody needs it until the sums meet
+            q_sum = ptx.warp_sum_int(q_sum)  # here, not before the barrier: nobody needs it until the sums meet
             if lane == 0:
-                total_s[warp] = total
+                q_sum_s[warp] = q_sum
 
         # 3. Products, sums, output; a round's registers are refilled for the next as they are used.
-        for turn in range(ROUNDS):
-            base_unit = int32(first + turn * UNITS * grid)
+        for round_ in range(ROUNDS):
+            base_unit = int32(first + round_ * UNITS * grid)
             unit = int32(base_unit + slot * grid)
             following = int32(unit + UNITS * grid)
             a00 = a01 = a02 = a03 = int32(0)  # a[row][i]: products of codes << 2 * i
@@ -231,8 +232,8 @@ def make_gemv(
                 a32, a33 = ptx.dp4a_us(w & MASK2, x2, a32), ptx.dp4a_us(w & MASK3, x3, a33)
                 if ROUNDS > 1:
                     column = int32(step * STEP_WORDS + lane * 4)
-                    if following < unit_count and (EXACT or column < KP) and turn + 1 < ROUNDS:
-                        a, b, c, d = load(words, int32(following + half * second) * KP + column)
+                    if following < unit_count and (EXACT or column < KP) and round_ + 1 < ROUNDS:
+                        a, b, c, d = load(words, int32(following + half * up_offset) * KP + column)
                         w_r[4 * u], w_r[4 * u + 1], w_r[4 * u + 2], w_r[4 * u + 3] = a, b, c, d
             # Sums of 4^i multiples are 4^i multiples: the shifts are exact.
             r0 = int32(a00 + (a01 >> SHIFT1) + (a02 >> SHIFT2) + (a03 >> SHIFT3))
@@ -254,42 +255,42 @@ def make_gemv(
             out_unit = int32(base_unit + tid // BLOCK_ROWS * grid)
             n = int32(out_unit * BLOCK_ROWS + tid % BLOCK_ROWS)
             writes = tid < OUT_THREADS and out_unit < unit_count and n < rows
-            scale = scale2 = offset = offset2 = old = ZERO
+            m = m_up = bias_n = bias_up = old = ZERO
             if writes and not ACC:
-                scale = scales[0] if n < bound1 else (scales[1] if n < bound2 else scales[2])
+                m = scales[0] if n < bound1 else (scales[1] if n < bound2 else scales[2])
                 if bias is not None:
-                    offset = bias[n]
+                    bias_n = bias[n]
                 if RESIDUAL:
                     old = out[n]
                 if GATED:
-                    scale2 = scales[1]
+                    m_up = scales[1]
                     if bias is not None:
-                        offset2 = bias[rows + n]
+                        bias_up = bias[rows + n]
             cuda.syncthreads()
             if writes:
                 if INT8:
-                    total = int32(norm[1])
+                    q_sum = int32(x_sum[0])
                 else:
-                    total = int32(0)
+                    q_sum = int32(0)
                     for i in range(WARPS):
-                        total = int32(total + total_s[i])
+                        q_sum = int32(q_sum + q_sum_s[i])
                 start = int32(tid // BLOCK_ROWS * HALVES * P * BLOCK_ROWS + tid % BLOCK_ROWS)
-                acc = int32(-CODE_OFFSET * total)
+                acc = int32(-CODE_OFFSET * q_sum)
                 for i in range(P):
                     acc = int32(acc + sum_s[start + i * BLOCK_ROWS])
                 if ACC:
                     out[n] = acc
                 else:
-                    y = ptx.div_rn(ptx.mul_rn(ptx.int_to_float(acc), scale), scale_x)
+                    y = ptx.div_rn(ptx.mul_rn(ptx.int_to_float(acc), m), s)
                     if bias is not None:
-                        y = ptx.add_rn(y, offset)
+                        y = ptx.add_rn(y, bias_n)
                     if GATED:
-                        acc = int32(-CODE_OFFSET * total)
+                        acc = int32(-CODE_OFFSET * q_sum)
                         for i in range(P):
                             acc = int32(acc + sum_s[start + (P + i) * BLOCK_ROWS])
-                        z = ptx.div_rn(ptx.mul_rn(ptx.int_to_float(acc), scale2), scale_x)
+                        z = ptx.div_rn(ptx.mul_rn(ptx.int_to_float(acc), m_up), s)
                         if bias is not None:
-                            z = ptx.add_rn(z, offset2)
+                            z = ptx.add_rn(z, bias_up)
                         if RELU2:
                             y = max(y, ZERO)
                             y = ptx.mul_rn(ptx.mul_rn(y, y), z)
@@ -351,11 +352,13 @@ def spec(
     """The compiled form that fits a plan."""
     halves = 2 if epilogue == "gated" else 1
     f32, i32 = types.float32, types.int32
-    x = types.CPointer(i32 if prologue == "int8" else f32)
+    int8 = prologue == "int8"
+    x = types.CPointer(i32 if int8 else f32)
     out = types.CPointer(i32 if epilogue == "acc" else f32)
     signature = (
         types.CPointer(i32), x, types.CPointer(f32), f32, types.CPointer(f32),
         types.CPointer(f32) if bias else types.none, out, i32, i32, i32, i32, i32,
+        types.CPointer(f32) if int8 else types.none, types.CPointer(i32) if int8 else types.none,
     )  # fmt: skip
     name = f"w2a8_gemv[{K} {prologue} {epilogue} {activation if halves == 2 else ''} {split[:3]} {bias}]"
     loads = -(-K // (STEP_COLS * split.parts))
@@ -371,41 +374,48 @@ def spec(
     )
 
 
-def w2a8_gemv(
+def gemv(
     device: Device,
-    words: DeviceArray,
-    q: DeviceArray,
-    quantization: DeviceArray,
-    scales: DeviceArray,
-    out: DeviceArray,
-    N: int,
-    K: int,
-    ends: Sequence[int] = (),
-    bias: DeviceArray | None = None,
+    linear: PackedLinear,
+    x: Any,
+    out: Any,
+    *,
+    norm: Norm | None = None,
+    epilogue: str = "store",
+    activation: str = "relu2",
     use_pdl: bool = True,
 ) -> Launch:
-    """The prepared launch of a single product; calling it with a stream's handle costs about 5 us of host time.
+    """The launch of a product with one token's activations.
 
-    words int32 [packed_words(N, K)]; q int8 [K rounded up to 32], zeros at the end; quantization float32 [2]: s of
-    `quantize_activations`, and the sum of q; scales float32, one for each of up to three segments of rows that end at
-    `ends` (by default one segment, N); bias float32 [N] or None; out float32 [N] for (acc * scale / s) + bias, or int32
-    [N] for the sums acc. Raises ValueError with the sizes if they do not fit together.
+    x: float32 [K rounded up to 32], zeros at the end, which is quantised here, after an RMSNorm where `norm` is given;
+    or QuantizedActivations of one token. out: float32 [N] ("gated": [N / 2]), or int32 [N] for epilogue "acc".
+    epilogue: "acc" int32 sums; "store" y; "residual" y is added to `out`; "gated" activation(gate rows) * up rows, with
+    the activation "relu2" or "silu". Raises ValueError with the sizes if operands do not fit together.
     """
-    ends = tuple(ends) or (N,)
-    if not 1 <= len(ends) <= MAX_SEGMENTS or ends[-1] != N or list(ends) != sorted(ends):
-        raise ValueError(f"w2a8_gemv: segments that end at {ends} do not divide {N} rows into up to {MAX_SEGMENTS}")
-    padded_K = -(-K // BLOCK_COLS) * BLOCK_COLS
-    sizes = {"words": (words, packed_words(N, K)), "q": (q, padded_K), "quantization": (quantization, 2)}
-    sizes |= {"scales": (scales, len(ends)), "out": (out, N)} | ({"bias": (bias, N)} if bias is not None else {})
-    for name, (array, size) in sizes.items():
-        if array.size < size:
-            raise ValueError(f"w2a8_gemv: {name} holds {array.size} elements, a {N} x {K} product takes {size}")
-    if out.dtype not in ("float32", "int32"):
-        raise ValueError(f"w2a8_gemv: out must be float32 or int32, not {out.dtype}")
-    epilogue = "acc" if out.dtype == np.int32 else "store"
-    split = plan(N, K, device.num_sms)
-    bounds = (*ends, N, N)[:2]
-    arguments = (words, q, quantization, 0.0, scales, bias, out, N, -(-N // BLOCK_ROWS), 0, *bounds)
-    return device.launch(
-        spec(device.arch, K, split, "int8", epilogue, bias=bias is not None), split.grid, arguments, use_pdl
-    )
+    N, K, gated = linear.N, linear.K, epilogue == "gated"
+    if epilogue not in EPILOGUES:
+        raise ValueError(f"gemv: no epilogue {epilogue!r}, only {', '.join(EPILOGUES)}")
+    check_segments("gemv", linear.segments, gated)
+    rows = N // 2 if gated else N
+    operands = linear.sizes()
+    operands["norm"] = (norm.weight if norm is not None else None, padded_shape(1, K)[1], "float32")
+    if isinstance(x, QuantizedActivations):
+        if norm is not None:
+            raise ValueError("gemv: activations that are quantised already cannot be normed")
+        prologue = "int8"
+        operands |= x.sizes(1, K)
+    else:
+        prologue = "quantize" if norm is None else "norm"
+        operands["x"] = (x, padded_shape(1, K)[1], "float32")
+    operands["out"] = (out, rows, "int32" if epilogue == "acc" else "float32")
+    arrays = dict(zip(operands, checked("gemv", f"a {N} x {K} product", **operands), strict=True))
+    plan_ = plan(N, K, device.num_sms, gated)
+    blocks = -(-rows // BLOCK_ROWS)
+    source = arrays["q"] if prologue == "int8" else arrays["x"]
+    arguments = (
+        arrays["words"], source, source if norm is None else arrays["norm"], norm.eps if norm is not None else 0.0,
+        arrays["scales"], arrays["bias"], arrays["out"], rows, blocks, blocks if gated else 0,
+        *(*linear.segment_ends, rows, rows)[:2], arrays.get("scale"), arrays.get("q_sum"),
+    )  # fmt: skip
+    kernel = spec(device.arch, K, plan_, prologue, epilogue, activation, linear.bias is not None)
+    return device.launch(kernel, plan_.grid, arguments, use_pdl)
