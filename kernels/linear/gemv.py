@@ -47,7 +47,7 @@ from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.linear.epilogue import EPILOGUES
 from bitnet_numba.kernels.linear.operands import PackedLinear, QuantizedActivations, check_segments
 from bitnet_numba.kernels.operands import Norm, checked
-from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, float32, int32
+from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, int32
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.spec import KernelSpec
@@ -107,6 +107,18 @@ def make_gemv(
     SHIFT1, SHIFT2, SHIFT3 = CODE_BITS, 2 * CODE_BITS, 3 * CODE_BITS
     ZERO, ONE = float32(0), float32(1)
 
+    @device_function
+    def load_weights(w_r, words, unit, unit_count, row_block, part, lane):
+        """All words of a round that this lane multiplies; zeros beyond the matrix."""
+        for u in range(LOADS):
+            column = int32((part + u * P) * STEP_WORDS + lane * 4)
+            if unit < unit_count and (EXACT or column < KP):
+                a, b, c, d = load(words, row_block * KP + column)
+                w_r[4 * u], w_r[4 * u + 1], w_r[4 * u + 2], w_r[4 * u + 3] = a, b, c, d
+            else:
+                for i in range(4):
+                    w_r[4 * u + i] = int32(0)
+
     def gemv(words, x, norm, eps, scales, bias, out, rows, unit_count, up_offset, bound1, bound2, x_scale, x_sum):
         q_s = ptx.pointer(cuda.shared.array(Q_WORDS, int32, SHARED_ALIGN))
         sum_s = ptx.pointer(cuda.shared.array(SUM_INTS, int32, SHARED_ALIGN))  # [WARPS, 16] partial rows
@@ -127,14 +139,7 @@ def make_gemv(
 
         # 1. This block's weights, and the norm's.
         unit = int32(first + slot * grid)
-        for u in range(LOADS):
-            column = int32((part + u * P) * STEP_WORDS + lane * 4)
-            if unit < unit_count and (EXACT or column < KP):
-                a, b, c, d = load(words, int32(unit + half * up_offset) * KP + column)
-                w_r[4 * u], w_r[4 * u + 1], w_r[4 * u + 2], w_r[4 * u + 3] = a, b, c, d
-            else:
-                for i in range(4):
-                    w_r[4 * u + i] = int32(0)
+        load_weights(w_r, words, unit, unit_count, int32(unit + half * up_offset), part, lane)
         if NORM:
             for j in range(X_LOADS):
                 chunk = int32(tid + j * THREADS)
