@@ -208,4 +208,4 @@ def quantize(
     q, s, q_sum, x, weight = checked("quantize", f"{num_tokens} rows of {K} columns", **operands)
     # Without a norm the weight is not read; any address serves.
     eps = np.float32(norm.eps if norm is not None else 0)
-    return device.launch(kernel, num_tokens, (x, weight or x, eps, q, s, q_sum), use_pdl)
+    return device.launch(kernel, num_tokens, (x, x if weight is None else weight, eps, q, s, q_sum), use_pdl)
