@@ -5,7 +5,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BASE = ("errors", "bfloat16", "packing", "quantize", "config", "sampling")
+BASE = ("errors", "json_file", "bfloat16", "packing", "quantize", "config", "sampling")
 # From the ground up. A module may import from lower floors and from its own room; rooms of one floor are apart.
 FLOORS: list[tuple[str, ...]] = [
     tuple(f"bitnet_numba.{name}" for name in BASE),

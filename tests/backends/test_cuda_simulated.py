@@ -142,10 +142,10 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
 
 @simulated
 def test_simulated_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from bitnet_numba.backends.host import ReferenceBackend
+    from bitnet_numba.backends.host import reference_backend
+    from bitnet_numba.checkpoint.convert import convert
     from bitnet_numba.checkpoint.packed import open_packed
     from bitnet_numba.sampling import SamplingParams, sample
-    from tools.convert import convert
     from tools.make_checkpoint import PRESETS, make_checkpoint
 
     spec, config = PRESETS["tiny"]
@@ -153,7 +153,7 @@ def test_simulated_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     convert(tmp_path / "source", tmp_path / "packed", head="int8")
     checkpoint = open_packed(tmp_path / "packed")
     context = simulated_backend(monkeypatch, checkpoint).new_context(16)
-    reference = ReferenceBackend(checkpoint).new_context(16)
+    reference = reference_backend(checkpoint).new_context(16)
 
     expected = reference.logits([5, 250])
     logits = context.logits([5, 250])
@@ -172,13 +172,13 @@ def test_simulated_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 @simulated
 def test_simulated_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two sequences, whose pages lie anyhow, get the tokens that each would get alone."""
+    from bitnet_numba.checkpoint.convert import convert
     from bitnet_numba.checkpoint.packed import open_packed
     from bitnet_numba.kernels.attention import paged_decode as attention_batch
     from bitnet_numba.kernels.lm_head import gemm_mma as head_many
     from bitnet_numba.kernels.lm_head import gemm_wgmma as head_warpgroup
     from bitnet_numba.kernels.sampling import batched as sampler_many
     from bitnet_numba.sampling import SamplingParams
-    from tools.convert import convert
     from tools.make_checkpoint import PRESETS, make_checkpoint
 
     spec, config = PRESETS["tiny"]
