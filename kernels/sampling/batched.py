@@ -17,8 +17,10 @@ Where only a coarse bin is asked for, a product with 1 / temperature stands for 
 further down, so that equal z on both sides of a bin's border do not matter. Tokens whose z is too low to win with any
 noise are given none.
 
-Sums are integers, so neither the order of candidates nor the coarse bins change a token: it is the token that `single`
+Sums are integers, so neither the order of candidates nor the coarse bins change a choice: it is the token that `single`
 chooses.
+
+What stays in the kernel's body (finding the digit, noise for all logits) changes the machine code as a function.
 """
 
 from collections.abc import Callable
@@ -58,6 +60,133 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
     WARPS, BINS_EACH, LIMB_BINS = threads // WARP, BINS // threads, LIMBS * BINS
     LIMB, TWO_LIMBS = (1 << LIMB_BITS) - 1, (1 << 2 * LIMB_BITS) - 1
 
+    @device_function
+    def find_best(loads, source, tid):
+        """The thread's (largest logit after the penalty, its token, whether one is NaN)."""
+        logits, seen, x_rd, seen_rd, vocab_size, has_penalty, penalty = source
+        x_r, seen_r = loads
+        top, top_id, has_nan = LOWEST, int32(vocab_size), int32(0)
+        for first in range(tid, vocab_size, threads * MAX_LOADS):
+            for u in range(MAX_LOADS):
+                token = int32(first + u * threads)
+                x_r[u] = logits[x_rd + token] if token < vocab_size else LOWEST
+                seen_r[u] = seen[seen_rd + (token >> 5)] if has_penalty and token < vocab_size else int32(0)
+            for u in range(MAX_LOADS):
+                token = int32(first + u * threads)
+                if token < vocab_size:
+                    x = parts.penalized(x_r[u], seen_r[u], token, penalty)
+                    if x != x:
+                        has_nan = int32(1)
+                    if x > top or top_id == vocab_size:
+                        top, top_id = x, token
+        return top, top_id, has_nan
+
+    @device_function
+    def add_probability(bins_s, z, digit):
+        """Adds exp(z), limb by limb, to a digit's bin."""
+        share = parts.probability(z)
+        cuda.atomic.add(bins_s, digit, int32(share & LIMB))
+        if share > LIMB:
+            cuda.atomic.add(bins_s, digit + BINS, int32(share >> LIMB_BITS & LIMB))
+        if share > TWO_LIMBS:
+            cuda.atomic.add(bins_s, digit + 2 * BINS, int32(share >> 2 * LIMB_BITS))
+
+    @device_function
+    def add_digits(bins_s, loads, candidates, num_candidates, source, scale, radix, coarse, stage, tid):
+        """The histogram of a pass: over coarse bins of z, or over the digit at `shift` of the keys that begin with
+        `prefix`; in both of the tokens from the cut so far on. Stage 0 counts tokens, stage 1 adds probabilities."""
+        logits, seen, x_rd, seen_rd, vocab_size, has_penalty, penalty = source
+        x_r, seen_r = loads
+        z_s, id_s = candidates
+        largest, inverse, temperature = scale
+        cut, prefix, shift = radix
+        size = num_candidates if num_candidates >= 0 else vocab_size
+        for first in range(tid, size, threads * LOADS):
+            for u in range(LOADS):
+                i = int32(first + u * threads)
+                x_r[u] = LOWEST
+                seen_r[u] = int32(0)
+                if i < size:
+                    x_r[u] = z_s[i] if num_candidates >= 0 else logits[x_rd + i]
+                    if num_candidates < 0 and has_penalty:
+                        seen_r[u] = seen[seen_rd + (i >> 5)]
+            for u in range(LOADS):
+                i = int32(first + u * threads)
+                if i < size:
+                    z, token = x_r[u], i
+                    counts = True
+                    digit = int32(0)
+                    if num_candidates >= 0:
+                        token = id_s[i]
+                    else:
+                        z = parts.penalized(z, seen_r[u], token, penalty)
+                        digit = coarse_bin(ptx.mul_rn(ptx.add_rn(z, -largest), inverse))
+                        # Bin 0 holds whatever is left; it is not worth taking turns for.
+                        counts = digit > 0 or not coarse
+                        if counts and (stage == 1 or not coarse):
+                            z = parts.shifted(z, largest, temperature)
+                    if counts and not (coarse and stage == 0):
+                        key = parts.key_of(z, token)
+                        counts = key >= cut
+                        if not coarse:
+                            digit = int32((key >> shift) & (BINS - 1))
+                            counts = counts and key >> (shift + DIGIT_BITS) == prefix
+                    if counts:
+                        if stage == 0:
+                            cuda.atomic.add(bins_s, digit, int32(1))
+                        else:
+                            add_probability(bins_s, z, digit)
+
+    @device_function
+    def sum_bins(bins_r, bins_s, tid):
+        """The bins of this thread, from its highest digit down, and their sum."""
+        own = int64(0)
+        for j in range(BINS_EACH):
+            digit = BINS - 1 - BINS_EACH * tid - j
+            low, high = int64(uint32(bins_s[digit])), int64(uint32(bins_s[digit + BINS]))
+            bins_r[j] = low + (high << LIMB_BITS)
+            bins_r[j] += int64(uint32(bins_s[digit + 2 * BINS])) << 2 * LIMB_BITS
+            own += bins_r[j]
+        return own
+
+    @device_function
+    def list_candidates(candidates, length_s, loads, source, scale, cut, cut_bin, tid):
+        """Lists the tokens from the cut so far on whose coarse bin is at least cut_bin - 1; those that do not fit are only
+        counted."""
+        logits, seen, x_rd, seen_rd, vocab_size, has_penalty, penalty = source
+        x_r, seen_r = loads
+        z_s, id_s = candidates
+        largest, inverse, temperature = scale
+        full = False
+        for first in range(tid, vocab_size, threads * LOADS):
+            for u in range(LOADS):
+                token = int32(first + u * threads)
+                x_r[u] = logits[x_rd + token] if token < vocab_size else LOWEST
+                seen_r[u] = seen[seen_rd + (token >> 5)] if has_penalty and token < vocab_size else int32(0)
+            for u in range(LOADS):
+                token = int32(first + u * threads)
+                x = parts.penalized(x_r[u], seen_r[u], token, penalty)
+                # One bin below: equal z may lie on both sides of the border of what is only nearly z.
+                near = coarse_bin(ptx.mul_rn(ptx.add_rn(x, -largest), inverse)) >= cut_bin - 1
+                if near and token < vocab_size and not full:
+                    z = parts.shifted(x, largest, temperature)
+                    if parts.key_of(z, token) >= cut:
+                        wr = cuda.atomic.add(length_s, 0, int32(1))
+                        full = wr >= max_candidates
+                        if not full:
+                            z_s[wr], id_s[wr] = z, token
+
+    @device_function
+    def noise_of_candidates(z_s, id_s, num_candidates, min_z, cut, pos, key0, key1, tid):
+        """The thread's best key after noise, of the candidates that are kept."""
+        best = int64(0)
+        for i in range(tid, num_candidates, threads):
+            if z_s[i] >= min_z and parts.key_of(z_s[i], id_s[i]) >= cut:
+                c0, c1, c2, c3 = parts.random_words(id_s[i] >> 2, pos + 1, key0, key1)
+                x = ptx.add_rn(z_s[i], parts.gumbel(parts.chosen_word(c0, c1, c2, c3, id_s[i] & 3)))
+                best = max(best, parts.key_of(x, id_s[i]))
+        return best
+
     def sample_batch(
         logits, vocab_size, settings, slot_positions, tokens, tokens_stride, seen, seen_stride, position, chosen
     ):
@@ -86,22 +215,11 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
         temperature = max(float32(settings[setting + parts.TEMPERATURE]), parts.MIN_TEMPERATURE)
         penalty = float32(settings[setting + parts.PENALTY])
         has_penalty = penalty != float32(1)
+        source = logits, seen, x_rd, seen_rd, vocab_size, has_penalty, penalty
+        loads, candidates = (x_r, seen_r), (z_s, id_s)
 
-        # 1. Penalty, and the largest logit.
-        top, top_id, has_nan = LOWEST, int32(vocab_size), int32(0)
-        for first in range(tid, vocab_size, threads * MAX_LOADS):
-            for u in range(MAX_LOADS):
-                token = int32(first + u * threads)
-                x_r[u] = logits[x_rd + token] if token < vocab_size else LOWEST
-                seen_r[u] = seen[seen_rd + (token >> 5)] if has_penalty and token < vocab_size else int32(0)
-            for u in range(MAX_LOADS):
-                token = int32(first + u * threads)
-                if token < vocab_size:
-                    x = parts.penalized(x_r[u], seen_r[u], token, penalty)
-                    if x != x:
-                        has_nan = int32(1)
-                    if x > top or top_id == vocab_size:
-                        top, top_id = x, token
+        # 1. The largest logit after the penalty.
+        top, top_id, has_nan = find_best(loads, source, tid)
         has_nan = cuda.syncthreads_or(has_nan)
         best = parts.block_best(
             parts.key_of(top, top_id) if top_id < vocab_size else int64(0), keys_s, warp, lane, WARPS
@@ -109,7 +227,8 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
 
         if settings[setting + parts.TEMPERATURE] != 0.0 and not has_nan:
             largest = parts.unordered(uint32(best >> ID_BITS))
-            inverse = ptx.div_rn(float32(1), temperature)  # for what is cheaper than z and nearly z
+            inverse = ptx.div_rn(float32(1), temperature)  # a product with it is cheaper than z and nearly z
+            scale = largest, inverse, temperature
             # 2. The cuts of top-k (stage 0) and top-p (stage 1).
             cut = int64(0)
             num_candidates = int32(-1)  # -1 while there is no list of them
@@ -131,56 +250,11 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
                         found_s[0], found_s[1], found_s[2] = int64(0), int64(0), int64(0)
                         length_s[0] = int32(0)
                     cuda.syncthreads()
-                    size = num_candidates if num_candidates >= 0 else vocab_size
-                    for first in range(tid, size, threads * LOADS):
-                        for u in range(LOADS):
-                            i = int32(first + u * threads)
-                            x_r[u] = LOWEST
-                            seen_r[u] = int32(0)
-                            if i < size:
-                                x_r[u] = z_s[i] if num_candidates >= 0 else logits[x_rd + i]
-                                if num_candidates < 0 and has_penalty:
-                                    seen_r[u] = seen[seen_rd + (i >> 5)]
-                        for u in range(LOADS):
-                            i = int32(first + u * threads)
-                            if i < size:
-                                z, token = x_r[u], i
-                                counts = True
-                                digit = int32(0)
-                                if num_candidates >= 0:
-                                    token = id_s[i]
-                                else:
-                                    z = parts.penalized(z, seen_r[u], token, penalty)
-                                    digit = coarse_bin(ptx.mul_rn(ptx.add_rn(z, -largest), inverse))
-                                    # Bin 0 holds whatever is left; it is not worth taking turns for.
-                                    counts = digit > 0 or not coarse
-                                    if counts and (stage == 1 or not coarse):
-                                        z = parts.shifted(z, largest, temperature)
-                                if counts and not (coarse and stage == 0):
-                                    key = parts.key_of(z, token)
-                                    counts = key >= cut
-                                    if not coarse:
-                                        digit = int32((key >> shift) & (BINS - 1))
-                                        counts = counts and key >> (shift + DIGIT_BITS) == prefix
-                                if counts:
-                                    if stage == 0:
-                                        cuda.atomic.add(bins_s, digit, int32(1))
-                                    else:
-                                        share = parts.probability(z)
-                                        cuda.atomic.add(bins_s, digit, int32(share & LIMB))
-                                        if share > LIMB:
-                                            cuda.atomic.add(bins_s, digit + BINS, int32(share >> LIMB_BITS & LIMB))
-                                        if share > TWO_LIMBS:
-                                            cuda.atomic.add(bins_s, digit + 2 * BINS, int32(share >> 2 * LIMB_BITS))
+                    radix = cut, prefix, shift
+                    add_digits(bins_s, loads, candidates, num_candidates, source, scale, radix, coarse, stage, tid)
                     cuda.syncthreads()
                     # Running sums from the highest digit down: thread t has BINS - 1 - BINS_EACH * t and those below.
-                    own = int64(0)
-                    for j in range(BINS_EACH):
-                        digit = BINS - 1 - BINS_EACH * tid - j
-                        low, high = int64(uint32(bins_s[digit])), int64(uint32(bins_s[digit + BINS]))
-                        bins_r[j] = low + (high << LIMB_BITS)
-                        bins_r[j] += int64(uint32(bins_s[digit + 2 * BINS])) << 2 * LIMB_BITS
-                        own += bins_r[j]
+                    own = sum_bins(bins_r, bins_s, tid)
                     running, total = parts.running_sums(own, sums_s, warp, lane, WARPS)
                     if stage == 1 and target == 0:
                         target = parts.top_p_target(settings[setting + parts.TOP_P], total)
@@ -197,26 +271,7 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
                         target -= found_s[1]
                         whole = found_s[2] != 0
                     elif cut_bin > 0:
-                        full = False
-                        for first in range(tid, vocab_size, threads * LOADS):
-                            for u in range(LOADS):
-                                token = int32(first + u * threads)
-                                x_r[u] = logits[x_rd + token] if token < vocab_size else LOWEST
-                                seen_r[u] = (
-                                    seen[seen_rd + (token >> 5)] if has_penalty and token < vocab_size else int32(0)
-                                )
-                            for u in range(LOADS):
-                                token = int32(first + u * threads)
-                                x = parts.penalized(x_r[u], seen_r[u], token, penalty)
-                                # One bin more: equal z may lie on both sides of a border of what is only nearly z.
-                                near = coarse_bin(ptx.mul_rn(ptx.add_rn(x, -largest), inverse)) >= cut_bin - 1
-                                if near and token < vocab_size and not full:
-                                    z = parts.shifted(x, largest, temperature)
-                                    if parts.key_of(z, token) >= cut:
-                                        wr = cuda.atomic.add(length_s, 0, int32(1))
-                                        full = wr >= max_candidates
-                                        if not full:
-                                            z_s[wr], id_s[wr] = z, token
+                        list_candidates(candidates, length_s, loads, source, scale, cut, cut_bin, tid)
                         cuda.syncthreads()
                         if length_s[0] <= max_candidates:
                             num_candidates = length_s[0]
@@ -230,11 +285,7 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
             key0, key1 = uint32(settings[setting + parts.SEED_LOW]), uint32(settings[setting + parts.SEED_HIGH])
             best = int64(0)
             if num_candidates >= 0:
-                for i in range(tid, num_candidates, threads):
-                    if z_s[i] >= min_z and parts.key_of(z_s[i], id_s[i]) >= cut:
-                        c0, c1, c2, c3 = parts.random_words(id_s[i] >> 2, pos + 1, key0, key1)
-                        x = ptx.add_rn(z_s[i], parts.gumbel(parts.chosen_word(c0, c1, c2, c3, id_s[i] & 3)))
-                        best = max(best, parts.key_of(x, id_s[i]))
+                best = noise_of_candidates(z_s, id_s, num_candidates, min_z, cut, pos, key0, key1, tid)
             else:
                 for quad in range(tid, (vocab_size + 3) // 4, threads):
                     kept = int32(0)
@@ -299,7 +350,7 @@ def sample_batch(
         raise ValueError(
             f"sample_batch: at least one row and 1 to {MAX_VOCAB} tokens are needed, not {num_rows} x {vocab_size}"
         )
-    problem = f"{num_rows} rows of {vocab_size}"
+    problem = f"a batch of {num_rows} rows of {vocab_size}"
     (position,) = checked("sample_batch", problem, position=(sequences.position, 1, "int32"))
     slots, seen_words = position.size, -(-vocab_size // 32)
     if sequences.seen_stride < seen_words:

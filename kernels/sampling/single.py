@@ -13,6 +13,8 @@ it, moves the position on, and writes it to a ring in page-locked memory that th
 
 The grid's histograms take turns: one is added to while the next is cleared; the third may still be read by a block
 that has just left the barrier. Barriers instead of a launch for each pass: greedy steps then have no idle launches.
+
+What stays in the kernel's body (penalty, finding the digit, storing the token) changes the machine code as a function.
 """
 
 from collections.abc import Callable

@@ -129,7 +129,7 @@ def linear_gemm(arch: int) -> list[KernelSpec]:
 
 def sampling(arch: int) -> list[KernelSpec]:
     """Both."""
-    return [single.sampler_spec(arch), batched.sampler_many_spec(arch)]
+    return [single.spec(arch), batched.spec(arch)]
 
 
 GROUPS: dict[str, Callable[[int], list[KernelSpec]]] = {
