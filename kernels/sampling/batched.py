@@ -151,8 +151,8 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
 
     @device_function
     def list_candidates(candidates, length_s, loads, source, scale, cut, cut_bin, tid):
-        """Lists the tokens from the cut so far on whose coarse bin is at least cut_bin - 1; those that do not fit are only
-        counted."""
+        """Lists the tokens from the cut so far on whose coarse bin is at least cut_bin - 1; counts those that do not
+        fit."""
         logits, seen, x_rd, seen_rd, vocab_size, has_penalty, penalty = source
         x_r, seen_r = loads
         z_s, id_s = candidates

@@ -51,8 +51,8 @@ def attention_kv_cache(arch: int) -> list[KernelSpec]:
 
 def embedding(arch: int) -> list[KernelSpec]:
     """All there are."""
-    many = [embed.embed_many_spec(arch, int8, prompt) for int8 in (False, True) for prompt in (False, True)]
-    single_rows = [embed.embed_spec(arch, int8) for int8 in (False, True)]
+    many = [embed.embed_tokens_spec(arch, int8, prompt) for int8 in (False, True) for prompt in (False, True)]
+    single_rows = [embed.embed_token_spec(arch, int8) for int8 in (False, True)]
     return [*single_rows, *many, embed.finish_prompt_spec(arch), embed.advance_spec(arch)]
 
 
