@@ -14,15 +14,13 @@ from bitnet_numba.kernels import embedding as embed
 from bitnet_numba.kernels.attention import paged_decode as attention_batch
 from bitnet_numba.kernels.attention import paged_simt as attention_rows
 from bitnet_numba.kernels.attention.kv_cache import PAGE
-from bitnet_numba.kernels.lm_head import gemm_mma as head_many
-from bitnet_numba.kernels.lm_head import gemm_wgmma as head_warpgroup
-from bitnet_numba.kernels.lm_head import split_norm
+from bitnet_numba.kernels.lm_head import gemm_mma, gemm_simt, gemm_wgmma, split_norm
+from bitnet_numba.kernels.lm_head.gemm import layout_for
 from bitnet_numba.kernels.runtime.driver import Event, Graph
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import DeviceArray, PinnedArray
 from bitnet_numba.kernels.runtime.spec import ArchSpec, KernelSpec
-from bitnet_numba.kernels.sampling import parts
-from bitnet_numba.kernels.sampling.batched import sampler_many, sampler_many_spec
+from bitnet_numba.kernels.sampling import batched, parts
 from bitnet_numba.sampling import SamplingParams
 
 MAX_SEQUENCES = 256
@@ -78,7 +76,7 @@ class CudaBatch:
         write(state.tokens, ids, slot * state.stride)
         write(state.seen, state.seen_bits(ids), slot * state.seen_words)
         write(state.table, pages, slot * state.table_stride)
-        write(state.settings, parts.settings(params), slot * parts.SETTINGS)
+        write(state.settings, parts.pack_settings(params), slot * parts.SETTINGS)
         write(state.position, [computed], slot)
         self._fed[slot], self._prompt[slot] = computed, len(ids)
 
@@ -132,9 +130,9 @@ class CudaBatch:
 
     def _sampler(self, rows: int) -> Launch:
         state = self._state
-        return sampler_many(
-            self._model.device, self._head.logits, rows, self._model.config.vocab_size, state.settings,
-            self._model.flow.where, state.tokens, state.stride, state.seen, state.position, self._chosen,
+        return batched.sample_batch(
+            self._model.device, self._head.logits, self._model.config.vocab_size, state.arrays,
+            self._model.flow.where, self._chosen, rows,
         )  # fmt: skip
 
     def _expect(self, slots: list[int]) -> None:
@@ -187,13 +185,15 @@ def batch_specs(config: ModelConfig, int8_rows: bool, device: ArchSpec, max_sequ
     """Every form that a batch takes beside those of prompts."""
     arch, head_dim, group = device.arch, config.head_dim, config.num_heads // config.num_kv_heads
     sizes = [1 << i for i in range(padded_size(max_sequences).bit_length())]
-    if head_warpgroup.serves(arch, int8_rows):
-        head = [head_warpgroup.norm_spec(arch, config.hidden_size)]
-        head += [head_warpgroup.spec(arch, tile) for tile in sorted({head_warpgroup.plan(rows) for rows in sizes})]
+    layout, K = layout_for(arch, int8_rows), config.hidden_size
+    head = [split_norm.spec(arch, K, layout, int8_rows)]
+    if layout == "wgmma":
+        head += [gemm_wgmma.spec(arch, tile) for tile in sorted({gemm_wgmma.plan(rows) for rows in sizes})]
+    elif layout == "mma":
+        tiles = sorted({gemm_mma.token_tiles(rows) for rows in sizes})
+        head += [gemm_mma.spec(arch, K, int8_rows, n) for n in tiles]
     else:
-        head = [split_norm.norm_split_spec(arch, config.hidden_size, int8_rows)]
-        tiles = sorted({head_many.tiles_of(rows) for rows in sizes})
-        head += [head_many.head_many_spec(arch, config.hidden_size, int8_rows, n) for n in tiles]
+        head.append(gemm_simt.spec(arch, K, int8_rows))
     if attention_batch.fits(arch, head_dim):
         threads = {attention_batch.threads_for(head_dim, n, 1) for n in range(8)}
         attention = [attention_batch.attention_batch_spec(arch, head_dim, group, t) for t in sorted(threads)]
@@ -201,8 +201,8 @@ def batch_specs(config: ModelConfig, int8_rows: bool, device: ArchSpec, max_sequ
         attention = [attention_rows.attention_rows_spec(arch, head_dim, group)]
     return [
         *product_specs(config, device, sizes),
-        embed.embed_many_spec(arch, int8_rows, False),
+        embed.embed_tokens_spec(arch, int8_rows, False),
         *attention,
         *head,
-        sampler_many_spec(arch),
+        batched.spec(arch),
     ]

@@ -71,7 +71,7 @@ class CudaContext:
     def decode(self, ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
         """Appends tokens (at least one), then yields sampled tokens, one a step, until the context is full."""
         self._start(ids)
-        self._state.settings.write(parts.settings(params))
+        self._state.settings.write(parts.pack_settings(params))
         if len(ids) == 1:
             self._replay("decode", len(self.ids))
         else:

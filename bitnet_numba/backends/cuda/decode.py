@@ -24,11 +24,13 @@ from bitnet_numba.kernels.attention import decode as attention
 from bitnet_numba.kernels.attention.decode import attention_grid, attention_scratch
 from bitnet_numba.kernels.linear import gemv as w2a8_gemv
 from bitnet_numba.kernels.lm_head import gemv as head
+from bitnet_numba.kernels.operands import EmbeddingTable, Norm
 from bitnet_numba.kernels.runtime.device import CudaDevice
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import DeviceArray, PinnedArray
 from bitnet_numba.kernels.runtime.spec import ArchSpec, KernelSpec
-from bitnet_numba.kernels.sampling import single as sampler
+from bitnet_numba.kernels.sampling import single
+from bitnet_numba.kernels.sampling.single import SamplerScratch
 from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS
 
 LAYER = ("qkv", "attention", "o", "gate_up", "down")
@@ -55,13 +57,12 @@ class Activations:
             DeviceArray(stats, np.float32),
             DeviceArray(arrivals, np.int32, zero=True),
         )
-        self.scratch = DeviceArray(sampler.SCRATCH_WORDS, np.int64, zero=True)
-        self.counters = DeviceArray(sampler.COUNTERS, np.int32, zero=True)
+        self.scratch = SamplerScratch.allocate(device)
 
     def nbytes(self) -> int:
         """Bytes of all of it."""
         arrays = [value for value in vars(self).values() if isinstance(value, DeviceArray)]
-        return sum(array.nbytes for array in (*arrays, *self.attention))
+        return sum(array.nbytes for array in (*arrays, *self.attention, *self.scratch.arrays))
 
 
 class Products:
@@ -108,9 +109,9 @@ def kernel_specs(config: ModelConfig, int8_rows: bool, device: ArchSpec) -> list
             attention.attention_spec(device.arch, config.head_dim, config.num_heads // config.num_kv_heads, long)
             for long in (False, True)
         ),
-        embed.embed_spec(device.arch, int8_rows),
+        embed.embed_token_spec(device.arch, int8_rows),
         head.spec(device.arch, config.hidden_size, int8_rows),
-        sampler.sampler_spec(device.arch),
+        single.spec(device.arch),
         embed.advance_spec(device.arch),
     ]
 
@@ -127,10 +128,7 @@ class Step:
         ring: PinnedArray,
         device: CudaDevice,
     ):
-        self._embed = embed.embed(
-            device, weights["embed.weight"], weights.get("embed.scale"), state.tokens, state.position, state.seen,
-            flow.h, config.hidden_size,
-        )  # fmt: skip
+        self._embed = embed.embed_token(device, table_of(config, weights, "embed"), state.arrays, flow.h)
         cos, sin = state.cos, state.sin
         products = Products(config, device)
         self._layers: list[dict[bool, Launch]] = []  # in order; each for short and for long contexts
@@ -155,11 +153,8 @@ class Step:
             )
             self._layers += [qkv, attentions, o, gate_up, down]
         self._head = head_launch(config, weights, device, flow.h, flow.logits)
-        self._sampler = sampler.sampler(
-            device, flow.logits, config.vocab_size, state.settings, state.position, state.tokens, state.seen,
-            flow.scratch, flow.counters, ring,
-        )  # fmt: skip
-        self._advance = device.launch(embed.advance_spec(device.arch), 1, (state.position,))
+        self._sampler = single.sample(device, flow.logits, config.vocab_size, state.arrays, flow.scratch, ring)
+        self._advance = embed.advance(device, state.position)
 
     def score(self, long: bool) -> list[Launch]:
         """A token and its logits. `long`: the context is at least attention.LONG_CONTEXT tokens."""
@@ -187,8 +182,11 @@ def head_launch(
     config: ModelConfig, weights: Weights, device: CudaDevice, h: DeviceArray, logits: DeviceArray
 ) -> Launch:
     """The final norm and the head of one row: h float32 [hidden] -> logits float32 [vocabulary]."""
-    rows = head_name(config)
-    return head.head(
-        device, weights[f"{rows}.weight"], weights.get(f"{rows}.scale"), h, weights["norm.weight"],
-        config.rms_norm_eps, logits, config.vocab_size, config.hidden_size,
-    )  # fmt: skip
+    norm = Norm(weights["norm.weight"], config.rms_norm_eps)
+    return head.lm_head_gemv(device, table_of(config, weights, head_name(config)), h, norm, logits)
+
+
+def table_of(config: ModelConfig, weights: Weights, name: str) -> EmbeddingTable:
+    """The embedding ("embed") or the LM head's rows."""
+    rows, scale = weights[f"{name}.weight"], weights.get(f"{name}.scale")
+    return EmbeddingTable(rows, scale, config.vocab_size, config.hidden_size)

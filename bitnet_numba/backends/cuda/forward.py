@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bitnet_numba.backends.cuda.decode import NORMS
+from bitnet_numba.backends.cuda.decode import NORMS, table_of
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size
 from bitnet_numba.backends.cuda.weights import Weights, head_name
 from bitnet_numba.config import GROUPS, ModelConfig
@@ -32,9 +32,8 @@ from bitnet_numba.kernels.attention import prefill as attention_prompt
 from bitnet_numba.kernels.linear import gemm as w2a8_matmul
 from bitnet_numba.kernels.linear import heuristics
 from bitnet_numba.kernels.linear import quantize as norm_quant
-from bitnet_numba.kernels.lm_head import gemm_mma as head_many
-from bitnet_numba.kernels.lm_head import gemm_wgmma as head_warpgroup
-from bitnet_numba.kernels.lm_head import split_norm
+from bitnet_numba.kernels.lm_head.gemm import lm_head_gemm, split_words
+from bitnet_numba.kernels.operands import Norm
 from bitnet_numba.kernels.runtime.device import CudaDevice
 from bitnet_numba.kernels.runtime.driver import Graph, Stream
 from bitnet_numba.kernels.runtime.launch import Launch
@@ -115,9 +114,9 @@ class ForwardPass:
         config, weights, device, _, _, flow = model
         self._count = flow.count if prompt else flow.plenty
         self.launches = [
-            embed.embed_many(
-                device, weights["embed.weight"], weights.get("embed.scale"), state.tokens, state.stride, state.position,
-                state.order, flow.count if prompt else None, state.seen, flow.h, flow.where, rows, config.hidden_size,
+            embed.embed_tokens(
+                device, table_of(config, weights, "embed"), state.arrays, state.order, flow.count if prompt else None,
+                flow.h, flow.where, rows,
             )
         ]  # fmt: skip
         for i in range(config.num_layers):
@@ -171,28 +170,15 @@ class LMHead:
 
     def __init__(self, model: Model, rows: int):
         config, weights, device, *_ = model
-        self._model, name = model, head_name(config)
-        self._weight, self._scale = weights[f"{name}.weight"], weights.get(f"{name}.scale")
-        self._int8 = self._weight.dtype == np.int8
-        self._by_warpgroups = head_warpgroup.serves(device.arch, self._int8)
-        split_words = head_warpgroup.split_words if self._by_warpgroups else head_many.split_words
-        self._terms = DeviceArray(split_words(rows, config.hidden_size), np.int32)
+        self._model, self._table = model, table_of(config, weights, head_name(config))
+        self._terms = DeviceArray(split_words(device, self._table, rows), np.int32)
         self.logits = DeviceArray(rows * config.vocab_size, np.float32)
 
     def launches(self, rows: int) -> list[Launch]:
         """Norm and head of the first `rows`."""
         config, weights, device, _, _, flow = self._model
-        terms, K, vocabulary = self._terms, config.hidden_size, config.vocab_size
-        normed = (device, flow.h, weights["norm.weight"], config.rms_norm_eps, terms, rows, K)
-        if self._by_warpgroups:
-            return [
-                head_warpgroup.norm_split(*normed),
-                head_warpgroup.head_warpgroup(device, self._weight, terms, self.logits, vocabulary, rows, K),
-            ]
-        return [
-            split_norm.norm_split(*normed, self._int8),
-            head_many.head_many(device, self._weight, self._scale, terms, self.logits, vocabulary, rows, K),
-        ]
+        norm = Norm(weights["norm.weight"], config.rms_norm_eps)
+        return lm_head_gemm(device, self._table, flow.h, norm, self._terms, self.logits, rows)
 
     def close(self) -> None:
         """Frees the memory."""
@@ -266,7 +252,7 @@ def prompt_specs(config: ModelConfig, int8_rows: bool, device: ArchSpec) -> list
     return [
         *product_specs(config, device, sizes),
         *(norm_quant.norm_quant_spec(arch, K, norm=norm) for K, norm in sorted(widths)),
-        embed.embed_many_spec(arch, int8_rows, True),
+        embed.embed_tokens_spec(arch, int8_rows, True),
         embed.finish_prompt_spec(arch),
         kv_cache.append_spec(arch, head_dim),
         attention_prompt.attention_prompt_spec(arch, head_dim, group)

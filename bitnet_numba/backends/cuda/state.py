@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels.attention.kv_cache import PAGE, LayerCache, pool_strides, sequence_strides, token_words
+from bitnet_numba.kernels.operands import SequenceArrays
 from bitnet_numba.kernels.runtime.memory import DeviceArray, DeviceView
 from bitnet_numba.kernels.sampling import parts
 from bitnet_numba.reference.model import rope_tables  # the one definition of the rotary frequencies
@@ -49,6 +50,11 @@ class SequenceState:
         cos, sin = rope_tables(config, positions)  # [positions, D], the second half a copy of the first
         half = config.head_dim // 2
         self.cos, self.sin = DeviceArray.of(cos[:, :half]), DeviceArray.of(sin[:, :half])
+
+    @property
+    def arrays(self) -> SequenceArrays:
+        """What kernels of tokens take."""
+        return SequenceArrays(self.tokens, self.stride, self.position, self.seen, self.seen_words, self.settings)
 
     def keys_values(self, layer: int) -> tuple[DeviceView, DeviceView]:
         """A layer's part of the cache."""
