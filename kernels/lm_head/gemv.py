@@ -22,7 +22,7 @@ from numba.cuda import types
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.lm_head.parts import check_columns, flip_signs, int8_to_float, put4
 from bitnet_numba.kernels.operands import EmbeddingTable, Norm, checked
-from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, int32, int64
+from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, float32, int32, int64
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import DeviceArray
@@ -53,27 +53,6 @@ def make_lm_head_gemv(
     X_REGS = 4 * THREAD_QUADS
     EXACT = ROW_WORDS == PARTS * LOADS * WARP * 4
     COLUMNS, ZERO = float32(K), float32(0)
-
-    @device_function
-    def multiply_load(total, total2, w_r, x_s, u, x_load, lane):
-        """Adds the products of load u, in two sums; x_load: the load's number within the row."""
-        for i in range(4):
-            word = w_r[4 * u + i]
-            if INT8:
-                x0, x1, x2, x3 = ptx.load4(x_s, ((x_load * LOAD_QUADS + i) * WARP + lane) * 4)
-                word = flip_signs(word)
-                total = float32(total + int8_to_float(word, 0) * x0)
-                total2 = float32(total2 + int8_to_float(word, 1) * x1)
-                total = float32(total + int8_to_float(word, 2) * x2)
-                total2 = float32(total2 + int8_to_float(word, 3) * x3)
-            elif i % 2 == 0:
-                x0, x1, x2, x3 = ptx.load4(x_s, ((x_load * LOAD_QUADS + i // 2) * WARP + lane) * 4)
-                total = float32(total + ptx.bf16_low(word) * x0)
-                total2 = float32(total2 + ptx.bf16_high(word) * x1)
-            else:
-                total = float32(total + ptx.bf16_low(word) * x2)
-                total2 = float32(total2 + ptx.bf16_high(word) * x3)
-        return total, total2
 
     def lm_head_gemv(weight, scale, h, norm, eps, logits, num_rows):
         x_s = ptx.pointer(cuda.shared.array(X_FLOATS, float32, SHARED_ALIGN))
@@ -139,7 +118,22 @@ def make_lm_head_gemv(
             next_word = int32((next_part * (LOADS * WARP) + lane) * 4)
             next_rd = next_row * int64(ROW_WORDS) + next_word
             for u in range(LOADS):
-                total, total2 = multiply_load(total, total2, w_r, x_s, u, part * LOADS + u, lane)
+                for i in range(4):
+                    word = w_r[4 * u + i]
+                    if INT8:
+                        x0, x1, x2, x3 = ptx.load4(x_s, (((part * LOADS + u) * LOAD_QUADS + i) * WARP + lane) * 4)
+                        word = flip_signs(word)
+                        total = float32(total + int8_to_float(word, 0) * x0)
+                        total2 = float32(total2 + int8_to_float(word, 1) * x1)
+                        total = float32(total + int8_to_float(word, 2) * x2)
+                        total2 = float32(total2 + int8_to_float(word, 3) * x3)
+                    elif i % 2 == 0:
+                        x0, x1, x2, x3 = ptx.load4(x_s, (((part * LOADS + u) * LOAD_QUADS + i // 2) * WARP + lane) * 4)
+                        total = float32(total + ptx.bf16_low(word) * x0)
+                        total2 = float32(total2 + ptx.bf16_high(word) * x1)
+                    else:
+                        total = float32(total + ptx.bf16_low(word) * x2)
+                        total2 = float32(total2 + ptx.bf16_high(word) * x3)
                 word = int32(next_word + u * (WARP * 4))
                 if next_row < num_rows and (EXACT or word < ROW_WORDS):
                     put4(w_r, 4 * u, load(weight, next_rd + u * (WARP * 4)))

@@ -98,26 +98,6 @@ def make_split_norm(arch: int, K: int, layout: Layout, int8: bool, threads: int 
         """Two floats less their high terms, as two bfloat16 in a word."""
         return ptx.pack_bf16x2(ptx.add_rn(v0, -ptx.bf16_low(high)), ptx.add_rn(v1, -ptx.bf16_high(high)))
 
-    @device_function
-    def store_wgmma(x, row_wr, group_size, quad, v0, v1, v2, v3):
-        high, high2 = ptx.pack_bf16x2(v0, v1), ptx.pack_bf16x2(v2, v3)
-        low, low2 = low_term(high, v0, v1), low_term(high2, v2, v3)
-        wr = row_wr + quad * 2
-        ptx.store2(x, wr, high, high2)
-        ptx.store2(x, wr + int64(group_size) * ROW_WORDS, low, low2)
-
-    @device_function
-    def store_mma(x, tile_wr, group_size, m, k, v0, v1, v2, v3):
-        unit = int32(k // (4 * LOAD_COLUMNS) * LOAD_UNITS + k % LOAD_COLUMNS // 8)
-        lane_wr = int32((m % 8 * 4 + k // LOAD_COLUMNS % 4) * 4 + m % TILE_TOKENS // 8)
-        wr = tile_wr + int64(unit * group_size) * TILE_WORDS + (k % 8 // 4 * (2 * HALF_WORDS) + lane_wr)
-        high = ptx.pack_bf16x2(v0, v1)
-        x[wr] = high
-        x[wr + HALF_WORDS] = low_term(high, v0, v1)
-        high = ptx.pack_bf16x2(v2, v3)
-        x[wr + 2] = high
-        x[wr + HALF_WORDS + 2] = low_term(high, v2, v3)
-
     def split_norm(h, norm, eps, x, num_tokens, group_size):
         square_s = ptx.pointer(cuda.shared.array(WARPS, float32))
         tid = int32(cuda.threadIdx.x)
@@ -156,9 +136,21 @@ def make_split_norm(arch: int, K: int, layout: Layout, int8: bool, threads: int 
                 v2, v3 = ptx.mul_rn(n2, ptx.mul_rn(v2, inverse)), ptx.mul_rn(n3, ptx.mul_rn(v3, inverse))
             k = int32(quad * 4)
             if LAYOUT == "wgmma":
-                store_wgmma(x, row_wr, group_size, quad, v0, v1, v2, v3)
+                high, high2 = ptx.pack_bf16x2(v0, v1), ptx.pack_bf16x2(v2, v3)
+                low, low2 = low_term(high, v0, v1), low_term(high2, v2, v3)
+                wr = row_wr + quad * 2
+                ptx.store2(x, wr, high, high2)
+                ptx.store2(x, wr + int64(group_size) * ROW_WORDS, low, low2)
             elif LAYOUT == "mma":
-                store_mma(x, tile_wr, group_size, m, k, v0, v1, v2, v3)
+                unit = int32(k // (4 * LOAD_COLUMNS) * LOAD_UNITS + k % LOAD_COLUMNS // 8)
+                lane_wr = int32((m % 8 * 4 + k // LOAD_COLUMNS % 4) * 4 + m % TILE_TOKENS // 8)
+                wr = tile_wr + int64(unit * group_size) * TILE_WORDS + (k % 8 // 4 * (2 * HALF_WORDS) + lane_wr)
+                high = ptx.pack_bf16x2(v0, v1)
+                x[wr] = high
+                x[wr + HALF_WORDS] = low_term(high, v0, v1)
+                high = ptx.pack_bf16x2(v2, v3)
+                x[wr + 2] = high
+                x[wr + HALF_WORDS + 2] = low_term(high, v2, v3)
             else:
                 load_of, lane_of = int32(k // (LOAD_COLUMNS * WARP)), int32(k // LOAD_COLUMNS % WARP)
                 column = int64(m // 8) * (X_QUADS * 4 // WARP) + load_of * LOAD_COLUMNS + k % LOAD_COLUMNS
