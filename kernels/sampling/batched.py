@@ -20,7 +20,8 @@ noise are given none.
 Sums are integers, so neither the order of candidates nor the coarse bins change a choice: it is the token that `single`
 chooses.
 
-What stays in the kernel's body (finding the digit, noise for all logits) changes the machine code as a function.
+What stays in the kernel's body (summing bins, finding the digit, noise for all logits) changes the machine code as a
+function.
 """
 
 from collections.abc import Callable
@@ -138,18 +139,6 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
                             add_probability(bins_s, z, digit)
 
     @device_function
-    def sum_bins(bins_r, bins_s, tid):
-        """The bins of this thread, from its highest digit down, and their sum."""
-        own = int64(0)
-        for j in range(BINS_EACH):
-            digit = BINS - 1 - BINS_EACH * tid - j
-            low, high = int64(uint32(bins_s[digit])), int64(uint32(bins_s[digit + BINS]))
-            bins_r[j] = low + (high << LIMB_BITS)
-            bins_r[j] += int64(uint32(bins_s[digit + 2 * BINS])) << 2 * LIMB_BITS
-            own += bins_r[j]
-        return own
-
-    @device_function
     def list_candidates(candidates, length_s, loads, source, scale, cut, cut_bin, tid):
         """Lists the tokens from the cut so far on whose coarse bin is at least cut_bin - 1; counts those that do not
         fit."""
@@ -254,7 +243,13 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
                     add_digits(bins_s, loads, candidates, num_candidates, source, scale, radix, coarse, stage, tid)
                     cuda.syncthreads()
                     # Running sums from the highest digit down: thread t has BINS - 1 - BINS_EACH * t and those below.
-                    own = sum_bins(bins_r, bins_s, tid)
+                    own = int64(0)
+                    for j in range(BINS_EACH):
+                        digit = BINS - 1 - BINS_EACH * tid - j
+                        low, high = int64(uint32(bins_s[digit])), int64(uint32(bins_s[digit + BINS]))
+                        bins_r[j] = low + (high << LIMB_BITS)
+                        bins_r[j] += int64(uint32(bins_s[digit + 2 * BINS])) << 2 * LIMB_BITS
+                        own += bins_r[j]
                     running, total = parts.running_sums(own, sums_s, warp, lane, WARPS)
                     if stage == 1 and target == 0:
                         target = parts.top_p_target(settings[setting + parts.TOP_P], total)

@@ -14,7 +14,8 @@ it, moves the position on, and writes it to a ring in page-locked memory that th
 The grid's histograms take turns: one is added to while the next is cleared; the third may still be read by a block
 that has just left the barrier. Barriers instead of a launch for each pass: greedy steps then have no idle launches.
 
-What stays in the kernel's body (penalty, finding the digit, storing the token) changes the machine code as a function.
+What stays in the kernel's body (penalty, summing bins, finding the digit, storing the token) changes the machine code
+as a function.
 """
 
 from collections.abc import Callable
@@ -105,7 +106,7 @@ def make_sample(arch: int, threads: int = THREADS, block_tokens: int = BLOCK_TOK
                         cuda.atomic.add(bins_s, digit + BINS, int32(share >> LIMB_BITS))
 
     @device_function
-    def add_noise(z_s, start, num_own, cut, min_z, position, settings, vocab_size, tid):
+    def add_noise(z_s, start, num_own, cut, min_z, pos, settings, vocab_size, tid):
         """The thread's (largest z + noise of the tokens that are kept, its token)."""
         top, top_id = LOWEST, int32(vocab_size)
         for quad in range(tid, (num_own + 3) // 4, threads):
@@ -117,7 +118,7 @@ def make_sample(arch: int, threads: int = THREADS, block_tokens: int = BLOCK_TOK
                         kept = int32(kept | 1 << j)
             if kept:
                 c0, c1, c2, c3 = parts.random_words(
-                    (start >> 2) + quad, position, uint32(settings[parts.SEED_LOW]), uint32(settings[parts.SEED_HIGH])
+                    (start >> 2) + quad, pos + 1, uint32(settings[parts.SEED_LOW]), uint32(settings[parts.SEED_HIGH])
                 )
                 for j in range(4):
                     if kept >> j & 1:
@@ -133,16 +134,6 @@ def make_sample(arch: int, threads: int = THREADS, block_tokens: int = BLOCK_TOK
             share = int64(uint32(bins_s[i])) + (int64(uint32(bins_s[i + BINS])) << LIMB_BITS)
             if share != 0:
                 ptx.atomic_add_wide(scratch, histogram + i, share)
-
-    @device_function
-    def sum_bins(bins_r, scratch, histogram, tid):
-        """The grid's bins of this thread, from its highest digit down, and their sum."""
-        own = int64(0)
-        for j in range(BINS_EACH):
-            digit = BINS - 1 - BINS_EACH * tid - j
-            bins_r[j] = scratch[histogram + digit]
-            own += bins_r[j]
-        return own
 
     def sample(logits, vocab_size, settings, position, tokens, seen, scratch, counters, ring, ring_size):
         z_s = ptx.pointer(cuda.shared.array(block_tokens, float32))
@@ -226,7 +217,11 @@ def make_sample(arch: int, threads: int = THREADS, block_tokens: int = BLOCK_TOK
                     arrivals = int32(arrivals + grid)
                     grid_barrier(counters, arrivals, tid)
                     # Running sums from the highest digit down: thread t has BINS - 1 - BINS_EACH * t and those below.
-                    own = sum_bins(bins_r, scratch, histogram, tid)
+                    own = int64(0)
+                    for j in range(BINS_EACH):
+                        digit = BINS - 1 - BINS_EACH * tid - j
+                        bins_r[j] = scratch[histogram + digit]
+                        own += bins_r[j]
                     running, total = parts.running_sums(own, sums_s, warp, lane, WARPS)
                     if stage == 1 and shift == parts.FIRST_SHIFT:
                         target = parts.top_p_target(settings[parts.TOP_P], total)
@@ -248,7 +243,7 @@ def make_sample(arch: int, threads: int = THREADS, block_tokens: int = BLOCK_TOK
             noisy = int32(1)
             best_word = CHOSEN
             min_z = float32(settings[parts.MIN_Z])
-            top, top_id = add_noise(z_s, start, num_own, cut, min_z, pos + 1, settings, vocab_size, tid)
+            top, top_id = add_noise(z_s, start, num_own, cut, min_z, pos, settings, vocab_size, tid)
             cuda.syncthreads()
 
         # 5. The last block to leave stores the token and clears the scratch.
