@@ -14,8 +14,7 @@ from bitnet_numba.kernels.linear import quantize as norm_quant
 from bitnet_numba.kernels.linear.gemm_wgmma import ARCH as WARPGROUP_ARCH
 from bitnet_numba.kernels.linear.gemv import Plan
 from bitnet_numba.kernels.linear.tile import Tile
-from bitnet_numba.kernels.sampling import batched as sampler_many
-from bitnet_numba.kernels.sampling import single as sampler
+from bitnet_numba.kernels.sampling import batched, single
 from bitnet_numba.sampling import SamplingParams
 from tests.kernels.attention.test_decode import check_attention
 from tests.kernels.attention.test_kv_cache import check_append
@@ -26,11 +25,11 @@ from tests.kernels.harness import arch
 from tests.kernels.linear.test_gemm import check_matmul
 from tests.kernels.linear.test_gemv import check_gemv
 from tests.kernels.linear.test_quantize import check_norm_quant
-from tests.kernels.lm_head.test_gemm import check_head_many
-from tests.kernels.lm_head.test_gemm_wgmma import check_head_warpgroup
-from tests.kernels.lm_head.test_gemv import check_head
-from tests.kernels.sampling.test_sampling import choose, choose_many
-from tests.kernels.test_embedding import check_embed, check_embed_many, check_finish_prompt
+from tests.kernels.lm_head.test_gemm import check_lm_head
+from tests.kernels.lm_head.test_gemm_wgmma import check_lm_head_wgmma
+from tests.kernels.lm_head.test_gemv import check_lm_head_gemv
+from tests.kernels.sampling.test_sampling import choose, choose_batch
+from tests.kernels.test_embedding import check_advance, check_embed_token, check_embed_tokens, check_finish_prompt
 
 
 def main(tool: str) -> None:
@@ -41,19 +40,20 @@ def main(tool: str) -> None:
     for tile in (few, many, dp4a):
         check_matmul(19, 128, 300, tile, "gated", "silu", True, 8, 17)
     check_matmul(19, 100, 300, many, "residual", "relu2", True, 9)
-    if arch() == WARPGROUP_ARCH and tool == "memcheck":  # racecheck knows nothing of the copy engine's arrivals
+    if arch() == WARPGROUP_ARCH and tool == "memcheck":  # racecheck knows nothing of mbarriers
         check_matmul(70, 128, 300, Tile(64, 1, 8, 1, 0, 4, 1, "wgmma"), "gated", "relu2", False, 18, 65)
         for tokens in (7, 100):
-            check_head_warpgroup(320, 700, tokens, 2, 19)
+            check_lm_head_wgmma(320, 700, tokens, 2, 19)
     for int8 in (False, True):
-        check_head(320, 50, int8, 512, 10, 2, 2)
-        check_embed(embed.embed_spec(arch(), int8), 256, int8, 40, 64, 3)
+        check_lm_head_gemv(320, 50, int8, 512, 10, 2, 2)
+        check_embed_token(embed.embed_token_spec(arch(), int8), 256, int8, 40, 64, 3)
         for prompt in (False, True):
-            spec = embed.embed_many_spec(arch(), int8, prompt)
-            check_embed_many(spec, 256, int8, prompt, 5, 40, 300, 10)
+            spec = embed.embed_tokens_spec(arch(), int8, prompt)
+            check_embed_tokens(spec, 256, int8, prompt, 5, 40, 300, 10)
         for tokens in (7, 100):
-            check_head_many(320, 50, tokens, int8, 11, 2, arch())
-        check_head_many(320, 50, 9, int8, 12, 2, 75)
+            check_lm_head(320, 50, tokens, int8, 11, 2, arch())
+        check_lm_head(320, 50, 9, int8, 12, 2, 75)
+    check_advance(embed.advance_spec(arch()), 7)
     check_finish_prompt(embed.finish_prompt_spec(arch()), 256, 5, 300, 1, 13)
     for long in (False, True):
         spec = attention.attention_spec(arch(), 64, 4, long)
@@ -71,8 +71,8 @@ def main(tool: str) -> None:
         check_norm_quant(norm_quant.norm_quant_spec(arch(), K), 3, K, True, 5, 1.0)
     logits = np.random.default_rng(6).standard_normal(300).astype(np.float32)
     for params in (SamplingParams(), SamplingParams(0.8, 0.9, 20, 0.01, 1.2, 7)):
-        choose(logits, [1, 2, 3], params, sampler.sampler_spec(arch()), 2, repeat=1)
-        choose_many([(logits, [1, 2, 3], params), None], sampler_many.sampler_many_spec(arch()), repeat=1)
+        choose(logits, [1, 2, 3], params, single.spec(arch()), 2, repeat=1)
+        choose_batch([(logits, [1, 2, 3], params), None], batched.spec(arch()), repeat=1)
     print("each kernel ran")
 
 
