@@ -1,4 +1,5 @@
-"""Imports go downwards only, no kernel operation imports another, and every public launcher has a caller in the product."""
+"""Imports go downwards only, no kernel operation imports another, and every public launcher has a caller in the
+product."""
 
 import ast
 from pathlib import Path

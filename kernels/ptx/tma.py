@@ -38,7 +38,7 @@ class SimulatedTensorMap:
 
 
 def simulated_swizzle(rows: np.ndarray) -> np.ndarray:
-    """Rows of 128 bytes, int32 [n, SPAN_INTS], with their pieces where the swizzle puts them. It is its own inverse."""
+    """Rows of 128 bytes, int32 [n, SPAN_INTS], with their pieces as the swizzle puts them; its own inverse."""
     pieces = rows.reshape(len(rows), 8, 4)
     order = np.arange(8) ^ np.arange(len(rows))[:, None] & 7
     return np.take_along_axis(pieces, order[:, :, None], axis=1).reshape(rows.shape)

@@ -2,7 +2,7 @@
 memory, asynchronously.
 
 Operands in shared memory have rows of 128 bytes with the 128-byte swizzle, as TMA writes them (see `tma`): 128 int8 or
-64 bfloat16 of a token or of a weight row. A row-block of packed weights stays as it is and is unpacked to registers.
+64 bfloat16 of a token or of a weight row. Packed weights are loaded to registers and unpacked there.
 
 Each product comes as three functions: `start` issues it, `all_but_one` waits until only the latest product runs,
 `finished` waits for all. Until then its operands must stay and its sums may not be touched.

@@ -33,7 +33,7 @@ class Device(ArchSpec):
 
     def tensor_map(self, array: DeviceArray, rows: int, row_ints: int, box_rows: int, box_ints: int) -> Any:
         """What `ptx.tma_load_2d` takes for an array, int32 [rows, row_ints], loaded in boxes [box_rows, box_ints]; rows
-        of 128 bytes are swizzled. It must not outlive the array."""
+        of 128 bytes are swizzled. It is valid as long as the array."""
         raise NotImplementedError
 
     def launch(

@@ -1,6 +1,4 @@
-"""The built-in model as transformers runs it: for a live test, and to record the golden case.
-
-    python tests/demo_in_transformers.py        (needs torch and transformers; writes tests/golden/demo/golden.npz)
+"""The built-in model as a folder that transformers runs: for a live test, and for what tests/golden/record.py records.
 
 The shipped model holds ternary weights with float32 scales and an embedding of int8 rows, not the bf16 master that was
 trained: ternarising `t * m` again would give another scale. So it is handed to transformers in the stored form that
@@ -8,12 +6,7 @@ keeps ternary weights and scale apart (`autobitlinear`, `offline`), with everyth
 """
 
 import json
-import os
-import sys
-import tempfile
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +18,6 @@ from bitnet_numba.engine.engine import DEMO
 from bitnet_numba.text.tokenizer import Tokenizer
 
 GOLDEN_DEMO = Path(__file__).parent.parent / "golden" / "demo" / "golden.npz"
-LAST = 5  # positions whose logits are recorded
 CONVERSATIONS = {
     "story": [{"role": "user", "content": "Tell me a story about a dog and a kite."}],
     "help": [{"role": "user", "content": "What can you do?"}],
@@ -68,35 +60,3 @@ def write_hugging_face(folder: Path) -> None:
     settings["torch_dtype"] = "float32"
     settings["quantization_config"]["quantization_mode"] = "offline"
     (folder / "config.json").write_text(json.dumps(settings))
-
-
-def transformers_logits(folder: Path, prompts: list[list[int]]) -> list[NDArray[np.float32]]:
-    """Logits [T, vocab] of each prompt: float32, eager attention. Needs torch and transformers."""
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # transformers compiles its quantisation, which needs a C++ compiler
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    with torch.no_grad():
-        return [model(torch.tensor([ids])).logits[0].numpy() for ids in prompts]
-
-
-def record() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        write_hugging_face(Path(folder))
-        logits = transformers_logits(Path(folder), [prompt_ids(name) for name in CONVERSATIONS])
-    arrays = {}
-    for name, values in zip(CONVERSATIONS, logits, strict=True):
-        arrays |= {
-            f"ids/{name}": np.array(prompt_ids(name)),
-            f"argmax/{name}": values.argmax(axis=1),
-            f"logits_tail/{name}": values[-LAST:],
-            f"std/{name}": np.float32(values.std()),
-        }
-    GOLDEN_DEMO.parent.mkdir(exist_ok=True)
-    np.savez_compressed(GOLDEN_DEMO, **arrays)
-    print(f"{GOLDEN_DEMO}: {GOLDEN_DEMO.stat().st_size:,} bytes")
-
-
-if __name__ == "__main__":
-    record()

@@ -11,14 +11,9 @@ import pytest
 
 import bitnet_numba as bn
 from bitnet_numba.engine.engine import DEMO, Engine
-from tests.demo.demo_in_transformers import (
-    CONVERSATIONS,
-    GOLDEN_DEMO,
-    LAST,
-    prompt_ids,
-    transformers_logits,
-    write_hugging_face,
-)
+from tests.demo.demo_in_transformers import CONVERSATIONS, GOLDEN_DEMO, prompt_ids, write_hugging_face
+from tests.golden.record import LAST, Transformers
+from tests.int8_activations import LOGITS_TOLERANCE, check_logits, imposed, per_linear, recorded_groups
 from tools.demo_world.conversation import QUESTION, STORY, conversation
 from tools.eval_demo import FIRST_SEED, converse, perplexity, turns_of
 
@@ -120,28 +115,30 @@ def test_the_chat_format_is_that_of_2b4t(llm: Engine) -> None:
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_recorded_logits_of_transformers(llm: Engine, name: str) -> None:
-    """No activation of these prompts lies at an int8 rounding border: only float32 rounding is left, 3e-6 was seen."""
+    """Given the int8 activations that transformers had."""
     with np.load(GOLDEN_DEMO) as golden:
-        ids, std = golden[f"ids/{name}"].tolist(), golden[f"std/{name}"]
+        ids = golden[f"ids/{name}"].tolist()
         assert ids == prompt_ids(name)
-        logits = llm.logits(ids)
-        error = np.abs(logits[-LAST:] - golden[f"logits_tail/{name}"]) / std
-        assert error.max() < 1e-4, f"worst at {np.unravel_index(error.argmax(), error.shape)}"
+        with imposed(per_linear(recorded_groups(golden, name))):
+            logits = llm.logits(ids)
+        check_logits(logits[-LAST:], golden[f"logits_tail/{name}"], golden[f"std/{name}"])
         assert (logits.argmax(axis=1) == golden[f"argmax/{name}"]).all()
 
 
 def test_logits_of_transformers(llm: Engine, tmp_path: Path) -> None:
-    """The same against transformers itself, and a longer text where some activations may round the other way."""
+    """The same against transformers itself, for a longer text, too."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     write_hugging_face(tmp_path)
     story = next(turn for turn in conversation(Random(3)) if turn.kind == STORY)
     messages = [{"role": "user", "content": story.user}, {"role": "assistant", "content": story.assistant}]
-    prompts = [*(prompt_ids(name) for name in CONVERSATIONS), llm.tokenizer.encode_chat(messages)]
-    for ids, expected in zip(prompts, transformers_logits(tmp_path, prompts), strict=True):
-        logits = llm.logits(ids)
-        error = np.abs(logits - expected) / expected.std()
-        exact = error.max() < 1e-4
-        flipped = error.max() < 0.3 and np.sqrt(np.mean(error**2)) < 0.05
-        assert exact or (flipped and len(ids) > 30), error.max()
-        assert np.mean(logits.argmax(axis=1) == expected.argmax(axis=1)) >= 0.95
+    model = Transformers(tmp_path)
+    for ids in (*(prompt_ids(name) for name in CONVERSATIONS), llm.tokenizer.encode_chat(messages)):
+        expected = model.run(ids)
+        with imposed(per_linear(expected.q)):
+            logits = llm.logits(ids)
+        spread = expected.logits.std()
+        check_logits(logits, expected.logits, spread)
+        second, best = np.sort(expected.logits, axis=1)[:, -2:].T
+        clear = best - second > 2 * LOGITS_TOLERANCE * spread
+        assert (logits.argmax(axis=1) == expected.logits.argmax(axis=1))[clear].all() and clear.mean() > 0.99

@@ -83,7 +83,7 @@ def lm_head_gemm_wgmma(arch: int) -> list[KernelSpec]:
 def linear_quantize(arch: int) -> list[KernelSpec]:
     """Rows of 2B4T, of the longest kind, and every other branch."""
     choices = [(2560, True), (6912, True), (6912, False), (2560, False), (101, True), (quantize.MAX_COLUMNS, True)]
-    return [quantize.norm_quant_spec(arch, K, norm) for K, norm in choices]
+    return [quantize.quantize_spec(arch, K, norm) for K, norm in choices]
 
 
 def linear_gemv(arch: int) -> list[KernelSpec]:
@@ -106,16 +106,18 @@ def linear_gemm(arch: int) -> list[KernelSpec]:
     """2B4T's for every size of pass, and every other branch."""
     kinds = [(3840, 2560, "store"), (2560, 2560, "residual"), (13824, 2560, "gated"), (2560, 6912, "residual")]
     found = {
-        (heuristics.plan(M, N, K, arch, SMS, epilogue == "gated"), epilogue): None
+        (heuristics.choose_tile(M, N, K, arch, SMS, epilogue == "gated"), epilogue): None
         for M in (256, 8, 16, 32, 64, 128, 512, 1024, 2048)
         for N, K, epilogue in kinds
     }
-    if arch == heuristics.WARPGROUP_ARCH:
+    if arch == heuristics.WGMMA_ARCH:
         found |= {
-            (tile, "store"): None for tile in (heuristics._fitted(t, 2560) for t, *_ in heuristics._GROUPS) if tile
+            (tile, "store"): None
+            for tile in (heuristics.with_all_stages(m.tile, 2560) for m in heuristics.WGMMA_TILES)
+            if tile
         }
-    few = heuristics.plan(8, 512, 512, arch, SMS, True)
-    many = heuristics.plan(256, 512, 512, arch, SMS, True)
+    few = heuristics.choose_tile(8, 512, 512, arch, SMS, True)
+    many = heuristics.choose_tile(256, 512, 512, arch, SMS, True)
     return [gemm.spec(arch, tile, epilogue) for tile, epilogue in found] + [
         gemm.spec(arch, few, "acc"),
         gemm.spec(arch, few, "gated", "silu", True),

@@ -24,8 +24,8 @@ MAX_SEQUENCES = 256
 class CudaBatch:
     """Slots and pages on the device. Every call enqueues on the model's stream and returns.
 
-    A step is one graph: a forward pass of one token a sequence, the LM head, the sampler. Graphs are captured when first
-    needed, for powers of two of sequences and of CTAs that their contexts are shared out among.
+    A step is one graph: a forward pass of one token a sequence, the LM head, the sampler. Graphs are captured when
+    first needed, for powers of two of sequences and of CTAs that their contexts are shared out among.
     """
 
     page_size = PAGE

@@ -12,10 +12,11 @@ from bitnet_numba.packing import BLOCK_COLS
 class Buffers:
     """Buffers of a pass of up to `max_tokens` tokens; shared by all sequences, since passes run one after the other.
 
-    h float32 [max_tokens, hidden]: the residual stream. qkv float32 [max_tokens, q + 2 kv]. attn_out float32 [max_tokens,
-    q]. mlp_hidden float32 [max_tokens, intermediate]. Each ends with zeros up to a multiple of 32 elements, which GEMV
-    reads. quantized: the input of the next GEMM (of more than one token). slot_positions int32 [max_tokens, 2]: which
-    slot and position each token is, -1 for none. num_real int32 [1]: how many tokens of a prompt's padded pass are real.
+    h float32 [max_tokens, hidden]: the residual stream. qkv float32 [max_tokens, q + 2 kv]. attn_out float32
+    [max_tokens, q]. mlp_hidden float32 [max_tokens, intermediate]. Each ends with zeros up to a multiple of 32
+    elements, which GEMV reads. quantized: the input of the next GEMM (of more than one token). slot_positions int32
+    [max_tokens, 2]: which slot and position each token is, -1 for none. num_real int32 [1]: how many tokens of a
+    prompt's padded pass are real.
     """
 
     def __init__(self, device: Device, config: ModelConfig, max_tokens: int):

@@ -13,12 +13,12 @@
     PrefillPass      tokens of one prompt: norm and quantisation in a launch of their own, then GEMM
     BatchPass        the next token of each of many sequences: as PrefillPass, with attention over pages
 
-What a launch works on is read from device memory (tokens, positions, how many are real), so a pass is captured once, and
-one for 128 tokens serves 65 to 128. On sm_90 each launch starts while those before it still run, loads its weights, and
-then waits (PDL).
+What a launch works on is read from device memory (tokens, positions, how many are real), so a pass is captured once,
+and one for 128 tokens serves 65 to 128. On sm_90 each launch starts while those before it still run, loads its weights,
+and then waits (PDL).
 
-A token's result does not depend, to the bit, on the other tokens of its pass or on how a prompt was cut into passes: sums
-of products are exact, and every other sum has an order that depends on the token's own position alone.
+A token's result does not depend, to the bit, on the other tokens of its pass or on how a prompt was cut into passes:
+sums of products are exact, and every other sum has an order that depends on the token's own position alone.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,6 @@ from bitnet_numba.kernels.attention.parts import HeadShape
 from bitnet_numba.kernels.linear.gemm import gemm
 from bitnet_numba.kernels.linear.gemv import gemv
 from bitnet_numba.kernels.linear.quantize import quantize
-from bitnet_numba.kernels.operands import Norm
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import DeviceArray
@@ -188,7 +187,8 @@ class PrefillPass(_GemmPass):
 
 @dataclass(frozen=True)
 class SharedContexts:
-    """How the contexts of a batch are shared out among CTAs, and where their partial results meet (see `paged_decode`)."""
+    """How the contexts of a batch are shared out among CTAs, and where their partial results meet (see
+    `paged_decode`)."""
 
     work_list: DeviceArray
     num_blocks: int

@@ -6,7 +6,7 @@ None of this needs a device to be built, so that a dry run can ask for every lau
 import numpy as np
 
 from bitnet_numba.backends.cuda.forward import BatchPass, CudaModel, DecodePass, PrefillPass, SharedContexts
-from bitnet_numba.backends.cuda.state import SequenceState, pages_of, padded_size
+from bitnet_numba.backends.cuda.state import SequenceState, padded_size, pages_of
 from bitnet_numba.kernels import embedding
 from bitnet_numba.kernels.attention.decode import DecodeScratch
 from bitnet_numba.kernels.attention.kv_cache import PAGE

@@ -2,8 +2,8 @@
 
 Which kernels a model needs is what a dry run of its own steps asks for. Compiling takes one to two seconds a kernel; a
 context has some forty, a batch up to thirty more, and Numba compiles one at a time. So processes of their own, one for
-every four kernels and at most one a core, compile a share each into the disk cache; a share that fails, or that cannot be
-kept, is compiled here, where errors show. $BITNET_NUMBA_COMPILERS is the largest number of processes.
+every four kernels and at most one a core, compile a share each into the disk cache; a share that fails, or that cannot
+be kept, is compiled here, where errors show. $BITNET_NUMBA_COMPILERS is the largest number of processes.
 """
 
 import contextlib

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from bitnet_numba.errors import BackendError
-from bitnet_numba.kernels.embedding import embed
-from bitnet_numba.kernels.linear.gemv import w2a8_gemv
+from bitnet_numba.kernels.linear.gemv import gemv
+from bitnet_numba.kernels.linear.operands import PackedLinear
+from bitnet_numba.kernels.lm_head.gemv import lm_head_gemv
+from bitnet_numba.kernels.operands import EmbeddingTable, Norm
 from bitnet_numba.kernels.runtime import device as device_module
 from bitnet_numba.kernels.runtime.compiler import compile_ptx
 from bitnet_numba.kernels.runtime.device import CudaDevice, DryRunDevice, usable_device
@@ -66,19 +68,20 @@ def test_an_old_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_dry_run_records_the_kernels_of_its_launches() -> None:
     device = DryRunDevice(90, 132)
-    N, K, vocab = 96, 320, 50
-    q, quantization = device.empty(K, np.int8), device.zeros(2, np.float32)
-    words = device.array(np.zeros(packed_words(N, K), np.int32))
-    scales, out, h = device.zeros(1, np.float32), device.empty(N, np.float32), device.empty(K, np.float32)
-    rows, tokens, position = (device.empty(n, t) for n, t in ((vocab * K, np.uint16), (8, np.int32), (1, np.int32)))
-    first = embed(device, rows, None, tokens, position, device.zeros(2, np.int32), h, K)
-    second = w2a8_gemv(device, words, q, quantization, scales, out, N, K)
-    assert w2a8_gemv(device, words, q, quantization, scales, out, N, K).name == second.name
+    N, K, vocab_size = 96, 320, 50
+    linear = PackedLinear(device.array(np.zeros(packed_words(N, K), np.int32)), device.zeros(1, np.float32), (N,), K)
+    table = EmbeddingTable(device.empty(vocab_size * K, np.uint16), None, vocab_size, K)
+    norm = Norm(device.empty(K, np.float32), 1e-5)
+    x, out, logits = (device.empty(size, np.float32) for size in (K, N, vocab_size))
+    first = lm_head_gemv(device, table, x, norm, logits)
+    second = gemv(device, linear, x, out, norm=norm)
+    assert gemv(device, linear, x, out, norm=norm).name == second.name
     assert [spec.name for spec in device.specs] == [first.name, second.name], "each once, in order"
     for spec in device.specs:
         assert ".entry kernel(" in compile_ptx(spec.kernel, spec.signature, 90, spec.threads, spec.blocks_per_sm)
-    with pytest.raises(ValueError, match="w2a8_gemv: out holds 95 elements"):
-        w2a8_gemv(device, words, q, quantization, scales, device.empty(N - 1, np.float32), N, K)
+    with pytest.raises(ValueError, match="out holds 95 elements"):
+        gemv(device, linear, x, device.empty(N - 1, np.float32), norm=norm)
+    assert device.specs[2:] == []
     with pytest.raises(NotImplementedError):
         first(None)
 
