@@ -93,15 +93,15 @@ def linear_gemv(arch: int) -> list[KernelSpec]:
     """A 2B4T step's, and no norm, silu, biases, rounds, padding."""
     few, pair = gemv.plan(3840, 2560, SMS), gemv.plan(13824, 2560, SMS, gated=True)
     return [
-        gemv.spec(arch, 2560, few),
-        gemv.spec(arch, 2560, gemv.plan(2560, 2560, SMS), "norm", "residual"),
-        gemv.spec(arch, 2560, pair, "norm", "gated"),
-        gemv.spec(arch, 6912, gemv.plan(2560, 6912, SMS), "norm", "residual"),
-        gemv.spec(arch, 8640, gemv.plan(3200, 8640, SMS), "quantize", "residual", bias=True),
-        gemv.spec(arch, 4096, gemv.plan(28672, 4096, SMS, gated=True), "norm", "gated", "silu", bias=True),
-        gemv.spec(arch, 2560, few, "int8", "acc"),
-        gemv.spec(arch, 27648, gemv.plan(5120, 27648, SMS), "int8", "store"),
-        gemv.spec(arch, 72, gemv.plan(40, 72, SMS), "int8", "store", bias=True),
+        gemv.gemv_spec(arch, 2560, few),
+        gemv.gemv_spec(arch, 2560, gemv.plan(2560, 2560, SMS), "norm", "residual"),
+        gemv.gemv_spec(arch, 2560, pair, "norm", "gated"),
+        gemv.gemv_spec(arch, 6912, gemv.plan(2560, 6912, SMS), "norm", "residual"),
+        gemv.gemv_spec(arch, 8640, gemv.plan(3200, 8640, SMS), "quantize", "residual", bias=True),
+        gemv.gemv_spec(arch, 4096, gemv.plan(28672, 4096, SMS, gated=True), "norm", "gated", "silu", bias=True),
+        gemv.gemv_spec(arch, 2560, few, "int8", "acc"),
+        gemv.gemv_spec(arch, 27648, gemv.plan(5120, 27648, SMS), "int8", "store"),
+        gemv.gemv_spec(arch, 72, gemv.plan(40, 72, SMS), "int8", "store", bias=True),
     ]
 
 
