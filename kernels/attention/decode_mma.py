@@ -12,8 +12,9 @@ fragments drawn in `parts`, where multiply-adds and the shuffles that add them u
                                                                                dimension
 Each warp keeps a running maximum and sum for each head; the warps meet in shared memory, the splits as in `decode`.
 
-The body is one function from the rotation to the end of the tile loop: what it shares with `paged_decode` beyond the pieces
-in `parts` (loads, masks, softmax) differs in index types, and sharing it changes the machine code of a hot kernel.
+The kernel is longer than its phases ask for: the scores' products and the combination of splits stand in its body, and
+`insert_key`, `insert_value` differ from those of `paged_decode`, since as functions, or shared, they change the machine
+code of the whole kernel (up to 168 registers of 168, and spills).
 """
 
 from collections.abc import Callable
@@ -56,8 +57,8 @@ def fits(arch: int, head_dim: int) -> bool:
 
 
 def make_decode_mma(arch: int, head_dim: int, group: int, heads: int, threads: int) -> Callable[..., None]:
-    """The kernel for a head size and a number of query heads per key-value head, `heads` (at most MMA_HEADS, a divisor) of
-    them a block. Its arguments are those of the kernel in `decode`."""
+    """The kernel for a head size and a number of query heads per key-value head, `heads` (at most MMA_HEADS, a divisor)
+    of them a block. Its arguments are those of the kernel in `decode`."""
     wait, release, mma = ptx.pdl_wait(arch), ptx.pdl_trigger(arch), ptx.mma_bf16
     load_keys, load_values, mask_tile = make_tile_functions(arch, head_dim, int64)
     store_out = make_store_out(head_dim)
@@ -188,76 +189,6 @@ def make_decode_mma(arch: int, head_dim: int, group: int, heads: int, threads: i
                     weight_s[lane * MMA_HEADS + h] = weight
                 if lane == 0:
                     row_max_s[h], row_sum_s[h] = largest, row_sum
-
-    @device_function
-    def weigh_splits(stats, part_rd, num_splits, weight_s, row_sum_s, max_r, warp, lane):
-        """Each split's weight, and each head's sum over the splits."""
-        for n in range(HEAD_ROUNDS):
-            head = int32(warp + n * WARPS)
-            if head < HEADS:
-                largest = MINUS_INF
-                for k in range(SPLIT_ROUNDS):
-                    i = int32(lane + k * WARP)
-                    row_max = MINUS_INF
-                    if i < num_splits:
-                        row_max = stats[(part_rd + i * HEADS + head) * 2]
-                    max_r[k] = row_max
-                    largest = max(largest, row_max)
-                largest = ptx.warp_max(largest)
-                row_sum = ZERO
-                for k in range(SPLIT_ROUNDS):
-                    i = int32(lane + k * WARP)
-                    if i < num_splits:
-                        weight = ptx.exp2_approx(max_r[k] - largest)
-                        weight_s[i * MMA_HEADS + head] = weight
-                        row_sum += weight * stats[(part_rd + i * HEADS + head) * 2 + 1]
-                row_sum = ptx.warp_sum(row_sum)
-                if lane == 0:
-                    row_sum_s[head] = row_sum
-
-    @device_function
-    def combine_splits(
-        partials, stats, out, acc_s, weight_s, row_sum_s, prefetch_r, max_r, part_rd, num_splits, first_head,
-        tid, warp, lane,
-    ):  # fmt: skip
-        """The output from every split's partial result: a thread reads 16 bytes of every READERS-th split."""
-        reader = ptx.udiv(tid, int32(PIECES))
-        piece = int32(tid - reader * PIECES)
-        h = ptx.udiv(piece, int32(DP // 4))
-        a0 = a1 = a2 = a3 = ZERO
-        first = int32(0)
-        while first < num_splits:
-            for j in range(PREFETCH):
-                s = int32(first + j * READERS + reader)
-                for k in range(4):
-                    prefetch_r[4 * j + k] = ZERO
-                if s < num_splits and reader < READERS and h < HEADS:
-                    b0, b1, b2, b3 = ptx.load4(partials, (part_rd + s * HEADS) * DP + piece * 4)
-                    n = 4 * j
-                    prefetch_r[n], prefetch_r[n + 1], prefetch_r[n + 2], prefetch_r[n + 3] = b0, b1, b2, b3
-            if first == 0:
-                weigh_splits(stats, part_rd, num_splits, weight_s, row_sum_s, max_r, warp, lane)
-                cuda.syncthreads()
-            for j in range(PREFETCH):
-                s = int32(first + j * READERS + reader)
-                if s < num_splits and h < HEADS:
-                    weight = weight_s[s * MMA_HEADS + h]
-                    a0 += weight * prefetch_r[4 * j]
-                    a1 += weight * prefetch_r[4 * j + 1]
-                    a2 += weight * prefetch_r[4 * j + 2]
-                    a3 += weight * prefetch_r[4 * j + 3]
-            first = int32(first + PREFETCH * READERS)
-        if reader < READERS:
-            ptx.store4(acc_s, tid * 4, a0, a1, a2, a3)
-        cuda.syncthreads()
-        for n in range(LAST_OUTPUTS):
-            i = int32(tid + n * threads)
-            h = ptx.udiv(i, int32(D))
-            if h < HEADS:
-                x = ZERO
-                for r in range(READERS):
-                    x += acc_s[r * PIECES * 4 + h * DP + i - h * D]
-                out[first_head * D + i] = ptx.div_rn(x, row_sum_s[h])
 
     def decode_attention_mma(
         qkv, cos, sin, position, keys, values, partials, stats, arrivals, out, num_kv_heads, capacity, min_split_tokens
@@ -403,11 +334,64 @@ def make_decode_mma(arch: int, head_dim: int, group: int, heads: int, threads: i
         cuda.syncthreads()
         if arrived_s[0] != num_splits - 1:
             return
+        # Every split's partial result is there. A thread reads 16 bytes of every READERS-th split.
+        reader = ptx.udiv(tid, int32(PIECES))
+        piece = int32(tid - reader * PIECES)
+        h = ptx.udiv(piece, int32(DP // 4))
         part_rd = head_block * grid_splits * HEADS
-        combine_splits(
-            partials, stats, out, acc_s, weight_s, row_sum_s, prefetch_r, max_r, part_rd, num_splits, first_head,
-            tid, warp, lane,
-        )  # fmt: skip
+        a0 = a1 = a2 = a3 = ZERO
+        first = int32(0)
+        while first < num_splits:
+            for j in range(PREFETCH):
+                s = int32(first + j * READERS + reader)
+                for k in range(4):
+                    prefetch_r[4 * j + k] = ZERO
+                if s < num_splits and reader < READERS and h < HEADS:
+                    load4_into(prefetch_r, 4 * j, partials, (part_rd + s * HEADS) * DP + piece * 4)
+            if first == 0:  # each split's weight, and each head's sum over the splits
+                for n in range(HEAD_ROUNDS):
+                    head = int32(warp + n * WARPS)
+                    if head < HEADS:
+                        largest = MINUS_INF
+                        for k in range(SPLIT_ROUNDS):
+                            i = int32(lane + k * WARP)
+                            row_max = MINUS_INF
+                            if i < num_splits:
+                                row_max = stats[(part_rd + i * HEADS + head) * 2]
+                            max_r[k] = row_max
+                            largest = max(largest, row_max)
+                        largest = ptx.warp_max(largest)
+                        row_sum = ZERO
+                        for k in range(SPLIT_ROUNDS):
+                            i = int32(lane + k * WARP)
+                            if i < num_splits:
+                                weight = ptx.exp2_approx(max_r[k] - largest)
+                                weight_s[i * MMA_HEADS + head] = weight
+                                row_sum += weight * stats[(part_rd + i * HEADS + head) * 2 + 1]
+                        row_sum = ptx.warp_sum(row_sum)
+                        if lane == 0:
+                            row_sum_s[head] = row_sum
+                cuda.syncthreads()
+            for j in range(PREFETCH):
+                s = int32(first + j * READERS + reader)
+                if s < num_splits and h < HEADS:
+                    weight = weight_s[s * MMA_HEADS + h]
+                    a0 += weight * prefetch_r[4 * j]
+                    a1 += weight * prefetch_r[4 * j + 1]
+                    a2 += weight * prefetch_r[4 * j + 2]
+                    a3 += weight * prefetch_r[4 * j + 3]
+            first = int32(first + PREFETCH * READERS)
+        if reader < READERS:
+            ptx.store4(acc_s, tid * 4, a0, a1, a2, a3)
+        cuda.syncthreads()
+        for n in range(LAST_OUTPUTS):
+            i = int32(tid + n * threads)
+            h = ptx.udiv(i, int32(D))
+            if h < HEADS:
+                x = ZERO
+                for r in range(READERS):
+                    x += acc_s[r * PIECES * 4 + h * DP + i - h * D]
+                out[first_head * D + i] = ptx.div_rn(x, row_sum_s[h])
         if tid == 0:
             arrivals[head_block] = 0
 

@@ -1,7 +1,7 @@
 """The key-value cache: its layout, and the kernel that appends the tokens of a pass.
 
-Keys (rotated) and values are bfloat16, two in an int32 word. A sequence lives in a slot; its tokens lie in pages of PAGE
-tokens, which its row of the block table lists in order:
+Keys (rotated) and values are bfloat16, two in an int32 word. A sequence lives in a slot; its tokens lie in pages of
+PAGE tokens, which its row of the block table lists in order:
 
     page of token t             block_table[slot * block_table_stride + t // PAGE]
     first word of its head g    page * page_words + g * head_words + t % PAGE * WORDS       WORDS = padded_head_dim / 2
@@ -22,8 +22,8 @@ Two arrangements follow this one formula:
 `slot_positions`, int32 [num_tokens, 2], says which (slot, position) each token of a pass has; slot -1 marks one that is
 not used.
 
-Tokens of a prompt are stored by `append` before attention reads them: a block is a token, a thread a word of its keys and
-of its values. `paged_decode` stores its new tokens itself, the same bits, which spares a launch.
+Tokens of a prompt are stored by `append` before attention reads them: a block is a token, a thread a word of its keys
+and of its values. `paged_decode` stores its new tokens itself, the same bits, which spares a launch.
 """
 
 from collections.abc import Callable
@@ -77,7 +77,8 @@ def pool_strides(num_kv_heads: int, head_dim: int) -> tuple[int, int]:
 
 
 def sequence_strides(capacity: int, head_dim: int) -> tuple[int, int]:
-    """(page_words, head_words) of one sequence of `capacity` tokens, a multiple of PAGE; its block table is 0, 1, 2, ...
+    """(page_words, head_words) of one sequence of `capacity` tokens, a multiple of PAGE; its block table is 0, 1, 2,
+    ...
     Raises ValueError for another capacity."""
     if capacity < PAGE or capacity % PAGE:
         raise ValueError(f"a sequence's capacity is a multiple of {PAGE} tokens, not {capacity}")
@@ -85,9 +86,10 @@ def sequence_strides(capacity: int, head_dim: int) -> tuple[int, int]:
 
 
 _FLOATS, _WORDS = types.CPointer(types.float32), types.CPointer(types.int32)
-PASS_SIGNATURE = (  # qkv, cos, sin, slot_positions, block_table, block_table_stride, keys, values, page_words, head_words
-    *(_FLOATS, _FLOATS, _FLOATS, _WORDS),
-    *(_WORDS, types.int32, _WORDS, _WORDS, types.int32, types.int32),
+PASS_SIGNATURE = (
+    *(_FLOATS, _FLOATS, _FLOATS, _WORDS),  # qkv, cos, sin, slot_positions
+    *(_WORDS, types.int32, _WORDS, _WORDS),  # block_table, block_table_stride, keys, values
+    *(types.int32, types.int32),  # page_words, head_words
 )
 
 
@@ -110,8 +112,12 @@ def pass_arguments(
     check_head(kernel, shape.head_dim, shape.group)
     if num_tokens < 1:
         raise ValueError(f"{kernel}: {num_tokens} tokens; at least one is needed")
-    layer_words = max(cache.page_words, (shape.num_kv_heads - 1) * cache.head_words + PAGE * token_words(shape.head_dim))
-    problem = f"a pass of {num_tokens} x {shape.num_heads} heads of {shape.head_dim}, {shape.num_kv_heads} key-value heads"
+    layer_words = max(
+        cache.page_words, (shape.num_kv_heads - 1) * cache.head_words + PAGE * token_words(shape.head_dim)
+    )
+    problem = (
+        f"a pass of {num_tokens} x {shape.num_heads} heads of {shape.head_dim}, {shape.num_kv_heads} key-value heads"
+    )
     qkv, cos, sin, slot_positions, block_table, keys, values, *rest = checked(
         kernel,
         problem,

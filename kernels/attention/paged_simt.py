@@ -1,21 +1,21 @@
 """Attention of tokens of any sequences in float32 multiply-adds: for every architecture and head size.
 
 It serves where tensor cores with bfloat16 are missing (below sm_80), and what the other kernels do not take. A pass's
-tokens may belong to any slots, at any positions; each attends to positions 0 .. its own of its slot, which are in the cache
-already (see `kv_cache`).
+tokens may belong to any slots, at any positions; each attends to positions 0 .. its own of its slot, which are in the
+cache already (see `kv_cache`).
 
     grid      x: tokens      y: key-value heads (times the parts of a group's query heads)
     block     a token and up to four query heads that share a key-value head; keys and values are read once for them
 
-    +- warp 0 ------------------+- warp 1 ---+- ...        a lane group, LANES lanes, holds one cached token, a lane 8 of
+    +- warp 0 ------------------+- warp 1 ---+- ...        a lane group (LANES lanes) holds one token, a lane 8 of
     | lanes 0-15  | lanes 16-31 |            |             its dimensions (head_dim 128: 16 lanes); UNROLL tokens at a
     | token 0, G  | token 1,    | token 2,   |             time
     | 2G, ..      | G + 1, ..   | ...        |             G = lane groups of a block
     +---------------------------+------------+
 
-Lane group i keeps a running maximum, a sum of weights and weighted values of tokens i, i + G, i + 2G, ...; the groups meet
-in shared memory, in order. So a token's result depends on its slot and position alone, to the bit. One block walks over a
-whole context, so few tokens with long contexts leave most SMs idle.
+Lane group i keeps a running maximum, a sum of weights and weighted values of tokens i, i + G, i + 2G, ...; the groups
+meet in shared memory, in order. So a token's result depends on its slot and position alone, to the bit. One block walks
+over a whole context, so few tokens with long contexts leave most SMs idle.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,9 @@ from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 
 THREADS = 256
-UNROLL = 2  # tokens that a lane group takes at a time, so that their loads overlap; the softmax below is written for two
+UNROLL = (
+    2  # tokens that a lane group takes at a time, so that their loads overlap; the softmax below is written for two
+)
 
 
 def make_paged_simt(arch: int, head_dim: int, group: int, heads: int, threads: int) -> Callable[..., None]:
@@ -176,7 +178,8 @@ def make_paged_simt(arch: int, head_dim: int, group: int, heads: int, threads: i
 def paged_simt_spec(arch: int, head_dim: int, group: int, threads: int = THREADS) -> KernelSpec:
     """The variant for a head size and a number of query heads per key-value head.
 
-    `threads` a block: other than THREADS only in tests. Raises ValueError for a head size that is odd or over MAX_HEAD_DIM.
+    `threads` a block: other than THREADS only in tests. Raises ValueError for a head size that is odd or over
+    MAX_HEAD_DIM.
     """
     check_head("paged_attention_simt", head_dim, group)
     heads = heads_per_block(group)

@@ -1,12 +1,12 @@
 """What the attention kernels share: head shapes, the rotary embedding, softmax, and tensor-core fragments of one token.
 
-`qkv` is float32 [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]: a token's queries, keys and values side by side,
-queries and keys not rotated yet. Head h attends to key-value head h // group.
+`qkv` is float32 [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]: a token's queries, keys and values side by
+side, queries and keys not rotated yet. Head h attends to key-value head h // group.
 
-The fragments below are the operands of mma m16n8k16 (bfloat16 in, float32 sums) in `decode_mma` and `paged_decode`, which
-multiply up to MMA_HEADS queries of one token with TILE_TOKENS tokens of the cache at a time. The cache is bfloat16; q and
-the softmax's weights p are float32, so each goes in as three bfloat16 terms, x = hi + mid + lo, which hold all 24 bits.
-With g = lane / 4 and c = lane % 4:
+The fragments below are the operands of mma m16n8k16 (bfloat16 in, float32 sums) in `decode_mma` and `paged_decode`,
+which multiply up to MMA_HEADS queries of one token with TILE_TOKENS tokens of the cache at a time. The cache is
+bfloat16; q and the softmax's weights p are float32, so each goes in as three bfloat16 terms, x = hi + mid + lo, which
+hold all 24 bits. With g = lane / 4 and c = lane % 4:
 
     q, left operand [16 rows, 16 dims]         k, right operand [16 dims, 8 tokens], two of them: a tile
       rows 0-3    hi of heads 0-3                lane: tokens g and g + 8, dims 8c .. 8c + 7 of every 32
@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.ptx.base import WARP, device_function, float32, int32
 
@@ -121,8 +122,8 @@ def rotate_pair(x0, x1, cos, sin):
 
 
 def make_rotated_query(head_dim: int) -> Callable:
-    """The device function `rotated(qkv, cos, sin, q_rd, angle, d)` for a head size: dimension d of the query at qkv[q_rd],
-    rotated and scaled, 0 beyond head_dim. cos[angle], sin[angle] start the position's angles."""
+    """The device function `rotated(qkv, cos, sin, q_rd, angle, d)` for a head size: dimension d of the query at
+    qkv[q_rd], rotated and scaled, 0 beyond head_dim. cos[angle], sin[angle] start the position's angles."""
     D, HALF, SCALE, ZERO = head_dim, head_dim // 2, score_scale(head_dim), float32(0)
 
     @device_function
@@ -245,8 +246,8 @@ def online_softmax(s0, s1, t0, t1, row_max, row_sum):
 
 @device_function
 def weight_terms(s0, s1, t0, t1, g):
-    """A lane's weights in bfloat16 terms, as words of tokens (2c, 2c + 1) and (2c + 8, 2c + 9): lanes g < MMA_HEADS give
-    (hi, hi, lo, lo) of head g, the others (mid, mid, 0, 0) of head g - MMA_HEADS."""
+    """A lane's weights in bfloat16 terms, as words of tokens (2c, 2c + 1) and (2c + 8, 2c + 9): lanes g < MMA_HEADS
+    give (hi, hi, lo, lo) of head g, the others (mid, mid, 0, 0) of head g - MMA_HEADS."""
     hi0, hi1 = ptx.pack_bf16x2(s0, s1), ptx.pack_bf16x2(t0, t1)
     s0, s1, t0, t1 = (
         s0 - ptx.bf16_low(hi0),
@@ -260,18 +261,6 @@ def weight_terms(s0, s1, t0, t1, g):
     if g >= MMA_HEADS:
         hi0, hi1, lo0, lo1 = mid0, mid1, int32(0), int32(0)
     return hi0, hi1, lo0, lo1
-
-
-# ---- Where partial results meet -------------------------------------------------------------------------------------
-
-
-@device_function
-def combine_stats(row_max, row_sum):
-    """Maximum and sum of each lane's share of a row, brought together over the warp: (the lane's weight, the row's
-    maximum, the row's sum)."""
-    largest = ptx.warp_max(row_max)
-    weight = ptx.exp2_approx(row_max - largest)
-    return weight, largest, ptx.warp_sum(ptx.mul_rn(weight, row_sum))
 
 
 def make_store_out(head_dim: int) -> Callable:

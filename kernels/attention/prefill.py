@@ -1,8 +1,8 @@
 """Attention of a prompt's tokens over their context, on tensor cores: tiles of queries against tiles of keys.
 
-After FlashAttention-2 (Dao, 2023): a block holds queries in registers and walks over the keys with a running maximum and
-sum for each, so that no matrix of scores is ever in memory. Queries are rotated here; keys and values, the pass's own
-included, are in the cache already (see `kv_cache`).
+After FlashAttention-2 (Dao, 2023): a block holds queries in registers and walks over the keys with a running maximum
+and sum for each, so that no matrix of scores is ever in memory. Queries are rotated here; keys and values, the pass's
+own included, are in the cache already (see `kv_cache`).
 
     block     HEADS query heads that share a key-value head  x  TILES * 16 tokens         grid y: tokens, the last first
     warp      one of its heads, 16 tokens                                                 grid x: key-value heads, ..
@@ -80,7 +80,7 @@ def make_prefill(arch: int, head_dim: int, group: int, heads: int, tiles: int) -
     """The kernel for a head size and `group` query heads a key-value head; a block has `heads` of them, `tiles` times
     16 tokens."""
     wait, release, arrived = ptx.pdl_wait(arch), ptx.pdl_trigger(arch), ptx.cp_async_wait(0)
-    mma, pack, rotated = ptx.mma_bf16, ptx.pack_bf16x2, make_rotated_query(head_dim)
+    pack, rotated = ptx.pack_bf16x2, make_rotated_query(head_dim)
     D, HALF, WORDS = head_dim, head_dim // 2, token_words(head_dim)
     HEADS, HEAD_BLOCKS, VALUE_PARTS = heads, group // heads, value_parts(head_dim)
     KEYS = 32 if VALUE_PARTS == 1 else 16  # of a tile
@@ -160,7 +160,8 @@ def make_prefill(arch: int, head_dim: int, group: int, heads: int, tiles: int) -
 
     @device_function
     def mask(s_r, first, position, c):
-        """Leaves out the keys after a lane's queries, at `position` and position + 8. `first`: the tile's first token."""
+        """Leaves out the keys after a lane's queries, at `position` and position + 8. `first`: the tile's first
+        token."""
         if first + KEYS > position:
             later = int32(position + 8)
             for n in range(KEY_TILES):
@@ -172,7 +173,8 @@ def make_prefill(arch: int, head_dim: int, group: int, heads: int, tiles: int) -
 
     @device_function
     def softmax(s_r, o_r, max0, max1, sum0, sum1):
-        """Scores become weights; the running maximum and sum of both queries, and their outputs, are brought up to date."""
+        """Scores become weights; the running maximum and sum of both queries, and their outputs, are brought up to
+        date."""
         before0, before1 = max0, max1
         for n in range(KEY_TILES):
             max0 = max(max0, max(s_r[4 * n], s_r[4 * n + 1]))
@@ -382,8 +384,8 @@ def prefill_attention(
     """Causal attention of consecutive tokens of one slot: out = softmax(q . K / sqrt(head_dim)) . V.
 
     qkv float32 [num_tokens, shape.qkv_size]; rope: the angles of every position; slot_positions int32 [num_tokens, 2]:
-    (slot, start), (slot, start + 1), ..., then (-1, anything) for tokens that are not used; cache: holds every token up to
-    the last one's; out float32 [num_tokens, shape.out_size], which is not written for unused tokens.
+    (slot, start), (slot, start + 1), ..., then (-1, anything) for tokens that are not used; cache: holds every token up
+    to the last one's; out float32 [num_tokens, shape.out_size], which is not written for unused tokens.
     Raises ValueError if an operand is too small or of another dtype, or where `fits` is False.
     """
     arguments, (out,) = pass_arguments(

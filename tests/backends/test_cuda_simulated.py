@@ -131,7 +131,7 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     monkeypatch.setattr(driver.Stream, "capture", lambda self, launches: Replayed(launches))
     monkeypatch.setattr(driver.Stream, "idle", lambda self: True)
     monkeypatch.setattr(sampler, "MAX_BLOCKS", 1)  # blocks run one after the other: none may wait for another
-    monkeypatch.setattr(attention, "SHORT", (1, 64, 2, 1))  # fewer threads, for speed
+    monkeypatch.setattr(attention, "SHORT", attention.SHORT._replace(threads=64, unroll=2))  # fewer threads, for speed
     monkeypatch.setattr(context, "STEPS_AHEAD", 1)
     monkeypatch.setattr(rows, "MIN_ROWS", 2)
     monkeypatch.setattr(w2a8_matmul, "plan", lambda *arguments: Tile(8, 1, 4, 1, 0, 2, scheme="wgmma"))

@@ -94,10 +94,10 @@ def test_products_and_long_attention_use_the_units_made_for_them() -> None:
     gemv = first_specs("linear_gemv", FULL_ARCH)[0]
     assert gemv.dp4a >= 16 and gemv.wide_loads >= 1
     assert [spec.name.split("[")[0] for spec in first_specs("attention_decode", TENSOR_CORES)] == [
-        "attention",
-        "attention_long",
+        "decode_attention",
+        "decode_attention_mma",
     ]
-    assert [spec.name.split("[")[0] for spec in first_specs("attention_decode", 75)] == ["attention"]
+    assert [spec.name.split("[")[0] for spec in first_specs("attention_decode", 75)] == ["decode_attention"]
     long = first_specs("attention_decode", TENSOR_CORES)[1]
     ptx = compile_ptx(long.kernel, long.signature, TENSOR_CORES, long.threads, long.blocks_per_sm)
     assert len(re.findall(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16", ptx)) >= 32

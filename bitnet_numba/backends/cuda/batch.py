@@ -14,6 +14,7 @@ from bitnet_numba.kernels import embedding as embed
 from bitnet_numba.kernels.attention import paged_decode as attention_batch
 from bitnet_numba.kernels.attention import paged_simt as attention_rows
 from bitnet_numba.kernels.attention.kv_cache import PAGE
+from bitnet_numba.kernels.attention.parts import HeadShape
 from bitnet_numba.kernels.lm_head import gemm_mma as head_many
 from bitnet_numba.kernels.lm_head import gemm_wgmma as head_warpgroup
 from bitnet_numba.kernels.lm_head import split_norm
@@ -45,12 +46,10 @@ class CudaBatch:
         self._model, self._stream = model, stream
         self._state = SequenceState(config, capacity, max_sequences, pages)
         self._most_rows = padded_size(max_sequences)
-        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        shape = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim)
         tokens = pages_of(capacity) * PAGE
-        sizes = attention_batch.attention_batch_scratch(self._most_rows, tokens, heads, kv_heads, head_dim)
-        kinds = (np.float32, np.float32, np.int32)
-        self._attention = [DeviceArray(size, kind, zero=True) for size, kind in zip(sizes, kinds, strict=True)]
-        self._work = DeviceArray(padded_size(self._most_rows * attention_batch.most_splits(tokens)), np.int32)
+        self._attention = attention_batch.PagedScratch.allocate(model.device, self._most_rows, tokens, shape)
+        self._work = DeviceArray(padded_size(self._most_rows * attention_batch.max_splits_of(tokens)), np.int32)
         self._head = LMHead(model, self._most_rows)
         self._last = DeviceArray(config.hidden_size, np.float32)  # of a prompt's rows
         self._chosen = DeviceArray(self._most_rows, np.int64)
@@ -166,7 +165,7 @@ class CudaBatch:
         self._prompts.close()
         for graph in (*self._steps.values(), *([self._first] if self._first else [])):
             graph.close()
-        for array in (*self._attention, self._work, self._last, self._chosen):
+        for array in (*self._attention.arrays, self._work, self._last, self._chosen):
             array.close()
         self._head.close()
         self._state.close()
@@ -177,8 +176,8 @@ class CudaBatch:
 def fixed_bytes(config: ModelConfig, max_sequences: int, capacity: int) -> int:
     """Bytes of device memory that a batch takes beside its pages, but for small change."""
     rows = padded_size(max_sequences)
-    partials, stats, _ = attention_batch.attention_batch_scratch(
-        rows, pages_of(capacity) * PAGE, config.num_heads, config.num_kv_heads, config.head_dim
+    partials, stats, _ = attention_batch.PagedScratch.sizes(
+        rows, pages_of(capacity) * PAGE, HeadShape(config.num_heads, config.num_kv_heads, config.head_dim)
     )
     return 4 * (partials + stats + rows * (config.vocab_size + 2 * config.hidden_size + capacity))
 
@@ -196,9 +195,9 @@ def batch_specs(config: ModelConfig, int8_rows: bool, device: ArchSpec, max_sequ
         head += [head_many.head_many_spec(arch, config.hidden_size, int8_rows, n) for n in tiles]
     if attention_batch.fits(arch, head_dim):
         threads = {attention_batch.threads_for(head_dim, n, 1) for n in range(8)}
-        attention = [attention_batch.attention_batch_spec(arch, head_dim, group, t) for t in sorted(threads)]
+        attention = [attention_batch.paged_decode_spec(arch, head_dim, group, t) for t in sorted(threads)]
     else:
-        attention = [attention_rows.attention_rows_spec(arch, head_dim, group)]
+        attention = [attention_rows.paged_simt_spec(arch, head_dim, group)]
     return [
         *product_specs(config, device, sizes),
         embed.embed_many_spec(arch, int8_rows, False),

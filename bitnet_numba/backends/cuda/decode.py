@@ -21,7 +21,8 @@ from bitnet_numba.backends.cuda.weights import Weights, head_name
 from bitnet_numba.config import GROUPS, ModelConfig
 from bitnet_numba.kernels import embedding as embed
 from bitnet_numba.kernels.attention import decode as attention
-from bitnet_numba.kernels.attention.decode import attention_grid, attention_scratch
+from bitnet_numba.kernels.attention.decode import DecodeScratch
+from bitnet_numba.kernels.attention.parts import HeadShape, RopeTables
 from bitnet_numba.kernels.linear import gemv as w2a8_gemv
 from bitnet_numba.kernels.lm_head import gemv as head
 from bitnet_numba.kernels.runtime.device import CudaDevice
@@ -47,21 +48,15 @@ class Activations:
         self.mixed = floats(config.q_size)
         self.inner = floats(config.intermediate_size)
         self.logits = floats(config.vocab_size)
-        specs = [attention_grid(device.num_sms, config.num_heads, config.num_kv_heads, long) for long in (False, True)]
-        sizes = np.max([attention_scratch(grid, config.num_heads, config.head_dim) for grid in specs], axis=0)
-        partials, stats, arrivals = (int(size) for size in sizes)
-        self.attention = (
-            DeviceArray(partials, np.float32),
-            DeviceArray(stats, np.float32),
-            DeviceArray(arrivals, np.int32, zero=True),
-        )
+        shape = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim)
+        self.attention = DecodeScratch.allocate(device, shape)
         self.scratch = DeviceArray(sampler.SCRATCH_WORDS, np.int64, zero=True)
         self.counters = DeviceArray(sampler.COUNTERS, np.int32, zero=True)
 
     def nbytes(self) -> int:
         """Bytes of all of it."""
         arrays = [value for value in vars(self).values() if isinstance(value, DeviceArray)]
-        return sum(array.nbytes for array in (*arrays, *self.attention))
+        return sum(array.nbytes for array in (*arrays, *self.attention.arrays))
 
 
 class Products:
@@ -105,7 +100,7 @@ def kernel_specs(config: ModelConfig, int8_rows: bool, device: ArchSpec) -> list
     return [
         *Products(config, device).specs.values(),  # type: ignore[arg-type]  # only launches ask for more
         *(
-            attention.attention_spec(device.arch, config.head_dim, config.num_heads // config.num_kv_heads, long)
+            attention.decode_spec(device.arch, config.head_dim, config.num_heads // config.num_kv_heads, long)
             for long in (False, True)
         ),
         embed.embed_spec(device.arch, int8_rows),
@@ -131,16 +126,17 @@ class Step:
             device, weights["embed.weight"], weights.get("embed.scale"), state.tokens, state.position, state.seen,
             flow.h, config.hidden_size,
         )  # fmt: skip
-        cos, sin = state.cos, state.sin
+        rope = RopeTables(state.cos, state.sin)
+        shape = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim)
         products = Products(config, device)
         self._layers: list[dict[bool, Launch]] = []  # in order; each for short and for long contexts
         for i in range(config.num_layers):
             name = f"layers.{i}"
             keys, values = state.keys_values(i)
             attentions = {
-                long: attention.attention(
-                    device, flow.qkv, cos, sin, state.position, keys, values, flow.attention, flow.mixed,
-                    config.num_heads, config.num_kv_heads, config.head_dim, state.padded, long,
+                long: attention.decode_attention(
+                    device, flow.qkv, rope, state.position, keys, values, state.padded, flow.attention, flow.mixed,
+                    shape, long=long,
                 )
                 for long in (False, True)
             }  # fmt: skip

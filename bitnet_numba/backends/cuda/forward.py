@@ -15,7 +15,7 @@ A row's result does not depend, to the bit, on the other rows of its pass or on 
 of products are exact, and every other sum has an order that depends on the row's own position alone.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ from bitnet_numba.kernels.attention import kv_cache
 from bitnet_numba.kernels.attention import paged_decode as attention_batch
 from bitnet_numba.kernels.attention import paged_simt as attention_rows
 from bitnet_numba.kernels.attention import prefill as attention_prompt
+from bitnet_numba.kernels.attention.parts import HeadShape, RopeTables
 from bitnet_numba.kernels.linear import gemm as w2a8_matmul
 from bitnet_numba.kernels.linear import heuristics
 from bitnet_numba.kernels.linear import quantize as norm_quant
@@ -94,7 +95,7 @@ class Sharing(NamedTuple):
 
     work: DeviceArray
     blocks: int
-    scratch: Sequence[DeviceArray]
+    scratch: attention_batch.PagedScratch
 
 
 class ForwardPass:
@@ -147,22 +148,22 @@ class ForwardPass:
         """Stores keys and values and attends to them."""
         config, _, device, _, _, flow = self._model
         state, cache, rows = self._state, self._state.layer_cache(layer), self._rows
-        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        where = (state.cos, state.sin, flow.where)
-        if self._sharing is not None and attention_batch.fits(device.arch, head_dim):
+        shape = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim)
+        where = (RopeTables(state.cos, state.sin), flow.where)
+        if self._sharing is not None and attention_batch.fits(device.arch, shape.head_dim):
             work, blocks, scratch = self._sharing
             self.launches.append(
-                attention_batch.attention_batch(
-                    device, flow.qkv, *where, cache, scratch, flow.mixed, work, rows, blocks, heads, kv_heads, head_dim
+                attention_batch.paged_decode_attention(
+                    device, flow.qkv, *where, cache, work, blocks, scratch, flow.mixed, rows, shape
                 )
             )
             return
-        self.launches.append(kv_cache.append(device, flow.qkv, *where, cache, rows, heads, kv_heads, head_dim))
-        if self._sharing is None and device.arch >= attention_prompt.MIN_ARCH:
-            attention = attention_prompt.attention_prompt
+        self.launches.append(kv_cache.append(device, flow.qkv, *where, cache, rows, shape))
+        if self._sharing is None and attention_prompt.fits(device.arch, shape.head_dim):
+            attention = attention_prompt.prefill_attention
         else:
-            attention = attention_rows.attention_rows
-        self.launches.append(attention(device, flow.qkv, *where, cache, flow.mixed, rows, heads, kv_heads, head_dim))
+            attention = attention_rows.paged_attention_simt
+        self.launches.append(attention(device, flow.qkv, *where, cache, flow.mixed, rows, shape))
 
 
 class LMHead:
@@ -269,7 +270,7 @@ def prompt_specs(config: ModelConfig, int8_rows: bool, device: ArchSpec) -> list
         embed.embed_many_spec(arch, int8_rows, True),
         embed.finish_prompt_spec(arch),
         kv_cache.append_spec(arch, head_dim),
-        attention_prompt.attention_prompt_spec(arch, head_dim, group)
-        if arch >= attention_prompt.MIN_ARCH
-        else attention_rows.attention_rows_spec(arch, head_dim, group),
+        attention_prompt.prefill_spec(arch, head_dim, group)
+        if attention_prompt.fits(arch, head_dim)
+        else attention_rows.paged_simt_spec(arch, head_dim, group),
     ]
