@@ -5,21 +5,23 @@ import sys
 import numpy as np
 
 from bitnet_numba.kernels import embedding as embed
-from bitnet_numba.kernels.attention import decode as attention
+from bitnet_numba.kernels.attention.decode import decode_grid, decode_spec
 from bitnet_numba.kernels.attention.kv_cache import append_spec
 from bitnet_numba.kernels.attention.paged_decode import fits
-from bitnet_numba.kernels.attention.paged_simt import attention_rows_spec
-from bitnet_numba.kernels.attention.prefill import MIN_ARCH, attention_prompt_spec
+from bitnet_numba.kernels.attention.paged_simt import paged_simt_spec
+from bitnet_numba.kernels.attention.parts import HeadShape
+from bitnet_numba.kernels.attention.prefill import fits as prefill_fits
+from bitnet_numba.kernels.attention.prefill import prefill_spec
 from bitnet_numba.kernels.linear import quantize as norm_quant
 from bitnet_numba.kernels.linear.gemm_wgmma import ARCH as WARPGROUP_ARCH
 from bitnet_numba.kernels.linear.tile import Tile
 from bitnet_numba.kernels.sampling import batched, single
 from bitnet_numba.sampling import SamplingParams
-from tests.kernels.attention.test_decode import check_attention
+from tests.kernels.attention.test_decode import check_decode
 from tests.kernels.attention.test_kv_cache import check_append
-from tests.kernels.attention.test_paged_decode import check_attention_batch
-from tests.kernels.attention.test_paged_simt import check_attention_rows
-from tests.kernels.attention.test_prefill import check_attention_prompt
+from tests.kernels.attention.test_paged_decode import check_paged_decode
+from tests.kernels.attention.test_paged_simt import check_paged_simt
+from tests.kernels.attention.test_prefill import check_prefill
 from tests.kernels.harness import arch
 from tests.kernels.linear.test_gemm import check_matmul
 from tests.kernels.linear.test_gemv import check_gemv
@@ -56,17 +58,17 @@ def main(tool: str) -> None:
     check_advance(embed.advance_spec(arch()), 7)
     check_finish_prompt(embed.finish_prompt_spec(arch()), 256, 5, 300, 1, 13)
     for long in (False, True):
-        spec = attention.attention_spec(arch(), 64, 4, long)
-        grid = (3, attention.attention_grid(1, 8, 2, long)[1])
-        check_attention(spec, grid, 2, 4, 64, 150, 200, 32, 4)
+        spec = decode_spec(arch(), 64, 4, long)
+        grid = (3, decode_grid(1, HeadShape(8, 2, 64), long)[1])
+        check_decode(spec, grid, 2, 4, 64, 150, 200, 32, 4)
     if fits(arch(), 64):
-        check_attention_batch((64, 4, 2), [300, 0, 65, 1100], 64, 3, other=(256, 1))
+        check_paged_decode((64, 4, 2), [300, 0, 65, 1100], 64, 3, other=(256, 1))
     check_append(append_spec(arch(), 100), 100, 4, 2, 9, 3, 150, 14)
-    check_attention_rows(attention_rows_spec(arch(), 64, 4), (64, 4, 2), 4, 2, 150, 15)
-    if arch() >= MIN_ARCH:
+    check_paged_simt(paged_simt_spec(arch(), 64, 4), (64, 4, 2), 4, 2, 150, 15)
+    if prefill_fits(arch(), 64):
         for shape in ((64, 4, 2), (100, 1, 1), (256, 3, 1)):
-            spec = attention_prompt_spec(arch(), *shape[:2])
-            check_attention_prompt(spec, 4, shape, 70, 40, 48, True, 16)
+            spec = prefill_spec(arch(), *shape[:2])
+            check_prefill(spec, 4, shape, 70, 40, 48, True, 16)
     for K in (320, 101):
         check_norm_quant(norm_quant.norm_quant_spec(arch(), K), 3, K, True, 5, 1.0)
     logits = np.random.default_rng(6).standard_normal(300).astype(np.float32)

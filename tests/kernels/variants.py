@@ -16,9 +16,9 @@ SMS = 132  # of an H200
 
 
 def attention_decode(arch: int) -> list[KernelSpec]:
-    """2B4T's, and padding and idle lanes, one head, a whole warp a row; each for short and long contexts."""
+    """2B4T's, and padding and idle lanes, one head, a whole warp a token; each for short and long contexts."""
     shapes = [(128, 4), (100, 1), (256, 3)]
-    return [decode.attention_spec(arch, head_dim, group, long) for head_dim, group in shapes for long in (False, True)]
+    return [decode.decode_spec(arch, head_dim, group, long) for head_dim, group in shapes for long in (False, True)]
 
 
 def attention_paged_decode(arch: int) -> list[KernelSpec]:
@@ -27,21 +27,21 @@ def attention_paged_decode(arch: int) -> list[KernelSpec]:
     shapes += [(96, 1, 256), (128, 8, 128), (8, 5, 64)]
     if not paged_decode.fits(arch, shapes[0][0]):
         return []
-    return [paged_decode.attention_batch_spec(arch, *shape) for shape in shapes]
+    return [paged_decode.paged_decode_spec(arch, *shape) for shape in shapes]
 
 
 def attention_prefill(arch: int) -> list[KernelSpec]:
     """2B4T's, and padding, halves that do not end with a step, large heads, few warps."""
-    if arch < prefill.MIN_ARCH:
-        return []
     shapes = [(128, 4), (100, 1), (96, 3), (256, 3)]
-    return [prefill.attention_prompt_spec(arch, head_dim, group) for head_dim, group in shapes]
+    if not prefill.fits(arch, shapes[0][0]):
+        return []
+    return [prefill.prefill_spec(arch, head_dim, group) for head_dim, group in shapes]
 
 
 def attention_paged_simt(arch: int) -> list[KernelSpec]:
     """2B4T's, and padding and idle lanes, a whole warp a token, a group in parts."""
     shapes = [(128, 4), (100, 1), (256, 3), (6, 10)]
-    return [paged_simt.attention_rows_spec(arch, head_dim, group) for head_dim, group in shapes]
+    return [paged_simt.paged_simt_spec(arch, head_dim, group) for head_dim, group in shapes]
 
 
 def attention_kv_cache(arch: int) -> list[KernelSpec]:
