@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bitnet_numba as bn
-from bitnet_numba.backends import host_batch as batch_module
+from bitnet_numba.backends import host
 from bitnet_numba.backends.host import HostBackend, HostBatch, PagedCache, page_bytes, reference_backend
 from bitnet_numba.backends.protocol import NO_TOKEN, Batch
 from bitnet_numba.checkpoint.packed import open_packed
@@ -156,7 +156,7 @@ def test_room_follows_what_is_asked_for(backend: HostBackend, monkeypatch: pytes
     def no_memory(*arguments: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(batch_module.np, "empty", no_memory)
+    monkeypatch.setattr(host.np, "empty", no_memory)
     with pytest.raises(BackendError, match=r"room for 640 tokens takes .* GB of memory"):
         backend.new_batch(1, 640)
 
