@@ -5,7 +5,7 @@ import numpy as np
 from bitnet_numba.checkpoint.packed import PackedCheckpoint
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError
-from bitnet_numba.kernels.attention.decode import MAX_HEAD_DIM
+from bitnet_numba.kernels.attention.parts import MAX_HEAD_DIM
 from bitnet_numba.kernels.runtime.driver import Event, Stream
 from bitnet_numba.kernels.runtime.memory import DeviceArray, DeviceView, PinnedArray
 from bitnet_numba.kernels.sampling.parts import MAX_VOCAB
