@@ -39,6 +39,10 @@ Then new tokens are stored, each by one block, where no block of the launch read
 earlier tokens were written by an earlier pass: a slot has one token at most, pages that slots share are full, and
 passes are graphs, which wait for the end of what was enqueued before; and that no launch of the pass writes the block
 table or `work_list`.
+
+The kernel is longer than its phases ask for: storing the new vectors, the scores' products and a stripe's end stand in
+its body, since as functions they change the machine code of the whole kernel; so do values that live through the tile
+loop.
 """
 
 from collections.abc import Callable, Sequence
@@ -158,7 +162,7 @@ def make_paged_decode(
     DP = partial_dims(D)  # dimensions with padding, in shared memory and in partial results
     WHOLE = 2 * WORDS == KEY_DIMS * L and 2 * WORDS == DP  # every lane of every load has dimensions
     K_REGS, V_REGS, O_REGS = 8 * L, 16 * Q, 16 * Q
-    VECTORS = MMA_HEADS + 2  # made before the scores: queries, the token's new key, its new value
+    VECTORS = MMA_HEADS + 2  # made before the scores: queries, new key, new value
     Q_WORDS, VECTOR_ROUNDS = 2 * L * WARP * 4, -(-VECTORS * DP // 2 // threads)
     ROTATIONS, PADS = -(-VECTORS * HALF // threads), VECTORS * (DP - D)
     ANGLES = 1 if threads % HALF == 0 else ROTATIONS  # that a thread meets
@@ -173,7 +177,7 @@ def make_paged_decode(
 
     @device_function
     def insert_key(k_r, new_s, new, g, c):
-        """Puts the token's new key, token `new` of its group, into its lanes' registers."""
+        """Puts the new key, token `new` of the tile, into its lanes' registers."""
         for i in range(L):
             for t in range(2):
                 n = 8 * i + 4 * t
@@ -182,271 +186,112 @@ def make_paged_decode(
 
     @device_function
     def insert_value(v_r, new_s, new, g, c):
-        """The token's new value likewise."""
+        """The new value likewise."""
         for i in range(Q):
             for t in range(4):
                 n = 16 * i + 4 * t
                 if int32(2 * c + (t & 1) + 4 * (t & 2)) == new:
                     v_r[n], v_r[n + 1], v_r[n + 2], v_r[n + 3] = ptx.load4(new_s, DP // 2 + 32 * i + 4 * g)
 
-    def paged_decode_attention(
-        qkv, cos, sin, slot_positions, block_table, block_table_stride, keys, values, page_words, head_words, partials,
-        stats, arrivals, out, work_list, num_kv_heads, max_splits, num_slots, max_tokens, cache_words
-    ):  # fmt: skip
-        q_s = ptx.pointer(cuda.shared.array(Q_WORDS, int32, SHARED_ALIGN))  # left operands: [steps, lane, 4 registers]
-        # [STRIPES, MMA_HEADS, STRIDE]; at first queries and new vectors, at last the splits' weights
-        acc_s = ptx.pointer(cuda.shared.array(ACC_FLOATS, float32, SHARED_ALIGN))
-        new_s = ptx.pointer(cuda.shared.array(DP, int32, SHARED_ALIGN))  # [2, DP / 2]: new key and value, as stored
-        max_s = ptx.pointer(cuda.shared.array(STATS, float32))  # [STRIPES, MMA_HEADS]; then the stripes' weights
-        sum_s = ptx.pointer(cuda.shared.array(STATS, float32))
-        row_sum_s = ptx.pointer(cuda.shared.array(MMA_HEADS, float32))
-        arrived_s = ptx.pointer(cuda.shared.array(1, int32))
-        k_r = cuda.local.array(K_REGS, int32)
-        v_r = cuda.local.array(V_REGS, int32)
-        o_r = cuda.local.array(O_REGS, float32)
-        prefetch_r = cuda.local.array(PREFETCH_REGS, float32)
-        cos_r = cuda.local.array(ANGLES, float32)
-        sin_r = cuda.local.array(ANGLES, float32)
-        x_r = cuda.local.array(X_REGS, float32)
-
-        release()
-        tid = int32(cuda.threadIdx.x)
-        warp, lane = int32(tid >> 5), int32(tid & 31)
-        g, c = int32(lane >> 2), int32(lane & 3)
-        entry = work_list[cuda.blockIdx.x]
-        if entry < 0:
-            return
-        # How many blocks the token has is read again slot_positions it is num_splits: no register is left to keep it
-        # in.
-        token, split = int32(entry & MAX_TOKENS - 1), int32(entry >> TOKEN_BITS & 255)
-        head_block = int32(cuda.blockIdx.y)
-        kv = head_block if HEAD_BLOCKS == 1 else ptx.udiv(head_block, int32(HEAD_BLOCKS))
-        index = int32(token * num_kv_heads * HEAD_BLOCKS + head_block)
-        base = int32(kv * head_words)
-        k_lane, v_lane = int32(g * WORDS + c * 4), int32(2 * c * WORDS + g * 4)
-
-        # The first turn begins before the launches before this one have ended. It takes `slot_positions` as it is then,
-        # perhaps of an earlier pass: any numbers that are in range do, for if they turn out otherwise there is a second
-        # turn. Nobody writes tokens before the token's new, and that one is never loaded.
-        while True:
-            slot, pos = ptx.load2_l2(slot_positions, 2 * token)
-            known = slot >= 0 and slot < num_slots and pos >= 0 and pos < max_tokens
-            tiles = int32((pos >> 4) + 1) if known else int32(0)
-            split_tiles = max(int32(MIN_SPLIT_TILES), int32(((pos >> STEP_SHIFT) + 1) * STEP_TILES))
-            start = int32(split * split_tiles)
-            end = min(int32(start + split_tiles), tiles)
-            current = int32(start + warp)
-            pages = int32(slot * block_table_stride)
-            if current < end:
-                page = int64(block_table[pages + (current >> PAGE_TILE_BITS)])
-                at = page * page_words + base
-                if page < 0 or at + PAGE * WORDS > cache_words:
-                    at = base
-                at += (current & (PAGE_TILES - 1)) * (TILE_TOKENS * WORDS)
-                left = int32(pos - current * TILE_TOKENS)  # tokens t < left exist, t counted from the group's first
-                load_keys(k_r, keys, at + k_lane, left, g, c)
-                load_values(v_r, values, at + v_lane, left, g, c)
-            for n in range(ANGLES):
-                i = int32(tid + n * threads)
-                j = int32(i - ptx.udiv(i, int32(HALF)) * HALF)
-                cos_r[n] = sin_r[n] = ZERO
-                if start < end:
-                    cos_r[n], sin_r[n] = cos[int64(pos) * HALF + j], sin[int64(pos) * HALF + j]
-            wait()
-            slot_now, pos_now = ptx.load2_l2(slot_positions, 2 * token)
-            if start < end:
-                token_rd = int32(token * num_kv_heads * (group + 2))
-                q_rd, k_rd = (
-                    int32((token_rd + head_block * HEADS) * D),
-                    int32((token_rd + num_kv_heads * group + kv) * D),
-                )
-                for n in range(ROTATIONS):  # no branches: every load is under way before the first is waited for
-                    i = int32(tid + n * threads)
-                    h = ptx.udiv(i, int32(HALF))
-                    rd = int32(q_rd + (h if HEADS == MMA_HEADS else min(h, int32(HEADS - 1))) * D)
-                    if h >= MMA_HEADS:
-                        rd = k_rd if h == MMA_HEADS else int32(k_rd + num_kv_heads * D)
-                    rd = int32(rd + i - h * HALF)
-                    x_r[2 * n], x_r[2 * n + 1] = qkv[rd], qkv[rd + HALF]
-                for n in range(ROTATIONS):  # queries, rotated and scaled; new key, rotated; new value
-                    i = int32(tid + n * threads)
-                    h = ptx.udiv(i, int32(HALF))
-                    j = int32(i - h * HALF)
-                    x0, x1 = x_r[2 * n], x_r[2 * n + 1]
-                    y0, y1 = rotate_pair(x0, x1, cos_r[n % ANGLES], sin_r[n % ANGLES])
-                    if h < MMA_HEADS:
-                        y0, y1 = ptx.mul_rn(y0, SCALE), ptx.mul_rn(y1, SCALE)
-                    elif h > MMA_HEADS:
-                        y0, y1 = x0, x1
-                    if h < VECTORS:
-                        acc_s[h * DP + j], acc_s[h * DP + HALF + j] = y0, y1
-            if slot == slot_now and pos == pos_now:
-                break
-        if start >= end:
-            return
-        num_splits = ptx.udiv(int32(tiles + split_tiles - 1), split_tiles)
-        # Of the blocks that have this key and value, the token's first stores them.
-        stores = split == 0 and (HEAD_BLOCKS == 1 or head_block == kv * HEAD_BLOCKS)
-        new_page = int32(0)
-        if stores:
-            new_page = int32(block_table[pages + ((tiles - 1) >> PAGE_TILE_BITS)])
-
-        # The queries as left operands, the key and value as bfloat16.
-        if DP > D:
-            for i in range(tid, PADS, threads):
-                h = int32(i // (DP - D))
-                acc_s[h * DP + D + i - h * (DP - D)] = ZERO
-        cuda.syncthreads()
-        for n in range(VECTOR_ROUNDS):
+    @device_function
+    def rotate_vectors(qkv, x_r, cos_r, sin_r, acc_s, q_rd, k_rd, num_kv_heads, tid):
+        """[VECTORS, DP] into acc_s: queries, rotated and scaled; new key, rotated; new value."""
+        for n in range(ROTATIONS):  # no branches: every load is under way before the first is waited for
             i = int32(tid + n * threads)
-            h = ptx.udiv(i, int32(DP // 2))
-            word = int32(i - h * (DP // 2))
+            h = ptx.udiv(i, int32(HALF))
+            rd = int32(q_rd + (h if HEADS == MMA_HEADS else min(h, int32(HEADS - 1))) * D)
+            if h >= MMA_HEADS:
+                rd = k_rd if h == MMA_HEADS else int32(k_rd + num_kv_heads * D)
+            rd = int32(rd + i - h * HALF)
+            x_r[2 * n], x_r[2 * n + 1] = qkv[rd], qkv[rd + HALF]
+        for n in range(ROTATIONS):  # queries, rotated and scaled; new key, rotated; new value
+            i = int32(tid + n * threads)
+            h = ptx.udiv(i, int32(HALF))
+            j = int32(i - h * HALF)
+            x0, x1 = x_r[2 * n], x_r[2 * n + 1]
+            y0, y1 = rotate_pair(x0, x1, cos_r[n % ANGLES], sin_r[n % ANGLES])
             if h < MMA_HEADS:
-                if word < 16 * L:
-                    store_query(q_s, h, word, acc_s[h * DP + 2 * word], acc_s[h * DP + 2 * word + 1])
-            elif h < VECTORS:
-                stored = stored_word(acc_s[h * DP + 2 * word], acc_s[h * DP + 2 * word + 1])
-                new_s[(h - MMA_HEADS) * (DP // 2) + word] = stored
-                if stores and (WHOLE or word < WORDS):
-                    wr = int64(new_page) * page_words + base + ((pos & (PAGE - 1)) * WORDS + word)
-                    if h == MMA_HEADS:
-                        keys[wr] = stored
-                    else:
-                        values[wr] = stored
-        cuda.syncthreads()
+                y0, y1 = ptx.mul_rn(y0, SCALE), ptx.mul_rn(y1, SCALE)
+            elif h > MMA_HEADS:
+                y0, y1 = x0, x1
+            if h < VECTORS:
+                acc_s[h * DP + j], acc_s[h * DP + HALF + j] = y0, y1
 
-        while split < num_splits:
-            start = int32(split * split_tiles)
-            end = min(int32(start + split_tiles), tiles)
-            split_after = int32(split + (work_list[cuda.blockIdx.x] >> TOKEN_BITS + 8))
-            # A warp's first group of the next split; of splits, only a token's last can have warps without a group.
-            next_first = int32(split_after * split_tiles + warp) if split_after < num_splits else tiles
-            row_max, row_sum, fresh = MINUS_INF, ZERO, True
-            for i in range(O_REGS):
-                o_r[i] = ZERO
-            while current < end:
-                # The group after this one: of the same stripe; after its last, of this warp's next stripe or split.
-                following = _next_tile(current, start, end, next_first, WARPS)
-                page = int32(0)
-                if following < tiles:
-                    page = int32(block_table[pages + (following >> PAGE_TILE_BITS)])
-                ahead = int32(pos - following * TILE_TOKENS)
-                last, new = int32(current + 1) == tiles, int32(pos & (TILE_TOKENS - 1))
-                if last:
-                    insert_key(k_r, new_s, new, g, c)
-                s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = ZERO
-                for i in range(L):
-                    for j in range(2):
-                        a0, a1, a2, a3 = ptx.load4(q_s, lane * 4 + (2 * i + j) * WARP * 4)
-                        n = 8 * i + 2 * j
-                        s0, s1, s2, s3 = mma(a0, a1, a2, a3, k_r[n], k_r[n + 1], s0, s1, s2, s3)
-                        t0, t1, t2, t3 = mma(a0, a1, a2, a3, k_r[n + 4], k_r[n + 5], t0, t1, t2, t3)
-                at = int64(page) * page_words + base + (following & (PAGE_TILES - 1)) * (TILE_TOKENS * WORDS)
-                if following < tiles:
-                    load_keys(k_r, keys, at + k_lane, ahead, g, c)
-                # The three terms' rows add up to the scores of head g % 4: tokens 2c, 2c + 1, 2c + 8, 2c + 9.
-                s0, s1, t0, t1 = s0 + s2, s1 + s3, t0 + t2, t1 + t3
-                s0 += ptx.shuffle_xor(s0, 16)
-                s1 += ptx.shuffle_xor(s1, 16)
-                t0 += ptx.shuffle_xor(t0, 16)
-                t1 += ptx.shuffle_xor(t1, 16)
-                if last:
-                    s0, s1, t0, t1 = mask_tile(s0, s1, t0, t1, c, new)
-                s0, s1, t0, t1, row_max, row_sum, alpha = online_softmax(s0, s1, t0, t1, row_max, row_sum)
-                hi0, hi1, lo0, lo1 = weight_terms(s0, s1, t0, t1, g)
-                if not fresh:  # columns 2c and 2c + 1 are heads 2c % 4 and 2c % 4 + 1
-                    even, odd = ptx.shuffle(alpha, (c & 1) * 8), ptx.shuffle(alpha, (c & 1) * 8 + 4)
-                    for i in range(0, O_REGS, 2):
-                        o_r[i], o_r[i + 1] = o_r[i] * even, o_r[i + 1] * odd
-                if last:
-                    insert_value(v_r, new_s, new, g, c)
-                for i in range(Q):
-                    for j in range(4):  # dimensions 64i + 8g + 2j and, in rows 8 .. 15, the one after
-                        v, n = 16 * i + j, 4 * (4 * i + j)
-                        a0 = int32(ptx.byte_permute(v_r[v], v_r[v + 4], LOW_HALVES))
-                        a1 = int32(ptx.byte_permute(v_r[v], v_r[v + 4], HIGH_HALVES))
-                        a2 = int32(ptx.byte_permute(v_r[v + 8], v_r[v + 12], LOW_HALVES))
-                        a3 = int32(ptx.byte_permute(v_r[v + 8], v_r[v + 12], HIGH_HALVES))
-                        o0, o1, o2, o3 = o_r[n], o_r[n + 1], o_r[n + 2], o_r[n + 3]
-                        o0, o1, o2, o3 = mma(a0, a1, a2, a3, hi0, hi1, o0, o1, o2, o3)
-                        o0, o1, o2, o3 = mma(a0, a1, a2, a3, lo0, lo1, o0, o1, o2, o3)
-                        o_r[n], o_r[n + 1], o_r[n + 2], o_r[n + 3] = o0, o1, o2, o3
-                if following < tiles:
-                    load_values(v_r, values, at + v_lane, ahead, g, c)
-                fresh = int32(current + STRIPES) >= end
-                if fresh:
-                    stripe = warp if WARPS == STRIPES else int32((current - start) & (STRIPES - 1))
-                    # The stripe's result. Lanes c and c + 2 have the terms of the same two heads: each adds up one.
-                    row_sum += ptx.shuffle_xor(row_sum, 1)
-                    row_sum += ptx.shuffle_xor(row_sum, 2)
-                    if c == 0 and g < MMA_HEADS:
-                        max_s[stripe * MMA_HEADS + g] = row_max
-                        sum_s[stripe * MMA_HEADS + g] = row_sum
-                    to = (stripe * MMA_HEADS + (c & 1) * 2 + (c >> 1)) * STRIDE + 8 * g
-                    upper = c >= 2
-                    for i in range(4 * Q):  # two neighbouring dimensions
-                        n = 4 * i
-                        o0, o1, o2, o3 = o_r[n], o_r[n + 1], o_r[n + 2], o_r[n + 3]
-                        o_r[2 * i] = (o1 if upper else o0) + ptx.shuffle_xor(o0 if upper else o1, 2)
-                        o_r[2 * i + 1] = (o3 if upper else o2) + ptx.shuffle_xor(o2 if upper else o3, 2)
-                    for i in range(2 * Q):
-                        wr = to + (i // 2 * VALUE_DIMS + i % 2 * 4)
-                        ptx.store4(acc_s, wr, o_r[4 * i], o_r[4 * i + 1], o_r[4 * i + 2], o_r[4 * i + 3])
-                    row_max, row_sum = MINUS_INF, ZERO
-                    for i in range(O_REGS):
-                        o_r[i] = ZERO
-                current = following
+    @device_function
+    def multiply_values(o_r, v_r, hi0, hi1, lo0, lo1):
+        """o_r += v . p of a tile."""
+        for i in range(Q):
+            for j in range(4):  # dimensions 64i + 8g + 2j and, in rows 8 .. 15, the one after
+                v, n = 16 * i + j, 4 * (4 * i + j)
+                a0 = int32(ptx.byte_permute(v_r[v], v_r[v + 4], LOW_HALVES))
+                a1 = int32(ptx.byte_permute(v_r[v], v_r[v + 4], HIGH_HALVES))
+                a2 = int32(ptx.byte_permute(v_r[v + 8], v_r[v + 12], LOW_HALVES))
+                a3 = int32(ptx.byte_permute(v_r[v + 8], v_r[v + 12], HIGH_HALVES))
+                o0, o1, o2, o3 = o_r[n], o_r[n + 1], o_r[n + 2], o_r[n + 3]
+                o0, o1, o2, o3 = mma(a0, a1, a2, a3, hi0, hi1, o0, o1, o2, o3)
+                o0, o1, o2, o3 = mma(a0, a1, a2, a3, lo0, lo1, o0, o1, o2, o3)
+                o_r[n], o_r[n + 1], o_r[n + 2], o_r[n + 3] = o0, o1, o2, o3
 
-            # The stripes meet.
-            cuda.syncthreads()
-            stripes = min(int32(end - start), int32(STRIPES))
-            split_wr = (int64(index) * max_splits + split) * HEADS
-            for n in range(HEAD_ROUNDS):
-                h = int32(warp + n * WARPS)
-                if h < HEADS:
-                    row_max = max_s[lane * MMA_HEADS + h] if lane < stripes else MINUS_INF
-                    row_sum = sum_s[lane * MMA_HEADS + h] if lane < stripes else ZERO
-                    largest = ptx.warp_max(row_max)
-                    weight = ptx.exp2_approx(row_max - largest)
-                    row_sum = ptx.warp_sum(ptx.mul_rn(weight, row_sum))
-                    if lane < stripes:
-                        max_s[lane * MMA_HEADS + h] = weight
-                    if lane == 0:
-                        row_sum_s[h] = row_sum
-                        if num_splits > 1:
-                            stats[(split_wr + h) * 2] = largest
-                            stats[(split_wr + h) * 2 + 1] = row_sum
-            cuda.syncthreads()
-            for n in range(OUTPUTS):
-                i = int32(tid + n * threads)
-                h = ptx.udiv(i, int32(DP // 4))
-                d = int32((i - h * (DP // 4)) * 4)
-                if h < HEADS:
-                    b0 = b1 = b2 = b3 = ZERO
-                    for s in range(stripes):
-                        weight = max_s[s * MMA_HEADS + h]
-                        x0, x1, x2, x3 = ptx.load4(acc_s, (s * MMA_HEADS + h) * STRIDE + d)
-                        b0, b1, b2, b3 = b0 + weight * x0, b1 + weight * x1, b2 + weight * x2, b3 + weight * x3
+    @device_function
+    def weigh_stripes(max_s, sum_s, row_sum_s, stats, stripes, num_splits, split_wr, warp, lane):
+        """Each stripe's weight into max_s, each head's sum over the stripes into row_sum_s; maximum and sum to
+        stats."""
+        for n in range(HEAD_ROUNDS):
+            h = int32(warp + n * WARPS)
+            if h < HEADS:
+                row_max = max_s[lane * MMA_HEADS + h] if lane < stripes else MINUS_INF
+                row_sum = sum_s[lane * MMA_HEADS + h] if lane < stripes else ZERO
+                largest = ptx.warp_max(row_max)
+                weight = ptx.exp2_approx(row_max - largest)
+                row_sum = ptx.warp_sum(ptx.mul_rn(weight, row_sum))
+                if lane < stripes:
+                    max_s[lane * MMA_HEADS + h] = weight
+                if lane == 0:
+                    row_sum_s[h] = row_sum
                     if num_splits > 1:
-                        ptx.store4(partials, (split_wr + h) * DP + d, b0, b1, b2, b3)
-                    else:
-                        inverse = ptx.div_rn(ONE, row_sum_s[h])
-                        wr = (token * (num_kv_heads * group) + head_block * HEADS + h) * D + d
-                        store_out(out, wr, d, b0, b1, b2, b3, inverse)
-            split = split_after
-            if split < num_splits:
-                cuda.syncthreads()
-        if num_splits == 1:
-            return
+                        stats[(split_wr + h) * 2] = largest
+                        stats[(split_wr + h) * 2 + 1] = row_sum
 
-        cuda.syncthreads()
-        if tid == 0:
-            arrived_s[0] = int32(ptx.atomic_fetch_add_ordered(arrivals, index, uint32(1)))
-        cuda.syncthreads()
-        if arrived_s[0] != min(num_splits, int32(work_list[cuda.blockIdx.x] >> TOKEN_BITS + 8)) - 1:
-            return
-        # The last block of this token's head_block: every split's partial result is there.
-        partial_rd = int64(index) * max_splits * HEADS
+    @device_function
+    def store_split(
+        acc_s, max_s, row_sum_s, partials, out, stripes, num_splits, split_wr, token, head_block, num_kv_heads, tid
+    ):
+        """The split's result: the output, or one of several partial results."""
+        for n in range(OUTPUTS):
+            i = int32(tid + n * threads)
+            h = ptx.udiv(i, int32(DP // 4))
+            d = int32((i - h * (DP // 4)) * 4)
+            if h < HEADS:
+                b0 = b1 = b2 = b3 = ZERO
+                for s in range(stripes):
+                    weight = max_s[s * MMA_HEADS + h]
+                    x0, x1, x2, x3 = ptx.load4(acc_s, (s * MMA_HEADS + h) * STRIDE + d)
+                    b0, b1, b2, b3 = b0 + weight * x0, b1 + weight * x1, b2 + weight * x2, b3 + weight * x3
+                if num_splits > 1:
+                    ptx.store4(partials, (split_wr + h) * DP + d, b0, b1, b2, b3)
+                else:
+                    inverse = ptx.div_rn(ONE, row_sum_s[h])
+                    wr = (token * (num_kv_heads * group) + head_block * HEADS + h) * D + d
+                    store_out(out, wr, d, b0, b1, b2, b3, inverse)
+
+    @device_function
+    def combine_splits(
+        acc_s,
+        row_sum_s,
+        prefetch_r,
+        partials,
+        stats,
+        out,
+        num_splits,
+        partial_rd,
+        token,
+        head_block,
+        num_kv_heads,
+        tid,
+        warp,
+        lane,
+    ):
+        """The output from every split's partial result."""
         for n in range(HEAD_ROUNDS):
             h = int32(warp + n * WARPS)
             if h < HEADS:
@@ -489,6 +334,233 @@ def make_paged_decode(
                 inverse = ptx.div_rn(ONE, row_sum_s[h])
                 wr = (token * (num_kv_heads * group) + head_block * HEADS + h) * D + d
                 store_out(out, wr, d, b0, b1, b2, b3, inverse)
+
+    def paged_decode_attention(
+        qkv, cos, sin, slot_positions, block_table, block_table_stride, keys, values, page_words, head_words, partials,
+        stats, arrivals, out, work_list, num_kv_heads, max_splits, num_slots, max_tokens, cache_words
+    ):  # fmt: skip
+        q_s = ptx.pointer(cuda.shared.array(Q_WORDS, int32, SHARED_ALIGN))  # left operands: [steps, lane, 4 registers]
+        # [STRIPES, MMA_HEADS, STRIDE]; at first queries and new vectors, at last the splits' weights
+        acc_s = ptx.pointer(cuda.shared.array(ACC_FLOATS, float32, SHARED_ALIGN))
+        new_s = ptx.pointer(cuda.shared.array(DP, int32, SHARED_ALIGN))  # [2, DP / 2]: new key and value, as stored
+        max_s = ptx.pointer(cuda.shared.array(STATS, float32))  # [STRIPES, MMA_HEADS]; then the stripes' weights
+        sum_s = ptx.pointer(cuda.shared.array(STATS, float32))
+        row_sum_s = ptx.pointer(cuda.shared.array(MMA_HEADS, float32))
+        arrived_s = ptx.pointer(cuda.shared.array(1, int32))
+        k_r = cuda.local.array(K_REGS, int32)
+        v_r = cuda.local.array(V_REGS, int32)
+        o_r = cuda.local.array(O_REGS, float32)
+        prefetch_r = cuda.local.array(PREFETCH_REGS, float32)
+        cos_r = cuda.local.array(ANGLES, float32)
+        sin_r = cuda.local.array(ANGLES, float32)
+        x_r = cuda.local.array(X_REGS, float32)
+
+        release()
+        tid = int32(cuda.threadIdx.x)
+        warp, lane = int32(tid >> 5), int32(tid & 31)
+        g, c = int32(lane >> 2), int32(lane & 3)
+        entry = work_list[cuda.blockIdx.x]
+        if entry < 0:
+            return
+        # How many blocks the token has is read again where it is used: no register is left to keep it in.
+        token, split = int32(entry & MAX_TOKENS - 1), int32(entry >> TOKEN_BITS & 255)
+        head_block = int32(cuda.blockIdx.y)
+        kv = head_block if HEAD_BLOCKS == 1 else ptx.udiv(head_block, int32(HEAD_BLOCKS))
+        index = int32(token * num_kv_heads * HEAD_BLOCKS + head_block)
+        base = int32(kv * head_words)
+        k_lane, v_lane = int32(g * WORDS + c * 4), int32(2 * c * WORDS + g * 4)
+
+        # The first round begins before the launches before this one have ended. It takes `slot_positions` as it is
+        # then, perhaps of an earlier pass: any numbers that are in range do, for if they turn out otherwise there is a
+        # second round. Nobody writes tokens before the new one, and that one is never loaded.
+        while True:
+            slot, pos = ptx.load2_l2(slot_positions, 2 * token)
+            known = slot >= 0 and slot < num_slots and pos >= 0 and pos < max_tokens
+            tiles = int32((pos >> 4) + 1) if known else int32(0)
+            split_tiles = max(int32(MIN_SPLIT_TILES), int32(((pos >> STEP_SHIFT) + 1) * STEP_TILES))
+            start = int32(split * split_tiles)
+            end = min(int32(start + split_tiles), tiles)
+            current = int32(start + warp)
+            pages = int32(slot * block_table_stride)
+            if current < end:
+                page = int64(block_table[pages + (current >> PAGE_TILE_BITS)])
+                at = page * page_words + base
+                if page < 0 or at + PAGE * WORDS > cache_words:
+                    at = base
+                at += (current & (PAGE_TILES - 1)) * (TILE_TOKENS * WORDS)
+                left = int32(pos - current * TILE_TOKENS)  # tokens t < left exist, t counted from the tile's first
+                load_keys(k_r, keys, at + k_lane, left, g, c)
+                load_values(v_r, values, at + v_lane, left, g, c)
+            for n in range(ANGLES):
+                i = int32(tid + n * threads)
+                j = int32(i - ptx.udiv(i, int32(HALF)) * HALF)
+                cos_r[n] = sin_r[n] = ZERO
+                if start < end:
+                    cos_r[n], sin_r[n] = cos[int64(pos) * HALF + j], sin[int64(pos) * HALF + j]
+            wait()
+            slot_now, pos_now = ptx.load2_l2(slot_positions, 2 * token)
+            if start < end:
+                token_rd = int32(token * num_kv_heads * (group + 2))
+                q_rd = int32((token_rd + head_block * HEADS) * D)
+                k_rd = int32((token_rd + num_kv_heads * group + kv) * D)
+                rotate_vectors(qkv, x_r, cos_r, sin_r, acc_s, q_rd, k_rd, num_kv_heads, tid)
+            if slot == slot_now and pos == pos_now:
+                break
+        if start >= end:
+            return
+        num_splits = ptx.udiv(int32(tiles + split_tiles - 1), split_tiles)
+        # Of the blocks that have this key and value, the token's first stores them.
+        stores = split == 0 and (HEAD_BLOCKS == 1 or head_block == kv * HEAD_BLOCKS)
+        new_page = int32(0)
+        if stores:
+            new_page = int32(block_table[pages + ((tiles - 1) >> PAGE_TILE_BITS)])
+
+        # The queries as left operands, the key and value as bfloat16.
+        if DP > D:
+            for i in range(tid, PADS, threads):
+                h = int32(i // (DP - D))
+                acc_s[h * DP + D + i - h * (DP - D)] = ZERO
+        cuda.syncthreads()
+        for n in range(VECTOR_ROUNDS):
+            i = int32(tid + n * threads)
+            h = ptx.udiv(i, int32(DP // 2))
+            word = int32(i - h * (DP // 2))
+            if h < MMA_HEADS:
+                if word < 16 * L:
+                    store_query(q_s, h, word, acc_s[h * DP + 2 * word], acc_s[h * DP + 2 * word + 1])
+            elif h < VECTORS:
+                stored = stored_word(acc_s[h * DP + 2 * word], acc_s[h * DP + 2 * word + 1])
+                new_s[(h - MMA_HEADS) * (DP // 2) + word] = stored
+                if stores and (WHOLE or word < WORDS):
+                    wr = int64(new_page) * page_words + base + ((pos & (PAGE - 1)) * WORDS + word)
+                    if h == MMA_HEADS:
+                        keys[wr] = stored
+                    else:
+                        values[wr] = stored
+        cuda.syncthreads()
+
+        while split < num_splits:
+            start = int32(split * split_tiles)
+            end = min(int32(start + split_tiles), tiles)
+            split_after = int32(split + (work_list[cuda.blockIdx.x] >> TOKEN_BITS + 8))
+            # A warp's first tile of the next split; of splits, only a context's last can have warps without a tile.
+            next_first = int32(split_after * split_tiles + warp) if split_after < num_splits else tiles
+            row_max, row_sum, fresh = MINUS_INF, ZERO, True
+            for i in range(O_REGS):
+                o_r[i] = ZERO
+            while current < end:
+                # The tile after this one: of the same stripe; after its last, of this warp's next stripe or split.
+                following = _next_tile(current, start, end, next_first, WARPS)
+                page = int32(0)
+                if following < tiles:
+                    page = int32(block_table[pages + (following >> PAGE_TILE_BITS)])
+                ahead = int32(pos - following * TILE_TOKENS)
+                last, new = int32(current + 1) == tiles, int32(pos & (TILE_TOKENS - 1))
+                if last:
+                    insert_key(k_r, new_s, new, g, c)
+                s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = ZERO
+                for i in range(L):
+                    for j in range(2):
+                        a0, a1, a2, a3 = ptx.load4(q_s, lane * 4 + (2 * i + j) * WARP * 4)
+                        n = 8 * i + 2 * j
+                        s0, s1, s2, s3 = mma(a0, a1, a2, a3, k_r[n], k_r[n + 1], s0, s1, s2, s3)
+                        t0, t1, t2, t3 = mma(a0, a1, a2, a3, k_r[n + 4], k_r[n + 5], t0, t1, t2, t3)
+                at = int64(page) * page_words + base + (following & (PAGE_TILES - 1)) * (TILE_TOKENS * WORDS)
+                if following < tiles:
+                    load_keys(k_r, keys, at + k_lane, ahead, g, c)
+                # The three terms' rows add up to the scores of head g % 4: tokens 2c, 2c + 1, 2c + 8, 2c + 9.
+                s0, s1, t0, t1 = s0 + s2, s1 + s3, t0 + t2, t1 + t3
+                s0 += ptx.shuffle_xor(s0, 16)
+                s1 += ptx.shuffle_xor(s1, 16)
+                t0 += ptx.shuffle_xor(t0, 16)
+                t1 += ptx.shuffle_xor(t1, 16)
+                if last:
+                    s0, s1, t0, t1 = mask_tile(s0, s1, t0, t1, c, new)
+                s0, s1, t0, t1, row_max, row_sum, alpha = online_softmax(s0, s1, t0, t1, row_max, row_sum)
+                hi0, hi1, lo0, lo1 = weight_terms(s0, s1, t0, t1, g)
+                if not fresh:  # columns 2c and 2c + 1 are heads 2c % 4 and 2c % 4 + 1
+                    even, odd = ptx.shuffle(alpha, (c & 1) * 8), ptx.shuffle(alpha, (c & 1) * 8 + 4)
+                    for i in range(0, O_REGS, 2):
+                        o_r[i], o_r[i + 1] = o_r[i] * even, o_r[i + 1] * odd
+                if last:
+                    insert_value(v_r, new_s, new, g, c)
+                multiply_values(o_r, v_r, hi0, hi1, lo0, lo1)
+                if following < tiles:
+                    load_values(v_r, values, at + v_lane, ahead, g, c)
+                fresh = int32(current + STRIPES) >= end
+                if fresh:
+                    stripe = warp if WARPS == STRIPES else int32((current - start) & (STRIPES - 1))
+                    # The stripe's result. Lanes c and c + 2 have the terms of the same two heads: each adds up one.
+                    row_sum += ptx.shuffle_xor(row_sum, 1)
+                    row_sum += ptx.shuffle_xor(row_sum, 2)
+                    if c == 0 and g < MMA_HEADS:
+                        max_s[stripe * MMA_HEADS + g] = row_max
+                        sum_s[stripe * MMA_HEADS + g] = row_sum
+                    to = (stripe * MMA_HEADS + (c & 1) * 2 + (c >> 1)) * STRIDE + 8 * g
+                    upper = c >= 2
+                    for i in range(4 * Q):  # two neighbouring dimensions
+                        n = 4 * i
+                        o0, o1, o2, o3 = o_r[n], o_r[n + 1], o_r[n + 2], o_r[n + 3]
+                        o_r[2 * i] = (o1 if upper else o0) + ptx.shuffle_xor(o0 if upper else o1, 2)
+                        o_r[2 * i + 1] = (o3 if upper else o2) + ptx.shuffle_xor(o2 if upper else o3, 2)
+                    for i in range(2 * Q):
+                        wr = to + (i // 2 * VALUE_DIMS + i % 2 * 4)
+                        ptx.store4(acc_s, wr, o_r[4 * i], o_r[4 * i + 1], o_r[4 * i + 2], o_r[4 * i + 3])
+                    row_max, row_sum = MINUS_INF, ZERO
+                    for i in range(O_REGS):
+                        o_r[i] = ZERO
+                current = following
+
+            # The stripes meet.
+            cuda.syncthreads()
+            stripes = min(int32(end - start), int32(STRIPES))
+            split_wr = (int64(index) * max_splits + split) * HEADS
+            weigh_stripes(max_s, sum_s, row_sum_s, stats, stripes, num_splits, split_wr, warp, lane)
+            cuda.syncthreads()
+            store_split(
+                acc_s,
+                max_s,
+                row_sum_s,
+                partials,
+                out,
+                stripes,
+                num_splits,
+                split_wr,
+                token,
+                head_block,
+                num_kv_heads,
+                tid,
+            )
+            split = split_after
+            if split < num_splits:
+                cuda.syncthreads()
+        if num_splits == 1:
+            return
+
+        cuda.syncthreads()
+        if tid == 0:
+            arrived_s[0] = int32(ptx.atomic_fetch_add_ordered(arrivals, index, uint32(1)))
+        cuda.syncthreads()
+        if arrived_s[0] != min(num_splits, int32(work_list[cuda.blockIdx.x] >> TOKEN_BITS + 8)) - 1:
+            return
+        # The last block of this token's heads: every split's partial result is there.
+        partial_rd = int64(index) * max_splits * HEADS
+        combine_splits(
+            acc_s,
+            row_sum_s,
+            prefetch_r,
+            partials,
+            stats,
+            out,
+            num_splits,
+            partial_rd,
+            token,
+            head_block,
+            num_kv_heads,
+            tid,
+            warp,
+            lane,
+        )
         if tid == 0:
             arrivals[index] = 0
 
