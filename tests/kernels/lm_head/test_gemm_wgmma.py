@@ -213,11 +213,12 @@ def test_refuses_tiles(tile: tuple[int, ...]) -> None:
 
 
 def test_batches_have_its_variants_compiled() -> None:
-    from bitnet_numba.backends.cuda.batch import batch_specs
+    from bitnet_numba.backends.cuda.warmup import Needs
 
     config = ModelConfig.from_hf(PRESETS["2b-4t"][1] | {"quantization_config": {"quant_method": "bitnet"}})
     for arch_, int8, expected in ((90, False, True), (90, True, False), (80, False, False)):
-        names = {spec.name for spec in batch_specs(config, int8, ArchSpec(arch_, 132), 200)}
+        needs = Needs(config, "int8" if int8 else "bf16", ArchSpec(arch_, 132), 200)
+        names = {spec.name for spec in needs.specs()}
         taken = {kernel.spec(90, kernel.plan(rows)).name for rows in (1, 16, 32, 64, 128, 200)}
         taken |= {split_norm.spec(90, config.hidden_size, "wgmma", False).name}
         assert taken <= names if expected else not taken & names
