@@ -4,9 +4,17 @@ Arrays are DeviceArrays, or anything else with `__cuda_array_interface__` (CuPy,
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import numpy as np
+
 from bitnet_numba.kernels.runtime.memory import DeviceArray, as_device_array
+
+
+@cache
+def _dtypes(names: str) -> tuple[np.dtype, ...]:
+    return tuple(np.dtype(name) for name in names.split())
 
 
 def checked(kernel: str, problem: str, **operands: tuple[Any, int, str]) -> list[Any]:
@@ -25,7 +33,7 @@ def checked(kernel: str, problem: str, **operands: tuple[Any, int, str]) -> list
             array = as_device_array(value)
         except ValueError as error:
             raise ValueError(f"{kernel}: {name}: {error}") from None
-        if array.dtype.name not in dtypes.split():
+        if array.dtype not in _dtypes(dtypes):
             raise ValueError(f"{kernel}: {name} must be {' or '.join(dtypes.split())}, not {array.dtype}")
         if array.size < size:
             raise ValueError(f"{kernel}: {name} holds {array.size} elements, {problem} takes {size}")

@@ -19,6 +19,7 @@ from numba.cuda import types
 
 from bitnet_numba.backends.cuda.backend import CudaBackend
 from bitnet_numba.backends.cuda.context import CudaContext
+from bitnet_numba.backends.cuda.forward import DecodePass
 from bitnet_numba.checkpoint.packed import FORMAT, EmbeddingDtype, open_packed, packed_plan
 from bitnet_numba.checkpoint.safetensors_file import write_tensors
 from bitnet_numba.config import ModelConfig
@@ -36,6 +37,7 @@ from bitnet_numba.packing import BLOCK_ROWS, packed_words
 from bitnet_numba.sampling import SamplingParams
 from tools.make_checkpoint import PRESETS, QUANTIZATION
 
+LAYER = ("qkv", "attention", "o", "gate_up", "down")  # launches of a layer in a decode step
 SHAPES = [  # N, K: the linears of 2B4T, of the 3B model, and two large ones
     (2560, 2560), (3840, 2560), (13824, 2560), (2560, 6912), (3200, 3200), (4800, 3200), (3200, 10240), (20480, 3200),
     (5120, 27648), (55296, 5120),
@@ -219,7 +221,7 @@ def write_random_packed(folder: Path, head: EmbeddingDtype) -> None:
 
 def step_us(context: CudaContext, position: int, steps: int = 60) -> float:
     """Device time of a decode step around a position."""
-    stream, state = context._stream, context._state
+    stream, state = context._runtime.stream, context._state
     first = min(position - steps // 2, context.capacity - steps - 2)
     state.settings.write(pack_settings(SamplingParams()))
     before, after = Event(), Event()
@@ -234,6 +236,15 @@ def step_us(context: CudaContext, position: int, steps: int = 60) -> float:
         after.wait()
         times.append(after.microseconds_since(before) / steps)
     return median(times)
+
+
+def named_launches(context: CudaContext, long: bool) -> dict[str, list[Launch]]:
+    """The launches of a decode step by name."""
+    steps, runtime = context._steps, context._runtime
+    forward = DecodePass(runtime.model, context._state, runtime.decode_buffers.attention, long)
+    layers = [forward.layer(i) for i in range(runtime.model.config.num_layers)]
+    named = {name: [layer[n] for layer in layers] for n, name in enumerate(LAYER)}
+    return {"embed": [forward.embed()], **named, "lm_head": [steps.lm_head()], "sampler": [steps.sampler()]}
 
 
 def measure_decode(folders: dict[str, Path], bandwidth: float) -> dict[str, Any]:
@@ -264,8 +275,9 @@ def measure_decode(folders: dict[str, Path], bandwidth: float) -> dict[str, Any]
         kernels = {}
         for position in CONTEXTS:
             context._state.position.write(np.array([position - 2], np.int32))
-            named = context._step.launches(position >= LONG_CONTEXT)
-            kernels[position] = {name: graph_us(context._stream, launches) for name, launches in named.items()}
+            named = named_launches(context, position >= LONG_CONTEXT)
+            stream = context._runtime.stream
+            kernels[position] = {name: graph_us(stream, launches) for name, launches in named.items()}
         latency = []
         for prompt in PROMPTS:
             for answer in ANSWERS:
@@ -293,7 +305,7 @@ def measure_decode(folders: dict[str, Path], bandwidth: float) -> dict[str, Any]
 FIRST_TOKEN = """
 import sys, time
 start = time.perf_counter()
-from bitnet_numba.checkpoint import open_packed
+from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.backends.cuda.backend import CudaBackend
 from bitnet_numba.sampling import SamplingParams
 backend = CudaBackend(open_packed(sys.argv[1]))

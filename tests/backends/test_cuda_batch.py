@@ -54,12 +54,12 @@ def collect(batch: Batch, tokens: dict[int, list[int]], calls: int) -> None:
 
 @needs_gpu
 def test_prompts_cut_anyhow_give_the_same_bits(demo: PackedCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bitnet_numba.backends.cuda import backend as cuda_backend
+    from bitnet_numba.backends.cuda import context as cuda_context
 
     ids = random_ids(demo, 300, 1)
     whole = backend_of(demo).new_context(300).logits(ids)
-    monkeypatch.setattr(cuda_backend, "MAX_SCORED", 23)
-    monkeypatch.setattr(cuda_backend, "MAX_ROWS", 32)
+    monkeypatch.setattr(cuda_context, "MAX_SCORED", 23)
+    monkeypatch.setattr(cuda_context, "MAX_TOKENS", 32)
     cut = backend_of(demo).new_context(300)
     rng, start, parts = np.random.default_rng(2), 0, []
     while start < len(ids):

@@ -65,7 +65,7 @@ def test_simulated_simple_kernels(N: int, K: int, threads: int, seed: int) -> No
 
 
 @needs_gpu
-@pytest.mark.filterwarnings("ignore:Grid size")  # Numba warns of small grids
+@pytest.mark.filterwarnings("ignore:.*Grid size")  # Numba warns of small grids
 @settings(max_examples=25)
 @given(
     N=st.integers(1, 3000),
