@@ -5,14 +5,19 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BASE = ("errors", "bfloat16", "packing", "quantize", "config", "sampling")
+OPERATIONS = tuple(
+    f"bitnet_numba.kernels.{name}" for name in ("linear", "attention", "lm_head", "sampling", "embedding")
+)
 # From the ground up. A module may import from lower floors and from its own room; rooms of one floor are apart.
 FLOORS: list[tuple[str, ...]] = [
-    tuple(f"bitnet_numba.{name}" for name in BASE),
-    ("bitnet_numba.checkpoint", "bitnet_numba.text", "bitnet_numba.kernels.ptx"),
+    tuple(f"bitnet_numba.{name}" for name in ("errors", "bfloat16", "packing", "quantize")),
+    ("bitnet_numba.json_file", "bitnet_numba.config"),
+    ("bitnet_numba.sampling",),
+    ("bitnet_numba.text", "bitnet_numba.kernels.ptx"),
+    ("bitnet_numba.checkpoint",),
     ("bitnet_numba.reference", "bitnet_numba.kernels.runtime"),
     ("bitnet_numba.kernels.operands",),
-    tuple(f"bitnet_numba.kernels.{name}" for name in ("linear", "attention", "lm_head", "sampling", "embedding")),
+    OPERATIONS,
     ("bitnet_numba.backends",),
     ("bitnet_numba.engine",),
     ("bitnet_numba.chat",),
@@ -39,7 +44,7 @@ def place(module: str) -> tuple[int, str]:
     rooms = [
         (floor, room) for floor, names in enumerate(FLOORS) for room in names if f"{module}.".startswith(f"{room}.")
     ]
-    return max(rooms, key=lambda found: len(found[1]), default=(0 if BASE[0] in module else -1, module))
+    return max(rooms, key=lambda found: len(found[1]), default=(-1, module))
 
 
 def imported(tree: ast.Module) -> set[str]:
@@ -75,7 +80,7 @@ def test_every_launcher_has_a_caller() -> None:
     launchers = {
         node.name
         for module, tree in everything.items()
-        if place(module)[1] in FLOORS[4]
+        if place(module)[1] in OPERATIONS
         for node in tree.body
         if isinstance(node, ast.FunctionDef) and node.args.args[:1] and node.args.args[0].arg == "device"
         and not node.name.startswith("_") and "Launch" in ast.dump(node.returns or ast.Constant(None))

@@ -22,7 +22,7 @@ from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels.attention.decode import LONG_CONTEXT
 from bitnet_numba.kernels.runtime.device import usable_device
 from bitnet_numba.kernels.runtime.driver import Event
-from bitnet_numba.kernels.sampling.parts import settings
+from bitnet_numba.kernels.sampling.parts import pack_settings
 from bitnet_numba.sampling import SamplingParams
 from tools.bench_timing import graph_us, random_words
 from tools.make_checkpoint import PRESETS, QUANTIZATION
@@ -64,7 +64,7 @@ def step_us(context: CudaContext, position: int, steps: int = 60) -> float:
     """Device time of a decode step around a position."""
     stream, state = context._stream, context._state
     first = min(position - steps // 2, context.capacity - steps - 2)
-    state.settings.write(settings(SamplingParams()))
+    state.settings.write(pack_settings(SamplingParams()))
     before, after = Event(), Event()
     times = []
     for _ in range(3):

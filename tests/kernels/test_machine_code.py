@@ -28,7 +28,7 @@ TENSOR_CORES = 80
 NO_PTXAS = "ptxas is not installed (pip install nvidia-cuda-nvcc)"
 KEPT_KERNELS = 8  # more than a group has that differ between architectures
 # Kernel: an instruction that its PTX must have, and how often at least.
-UNITS = {"attention_long": (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16", 32)}
+UNITS = {"decode_attention_mma": (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16", 32)}
 
 
 def kernel_name(spec: KernelSpec) -> str:
@@ -160,10 +160,10 @@ def test_products_and_long_attention_use_the_units_made_for_them() -> None:
     gemv = first_specs("linear_gemv", FULL_ARCH)[0]
     assert gemv.dp4a >= 16 and gemv.wide_loads >= 1
     assert [kernel_name(spec) for spec in first_specs("attention_decode", TENSOR_CORES)] == [
-        "attention",
-        "attention_long",  # see UNITS
+        "decode_attention",
+        "decode_attention_mma",  # see UNITS
     ]
-    assert [kernel_name(spec) for spec in first_specs("attention_decode", 75)] == ["attention"]
+    assert [kernel_name(spec) for spec in first_specs("attention_decode", 75)] == ["decode_attention"]
 
 
 @pytest.mark.parametrize(

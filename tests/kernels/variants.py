@@ -7,10 +7,8 @@ from collections.abc import Callable
 from bitnet_numba.kernels import embedding as embed
 from bitnet_numba.kernels.attention import decode, kv_cache, paged_decode, paged_simt, prefill
 from bitnet_numba.kernels.linear import gemm, gemv, heuristics, quantize
-from bitnet_numba.kernels.lm_head import gemm_mma as head_mma
-from bitnet_numba.kernels.lm_head import gemm_wgmma as head_wgmma
+from bitnet_numba.kernels.lm_head import gemm_mma, gemm_simt, gemm_wgmma, split_norm
 from bitnet_numba.kernels.lm_head import gemv as head_gemv
-from bitnet_numba.kernels.lm_head import split_norm
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.kernels.sampling import batched, single
 
@@ -18,9 +16,9 @@ SMS = 132  # of an H200
 
 
 def attention_decode(arch: int) -> list[KernelSpec]:
-    """2B4T's, and padding and idle lanes, one head, a whole warp a row; each for short and long contexts."""
+    """2B4T's, and padding and idle lanes, one head, a whole warp a token; each for short and long contexts."""
     shapes = [(128, 4), (100, 1), (256, 3)]
-    return [decode.attention_spec(arch, head_dim, group, long) for head_dim, group in shapes for long in (False, True)]
+    return [decode.decode_spec(arch, head_dim, group, long) for head_dim, group in shapes for long in (False, True)]
 
 
 def attention_paged_decode(arch: int) -> list[KernelSpec]:
@@ -29,21 +27,21 @@ def attention_paged_decode(arch: int) -> list[KernelSpec]:
     shapes += [(96, 1, 256), (128, 8, 128), (8, 5, 64)]
     if not paged_decode.fits(arch, shapes[0][0]):
         return []
-    return [paged_decode.attention_batch_spec(arch, *shape) for shape in shapes]
+    return [paged_decode.paged_decode_spec(arch, *shape) for shape in shapes]
 
 
 def attention_prefill(arch: int) -> list[KernelSpec]:
     """2B4T's, and padding, halves that do not end with a step, large heads, few warps."""
-    if arch < prefill.MIN_ARCH:
-        return []
     shapes = [(128, 4), (100, 1), (96, 3), (256, 3)]
-    return [prefill.attention_prompt_spec(arch, head_dim, group) for head_dim, group in shapes]
+    if not prefill.fits(arch, shapes[0][0]):
+        return []
+    return [prefill.prefill_spec(arch, head_dim, group) for head_dim, group in shapes]
 
 
 def attention_paged_simt(arch: int) -> list[KernelSpec]:
     """2B4T's, and padding and idle lanes, a whole warp a token, a group in parts."""
     shapes = [(128, 4), (100, 1), (256, 3), (6, 10)]
-    return [paged_simt.attention_rows_spec(arch, head_dim, group) for head_dim, group in shapes]
+    return [paged_simt.paged_simt_spec(arch, head_dim, group) for head_dim, group in shapes]
 
 
 def attention_kv_cache(arch: int) -> list[KernelSpec]:
@@ -53,8 +51,8 @@ def attention_kv_cache(arch: int) -> list[KernelSpec]:
 
 def embedding(arch: int) -> list[KernelSpec]:
     """All there are."""
-    many = [embed.embed_many_spec(arch, int8, prompt) for int8 in (False, True) for prompt in (False, True)]
-    single_rows = [embed.embed_spec(arch, int8) for int8 in (False, True)]
+    many = [embed.embed_tokens_spec(arch, int8, prompt) for int8 in (False, True) for prompt in (False, True)]
+    single_rows = [embed.embed_token_spec(arch, int8) for int8 in (False, True)]
     return [*single_rows, *many, embed.finish_prompt_spec(arch), embed.advance_spec(arch)]
 
 
@@ -66,18 +64,23 @@ def lm_head_gemv(arch: int) -> list[KernelSpec]:
 def lm_head_gemm(arch: int) -> list[KernelSpec]:
     """2B4T's rows for every number of tokens, and rows that are padded."""
     kinds = (False, True)
-    tiles = split_norm.TILES if arch >= split_norm.TENSOR_CORES else split_norm.TILES[:1]
-    many = [head_mma.head_many_spec(arch, 2560, int8, t) for t in tiles for int8 in kinds]
-    padded = [head_mma.head_many_spec(arch, 2080, int8, tiles[-1]) for int8 in kinds]
-    return [*many, *(split_norm.norm_split_spec(arch, K, int8) for K in (2560, 2080) for int8 in kinds), *padded]
+    norms = [
+        split_norm.spec(arch, K, "mma" if arch >= gemm_mma.MIN_ARCH else "simt", int8)
+        for K in (2560, 2080)
+        for int8 in kinds
+    ]
+    if arch < gemm_mma.MIN_ARCH:
+        return [*(gemm_simt.spec(arch, K, int8) for K in (2560, 2080) for int8 in kinds), *norms]
+    products = [gemm_mma.spec(arch, 2560, int8, tiles) for tiles in gemm_mma.TOKEN_TILES for int8 in kinds]
+    return [*products, *norms, *(gemm_mma.spec(arch, 2080, int8, gemm_mma.MAX_TOKEN_TILES) for int8 in kinds)]
 
 
 def lm_head_gemm_wgmma(arch: int) -> list[KernelSpec]:
     """One for every number of tokens, and the norm before it."""
-    if arch != head_wgmma.ARCH:
+    if arch != gemm_wgmma.ARCH:
         return []
-    tiles = [head_wgmma.plan(tokens) for tokens in reversed(head_wgmma.TOKENS)]
-    return [*(head_wgmma.spec(arch, tile) for tile in tiles), head_wgmma.norm_spec(arch, 2560)]
+    tiles = [gemm_wgmma.plan(tokens) for tokens in reversed(split_norm.GROUP_TOKENS["wgmma"])]
+    return [*(gemm_wgmma.spec(arch, tile) for tile in tiles), split_norm.spec(arch, 2560, "wgmma", False)]
 
 
 def linear_quantize(arch: int) -> list[KernelSpec]:
@@ -128,7 +131,7 @@ def linear_gemm(arch: int) -> list[KernelSpec]:
 
 def sampling(arch: int) -> list[KernelSpec]:
     """Both."""
-    return [single.sampler_spec(arch), batched.sampler_many_spec(arch)]
+    return [single.spec(arch), batched.spec(arch)]
 
 
 GROUPS: dict[str, Callable[[int], list[KernelSpec]]] = {

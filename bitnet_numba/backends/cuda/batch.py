@@ -144,5 +144,5 @@ def fixed_bytes(config: ModelConfig, max_sequences: int, capacity: int) -> int:
     """Bytes of device memory that a batch takes beside its pages, but for small change."""
     num_tokens = padded_size(max_sequences)
     shape = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim)
-    scratch = paged_decode.PagedScratch.size_bytes(num_tokens, pages_of(capacity) * PAGE, shape)
+    scratch = 4 * sum(paged_decode.PagedScratch.sizes(num_tokens, pages_of(capacity) * PAGE, shape))
     return scratch + 4 * num_tokens * (config.vocab_size + 2 * config.hidden_size + capacity)

@@ -10,7 +10,7 @@ from bitnet_numba.backends.cuda.state import SequenceState, padded_size, pages_o
 from bitnet_numba.kernels import embedding
 from bitnet_numba.kernels.attention.decode import DecodeScratch
 from bitnet_numba.kernels.attention.kv_cache import PAGE
-from bitnet_numba.kernels.attention.paged_decode import PagedScratch, max_splits
+from bitnet_numba.kernels.attention.paged_decode import PagedScratch, max_splits_of
 from bitnet_numba.kernels.lm_head.gemm import lm_head_gemm, split_words
 from bitnet_numba.kernels.lm_head.gemv import lm_head_gemv
 from bitnet_numba.kernels.runtime.launch import Launch
@@ -123,7 +123,7 @@ class BatchSteps:
         self.max_tokens = padded_size(state.slots)
         tokens = pages_of(state.capacity) * PAGE
         self._scratch = PagedScratch.allocate(device, self.max_tokens, tokens, model.heads)
-        self.work_list = device.empty(padded_size(self.max_tokens * max_splits(tokens)), np.int32)
+        self.work_list = device.empty(padded_size(self.max_tokens * max_splits_of(tokens)), np.int32)
         self._lm_head = LMHead(model, self.max_tokens)
         self.last = device.empty(config.hidden_size, np.float32)  # of a prompt: the row that chooses the next token
         self.chosen = device.empty(self.max_tokens, np.int64)

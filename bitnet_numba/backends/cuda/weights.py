@@ -38,6 +38,11 @@ def why_unsupported(checkpoint: PackedCheckpoint) -> str | None:
     return None
 
 
+def _padded(size: int) -> int:
+    """Elements with the zeros after them: norms and scales are read in whole 16-byte pieces, up to whole blocks."""
+    return -(-size // BLOCK_COLS) * BLOCK_COLS
+
+
 class Weights:
     """A model's tensors on a device, as the operands of the kernels that read them.
 
@@ -62,10 +67,8 @@ class Weights:
         size = 0
         for name in checkpoint.names:
             tensor = checkpoint.tensor(name)
-            # Norms and scales are read in whole 16-byte pieces, up to the padded number of columns.
-            items = -(-tensor.size // BLOCK_COLS) * BLOCK_COLS
             offsets[name] = size
-            size += -(-items * tensor.itemsize // ALIGN) * ALIGN
+            size += -(-_padded(tensor.size) * tensor.itemsize // ALIGN) * ALIGN
         if size > free:
             raise BackendError(
                 f"the weights take {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB of device memory are free"
@@ -76,7 +79,7 @@ class Weights:
         copies = 0
         for name in checkpoint.names:
             tensor = checkpoint.tensor(name)
-            tensors[name] = DeviceView(slab.address + offsets[name], tensor.size, tensor.dtype)
+            tensors[name] = DeviceView(slab.address + offsets[name], _padded(tensor.size), tensor.dtype)
             data = tensor.reshape(-1).view(np.uint8)
             for start in range(0, len(data), STAGING):
                 buffer, done = staging[copies % 2]
@@ -99,7 +102,7 @@ class Weights:
         return Weights(
             config,
             {
-                name: DeviceView(0, int(np.prod(spec.shape, dtype=np.int64)), DTYPES[spec.dtype])
+                name: DeviceView(0, _padded(int(np.prod(spec.shape, dtype=np.int64))), DTYPES[spec.dtype])
                 for name, spec in plan.items()
             },
         )

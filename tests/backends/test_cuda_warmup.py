@@ -20,7 +20,7 @@ def test_processes_compile_what_is_missing(
     monkeypatch.setenv("BITNET_NUMBA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("BITNET_NUMBA_COMPILERS", "2")
     config = open_packed(DEMO).config
-    needs = warmup.Needs(config, True, ArchSpec(90, 132), None)
+    needs = warmup.Needs(config, "int8", ArchSpec(90, 132))
     specs = sorted(needs.specs(), key=lambda spec: spec.name)[:9]
     compiler.machine_code(specs[3], 90)
     warmup.compile_together(needs, specs, "a card")
@@ -59,7 +59,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 def test_shares_that_nobody_makes_are_left_to_the_caller(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, started: list[Any]
 ) -> None:
-    needs = warmup.Needs(open_packed(DEMO).config, True, ArchSpec(90, 132), None)
+    needs = warmup.Needs(open_packed(DEMO).config, "int8", ArchSpec(90, 132))
     specs = needs.specs()
     monkeypatch.setenv("BITNET_NUMBA_COMPILERS", "4")
     warmup.compile_together(needs, specs, "a card")  # of four processes one cannot be started
