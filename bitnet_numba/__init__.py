@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from bitnet_numba.engine.scheduler import Scheduler as Scheduler
     from bitnet_numba.engine.session import Session as Session
     from bitnet_numba.errors import BitNetError as BitNetError
+    from bitnet_numba.kernels.linear.w2a8 import pack_linear as pack_linear
+    from bitnet_numba.kernels.linear.w2a8 import w2a8_linear as w2a8_linear
     from bitnet_numba.sampling import SamplingParams as SamplingParams
 
 # Public names and the modules they live in, imported when first asked for: `import bitnet_numba` itself costs nothing.
@@ -36,6 +38,8 @@ _HOMES = {
     "Scheduler": "engine.scheduler",
     "Session": "engine.session",
     "load": "engine.engine",
+    "pack_linear": "kernels.linear.w2a8",
+    "w2a8_linear": "kernels.linear.w2a8",
 }
 __all__ = [*_MODULES, *_HOMES]  # noqa: PLE0604
 

@@ -26,6 +26,12 @@ from bitnet_numba.errors import BitNetError
 from bitnet_numba.packing import pack_ternary, unpack_ternary
 
 ROOT = Path(__file__).resolve().parent.parent
+HOW_LADDER = (
+    "The kernels of kernels/linear/gemv_simple.py and the fast one, on the same words and int8 activations, cold L2. "
+    "The simple ones are launched by Numba, as a user launches them, and these launches are captured in a graph: timed "
+    "is the machine code that a user gets, without the host's part of a launch. Each starts when the one before has "
+    "ended, but with PDL. us (GB/s of weights):"
+)
 HOW_TIMED = (
     'In "us" each starts while the one before still runs and waits for its result, as in a decode step; '
     'in "alone" each starts when the one before has ended.'
@@ -59,36 +65,39 @@ def measure(what: str) -> dict[str, Any]:
     """The figures of one or all parts."""
     if what == "packing":
         return {"packing": measure_packing()}
-    from bitnet_numba.backends.cuda.backend import CudaBackend
-    from bitnet_numba.checkpoint.packed import open_packed
     from bitnet_numba.kernels.runtime.device import usable_device
     from bitnet_numba.kernels.runtime.driver import Stream
-    from tools import bench_many, bench_measure
+    from tools import bench_kernels
 
     figures: dict[str, Any] = {"environment": environment(), "packing": measure_packing()}
     if what in ("kernels", "all"):
-        figures["kernels"] = bench_measure.measure_kernels()
+        figures["kernels"] = bench_kernels.measure_kernels()
+    if what == "kernels":
+        return figures
+    from bitnet_numba.backends.cuda.backend import CudaBackend
+    from bitnet_numba.checkpoint.packed import open_packed
+    from tools import bench_many, bench_measure
+
     if what in ("prefill", "batch", "all"):
         figures["products"] = bench_many.measure_products()
-    if what != "kernels":
-        bandwidth = figures.get("kernels", {}).get("bandwidth_GB/s")
-        with tempfile.TemporaryDirectory() as folder:
-            folders = {head: Path(folder) / head for head in EMBEDDING_DTYPES}
-            for head in EMBEDDING_DTYPES if what in ("decode", "all") else ("bf16",):
-                bench_measure.write_random_packed(folders[head], head)
-            if what in ("decode", "all"):
-                bandwidth = bandwidth or bench_measure.measure_bandwidth(usable_device(), Stream())
-                figures["decode"] = bench_measure.measure_decode(folders, bandwidth)
-            if what in ("prefill", "batch", "all"):
-                backend = CudaBackend(open_packed(folders["bf16"]))
-                if what != "batch":
-                    figures["prefill"] = bench_many.measure_prefill(backend)
-                if what != "prefill":
-                    figures["batch"] = bench_many.measure_batch(backend)
-                    figures["mixed"] = bench_many.measure_mixed(backend)
-                backend.weights.close()
-            if what in ("load", "all"):
-                figures["load"] = bench_measure.measure_load(folders["bf16"])
+    bandwidth = figures.get("kernels", {}).get("bandwidth_GB/s")
+    with tempfile.TemporaryDirectory() as folder:
+        folders = {head: Path(folder) / head for head in EMBEDDING_DTYPES}
+        for head in EMBEDDING_DTYPES if what in ("decode", "all") else ("bf16",):
+            bench_measure.write_random_packed(folders[head], head)
+        if what in ("decode", "all"):
+            bandwidth = bandwidth or bench_kernels.measure_bandwidth(usable_device(), Stream())
+            figures["decode"] = bench_measure.measure_decode(folders, bandwidth)
+        if what in ("prefill", "batch", "all"):
+            backend = CudaBackend(open_packed(folders["bf16"]))
+            if what != "batch":
+                figures["prefill"] = bench_many.measure_prefill(backend)
+            if what != "prefill":
+                figures["batch"] = bench_many.measure_batch(backend)
+                figures["mixed"] = bench_many.measure_mixed(backend)
+            backend.weights.close()
+        if what in ("load", "all"):
+            figures["load"] = bench_measure.measure_load(folders["bf16"])
     return figures
 
 
@@ -112,6 +121,21 @@ def row(*cells: object) -> str:
 def head_of(*cells: str) -> list[str]:
     """The first two lines of a Markdown table."""
     return ["", row(*cells), row(*(["---"] * len(cells)))]
+
+
+def ladder_table(kernels: dict[str, Any]) -> list[str]:
+    """What each step from a plain loop to the fast GEMV buys, and what reading the weights would take."""
+    rungs = kernels.get("ladder", [])  # figures of earlier versions have none
+    if not rungs:
+        return []
+    lines = ["", "### From a loop to the GEMV", "", HOW_LADDER, *head_of("", *(f"{r['N']} x {r['K']}" for r in rungs))]
+    for step in rungs[0]["us"]:
+        cells = [f"{r['us'][step]:.2f} ({r['bytes'] / r['us'][step] / 1e3:.0f})" for r in rungs]
+        lines.append(row(step, *cells))
+    read = kernels["bandwidth_GB/s"]
+    cells = [f"{r['bytes'] / read / 1e3:.2f} ({read:.0f})" for r in rungs]
+    lines.append(row("only reading the weights", *cells))
+    return lines
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -142,6 +166,7 @@ def table(figures: dict[str, Any]) -> str:
                     f"{p['share_of_bandwidth']:.0%}", f"{p['host_us_per_call']:.1f}",
                     *([f"{value:.1f}" for value in compared] or "---"))
             )  # fmt: skip
+        lines += ladder_table(kernels)
     if "decode" in figures:
         lines += ["", "## Decoding, 2B4T, one sequence"]
         lines += head_of("head", "context", "us a step", "tokens/s", "of the byte ceiling")

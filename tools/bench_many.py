@@ -9,13 +9,15 @@ import numpy as np
 
 from bitnet_numba.backends.cuda.backend import CudaBackend
 from bitnet_numba.kernels.attention.kv_cache import PAGE
-from bitnet_numba.kernels.linear.gemm import w2a8_matmul
+from bitnet_numba.kernels.linear.gemm import gemm
+from bitnet_numba.kernels.linear.operands import PackedLinear, QuantizedActivations
 from bitnet_numba.kernels.runtime.device import usable_device
 from bitnet_numba.kernels.runtime.driver import Event, Stream
 from bitnet_numba.kernels.runtime.memory import DeviceArray, DeviceView
 from bitnet_numba.packing import packed_words
 from bitnet_numba.sampling import SamplingParams
-from tools.bench_measure import REPEATS, graph_us, random_ids, random_words, torch_graph_us
+from tools.bench_measure import random_ids
+from tools.bench_timing import REPEATS, cold_copies, graph_us, random_words, torch_graph_us
 
 SHAPES = [(2560, 2560), (3840, 2560), (13824, 2560), (2560, 6912)]  # N, K: the linears of 2B4T
 TOKENS = (8, 32, 128, 512)  # M
@@ -37,33 +39,20 @@ def measure_products() -> list[dict[str, Any]]:
     rows = []
     for N, K in SHAPES:
         size = packed_words(N, K)
-        copies = max(20, -(-5 * device.l2_bytes // (4 * size)))
+        copies = cold_copies(4 * size, device.l2_bytes)
         weights = DeviceArray.of(random_words(size * copies))
         values = rng.integers(-127, 128, (most, K)).astype(np.int8)
-        q, total = DeviceArray.of(values), DeviceArray.of(values.sum(axis=1, dtype=np.int32))
+        q, q_sum = DeviceArray.of(values), DeviceArray.of(values.sum(axis=1, dtype=np.int32))
         out = DeviceArray(most * N, np.float32)
+        x = QuantizedActivations(q, s, q_sum)
+        words = [DeviceView(weights.address + 4 * i * size, size, np.int32) for i in range(copies)]
+        linears = [PackedLinear(matrix, scales, (N,), K) for matrix in words]
         for M in TOKENS:
             count.write(np.array([M], np.int32))
             times = {}
-            for overlap in (True, False):
-                launches = [
-                    w2a8_matmul(
-                        device,
-                        DeviceView(weights.address + 4 * i * size, size, np.int32),
-                        q,
-                        s,
-                        total,
-                        count,
-                        scales,
-                        out,
-                        M,
-                        N,
-                        K,
-                        overlap=overlap,
-                    )
-                    for i in range(copies)
-                ]
-                times[overlap] = graph_us(stream, launches) / copies
+            for use_pdl in (True, False):
+                launches = [gemm(device, linear, x, count, out, M, use_pdl=use_pdl) for linear in linears]
+                times[use_pdl] = graph_us(stream, launches) / copies
             rows.append(
                 {
                     "N": N,
@@ -75,7 +64,7 @@ def measure_products() -> list[dict[str, Any]]:
                     "cublas_bf16_us": cublas.get((N, K, M)),
                 }
             )
-        for array in (weights, q, total, out):
+        for array in (weights, q, q_sum, out):
             array.close()
     return rows
 

@@ -32,8 +32,8 @@ each i are kept apart and shifted back once. RMSNorm and absmax share one reduct
 |weight * x| is multiplied by 1 / rms afterwards, so s may be off by 2 ulp. docs/performance-notes.md has what was tried
 and measured.
 
-The phases are device functions where that leaves the machine code as it is. Those with barriers or shuffles are not:
-ptxas then keeps other values in registers.
+Phases are device functions where that leaves the machine code as it was: not those with barriers, shuffles or the loads
+of weights, for which the compiler then finds other registers and schedules.
 """
 
 import math
@@ -80,7 +80,7 @@ def put4(registers, i, four):
 def zero4(registers, i):
     """Zeros into four elements of a register array."""
     for j in range(4):
-        registers[i + j] = 0
+        registers[i + j] = int32(0)
 
 
 def make_gemv(
@@ -119,16 +119,6 @@ def make_gemv(
     MASK0, MASK1, MASK2, MASK3 = (np.int32(np.uint32(CODE_MASK << CODE_BITS * i).astype(np.int32)) for i in range(4))
     SHIFT1, SHIFT2, SHIFT3 = CODE_BITS, 2 * CODE_BITS, 3 * CODE_BITS
     ZERO, ONE = float32(0), float32(1)
-
-    @device_function
-    def load_weights(w_r, words, unit, unit_count, up_rows, part, lane):
-        """A round's weights of this lane; zeros where there are none."""
-        for u in range(LOADS):
-            column = int32((part + u * P) * STEP_WORDS + lane * 4)
-            if unit < unit_count and (EXACT or column < KP):
-                put4(w_r, 4 * u, load(words, int32(unit + up_rows) * KP + column))
-            else:
-                zero4(w_r, 4 * u)
 
     @device_function
     def copy_q(q_s, x, tid):
@@ -230,7 +220,12 @@ def make_gemv(
 
         # 1. This block's weights, and the norm's.
         unit = int32(first + slot * grid)
-        load_weights(w_r, words, unit, unit_count, half * up_offset, part, lane)
+        for u in range(LOADS):
+            column = int32((part + u * P) * STEP_WORDS + lane * 4)
+            if unit < unit_count and (EXACT or column < KP):
+                put4(w_r, 4 * u, load(words, int32(unit + half * up_offset) * KP + column))
+            else:
+                zero4(w_r, 4 * u)
         if NORM:
             load_norm(n_r, norm, tid)
         trigger()

@@ -24,7 +24,7 @@ from tests.kernels.attention.test_paged_simt import check_paged_simt
 from tests.kernels.attention.test_prefill import check_prefill
 from tests.kernels.harness import arch
 from tests.kernels.linear.test_gemm import check_gemm
-from tests.kernels.linear.test_gemv import check_gemv
+from tests.kernels.linear.test_gemv import check_gemv, segments_of
 from tests.kernels.linear.test_quantize import check_quantize
 from tests.kernels.lm_head.test_gemm import check_lm_head
 from tests.kernels.lm_head.test_gemm_wgmma import check_lm_head_wgmma
@@ -36,8 +36,9 @@ from tests.kernels.test_embedding import check_advance, check_embed_token, check
 def main(tool: str) -> None:
     """Every kernel, in the branches that a step takes, under one of the sanitizer's tools."""
     for prologue, epilogue in (("int8", "acc"), ("quantize", "residual"), ("norm", "store"), ("norm", "gated")):
-        segments = (48, 48) if epilogue == "gated" else (32, 5, 59)
-        check_gemv(segments, 300, 3, prologue, epilogue, "relu2", True, 1)
+        for rows, num_sms in ((96, 3), (224, 1)):  # warps that share rows; two rounds
+            segments = segments_of(rows, epilogue == "gated")
+            check_gemv(segments, 300, num_sms, prologue, epilogue, "relu2", True, 1)
     few, many, dp4a = Tile(8, 2, 1, 2, 3, 0), Tile(16, 2, 2, 2, 2, 3), Tile(8, 2, 1, 2, 0, 0, scheme="dp4a")
     for tile in (few, many, dp4a):
         check_gemm(19, 128, 300, tile, "gated", "silu", True, 8, 17)
