@@ -67,37 +67,37 @@ def measure(what: str) -> dict[str, Any]:
         return {"packing": measure_packing()}
     from bitnet_numba.kernels.runtime.device import usable_device
     from bitnet_numba.kernels.runtime.driver import Stream
-    from tools import bench_kernels
+    from tools.benchmarks import kernels
 
     figures: dict[str, Any] = {"environment": environment(), "packing": measure_packing()}
     if what in ("kernels", "all"):
-        figures["kernels"] = bench_kernels.measure_kernels()
+        figures["kernels"] = kernels.measure_kernels()
     if what == "kernels":
         return figures
     from bitnet_numba.backends.cuda.backend import CudaBackend
     from bitnet_numba.checkpoint.packed import open_packed
-    from tools import bench_many, bench_measure
+    from tools.benchmarks import decode, prefill_and_batch
 
     if what in ("prefill", "batch", "all"):
-        figures["products"] = bench_many.measure_products()
+        figures["products"] = prefill_and_batch.measure_products()
     bandwidth = figures.get("kernels", {}).get("bandwidth_GB/s")
     with tempfile.TemporaryDirectory() as folder:
         folders = {head: Path(folder) / head for head in EMBEDDING_DTYPES}
         for head in EMBEDDING_DTYPES if what in ("decode", "all") else ("bf16",):
-            bench_measure.write_random_packed(folders[head], head)
+            decode.write_random_packed(folders[head], head)
         if what in ("decode", "all"):
-            bandwidth = bandwidth or bench_kernels.measure_bandwidth(usable_device(), Stream())
-            figures["decode"] = bench_measure.measure_decode(folders, bandwidth)
+            bandwidth = bandwidth or kernels.measure_bandwidth(usable_device(), Stream())
+            figures["decode"] = decode.measure_decode(folders, bandwidth)
         if what in ("prefill", "batch", "all"):
             backend = CudaBackend(open_packed(folders["bf16"]))
             if what != "batch":
-                figures["prefill"] = bench_many.measure_prefill(backend)
+                figures["prefill"] = prefill_and_batch.measure_prefill(backend)
             if what != "prefill":
-                figures["batch"] = bench_many.measure_batch(backend)
-                figures["mixed"] = bench_many.measure_mixed(backend)
+                figures["batch"] = prefill_and_batch.measure_batch(backend)
+                figures["mixed"] = prefill_and_batch.measure_mixed(backend)
             backend.weights.close()
         if what in ("load", "all"):
-            figures["load"] = bench_measure.measure_load(folders["bf16"])
+            figures["load"] = decode.measure_load(folders["bf16"])
     return figures
 
 
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             args.json.write_text(json.dumps(figures, indent=1) + "\n")
     if args.plot:
-        from tools.bench_plot import plot
+        from tools.benchmarks.plot import plot
 
         plot(figures, args.plot)
     return 0

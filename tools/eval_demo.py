@@ -25,7 +25,7 @@ from bitnet_numba.engine.engine import BACKENDS, Engine, load
 from bitnet_numba.errors import BitNetError
 from bitnet_numba.sampling import SamplingParams
 from bitnet_numba.text.chat_template import Message
-from tools.demo_world.conversation import QUESTION, STORY, Turn, conversation
+from tools.demo.world.conversation import QUESTION, STORY, Turn, conversation
 
 FIRST_SEED = 1 << 41  # seeds from here on were never used in training
 SAMPLED_REQUEST = "Tell me a story about a dog and a kite."

@@ -35,9 +35,9 @@ except ImportError:
     print("train_demo: PyTorch is missing; it comes with the extra train", file=sys.stderr)
     sys.exit(2)
 
-from tools.demo_data import encode_conversation, make_rows, start_worker, train_tokenizer
-from tools.demo_model import CONTEXT, END, EOT, BitNet, Size, read_folder, write_folder
-from tools.demo_world.conversation import QUESTION, STORY, Turn, conversation
+from tools.demo.data import encode_conversation, make_rows, start_worker, train_tokenizer
+from tools.demo.model import CONTEXT, END, EOT, BitNet, Size, read_folder, write_folder
+from tools.demo.world.conversation import QUESTION, STORY, Turn, conversation
 
 EVALUATION_SEED = 1 << 40  # far from every training seed
 

@@ -26,7 +26,7 @@ from bitnet_numba.kernels.runtime.driver import Event
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.sampling.parts import pack_settings
 from bitnet_numba.sampling import SamplingParams
-from tools.bench_timing import graph_us, random_words
+from tools.benchmarks.timing import graph_us, random_words
 from tools.make_checkpoint import PRESETS, QUANTIZATION
 
 LAYER = ("qkv", "attention", "o", "gate_up", "down")  # launches of a layer in a decode step
@@ -161,7 +161,7 @@ print(time.perf_counter() - start)
 
 def measure_load(folder: Path) -> dict[str, Any]:
     """Seconds from the start of Python to the first token, in processes of their own."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parent.parent.parent
     with tempfile.TemporaryDirectory() as cache:
         env = os.environ | {"BITNET_NUMBA_CACHE": cache}
         env["PYTHONPATH"] = os.pathsep.join([str(root), env.get("PYTHONPATH", "")])

@@ -1,0 +1,1 @@
+"""What `tools/bench.py` measures, part by part, and the charts of it."""
