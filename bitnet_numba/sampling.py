@@ -7,17 +7,22 @@ order. The noise is a pure function of (seed, position in the sequence, token id
 whatever else is computed beside it.
 """
 
+import logging
 import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_numba.errors import RequestError
+from bitnet_numba.json_file import read_json
+
+_log = logging.getLogger("bitnet_numba")
 
 # Philox4x32-10: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011).
 PHILOX_ROUNDS = 10
@@ -151,3 +156,34 @@ def philox(seed: int, counter0: NDArray[np.int64], counter1: int) -> NDArray[np.
         key0 = (key0 + PHILOX_WEYL[0]) & 0xFFFFFFFF
         key1 = (key1 + PHILOX_WEYL[1]) & 0xFFFFFFFF
     return np.stack([c0, c1, c2, c3])
+
+
+GENERATION_CONFIG_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def read_sampling(folder: Path) -> SamplingParams | None:
+    """How the model's makers sample from it; None where the file is missing or says nothing about it.
+
+    Keys are those of Hugging Face: do_sample false is greedy whatever temperature says. A key that is not there does
+    nothing, top_k included. A value that cannot be is left out, with one line in the log. Raises CheckpointError for
+    a file that is not a JSON object.
+    """
+    path = folder / "generation_config.json"
+    config = read_json(path) if path.exists() else {}
+    # As there, a model that samples and says no more does so at temperature 1.
+    values: dict[str, Any] = {"temperature": 1.0} if config.get("do_sample") is True else {}
+    for key in GENERATION_CONFIG_KEYS:
+        value = config.get(key)
+        if value is None:
+            continue
+        try:
+            SamplingParams(**{key: value})
+        except RequestError as error:
+            _log.warning("%s: %s; left out", path, error)
+            continue
+        values[key] = value
+    if config.get("do_sample") is False:
+        values["temperature"] = 0.0
+    elif values:
+        values.setdefault("temperature", 1.0)
+    return SamplingParams(**values) if values else None

@@ -81,6 +81,18 @@ class Model:
         """Scores of the next token: [M, hidden] -> [M, V]."""
         return self.head.product(hidden)
 
+    def nbytes(self) -> int:
+        """Bytes of weights in memory; rows of embedding and LM head stay in the mapped file."""
+        linears = [
+            linear
+            for layer in self.layers
+            for linear in (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
+        ]
+        ternary = sum(
+            linear.t.nbytes if isinstance(linear, TernaryLinear) else linear.rows.stored.nbytes for linear in linears
+        )
+        return ternary + self.embedding.stored.nbytes + (0 if self.config.tied else self.head.stored.nbytes)
+
 
 class Layer:
     """One block: attention and feed-forward, each with a norm before it and a residual around it."""
@@ -112,19 +124,19 @@ class Layer:
         k = rotate(self.k(x).reshape(M, config.num_kv_heads, config.head_dim), cos, sin)  # [M, G, D]
         v = self.v(x).reshape(M, config.num_kv_heads, config.head_dim)
         keys, values = append(k, v)  # [M, G, D] -> [T, G, D]
-        mixed: Floats = attend(q, keys, values).reshape(M, config.q_size)  # [M, H, D] -> [M, H * D]
+        attn_out: Floats = attend(q, keys, values).reshape(M, config.q_size)  # [M, H, D] -> [M, H * D]
         if config.sub_norms:
-            mixed = rms_norm(mixed, self.attn_sub_norm, config.rms_norm_eps)
-        return self.o(mixed)
+            attn_out = rms_norm(attn_out, self.attn_sub_norm, config.rms_norm_eps)
+        return self.o(attn_out)
 
     def feed_forward(self, x: Floats) -> Floats:
         """Gated feed-forward [M, hidden] -> [M, hidden]."""
         config = self.config
         activation = relu2 if config.activation == "relu2" else silu
-        inner = activation(self.gate(x)) * self.up(x)  # [M, hidden] -> [M, intermediate]
+        mlp_hidden = activation(self.gate(x)) * self.up(x)  # [M, hidden] -> [M, intermediate]
         if config.sub_norms:
-            inner = rms_norm(inner, self.ffn_sub_norm, config.rms_norm_eps)
-        return self.down(inner)
+            mlp_hidden = rms_norm(mlp_hidden, self.ffn_sub_norm, config.rms_norm_eps)
+        return self.down(mlp_hidden)
 
 
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
@@ -171,8 +183,8 @@ def attend(q: Floats, keys: Floats, values: Floats) -> Floats:
     scores[..., future] = -np.inf
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
-    mixed = weights @ values.transpose(1, 0, 2)[:, None]  # [G, H / G, M, D]
-    return mixed.transpose(2, 0, 1, 3).reshape(M, H, D)
+    out = weights @ values.transpose(1, 0, 2)[:, None]  # [G, H / G, M, D]
+    return out.transpose(2, 0, 1, 3).reshape(M, H, D)
 
 
 def relu2(x: Floats) -> Floats:

@@ -31,7 +31,7 @@ from bitnet_numba.kernels.runtime.driver import Event, Stream
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
-from bitnet_numba.kernels.sampling.parts import settings
+from bitnet_numba.kernels.sampling.parts import pack_settings
 from bitnet_numba.packing import BLOCK_ROWS, packed_words
 from bitnet_numba.sampling import SamplingParams
 from tools.make_checkpoint import PRESETS, QUANTIZATION
@@ -221,7 +221,7 @@ def step_us(context: CudaContext, position: int, steps: int = 60) -> float:
     """Device time of a decode step around a position."""
     stream, state = context._stream, context._state
     first = min(position - steps // 2, context.capacity - steps - 2)
-    state.settings.write(settings(SamplingParams()))
+    state.settings.write(pack_settings(SamplingParams()))
     before, after = Event(), Event()
     times = []
     for _ in range(3):

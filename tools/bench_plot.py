@@ -3,84 +3,161 @@
 from pathlib import Path
 from typing import Any
 
+INT8_PEAK = {"NVIDIA H200": 1979.0}  # dense int8 tensor-core TOPS, from the data sheet
+WORD_BITS_PER_WEIGHT = 2
+
 
 def plot(figures: dict[str, Any], folder: Path) -> None:
-    """Writes speed-up bars, a roofline and the time of a step by kernel into a folder, as PNG."""
+    """Writes a PNG for each part that was measured into a folder."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     folder.mkdir(parents=True, exist_ok=True)
     device = figures["environment"]["device"]
     if "kernels" in figures:
-        products = figures["kernels"]["products"]
-        names = [f"{p['N']} x {p['K']}" for p in products]
-        compared = [p for p in products if p["cublas_bf16_us"]]
-        if compared:
-            figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
-            places = range(len(compared))
-            for shift, key, label in ((-0.2, "us", "in a chain, overlapping"), (0.2, "us_alone", "each alone")):
-                speed_ups = [p["cublas_bf16_us"] / p[key] for p in compared]
-                axes.bar_label(axes.bar([i + shift for i in places], speed_ups, 0.4, label=label), fmt="%.1f")
-            axes.set_xticks(places, [f"{p['N']} x {p['K']}" for p in compared])
-            axes.margins(y=0.2)
-            axes.legend()
-            axes.set_ylabel("times as fast as cuBLAS bf16")
-            axes.set_title(f"W2A8 matrix-vector product, {device}")
-            axes.tick_params(axis="x", rotation=40)
-            figure.savefig(folder / "speed_up.png", dpi=120)
-            pyplot.close(figure)
-        figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
-        sizes = [p["N"] * p["K"] / 4e6 for p in products]
-        axes.axhline(figures["kernels"]["bandwidth_GB/s"], color="grey", linestyle="--", label="streaming read")
-        axes.scatter(sizes, [p["GB/s"] for p in products], label="in a graph, launches overlapping")
-        axes.scatter(sizes, [s * 1e3 / p["us_alone"] for s, p in zip(sizes, products, strict=True)], label="each alone")
-        order = sorted(zip(sizes, names, products, strict=True), key=lambda item: item[0])
-        for i, (size, name, p) in enumerate(order):
-            below = i % 2 == 0  # neighbours in size take turns
-            place = {"xytext": (4, -10) if below else (-4, 5), "ha": "left" if below else "right"}
-            axes.annotate(name, (size, p["GB/s"]), textcoords="offset points", fontsize=7, **place)
-        axes.set_xscale("log")
-        axes.set_xticks([2, 5, 10, 20, 50, 100], ["2", "5", "10", "20", "50", "100"])
-        axes.minorticks_off()
-        axes.set_xlabel("weights, MB")
-        axes.set_ylabel("GB/s")
-        axes.set_title(f"Roofline of the product: memory, {device}")
-        axes.legend()
-        figure.savefig(folder / "roofline.png", dpi=120)
-        pyplot.close(figure)
+        _speed_up(figures["kernels"]["products"], device, folder / "speed_up.png")
+        _bandwidth(figures["kernels"], device, folder / "bandwidth.png")
+        _roofline(figures["kernels"], figures.get("products", []), device, folder / "roofline.png")
     if "decode" in figures:
-        figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
-        bars_of = [
-            (f"{head}, {context}", times)
-            for head, part in figures["decode"].items()
-            for context, times in part["kernels_us"].items()
-        ]
-        left = [0.0] * len(bars_of)
-        for name in bars_of[0][1]:
-            widths = [times[name] for _, times in bars_of]
-            axes.barh([label for label, _ in bars_of], widths, left=left, label=name)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-        axes.set_xlabel("us, launches of one kind after another")
-        axes.set_title(f"Where a decode step's time goes (head, context), {device}")
-        figure.legend(fontsize=8, loc="outside right upper")
-        figure.savefig(folder / "step.png", dpi=120)
-        pyplot.close(figure)
+        _step(figures["decode"], device, folder / "step.png")
     if "batch" in figures:
-        batch = figures["batch"]
-        sizes = [b["sequences"] for b in batch]
-        figure, (left_axes, right_axes) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-        left_axes.plot(sizes, [b["tokens/s"] for b in batch], marker="o")
-        left_axes.set_ylabel("tokens/s in all")
-        right_axes.plot(sizes, [b["us"] / 1e3 for b in batch], marker="o")
-        right_axes.set_ylabel("ms from token to token of a sequence")
-        for one in (left_axes, right_axes):
-            one.set_xscale("log", base=2)
-            one.set_xticks(sizes, [str(size) for size in sizes])
-            one.set_xlabel("sequences")
-            one.set_ylim(bottom=0)
-            one.grid(alpha=0.3)
-        figure.suptitle(f"Batched decoding, 2B4T, context 256, {device}")
-        figure.savefig(folder / "batch.png", dpi=120)
-        pyplot.close(figure)
+        _batch(figures["batch"], device, folder / "batch.png")
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _speed_up(products: list[dict[str, Any]], device: str, path: Path) -> None:
+    """GEMV against cuBLAS."""
+    from matplotlib import pyplot
+
+    compared = [p for p in products if p["cublas_bf16_us"]]
+    if not compared:
+        return
+    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    for shift, key, label in ((-0.2, "us", "launches overlap, as in a decode step"), (0.2, "us_alone", "each alone")):
+        speed_ups = [p["cublas_bf16_us"] / p[key] for p in compared]
+        bars = axes.bar([i + shift for i in range(len(compared))], speed_ups, 0.4, label=label)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+    axes.set_xticks(range(len(compared)), [f"{p['N']} × {p['K']}" for p in compared], rotation=40)
+    axes.margins(y=0.2)
+    axes.legend()
+    axes.set_ylabel("times as fast as cuBLAS bf16")
+    axes.set_title(f"W2A8 GEMV, {device}")
+    _save(figure, path)
+
+
+def _bandwidth(kernels: dict[str, Any], device: str, path: Path) -> None:
+    """GB/s of each GEMV, smallest matrix on top."""
+    from matplotlib import pyplot
+
+    products = sorted(kernels["products"], key=lambda p: p["N"] * p["K"], reverse=True)
+    megabytes = [p["N"] * p["K"] * WORD_BITS_PER_WEIGHT / 8e6 for p in products]
+    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    for shift, key, label in ((0.2, "us", "launches overlap, as in a decode step"), (-0.2, "us_alone", "each alone")):
+        rates = [1e3 * size / p[key] for size, p in zip(megabytes, products, strict=True)]
+        bars = axes.barh([i + shift for i in range(len(products))], rates, 0.4, label=label)
+        axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
+    read = kernels["bandwidth_GB/s"]
+    axes.axvline(read, color="grey", linestyle="--", label=f"streaming read, {read:.0f} GB/s")
+    axes.set_yticks(
+        range(len(products)),
+        [f"{p['N']} × {p['K']}, {size:.1f} MB" for p, size in zip(products, megabytes, strict=True)],
+    )
+    axes.set_xlabel("GB/s of weights")
+    axes.set_xlim(right=1.15 * read)
+    axes.set_title(f"Memory bandwidth of the W2A8 GEMV, {device}")
+    axes.legend(loc="upper right", bbox_to_anchor=(0.86, 1.0))
+    _save(figure, path)
+
+
+def _roofline(kernels: dict[str, Any], products: list[dict[str, Any]], device: str, path: Path) -> None:
+    """TOPS over operations per byte, under the two roofs."""
+    from matplotlib import pyplot
+
+    def intensity(N: int, K: int, M: int) -> float:
+        """Operations per byte: 2 MNK over packed weights, int8 activations and float32 results, each moved once."""
+        return 2 * M * N * K / (N * K * WORD_BITS_PER_WEIGHT / 8 + M * K + 4 * M * N)
+
+    points: dict[int, list[tuple[float, float]]] = {}
+    for p in kernels["products"]:
+        points.setdefault(1, []).append((intensity(p["N"], p["K"], 1), 2 * p["N"] * p["K"] / p["us"] / 1e6))
+    for p in products:
+        points.setdefault(p["M"], []).append((intensity(p["N"], p["K"], p["M"]), p["TOPS"]))
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    slope = kernels["bandwidth_GB/s"] / 1e3  # TOPS for one operation per byte
+    peak = INT8_PEAK.get(device)
+    right = 2 * max(x for group in points.values() for x, _ in group)
+    knee = min(right, peak / slope) if peak else right
+    axes.plot([4, knee], [4 * slope, knee * slope], color="black", label=f"streaming read, {1e3 * slope:.0f} GB/s")
+    if peak and knee < right:
+        axes.plot([knee, right], [peak, peak], color="black", linestyle="--", label=f"int8 peak, {peak:.0f} TOPS")
+    for M, group in sorted(points.items()):
+        label = "1 token (GEMV, dp4a)" if M == 1 else f"{M} tokens (GEMM)"
+        axes.scatter(*zip(*group, strict=True), label=label, s=30, zorder=3)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("int8 operations per byte of device memory")
+    axes.set_ylabel("TOPS")
+    axes.grid(alpha=0.3, which="both")
+    axes.set_title(f"Roofline of the W2A8 products, {device}")
+    axes.legend(loc="lower right")
+    _save(figure, path)
+
+
+def _step(decode: dict[str, Any], device: str, path: Path) -> None:
+    """Each kernel of a decode step by itself, beside the whole step, in which they overlap."""
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
+        1, len(decode), figsize=(5.5 * len(decode), 5.5), layout="constrained", squeeze=False, sharey=True
+    )
+    for axes, (dtype, part) in zip(panels[0], decode.items(), strict=True):
+        whole = {str(step["context"]): step["us"] for step in part["steps"]}
+        contexts = {str(context): times for context, times in part["kernels_us"].items()}
+        names = list(next(iter(contexts.values())))
+        height = 0.8 / len(contexts)
+        for n, (context, times) in enumerate(contexts.items()):
+            bars = axes.barh(
+                [i + (n - (len(contexts) - 1) / 2) * height for i in range(len(names))],
+                [times[name] for name in names],
+                height,
+                label=f"context {context}: whole step {whole[context]:.0f} µs",
+            )
+            axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=7)
+        axes.set_yticks(range(len(names)), names)
+        axes.margins(x=0.12)
+        axes.set_xlabel("µs a step, launches of one kind in a graph of their own")
+        axes.set_title(f"{dtype} embedding and LM head")
+        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, -0.32))
+    panels[0][0].invert_yaxis()  # shared by all panels
+    figure.suptitle(f"Kernels of a decode step, 2B4T, {device} (they overlap in a step)")
+    _save(figure, path)
+
+
+def _batch(batch: list[dict[str, Any]], device: str, path: Path) -> None:
+    """Throughput and latency over the number of sequences."""
+    from matplotlib import pyplot
+
+    sizes = [b["sequences"] for b in batch]
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for axes, values, label, fmt in (
+        (panels[0], [b["tokens/s"] for b in batch], "tokens/s, all sequences together", "{:,.0f}"),
+        (panels[1], [b["us"] / 1e3 for b in batch], "ms between two tokens of a sequence", "{:.2f}"),
+    ):
+        axes.plot(sizes, values, marker="o")
+        for x, y in zip(sizes, values, strict=True):
+            axes.annotate(fmt.format(y), (x, y), (-4, 6), textcoords="offset points", fontsize=8, ha="right")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.set_xlabel("sequences")
+        axes.set_ylabel(label)
+        axes.set_ylim(0, 1.15 * max(values))
+        axes.margins(x=0.12)
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"Batched decoding, 2B4T, context 256, {device}")
+    _save(figure, path)

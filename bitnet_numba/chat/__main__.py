@@ -15,15 +15,13 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from bitnet_numba.chat.conversation import AnswerOptions, Conversation
+from bitnet_numba.chat.conversation import NO_TEMPLATE, AnswerOptions, Conversation, describe
 from bitnet_numba.chat.terminal import printable
-from bitnet_numba.engine.completion import Completion
 from bitnet_numba.engine.engine import BACKENDS, Engine, load
 from bitnet_numba.errors import BitNetError, ContextFull, RequestError
 from bitnet_numba.sampling import SamplingParams
 
 PROG = "bitnet-chat"
-NO_TEMPLATE = "this model has no chat template: turns are plain 'User: ...', 'Assistant: ...'; see also --raw"
 DEFAULTS = SamplingParams(temperature=0.6, top_p=0.9)  # for models that do not say how to sample from them
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 
@@ -38,24 +36,52 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=PROG, description="Talk to a BitNet model.")
     add = parser.add_argument
     add("checkpoint", nargs="?", metavar="CHECKPOINT", help="a converted model folder (default: the built-in model)")
-    add("--prompt", action="append", default=[], metavar="TEXT", help="answer this and exit; again for a further turn")
+    add(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="answer this and exit; repeat for further turns",
+    )
     add("--system", default="", metavar="TEXT", help="a system message to start with (default: none)")
-    add("--raw", action="store_true", help="continue the text as it is, without the chat template and without turns")
+    add("--raw", action="store_true", help="continue the text as it is: no chat template, no turns")
     add("--json", action="store_true", help="print each answer as one line of JSON; needs --prompt or a pipe")
     add("--stats", action="store_true", help="show speed and memory after each answer")
     group = parser.add_argument_group("model")
     add = group.add_argument
-    add("--backend", choices=BACKENDS, default="auto", help="what computes (default: auto: CUDA if it can be used)")
-    add("--context", type=int, metavar="N", help="tokens of the whole conversation (default: the model's most)")
-    group = parser.add_argument_group("answers", "The model's generation_config.json comes before these defaults.")
+    add(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="what runs the model (default: auto: CUDA if usable)",
+    )
+    add(
+        "--context",
+        type=int,
+        metavar="N",
+        help="tokens of the whole conversation (default: the model's maximum)",
+    )
+    group = parser.add_argument_group("answers", "A model's generation_config.json overrides these defaults.")
     add = group.add_argument
-    add("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default: %(default)s)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end an answer before this text; may be repeated")
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="longest answer, in tokens (default: %(default)s)",
+    )
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end an answer before this text; may be repeated",
+    )
     for flag, kind, meaning in (
-        ("--temperature", float, "0 always takes the likeliest token"),
-        ("--top-p", float, "the likeliest tokens that reach this share"),
-        ("--top-k", int, "so many of the likeliest tokens, 0: all"),
-        ("--min-p", float, "least share of the likeliest token's"),
+        ("--temperature", float, "0 always takes the most likely token"),
+        ("--top-p", float, "sample from the smallest set of tokens with total probability P"),
+        ("--top-k", int, "sample from the K most likely tokens; 0 for all"),
+        ("--min-p", float, "drop tokens below this share of the top token's probability"),
         ("--repetition-penalty", float, "above 1 avoids repetition"),
     ):
         add(flag, type=kind, help=f"{meaning} (default: {getattr(DEFAULTS, flag[2:].replace('-', '_'))})")
@@ -142,32 +168,6 @@ def less(engine: Engine) -> str:
     """What to do, on the command line, about a full context."""
     larger = " or a larger --context" if engine.context < engine.config.max_context else ""
     return f"give a shorter prompt{',' if larger else ' or'} fewer of them{larger}"
-
-
-def sampling_line(params: SamplingParams) -> str:
-    """How tokens are chosen, in words."""
-    if params.temperature == 0:
-        line = "always the likeliest token (temperature 0)"
-    else:
-        names = ("temperature", "top_p", "top_k", "min_p")
-        line = ", ".join(f"{name.replace('_', '-')} {getattr(params, name):g}" for name in names)
-    return f"{line}, repetition-penalty {params.repetition_penalty:g}"
-
-
-def describe(completion: Completion, conversation: Conversation) -> str:
-    """One line of figures about an answer."""
-    stats, session = completion.stats, conversation.session
-    prefill = f"prefill {stats.prompt_tokens - stats.reused_tokens:,} tokens"
-    if stats.reused_tokens:
-        prefill += f" (and {stats.reused_tokens:,} reused)"
-    decode = f"answer {stats.generated_tokens:,} tokens"
-    if stats.generated_tokens > 1:
-        decode += f", {stats.tokens_per_second:,.1f} tokens/s"
-    memory = ", ".join(f"{name.replace('_', ' ')} {size / 1e6:,.1f} MB" for name, size in stats.memory.items())
-    return (
-        f"{prefill}, {stats.prefill_tokens_per_second:,.1f} tokens/s | {decode} | "
-        f"context {session.held:,}/{session.capacity:,} | {memory}"
-    )
 
 
 def _read_stdin(raw: bool, engine: Engine) -> str:

@@ -17,6 +17,8 @@ from bitnet_numba.sampling import SamplingParams
 
 FORMAT = 1  # of saved conversations
 
+NO_TEMPLATE = "this model has no chat template: turns are plain 'User: ...', 'Assistant: ...'; see also --raw"
+
 
 @dataclass(frozen=True)
 class AnswerOptions:
@@ -139,3 +141,29 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
+
+
+def sampling_line(params: SamplingParams) -> str:
+    """How tokens are chosen, in words."""
+    if params.temperature == 0:
+        line = "always the likeliest token (temperature 0)"
+    else:
+        names = ("temperature", "top_p", "top_k", "min_p")
+        line = ", ".join(f"{name.replace('_', '-')} {getattr(params, name):g}" for name in names)
+    return f"{line}, repetition-penalty {params.repetition_penalty:g}"
+
+
+def describe(completion: Completion, conversation: Conversation) -> str:
+    """One line of figures about an answer."""
+    stats, session = completion.stats, conversation.session
+    prefill = f"prefill {stats.prompt_tokens - stats.reused_tokens:,} tokens"
+    if stats.reused_tokens:
+        prefill += f" (and {stats.reused_tokens:,} reused)"
+    decode = f"answer {stats.generated_tokens:,} tokens"
+    if stats.generated_tokens > 1:
+        decode += f", {stats.tokens_per_second:,.1f} tokens/s"
+    memory = ", ".join(f"{name.replace('_', ' ')} {size / 1e6:,.1f} MB" for name, size in stats.memory.items())
+    return (
+        f"{prefill}, {stats.prefill_tokens_per_second:,.1f} tokens/s | {decode} | "
+        f"context {session.held:,}/{session.capacity:,} | {memory}"
+    )

@@ -13,8 +13,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from rich.console import Console
 from rich.text import Text
 
-from bitnet_numba.chat.__main__ import NO_TEMPLATE, describe, sampling_line
-from bitnet_numba.chat.conversation import Conversation
+from bitnet_numba.chat.conversation import NO_TEMPLATE, Conversation, describe, sampling_line
 from bitnet_numba.chat.terminal import WordWrap, interruptible, printable, silent_keyboard
 from bitnet_numba.errors import BitNetError, ContextFull
 

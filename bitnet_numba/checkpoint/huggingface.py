@@ -21,10 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_numba.bfloat16 import to_float32
-from bitnet_numba.checkpoint.packed import read_config, read_json
+from bitnet_numba.checkpoint.packed import read_config
 from bitnet_numba.checkpoint.safetensors_file import TensorFile, TensorSpec
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import CheckpointError
+from bitnet_numba.json_file import read_json
 from bitnet_numba.quantize import ternarize
 
 _FLOATS = ("BF16", "F16", "F32")

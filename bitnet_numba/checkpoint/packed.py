@@ -15,7 +15,6 @@ tokenizer_config.json and generation_config.json. Its tensors, for layer i and g
     layers.i.g.weight        bfloat16 [N, K] in place of words, scales and norms, for a group that is not quantised
 """
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,8 @@ from numpy.typing import NDArray
 
 from bitnet_numba.checkpoint.safetensors_file import TensorFile, TensorSpec
 from bitnet_numba.config import GROUPS, ModelConfig
-from bitnet_numba.errors import BitNetError, CheckpointError, ConfigError, one_line
+from bitnet_numba.errors import CheckpointError, ConfigError
+from bitnet_numba.json_file import read_json
 from bitnet_numba.packing import packed_words, unpack_ternary
 
 FORMAT = 1
@@ -157,14 +157,3 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is not a model folder: it has no config.json")
     return read_json(folder / "config.json")
-
-
-def read_json(path: Path, error_type: type[BitNetError] = CheckpointError) -> dict[str, Any]:
-    """A parsed JSON object. Raises `error_type` with one line for anything else."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise error_type(f"{path} is not readable JSON: {one_line(error)}") from None
-    if not isinstance(value, dict):
-        raise error_type(f"{path} must hold a JSON object")
-    return value

@@ -20,8 +20,7 @@ from bitnet_numba.engine.request import Prompt, check_ids, read_request, whole_n
 from bitnet_numba.engine.scheduler import Scheduler
 from bitnet_numba.engine.session import Session, Stream, finite_arithmetic
 from bitnet_numba.errors import BackendError, BitNetError, CheckpointError, RequestError
-from bitnet_numba.generation_config import read_sampling
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling import SamplingParams, read_sampling
 from bitnet_numba.text.tokenizer import Tokenizer
 
 BACKENDS = ("auto", "cuda", "reference")
@@ -241,9 +240,9 @@ def _open_backend(name: str, checkpoint: PackedCheckpoint) -> Backend:
             if name == "cuda":
                 raise
             _log.warning("%s; going on with the reference model on the CPU", error)
-    from bitnet_numba.backends.host import ReferenceBackend
+    from bitnet_numba.backends.host import reference_backend
 
-    return ReferenceBackend(checkpoint)
+    return reference_backend(checkpoint)
 
 
 def _has_nvidia_driver() -> bool:

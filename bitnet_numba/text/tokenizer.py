@@ -17,8 +17,8 @@ from typing import Any
 
 import tokenizers
 
-from bitnet_numba.checkpoint.packed import read_json
 from bitnet_numba.errors import ContextFull, TokenizerError, one_line
+from bitnet_numba.json_file import read_json
 from bitnet_numba.text.chat_template import (
     BITNET_TEMPLATE,
     PLAIN_STOP,

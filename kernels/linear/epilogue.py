@@ -1,9 +1,9 @@
-"""What the W2A8 products of many tokens do with a finished int32 sum: one definition for all their kernels.
+"""What the GEMMs do with a finished int32 sum: one definition for all their kernels.
 
-The float operations and their order are those of w2a8_gemv.py, so that results are equal to the bit.
+The float operations and their order are those of gemv.py, so that results are equal to the bit.
 
-A float32 division is a subroutine for the assembler, and around its call it does not let `wgmma` run ahead. So the
-kernel of warpgroups multiplies with reciprocals in float64. That gives the same float32: with a, s and a float32's
+A float32 division is a subroutine for the assembler, and around its call it does not let `wgmma` run ahead. So
+gemm_wgmma.py multiplies with reciprocals in float64. That gives the same float32: with a, s and a float32's
 midpoint m (25 bits), a and m s are different integers of at most 49 bits, but for a power of two, so a / s is further
 than 2^-50 of m from m; reciprocal and product are off by less than 2^-51 together. Only quotients below 2^-126, which
 have fewer bits, may differ in the last.
@@ -44,10 +44,10 @@ def _over(x, y):
 
 
 def make_epilogue(epilogue: str, activation: str, inverse: bool = False) -> Callable[..., Any]:
-    """`finish(sum, sum2, total, scale, scale2, s, bias, n, rows, old)`: what is written for row n of one token.
+    """`finish(sum, sum_up, q_sum, m, m_up, s, bias, n, rows, old)`: what is written for row n of one token.
 
-    sum: of codes times activations, int32; sum2: that of row n + rows, for "gated"; total: the activations' sum; s: the
-    token's scale, or with `inverse` its reciprocal, float64; old: what the output held, for "residual". "acc": the
+    sum: of codes times activations, int32; sum_up: that of row n + rows, for "gated"; q_sum: the activations' sum; s:
+    the token's scale, or with `inverse` its reciprocal, float64; old: what the output held, for "residual". "acc": the
     int32 sum of weights times activations.
     """
     by_s, over = (times, _over) if inverse else (ptx.div_rn, ptx.div_rn)
@@ -55,15 +55,15 @@ def make_epilogue(epilogue: str, activation: str, inverse: bool = False) -> Call
     ZERO, ONE = float32(0), float32(1)
 
     @device_function
-    def finish(sum_, sum2, total, scale, scale2, s, bias, n, rows, old):
-        offset = int32(CODE_OFFSET * total)
+    def finish(sum_, sum_up, q_sum, m, m_up, s, bias, n, rows, old):
+        offset = int32(CODE_OFFSET * q_sum)
         if ACC:
             return int32(sum_ - offset)
-        y = by_s(ptx.mul_rn(ptx.int_to_float(int32(sum_ - offset)), scale), s)
+        y = by_s(ptx.mul_rn(ptx.int_to_float(int32(sum_ - offset)), m), s)
         if bias is not None:
             y = ptx.add_rn(y, bias[n])
         if GATED:
-            z = by_s(ptx.mul_rn(ptx.int_to_float(int32(sum2 - offset)), scale2), s)
+            z = by_s(ptx.mul_rn(ptx.int_to_float(int32(sum_up - offset)), m_up), s)
             if bias is not None:
                 z = ptx.add_rn(z, bias[rows + n])
             if RELU2:

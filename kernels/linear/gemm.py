@@ -1,62 +1,59 @@
-"""The W2A8 product of many tokens: which kernel, cut up how, and the prepared launch.
+"""The W2A8 product of many tokens (GEMM): the launcher, which chooses kernel and tile.
 
     y[m, n] = (sum_k q[m, k] * w[n, k]) * scale[segment of n] / s[m]  (+ bias[n])
 
-w2a8_tensor.py holds the kernel for tensor cores (sm_75 and later), w2a8_warpgroup.py the one for sm_90,
-w2a8_columns.py the one without. All forms give the same bits: sums are exact, and w2a8_epilogue.py does the rest as
-w2a8_gemv.py does.
+gemm_wgmma.py has the kernel for sm_90, gemm_mma.py the one for tensor cores from sm_75 on, gemm_dp4a.py the one without
+them; heuristics.py chooses the tile. All variants give the same bits: sums are exact, and what follows them is the same
+sequence of operations as in gemv.py.
 """
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 from numba.cuda import types
 
 from bitnet_numba.kernels.linear.epilogue import EPILOGUES
-from bitnet_numba.kernels.linear.gemm_dp4a import STEP, make_columns
-from bitnet_numba.kernels.linear.gemm_mma import PANEL, make_matmul
-from bitnet_numba.kernels.linear.gemm_wgmma import SPAN, block_bytes, make_warpgroup, shared_bytes
-from bitnet_numba.kernels.linear.heuristics import plan
+from bitnet_numba.kernels.linear.gemm_dp4a import STEP, make_gemm_dp4a
+from bitnet_numba.kernels.linear.gemm_mma import PANEL, make_gemm_mma
+from bitnet_numba.kernels.linear.gemm_wgmma import PART, cta_bytes, make_gemm_wgmma, shared_bytes
+from bitnet_numba.kernels.linear.heuristics import choose_tile
+from bitnet_numba.kernels.linear.operands import PackedLinear, QuantizedActivations, check_segments
 from bitnet_numba.kernels.linear.tile import Tile
+from bitnet_numba.kernels.operands import checked
 from bitnet_numba.kernels.ptx.tma import SPAN_INTS
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
-from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.kernels.runtime.spec import CARVEOUT, CARVEOUT_BYTES, RESERVED_BYTES, KernelSpec
-from bitnet_numba.packing import BLOCK_ROWS, packed_words, padded_shape
-
-MAX_SEGMENTS = 3  # q, k and v
+from bitnet_numba.packing import BLOCK_ROWS, padded_shape
 
 
 def _carveout(tile: Tile) -> int:
-    """All of it as shared memory for tiles whose blocks take more than the usual share."""
-    return (
-        100
-        if tile.scheme == "wgmma" and tile.per_sm * (block_bytes(tile) + RESERVED_BYTES) > CARVEOUT_BYTES
-        else CARVEOUT
-    )
+    """All of L1 as shared memory for tiles whose CTAs take more than the usual share."""
+    large = tile.scheme == "wgmma" and tile.ctas_per_sm * (cta_bytes(tile) + RESERVED_BYTES) > CARVEOUT_BYTES
+    return 100 if large else CARVEOUT
 
 
 @cache
 def spec(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu2", bias: bool = False) -> KernelSpec:
-    """The compiled form of a tile; K, N and M are arguments of the launch."""
+    """The variant for a tile; K, N and M are arguments of the launch."""
     f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
     out = i32 if epilogue == "acc" else f32
-    # For warpgroups words and q are the tensor maps that tell the copy engine about them.
+    # Of wgmma words and q are the tensor maps that TMA loads them by.
     signature = (i32, i32, f32, i32, i32, f32, f32 if bias else types.none, out, *(types.int32,) * 8)
     kind = f"gated {activation}" if epilogue == "gated" else epilogue
     if tile.scheme == "dp4a":
-        kernel, dp4a = make_columns(arch, tile.k_warps, epilogue, activation), 16 * tile.tokens
+        kernel, dp4a = make_gemm_dp4a(arch, tile.k_warps, epilogue, activation), 16 * tile.tokens
     else:
-        make = make_warpgroup if tile.scheme == "wgmma" else make_matmul
+        make = make_gemm_wgmma if tile.scheme == "wgmma" else make_gemm_mma
         kernel, dp4a = make(arch, tile, epilogue, activation), 0
     return KernelSpec(
-        # The architecture too: machine code is kept by names, and tests run forms made for others, which do not wait.
-        name=f"w2a8_matmul[sm_{arch} {kind} {'bias ' if bias else ''}{' '.join(map(str, tile))}]",
+        # The architecture too: the disk cache goes by name, and tests run variants made for others, which do not wait.
+        name=f"gemm[sm_{arch} {kind} {'bias ' if bias else ''}{' '.join(map(str, tile))}]",
         kernel=kernel,
         signature=signature,
         threads=tile.threads,
-        blocks_per_sm=tile.per_sm,
+        blocks_per_sm=tile.ctas_per_sm,
         dp4a=dp4a,
         shared=shared_bytes(tile) if tile.scheme == "wgmma" else 0,
         cluster=tile.cluster,
@@ -65,79 +62,58 @@ def spec(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu
 
 
 def map_sizes(tile: Tile, M: int, N: int, K: int, gated: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What the maps of words and q tell: rows and int32 of a row, of the matrix and of what is copied at a time."""
+    """The sizes of the tensor maps of words and q: rows and int32 of a row, of the matrix and of the box loaded."""
     padded_N, padded_K = padded_shape(N, K)
-    words = (padded_N // BLOCK_ROWS, padded_K, tile.row_warps // (2 if gated else 1), SPAN)
+    words = (padded_N // BLOCK_ROWS, padded_K, tile.row_warps // (2 if gated else 1), PART)
     return words, (M, padded_K // 4, tile.tokens, SPAN_INTS)
 
 
 def launch_sizes(tile: Tile, M: int, N: int, K: int, ends: Sequence[int], gated: bool) -> tuple:
-    """The grid and the int32 arguments of a product: (x, y), (M, rows, KP, turns, blocks, second, bound1, bound2)."""
+    """The grid and the int32 arguments: (x, y), (M, rows, KP, k_iters, row_blocks, up_offset, bound1, bound2)."""
     rows, halves = (N // 2, 2) if gated else (N, 1)
     padded_rows, padded_K = padded_shape(rows, K)
     blocks = padded_rows // BLOCK_ROWS
-    columns = {"dp4a": STEP, "mma": PANEL, "wgmma": SPAN}[tile.scheme]
-    turns = -(-padded_K // (columns * tile.k_warps * tile.cluster))
-    if not tile.refill and turns > tile.stages:
-        raise ValueError(f"w2a8_matmul: {tile} has no stages for {K} columns")
-    grid = (-(-M // tile.tokens), -(-blocks // (tile.blocks * tile.row_warps // halves)) * tile.cluster)
-    return grid, (M, rows, padded_K, turns, blocks, blocks if gated else 0, *(*ends, N, N)[:2])
+    columns = {"dp4a": STEP, "mma": PANEL, "wgmma": PART}[tile.scheme]
+    k_iters = -(-padded_K // (columns * tile.k_warps * tile.cluster))
+    if not tile.refill and k_iters > tile.stages:
+        raise ValueError(f"gemm: {tile} has no stages for {K} columns")
+    grid = (-(-M // tile.tokens), -(-blocks // (tile.row_blocks * tile.row_warps // halves)) * tile.cluster)
+    return grid, (M, rows, padded_K, k_iters, blocks, blocks if gated else 0, *(*ends, N, N)[:2])
 
 
-def w2a8_matmul(
+def gemm(
     device: Device,
-    words: DeviceArray,
-    q: DeviceArray,
-    s: DeviceArray,
-    total: DeviceArray,
-    count: DeviceArray,
-    scales: DeviceArray,
-    out: DeviceArray,
-    M: int,
-    N: int,
-    K: int,
-    ends: Sequence[int] = (),
-    bias: DeviceArray | None = None,
+    linear: PackedLinear,
+    x: QuantizedActivations,
+    count: Any,
+    out: Any,
+    num_tokens: int,
+    *,
     epilogue: str = "store",
     activation: str = "relu2",
     use_pdl: bool = True,
 ) -> Launch:
-    """The prepared launch of a product for up to M tokens.
+    """The launch of a product with up to `num_tokens` tokens' activations.
 
-    words int32 [packed_words(N, K)]; q int8 [M, KP], KP = K rounded up to 32, zeros at the end of each row; s float32
-    [M], the scales of `quantize_activations`; total int32 [M], the sums of q's rows; count int32 [1], how many of the M
-    tokens there are when it runs (no kernel still running may write it): rows of `out` for the others keep what they
-    hold, or get anything. scales float32, one for each of up to three segments of rows that end at `ends` (by default
-    one, N; "gated": two equal ones); bias float32 [N] or None; out float32 [M, N] ("gated" [M, N / 2]), or int32 for
-    epilogue "acc". Epilogues as in `make_matmul`. Raises ValueError with the sizes if they do not fit together.
+    count: int32 [1], how many of the tokens are real when it runs (no kernel still running may write it); rows of `out`
+    beyond keep what they hold, or get anything. out: float32 [num_tokens, N] ("gated": [num_tokens, N / 2]), or int32
+    for epilogue "acc". Epilogues as of `gemv`. Raises ValueError with the sizes if operands do not fit together.
     """
-    gated = epilogue == "gated"
-    ends = tuple(ends) or ((N // 2, N) if gated else (N,))
-    if M < 1:
-        raise ValueError(f"w2a8_matmul: a product needs at least one token, not {M}")
+    N, K, gated = linear.N, linear.K, epilogue == "gated"
+    if num_tokens < 1:
+        raise ValueError(f"gemm: a product needs at least one token, not {num_tokens}")
     if epilogue not in EPILOGUES:
-        raise ValueError(f"w2a8_matmul: no epilogue {epilogue!r}, only {', '.join(EPILOGUES)}")
-    if not 1 <= len(ends) <= MAX_SEGMENTS or ends[-1] != N or list(ends) != sorted(ends):
-        raise ValueError(f"w2a8_matmul: segments that end at {ends} do not divide {N} rows into up to {MAX_SEGMENTS}")
-    if gated and (N % (2 * BLOCK_ROWS) or ends != (N // 2, N)):
-        raise ValueError(
-            f"w2a8_matmul: {N} rows in segments to {ends} are no gate and up rows in blocks of {BLOCK_ROWS}"
-        )
-    _, padded_K = padded_shape(N, K)
-    if out.dtype != ("int32" if epilogue == "acc" else "float32"):
-        raise ValueError(f"w2a8_matmul: out must be {'int32' if epilogue == 'acc' else 'float32'}, not {out.dtype}")
-    sizes = {"words": (words, packed_words(N, K)), "q": (q, M * padded_K), "s": (s, M), "total": (total, M)}
-    sizes |= {"count": (count, 1), "scales": (scales, len(ends)), "out": (out, M * (N // 2 if gated else N))}
-    sizes |= {"bias": (bias, N)} if bias is not None else {}
-    for name, (array, size) in sizes.items():
-        if array.size < size:
-            raise ValueError(
-                f"w2a8_matmul: {name} holds {array.size} elements, a {N} x {K} product of {M} tokens takes {size}"
-            )
-    tile = plan(M, N, K, device.arch, device.num_sms, gated)
-    grid, integers = launch_sizes(tile, M, N, K, ends, gated)
+        raise ValueError(f"gemm: no epilogue {epilogue!r}, only {', '.join(EPILOGUES)}")
+    check_segments("gemm", linear.segments, gated)
+    operands = linear.sizes() | x.sizes(num_tokens, K)
+    operands["count"] = (count, 1, "int32")
+    operands["out"] = (out, num_tokens * (N // 2 if gated else N), "int32" if epilogue == "acc" else "float32")
+    problem = f"a {N} x {K} product of {num_tokens} tokens"
+    words, scales, bias, q, s, q_sum, count, out = checked("gemm", problem, **operands)
+    tile = choose_tile(num_tokens, N, K, device.arch, device.num_sms, gated)
+    grid, integers = launch_sizes(tile, num_tokens, N, K, linear.segment_ends, gated)
     if tile.scheme == "wgmma":
-        of_words, of_q = map_sizes(tile, M, N, K, gated)
+        of_words, of_q = map_sizes(tile, num_tokens, N, K, gated)
         words, q = device.tensor_map(words, *of_words), device.tensor_map(q, *of_q)
-    arguments = (words, q, s, total, count, scales, bias, out, *integers)
+    arguments = (words, q, s, q_sum, count, scales, bias, out, *integers)
     return device.launch(spec(device.arch, tile, epilogue, activation, bias is not None), grid, arguments, use_pdl)

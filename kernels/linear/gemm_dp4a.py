@@ -1,10 +1,10 @@
-"""The W2A8 product of many tokens before sm_75: `dp4a`, eight tokens at a time.
+"""The W2A8 GEMM before sm_75: `dp4a`, eight tokens at a time.
 
-The matrix-vector scheme (see w2a8_gemv.py for which lane owns which words) with eight activation columns: a word is
-decoded once, in seven instructions, and multiplied with every token's sixteen activations, which every block reads for
-itself through the caches. Same arguments and results as w2a8_matmul.py.
+The GEMV's scheme (see gemv.py for which lane owns which words) with eight activation columns: a word is decoded once,
+in seven instructions, and multiplied with every token's sixteen activations, which every CTA reads for itself through
+the caches. Same arguments and results as gemm_mma.py.
 
-    block (x, y): tokens 8 x .. 8 x + 7;  row-block y (for "gated" also that of the up rows)
+    CTA (x, y): tokens 8 x .. 8 x + 7;  row-block y (for "gated" also that of the up rows)
     warp: every k_warps-th step of 128 columns; the warps' sums meet in shared memory.
 """
 
@@ -22,8 +22,8 @@ TOKENS = 8
 STEP = 128  # columns that one 16-byte load of each lane covers, and words of a row-block
 
 
-def make_columns(arch: int, k_warps: int, epilogue: str = "store", activation: str = "relu2") -> Callable[..., None]:
-    """The kernel for blocks of `k_warps` warps; epilogues as in w2a8_matmul.py."""
+def make_gemm_dp4a(arch: int, k_warps: int, epilogue: str = "store", activation: str = "relu2") -> Callable[..., None]:
+    """The kernel for CTAs of `k_warps` warps; epilogues as of `make_gemm_mma`."""
     load, wait, release = ptx.stream_load(arch), ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
     finish = make_epilogue(epilogue, activation)
     GATED, RESIDUAL, ACC = epilogue == "gated", epilogue == "residual", epilogue == "acc"
@@ -38,7 +38,7 @@ def make_columns(arch: int, k_warps: int, epilogue: str = "store", activation: s
     SHIFT1, SHIFT2, SHIFT3 = CODE_BITS, 2 * CODE_BITS, 3 * CODE_BITS
     ZERO = float32(0)
 
-    def columns(words, q, s, total, count, scales, bias, out, M, rows, KP, turns, blocks, second, bound1, bound2):
+    def gemm(words, q, s, q_sum, count, scales, bias, out, M, rows, KP, k_iters, row_blocks, up_offset, bound1, bound2):
         sum_s = ptx.pointer(cuda.shared.array(SUMS, int32))  # [WK, HALVES, 16 rows, T]
         acc_r = cuda.local.array(ACC_REGS, int32)
         q_rd = cuda.local.array(T, int32)
@@ -57,11 +57,11 @@ def make_columns(arch: int, k_warps: int, epilogue: str = "store", activation: s
             q_rd[t] = int32(min(int32(first + t), int32(limit - 1)) * stride)
         for n in range(ACC_REGS):
             acc_r[n] = int32(0)
-        for turn in range(turns):
-            start = int32((turn * WK + warp) * STEP)
+        for k_iter in range(k_iters):
+            start = int32((k_iter * WK + warp) * STEP)
             if start + lane_column < KP:
                 for half in range(HALVES):
-                    w0, w1, w2, w3 = load(words, int32(block + half * second) * KP + start + lane * 4)
+                    w0, w1, w2, w3 = load(words, int32(block + half * up_offset) * KP + start + lane * 4)
                     for t in range(T):
                         x0, x1, x2, x3 = ptx.load4(q, q_rd[t] + ((start + lane_column) >> 2))
                         for r in range(4):
@@ -92,14 +92,14 @@ def make_columns(arch: int, k_warps: int, epilogue: str = "store", activation: s
                     a = int32(a + sum_s[at + k * WARP_SUMS])
                     if GATED:
                         b = int32(b + sum_s[at + k * WARP_SUMS + BLOCK_ROWS * T])
-                scale = scale2 = old = ZERO
+                m_row = m_up = old = ZERO
                 if not ACC:
-                    scale = scales[0] if n < bound1 else (scales[1] if n < bound2 else scales[2])
+                    m_row = scales[0] if n < bound1 else (scales[1] if n < bound2 else scales[2])
                 if GATED:
-                    scale2 = scales[1]
+                    m_up = scales[1]
                 to = m * rows + n
                 if RESIDUAL:
                     old = out[to]
-                out[to] = finish(a, b, total[m], scale, scale2, s[m], bias, n, rows, old)
+                out[to] = finish(a, b, q_sum[m], m_row, m_up, s[m], bias, n, rows, old)
 
-    return columns
+    return gemm

@@ -1,8 +1,8 @@
-"""The W2A8 product on tensor cores, from sm_75 on: ternary weights [N, K] as packed words, M tokens' q as int8.
+"""The W2A8 GEMM on tensor cores, from sm_75 on: ternary weights [N, K] as packed words, M tokens' q as int8.
 
     y[m, n] = (sum_k q[m, k] * w[n, k]) * scale[segment of n] / s[m]  (+ bias[n])
 
-The sums are exact integers and everything after them is done as in w2a8_gemv.py, operation by operation, so that a
+The sums are exact integers and everything after them is done as in gemv.py, operation by operation, so that a
 token's row of the result is the same, to the bit, as that of a product for it alone, whatever M and the tiles.
 
 `mma.m16n8k32` (on sm_75 four `mma.m8n8k16`) multiplies 16 x 32 codes (w + 2, unsigned) with 32 x 8 activations. A
@@ -18,20 +18,20 @@ bytes in a row), with g = lane / 4 and i = lane % 4:
 
 Work split:
 
-    block (x, y): tokens T x .. T x + T - 1;  row-blocks of the y-th tile: row_warps groups of `blocks` each
+    CTA (x, y): tokens T x .. T x + T - 1;  row-blocks of the y-th tile: row_warps groups of `row_blocks` each
     warp: one group of row-blocks ("gated": pairs, gate and up rows at once), all T tokens, every k_warps-th panel of
     64 columns:
         columns      0    64   128   192
-        warp 0       |====|    |====|    ...      (k_warps = 2; a turn is k_warps panels)
+        warp 0       |====|    |====|    ...      (k_warps = 2; a K iteration is k_warps panels)
         warp 1       |    |====|    |====...
     The warps' int32 sums meet in shared memory.
 
-Weights go from global memory straight to registers, `held` turns ahead: each word is used by one warp, and seven
-instructions make four operand registers of it, for T / 8 products. The first ones are asked for before `pdl_wait`,
-while the kernels before this one still run. Activations either come through shared memory, by asynchronous copies
-`stages` - 1 turns ahead (64 bytes of a token after the other: a quarter warp's 16-byte loads touch every bank once),
-or, where no two warps want the same, straight from global memory (`stages` = 0).
-docs/performance-notes.md has what was tried and measured.
+Weights go from global memory straight to registers, `reg_stages` K iterations ahead: each word is used by one warp, and
+seven instructions make four operand registers of it, for T / 8 products. The first ones are asked for before
+`pdl_wait`, while the kernels before this one still run. Activations either come through shared memory, by asynchronous
+copies `stages` - 1 K iterations ahead (64 bytes of a token after the other: a quarter warp's 16-byte loads touch every
+bank once), or, where no two warps want the same, straight from global memory (`stages` = 0). docs/performance-notes.md
+has what was tried and measured.
 """
 
 from collections.abc import Callable
@@ -45,21 +45,21 @@ from bitnet_numba.kernels.linear.tile import Tile
 from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, float32, int32
 from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_BITS, CODE_MASK
 
-PANEL = 64  # columns that a warp multiplies in a turn: two blocks
+PANEL = 64  # columns that a warp multiplies in a K iteration: two blocks
 PANEL_INTS = PANEL // 4  # of a token's activations
 TOKENS = 8  # of one mma
 FRAGMENT = 4 * WARP  # int32 sums of one mma
-SHARED_INTS = 48 * 1024 // 4 - 512  # static shared memory of a block, less what the tokens' scales and sums take
+SHARED_INTS = 48 * 1024 // 4 - 512  # static shared memory of a CTA, less what the tokens' scales and sums take
 
 
-def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu2") -> Callable[..., None]:
+def make_gemm_mma(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu2") -> Callable[..., None]:
     """The kernel for a tile. `epilogue`: "acc" int32 sums, for tests; "store" y; "residual" y is added to what `out`
     holds; "gated" activation(y[n]) * y[n + N/2]."""
     load, wait, release = ptx.stream_load2(arch), ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
     multiply = ptx.mma_s8(arch)
     GATED, RESIDUAL, ACC = epilogue == "gated", epilogue == "residual", epilogue == "acc"
     finish = make_epilogue(epilogue, activation)
-    T, U, WR, WK, HELD, STAGES = tile[:6]
+    T, U, WR, WK, REG_STAGES, STAGES = tile[:6]
     HALVES = 2 if GATED else 1
     UNITS = U // HALVES  # row-blocks of the output
     THREADS = tile.threads
@@ -69,23 +69,25 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
     STAGE = WK * T * PANEL_INTS
     COPIES = -(-STAGE // 4 // THREADS)
     COPIES_EXACT = STAGE % (4 * THREADS) == 0
-    B_AHEAD = 0 if STAGED else max(n for n in (8, 7, 6, 5, 4, 3, 2, 1) if HELD % n == 0 and (n == 1 or n * NT <= 8))
-    W_REGS, A_REGS, B_REGS, ACC_REGS = 2 * U * HELD, 8 * U, max(4 * NT * B_AHEAD, 1), 4 * U * NT
+    B_AHEAD = (
+        0 if STAGED else max(n for n in (8, 7, 6, 5, 4, 3, 2, 1) if REG_STAGES % n == 0 and (n == 1 or n * NT <= 8))
+    )
+    W_REGS, A_REGS, B_REGS, ACC_REGS = 2 * U * REG_STAGES, 8 * U, max(4 * NT * B_AHEAD, 1), 4 * U * NT
     # Sums meet in passes of as many n-tiles as fit the shared memory.
     N_PASS = next(n for n in range(NT, 0, -1) if NT % n == 0 and n * U * WR * WK * FRAGMENT <= SHARED_INTS)
     PASSES = NT // N_PASS
     SHARED = max(STAGES * STAGE, N_PASS * U * WR * WK * FRAGMENT)
     PASS = N_PASS * U * FRAGMENT  # sums of a warp in a pass
-    SCALE_TURNS = -(-T // THREADS)
+    SCALE_ROUNDS = -(-T // THREADS)
     MASK = np.int32(CODE_MASK)
     ZERO = float32(0)
     if GATED and U % 2 or T % TOKENS or SHARED > SHARED_INTS:
-        raise ValueError(f"no product is made of {tile}")
+        raise ValueError(f"no GEMM is made of {tile}")
 
-    def matmul(words, q, s, total, count, scales, bias, out, M, rows, KP, turns, blocks, second, bound1, bound2):
+    def gemm(words, q, s, q_sum, count, scales, bias, out, M, rows, KP, k_iters, row_blocks, up_offset, bound1, bound2):
         shared = ptx.pointer(cuda.shared.array(SHARED, int32, SHARED_ALIGN))  # activations, then sums
         s_s = ptx.pointer(cuda.shared.array(T, float32))
-        total_s = ptx.pointer(cuda.shared.array(T, int32))
+        q_sum_s = ptx.pointer(cuda.shared.array(T, int32))
         w_r = cuda.local.array(W_REGS, int32)
         a_r = cuda.local.array(A_REGS, int32)
         b_r = cuda.local.array(B_REGS, int32)
@@ -110,13 +112,13 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
             return
         unit0 = int32((int32(cuda.blockIdx.y) * WR + row_warp) * UNITS)
 
-        # 1. The first turns' weights. Columns beyond the last are any words: the activations are zero there.
+        # 1. The first K iterations' weights. Columns beyond the last are any words: the activations are zero there.
         for u in range(U):
-            unit = min(int32(unit0 + u // HALVES), int32(blocks - 1))
+            unit = min(int32(unit0 + u // HALVES), int32(row_blocks - 1))
             lane_rd = int32((g >> 2) * 16 + (i & 1) * 8 + (g & 3) * 2)
-            words_rd[u] = int32(int32(unit + u % HALVES * second) * KP + lane_rd)
+            words_rd[u] = int32(int32(unit + u % HALVES * up_offset) * KP + lane_rd)
         column = int32(k_warp * PANEL + (i >> 1) * BLOCK_COLS)  # of the words that are asked for next: a word a column
-        for j in range(HELD):
+        for j in range(REG_STAGES):
             at = min(column, int32(KP - BLOCK_COLS))
             for u in range(U):
                 n = 2 * (j * U + u)
@@ -124,15 +126,15 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
             column += WK * PANEL
         for n in range(ACC_REGS):
             acc_r[n] = int32(0)
-        scale0 = scale1 = scale2 = ZERO
+        m0 = m1 = m2 = ZERO
         if not ACC:
-            scale0 = scales[0]
-            scale1 = scales[1] if bound1 < rows or GATED else ZERO
-            scale2 = scales[2] if bound2 < rows else ZERO
+            m0 = scales[0]
+            m1 = scales[1] if bound1 < rows or GATED else ZERO
+            m2 = scales[2] if bound2 < rows else ZERO
         release()
         wait()
 
-        # 2. The first turns' activations.
+        # 2. The first K iterations' activations.
         stride = int32(KP >> 2)  # int32 words of a token
         q_column = int32(k_warp * PANEL_INTS + i * 4)  # of what is asked for next, in int32 words
         if STAGED:
@@ -162,22 +164,22 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
                     if q_column >= stride:
                         b_r[n] = b_r[n + 1] = b_r[n + 2] = b_r[n + 3] = int32(0)
                 q_column += WK * PANEL_INTS
-        for n in range(SCALE_TURNS):
+        for n in range(SCALE_ROUNDS):
             token = int32(tid + n * THREADS)
             if token < T and first + token < limit:
                 s_s[token] = s[first + token]
-                total_s[token] = total[first + token]
+                q_sum_s[token] = q_sum[first + token]
 
         # 3. Products.
         b_rd = int32((k_warp * T + g) * PANEL_INTS + i * 4)
         stage_rd, stage_wr = int32(0), int32((STAGES - 1) * STAGE)
-        turn = int32(0)
-        while turn < turns:
-            for j in range(HELD):
-                if turn + j < turns:
+        k_iter = int32(0)
+        while k_iter < k_iters:
+            for j in range(REG_STAGES):
+                if k_iter + j < k_iters:
                     if STAGED:
                         arrived()
-                        cuda.syncthreads()  # everyone's copies have arrived, and the last turn has been read
+                        cuda.syncthreads()  # everyone's copies have arrived, and the last stage has been read
                         for n in range(COPIES):
                             chunk = int32(tid + n * THREADS)
                             size = bytes_r[n] if column_r[n] < stride else int32(0)
@@ -233,12 +235,12 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
                     if STAGED:
                         stage_rd = int32(stage_rd + STAGE if stage_rd < (STAGES - 1) * STAGE else 0)
                         stage_wr = int32(stage_wr + STAGE if stage_wr < (STAGES - 1) * STAGE else 0)
-            turn += HELD
+            k_iter += REG_STAGES
 
         # 4. Output. A fragment's 4 x 32 sums keep their order in shared memory; the warps of a row group share out its
         # fragments.
         if STAGED:
-            all_arrived()  # the zeros of turns beyond the last, which would land on sums
+            all_arrived()  # the zeros of K iterations beyond the last, which would land on sums
         row_sums = int32(row_warp * (WK * PASS))
         lane_row = int32((g >> 2) * 8 + (g & 3) * 2)
         for pass_ in range(PASSES):
@@ -282,8 +284,8 @@ def make_matmul(arch: int, tile: Tile, epilogue: str = "store", activation: str 
                         c = c0 if k == 0 else (c1 if k == 1 else (c2 if k == 2 else c3))
                         e = e0 if k == 0 else (e1 if k == 1 else (e2 if k == 2 else e3))
                         old = old0 if k == 0 else (old1 if k == 1 else (old2 if k == 2 else old3))
-                        scale = scale0 if r < bound1 else (scale1 if r < bound2 else scale2)
-                        y = finish(c, e, total_s[m], scale, scale1, s_s[m], bias, r, rows, old)
+                        m_row = m0 if r < bound1 else (m1 if r < bound2 else m2)
+                        y = finish(c, e, q_sum_s[m], m_row, m1, s_s[m], bias, r, rows, old)
                         out[int32(first + m) * rows + r] = y
 
-    return matmul
+    return gemm

@@ -1,17 +1,17 @@
-"""The W2A8 matrix product by warpgroups, on sm_90: four warps multiply together, `wgmma`.
+"""The W2A8 GEMM on sm_90: four warps (a warpgroup) multiply together, `wgmma`.
 
-There `mma.sync`, which w2a8_tensor.py uses, runs at half the unit's rate. What it computes, the sums' exactness and the
-order of what is done to them are as there. Here nothing goes through registers on its way in but codes: the copy engine
-brings weights and activations to shared memory, `stages` - 1 turns ahead of the products, and a warp does little else
-than wait, decode and multiply.
+There `mma.sync`, which gemm_mma.py uses, runs at half the unit's rate. What is computed, the sums' exactness and the
+order of what is done to them are as in that file. Here nothing goes through registers on its way in but codes: TMA
+brings weights and activations to shared memory, `stages` - 1 K iterations ahead of the products, and a warp does little
+else than wait, decode and multiply.
 
-    block (x, y)   tokens T x .. T x + T - 1;  `row_warps` row-blocks, one a warp, of tile y / cluster ("gated": gate
+    CTA (x, y)     tokens T x .. T x + T - 1;  `row_warps` row-blocks, one a warp, of tile y / cluster ("gated": gate
                    rows by the first half of the warps, up rows by the second); `k_warps` such sets of warps, each with
-                   its own parts of a turn
-    cluster        blocks of one tile, each with its own turns: the y % cluster-th takes that share of the columns
+                   its own parts of a K iteration
+    cluster        CTAs of one tile, each with its own K iterations: the y % cluster-th takes that share of the columns
     part           128 columns.  activations: a panel, int8 [T, 128], in 128-byte swizzle
                                  weights: 512 bytes a row-block, as they lie in memory
-    turn           k_warps parts; one arrival counter a stage.  Few tokens have a stage for every turn (`refill` is
+    K iteration    k_warps parts; one mbarrier a stage.  Few tokens have a stage for every K iteration (`refill` is
                    not set): all is under way at once, and warps need not meet until the end
 
     shared memory  | stage 0: panels, words | stage 1: panels, words | ...
@@ -21,11 +21,12 @@ A warp's 16 rows x 32 columns of an instruction are the register operand. With g
 the words of rows r and r + 1, r = 8 (g / 4) + 2 (g % 4), and of each word the four columns 4 i .. 4 i + 3:
 (word >> 2 i) & mask. So columns come in their natural order, and the four lanes of a row read the same words.
 
-What few tokens take is latency: so all that does not depend on the kernel before, weights, scales, the copy engine's
-maps, is asked for before `pdl_wait`, old values of a residual at once after it, and a long matrix of few rows is cut
+What few tokens take is latency: so all that does not depend on the kernel before (weights, scales, tensor maps) is
+asked
+for before `pdl_wait`, old values of a residual at once after it, and a long matrix of few rows is cut
 along its columns for a cluster.
 
-Sums leave through shared memory (of a cluster: each block reads its tokens' from all), so that neighbouring threads
+Sums leave through shared memory (of a cluster: each CTA reads its tokens' from all), so that neighbouring threads
 write neighbouring rows of one token: 4 bytes each, 128 a warp, and everything that depends on the row alone is computed
 once a thread.
 
@@ -45,45 +46,45 @@ from bitnet_numba.kernels.ptx.tma import PANEL_ALIGN, SPAN_INTS
 from bitnet_numba.packing import BLOCK_ROWS, CODE_BITS
 
 ARCH = 90  # wgmma is this architecture's alone
-SPAN = 128  # columns of a part, and the words of its row-block
+PART = 128  # columns of a part, and the words of its row-block
 CODES = 16  # registers of a warp's part
 PADDING = 4  # sums between a token's rows and the next token's: 8-byte stores then touch every bank once
-SHARED_BYTES = 227 * 1024  # of a SM that one block can have
+SHARED_BYTES = 227 * 1024  # of an SM that one CTA can have
 MAX_TOKENS = 256  # of one instruction
 BATCH = 8  # sums that a thread has in hand on their way out
 MAX_EARLY_LOADS = 4  # old values of a residual that a thread loads before its products
 
 
 def stage_bytes(tile: Tile) -> int:
-    """Shared memory of a turn."""
-    return tile.k_warps * (tile.tokens * SPAN + tile.row_warps * SPAN * 4)
+    """Shared memory of a stage."""
+    return tile.k_warps * (tile.tokens * PART + tile.row_warps * PART * 4)
 
 
 def shared_bytes(tile: Tile) -> int:
-    """Dynamic shared memory of a block, which may start anywhere: the kernel leaves out what comes before a panel's
-    place."""
+    """Dynamic shared memory of a CTA, which may start anywhere: the kernel skips to the first aligned address."""
     sums = 4 * tile.k_warps * tile.tokens * (tile.row_warps * BLOCK_ROWS + PADDING)
     return max(tile.stages * stage_bytes(tile), sums) + PANEL_ALIGN
 
 
-def block_bytes(tile: Tile) -> int:
-    """All shared memory that a block takes: arrival counters, reciprocals of scales and sums of activations too."""
+def cta_bytes(tile: Tile) -> int:
+    """All shared memory that a CTA takes: mbarriers, reciprocals of scales and sums of activations too."""
     return shared_bytes(tile) + 8 * tile.stages + 12 * tile.tokens
 
 
-def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu2") -> Callable[..., None]:
-    """The kernel for a tile with one row-block a warp and row_warps a multiple of 4; epilogues as in `make_matmul`."""
+def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu2") -> Callable[..., None]:
+    """The kernel for a tile with one row-block a warp and row_warps a multiple of 4; epilogues as of
+    `make_gemm_mma`."""
     wait, release = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
     GATED, RESIDUAL, ACC = epilogue == "gated", epilogue == "residual", epilogue == "acc"
     finish = make_epilogue(epilogue, activation, inverse=True)
-    T, U, WR, WK, HELD, STAGES = tile[:6]
+    T, U, WR, WK, REG_STAGES, STAGES = tile[:6]
     CLUSTER, REFILL = tile.cluster, tile.refill
     HALVES = 2 if GATED else 1
     UNITS = WR // HALVES  # row-blocks of the output
     ROWS = UNITS * BLOCK_ROWS
     THREADS, WARPS = tile.threads, tile.threads // WARP
-    # Bytes: of a turn, of a part's activations and weights, of its gate or up rows; where a turn's weights begin.
-    STAGE, PANEL, WORDS = stage_bytes(tile), T * SPAN, WR * SPAN * 4
+    # Bytes: of a stage, of a part's activations and weights, of its gate or up rows; where a stage's weights begin.
+    STAGE, PANEL, WORDS = stage_bytes(tile), T * PART, WR * PART * 4
     HALF, WORDS_AT = WORDS // HALVES, WK * PANEL
     WIDTH = WR * BLOCK_ROWS + PADDING
     SUMS = T * WIDTH
@@ -91,23 +92,23 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
     ACC_REGS = T // 2
     STEP = THREADS // ROWS  # tokens that are written side by side
     JUMP = STEP * CLUSTER  # from one of a thread's tokens to its next
-    TURNS = -(-T // JUMP)
-    EACH = TURNS if CLUSTER > 1 else max(n for n in range(1, BATCH + 1) if TURNS % n == 0)
+    OUT_ROUNDS = -(-T // JUMP)
+    EACH = OUT_ROUNDS if CLUSTER > 1 else max(n for n in range(1, BATCH + 1) if OUT_ROUNDS % n == 0)
     EXACT = T % JUMP == 0
-    EARLY = RESIDUAL and TURNS <= MAX_EARLY_LOADS
-    SCALE_TURNS = -(-T // THREADS)
+    EARLY = RESIDUAL and OUT_ROUNDS <= MAX_EARLY_LOADS
+    SCALE_ROUNDS = -(-T // THREADS)
     Y, ZERO = int32 if ACC else float32, float32(0)
     whole = (not T % 16 or T in (8, 24)) and T <= MAX_TOKENS and not WR % 4
-    many = block_bytes(tile) > SHARED_BYTES or CLUSTER > 1 and TURNS > BATCH
-    if U != 1 or HELD or STAGES < 2 - (not REFILL) or not whole or many:
-        raise ValueError(f"no product of warpgroups is made of {tile}")
+    many = cta_bytes(tile) > SHARED_BYTES or CLUSTER > 1 and OUT_ROUNDS > BATCH
+    if U != 1 or REG_STAGES or STAGES < 2 - (not REFILL) or not whole or many:
+        raise ValueError(f"no wgmma GEMM is made of {tile}")
     start, all_but_one, finished = ptx.wgmma_s8(T)
 
     @device_function
-    def copy_words(words, shared, at, arrival, part, unit0, second):
+    def load_words(words, shared, at, mbarrier, part, unit0, up_offset):
         for half in range(HALVES):
             ptx.tma_load_2d(
-                words, 0, shared, at + (WORDS_AT + half * HALF), arrival, part * SPAN, unit0 + half * second
+                words, 0, shared, at + (WORDS_AT + half * HALF), mbarrier, part * PART, unit0 + half * up_offset
             )
 
     @device_function
@@ -117,49 +118,49 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
             code_r[n] = ptx.shifted_codes(word[n], shift)
 
     @device_function
-    def advance(code_r, acc_r, block, places, state, turn):
-        """A turn but the first: starts its products, and gives the stage before it to the turn that takes it next.
-        Returns which stage it was: its number, its distance from the first, and its phase."""
-        words, panels, shared, tid, first, unit0, part0, second, turns = block
-        base, arrival, own_panel, own_words, shift = places
+    def k_iteration(code_r, acc_r, block, addresses, state, k_iter):
+        """A K iteration but the first: starts its products, and refills the stage before it. Returns which stage it
+        was: its number, its distance from the first in bytes, and its phase."""
+        words, panels, shared, tid, first, unit0, part0, up_offset, k_iters = block
+        base, mbarrier, own_panel, own_words, shift = addresses
         slot, stage, parity = state
         before, stage_before = slot, stage
         slot, stage = int32(slot + 1), int32(stage + STAGE)
         if REFILL and slot == STAGES:
             slot, stage, parity = int32(0), int32(0), int32(1 - parity)
-        ptx.mbarrier_wait(int32(arrival + 8 * slot), parity)
+        ptx.mbarrier_wait(int32(mbarrier + 8 * slot), parity)
         load_codes(code_r, shared, int32(own_words + stage), shift)
         start(acc_r, code_r, shared, int32(own_panel + stage))
         all_but_one()
         if REFILL:
-            cuda.syncthreads()  # the turn before has been multiplied by all
-            ahead = int32(turn + (STAGES - 1))
-            if tid == 0 and ahead < turns:
-                arrived, to = int32(arrival + 8 * before), int32(base + stage_before)
-                ptx.mbarrier_expect_tx(arrived, STAGE)
+            cuda.syncthreads()  # all warps have multiplied the stage before
+            ahead = int32(k_iter + (STAGES - 1))
+            if tid == 0 and ahead < k_iters:
+                full, to = int32(mbarrier + 8 * before), int32(base + stage_before)
+                ptx.mbarrier_expect_tx(full, STAGE)
                 for n in range(WK):
                     part = int32(part0 + ahead * WK + n)
-                    ptx.tma_load_2d(panels, 0, shared, to + n * PANEL, arrived, part * SPAN_INTS, first)
-                    copy_words(words, shared, to + n * WORDS, arrived, part, unit0, second)
+                    ptx.tma_load_2d(panels, 0, shared, to + n * PANEL, full, part * SPAN_INTS, first)
+                    load_words(words, shared, to + n * WORDS, full, part, unit0, up_offset)
         return slot, stage, parity
 
     @device_function
-    def read_results(y_r, old_r, shared, place, sums, total_s, inverse_s, token, given):
+    def read_results(y_r, old_r, shared, address, sums, q_sum_s, inverse_s, token, row_values):
         """EACH results of a thread, from `token` on. Without branches, so that they wait for each other's latencies
         together. sums: where those of its row and the first token lie, counted in int32."""
-        scale, scale1, bias, row, rows = given
+        m_row, m_up, bias, row, rows = row_values
         for n in range(EACH):
             t = token + n * JUMP if EXACT else min(int32(token + n * JUMP), int32(T - 1))
             rd = int32(sums + t * WIDTH)
             e = int32(0)
             if CLUSTER > 1:
-                c = ptx.cluster_load(shared, place + 4 * rd, 0)
+                c = ptx.cluster_load(shared, address + 4 * rd, 0)
                 if GATED:
-                    e = ptx.cluster_load(shared, place + 4 * (rd + ROWS), 0)
+                    e = ptx.cluster_load(shared, address + 4 * (rd + ROWS), 0)
                 for other in range(1, CLUSTER):
-                    c += ptx.cluster_load(shared, place + 4 * rd, other)
+                    c += ptx.cluster_load(shared, address + 4 * rd, other)
                     if GATED:
-                        e += ptx.cluster_load(shared, place + 4 * (rd + ROWS), other)
+                        e += ptx.cluster_load(shared, address + 4 * (rd + ROWS), other)
             else:
                 c = shared[rd]
                 if GATED:
@@ -169,15 +170,15 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
                     if GATED:
                         e += shared[rd + (k * SUMS + ROWS)]
             old = old_r[n] if RESIDUAL else ZERO
-            y_r[n] = finish(int32(c), int32(e), total_s[t], scale, scale1, inverse_s[t], bias, row, rows, old)
+            y_r[n] = finish(int32(c), int32(e), q_sum_s[t], m_row, m_up, inverse_s[t], bias, row, rows, old)
 
-    def warpgroup(
-        words, panels, s, q_total, count, scales, bias, out, M, rows, KP, turns, blocks, second, bound1, bound2
+    def gemm(
+        words, panels, s, q_sum, count, scales, bias, out, M, rows, KP, k_iters, row_blocks, up_offset, bound1, bound2
     ):  # fmt: skip
         shared = ptx.pointer(cuda.shared.array(0, int32))
-        arrival_s = ptx.pointer(cuda.shared.array(STAGES, int64))
+        mbarrier_s = ptx.pointer(cuda.shared.array(STAGES, int64))
         inverse_s = ptx.pointer(cuda.shared.array(T, float64))
-        total_s = ptx.pointer(cuda.shared.array(T, int32))
+        q_sum_s = ptx.pointer(cuda.shared.array(T, int32))
         a_r = cuda.local.array(CODES, int32)
         b_r = cuda.local.array(CODES, int32)
         acc_r = cuda.local.array(ACC_REGS, int32)
@@ -198,25 +199,25 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
         y = int32(cuda.blockIdx.y)
         rank = int32(y % CLUSTER) if CLUSTER > 1 else int32(0)
         unit0 = int32(y // CLUSTER) * UNITS
-        part0 = int32(rank * turns * WK)
-        filled = min(int32(turns), int32(STAGES)) * WK  # parts that have a place from the beginning
-        # Places in shared memory, in bytes.
-        unaligned, arrival = ptx.shared_address(shared, 0), ptx.shared_address(arrival_s, 0)
+        part0 = int32(rank * k_iters * WK)
+        filled = min(int32(k_iters), int32(STAGES)) * WK  # parts that have a stage from the beginning
+        # Addresses in shared memory, in bytes.
+        unaligned, mbarrier = ptx.shared_address(shared, 0), ptx.shared_address(mbarrier_s, 0)
         base = int32((unaligned + (PANEL_ALIGN - 1)) & -PANEL_ALIGN)
 
-        # 1. The first turns' weights, while the launches before this one still run. Warps take parts in turn.
+        # 1. The first stages' weights, while the launches before this one still run. Warps take parts in turn.
         if tid == 0:
             for n in range(STAGES):
-                ptx.mbarrier_init(arrival + 8 * n)
-                if n < turns:
-                    ptx.mbarrier_expect_tx(arrival + 8 * n, STAGE)
+                ptx.mbarrier_init(mbarrier + 8 * n)
+                if n < k_iters:
+                    ptx.mbarrier_expect_tx(mbarrier + 8 * n, STAGE)
             ptx.prefetch_tensor_map(panels, 0)
         cuda.syncthreads()
         if lane == 0:
             for n in range(warp, filled, WARPS):
                 t = int32(n // WK)
                 to = int32(base + t * STAGE + (n - t * WK) * WORDS)
-                copy_words(words, shared, to, arrival + 8 * t, int32(part0 + n), unit0, second)
+                load_words(words, shared, to, mbarrier + 8 * t, int32(part0 + n), unit0, up_offset)
         for n in range(ACC_REGS):
             acc_r[n] = int32(0)
         # A thread's results: one row of every JUMP-th token.
@@ -225,49 +226,49 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
         token = int32(tid // ROWS + rank * STEP)
         if tid >= STEP * ROWS or row >= rows:
             token, row = int32(T), int32(rows - 1)
-        scale = scale1 = ZERO
+        m_row = m_up = ZERO
         if not ACC:
             segment = int32(0) if row < bound1 else (int32(1) if row < bound2 else int32(2))
-            scale = scales[segment]
+            m_row = scales[segment]
             if GATED:
-                scale1 = scales[1]
+                m_up = scales[1]
         wr, jump, last = int32((first + token) * rows + row), int32(JUMP * rows), int32((limit - 1) * rows + row)
         release()
         wait()
 
-        # 2. The first turns' activations.
+        # 2. The first stages' activations.
         if lane == 0:
             for n in range(warp, filled, WARPS):
                 t = int32(n // WK)
                 to = int32(base + t * STAGE + (n - t * WK) * PANEL)
-                ptx.tma_load_2d(panels, 0, shared, to, arrival + 8 * t, int32(part0 + n) * SPAN_INTS, first)
+                ptx.tma_load_2d(panels, 0, shared, to, mbarrier + 8 * t, int32(part0 + n) * SPAN_INTS, first)
         if EARLY:
             for n in range(EACH):  # beyond the last token: of that one, and not used
                 old_r[n] = out[min(int32(wr + n * jump), last)]
-        for n in range(SCALE_TURNS):
+        for n in range(SCALE_ROUNDS):
             t = int32(tid + n * THREADS)
             if t < T and first + t < limit:
                 inverse_s[t] = reciprocal(s[first + t])
-                total_s[t] = q_total[first + t]
+                q_sum_s[t] = q_sum[first + t]
 
-        # 3. Products. While those of one turn run, the next turn's words are decoded; the unit always has work.
+        # 3. Products. While those of one stage run, the next one's words are decoded; the unit always has work.
         own_panel = int32(base + k * PANEL)
-        own_words = int32(base + (WORDS_AT + k * WORDS) + ((w * SPAN + (g >> 2) * 16 + (g & 3) * 2) << 2))
+        own_words = int32(base + (WORDS_AT + k * WORDS) + ((w * PART + (g >> 2) * 16 + (g & 3) * 2) << 2))
         shift = int32(CODE_BITS * i)
-        ptx.mbarrier_wait(arrival, 0)
+        ptx.mbarrier_wait(mbarrier, 0)
         load_codes(a_r, shared, own_words, shift)
         start(acc_r, a_r, shared, own_panel)
-        block = words, panels, shared, tid, first, unit0, part0, int32(second), int32(turns)
-        places = base, arrival, own_panel, own_words, shift
+        block = words, panels, shared, tid, first, unit0, part0, int32(up_offset), int32(k_iters)
+        addresses = base, mbarrier, own_panel, own_words, shift
         state = int32(0), int32(0), int32(0)
         # In pairs, for the two sets of codes: with a condition between, the assembler would run one product at a time.
-        turn = int32(1)
-        while turn + 1 < turns:
-            state = advance(b_r, acc_r, block, places, state, turn)
-            state = advance(a_r, acc_r, block, places, state, int32(turn + 1))
-            turn = int32(turn + 2)
-        if turn < turns:
-            advance(b_r, acc_r, block, places, state, turn)
+        k_iter = int32(1)
+        while k_iter + 1 < k_iters:
+            state = k_iteration(b_r, acc_r, block, addresses, state, k_iter)
+            state = k_iteration(a_r, acc_r, block, addresses, state, int32(k_iter + 1))
+            k_iter = int32(k_iter + 2)
+        if k_iter < k_iters:
+            k_iteration(b_r, acc_r, block, addresses, state, k_iter)
         finished(acc_r)
         cuda.syncthreads()
 
@@ -277,9 +278,9 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
         for t in range(T // TOKENS):
             ptx.store2(shared, to + t * (TOKENS * WIDTH), acc_r[4 * t], acc_r[4 * t + 2])
             ptx.store2(shared, to + (t * TOKENS + 1) * WIDTH, acc_r[4 * t + 1], acc_r[4 * t + 3])
-        given = scale, scale1, bias, row, int32(rows)
+        row_values = m_row, m_up, bias, row, int32(rows)
         if CLUSTER > 1:
-            # The block's own sums become one, then each block reads its tokens' from all.
+            # The CTA's own sums become one, then each CTA reads its tokens' from all.
             if WK > 1:
                 cuda.syncthreads()
                 for piece in range(tid, PIECES, THREADS):
@@ -296,8 +297,8 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
                 if RESIDUAL and not EARLY:
                     for n in range(EACH):
                         old_r[n] = out[min(int32(wr + n * jump), last)]
-                read_results(y_r, old_r, shared, unaligned, sums + own, total_s, inverse_s, token, given)
-            ptx.cluster_arrive()  # a block may end when nobody reads its sums any more
+                read_results(y_r, old_r, shared, unaligned, sums + own, q_sum_s, inverse_s, token, row_values)
+            ptx.cluster_arrive()  # a CTA may end when nobody reads its sums any more
             if writes:
                 for n in range(EACH):
                     if wr <= last and (EXACT or token + n * JUMP < T):
@@ -310,11 +311,11 @@ def make_warpgroup(arch: int, tile: Tile, epilogue: str = "store", activation: s
                 if RESIDUAL and not EARLY:
                     for n in range(EACH):
                         old_r[n] = out[min(int32(wr + n * jump), last)]
-                read_results(y_r, old_r, shared, unaligned, sums + own, total_s, inverse_s, token, given)
+                read_results(y_r, old_r, shared, unaligned, sums + own, q_sum_s, inverse_s, token, row_values)
                 for n in range(EACH):
                     if wr <= last and (EXACT or token + n * JUMP < T):
                         out[wr] = y_r[n]
                     wr = int32(wr + jump)
                 token = int32(token + JUMP * EACH)
 
-    return warpgroup
+    return gemm

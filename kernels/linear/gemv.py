@@ -1,22 +1,21 @@
-"""The W2A8 matrix-vector product: ternary weights [N, K] as packed words, one token's activations as int8.
+"""The fast W2A8 matrix-vector product: one token. gemv_simple.py has three short versions to read first.
 
     y[n] = (sum_k q[k] * w[n, k]) * scale[segment of n] / s  (+ bias[n])
 
-with q, s the absmax quantisation of the input vector. The products are exact integers; the codes w + 2 go into `dp4a`
-as they are stored, and 2 * sum(q) is taken off once per row.
+with w ternary, packed (see `packing`), and q, s the absmax quantisation of the input vector. The sums are exact
+integers: the codes w + 2 go into `dp4a` as they are stored, and 2 * sum(q) is taken off once per row.
 
-One factory, `make_gemv`, makes every form, from two choices:
-    prologue   "int8": q, s and sum(q) are given;  "quantize": x float32 is quantised here;
-               "norm": x goes through RMSNorm (weights given), then is quantised
+`make_gemv` makes every variant, from two choices:
+    prologue   "int8": q, s and sum(q) are given;  "quantize": x, float32, is quantised here;
+               "norm": x goes through RMSNorm, then is quantised
     epilogue   "acc": int32 sums, for tests;  "store": y;  "residual": y is added to what `out` holds;
                "gated": activation(y[n]) * y[n + N/2], the feed-forward's gate and up rows at once
-Fusing pays because a 2B4T layer's weights stream in 4 us, but each launch costs about half a microsecond and each
-dependent trip through L2 another: the vector is small, so every block quantises all of it for itself, while its
-weights are on their way.
+The vector is small, and each launch and each trip through L2 that the next kernel waits for cost more than quantising
+it: so every block quantises all of it for itself, while its weights are on their way.
 
-Work split (P = parts, U = units a block holds at a time; the weights' layout is drawn in `packing`):
+Work split (P = parts, U = units):
 
-    block b: row-blocks b, b + grid, ... (U of them), 16 rows each;   P warps share a row-block:
+    block b: row-blocks b, b + grid, ... (U of them in a round), 16 rows each;   P warps share a row-block:
         columns   0        128       256       384
         warp 0    |========|         |         |======= ...      every P-th step of 128 columns
         warp 1    |        |=========|         |        ...
@@ -25,48 +24,63 @@ Work split (P = parts, U = units a block holds at a time; the weights' layout is
         column  = 32 * (lane >> 3) + 16 * (lane >> 1 & 1)
     so 8 lanes share rows. Four shuffles add them up, trading rows for lanes; the P warps meet in shared memory.
 
-All of a block's weights are loaded into registers before `pdl_wait`, i.e. while the kernels before this one still
-run. A matrix too large for that goes in rounds, each loading ahead for the next.
+A block loads all its weights into registers before `pdl_wait`, that is, while the kernels before this one still run. A
+matrix too large for that takes rounds: as a round's weights are used, the next round's are loaded in their place.
 
-Of a word, `word & (mask << 2i)` holds codes times 4^i, so a dp4a costs one more instruction instead of two; the sums
-for each i are kept apart and shifted back once. RMSNorm and absmax share one reduction over the block: the largest
-|w * x| is multiplied by 1 / rms afterwards, so the scale may be off by 2 ulp; a separate pass cost 0.7 us more.
-docs/performance-notes.md has what was tried and measured.
+Of a word, `word & (mask << 2i)` holds codes times 4^i, so a dp4a takes one more instruction, not two; the sums for
+each i are kept apart and shifted back once. RMSNorm and absmax share one reduction over the block: the largest
+|weight * x| is multiplied by 1 / rms afterwards, so s may be off by 2 ulp. docs/performance-notes.md has what was tried
+and measured.
+
+The phases are device functions where that leaves the machine code as it is. Those with barriers or shuffles are not:
+ptxas then keeps other values in registers.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import cuda
 from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
-from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, float32, int32
+from bitnet_numba.kernels.linear.epilogue import EPILOGUES
+from bitnet_numba.kernels.linear.operands import PackedLinear, QuantizedActivations, check_segments
+from bitnet_numba.kernels.operands import Norm, checked
+from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, int32
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
-from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
-from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_BITS, CODE_MASK, CODE_OFFSET, packed_words
+from bitnet_numba.packing import BLOCK_ROWS, CODE_BITS, CODE_MASK, CODE_OFFSET, padded_shape
 
-STEP_COLS = 128  # columns that one 16-byte load of each lane covers: four blocks
+STEP_COLS = 128  # columns that one 16-byte load of each lane covers: four blocks of weights
 STEP_WORDS = WARP * 4
-# Eight warps a block: a barrier and a reduction cost more with each warp, and two neighbouring launches must fit a
-# SM's registers. Of 4, 6, 8, 10, 12, 16, 20 and 32, eight were the fastest for a whole layer.
-WARPS = 8
+WARPS = 8  # of a block, about: more make barriers dearer, and two launches that overlap must fit an SM's registers
 SINGLE_ROUND_MAX_WARPS = 12
 BLOCK_MAX_WARPS = 32
-EXTRA_REGISTERS = 44  # a thread's, beside the weights it holds
-REGISTERS = 65536  # of a SM
-MAX_BLOCKS_PER_SM = 4  # of neighbouring launches that meet on a SM
-MAX_LOADS = 28  # 112 registers of weights
-MAX_SEGMENTS = 3  # q, k and v
+EXTRA_REGISTERS = 44  # of a thread, beside the weights it holds
+REGISTERS = 65536  # of an SM
+MAX_BLOCKS_PER_SM = 4  # of launches that overlap
+MAX_LOADS = 28  # of a lane in a round: 112 registers of weights
 EPSILON = float32(1e-5)  # least absmax, as in `quantize`
 INT8_MAX = float32(127)
-ROUNDER = float32(1.5 * 2**23)
+ROUNDER = float32(1.5 * 2**23)  # added to a small number, leaves it rounded, half to even, in the low bits
 ALL_ONES = 0x01010101  # four bytes of 1: dp4a with it adds up four activations
+
+
+@device_function
+def put4(registers, i, four):
+    """Four values into a register array, from element i on."""
+    registers[i], registers[i + 1], registers[i + 2], registers[i + 3] = four
+
+
+@device_function
+def zero4(registers, i):
+    """Zeros into four elements of a register array."""
+    for j in range(4):
+        registers[i + j] = 0
 
 
 def make_gemv(
@@ -79,16 +93,16 @@ def make_gemv(
     activation: str = "relu2",
     rounds: int = 1,
 ) -> Callable[..., None]:
-    """The kernel for K columns. `units` row-blocks (pairs of them for "gated") are held by a block at a time, each
-    by `parts` warps; `rounds` times over."""
-    load, wait, release = ptx.stream_load(arch), ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
+    """The kernel for K columns. A block does `units` row-blocks (pairs of them for "gated") in a round, each by `parts`
+    warps, in `rounds` rounds."""
+    load, wait, trigger = ptx.stream_load(arch), ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
     GATED, RESIDUAL, ACC = epilogue == "gated", epilogue == "residual", epilogue == "acc"
     NORM, INT8, RELU2 = prologue == "norm", prologue == "int8", activation == "relu2"
     UNITS, P, ROUNDS = units, parts, rounds
     HALVES = 2 if GATED else 1
     WARPS = UNITS * HALVES * P
     THREADS = WARPS * WARP
-    KP = -(-K // BLOCK_COLS) * BLOCK_COLS
+    KP = padded_shape(1, K)[1]
     STEPS = -(-KP // STEP_COLS)
     LOADS = -(-STEPS // P)  # of 16 bytes, per lane and round
     W_REGS = 4 * LOADS
@@ -106,12 +120,102 @@ def make_gemv(
     SHIFT1, SHIFT2, SHIFT3 = CODE_BITS, 2 * CODE_BITS, 3 * CODE_BITS
     ZERO, ONE = float32(0), float32(1)
 
-    def gemv(words, x, norm, eps, scales, bias, out, rows, unit_count, second, bound1, bound2):
+    @device_function
+    def load_weights(w_r, words, unit, unit_count, up_rows, part, lane):
+        """A round's weights of this lane; zeros where there are none."""
+        for u in range(LOADS):
+            column = int32((part + u * P) * STEP_WORDS + lane * 4)
+            if unit < unit_count and (EXACT or column < KP):
+                put4(w_r, 4 * u, load(words, int32(unit + up_rows) * KP + column))
+            else:
+                zero4(w_r, 4 * u)
+
+    @device_function
+    def copy_q(q_s, x, tid):
+        """Activations that are int8 already, to shared memory."""
+        for j in range(Q_LOADS):
+            chunk = int32(tid + j * THREADS)
+            if chunk < Q_CHUNKS:
+                a, b, c, d = ptx.load4(x, chunk * 4)
+                ptx.store4(q_s, chunk * 4, a, b, c, d)
+
+    @device_function
+    def load_norm(n_r, norm, tid):
+        """This thread's weights of the norm."""
+        for j in range(X_LOADS):
+            chunk = int32(tid + j * THREADS)
+            if chunk < CHUNKS:
+                put4(n_r, 4 * j, ptx.load4(norm, chunk * 4))
+
+    @device_function
+    def load_x(x_r, n_r, x, tid):
+        """This thread's elements of x; zeros, in the norm too, where there are none."""
+        for j in range(X_LOADS):
+            chunk = int32(tid + j * THREADS)
+            if chunk < CHUNKS:
+                put4(x_r, 4 * j, ptx.load4(x, chunk * 4))
+            else:
+                zero4(x_r, 4 * j)
+                zero4(n_r, 4 * j)
+
+    @device_function
+    def apply_norm(x_r, n_r, squares, absmax, eps):
+        """Norms x_r, if there is a norm, given the sum of squares and the largest |x| or |weight * x|. Returns s."""
+        if NORM:
+            inverse = ptx.rsqrt_approx(float32(squares * PER_COLUMN + eps))
+            absmax = float32(absmax * inverse)
+            for i in range(X_REGS):
+                x_r[i] = ptx.mul_rn(n_r[i], ptx.mul_rn(x_r[i], inverse))
+        # A NaN in x makes the sum of squares NaN, and stays: then so is all of y. (max would drop it.)
+        return ptx.mul_rn(ptx.rcp_rn(EPSILON if absmax < EPSILON else absmax), INT8_MAX)
+
+    @device_function
+    def quantise(q_s, x_r, s, tid):
+        """x_r as int8 to shared memory; returns the sum of this thread's."""
+        q_sum = int32(0)
+        for j in range(X_LOADS):
+            # No clamp: |x| * s is at most 127 (1 + 2^-20), which rounds to 127. Adding 1.5 * 2^23 rounds half to even
+            # and leaves the whole number in the low bits, four times as fast as a conversion.
+            q0 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j], s), ROUNDER))
+            q1 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j + 1], s), ROUNDER))
+            q2 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j + 2], s), ROUNDER))
+            q3 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j + 3], s), ROUNDER))
+            word = int32(ptx.byte_permute(ptx.byte_permute(q0, q1, 0x40), ptx.byte_permute(q2, q3, 0x40), 0x5410))
+            q_sum = ptx.dp4a(word, ALL_ONES, q_sum)
+            chunk = int32(tid + j * THREADS)
+            if chunk < CHUNKS:
+                q_s[chunk] = word
+        return q_sum
+
+    @device_function
+    def dot16(w, x0, x1, x2, x3, a0, a1, a2, a3):
+        """Adds a word's 16 codes times 16 activations to four sums, for i = 0..3, each 4^i times too large."""
+        a0, a1 = ptx.dp4a_us(w & MASK0, x0, a0), ptx.dp4a_us(w & MASK1, x1, a1)
+        a2, a3 = ptx.dp4a_us(w & MASK2, x2, a2), ptx.dp4a_us(w & MASK3, x3, a3)
+        return a0, a1, a2, a3
+
+    @device_function
+    def scaled(acc, scale, s, bias, row_bias):
+        """y of a row, from its sum of weights times activations."""
+        y = ptx.div_rn(ptx.mul_rn(ptx.int_to_float(acc), scale), s)
+        if bias is not None:
+            y = ptx.add_rn(y, row_bias)
+        return y
+
+    @device_function
+    def gated(gate, up):
+        """activation(gate) * up."""
+        if RELU2:
+            gate = max(gate, ZERO)
+            return ptx.mul_rn(ptx.mul_rn(gate, gate), up)
+        return ptx.mul_rn(ptx.div_rn(gate, ptx.add_rn(ONE, math.exp(-gate))), up)
+
+    def gemv(words, x, norm, eps, scales, bias, out, rows, unit_count, up_offset, bound1, bound2, x_scale, x_q_sum):
         q_s = ptx.pointer(cuda.shared.array(Q_WORDS, int32, SHARED_ALIGN))
         sum_s = ptx.pointer(cuda.shared.array(SUM_INTS, int32, SHARED_ALIGN))  # [WARPS, 16] partial rows
         square_s = ptx.pointer(cuda.shared.array(WARPS, float32))
         max_s = ptx.pointer(cuda.shared.array(WARPS, float32))
-        total_s = ptx.pointer(cuda.shared.array(WARPS, int32))
+        q_sum_s = ptx.pointer(cuda.shared.array(WARPS, int32))
         w_r = cuda.local.array(W_REGS, int32)
         x_r = cuda.local.array(X_REGS, float32)
         n_r = cuda.local.array(X_REGS, float32)
@@ -126,90 +230,51 @@ def make_gemv(
 
         # 1. This block's weights, and the norm's.
         unit = int32(first + slot * grid)
-        for u in range(LOADS):
-            column = int32((part + u * P) * STEP_WORDS + lane * 4)
-            if unit < unit_count and (EXACT or column < KP):
-                a, b, c, d = load(words, int32(unit + half * second) * KP + column)
-                w_r[4 * u], w_r[4 * u + 1], w_r[4 * u + 2], w_r[4 * u + 3] = a, b, c, d
-            else:
-                for i in range(4):
-                    w_r[4 * u + i] = int32(0)
+        load_weights(w_r, words, unit, unit_count, half * up_offset, part, lane)
         if NORM:
-            for j in range(X_LOADS):
-                chunk = int32(tid + j * THREADS)
-                if chunk < CHUNKS:
-                    n_r[4 * j], n_r[4 * j + 1], n_r[4 * j + 2], n_r[4 * j + 3] = ptx.load4(norm, chunk * 4)
-        release()
+            load_norm(n_r, norm, tid)
+        trigger()
         wait()
 
         # 2. The activations as int8 in shared memory, their scale and sum.
         if INT8:
-            scale_x = norm[0]
-            for j in range(Q_LOADS):
-                chunk = int32(tid + j * THREADS)
-                if chunk < Q_CHUNKS:
-                    a, b, c, d = ptx.load4(x, chunk * 4)
-                    ptx.store4(q_s, chunk * 4, a, b, c, d)
+            s = x_scale[0]
+            copy_q(q_s, x, tid)
         else:
-            for j in range(X_LOADS):
-                chunk = int32(tid + j * THREADS)
-                if chunk < CHUNKS:
-                    x_r[4 * j], x_r[4 * j + 1], x_r[4 * j + 2], x_r[4 * j + 3] = ptx.load4(x, chunk * 4)
-                else:
-                    for i in range(4):
-                        x_r[4 * j + i] = ZERO
-                        n_r[4 * j + i] = ZERO
+            load_x(x_r, n_r, x, tid)
             squares = ZERO
-            largest = ZERO
+            absmax = ZERO
             for i in range(X_REGS):
                 if NORM:
                     squares = float32(squares + x_r[i] * x_r[i])
-                    largest = max(largest, abs(float32(n_r[i] * x_r[i])))
+                    absmax = max(absmax, abs(float32(n_r[i] * x_r[i])))
                 else:
-                    largest = max(largest, abs(x_r[i]))
+                    absmax = max(absmax, abs(x_r[i]))
             if NORM:
                 squares = ptx.warp_sum(squares)
-            largest = ptx.warp_max(largest)
+            absmax = ptx.warp_max(absmax)
             if lane == 0:
                 square_s[warp] = squares
-                max_s[warp] = largest
+                max_s[warp] = absmax
             cuda.syncthreads()
             squares = ZERO
             for i in range(WARPS):
                 if NORM:
                     squares = float32(squares + square_s[i])
-                largest = max(largest, max_s[i])
-            if NORM:
-                inverse = ptx.rsqrt_approx(float32(squares * PER_COLUMN + eps))
-                largest = float32(largest * inverse)
-                for i in range(X_REGS):
-                    x_r[i] = ptx.mul_rn(n_r[i], ptx.mul_rn(x_r[i], inverse))
-            # A NaN in x makes the sum of squares NaN, and stays: then so is all of y. (max would drop it.)
-            scale_x = ptx.mul_rn(ptx.rcp_rn(EPSILON if largest < EPSILON else largest), INT8_MAX)
-            total = int32(0)
-            for j in range(X_LOADS):
-                # No clamp: |x| * scale_x is at most 127 (1 + 2^-20), which rounds to 127. Adding 1.5 * 2^23 rounds half
-                # to even and leaves the whole number in the low bits, four times as fast as a conversion.
-                q0 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j], scale_x), ROUNDER))
-                q1 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j + 1], scale_x), ROUNDER))
-                q2 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j + 2], scale_x), ROUNDER))
-                q3 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j + 3], scale_x), ROUNDER))
-                word = int32(ptx.byte_permute(ptx.byte_permute(q0, q1, 0x40), ptx.byte_permute(q2, q3, 0x40), 0x5410))
-                total = ptx.dp4a(word, ALL_ONES, total)
-                chunk = int32(tid + j * THREADS)
-                if chunk < CHUNKS:
-                    q_s[chunk] = word
+                absmax = max(absmax, max_s[i])
+            s = apply_norm(x_r, n_r, squares, absmax, eps)
+            q_sum = quantise(q_s, x_r, s, tid)
         cuda.syncthreads()
         if not INT8:
-            total = ptx.warp_sum_int(total)  # here, not before the barrier: nobody needs it until the sums meet
+            q_sum = ptx.warp_sum_int(q_sum)  # here, not before the barrier: nobody needs it until the sums meet
             if lane == 0:
-                total_s[warp] = total
+                q_sum_s[warp] = q_sum
 
-        # 3. Products, sums, output; a round's registers are refilled for the next as they are used.
-        for turn in range(ROUNDS):
-            base_unit = int32(first + turn * UNITS * grid)
+        # 3. Products, sums, output, round by round.
+        for round_ in range(ROUNDS):
+            base_unit = int32(first + round_ * UNITS * grid)
             unit = int32(base_unit + slot * grid)
-            following = int32(unit + UNITS * grid)
+            next_unit = int32(unit + UNITS * grid)
             a00 = a01 = a02 = a03 = int32(0)  # a[row][i]: products of codes << 2 * i
             a10 = a11 = a12 = a13 = int32(0)
             a20 = a21 = a22 = a23 = int32(0)
@@ -217,23 +282,14 @@ def make_gemv(
             for u in range(LOADS):
                 step = int32(part + u * P)
                 x0, x1, x2, x3 = ptx.load4(q_s, step * (STEP_COLS // 4) + (lane >> 3) * 8 + (lane >> 1 & 1) * 4)
-                w = w_r[4 * u]
-                a00, a01 = ptx.dp4a_us(w & MASK0, x0, a00), ptx.dp4a_us(w & MASK1, x1, a01)
-                a02, a03 = ptx.dp4a_us(w & MASK2, x2, a02), ptx.dp4a_us(w & MASK3, x3, a03)
-                w = w_r[4 * u + 1]
-                a10, a11 = ptx.dp4a_us(w & MASK0, x0, a10), ptx.dp4a_us(w & MASK1, x1, a11)
-                a12, a13 = ptx.dp4a_us(w & MASK2, x2, a12), ptx.dp4a_us(w & MASK3, x3, a13)
-                w = w_r[4 * u + 2]
-                a20, a21 = ptx.dp4a_us(w & MASK0, x0, a20), ptx.dp4a_us(w & MASK1, x1, a21)
-                a22, a23 = ptx.dp4a_us(w & MASK2, x2, a22), ptx.dp4a_us(w & MASK3, x3, a23)
-                w = w_r[4 * u + 3]
-                a30, a31 = ptx.dp4a_us(w & MASK0, x0, a30), ptx.dp4a_us(w & MASK1, x1, a31)
-                a32, a33 = ptx.dp4a_us(w & MASK2, x2, a32), ptx.dp4a_us(w & MASK3, x3, a33)
+                a00, a01, a02, a03 = dot16(w_r[4 * u], x0, x1, x2, x3, a00, a01, a02, a03)
+                a10, a11, a12, a13 = dot16(w_r[4 * u + 1], x0, x1, x2, x3, a10, a11, a12, a13)
+                a20, a21, a22, a23 = dot16(w_r[4 * u + 2], x0, x1, x2, x3, a20, a21, a22, a23)
+                a30, a31, a32, a33 = dot16(w_r[4 * u + 3], x0, x1, x2, x3, a30, a31, a32, a33)
                 if ROUNDS > 1:
                     column = int32(step * STEP_WORDS + lane * 4)
-                    if following < unit_count and (EXACT or column < KP) and turn + 1 < ROUNDS:
-                        a, b, c, d = load(words, int32(following + half * second) * KP + column)
-                        w_r[4 * u], w_r[4 * u + 1], w_r[4 * u + 2], w_r[4 * u + 3] = a, b, c, d
+                    if next_unit < unit_count and (EXACT or column < KP) and round_ + 1 < ROUNDS:
+                        put4(w_r, 4 * u, load(words, int32(next_unit + half * up_offset) * KP + column))
             # Sums of 4^i multiples are 4^i multiples: the shifts are exact.
             r0 = int32(a00 + (a01 >> SHIFT1) + (a02 >> SHIFT2) + (a03 >> SHIFT3))
             r1 = int32(a10 + (a11 >> SHIFT1) + (a12 >> SHIFT2) + (a13 >> SHIFT3))
@@ -254,47 +310,38 @@ def make_gemv(
             out_unit = int32(base_unit + tid // BLOCK_ROWS * grid)
             n = int32(out_unit * BLOCK_ROWS + tid % BLOCK_ROWS)
             writes = tid < OUT_THREADS and out_unit < unit_count and n < rows
-            scale = scale2 = offset = offset2 = old = ZERO
+            scale = up_scale = row_bias = up_bias = old = ZERO
             if writes and not ACC:
                 scale = scales[0] if n < bound1 else (scales[1] if n < bound2 else scales[2])
                 if bias is not None:
-                    offset = bias[n]
+                    row_bias = bias[n]
                 if RESIDUAL:
                     old = out[n]
                 if GATED:
-                    scale2 = scales[1]
+                    up_scale = scales[1]
                     if bias is not None:
-                        offset2 = bias[rows + n]
+                        up_bias = bias[rows + n]
             cuda.syncthreads()
             if writes:
                 if INT8:
-                    total = int32(norm[1])
+                    q_sum = x_q_sum[0]
                 else:
-                    total = int32(0)
+                    q_sum = int32(0)
                     for i in range(WARPS):
-                        total = int32(total + total_s[i])
+                        q_sum = int32(q_sum + q_sum_s[i])
                 start = int32(tid // BLOCK_ROWS * HALVES * P * BLOCK_ROWS + tid % BLOCK_ROWS)
-                acc = int32(-CODE_OFFSET * total)
+                acc = int32(-CODE_OFFSET * q_sum)
                 for i in range(P):
                     acc = int32(acc + sum_s[start + i * BLOCK_ROWS])
                 if ACC:
                     out[n] = acc
                 else:
-                    y = ptx.div_rn(ptx.mul_rn(ptx.int_to_float(acc), scale), scale_x)
-                    if bias is not None:
-                        y = ptx.add_rn(y, offset)
+                    y = scaled(acc, scale, s, bias, row_bias)
                     if GATED:
-                        acc = int32(-CODE_OFFSET * total)
+                        acc = int32(-CODE_OFFSET * q_sum)
                         for i in range(P):
                             acc = int32(acc + sum_s[start + (P + i) * BLOCK_ROWS])
-                        z = ptx.div_rn(ptx.mul_rn(ptx.int_to_float(acc), scale2), scale_x)
-                        if bias is not None:
-                            z = ptx.add_rn(z, offset2)
-                        if RELU2:
-                            y = max(y, ZERO)
-                            y = ptx.mul_rn(ptx.mul_rn(y, y), z)
-                        else:
-                            y = ptx.mul_rn(ptx.div_rn(y, ptx.add_rn(ONE, math.exp(-y))), z)
+                        y = gated(y, scaled(acc, up_scale, s, bias, up_bias))
                     if RESIDUAL:
                         y = ptx.add_rn(old, y)
                     out[n] = y
@@ -314,19 +361,19 @@ class Plan(NamedTuple):
 
 
 def plan(rows: int, K: int, num_sms: int, gated: bool = False) -> Plan:
-    """The launch rule: one block a SM, its weights in registers all at once if they fit.
+    """The launch rule: one block an SM, its weights in registers all at once if they fit.
 
     A block owns every grid-th unit of 16 rows (pairs of 16 for "gated"). It has about WARPS warps: few enough for the
     blocks of the next launches to fit beside it and for cheap barriers, enough to hide latencies. A lane holds at most
     MAX_LOADS loads; where more than SINGLE_ROUND_MAX_WARPS warps would be needed, the units are done in rounds, by
-    WARPS of them: loading ahead takes more registers.
+    WARPS of them: loading ahead takes more registers. Raises ValueError for more columns than a block can hold.
     """
     halves = 2 if gated else 1
-    total = -(-rows // (BLOCK_ROWS * halves))
+    unit_count = -(-rows // (BLOCK_ROWS * halves))
     steps = -(-K // STEP_COLS)
-    each = -(-total // num_sms)
-    for rounds in range(1, each + 1):
-        units = -(-each // rounds)
+    block_units = -(-unit_count // num_sms)
+    for rounds in range(1, block_units + 1):
+        units = -(-block_units // rounds)
         parts = max(-(-steps // MAX_LOADS), min(steps, WARPS // (units * halves)))
         if units * halves * parts <= (SINGLE_ROUND_MAX_WARPS if rounds == 1 else WARPS):
             break
@@ -335,11 +382,11 @@ def plan(rows: int, K: int, num_sms: int, gated: bool = False) -> Plan:
         raise ValueError(
             f"{K} columns are more than the {BLOCK_MAX_WARPS * MAX_LOADS * STEP_COLS} that a block can hold"
         )
-    return Plan(units, parts, rounds, min(total, num_sms))
+    return Plan(units, parts, rounds, min(unit_count, num_sms))
 
 
 @cache
-def spec(
+def gemv_spec(
     arch: int,
     K: int,
     split: Plan,
@@ -348,20 +395,25 @@ def spec(
     activation: str = "relu2",
     bias: bool = False,
 ) -> KernelSpec:
-    """The compiled form that fits a plan."""
-    halves = 2 if epilogue == "gated" else 1
-    f32, i32 = types.float32, types.int32
-    x = types.CPointer(i32 if prologue == "int8" else f32)
-    out = types.CPointer(i32 if epilogue == "acc" else f32)
+    """The compiled variant for a plan."""
+    gated, int8 = epilogue == "gated", prologue == "int8"
+    f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
     signature = (
-        types.CPointer(i32), x, types.CPointer(f32), f32, types.CPointer(f32),
-        types.CPointer(f32) if bias else types.none, out, i32, i32, i32, i32, i32,
-    )  # fmt: skip
-    name = f"w2a8_gemv[{K} {prologue} {epilogue} {activation if halves == 2 else ''} {split[:3]} {bias}]"
+        i32,  # words
+        i32 if int8 else f32,  # x
+        f32 if prologue == "norm" else types.none,  # norm
+        types.float32,  # eps
+        f32,  # scales
+        f32 if bias else types.none,  # bias
+        i32 if epilogue == "acc" else f32,  # out
+        *(types.int32,) * 5,  # rows, unit_count, up_offset, bound1, bound2
+        *((f32, i32) if int8 else (types.none, types.none)),  # x_scale, x_q_sum
+    )
+    kind = f"gated {activation}" if gated else epilogue
     loads = -(-K // (STEP_COLS * split.parts))
-    threads = split.units * halves * split.parts * WARP
+    threads = split.units * (2 if gated else 1) * split.parts * WARP
     return KernelSpec(
-        name=name,
+        name=f"gemv[{K} {prologue} {kind} {'bias ' if bias else ''}{' '.join(map(str, split[:3]))}]",
         kernel=make_gemv(arch, K, split.units, split.parts, prologue, epilogue, activation, split.rounds),
         signature=signature,
         threads=threads,
@@ -371,41 +423,50 @@ def spec(
     )
 
 
-def w2a8_gemv(
+def gemv(
     device: Device,
-    words: DeviceArray,
-    q: DeviceArray,
-    quantization: DeviceArray,
-    scales: DeviceArray,
-    out: DeviceArray,
-    N: int,
-    K: int,
-    ends: Sequence[int] = (),
-    bias: DeviceArray | None = None,
+    linear: PackedLinear,
+    x: Any,
+    out: Any,
+    *,
+    norm: Norm | None = None,
+    epilogue: str = "store",
+    activation: str = "relu2",
     use_pdl: bool = True,
 ) -> Launch:
-    """The prepared launch of a single product; calling it with a stream's handle costs about 5 us of host time.
+    """The launch of one token's product.
 
-    words int32 [packed_words(N, K)]; q int8 [K rounded up to 32], zeros at the end; quantization float32 [2]: s of
-    `quantize_activations`, and the sum of q; scales float32, one for each of up to three segments of rows that end at
-    `ends` (by default one segment, N); bias float32 [N] or None; out float32 [N] for (acc * scale / s) + bias, or int32
-    [N] for the sums acc. Raises ValueError with the sizes if they do not fit together.
+    x: float32 [K rounded up to 32], zeros at the end, which is normed if there is a norm, and quantised; or a token's
+    QuantizedActivations. NaN in x makes all of y NaN with a norm, and is not noticed without.
+    epilogue: "store" writes y to out, float32 [N]; "residual" adds it to out; "gated", for gate and up rows, writes
+    activation(y[n]) * y[n + N/2], activation "relu2" or "silu", to out, float32 [N/2]; "acc" writes the sums of weights
+    times q to out, int32 [N]. Arrays must be aligned to 16 bytes. Raises ValueError for operands that do not fit.
     """
-    ends = tuple(ends) or (N,)
-    if not 1 <= len(ends) <= MAX_SEGMENTS or ends[-1] != N or list(ends) != sorted(ends):
-        raise ValueError(f"w2a8_gemv: segments that end at {ends} do not divide {N} rows into up to {MAX_SEGMENTS}")
-    padded_K = -(-K // BLOCK_COLS) * BLOCK_COLS
-    sizes = {"words": (words, packed_words(N, K)), "q": (q, padded_K), "quantization": (quantization, 2)}
-    sizes |= {"scales": (scales, len(ends)), "out": (out, N)} | ({"bias": (bias, N)} if bias is not None else {})
-    for name, (array, size) in sizes.items():
-        if array.size < size:
-            raise ValueError(f"w2a8_gemv: {name} holds {array.size} elements, a {N} x {K} product takes {size}")
-    if out.dtype not in ("float32", "int32"):
-        raise ValueError(f"w2a8_gemv: out must be float32 or int32, not {out.dtype}")
-    epilogue = "acc" if out.dtype == np.int32 else "store"
-    split = plan(N, K, device.num_sms)
-    bounds = (*ends, N, N)[:2]
-    arguments = (words, q, quantization, 0.0, scales, bias, out, N, -(-N // BLOCK_ROWS), 0, *bounds)
-    return device.launch(
-        spec(device.arch, K, split, "int8", epilogue, bias=bias is not None), split.grid, arguments, use_pdl
+    gated, int8 = epilogue == "gated", isinstance(x, QuantizedActivations)
+    if epilogue not in EPILOGUES:
+        raise ValueError(f"gemv: no epilogue {epilogue!r}, only {', '.join(EPILOGUES)}")
+    if int8 and norm is not None:
+        raise ValueError("gemv: the norm comes before quantisation, and x is quantised")
+    check_segments("gemv", linear.segments, gated)
+    N, K = linear.N, linear.K
+    rows, padded_K = N // 2 if gated else N, padded_shape(1, K)[1]
+    weight = norm.weight if norm is not None else None
+    inputs = x.sizes(1, K) if int8 else {"x": (x, padded_K, "float32"), "norm": (weight, padded_K, "float32")}
+    words, scales, bias, out, *operands = checked(
+        "gemv",
+        f"a {N} x {K} product",
+        **linear.sizes(),
+        out=(out, rows, "int32" if epilogue == "acc" else "float32"),
+        **inputs,
     )
+    x, weight, x_scale, x_q_sum = (operands[0], None, *operands[1:]) if int8 else (*operands, None, None)
+    prologue = "int8" if int8 else "quantize" if norm is None else "norm"
+    split = plan(N, K, device.num_sms, gated)
+    spec = gemv_spec(device.arch, K, split, prologue, epilogue, activation, bias is not None)
+    unit_count = -(-rows // BLOCK_ROWS)
+    bounds = (*linear.segment_ends, N, N)[:2]
+    arguments = (
+        words, x, weight, norm.eps if norm is not None else 0.0, scales, bias, out,
+        rows, unit_count, unit_count if gated else 0, *bounds, x_scale, x_q_sum,
+    )  # fmt: skip
+    return device.launch(spec, split.grid, arguments, use_pdl)

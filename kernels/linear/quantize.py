@@ -1,37 +1,36 @@
-"""RMSNorm and absmax quantisation of whole rows, for products of many tokens.
+"""RMSNorm and absmax quantisation of whole rows, before a GEMM.
 
     n = w * (x / sqrt(mean(x^2) + eps)), or x itself        (Zhang and Sennrich, 2019)
     s = 127 / max(max|n|, 1e-5), q = rint(n * s), half to even          as in `bitnet_numba.quantize`
 
-A step of one token does not use it: there the matrix-vector product quantises its input itself (see w2a8_gemv),
-because a launch costs more than the vector. For M tokens a block owns a row; its values stay in registers between the
-two reductions, so that each is read once: 4 M K bytes in, M K out.
+A GEMV quantises its input itself (gemv.py), because a launch costs more than the vector. For many tokens a CTA owns a
+row; its values stay in registers between the two reductions, so that each is read once: 4 M K bytes in, M K out.
 
-    block = token     thread t: columns 4 t .. 4 t + 3, 4 (t + T) .., ...    16 bytes in, one word of four q out
-                      (rows that are no multiple of 4 long: columns t, t + T, ...)
+    CTA = token     thread t: columns 4 t .. 4 t + 3, 4 (t + T) .., ...    16 bytes in, one word of four q out
+                    (rows that are no multiple of 4 long: columns t, t + T, ...)
 
-T is chosen so that a thread has 16 values, or more if 1024 threads are not enough. Measured on an H200 for 8, 512 and
-1024 rows, us: of 2560 columns 1.6, 3.2, 4.3 with 160 threads and 2.0, 5.6, 10.5 with 640; of 6912 columns 2.2, 6.3,
-11.5 with 448, 2.9, 11.7, 22.7 with 896, and 2.3, 6.1, 9.2 with 288.
+T is chosen so that a thread has 16 values, or more if 1024 threads are not enough.
 
 The squares are summed in float64 and the mean is rounded once: the result does not depend on how the work is split, so
-that a row gives the same q whatever the block size. Every other operation is the definition's, in its order.
-Products and sums of q are exact, so the activations' sum is carried as int32 for the `+2` correction of `packing`.
-A row that holds NaN gets s = NaN, so that all that is made of it is NaN; its q may be anything.
+a row gives the same q whatever the number of threads. Every other operation is the definition's, in its order. Products
+and sums of q are exact, so the activations' sum is carried as int32 for the `+2` correction of `packing`. A row that
+holds NaN gets s = NaN, so that all that is made of it is NaN; its q may be anything.
 """
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numba import cuda
 from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
+from bitnet_numba.kernels.linear.operands import QuantizedActivations
+from bitnet_numba.kernels.operands import Norm, checked
 from bitnet_numba.kernels.ptx.base import WARP, float32, float64, int32, int64, uint32
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
-from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.packing import BLOCK_COLS
 from bitnet_numba.quantize import EPSILON, INT8_MAX
@@ -45,31 +44,31 @@ ALL_ONES = 0x01010101
 MAGNITUDE = 0x7FFFFFFF  # of a float32's bits: all but the sign
 
 
-def make_norm_quant(arch: int, K: int, norm: bool, threads: int) -> Callable[..., None]:
+def make_quantize(arch: int, K: int, norm: bool, threads: int) -> Callable[..., None]:
     """The kernel for rows of K columns. q is int32 words of four where K is a multiple of 4, else int8."""
     wait, release = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
     WIDE = K % 4 == 0
     EACH = 4 if WIDE else 1  # columns of a piece
     PIECES, PADDED = K // EACH, -(-K // BLOCK_COLS) * BLOCK_COLS // EACH
-    TURNS, WARPS = -(-PIECES // threads), threads // WARP
-    HELD = TURNS * EACH  # values of a thread
-    EARLY = norm and HELD <= MAX_EARLY_LOADS
-    W_REGS = HELD if EARLY else EACH
+    ROUNDS, WARPS = -(-PIECES // threads), threads // WARP
+    VALUES_EACH = ROUNDS * EACH  # values of a thread
+    EARLY = norm and VALUES_EACH <= MAX_EARLY_LOADS
+    W_REGS = VALUES_EACH if EARLY else EACH
     NORM, COLUMNS, STEP = norm, K, np.int32(threads)
-    ZERO, ONE, LEAST, MOST = float32(0), float32(1), float32(EPSILON), float32(INT8_MAX)
+    ZERO, ONE, MIN_ABSMAX, Q_MAX = float32(0), float32(1), float32(EPSILON), float32(INT8_MAX)
 
-    def norm_quant(x, weight, eps, q, s, total):
+    def quantize_rows(x, weight, eps, q, s, q_sum):
         square_s = ptx.pointer(cuda.shared.array(WARPS, float64))
         max_s = ptx.pointer(cuda.shared.array(WARPS, int32))
         sum_s = ptx.pointer(cuda.shared.array(WARPS, int32))
-        v_r = cuda.local.array(HELD, float32)
+        v_r = cuda.local.array(VALUES_EACH, float32)
         w_r = cuda.local.array(W_REGS, float32)
         tid = int32(cuda.threadIdx.x)
         warp, lane = int32(tid // WARP), int32(tid % WARP)
         row = int64(cuda.blockIdx.x)
         x_rd, q_wr = row * COLUMNS, row * PADDED
         if EARLY:
-            for t in range(TURNS):
+            for t in range(ROUNDS):
                 piece = int32(tid + t * threads)
                 for j in range(EACH):
                     w_r[t * EACH + j] = ZERO
@@ -82,7 +81,7 @@ def make_norm_quant(arch: int, K: int, norm: bool, threads: int) -> Callable[...
         release()
         wait()
 
-        for t in range(TURNS):
+        for t in range(ROUNDS):
             piece = int32(tid + t * threads)
             for j in range(EACH):
                 v_r[t * EACH + j] = ZERO
@@ -94,7 +93,7 @@ def make_norm_quant(arch: int, K: int, norm: bool, threads: int) -> Callable[...
                     v_r[t] = x[x_rd + piece]
         if NORM:
             squares = float64(0)
-            for i in range(HELD):
+            for i in range(VALUES_EACH):
                 squares += float64(ptx.mul_rn(v_r[i], v_r[i]))
             for step in range(5):
                 squares += ptx.shuffle_xor(squares, 1 << step)
@@ -106,7 +105,7 @@ def make_norm_quant(arch: int, K: int, norm: bool, threads: int) -> Callable[...
                 squares += square_s[i]
             mean = float32(squares / float64(COLUMNS))
             inverse = ptx.div_rn(ONE, ptx.sqrt_rn(ptx.add_rn(mean, eps)))
-            for t in range(TURNS):
+            for t in range(ROUNDS):
                 piece = int32(tid + t * threads)
                 if EARLY:
                     for j in range(EACH):
@@ -122,7 +121,7 @@ def make_norm_quant(arch: int, K: int, norm: bool, threads: int) -> Callable[...
                         v_r[i] = ptx.mul_rn(w_r[j], ptx.mul_rn(v_r[i], inverse))
         # As bits, which order |v| as the numbers do and put NaN above all: a maximum of floats would drop it.
         most = int32(0)
-        for i in range(HELD):
+        for i in range(VALUES_EACH):
             most = max(most, int32(ptx.float_to_bits(v_r[i]) & MAGNITUDE))
         most = ptx.warp_max(most)
         if lane == 0:
@@ -131,10 +130,10 @@ def make_norm_quant(arch: int, K: int, norm: bool, threads: int) -> Callable[...
         for i in range(WARPS):
             most = max(most, max_s[i])
         largest = ptx.bits_to_float(uint32(most))
-        scale = ptx.mul_rn(ptx.div_rn(ONE, LEAST if largest < LEAST else largest), MOST)
+        scale = ptx.mul_rn(ptx.div_rn(ONE, MIN_ABSMAX if largest < MIN_ABSMAX else largest), Q_MAX)
         added = int32(0)
         # No clamp: |v| * scale is at most 127 (1 + 2^-22), which rounds to 127. Padding holds zeros.
-        for t in range(TURNS):
+        for t in range(ROUNDS):
             piece = int32(tid + t * threads)
             if WIDE:
                 q0 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(v_r[4 * t], scale), ROUNDER))
@@ -150,7 +149,7 @@ def make_norm_quant(arch: int, K: int, norm: bool, threads: int) -> Callable[...
                 added = int32(added + value)
                 if piece < PADDED:
                     q[q_wr + piece] = value
-        for piece in range(int32(tid + TURNS * threads), PADDED, STEP):
+        for piece in range(int32(tid + ROUNDS * threads), PADDED, STEP):
             q[q_wr + piece] = int32(0)
         added = ptx.warp_sum_int(added)
         if lane == 0:
@@ -161,14 +160,14 @@ def make_norm_quant(arch: int, K: int, norm: bool, threads: int) -> Callable[...
             for i in range(WARPS):
                 added = int32(added + sum_s[i])
             s[row] = scale
-            total[row] = added
+            q_sum[row] = added
 
-    return norm_quant
+    return quantize_rows
 
 
 @cache
-def norm_quant_spec(arch: int, K: int, norm: bool = True, threads: int = 0) -> KernelSpec:
-    """The compiled form for rows of K columns; `threads` only for tests (0: this module's choice).
+def quantize_spec(arch: int, K: int, norm: bool = True, threads: int = 0) -> KernelSpec:
+    """The variant for rows of K columns; `threads` only for tests (0: this module's choice).
 
     Raises ValueError for a row that no block can hold.
     """
@@ -181,37 +180,32 @@ def norm_quant_spec(arch: int, K: int, norm: bool = True, threads: int = 0) -> K
         threads = -(-pieces // (turns * WARP)) * WARP
     f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
     signature = (f32, f32, types.float32, i32 if wide else types.CPointer(types.int8), f32, i32)
-    kernel = make_norm_quant(arch, K, norm, threads)
-    return KernelSpec(f"norm_quant[{K}, {norm}, {threads}]", kernel, signature, threads, wide_loads=int(wide))
+    kernel = make_quantize(arch, K, norm, threads)
+    return KernelSpec(f"quantize[{K}, {norm}, {threads}]", kernel, signature, threads, wide_loads=int(wide))
 
 
-def norm_quant(
+def quantize(
     device: Device,
-    x: DeviceArray,
-    weight: DeviceArray | None,
-    eps: float,
-    q: DeviceArray,
-    s: DeviceArray,
-    total: DeviceArray,
-    tokens: int,
+    x: Any,
+    out: QuantizedActivations,
+    num_tokens: int,
     K: int,
+    *,
+    norm: Norm | None = None,
     use_pdl: bool = True,
 ) -> Launch:
-    """The launch that norms (with a weight) and quantises `tokens` rows.
+    """The launch that quantises `num_tokens` rows of K columns, after an RMSNorm where `norm` is given.
 
-    x float32 [tokens, K]; weight float32 [K] or None; q int8 [tokens, K rounded up to 32], padded with zeros; s float32
-    [tokens]; total int32 [tokens]: sums of q. Raises ValueError with the sizes if they do not fit together.
+    x: float32 [num_tokens, K]. Raises ValueError with the sizes if operands do not fit together, or for rows that no
+    CTA can hold.
     """
-    spec = norm_quant_spec(device.arch, K, weight is not None)
-    padded = -(-K // BLOCK_COLS) * BLOCK_COLS
-    sizes = {"x": (x, tokens * K), "q": (q, tokens * padded), "s": (s, tokens), "total": (total, tokens)}
-    if weight is not None:
-        sizes["weight"] = (weight, K)
-    for name, (array, size) in sizes.items():
-        if array.size < size:
-            raise ValueError(f"norm_quant: {name} holds {array.size} elements, {size} are needed")
-    if tokens < 1:
-        raise ValueError(f"norm_quant: {tokens} tokens; at least one is needed")
+    if num_tokens < 1:
+        raise ValueError(f"quantize: {num_tokens} tokens; at least one is needed")
+    kernel = quantize_spec(device.arch, K, norm is not None)
+    operands = out.sizes(num_tokens, K)
+    operands["x"] = (x, num_tokens * K, "float32")
+    operands["norm"] = (norm.weight if norm is not None else None, K, "float32")
+    q, s, q_sum, x, weight = checked("quantize", f"{num_tokens} rows of {K} columns", **operands)
     # Without a norm the weight is not read; any address serves.
-    arguments = (x, weight if weight is not None else x, np.float32(eps), q, s, total)
-    return device.launch(spec, tokens, arguments, use_pdl)
+    eps = np.float32(norm.eps if norm is not None else 0)
+    return device.launch(kernel, num_tokens, (x, x if weight is None else weight, eps, q, s, q_sum), use_pdl)

@@ -1,97 +1,121 @@
-"""TODO docstring."""
+"""The final RMSNorm of many tokens, written as the LM-head GEMM kernels read it: "x", and the layouts of x.
+
+    norm(h)[m] = h[m] / sqrt(mean(h[m]^2) + eps) * weight          a block a token; float32, the operations of
+                                                                   `lm_head_gemv` in its order, so the same bits
+    v = high + low          on tensor cores v is the sum of two bfloat16 terms: high is v rounded, low what that left
+                            out, rounded. Relative error of the sum: about 2^-17.
+
+Tokens are cut into groups of equal size, a group to a block of the GEMM; tokens and columns that x has beyond the real
+ones are zeros. With G the tokens of a group:
+
+layout "wgmma"  [group, term, G tokens, K columns]          bfloat16: one TMA box brings both terms of 64 columns
+
+layout "mma"    [group, unit, tile of 16 tokens, half, term, lane, 4 words]          int32, two bfloat16 a word
+    unit        32 columns: what one `mma_bf16_split` multiplies. A row of the table comes in 16-byte loads, four
+                neighbouring lanes 4 g .. 4 g + 3 to a row, so a lane holds columns that lie together:
+                    bfloat16  a load is one unit, lane c of the four has its columns 8 c .. 8 c + 7
+                    int8      a load is two units: of its 64 columns lane c has 16 c .. 16 c + 7 in the first,
+                              16 c + 8 .. 16 c + 15 in the second
+                The k's of an instruction may come in any order, so long as both operands agree on it.
+    half        the first or last four of these eight columns
+    lane 4g+c   the columns of lane c, of tokens g and g + 8 of the tile
+    4 words     columns 0-1 of token g, of token g + 8; columns 2-3 of token g, of token g + 8
+
+layout "simt"   [group of 8, load, column of a lane's 16 bytes, token / 4, lane, token % 4]          float32
+    load        16 bytes of a row for each of a warp's 32 lanes: 8 (bfloat16) or 16 (int8) columns a lane
+"""
 
 from collections.abc import Callable
+from typing import Literal
 
-import numpy as np
 from numba import cuda
 from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
+from bitnet_numba.kernels.lm_head.parts import check_columns
 from bitnet_numba.kernels.ptx.base import WARP, device_function, float32, int32, int64
-from bitnet_numba.kernels.runtime.device import Device
-from bitnet_numba.kernels.runtime.launch import Launch
-from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
-from bitnet_numba.packing import BLOCK_COLS
 
-POSITIVE, NEGATIVE, BF16_ONE = 0x43004300, int(np.uint32(0xC300C300).astype(np.int32)), 0x3F803F80
+Layout = Literal["wgmma", "mma", "simt"]
+TILE_TOKENS = 16  # of layout "mma"
+GROUP_TOKENS: dict[
+    Layout, tuple[int, ...]
+] = {  # tokens of a group: the smallest that holds all, or several of the last
+    "wgmma": (8, 16, 32, 64, 128),
+    "mma": (16, 32, 64, 128),
+    "simt": (8,),
+}
+THREADS = 512  # as `lm_head_gemv` has, so that the sums of its norm are the same
 
-TENSOR_CORES = 80  # the first architecture with this mma
-TILE = 16  # tokens of an instruction
-TILES = (1, 2, 4, 8)  # of tokens in one launch; more tokens are several groups of 128
-ROWS_TILE = 8  # tokens at a time without tensor cores
 UNIT = 32  # columns
-TERM_WORDS = 128  # of x: half a unit, a tile, a term
-TILE_WORDS = 4 * TERM_WORDS
-UNITS_OF = 8  # K is padded to so many units, with zeros: a turn of the loop has 4 (bfloat16) or 8 (int8)
-PADDED_COLUMNS = 512  # what either kernel pads K to, at most
+UNIT_MULTIPLE = 8  # layout "mma" has a multiple of 8 units: an iteration of its GEMM takes 2, 4 or 8
+HALF_WORDS = 128  # int32 of x for half a unit, a tile, a term: 4 words of each lane
+TILE_WORDS = 4 * HALF_WORDS  # of a unit and a tile: two halves, two terms
 
 
-def tiles_of(tokens: int) -> int:
-    """Tiles of 16 tokens in a launch for so many tokens."""
-    return next((tiles for tiles in TILES if TILE * tiles >= tokens), TILES[-1])
+def group_tokens(layout: Layout, num_tokens: int) -> int:
+    """Tokens of a group."""
+    sizes = GROUP_TOKENS[layout]
+    return next((size for size in sizes if size >= num_tokens), sizes[-1])
 
 
-def split_words(tokens: int, K: int) -> int:
-    """int32 words of x for so many tokens of K columns."""
-    return padded_tokens(TENSOR_CORES, tokens) * -(-K // PADDED_COLUMNS) * PADDED_COLUMNS
-
-
-def padded_tokens(arch: int, tokens: int) -> int:
+def padded_tokens(layout: Layout, num_tokens: int) -> int:
     """Tokens that x has room for: whole groups."""
-    group = TILE * tiles_of(tokens) if arch >= TENSOR_CORES else ROWS_TILE
-    return -(-tokens // group) * group
+    group = group_tokens(layout, num_tokens)
+    return -(-num_tokens // group) * group
 
 
-def _units(K: int) -> int:
-    return -(-K // (UNIT * UNITS_OF)) * UNITS_OF
+def load_columns(int8: bool) -> int:
+    """Columns of a row of the table in 16 bytes."""
+    return 16 if int8 else 8
 
 
-NORM_THREADS = 512  # as the head of one token has, so that the sums of its norm are the same
+def padded_columns(layout: Layout, K: int, int8: bool) -> int:
+    """Columns that x has room for; `int8`: whether the rows that x will meet are int8."""
+    multiple = {"wgmma": 1, "mma": UNIT * UNIT_MULTIPLE, "simt": WARP * load_columns(int8)}[layout]
+    return -(-K // multiple) * multiple
 
 
-@device_function
-def _bf16_pair(word, selector):
-    """Two of a word's int8 (selector 0x4140: the first two, 0x4342: the last two) as bfloat16."""
-    pair = int32(ptx.byte_permute(word, 0, selector))
-    # 128 + the low seven bits, minus 128, or minus 256 if the sign bit is set: all of them are bfloat16 numbers.
-    return ptx.fma_bf16x2(int32(pair & 0x7F007F | POSITIVE), BF16_ONE, int32(pair & 0x800080 | NEGATIVE))
+def x_words(layout: Layout, num_tokens: int, K: int, int8: bool) -> int:
+    """int32 words of x: one a token and column in every layout."""
+    return padded_tokens(layout, num_tokens) * padded_columns(layout, K, int8)
 
 
-def make_norm_split(
-    arch: int, K: int, int8: bool, threads: int = NORM_THREADS, plain: bool = False
-) -> Callable[..., None]:
-    """The kernel that norms rows of K columns and writes x; a block a row. `int8`: of the weights that x will meet.
+def make_split_norm(arch: int, K: int, layout: Layout, int8: bool, threads: int = THREADS) -> Callable[..., None]:
+    """The kernel that norms rows of K columns and writes x; a block a token of x.
 
-    `plain`: x is for `head_warpgroup`, [group of `tiles` tokens, term, token, K columns].
+    `int8`: whether the rows that x will meet are int8 (of no account to layout "wgmma", whose rows are bfloat16).
     """
-    wait, release = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
-    WARPS, CHUNKS_OF_4, PER_LOAD, TERMS = threads // WARP, K // 4, 16 if int8 else 8, arch >= TENSOR_CORES
-    LOAD_UNITS, UNITS = PER_LOAD // 8, _units(K)
-    FILL = UNITS * (UNIT // 4) if TERMS else -(-K // (WARP * PER_LOAD)) * WARP * PER_LOAD // 4
-    PLAIN, ROW_WORDS = plain, K // 2
-    if plain:
-        FILL = CHUNKS_OF_4
+    wait, trigger = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
+    LAYOUT, WARPS, LOAD_COLUMNS = layout, threads // WARP, load_columns(int8)
+    QUADS, X_QUADS = K // 4, padded_columns(layout, K, int8) // 4  # four neighbouring columns each
+    LOAD_UNITS, UNITS = LOAD_COLUMNS // 8, padded_columns(layout, K, int8) // UNIT
+    ROW_WORDS = K // 2  # int32 of a bfloat16 row
     COLUMNS, ZERO, ONE = float32(K), float32(0), float32(1)
 
-    def norm_split(h, norm, eps, x, tokens, tiles):
+    @device_function
+    def low_term(high, v0, v1):
+        """Two floats less their high terms, as two bfloat16 in a word."""
+        return ptx.pack_bf16x2(ptx.add_rn(v0, -ptx.bf16_low(high)), ptx.add_rn(v1, -ptx.bf16_high(high)))
+
+    def split_norm(h, norm, eps, x, num_tokens, group_size):
         square_s = ptx.pointer(cuda.shared.array(WARPS, float32))
         tid = int32(cuda.threadIdx.x)
         warp, lane = int32(tid // WARP), int32(tid % WARP)
         m = int32(cuda.blockIdx.x)
         h_rd = int64(m) * K
-        columns = int32(CHUNKS_OF_4) if m < tokens else int32(0)
-        tile = int32(m // TILE)
-        group = ptx.udiv(tile, tiles)
-        tile_wr = (int64(group * UNITS) * tiles + int32(tile - group * tiles)) * TILE_WORDS
-        row_wr = int64(m + ptx.udiv(m, tiles) * tiles) * ROW_WORDS
-        release()
+        quads = int32(QUADS) if m < num_tokens else int32(0)
+        # Where this token's part of x begins: layout "mma", its tile's; layout "wgmma", its row of the high term.
+        tile = int32(m // TILE_TOKENS)
+        group = ptx.udiv(tile, group_size)
+        tile_wr = (int64(group * UNITS) * group_size + int32(tile - group * group_size)) * TILE_WORDS
+        row_wr = int64(m + ptx.udiv(m, group_size) * group_size) * ROW_WORDS
+        trigger()
         wait()
 
-        # The operations of `head`, in its order.
         squares = ZERO
-        for chunk in range(tid, columns, threads):
-            v0, v1, v2, v3 = ptx.load4(h, h_rd + chunk * 4)
+        for quad in range(tid, quads, threads):
+            v0, v1, v2, v3 = ptx.load4(h, h_rd + quad * 4)
             squares = float32(squares + v0 * v0)
             squares = float32(squares + v1 * v1)
             squares = float32(squares + v2 * v2)
@@ -103,87 +127,56 @@ def make_norm_split(
         squares = ptx.warp_sum(square_s[lane] if lane < WARPS else ZERO)
         inverse = ptx.div_rn(ONE, ptx.sqrt_rn(ptx.add_rn(ptx.div_rn(squares, COLUMNS), eps)))
 
-        for chunk in range(tid, FILL, threads):
+        for quad in range(tid, X_QUADS, threads):
             v0, v1, v2, v3 = ZERO, ZERO, ZERO, ZERO
-            if chunk < columns:
-                v0, v1, v2, v3 = ptx.load4(h, h_rd + chunk * 4)
-                n0, n1, n2, n3 = ptx.load4(norm, chunk * 4)
+            if quad < quads:
+                v0, v1, v2, v3 = ptx.load4(h, h_rd + quad * 4)
+                n0, n1, n2, n3 = ptx.load4(norm, quad * 4)
                 v0, v1 = ptx.mul_rn(n0, ptx.mul_rn(v0, inverse)), ptx.mul_rn(n1, ptx.mul_rn(v1, inverse))
                 v2, v3 = ptx.mul_rn(n2, ptx.mul_rn(v2, inverse)), ptx.mul_rn(n3, ptx.mul_rn(v3, inverse))
-            k = int32(chunk * 4)
-            if PLAIN:
+            k = int32(quad * 4)
+            if LAYOUT == "wgmma":
                 high, high2 = ptx.pack_bf16x2(v0, v1), ptx.pack_bf16x2(v2, v3)
-                low = ptx.pack_bf16x2(ptx.add_rn(v0, -ptx.bf16_low(high)), ptx.add_rn(v1, -ptx.bf16_high(high)))
-                low2 = ptx.pack_bf16x2(ptx.add_rn(v2, -ptx.bf16_low(high2)), ptx.add_rn(v3, -ptx.bf16_high(high2)))
-                wr = row_wr + chunk * 2
+                low, low2 = low_term(high, v0, v1), low_term(high2, v2, v3)
+                wr = row_wr + quad * 2
                 ptx.store2(x, wr, high, high2)
-                ptx.store2(x, wr + int64(tiles) * ROW_WORDS, low, low2)
-            elif TERMS:
-                unit = int32(k // (4 * PER_LOAD) * LOAD_UNITS + k % PER_LOAD // 8)
-                lane_wr = int32((m % 8 * 4 + k // PER_LOAD % 4) * 4 + m % TILE // 8)
-                wr = tile_wr + int64(unit * tiles) * TILE_WORDS + (k % 8 // 4 * (2 * TERM_WORDS) + lane_wr)
+                ptx.store2(x, wr + int64(group_size) * ROW_WORDS, low, low2)
+            elif LAYOUT == "mma":
+                unit = int32(k // (4 * LOAD_COLUMNS) * LOAD_UNITS + k % LOAD_COLUMNS // 8)
+                lane_wr = int32((m % 8 * 4 + k // LOAD_COLUMNS % 4) * 4 + m % TILE_TOKENS // 8)
+                wr = tile_wr + int64(unit * group_size) * TILE_WORDS + (k % 8 // 4 * (2 * HALF_WORDS) + lane_wr)
                 high = ptx.pack_bf16x2(v0, v1)
                 x[wr] = high
-                x[wr + TERM_WORDS] = ptx.pack_bf16x2(
-                    ptx.add_rn(v0, -ptx.bf16_low(high)), ptx.add_rn(v1, -ptx.bf16_high(high))
-                )
+                x[wr + HALF_WORDS] = low_term(high, v0, v1)
                 high = ptx.pack_bf16x2(v2, v3)
                 x[wr + 2] = high
-                x[wr + TERM_WORDS + 2] = ptx.pack_bf16x2(
-                    ptx.add_rn(v2, -ptx.bf16_low(high)), ptx.add_rn(v3, -ptx.bf16_high(high))
-                )
+                x[wr + HALF_WORDS + 2] = low_term(high, v2, v3)
             else:
-                load_of, lane_of = int32(k // (PER_LOAD * WARP)), int32(k // PER_LOAD % WARP)
-                column = int64(m // ROWS_TILE) * (FILL * 4 // WARP) + load_of * PER_LOAD + k % PER_LOAD
-                wr = (column * 2 + m % ROWS_TILE // 4) * (4 * WARP) + lane_of * 4 + m % 4
+                load_of, lane_of = int32(k // (LOAD_COLUMNS * WARP)), int32(k // LOAD_COLUMNS % WARP)
+                column = int64(m // 8) * (X_QUADS * 4 // WARP) + load_of * LOAD_COLUMNS + k % LOAD_COLUMNS
+                wr = (column * 2 + m % 8 // 4) * (4 * WARP) + lane_of * 4 + m % 4
                 x[wr] = int32(ptx.float_to_bits(v0))
                 x[wr + 8 * WARP] = int32(ptx.float_to_bits(v1))
                 x[wr + 16 * WARP] = int32(ptx.float_to_bits(v2))
                 x[wr + 24 * WARP] = int32(ptx.float_to_bits(v3))
 
-    return norm_split
+    return split_norm
 
 
-def norm_split_spec(arch: int, K: int, int8: bool, threads: int = NORM_THREADS, plain: bool = False) -> KernelSpec:
-    """The compiled form; `threads` only for tests. Raises ValueError unless K is a multiple of 32."""
-    check_columns(K)
-    f32, i32 = types.float32, types.int32
-    kind = "plain" if plain else "int8" if int8 else "bf16"
-    name = f"norm_{'split' if arch >= TENSOR_CORES else 'rows'}[{K}, {kind}, {threads}]"
-    signature = (types.CPointer(f32), types.CPointer(f32), f32, types.CPointer(i32), i32, i32)
-    return KernelSpec(name, make_norm_split(arch, K, int8, threads, plain), signature, threads)
+def spec(arch: int, K: int, layout: Layout, int8: bool, threads: int = THREADS) -> KernelSpec:
+    """The variant for rows of K columns; `threads` differs in tests only.
 
-
-def check_columns(K: int) -> None:
-    if K < 1 or K % BLOCK_COLS:
-        raise ValueError(f"head rows must have a multiple of {BLOCK_COLS} columns, not {K}")
-
-
-def norm_split(
-    device: Device,
-    h: DeviceArray,
-    norm: DeviceArray,
-    eps: float,
-    x: DeviceArray,
-    tokens: int,
-    K: int,
-    int8: bool,
-    use_pdl: bool = True,
-) -> Launch:
-    """The launch that prepares x for `head_many`: normed activations as two terms, in the order that it reads.
-
-    h float32 [tokens, K]; norm float32 [K]; x int32 [split_words(tokens, K)]; `int8`: whether the head's rows are int8.
-    Raises ValueError with the sizes if they do not fit together.
+    Raises ValueError unless K is a multiple of 32. Arguments of a launch, of padded_tokens blocks: h float32
+    [num_tokens, K], norm weight float32 [K], eps, x int32 [x_words], num_tokens, `group_size_argument`.
     """
-    sizes = {"h": (h, tokens * K), "norm": (norm, K), "x": (x, split_words(tokens, K))}
-    check_sizes("norm_split", tokens, sizes)
-    spec = norm_split_spec(device.arch, K, int8)
-    return device.launch(spec, padded_tokens(device.arch, tokens), (h, norm, eps, x, tokens, tiles_of(tokens)), use_pdl)
+    check_columns(K)
+    f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
+    kind = layout if layout == "wgmma" else f"{layout} {'int8' if int8 else 'bf16'}"
+    kernel = make_split_norm(arch, K, layout, int8, threads)
+    signature = (f32, f32, types.float32, i32, types.int32, types.int32)
+    return KernelSpec(f"split_norm[{K}, {kind}, {threads}]", kernel, signature, threads)
 
 
-def check_sizes(what: str, tokens: int, sizes: dict[str, tuple[DeviceArray, int]]) -> None:
-    if tokens < 1:
-        raise ValueError(f"{what}: {tokens} tokens; at least one is needed")
-    for name, (array, size) in sizes.items():
-        if array.size < size:
-            raise ValueError(f"{what}: {name} holds {array.size} elements, {size} are needed")
+def group_size_argument(layout: Layout, num_tokens: int) -> int:
+    """The kernel's argument `group_size`: a group's tokens, or its tiles of 16 for layout "mma"."""
+    return group_tokens(layout, num_tokens) // (TILE_TOKENS if layout == "mma" else 1)

@@ -1,16 +1,25 @@
-"""Machine instructions that Numba does not offer, each with a plain-Python stand-in for the simulator.
+"""How instructions are made, and what all kernels agree on.
 
-Conventions of every kernel in this folder:
-- Kernels are plain Python functions of flat pointers and int32 / float32 scalars. `compilation` and `device` compile
-  and launch them; under the simulator (NUMBA_ENABLE_CUDASIM=1) they run on flat NumPy arrays.
-- An operand `p, i` is element i of a kernel's pointer or of a shared array. Shared arrays that 16-byte accesses touch
-  are made with `cuda.shared.array(size, dtype, SHARED_ALIGN)`.
+Numba does not expose most of PTX. Each instruction that a kernel needs is a Python function made by `instruction` of
+inline PTX; the decorated function itself is its emulation, which runs under Numba's CUDA simulator.
+
+Conventions of every kernel
+- Kernels are plain Python functions of flat pointers and int32 / float32 scalars. `runtime.compiler` and
+  `runtime.launch` compile and launch them; under the simulator (NUMBA_ENABLE_CUDASIM=1) they run on flat NumPy arrays.
+- A pair of parameters `p, i` is element i of a kernel's pointer or of a shared array. A parameter `address` is a 32-bit
+  address in shared memory (`shared_address`). In the simulator that is a byte offset from the start of a shared array,
+  so instructions that access the memory take the array too: `array, address`.
+- Shared arrays that 16-byte accesses touch are made with `cuda.shared.array(size, dtype, SHARED_ALIGN)`.
 - What an architecture lacks is chosen when a kernel is built (`stream_load(arch)`, `pdl_wait(arch)`, ...), never at
   run time; `arch` is 10 * major + minor of the compute capability, e.g. 90.
-- Lanes exchange values with their whole warp: every thread of a warp must reach an exchange; blocks are whole warps.
+- Shuffles, `mma` and `ldmatrix` concern whole warps: every thread of a warp must execute them, and blocks are whole
+  warps.
 - Numba widens int32 arithmetic to int64: wrap each result in `int32(...)`, and the compiler narrows it again.
+- A docstring names the first compute capability that has the instruction, or says "Any architecture".
 """
 
+import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -20,24 +29,24 @@ from numba.core import config
 from numba.cuda import types
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
-SHARED_ALIGN = None if SIMULATED else 16  # bytes; the simulator's arrays refuse to be told
-WARP = 32
+SHARED_ALIGN = None if SIMULATED else 16  # bytes; the simulator's arrays take no alignment
+WARP = 32  # lanes
 
-# Under the simulator types are called as plain conversions, which wrap round as registers do.
+# Kernels convert by calling types. Under the simulator these wrap around as registers do.
 if SIMULATED:
 
-    class _Register:
-        """A whole-number type: calling it keeps the low bits; `dtype` makes it one that arrays can be made of."""
+    class _Integer:
+        """An integer type: calling it keeps the low bits. NumPy takes it as a dtype."""
 
         def __init__(self, dtype: Any):
             self.dtype = np.dtype(dtype)
-            self._least = int(np.iinfo(dtype).min)
+            self._min = int(np.iinfo(dtype).min)
             self._mask = (1 << 8 * self.dtype.itemsize) - 1
 
         def __call__(self, x: Any) -> Any:
-            return self.dtype.type(((int(x) - self._least) & self._mask) + self._least)
+            return self.dtype.type(((int(x) - self._min) & self._mask) + self._min)
 
-    int32, uint32, int64 = _Register(np.int32), _Register(np.uint32), _Register(np.int64)
+    int32, uint32, int64 = _Integer(np.int32), _Integer(np.uint32), _Integer(np.int64)
     float32, float64 = np.float32, np.float64
 else:
     int32, uint32, int64 = types.int32, types.uint32, types.int64
@@ -45,48 +54,46 @@ else:
 
 
 def device_function(function: Callable) -> Any:
-    """Makes a function callable from kernels, always inlined."""
+    """Makes a function callable from kernels, where it is always inlined."""
     return cuda.jit(device=True)(function) if SIMULATED else cuda.jit(device=True, forceinline=True)(function)
 
 
-_ASM_TYPES = {"r": (32, "int32"), "u": (32, "uint32"), "L": (64, "int64"), "f": (32, "float32")}
+def simulated_thread() -> Any:
+    """The running thread of the tests' simulator (tests/kernels/simulator.py), for emulations: it has `thread_id`,
+    `gather_in_warp`, `exchange_in_warp`, `syncthreads`, ... One simulated thread runs at a time."""
+    return threading.current_thread()
 
 
 def instruction(ptx: str, result: str, operands: str, effects: bool = False) -> Callable[[Callable], Callable]:
-    """Makes a kernel instruction of inline PTX; under the simulator the decorated stand-in itself.
+    """Makes a kernel instruction of inline PTX; under the simulator it is the decorated function, the emulation.
 
-    `result` is "", one register letter, or several for a tuple; `operands` one letter each: r int32, u uint32,
-    L int64, f float32, p an element's address (which takes two arguments, pointer and index). In `ptx`, $0.. are
-    results, then operands. `effects`: touches memory or order, so it is never moved, merged or dropped.
+    `result` is "", one register letter, or several for a tuple; `operands` one letter for each: r int32, u uint32,
+    L int64, f float32, p an element's address (two parameters, pointer and index), s a shared array that only the
+    emulation reads (one parameter, no register). In `ptx`, $0 .. are the results, then the operands. `effects`: the
+    instruction touches memory or orders accesses, so it is never moved, merged or dropped.
     """
 
-    def decorate(stand_in: Callable) -> Callable:
+    def decorate(emulation: Callable) -> Callable:
         if SIMULATED:
-            return stand_in
-        return _asm_intrinsic(stand_in, ptx, result, operands, effects)
+            return emulation
+        return _asm_intrinsic(emulation, ptx, result, operands, effects)
 
     return decorate
 
 
-def _asm_intrinsic(stand_in: Callable, ptx: str, result: str, operands: str, effects: bool) -> Callable:
-    import inspect
-
+def _asm_intrinsic(emulation: Callable, ptx: str, result: str, operands: str, effects: bool) -> Callable:
     from llvmlite import ir
-    from numba.cuda.extending import intrinsic
 
     llvm = {"r": ir.IntType(32), "u": ir.IntType(32), "L": ir.IntType(64), "f": ir.FloatType()}
-    numba_types = {letter: getattr(types, name) for letter, (_, name) in _ASM_TYPES.items()}
+    numba_types = {"r": types.int32, "u": types.uint32, "L": types.int64, "f": types.float32}
     register = {"r": "r", "u": "r", "L": "l", "f": "f", "p": "l"}
 
     def definition(typing_context: Any, *arguments: Any) -> Any:
-        wanted, position = [], 0
+        parameters, position = [], 0
         for letter in operands:
-            if letter == "p":
-                wanted += [arguments[position], types.int64]
-                position += 2
-            else:
-                wanted.append(numba_types[letter])
-                position += 1
+            parameters += [arguments[position]] if letter in "ps" else [numba_types[letter]]
+            parameters += [types.int64] if letter == "p" else []
+            position += 2 if letter == "p" else 1
         returned = types.void if not result else numba_types[result[0]]
         if len(result) > 1:
             returned = types.UniTuple(returned, len(result))
@@ -95,18 +102,17 @@ def _asm_intrinsic(stand_in: Callable, ptx: str, result: str, operands: str, eff
             asm_values, position = [], 0
             for letter in operands:
                 if letter == "p":
-                    asm_values.append(
-                        element_address(context, builder, signature.args[position], *values[position:][:2])
-                    )
-                    position += 2
-                else:
+                    kind, (base, index) = signature.args[position], values[position:][:2]
+                    asm_values.append(element_address(context, builder, kind, base, index))
+                elif letter != "s":
                     asm_values.append(values[position])
-                    position += 1
+                position += 2 if letter == "p" else 1
             outputs = [llvm[letter] for letter in result]
             asm_result = ir.VoidType() if not outputs else outputs[0]
             if len(outputs) > 1:
                 asm_result = ir.LiteralStructType(outputs)
-            constraints = ["=" + register[letter] for letter in result] + [register[letter] for letter in operands]
+            constraints = ["=" + register[letter] for letter in result]
+            constraints += [register[letter] for letter in operands if letter != "s"]
             if effects:
                 constraints.append("~{memory}")
             function = ir.FunctionType(asm_result, [value.type for value in asm_values])
@@ -116,13 +122,21 @@ def _asm_intrinsic(stand_in: Callable, ptx: str, result: str, operands: str, eff
                 return context.make_tuple(builder, signature.return_type, parts)
             return call if outputs else context.get_dummy_value()
 
-        return returned(*wanted), codegen
+        return returned(*parameters), codegen
+
+    return as_intrinsic(definition, emulation)
+
+
+def as_intrinsic(definition: Callable, emulation: Callable) -> Callable:
+    """A Numba intrinsic of `definition(typing_context, *arguments)` with the emulation's name, parameters and
+    docstring: Numba looks at the signature."""
+    from numba.cuda.extending import intrinsic
 
     names = [inspect.Parameter("typing_context", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
-    names += list(inspect.signature(stand_in).parameters.values())
+    names += list(inspect.signature(emulation).parameters.values())
     definition.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
-    definition.__name__ = definition.__qualname__ = stand_in.__name__
-    definition.__doc__ = stand_in.__doc__
+    definition.__name__ = definition.__qualname__ = emulation.__name__
+    definition.__doc__ = emulation.__doc__
     return intrinsic(definition)
 
 
@@ -133,6 +147,6 @@ def element_address(context: Any, builder: Any, kind: Any, base: Any, index: Any
     return builder.gep(base, [index])
 
 
-@instruction(r".pragma \22nounroll\22;", "", "", effects=True)  # \22: LLVM's way to write a quotation mark
+@instruction(r".pragma \22nounroll\22;", "", "", effects=True)  # \22: LLVM's escape for a quotation mark
 def no_unroll() -> None:
-    """At the start of a loop's body: the assembler does not unroll it, which would take registers. Any architecture."""
+    """First in a loop's body: ptxas does not unroll the loop, which would take registers. Any architecture."""

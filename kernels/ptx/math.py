@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Arithmetic and conversions on registers: integer dot products, bfloat16, exactly rounded and approximate float32."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from bitnet_numba.kernels.ptx.base import device_function, instruction, int32, uint32
 
-# ---- Products -------------------------------------------------------------------------------------------------------
+# ---- Dot products of bytes -----------------------------------------------------------------------------------------
 
 
 def _bytes(word: Any, signed: bool) -> list[int]:
@@ -30,7 +30,7 @@ def dp4a_us(a: Any, b: Any, c: Any) -> Any:
 
 @instruction("cvt.rni.s32.f32 $0, $1;", "r", "f")
 def round_to_int(x: Any) -> Any:
-    """The nearest int32, half to even; saturates, NaN becomes 0. Any architecture."""
+    """The nearest int32, half to even; saturates, NaN gives 0. Any architecture."""
     return np.int32(0) if x != x else np.int32(min(max(np.rint(np.float64(x)), -(2**31)), 2**31 - 1))
 
 
@@ -59,15 +59,18 @@ def byte_permute(a: Any, b: Any, selector: Any) -> Any:
     return np.uint32(sum(source[int(selector) >> 4 * k & 7] << 8 * k for k in range(4)))
 
 
+# ---- bfloat16; of a word's two, the first in memory is in the lower half --------------------------------------------
+
+
 @instruction("shl.b32 $0, $1, 16;", "f", "r")
 def bf16_low(word: Any) -> Any:
-    """float32 of the bfloat16 in a word's lower half (the first of two in memory). Any architecture."""
+    """The bfloat16 in a word's lower half, as float32. Any architecture."""
     return bits_to_float(int(word) << 16)
 
 
 @instruction("and.b32 $0, $1, 0xffff0000;", "f", "r")
 def bf16_high(word: Any) -> Any:
-    """float32 of the bfloat16 in a word's upper half (the second of two in memory). Any architecture."""
+    """The bfloat16 in a word's upper half, as float32. Any architecture."""
     return bits_to_float(int(word) & 0xFFFF0000)
 
 
@@ -81,11 +84,30 @@ def to_bf16(x: Any) -> Any:
 
 @device_function
 def join_bf16(low: Any, high: Any) -> Any:
-    """Two float32 that are bfloat16 already, in one word, the first in the lower half. Any architecture."""
+    """Two float32 whose values bfloat16 holds exactly, as a word; others are truncated. Any architecture."""
     return int32(byte_permute(float_to_bits(low), float_to_bits(high), 0x7632))
 
 
-# ---- Approximations; each bound is from the PTX manual --------------------------------------------------------------
+@instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", "r", "ff")
+def pack_bf16x2(low: Any, high: Any) -> Any:
+    """Two float32 rounded to the nearest bfloat16, ties to even, as a word. sm_80."""
+
+    def rounded(x: Any) -> int:
+        bits = int(float_to_bits(x))
+        return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 if x == x else 0x7FFF
+
+    return int32(rounded(high) << 16 | rounded(low))
+
+
+@instruction("fma.rn.bf16x2 $0, $1, $2, $3;", "r", "rrr")
+def fma_bf16x2(a: Any, b: Any, c: Any) -> Any:
+    """a * b + c of the two bfloat16 in each word, rounded once. sm_80."""
+    low = bf16_low(a) * np.float64(bf16_low(b)) + bf16_low(c)
+    high = bf16_high(a) * np.float64(bf16_high(b)) + bf16_high(c)
+    return pack_bf16x2(np.float32(low), np.float32(high))
+
+
+# ---- Approximate float32; the bounds are the PTX manual's ----------------------------------------------------------
 
 
 @instruction("ex2.approx.ftz.f32 $0, $1;", "f", "f")
@@ -106,7 +128,7 @@ def rsqrt_approx(x: Any) -> Any:
     return np.float32(1) / np.sqrt(np.float32(x))
 
 
-# ---- Arithmetic that must round exactly as NumPy does: the compiler may not fuse it ---------------------------------
+# ---- Exactly rounded float32, as NumPy's: the compiler would fuse a * b + c ------------------------------------------
 
 
 @instruction("mul.rn.f32 $0, $1, $2;", "f", "ff")
@@ -139,19 +161,23 @@ def sqrt_rn(x: Any) -> Any:
     return np.sqrt(np.float32(x))
 
 
+# ---- Integers ------------------------------------------------------------------------------------------------------
+
+
 @instruction("mul.hi.u32 $0, $1, $2;", "u", "uu")
 def mul_hi(a: Any, b: Any) -> Any:
-    """The upper half of a 32 x 32 bit product, uint32. Any architecture."""
+    """The upper 32 bits of the product of two uint32. Any architecture."""
     return uint32(int(a) * int(b) >> 32)
 
 
 @instruction("mul.lo.u32 $0, $1, $2;", "u", "uu")
 def mul_lo(a: Any, b: Any) -> Any:
-    """The lower half of a 32 x 32 bit product, uint32. Any architecture."""
+    """The lower 32 bits of the product of two uint32. Any architecture."""
     return uint32(int(a) * int(b))
 
 
 @instruction("div.u32 $0, $1, $2;", "r", "rr")
 def udiv(a: Any, b: Any) -> Any:
-    """a // b for int32 a >= 0, b > 0: Numba's own divides 64 bits, ten times the instructions. Any architecture."""
+    """a // b, int32, for a >= 0 and b > 0. Numba's own `//` divides 64 bits: ten times the instructions. Any
+    architecture."""
     return int32(int(a) // int(b))

@@ -1,6 +1,9 @@
-"""TODO docstring."""
+"""Loads, stores, prefetches and atomics in global memory, and addresses in shared memory.
 
-import threading
+Names: a number is how many 32-bit elements an access moves (`load4`: 16 bytes); `stream_` loads are for weights, which
+are read once; atomics that return nothing compile to `red`.
+"""
+
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +13,6 @@ from numba.cuda import types
 
 from bitnet_numba.kernels.ptx.base import SIMULATED, device_function, element_address, instruction, int32, uint32
 
-# ---- Memory ---------------------------------------------------------------------------------------------------------
-
 
 def _four(p: Any, i: Any) -> tuple:
     values = np.asarray([p[int(i) + k] for k in range(4)])
@@ -20,15 +21,43 @@ def _four(p: Any, i: Any) -> tuple:
     return tuple(values)
 
 
-def _vector_pointer(context: Any, builder: Any, count: int, kind: Any, base: Any, index: Any) -> Any:
+# Global or shared memory. These are LLVM loads and stores, which the compiler may move and merge.
+
+if SIMULATED:
+
+    def pointer(array: Any) -> Any:
+        """A shared array as a pointer. Numba wraps negative indices of arrays, which takes five instructions for every
+        access; those of pointers it does not. Any architecture."""
+        return array
+
+    def load4(p: Any, i: Any) -> Any:
+        """Elements i .. i+3 (i a multiple of 4) of 32-bit memory: one 16-byte load. Any architecture."""
+        return _four(p, i)
+
+    def store2(p: Any, i: Any, a: Any, b: Any) -> None:
+        """Writes elements i, i + 1 (i even) of 32-bit memory: one 8-byte store. Any architecture."""
+        p[int(i)], p[int(i) + 1] = a, b
+
+    def store4(p: Any, i: Any, a: Any, b: Any, c: Any, d: Any) -> None:
+        """Writes elements i .. i+3 (i a multiple of 4) of 32-bit memory: one 16-byte store. Any architecture."""
+        p[int(i)], p[int(i) + 1], p[int(i) + 2], p[int(i) + 3] = a, b, c, d
+
+else:
     from llvmlite import ir
-
-    address = element_address(context, builder, kind, base, index)
-    return builder.bitcast(address, ir.VectorType(address.type.pointee, count).as_pointer())
-
-
-def _pointer_intrinsic() -> Callable:
     from numba.cuda.extending import intrinsic
+
+    def _vector_pointer(context: Any, builder: Any, count: int, kind: Any, base: Any, index: Any) -> Any:
+        address = element_address(context, builder, kind, base, index)
+        return builder.bitcast(address, ir.VectorType(address.type.pointee, count).as_pointer())
+
+    def _store_codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        base, index, *elements = values
+        target = _vector_pointer(context, builder, len(elements), signature.args[0], base, index)
+        vector = ir.Constant(target.type.pointee, ir.Undefined)
+        for k, element in enumerate(elements):
+            vector = builder.insert_element(vector, element, ir.IntType(32)(k))
+        builder.store(vector, target, align=4 * len(elements))
+        return context.get_dummy_value()
 
     @intrinsic
     def pointer(typing_context: Any, array: Any) -> Any:
@@ -36,18 +65,6 @@ def _pointer_intrinsic() -> Callable:
             return context.make_array(signature.args[0])(context, builder, value=values[0]).data
 
         return types.CPointer(array.dtype)(array), codegen
-
-    return pointer
-
-
-def _pointer(array: Any) -> Any:
-    """A shared array as a pointer: Numba wraps an array's negative indices round, five instructions an access."""
-    return array
-
-
-def _load4_intrinsic() -> Callable:
-    from llvmlite import ir
-    from numba.cuda.extending import intrinsic
 
     @intrinsic
     def load4(typing_context: Any, p: Any, i: Any) -> Any:
@@ -58,123 +75,76 @@ def _load4_intrinsic() -> Callable:
 
         return types.UniTuple(p.dtype, 4)(p, types.int64), codegen
 
-    return load4
-
-
-def _store_codegen(count: int) -> Callable:
-    from llvmlite import ir
-
-    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        pointer = _vector_pointer(context, builder, count, signature.args[0], *values[:2])
-        vector = ir.Constant(pointer.type.pointee, ir.Undefined)
-        for k in range(count):
-            vector = builder.insert_element(vector, values[2 + k], ir.IntType(32)(k))
-        builder.store(vector, pointer, align=4 * count)
-        return context.get_dummy_value()
-
-    return codegen
-
-
-def _store4_intrinsic() -> Callable:
-    from numba.cuda.extending import intrinsic
+    @intrinsic
+    def store2(typing_context: Any, p: Any, i: Any, a: Any, b: Any) -> Any:
+        return types.void(p, types.int64, p.dtype, p.dtype), _store_codegen
 
     @intrinsic
     def store4(typing_context: Any, p: Any, i: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-        return types.void(p, types.int64, *(p.dtype,) * 4), _store_codegen(4)
-
-    return store4
+        return types.void(p, types.int64, p.dtype, p.dtype, p.dtype, p.dtype), _store_codegen
 
 
-def _store2_intrinsic() -> Callable:
-    from numba.cuda.extending import intrinsic
-
-    @intrinsic
-    def store2(typing_context: Any, p: Any, i: Any, a: Any, b: Any) -> Any:
-        return types.void(p, types.int64, *(p.dtype,) * 2), _store_codegen(2)
-
-    return store2
+@instruction("{ .reg .u64 t; cvta.to.shared.u64 t, $1; cvt.u32.u64 $0, t; }", "r", "p")
+def shared_address(array: Any, i: Any) -> Any:
+    """The 32-bit address, int32, of element i of a shared array of 32-bit elements. Any architecture."""
+    return int32(4 * int(i))
 
 
-def _load4(p: Any, i: Any) -> Any:
-    """Elements i .. i+3 (i a multiple of 4) of 32-bit memory, global or shared: one 16-byte load. Any architecture."""
-    return _four(p, i)
-
-
-def _store4(p: Any, i: Any, a: Any, b: Any, c: Any, d: Any) -> None:
-    """Writes elements i .. i+3 (i a multiple of 4) of 32-bit memory in one 16-byte store. Any architecture."""
-    p[int(i)], p[int(i) + 1], p[int(i) + 2], p[int(i) + 3] = a, b, c, d
-
-
-def _store2(p: Any, i: Any, a: Any, b: Any) -> None:
-    """Writes elements i and i+1 (i even) of 32-bit memory in one 8-byte store. Any architecture."""
-    p[int(i)], p[int(i) + 1] = a, b
-
-
-pointer = _pointer if SIMULATED else _pointer_intrinsic()
-load4 = _load4 if SIMULATED else _load4_intrinsic()
-store2 = _store2 if SIMULATED else _store2_intrinsic()
-store4 = _store4 if SIMULATED else _store4_intrinsic()
+# ---- Global memory -----------------------------------------------------------------------------------------------
 
 
 @instruction("ld.global.v2.f32 {$0, $1}, [$2];", "ff", "p", effects=True)
 def load2_f32(p: Any, i: Any) -> Any:
-    """float32 elements i, i + 1 (i even) of global memory: one 8-byte load. Any architecture."""
+    """float32 elements i, i + 1 (i even): one 8-byte load. Any architecture."""
     return p[int(i)], p[int(i) + 1]
 
 
 @instruction("st.global.v2.f32 [$0], {$1, $2};", "", "pff", effects=True)
 def store2_f32(p: Any, i: Any, a: Any, b: Any) -> None:
-    """Writes float32 elements i, i + 1 (i even) of global memory in one 8-byte store. Any architecture."""
+    """Writes float32 elements i, i + 1 (i even): one 8-byte store. Any architecture."""
     p[int(i)], p[int(i) + 1] = a, b
 
 
-_STREAM_PTX = {
-    80: "ld.global.nc.L1::no_allocate.L2::256B.v4.b32 {$0, $1, $2, $3}, [$4];",
-    70: "ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];",
-    60: "ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];",
-}
+# Options of the load, and the first architecture that has them.
+_STREAM_OPTIONS = {80: ".L1::no_allocate.L2::256B", 70: ".L1::no_allocate", 60: ""}
 
 
-def _stream_load(ptx: str) -> Callable:
-    # No reordering barrier, but "effects" would pin the loads in program order, which is what early loads want.
-    @instruction(ptx, "rrrr", "p", effects=True)
-    def stream_load(p: Any, i: Any) -> Any:
-        """Words i .. i+3 (i a multiple of 4) of read-only global memory that is used once, past L1: int32 x 4."""
+def _stream_load(options: str) -> Callable:
+    # effects: keeps the loads in program order, so that those which a kernel issues early stay early.
+    @instruction(f"ld.global.nc{options}.v4.b32 {{$0, $1, $2, $3}}, [$4];", "rrrr", "p", effects=True)
+    def load(p: Any, i: Any) -> Any:
         return _four(p, i)
 
-    return stream_load
+    return load
 
 
-_STREAM_LOADS = {arch: _stream_load(ptx) for arch, ptx in _STREAM_PTX.items()}
+def _stream_load2(options: str) -> Callable:
+    @instruction(f"ld.global.nc{options}.v2.b32 {{$0, $1}}, [$2];", "rr", "p", effects=True)
+    def load(p: Any, i: Any) -> Any:
+        return tuple(int32(p[int(i) + k]) for k in range(2))
+
+    return load
+
+
+_STREAM_LOADS = {first: _stream_load(options) for first, options in _STREAM_OPTIONS.items()}
+_STREAM_LOADS2 = {first: _stream_load2(options) for first, options in _STREAM_OPTIONS.items()}
 
 
 def stream_load(arch: int) -> Callable:
-    """The 16-byte load for weights: `load(p, i) -> (int32,) * 4`. L1::no_allocate needs sm_70, L2::256B sm_80."""
-    return _STREAM_LOADS[max(level for level in _STREAM_LOADS if level <= max(arch, 60))]
-
-
-_STREAM_PTX2 = {
-    80: "ld.global.nc.L1::no_allocate.L2::256B.v2.b32 {$0, $1}, [$2];",
-    70: "ld.global.nc.L1::no_allocate.v2.b32 {$0, $1}, [$2];",
-    60: "ld.global.nc.v2.b32 {$0, $1}, [$2];",
-}
-
-
-def _stream_load2(ptx: str) -> Callable:
-    @instruction(ptx, "rr", "p", effects=True)
-    def stream_load2(p: Any, i: Any) -> Any:
-        """Words i, i + 1 (i even) of read-only global memory, past L1: int32 x 2."""
-        return tuple(int32(p[int(i) + k]) for k in range(2))
-
-    return stream_load2
-
-
-_STREAM_LOADS2 = {arch: _stream_load2(ptx) for arch, ptx in _STREAM_PTX2.items()}
+    """`load(p, i)`: words i .. i+3 (i a multiple of 4) of read-only memory, not kept in L1: int32 x 4. Any
+    architecture: L1::no_allocate needs sm_70, L2::256B sm_80."""
+    return _STREAM_LOADS[max(first for first in _STREAM_LOADS if first <= max(arch, 60))]
 
 
 def stream_load2(arch: int) -> Callable:
-    """The 8-byte load for weights: `load(p, i) -> (int32, int32)`; see `stream_load`."""
-    return _STREAM_LOADS2[max(level for level in _STREAM_LOADS2 if level <= max(arch, 60))]
+    """`load(p, i)`: words i, i + 1 (i even), as of `stream_load`: int32 x 2. Any architecture."""
+    return _STREAM_LOADS2[max(first for first in _STREAM_LOADS2 if first <= max(arch, 60))]
+
+
+@instruction("ld.global.cg.v2.b32 {$0, $1}, [$2];", "rr", "p", effects=True)
+def load2_l2(p: Any, i: Any) -> Any:
+    """Words i, i + 1 (i even) as L2 has them, never from L1: int32 x 2. Any architecture."""
+    return int32(p[int(i)]), int32(p[int(i) + 1])
 
 
 @instruction("prefetch.global.L2 [$0];", "", "p", effects=True)
@@ -182,32 +152,42 @@ def prefetch_l2(p: Any, i: Any) -> None:
     """Asks for the line of element i to be brought into L2. Any architecture."""
 
 
-_atomic_lock = threading.Lock()
+# ---- Atomics in global memory; integer sums are exact, so the same in any order ------------------------------------
 
 
 @instruction("atom.global.add.u32 $0, [$1], $2;", "u", "pu", effects=True)
 def atomic_fetch_add(p: Any, i: Any, value: Any) -> Any:
-    """p[i] += value, 32 bits in global memory; returns what was there. Any architecture."""
-    with _atomic_lock:
-        old = uint32(p[int(i)])
-        p[int(i)] = p.dtype.type(np.uint32((int(old) + int(value)) & 0xFFFFFFFF).view(p.dtype.type))
-        return old
+    """p[i] += value, 32 bits; returns the old value, uint32. Any architecture."""
+    old = uint32(p[int(i)])
+    p[int(i)] = p.dtype.type(np.uint32((int(old) + int(value)) & 0xFFFFFFFF).view(p.dtype.type))
+    return old
 
 
 @instruction("red.global.or.b32 [$0], $1;", "", "pr", effects=True)
 def atomic_or(p: Any, i: Any, value: Any) -> None:
-    """p[i] |= value, 32 bits in global memory. Any architecture."""
-    with _atomic_lock:
-        p[int(i)] = int(p[int(i)]) | int(value)
+    """p[i] |= value, 32 bits. Any architecture."""
+    p[int(i)] = int(p[int(i)]) | int(value)
+
+
+@instruction("red.global.max.s64 [$0], $1;", "", "pL", effects=True)
+def atomic_max_wide(p: Any, i: Any, value: Any) -> None:
+    """p[i] = max(p[i], value), int64. Any architecture."""
+    p[int(i)] = max(int(p[int(i)]), int(value))
+
+
+@instruction("red.global.add.u64 [$0], $1;", "", "pL", effects=True)
+def atomic_add_wide(p: Any, i: Any, value: Any) -> None:
+    """p[i] += value, int64. Any architecture."""
+    p[int(i)] = int(p[int(i)]) + int(value)
+
+
+# ---- Order between blocks ------------------------------------------------------------------------------------------
 
 
 @device_function
 def threadfence() -> None:
-    """Orders this thread's global writes before its later ones, for the whole device. Any architecture."""
+    """Orders this thread's earlier global writes before its later ones, for the whole device. Any architecture."""
     cuda.threadfence()
-
-
-# ---- Between blocks -------------------------------------------------------------------------------------------------
 
 
 @instruction("ld.acquire.gpu.global.u32 $0, [$1];", "u", "p", effects=True)
@@ -220,26 +200,6 @@ def load_acquire(p: Any, i: Any) -> Any:
 def atomic_add_release(p: Any, i: Any, value: Any) -> None:
     """p[i] += value, 32 bits, ordered after every earlier access of this thread. sm_70."""
     atomic_fetch_add(p, i, value)
-
-
-@instruction("red.global.max.s64 [$0], $1;", "", "pL", effects=True)
-def atomic_max_wide(p: Any, i: Any, value: Any) -> None:
-    """p[i] = max(p[i], value), int64 in global memory. Any architecture."""
-    with _atomic_lock:
-        p[int(i)] = max(int(p[int(i)]), int(value))
-
-
-@instruction("red.global.add.u64 [$0], $1;", "", "pL", effects=True)
-def atomic_add_wide(p: Any, i: Any, value: Any) -> None:
-    """p[i] += value, int64 in global memory; exact, so the same in any order. Any architecture."""
-    with _atomic_lock:
-        p[int(i)] = int(p[int(i)]) + int(value)
-
-
-@instruction("ld.global.cg.v2.b32 {$0, $1}, [$2];", "rr", "p", effects=True)
-def load2_l2(p: Any, i: Any) -> Any:
-    """Words i, i + 1 (i even) of global memory as L2 has them, never from L1: int32 x 2. Any architecture."""
-    return int32(p[int(i)]), int32(p[int(i) + 1])
 
 
 @instruction("atom.acq_rel.gpu.global.add.u32 $0, [$1], $2;", "u", "pu", effects=True)

@@ -1,6 +1,13 @@
-"""TODO docstring."""
+"""Warpgroup products (wgmma, sm_90a alone): four neighbouring warps multiply a tile of 64 rows by operands in shared
+memory, asynchronously.
 
-import threading
+Operands in shared memory have rows of 128 bytes with the 128-byte swizzle, as TMA writes them (see `tma`): 128 int8 or
+64 bfloat16 of a token or of a weight row. Packed weights are loaded to registers and unpacked there.
+
+Each product comes as three functions: `start` issues it, `all_but_one` waits until only the latest product runs,
+`finished` waits for all. Until then its operands must stay and its sums may not be touched.
+"""
+
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -8,25 +15,114 @@ from typing import Any
 import numpy as np
 from numba.cuda import types
 
-from bitnet_numba.kernels.ptx.base import SIMULATED, WARP, element_address, instruction, int32
-from bitnet_numba.kernels.ptx.tma import SPAN_INTS, _swizzled
+from bitnet_numba.kernels.ptx.base import (
+    SIMULATED,
+    WARP,
+    as_intrinsic,
+    element_address,
+    instruction,
+    int32,
+    simulated_thread,
+)
+from bitnet_numba.kernels.ptx.tma import SPAN_INTS, simulated_swizzle
 
-TILE_BYTES = 64 * 4 * SPAN_INTS  # of a panel's 64 rows
+TILE_BYTES = 64 * 4 * SPAN_INTS  # of 64 rows in shared memory
+
+# ---- Packed weights to registers -----------------------------------------------------------------------------------
+
+# Byte offsets of a lane's two neighbouring rows in a row-block's 128 columns: 16 columns after the other.
+_ROW_PAIR_OFFSETS = [128 * (n // 2) + 32 * (n % 2) for n in range(8)]
+_ROW_PAIR_PTX = " ".join(
+    f"ld.shared.v2.b32 {{${2 * n}, ${2 * n + 1}}}, [$16+{offset}];" for n, offset in enumerate(_ROW_PAIR_OFFSETS)
+)
+
+
+@instruction(_ROW_PAIR_PTX, "r" * 16, "sr", effects=True)
+def load_row_pair(array: Any, address: Any) -> tuple:
+    """The packed words of two neighbouring rows in a row-block's 128 columns, int32 x 16: those of both rows for 16
+    columns, then for the next 16, ... address: of the first word in a shared array, a multiple of 8. Any
+    architecture."""
+    first = int(address) // 4
+    return tuple(int32(array[first + offset // 4 + r]) for offset in _ROW_PAIR_OFFSETS for r in range(2))
 
 
 @instruction("{ .reg .b32 t; shr.b32 t, $1, $2; and.b32 $0, t, 0x03030303; }", "r", "rr")
 def shifted_codes(word: Any, shift: Any) -> Any:
-    """Four codes of a packed word, a byte each: (word >> shift) & 0x03030303."""
+    """Four codes of a packed word, a byte each: (word >> shift) & 0x03030303. Any architecture."""
     return int32((int(word) & 0xFFFFFFFF) >> int(shift) & 0x03030303)
 
 
-def _wgmma_s8_stand_in(tokens: int) -> tuple[Callable, Callable, Callable]:
-    def start(sums: Any, codes: Any, shared: Any, at: Any) -> None:
-        thread: Any = threading.current_thread()
+# ---- Intrinsics over local arrays ----------------------------------------------------------------------------------
+
+
+def _array_asm(
+    emulation: Callable, ptx: str, results: int, read: int = 0, scalars: int = 0, kind: str = "r"
+) -> Callable:
+    """An intrinsic of inline PTX with more operands than a function can have parameters: they are the elements of local
+    arrays, int32 or (kind "f") float32.
+
+    Its parameters, named as the emulation's, are `sums`, of which the first `results` elements are changed; an int32
+    array of which the first `read` elements are operands, if that is not 0; a shared array, which only the emulation
+    reads, and `scalars` int32, if that is not 0. In `ptx`: $0 .. are the results, then the elements that are read, then
+    the scalars. The old values of `sums` are tied to the results.
+    """
+    from llvmlite import ir
+
+    word = ir.FloatType() if kind == "f" else ir.IntType(32)
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        def elements(n: int, count: int) -> list[Any]:
+            array, base = signature.args[n], values[n]
+            return [element_address(context, builder, array, base, ir.IntType(64)(i)) for i in range(count)]
+
+        sums = elements(0, results)
+        operands = [builder.load(a) for a in elements(1, read)] if read else []
+        operands += values[len(values) - scalars :]
+        constraints = [f"={kind}"] * results + ["r"] * len(operands) + [str(n) for n in range(results)] + ["~{memory}"]
+        operands += [builder.load(a) for a in sums]
+        function = ir.FunctionType(ir.LiteralStructType([word] * results), [value.type for value in operands])
+        after = builder.call(ir.InlineAsm(function, ptx, ",".join(constraints), side_effect=True), operands)
+        for n, a in enumerate(sums):
+            builder.store(builder.extract_value(after, n), a)
+        return context.get_dummy_value()
+
+    def definition(typing_context: Any, *arguments: Any) -> Any:
+        arrays = arguments[: len(arguments) - scalars]
+        return types.void(*arrays, *(types.int32,) * scalars), codegen
+
+    return as_intrinsic(definition, emulation)
+
+
+@instruction("wgmma.wait_group.sync.aligned 1;", "", "", effects=True)
+def _all_but_one() -> None: ...
+
+
+def _finished(sums: Any) -> None: ...
+
+
+def _descriptor(name: str, address: str) -> str:
+    """PTX that makes a shared-memory operand's descriptor: its address / 16, the stride of eight rows / 16, the code of
+    the 128-byte swizzle. Adding 2 moves on by 32 bytes in each row."""
+    return (
+        f"and.b32 low, {address}, 0x3ffff; shr.u32 low, low, 4; or.b32 low, low, 0x10000; "
+        f"mov.b32 high, {1024 >> 4 | 1 << 30}; mov.b64 {name}, {{low, high}};"
+    )
+
+
+def _rows(array: Any, address: int, count: int) -> np.ndarray:
+    """Rows at an address in a shared array, int32 [count, SPAN_INTS], their swizzle undone."""
+    words = np.asarray(array[address // 4 : address // 4 + SPAN_INTS * count])
+    return simulated_swizzle(words.astype(np.int32).reshape(count, SPAN_INTS))
+
+
+# ---- uint8 codes by int8 -------------------------------------------------------------------------------------------
+
+
+def _emulated_s8(tokens: int) -> Callable:
+    def start(sums: Any, codes: Any, array: Any, address: Any) -> None:
+        thread = simulated_thread()
         g, c = divmod(thread.thread_id % WARP, 4)
-        first = int(at) // 4
-        words = np.asarray(shared[first : first + SPAN_INTS * tokens]).astype(np.int32).reshape(tokens, SPAN_INTS)
-        b = _swizzled(words).view(np.int8).astype(np.int64)  # [token, column]
+        b = _rows(array, int(address), tokens).view(np.int8).astype(np.int64)  # [token, column]
         own = tuple(codes[r] for r in range(16))
         lanes = np.array([[int(x) & 0xFFFFFFFF for x in lane] for lane in thread.gather_in_warp(own)])
         quads = lanes.astype("<u4").view(np.uint8).reshape(8, 4, 4, 2, 2, 4)[g].astype(np.int64)
@@ -37,78 +133,10 @@ def _wgmma_s8_stand_in(tokens: int) -> tuple[Callable, Callable, Callable]:
                     n = 4 * t + 2 * r + odd
                     sums[n] = int32(int(sums[n]) + int((row * b[8 * t + 2 * c + odd]).sum()))
 
-    def all_but_one() -> None:
-        pass
-
-    def finished(sums: Any) -> None:
-        pass
-
-    return start, all_but_one, finished
+    return start
 
 
-def _array_asm(ptx: str, results: int, read: int = 0, places: int = 0, kind: str = "r") -> Callable:
-    """An intrinsic over local arrays, int32 or (kind "f") float32: the first `results` elements of the first are
-    changed; with `read`, so many of a second are read; `places` numbers follow, 1 or 3, after the shared array that
-    they are about. Operands of `ptx` in the order results, read, numbers, then the results' old values, which are tied
-    to them."""
-    from llvmlite import ir
-    from numba.cuda.extending import intrinsic
-
-    word = ir.FloatType() if kind == "f" else ir.IntType(32)
-
-    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        def elements(n: int, count: int) -> list[Any]:
-            array, base = signature.args[n], values[n]
-            return [element_address(context, builder, array, base, ir.IntType(64)(i)) for i in range(count)]
-
-        into = elements(0, results)
-        operands = [builder.load(a) for a in elements(1, read)] if read else []
-        operands += values[len(values) - places :]
-        constraints = [f"={kind}"] * results + ["r"] * len(operands) + [str(n) for n in range(results)] + ["~{memory}"]
-        operands += [builder.load(a) for a in into]
-        function = ir.FunctionType(ir.LiteralStructType([word] * results), [value.type for value in operands])
-        after = builder.call(ir.InlineAsm(function, ptx, ",".join(constraints), side_effect=True), operands)
-        for n, a in enumerate(into):
-            builder.store(builder.extract_value(after, n), a)
-        return context.get_dummy_value()
-
-    if read:
-
-        @intrinsic
-        def start(typing_context: Any, sums: Any, codes: Any, shared: Any, at: Any) -> Any:
-            return types.void(sums, codes, shared, types.int32), codegen
-
-        return start
-
-    if places:
-
-        @intrinsic
-        def start_shared(typing_context: Any, sums: Any, shared: Any, a: Any, b: Any, more: Any) -> Any:
-            return types.void(sums, shared, types.int32, types.int32, types.int32), codegen
-
-        return start_shared
-
-    @intrinsic
-    def wait(typing_context: Any, sums: Any) -> Any:
-        return types.void(sums), codegen
-
-    return wait
-
-
-@instruction("wgmma.wait_group.sync.aligned 1;", "", "", effects=True)
-def _all_but_one() -> None: ...
-
-
-def _descriptor(name: str, place: str) -> str:
-    """Makes an operand's descriptor: its place / 16; the distance of 8 rows / 16; the code of the 128-byte swizzle. An
-    operand's next 32 bytes of each row are 2 further on."""
-    return (
-        f"and.b32 low, {place}, 0x3ffff; shr.u32 low, low, 4; or.b32 low, low, 0x10000; "
-        f"mov.b32 high, {1024 >> 4 | 1 << 30}; mov.b64 {name}, {{low, high}};"
-    )
-
-
-def _wgmma_s8_intrinsics(tokens: int) -> tuple[Callable, Callable, Callable]:
+def _ptx_s8(tokens: int) -> str:
     count = tokens // 2
     lines = [
         "{ .reg .pred yes; .reg .b32 low, high; .reg .b64 b0, b1, b2, b3;",
@@ -123,39 +151,43 @@ def _wgmma_s8_intrinsics(tokens: int) -> tuple[Callable, Callable, Callable]:
         shape = f"m64n{tokens}k32.s32.u8.s8"
         lines.append(f"wgmma.mma_async.sync.aligned.{shape} {{{into}}}, {{{left}}}, b{step}, yes;")
     lines.append("wgmma.commit_group.sync.aligned; }")
-    start = _array_asm(" ".join(lines), count, 16, 1)
-    return start, _all_but_one, _array_asm("wgmma.wait_group.sync.aligned 0;", count)
+    return " ".join(lines)
 
 
 @cache
 def wgmma_s8(tokens: int) -> tuple[Callable, Callable, Callable]:
-    """`start(sums, codes, shared, at)`, `all_but_one()` and `finished(sums)`: C [16 rows, tokens] += A [16, 128] .
-    B [128, tokens] for each of the four warps of a warpgroup, uint8 . int8, int32 sums. sm_90a; all four together.
+    """`start(sums, codes, array, address)`, `all_but_one()`, `finished(sums)`: C [64, tokens] += A [64, 128] .
+    B [128, tokens] for a warpgroup, uint8 . int8, int32 sums; 16 rows of A and C for each of its warps. sm_90a.
 
-    A product runs on while others start; its codes and B must stay until a wait for all but the latest, or for all. The
-    sums are there when all have finished, and may not be touched before.
-
-    sums, codes: local arrays. As of `mma_s8`, codes[4 s ..] are a0, a1, a2, a3 of columns 32 s .., sums[4 t ..] are
-    c0 .. c3 of tokens 8 t ... B: a panel at a place in shared memory.
+    sums, codes: local arrays int32 [tokens / 2] and [16], laid out as `mma_s8` has it: codes[4 s ..] are a0 .. a3 of
+    columns 32 s .., sums[4 t ..] are c0 .. c3 of tokens 8 t ... B: `tokens` rows of 128 int8 at an address in a shared
+    array.
     """
-    return (_wgmma_s8_stand_in if SIMULATED else _wgmma_s8_intrinsics)(tokens)
+    start = _emulated_s8(tokens)
+    if SIMULATED:
+        return start, _all_but_one, _finished
+    count = tokens // 2
+    wait = _array_asm(_finished, "wgmma.wait_group.sync.aligned 0;", count)
+    return _array_asm(start, _ptx_s8(tokens), count, read=16, scalars=1), _all_but_one, wait
 
 
-def _wgmma_bf16_split_stand_in(tokens: int, tiles: int) -> tuple[Callable, Callable, Callable]:
-    def panel(shared: Any, at: int, rows: int) -> np.ndarray:
-        """bfloat16 [rows, 64 columns] as float64."""
-        words = np.asarray(shared[at // 4 : at // 4 + SPAN_INTS * rows]).astype(np.int32).reshape(rows, SPAN_INTS)
-        halves = _swizzled(words).view(np.uint16).astype(np.uint32) << np.uint32(16)
+# ---- bfloat16 by float32 in two bfloat16 terms -----------------------------------------------------------------------
+
+
+def _emulated_bf16_split(tokens: int, tiles: int) -> Callable:
+    def bf16_rows(array: Any, address: int, count: int) -> np.ndarray:
+        """bfloat16 [count, 64] as float64."""
+        halves = _rows(array, address, count).view(np.uint16).astype(np.uint32) << np.uint32(16)
         return halves.view(np.float32).astype(np.float64)
 
-    def start(sums: Any, shared: Any, a: Any, b: Any, keep: Any) -> None:
-        thread: Any = threading.current_thread()
+    def start(sums: Any, array: Any, a: Any, b: Any, keep: Any) -> None:
+        thread = simulated_thread()
         g, c = divmod(thread.thread_id % WARP, 4)
         first = thread.thread_id // WARP % 4 * 16 + g
         # [term, 8 tokens, row, token, column]
-        x = panel(shared, int(b), 2 * tokens).reshape(2, tokens // 8, 1, 8, 64)[:, :, :, 2 * c : 2 * c + 2]
+        x = bf16_rows(array, int(b), 2 * tokens).reshape(2, tokens // 8, 1, 8, 64)[:, :, :, 2 * c : 2 * c + 2]
         for m in range(tiles):
-            w = panel(shared, int(a) + m * TILE_BYTES, 64)[[first, first + 8], None]
+            w = bf16_rows(array, int(a) + m * TILE_BYTES, 64)[[first, first + 8], None]
             own = slice(m * tokens // 2, (m + 1) * tokens // 2)
             total = np.array(sums[own], np.float32).reshape(tokens // 8, 2, 2) if keep else np.float32(0)
             for k in range(0, 64, 16):
@@ -164,10 +196,10 @@ def _wgmma_bf16_split_stand_in(tokens: int, tiles: int) -> tuple[Callable, Calla
                     total = (total + products.sum(axis=-1)).astype(np.float32)
             sums[own] = total.reshape(-1)
 
-    return start, *_wgmma_s8_stand_in(tokens)[1:]
+    return start
 
 
-def _wgmma_bf16_split_intrinsics(tokens: int, tiles: int) -> tuple[Callable, Callable, Callable]:
+def _ptx_bf16_split(tokens: int, tiles: int) -> str:
     each = tokens // 2
     count = tiles * each
     lines = [
@@ -186,17 +218,22 @@ def _wgmma_bf16_split_intrinsics(tokens: int, tiles: int) -> tuple[Callable, Cal
                 lines.append(f"add.u64 x, a, {2 * step + m * TILE_BYTES // 16};")
                 lines.append(f"wgmma.mma_async.sync.aligned.{shape} {{{into}}}, x, y, {old}, 1, 1, 0, 0;")
     lines.append("wgmma.commit_group.sync.aligned; }")
-    start = _array_asm(" ".join(lines), count, places=3, kind="f")
-    return start, _all_but_one, _array_asm("wgmma.wait_group.sync.aligned 0;", count, kind="f")
+    return " ".join(lines)
 
 
 @cache
 def wgmma_bf16_split(tokens: int, tiles: int) -> tuple[Callable, Callable, Callable]:
-    """`start(sums, shared, a, b, keep)`, `all_but_one()` and `finished(sums)`, as of `wgmma_s8`: C [64 tiles rows,
-    tokens] (+)= A [64 tiles rows, 64] . (B + B') [64, tokens] for a warpgroup, bfloat16, float32 sums; with keep 0 the
-    sums start anew. Each sum takes 16 columns at a time, of B and then of B'. sm_90a.
+    """`start(sums, array, a, b, keep)`, `all_but_one()`, `finished(sums)`: C [64 tiles, tokens] (+)= A [64 tiles, 64] .
+    (B + B') [64, tokens] for a warpgroup, bfloat16, float32 sums; with keep 0 the sums start anew. Each sum takes 16
+    columns at a time, of B and then of B'. sm_90a.
 
-    a, b: the places of A and of B, a panel each; the panel of B' follows that of B. sums[m * tokens / 2 + 4 t ..] of
-    the warpgroup's warp w: c0 .. c3 as of `mma_bf16` of rows 64 m + 16 w .. and tokens 8 t ...
+    sums: a local array float32 [tiles * tokens / 2]; sums[m * tokens / 2 + 4 t ..] of the warpgroup's warp w are
+    c0 .. c3, as `mma_bf16` has them, of rows 64 m + 16 w .. and tokens 8 t ... a, b: addresses in a shared array of A,
+    64 tiles rows of 64 bfloat16, and of B, `tokens` rows, which those of B' follow.
     """
-    return (_wgmma_bf16_split_stand_in if SIMULATED else _wgmma_bf16_split_intrinsics)(tokens, tiles)
+    start = _emulated_bf16_split(tokens, tiles)
+    if SIMULATED:
+        return start, _all_but_one, _finished
+    count = tiles * tokens // 2
+    wait = _array_asm(_finished, "wgmma.wait_group.sync.aligned 0;", count, kind="f")
+    return _array_asm(start, _ptx_bf16_split(tokens, tiles), count, scalars=3, kind="f"), _all_but_one, wait

@@ -1,10 +1,12 @@
-"""From a Python function to machine code, and keeping that on disk. None of it needs a device.
+"""From a Python function to machine code, and its disk cache. Nothing here needs a device.
 
-Numba compiles to PTX, and the linker of the same toolkit makes machine code of it: the driver's own may be older.
+Numba compiles to PTX, and nvJitLink of the same toolkit makes machine code (a cubin) of that: the driver may have an
+older assembler.
 """
 
 import contextlib
 import hashlib
+import importlib
 import os
 import re
 import tempfile
@@ -19,19 +21,25 @@ from numba.cuda import types
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 
-ENTRY = "kernel"  # what the function is called in PTX and machine code
+ENTRY = "kernel"  # the function's name in PTX and machine code
+
+KERNELS = Path(__file__).parent.parent  # the folder kernels/
+# The modules elsewhere that kernels take constants from, which are compiled into them.
+CONSTANTS = ("bitnet_numba.packing", "bitnet_numba.quantize", "bitnet_numba.sampling")
+COMPILERS = ("numba", "numba-cuda", "llvmlite", "cuda-bindings", "nvidia-nvvm", "nvidia-nvjitlink")  # distributions
 
 
 @contextlib.contextmanager
 def _target(arch: int) -> Iterator[None]:
-    """While compiling: Numba asks the present device, which may not exist, what architecture to compile callees for."""
+    """While it is active, Numba compiles device functions for this architecture, not for that of the current device,
+    which may not exist."""
     from numba.cuda import dispatcher
 
-    class ArchSpec:
+    class Target:
         compute_capability = divmod(arch, 10)
 
     real = dispatcher.get_current_device
-    dispatcher.get_current_device = lambda: ArchSpec
+    dispatcher.get_current_device = lambda: Target
     try:
         yield
     finally:
@@ -41,7 +49,7 @@ def _target(arch: int) -> Iterator[None]:
 def compile_ptx(function: Any, signature: Sequence[Any], arch: int, threads: int, blocks_per_sm: int = 1) -> str:
     """PTX of a kernel (a plain Python function, or what cuda.jit made of one) for an architecture such as 90.
 
-    `threads` a block and `blocks_per_sm` bound the registers. No device is needed.
+    `threads` per block and resident `blocks_per_sm` bound the registers.
     """
     from numba import cuda
 
@@ -57,16 +65,13 @@ def compile_ptx(function: Any, signature: Sequence[Any], arch: int, threads: int
     name = re.search(r"\.entry (\w+)\(", ptx)
     assert name is not None
     ptx = ptx.replace(name.group(1), ENTRY)
-    if "wgmma." in ptx:  # instructions of this very architecture and no later one
+    if "wgmma." in ptx:  # an instruction of this architecture alone, not of later ones
         ptx = ptx.replace(f".target sm_{arch}", f".target sm_{arch}a")
     return ptx
 
 
 def link_cubin(ptx: str, arch: int) -> bytes:
-    """Machine code from PTX, by the linker that matches Numba's compiler (the driver's may be older). No device needed.
-
-    Raises BackendError with the assembler's first complaint.
-    """
+    """Machine code from PTX. Raises BackendError with the assembler's first error."""
     from cuda.bindings import nvjitlink
 
     options = [f"-arch=sm_{arch}{'a' if f'.target sm_{arch}a' in ptx else ''}"]
@@ -88,25 +93,21 @@ def link_cubin(ptx: str, arch: int) -> bytes:
 
 
 @cache
-def _toolchain() -> bytes:
-    """What machine code depends on beside a kernel's name: every source file of the kernels, and the compilers."""
+def toolchain_digest() -> bytes:
+    """What machine code depends on beside a spec: all source of kernels, constants from elsewhere, the compilers."""
     digest = hashlib.sha256()
-    package = Path(__file__).parent.parent  # kernels/
-    for source in sorted(package.rglob("*.py")):
-        digest.update(source.read_bytes())
-    import bitnet_numba.packing
-    import bitnet_numba.sampling
-
-    for module in (bitnet_numba.packing, bitnet_numba.sampling):
-        digest.update(Path(str(module.__file__)).read_bytes())
-    for name in ("numba", "numba-cuda", "cuda-bindings", "nvidia-nvvm", "nvidia-nvjitlink"):
+    for source in sorted(KERNELS.rglob("*.py")):
+        digest.update(f"{source.relative_to(KERNELS).as_posix()};".encode() + source.read_bytes())
+    for name in CONSTANTS:
+        digest.update(Path(str(importlib.import_module(name).__file__)).read_bytes())
+    for name in COMPILERS:
         with contextlib.suppress(metadata.PackageNotFoundError):
             digest.update(f"{name} {metadata.version(name)};".encode())
     return digest.digest()
 
 
 def cache_folder() -> Path:
-    """Where machine code is kept: $BITNET_NUMBA_CACHE, or bitnet-numba under the user's cache folder."""
+    """Where machine code is cached: $BITNET_NUMBA_CACHE, or bitnet-numba in the user's cache folder."""
     chosen = os.environ.get("BITNET_NUMBA_CACHE")
     if chosen:
         return Path(chosen)
@@ -114,7 +115,7 @@ def cache_folder() -> Path:
 
 
 def cache_is_writable() -> bool:
-    """Whether machine code can be kept."""
+    """Whether files can be written to the cache folder, which is made if it is missing."""
     with contextlib.suppress(OSError):
         cache_folder().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache_folder()):
@@ -123,24 +124,25 @@ def cache_is_writable() -> bool:
 
 
 def _cache_path(spec: KernelSpec, arch: int) -> Path:
-    digest = hashlib.sha256(_toolchain())
+    digest = hashlib.sha256(toolchain_digest())
     digest.update(repr((spec.name, spec.signature, spec.threads, spec.blocks_per_sm, arch)).encode())
     return cache_folder() / f"{digest.hexdigest()[:32]}.cubin"
 
 
 def is_cached(spec: KernelSpec, arch: int) -> bool:
+    """Whether the disk cache has a spec's machine code."""
     with contextlib.suppress(OSError):
         return _cache_path(spec, arch).exists()
     return False
 
 
 def machine_code(spec: KernelSpec, arch: int) -> tuple[bytes, bool]:
-    """A KernelSpec's machine code, from the disk cache or compiled now; and whether it was compiled."""
+    """A spec's machine code, from the disk cache or compiled now; and whether it was compiled. Raises BackendError."""
     path = _cache_path(spec, arch)
     with contextlib.suppress(OSError):
         return path.read_bytes(), False
     cubin = link_cubin(compile_ptx(spec.kernel, spec.signature, arch, spec.threads, spec.blocks_per_sm), arch)
-    with contextlib.suppress(OSError):  # no cache, no harm: it is compiled again next time
+    with contextlib.suppress(OSError):  # without a cache it is compiled again next time
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(cubin)

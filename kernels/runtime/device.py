@@ -1,4 +1,4 @@
-"""What launchers are given: a GPU (`CudaDevice`), or what stands for one while nothing runs (`DryRunDevice`)."""
+"""What launchers are given: a GPU (`CudaDevice`), or one that only records what would run (`DryRunDevice`)."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -13,26 +13,27 @@ from bitnet_numba.kernels.runtime.memory import DeviceArray, DeviceView
 from bitnet_numba.kernels.runtime.spec import ArchSpec, KernelSpec
 from bitnet_numba.kernels.runtime.tensor_map import tensor_map
 
-MIN_ARCH = 61  # dp4a
+MIN_ARCH = 61  # the first with dp4a
 
 
 class Device(ArchSpec):
-    """An architecture with memory and launches: the one place where a kernel's launcher meets a device."""
+    """An architecture with memory and launches: all that launchers know of a device. Tests implement it too."""
 
     def empty(self, size: int, dtype: Any) -> DeviceArray:
-        """A new flat array with any contents. Raises BackendError when memory is short."""
+        """A new flat array, not initialised. Raises BackendError (out of memory)."""
         raise NotImplementedError
 
     def zeros(self, size: int, dtype: Any) -> DeviceArray:
-        """A new flat array of zeros. Raises BackendError when memory is short."""
+        """A new flat array of zeros. Raises BackendError (out of memory)."""
         raise NotImplementedError
 
     def array(self, host: np.ndarray) -> DeviceArray:
-        """A copy of a host array, flattened. Raises BackendError when memory is short."""
+        """A copy of a host array, flattened. Raises BackendError (out of memory)."""
         raise NotImplementedError
 
     def tensor_map(self, array: DeviceArray, rows: int, row_ints: int, box_rows: int, box_ints: int) -> Any:
-        """What `ptx.tma_load_2d` takes of a matrix, int32 [rows, row_ints], that is loaded in boxes."""
+        """What `ptx.tma_load_2d` takes for an array, int32 [rows, row_ints], loaded in boxes [box_rows, box_ints]; rows
+        of 128 bytes are swizzled. It is valid as long as the array."""
         raise NotImplementedError
 
     def launch(
@@ -42,15 +43,21 @@ class Device(ArchSpec):
         arguments: Sequence[KernelArgument],
         use_pdl: bool = True,
     ) -> Launch:
-        """A kernel with its arguments, ready to be enqueued. `use_pdl`: it may start before the launch before it has
-        ended (the kernel waits by `ptx.pdl_wait` then). Raises ValueError for a wrong number of arguments."""
+        """A kernel with its arguments, ready to be enqueued on a stream.
+
+        grid: blocks along x, or (x, y). arguments: one for each type of the spec's signature; arrays or addresses for
+        pointers, None, tensor maps, int or float. `use_pdl`: it may start before the launch before it has ended, and
+        waits for that by `ptx.pdl_wait`; ignored before sm_90. Raises ValueError for a wrong number of arguments,
+        BackendError if the kernel cannot be compiled or loaded.
+        """
         raise NotImplementedError
 
 
 class CudaDevice(Device):
-    """The current CUDA device with its primary context active on this thread."""
+    """An NVIDIA GPU, by its primary context. See `usable_device`."""
 
     def __init__(self, index: int):
+        """Makes the context current on this thread. Raises BackendError if the GPU is too old."""
         self._handle = driver_call("cuDeviceGet", index)
         major, minor = (self._attribute(f"COMPUTE_CAPABILITY_{part}") for part in ("MAJOR", "MINOR"))
         self.arch = 10 * major + minor
@@ -60,7 +67,7 @@ class CudaDevice(Device):
         if self.arch < MIN_ARCH:
             raise BackendError(
                 f"{self.name} has compute capability {self.arch // 10}.{self.arch % 10}; "
-                f"{MIN_ARCH // 10}.{MIN_ARCH % 10} is the least (dp4a)"
+                f"at least {MIN_ARCH // 10}.{MIN_ARCH % 10} is needed (dp4a)"
             )
         self._context = driver_call("cuDevicePrimaryCtxRetain", self._handle)
         self.activate()
@@ -103,10 +110,7 @@ class CudaDevice(Device):
 
 
 class DryRunDevice(Device):
-    """Stands for a device in a dry run: arrays have sizes and no memory, and launches only say which kernel they need.
-
-    `specs` are the kernels of all launches so far, each once, in the order of their first launch.
-    """
+    """A device for dry runs: arrays have sizes and no memory, and launches record which kernels they need."""
 
     def __init__(self, arch: int, num_sms: int):
         super().__init__(arch, num_sms)
@@ -114,7 +118,7 @@ class DryRunDevice(Device):
 
     @property
     def specs(self) -> list[KernelSpec]:
-        """The kernels that were asked for."""
+        """The kernels of all launches so far, each once, in the order of their first launch."""
         return list(self._specs.values())
 
     def empty(self, size: int, dtype: Any) -> DeviceArray:
@@ -142,7 +146,7 @@ class DryRunDevice(Device):
 
 @cache
 def usable_device(index: int = 0) -> CudaDevice:
-    """The device. Raises BackendError with one line that says why there is none."""
+    """The GPU of that index. Raises BackendError with one line that says why there is none."""
     try:
         from cuda.bindings import driver
     except ImportError:
@@ -152,8 +156,8 @@ def usable_device(index: int = 0) -> CudaDevice:
         status, *_ = driver.cuInit(0)
     except Exception:  # noqa: BLE001 - the type differs between versions of the bindings
         raise BackendError("no NVIDIA driver is installed") from None
+    if status not in (driver.CUresult.CUDA_SUCCESS, driver.CUresult.CUDA_ERROR_NO_DEVICE):
+        raise BackendError(f"the NVIDIA driver does not start: {status.name}")
     if status == driver.CUresult.CUDA_ERROR_NO_DEVICE or not driver_call("cuDeviceGetCount"):
         raise BackendError("no CUDA device is present")
-    if status != driver.CUresult.CUDA_SUCCESS:
-        raise BackendError(f"the NVIDIA driver does not start: {status.name}")
     return CudaDevice(index)

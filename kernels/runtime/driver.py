@@ -1,8 +1,7 @@
-"""Calls into the CUDA driver, and what they are made of: streams, graphs, events.
+"""Calls into the CUDA driver, and its streams, graphs and events.
 
-Kernels run through the driver's own interface, `cuda.bindings`, not through Numba's launcher: so a launch is prepared
-once and costs a few microseconds, takes raw pointers, and programmatic dependent launch and graphs are at hand.
-Importing this module touches no device.
+Kernels are launched through `cuda.bindings`, not through Numba: a launch is prepared once and then costs a few
+microseconds, arguments are raw addresses, and PDL, clusters and graphs are at hand. Importing this touches no device.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def driver_call(name: str, *arguments: Any) -> Any:
-    """Calls a driver function and returns its result (a tuple where there are several). Raises BackendError."""
+    """Calls a driver function and returns its result (a tuple of several). Raises BackendError."""
     from cuda.bindings import driver
 
     status, *results = getattr(driver, name)(*arguments)
@@ -24,11 +23,46 @@ def driver_call(name: str, *arguments: Any) -> Any:
     return results[0] if len(results) == 1 else tuple(results)
 
 
+def enum_member(kind: str, suffix: str) -> Any:
+    """The member of a driver enum whose name ends so, e.g. ("CUstreamCaptureMode", "THREAD_LOCAL")."""
+    from cuda.bindings import driver
+
+    return next(member for member in getattr(driver, kind) if member.name.endswith(suffix))
+
+
+def stream_handle(stream: Any) -> Any:
+    """The handle of a stream, as the driver takes it: an int, or a CUstream unchanged.
+
+    stream: None (the legacy default stream), a handle, or an object with `__cuda_stream__()` (`Stream`, Numba,
+    cuda.core: returns a protocol version and a handle), `cuda_stream` (PyTorch) or `ptr` (CuPy). Raises ValueError for
+    anything else.
+    """
+    if isinstance(stream, int):
+        return stream
+    if stream is None:
+        return 0
+    from cuda.bindings import driver
+
+    if isinstance(stream, driver.CUstream):
+        return stream
+    if hasattr(stream, "__cuda_stream__"):
+        _, handle = stream.__cuda_stream__()
+        return int(handle)
+    for attribute in ("cuda_stream", "ptr"):
+        if hasattr(stream, attribute):
+            return int(getattr(stream, attribute))
+    raise ValueError(f"expected a CUDA stream, not {type(stream).__name__}")
+
+
 class Stream:
-    """A queue of device work."""
+    """A queue of device work; it does not wait for the default stream."""
 
     def __init__(self) -> None:
-        self.handle = driver_call("cuStreamCreate", 1)  # 1: does not wait for the default stream
+        self.handle = driver_call("cuStreamCreate", 1)  # 1: CU_STREAM_NON_BLOCKING
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """The stream protocol: (version, handle)."""
+        return 0, int(self.handle)
 
     def synchronize(self) -> None:
         """Waits for all work in it. Raises BackendError if a kernel failed."""
@@ -44,15 +78,15 @@ class Stream:
         return status == driver.CUresult.CUDA_SUCCESS
 
     def upload(self, address: int, source: "PinnedArray", nbytes: int, start: int = 0) -> None:
-        """Enqueues a copy of page-locked memory from byte `start` on, which must stay as it is until that is done."""
+        """Enqueues a copy of page-locked memory from byte `start` on. The source must not change before it is done."""
         driver_call("cuMemcpyHtoDAsync", address, source.host.ctypes.data + start, nbytes, self.handle)
 
     def download(self, target: "PinnedArray", start: int, address: int, nbytes: int) -> None:
-        """Enqueues a copy to page-locked memory, from its byte `start` on."""
+        """Enqueues a copy to page-locked memory, to byte `start` and on."""
         driver_call("cuMemcpyDtoHAsync", target.host.ctypes.data + start, address, nbytes, self.handle)
 
     def capture(self, launches: Sequence[Callable[[Any], None]]) -> "Graph":
-        """The launches, one after the other, as a graph."""
+        """A graph of the launches, one after the other."""
         driver_call("cuStreamBeginCapture", self.handle, enum_member("CUstreamCaptureMode", "THREAD_LOCAL"))
         try:
             for launch in launches:
@@ -63,14 +97,15 @@ class Stream:
 
 
 class Graph:
-    """Launches that are replayed as one."""
+    """Captured launches that are replayed as one."""
 
     def __init__(self, graph: Any):
+        """Takes a CUgraph, which it destroys."""
         self._executable: Any = driver_call("cuGraphInstantiate", graph, 0)
         driver_call("cuGraphDestroy", graph)
 
     def replay(self, stream: Stream) -> None:
-        """Enqueues all of it."""
+        """Enqueues all of its launches."""
         driver_call("cuGraphLaunch", self._executable, stream.handle)
 
     def close(self) -> None:
@@ -87,7 +122,7 @@ class Graph:
 
 
 class Event:
-    """A point in a stream that the host can wait for, or measure time between."""
+    """A point in a stream's work that the host can wait for, and that time is measured between."""
 
     def __init__(self) -> None:
         self.handle = driver_call("cuEventCreate", 0)
@@ -101,11 +136,5 @@ class Event:
         driver_call("cuEventSynchronize", self.handle)
 
     def microseconds_since(self, earlier: "Event") -> float:
-        """Device time between two reached points."""
+        """Device time since another event; both must have been reached."""
         return 1000.0 * driver_call("cuEventElapsedTime", earlier.handle, self.handle)
-
-
-def enum_member(kind: str, member: str) -> Any:
-    from cuda.bindings import driver
-
-    return next(value for value in getattr(driver, kind) if value.name.endswith(member))

@@ -8,16 +8,14 @@ from numba.cuda import types
 
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.runtime.compiler import ENTRY, is_cached, machine_code
-from bitnet_numba.kernels.runtime.driver import driver_call, enum_member
+from bitnet_numba.kernels.runtime.driver import driver_call, enum_member, stream_handle
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 
-KernelArgument = Any  # DeviceArray, None, int or float
+KernelArgument = Any  # DeviceArray or other array with .address, tensor map, None, int or float
 
+PDL_ARCH = 90  # the first architecture with programmatic dependent launch
 
-_loaded: dict[Any, Any] = {}
-
-
-PDL_ARCH = 90  # the first that starts a launch before the one before has ended
+_loaded: dict[tuple, tuple[Any, Any]] = {}  # function and module, by key
 
 
 def _key(spec: KernelSpec, arch: int) -> tuple:
@@ -25,24 +23,25 @@ def _key(spec: KernelSpec, arch: int) -> tuple:
 
 
 def load_kernel(spec: KernelSpec, arch: int) -> Any:
-    """A KernelSpec as a driver function, compiled and loaded once."""
+    """A spec's driver function, compiled and loaded once. Raises BackendError."""
     key = _key(spec, arch)
     if key not in _loaded:
         cubin, _ = machine_code(spec, arch)
         module = driver_call("cuModuleLoadData", cubin)
         function = driver_call("cuModuleGetFunction", module, ENTRY.encode())
         attributes = {"MAX_DYNAMIC_SHARED_SIZE_BYTES": spec.shared} if spec.shared else {}
-        if arch >= PDL_ARCH:  # for launches that overlap; others keep the driver's choice
+        if arch >= PDL_ARCH:  # kernels overlap (see CARVEOUT); before that, the driver's choice is good
             attributes["PREFERRED_SHARED_MEMORY_CARVEOUT"] = spec.carveout
         for attribute, value in attributes.items():
             driver_call("cuFuncSetAttribute", function, enum_member("CUfunction_attribute", attribute), value)
-        # The module is kept too: functions die with it.
+        # The module is kept too: its functions are lost with it.
         _loaded[key] = (function, module)
     return _loaded[key][0]
 
 
 def load_kernels(specs: Sequence[KernelSpec], arch: int, progress: Callable[[int, int], None]) -> None:
-    """Loads forms; those not in the disk cache are compiled first, with `progress(done, total)` as it goes."""
+    """Loads kernels. Those not in the disk cache are compiled first, and `progress(done, total)` counts them. Raises
+    BackendError."""
     missing = [spec for spec in specs if _key(spec, arch) not in _loaded and not is_cached(spec, arch)]
     for done, spec in enumerate(missing):
         progress(done, len(missing))
@@ -54,25 +53,26 @@ def load_kernels(specs: Sequence[KernelSpec], arch: int, progress: Callable[[int
 
 
 class Launch:
-    """A kernel and its arguments. Of a dry run it is no more than that; see `PreparedLaunch`."""
+    """A kernel and its arguments. On its own it is a dry run's; see `PreparedLaunch`."""
 
     def __init__(self, spec: KernelSpec, arguments: Sequence[KernelArgument]):
+        """Raises ValueError for a wrong number of arguments."""
         if len(arguments) != len(spec.signature):
             raise ValueError(f"{spec.name} takes {len(spec.signature)} arguments, not {len(arguments)}")
         self.spec, self.arguments = spec, arguments
 
     @property
     def name(self) -> str:
-        """The kernel's."""
+        """The kernel's name."""
         return self.spec.name
 
     def __call__(self, stream: Any) -> None:
-        """Enqueues the launch on a stream, given by its handle."""
+        """Enqueues the launch on a stream: anything that `stream_handle` takes."""
         raise NotImplementedError("a dry run launches nothing")
 
 
 class PreparedLaunch(Launch):
-    """A launch on a device: calling it with a stream's handle costs a few microseconds of host time."""
+    """A launch on a GPU: calling it costs a few microseconds of host time."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class PreparedLaunch(Launch):
 
         super().__init__(spec, arguments)
         self._function = load_kernel(spec, arch)
-        self._values = [value for kind, a in zip(spec.signature, arguments, strict=True) for value in _pack(kind, a)]
+        self._values = [_parameter(kind, value) for kind, value in zip(spec.signature, arguments, strict=True)]
         self._pointers = (ctypes.c_void_p * len(self._values))(*(ctypes.addressof(value) for value in self._values))
         self._parameters = ctypes.addressof(self._pointers)
         self._config = config = driver.CUlaunchConfig()
@@ -107,25 +107,21 @@ class PreparedLaunch(Launch):
             cluster.x, cluster.y, cluster.z = 1, spec.cluster, 1
         if attributes:
             config.attrs, config.numAttrs = attributes, len(attributes)
-        self._launch = driver.cuLaunchKernelEx
+        self._launch, self._handle_type = driver.cuLaunchKernelEx, driver.CUstream
 
     def __call__(self, stream: Any) -> None:
-        """Enqueues the launch. Raises BackendError."""
-        self._config.hStream = stream
+        """Enqueues the launch. Raises BackendError, or ValueError if that is no stream."""
+        self._config.hStream = stream if type(stream) is self._handle_type else stream_handle(stream)
         (status,) = self._launch(self._config, self._function, self._parameters, 0)
         if status:
             raise BackendError(f"launching {self.name} failed: {status.name}")
 
 
-def _pack(kind: Any, value: KernelArgument) -> list[Any]:
-    """The machine-level parameters of one kernel argument."""
+def _parameter(kind: Any, value: KernelArgument) -> Any:
+    """A kernel argument as the driver takes it: Numba passes None as a null pointer."""
     if kind == types.none:
-        return [ctypes.c_void_p(0)]
+        return ctypes.c_void_p(0)
     if isinstance(kind, types.CPointer):
-        return [ctypes.c_uint64(value if isinstance(value, int) else value.address)]
-    if isinstance(kind, types.Array):  # meminfo, parent, items, bytes an item, data, shape, strides
-        size = value.dtype.itemsize
-        numbers = (0, 0, value.size, size, value.address, value.size, size)
-        return [ctypes.c_int64(number) for number in numbers]
+        return ctypes.c_uint64(value if isinstance(value, int) else value.address)
     scalars = {types.int32: ctypes.c_int32, types.float32: ctypes.c_float, types.int64: ctypes.c_int64}
-    return [scalars[kind](value)]
+    return scalars[kind](value)

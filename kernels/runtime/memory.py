@@ -1,6 +1,7 @@
-"""Arrays in device memory and page-locked host memory, and small uploads in the order of a stream's work."""
+"""Flat arrays in device memory and in page-locked host memory, and small uploads in a stream's order."""
 
 import ctypes
+import math
 from typing import Any
 
 import numpy as np
@@ -9,16 +10,17 @@ from bitnet_numba.kernels.runtime.driver import Stream, driver_call
 
 
 class DeviceArray:
-    """A flat array in device memory; freed with `close`, or when nothing refers to it any more."""
+    """A flat array in device memory, freed by `close` or with its last reference. Another library can read it by
+    `__cuda_array_interface__`."""
 
     def __init__(self, size: int, dtype: Any, zero: bool = False):
-        """Allocates; `zero` fills with zero bytes. Raises BackendError (out of memory)."""
+        """Allocates, and with `zero` fills with zero bytes. Raises BackendError (out of memory)."""
         self.dtype, self.size = np.dtype(dtype), size
         self.nbytes = size * self.dtype.itemsize
         self.address = int(driver_call("cuMemAlloc", max(self.nbytes, 16)))
         if zero:
             driver_call("cuMemsetD8", self.address, 0, self.nbytes)
-            driver_call("cuCtxSynchronize")  # our streams do not wait for the default one
+            driver_call("cuCtxSynchronize")  # a Stream does not wait for the default stream
 
     @staticmethod
     def of(host: np.ndarray) -> "DeviceArray":
@@ -28,22 +30,24 @@ class DeviceArray:
         return array
 
     def write(self, host: np.ndarray, start: int = 0) -> None:
-        """Copies a host array of the same type to elements start, start + 1, ..."""
+        """Copies a host array of the same dtype to elements start, start + 1, ... Raises ValueError if it does not
+        fit."""
         if host.dtype != self.dtype or start + host.size > self.size:
             raise ValueError(f"{host.size} x {host.dtype} do not fit {self.size} x {self.dtype} at {start}")
         host = np.ascontiguousarray(host)
         driver_call("cuMemcpyHtoD", self.address + start * self.dtype.itemsize, host.ctypes.data, host.nbytes)
-        driver_call("cuStreamSynchronize", 0)  # the copy from pageable memory may still be on its way
+        driver_call("cuStreamSynchronize", 0)  # pageable memory may still be in flight
 
     def read(self) -> np.ndarray:
-        """A copy on the host, after all work on the device."""
+        """A copy on the host, made after all work on the device."""
         host = np.empty(self.size, self.dtype)
         driver_call("cuCtxSynchronize")
         self.read_into(host)
         return host
 
     def read_into(self, host: np.ndarray) -> None:
-        """Copies the first elements to a contiguous host array, as many as it has; their work must have ended."""
+        """Copies as many of the first elements as a contiguous host array has. The work that writes them must have
+        ended."""
         driver_call("cuMemcpyDtoH", host.ctypes.data, self.address, host.nbytes)
 
     @property
@@ -65,80 +69,81 @@ class DeviceArray:
 
 
 class DeviceView(DeviceArray):
-    """Memory that belongs to another array, which must outlive it: `owner`, where that is held here."""
+    """An array over memory that belongs to another, which must outlive it."""
 
-    owner: Any = None
+    owner: Any = None  # kept alive by this
 
     def __init__(self, address: int, size: int, dtype: Any):
         self.dtype, self.size, self.address = np.dtype(dtype), size, address
         self.nbytes = size * self.dtype.itemsize
 
     def close(self) -> None:
-        """Nothing: the memory belongs to another."""
+        """Does nothing: the owner frees the memory."""
 
 
 def as_device_array(array: Any) -> DeviceArray:
-    """A DeviceArray over anything with `__cuda_array_interface__` (CuPy, PyTorch, Numba), flattened; a DeviceArray as
-    it is. The result keeps the memory's owner alive. Raises ValueError unless elements lie side by side in C order.
+    """A DeviceArray over an array with `__cuda_array_interface__` (CuPy, PyTorch, Numba), flattened, which it keeps
+    alive; a DeviceArray as it is.
+
+    Nothing is copied. Whether the memory is read-only and the interface's `stream` are not looked at: the caller knows
+    what is written, and in what order. Raises ValueError unless the elements are contiguous in C order.
     """
     if isinstance(array, DeviceArray):
         return array
     interface = getattr(array, "__cuda_array_interface__", None)
     if interface is None:
         raise ValueError(f"expected an array in device memory, not {type(array).__name__}")
-    dtype, shape, strides = np.dtype(interface["typestr"]), interface["shape"], interface.get("strides")
-    size = 1
-    expected: list[int] = []
-    for length in reversed(shape):
-        expected.insert(0, size * dtype.itemsize)
-        size *= length
-    if (
-        strides is not None
-        and size
-        and any(n > 1 and have != want for n, have, want in zip(shape, strides, expected, strict=True))
-    ):
-        raise ValueError(f"an array of shape {tuple(shape)} and strides {tuple(strides)} is not contiguous")
+    dtype, shape, strides = np.dtype(interface["typestr"]), tuple(interface["shape"]), interface.get("strides")
+    size = math.prod(shape)
+    if strides is not None and size:  # None: contiguous. Without elements, or along one, strides mean nothing.
+        contiguous = [dtype.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        if any(n > 1 and have != want for n, have, want in zip(shape, strides, contiguous, strict=True)):
+            raise ValueError(f"an array of shape {shape} and strides {tuple(strides)} is not contiguous")
     view = DeviceView(interface["data"][0] or 0, size, dtype)
     view.owner = array
     return view
 
 
 class PinnedArray:
-    """Page-locked host memory that the device reaches too: `.host` is the NumPy array, `.address` what kernels take."""
+    """Page-locked host memory that kernels can access too: `.host` is a NumPy array, `.address` what kernels take."""
 
     def __init__(self, size: int, dtype: Any):
         self.dtype, self.size = np.dtype(dtype), size
-        self._pointer = driver_call("cuMemHostAlloc", size * self.dtype.itemsize, 2)  # 2: mapped for the device
+        self._pointer = driver_call("cuMemHostAlloc", size * self.dtype.itemsize, 2)  # 2: CU_MEMHOSTALLOC_DEVICEMAP
         buffer = (ctypes.c_byte * (size * self.dtype.itemsize)).from_address(int(self._pointer))
         self.host = np.frombuffer(buffer, self.dtype)
         self.address = int(driver_call("cuMemHostGetDevicePointer", self._pointer, 0))
 
     def close(self) -> None:
-        """Frees the memory; `.host` must not be used any more."""
+        """Frees the memory; `.host` must not be used afterwards."""
         if self.address:
             driver_call("cuMemFreeHost", self._pointer)
             self.address = 0
 
 
 class Uploads:
-    """Small writes to device memory in the order of a stream's work, by way of a ring of page-locked memory."""
+    """Small writes to device memory, enqueued on a stream, from a ring of page-locked memory."""
 
     def __init__(self, stream: Stream, size: int = 1 << 22):
+        """size: bytes of the ring, at least that of the largest write."""
         self._stream, self._size, self._next = stream, size, 0
         self._ring = PinnedArray(size, np.uint8)
 
     def write(self, array: DeviceArray, values: Any, start: int = 0) -> None:
-        """Enqueues the copy of values, of the array's type, to elements start, start + 1, ..."""
+        """Enqueues the copy of values, converted to the array's dtype, to elements start, start + 1, ... Raises
+        ValueError if they do not fit the array or the ring."""
         data = np.ascontiguousarray(values, array.dtype).reshape(-1)
-        if start + data.size > array.size or data.nbytes > self._size:
-            raise ValueError(f"{data.size} elements do not fit {array.size} from {start} on")
+        if start + data.size > array.size:
+            raise ValueError(f"{data.size} x {array.dtype} do not fit {array.size} x {array.dtype} at {start}")
+        if data.nbytes > self._size:
+            raise ValueError(f"{data.nbytes} bytes do not fit a ring of {self._size}")
         if self._next + data.nbytes > self._size:
-            self._stream.synchronize()  # every copy out of the ring has been made
+            self._stream.synchronize()  # all copies from the ring have been made
             self._next = 0
         self._ring.host[self._next : self._next + data.nbytes] = data.view(np.uint8)
         address = array.address + start * array.dtype.itemsize
         self._stream.upload(address, self._ring, data.nbytes, self._next)
-        self._next += -(-data.nbytes // 16) * 16
+        self._next += -(-data.nbytes // 16) * 16  # aligned
 
     def close(self) -> None:
         """Frees the ring."""

@@ -1,4 +1,4 @@
-"""The description of a matrix that the tensor memory accelerator (TMA, sm_90) loads boxes of."""
+"""Tensor maps: what the tensor memory accelerator (TMA, sm_90) needs to know of a matrix to load boxes of it."""
 
 from functools import cache
 
@@ -11,26 +11,28 @@ from bitnet_numba.kernels.runtime.memory import DeviceArray
 
 @cache
 def tensor_map(address: int, rows: int, row_ints: int, box_rows: int, box_ints: int) -> DeviceArray:
-    """What `tma_load_2d` wants to know of a matrix at an address, int32 [rows, row_ints], and of the boxes to copy: a
-    CUtensorMap in device memory. Boxes of SPAN_INTS a row come swizzled. It is kept, 128 bytes, since captured
-    launches go on using it; and since it never changes, nor does its place ever hold another, kernels need no fence."""
+    """A CUtensorMap, 128 bytes in device memory, of a matrix at an address, int32 [rows, row_ints], loaded in boxes
+    [box_rows, box_ints]: what `ptx.tma_load_2d` takes. Boxes with rows of SPAN_INTS are swizzled.
+
+    It is never freed: captured launches go on using it, and kernels need no fence for a map that never changes.
+    """
     from cuda.bindings import driver
 
     def member(kind: str, name: str) -> object:
         return getattr(getattr(driver, f"CUtensorMap{kind}"), f"CU_TENSOR_MAP_{name}")
 
-    def numbers(kind: str, *values: int) -> list:
+    def integers(kind: str, *values: int) -> list:
         return [getattr(driver, kind)(value) for value in values]
 
     encoded = driver_call(
         "cuTensorMapEncodeTiled",
         member("DataType", "DATA_TYPE_INT32"),
-        2,
+        2,  # dimensions
         address,
-        numbers("cuuint64_t", row_ints, rows),
-        numbers("cuuint64_t", 4 * row_ints),
-        numbers("cuuint32_t", box_ints, box_rows),
-        numbers("cuuint32_t", 1, 1),
+        integers("cuuint64_t", row_ints, rows),
+        integers("cuuint64_t", 4 * row_ints),  # bytes from row to row
+        integers("cuuint32_t", box_ints, box_rows),
+        integers("cuuint32_t", 1, 1),  # every element of a box
         member("Interleave", "INTERLEAVE_NONE"),
         member("Swizzle", "SWIZZLE_128B" if box_ints == SPAN_INTS else "SWIZZLE_NONE"),
         member("L2promotion", "L2_PROMOTION_L2_256B"),

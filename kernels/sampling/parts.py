@@ -1,13 +1,20 @@
-"""What both samplers (`sampler`, of one row, and `sampler_many`) are made of: settings, ranks, cuts, random numbers.
+"""What both samplers (`single` and `batched`) are made of: settings, keys, cuts, random numbers.
 
 Tokens are ranked by falling z = (logit - max) / temperature, equal ones by rising id, as `bitnet_numba.sampling` does:
 
                   49              18 17              0
             key: | z as an integer  | 2^18 - 1 - id  |     larger key = earlier rank; no two are equal
 
-The cuts of top-k and top-p are found by radix select over keys, DIGIT_BITS a pass. Probabilities are added as integers,
-exp(z) in units of 2^-39: exact, so the same in any order and by any split. All else is float32 in the definition's own
-order of operations; only exp and log may differ from NumPy's in the last bit. So both samplers choose the same token.
+Top-k and top-p each keep the tokens from the highest key down to a cut. It is found by radix select, DIGIT_BITS of the
+key a pass, from the top: a pass adds up a histogram over the next digit of those keys that share the digits found so
+far (of how many there are for top-k, of their probabilities for top-p); the digit in which the running sum from above
+reaches the target is the cut's.
+
+Probabilities are added as integers, exp(z) in units of 2^-39: exact, so the same in any order and however the work is
+split. Shared memory adds 32 bits at a time, so a probability's 40 bits are cut into limbs, the lowest bits first, with
+a histogram each; the sum of a bin's limbs, each shifted to its place, is the bin's. All else is float32 in the
+definition's own order of operations; only exp and log may differ from NumPy's in the last bit. So both samplers choose
+the same token.
 """
 
 import math
@@ -24,21 +31,22 @@ MAX_VOCAB = 1 << ID_BITS
 DIGIT_BITS = 10
 BINS = 1 << DIGIT_BITS
 FIRST_SHIFT = 32 + ID_BITS - DIGIT_BITS
-UNIT = float32(2.0**39)  # of probabilities: 2^18 tokens of at most 1 fit 63 bits
-NAN_TOKEN = -1  # what the host is told when logits hold NaN
-TINY = float32(np.finfo(np.float32).tiny)  # the least temperature
+PROBABILITY_UNIT = float32(2.0**39)  # that is 1: the sum of 2^18 tokens fits 63 bits
+NAN_TOKEN = -1  # in place of a token when logits hold NaN
+MIN_TEMPERATURE = float32(np.finfo(np.float32).tiny)
+LOWEST = float32(-np.inf)
 WEYL_0, WEYL_1 = PHILOX_WEYL
 
 # Settings, float64: read from device memory, so that one captured graph serves every request.
-TEMPERATURE, TOP_P, PENALTY, LEAST_Z, TOP_K, SEED_LOW, SEED_HIGH = range(7)
+TEMPERATURE, TOP_P, PENALTY, MIN_Z, TOP_K, SEED_LOW, SEED_HIGH = range(7)
 SETTINGS = 7
 
 
-def settings(params: SamplingParams) -> np.ndarray:
+def pack_settings(params: SamplingParams) -> np.ndarray:
     """Sampling parameters as the kernels read them, float64 [SETTINGS]. The seed is set unless temperature is 0."""
     seed = params.seed or 0
-    least = math.log(params.min_p) if params.min_p > 0 else -math.inf
-    values = (params.temperature, params.top_p, params.repetition_penalty, least, min(params.top_k, MAX_VOCAB))
+    min_z = math.log(params.min_p) if params.min_p > 0 else -math.inf
+    values = (params.temperature, params.top_p, params.repetition_penalty, min_z, min(params.top_k, MAX_VOCAB))
     return np.array([*values, seed & 0xFFFFFFFF, seed >> 32], np.float64)
 
 
@@ -47,7 +55,7 @@ def settings(params: SamplingParams) -> np.ndarray:
 
 @device_function
 def penalized(x, word, token, penalty):
-    """A logit after the repetition penalty; `word`: that of the token's bit in `seen` (0 where there is no penalty)."""
+    """A logit after the repetition penalty; word: the one of `seen` with the token's bit, or 0 without a penalty."""
     if word >> (token & 31) & 1:
         x = ptx.div_rn(x, penalty) if x > float32(0) else ptx.mul_rn(x, penalty)
     return x
@@ -59,7 +67,7 @@ def shifted(x, largest, temperature):
     return ptx.add_rn(ptx.div_rn(ptx.add_rn(x, -largest), temperature), float32(0))
 
 
-# ---- Ranks ----------------------------------------------------------------------------------------------------------
+# ---- Keys -----------------------------------------------------------------------------------------------------------
 
 
 @device_function
@@ -71,7 +79,7 @@ def ordered(x):
 
 @device_function
 def unordered(word):
-    """The float that `ordered` made a word of."""
+    """The float of which `ordered` made a word."""
     flip = uint32(0x80000000) if word & uint32(0x80000000) else uint32(0xFFFFFFFF)
     return ptx.bits_to_float(uint32(word ^ flip))
 
@@ -84,13 +92,13 @@ def key_of(x, token):
 
 @device_function
 def token_of(key):
-    """The token that a key was made of."""
+    """The token of a key."""
     return MAX_VOCAB - 1 - (key & (MAX_VOCAB - 1))
 
 
 @device_function
 def block_best(key, keys_s, warp, lane, warps):
-    """The largest key of a block's threads, in every thread; keys_s holds a key a warp."""
+    """The largest key of a block's threads, in every thread. keys_s: shared int64 [warps]."""
     for step in range(5):
         key = max(key, ptx.shuffle_xor(key, 1 << step))
     if lane == 0:
@@ -108,12 +116,12 @@ def block_best(key, keys_s, warp, lane, warps):
 @device_function
 def probability(z):
     """exp(z) in units of 2^-39."""
-    return int64(float32(math.exp(z)) * UNIT)
+    return int64(float32(math.exp(z)) * PROBABILITY_UNIT)
 
 
 @device_function
 def running_sums(own, sums_s, warp, lane, warps):
-    """(sum over the threads before this one, sum over all) of int64 `own`; sums_s holds a sum a warp."""
+    """(sum over the threads before this one, sum over all) of int64 `own`. sums_s: shared int64 [warps]."""
     running = own
     for step in range(5):
         below = ptx.shuffle(running, max(int32(lane - (1 << step)), int32(0)))
@@ -131,8 +139,8 @@ def running_sums(own, sums_s, warp, lane, warps):
 
 
 @device_function
-def wanted_sum(top_p, total):
-    """Where top-p's running sum is reached."""
+def top_p_target(top_p, total):
+    """The running sum at which top-p cuts."""
     return max(int64(1), int64(math.ceil(top_p * float(total))))
 
 
@@ -140,7 +148,7 @@ def wanted_sum(top_p, total):
 
 
 @device_function
-def _philox_round(c0, c1, c2, c3, key0, key1):
+def philox_round(c0, c1, c2, c3, key0, key1):
     high0, low0 = ptx.mul_hi(c0, uint32(PHILOX_MULTIPLIERS[0])), ptx.mul_lo(c0, uint32(PHILOX_MULTIPLIERS[0]))
     high1, low1 = ptx.mul_hi(c2, uint32(PHILOX_MULTIPLIERS[1])), ptx.mul_lo(c2, uint32(PHILOX_MULTIPLIERS[1]))
     return uint32(uint32(high1 ^ c1) ^ key0), low1, uint32(uint32(high0 ^ c3) ^ key1), low0
@@ -148,10 +156,10 @@ def _philox_round(c0, c1, c2, c3, key0, key1):
 
 @device_function
 def random_words(quad, position, key0, key1):
-    """Four random words, of tokens 4 quad .. 4 quad + 3 at a position, from the seed's two halves."""
+    """Philox4x32-10: four random words, of tokens 4 quad .. 4 quad + 3 at a position, from the seed's two halves."""
     c0, c1, c2, c3 = uint32(quad), uint32(position), uint32(0), uint32(0)
     for _ in range(PHILOX_ROUNDS):
-        c0, c1, c2, c3 = _philox_round(c0, c1, c2, c3, key0, key1)
+        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, key0, key1)
         key0, key1 = uint32(key0 + uint32(WEYL_0)), uint32(key1 + uint32(WEYL_1))
     return c0, c1, c2, c3
 

@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 
 import bitnet_numba
-from bitnet_numba.backends.host import ReferenceBackend
+from bitnet_numba.backends.host import reference_backend
 from bitnet_numba.backends.protocol import Context
 from bitnet_numba.bfloat16 import from_float32, to_float32
+from bitnet_numba.checkpoint.convert import convert
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
 from bitnet_numba.errors import BackendError
 from bitnet_numba.reference import model as reference_model
 from bitnet_numba.sampling import SamplingParams, sample
 from tests.conftest import GoldenCase
 from tests.kernels.harness import ROOT, needs_gpu
-from tools.convert import convert
 from tools.make_checkpoint import LLAMA3_ROPE, PRESETS, make_checkpoint
 
 GREEDY = SamplingParams()
@@ -122,7 +122,7 @@ def test_every_kind_of_model(name: str, tmp_path: Path) -> None:
     convert(tmp_path / "source", tmp_path / "packed", head=head)
     checkpoint = open_packed(tmp_path / "packed")
     ids = random_ids(checkpoint, 24, 5)
-    expected = ReferenceBackend(checkpoint).new_context(24).logits(ids)
+    expected = reference_backend(checkpoint).new_context(24).logits(ids)
     context = on_gpu(checkpoint, 24)
     check_close(context.logits(ids), expected, 0.3, 0.05)  # a pass over a prompt
     context.truncate(0)
@@ -135,7 +135,7 @@ def test_long_contexts_take_the_other_spec(demo: PackedCheckpoint) -> None:
     from bitnet_numba.kernels.attention.decode import LONG_CONTEXT
 
     ids = random_ids(demo, LONG_CONTEXT + 40, 6)
-    expected = ReferenceBackend(demo).new_context(len(ids)).logits(ids)
+    expected = reference_backend(demo).new_context(len(ids)).logits(ids)
     context = on_gpu(demo, len(ids))
     context.logits(ids[:-80])
     check_close(one_by_one(context, ids[-80:]), expected[-80:], 0.8, 0.12)  # flips add up over hundreds of positions
@@ -148,7 +148,7 @@ def test_greedy_tokens_equal_the_reference_up_to_ties(demo: PackedCheckpoint) ->
     for request in ("Tell me a story about a fox and a lantern.", "Tell me a story about a dog and a kite."):
         ids = llm.tokenizer.encode_chat([{"role": "user", "content": request}])
         ours = take(on_gpu(demo, 400), ids, GREEDY, 120)
-        logits = ReferenceBackend(demo).new_context(400).logits([*ids, *ours[:-1]])[len(ids) - 1 :]
+        logits = reference_backend(demo).new_context(400).logits([*ids, *ours[:-1]])[len(ids) - 1 :]
         # Given the same tokens before it, each is the reference's choice, or as good as.
         behind = logits.max(axis=1) - logits[np.arange(len(ours)), ours]
         assert behind.max() < 0.1 * logits.std(), f"token {behind.argmax()} of {request!r}"

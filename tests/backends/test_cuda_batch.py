@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 import bitnet_numba
-from bitnet_numba.backends.host import ReferenceBackend
+from bitnet_numba.backends.host import reference_backend
 from bitnet_numba.backends.protocol import NO_TOKEN, Batch
+from bitnet_numba.checkpoint.convert import convert
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
 from bitnet_numba.engine.engine import DEMO
 from bitnet_numba.errors import BackendError
 from bitnet_numba.sampling import SamplingParams
 from tests.backends.test_cuda import GREEDY, check_close, one_by_one, random_ids
 from tests.kernels.harness import needs_gpu
-from tools.convert import convert
 from tools.make_checkpoint import PRESETS, make_checkpoint
 
 
@@ -129,7 +129,7 @@ def test_numbers_that_are_none_stay_with_their_sequence(demo: PackedCheckpoint) 
         batch.collect()
     backend.stream.synchronize()
     state = batch._state
-    keys, _ = state.keys_values(0)
+    keys = state.layer_cache(0).keys
     for page in pages[0]:
         whole = DeviceView(keys.address + 4 * page * state.page_words, state.page_words, np.int32)
         whole.write(np.full(state.page_words, -1, np.int32))
@@ -154,7 +154,7 @@ def test_batches_agree_with_the_reference(tmp_path: Path) -> None:
         prompts = {slot: random_ids(checkpoint, 10 * (slot + 1), slot) for slot in range(3)}
         for slot, tokens in answer(batch, prompts, 24, {slot: [2 * slot, 2 * slot + 1] for slot in range(3)}).items():
             ids = prompts[slot]
-            logits = ReferenceBackend(checkpoint).new_context(120).logits([*ids, *tokens[:-1]])[len(ids) - 1 :]
+            logits = reference_backend(checkpoint).new_context(120).logits([*ids, *tokens[:-1]])[len(ids) - 1 :]
             behind = logits.max(axis=1) - logits[np.arange(len(tokens)), tokens]
             assert (behind <= 0.3 * logits.std(axis=1)).mean() > 0.9, (slot, behind / logits.std(axis=1))
         batch.close()

@@ -98,16 +98,13 @@ class SimulatedDevice(CudaDevice):
 def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     """A CudaBackend over host memory and the simulator."""
     from bitnet_numba.backends.cuda import backend, context
-    from bitnet_numba.backends.cuda import forward as rows
     from bitnet_numba.kernels.attention import decode as attention
-    from bitnet_numba.kernels.linear import gemm as w2a8_matmul
-    from bitnet_numba.kernels.linear import quantize as norm_quant
+    from bitnet_numba.kernels.linear import gemm, quantize
     from bitnet_numba.kernels.linear.tile import Tile
-    from bitnet_numba.kernels.lm_head import gemm_mma as head_many
-    from bitnet_numba.kernels.lm_head import gemv as head
+    from bitnet_numba.kernels.lm_head import gemm_mma, gemv
     from bitnet_numba.kernels.runtime import driver
     from bitnet_numba.kernels.runtime import memory as memory_module
-    from bitnet_numba.kernels.sampling import single as sampler
+    from bitnet_numba.kernels.sampling import single
     from tests.kernels import simulator
 
     simulator.install()
@@ -130,23 +127,23 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     monkeypatch.setattr(backend, "load_specs", lambda *arguments: None)
     monkeypatch.setattr(driver.Stream, "capture", lambda self, launches: Replayed(launches))
     monkeypatch.setattr(driver.Stream, "idle", lambda self: True)
-    monkeypatch.setattr(sampler, "MAX_BLOCKS", 1)  # blocks run one after the other: none may wait for another
-    monkeypatch.setattr(attention, "SHORT", (1, 64, 2, 1))  # fewer threads, for speed
+    monkeypatch.setattr(single, "MAX_BLOCKS", 1)  # blocks run one after the other: none may wait for another
+    monkeypatch.setattr(attention, "SHORT", attention.SHORT._replace(threads=64, unroll=2))  # fewer threads, for speed
     monkeypatch.setattr(context, "STEPS_AHEAD", 1)
-    monkeypatch.setattr(rows, "MIN_ROWS", 2)
-    monkeypatch.setattr(w2a8_matmul, "plan", lambda *arguments: Tile(8, 1, 4, 1, 0, 2, scheme="wgmma"))
-    monkeypatch.setattr(head, "spec", partial(head.spec, threads=128))
-    monkeypatch.setattr(head_many, "head_many_spec", partial(head_many.head_many_spec, threads=64))
-    monkeypatch.setattr(norm_quant, "norm_quant_spec", partial(norm_quant.norm_quant_spec, threads=64))
+    monkeypatch.setattr(context, "MIN_PREFILL", 2)
+    monkeypatch.setattr(gemm, "choose_tile", lambda *arguments: Tile(8, 1, 4, 1, 0, 2, scheme="wgmma"))
+    monkeypatch.setattr(gemv, "spec", partial(gemv.spec, threads=128))
+    monkeypatch.setattr(gemm_mma, "spec", partial(gemm_mma.spec, threads=64))
+    monkeypatch.setattr(quantize, "quantize_spec", partial(quantize.quantize_spec, threads=64))
     return backend.CudaBackend(checkpoint)
 
 
 @simulated
 def test_simulated_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from bitnet_numba.backends.host import ReferenceBackend
+    from bitnet_numba.backends.host import reference_backend
+    from bitnet_numba.checkpoint.convert import convert
     from bitnet_numba.checkpoint.packed import open_packed
     from bitnet_numba.sampling import SamplingParams, sample
-    from tools.convert import convert
     from tools.make_checkpoint import PRESETS, make_checkpoint
 
     spec, config = PRESETS["tiny"]
@@ -154,7 +151,7 @@ def test_simulated_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     convert(tmp_path / "source", tmp_path / "packed", head="int8")
     checkpoint = open_packed(tmp_path / "packed")
     context = simulated_backend(monkeypatch, checkpoint).new_context(16)
-    reference = ReferenceBackend(checkpoint).new_context(16)
+    reference = reference_backend(checkpoint).new_context(16)
 
     expected = reference.logits([5, 250])
     logits = context.logits([5, 250])
@@ -173,13 +170,12 @@ def test_simulated_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 @simulated
 def test_simulated_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two sequences, whose pages lie anyhow, get the tokens that each would get alone."""
+    from bitnet_numba.checkpoint.convert import convert
     from bitnet_numba.checkpoint.packed import open_packed
     from bitnet_numba.kernels.attention import paged_decode as attention_batch
-    from bitnet_numba.kernels.lm_head import gemm_mma as head_many
-    from bitnet_numba.kernels.lm_head import gemm_wgmma as head_warpgroup
-    from bitnet_numba.kernels.sampling import batched as sampler_many
+    from bitnet_numba.kernels.lm_head import split_norm
+    from bitnet_numba.kernels.sampling import batched
     from bitnet_numba.sampling import SamplingParams
-    from tools.convert import convert
     from tools.make_checkpoint import PRESETS, make_checkpoint
 
     spec, config = PRESETS["tiny"]
@@ -187,9 +183,8 @@ def test_simulated_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     convert(tmp_path / "source", tmp_path / "packed", head="bf16")
     backend = simulated_backend(monkeypatch, open_packed(tmp_path / "packed"))
     monkeypatch.setattr(attention_batch, "threads_for", lambda *arguments: 64)
-    monkeypatch.setattr(sampler_many, "sampler_many_spec", partial(sampler_many.sampler_many_spec, threads=64))
-    for module in (head_many, head_warpgroup):
-        monkeypatch.setattr(module, "norm_split_spec", partial(module.norm_split_spec, threads=64))
+    monkeypatch.setattr(batched, "spec", partial(batched.spec, threads=64))
+    monkeypatch.setattr(split_norm, "spec", partial(split_norm.spec, threads=64))
     params = SamplingParams(0.8, seed=5)
     tokens = []
     for prompts, pages in (([[5, 250], [7]], [[1], [0]]), ([[7]], [[0]])):

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bitnet_numba as bn
-from bitnet_numba.backends import host_batch as batch_module
-from bitnet_numba.backends.host import ReferenceBackend
-from bitnet_numba.backends.host_batch import PagedCache, ReferenceBatch, page_bytes
+from bitnet_numba.backends import host
+from bitnet_numba.backends.host import HostBackend, HostBatch, PagedCache, page_bytes, reference_backend
 from bitnet_numba.backends.protocol import NO_TOKEN, Batch
 from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.engine.engine import Engine
@@ -22,8 +21,8 @@ GREEDY = SamplingParams(seed=0)
 
 
 @pytest.fixture(scope="module")
-def backend(tiny_packed: Path) -> ReferenceBackend:
-    return ReferenceBackend(open_packed(tiny_packed))
+def backend(tiny_packed: Path) -> HostBackend:
+    return reference_backend(open_packed(tiny_packed))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,7 @@ def prompt_of(length: int, seed: int) -> list[int]:
     return np.random.default_rng(seed).integers(0, 500, length).tolist()
 
 
-def alone(backend: ReferenceBackend, ids: list[int], params: SamplingParams, count: int) -> list[int]:
+def alone(backend: HostBackend, ids: list[int], params: SamplingParams, count: int) -> list[int]:
     decoding = backend.new_context(len(ids) + count).decode(ids, params)
     return [next(decoding) for _ in range(count)]
 
@@ -45,9 +44,7 @@ lengths = st.sampled_from([1, 2, 40, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 150
 
 @given(st.lists(st.tuples(lengths, st.integers(0, 2), st.floats(0, 1.5)), min_size=1, max_size=4), st.data())
 @settings(max_examples=15)
-def test_in_company_as_alone(
-    backend: ReferenceBackend, asked: list[tuple[int, int, float]], data: st.DataObject
-) -> None:
+def test_in_company_as_alone(backend: HostBackend, asked: list[tuple[int, int, float]], data: st.DataObject) -> None:
     """Prompts in any order and in pieces of any pages, slots and pages in any order, others stepping in between."""
     batch = backend.new_batch(len(asked), 200)
     slots = data.draw(st.permutations(range(len(asked))))
@@ -81,7 +78,7 @@ def collect(batch: Batch, got: dict[int, list[int]]) -> None:
 
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=3), st.integers(1, PIECE), st.integers(0, 99))
 @settings(max_examples=10)
-def test_paged_equals_contiguous(backend: ReferenceBackend, calls: list[int], last: int, seed: int) -> None:
+def test_paged_equals_contiguous(backend: HostBackend, calls: list[int], last: int, seed: int) -> None:
     """Hidden states, keys and values, however a prompt is divided at the ends of pages."""
     model, config = backend.model, backend.model.config
     ids = prompt_of(PIECE * sum(calls) + last, seed)
@@ -97,10 +94,10 @@ def test_paged_equals_contiguous(backend: ReferenceBackend, calls: list[int], la
     np.testing.assert_array_equal(held[:, :, : len(ids)], whole.values)
 
 
-def test_a_shared_beginning_is_read_and_not_computed_again(backend: ReferenceBackend) -> None:
+def test_a_shared_beginning_is_read_and_not_computed_again(backend: HostBackend) -> None:
     beginning = prompt_of(2 * PIECE, 1)
     batch = backend.new_batch(2, 300)
-    assert isinstance(batch, ReferenceBatch)
+    assert isinstance(batch, HostBatch)
     first, second = [*beginning, 5, 6], [*beginning, 7]
     batch.start(0, first, GREEDY, [0, 1, 2], 0)
     batch.prefill(0, len(first))
@@ -126,7 +123,7 @@ def test_a_shared_beginning_is_read_and_not_computed_again(backend: ReferenceBac
 def test_numbers_that_are_not_finite_stay_with_their_sequence(tiny_packed: Path) -> None:
     """Embeddings of one token are made infinite; a prompt that shares the page with it fails, one that does not is
     answered, also where it shares pages computed before."""
-    backend = ReferenceBackend(open_packed(tiny_packed))
+    backend = reference_backend(open_packed(tiny_packed))
     bad, stored = 77, np.array(backend.model.embedding.stored)
     stored[bad] = 0x7F80  # infinity in bfloat16
     backend.model.embedding = Rows(stored, None)  # the head keeps its own
@@ -148,23 +145,23 @@ def test_numbers_that_are_not_finite_stay_with_their_sequence(tiny_packed: Path)
     assert got[1] == alone(backend, good[:100], GREEDY, 2)
 
 
-def test_room_follows_what_is_asked_for(backend: ReferenceBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_follows_what_is_asked_for(backend: HostBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     config = backend.model.config
     assert backend.new_batch(3, PIECE + 1).num_pages == 6
     assert backend.new_batch(3, PIECE + 1, PIECE * 4 + 1).num_pages == 5
-    monkeypatch.setattr("bitnet_numba.backends.host.ROOM", 4 * page_bytes(config))
+    monkeypatch.setattr("bitnet_numba.backends.host.POOL_BYTES", 4 * page_bytes(config))
     assert backend.new_batch(3, PIECE + 1).num_pages == 4
     assert backend.new_batch(3, 9 * PIECE).num_pages == 9  # one sequence always has room
 
     def no_memory(*arguments: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(batch_module.np, "empty", no_memory)
+    monkeypatch.setattr(host.np, "empty", no_memory)
     with pytest.raises(BackendError, match=r"room for 640 tokens takes .* GB of memory"):
         backend.new_batch(1, 640)
 
 
-def test_misuse_is_noticed(backend: ReferenceBackend) -> None:
+def test_misuse_is_noticed(backend: HostBackend) -> None:
     batch = backend.new_batch(1, 200)
     for arguments in (
         (1, [5], [0], 0),

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from bitnet_numba.checkpoint.convert import convert
 from bitnet_numba.checkpoint.packed import open_packed, packed_plan
 from bitnet_numba.checkpoint.safetensors_file import DTYPES, TensorFile, TensorSpec, write_tensors
 from bitnet_numba.errors import BitNetError, CheckpointError, ConfigError
 from bitnet_numba.reference.model import Cache, Model
 from tests.conftest import edit_config, mutate, rewrite
-from tools.convert import convert
 
 
 @pytest.fixture

@@ -17,15 +17,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import bitnet_numba as bn
-from bitnet_numba.backends.host import ReferenceBackend
+from bitnet_numba.backends.host import reference_backend
 from bitnet_numba.chat.conversation import AnswerOptions, Conversation
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed, packed_plan
 from bitnet_numba.checkpoint.safetensors_file import write_tensors
 from bitnet_numba.engine import engine as engine_module
 from bitnet_numba.engine.session import common_prefix
 from bitnet_numba.errors import BackendError, BitNetError, CheckpointError, ContextFull, RequestError, TokenizerError
-from bitnet_numba.generation_config import read_sampling
-from bitnet_numba.sampling import SamplingParams, sample
+from bitnet_numba.sampling import SamplingParams, read_sampling, sample
 from bitnet_numba.text.stop_strings import StopStrings
 from bitnet_numba.text.tokenizer import StreamDecoder, Tokenizer
 from tests.engine.toy_backend import TOKENIZER, VOCAB, sampling, some_ids, tokens_of, toy_engine, toy_logits
@@ -420,7 +419,7 @@ def test_a_converted_folder_answers(tiny_packed: Path) -> None:
     assert llm.backend == "reference" and llm.context == 64
     ids = llm.tokenizer.encode("hello there")
     np.testing.assert_array_equal(
-        llm.logits(ids), ReferenceBackend(open_packed(tiny_packed)).new_context(len(ids)).logits(ids)
+        llm.logits(ids), reference_backend(open_packed(tiny_packed)).new_context(len(ids)).logits(ids)
     )
     greedy = llm.generate("hello there", max_new_tokens=4)
     assert greedy.token_ids[0] == int(llm.logits(ids)[-1].argmax())

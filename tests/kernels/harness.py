@@ -1,19 +1,17 @@
-"""What the kernel tests share: running a kernel on a GPU or on the simulator, and the checks around a launch.
+"""What kernel tests share: running a kernel on a GPU or in the simulator, and the checks around a launch.
 
-The agreement with the kernel modules
+What is expected of kernel modules
 - A kernel is a plain Python function that a factory `make_x(arch, constants...)` builds: constants are closure
-  variables, arguments are pointers (flat) and scalars. Each module lists its compiled forms, `forms(arch) ->
-  list[KernelSpec]` (see kernels/forms.py); block sizes are arguments of the factory, so that simulated blocks are
-  small.
-- test_ptx.py compiles every form for every architecture and checks the PTX: no local memory, at least so many dp4a and
-  16-byte loads, and, where ptxas is there, no spills.
-- Stand-ins in intrinsics.py find the running thread by `threading.current_thread()`; tests/simulator.py says what it
-  has.
-- Kernels that wait for each other across blocks (a grid barrier) cannot run on the simulator with more than one block,
-  because it runs block after block: such kernels take the number of blocks from gridDim and are simulated with one.
+  variables, parameters are flat pointers and scalars. `x_spec(...)` makes a KernelSpec of it. Both take block sizes,
+  so that simulated blocks can be small.
+- variants.py lists the specs that test_machine_code.py compiles for every architecture: no local memory, no spills, at
+  least so many dp4a and 16-byte loads.
+- Instructions are called as `ptx.name`; in the simulator each is its emulation in plain Python (kernels/ptx/base.py).
+- Kernels whose blocks wait for each other take the number of blocks from gridDim, and are simulated with one block: the
+  simulator runs one block after the other.
 
 How a kernel test file is built
-- a property `check_x(...)` that makes inputs, calls `run(form, grid, arguments)` and compares with NumPy;
+- a property `check_x(...)` that makes inputs, calls `run(spec, grid, arguments)` and compares with NumPy;
 - `@simulated @given(...) def test_simulated_x(...)`: the property on tiny shapes, in Numba's CUDA simulator;
 - `@needs_gpu @given(...) def test_x_on_gpu(...)`: the same property at full size.
 """
@@ -33,13 +31,13 @@ SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 ROOT = Path(__file__).parent.parent.parent
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 ARCH = 90  # what simulated kernels are built for
-GUARD = 64  # elements on each side of an output that must stay as they were
-POISON = 0xA5
+GUARD = 64  # elements on each side of an output that must stay unchanged
+POISON = 0xA5  # every byte of them, and of an output before the launch
 
 
 @cache
 def why_no_gpu() -> str:
-    """One line that says why there is no usable GPU, or nothing."""
+    """One line that says why there is no usable GPU; "" if there is one."""
     if SIMULATED:
         return "this is the simulator"
     from bitnet_numba.kernels.runtime.device import usable_device
@@ -52,7 +50,7 @@ def why_no_gpu() -> str:
 
 
 def needs_gpu(test: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks a test `gpu` and skips it, with the reason, where there is none."""
+    """Marks a test `gpu`, and skips it with the reason where there is none."""
     skip = pytest.mark.skipif(bool(why_no_gpu()), reason=f"needs a GPU: {why_no_gpu()}")
     return pytest.mark.gpu(skip(test))
 
@@ -67,13 +65,13 @@ def arch() -> int:
 
 
 def simulated(test: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks a test `simulated`: it needs Numba's CUDA simulator, which must be chosen before Numba is imported."""
+    """Marks a test `simulated`: it runs in Numba's CUDA simulator, which must be chosen before Numba is imported."""
     skip = pytest.mark.skipif(not SIMULATED, reason="NUMBA_ENABLE_CUDASIM=1 python -m pytest -m simulated runs these")
     return pytest.mark.simulated(skip(test))
 
 
 class Out:
-    """An output (or an array that is changed in place): guarded on both sides, and poisoned unless it has a start."""
+    """An output, or with `start` an array that is changed in place, with guard bands on both sides."""
 
     def __init__(self, size: int, dtype: Any, start: np.ndarray | None = None):
         self.dtype, self.size = np.dtype(dtype), size
@@ -83,7 +81,7 @@ class Out:
 
     @property
     def array(self) -> np.ndarray:
-        """What is between the guard bands."""
+        """The part between the guard bands."""
         return self.buffer[GUARD : GUARD + self.size]
 
     def check_guards(self) -> None:
@@ -93,13 +91,13 @@ class Out:
 
 
 def run(spec: Any, grid: int | tuple[int, int], arguments: Sequence[Any], repeat: int = 2) -> None:
-    """Launches a form on NumPy arrays, `Out`s and scalars; every `Out` holds the result afterwards.
+    """Launches a kernel on NumPy arrays, `Out`s and scalars. Every `Out` has the result afterwards.
 
-    Checks that inputs are unmodified, guard bands untouched, and that a second launch gives the same bits.
+    Checks that inputs are unmodified, guard bands untouched, and that each of `repeat` launches gives the same bits.
     """
     before = [a.buffer.copy() if isinstance(a, Out) else np.copy(a) for a in arguments]
     first: list[np.ndarray] = []
-    for turn in range(repeat):
+    for repetition in range(repeat):
         for argument, start in zip(arguments, before, strict=True):
             if isinstance(argument, Out):
                 argument.buffer[...] = start
@@ -110,14 +108,15 @@ def run(spec: Any, grid: int | tuple[int, int], arguments: Sequence[Any], repeat
             elif isinstance(argument, np.ndarray):
                 assert argument.tobytes() == start.tobytes(), f"{spec.name} modified its input, argument {i}"
         results = [argument.buffer.copy() for argument in arguments if isinstance(argument, Out)]
-        if turn == 0:
+        if repetition == 0:
             first = results
         for a, b in zip(first, results, strict=True):
             assert a.tobytes() == b.tobytes(), f"{spec.name}: a repeated launch gave other bits"
 
 
 def mapped(array: np.ndarray, sizes: tuple[int, ...]) -> tuple[Any, Any]:
-    """What tells the copy engine about a matrix (sizes as of `tensor_map`), and what must live as long."""
+    """A tensor map of a matrix, and what must live as long as that. sizes: rows, row_ints, box_rows, box_ints, as of
+    `Device.tensor_map`."""
     rows, ints, *box = sizes
     if SIMULATED:
         from bitnet_numba.kernels.ptx.tma import SimulatedTensorMap
@@ -146,24 +145,22 @@ def _launch(spec: Any, grid: int | tuple[int, int], arguments: Sequence[Any]) ->
     from bitnet_numba.kernels.runtime.driver import Stream
     from bitnet_numba.kernels.runtime.memory import DeviceArray
 
-    device, values, held = usable_device(), [], []
+    device, values, arrays = usable_device(), [], []
     for argument in arguments:
         if isinstance(argument, Out):
-            held.append(DeviceArray.of(argument.buffer))
-            values.append(held[-1].address + GUARD * argument.dtype.itemsize)
+            arrays.append(DeviceArray.of(argument.buffer))
+            values.append(arrays[-1].address + GUARD * argument.dtype.itemsize)
         elif isinstance(argument, np.ndarray):
-            held.append(DeviceArray.of(argument))
-            values.append(held[-1])
+            arrays.append(DeviceArray.of(argument))
+            values.append(arrays[-1])
         else:
             values.append(argument)
     stream = Stream()
     device.launch(spec, grid, values, use_pdl=False)(stream.handle)
     stream.synchronize()
-    arrays = [argument for argument in arguments if isinstance(argument, Out | np.ndarray)]
-    for argument, array in zip(arrays, held, strict=True):
-        (argument.buffer if isinstance(argument, Out) else argument)[...] = array.read().reshape(
-            argument.buffer.shape if isinstance(argument, Out) else argument.shape
-        )
+    hosts = [a.buffer if isinstance(a, Out) else a for a in arguments if isinstance(a, Out | np.ndarray)]
+    for host, array in zip(hosts, arrays, strict=True):
+        host[...] = array.read().reshape(host.shape)
 
 
 def assert_close(actual: np.ndarray, expected: np.ndarray, bound: np.ndarray | float, what: str) -> None:

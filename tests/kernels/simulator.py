@@ -1,15 +1,15 @@
 """A stricter scheduler for Numba's CUDA simulator, in place of its own.
 
-Numba's simulator starts a Python thread for each CUDA thread and polls them, which is slow, and knows no warps. Here
+Numba's simulator starts a Python thread for each CUDA thread and polls them, which is slow, and has no warps. Here
 one thread runs at a time until it reaches a barrier and wakes the next; so blocks run many times faster, and
  - a barrier of one warp (shuffles, syncwarp) concerns its 32 threads alone, as on the device;
  - blocks are independent: shared arrays belong to one block; those of a cluster run together, see each other's shared
    arrays, and meet at its barrier;
- - threads that wait at barriers that can never open are an error, not a hang;
- - the order of threads between barriers is shuffled, a new order each time: a missing barrier changes the result;
- - shared and local arrays start as NaN (or -1), so that reading what nobody wrote shows;
- - an asynchronous copy arrives at some barrier after its start, or when it is waited for at the latest: memory that is
-   used again before or without that wait changes the result.
+ - a deadlock at barriers is an error, not a hang;
+ - the order of threads between barriers is shuffled anew each time: a missing barrier changes the result;
+ - shared and local arrays start as NaN (or -1), so that a read before the first write shows;
+ - cp.async copies are made at some barrier after their start, or when they are waited for at the latest: memory that is
+   read or used again without that wait changes the result.
 """
 
 import random
@@ -33,14 +33,14 @@ class SimulatedThread(threading.Thread):
     def __init__(self, block: "Block", rank: int, target: Callable[[], None], threadIdx: Any, thread_id: int):
         super().__init__(daemon=True)
         self.block, self.rank, self._kernel = block, rank, target
-        self.blockIdx, self.threadIdx, self.thread_id = block.places[rank], threadIdx, thread_id
-        self.offers: list[Any] = [None, None]  # what this lane gives in its even and its odd exchanges
+        self.blockIdx, self.threadIdx, self.thread_id = block.block_indices[rank], threadIdx, thread_id
+        self.offers: list[Any] = [None, None]  # this lane's values in its even and its odd exchanges
         self.exchanges = 0
-        self.async_copies: list[list[Any]] = [[]]  # groups of copies under way, see `tensor_cores`
+        self.async_copies: list[list[Any]] = [[]]  # groups of copies under way, see kernels/ptx/cp_async.py
         self.vote = False
         self.waits_at = ""  # "", "cluster", "block" or "warp"
         self.done = False
-        self.go = threading.Lock()  # held except for the moment in which this thread is woken
+        self.go = threading.Lock()  # locked except for the moment in which this thread is woken
         self.go.acquire()
 
     def run(self) -> None:
@@ -75,15 +75,16 @@ class SimulatedThread(threading.Thread):
 
     @property
     def shared(self) -> dict[Any, np.ndarray]:
-        """The shared arrays of this thread's block, by their place in the source."""
+        """The shared arrays of this thread's block, by code and line that make them."""
         return self.block.shared[self.rank]
 
     def shared_of(self, own: np.ndarray, rank: int) -> np.ndarray:
-        """What a shared array is in the cluster's block of that rank."""
-        return self.block.shared[rank][next(place for place, array in self.shared.items() if array is own)]
+        """The counterpart of a shared array in the cluster's block of that rank."""
+        return self.block.shared[rank][next(line for line, array in self.shared.items() if array is own)]
 
     def _mates(self) -> list["SimulatedThread"]:
-        size = len(self.block.threads) // len(self.block.places)
+        """The threads of this thread's block."""
+        size = len(self.block.threads) // len(self.block.block_indices)
         return self.block.threads[self.rank * size :][:size]
 
     def syncwarp(self) -> None:
@@ -100,13 +101,13 @@ class SimulatedThread(threading.Thread):
         return int(any(self._votes(value)))
 
     def gather_in_warp(self, value: Any) -> list[Any]:
-        """What every lane of the warp offers, in lane order."""
-        turn = self.exchanges % 2  # the slot is written again two exchanges later, when all have read it
+        """The value that each lane of the warp passes, in lane order."""
+        slot = self.exchanges % 2  # it is written again two exchanges later, when all have read it
         self.exchanges += 1
-        self.offers[turn] = value
+        self.offers[slot] = value
         self.syncwarp()
         start = self.thread_id // WARP * WARP
-        return [thread.offers[turn] for thread in self._mates()[start : start + WARP]]
+        return [thread.offers[slot] for thread in self._mates()[start : start + WARP]]
 
     def exchange_in_warp(self, value: Any, source: Callable[[int], int]) -> Any:
         """A warp shuffle: the value of lane `source(own lane)`."""
@@ -118,12 +119,12 @@ class Block:
 
     order = random.Random(0)  # shuffles the threads between barriers
     cluster = 1  # blocks of a cluster
-    early: list[Any] = []  # noqa: RUF012 - the cluster's blocks that have been started and wait for the others
+    early: list[Any] = []  # noqa: RUF012 - blockIdx of a cluster's blocks that wait for the others to be launched
 
     def __init__(self, function: Callable[..., None], grid_dim: Any, block_dim: Any, debug: bool):
         self._function, self._block_dim = function, block_dim
         self.threads: list[SimulatedThread] = []
-        self.places: list[Any] = []  # of its blocks in the grid
+        self.block_indices: list[Any] = []  # blockIdx of each of its blocks
         self.shared: list[dict[Any, np.ndarray]] = []  # of each block
         self.failure: str | None = None
         self._ready: list[SimulatedThread] = []
@@ -132,19 +133,19 @@ class Block:
 
     @classmethod
     def of_clusters(cls, size: int) -> None:
-        """The next launch has clusters of so many blocks. Raises RuntimeError if the last one had an unfinished one."""
+        """Sets the cluster size of the next launch. Raises RuntimeError if the last left a cluster incomplete."""
         unfinished, cls.early, cls.cluster = len(cls.early), [], size
         if unfinished:
-            raise RuntimeError(f"{unfinished} blocks of the last launch had no whole cluster, and did not run")
+            raise RuntimeError(f"{unfinished} blocks of the last launch were no whole cluster and did not run")
 
     def run(self, grid_point: Any, *args: Any) -> None:
-        """Runs the block to its end, with its cluster. Raises RuntimeError if a thread fails or waits for ever."""
+        """Runs the block to its end, with its cluster. Raises RuntimeError if a thread fails, or at a deadlock."""
         Block.early.append(kernelapi.Dim3(*grid_point))
         if len(Block.early) < Block.cluster:
             return
-        self.places, Block.early = Block.early, []
-        self.shared = [{} for _ in self.places]
-        for rank in range(len(self.places)):
+        self.block_indices, Block.early = Block.early, []
+        self.shared = [{} for _ in self.block_indices]
+        for rank in range(len(self.block_indices)):
             for thread_id, (z, y, x) in enumerate(np.ndindex(*reversed(self._block_dim))):
                 index = kernelapi.Dim3(x, y, z)
                 self.threads.append(SimulatedThread(self, rank, lambda: self._function(*args), index, thread_id))
@@ -167,8 +168,8 @@ class Block:
             live = [thread for thread in self.threads if not thread.done]
             self._ready = live if self.failure is not None else self._released(live)
             if not self._ready and live:
-                places = sorted({f"{thread.waits_at} (warp {thread.thread_id // WARP})" for thread in live})
-                self.fail(f"block {list(running.blockIdx)}: threads wait where they can never meet: {places}")
+                barriers = sorted({f"{thread.waits_at} (warp {thread.thread_id // WARP})" for thread in live})
+                self.fail(f"block {list(running.blockIdx)}: deadlock: threads wait at different barriers: {barriers}")
                 self._ready = live
             self.order.shuffle(self._ready)
         if self._ready:
@@ -197,15 +198,15 @@ def _local_array(self: Any, shape: Any, dtype: Any, alignment: Any = None) -> np
 
 
 def _shared_array(self: Any, shape: Any, dtype: Any, alignment: Any = None) -> np.ndarray:
-    """One array for each place in the source and each block; of size 0, all the dynamic shared memory."""
+    """An array for each line of source and each block; of size 0, all dynamic shared memory."""
     if shape == 0:
         shape = self._dynshared_size // np.dtype(as_dtype(dtype) if isinstance(dtype, types.Type) else dtype).itemsize
     caller = sys._getframe(1)
-    place = (caller.f_code, caller.f_lineno)
+    line = (caller.f_code, caller.f_lineno)
     shared = threading.current_thread().shared
-    if place not in shared:
-        shared[place] = _poisoned(shape, dtype)
-    return shared[place]
+    if line not in shared:
+        shared[line] = _poisoned(shape, dtype)
+    return shared[line]
 
 
 def _poisoned(shape: Any, dtype: Any) -> np.ndarray:
@@ -215,7 +216,7 @@ def _poisoned(shape: Any, dtype: Any) -> np.ndarray:
 
 
 def install() -> None:
-    """Replaces the simulator's scheduler and makes what is not initialised show."""
+    """Replaces the simulator's scheduler, and poisons shared and local arrays."""
     simulator_kernel.BlockManager = Block
     kernelapi.FakeCUDALocal.array = _local_array
     kernelapi.FakeCUDAShared.array = _shared_array

@@ -1,11 +1,27 @@
-"""The embedding look-up is exact: bfloat16 rows are widened, int8 rows take one float32 product."""
+"""The embedding look-up and what ends a pass are exact: bfloat16 rows are widened, int8 rows take one product."""
+
+import dataclasses
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitnet_numba.bfloat16 import to_float32
-from bitnet_numba.kernels.embedding import embed_grid, embed_many_spec, embed_spec, finish_prompt_spec
+from bitnet_numba.kernels.embedding import (
+    THREADS,
+    advance,
+    advance_spec,
+    column_blocks,
+    embed_token,
+    embed_token_spec,
+    embed_tokens,
+    embed_tokens_spec,
+    finish_prompt,
+    finish_prompt_spec,
+)
+from bitnet_numba.kernels.operands import EmbeddingTable, SequenceArrays
+from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from tests.kernels.harness import Out, arch, needs_gpu, run, simulated
 
@@ -23,7 +39,7 @@ def embedding(
     return bits, scale, to_float32(bits)
 
 
-def check_embed(spec: KernelSpec, threads: int, int8: bool, vocab: int, columns: int, seed: int) -> None:
+def check_embed_token(spec: KernelSpec, threads: int, int8: bool, vocab: int, columns: int, seed: int) -> None:
     """One look-up among random rows; the token's bit is added to those that were set."""
     rng = np.random.default_rng(seed)
     rows, scale, table = embedding(rng, int8, vocab, columns)
@@ -33,91 +49,172 @@ def check_embed(spec: KernelSpec, threads: int, int8: bool, vocab: int, columns:
     before = rng.integers(-(2**31), 2**31, -(-vocab // 32)).astype(np.int32)
     seen, h = Out(len(before), np.int32, before), Out(columns, np.float32)
     position = np.array([pos], np.int32)
-    run(spec, embed_grid(columns, threads), [rows, scale, tokens, position, seen, h, columns])
+    run(spec, column_blocks(columns, threads), [rows, scale, tokens, position, seen, h, columns])
     assert h.array.tobytes() == table[token].tobytes()
     after = before.view(np.uint32).copy()
     after[token // 32] |= np.uint32(1 << token % 32)
     assert np.array_equal(seen.array.view(np.uint32), after)
 
 
-def check_embed_many(
-    spec: KernelSpec, threads: int, int8: bool, prompt: bool, size: int, vocab: int, columns: int, seed: int
+def check_embed_tokens(
+    spec: KernelSpec, threads: int, int8: bool, prompt: bool, num_tokens: int, vocab: int, columns: int, seed: int
 ) -> None:
-    """A pass of `size` rows of which some are to spare: h, where and the tokens' bits."""
+    """A pass of `num_tokens` of which some are to spare: h, slots and positions, and the tokens' bits."""
     rng = np.random.default_rng(seed)
     rows, scale, table = embedding(rng, int8, vocab, columns)
-    sequences, stride, words = size + 2, size + 7, -(-vocab // 32)
+    sequences, stride, words = num_tokens + 2, num_tokens + 7, -(-vocab // 32)
     tokens = rng.integers(0, vocab, (sequences, stride)).astype(np.int32)
     position = rng.integers(0, 8, sequences).astype(np.int32)
-    slots = rng.permutation(sequences)[:size].astype(np.int32)
-    count = int(rng.integers(1, size + 1))
+    slot_ids = rng.permutation(sequences)[:num_tokens].astype(np.int32)
+    count = int(rng.integers(1, num_tokens + 1))
     if prompt:
-        slots[1:] = -9  # nobody may read these
-        expected = [(int(slots[0]), int(position[slots[0]]) + m) if m < count else (-1, 0) for m in range(size)]
+        slot_ids[1:] = -9  # nobody may read these
+        expected = [
+            (int(slot_ids[0]), int(position[slot_ids[0]]) + m) if m < count else (-1, 0) for m in range(num_tokens)
+        ]
     else:
-        slots[rng.random(size) < 0.3] = -1
-        expected = [(int(slot), int(position[slot])) if slot >= 0 else (-1, 0) for slot in slots]
+        slot_ids[rng.random(num_tokens) < 0.3] = -1
+        expected = [(int(slot), int(position[slot])) if slot >= 0 else (-1, 0) for slot in slot_ids]
     before = (rng.integers(-(2**31), 2**31, (sequences, words)) & rng.integers(-(2**31), 2**31)).astype(np.int32)
-    seen, h, where = Out(before.size, np.int32, before), Out(size * columns, np.float32), Out(2 * size, np.int32)
-    arguments = [rows, scale, tokens, stride, position, slots, np.array([count], np.int32), seen, words, h, where]
-    run(spec, (embed_grid(columns, threads), size), [*arguments, columns])
+    seen, h = Out(before.size, np.int32, before), Out(num_tokens * columns, np.float32)
+    slot_positions, fed = Out(2 * num_tokens, np.int32), np.array([count], np.int32)
+    arguments = [rows, scale, tokens, stride, position, slot_ids, fed, seen, words, h, slot_positions, columns]
+    run(spec, (column_blocks(columns, threads), num_tokens), arguments)
     after = before.view(np.uint32).copy()
-    rows_of_h = np.zeros((size, columns), np.float32)
+    rows_of_h = np.zeros((num_tokens, columns), np.float32)
     for m, (slot, pos) in enumerate(expected):
         if slot >= 0:
             token = tokens[slot, pos]
             rows_of_h[m] = table[token]
             after[slot, token // 32] |= np.uint32(1 << int(token) % 32)
-    assert np.array_equal(where.array.reshape(size, 2), expected)
+    assert np.array_equal(slot_positions.array.reshape(num_tokens, 2), expected)
     assert h.array.tobytes() == rows_of_h.tobytes()
     assert np.array_equal(seen.array.view(np.uint32), after.reshape(-1))
 
 
-def check_finish_prompt(spec: KernelSpec, threads: int, size: int, columns: int, keep: int, seed: int) -> None:
-    """The last real row is handed on, and one position moves."""
+def check_finish_prompt(spec: KernelSpec, threads: int, num_tokens: int, columns: int, keep: int, seed: int) -> None:
+    """The last real token's row is copied, and one position moves."""
     rng = np.random.default_rng(seed)
-    h = rng.standard_normal((size, columns)).astype(np.float32)
+    h = rng.standard_normal((num_tokens, columns)).astype(np.float32)
     start = rng.integers(0, 100, 5).astype(np.int32)
-    count, slot = int(rng.integers(1, size + 1)), int(rng.integers(5))
-    position, last, where = Out(5, np.int32, start), Out(columns, np.float32), Out(2, np.int32)
-    arguments = [np.array([count], np.int32), np.array([slot, -1], np.int32), position, keep, h, last, where, columns]
-    run(spec, embed_grid(columns, threads), arguments)
+    count, slot = int(rng.integers(1, num_tokens + 1)), int(rng.integers(5))
+    position, last, slot_positions = Out(5, np.int32, start), Out(columns, np.float32), Out(2, np.int32)
+    fed, slot_ids = np.array([count], np.int32), np.array([slot, -1], np.int32)
+    arguments = [fed, slot_ids, position, keep, h, last, slot_positions, columns]
+    run(spec, column_blocks(columns, threads), arguments)
     start[slot] += count - keep
     assert np.array_equal(position.array, start)
     assert last.array.tobytes() == h[count - 1].tobytes()
-    assert where.array.tolist() == [slot, start[slot]]
+    assert slot_positions.array.tolist() == [slot, start[slot]]
+
+
+def check_advance(spec: KernelSpec, start: int) -> None:
+    """The position moves on by one, and nothing else does."""
+    position = Out(3, np.int32, np.array([start, -5, 7], np.int32))
+    run(spec, 1, [position])
+    assert position.array.tolist() == [start + 1, -5, 7]
 
 
 @simulated
 @settings(max_examples=10)
 @given(int8=st.booleans(), vocab=st.integers(1, 100), columns=st.integers(1, 70), seed=st.integers(0, 2**32 - 1))
-def test_simulated_embed(int8: bool, vocab: int, columns: int, seed: int) -> None:
-    check_embed(embed_spec(arch(), int8, 32), 32, int8, vocab, columns, seed)
+def test_simulated_embed_token(int8: bool, vocab: int, columns: int, seed: int) -> None:
+    check_embed_token(embed_token_spec(arch(), int8, 32), 32, int8, vocab, columns, seed)
 
 
 @simulated
 @settings(max_examples=10)
 @given(
-    int8=st.booleans(), prompt=st.booleans(), size=st.integers(1, 5), vocab=st.integers(1, 70),
+    int8=st.booleans(), prompt=st.booleans(), num_tokens=st.integers(1, 5), vocab=st.integers(1, 70),
     columns=st.integers(1, 40), seed=st.integers(0, 2**32 - 1),
 )  # fmt: skip
-def test_simulated_embed_many(int8: bool, prompt: bool, size: int, vocab: int, columns: int, seed: int) -> None:
-    check_embed_many(embed_many_spec(arch(), int8, prompt, 32), 32, int8, prompt, size, vocab, columns, seed)
-    check_finish_prompt(finish_prompt_spec(arch(), 32), 32, size, columns, seed % 2, seed)
+def test_simulated_embed_tokens(int8: bool, prompt: bool, num_tokens: int, vocab: int, columns: int, seed: int) -> None:
+    check_embed_tokens(embed_tokens_spec(arch(), int8, prompt, 32), 32, int8, prompt, num_tokens, vocab, columns, seed)
+    check_finish_prompt(finish_prompt_spec(arch(), 32), 32, num_tokens, columns, seed % 2, seed)
+
+
+@simulated
+@settings(max_examples=5)
+@given(start=st.integers(0, 2**31 - 2))
+def test_simulated_advance(start: int) -> None:
+    check_advance(advance_spec(arch()), start)
 
 
 @needs_gpu
 @given(int8=st.booleans(), vocab=st.integers(1, 5000), columns=st.integers(1, 3000), seed=st.integers(0, 2**32 - 1))
-def test_embed_on_gpu(int8: bool, vocab: int, columns: int, seed: int) -> None:
-    check_embed(embed_spec(arch(), int8), 256, int8, vocab, columns, seed)
+def test_embed_token_on_gpu(int8: bool, vocab: int, columns: int, seed: int) -> None:
+    check_embed_token(embed_token_spec(arch(), int8), THREADS, int8, vocab, columns, seed)
 
 
 @needs_gpu
 @settings(max_examples=30)
 @given(
-    int8=st.booleans(), prompt=st.booleans(), size=st.integers(1, 300), vocab=st.integers(1, 5000),
+    int8=st.booleans(), prompt=st.booleans(), num_tokens=st.integers(1, 300), vocab=st.integers(1, 5000),
     columns=st.integers(1, 3000), seed=st.integers(0, 2**32 - 1),
 )  # fmt: skip
-def test_embed_many_on_gpu(int8: bool, prompt: bool, size: int, vocab: int, columns: int, seed: int) -> None:
-    check_embed_many(embed_many_spec(arch(), int8, prompt), 256, int8, prompt, size, vocab, columns, seed)
-    check_finish_prompt(finish_prompt_spec(arch()), 256, size, columns, seed % 2, seed)
+def test_embed_tokens_on_gpu(int8: bool, prompt: bool, num_tokens: int, vocab: int, columns: int, seed: int) -> None:
+    check_embed_tokens(embed_tokens_spec(arch(), int8, prompt), THREADS, int8, prompt, num_tokens, vocab, columns, seed)
+    check_finish_prompt(finish_prompt_spec(arch()), THREADS, num_tokens, columns, seed % 2, seed)
+
+
+@needs_gpu
+@settings(max_examples=5)
+@given(start=st.integers(0, 2**31 - 2))
+def test_advance_on_gpu(start: int) -> None:
+    check_advance(advance_spec(arch()), start)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_launchers_refuse_operands(int8: bool) -> None:
+    device = DryRunDevice(90, 132)
+    scale = device.empty(50, np.float32) if int8 else None
+    table = EmbeddingTable(device.empty(50 * 64, np.int8 if int8 else np.uint16), scale, 50, 64)
+    words, slots, count = device.empty(2 * 9, np.int32), device.empty(2, np.int32), device.empty(1, np.int32)
+    sequences = SequenceArrays(words, 9, slots, device.empty(4, np.int32), 2, None)
+    h, positions = device.empty(2 * 64, np.float32), device.empty(4, np.int32)
+    dtype = "int8" if int8 else "bf16"
+
+    assert embed_token(device, table, sequences, h).name == f"embed_token[{dtype}, 256]"
+    assert (
+        embed_tokens(device, table, sequences, slots, None, h, positions, 2).name
+        == f"embed_tokens[{dtype}, decode, 256]"
+    )
+    assert embed_tokens(device, table, sequences, count, count, h, positions, 2).name.endswith("prompt, 256]")
+    short = device.empty(0, np.int32)
+    for name in ("tokens", "position", "seen"):
+        wrong = dataclasses.replace(sequences, **{name: short})
+        with pytest.raises(ValueError, match=f"embed_token: {name} holds 0 elements, a table of 50 rows of 64 takes"):
+            embed_token(device, table, wrong, h)
+        with pytest.raises(ValueError, match=f"embed_tokens: {name} holds 0 elements, a pass of 2 tokens"):
+            embed_tokens(device, table, wrong, slots, None, h, positions, 2)
+    for arguments, message in (
+        ((slots, None, h, positions, 0), "at least one token is needed, not 0"),
+        ((slots, None, h, positions, 3), "slot_ids holds 2 elements, .* takes 3"),
+        ((slots, count, h, positions, 3), "h holds 128 elements, .* takes 192"),
+        ((slots, count, h, count, 2), "slot_positions holds 1 elements, .* takes 4"),
+        ((slots, short, h, positions, 2), "count holds 0 elements, .* takes 1"),
+    ):
+        with pytest.raises(ValueError, match=f"embed_tokens: {message}"):
+            embed_tokens(device, table, sequences, *arguments)
+    with pytest.raises(ValueError, match="embed_tokens: seen has 1 words a slot, 2 are needed"):
+        embed_tokens(device, table, dataclasses.replace(sequences, seen_stride=1), slots, None, h, positions, 2)
+    with pytest.raises(ValueError, match="embed_token: rows must be"):
+        embed_token(device, dataclasses.replace(table, rows=device.empty(50 * 64, np.float32)), sequences, h)
+
+
+def test_ends_of_a_pass_refuse_operands() -> None:
+    device = DryRunDevice(90, 132)
+    one, two, h, last = (device.empty(n, t) for n, t in ((1, "int32"), (2, "int32"), (192, "float32"), (64, "float32")))
+    assert finish_prompt(device, one, one, one, 1, h, last, two, 64).name == "finish_prompt[256]"
+    assert advance(device, one).name == "advance"
+    for arguments, message in (
+        ((one, one, one, 2, h, last, two, 64), "keep must be 0 or 1, not 2"),
+        ((one, one, one, 1, h, last, one, 64), "slot_positions holds 1 elements"),
+        ((one, one, one, 1, h, one, two, 64), "last must be float32, not int32"),
+        ((one, one, one, 1, h, last, two, 96), "last holds 64 elements, a prompt with rows of 96 takes 96"),
+        ((one, one, one, 1, device.empty(100, "float32"), last, two, 64), "h holds 100 elements, not whole rows of 64"),
+    ):
+        with pytest.raises(ValueError, match=f"finish_prompt: {message}"):
+            finish_prompt(device, *arguments)
+    with pytest.raises(ValueError, match="advance: position must be int32, not float32"):
+        advance(device, last)

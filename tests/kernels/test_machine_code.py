@@ -1,15 +1,18 @@
-"""Every kernel compiles for every architecture, without a GPU, into what its module promises.
+"""Every kernel compiles for every architecture, without a GPU, into what its spec promises.
 
-Checked in the PTX: no local memory (register arrays must stay in registers), as many dp4a and 16-byte loads as the
-form says. Where ptxas is installed (wheel nvidia-cuda-nvcc): it accepts the PTX, and spills nothing within the launch
+Checked in the PTX: no local memory (register arrays must stay in registers), as many dp4a and 16-byte loads as the spec
+says. Where ptxas is installed (wheel nvidia-cuda-nvcc): it accepts the PTX, and spills nothing within the launch
 bounds.
 """
 
 import re
 import subprocess
 import sysconfig
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import FunctionType
+from typing import Any
 
 import pytest
 
@@ -20,17 +23,70 @@ from bitnet_numba.kernels.runtime.spec import CARVEOUT, CARVEOUT_BYTES, RESERVED
 from tests.kernels.harness import ARCHITECTURES
 from tests.kernels.variants import GROUPS, variants
 
-FULL_ARCH = 90  # the architecture that every form is compiled for; the others get each module's first forms
+FULL_ARCH = 90  # every variant is compiled for this architecture; for the others, the first of each kernel
 TENSOR_CORES = 80
 NO_PTXAS = "ptxas is not installed (pip install nvidia-cuda-nvcc)"
+KEPT_KERNELS = 8  # more than a group has that differ between architectures
+# Kernel: an instruction that its PTX must have, and how often at least.
+UNITS = {"decode_attention_mma": (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16", 32)}
+
+
+def kernel_name(spec: KernelSpec) -> str:
+    """The part of a name that a kernel's variants share."""
+    return spec.name.split("[")[0]
 
 
 def first_specs(group: str, arch: int) -> list[KernelSpec]:
     """One variant of each kernel of a group."""
-    seen: dict[str, KernelSpec] = {}
+    first: dict[str, KernelSpec] = {}
     for spec in GROUPS[group](arch):
-        seen.setdefault(spec.name.split("[")[0], spec)
-    return list(seen.values())
+        first.setdefault(kernel_name(spec), spec)
+    return list(first.values())
+
+
+def other_specs() -> dict[str, KernelSpec]:
+    """The other variants, for FULL_ARCH, by name."""
+    first = {spec.name for group in GROUPS for spec in first_specs(group, FULL_ARCH)}
+    return {spec.name: spec for spec in variants(FULL_ARCH) if spec.name not in first}
+
+
+def fingerprint(value: Any) -> Any:
+    """What Numba compiles a function from: its code and the constants in its closure. Equal for kernels that are built
+    for two architectures and make the same choices."""
+    value = getattr(value, "py_func", value)  # of a device function
+    if isinstance(value, FunctionType):
+        cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
+        return value.__code__, fingerprint((cells, value.__defaults__))
+    if isinstance(value, tuple):
+        return tuple(map(fingerprint, value))
+    return type(value), value, str(value)  # -0.0 equals 0.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels_are_lowered_once() -> Iterator[None]:
+    """Numba types and lowers a kernel once for all architectures that it is the same for, four fifths of the time;
+    NVVM and ptxas then compile it for each."""
+    from numba.cuda import compiler
+
+    real, kept = compiler._compile_pyfunc_with_fixup, {}
+
+    def lower(function: Any, signature: Any, **options: Any) -> Any:
+        key = fingerprint(function), signature, *(options[name] for name in sorted(options) if name != "cc")
+        if key not in kept:
+            kept[key] = real(function, signature, **options)
+            if len(kept) > KEPT_KERNELS:
+                del kept[next(iter(kept))]
+        return kept[key]
+
+    lower.alone = real  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "_compile_pyfunc_with_fixup", lower)
+        yield
+
+
+def ptx_of(spec: KernelSpec, arch: int) -> str:
+    """PTX as a device would get it."""
+    return compile_ptx(spec.kernel, spec.signature, arch, spec.threads, spec.blocks_per_sm)
 
 
 @cache
@@ -40,15 +96,18 @@ def ptxas() -> Path | None:
 
 
 def check_spec(spec: KernelSpec, arch: int, folder: Path) -> None:
-    """Compiles a form and checks what came out."""
-    ptx = compile_ptx(spec.kernel, spec.signature, arch, spec.threads, spec.blocks_per_sm)
-    target = re.search(rf"\.target (sm_{arch}a?)\b", ptx)  # a: instructions of this very architecture
+    """Compiles a variant and checks what came out."""
+    ptx = ptx_of(spec, arch)
+    target = re.search(rf"\.target (sm_{arch}a?)\b", ptx)  # a: instructions of this architecture alone
     assert target is not None
     assert not re.search(r"\b(ld|st)\.local", ptx), f"{spec.name} uses local memory"
     dp4a = len(re.findall(r"\bdp4a\.", ptx))
     assert dp4a >= spec.dp4a, f"{spec.name}: {dp4a} dp4a, {spec.dp4a} expected"
     wide = len(re.findall(r"\bld\.global\S*\.v4\.", ptx))
     assert wide >= spec.wide_loads, f"{spec.name}: {wide} 16-byte loads, {spec.wide_loads} expected"
+    if kernel_name(spec) in UNITS:
+        pattern, least = UNITS[kernel_name(spec)]
+        assert len(re.findall(pattern, ptx)) >= least, f"{spec.name} has fewer than {least} {pattern}"
     if ptxas() is None:
         pytest.skip(NO_PTXAS)
     source = folder / "kernel.ptx"
@@ -64,7 +123,7 @@ def check_spec(spec: KernelSpec, arch: int, folder: Path) -> None:
         assert spec.blocks_per_sm * (shared + RESERVED_BYTES) <= CARVEOUT_BYTES, (
             f"{spec.name}: {shared} bytes of shared memory"
         )
-    if "wgmma." in ptx:  # the linker makes a subroutine of a division, and around its call wgmma runs one at a time
+    if "wgmma." in ptx:  # a division becomes a subroutine, and around its call ptxas serialises wgmma
         assert not re.search(r"^\s*(div\.(rn\.)?f|call\b)", ptx, re.M), f"{spec.name} calls subroutines"
     assert re.search(r"\b0 bytes stack frame", done.stderr), f"{spec.name} for sm_{arch}: {done.stderr}"
 
@@ -76,31 +135,35 @@ def test_every_architecture(group: str, arch: int, tmp_path: Path) -> None:
         check_spec(spec, arch, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "group, name",
-    [
-        (group, spec.name)
-        for group in GROUPS
-        for spec in GROUPS[group](FULL_ARCH)
-        if spec.name not in {first.name for first in first_specs(group, FULL_ARCH)}
-    ],
-)
-def test_every_spec(group: str, name: str, tmp_path: Path) -> None:
-    spec = next(spec for spec in GROUPS[group](FULL_ARCH) if spec.name == name)
-    check_spec(spec, FULL_ARCH, tmp_path)
+@pytest.mark.parametrize("name", other_specs())
+def test_every_spec(name: str, tmp_path: Path) -> None:
+    check_spec(other_specs()[name], FULL_ARCH, tmp_path)
+
+
+def test_where_a_kernel_was_lowered_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    def anonymous(ptx: str) -> str:
+        """PTX without the numbers that Numba gives to functions and shared arrays."""
+        numbers: dict[str, str] = {}
+        return re.sub(r"_cudapy_smem_\d+|_Z\w+", lambda m: numbers.setdefault(m[0], f"n{len(numbers)}"), ptx)
+
+    from numba.cuda import compiler
+
+    (first,), (second,) = (first_specs("linear_quantize", arch) for arch in (90, 100))
+    assert fingerprint(first.kernel) == fingerprint(second.kernel)
+    ptx_of(first, 90)
+    shared = ptx_of(second, 100)
+    monkeypatch.setattr(compiler, "_compile_pyfunc_with_fixup", compiler._compile_pyfunc_with_fixup.alone)
+    assert anonymous(ptx_of(second, 100)) == anonymous(shared)
 
 
 def test_products_and_long_attention_use_the_units_made_for_them() -> None:
     gemv = first_specs("linear_gemv", FULL_ARCH)[0]
     assert gemv.dp4a >= 16 and gemv.wide_loads >= 1
-    assert [spec.name.split("[")[0] for spec in first_specs("attention_decode", TENSOR_CORES)] == [
-        "attention",
-        "attention_long",
+    assert [kernel_name(spec) for spec in first_specs("attention_decode", TENSOR_CORES)] == [
+        "decode_attention",
+        "decode_attention_mma",  # see UNITS
     ]
-    assert [spec.name.split("[")[0] for spec in first_specs("attention_decode", 75)] == ["attention"]
-    long = first_specs("attention_decode", TENSOR_CORES)[1]
-    ptx = compile_ptx(long.kernel, long.signature, TENSOR_CORES, long.threads, long.blocks_per_sm)
-    assert len(re.findall(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16", ptx)) >= 32
+    assert [kernel_name(spec) for spec in first_specs("attention_decode", 75)] == ["decode_attention"]
 
 
 @pytest.mark.parametrize(
@@ -115,9 +178,8 @@ def test_products_and_long_attention_use_the_units_made_for_them() -> None:
 )
 def test_products_of_many_tokens_use_the_units_made_for_them(arch: int, M: int, unit: str) -> None:
     spec = w2a8_matmul.spec(arch, heuristics.plan(M, 2560, 2560, arch, 132))
-    compiled_for = max(arch, 75)  # the least that the compiler knows
-    ptx = compile_ptx(spec.kernel, spec.signature, compiled_for, spec.threads, spec.blocks_per_sm)
-    assert len(re.findall(unit, ptx)) >= 4
+    compiled_for = max(arch, 75)  # the compiler's minimum
+    assert len(re.findall(unit, ptx_of(spec, compiled_for))) >= 4
 
 
 def test_names_are_unique() -> None:

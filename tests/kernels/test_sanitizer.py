@@ -1,4 +1,4 @@
-"""compute-sanitizer over each kernel once: no access out of bounds, no race in shared memory."""
+"""compute-sanitizer watches each kernel once (each_kernel.py): no access out of bounds, no race in shared memory."""
 
 import os
 import shutil
@@ -16,7 +16,8 @@ SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sa
 @pytest.mark.skipif(not os.path.exists(SANITIZER), reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_each_kernel(tool: str) -> None:
-    command = [SANITIZER, "--tool", tool, "--error-exitcode", "1", sys.executable, "-m", "tests.each_kernel", tool]
+    program = [sys.executable, "-m", "tests.kernels.each_kernel", tool]
+    command = [SANITIZER, "--tool", tool, "--error-exitcode", "1", *program]
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, env=env)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitnet_numba.backends.host import ReferenceBackend
+from bitnet_numba.backends.host import reference_backend
+from bitnet_numba.checkpoint.convert import convert
 from bitnet_numba.checkpoint.huggingface import HuggingFaceCheckpoint
 from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.config import ModelConfig
@@ -24,7 +25,6 @@ from bitnet_numba.reference.model import Cache, Model
 from bitnet_numba.sampling import SamplingParams
 from tests.conftest import GoldenCase
 from tests.int8_activations import LOGITS_TOLERANCE, check_logits, collected, imposed, per_linear, recorded_groups
-from tools.convert import convert
 from tools.make_checkpoint import LLAMA3_ROPE, PRESETS, make_checkpoint
 
 PROMPTS = ("bos1", "text7", "text33")
@@ -256,7 +256,7 @@ def _down_shape(model: Model) -> tuple[int, int]:
 def test_backend_decodes_greedily(tiny_packed: Path) -> None:
     """Each token is the best of the logits after those before it, and truncation makes the context forget. Compared are
     the same forward calls, which agree to the bit."""
-    backend = ReferenceBackend(open_packed(tiny_packed))
+    backend = reference_backend(open_packed(tiny_packed))
     context, other = backend.new_context(40), backend.new_context(40)
     prompt = [5, 6, 7]
     tokens = list(islice(context.decode(prompt, SamplingParams()), 6))
@@ -274,7 +274,7 @@ def test_backend_decodes_greedily(tiny_packed: Path) -> None:
 
 
 def test_backend_fills_its_context(tiny_packed: Path) -> None:
-    context = ReferenceBackend(open_packed(tiny_packed)).new_context(8)
+    context = reference_backend(open_packed(tiny_packed)).new_context(8)
     tokens = list(context.decode([1, 2, 3], SamplingParams(temperature=1.0, seed=1)))
     assert len(tokens) == 6 and len(context.ids) == 8
     with pytest.raises(ValueError, match="1 tokens do not fit 0 free places"):
@@ -285,7 +285,7 @@ def test_backend_fills_its_context(tiny_packed: Path) -> None:
 
 def test_memory_is_reported(tiny_packed: Path) -> None:
     packed = open_packed(tiny_packed)
-    weights = ReferenceBackend(packed).memory()["weights"]
+    weights = reference_backend(packed).memory()["weights"]
     config = packed.config
     linears = sum(sum(rows) * K for rows, K in map(config.group_shape, ("qkv", "o", "gate_up", "down")))
     assert weights == config.num_layers * linears + 2 * config.vocab_size * config.hidden_size

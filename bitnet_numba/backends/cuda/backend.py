@@ -1,11 +1,8 @@
-"""The CUDA backend behind the engine's interface (see `bitnet_numba.backend`): weights, contexts, captured steps."""
-
-import numpy as np
+"""The CUDA backend behind the engine's interface (see `backends.protocol`): a model on one NVIDIA GPU."""
 
 from bitnet_numba.backends.cuda.batch import MAX_SEQUENCES, CudaBatch, fixed_bytes
-from bitnet_numba.backends.cuda.context import CudaContext
-from bitnet_numba.backends.cuda.decode import Activations
-from bitnet_numba.backends.cuda.forward import MAX_ROWS, Model, RowActivations
+from bitnet_numba.backends.cuda.context import CudaContext, Runtime
+from bitnet_numba.backends.cuda.forward import CudaModel
 from bitnet_numba.backends.cuda.state import page_bytes, pages_of
 from bitnet_numba.backends.cuda.warmup import load_specs
 from bitnet_numba.backends.cuda.weights import Weights, why_unsupported
@@ -14,7 +11,6 @@ from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention.kv_cache import PAGE
 from bitnet_numba.kernels.runtime.device import usable_device
 from bitnet_numba.kernels.runtime.driver import Stream
-from bitnet_numba.kernels.runtime.memory import Uploads
 
 RESERVE = 64 << 20  # bytes of device memory left to the driver: graphs, kernels
 BATCH_RESERVE = 4 * RESERVE  # a batch may come to have dozens of graphs
@@ -41,18 +37,16 @@ class CudaBackend:
             raise BackendError(f"CUDA cannot run this model: {reason}")
         self.device = usable_device()
         self.device.activate()
-        self.config = checkpoint.config
-        int8_rows = checkpoint.head == "int8"
-        load_specs(self.config, int8_rows, self.device)
+        self.config, self._embedding_dtype = checkpoint.config, checkpoint.head
+        load_specs(self.config, self._embedding_dtype, self.device)
         self.stream = Stream()
-        self.flow = Activations(self.config, self.device)
-        rows = RowActivations(self.config, self.device, MAX_ROWS)
         free, _ = self.device.memory_info()
-        self.weights = Weights(checkpoint, self.stream, free - RESERVE)
-        self.model = Model(self.config, self.weights, self.device, self.stream, Uploads(self.stream), rows)
+        self.weights = Weights.upload(checkpoint, self.stream, free - RESERVE)
+        self.model = CudaModel.allocate(self.config, self.device, self.weights)
+        self._runtime = Runtime(self.device, self.model, self.stream)
         self._kv_cache = 0
 
-    def new_context(self, capacity: int) -> "CudaContext":
+    def new_context(self, capacity: int) -> CudaContext:
         """An empty context for up to `capacity` tokens. Raises BackendError when memory does not suffice."""
         self.device.activate()
         needed = pages_of(capacity) * page_bytes(self.config)
@@ -64,7 +58,7 @@ class CudaBackend:
                 f"are free: --context {fits} would fit"
             )
         self._kv_cache += needed
-        return CudaContext(self, capacity)
+        return CudaContext(self._runtime, capacity, self._release)
 
     def new_batch(self, max_sequences: int, capacity: int, tokens: int | None = None) -> CudaBatch:
         """Room for sequences that decode together. Raises BackendError when memory does not suffice."""
@@ -81,16 +75,16 @@ class CudaBackend:
                 f"a batch of {pages * PAGE} tokens takes {needed:.2f} GB of device memory and "
                 f"{max(0, free) / 1e9:.2f} GB are free: {fit * PAGE} tokens would fit"
             )
-        int8_rows = self.weights["embed.weight"].dtype == np.int8
-        load_specs(self.config, int8_rows, self.device, max_sequences)
+        load_specs(self.config, self._embedding_dtype, self.device, max_sequences)
         self._kv_cache += pages * page_bytes(self.config)
-        return CudaBatch(self.model, max_sequences, capacity, pages, self.release)
+        return CudaBatch(self._runtime, max_sequences, capacity, pages, self._release)
 
     def memory(self) -> dict[str, int]:
         """Bytes of device memory in use by purpose."""
-        activations = self.flow.nbytes() + self.model.flow.nbytes()
+        model = self.model
+        activations = model.token_buffers.nbytes() + model.buffers.nbytes() + self._runtime.decode_buffers.nbytes()
         return {"weights": self.weights.nbytes, "kv_cache": self._kv_cache, "activations": activations}
 
-    def release(self, pages: int) -> None:
-        """The memory of so many pages has been freed."""
+    def _release(self, pages: int) -> None:
+        """Called with the number of pages of keys and values freed."""
         self._kv_cache -= pages * page_bytes(self.config)

@@ -1,47 +1,83 @@
-"""TODO docstring."""
+"""One sequence on the GPU, behind the engine's interface (see `backends.protocol.Context`)."""
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.backends.cuda.decode import Step
-from bitnet_numba.backends.cuda.forward import LMHead, Prefill
-from bitnet_numba.backends.cuda.state import SequenceState, pages_of
+from bitnet_numba.backends.cuda.forward import MAX_TOKENS, CudaModel
+from bitnet_numba.backends.cuda.graphs import DecodeBuffers, DecodeSteps, LMHead, PrefillSteps
+from bitnet_numba.backends.cuda.state import SequenceState, padded_size, pages_of
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention.decode import LONG_CONTEXT
-from bitnet_numba.kernels.runtime.driver import Graph
-from bitnet_numba.kernels.runtime.memory import PinnedArray
-from bitnet_numba.kernels.sampling import parts
+from bitnet_numba.kernels.runtime.device import CudaDevice
+from bitnet_numba.kernels.runtime.driver import Graph, Stream
+from bitnet_numba.kernels.runtime.memory import DeviceArray, PinnedArray, Uploads
+from bitnet_numba.kernels.sampling.parts import pack_settings
 from bitnet_numba.sampling import SamplingParams
 
-if TYPE_CHECKING:
-    from bitnet_numba.backends.cuda.backend import CudaBackend
-
-RING = 64  # tokens that the host may be behind
+RING_SIZE = 64  # sampled tokens that the host may be behind
 STEPS_AHEAD = 2  # steps in flight while the host deals with a token
 MAX_SCORED = 128  # tokens whose logits are computed at a time
+MIN_PREFILL = 16  # tokens of the smallest captured pass over a prompt
+
+
+class Runtime:
+    """What contexts and batches of a backend share: the model, and a stream for all work on it."""
+
+    def __init__(self, device: CudaDevice, model: CudaModel, stream: Stream):
+        self.device, self.model, self.stream = device, model, stream
+        self.uploads = Uploads(stream)
+        self.decode_buffers = DecodeBuffers(model)
+
+
+class Prefill:
+    """Feeds prompts of some sequences, by passes that are captured for powers of two of tokens when first needed."""
+
+    def __init__(self, runtime: Runtime, state: SequenceState, last: DeviceArray):
+        """last: float32 [hidden], see `PrefillSteps`."""
+        self._runtime, self._state = runtime, state
+        self._steps = PrefillSteps(runtime.model, state, last)
+        self._graphs: dict[tuple[int, bool], Graph] = {}
+
+    def feed(self, slot: int, count: int, keep_last: bool = False) -> None:
+        """Feeds a slot's next `count` tokens; `keep_last`, of the last of them, as in `PrefillSteps.prefill`."""
+        uploads, stream = self._runtime.uploads, self._runtime.stream
+        uploads.write(self._state.slot_ids, [slot])
+        while count:
+            num_tokens = min(count, MAX_TOKENS)
+            count -= num_tokens
+            uploads.write(self._runtime.model.buffers.num_real, [num_tokens])
+            key = padded_size(num_tokens, MIN_PREFILL), keep_last and not count
+            if key not in self._graphs:
+                self._graphs[key] = stream.capture(self._steps.prefill(*key))
+            self._graphs[key].replay(stream)
+
+    def close(self) -> None:
+        """Frees the captured passes."""
+        for graph in self._graphs.values():
+            graph.close()
 
 
 class CudaContext:
-    """One sequence. Passes of its prompts and its steps are captured when they are first needed, and replayed."""
+    """One sequence. Its steps and passes over prompts are captured when first needed, and replayed."""
 
-    def __init__(self, backend: "CudaBackend", capacity: int):
+    def __init__(self, runtime: Runtime, capacity: int, on_close: Callable[[int], None]):
+        """on_close: called on close with the number of pages freed."""
         self.capacity = capacity
         self.ids: list[int] = []
-        self._backend, self._stream = backend, backend.stream
-        self._state = SequenceState(backend.config, capacity)
-        self._ring = PinnedArray(RING, np.int64)
-        self._step = Step(backend.config, backend.weights, backend.flow, self._state, self._ring, backend.device)
-        self._prompts = Prefill(backend.model, self._state, backend.flow.h)
+        self._runtime, self._on_close = runtime, on_close
+        self._state = SequenceState(runtime.device, runtime.model.config, capacity)
+        self._ring = PinnedArray(RING_SIZE, np.int64)
+        self._steps = DecodeSteps(runtime.model, runtime.decode_buffers, self._state, self._ring)
+        self._prefill = Prefill(runtime, self._state, runtime.model.token_buffers.h)
         self._graphs: dict[tuple[str, bool], Graph] = {}
 
     def truncate(self, length: int) -> None:
         """Forgets every token from position `length` on."""
         if not 0 <= length <= len(self.ids):
             raise ValueError(f"cannot cut a context of {len(self.ids)} tokens to {length}")
-        self._backend.device.activate()
+        self._runtime.device.activate()
         if length < len(self.ids):
             del self.ids[length:]
             # Bits of the tokens that stay: a token that was cut may have been there before as well.
@@ -50,32 +86,33 @@ class CudaContext:
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Appends tokens and returns the logits at each of them, float32 [T, vocab]."""
         self._start(ids)
-        result = np.empty((len(ids), self._backend.config.vocab_size), np.float32)
+        runtime = self._runtime
+        result = np.empty((len(ids), runtime.model.config.vocab_size), np.float32)
         if len(ids) == 1:
             self._replay("score", len(self.ids))
-            self._stream.synchronize()
-            self._backend.flow.logits.read_into(result)
+            runtime.stream.synchronize()
+            runtime.decode_buffers.logits.read_into(result)
         else:
-            head = LMHead(self._backend.model, min(len(ids), MAX_SCORED))
+            lm_head = LMHead(runtime.model, min(len(ids), MAX_SCORED))
             for start in range(0, len(ids), MAX_SCORED):
                 part = result[start : start + MAX_SCORED]
-                self._prompts.feed(0, len(part))
-                for launch in head.launches(len(part)):
-                    launch(self._stream.handle)
-                self._stream.synchronize()
-                head.logits.read_into(part)
-            head.close()
+                self._prefill.feed(0, len(part))
+                for launch in lm_head.launches(len(part)):
+                    launch(runtime.stream.handle)
+                runtime.stream.synchronize()
+                lm_head.logits.read_into(part)
+            lm_head.close()
         self.ids += ids
         return result
 
     def decode(self, ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
         """Appends tokens (at least one), then yields sampled tokens, one a step, until the context is full."""
         self._start(ids)
-        self._state.settings.write(parts.settings(params))
+        self._state.settings.write(pack_settings(params))
         if len(ids) == 1:
             self._replay("decode", len(self.ids))
         else:
-            self._prompts.feed(0, len(ids), keep_last=True)
+            self._prefill.feed(0, len(ids), keep_last=True)
             self._replay("choose", len(self.ids))
         self.ids += ids
         known = launched = len(self.ids)  # tokens fed for certain; positions whose step is under way or done
@@ -92,47 +129,47 @@ class CudaContext:
                 self.ids.append(token)
                 known += 1
         finally:
-            self._backend.device.activate()
-            self._stream.synchronize()
+            self._runtime.device.activate()
+            self._runtime.stream.synchronize()
             # What was fed ahead stays in the cache until it is cut or overwritten.
             for position in range(known, launched):
                 self.ids.append(self._token(position))
 
     def close(self) -> None:
         """Frees the cache and the captured steps."""
-        self._backend.device.activate()
-        self._stream.synchronize()
+        self._runtime.device.activate()
+        self._runtime.stream.synchronize()
         for graph in self._graphs.values():
             graph.close()
-        self._prompts.close()
+        self._prefill.close()
         self._state.close()
         self._ring.close()
-        self._backend.release(pages_of(self.capacity))
+        self._on_close(pages_of(self.capacity))
 
     def _start(self, ids: Sequence[int]) -> None:
         """Stores tokens where the steps read them, and the position of the first."""
         if not 1 <= len(ids) <= self.capacity - len(self.ids):
             raise ValueError(f"{len(ids)} tokens do not fit {self.capacity - len(self.ids)} free places")
-        self._backend.device.activate()
+        self._runtime.device.activate()
         self._state.tokens.write(np.asarray(ids, np.int32), len(self.ids))
         self._ring.host[:] = -1  # an earlier answer's entries may be for the same positions
         self._state.position.write(np.array([len(self.ids)], np.int32))
 
     def _replay(self, kind: str, position: int) -> None:
-        """Enqueues the step of a kind (a method of Step) that feeds the token at a position."""
+        """Enqueues the step of a kind (a method of DecodeSteps) that feeds the token at a position."""
         key = kind, position >= LONG_CONTEXT
         if key not in self._graphs:
-            self._graphs[key] = self._stream.capture(getattr(self._step, kind)(key[1]))
-        self._graphs[key].replay(self._stream)
+            self._graphs[key] = self._runtime.stream.capture(getattr(self._steps, kind)(key[1]))
+        self._graphs[key].replay(self._runtime.stream)
 
     def _token(self, position: int) -> int:
         """The token chosen for a position, once the device has written it to the ring."""
-        ring, place = self._ring.host, position % RING
+        ring, place = self._ring.host, position % RING_SIZE
         while True:
             entry = int(ring[place])
             if entry >> 32 == position:
                 break
-            if self._stream.idle() and int(ring[place]) >> 32 != position:
+            if self._runtime.stream.idle() and int(ring[place]) >> 32 != position:
                 raise BackendError("a decode step ended without a token")
         token = entry & 0xFFFFFFFF
         if token >> 31:

@@ -1,275 +1,217 @@
-"""A pass of many rows through the model: tokens of a prompt, or the next tokens of many sequences, from the one packed
-copy of the weights.
+"""The forward pass as a chain of launches, for 1 to 2048 tokens.
 
-    embed         h = embeddings; which slot and position each row is
-    per layer     norm_quant | qkv | append to the cache, attention | norm_quant | o, added to h
-                  norm_quant | gate and up, activation(gate) * up | norm_quant | down, added to h
+    embed                       h = embeddings of the tokens
+    per layer   qkv             RMSNorm, quantise | q, k, v rows
+                attention       rotate, append to the cache, attend
+                o               (sub-norm,) quantise | o rows, added to h
+                gate_up         RMSNorm, quantise | gate and up rows, activation(gate) * up
+                down            (sub-norm,) quantise | down rows, added to h
 
-What differs from a step of one token (`decode`): rows are normed and quantised once, in launches of their own, because
-every block of a product would do all of them again; products are `w2a8_matmul`. A prompt's keys and values are stored
-before attention reads them, since a row attends to others of its pass; the next tokens of many sequences are read by
-their own rows alone, and `attention_batch` stores them itself. How many rows are real, whose they are and where they
-stand is read from device memory, so that a pass captured for 128 rows serves 65 to 128 of them.
+`ForwardPass` has the layer loop; its subclasses choose the kernels:
 
-A row's result does not depend, to the bit, on the other rows of its pass or on how a prompt was cut into passes: sums
-of products are exact, and every other sum has an order that depends on the row's own position alone.
+    DecodePass       one token of one sequence: GEMV, which norms and quantises in every block
+    PrefillPass      tokens of one prompt: norm and quantisation in a launch of their own, then GEMM
+    BatchPass        the next token of each of many sequences: as PrefillPass, with attention over pages
+
+What a launch works on is read from device memory (tokens, positions, how many are real), so a pass is captured once,
+and one for 128 tokens serves 65 to 128. On sm_90 each launch starts while those before it still run, loads its weights,
+and then waits (PDL).
+
+A token's result does not depend, to the bit, on the other tokens of its pass or on how a prompt was cut into passes:
+sums of products are exact, and every other sum has an order that depends on the token's own position alone.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
-import numpy as np
-
-from bitnet_numba.backends.cuda.decode import NORMS
-from bitnet_numba.backends.cuda.state import SequenceState, padded_size
-from bitnet_numba.backends.cuda.weights import Weights, head_name
-from bitnet_numba.config import GROUPS, ModelConfig
-from bitnet_numba.kernels import embedding as embed
-from bitnet_numba.kernels.attention import kv_cache
-from bitnet_numba.kernels.attention import paged_decode as attention_batch
-from bitnet_numba.kernels.attention import paged_simt as attention_rows
-from bitnet_numba.kernels.attention import prefill as attention_prompt
-from bitnet_numba.kernels.linear import gemm as w2a8_matmul
-from bitnet_numba.kernels.linear import heuristics
-from bitnet_numba.kernels.linear import quantize as norm_quant
-from bitnet_numba.kernels.lm_head import gemm_mma as head_many
-from bitnet_numba.kernels.lm_head import gemm_wgmma as head_warpgroup
-from bitnet_numba.kernels.lm_head import split_norm
-from bitnet_numba.kernels.runtime.device import CudaDevice
-from bitnet_numba.kernels.runtime.driver import Graph, Stream
+from bitnet_numba.backends.cuda.buffers import Buffers
+from bitnet_numba.backends.cuda.state import SequenceState
+from bitnet_numba.backends.cuda.weights import Weights
+from bitnet_numba.checkpoint.packed import EmbeddingDtype
+from bitnet_numba.config import ModelConfig
+from bitnet_numba.kernels import embedding
+from bitnet_numba.kernels.attention import decode, kv_cache, paged_decode, paged_simt, prefill
+from bitnet_numba.kernels.attention.parts import HeadShape
+from bitnet_numba.kernels.linear.gemm import gemm
+from bitnet_numba.kernels.linear.gemv import gemv
+from bitnet_numba.kernels.linear.quantize import quantize
+from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
-from bitnet_numba.kernels.runtime.memory import DeviceArray, DeviceView, Uploads
-from bitnet_numba.kernels.runtime.spec import ArchSpec, KernelSpec
-from bitnet_numba.packing import BLOCK_COLS
+from bitnet_numba.kernels.runtime.memory import DeviceArray
 
-MAX_ROWS = 2048  # of a pass; longer prompts go in several
+MAX_TOKENS = 2048  # of a pass; longer prompts take several
 EPILOGUES = {"qkv": "store", "o": "residual", "gate_up": "gated", "down": "residual"}
-MIN_ROWS = 16  # of the shortest captured pass of a prompt
 
 
-class RowActivations:
-    """What flows between the launches of a pass; shared by all sequences, since passes run one after the other."""
-
-    def __init__(self, config: ModelConfig, device: CudaDevice, rows: int):
-        def floats(size: int) -> DeviceArray:
-            return DeviceArray(size, np.float32, zero=True)
-
-        self.rows = rows
-        widest = max(config.group_shape(group)[1] for group in GROUPS)
-        qkv, mixed = config.q_size + 2 * config.kv_size, config.q_size
-        self.h = floats(rows * config.hidden_size)
-        # Nobody reads q, k, v or the heads' output once the feed-forward has begun.
-        self.wide = floats(rows * max(qkv + mixed, config.intermediate_size))
-        self.qkv = DeviceView(self.wide.address, rows * qkv, np.float32)
-        self.mixed = DeviceView(self.wide.address + self.qkv.nbytes, rows * mixed, np.float32)
-        self.inner = DeviceView(self.wide.address, rows * config.intermediate_size, np.float32)
-        self.q = DeviceArray(rows * -(-widest // BLOCK_COLS) * BLOCK_COLS, np.int8, zero=True)
-        self.s, self.total = floats(rows), DeviceArray(rows, np.int32, zero=True)
-        self.where = DeviceArray(2 * rows, np.int32, zero=True)
-        self.count = DeviceArray(1, np.int32, zero=True)  # real rows of a prompt
-        self.plenty = DeviceArray.of(np.array([rows], np.int32))  # a count for passes without one
-
-    def nbytes(self) -> int:
-        """Bytes of all of it."""
-        return sum(
-            a.nbytes for a in vars(self).values() if isinstance(a, DeviceArray) and not isinstance(a, DeviceView)
-        )
-
-
-class Model(NamedTuple):
-    """What every pass takes: weights on a device, a stream for all work, small writes in its order, and the activations
-    in between."""
+@dataclass
+class CudaModel:
+    """A model on a device, and the buffers that its passes share."""
 
     config: ModelConfig
+    device: Device
     weights: Weights
-    device: CudaDevice
-    stream: Stream
-    uploads: Uploads
-    flow: RowActivations
+    token_buffers: Buffers  # of one token
+    buffers: Buffers  # of up to MAX_TOKENS
 
+    def __post_init__(self) -> None:
+        self.heads = HeadShape(self.config.num_heads, self.config.num_kv_heads, self.config.head_dim)
 
-class Sharing(NamedTuple):
-    """How the contexts of a decode pass are shared out among blocks, and where their results meet: see
-    `attention_batch`."""
+    @staticmethod
+    def allocate(config: ModelConfig, device: Device, weights: Weights) -> "CudaModel":
+        """Makes the buffers. Raises BackendError when memory is short."""
+        return CudaModel(config, device, weights, Buffers(device, config, 1), Buffers(device, config, MAX_TOKENS))
 
-    work: DeviceArray
-    blocks: int
-    scratch: Sequence[DeviceArray]
+    @staticmethod
+    def dry_run(config: ModelConfig, embedding_dtype: EmbeddingDtype, device: Device) -> "CudaModel":
+        """A model without memory, to ask passes which kernels they need."""
+        return CudaModel.allocate(config, device, Weights.shapes_only(config, embedding_dtype))
 
 
 class ForwardPass:
-    """The launches of a pass of up to `rows` rows of some sequences: of one's prompt, or one row of each of many.
+    """The launches of one pass over a model and the state of its sequences, in order; see the module's drawing."""
 
-    sharing: of many sequences, how their contexts are shared out; None: the pass is a prompt's.
-    """
+    def __init__(self, model: CudaModel, state: SequenceState, buffers: Buffers, num_tokens: int):
+        self.model, self.state, self.buffers, self.num_tokens = model, state, buffers, num_tokens
 
-    def __init__(
-        self,
-        model: Model,
-        state: SequenceState,
-        rows: int,
-        sharing: Sharing | None = None,
-    ):
-        self._model, self._state, self._rows, self._sharing = model, state, rows, sharing
-        prompt = sharing is None
-        config, weights, device, _, _, flow = model
-        self._count = flow.count if prompt else flow.plenty
-        self.launches = [
-            embed.embed_many(
-                device, weights["embed.weight"], weights.get("embed.scale"), state.tokens, state.stride, state.position,
-                state.order, flow.count if prompt else None, state.seen, flow.h, flow.where, rows, config.hidden_size,
-            )
-        ]  # fmt: skip
-        for i in range(config.num_layers):
-            norms = [weights.get(f"layers.{i}.{norm}.weight") for norm in NORMS]
-            self._product(i, "qkv", flow.h, norms[0], flow.qkv)
-            self._attend(i)
-            self._product(i, "o", flow.mixed, norms[1], flow.h)
-            self._product(i, "gate_up", flow.h, norms[2], flow.inner)
-            self._product(i, "down", flow.inner, norms[3], flow.h)
-
-    def _product(self, layer: int, group: str, x: DeviceArray, norm: DeviceArray | None, out: DeviceArray) -> None:
-        """Norms (with a weight) and quantises rows, and multiplies them with a group's weights."""
-        config, weights, device, _, _, flow = self._model
-        segments, K = config.group_shape(group)
-        eps = config.rms_norm_eps
-        self.launches.append(norm_quant.norm_quant(device, x, norm, eps, flow.q, flow.s, flow.total, self._rows, K))
-        name = f"layers.{layer}.{group}"
-        self.launches.append(
-            w2a8_matmul.w2a8_matmul(
-                device, weights[f"{name}.words"], flow.q, flow.s, flow.total, self._count, weights[f"{name}.scales"],
-                out, self._rows, sum(segments), K, np.cumsum(segments).tolist(), weights.get(f"{name}.bias"),
-                EPILOGUES[group], config.activation,
-            )
-        )  # fmt: skip
-
-    def _attend(self, layer: int) -> None:
-        """Stores keys and values and attends to them."""
-        config, _, device, _, _, flow = self._model
-        state, cache, rows = self._state, self._state.layer_cache(layer), self._rows
-        heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        where = (state.cos, state.sin, flow.where)
-        if self._sharing is not None and attention_batch.fits(device.arch, head_dim):
-            work, blocks, scratch = self._sharing
-            self.launches.append(
-                attention_batch.attention_batch(
-                    device, flow.qkv, *where, cache, scratch, flow.mixed, work, rows, blocks, heads, kv_heads, head_dim
-                )
-            )
-            return
-        self.launches.append(kv_cache.append(device, flow.qkv, *where, cache, rows, heads, kv_heads, head_dim))
-        if self._sharing is None and device.arch >= attention_prompt.MIN_ARCH:
-            attention = attention_prompt.attention_prompt
-        else:
-            attention = attention_rows.attention_rows
-        self.launches.append(attention(device, flow.qkv, *where, cache, flow.mixed, rows, heads, kv_heads, head_dim))
-
-
-class LMHead:
-    """Logits, float32 [rows, vocabulary], of rows that a pass has left in `flow.h`; always from the same kernel, so
-    that a row's are the same bits for every number of rows."""
-
-    def __init__(self, model: Model, rows: int):
-        config, weights, device, *_ = model
-        self._model, name = model, head_name(config)
-        self._weight, self._scale = weights[f"{name}.weight"], weights.get(f"{name}.scale")
-        self._int8 = self._weight.dtype == np.int8
-        self._by_warpgroups = head_warpgroup.serves(device.arch, self._int8)
-        split_words = head_warpgroup.split_words if self._by_warpgroups else head_many.split_words
-        self._terms = DeviceArray(split_words(rows, config.hidden_size), np.int32)
-        self.logits = DeviceArray(rows * config.vocab_size, np.float32)
-
-    def launches(self, rows: int) -> list[Launch]:
-        """Norm and head of the first `rows`."""
-        config, weights, device, _, _, flow = self._model
-        terms, K, vocabulary = self._terms, config.hidden_size, config.vocab_size
-        normed = (device, flow.h, weights["norm.weight"], config.rms_norm_eps, terms, rows, K)
-        if self._by_warpgroups:
-            return [
-                head_warpgroup.norm_split(*normed),
-                head_warpgroup.head_warpgroup(device, self._weight, terms, self.logits, vocabulary, rows, K),
-            ]
+    def launches(self) -> list[Launch]:
+        """All of the pass."""
         return [
-            split_norm.norm_split(*normed, self._int8),
-            head_many.head_many(device, self._weight, self._scale, terms, self.logits, vocabulary, rows, K),
+            self.embed(),
+            *(launch for layer in range(self.model.config.num_layers) for launch in self.layer(layer)),
         ]
 
-    def close(self) -> None:
-        """Frees the memory."""
-        self._terms.close()
-        self.logits.close()
+    def layer(self, layer: int) -> list[Launch]:
+        """A layer's launches."""
+        b = self.buffers
+        return [
+            *self.linear(layer, "qkv", b.h, "input_norm", b.qkv),
+            *self.attention(layer),
+            *self.linear(layer, "o", b.attn_out, "attn_sub_norm", b.h),
+            *self.linear(layer, "gate_up", b.h, "post_attention_norm", b.mlp_hidden),
+            *self.linear(layer, "down", b.mlp_hidden, "ffn_sub_norm", b.h),
+        ]
+
+    def linear(self, layer: int, group: str, x: DeviceArray, norm: str, out: DeviceArray) -> list[Launch]:
+        """Norms (where the model has this norm) and quantises x, and multiplies it with a group's weights."""
+        raise NotImplementedError
+
+    def embed(self) -> Launch:
+        """Embeddings of the tokens into h."""
+        raise NotImplementedError
+
+    def attention(self, layer: int) -> list[Launch]:
+        """Stores keys and values and attends to the cache: qkv -> attn_out."""
+        raise NotImplementedError
 
 
-class Prefill:
-    """Passes of prompts of some sequences, captured for a ladder of lengths."""
+class DecodePass(ForwardPass):
+    """One token of one sequence, whose cache lies side by side."""
 
-    def __init__(self, model: Model, state: SequenceState, last: DeviceArray):
-        """last: float32 [hidden], where `feed` leaves the row whose logits choose the next token."""
-        self._model, self._state, self._last = model, state, last
-        self._graphs: dict[tuple[int, bool], Graph] = {}
+    def __init__(self, model: CudaModel, state: SequenceState, scratch: decode.DecodeScratch, long: bool):
+        """long: the context is at least attention.decode.LONG_CONTEXT tokens."""
+        super().__init__(model, state, model.token_buffers, 1)
+        self._scratch, self._long = scratch, long
 
-    def feed(self, slot: int, count: int, keep_last: bool = False) -> None:
-        """Feeds a slot's next `count` tokens; afterwards its position is that of the next token.
+    def embed(self) -> Launch:
+        model = self.model
+        return embedding.embed_token(model.device, model.weights.embedding, self.state.arrays, self.buffers.h)
 
-        `keep_last`: its position stays that of the last token fed, as samplers want it, `where` of the first row says
-        so, and the token's row lies in `last`.
-        """
-        flow, uploads = self._model.flow, self._model.uploads
-        uploads.write(self._state.order, [slot])
-        while count:
-            rows = min(count, flow.rows)
-            count -= rows
-            uploads.write(flow.count, [rows])
-            self._graph(padded_size(rows, MIN_ROWS), keep_last and not count).replay(self._model.stream)
+    def linear(self, layer: int, group: str, x: DeviceArray, norm: str, out: DeviceArray) -> list[Launch]:
+        device, weights = self.model.device, self.model.weights
+        return [
+            gemv(
+                device, weights.linear(layer, group), x, out, norm=weights.layer_norm(layer, norm),
+                epilogue=EPILOGUES[group], activation=self.model.config.activation,
+            )
+        ]  # fmt: skip
 
-    def _graph(self, rows: int, keep_last: bool) -> Graph:
-        key = rows, keep_last
-        if key not in self._graphs:
-            model, state = self._model, self._state
-            launches = ForwardPass(model, state, rows).launches
-            launches.append(
-                embed.finish_prompt(
-                    model.device, model.flow.count, state.order, state.position, int(keep_last), model.flow.h,
-                    self._last, model.flow.where, model.config.hidden_size,
-                )
-            )  # fmt: skip
-            self._graphs[key] = model.stream.capture(launches)
-        return self._graphs[key]
-
-    def close(self) -> None:
-        """Frees the captured passes."""
-        for graph in self._graphs.values():
-            graph.close()
+    def attention(self, layer: int) -> list[Launch]:
+        model, state, b = self.model, self.state, self.buffers
+        cache = state.layer_cache(layer)
+        return [
+            decode.decode_attention(
+                model.device, b.qkv, state.rope, state.position, cache.keys, cache.values, state.padded_capacity,
+                self._scratch, b.attn_out, model.heads, long=self._long,
+            )
+        ]  # fmt: skip
 
 
-def product_specs(config: ModelConfig, device: ArchSpec, sizes: Iterable[int]) -> list[KernelSpec]:
-    """Every form of the products in passes of so many rows."""
-    found: dict[str, KernelSpec] = {}
-    for rows in sizes:
-        for group, epilogue in EPILOGUES.items():
-            segments, K = config.group_shape(group)
-            tile = heuristics.plan(rows, sum(segments), K, device.arch, device.num_sms, epilogue == "gated")
-            spec = w2a8_matmul.spec(device.arch, tile, epilogue, config.activation, config.group_bias(group))
-            found[spec.name] = spec
-    return list(found.values())
+class _GemmPass(ForwardPass):
+    """Several tokens: products are GEMMs of activations that were quantised once."""
+
+    def __init__(self, model: CudaModel, state: SequenceState, num_tokens: int, num_real: DeviceArray):
+        """num_real: how many of the tokens are real when the pass runs, int32 [1]."""
+        super().__init__(model, state, model.buffers, num_tokens)
+        self._num_real = num_real
+
+    def linear(self, layer: int, group: str, x: DeviceArray, norm: str, out: DeviceArray) -> list[Launch]:
+        device, weights, quantized = self.model.device, self.model.weights, self.buffers.quantized
+        packed = weights.linear(layer, group)
+        return [
+            quantize(device, x, quantized, self.num_tokens, packed.K, norm=weights.layer_norm(layer, norm)),
+            gemm(
+                device, packed, quantized, self._num_real, out, self.num_tokens,
+                epilogue=EPILOGUES[group], activation=self.model.config.activation,
+            ),
+        ]  # fmt: skip
+
+    def _embed(self, num_real: DeviceArray | None) -> Launch:
+        model, state, b = self.model, self.state, self.buffers
+        return embedding.embed_tokens(
+            model.device, model.weights.embedding, state.arrays, state.slot_ids, num_real, b.h, b.slot_positions,
+            self.num_tokens,
+        )  # fmt: skip
+
+    def _append_and_attend(self, layer: int, by_tensor_cores: bool) -> list[Launch]:
+        """Stores the tokens' keys and values before attention reads them: tokens attend to others of their pass."""
+        model, state, b = self.model, self.state, self.buffers
+        common = (model.device, b.qkv, state.rope, b.slot_positions, state.layer_cache(layer))
+        attend = prefill.prefill_attention if by_tensor_cores else paged_simt.paged_attention_simt
+        return [
+            kv_cache.append(*common, self.num_tokens, model.heads),
+            attend(*common, b.attn_out, self.num_tokens, model.heads),
+        ]
 
 
-def prompt_specs(config: ModelConfig, int8_rows: bool, device: ArchSpec) -> list[KernelSpec]:
-    """Every form that prompts take."""
-    arch, head_dim, group = device.arch, config.head_dim, config.num_heads // config.num_kv_heads
-    widths = {
-        (config.hidden_size, True),
-        (config.q_size, config.sub_norms),
-        (config.intermediate_size, config.sub_norms),
-    }
-    sizes = [1 << i for i in range(MIN_ROWS.bit_length() - 1, MAX_ROWS.bit_length())]
-    return [
-        *product_specs(config, device, sizes),
-        *(norm_quant.norm_quant_spec(arch, K, norm=norm) for K, norm in sorted(widths)),
-        embed.embed_many_spec(arch, int8_rows, True),
-        embed.finish_prompt_spec(arch),
-        kv_cache.append_spec(arch, head_dim),
-        attention_prompt.attention_prompt_spec(arch, head_dim, group)
-        if arch >= attention_prompt.MIN_ARCH
-        else attention_rows.attention_rows_spec(arch, head_dim, group),
-    ]
+class PrefillPass(_GemmPass):
+    """Tokens of one prompt; the last ones of a padded pass are not real."""
+
+    def __init__(self, model: CudaModel, state: SequenceState, num_tokens: int):
+        super().__init__(model, state, num_tokens, model.buffers.num_real)
+
+    def embed(self) -> Launch:
+        return self._embed(self.buffers.num_real)
+
+    def attention(self, layer: int) -> list[Launch]:
+        return self._append_and_attend(layer, prefill.fits(self.model.device.arch, self.model.heads.head_dim))
+
+
+@dataclass(frozen=True)
+class SharedContexts:
+    """How the contexts of a batch are shared out among CTAs, and where their partial results meet (see
+    `paged_decode`)."""
+
+    work_list: DeviceArray
+    num_blocks: int
+    scratch: paged_decode.PagedScratch
+
+
+class BatchPass(_GemmPass):
+    """The next token of each of many sequences, whose keys and values lie in pages; slot -1 stands for no sequence."""
+
+    def __init__(self, model: CudaModel, state: SequenceState, num_tokens: int, contexts: SharedContexts):
+        super().__init__(model, state, num_tokens, model.buffers.num_max)
+        self._contexts = contexts
+
+    def embed(self) -> Launch:
+        return self._embed(None)
+
+    def attention(self, layer: int) -> list[Launch]:
+        model, state, b, contexts = self.model, self.state, self.buffers, self._contexts
+        if not paged_decode.fits(model.device.arch, model.heads.head_dim):
+            return self._append_and_attend(layer, by_tensor_cores=False)
+        return [  # only its own token reads a new key, so the same kernel stores it
+            paged_decode.paged_decode_attention(
+                model.device, b.qkv, state.rope, b.slot_positions, state.layer_cache(layer), contexts.work_list,
+                contexts.num_blocks, contexts.scratch, b.attn_out, self.num_tokens, model.heads,
+            )
+        ]  # fmt: skip

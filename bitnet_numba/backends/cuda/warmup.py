@@ -1,9 +1,9 @@
 """Getting a model's kernels: from the disk cache, or the first time compiled, by several processes.
 
-Compiling takes one to two seconds a form; a context has some forty, a batch up to thirty more, and Numba compiles one
-at a time. So processes of their own, one for every four forms and at most one a core, make a share each and leave it in
-the disk cache; a share that fails, or that cannot be kept, is made here, where errors show. $BITNET_NUMBA_COMPILERS is
-how many processes there are at most.
+Which kernels a model needs is what a dry run of its own steps asks for. Compiling takes one to two seconds a kernel; a
+context has some forty, a batch up to thirty more, and Numba compiles one at a time. So processes of their own, one for
+every four kernels and at most one a core, compile a share each into the disk cache; a share that fails, or that cannot
+be kept, is compiled here, where errors show. $BITNET_NUMBA_COMPILERS is the largest number of processes.
 """
 
 import contextlib
@@ -11,51 +11,91 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from time import sleep
 from typing import NamedTuple
 
-from bitnet_numba.backends.cuda.batch import batch_specs
-from bitnet_numba.backends.cuda.decode import kernel_specs
-from bitnet_numba.backends.cuda.forward import prompt_specs
+import numpy as np
+
+from bitnet_numba.backends.cuda.context import MIN_PREFILL
+from bitnet_numba.backends.cuda.forward import MAX_TOKENS, CudaModel
+from bitnet_numba.backends.cuda.graphs import BatchSteps, DecodeBuffers, DecodeSteps, PrefillSteps
+from bitnet_numba.backends.cuda.state import SequenceState, padded_size
+from bitnet_numba.checkpoint.packed import EmbeddingDtype
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError
+from bitnet_numba.kernels.attention.kv_cache import PAGE
 from bitnet_numba.kernels.runtime.compiler import cache_is_writable, is_cached, machine_code
-from bitnet_numba.kernels.runtime.device import CudaDevice
+from bitnet_numba.kernels.runtime.device import CudaDevice, DryRunDevice
 from bitnet_numba.kernels.runtime.launch import load_kernels
 from bitnet_numba.kernels.runtime.spec import ArchSpec, KernelSpec
 
-MIN_SHARE = 4  # forms; starting a process takes as long as compiling two
+MIN_SHARE = 4  # kernels; starting a process takes as long as compiling two
 POLL = 0.1  # seconds
+MAX_CONTEXT = 8192  # tokens of a dry run's sequences; longer contexts take the same kernels
 
 
 class Needs(NamedTuple):
-    """What forms are made from: those of a context, or with a number of sequences those of a batch beside them."""
+    """What needs kernels: a context, or with `max_sequences` a batch beside it."""
 
     config: ModelConfig
-    int8_rows: bool
+    embedding_dtype: EmbeddingDtype
     target: ArchSpec
-    sequences: int | None
+    max_sequences: int | None = None
 
     def specs(self) -> list[KernelSpec]:
-        """Every form, always in the same order."""
-        config, int8_rows, target, sequences = self
-        if sequences is not None:
-            return batch_specs(config, int8_rows, target, sequences)
-        return kernel_specs(config, int8_rows, target) + prompt_specs(config, int8_rows, target)
+        """Every kernel, always in the same order."""
+        device = DryRunDevice(self.target.arch, self.target.num_sms)
+        config = replace(self.config, num_layers=1)  # every layer takes the same
+        model = CudaModel.dry_run(config, self.embedding_dtype, device)
+        if self.max_sequences is None:
+            _dry_run_context(model)
+        else:
+            _dry_run_batch(model, self.max_sequences)
+        return device.specs
 
 
-def load_specs(config: ModelConfig, int8_rows: bool, device: CudaDevice, sequences: int | None = None) -> None:
+def _dry_run_context(model: CudaModel) -> None:
+    """Asks for every launch of a context, but for logits of several tokens at once."""
+    device = model.device
+    state = SequenceState(device, model.config, PAGE)
+    steps = DecodeSteps(model, DecodeBuffers(model), state, device.empty(1, np.int64))
+    for long in (False, True):
+        steps.decode(long)
+        steps.score(long)
+    prefill = PrefillSteps(model, state, model.token_buffers.h)
+    for num_tokens in _powers_of_two(MIN_PREFILL, MAX_TOKENS):
+        prefill.prefill(num_tokens, keep_last=True)
+
+
+def _dry_run_batch(model: CudaModel, max_sequences: int) -> None:
+    """Asks for every launch of a batch that a context does not make."""
+    capacity = min(model.config.max_context, MAX_CONTEXT)
+    state = SequenceState(model.device, model.config, capacity, max_sequences, pages=1)
+    steps = BatchSteps(model, state)
+    for num_tokens in _powers_of_two(1, padded_size(max_sequences)):
+        for num_blocks in _powers_of_two(num_tokens, steps.work_list.size):
+            steps.decode(num_tokens, num_blocks)
+
+
+def _powers_of_two(first: int, last: int) -> list[int]:
+    return [1 << i for i in range(first.bit_length() - 1, last.bit_length())]
+
+
+def load_specs(
+    config: ModelConfig, embedding_dtype: EmbeddingDtype, device: CudaDevice, max_sequences: int | None = None
+) -> None:
     """Compiles what is not cached, with a progress line, and loads all. Raises BackendError."""
-    needs = Needs(config, int8_rows, ArchSpec(device.arch, device.num_sms), sequences)
-    specs = list({spec.name: spec for spec in needs.specs()}.values())
+    needs = Needs(config, embedding_dtype, ArchSpec(device.arch, device.num_sms), max_sequences)
+    specs = needs.specs()
     compile_together(needs, specs, device.name)
     load_kernels(specs, device.arch, partial(_progress, device.name))
 
 
 def compile_together(needs: Needs, specs: list[KernelSpec], device_name: str) -> None:
-    """Has processes compile the forms that are missing, if there are enough to share. Raises BackendError if
-    $BITNET_NUMBA_COMPILERS is no number."""
+    """Has processes compile the kernels that are missing, if there are enough to share. Raises BackendError if
+    $BITNET_NUMBA_COMPILERS is not a number."""
     arch = needs.target.arch
     missing = [spec for spec in specs if not is_cached(spec, arch)]
     count = min(_most_processes(), len(missing) // MIN_SHARE)

@@ -1,22 +1,27 @@
 """A checkpoint's tensors in device memory: one slab, filled from the mapped file through page-locked buffers."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
-from bitnet_numba.checkpoint.packed import PackedCheckpoint
+from bitnet_numba.checkpoint.packed import EmbeddingDtype, PackedCheckpoint, packed_plan
+from bitnet_numba.checkpoint.safetensors_file import DTYPES
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError
-from bitnet_numba.kernels.attention.decode import MAX_HEAD_DIM
+from bitnet_numba.kernels.attention.parts import MAX_HEAD_DIM
+from bitnet_numba.kernels.linear.operands import PackedLinear
+from bitnet_numba.kernels.operands import EmbeddingTable, Norm
 from bitnet_numba.kernels.runtime.driver import Event, Stream
 from bitnet_numba.kernels.runtime.memory import DeviceArray, DeviceView, PinnedArray
 from bitnet_numba.kernels.sampling.parts import MAX_VOCAB
 from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS
 
-ALIGN = 256  # bytes: every tensor starts on a memory sector of its own
+ALIGN = 256  # bytes: every tensor starts at a multiple of this
 STAGING = 32 << 20  # bytes of each of two page-locked buffers
 
 
 def why_unsupported(checkpoint: PackedCheckpoint) -> str | None:
-    """What the CUDA backend cannot run about a checkpoint, in a few words; None if it can."""
+    """What the CUDA backend cannot run about a checkpoint, in a few words; None if it can run it."""
     config = checkpoint.config
     if config.linear_norm:
         return "linears with a norm of their own (use_rms_norm) run on the reference backend only"
@@ -33,57 +38,105 @@ def why_unsupported(checkpoint: PackedCheckpoint) -> str | None:
     return None
 
 
-class Weights:
-    """Every tensor of a checkpoint by name, padded with zeros to whole blocks of columns where it is a vector."""
+def _padded(size: int) -> int:
+    """Elements with the zeros after them: norms and scales are read in whole 16-byte pieces, up to whole blocks."""
+    return -(-size // BLOCK_COLS) * BLOCK_COLS
 
-    def __init__(self, checkpoint: PackedCheckpoint, stream: Stream, free: int):
-        """Uploads; `free` is the device memory that may be used. Raises BackendError if it does not suffice."""
-        self._views: dict[str, DeviceView] = {}
+
+class Weights:
+    """A model's tensors on a device, as the operands of the kernels that read them.
+
+    Norms are padded with zeros to whole blocks of columns. Tensor names are those of `checkpoint.packed`.
+    """
+
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, DeviceArray], slab: DeviceArray | None = None):
+        """slab: the memory that the tensors lie in, freed by `close`."""
+        self._config, self._tensors, self._slab = config, tensors, slab
+        self.nbytes = slab.nbytes if slab is not None else 0
+        self.embedding = self._table("embed")
+        self.lm_head = self.embedding if config.tied else self._table("head")
+        self.final_norm = self._norm("norm.weight")
+
+    @staticmethod
+    def upload(checkpoint: PackedCheckpoint, stream: Stream, free: int) -> "Weights":
+        """Copies a checkpoint to the device; `free` is the device memory, in bytes, that may be used.
+
+        Raises BackendError if it does not suffice.
+        """
         offsets: dict[str, int] = {}
         size = 0
         for name in checkpoint.names:
             tensor = checkpoint.tensor(name)
-            # Norms and scales are read in whole 16-byte pieces, up to the padded number of columns.
-            items = -(-tensor.size // BLOCK_COLS) * BLOCK_COLS
             offsets[name] = size
-            size += -(-items * tensor.itemsize // ALIGN) * ALIGN
+            size += -(-_padded(tensor.size) * tensor.itemsize // ALIGN) * ALIGN
         if size > free:
             raise BackendError(
                 f"the weights take {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB of device memory are free"
             )
-        self.nbytes = size
-        self._slab = DeviceArray(size, np.uint8, zero=True)
+        slab = DeviceArray(size, np.uint8, zero=True)
+        tensors: dict[str, DeviceArray] = {}
         staging = [(PinnedArray(STAGING, np.uint8), Event()) for _ in range(2)]
-        turn = 0
+        copies = 0
         for name in checkpoint.names:
             tensor = checkpoint.tensor(name)
-            self._views[name] = DeviceView(self._slab.address + offsets[name], tensor.size, tensor.dtype)
+            tensors[name] = DeviceView(slab.address + offsets[name], _padded(tensor.size), tensor.dtype)
             data = tensor.reshape(-1).view(np.uint8)
             for start in range(0, len(data), STAGING):
-                buffer, done = staging[turn % 2]
+                buffer, done = staging[copies % 2]
                 part = data[start : start + STAGING]
-                if turn >= 2:
-                    done.wait()  # the copy out of this buffer, two turns ago
+                if copies >= 2:
+                    done.wait()  # the last copy out of this buffer
                 buffer.host[: len(part)] = part
-                stream.upload(self._slab.address + offsets[name] + start, buffer, len(part))
+                stream.upload(slab.address + offsets[name] + start, buffer, len(part))
                 done.record(stream)
-                turn += 1
+                copies += 1
         stream.synchronize()
         for buffer, _ in staging:
             buffer.close()
+        return Weights(checkpoint.config, tensors, slab)
 
-    def __getitem__(self, name: str) -> DeviceView:
-        return self._views[name]
+    @staticmethod
+    def shapes_only(config: ModelConfig, embedding_dtype: EmbeddingDtype) -> "Weights":
+        """Weights without memory, for a dry run."""
+        plan = packed_plan(config, embedding_dtype)
+        return Weights(
+            config,
+            {
+                name: DeviceView(0, _padded(int(np.prod(spec.shape, dtype=np.int64))), DTYPES[spec.dtype])
+                for name, spec in plan.items()
+            },
+        )
 
-    def get(self, name: str) -> DeviceView | None:
-        """The tensor, or None if the checkpoint has none of that name."""
-        return self._views.get(name)
+    def linear(self, layer: int, group: str) -> PackedLinear:
+        """A layer's ternary matrix of a group (a key of `config.GROUPS`)."""
+        segments, K = self._config.group_shape(group)
+        name = f"layers.{layer}.{group}"
+        return PackedLinear(
+            self._tensors[f"{name}.words"],
+            self._tensors[f"{name}.scales"],
+            tuple(segments),
+            K,
+            self._tensors.get(f"{name}.bias"),
+        )
+
+    def layer_norm(self, layer: int, name: str) -> Norm | None:
+        """A layer's input_norm, attn_sub_norm, post_attention_norm or ffn_sub_norm; None if the model has none."""
+        full_name = f"layers.{layer}.{name}.weight"
+        return self._norm(full_name) if full_name in self._tensors else None
+
+    def _norm(self, name: str) -> Norm:
+        return Norm(self._tensors[name], self._config.rms_norm_eps)
+
+    def _table(self, name: str) -> EmbeddingTable:
+        config = self._config
+        return EmbeddingTable(
+            self._tensors[f"{name}.weight"],
+            self._tensors.get(f"{name}.scale"),
+            config.vocab_size,
+            config.hidden_size,
+        )
 
     def close(self) -> None:
-        """Frees the slab."""
-        self._slab.close()
-
-
-def head_name(config: ModelConfig) -> str:
-    """The rows that make logits: the embedding's, where they are tied."""
-    return "embed" if config.tied else "head"
+        """Frees the memory."""
+        if self._slab is not None:
+            self._slab.close()

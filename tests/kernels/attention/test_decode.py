@@ -1,4 +1,4 @@
-"""The attention kernel: rotary embedding, cache append and grouped-query attention of one token.
+"""Attention of one token: rotary embedding, cache append and grouped-query attention.
 
 Contract: keys and values are stored as bfloat16, bit for bit `bfloat16.from_float32` of what the reference stores; the
 output is the reference's attention over that cache, in float32.
@@ -16,7 +16,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bitnet_numba.bfloat16 import from_float32, to_float32
-from bitnet_numba.kernels.attention.decode import attention_grid, attention_scratch, attention_spec, padded_head_dim
+from bitnet_numba.kernels.attention.decode import DecodeScratch, decode_attention, decode_grid, decode_spec
+from bitnet_numba.kernels.attention.parts import HeadShape, RopeTables, padded_head_dim, partial_dims
+from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.reference.model import attend, rotate
 from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, simulated
@@ -24,7 +26,7 @@ from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, simul
 EPSILON = 2.0**-24
 
 
-def check_attention(
+def check_decode(
     spec: KernelSpec,
     grid: tuple[int, int],
     kv_heads: int,
@@ -32,7 +34,7 @@ def check_attention(
     D: int,
     position: int,
     capacity: int,
-    least: int,
+    min_split: int,
     seed: int,
     spread: float = 1.0,
 ) -> None:
@@ -47,11 +49,11 @@ def check_attention(
     caches[:, :, :position, :D] = from_float32(rng.standard_normal((2, kv_heads, position, D)).astype(np.float32))
     caches[:, :, :position, D:] = 0
     keys, values = (Out(cache.size // 2, np.int32, cache.view(np.int32)) for cache in caches)
-    partials, stats, arrivals = attention_scratch(grid, heads, D)
+    partials, stats, arrivals = grid[0] * heads * partial_dims(D), grid[0] * heads * 2, grid[1]
     scratch = (Out(partials, np.float32), Out(stats, np.float32), Out(arrivals, np.int32, np.zeros(arrivals, np.int32)))
     out = Out(heads * D, np.float32)
-    at = np.array([position], np.int32)
-    run(spec, grid, [qkv, cos, sin, at, keys, values, *scratch, out, kv_heads, capacity, least])
+    positions = np.array([position], np.int32)
+    run(spec, grid, [qkv, cos, sin, positions, keys, values, *scratch, out, kv_heads, capacity, min_split])
 
     row = slice(position, position + 1)
     cos2, sin2 = (np.concatenate([table[row]] * 2, axis=-1) for table in (cos, sin))  # [1, D]
@@ -84,22 +86,22 @@ def check_attention(
     splits=st.integers(1, 3),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_simulated_attention(
+def test_simulated_decode(
     shape: tuple[int, int], long: bool, threads: int, position: int, splits: int, seed: int
 ) -> None:
     D, group = shape
     threads = max(threads, 64) if long else threads  # a thread for each 16 bytes of a partial result
-    spec = attention_spec(arch(), D, group, long, threads, passes=2)
-    _, parts = attention_grid(1, group, 1, long)
-    check_attention(spec, (splits, parts), 1, group, D, position, 71, 16, seed)
+    spec = decode_spec(arch(), D, group, long, threads, unroll=2)
+    _, head_blocks = decode_grid(1, HeadShape(group, 1, D), long)
+    check_decode(spec, (splits, head_blocks), 1, group, D, position, 71, 16, seed)
 
 
 @needs_gpu
 @settings(max_examples=50)
-@example(shape=(128, 4, 5), long=True, position=4095, capacity=4096, least=64, seed=2, spread=4.0)
-@example(shape=(128, 4, 5), long=False, position=127, capacity=4096, least=256, seed=2, spread=1.0)
-@example(shape=(128, 4, 5), long=True, position=32767, capacity=32768, least=64, seed=4, spread=1.0)
-@example(shape=(256, 3, 4), long=True, position=32767, capacity=32768, least=64, seed=3, spread=1.0)
+@example(shape=(128, 4, 5), long=True, position=4095, capacity=4096, min_split=64, seed=2, spread=4.0)
+@example(shape=(128, 4, 5), long=False, position=127, capacity=4096, min_split=256, seed=2, spread=1.0)
+@example(shape=(128, 4, 5), long=True, position=32767, capacity=32768, min_split=64, seed=4, spread=1.0)
+@example(shape=(256, 3, 4), long=True, position=32767, capacity=32768, min_split=64, seed=3, spread=1.0)
 @given(
     shape=st.sampled_from(
         [(128, 4, 5), (64, 4, 2), (96, 1, 16), (100, 1, 32), (256, 3, 4), (128, 8, 2), (6, 5, 3), (128, 16, 1)]
@@ -107,22 +109,44 @@ def test_simulated_attention(
     long=st.booleans(),
     position=st.integers(0, 1500),
     capacity=st.sampled_from([1501, 2048]),
-    least=st.sampled_from([1, 16, 64, 256]),
+    min_split=st.sampled_from([1, 16, 64, 256]),
     seed=st.integers(0, 2**32 - 1),
     spread=st.sampled_from([0.1, 1.0, 8.0]),
 )
-def test_attention_on_gpu(
-    shape: tuple[int, int, int], long: bool, position: int, capacity: int, least: int, seed: int, spread: float
+def test_decode_on_gpu(
+    shape: tuple[int, int, int], long: bool, position: int, capacity: int, min_split: int, seed: int, spread: float
 ) -> None:
     from bitnet_numba.kernels.runtime.device import usable_device
 
     D, group, kv_heads = shape
-    spec = attention_spec(arch(), D, group, long)
-    grid = attention_grid(usable_device().num_sms, group * kv_heads, kv_heads, long)
-    check_attention(spec, grid, kv_heads, group, D, position, capacity, least, seed, spread)
+    spec = decode_spec(arch(), D, group, long)
+    grid = decode_grid(usable_device().num_sms, HeadShape(group * kv_heads, kv_heads, D), long)
+    check_decode(spec, grid, kv_heads, group, D, position, capacity, min_split, seed, spread)
 
 
 @pytest.mark.parametrize("head_dim", [0, 3, 127, 258])
 def test_refuses_head_sizes(head_dim: int) -> None:
     with pytest.raises(ValueError, match=f"even head sizes up to 256, not {head_dim}"):
-        attention_spec(90, head_dim, 1)
+        decode_spec(90, head_dim, 1)
+
+
+def test_launch_checks_its_operands() -> None:
+    device, shape, capacity = DryRunDevice(90, 132), HeadShape(20, 5, 128), 128
+    rope = RopeTables(*(device.empty(capacity * 64, np.float32) for _ in range(2)))
+    qkv, out, position = (device.empty(n, t) for n, t in ((3840, np.float32), (2560, np.float32), (1, np.int32)))
+    keys, values = (device.empty(5 * capacity * 64, np.int32) for _ in range(2))
+    scratch = DecodeScratch.allocate(device, shape)
+    assert scratch.nbytes == sum(array.nbytes for array in scratch.arrays)
+    for long in (False, True):
+        launch = decode_attention(
+            device, qkv, rope, position, keys, values, capacity, scratch, out, shape, long=long, use_pdl=False
+        )
+        assert launch.spec is decode_spec(90, 128, 4, long)
+    with pytest.raises(ValueError, match="decode_attention: cos holds 8192 elements, .* 129 tokens takes 8256"):
+        decode_attention(device, qkv, rope, position, keys, values, 129, scratch, out, shape)
+    with pytest.raises(ValueError, match="a capacity of 0 tokens"):
+        decode_attention(device, qkv, rope, position, keys, values, 0, scratch, out, shape)
+    with pytest.raises(ValueError, match="out must be float32, not int32"):
+        decode_attention(device, qkv, rope, position, keys, values, capacity, scratch, position, shape)
+    with pytest.raises(ValueError, match="20 heads cannot share 6 key-value heads evenly"):
+        decode_attention(device, qkv, rope, position, keys, values, capacity, scratch, out, HeadShape(20, 6, 128))

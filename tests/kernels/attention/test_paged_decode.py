@@ -1,10 +1,10 @@
-"""The attention kernel of batched decoding: grouped-query attention of many rows over a cache of pages.
+"""Attention of a batched decode pass: grouped-query attention of many sequences' tokens over a cache of pages.
 
-Contract: each row's output is the reference's attention over its slot's tokens, in float32; its own token is in the
-cache afterwards, as `append` would have stored it, and nothing else there has changed; rows of slot -1 are left alone;
-and a row's result is the same, to the bit, whatever else is in the batch, in whatever pages, with whatever number of
-threads and splits. Tolerance: that of test_attention.py, whose sums these are. Places of tokens that no row has, and of
-the rows' own until these are stored, hold NaN, to show if they are read.
+Contract: each token's output is the reference's attention over its slot's tokens, in float32; it is itself in the cache
+afterwards, as `append` would have stored it, and nothing else there has changed; tokens of slot -1 are left alone; and
+a token's result is the same, to the bit, whatever else is in the batch, in whatever pages, with whatever number of
+threads and splits. Tolerance: that of test_decode.py, whose sums these are. The cache holds NaN slot_positions no token
+is, and slot_positions new tokens will be, to show if that is read.
 """
 
 from collections.abc import Callable
@@ -21,17 +21,18 @@ from numba.cuda import types
 
 from bitnet_numba.bfloat16 import from_float32, to_float32
 from bitnet_numba.kernels import ptx
-from bitnet_numba.kernels.attention.decode import heads_per_block, padded_head_dim
 from bitnet_numba.kernels.attention.kv_cache import APPEND_THREADS, PAGE, LayerCache, append_spec, pool_strides
 from bitnet_numba.kernels.attention.paged_decode import (
-    attention_batch,
-    attention_batch_scratch,
-    attention_batch_spec,
+    PagedScratch,
     fits,
-    most_splits,
+    max_splits_of,
+    paged_decode_attention,
+    paged_decode_spec,
     splits_needed,
     work_entries,
 )
+from bitnet_numba.kernels.attention.parts import HeadShape, RopeTables, heads_per_block, padded_head_dim
+from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.reference.model import attend, rotate
 from tests.kernels.harness import SIMULATED, Out, arch, assert_close, needs_gpu, run, simulated
@@ -39,90 +40,90 @@ from tests.kernels.harness import SIMULATED, Out, arch, assert_close, needs_gpu,
 EPSILON = 2.0**-24
 
 
-def attention_of_rows(
+def attend_to_pages(
     shape: tuple[int, int, int],
-    rows: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]],
+    batch: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]],
     angles: np.ndarray,
     threads: int,
     splits: int,
-    least: int,
+    min_split: int,
     seed: int,
 ) -> np.ndarray:
-    """One launch over rows of (slot, qkv [heads + 2 kv heads, D], keys, values), the last two of the earlier tokens, as
-    bfloat16 bits [tokens, kv heads, D]; pages in a random order. Every row is shared by `splits` blocks, or every other
-    one by fewer. Returns [rows, heads, D]; rows of slot -1 as poison.
+    """One launch over a batch of tokens: (slot, qkv [heads + 2 kv heads, D], keys, values), the last two of the earlier
+    tokens, as bfloat16 bits [tokens, kv heads, D]; pages in a random order. Every token is shared by `splits` blocks,
+    or every other one by fewer. Returns [len(batch), heads, D]; tokens of slot -1 as poison.
 
     Checks that the cache then is what `append` makes of it.
     """
     D, group, kv_heads = shape
     rng = np.random.default_rng(seed)
     heads, DP, max_tokens = kv_heads * group, padded_head_dim(D), len(angles)
-    stride, slots = -(-max_tokens // PAGE), 1 + max(slot for slot, *_ in rows)
-    counts = {slot: len(keys) // PAGE + 1 for slot, _, keys, _ in rows if slot >= 0}
-    order = list(rng.permutation(sum(counts.values()) + 2))  # two pages are nobody's
-    table = np.full((slots, stride), 2**30, np.int32)
-    caches = np.full((2, len(order), kv_heads, PAGE, DP), 0x7FC0, np.uint16)
-    where = np.full((len(rows), 2), -1, np.int32)
-    for b, (slot, _, *bits) in enumerate(rows):
+    stride, slots = -(-max_tokens // PAGE), 1 + max(slot for slot, *_ in batch)
+    counts = {slot: len(keys) // PAGE + 1 for slot, _, keys, _ in batch if slot >= 0}
+    pages = list(rng.permutation(sum(counts.values()) + 2))  # two pages are nobody's
+    block_table = np.full((slots, stride), 2**30, np.int32)
+    caches = np.full((2, len(pages), kv_heads, PAGE, DP), 0x7FC0, np.uint16)
+    slot_positions = np.full((len(batch), 2), -1, np.int32)
+    for b, (slot, _, *bits) in enumerate(batch):
         if slot >= 0:
             t = np.arange(len(bits[0]))
-            where[b] = slot, len(t)
-            table[slot, : counts[slot]] = [order.pop() for _ in range(counts[slot])]
+            slot_positions[b] = slot, len(t)
+            block_table[slot, : counts[slot]] = [pages.pop() for _ in range(counts[slot])]
             for cache, new in zip(caches, bits, strict=True):
-                cache[table[slot, t // PAGE], :, t % PAGE] = np.pad(new, ((0, 0), (0, 0), (0, DP - D)))
-    spec = attention_batch_spec(arch(), D, group, threads, least)
-    partials, stats, arrivals = attention_batch_scratch(len(rows), max_tokens, heads, kv_heads, D)
-    room = most_splits(max_tokens) * (512 // least)
-    partials, stats = (size * (512 // least) for size in (partials, stats))
+                cache[block_table[slot, t // PAGE], :, t % PAGE] = np.pad(new, ((0, 0), (0, 0), (0, DP - D)))
+    spec = paged_decode_spec(arch(), D, group, threads, min_split)
+    partials, stats, arrivals = PagedScratch.sizes(len(batch), max_tokens, HeadShape(heads, kv_heads, D))
+    max_splits = max_splits_of(max_tokens) * (512 // min_split)
+    partials, stats = (size * (512 // min_split) for size in (partials, stats))
     scratch = (Out(partials, np.float32), Out(stats, np.float32), Out(arrivals, np.int32, np.zeros(arrivals, np.int32)))
-    out = Out(len(rows) * heads * D, np.float32)
-    qkv = np.stack([row[1] for row in rows])
+    out = Out(len(batch) * heads * D, np.float32)
+    qkv = np.stack([token[1] for token in batch])
     words, appended = ([Out(x.size // 2, np.int32, x.view(np.int32)) for x in caches] for _ in range(2))
-    begin: list[Any] = [qkv, np.cos(angles), np.sin(angles), where, table, stride]
-    arguments = [*begin, *words, *pool_strides(kv_heads, D), *scratch, out, kv_heads, room, slots, max_tokens]
-    parts = heads // heads_per_block(group, True)
+    begin: list[Any] = [qkv, np.cos(angles), np.sin(angles), slot_positions, block_table, stride]
+    arguments = [*begin, *words, *pool_strides(kv_heads, D), *scratch, out, kv_heads, max_splits, slots, max_tokens]
+    head_blocks = heads // heads_per_block(group)
     shares = [
-        (splits if b % 2 == 0 else int(rng.integers(1, splits + 1))) * (row[0] >= 0) for b, row in enumerate(rows)
+        (splits if b % 2 == 0 else int(rng.integers(1, splits + 1))) * (token[0] >= 0) for b, token in enumerate(batch)
     ]
-    work = rng.permutation([*work_entries(shares), -1]).astype(np.int32)
-    run(spec, (len(work), parts), [*arguments[:-4], work, *arguments[-4:], words[0].size])
+    work_list = rng.permutation([*work_entries(shares), -1]).astype(np.int32)
+    run(spec, (len(work_list), head_blocks), [*arguments[:-4], work_list, *arguments[-4:], words[0].size])
     assert not scratch[2].array.any(), "the arrival counters are not zero again"
     append = append_spec(arch(), D, 32 if SIMULATED else APPEND_THREADS)
-    run(append, len(rows), [*begin, *appended, *pool_strides(kv_heads, D), heads, kv_heads], 1)
+    run(append, len(batch), [*begin, *appended, *pool_strides(kv_heads, D), heads, kv_heads], 1)
     for name, array, expected in zip(("keys", "values"), words, appended, strict=True):
         wrong = np.flatnonzero(array.array != expected.array)
         assert not wrong.size, f"{name}: {wrong.size} words are not as append has them, the first is {wrong[0]}"
-    return out.array.reshape(len(rows), heads, D).copy()
+    return out.array.reshape(len(batch), heads, D).copy()
 
 
-def check_attention_batch(
+def check_paged_decode(
     shape: tuple[int, int, int],
     lengths: list[int],
     threads: int,
     splits: int,
-    least: int = 512,
+    min_split: int = 512,
     seed: int = 1,
     spread: float = 1.0,
     other: tuple[int, int] | None = None,
 ) -> None:
-    """Compares rows of so many tokens (0: an unused row) with the reference; then the longest row alone, launched with
-    `other` (threads, splits), with its result in company."""
+    """Compares tokens with contexts of these lengths (0: an unused token) with the reference; then the longest alone,
+    launched with `other` (threads, splits), with its result in company."""
     D, group, kv_heads = shape
     rng = np.random.default_rng(seed)
     heads = kv_heads * group
     angles = rng.uniform(-np.pi, np.pi, (max(*lengths, 1) + 3, D // 2)).astype(np.float32)
     slots = rng.permutation(len(lengths) + 1)
-    rows = []
+    batch = []
     for b, tokens in enumerate(lengths):
         qkv = (rng.standard_normal((heads + 2 * kv_heads, D)) * spread).astype(np.float32)
         bits = from_float32(rng.standard_normal((2, max(0, tokens - 1), kv_heads, D)).astype(np.float32))
-        rows.append((int(slots[b]) if tokens else -1, qkv, *bits))
-    actual = attention_of_rows(shape, rows, angles, threads, splits, least, seed)
+        batch.append((int(slots[b]) if tokens else -1, qkv, *bits))
+    actual = attend_to_pages(shape, batch, angles, threads, splits, min_split, seed)
     untouched = np.full(heads * D * 4, 0xA5, np.uint8).view(np.float32).reshape(heads, D)
-    for b, (_, qkv, *bits) in enumerate(rows):
+    for b, (_, qkv, *bits) in enumerate(batch):
         tokens = lengths[b]
         if not tokens:
-            assert actual[b].tobytes() == untouched.tobytes(), f"unused row {b} was written"
+            assert actual[b].tobytes() == untouched.tobytes(), f"unused token {b} was written"
             continue
         cos, sin = (np.concatenate([f(angles[None, tokens - 1])] * 2, axis=-1) for f in (np.cos, np.sin))  # [1, D]
         q = rotate(qkv[None, :heads], cos, sin)
@@ -133,20 +134,20 @@ def check_attention_batch(
         largest = np.einsum("ghd,tgd->tgh", grouped, np.abs(k)).max() * D**-0.5
         r = 2 * (D + 3) * EPSILON * largest + 2**8 * EPSILON
         bound = (2 * r + 4 * tokens * EPSILON) * np.abs(v).max()
-        assert_close(actual[b], expected, bound, f"row {b} of {lengths}")
+        assert_close(actual[b], expected, bound, f"token {b} of {lengths}")
     if other is not None and max(lengths):
         b = int(np.argmax(lengths))
-        alone = attention_of_rows(shape, [(0, *rows[b][1:])], angles, *other, least, seed + 1)
-        assert alone[0].tobytes() == actual[b].tobytes(), f"row {b} of {lengths} differs from itself alone"
+        alone = attend_to_pages(shape, [(0, *batch[b][1:])], angles, *other, min_split, seed + 1)
+        assert alone[0].tobytes() == actual[b].tobytes(), f"token {b} of {lengths} differs from itself alone"
 
 
 @simulated
 @settings(max_examples=4)
 @example(shape=(128, 4, 1), lengths=[70], threads=64, splits=2, seed=1)
-@example(shape=(8, 6, 1), lengths=[1, 0, 64], threads=32, splits=1, seed=2)  # own tokens first and last of a page
-@example(shape=(8, 8, 2), lengths=[65], threads=64, splits=1, seed=3)  # its own token alone in the second split
+@example(shape=(8, 6, 1), lengths=[1, 0, 64], threads=32, splits=1, seed=2)  # new tokens first and last of a page
+@example(shape=(8, 8, 2), lengths=[65], threads=64, splits=1, seed=3)  # the new token alone in the second split
 @example(shape=(20, 5, 1), lengths=[129, 0], threads=32, splits=2, seed=4)  # a third split, taken by the first block
-@example(shape=(34, 1, 1), lengths=[113], threads=64, splits=3, seed=5)  # a warp's second strand, first of a group
+@example(shape=(34, 1, 1), lengths=[113], threads=64, splits=3, seed=5)  # a warp's second stripe, first of a tile
 @given(
     shape=st.sampled_from([(8, 4, 1), (4, 1, 2), (20, 3, 1), (34, 1, 1), (16, 5, 1)]),
     lengths=st.lists(st.integers(0, 100), min_size=1, max_size=2).filter(any),
@@ -154,22 +155,22 @@ def check_attention_batch(
     splits=st.integers(1, 3),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_simulated_attention_batch(
+def test_simulated_paged_decode(
     shape: tuple[int, int, int], lengths: list[int], threads: int, splits: int, seed: int
 ) -> None:
-    check_attention_batch(shape, lengths, threads, splits, 64, seed, other=(64, 1))
+    check_paged_decode(shape, lengths, threads, splits, 64, seed, other=(64, 1))
 
 
 @simulated
-@pytest.mark.parametrize("tokens", [257, 272])  # in the second group of the first strand, its first and last
-def test_simulated_own_token_in_a_later_group(tokens: int) -> None:
-    check_attention_batch((4, 1, 1), [tokens], 32, 1, seed=tokens, other=(512, 1))
+@pytest.mark.parametrize("tokens", [257, 272])  # in the second tile of the first stripe, its first and last
+def test_simulated_new_token_in_a_later_tile(tokens: int) -> None:
+    check_paged_decode((4, 1, 1), [tokens], 32, 1, seed=tokens, other=(512, 1))
 
 
 @simulated
 @pytest.mark.parametrize("stale", [(-1, -1), (0, 2), (1, 40), (5, 0), (0, 2**30), (0, 70)])
-def test_simulated_where_changes(stale: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every other thread, then every thread, looks at `where` before it is written: it must look again."""
+def test_simulated_slot_positions_change(stale: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other thread, then every thread, looks at `slot_positions` before it is written: it must look again."""
     module = import_module("bitnet_numba.kernels.attention.paged_decode")
     for period in (2, 1):
 
@@ -180,7 +181,7 @@ def test_simulated_where_changes(stale: tuple[int, int], monkeypatch: pytest.Mon
             return tuple(np.int32(x) for x in (stale if early else (p[int(i)], p[int(i) + 1])))
 
         monkeypatch.setattr(module.ptx, "load2_l2", read)
-        check_attention_batch((8, 4, 1), [30, 66], 64, 2, 64, seed=6)
+        check_paged_decode((8, 4, 1), [30, 66], 64, 2, 64, seed=6)
 
 
 @needs_gpu
@@ -197,25 +198,26 @@ def test_simulated_where_changes(stale: tuple[int, int], monkeypatch: pytest.Mon
     seed=st.integers(0, 2**32 - 1),
     spread=st.sampled_from([0.1, 1.0, 8.0]),
 )  # fmt: skip
-def test_attention_batch_on_gpu(
+def test_paged_decode_on_gpu(
     spec: tuple[tuple[int, int, int], int], lengths: list[int], splits: int, seed: int, spread: float
 ) -> None:
     shape, threads = spec
-    check_attention_batch(shape, lengths, threads, splits, 512, seed, spread, other=(512 if threads < 256 else 64, 3))
+    check_paged_decode(shape, lengths, threads, splits, 512, seed, spread, other=(512 if threads < 256 else 64, 3))
 
 
 def make_late(arch: int, count: int) -> Callable[..., None]:
-    """A kernel that lets the next launch begin, takes its time, and then writes `where` and the rows' products."""
+    """A kernel that lets the next launch begin, takes its time, and then writes `slot_positions` and the tokens'
+    qkv."""
     release = ptx.pdl_trigger(arch)
     DELAY = 100  # trips to L2, some 50 us in all
 
-    def late(where, where_source, qkv, qkv_source, size):
+    def late(slot_positions, slot_positions_source, qkv, qkv_source, size):
         release()
         tid = cuda.threadIdx.x
         for _ in range(DELAY):
-            ptx.load_acquire(where_source, 0)
+            ptx.load_acquire(slot_positions_source, 0)
         if tid < 2 * count:
-            where[tid] = where_source[tid]
+            slot_positions[tid] = slot_positions_source[tid]
         for i in range(tid, size, 512):
             qkv[i] = qkv_source[i]
 
@@ -230,40 +232,49 @@ LATE_SIGNATURE = (*(types.CPointer(types.int32),) * 2, *(types.CPointer(types.fl
 def test_begins_before_the_launches_before_it_have_ended(stale: int) -> None:
     from bitnet_numba.kernels.runtime.device import usable_device
     from bitnet_numba.kernels.runtime.driver import Stream
-    from bitnet_numba.kernels.runtime.launch import Launch
     from bitnet_numba.kernels.runtime.memory import DeviceArray
 
     device, (D, group, kv_heads), rng = usable_device(), (128, 4, 2), np.random.default_rng(1)
     lengths, heads, stride = [700, 16, 1, 300, 65], kv_heads * group, 12
-    rows = len(lengths)
-    table = rng.permutation(rows * stride).astype(np.int32).reshape(rows, stride)
-    where = np.array([(b, n - 1) for b, n in enumerate(lengths)], np.int32)
+    num_tokens = len(lengths)
+    block_table = rng.permutation(num_tokens * stride).astype(np.int32).reshape(num_tokens, stride)
+    slot_positions = np.array([(b, n - 1) for b, n in enumerate(lengths)], np.int32)
     page_words, head_words = pool_strides(kv_heads, D)
-    cached = from_float32(rng.standard_normal((2, rows * stride, kv_heads, PAGE, D)).astype(np.float32))
-    for b, n in enumerate(lengths):  # the rows' own tokens are not there yet
-        cached[:, table[b, (n - 1) // PAGE], :, (n - 1) % PAGE] = 0x7FC0
-    qkv = rng.standard_normal((rows, (heads + 2 * kv_heads) * D)).astype(np.float32)
+    cached = from_float32(rng.standard_normal((2, num_tokens * stride, kv_heads, PAGE, D)).astype(np.float32))
+    for b, n in enumerate(lengths):  # the new tokens are not there yet
+        cached[:, block_table[b, (n - 1) // PAGE], :, (n - 1) % PAGE] = 0x7FC0
+    qkv = rng.standard_normal((num_tokens, (heads + 2 * kv_heads) * D)).astype(np.float32)
     angles = rng.uniform(-3, 3, (stride * PAGE, D // 2)).astype(np.float32)
-    sizes = attention_batch_scratch(rows, stride * PAGE, heads, kv_heads, D)
-    scratch = [DeviceArray(n, t, zero=True) for n, t in zip(sizes, (np.float32, np.float32, np.int32), strict=True)]
-    angles_of = [DeviceArray.of(x) for x in (np.cos(angles), np.sin(angles))]
-    sources = [DeviceArray.of(x) for x in (where, qkv)]
-    late = KernelSpec("late", make_late(device.arch, rows), LATE_SIGNATURE, 512)
-    work = DeviceArray.of(np.array(work_entries([3] * rows), np.int32))
+    shape = HeadShape(heads, kv_heads, D)
+    scratch = PagedScratch.allocate(device, num_tokens, stride * PAGE, shape)
+    rope = RopeTables(*(DeviceArray.of(x) for x in (np.cos(angles), np.sin(angles))))
+    sources = [DeviceArray.of(x) for x in (slot_positions, qkv)]
+    late = KernelSpec("late", make_late(device.arch, num_tokens), LATE_SIGNATURE, 512)
+    work_list = DeviceArray.of(np.array(work_entries([3] * num_tokens), np.int32))
     results = []
-    for begin in (where, np.full_like(where, stale)):
-        for overlap in (False, True):
+    for begin in (slot_positions, np.full_like(slot_positions, stale)):
+        for use_pdl in (False, True):
             now = [DeviceArray.of(x) for x in (begin, np.full_like(qkv, np.nan))]
             pairs = [x for pair in zip(now, sources, strict=True) for x in pair]
             keys, values = (DeviceArray.of(cache.view(np.int32)) for cache in cached)
-            cache = LayerCache(keys, values, DeviceArray.of(table), stride, page_words, head_words)
-            out = DeviceArray(rows * heads * D, np.float32, zero=True)
-            launch = attention_batch(
-                device, now[1], *angles_of, now[0], cache, scratch, out, work, rows, work.size, heads, kv_heads, D,
-                overlap=overlap,
-            )  # fmt: skip
+            cache = LayerCache(keys, values, DeviceArray.of(block_table), stride, page_words, head_words)
+            out = DeviceArray(num_tokens * heads * D, np.float32, zero=True)
+            launch = paged_decode_attention(
+                device,
+                now[1],
+                rope,
+                now[0],
+                cache,
+                work_list,
+                work_list.size,
+                scratch,
+                out,
+                num_tokens,
+                shape,
+                use_pdl=use_pdl,
+            )
             stream = Stream()
-            Launch(late, 1, [*pairs, qkv.size], device, use_pdl=False)(stream.handle)
+            device.launch(late, 1, [*pairs, qkv.size], use_pdl=False)(stream.handle)
             launch(stream.handle)
             stream.synchronize()
             results.append(b"".join(array.read().tobytes() for array in (out, keys, values)))
@@ -271,15 +282,45 @@ def test_begins_before_the_launches_before_it_have_ended(stale: int) -> None:
     assert not np.isnan(out.read()).any()
 
 
+def test_launch_checks_its_operands() -> None:
+    device, shape = DryRunDevice(90, 132), HeadShape(20, 5, 128)
+    slots, pages, count = 8, 64, 6
+    page_words, head_words = pool_strides(5, 128)
+    keys, values = (device.empty(slots * pages * page_words, np.int32) for _ in range(2))
+    cache = LayerCache(keys, values, device.empty(slots * pages, np.int32), pages, page_words, head_words)
+    rope = RopeTables(*(device.empty(pages * PAGE * 64, np.float32) for _ in range(2)))
+    scratch = PagedScratch.allocate(device, count, pages * PAGE, shape)
+    assert scratch.nbytes == sum(array.nbytes for array in scratch.arrays)
+    qkv, out = device.empty(count * 30 * 128, np.float32), device.empty(count * 20 * 128, np.float32)
+    slot_positions, work_list = device.empty(2 * count, np.int32), device.empty(12, np.int32)
+
+    def launch(qkv: Any = qkv, num_blocks: int = 12, num_tokens: int = count, shape: HeadShape = shape) -> Any:
+        return paged_decode_attention(
+            device, qkv, rope, slot_positions, cache, work_list, num_blocks, scratch, out, num_tokens, shape
+        )
+
+    assert launch().spec is paged_decode_spec(90, 128, 4, 512)
+    with pytest.raises(ValueError, match="paged_decode_attention: qkv holds 23040 elements, a pass of 7 x 20 heads"):
+        launch(num_tokens=7)
+    with pytest.raises(ValueError, match="qkv must be float32, not int32"):
+        launch(qkv=device.empty(count * 30 * 128, np.int32))
+    with pytest.raises(ValueError, match="work_list holds 12 elements, .* takes 13"):
+        launch(num_blocks=13)
+    with pytest.raises(ValueError, match="0 blocks for 6 tokens"):
+        launch(num_blocks=0)
+    with pytest.raises(ValueError, match="20 heads cannot share 3 key-value heads evenly"):
+        launch(shape=HeadShape(20, 3, 128))
+
+
 def test_splits() -> None:
     assert [splits_needed(n) for n in (1, 512, 513, 4096, 16384, 16385, 20000, 32768)] == [1, 1, 2, 8, 32, 29, 32, 32]
     for n in range(1, 40000, 37):
-        assert splits_needed(n) <= most_splits(n)
+        assert splits_needed(n) <= max_splits_of(n)
 
 
 def test_what_fits() -> None:
     assert fits(80, 128) and fits(90, 64) and not fits(75, 128) and not fits(90, 256)
     with pytest.raises(ValueError, match="even head sizes up to 128 from sm_80 on, not 256 on sm_90"):
-        attention_batch_spec(90, 256, 4, 64)
+        paged_decode_spec(90, 256, 4, 64)
     with pytest.raises(ValueError, match="at least one query head, not 0"):
-        attention_batch_spec(90, 128, 0, 64)
+        paged_decode_spec(90, 128, 0, 64)

@@ -1,12 +1,12 @@
-"""The tensor-core attention of a prompt's rows.
+"""The tensor-core attention of a prompt's tokens.
 
-Contract: the reference's causal attention of every used row over the cache, in float32, whatever the pages; unused rows
-are not written; a row's bits depend on its own position alone.
+Contract: the reference's causal attention of every used token over the cache, in float32, whatever the pages; unused
+tokens are not written; a token's bits depend on its own position alone.
 
 Tolerance, with e = 2^-24. q and p are two bfloat16 terms, which leave out 2^-18 of an entry, 64 e. Tensor cores cut off
-where float32 arithmetic rounds: 2 e for each of a sum's terms. So a score, a sum of 2 D products, is off by at most
-(64 + 4 D + 8) e * sum|q_i k_i| (the scaling and rotation are the 8); 2^x is within 2 ulp and its argument, at most ~2^7
-apart, rounds by 2^7 e: every weight is off by a factor 1 + r, r <= 2 (72 + 4 D) e max_t(sum|q_i k_i|) + 2^8 e. The
+slot_positions float32 arithmetic rounds: 2 e for each of a sum's terms. So a score, a sum of 2 D products, is off by at
+most (64 + 4 D + 8) e * sum|q_i k_i| (the scaling and rotation are the 8); 2^x is within 2 ulp and its argument, at most
+~2^7 apart, rounds by 2^7 e: every weight is off by a factor 1 + r, r <= 2 (72 + 4 D) e max_t(sum|q_i k_i|) + 2^8 e. The
 two terms of p leave 64 e, sums of T weights and of 2 T weighted values add 4 T e each, rescaling once a tile of 16 or
 more 2 e each, and the division by the sum doubles r: (2 r + (64 + 9 T) e) max|v|.
 """
@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bitnet_numba.bfloat16 import to_float32
-from bitnet_numba.kernels.attention.prefill import attention_prompt_grid, attention_prompt_spec, block_shape
+from bitnet_numba.kernels.attention.prefill import block_shape, prefill_grid, prefill_spec
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.reference.model import rotate
 from tests.kernels.attention.test_kv_cache import Cache
@@ -51,7 +51,7 @@ class Context:
             both.append(to_float32(stored[..., : self.head_dim]).astype(np.float64))
         return both[0], both[1]
 
-    def check_row(
+    def check_token(
         self,
         what: str,
         q: np.ndarray,
@@ -62,7 +62,7 @@ class Context:
         k: np.ndarray,
         v: np.ndarray,
     ) -> None:
-        """A row's q [heads, D] (not rotated) and result [heads, D], against float64 attention over k, v [T, G, D].
+        """A token's q [heads, D] (not rotated) and result [heads, D], against float64 attention over k, v [T, G, D].
         `terms`: the kernel's error of an entry of q or p, in units of 2^-24."""
         T, D, group = position + 1, self.head_dim, len(q) // self.kv_heads
         k, v = k[:T], v[:T]
@@ -78,18 +78,19 @@ class Context:
         assert_close(actual.reshape(expected.shape), expected, bound, f"{what}, position {position}")
 
 
-def check_attention_prompt(
+def check_prefill(
     spec: KernelSpec,
     warps: int,
     shape: tuple[int, int, int],
     start: int,
     used: int,
-    rows: int,
+    num_tokens: int,
     pooled: bool,
     seed: int,
     spread: float = 1.0,
 ) -> None:
-    """One pass of `used` of `rows` rows against the reference, and its last rows as a pass of their own."""
+    """One pass of `used` of `num_tokens` num_tokens against the reference, and its last num_tokens as a pass of their
+    own."""
     head_dim, group, kv_heads = shape
     rng = np.random.default_rng(seed)
     heads, tokens = kv_heads * group, start + used
@@ -98,63 +99,69 @@ def check_attention_prompt(
     context = Context(slots, tokens, kv_heads, head_dim, pooled, rng)
     context.fill(slot, tokens)
     keys, values = context.cache.keys, context.cache.values
-    qkv = (rng.standard_normal((rows, heads + 2 * kv_heads, head_dim)) * spread).astype(np.float32)
+    qkv = (rng.standard_normal((num_tokens, heads + 2 * kv_heads, head_dim)) * spread).astype(np.float32)
     qkv[used:] = np.nan
 
-    def attend(first: int, rows: int) -> np.ndarray:
-        where = np.full((rows, 2), (-1, 2**30), np.int32)
-        where[: used - first, 0], where[: used - first, 1] = slot, start + np.arange(first, used)
-        out = Out(rows * heads * head_dim, np.float32)
-        poison = out.array.copy().reshape(rows, -1)
-        grid = attention_prompt_grid(rows, kv_heads, head_dim, group, warps)
+    def attend(first: int, num_tokens: int) -> np.ndarray:
+        slot_positions = np.full((num_tokens, 2), (-1, 2**30), np.int32)
+        slot_positions[: used - first, 0], slot_positions[: used - first, 1] = slot, start + np.arange(first, used)
+        out = Out(num_tokens * heads * head_dim, np.float32)
+        poison = out.array.copy().reshape(num_tokens, -1)
+        grid = prefill_grid(num_tokens, kv_heads, head_dim, group, warps)
         angles = (context.cos, context.sin)
-        run(spec, grid, [qkv[first:], *angles, where, *context.cache.arguments(keys, values), out, rows, kv_heads])
-        result = out.array.reshape(rows, -1)
-        unused = slice(used - first, rows)
-        assert result[unused].tobytes() == poison[unused].tobytes(), "an unused row was written"
+        run(
+            spec,
+            grid,
+            [qkv[first:], *angles, slot_positions, *context.cache.arguments(keys, values), out, num_tokens, kv_heads],
+        )
+        result = out.array.reshape(num_tokens, -1)
+        unused = slice(used - first, num_tokens)
+        assert result[unused].tobytes() == poison[unused].tobytes(), "an unused token was written"
         return result[: used - first].copy()
 
-    result = attend(0, rows)
+    result = attend(0, num_tokens)
     k, v = context.read(slot, tokens)
-    for row in rng.permutation(used)[:24]:
-        context.check_row(spec.name, qkv[row, :heads], slot, start + row, result[row], 64, k, v)
+    for token in rng.permutation(used)[:24]:
+        context.check_token(spec.name, qkv[token, :heads], slot, start + token, result[token], 64, k, v)
     cut = int(rng.integers(used))
-    assert attend(cut, rows - cut).tobytes() == result[cut:].tobytes(), (
-        f"rows from {cut} on differ as a pass of their own"
+    assert attend(cut, num_tokens - cut).tobytes() == result[cut:].tobytes(), (
+        f"num_tokens from {cut} on differ as a pass of their own"
     )
 
 
 @simulated
 @settings(max_examples=3)
-@example(shape=(16, 2, 1), start=60, used=10, rows=18, pooled=True, seed=1)
-@example(shape=(32, 2, 1), start=3, used=5, rows=5, pooled=False, seed=1)
-@example(shape=(18, 1, 2), start=60, used=4, rows=4, pooled=False, seed=1)  # up to the cache's last word, padded rows
+@example(shape=(16, 2, 1), start=60, used=10, num_tokens=18, pooled=True, seed=1)
+@example(shape=(32, 2, 1), start=3, used=5, num_tokens=5, pooled=False, seed=1)
+@example(
+    shape=(18, 1, 2), start=60, used=4, num_tokens=4, pooled=False, seed=1
+)  # up to the cache's last word, padded num_tokens
 @given(
     shape=st.sampled_from([(6, 2, 1), (18, 1, 2), (32, 2, 1)]),
     start=st.integers(0, 70),
     used=st.integers(1, 17),
-    rows=st.integers(17, 18),
+    num_tokens=st.integers(17, 18),
     pooled=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_simulated_prompt(
-    shape: tuple[int, int, int], start: int, used: int, rows: int, pooled: bool, seed: int
+def test_simulated_prefill(
+    shape: tuple[int, int, int], start: int, used: int, num_tokens: int, pooled: bool, seed: int
 ) -> None:
-    spec = attention_prompt_spec(arch(), shape[0], shape[1], warps=2)
-    check_attention_prompt(spec, 2, shape, start, used, rows, pooled, seed)
+    spec = prefill_spec(arch(), shape[0], shape[1], warps=2)
+    check_prefill(spec, 2, shape, start, used, num_tokens, pooled, seed)
 
 
 @simulated
 def test_simulated_large_heads() -> None:
     """Two blocks a head, tiles of a quarter of a page, lower terms of q in shared memory."""
-    check_attention_prompt(attention_prompt_spec(arch(), 160, 1, warps=1), 1, (160, 1, 1), 30, 5, 5, True, 3)
+    check_prefill(prefill_spec(arch(), 160, 1, warps=1), 1, (160, 1, 1), 30, 5, 5, True, 3)
 
 
 @needs_gpu
 @settings(max_examples=40)
-@example(shape=(128, 4, 5), start=0, used=512, rows=512, pooled=False, seed=1, spread=1.0)
-@example(shape=(128, 4, 1), start=3000, used=100, rows=128, pooled=True, seed=2, spread=8.0)
-@example(shape=(256, 3, 2), start=700, used=130, rows=256, pooled=True, seed=3, spread=1.0)
+@example(shape=(128, 4, 5), start=0, used=512, num_tokens=512, pooled=False, seed=1, spread=1.0)
+@example(shape=(128, 4, 1), start=3000, used=100, num_tokens=128, pooled=True, seed=2, spread=8.0)
+@example(shape=(256, 3, 2), start=700, used=130, num_tokens=256, pooled=True, seed=3, spread=1.0)
 @given(
     shape=st.sampled_from(
         [
@@ -172,16 +179,16 @@ def test_simulated_large_heads() -> None:
     ),
     start=st.integers(0, 600),
     used=st.integers(1, 200),
-    rows=st.sampled_from([200, 256]),
+    num_tokens=st.sampled_from([200, 256]),
     pooled=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
     spread=st.sampled_from([0.1, 1.0, 8.0]),
 )
-def test_prompt_on_gpu(
-    shape: tuple[int, int, int], start: int, used: int, rows: int, pooled: bool, seed: int, spread: float
+def test_prefill_on_gpu(
+    shape: tuple[int, int, int], start: int, used: int, num_tokens: int, pooled: bool, seed: int, spread: float
 ) -> None:
-    spec = attention_prompt_spec(arch(), shape[0], shape[1])
-    check_attention_prompt(spec, 4, shape, start, used, rows, pooled, seed, spread)
+    spec = prefill_spec(arch(), shape[0], shape[1])
+    check_prefill(spec, 4, shape, start, used, num_tokens, pooled, seed, spread)
 
 
 def test_block_shapes() -> None:
@@ -192,6 +199,6 @@ def test_block_shapes() -> None:
 
 def test_refuses() -> None:
     with pytest.raises(ValueError, match="compute capability 8.0, not 7.5"):
-        attention_prompt_spec(75, 128, 4)
+        prefill_spec(75, 128, 4)
     with pytest.raises(ValueError, match="even head sizes up to 256, not 258"):
-        attention_prompt_spec(90, 258, 4)
+        prefill_spec(90, 258, 4)

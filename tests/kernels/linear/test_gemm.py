@@ -1,10 +1,11 @@
-"""The W2A8 matrix product of many tokens.
+"""The W2A8 GEMM.
 
 Contract: int32 sums are exact, for every number of tokens and ragged sizes. Everything after them is a single float32
-operation at a time, in the order of the matrix-vector product and of the reference: compared with `==`, but for silu,
+operation at a time, in the order of the GEMV and of the reference: compared with `==`, but for silu,
 whose exponential is good to 2 ulp, each of the three operations after it adding half of one: 2^-21 relative.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bitnet_numba.kernels.linear.gemm import launch_sizes, map_sizes, spec, w2a8_matmul
-from bitnet_numba.kernels.linear.heuristics import MIN_ARCH, plan
+from bitnet_numba.kernels.linear.gemm import gemm, launch_sizes, map_sizes, spec
+from bitnet_numba.kernels.linear.heuristics import MIN_ARCH, choose_tile
+from bitnet_numba.kernels.linear.operands import PackedLinear, QuantizedActivations
 from bitnet_numba.kernels.linear.tile import Tile
+from bitnet_numba.kernels.runtime.device import Device, DryRunDevice
 from bitnet_numba.packing import pack_ternary
 from bitnet_numba.reference.model import relu2, silu
 from tests.kernels.harness import Out, arch, assert_close, mapped, needs_gpu, run, simulated
 
 
-def check_matmul(
+def check_gemm(
     M: int, N: int, K: int, tile: Tile, epilogue: str, activation: str, bias: bool, seed: int,
     count: int | None = None, built_for: int = 0,
 ) -> None:  # fmt: skip
@@ -57,7 +60,7 @@ def check_matmul(
     out = Out(M * rows, np.int32) if acc_only else Out(M * rows, np.float32, old if epilogue == "residual" else None)
     before = out.array.reshape(M, rows).copy()
     kernel = spec(built_for or arch(), tile, epilogue, activation, bias)
-    total = q.sum(axis=1, dtype=np.int32)
+    q_sum = q.sum(axis=1, dtype=np.int32)
     grid, sizes = launch_sizes(tile, M, N, K, bounds, gated)
     assert sizes[-2:] == bounds
     words: Any = pack_ternary(w)
@@ -65,7 +68,7 @@ def check_matmul(
     if tile.scheme == "wgmma":
         of_words, of_q = map_sizes(tile, M, N, K, gated)
         (words, _on_device), (activations, _too) = mapped(words, of_words), mapped(activations, of_q)
-    arguments = [words, activations, s, total, np.array([count], np.int32), scales, b, out, *sizes]
+    arguments = [words, activations, s, q_sum, np.array([count], np.int32), scales, b, out, *sizes]
     run(kernel, grid, arguments)
     result = out.array.reshape(M, rows)
     wanted = acc if acc_only else expected
@@ -123,14 +126,14 @@ DP4A = Tile(8, 1, 1, 2, 0, 0, scheme="dp4a")
     short=st.integers(0, 9),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_simulated_matmul(
+def test_simulated_gemm(
     M: int, N: int, K: int, kind: tuple[str, str], bias: bool, tile: Tile, short: int, seed: int
 ) -> None:
     if kind[0] == "gated":
         N = -(-N // 32) * 32
     if tile.scheme == "dp4a":
-        tile = tile._replace(blocks=2 if kind[0] == "gated" else 1)
-    check_matmul(M, N, K, tile, *kind, bias, seed, max(0, M - short))
+        tile = tile._replace(row_blocks=2 if kind[0] == "gated" else 1)
+    check_gemm(M, N, K, tile, *kind, bias, seed, max(0, M - short))
 
 
 SHAPES = [(2560, 2560, False), (3840, 2560, False), (13824, 2560, True), (2560, 6912, False), (17280, 3200, True),
@@ -139,34 +142,34 @@ SHAPES = [(2560, 2560, False), (3840, 2560, False), (13824, 2560, True), (2560, 
 
 @pytest.mark.parametrize("arch_", [61, 75, 80, 90, 120])
 @pytest.mark.parametrize(("N", "K", "gated"), SHAPES)
-def test_plan_covers_every_row_and_token(N: int, K: int, gated: bool, arch_: int) -> None:
+def test_tiles_cover_every_row_and_token(N: int, K: int, gated: bool, arch_: int) -> None:
     for M in (1, 2, 7, 8, 9, 33, 64, 500, 1024, 4096):
         for num_sms in (1, 46, 132):
-            tile = plan(M, N, K, arch_, num_sms, gated)
-            (x, y), (*_, turns, blocks, second, _, _) = launch_sizes(tile, M, N, K, (N,), gated)
+            tile = choose_tile(M, N, K, arch_, num_sms, gated)
+            (x, y), (*_, k_iters, row_blocks, up_offset, _, _) = launch_sizes(tile, M, N, K, (N,), gated)
             assert (tile.scheme == "dp4a") == (arch_ < MIN_ARCH)
             assert x * tile.tokens >= M > (x - 1) * tile.tokens
             each = tile.rows // 16 // (2 if gated else 1)
             y //= tile.cluster
-            assert y * each >= blocks > (y - 1) * each
-            assert blocks * 16 * (2 if gated else 1) >= N and second == (blocks if gated else 0)
-            assert turns * tile.k_warps * tile.cluster * (64 if tile.scheme == "mma" else 128) >= K
-            assert tile.refill or turns <= tile.stages
+            assert y * each >= row_blocks > (y - 1) * each
+            assert row_blocks * 16 * (2 if gated else 1) >= N and up_offset == (row_blocks if gated else 0)
+            assert k_iters * tile.k_warps * tile.cluster * (64 if tile.scheme == "mma" else 128) >= K
+            assert tile.refill or k_iters <= tile.stages
             assert tile.threads <= 1024
 
 
 def test_tiles_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ValueError, match="no product is made of"):
+    with pytest.raises(ValueError, match="no GEMM is made of"):
         spec(90, Tile(8, 3, 1, 2, 2, 0), "gated")
-    with pytest.raises(ValueError, match="no product is made of"):
+    with pytest.raises(ValueError, match="no GEMM is made of"):
         spec(90, Tile(12, 2, 1, 2, 2, 0))
-    with pytest.raises(ValueError, match="no product is made of"):
+    with pytest.raises(ValueError, match="no GEMM is made of"):
         spec(90, Tile(128, 2, 2, 4, 2, 3))
-    with pytest.raises(ValueError, match="no product of warpgroups is made of"):
+    with pytest.raises(ValueError, match="no wgmma GEMM is made of"):
         spec(90, GROUP._replace(row_warps=2))
-    with pytest.raises(ValueError, match="no product of warpgroups is made of"):
+    with pytest.raises(ValueError, match="no wgmma GEMM is made of"):
         spec(90, GROUP._replace(tokens=40))
-    with pytest.raises(ValueError, match="no product of warpgroups is made of"):
+    with pytest.raises(ValueError, match="no wgmma GEMM is made of"):
         spec(90, Tile(192, 1, 8, 1, 0, 8, 1, "wgmma"))
 
 
@@ -176,8 +179,8 @@ def test_tiles_that_cannot_be_are_refused() -> None:
 def test_full_size_on_gpu(N: int, K: int, gated: bool, M: int) -> None:
     from bitnet_numba.kernels.runtime.device import usable_device
 
-    tile = plan(M, N, K, arch(), usable_device().num_sms, gated)
-    check_matmul(M, N, K, tile, "gated" if gated else "acc", "relu2", False, M)
+    tile = choose_tile(M, N, K, arch(), usable_device().num_sms, gated)
+    check_gemm(M, N, K, tile, "gated" if gated else "acc", "relu2", False, M)
 
 
 @needs_gpu
@@ -207,40 +210,66 @@ def test_any_shape_on_gpu(
     gated = kind[0] == "gated"
     if gated:
         N = -(-N // 32) * 32
-    tile = plan(M, N, K, built_for or arch(), num_sms, gated)
-    check_matmul(M, N, K, tile, *kind, bias, seed, max(1, M - short), built_for)
+    tile = choose_tile(M, N, K, built_for or arch(), num_sms, gated)
+    check_gemm(M, N, K, tile, *kind, bias, seed, max(1, M - short), built_for)
+
+
+def operands(device: Device, M: int, N: int, K: int, segments: tuple[int, ...]) -> tuple[Any, Any, Any, Any]:
+    """A packed linear, activations, their number and an output, of arbitrary contents."""
+    rng = np.random.default_rng(5)
+    words = device.array(pack_ternary(rng.integers(-1, 2, (N, K)).astype(np.int8)))
+    q = rng.integers(-127, 128, (M, K)).astype(np.int8)
+    scales = device.array(np.array([0.7, 0.011, 3.3], np.float32))
+    x = QuantizedActivations(
+        device.array(q),
+        device.array(rng.uniform(0.1, 9, M).astype(np.float32)),
+        device.array(q.sum(axis=1, dtype=np.int32)),
+    )
+    linear = PackedLinear(words, scales, segments, K)
+    return linear, x, device.array(np.array([M], np.int32)), device.empty(M * N, np.float32)
+
+
+def test_launcher_refuses_what_does_not_fit() -> None:
+    device = DryRunDevice(90, 132)
+    M, N, K = 37, 3840, 2560
+    linear, x, count, out = operands(device, M, N, K, (2560, 640, 640))
+    assert gemm(device, linear, x, count, out, M).spec.name.startswith("gemm[sm_90 store")
+    with pytest.raises(ValueError, match=r"gemm: q holds \d+ elements, a 3840 x 2560 product of 38 tokens takes 97280"):
+        gemm(device, linear, x, count, out, 38)
+    with pytest.raises(ValueError, match=r"gemm: \(2560, 1280\) are no gate and up rows"):
+        gemm(device, replace(linear, segments=(2560, 1280)), x, count, out, M, epilogue="gated")
+    with pytest.raises(ValueError, match="gemm: no epilogue 'add'"):
+        gemm(device, linear, x, count, out, M, epilogue="add")
+    with pytest.raises(ValueError, match="gemm: out must be int32, not float32"):
+        gemm(device, linear, x, count, out, M, epilogue="acc")
+    with pytest.raises(ValueError, match="gemm: words holds"):
+        gemm(device, replace(linear, K=2592), x, count, out, M)
+    with pytest.raises(ValueError, match="gemm: bias must be float32, not int8"):
+        gemm(device, replace(linear, bias=x.q), x, count, out, M)
+    with pytest.raises(ValueError, match="needs at least one token, not 0"):
+        gemm(device, linear, x, count, out, 0)
 
 
 @needs_gpu
-def test_launcher_on_gpu() -> None:
-    """A row equals the matrix-vector product's to the bit, and what does not fit is refused."""
-    from bitnet_numba.kernels.linear.gemv import w2a8_gemv
+def test_a_row_equals_the_gemv_on_gpu() -> None:
+    """To the bit, by the public launchers."""
+    from bitnet_numba.kernels.linear.gemv import gemv
     from bitnet_numba.kernels.runtime.device import usable_device
     from bitnet_numba.kernels.runtime.driver import Stream
-    from bitnet_numba.kernels.runtime.memory import DeviceArray
+    from bitnet_numba.kernels.runtime.memory import DeviceView
 
-    device, stream, rng = usable_device(), Stream(), np.random.default_rng(5)
-    M, N, K, ends = 37, 3840, 2560, (2560, 3200, 3840)
-    words = DeviceArray.of(pack_ternary(rng.integers(-1, 2, (N, K)).astype(np.int8)))
-    q = rng.integers(-127, 128, (M, K)).astype(np.int8)
-    s, total = rng.uniform(0.1, 9, M).astype(np.float32), q.sum(axis=1, dtype=np.int32)
-    scales = DeviceArray.of(np.array([0.7, 0.011, 3.3], np.float32))
-    out, row = DeviceArray(M * N, np.float32), DeviceArray(N, np.float32)
-    given = [DeviceArray.of(a) for a in (q, s, total, np.array([M], np.int32))]
-    w2a8_matmul(device, words, *given, scales, out, M, N, K, ends)(stream.handle)
+    device, stream = usable_device(), Stream()
+    M, N, K = 37, 3840, 2560
+    linear, x, count, out = operands(device, M, N, K, (2560, 640, 640))
+    row = device.empty(N, np.float32)
+    gemm(device, linear, x, count, out, M)(stream.handle)
     stream.synchronize()
     for m in (0, 8, 36):
-        one = DeviceArray.of(q[m]), DeviceArray.of(np.array([s[m], total[m]], np.float32))
-        w2a8_gemv(device, words, *one, scales, row, N, K, ends)(stream.handle)
+        one = QuantizedActivations(
+            DeviceView(x.q.address + m * K, K, np.int8),
+            DeviceView(x.scale.address + 4 * m, 1, np.float32),
+            DeviceView(x.q_sum.address + 4 * m, 1, np.int32),
+        )
+        gemv(device, linear, one, row)(stream.handle)
         stream.synchronize()
         assert np.array_equal(out.read().reshape(M, N)[m], row.read())
-    with pytest.raises(ValueError, match=r"q holds \d+ elements, a 3840 x 2560 product of 38 tokens takes 97280"):
-        w2a8_matmul(device, words, *given, scales, out, 38, N, K, ends)
-    with pytest.raises(ValueError, match=r"segments that end at \(100, 3839\)"):
-        w2a8_matmul(device, words, *given, scales, out, M, N, K, (100, 3839))
-    with pytest.raises(ValueError, match="no gate and up rows"):
-        w2a8_matmul(device, words, *given, scales, out, M, N, K, (2560, 3840), epilogue="gated")
-    with pytest.raises(ValueError, match="no epilogue 'add'"):
-        w2a8_matmul(device, words, *given, scales, out, M, N, K, epilogue="add")
-    with pytest.raises(ValueError, match="out must be int32"):
-        w2a8_matmul(device, words, *given, scales, out, M, N, K, epilogue="acc")

@@ -1,8 +1,8 @@
 """RMSNorm and quantisation of rows.
 
 Contract: q, s and the sum equal, bit for bit, those of the definition with the mean of squares rounded once from
-float64 (whatever the block size). The reference takes that mean in float32: it may differ by K units of 2^-24 at most,
-usually by one, so that s is within K * 2^-24 of the reference's, and a q differs by at most 1.
+float64 (whatever the number of threads). The reference takes that mean in float32: it may differ by K units of 2^-24 at
+most, usually by one, so that s is within K * 2^-24 of the reference's, and a q differs by at most 1.
 """
 
 import numpy as np
@@ -10,7 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitnet_numba.kernels.linear.quantize import norm_quant_spec
+from bitnet_numba.kernels.linear.operands import QuantizedActivations
+from bitnet_numba.kernels.linear.quantize import quantize, quantize_spec
+from bitnet_numba.kernels.operands import Norm
+from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.quantize import quantize_activations
 from bitnet_numba.reference.model import rms_norm
@@ -19,7 +22,7 @@ from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, simul
 ONE = np.float32(1)
 
 
-def check_norm_quant(spec: KernelSpec, tokens: int, K: int, norm: bool, seed: int, scale: float) -> None:
+def check_quantize(spec: KernelSpec, tokens: int, K: int, norm: bool, seed: int, scale: float) -> None:
     """Compares one launch with the definition and with the reference."""
     rng = np.random.default_rng(seed)
     padded, wide = -(-K // 32) * 32, K % 4 == 0
@@ -28,8 +31,8 @@ def check_norm_quant(spec: KernelSpec, tokens: int, K: int, norm: bool, seed: in
     weight = rng.uniform(-2, 2, K).astype(np.float32)
     eps = np.float32(rng.choice([1e-5, 1e-6]))
     q = Out(tokens * padded // 4, np.int32) if wide else Out(tokens * padded, np.int8)
-    s, total = Out(tokens, np.float32), Out(tokens, np.int32)
-    run(spec, tokens, [x, weight, eps, q, s, total])
+    s, q_sum = Out(tokens, np.float32), Out(tokens, np.int32)
+    run(spec, tokens, [x, weight, eps, q, s, q_sum])
 
     n = x
     if norm:
@@ -38,7 +41,7 @@ def check_norm_quant(spec: KernelSpec, tokens: int, K: int, norm: bool, seed: in
     expected_q, expected_s = quantize_activations(n)
     rows = q.array.view(np.int8).reshape(tokens, padded)
     assert not rows[:, K:].any(), "the padding is not zero"
-    assert np.array_equal(total.array, rows.astype(np.int32).sum(axis=1))
+    assert np.array_equal(q_sum.array, rows.astype(np.int32).sum(axis=1))
     assert s.array.tobytes() == expected_s.tobytes()
     assert np.array_equal(rows[:, :K], expected_q)
     if norm:
@@ -57,9 +60,9 @@ def check_nan(spec: KernelSpec, K: int, seed: int) -> None:
     for value in (x[1, at], np.float32(np.nan), -np.float32(np.nan)):
         x[1, at] = value
         q = Out(3 * padded // 4, np.int32) if wide else Out(3 * padded, np.int8)
-        s, total = Out(3, np.float32), Out(3, np.int32)
-        run(spec, 3, [x, weight, np.float32(1e-5), q, s, total], 1)
-        results.append([out.array.view(np.uint8).reshape(3, -1).copy() for out in (q, s, total)])
+        s, q_sum = Out(3, np.float32), Out(3, np.int32)
+        run(spec, 3, [x, weight, np.float32(1e-5), q, s, q_sum], 1)
+        results.append([out.array.view(np.uint8).reshape(3, -1).copy() for out in (q, s, q_sum)])
         assert np.isnan(s.array).tolist() == [False, bool(np.isnan(value)), False]
     for result in results[1:]:
         for without, array in zip(results[0], result, strict=True):
@@ -76,32 +79,48 @@ shapes = {
 @simulated
 @settings(max_examples=12)
 @given(tokens=st.integers(1, 2), K=st.integers(1, 200), threads=st.sampled_from([32, 64]), **shapes)
-def test_simulated_norm_quant(tokens: int, K: int, threads: int, norm: bool, seed: int, scale: float) -> None:
-    check_norm_quant(norm_quant_spec(arch(), K, norm, threads), tokens, K, norm, seed, scale)
+def test_simulated_quantize(tokens: int, K: int, threads: int, norm: bool, seed: int, scale: float) -> None:
+    check_quantize(quantize_spec(arch(), K, norm, threads), tokens, K, norm, seed, scale)
 
 
 @simulated
 @settings(max_examples=6)
 @given(K=st.integers(1, 200), norm=st.booleans(), seed=st.integers(0, 2**32 - 1))
 def test_simulated_nan(K: int, norm: bool, seed: int) -> None:
-    check_nan(norm_quant_spec(arch(), K, norm, 64), K, seed)
+    check_nan(quantize_spec(arch(), K, norm, 64), K, seed)
 
 
 @needs_gpu
 @settings(max_examples=20)
 @given(tokens=st.integers(1, 64), K=st.sampled_from([1, 31, 100, 2560, 6912, 14336, 27648]), **shapes)
-def test_norm_quant_on_gpu(tokens: int, K: int, norm: bool, seed: int, scale: float) -> None:
-    check_norm_quant(norm_quant_spec(arch(), K, norm), tokens, K, norm, seed, scale)
+def test_quantize_on_gpu(tokens: int, K: int, norm: bool, seed: int, scale: float) -> None:
+    check_quantize(quantize_spec(arch(), K, norm), tokens, K, norm, seed, scale)
 
 
 @needs_gpu
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("K", [101, 2560, 6912, 27648])
 def test_nan_on_gpu(K: int, norm: bool) -> None:
-    check_nan(norm_quant_spec(arch(), K, norm), K, K)
+    check_nan(quantize_spec(arch(), K, norm), K, K)
 
 
 @pytest.mark.parametrize("K", [0, 28673])
 def test_refuses_row_sizes(K: int) -> None:
     with pytest.raises(ValueError, match=f"columns, not {K}"):
-        norm_quant_spec(90, K)
+        quantize_spec(90, K)
+
+
+def test_launcher_refuses_what_does_not_fit() -> None:
+    device = DryRunDevice(90, 132)
+    x, out = device.empty(3 * 2560, np.float32), QuantizedActivations.empty(device, 3, 2560)
+    norm = Norm(device.empty(2560, np.float32), 1e-5)
+    launch = quantize(device, x, out, 3, 2560, norm=norm)
+    assert launch.spec.name == quantize_spec(90, 2560, True).name and device.specs == [launch.spec]
+    with pytest.raises(ValueError, match="quantize: q holds 7680 elements, 4 rows of 2560 columns takes 10240"):
+        quantize(device, x, out, 4, 2560)
+    with pytest.raises(ValueError, match="quantize: x holds 7680 elements"):
+        quantize(device, x, QuantizedActivations.empty(device, 4, 2560), 4, 2560)
+    with pytest.raises(ValueError, match="quantize: norm must be float32, not int8"):
+        quantize(device, x, out, 3, 2560, norm=Norm(out.q, 1e-5))
+    with pytest.raises(ValueError, match="at least one is needed"):
+        quantize(device, x, out, 0, 2560)

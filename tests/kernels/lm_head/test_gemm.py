@@ -1,4 +1,5 @@
-"""The head for many tokens: final RMSNorm and the product with each row of the vocabulary, on tensor cores or without.
+"""The LM head of many tokens: the final RMSNorm and the product, on tensor cores (`gemm_mma`) or without (`gemm_simt`),
+and the launcher that chooses.
 
 Tolerance. With e = 2^-24, relative to sum|x w|: an instruction adds 16 products and the sum so far, aligned to the
 largest and cut after 24 bits or more, so it is off by at most 17 e; there are K / 8 of them, two terms for 16 columns.
@@ -6,37 +7,40 @@ largest and cut after 24 bits or more, so it is off by at most 17 e; there are K
 cores there are K roundings instead of 17 / 8 K, and no terms.
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitnet_numba.bfloat16 import from_float32, to_float32
-from bitnet_numba.kernels.lm_head import gemm_mma as kernel
-from bitnet_numba.kernels.lm_head import split_norm
-from bitnet_numba.kernels.lm_head.split_norm import TENSOR_CORES, padded_tokens, split_words, tiles_of
+from bitnet_numba.kernels.lm_head import gemm_mma, gemm_simt, split_norm
+from bitnet_numba.kernels.lm_head.gemm import layout_for, lm_head_gemm, split_words
+from bitnet_numba.kernels.lm_head.split_norm import group_size_argument, padded_tokens, x_words
+from bitnet_numba.kernels.operands import EmbeddingTable, Norm
 from bitnet_numba.kernels.runtime.compiler import compile_ptx
-from bitnet_numba.kernels.runtime.spec import KernelSpec
+from bitnet_numba.kernels.runtime.device import DryRunDevice
+from bitnet_numba.kernels.runtime.spec import ArchSpec, KernelSpec
 from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, simulated
-from tests.kernels.variants import lm_head_gemm
 
 EPS = np.float32(1e-5)
 
 
 def weights(
-    rng: np.random.Generator, rows: int, K: int, int8: bool
+    rng: np.random.Generator, num_rows: int, K: int, int8: bool
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-    """Stored rows as words, their scales, and what they stand for, float64 [rows, K]."""
+    """Rows of a table, their scales, and what they stand for, float64 [num_rows, K]."""
     if int8:
-        stored = rng.integers(-128, 128, (rows, K)).astype(np.int8)
-        scale = rng.uniform(0.001, 3, rows).astype(np.float32)
-        return stored.reshape(-1).view(np.int32), scale, stored.astype(np.float64) * scale[:, None]
-    bits = from_float32(rng.standard_normal((rows, K)).astype(np.float32))
-    return bits.reshape(-1).view(np.int32), None, to_float32(bits).astype(np.float64)
+        rows = rng.integers(-128, 128, (num_rows, K)).astype(np.int8)
+        scale = rng.uniform(0.001, 3, num_rows).astype(np.float32)
+        return rows, scale, rows.astype(np.float64) * scale[:, None]
+    bits = from_float32(rng.standard_normal((num_rows, K)).astype(np.float32))
+    return bits, None, to_float32(bits).astype(np.float64)
 
 
 def normed(h: np.ndarray, norm: np.ndarray) -> np.ndarray:
-    """What the head multiplies, float64."""
+    """What the LM head multiplies, float64."""
     wide = h.astype(np.float64)
     return norm * (wide / np.sqrt(np.mean(wide * wide, axis=1, keepdims=True) + np.float64(EPS)))
 
@@ -51,85 +55,89 @@ def launch(
     target: int,
     h: np.ndarray,
     norm: np.ndarray,
-    stored: np.ndarray,
+    rows: np.ndarray,
     scale: np.ndarray | None,
-    rows: int,
     blocks: int,
 ) -> np.ndarray:
     """Logits [tokens, rows] by the two kernels, built for architecture `target`."""
-    tokens, K = h.shape
-    norm_spec, head_spec = specs
-    groups = kernel.head_many_grid(target, 1, tokens)[1]
-    x = Out(split_words(tokens, K), np.int32)
-    run(norm_spec, padded_tokens(target, tokens), [h, norm, EPS, x, tokens, tiles_of(tokens)])
-    logits = Out(tokens * rows, np.float32)
-    run(head_spec, (blocks, groups), [stored, scale, x.array.copy(), logits, rows, tokens])
-    return logits.array.reshape(tokens, rows)
+    (num_tokens, K), num_rows, int8 = h.shape, len(rows), scale is not None
+    norm_spec, product_spec = specs
+    layout = layout_for(target, True)  # of the kernels tested here, on sm_90 too
+    x = Out(x_words(layout, num_tokens, K, int8), np.int32)
+    arguments = [h, norm, EPS, x, num_tokens, group_size_argument(layout, num_tokens)]
+    run(norm_spec, padded_tokens(layout, num_tokens), arguments)
+    logits = Out(num_tokens * num_rows, np.float32)
+    groups = (gemm_mma if layout == "mma" else gemm_simt).grid(1, num_tokens)[1]
+    words = rows.reshape(-1).view(np.int32)
+    run(product_spec, (blocks, groups), [words, scale, x.array.copy(), logits, num_rows, num_tokens])
+    return logits.array.reshape(num_tokens, num_rows)
 
 
-def check_head_many(
-    K: int, rows: int, tokens: int, int8: bool, seed: int, blocks: int, target: int, plan: tuple[int, ...] = ()
+def make_specs(
+    target: int, K: int, int8: bool, num_tokens: int, plan: tuple[int, ...] = (), norm_threads: int = split_norm.THREADS
+) -> tuple[KernelSpec, KernelSpec]:
+    """The two variants; `plan`: what follows the required arguments of `gemm_mma.spec` or `gemm_simt.spec`."""
+    layout = layout_for(target, True)
+    norm = split_norm.spec(target, K, layout, int8, norm_threads)
+    if layout == "simt":
+        return norm, gemm_simt.spec(target, K, int8, *plan)
+    return norm, gemm_mma.spec(target, K, int8, gemm_mma.token_tiles(num_tokens), *plan)
+
+
+def check_lm_head(
+    K: int, num_rows: int, num_tokens: int, int8: bool, seed: int, blocks: int, target: int, plan: tuple[int, ...] = ()
 ) -> None:
-    """Logits of random rows and tokens against float64; `plan`: threads, row_tiles, chunk_units, ahead."""
+    """Logits of random rows and tokens against float64; `plan` as of `make_specs`."""
     rng = np.random.default_rng(seed)
-    h = (rng.standard_normal((tokens, K)) * 10.0 ** rng.uniform(-3, 3, (tokens, 1))).astype(np.float32)
+    h = (rng.standard_normal((num_tokens, K)) * 10.0 ** rng.uniform(-3, 3, (num_tokens, 1))).astype(np.float32)
     norm = rng.standard_normal(K).astype(np.float32)
-    stored, scale, w = weights(rng, rows, K, int8)
+    rows, scale, w = weights(rng, num_rows, K, int8)
     x = normed(h, norm)
-    norm_threads = (64,) if plan else ()
-    specs = (
-        split_norm.norm_split_spec(target, K, int8, *norm_threads),
-        kernel.head_many_spec(target, K, int8, tiles_of(tokens), *plan),
-    )
-    logits = launch(specs, target, h, norm, stored, scale, rows, blocks)
-    bound = tolerance(K)
-    if target < TENSOR_CORES:
-        bound = (1.5 * K + 9) * 2.0**-24
+    specs = make_specs(target, K, int8, num_tokens, plan, 64 if plan else split_norm.THREADS)
+    logits = launch(specs, target, h, norm, rows, scale, blocks)
+    bound = tolerance(K) if target >= gemm_mma.MIN_ARCH else (1.5 * K + 9) * 2.0**-24
     assert_close(logits, x @ w.T, bound * (np.abs(x) @ np.abs(w).T), specs[1].name)
 
 
-def check_company(K: int, rows: int, counts: list[int], int8: bool, seed: int, blocks: int, threads: int) -> None:
+def check_company(K: int, num_rows: int, counts: list[int], int8: bool, seed: int, blocks: int, threads: int) -> None:
     """A token's logits are the same bits whatever the number of tokens in its launch."""
     rng = np.random.default_rng(seed)
     h = rng.standard_normal((max(counts), K)).astype(np.float32)
     norm = rng.standard_normal(K).astype(np.float32)
-    stored, scale, _ = weights(rng, rows, K, int8)
+    rows, scale, _ = weights(rng, num_rows, K, int8)
     most = None
-    for tokens in sorted(counts, reverse=True):
-        specs = (
-            split_norm.norm_split_spec(arch(), K, int8, threads),
-            kernel.head_many_spec(arch(), K, int8, tiles_of(tokens), min(threads, 256)),
-        )
-        logits = launch(specs, arch(), h[:tokens], norm, stored, scale, rows, blocks)
+    for num_tokens in sorted(counts, reverse=True):
+        specs = make_specs(arch(), K, int8, num_tokens, (min(threads, 256),), threads)
+        logits = launch(specs, arch(), h[:num_tokens], norm, rows, scale, blocks)
         most = logits if most is None else most
-        assert logits.tobytes() == most[:tokens].tobytes(), f"{tokens} tokens: other bits than {max(counts)}"
+        assert logits.tobytes() == most[:num_tokens].tobytes(), f"{num_tokens} tokens: other bits than {max(counts)}"
 
 
 @simulated
 @settings(max_examples=6)
 @given(
     K=st.sampled_from([32, 64, 160, 288, 320]),
-    rows=st.integers(1, 40),
-    tokens=st.sampled_from([1, 3, 9, 16, 17, 30]),
+    num_rows=st.integers(1, 40),
+    num_tokens=st.sampled_from([1, 3, 9, 16, 17, 30]),
     int8=st.booleans(),
     plan=st.sampled_from([(32, 1, 0, 4), (64, 1, 1, 2), (32, 2, 2, 4), (32, 4, 4, 2), (32, 2, 8, 4), (64, 1, 4, 8)]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_simulated_head_many(K: int, rows: int, tokens: int, int8: bool, plan: tuple[int, ...], seed: int) -> None:
-    check_head_many(K, rows, tokens, int8, seed, 1 + seed % 2, arch(), plan)
+def test_simulated_mma(K: int, num_rows: int, num_tokens: int, int8: bool, plan: tuple[int, ...], seed: int) -> None:
+    check_lm_head(K, num_rows, num_tokens, int8, seed, 1 + seed % 2, arch(), plan)
 
 
 @simulated
 @settings(max_examples=4)
 @given(
     K=st.sampled_from([32, 160, 576]),
-    rows=st.integers(1, 9),
-    tokens=st.sampled_from([1, 8, 11]),
+    num_rows=st.integers(1, 9),
+    num_tokens=st.sampled_from([1, 8, 11]),
     int8=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_simulated_without_tensor_cores(K: int, rows: int, tokens: int, int8: bool, seed: int) -> None:
-    check_head_many(K, rows, tokens, int8, seed, 2, 75, (64,))
+def test_simulated_simt(K: int, num_rows: int, num_tokens: int, int8: bool, seed: int) -> None:
+    check_lm_head(K, num_rows, num_tokens, int8, seed, 2, 75, (64,))
 
 
 @simulated
@@ -143,46 +151,137 @@ def test_simulated_company(int8: bool, seed: int) -> None:
 @settings(max_examples=16)
 @given(
     K=st.sampled_from([32, 384, 2080, 2560, 4096]),
-    rows=st.integers(1, 9000),
-    tokens=st.sampled_from([1, 2, 8, 16, 23, 32, 64, 100, 128, 300]),
+    num_rows=st.integers(1, 9000),
+    num_tokens=st.sampled_from([1, 2, 8, 16, 23, 32, 64, 100, 128, 300]),
     int8=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_head_many_on_gpu(K: int, rows: int, tokens: int, int8: bool, seed: int) -> None:
-    check_head_many(K, rows, tokens, int8, seed, 132, arch())
+def test_mma_on_gpu(K: int, num_rows: int, num_tokens: int, int8: bool, seed: int) -> None:
+    check_lm_head(K, num_rows, num_tokens, int8, seed, 132, arch())
 
 
 @needs_gpu
 @settings(max_examples=6)
-@given(rows=st.integers(1, 3000), tokens=st.integers(1, 20), int8=st.booleans(), seed=st.integers(0, 2**32 - 1))
-def test_without_tensor_cores_on_gpu(rows: int, tokens: int, int8: bool, seed: int) -> None:
-    check_head_many(2560, rows, tokens, int8, seed, 60, 75)
+@given(num_rows=st.integers(1, 3000), num_tokens=st.integers(1, 20), int8=st.booleans(), seed=st.integers(0, 2**32 - 1))
+def test_simt_on_gpu(num_rows: int, num_tokens: int, int8: bool, seed: int) -> None:
+    check_lm_head(2560, num_rows, num_tokens, int8, seed, 60, 75)
 
 
 @needs_gpu
 @settings(max_examples=6)
-@given(K=st.sampled_from([384, 2560]), rows=st.integers(1, 9000), int8=st.booleans(), seed=st.integers(0, 2**32 - 1))
-def test_company_on_gpu(K: int, rows: int, int8: bool, seed: int) -> None:
-    check_company(K, rows, [1, 8, 16, 17, 33, 65, 128, 200], int8, seed, 132, split_norm.NORM_THREADS)
+@given(
+    K=st.sampled_from([384, 2560]), num_rows=st.integers(1, 9000), int8=st.booleans(), seed=st.integers(0, 2**32 - 1)
+)
+def test_company_on_gpu(K: int, num_rows: int, int8: bool, seed: int) -> None:
+    check_company(K, num_rows, [1, 8, 16, 17, 33, 65, 128, 200], int8, seed, 132, split_norm.THREADS)
 
 
-def test_numbers_of_tokens() -> None:
-    assert [tiles_of(tokens) for tokens in (1, 16, 17, 32, 64, 65, 128, 129)] == [1, 1, 2, 2, 4, 8, 8, 8]
-    assert split_words(129, 32) == 256 * 512
+@needs_gpu
+@settings(max_examples=8)
+@given(num_tokens=st.sampled_from([1, 16, 40, 130]), int8=st.booleans(), seed=st.integers(0, 2**32 - 1))
+def test_launcher_on_gpu(num_tokens: int, int8: bool, seed: int) -> None:
+    """Whatever kernel it chooses; the two launches overlap, the second waits for the first, and again."""
+    from bitnet_numba.kernels.runtime.device import usable_device
+    from bitnet_numba.kernels.runtime.driver import Stream
+
+    device, stream, rng, (num_rows, K) = usable_device(), Stream(), np.random.default_rng(seed), (3000, 2560)
+    h = rng.standard_normal((num_tokens, K)).astype(np.float32)
+    norm = rng.standard_normal(K).astype(np.float32)
+    rows, scale, w = weights(rng, num_rows, K, int8)
+    table = EmbeddingTable(device.array(rows), None if scale is None else device.array(scale), num_rows, K)
+    split = device.empty(split_words(device, table, num_tokens), np.int32)
+    logits = device.empty(num_tokens * num_rows, np.float32)
+    on_device = device.array(h), Norm(device.array(norm), float(EPS))
+    launches = lm_head_gemm(device, table, *on_device, split, logits, num_tokens)
+    for _ in range(3):
+        for each in launches:
+            each(stream.handle)
+    stream.synchronize()
+    x = normed(h, norm)
+    bound = tolerance(K) * (np.abs(x) @ np.abs(w).T)
+    assert_close(logits.read().reshape(num_tokens, num_rows), x @ w.T, bound, launches[1].name)
 
 
-def test_tensor_cores_from_sm_80_on() -> None:
-    for target, expected in ((75, {"head_rows", "norm_rows"}), (80, {"head_many", "norm_split"})):
-        assert {spec.name.split("[")[0] for spec in lm_head_gemm(target)} == expected
-    spec = kernel.head_many_spec(80, 2560, False, 8)
+def dry_operands(device: DryRunDevice, num_tokens: int, K: int, int8: bool) -> dict[str, Any]:
+    """Operands of `lm_head_gemm` that just suffice."""
+    scale = device.empty(90, np.float32) if int8 else None
+    table = EmbeddingTable(device.empty(90 * K, np.int8 if int8 else np.uint16), scale, 90, K)
+    return {
+        "table": table,
+        "h": device.empty(num_tokens * K, np.float32),
+        "norm": Norm(device.empty(K, np.float32), float(EPS)),
+        "split": device.empty(split_words(device, table, num_tokens), np.int32),
+        "logits": device.empty(num_tokens * 90, np.float32),
+        "num_tokens": num_tokens,
+    }
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("target, chosen", [(75, "lm_head_simt"), (80, "lm_head_mma"), (90, ""), (120, "lm_head_mma")])
+def test_choice_of_kernel(target: int, chosen: str, int8: bool) -> None:
+    """It depends on the card and on the table, not on the number of tokens."""
+    chosen = chosen or ("lm_head_mma" if int8 else "lm_head_wgmma")
+    for num_tokens in (1, 16, 17, 128, 300):
+        device = DryRunDevice(target, 132)
+        launches = lm_head_gemm(device, **dry_operands(device, num_tokens, 2560, int8))
+        assert [each.name.split("[")[0] for each in launches] == ["split_norm", chosen]
+
+
+@pytest.mark.parametrize("target", [75, 80, 90])
+@pytest.mark.parametrize("name", ["h", "split", "logits"])
+def test_launcher_refuses_operands(target: int, name: str) -> None:
+    device = DryRunDevice(target, 132)
+    operands = dry_operands(device, 20, 64, False)
+    array = operands[name]
+    for wrong, message in (
+        (device.empty(array.size - 1, array.dtype), rf"{name} holds {array.size - 1} elements, .* takes {array.size}$"),
+        (device.empty(array.size, np.float64), f"{name} must be {array.dtype}, not float64"),
+    ):
+        with pytest.raises(ValueError, match=f"lm_head_gemm: {message}"):
+            lm_head_gemm(device, **operands | {name: wrong})
+
+
+def test_launcher_refuses_tables_and_numbers() -> None:
+    device = DryRunDevice(90, 132)
+    operands = dry_operands(device, 4, 64, True)
+    table = operands["table"]
+    for changes, message in (
+        ({"num_tokens": 0}, "at least one token is needed, not 0"),
+        ({"table": EmbeddingTable(table.rows, None, 90, 64)}, "rows must be uint16, not int8"),
+        ({"table": EmbeddingTable(table.rows, table.scale, 91, 64)}, "rows holds 5760 elements"),
+        ({"table": EmbeddingTable(table.rows, table.scale, 90, 48)}, "multiple of 32 columns, not 48"),
+        ({"norm": Norm(device.empty(63, np.float32), 1e-5)}, "norm holds 63 elements"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lm_head_gemm(device, **operands | changes)
+
+
+def test_sizes_of_x() -> None:
+    counts = (1, 16, 17, 32, 64, 65, 128, 129)
+    assert [gemm_mma.token_tiles(num_tokens) for num_tokens in counts] == [1, 1, 2, 2, 4, 8, 8, 8]
+    assert x_words("mma", 129, 32, False) == x_words("mma", 129, 32, True) == 256 * 256
+    assert x_words("simt", 9, 288, False) == 16 * 512 and x_words("simt", 9, 32, True) == 16 * 512
+    assert x_words("wgmma", 129, 32, False) == 256 * 2 * 32 // 2
+    for int8 in (False, True):
+        table = EmbeddingTable(None, 1 if int8 else None, 1, 2560)
+        for target in (75, 80, 90):
+            sizes = [split_words(ArchSpec(target, 1), table, num_tokens) for num_tokens in range(1, 400)]
+            assert sizes == sorted(sizes), "room for many tokens is not room for fewer"
+
+
+def test_instructions_of_tensor_cores() -> None:
+    spec = gemm_mma.spec(80, 2560, False, gemm_mma.MAX_TOKEN_TILES)
     ptx = compile_ptx(spec.kernel, spec.signature, 80, spec.threads, spec.blocks_per_sm)
-    products = 4 * 8 * 4 * 2  # row tiles, token tiles, instructions of a unit, units in flight
+    products = 4 * 8 * 4 * 2  # row tiles, token tiles, instructions of a unit, units of a k_iter
     assert ptx.count("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32") == products
 
 
 @pytest.mark.parametrize("K", [0, 16, 2561])
 def test_refuses_columns(K: int) -> None:
-    with pytest.raises(ValueError, match=f"multiple of 32 columns, not {K}"):
-        kernel.head_many_spec(90, K, False, 1)
-    with pytest.raises(ValueError, match=f"multiple of 32 columns, not {K}"):
-        split_norm.norm_split_spec(90, K, False)
+    for make in (
+        lambda: gemm_mma.spec(90, K, False, 1),
+        lambda: gemm_simt.spec(75, K, False),
+        lambda: split_norm.spec(90, K, "mma", False),
+    ):
+        with pytest.raises(ValueError, match=f"multiple of 32 columns, not {K}"):
+            make()

@@ -1,6 +1,6 @@
-"""The head for many tokens on sm_90, with bfloat16 rows: two terms and float32 sums by warpgroups.
+"""The LM head of many tokens on sm_90 with bfloat16 rows: two terms and float32 sums by warpgroups.
 
-Tolerance: that of test_head_many, whose terms and whose sums of 16 products at a time these are.
+Tolerance: that of test_gemm.py, whose terms and whose sums of 16 products at a time these are.
 """
 
 from typing import Any
@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitnet_numba.backends.cuda.batch import batch_specs
 from bitnet_numba.bfloat16 import from_float32, to_float32
 from bitnet_numba.config import ModelConfig
-from bitnet_numba.kernels.linear.gemm_wgmma import ARCH
 from bitnet_numba.kernels.lm_head import gemm_wgmma as kernel
-from bitnet_numba.kernels.lm_head.split_norm import NORM_THREADS, norm_split_spec
+from bitnet_numba.kernels.lm_head import split_norm
+from bitnet_numba.kernels.lm_head.gemm import layout_for, lm_head_gemm, split_words
+from bitnet_numba.kernels.lm_head.gemm_wgmma import ARCH
+from bitnet_numba.kernels.operands import EmbeddingTable, Norm
 from bitnet_numba.kernels.runtime.spec import ArchSpec
 from tests.kernels.harness import Out, arch, assert_close, mapped, needs_gpu, run, simulated, why_no_gpu
 from tests.kernels.lm_head.test_gemm import EPS, normed, tolerance
@@ -39,25 +40,31 @@ def launch(
     weight: np.ndarray,
     blocks: int,
     tile: kernel.Tile | None = None,
-    threads: int = NORM_THREADS,
+    threads: int = split_norm.THREADS,
 ) -> np.ndarray:
     """Logits [tokens, rows] by the two kernels; `tile`: with fewer rows and stages than the plan's."""
-    (tokens, K), rows = h.shape, len(weight)
-    plan = kernel.plan(tokens)
+    (num_tokens, K), num_rows = h.shape, len(weight)
+    plan = kernel.plan(num_tokens)
     tile = tile._replace(tokens=plan.tokens) if tile else plan
-    padded = kernel.padded_tokens(tokens)
-    x = Out(kernel.split_words(tokens, K), np.int32)
-    run(norm_split_spec(ARCH, K, False, threads, plain=True), padded, [h, norm, EPS, x, tokens, tile.tokens])
-    logits = Out(tokens * rows, np.float32)
-    of_weight, of_x = kernel.map_sizes(tile, rows, tokens, K)
+    padded = split_norm.padded_tokens("wgmma", num_tokens)
+    x = Out(split_norm.x_words("wgmma", num_tokens, K, False), np.int32)
+    run(split_norm.spec(ARCH, K, "wgmma", False, threads), padded, [h, norm, EPS, x, num_tokens, tile.tokens])
+    logits = Out(num_tokens * num_rows, np.float32)
+    of_weight, of_x = kernel.map_shapes(tile, num_rows, num_tokens, K)
     (weights, _on_device), (terms, _too) = mapped(weight, of_weight), mapped(x.array.copy(), of_x)
     grid = (blocks, padded // tile.tokens)
-    run(kernel.spec(ARCH, tile), grid, [weights, terms, logits, rows, tokens, kernel.turns_of(K)])
-    return logits.array.reshape(tokens, rows)
+    run(kernel.spec(ARCH, tile), grid, [weights, terms, logits, num_rows, num_tokens, kernel.num_k_iters(K)])
+    return logits.array.reshape(num_tokens, num_rows)
 
 
-def check_head_warpgroup(
-    K: int, rows: int, tokens: int, blocks: int, seed: int, tile: kernel.Tile | None = None, threads: int = NORM_THREADS
+def check_lm_head_wgmma(
+    K: int,
+    rows: int,
+    tokens: int,
+    blocks: int,
+    seed: int,
+    tile: kernel.Tile | None = None,
+    threads: int = split_norm.THREADS,
 ) -> None:
     """Logits of random rows and tokens against float64."""
     h, norm, weight = inputs(np.random.default_rng(seed), rows, tokens, K)
@@ -73,7 +80,7 @@ def check_company(
     blocks: int,
     seed: int,
     tile: kernel.Tile | None = None,
-    threads: int = NORM_THREADS,
+    threads: int = split_norm.THREADS,
 ) -> None:
     """A token's logits are the same bits whatever the number of tokens in its launch."""
     h, norm, weight = inputs(np.random.default_rng(seed), rows, max(counts), K)
@@ -95,8 +102,8 @@ SMALL = st.sampled_from([kernel.Tile(8, 1, 1, 2), kernel.Tile(8, 1, 2, 3), kerne
     tile=SMALL,
     seed=st.integers(0, 2**32 - 1),
 )
-def test_simulated_head_warpgroup(K: int, rows: int, tokens: int, tile: kernel.Tile, seed: int) -> None:
-    check_head_warpgroup(K, rows, tokens, 1 + seed % 2, seed, tile, 64)
+def test_simulated_wgmma(K: int, rows: int, tokens: int, tile: kernel.Tile, seed: int) -> None:
+    check_lm_head_wgmma(K, rows, tokens, 1 + seed % 2, seed, tile, 64)
 
 
 @simulated
@@ -109,7 +116,7 @@ def test_simulated_company(tile: kernel.Tile, seed: int) -> None:
 @simulated
 def test_simulated_groups() -> None:
     """More tokens than a group has."""
-    check_head_warpgroup(32, 17, 130, 1, 1, kernel.Tile(8, 1, 1, 2), 64)
+    check_lm_head_wgmma(32, 17, 130, 1, 1, kernel.Tile(8, 1, 1, 2), 64)
 
 
 @needs_gpu
@@ -122,8 +129,8 @@ def test_simulated_groups() -> None:
     blocks=st.sampled_from([3, 132]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_head_warpgroup_on_gpu(K: int, rows: int, tokens: int, blocks: int, seed: int) -> None:
-    check_head_warpgroup(K, rows, tokens, blocks, seed)
+def test_wgmma_on_gpu(K: int, rows: int, tokens: int, blocks: int, seed: int) -> None:
+    check_lm_head_wgmma(K, rows, tokens, blocks, seed)
 
 
 @needs_gpu
@@ -162,63 +169,57 @@ def test_full_size_on_gpu(tokens: int, full_size: Any) -> None:
 @needs_gpu
 @only_there
 def test_launcher_on_gpu() -> None:
-    """Launches that overlap give what those alone give, and what does not fit is refused."""
+    """Launches that overlap give the same bits as those alone."""
     from bitnet_numba.kernels.runtime.device import usable_device
     from bitnet_numba.kernels.runtime.driver import Stream
-    from bitnet_numba.kernels.runtime.memory import DeviceArray
 
     device, stream = usable_device(), Stream()
-    rows, tokens, K = 5000, 40, 2560
-    h, norm, weight = inputs(np.random.default_rng(5), rows, tokens, K)
-    given = DeviceArray.of(h), DeviceArray.of(norm), float(EPS)
-    x, on_device = DeviceArray(kernel.split_words(tokens, K), np.int32), DeviceArray.of(weight)
-    logits = DeviceArray(tokens * rows, np.float32)
-    launches = [
-        kernel.norm_split(device, *given, x, tokens, K),
-        kernel.head_warpgroup(device, on_device, x, logits, rows, tokens, K),
-    ]
+    num_rows, num_tokens, K = 5000, 40, 2560
+    h, norm, weight = inputs(np.random.default_rng(5), num_rows, num_tokens, K)
+    table = EmbeddingTable(device.array(weight), None, num_rows, K)
+    split = device.empty(split_words(device, table, num_tokens), np.int32)
+    logits = device.empty(num_tokens * num_rows, np.float32)
+    on_device = device.array(h), Norm(device.array(norm), float(EPS))
+    launches = lm_head_gemm(device, table, *on_device, split, logits, num_tokens)
     for _ in range(3):
         for each in launches:
             each(stream.handle)
     stream.synchronize()
-    assert np.array_equal(logits.read().reshape(tokens, rows), launch(h, norm, weight, 132))
-    with pytest.raises(ValueError, match=r"logits holds 200000 elements, 205000 are needed"):
-        kernel.head_warpgroup(device, on_device, x, logits, rows, tokens + 1, K)
-    with pytest.raises(ValueError, match=r"norm_split: h holds \d+ elements"):
-        kernel.norm_split(device, *given, x, tokens + 1, K)
-    with pytest.raises(ValueError, match="rows are bfloat16, not int8"):
-        kernel.head_warpgroup(device, DeviceArray(rows * K, np.int8), x, logits, rows, tokens, K)
+    assert np.array_equal(logits.read().reshape(num_tokens, num_rows), launch(h, norm, weight, 132))
 
 
 def test_plan() -> None:
     sizes = [1, 8, 9, 16, 17, 33, 65, 128, 129, 2000]
     assert [kernel.plan(tokens).tokens for tokens in sizes] == [8, 8, 16, 16, 32, 64, 128, 128, 128, 128]
-    assert [kernel.padded_tokens(tokens) for tokens in sizes[-4:]] == [128, 128, 256, 2048]
-    assert kernel.split_words(129, 32) == 256 * 2 * 32 // 2
+    assert [split_norm.padded_tokens("wgmma", tokens) for tokens in sizes[-4:]] == [128, 128, 256, 2048]
     for tokens in sizes:
         tile = kernel.plan(tokens)
         assert tile.stages >= 3 and tile.rows == 256
-        weights, x = kernel.map_sizes(tile, 1000, tokens, 96)
-        assert max(weights[2], x[2]) <= 256  # rows of a copy
-    assert kernel.turns_of(2560) == 40 and kernel.turns_of(2592) == 41
+        weights, x = kernel.map_shapes(tile, 1000, tokens, 96)
+        assert max(weights[2], x[2]) <= 256  # rows of a TMA load
+    assert kernel.num_k_iters(2560) == 40 and kernel.num_k_iters(2592) == 41
 
 
 def test_serves_one_architecture() -> None:
-    assert kernel.serves(90, False) and not kernel.serves(90, True) and not kernel.serves(100, False)
+    chosen = [layout_for(target, int8) for target, int8 in ((90, False), (90, True), (100, False))]
+    assert chosen == ["wgmma", "mma", "mma"]
     assert lm_head_gemm_wgmma(80) == [] and len(lm_head_gemm_wgmma(90)) == 6
 
 
 @pytest.mark.parametrize("tile", [(24, 2, 2, 3), (128, 2, 2, 4), (128, 3, 2, 2), (8, 2, 2, 1)])
 def test_refuses_tiles(tile: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="no head of warpgroups is made of"):
+    with pytest.raises(ValueError, match="lm_head_wgmma: no kernel for"):
         kernel.spec(90, kernel.Tile(*tile))
 
 
-def test_batches_have_its_forms_compiled() -> None:
+def test_batches_have_its_variants_compiled() -> None:
+    from bitnet_numba.backends.cuda.warmup import Needs
+
     config = ModelConfig.from_hf(PRESETS["2b-4t"][1] | {"quantization_config": {"quant_method": "bitnet"}})
     for arch_, int8, expected in ((90, False, True), (90, True, False), (80, False, False)):
-        names = {spec.name for spec in batch_specs(config, int8, ArchSpec(arch_, 132), 200)}
+        needs = Needs(config, "int8" if int8 else "bf16", ArchSpec(arch_, 132), 200)
+        names = {spec.name for spec in needs.specs()}
         taken = {kernel.spec(90, kernel.plan(rows)).name for rows in (1, 16, 32, 64, 128, 200)}
-        taken |= {kernel.norm_spec(90, config.hidden_size).name}
+        taken |= {split_norm.spec(90, config.hidden_size, "wgmma", False).name}
         assert taken <= names if expected else not taken & names
-        assert any(name.startswith("head_many") for name in names) != expected
+        assert any(name.startswith("lm_head_mma") for name in names) != expected

@@ -1,4 +1,4 @@
-"""The head: final RMSNorm and one row of weights per token of the vocabulary.
+"""The LM head of one token: final RMSNorm and one row of weights per token of the vocabulary.
 
 Tolerance. With e = 2^-24: a logit is a sum of K products in float32, in any order, so it is off by at most
 K * e * sum|x w|; 1 / rms is off by (K / 2 + 3) * e, from its own sum; three more roundings make K * 1.5 + 8 in all.
@@ -10,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitnet_numba.bfloat16 import from_float32, to_float32
-from bitnet_numba.kernels.lm_head.gemv import THREADS, spec
+from bitnet_numba.kernels.lm_head.gemv import MAX_LOADS, THREADS, lm_head_gemv, spec
+from bitnet_numba.kernels.operands import EmbeddingTable, Norm
+from bitnet_numba.kernels.runtime.device import DryRunDevice
 from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, simulated
 
 EPS = np.float32(1e-5)
 
 
-def check_head(K: int, rows: int, int8: bool, threads: int, most_loads: int, grid: int, seed: int) -> None:
+def check_lm_head_gemv(K: int, rows: int, int8: bool, threads: int, max_loads: int, grid: int, seed: int) -> None:
     """Logits of random rows, of either kind, against float64."""
     rng = np.random.default_rng(seed)
     h = (rng.standard_normal(K) * 10.0 ** rng.uniform(-3, 3)).astype(np.float32)
@@ -33,7 +35,7 @@ def check_head(K: int, rows: int, int8: bool, threads: int, most_loads: int, gri
     wide = h.astype(np.float64)
     x = norm * (wide / np.sqrt(np.mean(wide * wide) + np.float64(EPS)))
     logits = Out(rows, np.float32)
-    kernel = spec(arch(), K, int8, threads, most_loads)
+    kernel = spec(arch(), K, int8, threads, max_loads)
     run(kernel, grid, [stored.reshape(-1).view(np.int32), scale, h, norm, EPS, logits, rows])
     assert_close(logits.array, w @ x, (1.5 * K + 8) * 2.0**-24 * (np.abs(w) @ np.abs(x)), kernel.name)
 
@@ -44,12 +46,12 @@ def check_head(K: int, rows: int, int8: bool, threads: int, most_loads: int, gri
     K=st.integers(1, 20).map(lambda blocks: 32 * blocks),
     rows=st.integers(1, 9),
     int8=st.booleans(),
-    most_loads=st.integers(1, 3),
+    max_loads=st.integers(1, 3),
     grid=st.integers(1, 2),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_simulated_head(K: int, rows: int, int8: bool, most_loads: int, grid: int, seed: int) -> None:
-    check_head(K, rows, int8, 64, most_loads, grid, seed)
+def test_simulated_gemv(K: int, rows: int, int8: bool, max_loads: int, grid: int, seed: int) -> None:
+    check_lm_head_gemv(K, rows, int8, 64, max_loads, grid, seed)
 
 
 @needs_gpu
@@ -60,11 +62,36 @@ def test_simulated_head(K: int, rows: int, int8: bool, most_loads: int, grid: in
     int8=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_head_on_gpu(K: int, rows: int, int8: bool, seed: int) -> None:
-    check_head(K, rows, int8, THREADS, 10, 132, seed)
+def test_gemv_on_gpu(K: int, rows: int, int8: bool, seed: int) -> None:
+    check_lm_head_gemv(K, rows, int8, THREADS, MAX_LOADS, 132, seed)
 
 
 @pytest.mark.parametrize("K", [0, 16, 2561])
 def test_refuses_columns(K: int) -> None:
     with pytest.raises(ValueError, match=f"multiple of 32 columns, not {K}"):
         spec(90, K, False)
+
+
+def test_launcher_refuses_operands() -> None:
+    device = DryRunDevice(90, 132)
+    rows, scale = device.empty(90 * 64, np.int8), device.empty(90, np.float32)
+    table = EmbeddingTable(rows, scale, 90, 64)
+    h, norm, logits = (
+        device.empty(64, np.float32),
+        Norm(device.empty(64, np.float32), 1e-5),
+        device.empty(90, np.float32),
+    )
+    assert lm_head_gemv(device, table, h, norm, logits).name == spec(90, 64, True).name
+    for arguments, message in (
+        (
+            (table, device.empty(63, np.float32), norm, logits),
+            "h holds 63 elements, an LM head of 90 rows of 64 takes 64",
+        ),
+        ((table, h, Norm(device.empty(63, np.float32), 1e-5), logits), "norm holds 63 elements"),
+        ((table, h, norm, device.empty(89, np.float32)), "logits holds 89 elements"),
+        ((table, h, norm, device.empty(90, np.int32)), "logits must be float32, not int32"),
+        ((EmbeddingTable(rows, None, 90, 64), h, norm, logits), "rows must be uint16, not int8"),
+        ((EmbeddingTable(rows, device.empty(89, np.float32), 90, 64), h, norm, logits), "scale holds 89 elements"),
+    ):
+        with pytest.raises(ValueError, match=f"lm_head_gemv: {message}"):
+            lm_head_gemv(device, *arguments)

@@ -1,4 +1,4 @@
-"""The sampler kernels, of one row and of many, choose the token that `sampling.sample` chooses.
+"""The sampling kernels, for one sequence and for a batch, choose the token that `sampling.sample` chooses.
 
 The penalty, the temperature and the cuts are the same float32 operations in the same order, so what is kept is equal,
 but for two things that the kernel computes otherwise: probabilities are float32 exponentials (relative error 2^-23)
@@ -15,10 +15,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bitnet_numba import sampling
-from bitnet_numba.kernels.runtime import spec
-from bitnet_numba.kernels.sampling import batched as sampler_many
-from bitnet_numba.kernels.sampling import parts
-from bitnet_numba.kernels.sampling import single as kernel
+from bitnet_numba.kernels.operands import SequenceArrays
+from bitnet_numba.kernels.runtime.device import DryRunDevice
+from bitnet_numba.kernels.runtime.spec import KernelSpec
+from bitnet_numba.kernels.sampling import batched, parts, single
+from bitnet_numba.kernels.sampling.batched import sample_batch
+from bitnet_numba.kernels.sampling.single import SamplerScratch
 from bitnet_numba.sampling import SamplingParams, sample
 from tests.kernels.harness import SIMULATED, Out, arch, needs_gpu, run, simulated
 
@@ -28,7 +30,7 @@ NOISE_ERROR = 2.0**-18
 
 
 def choose(
-    logits: np.ndarray, history: list[int], params: SamplingParams, spec: spec.KernelSpec, grid: int, repeat: int = 2
+    logits: np.ndarray, history: list[int], params: SamplingParams, spec: KernelSpec, grid: int, repeat: int = 2
 ) -> int:
     """The kernel's token; checks everything else that the launch stores."""
     vocab, pos = len(logits), len(history) - 1
@@ -37,10 +39,10 @@ def choose(
         seen[token // 32] |= np.uint32(1 << token % 32)
     position = Out(1, np.int32, np.array([pos], np.int32))
     tokens = Out(len(history) + 1, np.int32, np.array([*history, -7], np.int32))
-    scratch = Out(kernel.SCRATCH_WORDS, np.int64, np.zeros(kernel.SCRATCH_WORDS, np.int64))
-    counters = Out(kernel.COUNTERS, np.int32, np.zeros(kernel.COUNTERS, np.int32))
+    scratch = Out(single.SCRATCH_WORDS, np.int64, np.zeros(single.SCRATCH_WORDS, np.int64))
+    counters = Out(single.COUNTERS, np.int32, np.zeros(single.COUNTERS, np.int32))
     ring = Out(RING, np.int64, np.full(RING, -1, np.int64))
-    arguments = [logits, vocab, parts.settings(params), position, tokens, seen.view(np.int32), scratch, counters]
+    arguments = [logits, vocab, parts.pack_settings(params), position, tokens, seen.view(np.int32), scratch, counters]
     run(spec, grid, [*arguments, ring, RING], repeat)
     assert not scratch.array.any() and not counters.array.any(), "the scratch is not zero again"
     assert position.array[0] == pos + 1
@@ -51,9 +53,7 @@ def choose(
     return -1 if token == 0xFFFFFFFF else token
 
 
-def check_sampler(
-    logits: np.ndarray, history: list[int], params: SamplingParams, spec: spec.KernelSpec, grid: int
-) -> None:
+def check_sample(logits: np.ndarray, history: list[int], params: SamplingParams, spec: KernelSpec, grid: int) -> None:
     """The kernel chooses what the definition chooses."""
     assert_choice(choose(logits, history, params, spec, grid), logits, history, params)
 
@@ -77,7 +77,7 @@ def assert_choice(token: int, logits: np.ndarray, history: list[int], params: Sa
         assert abs(noisy[0] - noisy[1]) <= NOISE_ERROR, f"token {token}: {noisy[0]}, expected {expected}: {noisy[1]}"
 
 
-def choose_many(rows: list[Case | None], spec: spec.KernelSpec, repeat: int = 2) -> list[int | None]:
+def choose_batch(rows: list[Case | None], spec: KernelSpec, repeat: int = 2) -> list[int | None]:
     """The kernel's tokens for rows of one vocabulary (None: a row to skip); checks everything else that it stores."""
     vocab = max(len(row[0]) for row in rows if row is not None)
     slots = len(rows) + 1
@@ -85,19 +85,29 @@ def choose_many(rows: list[Case | None], spec: spec.KernelSpec, repeat: int = 2)
     logits = np.full((len(rows), vocab), np.nan, np.float32)
     setting = np.full((slots, parts.SETTINGS), np.nan)
     seen = np.zeros((slots, -(-vocab // 32)), np.uint32)
-    where = np.full((len(rows), 2), -1, np.int32)
+    slot_positions = np.full((len(rows), 2), -1, np.int32)
     tokens, position = np.full((slots, stride), -7, np.int32), np.full(slots, -5, np.int32)
     for i, row in enumerate(rows):
         if row is None:
             continue
         slot = slots - 1 - i
-        logits[i], history, setting[slot] = row[0], row[1], parts.settings(row[2])
+        logits[i], history, setting[slot] = row[0], row[1], parts.pack_settings(row[2])
         for token in history:
             seen[slot, token // 32] |= np.uint32(1 << token % 32)
-        where[i] = slot, len(history) - 1
+        slot_positions[i] = slot, len(history) - 1
     tokens_out, position_out = Out(tokens.size, np.int32, tokens), Out(slots, np.int32, position)
     out = Out(len(rows), np.int64, np.full(len(rows), -1, np.int64))
-    arguments = [logits, vocab, setting, where, tokens_out, stride, seen.view(np.int32), seen.shape[1], position_out]
+    arguments = [
+        logits,
+        vocab,
+        setting,
+        slot_positions,
+        tokens_out,
+        stride,
+        seen.view(np.int32),
+        seen.shape[1],
+        position_out,
+    ]
     run(spec, len(rows), [*arguments, out], repeat)
     chosen: list[int | None] = []
     for i, row in enumerate(rows):
@@ -117,16 +127,16 @@ def choose_many(rows: list[Case | None], spec: spec.KernelSpec, repeat: int = 2)
 
 
 @st.composite
-def batches(draw: st.DrawFn, most: int, rows: int) -> list[Case | None]:
+def batches(draw: st.DrawFn, max_vocab: int, rows: int) -> list[Case | None]:
     """Rows of one vocabulary with settings of their own; some are to be skipped."""
-    vocab = draw(st.integers(1, most) | st.just(most))
-    first = draw(cases(most, vocab))
-    return [first, *draw(st.lists(st.none() | cases(most, vocab), max_size=rows - 1))]
+    vocab = draw(st.integers(1, max_vocab) | st.just(max_vocab))
+    first = draw(cases(max_vocab, vocab))
+    return [first, *draw(st.lists(st.none() | cases(max_vocab, vocab), max_size=rows - 1))]
 
 
-def check_sampler_many(rows: list[Case | None], spec: spec.KernelSpec) -> list[int | None]:
+def check_sample_batch(rows: list[Case | None], spec: KernelSpec) -> list[int | None]:
     """Each row's choice is the definition's; returns them."""
-    chosen = choose_many(rows, spec)
+    chosen = choose_batch(rows, spec)
     for token, row in zip(chosen, rows, strict=True):
         if row is not None:
             assert token is not None
@@ -135,9 +145,9 @@ def check_sampler_many(rows: list[Case | None], spec: spec.KernelSpec) -> list[i
 
 
 @st.composite
-def cases(draw: st.DrawFn, most: int, vocab: int = 0) -> Case:
+def cases(draw: st.DrawFn, max_vocab: int, vocab: int = 0) -> Case:
     """Logits with many equal values, a history and parameters."""
-    vocab = vocab or draw(st.integers(1, most) | st.just(most))
+    vocab = vocab or draw(st.integers(1, max_vocab) | st.just(max_vocab))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     logits = (rng.standard_normal(vocab) * draw(st.sampled_from([0.01, 1.0, 4.0]))).astype(np.float32)
     if draw(st.booleans()):
@@ -159,34 +169,34 @@ def cases(draw: st.DrawFn, most: int, vocab: int = 0) -> Case:
 
 @simulated
 @settings(max_examples=15)
-@given(case=cases(most=70))
-def test_simulated_sampler(case: Case) -> None:
-    check_sampler(*case, kernel.sampler_spec(arch(), 32, 128), 1)
+@given(case=cases(max_vocab=70))
+def test_simulated_sample(case: Case) -> None:
+    check_sample(*case, single.spec(arch(), 32, 128), 1)
 
 
 @simulated
 @settings(max_examples=12)
-@given(rows=batches(most=70, rows=2), list_size=st.sampled_from([2, 20, 128]))
-def test_simulated_sampler_many(rows: list[Case | None], list_size: int) -> None:
-    check_sampler_many(rows, sampler_many.sampler_many_spec(arch(), 32, list_size))
+@given(rows=batches(max_vocab=70, rows=2), max_candidates=st.sampled_from([2, 20, 128]))
+def test_simulated_sample_batch(rows: list[Case | None], max_candidates: int) -> None:
+    check_sample_batch(rows, batched.spec(arch(), 32, max_candidates))
 
 
 @simulated
 @settings(max_examples=3)
 @given(vocab=st.integers(1, 40), at=st.integers(0, 39), temperature=st.sampled_from([0.0, 0.7]))
 def test_simulated_nan(vocab: int, at: int, temperature: float) -> None:
-    check_nan(vocab, at % vocab, temperature, kernel.sampler_spec(arch(), 32, 128), 1)
+    check_nan(vocab, at % vocab, temperature, single.spec(arch(), 32, 128), 1)
 
 
-def check_nan(vocab: int, at: int, temperature: float, spec: spec.KernelSpec, grid: int) -> None:
+def check_nan(vocab: int, at: int, temperature: float, spec: KernelSpec, grid: int) -> None:
     """The host can tell that logits hold NaN, and the next step still reads a token of the vocabulary."""
     logits = np.linspace(-1, 1, vocab, dtype=np.float32)
     logits[at] = np.nan
     params = SamplingParams(temperature=temperature, top_k=3, seed=1)
     assert choose(logits, [0, 0], params, spec, grid) == parts.NAN_TOKEN
-    many = sampler_many.sampler_many_spec(arch(), 32 if SIMULATED else sampler_many.THREADS)
+    many = batched.spec(arch(), 32 if SIMULATED else batched.THREADS)
     other = np.zeros(vocab, np.float32), [0], SamplingParams()
-    assert choose_many([(logits, [0, 0], params), other], many) == [parts.NAN_TOKEN, 0]
+    assert choose_batch([(logits, [0, 0], params), other], many) == [parts.NAN_TOKEN, 0]
 
 
 FULL = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=5)
@@ -196,40 +206,73 @@ FULL = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01, repetiti
 @example(case=(np.random.default_rng(0).standard_normal(128256).astype(np.float32), [5, 7], FULL))
 @example(case=(np.random.default_rng(1).standard_normal(262144).astype(np.float32), [5, 7], FULL))
 @example(case=(np.zeros(128256, np.float32), [5, 7], SamplingParams(temperature=1.0, top_p=0.5, seed=6)))
-@given(case=cases(most=128256))
-def test_sampler_on_gpu(case: Case) -> None:
+@given(case=cases(max_vocab=128256))
+def test_sample_on_gpu(case: Case) -> None:
     from bitnet_numba.kernels.runtime.device import usable_device
 
     logits, history, params = case
-    grid = kernel.sampler_grid(usable_device().num_sms, len(logits))
-    check_sampler(logits, history, params, kernel.sampler_spec(arch()), grid)
+    grid = single.num_blocks(usable_device().num_sms, len(logits))
+    check_sample(logits, history, params, single.spec(arch()), grid)
 
 
 @needs_gpu
 @settings(max_examples=25)
 @example(rows=[(np.random.default_rng(2).standard_normal(262144).astype(np.float32), [5, 7], FULL)])
 @example(rows=[(np.zeros(128256, np.float32), [5, 7], SamplingParams(temperature=1.0, top_p=0.5, top_k=9000, seed=6))])
-@given(rows=batches(most=128256, rows=8))
-def test_sampler_many_on_gpu(rows: list[Case | None]) -> None:
-    """Rows in company get the token that the sampler of one row chooses, ties and all."""
+@given(rows=batches(max_vocab=128256, rows=8))
+def test_sample_batch_on_gpu(rows: list[Case | None]) -> None:
+    """Rows in company get the token that `single` chooses, ties and all."""
     from bitnet_numba.kernels.runtime.device import usable_device
 
-    chosen = check_sampler_many(rows, sampler_many.sampler_many_spec(arch()))
+    chosen = check_sample_batch(rows, batched.spec(arch()))
     for token, row in zip(chosen, rows, strict=True):
         if row is not None:
-            grid = kernel.sampler_grid(usable_device().num_sms, len(row[0]))
-            assert token == choose(*row, kernel.sampler_spec(arch()), grid, repeat=1)
+            grid = single.num_blocks(usable_device().num_sms, len(row[0]))
+            assert token == choose(*row, single.spec(arch()), grid, repeat=1)
 
 
 @needs_gpu
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_nan_on_gpu(temperature: float) -> None:
-    check_nan(50000, 49999, temperature, kernel.sampler_spec(arch()), 64)
+    check_nan(50000, 49999, temperature, single.spec(arch()), 64)
 
 
 def test_grid_owns_every_token_and_refuses_more() -> None:
-    assert kernel.sampler_grid(132, 128256) == 64
-    assert kernel.sampler_grid(20, 128256) == 40
+    assert single.num_blocks(132, 128256) == 64
+    assert single.num_blocks(20, 128256) == 40
     for num_sms, vocab in ((132, 0), (132, 262145), (16, 200000)):
         with pytest.raises(ValueError, match=f"not {vocab}"):
-            kernel.sampler_grid(num_sms, vocab)
+            single.num_blocks(num_sms, vocab)
+
+
+def dry_sequences(device: DryRunDevice, slots: int, vocab: int) -> SequenceArrays:
+    """Arrays of sequences of up to 8 tokens that just suffice."""
+    words = -(-vocab // 32)
+    tokens, position = device.empty(slots * 9, np.int32), device.empty(slots, np.int32)
+    seen, settings_ = device.empty(slots * words, np.int32), device.empty(slots * parts.SETTINGS, np.float64)
+    return SequenceArrays(tokens, 9, position, seen, words, settings_)
+
+
+def test_launchers_refuse_operands() -> None:
+    device = DryRunDevice(90, 132)
+    one, three = dry_sequences(device, 1, 300), dry_sequences(device, 3, 300)
+    scratch, ring = SamplerScratch.allocate(device), device.empty(4, np.int64)
+    logits, where, chosen = device.empty(600, np.float32), device.empty(4, np.int32), device.empty(2, np.int64)
+    assert single.sample(device, logits, 300, one, scratch, ring).name == single.spec(90).name
+    assert sample_batch(device, logits, 300, three, where, chosen, 2).name == batched.spec(90).name
+    short = device.empty(0, np.int32)
+    for name in ("settings", "tokens", "seen", "position"):
+        message = f"{name} must be float64" if name == "settings" else f"{name} holds 0 elements"
+        with pytest.raises(ValueError, match=f"sample: {message}"):
+            single.sample(device, logits, 300, dataclasses.replace(one, **{name: short}), scratch, ring)
+        with pytest.raises(ValueError, match=f"sample_batch: {message}"):
+            sample_batch(device, logits, 300, dataclasses.replace(three, **{name: short}), where, chosen, 2)
+    with pytest.raises(ValueError, match="ring must be int64 with at least one element, not int32"):
+        single.sample(device, logits, 300, one, scratch, short)
+    with pytest.raises(ValueError, match="sample: words holds 1 elements"):
+        single.sample(device, logits, 300, one, SamplerScratch(device.empty(1, np.int64), scratch.counters), ring)
+    with pytest.raises(ValueError, match="sample_batch: seen has 10 words a slot, a batch of 2 rows of 321 takes 11"):
+        sample_batch(device, device.empty(642, np.float32), 321, three, where, chosen, 2)
+    for rows, message in ((0, "not 0 x 300"), (3, "logits holds 600 elements, a batch of 3 rows of 300 takes 900")):
+        with pytest.raises(ValueError, match=message):
+            sample_batch(device, logits, 300, three, where, chosen, rows)

@@ -1,0 +1,142 @@
+"""Machine code needs no device; the disk cache has one entry for each spec, architecture and state of the source."""
+
+import ast
+import importlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bitnet_numba.errors import BackendError
+from bitnet_numba.kernels.embedding import advance_spec
+from bitnet_numba.kernels.runtime import compiler
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty disk cache."""
+    monkeypatch.setenv("BITNET_NUMBA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_machine_code_is_kept_on_disk(cache: Path) -> None:
+    spec = advance_spec(90)
+    assert not compiler.is_cached(spec, 90)
+    code, compiled = compiler.machine_code(spec, 90)
+    assert compiled and code[:4] == b"\x7fELF"
+    assert compiler.is_cached(spec, 90)
+    assert compiler.machine_code(spec, 90) == (code, False)
+    # Another architecture, launch bound or name is another entry.
+    assert compiler.machine_code(advance_spec(80), 80)[1]
+    assert compiler.machine_code(spec._replace(threads=64), 90)[1]
+    assert compiler.machine_code(spec._replace(name="other"), 90)[1]
+    assert len(list(cache.iterdir())) == 4
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path.chmod(0o500)
+    monkeypatch.setenv("BITNET_NUMBA_CACHE", str(tmp_path / "cache"))
+    assert not compiler.cache_is_writable()
+    assert compiler.machine_code(advance_spec(90), 90)[1]
+
+
+def test_a_cache_that_is_a_file_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cache").write_text("")
+    monkeypatch.setenv("BITNET_NUMBA_CACHE", str(tmp_path / "cache"))
+    assert not compiler.cache_is_writable()
+    for _ in range(2):
+        assert compiler.machine_code(advance_spec(90), 90)[1]
+
+
+def test_what_does_not_assemble_gives_one_line() -> None:
+    with pytest.raises(BackendError, match="does not assemble for sm_90: ") as caught:
+        compiler.link_cubin(".version 8.0\n.target sm_90\n.address_size 64\n.entry kernel() { nonsense; }", 90)
+    assert "\n" not in str(caught.value)
+
+
+# ---- What the cache depends on -------------------------------------------------------------------------------------
+
+
+def digest() -> bytes:
+    """The digest now, not that of the first call."""
+    compiler.toolchain_digest.cache_clear()
+    return compiler.toolchain_digest()
+
+
+@pytest.fixture
+def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the folder kernels/, which the digest is then taken of."""
+    copy = tmp_path / "kernels"
+    shutil.copytree(compiler.KERNELS, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(compiler, "KERNELS", copy)
+    yield copy
+    compiler.toolchain_digest.cache_clear()
+
+
+def test_a_change_of_any_source_file_is_another_entry(kernels: Path, cache: Path) -> None:
+    before = digest()
+    spec = advance_spec(90)
+    path = compiler._cache_path(spec, 90)
+    sources = sorted(kernels.rglob("*.py"))
+    folders = {source.parent.relative_to(kernels).as_posix() for source in sources}
+    assert folders >= {".", "attention", "linear", "lm_head", "sampling", "ptx", "runtime"}
+    for source in sources:
+        text = source.read_bytes()
+        source.write_bytes(text + b"\n")
+        assert digest() != before, f"{source} is not looked at"
+        assert compiler._cache_path(spec, 90) != path
+        source.write_bytes(text)
+    assert digest() == before
+    (kernels / "README.md").write_text("Not source.")
+    assert digest() == before
+
+
+def test_a_new_or_renamed_source_file_is_another_entry(kernels: Path) -> None:
+    before = digest()
+    deep = kernels / "linear" / "more"
+    deep.mkdir()
+    (deep / "new.py").write_text("")
+    assert digest() != before
+    (deep / "new.py").unlink()
+    assert digest() == before
+    (kernels / "embedding.py").rename(kernels / "lookup.py")
+    assert digest() != before
+
+
+@pytest.mark.parametrize("name", compiler.CONSTANTS)
+def test_a_change_of_constants_elsewhere_is_another_entry(
+    name: str, kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = digest()
+    module = importlib.import_module(name)
+    copy = tmp_path / "copy.py"
+    copy.write_bytes(Path(str(module.__file__)).read_bytes() + b"\n")
+    monkeypatch.setattr(module, "__file__", str(copy))
+    assert digest() != before
+
+
+def imported(source: Path) -> set[str]:
+    """The modules of bitnet_numba that a file imports."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            if node.module == "bitnet_numba":
+                found |= {f"bitnet_numba.{alias.name}" for alias in node.names}
+            else:
+                found.add(str(node.module))
+    return {name for name in found if name.startswith("bitnet_numba.")}
+
+
+def test_all_constants_from_elsewhere_are_listed() -> None:
+    no_constants = {"bitnet_numba.errors"}
+    found = {name for source in compiler.KERNELS.rglob("*.py") for name in imported(source)} - no_constants
+    elsewhere = {name for name in found if not name.startswith("bitnet_numba.kernels")}
+    assert elsewhere == set(compiler.CONSTANTS)
+    for name in compiler.CONSTANTS:  # what these are made of
+        assert imported(Path(str(importlib.import_module(name).__file__))) <= elsewhere | no_constants
