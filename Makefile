@@ -20,6 +20,8 @@ chat: $(VENV)/.installed
 
 env: $(VENV)/.test-installed
 
+# Two workers share the cores already: more threads for each one's matrix products would only wait for each other.
+test: export OPENBLAS_NUM_THREADS ?= 1
 test: env check
 	@$(PY) -m pytest -n 2 -m "not simulated"
 	@NUMBA_ENABLE_CUDASIM=1 $(PY) -m pytest -n 2 -m simulated

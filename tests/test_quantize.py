@@ -17,6 +17,7 @@ matrices = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_s
 powers_of_two = st.integers(-20, 20).map(lambda e: np.float32(2.0**e))
 
 
+@pytest.mark.golden
 def test_activations_match_the_traces(golden: GoldenCase) -> None:
     """q and s of every traced linear, bit for bit."""
     names = [name[: -len("/q")] for name in golden.recorded if name.endswith("/q")]

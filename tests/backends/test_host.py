@@ -195,12 +195,22 @@ STORIES = [
 ]
 
 
+SHORT = [
+    [{"role": "user", "content": text}]
+    for text in ("What can you do?", "will it rain today?", "what is 23 + 4", "Write a python function")
+]
+
+
 @pytest.mark.parametrize(
-    ("params", "most"), [(SamplingParams(), None), (SamplingParams(0.8, seed=11), 60)], ids=["greedy", "seeded"]
+    ("prompts", "params", "most"),
+    [([*STORIES[:2], *SHORT], SamplingParams(), None), (STORIES, SamplingParams(0.8, seed=11), 50)],
+    ids=["greedy", "seeded"],
 )
-def test_stories_told_together_are_those_told_alone(demo: Engine, params: SamplingParams, most: int | None) -> None:
-    together = demo.generate_batch(STORIES, params, most, max_sequences=4)
-    for completion, prompt in zip(together, STORIES, strict=True):
+def test_stories_told_together_are_those_told_alone(
+    demo: Engine, prompts: list[list[dict[str, str]]], params: SamplingParams, most: int | None
+) -> None:
+    together = demo.generate_batch(prompts, params, most, max_sequences=4)
+    for completion, prompt in zip(together, prompts, strict=True):
         single = demo.generate(prompt, most, **vars(params))
         assert (completion.text, completion.token_ids) == (single.text, single.token_ids)
         assert completion.finish_reason == single.finish_reason == ("length" if most else "stop")

@@ -28,6 +28,7 @@ from bitnet_numba.sampling import SamplingParams
 from tests.engine.toy_backend import tokens_of, toy_engine
 
 EOT = 1999
+TIMEOUT = 300  # seconds for what takes one or two: only to end a test that hangs, however busy the machine is
 
 
 def toy_conversation(answer: str = "Fine.", context: int = 256, **options: Any) -> Conversation:
@@ -450,7 +451,11 @@ def test_a_model_says_how_to_sample_from_it(
 def test_closed_and_full_streams(tiny_packed: Path, redirection: str, code: int, message: str) -> None:
     command = f'"{sys.executable}" -m bitnet_numba.chat "{tiny_packed}" --backend reference --max-new-tokens 3'
     done = subprocess.run(
-        ["sh", "-c", f"{command} {redirection}"], stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False
+        ["sh", "-c", f"{command} {redirection}"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=TIMEOUT,
+        check=False,
     )
     err = done.stderr.decode()
     assert done.returncode == code and message in err and err.count("\n") == bool(message)
@@ -459,10 +464,10 @@ def test_closed_and_full_streams(tiny_packed: Path, redirection: str, code: int,
 def test_a_pipe_through_a_real_process(tiny_packed: Path) -> None:
     command = [sys.executable, "-m", "bitnet_numba.chat", str(tiny_packed), "--backend", "reference"]
     done = subprocess.run(
-        [*command, "--max-new-tokens", "5", "--json"], input=b"One?", capture_output=True, timeout=60, check=True
+        [*command, "--max-new-tokens", "5", "--json"], input=b"One?", capture_output=True, timeout=TIMEOUT, check=True
     )
     assert json.loads(done.stdout)["prompt"] == "One?" and done.stderr == b""
-    wrong = subprocess.run([*command, "--top-p", "2"], input=b"One?", capture_output=True, timeout=60, check=False)
+    wrong = subprocess.run([*command, "--top-p", "2"], input=b"One?", capture_output=True, timeout=TIMEOUT, check=False)
     assert wrong.returncode == 2 and wrong.stdout == b"" and wrong.stderr.count(b"\n") == 1
     # A reader that leaves early is no mistake of the user's.
     with subprocess.Popen(
@@ -470,7 +475,7 @@ def test_a_pipe_through_a_real_process(tiny_packed: Path) -> None:
     ) as early:
         assert early.stdout is not None and early.stderr is not None
         early.stdout.close()
-        assert early.stderr.read() == b"" and early.wait(60) == 0
+        assert early.stderr.read() == b"" and early.wait(TIMEOUT) == 0
 
 
 class FakeTerminal:
@@ -485,7 +490,7 @@ class FakeTerminal:
             os.execve(command[0], command, environment)
         self.shown = ""
 
-    def wait_for(self, text: str, seconds: float = 60) -> str:
+    def wait_for(self, text: str, seconds: float = TIMEOUT) -> str:
         """Reads until a text shows up after what was waited for before; returns all in between."""
         until = time.monotonic() + seconds
         while text not in self.shown:
@@ -511,7 +516,7 @@ class FakeTerminal:
 
     def leave(self) -> int:
         """The exit code, after the program has ended."""
-        until = time.monotonic() + 30
+        until = time.monotonic() + TIMEOUT
         while time.monotonic() < until:
             done, status = os.waitpid(self.process, os.WNOHANG)
             if done:
@@ -539,7 +544,7 @@ def test_a_terminal_that_hangs_up_ends_the_chat_quietly(tiny_packed: Path, tmp_p
     terminal.wait_for("Ctrl-D leaves")
     terminal.wait_for("> ")
     os.close(terminal.keyboard)
-    until = time.monotonic() + 30
+    until = time.monotonic() + TIMEOUT
     while not os.waitpid(terminal.process, os.WNOHANG)[0]:
         assert time.monotonic() < until, "the chat did not leave"
         time.sleep(0.05)
@@ -561,8 +566,11 @@ def test_a_conversation_at_the_keyboard(tiny_packed: Path, tmp_path: Path) -> No
     terminal.type("not to be sent\x03")  # Ctrl-C drops the line
     terminal.wait_for("not to be sent")
     terminal.wait_for("> ")
+    up, down = "\x1b[A", "\x1b[B"
+    keys = up
     while not terminal.shows("/stats"):  # the history has what was sent before it, once it is loaded
-        terminal.type("\x1b[A")
+        terminal.type(keys)
+        keys = down + up  # on a slow machine the first may only be late: two steps up would be too far
     terminal.type("\r")
     terminal.wait_for("/512")
     terminal.type("/undo\r")

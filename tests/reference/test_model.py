@@ -34,6 +34,7 @@ def run(model: Model, ids: np.ndarray, cache: Cache) -> np.ndarray:
     return model.logits(model.forward(np.asarray(ids), cache))
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_logits(golden: GoldenCase, prompt: str) -> None:
     model = Model(golden.packed)
@@ -57,6 +58,7 @@ def test_other_int8_activations_than_flips_are_noticed(golden: GoldenCase) -> No
         run(model, ids, Cache(model.config, len(ids)))
 
 
+@pytest.mark.golden
 def test_online_hidden_states(golden_online: GoldenCase) -> None:
     """bfloat16 master weights, ternarised by the converter: embedding and first layer."""
     model = Model(golden_online.packed)
@@ -71,6 +73,7 @@ def test_online_hidden_states(golden_online: GoldenCase) -> None:
     assert np.abs(out - after).max() < 1e-4 * after.std()
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("prompt", ["text7", "text33"])
 def test_greedy_continuation(golden: GoldenCase, prompt: str) -> None:
     """Every token is the recorded one: the two best logits are always further apart than two logits' tolerances. The
@@ -87,6 +90,7 @@ def test_greedy_continuation(golden: GoldenCase, prompt: str) -> None:
             logits = run(model, np.array([token]), cache)[-1]
 
 
+@pytest.mark.golden
 def test_linears_match_the_traces(golden: GoldenCase) -> None:
     last = golden.packed.config.num_layers - 1
     layer = Model(golden.packed).layers[last]
@@ -107,6 +111,7 @@ def test_linears_match_the_traces(golden: GoldenCase) -> None:
         assert error.max() < 1e-5, name
 
 
+@pytest.mark.golden
 def test_norms_match_the_traces(golden: GoldenCase) -> None:
     layer, eps = Model(golden.packed).layers[0], golden.packed.config.rms_norm_eps
     norms = {"input_layernorm": layer.input_norm, "post_attention_layernorm": layer.post_attention_norm}
@@ -119,6 +124,7 @@ def test_norms_match_the_traces(golden: GoldenCase) -> None:
         assert np.allclose(out, expected, rtol=1e-6, atol=0), name
 
 
+@pytest.mark.golden
 def test_rope_matches_the_trace(golden: GoldenCase) -> None:
     cos, sin = ref.rope_tables(golden.packed.config, np.arange(7))
     assert np.abs(cos - golden.recorded["trace/rope/cos"]).max() < 2e-7
