@@ -90,18 +90,18 @@ def make_decode(arch: int, head_dim: int, group: int, heads: int, threads: int, 
     D, DP, HALF = head_dim, padded_head_dim(head_dim), head_dim // 2
     WORDS = DP // 2
     HEADS, HEAD_BLOCKS = heads, group // heads
-    SLOTS = power_of_two(HEADS)  # heads, with padding
-    UNROLL, SCORES = unroll, unroll * SLOTS
+    PADDED_HEADS = power_of_two(HEADS)
+    UNROLL, SCORES = unroll, unroll * PADDED_HEADS
     CHUNKS = DP // LANE_DIMS  # lanes of a group that hold dimensions
     LANES = max(power_of_two(CHUNKS), SCORES)
     LANE_GROUPS, WARPS = threads // LANES, threads // WARP
     TILE = LANE_GROUPS * UNROLL
     SCATTER_STEPS = SCORES.bit_length() - 1
     UNROLL_STEPS, LANE_STEPS = UNROLL.bit_length() - 1, LANES.bit_length() - 1
-    SLOT_LANES = SCORES - UNROLL  # bits of the lane that tell the head whose score it ends up with
+    HEAD_LANE_BITS = SCORES - UNROLL  # bits of the lane that say which head's score it ends up with
     KV_REGS, HEAD_REGS = UNROLL * 4, HEADS * LANE_DIMS
     Q_FLOATS, NEW_FLOATS, ACC_FLOATS = HEADS * DP, 2 * DP, LANE_GROUPS * HEADS * DP
-    STATS = SLOTS * WARPS
+    STATS = PADDED_HEADS * WARPS
     WEIGHT_FLOATS = MAX_SPLITS * HEADS
     PAIRS = (HEADS + 2) * HALF  # of dimensions that are half a head apart: queries, key, value
     ROTATIONS = -(-PAIRS // threads)
@@ -115,8 +115,8 @@ def make_decode(arch: int, head_dim: int, group: int, heads: int, threads: int, 
 
     @device_function
     def reduce_scatter(s_r, lane):
-        """The sum over a lane group of the score whose bits, from the highest, are those of the lane from the
-        lowest."""
+        """Adds up the scores over a lane group: each lane returns one sum, that of the score whose index has the lane's
+        lowest SCATTER_STEPS bits in reverse order."""
         for step in range(SCATTER_STEPS):
             upper = (lane >> step) & 1
             for i in range(SCORES // 2):
@@ -132,7 +132,7 @@ def make_decode(arch: int, head_dim: int, group: int, heads: int, threads: int, 
 
     @device_function
     def lane_of(score):
-        """The first lane of a group that has a score after `reduce_scatter`."""
+        """The first lane of a group that has this score after `reduce_scatter`."""
         source = int32(0)
         for step in range(SCATTER_STEPS):
             source = int32(source | ((score >> (SCATTER_STEPS - 1 - step)) & 1) << step)
@@ -154,9 +154,9 @@ def make_decode(arch: int, head_dim: int, group: int, heads: int, threads: int, 
         q_s = ptx.pointer(cuda.shared.array(Q_FLOATS, float32, SHARED_ALIGN))  # [HEADS, DP] rotated and scaled
         new_s = ptx.pointer(
             cuda.shared.array(NEW_FLOATS, float32, SHARED_ALIGN)
-        )  # [2, DP] this token's key and value, as stored
+        )  # [2, DP] new key and value, as stored
         acc_s = ptx.pointer(cuda.shared.array(ACC_FLOATS, float32, SHARED_ALIGN))  # [LANE_GROUPS, HEADS, DP]
-        max_s = ptx.pointer(cuda.shared.array(STATS, float32))  # [SLOTS, WARPS]
+        max_s = ptx.pointer(cuda.shared.array(STATS, float32))  # [PADDED_HEADS, WARPS]
         sum_s = ptx.pointer(cuda.shared.array(STATS, float32))
         weight_s = ptx.pointer(cuda.shared.array(WEIGHT_FLOATS, float32))
         arrived_s = ptx.pointer(cuda.shared.array(1, uint32))
@@ -262,7 +262,7 @@ def make_decode(arch: int, head_dim: int, group: int, heads: int, threads: int, 
                 for j in range(4):
                     low, high = ptx.bf16_low(k_r[4 * n + j]), ptx.bf16_high(k_r[4 * n + j])
                     for h in range(HEADS):
-                        i = n * SLOTS + h
+                        i = n * PADDED_HEADS + h
                         s_r[i] = float32(s_r[i] + low * q_r[h * LANE_DIMS + 2 * j])
                         s_r[i] = float32(s_r[i] + high * q_r[h * LANE_DIMS + 2 * j + 1])
                 if tile + TILE < end:
@@ -295,13 +295,13 @@ def make_decode(arch: int, head_dim: int, group: int, heads: int, threads: int, 
                         acc_r[h * LANE_DIMS + j] *= factor
             for n in range(UNROLL):
                 for h in range(HEADS):
-                    s_r[n * SLOTS + h] = ptx.shuffle(weight, home + lane_of(n * SLOTS + h))
+                    s_r[n * PADDED_HEADS + h] = ptx.shuffle(weight, home + lane_of(n * PADDED_HEADS + h))
                 for j in range(4):
                     low, high = ptx.bf16_low(v_r[4 * n + j]), ptx.bf16_high(v_r[4 * n + j])
                     for h in range(HEADS):
                         i = h * LANE_DIMS + 2 * j
-                        acc_r[i] = float32(acc_r[i] + low * s_r[n * SLOTS + h])
-                        acc_r[i + 1] = float32(acc_r[i + 1] + high * s_r[n * SLOTS + h])
+                        acc_r[i] = float32(acc_r[i] + low * s_r[n * PADDED_HEADS + h])
+                        acc_r[i + 1] = float32(acc_r[i + 1] + high * s_r[n * PADDED_HEADS + h])
                 if tile + TILE < end:
                     for j in range(4):
                         v_r[4 * n + j] = int32(0)
@@ -316,12 +316,12 @@ def make_decode(arch: int, head_dim: int, group: int, heads: int, threads: int, 
             row_sum = float32(row_sum + ptx.shuffle_xor(row_sum, 1 << step))
         for step in range(LANE_STEPS, 5):
             row_sum = float32(row_sum + ptx.shuffle_xor(row_sum, 1 << step))
-        slot = int32(0)
+        head = int32(0)
         for step in range(UNROLL_STEPS, SCATTER_STEPS):
-            slot = int32(slot | ((lane >> step) & 1) << (SCATTER_STEPS - 1 - step))
-        if warp_lane & ~SLOT_LANES == 0:  # one of the lanes that hold this head's
-            max_s[slot * WARPS + warp] = row_max
-            sum_s[slot * WARPS + warp] = row_sum
+            head = int32(head | ((lane >> step) & 1) << (SCATTER_STEPS - 1 - step))
+        if warp_lane & ~HEAD_LANE_BITS == 0:  # one of the lanes that hold this head's
+            max_s[head * WARPS + warp] = row_max
+            sum_s[head * WARPS + warp] = row_sum
         cuda.syncthreads()
         partial_wr = int32((head_block * grid_splits + split) * HEADS)
         whole = split_tokens >= tokens  # one split
