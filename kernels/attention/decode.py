@@ -29,6 +29,9 @@ Order between kernels: cached tokens and `position` are read before `pdl_wait`. 
 Two variants. SHORT contexts have a block a query head, which takes fewest instructions a warp, and read the cache (from
 L2) once for each; LONG ones, from LONG_CONTEXT tokens, share keys and values between query heads, on tensor cores where
 `decode_mma` fits. Both give right results for any length.
+
+The kernel is longer than its phases ask for: rotation and the two combinations stand in its body, since as functions
+they change the machine code of the whole kernel.
 """
 
 from collections.abc import Callable
@@ -57,7 +60,7 @@ from bitnet_numba.kernels.attention.parts import (
     score_scale,
 )
 from bitnet_numba.kernels.operands import checked
-from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, float32, int32, uint32
+from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, int32, uint32
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.spec import KernelSpec
@@ -87,18 +90,18 @@ def make_decode(arch: int, head_dim: int, group: int, heads: int, threads: int, 
     D, DP, HALF = head_dim, padded_head_dim(head_dim), head_dim // 2
     WORDS = DP // 2
     HEADS, HEAD_BLOCKS = heads, group // heads
-    SLOTS = power_of_two(HEADS)  # heads, with padding
-    UNROLL, SCORES = unroll, unroll * SLOTS
+    PADDED_HEADS = power_of_two(HEADS)
+    UNROLL, SCORES = unroll, unroll * PADDED_HEADS
     CHUNKS = DP // LANE_DIMS  # lanes of a group that hold dimensions
     LANES = max(power_of_two(CHUNKS), SCORES)
     LANE_GROUPS, WARPS = threads // LANES, threads // WARP
     TILE = LANE_GROUPS * UNROLL
     SCATTER_STEPS = SCORES.bit_length() - 1
     UNROLL_STEPS, LANE_STEPS = UNROLL.bit_length() - 1, LANES.bit_length() - 1
-    SLOT_LANES = SCORES - UNROLL  # bits of the lane that tell the head whose score it ends up with
+    HEAD_LANE_BITS = SCORES - UNROLL  # bits of the lane that say which head's score it ends up with
     KV_REGS, HEAD_REGS = UNROLL * 4, HEADS * LANE_DIMS
     Q_FLOATS, NEW_FLOATS, ACC_FLOATS = HEADS * DP, 2 * DP, LANE_GROUPS * HEADS * DP
-    STATS = SLOTS * WARPS
+    STATS = PADDED_HEADS * WARPS
     WEIGHT_FLOATS = MAX_SPLITS * HEADS
     PAIRS = (HEADS + 2) * HALF  # of dimensions that are half a head apart: queries, key, value
     ROTATIONS = -(-PAIRS // threads)
@@ -110,15 +113,50 @@ def make_decode(arch: int, head_dim: int, group: int, heads: int, threads: int, 
         np.int32(LANE_GROUPS),
     )  # int32 bounds make an int32 loop
 
+    @device_function
+    def reduce_scatter(s_r, lane):
+        """Adds up the scores over a lane group: each lane returns one sum, that of the score whose index has the lane's
+        lowest SCATTER_STEPS bits in reverse order."""
+        for step in range(SCATTER_STEPS):
+            upper = (lane >> step) & 1
+            for i in range(SCORES // 2):
+                if i < SCORES >> (step + 1):
+                    j = i + (SCORES >> (step + 1))
+                    send = s_r[i] if upper else s_r[j]
+                    keep = s_r[j] if upper else s_r[i]
+                    s_r[i] = float32(keep + ptx.shuffle_xor(send, 1 << step))
+        score = s_r[0]
+        for step in range(SCATTER_STEPS, LANE_STEPS):
+            score = float32(score + ptx.shuffle_xor(score, 1 << step))
+        return score
+
+    @device_function
+    def lane_of(score):
+        """The first lane of a group that has this score after `reduce_scatter`."""
+        source = int32(0)
+        for step in range(SCATTER_STEPS):
+            source = int32(source | ((score >> (SCATTER_STEPS - 1 - step)) & 1) << step)
+        return source
+
+    @device_function
+    def store_accumulators(acc_s, acc_r, has_dims, lane_group, lane):
+        """A lane group's weighted values."""
+        for h in range(HEADS):
+            if has_dims:
+                i = h * LANE_DIMS
+                wr = (lane_group * HEADS + h) * DP + lane * LANE_DIMS
+                ptx.store4(acc_s, wr, acc_r[i], acc_r[i + 1], acc_r[i + 2], acc_r[i + 3])
+                ptx.store4(acc_s, wr + 4, acc_r[i + 4], acc_r[i + 5], acc_r[i + 6], acc_r[i + 7])
+
     def decode_attention(
         qkv, cos, sin, position, keys, values, partials, stats, arrivals, out, num_kv_heads, capacity, min_split_tokens
     ):  # fmt: skip
         q_s = ptx.pointer(cuda.shared.array(Q_FLOATS, float32, SHARED_ALIGN))  # [HEADS, DP] rotated and scaled
         new_s = ptx.pointer(
             cuda.shared.array(NEW_FLOATS, float32, SHARED_ALIGN)
-        )  # [2, DP] this token's key and value, as stored
+        )  # [2, DP] new key and value, as stored
         acc_s = ptx.pointer(cuda.shared.array(ACC_FLOATS, float32, SHARED_ALIGN))  # [LANE_GROUPS, HEADS, DP]
-        max_s = ptx.pointer(cuda.shared.array(STATS, float32))  # [SLOTS, WARPS]
+        max_s = ptx.pointer(cuda.shared.array(STATS, float32))  # [PADDED_HEADS, WARPS]
         sum_s = ptx.pointer(cuda.shared.array(STATS, float32))
         weight_s = ptx.pointer(cuda.shared.array(WEIGHT_FLOATS, float32))
         arrived_s = ptx.pointer(cuda.shared.array(1, uint32))
@@ -224,7 +262,7 @@ def make_decode(arch: int, head_dim: int, group: int, heads: int, threads: int, 
                 for j in range(4):
                     low, high = ptx.bf16_low(k_r[4 * n + j]), ptx.bf16_high(k_r[4 * n + j])
                     for h in range(HEADS):
-                        i = n * SLOTS + h
+                        i = n * PADDED_HEADS + h
                         s_r[i] = float32(s_r[i] + low * q_r[h * LANE_DIMS + 2 * j])
                         s_r[i] = float32(s_r[i] + high * q_r[h * LANE_DIMS + 2 * j + 1])
                 if tile + TILE < end:
@@ -234,19 +272,7 @@ def make_decode(arch: int, head_dim: int, group: int, heads: int, threads: int, 
                         k_r[4 * n], k_r[4 * n + 1], k_r[4 * n + 2], k_r[4 * n + 3] = stream(
                             keys, at + n * LANE_GROUPS * WORDS
                         )
-            # The lanes of a lane_group add up, trading scores for lanes: bit k of the lane is bit SCATTER_STEPS - 1 - k
-            # of the score.
-            for step in range(SCATTER_STEPS):
-                upper = (lane >> step) & 1
-                for i in range(SCORES // 2):
-                    if i < SCORES >> (step + 1):
-                        j = i + (SCORES >> (step + 1))
-                        send = s_r[i] if upper else s_r[j]
-                        keep = s_r[j] if upper else s_r[i]
-                        s_r[i] = float32(keep + ptx.shuffle_xor(send, 1 << step))
-            score = s_r[0]
-            for step in range(SCATTER_STEPS, LANE_STEPS):
-                score = float32(score + ptx.shuffle_xor(score, 1 << step))
+            score = reduce_scatter(s_r, lane)
             mine = int32(0)
             for step in range(UNROLL_STEPS):
                 mine = int32(mine | ((lane >> step) & 1) << (UNROLL_STEPS - 1 - step))
@@ -264,24 +290,18 @@ def make_decode(arch: int, head_dim: int, group: int, heads: int, threads: int, 
             home = int32(warp_lane & ~(LANES - 1))
             for h in range(HEADS):
                 if tile != start:
-                    source = int32(0)
-                    for step in range(SCATTER_STEPS):
-                        source = int32(source | ((h >> (SCATTER_STEPS - 1 - step)) & 1) << step)
-                    factor = ptx.shuffle(alpha, home + source)
+                    factor = ptx.shuffle(alpha, home + lane_of(h))
                     for j in range(LANE_DIMS):
                         acc_r[h * LANE_DIMS + j] *= factor
             for n in range(UNROLL):
                 for h in range(HEADS):
-                    source = int32(0)
-                    for step in range(SCATTER_STEPS):
-                        source = int32(source | (((n * SLOTS + h) >> (SCATTER_STEPS - 1 - step)) & 1) << step)
-                    s_r[n * SLOTS + h] = ptx.shuffle(weight, home + source)
+                    s_r[n * PADDED_HEADS + h] = ptx.shuffle(weight, home + lane_of(n * PADDED_HEADS + h))
                 for j in range(4):
                     low, high = ptx.bf16_low(v_r[4 * n + j]), ptx.bf16_high(v_r[4 * n + j])
                     for h in range(HEADS):
                         i = h * LANE_DIMS + 2 * j
-                        acc_r[i] = float32(acc_r[i] + low * s_r[n * SLOTS + h])
-                        acc_r[i + 1] = float32(acc_r[i + 1] + high * s_r[n * SLOTS + h])
+                        acc_r[i] = float32(acc_r[i] + low * s_r[n * PADDED_HEADS + h])
+                        acc_r[i + 1] = float32(acc_r[i + 1] + high * s_r[n * PADDED_HEADS + h])
                 if tile + TILE < end:
                     for j in range(4):
                         v_r[4 * n + j] = int32(0)
@@ -290,26 +310,21 @@ def make_decode(arch: int, head_dim: int, group: int, heads: int, threads: int, 
                             values, at + n * LANE_GROUPS * WORDS
                         )
 
-        # 4. Rows and warps meet.
-        for h in range(HEADS):
-            if has_dims:
-                i = h * LANE_DIMS
-                wr = (lane_group * HEADS + h) * DP + lane * LANE_DIMS
-                ptx.store4(acc_s, wr, acc_r[i], acc_r[i + 1], acc_r[i + 2], acc_r[i + 3])
-                ptx.store4(acc_s, wr + 4, acc_r[i + 4], acc_r[i + 5], acc_r[i + 6], acc_r[i + 7])
+        # 4. Lane groups and warps meet.
+        store_accumulators(acc_s, acc_r, has_dims, lane_group, lane)
         for step in range(UNROLL_STEPS):
             row_sum = float32(row_sum + ptx.shuffle_xor(row_sum, 1 << step))
         for step in range(LANE_STEPS, 5):
             row_sum = float32(row_sum + ptx.shuffle_xor(row_sum, 1 << step))
-        slot = int32(0)
+        head = int32(0)
         for step in range(UNROLL_STEPS, SCATTER_STEPS):
-            slot = int32(slot | ((lane >> step) & 1) << (SCATTER_STEPS - 1 - step))
-        if warp_lane & ~SLOT_LANES == 0:  # one of the lanes that hold this head's
-            max_s[slot * WARPS + warp] = row_max
-            sum_s[slot * WARPS + warp] = row_sum
+            head = int32(head | ((lane >> step) & 1) << (SCATTER_STEPS - 1 - step))
+        if warp_lane & ~HEAD_LANE_BITS == 0:  # one of the lanes that hold this head's
+            max_s[head * WARPS + warp] = row_max
+            sum_s[head * WARPS + warp] = row_sum
         cuda.syncthreads()
         partial_wr = int32((head_block * grid_splits + split) * HEADS)
-        used = split_tokens >= tokens
+        whole = split_tokens >= tokens  # one split
         for i in range(tid, ITEMS, STRIDE):
             h = int32(i // D)
             d = int32(i % D)
@@ -324,38 +339,38 @@ def make_decode(arch: int, head_dim: int, group: int, heads: int, threads: int, 
                 for r in range(LANE_GROUPS // WARPS):
                     y = float32(y + acc_s[((w * (LANE_GROUPS // WARPS) + r) * HEADS + h) * DP + d])
                 x = float32(x + weight * y)
-            if used:
+            if whole:
                 out[int32(head_block * HEADS * D + i)] = x / weights
             else:
                 partials[int32(partial_wr * D + i)] = x
                 if d == 0:
                     stats[int32((partial_wr + h) * 2)] = largest
                     stats[int32((partial_wr + h) * 2 + 1)] = weights
-        if used:
+        if whole:
             return
 
-        # 5. The last block of these heads to arrive adds up the grid_splits, in their order.
+        # 5. The last block of these heads to arrive adds up the splits, in their order.
         ptx.threadfence()
         cuda.syncthreads()
-        used = ptx.udiv(int32(pos + split_tokens), split_tokens)
+        num_splits = ptx.udiv(int32(pos + split_tokens), split_tokens)
         if tid == 0:
             arrived_s[0] = ptx.atomic_fetch_add(arrivals, head_block, uint32(1))
             ptx.threadfence()
         cuda.syncthreads()
-        if arrived_s[0] != uint32(used - 1):
+        if arrived_s[0] != uint32(num_splits - 1):
             return
         partial_rd = int32(head_block * grid_splits * HEADS)
         for j in range(PREFETCH):  # asked for before their weights are known
             prefetch_r[j] = ZERO
-            if j < used and tid < ITEMS:
+            if j < num_splits and tid < ITEMS:
                 prefetch_r[j] = partials[int32((partial_rd + j * HEADS) * D + tid)]
         for h in range(warp, HEADS, WARPS):
             largest = LOWEST
-            for i in range(warp_lane, used, WARP):
+            for i in range(warp_lane, num_splits, WARP):
                 largest = max(largest, stats[int32((partial_rd + i * HEADS + h) * 2)])
             largest = ptx.warp_max(largest)
             row_sum = ZERO
-            for i in range(warp_lane, used, WARP):
+            for i in range(warp_lane, num_splits, WARP):
                 weight = ptx.exp2_approx(stats[int32((partial_rd + i * HEADS + h) * 2)] - largest)
                 weight_s[i * HEADS + h] = weight
                 row_sum = float32(row_sum + weight * stats[int32((partial_rd + i * HEADS + h) * 2 + 1)])
@@ -366,14 +381,14 @@ def make_decode(arch: int, head_dim: int, group: int, heads: int, threads: int, 
         for i in range(tid, ITEMS, STRIDE):
             h = int32(i // D)
             x = ZERO
-            for first in range(0, used, PREFETCH):
+            for first in range(0, num_splits, PREFETCH):
                 if i != tid or first > 0:
                     for j in range(PREFETCH):
                         prefetch_r[j] = ZERO
-                        if first + j < used:
+                        if first + j < num_splits:
                             prefetch_r[j] = partials[int32((partial_rd + (first + j) * HEADS) * D + i)]
                 for j in range(PREFETCH):
-                    if first + j < used:
+                    if first + j < num_splits:
                         x = float32(x + prefetch_r[j] * weight_s[(first + j) * HEADS + h])
             out[int32(head_block * HEADS * D + i)] = x / sum_s[h]
         if tid == 0:

@@ -14,7 +14,7 @@ Each warp keeps a running maximum and sum for each head; the warps meet in share
 
 The kernel is longer than its phases ask for: the scores' products and the combination of splits stand in its body, and
 `insert_key`, `insert_value` differ from those of `paged_decode`, since as functions, or shared, they change the machine
-code of the whole kernel (up to 168 registers of 168, and spills).
+code of the whole kernel, up to spills.
 """
 
 from collections.abc import Callable

@@ -73,7 +73,7 @@ class HeadShape(NamedTuple):
 
 
 class RopeTables(NamedTuple):
-    """Rotary angles: dimension i of a head turns with dimension i + head_dim / 2 by the angle [position, i]."""
+    """Rotary embedding: dimensions i and i + head_dim / 2 of a head are rotated by the angle [position, i]."""
 
     cos: Any  # float32 [positions, head_dim / 2]
     sin: Any

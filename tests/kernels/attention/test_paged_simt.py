@@ -57,7 +57,7 @@ def check_paged_simt(
     for token in rng.permutation(num_tokens)[:24]:
         slot, position = slot_positions[token]
         if slot >= 0:
-            context.check_row(spec.name, qkv[token, :heads], slot, position, result[token], 0, *stored[slot])
+            context.check_token(spec.name, qkv[token, :heads], slot, position, result[token], 0, *stored[slot])
     alone = int(rng.integers(num_tokens))
     assert attend(slice(alone, alone + 1)).tobytes() == result[alone].tobytes(), f"token {alone} differs alone"
 
