@@ -9,7 +9,8 @@ import numpy as np
 
 from bitnet_numba.backends.cuda.backend import CudaBackend
 from bitnet_numba.kernels.attention.kv_cache import PAGE
-from bitnet_numba.kernels.linear.gemm import w2a8_matmul
+from bitnet_numba.kernels.linear.gemm import gemm
+from bitnet_numba.kernels.linear.operands import PackedLinear, QuantizedActivations
 from bitnet_numba.kernels.runtime.device import usable_device
 from bitnet_numba.kernels.runtime.driver import Event, Stream
 from bitnet_numba.kernels.runtime.memory import DeviceArray, DeviceView
@@ -39,31 +40,20 @@ def measure_products() -> list[dict[str, Any]]:
         size = packed_words(N, K)
         copies = max(20, -(-5 * device.l2_bytes // (4 * size)))
         weights = DeviceArray.of(random_words(size * copies))
+        linears = [
+            PackedLinear(DeviceView(weights.address + 4 * i * size, size, np.int32), scales, (N,), K)
+            for i in range(copies)
+        ]
         values = rng.integers(-127, 128, (most, K)).astype(np.int8)
-        q, total = DeviceArray.of(values), DeviceArray.of(values.sum(axis=1, dtype=np.int32))
+        q, q_sum = DeviceArray.of(values), DeviceArray.of(values.sum(axis=1, dtype=np.int32))
+        x = QuantizedActivations(q, s, q_sum)
         out = DeviceArray(most * N, np.float32)
         for M in TOKENS:
             count.write(np.array([M], np.int32))
             times = {}
-            for overlap in (True, False):
-                launches = [
-                    w2a8_matmul(
-                        device,
-                        DeviceView(weights.address + 4 * i * size, size, np.int32),
-                        q,
-                        s,
-                        total,
-                        count,
-                        scales,
-                        out,
-                        M,
-                        N,
-                        K,
-                        overlap=overlap,
-                    )
-                    for i in range(copies)
-                ]
-                times[overlap] = graph_us(stream, launches) / copies
+            for use_pdl in (True, False):
+                launches = [gemm(device, linear, x, count, out, M, use_pdl=use_pdl) for linear in linears]
+                times[use_pdl] = graph_us(stream, launches) / copies
             rows.append(
                 {
                     "N": N,
@@ -75,7 +65,7 @@ def measure_products() -> list[dict[str, Any]]:
                     "cublas_bf16_us": cublas.get((N, K, M)),
                 }
             )
-        for array in (weights, q, total, out):
+        for array in (weights, q, q_sum, out):
             array.close()
     return rows
 

@@ -99,8 +99,7 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     """A CudaBackend over host memory and the simulator."""
     from bitnet_numba.backends.cuda import backend, context
     from bitnet_numba.kernels.attention import decode as attention
-    from bitnet_numba.kernels.linear import gemm as w2a8_matmul
-    from bitnet_numba.kernels.linear import quantize as norm_quant
+    from bitnet_numba.kernels.linear import gemm, quantize
     from bitnet_numba.kernels.linear.tile import Tile
     from bitnet_numba.kernels.lm_head import gemm_mma as head_many
     from bitnet_numba.kernels.lm_head import gemv as head
@@ -133,10 +132,10 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     monkeypatch.setattr(attention, "SHORT", (1, 64, 2, 1))  # fewer threads, for speed
     monkeypatch.setattr(context, "STEPS_AHEAD", 1)
     monkeypatch.setattr(context, "MIN_PREFILL", 2)
-    monkeypatch.setattr(w2a8_matmul, "plan", lambda *arguments: Tile(8, 1, 4, 1, 0, 2, scheme="wgmma"))
+    monkeypatch.setattr(gemm, "choose_tile", lambda *arguments: Tile(8, 1, 4, 1, 0, 2, scheme="wgmma"))
     monkeypatch.setattr(head, "spec", partial(head.spec, threads=128))
     monkeypatch.setattr(head_many, "head_many_spec", partial(head_many.head_many_spec, threads=64))
-    monkeypatch.setattr(norm_quant, "norm_quant_spec", partial(norm_quant.norm_quant_spec, threads=64))
+    monkeypatch.setattr(quantize, "quantize_spec", partial(quantize.quantize_spec, threads=64))
     return backend.CudaBackend(checkpoint)
 
 

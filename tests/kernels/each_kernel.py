@@ -10,9 +10,9 @@ from bitnet_numba.kernels.attention.kv_cache import append_spec
 from bitnet_numba.kernels.attention.paged_decode import fits
 from bitnet_numba.kernels.attention.paged_simt import attention_rows_spec
 from bitnet_numba.kernels.attention.prefill import MIN_ARCH, attention_prompt_spec
-from bitnet_numba.kernels.linear import quantize as norm_quant
-from bitnet_numba.kernels.linear.gemm_wgmma import ARCH as WARPGROUP_ARCH
+from bitnet_numba.kernels.linear.gemm_wgmma import ARCH as WGMMA_ARCH
 from bitnet_numba.kernels.linear.gemv import Plan
+from bitnet_numba.kernels.linear.quantize import quantize_spec
 from bitnet_numba.kernels.linear.tile import Tile
 from bitnet_numba.kernels.sampling import batched as sampler_many
 from bitnet_numba.kernels.sampling import single as sampler
@@ -23,9 +23,9 @@ from tests.kernels.attention.test_paged_decode import check_attention_batch
 from tests.kernels.attention.test_paged_simt import check_attention_rows
 from tests.kernels.attention.test_prefill import check_attention_prompt
 from tests.kernels.harness import arch
-from tests.kernels.linear.test_gemm import check_matmul
+from tests.kernels.linear.test_gemm import check_gemm
 from tests.kernels.linear.test_gemv import check_gemv
-from tests.kernels.linear.test_quantize import check_norm_quant
+from tests.kernels.linear.test_quantize import check_quantize
 from tests.kernels.lm_head.test_gemm import check_head_many
 from tests.kernels.lm_head.test_gemm_wgmma import check_head_warpgroup
 from tests.kernels.lm_head.test_gemv import check_head
@@ -39,10 +39,10 @@ def main(tool: str) -> None:
         check_gemv(96, 300, Plan(1, 2, 2, 3), prologue, epilogue, "relu2", True, 1)
     few, many, dp4a = Tile(8, 2, 1, 2, 3, 0), Tile(16, 2, 2, 2, 2, 3), Tile(8, 2, 1, 2, 0, 0, scheme="dp4a")
     for tile in (few, many, dp4a):
-        check_matmul(19, 128, 300, tile, "gated", "silu", True, 8, 17)
-    check_matmul(19, 100, 300, many, "residual", "relu2", True, 9)
-    if arch() == WARPGROUP_ARCH and tool == "memcheck":  # racecheck knows nothing of the copy engine's arrivals
-        check_matmul(70, 128, 300, Tile(64, 1, 8, 1, 0, 4, 1, "wgmma"), "gated", "relu2", False, 18, 65)
+        check_gemm(19, 128, 300, tile, "gated", "silu", True, 8, 17)
+    check_gemm(19, 100, 300, many, "residual", "relu2", True, 9)
+    if arch() == WGMMA_ARCH and tool == "memcheck":  # racecheck does not follow TMA and mbarriers
+        check_gemm(70, 128, 300, Tile(64, 1, 8, 1, 0, 4, 1, "wgmma"), "gated", "relu2", False, 18, 65)
         for tokens in (7, 100):
             check_head_warpgroup(320, 700, tokens, 2, 19)
     for int8 in (False, True):
@@ -68,7 +68,7 @@ def main(tool: str) -> None:
             spec = attention_prompt_spec(arch(), *shape[:2])
             check_attention_prompt(spec, 4, shape, 70, 40, 48, True, 16)
     for K in (320, 101):
-        check_norm_quant(norm_quant.norm_quant_spec(arch(), K), 3, K, True, 5, 1.0)
+        check_quantize(quantize_spec(arch(), K), 3, K, True, 5, 1.0)
     logits = np.random.default_rng(6).standard_normal(300).astype(np.float32)
     for params in (SamplingParams(), SamplingParams(0.8, 0.9, 20, 0.01, 1.2, 7)):
         choose(logits, [1, 2, 3], params, sampler.sampler_spec(arch()), 2, repeat=1)

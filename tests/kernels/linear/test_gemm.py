@@ -132,7 +132,7 @@ def test_simulated_gemm(
     if kind[0] == "gated":
         N = -(-N // 32) * 32
     if tile.scheme == "dp4a":
-        tile = tile._replace(blocks=2 if kind[0] == "gated" else 1)
+        tile = tile._replace(row_blocks=2 if kind[0] == "gated" else 1)
     check_gemm(M, N, K, tile, *kind, bias, seed, max(0, M - short))
 
 
