@@ -172,6 +172,26 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
             old = old_r[n] if RESIDUAL else ZERO
             y_r[n] = finish(int32(c), int32(e), q_sum_s[t], m_row, m_up, inverse_s[t], bias, row, rows, old)
 
+    @device_function
+    def store_results(out, y_r, wr, jump, last, token):
+        """Stores EACH results of a thread, those of tokens that there are; returns where its next one goes."""
+        for n in range(EACH):
+            if wr <= last and (EXACT or token + n * JUMP < T):
+                out[wr] = y_r[n]
+            wr = int32(wr + jump)
+        return wr
+
+    @device_function
+    def add_warps(shared, sums, tid):
+        """The sums of a CTA's k_warps sets of warps become one."""
+        for piece in range(tid, PIECES, THREADS):
+            at = sums + 4 * piece
+            c0, c1, c2, c3 = ptx.load4(shared, at)
+            for part in range(1, WK):
+                d0, d1, d2, d3 = ptx.load4(shared, at + part * SUMS)
+                c0, c1, c2, c3 = int32(c0 + d0), int32(c1 + d1), int32(c2 + d2), int32(c3 + d3)
+            ptx.store4(shared, at, c0, c1, c2, c3)
+
     def gemm(
         words, panels, s, q_sum, count, scales, bias, out, M, rows, KP, k_iters, row_blocks, up_offset, bound1, bound2
     ):  # fmt: skip
@@ -283,13 +303,7 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
             # The CTA's own sums become one, then each CTA reads its tokens' from all.
             if WK > 1:
                 cuda.syncthreads()
-                for piece in range(tid, PIECES, THREADS):
-                    at = sums + 4 * piece
-                    c0, c1, c2, c3 = ptx.load4(shared, at)
-                    for part in range(1, WK):
-                        d0, d1, d2, d3 = ptx.load4(shared, at + part * SUMS)
-                        c0, c1, c2, c3 = int32(c0 + d0), int32(c1 + d1), int32(c2 + d2), int32(c3 + d3)
-                    ptx.store4(shared, at, c0, c1, c2, c3)
+                add_warps(shared, sums, tid)
             ptx.cluster_arrive()
             ptx.cluster_wait()
             writes = token < T and first + token < limit
@@ -300,10 +314,7 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
                 read_results(y_r, old_r, shared, unaligned, sums + own, q_sum_s, inverse_s, token, row_values)
             ptx.cluster_arrive()  # a CTA may end when nobody reads its sums any more
             if writes:
-                for n in range(EACH):
-                    if wr <= last and (EXACT or token + n * JUMP < T):
-                        out[wr] = y_r[n]
-                    wr = int32(wr + jump)
+                wr = store_results(out, y_r, wr, jump, last, token)
             ptx.cluster_wait()
         else:
             cuda.syncthreads()
@@ -312,10 +323,7 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
                     for n in range(EACH):
                         old_r[n] = out[min(int32(wr + n * jump), last)]
                 read_results(y_r, old_r, shared, unaligned, sums + own, q_sum_s, inverse_s, token, row_values)
-                for n in range(EACH):
-                    if wr <= last and (EXACT or token + n * JUMP < T):
-                        out[wr] = y_r[n]
-                    wr = int32(wr + jump)
+                wr = store_results(out, y_r, wr, jump, last, token)
                 token = int32(token + JUMP * EACH)
 
     return gemm

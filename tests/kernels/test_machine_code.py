@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from bitnet_numba.kernels.linear import gemm as w2a8_matmul
-from bitnet_numba.kernels.linear import heuristics
+from bitnet_numba.kernels.linear import gemm
+from bitnet_numba.kernels.linear.heuristics import choose_tile
 from bitnet_numba.kernels.runtime.compiler import compile_ptx
 from bitnet_numba.kernels.runtime.spec import CARVEOUT, CARVEOUT_BYTES, RESERVED_BYTES, KernelSpec
 from tests.kernels.harness import ARCHITECTURES
@@ -177,7 +177,7 @@ def test_products_and_long_attention_use_the_units_made_for_them() -> None:
     ],
 )
 def test_products_of_many_tokens_use_the_units_made_for_them(arch: int, M: int, unit: str) -> None:
-    spec = w2a8_matmul.spec(arch, heuristics.plan(M, 2560, 2560, arch, 132))
+    spec = gemm.spec(arch, choose_tile(M, 2560, 2560, arch, 132))
     compiled_for = max(arch, 75)  # the compiler's minimum
     assert len(re.findall(unit, ptx_of(spec, compiled_for))) >= 4
 
