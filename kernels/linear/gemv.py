@@ -32,8 +32,8 @@ each i are kept apart and shifted back once. RMSNorm and absmax share one reduct
 |weight * x| is multiplied by 1 / rms afterwards, so s may be off by 2 ulp. docs/performance-notes.md has what was tried
 and measured.
 
-Phases are device functions where that leaves the machine code as it was: not those with barriers, shuffles or the loads
-of weights, for which the compiler then finds other registers and schedules.
+Phases are device functions where that leaves the machine code as it was, on every architecture: not those with
+barriers, shuffles or the loads of weights, for which the compiler then finds other registers and schedules.
 """
 
 import math
@@ -149,17 +149,6 @@ def make_gemv(
                 zero4(n_r, 4 * j)
 
     @device_function
-    def apply_norm(x_r, n_r, squares, absmax, eps):
-        """Norms x_r, if there is a norm, given the sum of squares and the largest |x| or |weight * x|. Returns s."""
-        if NORM:
-            inverse = ptx.rsqrt_approx(float32(squares * PER_COLUMN + eps))
-            absmax = float32(absmax * inverse)
-            for i in range(X_REGS):
-                x_r[i] = ptx.mul_rn(n_r[i], ptx.mul_rn(x_r[i], inverse))
-        # A NaN in x makes the sum of squares NaN, and stays: then so is all of y. (max would drop it.)
-        return ptx.mul_rn(ptx.rcp_rn(EPSILON if absmax < EPSILON else absmax), INT8_MAX)
-
-    @device_function
     def quantise(q_s, x_r, s, tid):
         """x_r as int8 to shared memory; returns the sum of this thread's."""
         q_sum = int32(0)
@@ -257,7 +246,13 @@ def make_gemv(
                 if NORM:
                     squares = float32(squares + square_s[i])
                 absmax = max(absmax, max_s[i])
-            s = apply_norm(x_r, n_r, squares, absmax, eps)
+            if NORM:
+                inverse = ptx.rsqrt_approx(float32(squares * PER_COLUMN + eps))
+                absmax = float32(absmax * inverse)
+                for i in range(X_REGS):
+                    x_r[i] = ptx.mul_rn(n_r[i], ptx.mul_rn(x_r[i], inverse))
+            # A NaN in x makes the sum of squares NaN, and stays: then so is all of y. (max would drop it.)
+            s = ptx.mul_rn(ptx.rcp_rn(EPSILON if absmax < EPSILON else absmax), INT8_MAX)
             q_sum = quantise(q_s, x_r, s, tid)
         cuda.syncthreads()
         if not INT8:

@@ -165,6 +165,12 @@ def test_an_array_on_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) 
         w2a8_linear(array(2, 64), linear)
 
 
+def test_a_second_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(w2a8, "_devices", {0: (DryRunDevice(90, 132), None)})
+    with pytest.raises(BackendError, match="kernels are loaded on device 0; a process can use one device"):
+        w2a8._device(1)
+
+
 def test_the_result_is_an_array_with_a_shape() -> None:
     y = DeviceMatrix(DeviceView(4096, 80, np.float32), (2, 40))
     assert y.__cuda_array_interface__ == {"shape": (2, 40), "typestr": "<f4", "data": (4096, False), "version": 3}
