@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bitnet_numba.engine.scheduler import Scheduler as Scheduler
     from bitnet_numba.engine.session import Session as Session
     from bitnet_numba.errors import BitNetError as BitNetError
+    from bitnet_numba.kernels.linear.operands import PackedLinear as PackedLinear
     from bitnet_numba.kernels.linear.w2a8 import pack_linear as pack_linear
     from bitnet_numba.kernels.linear.w2a8 import w2a8_linear as w2a8_linear
     from bitnet_numba.sampling import SamplingParams as SamplingParams
@@ -34,6 +35,7 @@ _HOMES = {
     "BitNetError": "errors",
     "Completion": "engine.completion",
     "Engine": "engine.engine",
+    "PackedLinear": "kernels.linear.operands",
     "SamplingParams": "sampling",
     "Scheduler": "engine.scheduler",
     "Session": "engine.session",

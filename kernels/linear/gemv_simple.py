@@ -11,8 +11,8 @@ takes (2560 x 2560: 1.6 MB, 0.4 us at the 4 TB/s of an H200); each kernel comes 
 
     kernel                a thread owns                    weights come in        PTX instructions for 16 weights
     one_code_at_a_time    a row                            4 bytes, 16 times      1,100, most of them for indices
-    four_codes_at_a_time  a row                            4 bytes                95, of which 8 dp4a
-    four_rows_at_a_time   4 rows, 16 columns in every 64+  16 bytes               32, of which 5 dp4a
+    four_codes_at_a_time  a row                            4 bytes                79, of which 8 dp4a
+    four_rows_at_a_time   4 rows, 16 columns in every 64+  16 bytes               22, of which 5 dp4a
 
 1. `one_code_at_a_time` is the definition. Pair p of a word's bits holds column 4 * (p % 4) + p // 4 of its 16 columns
    (packing.py draws why: see 2), so column c is in pair 4 * (c % 4) + c // 4.

@@ -109,13 +109,19 @@ def pack_linear(
 ) -> PackedLinear:
     """Ternary weights, packed and uploaded: y = x @ (ternary * scale).T + bias, by `w2a8_linear`.
 
-    ternary: int8 [N, K] of -1, 0 and 1; scales: a number, or one for each segment; bias: [N]; in NumPy arrays or arrays
-    on a device. segments: how many rows share a scale, in order, up to three, N in all (q, k and v in one product: one
-    read of x); by default one, N. device: by default that of the context current on this thread, else the first GPU.
-    Packing runs on the host: 0.2 s for 35 million weights. Raises ValueError for weights, scales or segments that
-    do not fit, BackendError without a usable GPU.
+    ternary: int8 [N, K] of -1, 0 and 1, or a list of up to three such matrices, which are its segments (q, k and v in
+    one product: one read of x); scales: a positive number, or one for each segment; bias: [N]; in NumPy arrays or
+    arrays on a device. segments: of a single matrix, how many rows share a scale, in order, N in all; by default one,
+    N. device: by default that of the context current on this thread, else the first GPU. Packing runs on the host: 0.2
+    s for 35 million weights. Raises ValueError for weights, scales or segments that do not fit, BackendError without a
+    usable GPU.
     """
-    weights = _host(ternary, "ternary")
+    if isinstance(ternary, list | tuple):
+        if segments is not None:
+            raise ValueError("pack_linear: a list of matrices has its own segments")
+        weights, segments = _stacked(ternary)
+    else:
+        weights = _host(ternary, "ternary")
     words = pack_ternary(weights)
     N, K = weights.shape
     rows = (N,) if segments is None else tuple(int(n) for n in segments)
@@ -130,6 +136,8 @@ def pack_linear(
             raise ValueError(f"pack_linear: {name} must be {count} numbers, not {values.dtype} of shape {values.shape}")
         if not (np.abs(values.astype(np.float64)) <= np.finfo(np.float32).max).all():  # NaN is not either
             raise ValueError(f"pack_linear: {name} must be finite in float32")
+    if not (numbers["scales"][0].astype(np.float32) > 0).all():
+        raise ValueError("pack_linear: scales must be positive in float32")
     if device is None:
         device, _ = _device(_current_index() or 0)
     uploaded = {name: device.array(values.astype(np.float32)) for name, (values, _) in numbers.items()}
@@ -137,7 +145,7 @@ def pack_linear(
 
 
 def w2a8_linear(x: Any, linear: PackedLinear, out: Any = None, stream: Any = None) -> Any:
-    """x times a packed linear: float32 [..., K] -> float32 [..., N].
+    """x times a packed linear: float32 [..., K] -> float32 [..., N]. Without tokens nothing is launched.
 
     x: a contiguous array of float32 on the current device, with `__cuda_array_interface__` (PyTorch, CuPy, Numba). It
     must be finite: with infinity in a token its y is infinite or NaN, and NaN may go unnoticed.
@@ -150,6 +158,10 @@ def w2a8_linear(x: Any, linear: PackedLinear, out: Any = None, stream: Any = Non
     another device than the current one; BackendError if the GPU is unusable or out of memory.
     """
     array, shape = _operand(x, linear)
+    if not array.size:
+        result = DeviceMatrix(DeviceView(0, 0, np.float32), shape) if out is None else out
+        _output(result, shape)
+        return result
     index = _checked_index(array)
     device, scratch = _device(index)
     handle = int(stream_handle(stream))
@@ -185,7 +197,7 @@ def _launches(
 def _operand(x: Any, linear: PackedLinear) -> tuple[DeviceArray, tuple[int, ...]]:
     """x as a flat array, and the shape of y."""
     N, K = linear.N, linear.K
-    (array,) = checked("w2a8_linear", f"a {N} x {K} product", x=(x, K, "float32"))
+    (array,) = checked("w2a8_linear", f"a {N} x {K} product", x=(x, 0, "float32"))
     shape = tuple(x.__cuda_array_interface__["shape"])
     if not shape or shape[-1] != K:
         raise ValueError(f"w2a8_linear: x has shape {shape}, a {N} x {K} product takes [..., {K}]")
@@ -210,8 +222,17 @@ def _output(out: Any, shape: tuple[int, ...]) -> DeviceArray:
 
 
 def _check_alignment(name: str, array: DeviceArray) -> None:
-    if array.address % ALIGNMENT:
+    if array.size and array.address % ALIGNMENT:
         raise ValueError(f"w2a8_linear: {name} starts {array.address % ALIGNMENT} bytes past a multiple of {ALIGNMENT}")
+
+
+def _stacked(matrices: Sequence[Any]) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Segments [N_i, K] as one matrix, and their rows. (What is in them, `pack_ternary` checks.)"""
+    parts = [_host(matrix, f"ternary[{i}]") for i, matrix in enumerate(matrices)]
+    shapes = [part.shape for part in parts]
+    if not parts or any(len(shape) != 2 or shape[1] != shapes[0][1] for shape in shapes):
+        raise ValueError(f"pack_linear: segments must be matrices with equally many columns, not of shapes {shapes}")
+    return np.concatenate(parts), tuple(rows for rows, _ in shapes)
 
 
 def _host(array: Any, name: str) -> np.ndarray:

@@ -14,6 +14,7 @@ from bitnet_numba.kernels.linear.operands import PackedLinear
 from bitnet_numba.kernels.linear.w2a8 import MAX_STREAMS, DeviceMatrix, Scratch, pack_linear, w2a8_linear
 from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.memory import DeviceView
+from bitnet_numba.packing import pack_ternary
 from bitnet_numba.quantize import quantize_activations
 from tests.kernels.harness import SIMULATED, needs_gpu, why_no_gpu
 
@@ -54,6 +55,16 @@ def test_pack_linear_describes_the_weights() -> None:
     assert qkv.bias.size == 40 and qkv.bias.dtype == np.float32
 
 
+def test_pack_linear_stacks_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[np.ndarray] = []
+    monkeypatch.setattr(w2a8, "pack_ternary", lambda w: packed.append(w) or pack_ternary(w))
+    w, device = ternary(40, 70), DryRunDevice(90, 132)
+    linear = pack_linear([w[:20], w[20:33], w[33:]], (1, 2, 3), device=device)
+    assert (linear.N, linear.K, linear.segments, linear.scales.size) == (40, 70, (20, 13, 7), 3)
+    assert np.array_equal(packed[0], w)
+    assert pack_linear((w,), 1.0, device=device).segments == (40,)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -64,9 +75,19 @@ def test_pack_linear_describes_the_weights() -> None:
         ((ternary(4, 8), "1"), "scales must be 1 numbers, not <U1"),
         ((ternary(4, 8), np.nan), "scales must be finite"),
         ((ternary(4, 8), 1e39), "scales must be finite"),
+        ((ternary(4, 8), 0.0), "scales must be positive"),
+        ((ternary(4, 8), 1e-50), "scales must be positive in float32"),
+        ((ternary(4, 8), (1.0, -2.0), None, (2, 2)), "scales must be positive"),
         ((ternary(4, 8), 1.0, np.zeros(3)), r"bias must be 4 numbers, not float64 of shape \(3,\)"),
         ((ternary(4, 8), (1.0, 2.0), None, (2, 3)), r"segments \(2, 3\) are 5 rows, ternary has 4"),
         ((ternary(4, 8), np.ones(4), None, (1, 1, 1, 1)), "rows come in 1 to 3 segments"),
+        (([], 1.0), r"segments must be matrices .* not of shapes \[\]"),
+        (([ternary(4, 8), ternary(4, 9)], (1.0, 2.0)), r"equally many columns, not of shapes \[\(4, 8\), \(4, 9\)\]"),
+        (([ternary(4, 8)[0]], 1.0), r"segments must be matrices .* not of shapes \[\(8,\)\]"),
+        (([ternary(4, 8), ternary(2, 8).astype(np.float32)], (1.0, 2.0)), "must be an int8 array, not float32"),
+        (([ternary(4, 8)] * 2, 1.0), r"scales must be 2 numbers, not float64 of shape \(1,\)"),
+        (([ternary(4, 8)] * 4, np.ones(4)), "rows come in 1 to 3 segments"),
+        (([ternary(4, 8)], 1.0, None, (4,)), "a list of matrices has its own segments"),
     ],
 )
 def test_pack_linear_refuses(arguments: tuple[Any, ...], message: str) -> None:
@@ -130,7 +151,9 @@ def test_streams_are_told_apart() -> None:
         (np.zeros((2, 64), np.float32), "x: expected an array in device memory, not ndarray"),
         (array(2, 64, dtype=np.float16), "x must be float32, not float16"),
         (array(2, 32), r"x has shape \(2, 32\), a 40 x 64 product takes \[\.\.\., 64\]"),
-        (array(0, 64), "x holds 0 elements"),
+        (array(0, 32), r"x has shape \(0, 32\), a 40 x 64 product takes \[\.\.\., 64\]"),
+        (array(64, 0), r"x has shape \(64, 0\), a 40 x 64 product takes"),
+        (array(), r"x has shape \(\), a 40 x 64 product takes"),
         (array(2, 64, address=4104), "x starts 8 bytes past a multiple of 16"),
         (array(2, 64, strides=(4, 8)), "is not contiguous"),
         (array(1 << 25, 64), "33554432 tokens of a 40 x 64 product have more than 2147483647 elements"),
@@ -157,6 +180,19 @@ def test_w2a8_linear_refuses_out(out: Any, message: str) -> None:
         w2a8._output(out, (2, 40))
 
 
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 2)])
+def test_no_tokens_give_an_empty_result(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without looking for a device: arrays without elements have no address."""
+    monkeypatch.delattr(w2a8, "driver_call")
+    monkeypatch.delattr(w2a8, "usable_device")
+    _, linear = dry()
+    x, y = array(*shape, 64), array(*shape, 40)
+    assert w2a8_linear(x, linear).__cuda_array_interface__["shape"] == (*shape, 40)
+    assert w2a8_linear(x, linear, y) is y
+    with pytest.raises(ValueError, match="out has shape"):
+        w2a8_linear(x, linear, array(*shape, 41))
+
+
 def test_an_array_on_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     _, linear = dry()
     monkeypatch.setattr(w2a8, "_current_index", lambda: 0)
@@ -177,7 +213,7 @@ def test_the_result_is_an_array_with_a_shape() -> None:
 
 
 def test_public_names() -> None:
-    assert bn.pack_linear is pack_linear and bn.w2a8_linear is w2a8_linear
+    assert (bn.pack_linear, bn.w2a8_linear, bn.PackedLinear) == (pack_linear, w2a8_linear, PackedLinear)
 
 
 # ---- On a GPU -------------------------------------------------------------------------------------------------------
@@ -208,6 +244,8 @@ def test_pytorch(M: int, N: int, K: int) -> None:
     out = torch.full((M, N), torch.nan, device="cuda")
     assert w2a8_linear(on_device, linear, out) is out
     assert np.array_equal(out.cpu().numpy(), expected)
+    empty = torch.as_tensor(w2a8_linear(on_device[:0], linear), device="cuda")
+    assert empty.shape == (0, N) and empty.dtype == torch.float32
     with pytest.raises(ValueError, match="x must be float32, not float16"):
         w2a8_linear(on_device.half(), linear)
 
