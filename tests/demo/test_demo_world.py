@@ -8,12 +8,12 @@ from random import Random
 
 import pytest
 
-from tools.demo_world import words
-from tools.demo_world.conversation import QUESTION, STORY, conversation, draw_request, phrase, typed
-from tools.demo_world.grammar import article, capitalise, expand, parse, slots_of
-from tools.demo_world.plots import PLOTS
-from tools.demo_world.stories import Figure, Request, Story, held_out, tell
-from tools.demo_world.talk import outside, small_talk
+from tools.demo.world import words
+from tools.demo.world.conversation import QUESTION, STORY, conversation, draw_request, phrase, typed
+from tools.demo.world.grammar import article, capitalise, expand, parse, slots_of
+from tools.demo.world.plots import PLOTS
+from tools.demo.world.stories import Figure, Request, Story, held_out, tell
+from tools.demo.world.talk import outside, small_talk
 
 STORIES_PER_PLOT = 60
 # Words that an answer may add to those of the story: the glue of a short sentence.

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from zlib import crc32
 
-from tools.demo_world import words
-from tools.demo_world.grammar import article, capitalise, chance, expand, pick
-from tools.demo_world.plots import COMMON_FACTS, FOOD, PLOTS, SHARED, THING, Fact, Plot
+from tools.demo.world import words
+from tools.demo.world.grammar import article, capitalise, chance, expand, pick
+from tools.demo.world.plots import COMMON_FACTS, FOOD, PLOTS, SHARED, THING, Fact, Plot
 
 HELD_OUT_SHARE = 16  # one (hero, thing) pair in so many is kept for evaluation
 

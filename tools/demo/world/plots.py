@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.demo_world import words
+from tools.demo.world import words
 
 THING, FOOD = "thing", "food"
 

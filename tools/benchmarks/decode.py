@@ -1,4 +1,4 @@
-"""What tools/bench.py measures, as plain dictionaries; see there."""
+"""What tools/bench.py measures of one sequence: decode steps, latency, memory and start; as plain dictionaries."""
 
 import gc
 import json
@@ -26,7 +26,7 @@ from bitnet_numba.kernels.runtime.driver import Event
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.sampling.parts import pack_settings
 from bitnet_numba.sampling import SamplingParams
-from tools.bench_timing import graph_us, random_words
+from tools.benchmarks.timing import graph_us, random_words
 from tools.make_checkpoint import PRESETS, QUANTIZATION
 
 LAYER = ("qkv", "attention", "o", "gate_up", "down")  # launches of a layer in a decode step
@@ -92,7 +92,7 @@ def named_launches(context: CudaContext, long: bool) -> dict[str, list[Launch]]:
 
 
 def measure_decode(folders: dict[str, Path], bandwidth: float) -> dict[str, Any]:
-    """Steps at several contexts, by kernel, and the latency of whole answers; for each kind of head."""
+    """Steps at several contexts, by kernel, and the latency of whole answers; for each embedding dtype."""
     result: dict[str, Any] = {}
     device = usable_device()
     for head, folder in folders.items():
@@ -161,7 +161,7 @@ print(time.perf_counter() - start)
 
 def measure_load(folder: Path) -> dict[str, Any]:
     """Seconds from the start of Python to the first token, in processes of their own."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parent.parent.parent
     with tempfile.TemporaryDirectory() as cache:
         env = os.environ | {"BITNET_NUMBA_CACHE": cache}
         env["PYTHONPATH"] = os.pathsep.join([str(root), env.get("PYTHONPATH", "")])

@@ -10,10 +10,10 @@ import re
 from pathlib import Path
 from random import Random
 
-from tools.demo_world import words
-from tools.demo_world.grammar import article, capitalise, expand, pick
-from tools.demo_world.plots import join_lines
-from tools.demo_world.stories import PEOPLE, THINGS, coin_word
+from tools.demo.world import words
+from tools.demo.world.grammar import article, capitalise, expand, pick
+from tools.demo.world.plots import join_lines
+from tools.demo.world.stories import PEOPLE, THINGS, coin_word
 
 MODEL_NAME = "Trit"
 

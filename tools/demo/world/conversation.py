@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from random import Random
 
-from tools.demo_world import talk, words
-from tools.demo_world.grammar import article, capitalise, chance, expand, pick
-from tools.demo_world.plots import PLOTS, SHARED
-from tools.demo_world.stories import (
+from tools.demo.world import talk, words
+from tools.demo.world.grammar import article, capitalise, chance, expand, pick
+from tools.demo.world.plots import PLOTS, SHARED
+from tools.demo.world.stories import (
     Figure,
     Request,
     Story,

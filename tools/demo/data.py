@@ -1,4 +1,4 @@
-"""Tokenizer and training rows of the demo model, from the text world in `demo_world`."""
+"""Tokenizer and training rows of the demo model, from the text world in `tools/demo/world`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 from bitnet_numba.text.chat_template import BITNET_TEMPLATE
 from bitnet_numba.text.tiktoken import SPLIT_PATTERN
-from tools.demo_model import BOS, CONTEXT, END, EOT, VOCAB
-from tools.demo_world.conversation import Turn, conversation
+from tools.demo.model import BOS, CONTEXT, END, EOT, VOCAB
+from tools.demo.world.conversation import Turn, conversation
 
 SPECIAL_TOKENS = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
