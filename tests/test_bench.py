@@ -8,8 +8,8 @@ import pytest
 from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.memory import DeviceView
 from bitnet_numba.packing import BLOCK_ROWS, packed_words
-from tools.bench import ladder_table
 from tools.benchmarks import kernels
+from tools.benchmarks.table import ladder_table
 
 COPIES, US = 3, 2.5
 

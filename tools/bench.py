@@ -24,18 +24,9 @@ import numpy as np
 from bitnet_numba.checkpoint.packed import EMBEDDING_DTYPES
 from bitnet_numba.errors import BitNetError
 from bitnet_numba.packing import pack_ternary, unpack_ternary
+from tools.benchmarks.table import table
 
 ROOT = Path(__file__).resolve().parent.parent
-HOW_LADDER = (
-    "The kernels of kernels/linear/gemv_simple.py and the fast one, on the same words and int8 activations, cold L2. "
-    "The simple ones are launched by Numba, as a user launches them, and these launches are captured in a graph: timed "
-    "is the machine code that a user gets, without the host's part of a launch. Each starts when the one before has "
-    "ended, but with PDL. us (GB/s of weights):"
-)
-HOW_TIMED = (
-    'In "us" each starts while the one before still runs and waits for its result, as in a decode step; '
-    'in "alone" each starts when the one before has ended.'
-)
 
 
 def environment() -> dict[str, Any]:
@@ -76,10 +67,10 @@ def measure(what: str) -> dict[str, Any]:
         return figures
     from bitnet_numba.backends.cuda.backend import CudaBackend
     from bitnet_numba.checkpoint.packed import open_packed
-    from tools.benchmarks import decode, prefill_and_batch
+    from tools.benchmarks import decode, many_tokens
 
     if what in ("prefill", "batch", "all"):
-        figures["products"] = prefill_and_batch.measure_products()
+        figures["products"] = many_tokens.measure_products()
     bandwidth = figures.get("kernels", {}).get("bandwidth_GB/s")
     with tempfile.TemporaryDirectory() as folder:
         folders = {head: Path(folder) / head for head in EMBEDDING_DTYPES}
@@ -91,10 +82,10 @@ def measure(what: str) -> dict[str, Any]:
         if what in ("prefill", "batch", "all"):
             backend = CudaBackend(open_packed(folders["bf16"]))
             if what != "batch":
-                figures["prefill"] = prefill_and_batch.measure_prefill(backend)
+                figures["prefill"] = many_tokens.measure_prefill(backend)
             if what != "prefill":
-                figures["batch"] = prefill_and_batch.measure_batch(backend)
-                figures["mixed"] = prefill_and_batch.measure_mixed(backend)
+                figures["batch"] = many_tokens.measure_batch(backend)
+                figures["mixed"] = many_tokens.measure_mixed(backend)
             backend.weights.close()
         if what in ("load", "all"):
             figures["load"] = decode.measure_load(folders["bf16"])
@@ -111,135 +102,6 @@ def measure_packing(N: int = 13824, K: int = 2560, repeats: int = 5) -> dict[str
         "pack_s": min(timeit.repeat(lambda: pack_ternary(w), number=1, repeat=repeats)),
         "unpack_s": min(timeit.repeat(lambda: unpack_ternary(words, N, K), number=1, repeat=repeats)),
     }
-
-
-def row(*cells: object) -> str:
-    """A line of a Markdown table."""
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
-
-
-def head_of(*cells: str) -> list[str]:
-    """The first two lines of a Markdown table."""
-    return ["", row(*cells), row(*(["---"] * len(cells)))]
-
-
-def ladder_table(kernels: dict[str, Any]) -> list[str]:
-    """What each step from a plain loop to the fast GEMV buys, and what reading the weights would take."""
-    rungs = kernels.get("ladder", [])  # figures of earlier versions have none
-    if not rungs:
-        return []
-    lines = ["", "### From a loop to the GEMV", "", HOW_LADDER, *head_of("", *(f"{r['N']} x {r['K']}" for r in rungs))]
-    for step in rungs[0]["us"]:
-        cells = [f"{r['us'][step]:.2f} ({r['bytes'] / r['us'][step] / 1e3:.0f})" for r in rungs]
-        lines.append(row(step, *cells))
-    read = kernels["bandwidth_GB/s"]
-    cells = [f"{r['bytes'] / read / 1e3:.2f} ({read:.0f})" for r in rungs]
-    lines.append(row("only reading the weights", *cells))
-    return lines
-
-
-def table(figures: dict[str, Any]) -> str:
-    """The Markdown of a run."""
-    lines = []
-    if "environment" in figures:
-        env = figures["environment"]
-        versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
-        cuda = f"{env['driver_cuda'] // 1000}.{env['driver_cuda'] % 1000 // 10}"
-        lines.append(f"{env['device']}, driver for CUDA {cuda}, Python {env['python']}, {versions}; "
-                     f"commit {env['commit']}.")  # fmt: skip
-    if "packing" in figures:
-        packing = figures["packing"]
-        lines += ["", "## Packing, one CPU core", *head_of("N x K", "pack, s", "unpack, s")]
-        lines.append(row(f"{packing['N']} x {packing['K']}", f"{packing['pack_s']:.3f}", f"{packing['unpack_s']:.3f}"))
-    if "kernels" in figures:
-        kernels = figures["kernels"]
-        lines += ["", "## Matrix-vector products", ""]
-        lines.append(f"Cold L2, in a graph. Streaming read: {kernels['bandwidth_GB/s']:.0f} GB/s. {HOW_TIMED}")
-        lines += head_of(
-            "N x K", "us", "alone", "GB/s", "of read", "host us a call", "cuBLAS bf16 us", "speed-up", "alone"
-        )
-        for p in kernels["products"]:
-            cublas = p["cublas_bf16_us"]
-            compared = [cublas, cublas / p["us"], cublas / p["us_alone"]] if cublas else []
-            lines.append(
-                row(f"{p['N']} x {p['K']}", f"{p['us']:.2f}", f"{p['us_alone']:.2f}", f"{p['GB/s']:.0f}",
-                    f"{p['share_of_bandwidth']:.0%}", f"{p['host_us_per_call']:.1f}",
-                    *([f"{value:.1f}" for value in compared] or "---"))
-            )  # fmt: skip
-        lines += ladder_table(kernels)
-    if "decode" in figures:
-        lines += ["", "## Decoding, 2B4T, one sequence"]
-        lines += head_of("head", "context", "us a step", "tokens/s", "of the byte ceiling")
-        for head, part in figures["decode"].items():
-            for step in part["steps"]:
-                lines.append(
-                    row(head, step["context"], f"{step['us']:.0f}", f"{step['tokens/s']:.0f}",
-                        f"{step['share_of_ceiling']:.0%}")
-                )  # fmt: skip
-        lines += ["", "Launches of one kind after another, us for all of a step's (they overlap in a step):"]
-        names = list(next(iter(figures["decode"]["bf16"]["kernels_us"].values())))
-        lines += head_of("head", "context", *names)
-        for head, part in figures["decode"].items():
-            for context, times in part["kernels_us"].items():
-                lines.append(row(head, context, *(f"{times[name]:.0f}" for name in names)))
-        lines += ["", "Latency, ms, from the prompt's ids to the last token:"]
-        answers = sorted({entry["answer"] for entry in figures["decode"]["bf16"]["latency"]})
-        lines += head_of("head", "prompt", *(f"{answer} tokens out" for answer in answers))
-        for head, part in figures["decode"].items():
-            for prompt in sorted({entry["prompt"] for entry in part["latency"]}):
-                cells = [f"{entry['ms']:.0f}" for entry in part["latency"] if entry["prompt"] == prompt]
-                lines.append(row(head, prompt, *cells))
-        lines += ["", "Device memory with a context of 4096, MB:"]
-        lines += head_of("head", "weights", "keys and values", "activations", "taken from the device in all")
-        for head, part in figures["decode"].items():
-            memory = [part["memory"][key] / 1e6 for key in ("weights", "kv_cache", "activations")]
-            lines.append(row(head, *(f"{size:.0f}" for size in (*memory, part["device_bytes"] / 1e6))))
-    if "products" in figures:
-        lines += ["", "## Products of many tokens", "", f"Cold L2, in a graph. {HOW_TIMED}"]
-        lines += head_of("N x K", "tokens", "us", "alone", "TOP/s", "cuBLAS bf16 us", "speed-up", "alone")
-        for p in figures["products"]:
-            cublas = p["cublas_bf16_us"]
-            compared = [cublas, cublas / p["us"], cublas / p["us_alone"]] if cublas else []
-            lines.append(
-                row(f"{p['N']} x {p['K']}", p["M"], f"{p['us']:.2f}", f"{p['us_alone']:.2f}", f"{p['TOPS']:.0f}",
-                    *([f"{value:.1f}" for value in compared] or "---"))
-            )  # fmt: skip
-    if "prefill" in figures:
-        prefill = figures["prefill"]
-        lines += ["", "## Prompts, 2B4T, bf16 head"]
-        lines += ["", "From the prompt's ids to the first token out; passes captured before, and the very first time:"]
-        lines += head_of("prompt", "ms", "first time, ms", "tokens/s")
-        for p in prefill["prompts"]:
-            lines.append(row(p["prompt"], f"{p['ms']:.2f}", f"{p['first_ms']:.1f}", f"{p['tokens/s']:.0f}"))
-        turns = prefill["conversation"]
-        lines += ["", f"A conversation of {len(turns)} turns, each of {turns[0]['new']} new tokens and "
-                  f"{turns[0]['answer']} answered, ms to the first token of a turn:"]  # fmt: skip
-        lines += head_of("tokens held before", "ms")
-        lines += [row(turn["held"], f"{turn['ms']:.2f}") for turn in turns[:: max(1, len(turns) // 5)]]
-    if "batch" in figures:
-        lines += ["", "## Batches, 2B4T, bf16 head, context 256", "", "Steps one ahead of the host, wall-clock time:"]
-        lines += head_of("sequences", "us a step", "device us", "tokens/s in all", "tokens/s each")
-        for b in figures["batch"]:
-            lines.append(
-                row(b["sequences"], f"{b['us']:.0f}", f"{b['device_us']:.0f}", f"{b['tokens/s']:.0f}",
-                    f"{1e6 / b['us']:.0f}")
-            )  # fmt: skip
-    if "mixed" in figures:
-        mixed = figures["mixed"]
-        short, long = min(mixed["contexts"]), max(mixed["contexts"])
-        lines += ["", f"{mixed['sequences'] - 1} sequences around a context of {short} and one around {long}: "
-                  f"{mixed['us']:.0f} us a step, {mixed['tokens/s']:.0f} tokens/s in all."]  # fmt: skip
-    if "load" in figures:
-        load = figures["load"]
-        lines += [
-            "",
-            "## Start",
-            "",
-            "Seconds from the start of Python to the first token, 2B4T, bf16 head, warm files:",
-        ]
-        lines += head_of("first start (compiles)", "later starts")
-        lines.append(row(f"{load['first_start_s']:.1f}", f"{load['later_starts_s']:.1f}"))
-    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:

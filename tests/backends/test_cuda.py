@@ -246,7 +246,7 @@ def test_refuses_what_runs_on_the_reference_only(tmp_path: Path) -> None:
 
 @needs_gpu
 def test_the_built_in_model_answers_as_well_as_on_the_reference() -> None:
-    from tools.eval_demo import judge
+    from tools.demo.evaluate import judge
 
     llm = bitnet_numba.load(None)
     assert llm.backend == "cuda"

@@ -15,8 +15,8 @@ from bitnet_numba.text.chat_template import Message
 from tests.demo.demo_in_transformers import CONVERSATIONS, GOLDEN_DEMO, prompt_ids, write_hugging_face
 from tests.golden.record import LAST, Transformers
 from tests.int8_activations import LOGITS_TOLERANCE, check_logits, imposed, per_linear, recorded_groups
+from tools.demo.evaluate import FIRST_SEED, LONGEST_ANSWER, message, perplexity, turns_of
 from tools.demo.world.conversation import QUESTION, STORY, Turn, conversation
-from tools.eval_demo import FIRST_SEED, LONGEST_ANSWER, message, perplexity, turns_of
 
 MOST_BYTES = 8_000_000
 

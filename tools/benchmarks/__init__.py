@@ -1,1 +1,1 @@
-"""What `tools/bench.py` measures, part by part, and the charts of it."""
+"""What tools/bench.py measures: one file for each part, the Markdown tables and the charts."""

@@ -1,4 +1,4 @@
-"""What tools/bench.py measures, as plain dictionaries; see there."""
+"""What tools/bench.py measures of one sequence: decode steps, latency, memory and start; as plain dictionaries."""
 
 import gc
 import json
@@ -92,7 +92,7 @@ def named_launches(context: CudaContext, long: bool) -> dict[str, list[Launch]]:
 
 
 def measure_decode(folders: dict[str, Path], bandwidth: float) -> dict[str, Any]:
-    """Steps at several contexts, by kernel, and the latency of whole answers; for each kind of head."""
+    """Steps at several contexts, by kernel, and the latency of whole answers; for each embedding dtype."""
     result: dict[str, Any] = {}
     device = usable_device()
     for head, folder in folders.items():

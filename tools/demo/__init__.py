@@ -1,4 +1,1 @@
-"""The built-in model: its world of stories, its data, and its model for training.
-
-The commands are `tools/train_demo.py` and `tools/eval_demo.py`.
-"""
+"""The built-in model: the text world it learns from, its training, its evaluation and the chart of its loss."""

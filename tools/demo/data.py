@@ -1,4 +1,4 @@
-"""Tokenizer and training rows of the demo model, from the text world in `demo_world`."""
+"""Tokenizer and training rows of the demo model, from the text world in `tools/demo/world`."""
 
 from __future__ import annotations
 

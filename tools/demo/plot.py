@@ -1,4 +1,4 @@
-"""Draw the loss curve of the demo model: `python tools/demo/plot_loss.py training.json loss.png` (needs matplotlib).
+"""Draw the loss curve of the demo model: `python -m tools.demo.plot training.json loss.png` (needs matplotlib).
 
 `training.json` is what `tools/train_demo.py` leaves in its folder.
 """

@@ -1,0 +1,216 @@
+"""Quantisation-aware training of the demo model from scratch, and what it is judged by at the end."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import multiprocessing
+import multiprocessing.pool
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from tools.demo.data import encode_conversation, make_rows, start_worker
+from tools.demo.model import CONTEXT, END, EOT, BitNet
+from tools.demo.world.conversation import QUESTION, STORY, Turn, conversation
+
+EVALUATION_SEED = 1 << 40  # far from every training seed
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate and weight decay as functions of the share of the training that is done."""
+
+    peak: float
+    warm_up: float = 0.02
+    decay: float = 0.1
+
+    def rate(self, done: float) -> float:
+        if done < self.warm_up:
+            return self.peak * done / self.warm_up
+        return self.peak * max(0.0, 1 - done) / (1 - self.warm_up)
+
+    def weight_decay(self, done: float) -> float:
+        # The second half runs without decay: ternary weights then settle instead of being pulled across thresholds.
+        return self.decay if done < 0.5 else 0.0
+
+
+def train(model: BitNet, args: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
+    """Train until the time or the steps are used up; returns the loss curve."""
+    device = torch.device(args.device)
+    decayed = [p for p in model.parameters() if p.dim() == 2]
+    groups = [{"params": decayed}, {"params": [p for p in model.parameters() if p.dim() != 2], "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.95), fused=device.type == "cuda")
+    schedule = Schedule(args.rate)
+    curve: list[dict[str, float]] = []
+    step, spent = 0, 0.0
+    state_file = folder / "state.pt"
+    if args.resume:
+        state = torch.load(state_file, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        step, spent, curve = state["step"], state["spent"], state["curve"]
+    first, before = step, spent
+
+    compiled = args.compile
+    step_loss = torch.compile(model.loss) if compiled else model.loss
+    autocast = torch.autocast(device.type, torch.bfloat16)
+    steps = args.steps or 10**9
+    seconds = 60 * args.minutes if args.minutes else math.inf
+    context = multiprocessing.get_context("spawn")  # a forked worker would inherit a CUDA context
+    workers = args.workers or max(1, (os.cpu_count() or 2) - 1)
+    with context.Pool(workers, start_worker, (str(folder / "tokenizer.json"),)) as pool:
+        # A step's rows depend on the seed and the step alone: the same data on any number of workers.
+        jobs = (((args.seed << 32) + i * args.rows, args.rows, False) for i in range(step, steps))
+        started, saved, total = time.monotonic() - spent, time.monotonic(), torch.zeros((), device=device)
+        window = 0
+        for ids, weights in _bounded(pool, jobs, 8 * workers):
+            spent = time.monotonic() - started
+            done = max(step / steps, spent / seconds)
+            if done >= 1:
+                break
+            for group in optimiser.param_groups:
+                group["lr"] = schedule.rate(done)
+            optimiser.param_groups[0]["weight_decay"] = schedule.weight_decay(done)
+            batch = torch.from_numpy(ids.astype(np.int32)).to(device, non_blocking=True).long()
+            weight = torch.from_numpy(weights).to(device, non_blocking=True)
+            with autocast:
+                try:
+                    loss = step_loss(batch, weight)
+                except Exception as error:  # a compiler problem must not cost the run
+                    if not compiled:
+                        raise
+                    print(f"torch.compile failed ({type(error).__name__}); going on without it", flush=True)
+                    compiled, step_loss = False, model.loss
+                    loss = step_loss(batch, weight)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            total += loss.detach()
+            step += 1
+            window += 1
+            if step == first + 1:
+                started = time.monotonic() - before  # the first step waits for the workers and for the compiler
+            if step % args.report == 0:
+                mean = total.item() / window
+                total.zero_()
+                window = 0
+                spent = time.monotonic() - started
+                curve.append(
+                    {"step": step, "seconds": round(spent, 1), "loss": round(mean, 4), "rate": schedule.rate(done)}
+                )
+                print(f"step {step} loss {mean:.4f} rate {schedule.rate(done):.2e} {spent:.0f} s", flush=True)
+                if not math.isfinite(mean):
+                    raise SystemExit("the loss is no longer finite")
+            if args.save_every and time.monotonic() - saved > args.save_every:
+                _save_state(state_file, model, optimiser, step, spent, curve)
+                saved = time.monotonic()
+        if args.save_every:
+            _save_state(state_file, model, optimiser, step, spent, curve)
+    return curve
+
+
+def _bounded(pool: multiprocessing.pool.Pool, jobs: Iterator[tuple[int, int, bool]], ahead: int) -> Iterator:
+    """`pool.imap` in order, but never more than `ahead` results before the reader."""
+    waiting = [pool.apply_async(make_rows, (job,)) for job in itertools.islice(jobs, ahead)]
+    while waiting:
+        yield waiting.pop(0).get()
+        waiting += [pool.apply_async(make_rows, (job,)) for job in itertools.islice(jobs, 1)]
+
+
+def _save_state(
+    path: Path, model: BitNet, optimiser: torch.optim.Optimizer, step: int, spent: float, curve: list
+) -> None:
+    state = {
+        "model": model.state_dict(),
+        "optimiser": optimiser.state_dict(),
+        "step": step,
+        "spent": spent,
+        "curve": curve,
+    }
+    torch.save(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+@torch.no_grad()
+def generate(model: BitNet, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """Greedy replies to a batch of prompts, without a cache: simple, and quick enough for an evaluation."""
+    device = model.embed_tokens.device
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    ids = torch.full((len(prompts), int(lengths.max()) + new_tokens), END, device=device)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt, device=device)
+    at, rows = lengths.clone(), torch.arange(len(prompts), device=device)
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    while not done.all() and int(at.max()) < min(ids.shape[1], CONTEXT):
+        hidden = model(ids[:, : int(at.max())])
+        token = model.head(hidden[rows, at - 1]).argmax(-1)
+        ids[rows, at] = torch.where(done, ids[rows, at], token)
+        at = at + (~done).long()
+        done |= (token == EOT) | (token == END) | (at - lengths >= new_tokens)
+    return [ids[i, lengths[i] : at[i]].tolist() for i in range(len(prompts))]
+
+
+def evaluate(model: BitNet, tokenizer: Tokenizer, stories: int, batch: int = 100) -> dict[str, float]:
+    """Exact matches of answers about held-out stories, requests honoured by stories of the model's own, perplexity."""
+    questions, requests = [], []
+    for i in range(stories):
+        rng = Random(EVALUATION_SEED + i)
+        seen: list[Turn] = []
+        for turn in conversation(rng, evaluation=True):
+            prompt, _ = encode_conversation(tokenizer, Random(0), iter(seen))
+            prompt = prompt + tokenizer.encode(f"User: {turn.user}<|eot_id|>Assistant: ", add_special_tokens=False).ids
+            if turn.kind == STORY and not seen:
+                requests.append((prompt, turn))
+            if turn.kind == QUESTION and any(t.kind == STORY for t in seen):
+                questions.append((prompt, turn))
+            if turn.kind == STORY and any(t.kind == STORY for t in seen):
+                break
+            seen.append(turn)
+
+    def replies(cases: list[tuple[list[int], Turn]], new_tokens: int) -> Iterator[tuple[Turn, str]]:
+        cases = sorted(cases, key=lambda case: len(case[0]))
+        for start in range(0, len(cases), batch):
+            part = cases[start : start + batch]
+            for (_, turn), ids in zip(part, generate(model, [c[0] for c in part], new_tokens), strict=True):
+                yield turn, tokenizer.decode(ids)
+
+    wrong = [(turn, text) for turn, text in replies(questions, 40) if text != turn.assistant]
+    for turn, text in wrong[:25]:
+        print(f"  {turn.key:9s} {turn.user!r}: {text!r}, not {turn.assistant!r}")
+    told = list(replies(requests[: max(1, stories // 5)], 320))
+    missing = [(turn, text) for turn, text in told if not all(word in text for word in turn.mentions)]
+    for turn, text in missing[:5]:
+        print(f"  missing of {turn.mentions}: {text!r}")
+    for turn, text in told[:3]:
+        print(f"  {turn.user}\n{text}\n")
+
+    ids, weights = make_rows((EVALUATION_SEED + 1_000_000, 64, True), tokenizer)
+    device = model.embed_tokens.device
+    perplexity = {}
+    for int8_rows in (False, True):
+        model.int8_rows = int8_rows
+        with torch.no_grad():
+            losses = [
+                model.loss(torch.from_numpy(ids[i : i + 8].astype(np.int64)).to(device),
+                           torch.from_numpy(weights[i : i + 8]).to(device)).item()
+                for i in range(0, len(ids), 8)
+            ]  # fmt: skip
+        perplexity[int8_rows] = math.exp(sum(losses) / len(losses))
+    return {
+        "questions": len(questions),
+        "exact": 1 - len(wrong) / len(questions),
+        "honoured": 1 - len(missing) / len(told),
+        "perplexity": perplexity[False],
+        "perplexity_int8": perplexity[True],
+    }
