@@ -1,4 +1,4 @@
-"""ModelConfig: the one description of a model, translated from a Hugging Face config.json and checked as it is made."""
+"""ModelConfig: a model's sizes and options, translated from Hugging Face's config.json, validated at construction."""
 
 import math
 import re
@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from bitnet_numba.errors import ConfigError
 
-StoredForm = Literal["online", "offline", "bitlinear"]
+WeightFormat = Literal["online", "offline", "bitlinear"]
 Activation = Literal["relu2", "silu"]
 
-# The linears of a layer that read the same input are stored as one matrix, one scale per segment.
+# Linears of a layer that read the same input are stored as one matrix of several segments, with one scale each.
 GROUPS: dict[str, tuple[str, ...]] = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
@@ -19,7 +19,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "down": ("mlp.down_proj",),
 }
 
-# Keys of config.json that do not change what inference computes.
+# Keys of config.json without effect on inference.
 _WITHOUT_EFFECT = frozenset(
     """architectures attention_dropout auto_map bitnet_numba bos_token_id dtype eos_token_id hidden_dropout id2label
     initializer_range label2id max_length model_type name_or_path pad_token_id pretraining_tp torch_dtype
@@ -39,12 +39,12 @@ _QUANTIZATION_KEYS = frozenset(
     "quant_method linear_class quantization_mode use_rms_norm rms_norm_eps modules_to_not_convert".split()
 )
 _ARCHITECTURES = ("BitNetForCausalLM", "BitnetForCausalLM", "LlamaForCausalLM")
-_MOST = 1 << 24  # no size in a config may exceed this
+_MAX_SIZE = 1 << 24  # upper limit of every size in a config
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for a longer context; `linear` uses `factor` alone."""
+    """Scaling of rotary frequencies for longer contexts; `linear` uses only `factor`."""
 
     kind: Literal["linear", "llama3"]
     factor: float
@@ -55,7 +55,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A BitNet model's sizes and switches. Raises ConfigError, naming the value, if they do not fit together."""
+    """A BitNet model's sizes and options. Raises ConfigError, naming the value, if one is invalid."""
 
     vocab_size: int
     hidden_size: int  # width of the residual stream
@@ -64,25 +64,25 @@ class ModelConfig:
     num_heads: int  # query heads
     num_kv_heads: int  # key and value heads; query head i reads kv head i // (num_heads // num_kv_heads)
     head_dim: int
-    max_context: int  # tokens, prompt and answer together
+    max_context: int  # in tokens, prompt and answer together
     rms_norm_eps: float
     rope_theta: float
     activation: Activation
     sub_norms: bool  # BitNet: RMSNorm before o_proj and down_proj
-    tied: bool  # the head is the embedding
+    tied: bool  # the LM head is the embedding
     attention_bias: bool = False  # on q, k, v and o
     mlp_bias: bool = False  # on gate, up and down
     rope_scaling: RopeScaling | None = None
-    linear_norm: bool = False  # every quantised linear first applies an RMSNorm of its own
+    linear_norm: bool = False  # each quantised linear applies an RMSNorm of its own to its input
     linear_norm_eps: float = 1e-6
-    stored_form: StoredForm = "online"  # how the Hugging Face checkpoint stores the linears
+    weight_format: WeightFormat = "online"  # of the Hugging Face checkpoint, see checkpoint/huggingface.py
     dense: tuple[str, ...] | None = field(default=None)  # modules_to_not_convert
 
     def __post_init__(self) -> None:
         for (
             name
         ) in "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim max_context".split():
-            if not 1 <= getattr(self, name) <= _MOST:
+            if not 1 <= getattr(self, name) <= _MAX_SIZE:
                 raise ConfigError(f"config: {name} = {getattr(self, name)} is out of range")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"config: {self.num_heads} heads cannot share {self.num_kv_heads} key-value heads evenly")
@@ -94,16 +94,16 @@ class ModelConfig:
 
     @property
     def q_size(self) -> int:
-        """Width of all query heads together."""
+        """Total width of the query heads."""
         return self.num_heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
-        """Width of all key heads together, and of all value heads."""
+        """Total width of the key heads, and of the value heads."""
         return self.num_kv_heads * self.head_dim
 
     def group_shape(self, group: str) -> tuple[tuple[int, ...], int]:
-        """Rows of each segment and columns of a stored matrix: ((rows, ...), K) for a name of GROUPS."""
+        """Rows of each segment and columns of a group's matrix: ((rows, ...), K)."""
         shapes = {
             "qkv": ((self.q_size, self.kv_size, self.kv_size), self.hidden_size),
             "o": ((self.hidden_size,), self.q_size),
@@ -117,23 +117,23 @@ class ModelConfig:
         return self.attention_bias if group in ("qkv", "o") else self.mlp_bias
 
     def is_ternary(self, module: str) -> bool:
-        """Whether a linear, by its full Hugging Face name such as model.layers.0.mlp.up_proj, is quantised."""
+        """Whether a linear is quantised, by its full Hugging Face name such as model.layers.0.mlp.up_proj."""
         if self.dense is None:
             return module != "lm_head"
         for pattern in self.dense:
-            # The matching rule of transformers: a prefix or regular expression up to a module border, or a suffix.
+            # As in transformers: a suffix, or a regular expression for a prefix that ends at a module boundary.
             if module.endswith(pattern) or re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module):
                 return False
         return True
 
     @staticmethod
     def from_hf(raw: Mapping[str, Any]) -> "ModelConfig":
-        """Translates a parsed Hugging Face config.json. Raises ConfigError naming the key that is not supported."""
+        """Translates a parsed Hugging Face config.json. ConfigError names a missing or unsupported key."""
         return _from_hf(raw)
 
 
 class _Keys:
-    """Typed look-ups in a parsed JSON object; every mistake is a ConfigError that names the key."""
+    """Typed access to a parsed JSON object; every error is a ConfigError that names the key."""
 
     def __init__(self, raw: Any, where: str):
         if not isinstance(raw, Mapping):
@@ -150,7 +150,7 @@ class _Keys:
         if value is None:
             raise ConfigError(f"{self.where}: {key} is missing")
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{self.where}: {key} must be a whole number, not {_short(value)}")
+            raise ConfigError(f"{self.where}: {key} must be an integer, not {_short(value)}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -189,7 +189,7 @@ def _from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         one_of = ", ".join(_ARCHITECTURES)
         raise ConfigError(f"config.json: architectures = {_short(architectures)} is not supported (one of {one_of})")
     architecture = architectures[0]
-    original = architecture == "BitnetForCausalLM"  # the first published spelling: online ternarisation, silu
+    original = architecture == "BitnetForCausalLM"  # the first release: online format, silu
     for key, supported in (("weight_bits", (1, 2)), ("input_bits", (8,))):
         if keys.get(key) is not None and keys.get(key) not in supported:
             raise ConfigError(f"config.json: {key} = {_short(keys.get(key))} is not supported")
@@ -201,7 +201,7 @@ def _from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     if activation not in ("relu2", "silu"):
         raise ConfigError(f"config.json: hidden_act = {_short(activation)} is not supported (relu2 or silu)")
     theta, scaling = _rope(keys)
-    form, linear_norm, linear_norm_eps, dense = _quantization(keys, original)
+    weight_format, linear_norm, linear_norm_eps, dense = _quantization(keys, original)
     return ModelConfig(
         vocab_size=keys.integer("vocab_size"),
         hidden_size=hidden,
@@ -221,13 +221,13 @@ def _from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         mlp_bias=keys.boolean("mlp_bias", False),
         linear_norm=linear_norm,
         linear_norm_eps=linear_norm_eps,
-        stored_form=form,
+        weight_format=weight_format,
         dense=dense,
     )
 
 
 def _rope(keys: _Keys) -> tuple[float, RopeScaling | None]:
-    """Rotary base and stretching, from the old keys (rope_theta, rope_scaling) or the new (rope_parameters)."""
+    """Rotary base and scaling, from the old keys (rope_theta, rope_scaling) or the new one (rope_parameters)."""
     name = "rope_parameters" if keys.get("rope_parameters") is not None else "rope_scaling"
     rope = _Keys(keys.get(name, {}), f"config.json: {name}")
     theta = rope.number("rope_theta", keys.number("rope_theta", 10000.0))
@@ -249,8 +249,8 @@ def _rope(keys: _Keys) -> tuple[float, RopeScaling | None]:
             rope.integer("original_max_position_embeddings"),
         )
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        if not (0 < low < high and math.isfinite(high) and 1 <= scaling.original_context <= _MOST):
-            raise ConfigError(f"{rope.where}: the llama3 factors do not fit together")
+        if not (0 < low < high and math.isfinite(high) and 1 <= scaling.original_context <= _MAX_SIZE):
+            raise ConfigError(f"{rope.where}: the llama3 factors contradict each other")
     else:
         raise ConfigError(f"{rope.where}: type {_short(kind)} is not supported (default, linear or llama3)")
     if not (math.isfinite(scaling.factor) and scaling.factor > 0):
@@ -259,8 +259,8 @@ def _rope(keys: _Keys) -> tuple[float, RopeScaling | None]:
     return theta, scaling
 
 
-def _quantization(keys: _Keys, original: bool) -> tuple[StoredForm, bool, float, tuple[str, ...] | None]:
-    """Stored form, inner norm, its epsilon and modules_to_not_convert, from quantization_config."""
+def _quantization(keys: _Keys, original: bool) -> tuple[WeightFormat, bool, float, tuple[str, ...] | None]:
+    """Weight format, linear_norm, its epsilon and modules_to_not_convert, from quantization_config."""
     if keys.get("quantization_config") is None:
         if original:
             return "online", False, 1e-6, None
@@ -276,9 +276,9 @@ def _quantization(keys: _Keys, original: bool) -> tuple[StoredForm, bool, float,
         raise ConfigError(f"{quantization.where}: linear_class {_short(linear_class)} is not supported")
     if mode not in ("online", "offline"):
         raise ConfigError(f"{quantization.where}: quantization_mode {_short(mode)} is not supported")
-    form: StoredForm = "bitlinear"  # this class is stored packed, whatever the mode says
+    weight_format: WeightFormat = "bitlinear"  # this class is always packed, whatever the mode is
     if linear_class == "autobitlinear":
-        form = "online" if mode == "online" else "offline"
+        weight_format = "online" if mode == "online" else "offline"
     dense = quantization.get("modules_to_not_convert")
     if dense is not None:
         if not isinstance(dense, list) or not all(isinstance(pattern, str) for pattern in dense):
@@ -289,7 +289,7 @@ def _quantization(keys: _Keys, original: bool) -> tuple[StoredForm, bool, float,
             except (re.error, OverflowError, RecursionError):
                 raise ConfigError(f"{quantization.where}: {_short(pattern)} is not a module name or pattern") from None
     return (
-        form,
+        weight_format,
         quantization.boolean("use_rms_norm", False),
         quantization.number("rms_norm_eps", 1e-6),
         None if dense is None else tuple(dense),

@@ -1,32 +1,32 @@
-"""Errors that a user can cause. Each carries one clear line; command lines print it and exit with code 2."""
+"""Errors that a user can cause. Each message is one clear line, which command lines print before exiting with 2."""
 
 
 class BitNetError(Exception):
-    """Base of every error this package raises for bad input. The message is one line, meant for the user."""
+    """Base class of all errors that this package raises for invalid input."""
 
 
 class ConfigError(BitNetError):
-    """A model's config.json is damaged or asks for something that is not supported."""
+    """A model's config.json is damaged or needs something that is not supported."""
 
 
 class CheckpointError(BitNetError):
-    """A checkpoint folder, file or tensor is missing, damaged or does not fit the configuration."""
+    """A checkpoint folder, file or tensor is missing, damaged or does not match the configuration."""
 
 
 class TokenizerError(BitNetError):
-    """A tokenizer or chat template is missing, damaged or does not fit the model."""
+    """A tokenizer or chat template is missing, damaged or does not match the model."""
 
 
 class RequestError(BitNetError):
-    """A prompt or a sampling value cannot be used."""
+    """A prompt or an option is invalid."""
 
 
 class ContextFull(RequestError):
-    """The prompt does not fit the model's context."""
+    """The prompt does not fit into the context."""
 
 
 class BackendError(BitNetError):
-    """The requested backend cannot run here."""
+    """The requested backend cannot run on this machine."""
 
 
 def one_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from bitnet_numba.errors import BitNetError, CheckpointError, one_line
 
 
 def read_json(path: Path, error_type: type[BitNetError] = CheckpointError) -> dict[str, Any]:
-    """A parsed JSON object. Raises `error_type` with one line for anything else."""
+    """The JSON object in a file. Raises `error_type`, naming the file, for anything else."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:

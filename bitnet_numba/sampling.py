@@ -1,10 +1,10 @@
-"""How the next token is chosen: the sampling parameters and the sampler's definition.
+"""Sampling of the next token: its parameters and its definition.
 
-The steps, in order: repetition penalty, temperature, top-k, top-p, min-p, then one draw. The draw takes the largest of
-z + g over the kept tokens, with z = logit / temperature and g independent Gumbel noise; that is distributed as
-softmax(z) (the Gumbel-max trick, Gumbel 1954), and needs neither a sort nor a running sum, so a GPU can do it in any
-order. The noise is a pure function of (seed, position in the sequence, token id): the same seed gives the same tokens,
-whatever else is computed beside it.
+The steps, in order: repetition penalty, temperature, top-k, top-p, min-p, then one draw: the argmax of z + g over the
+kept tokens, with z = logit / temperature and g independent Gumbel noise. That is distributed as softmax(z) (the
+Gumbel-max trick, Gumbel 1954) and needs neither a sort nor a prefix sum, so a GPU can do it in any order. The noise is
+a pure function of (seed, position in the sequence, token id): the same seed gives the same tokens, whatever else is in
+the batch.
 """
 
 import logging
@@ -32,10 +32,10 @@ PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What decides the next token. Raises RequestError, naming the value, when one is impossible.
+    """How the next token is sampled. Raises RequestError, naming the value, if one is invalid.
 
-    temperature 0 takes the likeliest token (the lowest id among equals). top_k 0, top_p 1, min_p 0 and
-    repetition_penalty 1 do nothing. seed None draws a fresh one for each request.
+    temperature 0 takes the most likely token (of equally likely ones, the lowest id). top_k 0, top_p 1, min_p 0 and
+    repetition_penalty 1 have no effect. seed None: a new random seed for each request.
     """
 
     temperature: float = 0.0
@@ -59,7 +59,7 @@ class SamplingParams:
             if name == "seed" and value is None:
                 continue
             if not isinstance(value, Integral) or isinstance(value, bool):
-                raise RequestError(f"{name} must be a whole number, not {value!r}")
+                raise RequestError(f"{name} must be an integer, not {value!r}")
             object.__setattr__(self, name, int(value))  # NumPy's integers would overflow in the generator
         self._check("top_k", self.top_k >= 0, "0 or more")
         self._check("seed", self.seed is None or 0 <= self.seed < 1 << 64, "between 0 and 2^64 - 1")
@@ -69,14 +69,14 @@ class SamplingParams:
             raise RequestError(f"{name} must be {rule}, not {getattr(self, name)!r}")
 
     def with_seed(self) -> "SamplingParams":
-        """These parameters with a seed: their own, or a fresh random one."""
+        """These parameters with a seed: their own, or a new random one."""
         return self if self.seed is not None else replace(self, seed=secrets.randbits(64))
 
 
 def sample(logits: NDArray[np.float32], history: Sequence[int], params: SamplingParams) -> int:
-    """The next token after `history` (every token so far, prompt included), given its logits, float32 [vocab].
+    """Samples the next token after `history` (all tokens so far, including the prompt) from logits, float32 [vocab].
 
-    `params.seed` must be set unless temperature is 0. Raises ValueError for NaN logits.
+    `params.seed` must be set unless temperature is 0. Raises ValueError if logits are NaN.
     """
     if np.isnan(logits).any():
         raise ValueError("logits hold NaN")
@@ -91,8 +91,8 @@ def sample(logits: NDArray[np.float32], history: Sequence[int], params: Sampling
 
 
 def penalize(logits: NDArray[np.float32], history: Sequence[int], penalty: float) -> NDArray[np.float32]:
-    """Repetition penalty (Keskar et al., "CTRL", 2019): seen tokens' logits are divided by it if positive, else
-    multiplied. float32 [vocab] -> float32 [vocab]."""
+    """Repetition penalty (Keskar et al., "CTRL", 2019): divides the logits of tokens in `history` by it if positive,
+    otherwise multiplies. float32 [vocab] -> float32 [vocab]."""
     if penalty == 1.0 or len(history) == 0:
         return logits
     seen = np.unique(np.asarray(history, np.int64))
@@ -103,16 +103,17 @@ def penalize(logits: NDArray[np.float32], history: Sequence[int], penalty: float
 
 
 def scale(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float32]:
-    """(logit - max) / temperature, float32 [vocab]: the shift changes no probability and cannot overflow."""
-    with np.errstate(over="ignore"):  # a tiny temperature drives losers to -inf, which is what it asks for
+    """(logit - max) / temperature, float32 [vocab]: subtracting the maximum changes no probability and avoids inf."""
+    with np.errstate(over="ignore"):  # a tiny temperature sends all others to -inf, as it should
         return (logits - logits.max()) / np.maximum(np.float32(temperature), np.finfo(np.float32).tiny)
 
 
 def kept_tokens(z: NDArray[np.float32], params: SamplingParams) -> NDArray[np.int64]:
-    """The ids that top-k, top-p and min-p leave, in ascending order; always at least one.
+    """The ids that top-k, top-p and min-p keep, in ascending order; at least one.
 
-    Tokens are ranked by falling z, equal ones by rising id. top-p keeps the shortest run of ranks whose probabilities
-    (softmax over what top-k left) sum to at least top_p; min-p keeps those of at least min_p times the largest.
+    Tokens are ranked by descending z, then by ascending id. top-p keeps the smallest set of the highest ranks whose
+    probabilities (softmax over what top-k kept) sum to at least top_p; min-p keeps those of at least min_p times the
+    largest.
     """
     keep: NDArray[Any] = np.arange(len(z))
     if params.top_k or params.top_p < 1.0:
@@ -162,15 +163,15 @@ GENERATION_CONFIG_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_
 
 
 def read_sampling(folder: Path) -> SamplingParams | None:
-    """How the model's makers sample from it; None where the file is missing or says nothing about it.
+    """The sampling parameters that a model folder recommends; None if the file is missing or has none.
 
-    Keys are those of Hugging Face: do_sample false is greedy whatever temperature says. A key that is not there does
-    nothing, top_k included. A value that cannot be is left out, with one line in the log. Raises CheckpointError for
-    a file that is not a JSON object.
+    Keys are those of Hugging Face: with do_sample false, decoding is greedy whatever temperature is. A missing key has
+    no effect (top_k, too, which defaults to 50 in transformers). An invalid value is ignored with a warning. Raises
+    CheckpointError if the file is not a JSON object.
     """
     path = folder / "generation_config.json"
     config = read_json(path) if path.exists() else {}
-    # As there, a model that samples and says no more does so at temperature 1.
+    # As in transformers, the default temperature is 1.
     values: dict[str, Any] = {"temperature": 1.0} if config.get("do_sample") is True else {}
     for key in GENERATION_CONFIG_KEYS:
         value = config.get(key)
@@ -179,7 +180,7 @@ def read_sampling(folder: Path) -> SamplingParams | None:
         try:
             SamplingParams(**{key: value})
         except RequestError as error:
-            _log.warning("%s: %s; left out", path, error)
+            _log.warning("%s: %s; ignored", path, error)
             continue
         values[key] = value
     if config.get("do_sample") is False:

@@ -24,7 +24,7 @@ def read(**changes: Any) -> ModelConfig:
 def test_2b4t() -> None:
     config = read()
     assert (config.hidden_size, config.num_layers, config.head_dim) == (2560, 30, 128)
-    assert (config.activation, config.sub_norms, config.tied, config.stored_form) == ("relu2", True, True, "offline")
+    assert (config.activation, config.sub_norms, config.tied, config.weight_format) == ("relu2", True, True, "offline")
     assert config.group_shape("qkv") == ((2560, 640, 640), 2560)
     assert config.group_shape("gate_up") == ((6912, 6912), 2560)
 
@@ -40,7 +40,7 @@ def test_presets(name: str) -> None:
 def test_first_spelling_needs_no_quantization_config() -> None:
     _, raw = PRESETS["3b"]
     config = ModelConfig.from_hf(raw | {"weight_bits": 1, "input_bits": 8})
-    assert config.stored_form == "online" and config.head_dim == 100 and config.activation == "silu"
+    assert config.weight_format == "online" and config.head_dim == 100 and config.activation == "silu"
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,8 @@ def test_first_spelling_needs_no_quantization_config() -> None:
         (OFFLINE, "offline"),
     ],
 )
-def test_stored_forms(quantization: dict[str, Any], form: str) -> None:
-    assert read(quantization_config={"quant_method": "bitnet"} | quantization).stored_form == form
+def test_weight_formats(quantization: dict[str, Any], form: str) -> None:
+    assert read(quantization_config={"quant_method": "bitnet"} | quantization).weight_format == form
 
 
 def test_rope_old_and_new_keys() -> None:
@@ -101,9 +101,9 @@ def test_modules_to_not_convert() -> None:
         ({"num_key_value_heads": 3}, "cannot share 3"),
         ({"head_dim": 127}, "head_dim = 127 is odd"),
         ({"vocab_size": -5}, "vocab_size = -5 is out of range"),
-        ({"vocab_size": "many"}, "vocab_size must be a whole number, not 'many'"),
-        ({"vocab_size": True}, "vocab_size must be a whole number"),
-        ({"num_hidden_layers": 1e3}, "num_hidden_layers must be a whole number"),
+        ({"vocab_size": "many"}, "vocab_size must be an integer, not 'many'"),
+        ({"vocab_size": True}, "vocab_size must be an integer"),
+        ({"num_hidden_layers": 1e3}, "num_hidden_layers must be an integer"),
         ({"rms_norm_eps": 0}, "rms_norm_eps"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"rope_theta": 10**400}, "rope_theta is out of range"),

@@ -1,7 +1,7 @@
 """Talk to a BitNet model: `python -m bitnet_numba.chat [CHECKPOINT]`.
 
-In a terminal this is a conversation. With --prompt, or with text on standard input, it answers and exits: the answer on
-standard output, everything else on standard error.
+In a terminal this is a conversation. With --prompt, or with text on standard input, it answers and exits: answers go to
+standard output, everything else to standard error.
 """
 
 import argparse
@@ -15,14 +15,15 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from bitnet_numba.chat.conversation import NO_TEMPLATE, AnswerOptions, Conversation, describe
+from bitnet_numba.chat.conversation import NO_TEMPLATE, Conversation, describe
 from bitnet_numba.chat.terminal import printable
 from bitnet_numba.engine.engine import BACKENDS, Engine, load
+from bitnet_numba.engine.request import read_options
 from bitnet_numba.errors import BitNetError, ContextFull, RequestError
 from bitnet_numba.sampling import SamplingParams
 
 PROG = "bitnet-chat"
-DEFAULTS = SamplingParams(temperature=0.6, top_p=0.9)  # for models that do not say how to sample from them
+DEFAULTS = SamplingParams(temperature=0.6, top_p=0.9)  # for models without a generation_config.json
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 
 
@@ -41,10 +42,10 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="TEXT",
-        help="answer this and exit; repeat for further turns",
+        help="answer this and exit; repeat it for further turns",
     )
-    add("--system", default="", metavar="TEXT", help="a system message to start with (default: none)")
-    add("--raw", action="store_true", help="continue the text as it is: no chat template, no turns")
+    add("--system", default="", metavar="TEXT", help="system message (default: none)")
+    add("--raw", action="store_true", help="continue the text as it is, without chat template or turns")
     add("--json", action="store_true", help="print each answer as one line of JSON; needs --prompt or a pipe")
     add("--stats", action="store_true", help="show speed and memory after each answer")
     group = parser.add_argument_group("model")
@@ -59,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--context",
         type=int,
         metavar="N",
-        help="tokens of the whole conversation (default: the model's maximum)",
+        help="maximum tokens of the whole conversation (default: the model's maximum)",
     )
     group = parser.add_argument_group("answers", "A model's generation_config.json overrides these defaults.")
     add = group.add_argument
@@ -68,24 +69,29 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=512,
         metavar="N",
-        help="longest answer, in tokens (default: %(default)s)",
+        help="maximum tokens per answer (default: %(default)s)",
     )
     add(
         "--stop",
         action="append",
         default=[],
         metavar="TEXT",
-        help="end an answer before this text; may be repeated",
+        help="end the answer before this text; may be repeated",
     )
-    for flag, kind, meaning in (
-        ("--temperature", float, "0 always takes the most likely token"),
-        ("--top-p", float, "sample from the smallest set of tokens with total probability P"),
-        ("--top-k", int, "sample from the K most likely tokens; 0 for all"),
-        ("--min-p", float, "drop tokens below this share of the top token's probability"),
-        ("--repetition-penalty", float, "above 1 avoids repetition"),
+    for flag, kind, metavar, meaning in (
+        ("--temperature", float, "T", "divide the logits by T; 0 always takes the most likely token"),
+        ("--top-p", float, "P", "sample from the smallest set of tokens with total probability P"),
+        ("--top-k", int, "K", "sample from the K most likely tokens; 0: from all"),
+        ("--min-p", float, "P", "drop tokens less likely than P times the most likely one"),
+        ("--repetition-penalty", float, "R", "values above 1 make tokens that have already occurred less likely"),
     ):
-        add(flag, type=kind, help=f"{meaning} (default: {getattr(DEFAULTS, flag[2:].replace('-', '_'))})")
-    add("--seed", type=int, help="the same seed gives the same answers (default: a new one each time)")
+        add(
+            flag,
+            type=kind,
+            metavar=metavar,
+            help=f"{meaning} (default: {getattr(DEFAULTS, flag[2:].replace('-', '_'))})",
+        )
+    add("--seed", type=int, metavar="N", help="the same seed gives the same answers (default: a new seed for each)")
     return parser
 
 
@@ -94,22 +100,22 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     if sys.stdout is None:
-        return _fail("standard output is closed: there is nowhere to answer")
+        return _fail("standard output is closed")
     interactive = not args.prompt and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if interactive and args.json:
         parser.error("--json needs --prompt or a pipe on standard input")
     if args.raw and args.system:
-        parser.error("--system has no place in a text that is continued as it is (--raw)")
+        parser.error("--system cannot be combined with --raw")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
+            stream.reconfigure(errors="replace")  # characters that the terminal cannot encode
     advice = ""
     try:
         given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-        SamplingParams(**given)  # a mistake shows before the model is opened
+        SamplingParams(**given)  # reports a mistake before the model is opened
         engine = open_model(args)
-        advice = "; " + less(engine)
-        options = AnswerOptions(replace(engine.sampling or DEFAULTS, **given), args.max_new_tokens, tuple(args.stop))
+        advice = "; " + shorten_advice(engine)
+        options = read_options(replace(engine.sampling or DEFAULTS, **given), args.max_new_tokens, args.stop)
         prompts = args.prompt if args.prompt or interactive else [_read_stdin(args.raw, engine)]
         conversation = Conversation(engine, options, args.system, args.raw)
         if interactive:
@@ -124,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error))
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever was reading has read enough
+    except BrokenPipeError:  # the reader has closed the pipe
         _drop_output()
     except OSError as error:
         _drop_output()
@@ -133,15 +139,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def open_model(args: argparse.Namespace) -> Engine:
-    """Loads the model that the command line names, saying so on a terminal while it takes."""
+    """Loads the model that the command line names, with a status line on a terminal."""
     console = Console(stderr=True)
-    waiting = console.status("opening the model ...") if console.is_terminal else contextlib.nullcontext()
+    waiting = console.status("loading the model ...") if console.is_terminal else contextlib.nullcontext()
     with waiting:
         return load(args.checkpoint, args.backend, args.context)
 
 
 def answer_all(conversation: Conversation, prompts: list[str], as_json: bool, stats: bool) -> None:
-    """Answers prompts, one turn each, on standard output."""
+    """Prints the answers to prompts, one turn each."""
     if not conversation.raw and not conversation.engine.tokenizer.has_chat_template:
         note(f"{PROG}: {NO_TEMPLATE}")
     for prompt in prompts:
@@ -159,13 +165,13 @@ def answer_all(conversation: Conversation, prompts: list[str], as_json: bool, st
         else:
             print(flush=True)
         if completion.finish_reason == "context":
-            note(f"{PROG}: the context is full; {less(conversation.engine)}")
+            note(f"{PROG}: the context is full; {shorten_advice(conversation.engine)}")
         if stats:
             note(describe(completion, conversation))
 
 
-def less(engine: Engine) -> str:
-    """What to do, on the command line, about a full context."""
+def shorten_advice(engine: Engine) -> str:
+    """How to fit the context, in terms of the command line."""
     larger = " or a larger --context" if engine.context < engine.config.max_context else ""
     return f"give a shorter prompt{',' if larger else ' or'} fewer of them{larger}"
 
@@ -173,17 +179,17 @@ def less(engine: Engine) -> str:
 def _read_stdin(raw: bool, engine: Engine) -> str:
     if sys.stdin is None:
         raise RequestError("standard input is closed: give --prompt")
-    most = engine.context * engine.tokenizer.longest_token
-    data = sys.stdin.buffer.read(most + 1)
-    if len(data) > most:
-        raise ContextFull(f"the prompt has more than {most:,} bytes, but the context holds {engine.context} tokens")
+    limit = engine.context * engine.tokenizer.longest_token
+    data = sys.stdin.buffer.read(limit + 1)
+    if len(data) > limit:
+        raise ContextFull(f"the prompt has more than {limit:,} bytes, but the context holds {engine.context} tokens")
     text = data.decode("utf-8", "replace")
-    # The line end is the shell's; a text to be continued keeps all else.
+    # The last line end comes from the shell; all other whitespace of a text to be continued matters.
     return text.removesuffix("\n") if raw else text.strip()
 
 
 def note(message: str) -> None:
-    """A line on standard error; nothing where that is closed or full."""
+    """Prints a line on standard error, unless that is closed or full."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(message, file=sys.stderr)
@@ -195,7 +201,7 @@ def _fail(message: str) -> int:
 
 
 def _drop_output() -> None:
-    """What is still to be written goes nowhere, so that leaving does not fail on it again."""
+    """Discards buffered output, so that flushing it at exit does not fail again."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

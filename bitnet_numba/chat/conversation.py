@@ -1,16 +1,15 @@
-"""A conversation with a model: its messages, and one live context that each turn extends."""
+"""A conversation with a model: its messages, a session whose context each turn extends, and lines that describe it."""
 
 import json
 import os
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bitnet_numba.engine.completion import Completion
 from bitnet_numba.engine.engine import Engine
-from bitnet_numba.engine.request import Prompt
+from bitnet_numba.engine.request import GenerationOptions, Prompt
 from bitnet_numba.engine.session import Stream
 from bitnet_numba.errors import RequestError
 from bitnet_numba.sampling import SamplingParams
@@ -20,19 +19,10 @@ FORMAT = 1  # of saved conversations
 NO_TEMPLATE = "this model has no chat template: turns are plain 'User: ...', 'Assistant: ...'; see also --raw"
 
 
-@dataclass(frozen=True)
-class AnswerOptions:
-    """How each answer is made; see `Session.stream`."""
-
-    params: SamplingParams = field(default_factory=SamplingParams)
-    max_new_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-
-
 class Conversation:
-    """Turns of user and assistant. In raw mode there are no turns: each text is continued on its own."""
+    """Turns of user and assistant. In raw mode there are no turns: the model continues each text on its own."""
 
-    def __init__(self, engine: Engine, options: AnswerOptions, system: str = "", raw: bool = False):
+    def __init__(self, engine: Engine, options: GenerationOptions, system: str = "", raw: bool = False):
         self.engine = engine
         self.options = options
         self.system = system
@@ -42,10 +32,10 @@ class Conversation:
         self.session = engine.session()
 
     def ask(self, text: str) -> Iterator[str]:
-        """Yields the answer's text; then `last` holds the whole of it and `messages` both sides.
+        """Yields the answer's text; at the end, sets `last` and adds question and answer to `messages`.
 
-        An iterator that is closed early keeps what was shown. Raises RequestError or ContextFull, and forgets the
-        question, if it cannot be answered.
+        If the iterator is closed early, the text so far counts as the answer. Raises RequestError or ContextFull, and
+        adds nothing, if the question cannot be answered.
         """
         prompt: Prompt = text
         question = {"role": "user", "content": text}
@@ -74,21 +64,20 @@ class Conversation:
         if completion.finish_reason == "interrupted" and not completion.text:
             return
         answer: dict[str, Any] = {"role": "assistant", "content": completion.text}
-        # The very tokens of the answer, so that the next turn finds them in the context; but not where a stop string
-        # cut one in two.
+        # The generated ids, so that the next turn finds them in the context; not if a stop string cut a token in two.
         if self.engine.tokenizer.decode(completion.token_ids) == completion.text:
             answer["token_ids"] = completion.token_ids
         self.messages += [question, answer]
 
     def undo(self) -> str | None:
-        """Takes back the last exchange and returns what the user had said, or None if there is none."""
+        """Removes the last question and answer; returns the question, or None if there is none."""
         if not self.messages:
             return None
         del self.messages[-1]
         return str(self.messages.pop()["content"])
 
     def reset(self) -> None:
-        """Forgets all messages; the system message stays."""
+        """Removes all messages but the system message."""
         self.messages.clear()
         self.session.clear()
         self.last = None
@@ -96,22 +85,22 @@ class Conversation:
     def save(self, path: Path) -> None:
         """Writes the conversation as JSON. Raises RequestError, and changes nothing, if it cannot.
 
-        A file that is there is replaced only if it is a saved conversation itself.
+        An existing file is replaced only if it is a saved conversation.
         """
         if path.exists():
             _read(path)
         messages = [{"role": message["role"], "content": message["content"]} for message in self.messages]
         saved = {"bitnet_numba_chat": FORMAT, "system": self.system, "messages": messages}
-        unfinished = path.with_name(path.name + ".part")
+        partial = path.with_name(path.name + ".part")
         try:
-            unfinished.write_text(json.dumps(saved, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-            os.replace(unfinished, path)
+            partial.write_text(json.dumps(saved, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            os.replace(partial, path)
         except OSError as error:
-            unfinished.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
             raise RequestError(f"{path} cannot be written: {error.strerror}") from None
 
     def load(self, path: Path) -> None:
-        """Takes up a saved conversation. Raises RequestError, and changes nothing, if it cannot."""
+        """Continues a saved conversation. Raises RequestError, and changes nothing, if the file is not one."""
         saved = _read(path)
         self.reset()
         self.system = saved["system"]
@@ -119,7 +108,7 @@ class Conversation:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A saved conversation. Raises RequestError if the file is missing or is something else."""
+    """Reads a saved conversation. Raises RequestError if the file is missing or is not one."""
     try:
         saved = json.loads(path.read_bytes())
     except OSError as error:
@@ -134,7 +123,7 @@ def _read(path: Path) -> dict[str, Any]:
     for i, message in enumerate(messages):
         role = ("user", "assistant")[i % 2]
         if not (isinstance(message, dict) and message.get("role") == role and _is_text(message.get("content"))):
-            raise RequestError(f"{path}: message {i + 1} is not one of the {role}")
+            raise RequestError(f"{path}: message {i + 1} is not a message of role {role}")
     messages = [{"role": message["role"], "content": message["content"]} for message in messages]
     return {"system": saved["system"], "messages": messages}
 
@@ -144,9 +133,9 @@ def _is_text(value: object) -> bool:
 
 
 def sampling_line(params: SamplingParams) -> str:
-    """How tokens are chosen, in words."""
+    """The sampling parameters in words."""
     if params.temperature == 0:
-        line = "always the likeliest token (temperature 0)"
+        line = "always the most likely token (temperature 0)"
     else:
         names = ("temperature", "top_p", "top_k", "min_p")
         line = ", ".join(f"{name.replace('_', '-')} {getattr(params, name):g}" for name in names)
@@ -154,7 +143,7 @@ def sampling_line(params: SamplingParams) -> str:
 
 
 def describe(completion: Completion, conversation: Conversation) -> str:
-    """One line of figures about an answer."""
+    """Speed, context and memory of an answer, in one line."""
     stats, session = completion.stats, conversation.session
     prefill = f"prefill {stats.prompt_tokens - stats.reused_tokens:,} tokens"
     if stats.reused_tokens:

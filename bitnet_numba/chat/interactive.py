@@ -1,4 +1,4 @@
-"""The conversation in a terminal: line editing, commands, and answers that stream in."""
+"""The interactive chat: line editing, commands and streamed answers."""
 
 import os
 import sys
@@ -19,21 +19,21 @@ from bitnet_numba.errors import BitNetError, ContextFull
 
 COMMANDS = {
     "/reset": "start over",
-    "/undo": "take back the last question and answer",
-    "/system [TEXT]": "show or set the system message; a single - removes it",
+    "/undo": "remove the last question and answer",
+    "/system [TEXT]": "show or set the system message; - removes it",
     "/save FILE": "write the conversation to a file",
-    "/load FILE": "take up a conversation from a file",
+    "/load FILE": "continue a conversation from a file",
     "/stats": "speed, context and memory of the last answer",
-    "/help": "this list",
-    "/exit": "leave, as Ctrl-D does",
+    "/help": "show this list",
+    "/exit": "leave (also Ctrl-D)",
 }
-OF_TURNS = ("/reset", "/undo", "/system", "/save", "/load")
+TURN_COMMANDS = ("/reset", "/undo", "/system", "/save", "/load")
 EXAMPLES = ("Tell me a story about a dog and a kite.", "Where did they go?", "What can you do?")
-WIDEST = 100  # columns; longer lines are hard to read
+MAX_WIDTH = 100  # columns; longer lines are hard to read
 
 
 class Terminal:
-    """What is shown and asked; one per conversation."""
+    """Shows a conversation and carries out its commands."""
 
     def __init__(self, conversation: Conversation, show_stats: bool):
         self.conversation = conversation
@@ -50,17 +50,17 @@ class Terminal:
         }
 
     def note(self, text: str, style: str = "dim") -> None:
-        """A line from the program, set apart from what the model says."""
+        """Prints a line of the program, in another style than the model's text."""
         self.console.print(Text(text, style))
 
     def greet(self, name: str | None) -> None:
-        """Who is speaking, and how."""
+        """Prints the model, the backend and a few hints."""
         engine = self.conversation.engine
         title = "the built-in model" if name is None else Path(name).resolve().name
         self.console.print(Text.assemble(("bitnet_numba", "bold cyan"), f"  {printable(title)}"))
         self.note(f"{engine.backend} backend, context of {engine.context:,} tokens")
         if self.conversation.raw:
-            self.note("--raw: each text is continued as it is, on its own")
+            self.note("--raw: the model continues each text on its own")
         elif not engine.tokenizer.has_chat_template:
             self.note(NO_TEMPLATE)
         self.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
@@ -70,7 +70,7 @@ class Terminal:
                 self.console.print(Text(f"  {example}", "cyan"))
 
     def handle(self, line: str) -> bool:
-        """Does what a line asks for; False to leave."""
+        """Runs a command or answers a question; returns False to leave."""
         if not line.strip():
             return True
         word, rest = line, ""
@@ -82,14 +82,14 @@ class Terminal:
                 return False
             if not word.startswith("/"):
                 self.answer(line)
-            elif rest and word in COMMANDS:  # these have no words after them; the others have them in their names
-                self.note(f"{word} takes nothing after it: nothing was done")
-            elif self.conversation.raw and word in OF_TURNS:
-                self.note(f"{word} has no meaning for texts that are continued on their own (--raw)")
+            elif rest and word in COMMANDS:  # a key without a placeholder takes no argument
+                self.note(f"{word} takes no argument: nothing was done")
+            elif self.conversation.raw and word in TURN_COMMANDS:
+                self.note(f"{word} is not available with --raw: there are no turns")
             elif word in self.commands:
                 self.commands[word](rest)
             else:
-                self.note(f"there is no command {word}; /help lists them (a space in front sends it to the model)")
+                self.note(f"unknown command {word}; /help lists them (a leading space sends the line to the model)")
         except ContextFull as error:
             self.note(f"{error}: nothing was sent", "yellow")
             self.advise()
@@ -98,8 +98,8 @@ class Terminal:
         return True
 
     def answer(self, text: str) -> None:
-        """Streams the model's answer. Ctrl-C ends it after the token being made, a second one at once."""
-        width = min(self.console.width, WIDEST)
+        """Streams the answer. Ctrl-C stops it after the current token, a second Ctrl-C at once."""
+        width = min(self.console.width, MAX_WIDTH)
         wrap, shown = WordWrap(width), False
         with silent_keyboard(), interruptible() as interrupted:
             pieces = self.conversation.ask(text)
@@ -131,16 +131,16 @@ class Terminal:
             self.note(describe(last, self.conversation))
 
     def write(self, text: str) -> None:
-        """The model's own words, as they are."""
+        """Prints the model's text, unstyled."""
         sys.stdout.write(text)
         sys.stdout.flush()
 
     def advise(self) -> None:
-        """What to do about a full context."""
+        """Prints what can be done about a full context."""
         if self.conversation.raw:
             advice = "give a shorter text"
         else:
-            advice = "/undo takes back the last exchange, /reset starts over"
+            advice = "/undo removes the last question and answer, /reset starts over"
         engine = self.conversation.engine
         larger = "; or restart with a larger --context" if engine.context < engine.config.max_context else ""
         self.note(advice + larger, "yellow")
@@ -151,7 +151,7 @@ class Terminal:
 
     def undo(self, _: str) -> None:
         text = self.conversation.undo()
-        self.note("there is nothing to take back" if text is None else f"taken back: {printable(text)}")
+        self.note("there is nothing to remove" if text is None else f"removed: {printable(text)}")
 
     def system(self, text: str) -> None:
         if text:
@@ -168,14 +168,14 @@ class Terminal:
         if self.named(name):
             self.conversation.load(Path(name).expanduser())
             for message in self.conversation.messages:
-                own = message["role"] == "user"
+                is_user = message["role"] == "user"
                 text = printable(message["content"])
-                self.console.print(Text(f"> {text}", "bold cyan") if own else Text(text))
+                self.console.print(Text(f"> {text}", "bold cyan") if is_user else Text(text))
             self.note(f"loaded {len(self.conversation.messages)} messages from {name}")
 
     def named(self, name: str) -> bool:
         if not name:
-            self.note("name a file, such as chat.json")
+            self.note("give a file name, such as chat.json")
         return bool(name)
 
     def stats(self, _: str) -> None:
@@ -186,11 +186,11 @@ class Terminal:
         for command, meaning in COMMANDS.items():
             self.console.print(Text.assemble((f"  {command:<16}", "cyan"), meaning))
         self.note(f"  answers: {sampling_line(self.conversation.options.params)}")
-        self.note("  Alt-Enter begins a new line, Up and Down go through what was said before")
+        self.note("  Alt-Enter starts a new line, Up and Down recall earlier input")
 
 
 def converse(conversation: Conversation, name: str | None, show_stats: bool) -> None:
-    """Runs the conversation until Ctrl-D or /exit. `name` is the checkpoint's, None for the built-in model."""
+    """Runs the conversation until Ctrl-D or /exit. `name`: the checkpoint's; None for the built-in model."""
     terminal = Terminal(conversation, show_stats)
     terminal.greet(name)
     session: PromptSession[str] = PromptSession(
@@ -209,7 +209,7 @@ def converse(conversation: Conversation, name: str | None, show_stats: bool) -> 
             if not terminal.handle(session.prompt(message)):
                 return
         except KeyboardInterrupt:
-            continue  # Ctrl-C on an unfinished line drops the line
+            continue  # Ctrl-C drops the line that is being typed
         except (EOFError, OSError):
             return  # Ctrl-D, or the terminal is gone
 
@@ -234,7 +234,7 @@ def _completer() -> Completer:
 
 
 def _history() -> History:
-    """Lines of earlier conversations, from a file in the user's state folder; in memory where that cannot be."""
+    """Input history, in a file of the user's state folder; in memory if that cannot be written."""
     home = os.environ.get("XDG_STATE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".local" / "state"
     folder = Path(home) / "bitnet-numba"
     try:

@@ -1,4 +1,4 @@
-"""What a terminal needs: words that wrap as they stream, control characters kept out, Ctrl-C that can wait."""
+"""Terminal output: streaming word wrap, control characters filtered out, deferred Ctrl-C."""
 
 import contextlib
 import signal
@@ -10,12 +10,12 @@ from rich.cells import cell_len
 
 
 def printable(text: str) -> str:
-    """Text without control characters, which a terminal would obey; line ends and tabs stay."""
+    """Text with control characters, which a terminal would obey, replaced; line ends and tabs stay."""
     return "".join([c if c in "\n\t" or c.isprintable() or c == "\u00a0" else "\ufffd" for c in text])
 
 
 class WordWrap:
-    """Breaks streamed text between words. A word is held back until it is known to fit its line."""
+    """Wraps streamed text between words. A word is held back until it is clear that it fits the line."""
 
     def __init__(self, width: int):
         self._width = max(width, 2)
@@ -24,7 +24,7 @@ class WordWrap:
         self._word = ""
 
     def push(self, text: str) -> str:
-        """What can be shown now."""
+        """Adds text; returns what can be shown now."""
         out = []
         for character in text:
             if character in " \t":
@@ -35,13 +35,13 @@ class WordWrap:
                 self._gap, self._column = "", 0
             else:
                 self._word += character
-                # Wide characters may be parted anywhere; a word longer than a line has to be.
+                # Lines may break after any wide character, and must break inside a word longer than the line.
                 if cell_len(character) > 1 or cell_len(self._word) >= self._width:
                     out.append(self._flush())
         return "".join(out)
 
     def finish(self) -> str:
-        """What was held back."""
+        """The word that was held back."""
         return self._flush()
 
     def _flush(self) -> str:
@@ -59,9 +59,9 @@ class WordWrap:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[list[bool]]:
-    """While inside, the first Ctrl-C only makes the yielded list true; the next raises KeyboardInterrupt.
+    """Inside, the first Ctrl-C only makes the yielded list truthy; the next one raises KeyboardInterrupt.
 
-    A step of the model that is cut short loses the context; one that may finish keeps it.
+    A decode step that is interrupted loses the context; one that runs to its end keeps it.
     """
     interrupted: list[bool] = []
 
@@ -79,7 +79,7 @@ def interruptible() -> Iterator[list[bool]]:
 
 @contextlib.contextmanager
 def silent_keyboard() -> Iterator[None]:
-    """While inside, keys do not show up amid the answer, nor does ^C; what is typed waits for the next line."""
+    """Inside, typed keys (and ^C) are not echoed into the answer; they are kept for the next line."""
     if sys.platform == "win32" or not sys.stdin.isatty():
         yield
         return

@@ -1,7 +1,7 @@
-"""Converts a Hugging Face BitNet checkpoint into the packed one that bitnet_numba runs.
+"""Converts a Hugging Face BitNet checkpoint into the packed checkpoint that bitnet_numba runs.
 
-Works tensor by tensor, beside the target, and renames at the end: whenever it is stopped, the target is whole or as it
-was.
+Tensors are converted one at a time into a temporary folder beside the target, which is renamed at the end: if the
+conversion is interrupted, the target is as it was before.
 """
 
 import json
@@ -26,19 +26,19 @@ from bitnet_numba.text.tokenizer import Tokenizer, from_tiktoken
 
 OPTIONAL_FILES = ["generation_config.json", "special_tokens_map.json", "chat_template.jinja"]
 PACKED_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", *OPTIONAL_FILES]
-ROWS_AT_A_TIME = 8192  # of embedding and head, while they are checked and rounded
+ROWS_AT_A_TIME = 8192  # of embedding and LM head, checked and rounded in chunks to bound memory
 
 Named = tuple[str, np.ndarray]
 
 
 @dataclass
 class Report:
-    """What a conversion did."""
+    """Statistics of a conversion."""
 
     tensors: int = 0
     bytes_before: int = 0
     bytes_after: int = 0
-    zeros: dict[str, list[int]] = field(default_factory=dict)  # matrix kind -> [zeros, weights]
+    zeros: dict[str, list[int]] = field(default_factory=dict)  # kind of matrix -> [number of zeros, number of weights]
 
 
 def convert(
@@ -50,12 +50,14 @@ def convert(
 ) -> Report:
     """Converts the Hugging Face folder `source` into the packed folder `target`.
 
-    `progress` is called after each tensor with the bytes written so far and in all.
+    head: dtype of embedding and LM head.
+    force: replace `target` if it is a packed checkpoint.
+    progress: called after each tensor with the bytes written so far and the total.
 
-    Raises BitNetError with one line for anything that is wrong with either folder; `target` is then as it was.
+    Raises BitNetError if anything is wrong with either folder; `target` is then unchanged.
     """
     if target.exists() and not force:
-        raise CheckpointError(f"{target} exists already; give --force to replace it")
+        raise CheckpointError(f"{target} already exists; use --force to replace it")
     if target.exists():
         refuse_to_replace(source, target)
     checkpoint = HuggingFaceCheckpoint(source)
@@ -80,7 +82,7 @@ def convert(
 
 
 def refuse_to_replace(source: Path, target: Path) -> None:
-    """Raises CheckpointError unless `target` is empty or a packed checkpoint with nothing of the user's in it."""
+    """Raises CheckpointError unless `target` is empty or a packed checkpoint without any other files."""
     if source.resolve().is_relative_to(target.resolve()):
         raise CheckpointError(f"{target} holds the source, so --force will not replace it")
     names = {path.name for path in target.iterdir()} if target.is_dir() else {""}
@@ -99,9 +101,9 @@ def _config_of(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def beside(target: Path) -> Iterator[Path]:
-    """A new folder beside `target` that takes its place at the end, or disappears if anything fails.
+    """A new folder beside `target` that replaces it at the end, or is deleted if anything fails.
 
-    A link is followed. What a killed conversion into the same target left behind is cleared away first.
+    A symbolic link is followed. Leftovers of a killed conversion into the same target are deleted first.
     """
     target = target.resolve()
     folder = target.parent / f".{target.name}.bitnet-partial"
@@ -122,7 +124,7 @@ def beside(target: Path) -> Iterator[Path]:
 
 
 def reporting(tensors: Iterator[Named], progress: Callable[[int, int], object], total: int) -> Iterator[Named]:
-    """The same tensors; `progress` is called with the bytes so far after each."""
+    """Passes tensors through, and calls `progress` after each with the bytes so far."""
     written = 0
     for name, array in tensors:
         yield name, array
@@ -131,7 +133,7 @@ def reporting(tensors: Iterator[Named], progress: Callable[[int, int], object], 
 
 
 def packed_tensors(checkpoint: HuggingFaceCheckpoint, head: EmbeddingDtype, report: Report) -> Iterator[Named]:
-    """Every tensor of the packed checkpoint, in the order of its plan."""
+    """All tensors of the packed checkpoint, in the order of `packed_plan`."""
     config = checkpoint.config
     yield from row_tensors(checkpoint, "embed", "model.embed_tokens.weight", head)
     if config.tied:
@@ -154,7 +156,7 @@ def packed_tensors(checkpoint: HuggingFaceCheckpoint, head: EmbeddingDtype, repo
 
 
 def row_tensors(checkpoint: HuggingFaceCheckpoint, name: str, source: str, head: EmbeddingDtype) -> Iterator[Named]:
-    """Embedding or head as bfloat16 rows, or as int8 rows with the scale absmax / 127 each."""
+    """Embedding or LM head as bfloat16 rows, or as int8 rows with one scale absmax / 127 per row."""
     config = checkpoint.config
     dtype, stored = checkpoint.take_raw(source, (config.vocab_size, config.hidden_size))
     out = np.empty(stored.shape, np.int8) if head == "int8" else np.empty(stored.shape, np.uint16)
@@ -177,7 +179,7 @@ def row_tensors(checkpoint: HuggingFaceCheckpoint, name: str, source: str, head:
 
 
 def group_tensors(checkpoint: HuggingFaceCheckpoint, layer: int, group: str, report: Report) -> Iterator[Named]:
-    """The linears of one group joined into one matrix: words and scales, or dense rows."""
+    """The linears of a group, joined into one matrix: words and scales, or dense rows."""
     config, name = checkpoint.config, f"layers.{layer}.{group}"
     segments, K = config.group_shape(group)
     modules = [f"model.layers.{layer}.{module}" for module in GROUPS[group]]
@@ -202,7 +204,7 @@ def group_tensors(checkpoint: HuggingFaceCheckpoint, layer: int, group: str, rep
 
 
 def write_tokenizer(source: Path, folder: Path, vocab_size: int) -> None:
-    """Copies the tokenizer's files, or builds them from a tiktoken vocabulary; opens the result to check it."""
+    """Copies the tokenizer's files, or builds them from a tiktoken vocabulary; checks that the result opens."""
     if (source / "tokenizer.json").is_file():
         shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
         if (source / "tokenizer_config.json").is_file():

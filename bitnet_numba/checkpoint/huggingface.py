@@ -1,9 +1,9 @@
-"""Hugging Face BitNet checkpoints: finds every tensor a model needs, whatever form it is stored in.
+"""Hugging Face BitNet checkpoints: finds every tensor of a model and reads it, whatever its weight format.
 
-The three stored forms of a quantised linear (`ModelConfig.stored_form`), all read as ternary t and a float32 scale m
-such that y = sum(q * t) * m / s:
+The three weight formats of a quantised linear (`ModelConfig.weight_format`), all read as ternary t and a float32 scale
+m such that y = sum(q * t) * m / s:
 
-    online      floating-point master weights, ternarised here: m = absmean
+    online      floating-point master weights, ternarised on reading: m = absmean
     offline     packed uint8 and weight_scale = absmean: m = weight_scale, and a bias is scaled with it
     bitlinear   packed uint8 and weight_scale = 1 / absmean: m = 1 / weight_scale
 
@@ -29,9 +29,9 @@ from bitnet_numba.json_file import read_json
 from bitnet_numba.quantize import ternarize
 
 _FLOATS = ("BF16", "F16", "F32")
-# Tensors that some files carry and no model needs: rotary frequencies follow from the config.
+# Tensors that some files have and no model needs: rotary frequencies follow from the config.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
-# The two spellings of the sub-norms.
+# The two names of each sub-norm.
 _SUB_NORMS = {
     "attn_sub_norm": ("self_attn.attn_sub_norm", "self_attn.inner_attn_ln"),
     "ffn_sub_norm": ("mlp.ffn_sub_norm", "mlp.ffn_layernorm"),
@@ -40,7 +40,7 @@ _SUB_NORMS = {
 
 @dataclass(frozen=True)
 class TernaryLinear:
-    """A quantised linear: t int8 [N, K], scale m, bias float32 [N] or None, inner norm float32 [K] or None."""
+    """A quantised linear: t int8 [N, K], scale m, bias float32 [N] or None, input norm float32 [K] or None."""
 
     t: NDArray[np.int8]
     m: np.float32
@@ -49,79 +49,79 @@ class TernaryLinear:
 
 
 class HuggingFaceCheckpoint:
-    """An open Hugging Face folder. Every `take_...` reads tensors once; `refuse_leftovers` names what nobody took.
+    """An open Hugging Face folder. Each `take_...` reads a tensor once; `refuse_leftovers` fails if one was not taken.
 
-    Raises CheckpointError or ConfigError with one line that names the file, key or tensor at fault.
+    Raises CheckpointError or ConfigError, naming the file, key or tensor.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.raw_config = read_config(folder)
         if "bitnet_numba" in self.raw_config:
-            raise CheckpointError(f"{folder} is a packed checkpoint already")
+            raise CheckpointError(f"{folder} is already a packed checkpoint")
         self.config = ModelConfig.from_hf(self.raw_config)
         self._files: dict[str, TensorFile] = {}
         for path in _tensor_files(folder):
             file = TensorFile(path)
             for name in file.specs:
                 if name in self._files:
-                    raise CheckpointError(f"{path}: tensor {name} is in {self._files[name].path.name} already")
+                    raise CheckpointError(f"{path}: tensor {name} is already in {self._files[name].path.name}")
                 self._files[name] = file
         self.nbytes = sum(file.specs[name].nbytes for name, file in self._files.items())
         self._left = {name for name in self._files if not _IGNORED.fullmatch(name)}
 
     @property
     def count(self) -> int:
-        """How many tensors the checkpoint holds."""
+        """Number of tensors."""
         return len(self._files)
 
     def take_floats(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """A floating-point tensor as float32, exactly. NaN and infinity are refused."""
+        """A floating-point tensor, exactly converted to float32. CheckpointError for NaN and infinity."""
         return _as_float32(*self._take(name, shape, _FLOATS), name)
 
     def take_raw(self, name: str, shape: tuple[int, ...]) -> tuple[str, NDArray[Any]]:
-        """A floating-point tensor as (safetensors type, stored values); bfloat16 as uint16 bit patterns."""
+        """A floating-point tensor as (safetensors dtype, values); bfloat16 as uint16 bit patterns."""
         dtype, values = self._take(name, shape, _FLOATS)
         return dtype, values
 
     def take_sub_norm(self, layer: int, name: str, size: int) -> NDArray[np.float32]:
-        """attn_sub_norm or ffn_sub_norm of a layer, in either spelling, float32 [size]."""
+        """attn_sub_norm or ffn_sub_norm of a layer, by either of its names, float32 [size]."""
         ours, other = (f"model.layers.{layer}.{spelling}.weight" for spelling in _SUB_NORMS[name])
         return self.take_floats(other if other in self._files and ours not in self._files else ours, (size,))
 
     def take_linear(self, module: str, N: int, K: int, bias: bool) -> TernaryLinear:
-        """A quantised linear [N, K] by its full module name, from whichever form it is stored in."""
-        form = self.config.stored_form
+        """A quantised linear [N, K] by its full module name, in any weight format."""
+        weight_format = self.config.weight_format
         bias_values = self.take_floats(f"{module}.bias", (N,)) if bias else None
         norm = self.take_floats(f"{module}.rms_norm.weight", (K,)) if self.config.linear_norm else None
         name = f"{module}.weight"
-        if form == "online":
+        if weight_format == "online":
             t, m = ternarize(self.take_floats(name, (N, K)))
             return TernaryLinear(t, m, bias_values, norm)
         if N % 4:
-            raise CheckpointError(f"tensor {name}: {N} rows cannot be stored packed, four to a byte")
+            raise CheckpointError(f"tensor {name}: {N} rows cannot be packed four to a byte")
         t = _unpack_planes(self._take(name, (N // 4, K), ("U8",))[1], name)
         stored = self._take_scale(f"{module}.weight_scale")
         with np.errstate(over="ignore"):
-            m = stored if form == "offline" else np.float32(1) / stored
+            m = stored if weight_format == "offline" else np.float32(1) / stored
         if not np.isfinite(m):
             raise CheckpointError(f"tensor {module}.weight_scale = {stored} is out of range")
-        if bias_values is not None and form == "offline":
+        if bias_values is not None and weight_format == "offline":
             bias_values = bias_values * m
         return TernaryLinear(t, m, bias_values, norm)
 
     def refuse_leftovers(self) -> None:
-        """Raises CheckpointError for a tensor that no `take_...` asked for."""
+        """Raises CheckpointError if a tensor has not been taken."""
         if self._left:
             raise CheckpointError(f"{self.folder}: unexpected tensor {min(self._left)}")
 
     def drop_if_equal(self, name: str, to: str) -> None:
-        """Accepts a redundant copy of a tensor (a tied head stored twice); refuses one that differs."""
+        """Accepts a redundant copy of a tensor (a tied head stored twice). CheckpointError if the copy differs."""
         if name not in self._left:
             return
         spec = self._files[to].specs[to]
         if self._spec(name) != spec or not np.array_equal(self._files[name].map(name), self._files[to].map(to)):
-            raise CheckpointError(f"tensor {name} differs from {to}, but config.json says that they are tied")
+            raise CheckpointError(f"tensor {name} differs from {to}, but config.json says they are tied")
         self._left.discard(name)
 
     def _spec(self, name: str) -> TensorSpec:
@@ -132,7 +132,7 @@ class HuggingFaceCheckpoint:
     def _take(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> tuple[str, NDArray[Any]]:
         spec = self._spec(name)
         if spec.dtype not in dtypes:
-            raise CheckpointError(f"tensor {name} has type {spec.dtype}, expected {' or '.join(dtypes)}")
+            raise CheckpointError(f"tensor {name} has dtype {spec.dtype}, expected {' or '.join(dtypes)}")
         if spec.shape != shape:
             raise CheckpointError(f"tensor {name} has shape {list(spec.shape)}, expected {list(shape)}")
         self._left.discard(name)
@@ -152,7 +152,7 @@ def _tensor_files(folder: Path) -> list[Path]:
     if not index.is_file():
         if (folder / "model.safetensors").is_file():
             return [folder / "model.safetensors"]
-        raise CheckpointError(f"{folder} has no model.safetensors (other weight formats are not read)")
+        raise CheckpointError(f"{folder} has no model.safetensors (other file formats are not supported)")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map")

@@ -1,18 +1,18 @@
-"""Safetensors files read lazily, and the packed checkpoint: the folder that `tools/convert.py` writes.
+"""The packed checkpoint: the folder that `tools/convert.py` writes.
 
-A packed checkpoint holds config.json (the source's own plus the key "bitnet_numba"), model.safetensors, tokenizer.json,
+It holds config.json (the source's own plus the key "bitnet_numba"), model.safetensors, tokenizer.json,
 tokenizer_config.json and generation_config.json. Its tensors, for layer i and group g of `config.GROUPS`:
 
     embed.weight             bfloat16 [vocab, hidden]; or int8, with embed.scale float32 [vocab]
-    head.weight              the same, only where the head is not the embedding
+    head.weight              the same, for the LM head, unless it is tied to the embedding
     norm.weight              float32 [hidden]
     layers.i.input_norm.weight, layers.i.post_attention_norm.weight            float32 [hidden]
-    layers.i.attn_sub_norm.weight, layers.i.ffn_sub_norm.weight                float32, where config.sub_norms
+    layers.i.attn_sub_norm.weight, layers.i.ffn_sub_norm.weight                float32, if config.sub_norms
     layers.i.g.words         int32, the ternary matrix [N, K] of all segments, packed (see `packing`)
     layers.i.g.scales        float32 [segments]: y = acc * scale / s
-    layers.i.g.bias          float32 [N], where there is one
-    layers.i.g.norms         float32 [segments, K], where config.linear_norm
-    layers.i.g.weight        bfloat16 [N, K] in place of words, scales and norms, for a group that is not quantised
+    layers.i.g.bias          float32 [N], if config.group_bias(g)
+    layers.i.g.norms         float32 [segments, K], if config.linear_norm
+    layers.i.g.weight        bfloat16 [N, K] instead of words, scales and norms, for a group that is not quantised
 """
 
 import os
@@ -35,7 +35,7 @@ EMBEDDING_DTYPES: tuple[EmbeddingDtype, ...] = ("bf16", "int8")
 
 
 def packed_plan(config: ModelConfig, head: EmbeddingDtype) -> dict[str, TensorSpec]:
-    """Every tensor of a packed checkpoint, in file order, with its type and shape."""
+    """All tensors of a packed checkpoint, in file order."""
     plan: dict[str, TensorSpec] = {}
 
     def rows(name: str) -> None:
@@ -73,7 +73,7 @@ def packed_plan(config: ModelConfig, head: EmbeddingDtype) -> dict[str, TensorSp
 
 
 def group_is_ternary(config: ModelConfig, layer: int, group: str) -> bool:
-    """Whether a layer's group is quantised. Raises ConfigError where modules_to_not_convert splits a group."""
+    """Whether a layer's group is quantised. Raises ConfigError if modules_to_not_convert splits the group."""
     kinds = {config.is_ternary(f"model.layers.{layer}.{module}") for module in GROUPS[group]}
     if len(kinds) > 1:
         raise ConfigError(
@@ -85,24 +85,24 @@ def group_is_ternary(config: ModelConfig, layer: int, group: str) -> bool:
 
 @dataclass(frozen=True)
 class PackedCheckpoint:
-    """An open packed checkpoint. `tensor` maps; nothing is read before it is used."""
+    """An open packed checkpoint. Tensors are memory-mapped, so they are read only when they are used."""
 
     folder: Path
     config: ModelConfig
-    head: EmbeddingDtype
+    head: EmbeddingDtype  # of embedding and LM head
     file: TensorFile
 
     @property
     def names(self) -> list[str]:
-        """Every tensor's name, in file order."""
+        """Names of all tensors, in file order."""
         return list(self.file.specs)
 
     def tensor(self, name: str) -> NDArray[Any]:
-        """A tensor over the file's own pages, read-only; bfloat16 as uint16 bit patterns. KeyError if there is none."""
+        """A tensor as a read-only memory map; bfloat16 as uint16 bit patterns. KeyError if there is none."""
         return self.file.map(name)
 
     def ternary(self, name: str, N: int, K: int) -> NDArray[np.int8]:
-        """A tensor of packed words, unpacked: int8 [N, K]. Raises CheckpointError when the words are damaged."""
+        """A tensor of packed words, unpacked: int8 [N, K]. Raises CheckpointError if the words are damaged."""
         try:
             return unpack_ternary(np.asarray(self.tensor(name)), N, K)
         except ValueError as error:
@@ -114,23 +114,21 @@ class PackedCheckpoint:
 
 
 def open_packed(folder: str | os.PathLike[str]) -> PackedCheckpoint:
-    """Opens a packed checkpoint and checks that every tensor is there, with its type and shape, and no other.
+    """Opens a packed checkpoint and checks that it has exactly the expected tensors, with their dtypes and shapes.
 
-    Raises CheckpointError or ConfigError with one line that names what is wrong.
+    Raises CheckpointError or ConfigError, naming what is wrong.
     """
     folder = Path(folder)
     raw = read_config(folder)
     packed = raw.get("bitnet_numba")
     if packed is None:
-        raise CheckpointError(f"{folder} is not converted yet: run  python tools/convert.py {folder} DST")
+        raise CheckpointError(f"{folder} is not a packed checkpoint: run  python tools/convert.py {folder} DST")
     if not isinstance(packed, dict) or packed.get("format") != FORMAT or packed.get("head") not in EMBEDDING_DTYPES:
-        raise CheckpointError(
-            f"{folder} was written in a packed format that this version does not read; convert it again"
-        )
+        raise CheckpointError(f"{folder} has a packed format that this version does not support: convert it again")
     config = ModelConfig.from_hf(raw)
     head: EmbeddingDtype = packed["head"]
     file = TensorFile(folder / "model.safetensors")
-    # A damaged config may ask for millions of layers: compare counts before the plan is drawn up.
+    # A damaged config may ask for millions of layers: compare the numbers before building the plan.
     if config.num_layers > len(file.specs):
         raise CheckpointError(f"{file.path}: too few tensors for {config.num_layers} layers")
     plan = packed_plan(config, head)
@@ -151,7 +149,7 @@ def open_packed(folder: str | os.PathLike[str]) -> PackedCheckpoint:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed config.json of a model folder. Raises CheckpointError with one line if there is none to read."""
+    """The parsed config.json of a model folder. Raises CheckpointError if there is none or it is damaged."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist")
     if not (folder / "config.json").is_file():

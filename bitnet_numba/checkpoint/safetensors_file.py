@@ -1,4 +1,4 @@
-"""TODO docstring."""
+"""Safetensors files: lazy reading, and writing tensor by tensor."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from bitnet_numba.errors import CheckpointError, one_line
 
-# Safetensors type names and the NumPy type their bytes are read as; bfloat16 stays a bit pattern (see `bfloat16`).
+# NumPy dtype of each safetensors dtype; bfloat16 is read as uint16 bit patterns (see `bfloat16`).
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -26,7 +26,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor's safetensors type name and shape."""
+    """A tensor's safetensors dtype and shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class TensorSpec:
 
 
 class TensorFile:
-    """One safetensors file: its header is checked when it is opened, its tensors are read when asked for.
+    """A safetensors file: its header is checked on opening, its tensors are read on demand.
 
     Raises CheckpointError for a missing, truncated or damaged file.
     """
@@ -51,7 +51,7 @@ class TensorFile:
         self.specs: dict[str, TensorSpec] = {}
         self._offsets: dict[str, int] = {}
         try:
-            # The library checks header, offsets, gaps and file length; what is left here is only to find the bytes.
+            # The library validates header, offsets, gaps and file length; here only the offsets are needed.
             with safe_open(str(path), framework="numpy"):
                 pass
             with open(path, "rb") as file:
@@ -70,23 +70,23 @@ class TensorFile:
     def _locate(self, name: str) -> tuple[np.dtype[Any], TensorSpec, int]:
         spec = self.specs[name]
         if spec.dtype not in DTYPES:
-            raise CheckpointError(f"{self.path}: tensor {name} has type {spec.dtype}, which is not supported")
+            raise CheckpointError(f"{self.path}: tensor {name} has dtype {spec.dtype}, which is not supported")
         return DTYPES[spec.dtype], spec, self._offsets[name]
 
     def map(self, name: str) -> NDArray[Any]:
-        """A read-only array over the file's own pages; nothing is copied until it is used."""
+        """The tensor as a read-only memory map."""
         dtype, spec, offset = self._locate(name)
         if spec.nbytes == 0:
             return np.empty(spec.shape, dtype)
         return np.memmap(self.path, dtype, "r", offset, spec.shape)
 
     def read(self, name: str) -> NDArray[Any]:
-        """A copy in memory that leaves the rest of the file alone."""
+        """The tensor as an array in memory."""
         dtype, spec, offset = self._locate(name)
         count = int(np.prod(spec.shape, dtype=np.int64))
         values = np.fromfile(self.path, dtype, count, offset=offset)
         if len(values) != count:
-            raise CheckpointError(f"{self.path}: tensor {name} is cut short")
+            raise CheckpointError(f"{self.path}: tensor {name} is truncated")
         return values.reshape(spec.shape)
 
 
@@ -98,7 +98,7 @@ def write_tensors(
 ) -> None:
     """Writes a safetensors file tensor by tensor, so that only one is in memory at a time.
 
-    `tensors` must yield exactly the names of `plan`, in its order, with its types and shapes; else ValueError.
+    Raises ValueError unless `tensors` yields exactly the names of `plan`, in its order, with its dtypes and shapes.
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
@@ -106,7 +106,7 @@ def write_tensors(
         header[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, offset + spec.nbytes]}
         offset += spec.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)  # tensor data starts on a 64-byte border of the file
+    text += b" " * (-(8 + len(text)) % 64)  # aligns the tensor data to 64 bytes
     file.write(len(text).to_bytes(8, "little") + text)
     expected = iter(plan.items())
     for name, array in tensors:
@@ -116,4 +116,4 @@ def write_tensors(
         file.write(np.ascontiguousarray(array).data)
     missing = next(expected, None)
     if missing is not None:
-        raise ValueError(f"tensor {missing[0]} was not given")
+        raise ValueError(f"tensor {missing[0]} is missing")

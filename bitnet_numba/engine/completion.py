@@ -1,4 +1,4 @@
-"""An answer in the making: sampled tokens in, text out, and how it ends. The same for one sequence and for batches."""
+"""Completions: sampled tokens in, text and finish reason out. The same for one sequence and for batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,35 +13,35 @@ FinishReason = Literal["stop", "length", "context", "interrupted"]
 
 @dataclass(frozen=True)
 class Stats:
-    """What one answer took. Times are wall-clock, the caller's own work between tokens included."""
+    """What one answer took. Times are wall-clock time, including the caller's own work between tokens."""
 
     prompt_tokens: int
-    reused_tokens: int  # of the prompt, found in the context and not computed again
-    generated_tokens: int  # the one that ended the answer included
-    prefill_seconds: float  # until the first token was there
+    reused_tokens: int  # of the prompt: already in the cache, not computed again
+    generated_tokens: int  # including the stop token
+    prefill_seconds: float  # time to the first token
     decode_seconds: float  # from the first token to the last
-    memory: dict[str, int]  # bytes by purpose, as the backend counts them
+    memory: dict[str, int]  # bytes by purpose, see `Backend.memory`
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """New prompt tokens over the time to the first token; 0 if there was none."""
+        """New prompt tokens over the time to the first token; 0 if no token was generated."""
         new = self.prompt_tokens - self.reused_tokens
         return new / self.prefill_seconds if self.prefill_seconds > 0 else 0.0
 
     @property
     def tokens_per_second(self) -> float:
-        """Decoding speed, the first token left out since prefill makes it; 0 for fewer than two tokens."""
+        """Decode speed, without the first token, which prefill produces; 0 for fewer than two tokens."""
         return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer.
+    """A finished answer.
 
-    finish_reason: "stop" a stop token or stop string came; "length" max_new_tokens were made; "context" the context is
-    full; "interrupted" the stream was closed, or the request cancelled, early.
-    token_ids: without the stop token. Where a stop string cuts a token in two, text goes on to the cut and the ids end
-    before it; otherwise text is exactly their decoding.
+    finish_reason: "stop": a stop token or stop string was generated; "length": max_new_tokens was reached; "context":
+    the context is full; "interrupted": the stream was closed or the request cancelled.
+    token_ids: without the stop token. If a stop string begins inside a token, `text` ends inside that token and the
+    ids end before it; otherwise `text` is exactly their decoding.
     """
 
     text: str
@@ -50,32 +50,32 @@ class Completion:
     stats: Stats
 
 
-class Answer:
-    """Takes tokens until `reason` says how the answer ends; then `finish` has the rest of its text.
+class CompletionBuilder:
+    """Builds a completion: `push` tokens until `reason` is set, then call `finish` for the rest of the text.
 
-    Without that, whether there is a reason or not, the answer was interrupted. Its clock starts when it is made.
+    A completion that is taken before `finish` counts as interrupted. Timing starts at construction.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], limit: int | None):
-        """stops: texts before which the answer ends. limit: the most tokens; None for no limit."""
-        self.reason: FinishReason | None = None
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), max_new_tokens: int | None = None):
+        """stop: strings before which the answer ends. max_new_tokens: None for no limit."""
+        self.reason: FinishReason | None = None  # why generation ends; None while it goes on
         self._stop_ids = tokenizer.stop_ids
-        self._decoder, self._matcher = StreamDecoder(tokenizer), StopStrings(stops)
-        self._limit = limit
+        self._decoder, self._matcher = StreamDecoder(tokenizer), StopStrings(stop)
+        self._max_new_tokens = max_new_tokens
         self._finished = False
-        self._ids: list[int] = []  # all tokens but the one that stops
-        # Characters after so many tokens, where a token and a character end together.
+        self._ids: list[int] = []  # without the stop token
+        # By number of tokens: the number of characters decoded so far; None if the last character is unfinished.
         self._ends: list[int | None] = [0]
         self._decoded = 0  # characters
         self._shown: list[str] = []
-        self._begun = self._first = self._last = perf_counter()
-        self._count = 0  # tokens, the one that ends the answer included
+        self._started_at = self._first_at = self._last_at = perf_counter()
+        self._count = 0  # tokens, including the stop token
 
     def push(self, token: int) -> str:
-        """One more token; returns the text that is now safe to show, which may be none."""
-        self._last = perf_counter()
+        """Adds a token; returns the text that can be shown now, which may be empty."""
+        self._last_at = perf_counter()
         if self._count == 0:
-            self._first = self._last
+            self._first_at = self._last_at
         self._count += 1
         if token in self._stop_ids:
             self.reason = "stop"
@@ -89,12 +89,12 @@ class Answer:
             self._shown.append(safe)
         if self._matcher.found:
             self.reason = "stop"
-        elif len(self._ids) == self._limit:
+        elif len(self._ids) == self._max_new_tokens:
             self.reason = "length"
         return safe
 
     def finish(self) -> str:
-        """Text that was held back, now that nothing follows it; may be none."""
+        """The text that was held back as the possible start of a stop string; may be empty."""
         self._finished = True
         rest = "" if self._matcher.found else self._matcher.push(self._decoder.finish()) + self._matcher.finish()
         if rest:
@@ -102,10 +102,10 @@ class Answer:
         return rest
 
     def completion(self, prompt_tokens: int, reused_tokens: int, memory: dict[str, int]) -> Completion:
-        """The answer. Of an interrupted one, text that was held back and the tokens it is part of are left out."""
+        """The completion so far. An interrupted one leaves out held-back text and the tokens it belongs to."""
         text, ids = "".join(self._shown), self._ids
         reason: FinishReason = self.reason if self.reason and self._finished else "interrupted"
         if self._matcher.found or reason == "interrupted":
             ids = ids[: max(count for count, end in enumerate(self._ends) if end is not None and end <= len(text))]
-        seconds = self._first - self._begun, self._last - self._first
+        seconds = self._first_at - self._started_at, self._last_at - self._first_at
         return Completion(text, ids, reason, Stats(prompt_tokens, reused_tokens, self._count, *seconds, memory))

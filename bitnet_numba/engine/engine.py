@@ -1,4 +1,4 @@
-"""`load` opens a packed checkpoint, picks a backend and returns an Engine: prompts in, answers out."""
+"""`load` opens a packed checkpoint, chooses a backend and returns an Engine, which answers prompts."""
 
 import contextlib
 import ctypes
@@ -16,7 +16,7 @@ from bitnet_numba.backends.protocol import Backend, Context
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.engine.completion import Completion
-from bitnet_numba.engine.request import Prompt, check_ids, read_request, whole_number
+from bitnet_numba.engine.request import Prompt, as_integer, check_ids, read_options, read_request
 from bitnet_numba.engine.scheduler import Scheduler
 from bitnet_numba.engine.session import Session, Stream, finite_arithmetic
 from bitnet_numba.errors import BackendError, BitNetError, CheckpointError, RequestError
@@ -30,7 +30,7 @@ _log = logging.getLogger("bitnet_numba")
 
 
 class Engine:
-    """A model ready to answer. Made by `load`."""
+    """A loaded model. Created by `load`."""
 
     def __init__(
         self,
@@ -41,26 +41,28 @@ class Engine:
         sampling: SamplingParams | None = None,
     ):
         self.config = config
-        self.sampling = sampling  # what the model's own folder asks for, if it does; used by the chat
+        self.sampling = sampling  # of the model's generation_config.json, for the chat; None if it has none
         self.tokenizer = tokenizer
         self.context = context  # tokens of prompt and answer together
         self._backend = backend
-        self._idle: list[Context] = []  # contexts are dear to make; streams that have ended give them back here
+        self._idle: list[
+            Context
+        ] = []  # contexts of streams that have ended, to be reused: they are expensive to create
 
     @property
     def backend(self) -> str:
-        """The name of what really runs: "reference" or "cuda"."""
+        """The backend in use: "reference" or "cuda"."""
         return self._backend.name
 
     def memory(self) -> dict[str, int]:
-        """Bytes in use by purpose, as the backend counts them."""
+        """Memory in use, in bytes by purpose; see `Backend.memory`."""
         return self._backend.memory()
 
     def logits(self, token_ids: Sequence[int] | NDArray[np.integer]) -> NDArray[np.float32]:
-        """The logits after each token of a text, in a fresh context: float32 [T, vocab].
+        """The logits after each token of a text, computed in a new context: float32 [T, vocab].
 
-        Raises RequestError for no tokens, ids outside the vocabulary or more of them than the model's context holds;
-        BackendError where the model's weights make numbers that are not finite.
+        Raises RequestError for an empty list, ids outside the vocabulary or more than the model's context holds, and
+        BackendError if a number is not finite.
         """
         ids = check_ids(token_ids, self.config.vocab_size)
         if len(ids) > self.config.max_context:
@@ -76,7 +78,7 @@ class Engine:
             context.close()
 
     def session(self) -> Session:
-        """A context of its own for a conversation: each turn computes only what is new in its prompt."""
+        """A context for a conversation: each turn computes only what is new in its prompt."""
         return Session(self._backend, self.tokenizer, self.config.vocab_size, self.context)
 
     def generate(
@@ -108,15 +110,15 @@ class Engine:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
     ) -> Stream:
-        """The answer to a prompt, in pieces of text as they are made.
+        """The answer to a prompt, in pieces of text as they are generated.
 
         prompt: a text to continue, token ids, or chat messages [{"role": "user", "content": "..."}, ...].
-        max_new_tokens: None goes on until the model stops or the context is full.
+        max_new_tokens: None generates until the model stops or the context is full.
         temperature .. seed: see `sampling.SamplingParams`; temperature 0 is greedy.
-        stop: one text or several, before which the answer ends.
+        stop: one string or several; the answer ends before the first to appear.
 
-        Raises RequestError or ContextFull, at once, for what cannot be done. Prompts do not share what they computed,
-        so an answer depends on its arguments alone; `session` is for conversations.
+        Raises RequestError or ContextFull immediately if the request is invalid. Nothing is cached between prompts, so
+        an answer depends on its arguments alone; use `session` for conversations.
         """
         params = SamplingParams(temperature, top_p, top_k, min_p, repetition_penalty, seed)
         session = Session(self._backend, self.tokenizer, self.config.vocab_size, self.context, self._take_context)
@@ -136,15 +138,15 @@ class Engine:
         stop: str | Sequence[str] = (),
         max_sequences: int = 64,
     ) -> list[Completion]:
-        """The answers to many prompts, in their order, computed together.
+        """The answers to several prompts, in the order of the prompts, computed as a batch.
 
         params: for all prompts, or a list with one for each; None is greedy.
-        max_new_tokens: of each answer. Room is kept for that many, so a small number lets more prompts run at a time.
-        stop: texts before which an answer ends.
-        max_sequences: how many run at a time; the others wait.
+        max_new_tokens: per answer. KV cache is reserved for that many, so a small number lets more prompts run at once.
+        stop: one string or several; an answer ends before the first to appear.
+        max_sequences: how many run at once; the others wait.
 
-        Raises RequestError or ContextFull, naming the prompt's index, before anything is computed; BackendError when
-        memory does not suffice or a prompt makes the model's numbers not finite.
+        Raises RequestError or ContextFull, naming the prompt's index, before anything is computed; BackendError if
+        memory is insufficient or a prompt produces numbers that are not finite.
         """
         if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Sequence):
             raise RequestError("prompts must be a list of prompts")
@@ -158,33 +160,33 @@ class Engine:
         vocab = self.config.vocab_size
         for i in range(len(prompts)):
             with _naming_prompt(i):
-                request = read_request(self.tokenizer, vocab, self.context, prompts[i], params[i], max_new_tokens, stop)
-            requests.append(request)
+                options = read_options(params[i], max_new_tokens, stop)
+                requests.append(read_request(self.tokenizer, vocab, self.context, prompts[i], options))
         if not requests:
             return []
         completions: dict[int, Completion] = {}
-        most = whole_number(max_sequences)
-        with self.scheduler(max_sequences if most is None else min(most, len(requests))) as scheduler:
-            numbers = []
+        slots = as_integer(max_sequences)
+        with self.scheduler(max_sequences if slots is None else min(slots, len(requests))) as scheduler:
+            ids = []
             for i, request in enumerate(requests):
                 with _naming_prompt(i):
-                    numbers.append(scheduler.add_request(request))
+                    ids.append(scheduler.add_request(request))
             while scheduler.busy:
                 for update in scheduler.step():
                     if update.error is not None:
-                        raise BackendError(f"prompt {numbers.index(update.request)}: {update.error}")
+                        raise BackendError(f"prompt {ids.index(update.request)}: {update.error}")
                     if update.completion is not None:
                         completions[update.request] = update.completion
-        return [completions[number] for number in numbers]
+        return [completions[i] for i in ids]
 
     def scheduler(self, max_sequences: int = 64, tokens: int | None = None, prefill_chunk: int = 1024) -> Scheduler:
-        """Answers many requests together, which may come and go at any time; arguments as for `Scheduler`."""
+        """Continuous batching: requests can be added and cancelled at any time. Arguments as for `Scheduler`."""
         return Scheduler(
             self._backend, self.tokenizer, self.config.vocab_size, self.context, max_sequences, tokens, prefill_chunk
         )
 
     def _take_context(self, capacity: int) -> Context:
-        """An empty context, for a stream that begins: one that is idle, else a new one."""
+        """An empty context for a stream: an idle one if there is one, otherwise a new one."""
         if not self._idle:
             return self._backend.new_context(capacity)
         context = self._idle.pop()
@@ -203,17 +205,17 @@ def _naming_prompt(index: int) -> Iterator[None]:
 def load(path: str | os.PathLike[str] | None = None, backend: str = "auto", context: int | None = None) -> Engine:
     """Opens a packed checkpoint.
 
-    path: the folder that tools/convert.py wrote; None opens the built-in model.
-    backend: "cuda", "reference", or "auto": CUDA where it can be used, else the reference, saying why in one line.
-    context: tokens of prompt and answer together; None takes as many as the model was made for.
+    path: a folder written by tools/convert.py; None opens the built-in model.
+    backend: "cuda", "reference" or "auto": CUDA if it is usable, otherwise the reference, with a warning that says why.
+    context: maximum number of tokens, prompt and answer together; None: the model's own maximum.
 
-    Raises a BitNetError with one line for anything that is wrong with folder, files or arguments.
+    Raises BitNetError, with a message of one line, if the folder, a file or an argument is invalid.
     """
     if backend not in BACKENDS:
         raise BackendError(f"there is no backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     if path is None and not DEMO.is_dir():
         raise CheckpointError(
-            "this version has no built-in model: convert one with  python tools/convert.py SRC DST  and name DST"
+            "this version has no built-in model: convert one with  python tools/convert.py SRC DST  and open DST"
         )
     folder = DEMO if path is None else Path(path)
     checkpoint = open_packed(folder)
@@ -221,7 +223,7 @@ def load(path: str | os.PathLike[str] | None = None, backend: str = "auto", cont
     if context is None:
         context = config.max_context
     else:
-        tokens = whole_number(context)
+        tokens = as_integer(context)
         if tokens is None or not 1 <= tokens <= config.max_context:
             raise RequestError(f"context must be between 1 and the model's {config.max_context}, not {context!r}")
         context = tokens
@@ -232,21 +234,21 @@ def load(path: str | os.PathLike[str] | None = None, backend: str = "auto", cont
 
 def _open_backend(name: str, checkpoint: PackedCheckpoint) -> Backend:
     if name == "auto" and not _has_nvidia_driver():
-        _log.warning("no NVIDIA GPU here: running the NumPy reference on the CPU")
+        _log.warning("no NVIDIA GPU found: running the NumPy reference on the CPU")
     elif name != "reference":
         try:
             return _open_cuda(checkpoint)
         except BackendError as error:
             if name == "cuda":
                 raise
-            _log.warning("%s; going on with the reference model on the CPU", error)
+            _log.warning("%s; running the NumPy reference on the CPU instead", error)
     from bitnet_numba.backends.host import reference_backend
 
     return reference_backend(checkpoint)
 
 
 def _has_nvidia_driver() -> bool:
-    """Whether this machine has an NVIDIA driver, or a container the device: where not, there is no fault to mend."""
+    """Whether there is an NVIDIA driver or device. False means a CPU-only machine, not a broken install."""
     try:
         ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -255,10 +257,10 @@ def _has_nvidia_driver() -> bool:
 
 
 def _open_cuda(checkpoint: PackedCheckpoint) -> Backend:
-    """The CUDA backend. Raises BackendError if there is no usable device, or none that holds this model."""
+    """The CUDA backend. Raises BackendError if there is no usable device, or too little memory on it."""
     if importlib.util.find_spec("numba_cuda") is None:
-        # Numba alone has a numba.cuda too, but one that the kernels cannot be built on.
-        raise BackendError("CUDA cannot be used: its packages are not installed (extra cuda13 or cuda12)")
+        # Numba has a numba.cuda of its own, but the kernels need numba-cuda's.
+        raise BackendError("CUDA cannot be used: its packages are not installed (install the extra cuda13 or cuda12)")
     from bitnet_numba.backends.cuda.backend import CudaBackend, why_unusable
 
     reason = why_unusable()

@@ -1,105 +1,105 @@
-"""Who holds which page of a batch's keys and values, and which prompts' beginnings are already computed.
+"""Pages of a batch's KV cache: reference counts, and a prefix cache over full pages of prompts.
 
-Sequences take all the pages they may ever need before they begin, so none can run out of room later. Full pages of
-prompts are shared: a page is known by its tokens and by the known page before it, so a chain of known pages stands for
-one beginning of a prompt, and its tokens are compared, not only hashed. Known pages are never written again. Pages of
-sequences that have ended stay known until they are needed for others, the least recently used first.
+A sequence takes all pages that it may need before it starts, so it cannot run out of memory later. Full pages of
+prompts are shared: a cached page is keyed by the cached page before it and by its own tokens, so a chain of cached
+pages is a prompt prefix (tokens are compared, not only hashed). Cached pages are never written again. After their
+sequences have ended they stay cached until the pages are needed, and are evicted in LRU order.
 """
 
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_START = 0  # stands for the page before the first
-_Key = tuple[int | None, tuple[int, ...]]
+_ROOT = 0  # the node before the first page of every prompt
+_Key = tuple[int | None, tuple[int, ...]]  # node before, tokens of the page
 
 
 @dataclass
 class PageLease:
-    """One sequence's pages, in order."""
+    """The pages of one sequence, in order."""
 
     pages: list[int]
-    ids: Sequence[int]  # its prompt
-    computed: int  # leading tokens of the prompt that the pages hold
-    last_known: int | None  # number of the known page with the last whole page of these tokens; None: not its own
+    ids: Sequence[int]  # the prompt
+    computed: int  # leading prompt tokens whose keys and values are in the pages
+    last_node: int | None  # prefix-cache node of the last full computed page; None: later pages are not cached
 
 
 class PagePool:
-    """Pages 0 .. num_pages - 1, each free, or held by one sequence, or known and held by any number of them."""
+    """Pages 0 .. num_pages - 1: free, used by one sequence, or cached and used by any number of sequences."""
 
     def __init__(self, num_pages: int, page_size: int):
         self.num_pages, self.page_size = num_pages, page_size
-        self._unknown = list(range(num_pages - 1, -1, -1))  # held by nobody, contents of no use
-        self._idle: OrderedDict[int, None] = OrderedDict()  # known and held by nobody, the least recently used first
-        self._holders = [0] * num_pages
-        # Keys are (number of the known page before, tokens), values (own number, page). Numbers are never used twice.
-        self._known: dict[_Key, tuple[int, int]] = {}
-        self._key_of: dict[int, _Key] = {}
-        self._last_number = _START
+        self._free = list(range(num_pages - 1, -1, -1))  # unused and not cached
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # unused but cached, least recently used first
+        self._ref_counts = [0] * num_pages
+        self._cache: dict[_Key, tuple[int, int]] = {}  # -> (own node, page); a node's number is never reused
+        self._key_of: dict[int, _Key] = {}  # page -> key, for cached pages
+        self._last_node = _ROOT
 
     @property
     def free(self) -> int:
-        """Pages that nobody holds, known ones included."""
-        return len(self._unknown) + len(self._idle)
+        """Number of pages that no sequence uses, including cached ones."""
+        return len(self._free) + len(self._evictable)
 
     def pages_for(self, tokens: int) -> int:
-        """How many pages hold that many tokens."""
+        """Number of pages for `tokens` tokens."""
         return -(-tokens // self.page_size)
 
     def take(self, ids: Sequence[int], tokens: int) -> PageLease | None:
-        """Pages for a sequence that may feed `tokens` tokens, the prompt `ids` among them; None if too few are free.
+        """Pages for a sequence of up to `tokens` tokens that starts with the prompt `ids`; None if too few are free.
 
-        The beginning of the prompt that is known is shared: `computed` says how much. At least its last token is not.
+        The longest cached prefix of the prompt is shared; the lease's `computed` is its length, which is less than the
+        prompt's: at least the last token has to be computed for its logits.
         """
-        number = _START
+        node = _ROOT
         shared: list[int] = []
         for start in range(0, len(ids) - self.page_size, self.page_size):
-            known = self._known.get((number, tuple(ids[start : start + self.page_size])))
-            if known is None:
+            cached = self._cache.get((node, tuple(ids[start : start + self.page_size])))
+            if cached is None:
                 break
-            number, page = known
+            node, page = cached
             shared.append(page)
         own = self.pages_for(tokens) - len(shared)
-        if own > self.free - sum(page in self._idle for page in shared):
+        if own > self.free - sum(page in self._evictable for page in shared):
             return None
         for page in shared:
-            self._idle.pop(page, None)
-            self._holders[page] += 1
+            self._evictable.pop(page, None)
+            self._ref_counts[page] += 1
         pages = shared + [self._take_one() for _ in range(own)]
-        return PageLease(pages, ids, len(shared) * self.page_size, number)
+        return PageLease(pages, ids, len(shared) * self.page_size, node)
 
-    def computed(self, holding: PageLease, tokens: int) -> None:
-        """Whoever holds these pages has computed the prompt's first `tokens` tokens: whole pages become known."""
-        for i in range(holding.computed // self.page_size, tokens // self.page_size):
-            key = holding.last_known, tuple(holding.ids[i * self.page_size : (i + 1) * self.page_size])
-            if holding.last_known is None or key in self._known:
-                # Another sequence has computed the same beside this one. What follows is not made known, since the page
-                # before it could be forgotten while this sequence lives.
-                holding.last_known = None
+    def mark_computed(self, lease: PageLease, tokens: int) -> None:
+        """The prompt's first `tokens` tokens have been computed: their full pages can be shared from now on."""
+        for i in range(lease.computed // self.page_size, tokens // self.page_size):
+            key = lease.last_node, tuple(lease.ids[i * self.page_size : (i + 1) * self.page_size])
+            if lease.last_node is None or key in self._cache:
+                # Another sequence computed the same page at the same time. The pages after it are not cached either:
+                # the page before them could be evicted while this sequence still runs.
+                lease.last_node = None
                 break
-            self._last_number += 1
-            self._known[key] = self._last_number, holding.pages[i]
-            self._key_of[holding.pages[i]] = key
-            holding.last_known = self._last_number
-        holding.computed = tokens
+            self._last_node += 1
+            self._cache[key] = self._last_node, lease.pages[i]
+            self._key_of[lease.pages[i]] = key
+            lease.last_node = self._last_node
+        lease.computed = tokens
 
-    def release(self, holding: PageLease) -> None:
-        """The sequence has ended."""
-        # The last first: a page is then always forgotten before those that lead to it.
-        for page in reversed(holding.pages):
-            self._holders[page] -= 1
-            if self._holders[page] == 0:
+    def release(self, lease: PageLease) -> None:
+        """Returns the pages of a sequence that has ended."""
+        # In reverse: a page is then always evicted before the pages that lead to it.
+        for page in reversed(lease.pages):
+            self._ref_counts[page] -= 1
+            if self._ref_counts[page] == 0:
                 if page in self._key_of:
-                    self._idle[page] = None
+                    self._evictable[page] = None
                 else:
-                    self._unknown.append(page)
-        holding.pages = []
+                    self._free.append(page)
+        lease.pages = []
 
     def _take_one(self) -> int:
-        if self._unknown:
-            page = self._unknown.pop()
+        if self._free:
+            page = self._free.pop()
         else:
-            page, _ = self._idle.popitem(last=False)
-            del self._known[self._key_of.pop(page)]
-        self._holders[page] = 1
+            page, _ = self._evictable.popitem(last=False)
+            del self._cache[self._key_of.pop(page)]
+        self._ref_counts[page] = 1
         return page

@@ -1,8 +1,8 @@
-"""What may be asked: prompts of every form, and what goes with them, checked, as token ids."""
+"""Requests: prompts of every kind and the options that go with them, checked and turned into token ids."""
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,52 +16,58 @@ Prompt = str | Sequence[int] | Sequence[Message]  # a text to continue, token id
 
 
 @dataclass(frozen=True)
+class GenerationOptions:
+    """How an answer is generated. `read_options` checks a caller's values."""
+
+    params: SamplingParams = SamplingParams()
+    max_new_tokens: int | None = None  # None: until the model stops or the context is full
+    stop: tuple[str, ...] = ()  # the answer ends before the first of these strings to appear
+
+
+@dataclass(frozen=True)
 class Request:
-    """A prompt and how it is to be answered, checked."""
+    """A checked prompt. Its options have a seed, and include the stop strings that the chat template needs."""
 
     ids: list[int]
-    params: SamplingParams  # with a seed
-    limit: int | None  # new tokens; None: until the model stops or the context is full
-    stops: tuple[str, ...]  # texts before which the answer ends
+    options: GenerationOptions
+
+
+def read_options(
+    params: SamplingParams | None, max_new_tokens: int | None, stop: str | Sequence[str]
+) -> GenerationOptions:
+    """Checks the options of a caller; params None is greedy. Raises RequestError if one of them is invalid."""
+    if max_new_tokens is not None:
+        max_new_tokens = positive_integer("max_new_tokens", max_new_tokens)
+    stops = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
+    if not all(isinstance(text, str) and text for text in stops):
+        raise RequestError("a stop string must be a non-empty string")
+    if not isinstance(params, SamplingParams | None):
+        raise RequestError(f"params must be SamplingParams, not {params!r}")
+    return GenerationOptions(params or SamplingParams(), max_new_tokens, stops)
 
 
 def read_request(
-    tokenizer: Tokenizer,
-    vocab_size: int,
-    capacity: int,
-    prompt: Prompt,
-    params: SamplingParams | None,
-    max_new_tokens: int | None,
-    stop: str | Sequence[str],
+    tokenizer: Tokenizer, vocab_size: int, capacity: int, prompt: Prompt, options: GenerationOptions
 ) -> Request:
-    """Checks and encodes what `Session.stream` takes. Raises RequestError or ContextFull for what cannot be done."""
-    if max_new_tokens is not None:
-        limit = whole_number(max_new_tokens)
-        if limit is None or limit < 1:
-            raise RequestError(f"max_new_tokens must be a whole number of at least 1, not {max_new_tokens!r}")
-        max_new_tokens = limit
-    stops = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
-    if not all(isinstance(text, str) and text for text in stops):
-        raise RequestError("a stop string must be a text that is not empty")
-    if not isinstance(params, SamplingParams | None):
-        raise RequestError(f"params must be SamplingParams, not {params!r}")
+    """Encodes a prompt for a context of `capacity` tokens. Raises RequestError or ContextFull if it cannot be used."""
     ids = encode_prompt(tokenizer, prompt, vocab_size, capacity)
+    stop = options.stop
     if not isinstance(prompt, str) and isinstance(prompt[0], Mapping):
-        stops += tokenizer.chat_stop
-    return Request(ids, (params or SamplingParams()).with_seed(), max_new_tokens, stops)
+        stop += tokenizer.chat_stop
+    return Request(ids, replace(options, params=options.params.with_seed(), stop=stop))
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int, capacity: int) -> list[int]:
-    """Token ids of any form of prompt. Raises RequestError if it is empty or has ids that are no tokens, and
-    ContextFull if there are more than `capacity`."""
+    """Token ids of any kind of prompt. Raises RequestError if it is empty or has ids outside the vocabulary, and
+    ContextFull if it has more than `capacity` tokens."""
     if isinstance(prompt, bytes | bytearray | Mapping) or not isinstance(prompt, Sequence | np.ndarray):
-        raise RequestError("a prompt is a text, a list of token ids or a list of messages")
+        raise RequestError("a prompt must be a string, a list of token ids or a list of messages")
     if len(prompt) == 0:
         raise RequestError("the prompt is empty")
     if isinstance(prompt, str):
-        ids = tokenizer.encode(prompt, most=capacity)
+        ids = tokenizer.encode(prompt, max_tokens=capacity)
     elif isinstance(prompt[0], Mapping):
-        ids = tokenizer.encode_chat(prompt, most=capacity)  # type: ignore[arg-type]
+        ids = tokenizer.encode_chat(prompt, max_tokens=capacity)  # type: ignore[arg-type]
     else:
         ids = prompt  # type: ignore[assignment]
     ids = check_ids(ids, vocab_size)
@@ -71,24 +77,32 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int, capacit
 
 
 def check_ids(ids: object, vocab_size: int) -> list[int]:
-    """Token ids as a list of int. Raises RequestError unless there is one and all are below `vocab_size`."""
+    """Token ids as a list of int. Raises RequestError if it is empty or if one is not an integer below `vocab_size`."""
     if isinstance(ids, str | bytes | bytearray | Mapping) or not isinstance(ids, Sequence | np.ndarray):
-        raise RequestError("token ids must be a list of whole numbers")
+        raise RequestError("token ids must be a list of integers")
     if len(ids) == 0:
         raise RequestError("the prompt is empty")
-    whole = []
+    checked = []
     for i in ids:
-        number = whole_number(i)
+        number = as_integer(i)
         if number is None:
-            raise RequestError("token ids must be whole numbers")
+            raise RequestError("token ids must be integers")
         if not 0 <= number < vocab_size:
             raise RequestError(f"token id {number} is not in the vocabulary of {vocab_size}")
-        whole.append(number)
-    return whole
+        checked.append(number)
+    return checked
 
 
-def whole_number(value: Any) -> int | None:
-    """Any whole number, NumPy's included, as an int; None for what is none, truth values among it."""
+def positive_integer(name: str, value: Any) -> int:
+    """`value` as an int. Raises RequestError, naming it, if it is not a positive integer."""
+    number = as_integer(value)
+    if number is None or number < 1:
+        raise RequestError(f"{name} must be a positive integer, not {value!r}")
+    return number
+
+
+def as_integer(value: Any) -> int | None:
+    """`value`, which may be one of NumPy's integers, as an int; None if it is not an integer (bools are not)."""
     if isinstance(value, bool | np.bool_ | np.ndarray):
         return None
     try:

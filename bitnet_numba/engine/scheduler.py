@@ -1,9 +1,9 @@
-"""Many requests at once over one batch: who runs, who waits, and each one's text as it is made.
+"""Continuous batching: admits requests to one batch, and streams each one's text as it is generated.
 
-Each `step` is a round: prompts that fit are admitted and computed, up to a number of tokens a round so that answers
-under way go on between the pieces of a long prompt; then all answers advance by one token. A round is collected one
-round later, while the backend computes the next: it never waits for the host. A sequence that turns out to have ended
-has computed one token too many by then, which is dropped.
+Each `step` is one round. Waiting requests are admitted in order while they fit, and their prompts are computed, up to
+`prefill_chunk` tokens a round so that running answers continue between the chunks of a long prompt; then every running
+answer gets one token. The results of a round are collected in the next `step`, after the backend has been given new
+work, so the device never waits for the host. Hence a sequence computes one token more than it needs; it is dropped.
 """
 
 import itertools
@@ -14,19 +14,19 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from bitnet_numba.backends.protocol import NO_TOKEN, Backend
-from bitnet_numba.engine.completion import Answer, Completion
+from bitnet_numba.engine.completion import Completion, CompletionBuilder
 from bitnet_numba.engine.page_pool import PageLease, PagePool
-from bitnet_numba.engine.request import Prompt, Request, read_request, whole_number
+from bitnet_numba.engine.request import Prompt, Request, positive_integer, read_options, read_request
 from bitnet_numba.errors import BackendError, RequestError
 from bitnet_numba.sampling import SamplingParams
 from bitnet_numba.text.tokenizer import Tokenizer
 
 
 class Update(NamedTuple):
-    """News of one request. The last one that it gets has either a completion or an error."""
+    """What is new for one request. Its last update has either a completion or an error."""
 
-    request: int  # what `add` returned
-    text: str = ""  # goes on from the texts of earlier updates
+    request: int  # the id that `add` returned
+    text: str = ""  # follows the text of earlier updates
     completion: Completion | None = None
     error: BackendError | None = None
 
@@ -35,23 +35,23 @@ class Update(NamedTuple):
 class _Sequence:
     """A request that has a slot."""
 
-    number: int
+    id: int
     request: Request
     slot: int
-    holding: PageLease
-    reused: int  # leading tokens of the prompt that another sequence has computed
-    answer: Answer
-    most: int  # tokens until the answer is as long as it may be or the context is full
-    enqueued: int = 0  # tokens whose sampling has been enqueued
-    collected: int = 0
+    lease: PageLease
+    reused: int  # leading prompt tokens that another sequence has computed
+    builder: CompletionBuilder
+    max_tokens: int  # tokens of the answer until it is as long as allowed or the context is full
+    enqueued: int = 0  # tokens of the answer that the backend has been asked for
+    collected: int = 0  # of these, tokens received
     ended: bool = False
 
 
 class Scheduler:
-    """Requests come and go between steps; those that do not fit wait, first come first served.
+    """Runs requests together; those that do not fit wait, first come, first served.
 
-    `add` and `cancel` may be called at any time and from any thread; `step` and `close` by one thread at a time. What a
-    request is answered does not depend on the others.
+    `add` and `cancel` may be called at any time from any thread, `step` and `close` from one thread at a time. An
+    answer does not depend on the other requests.
     """
 
     def __init__(
@@ -64,43 +64,43 @@ class Scheduler:
         tokens: int | None = None,
         prefill_chunk: int = 1024,
     ):
-        """context: tokens of one prompt and its answer together.
-        max_sequences: how many requests run at a time; more wait.
-        tokens: room for the tokens of all that run, rounded up to pages; None: see `Backend.new_batch`.
-        prefill_chunk: about how many prompt tokens are computed in one step.
+        """context: maximum tokens of one prompt and its answer together.
+        max_sequences: how many requests run at once.
+        tokens: KV cache capacity for all running requests, rounded up to pages; None: see `Backend.new_batch`.
+        prefill_chunk: approximate number of prompt tokens computed per step.
 
-        Raises RequestError for numbers that are none, BackendError when memory does not suffice.
+        Raises RequestError if a limit is not a positive integer, BackendError if memory is insufficient.
         """
-        max_sequences = _at_least_one("max_sequences", max_sequences)
-        tokens = None if tokens is None else _at_least_one("tokens", tokens)
+        max_sequences = positive_integer("max_sequences", max_sequences)
+        tokens = None if tokens is None else positive_integer("tokens", tokens)
         self._backend, self._tokenizer = backend, tokenizer
         self._vocab_size, self._context = vocab_size, context
-        self._chunk = _at_least_one("prefill_chunk", prefill_chunk)
+        self._chunk = positive_integer("prefill_chunk", prefill_chunk)
         self._batch = backend.new_batch(max_sequences, context, tokens)
         self._pool = PagePool(self._batch.num_pages, self._batch.page_size)
-        self._slots = list(range(self._batch.max_sequences - 1, -1, -1))  # free ones
-        self._numbers = itertools.count()
-        self._waiting: OrderedDict[int, Request] = OrderedDict()  # by number, the first to come first
-        self._lock = threading.Lock()  # of what waits
+        self._free_slots = list(range(self._batch.max_sequences - 1, -1, -1))
+        self._ids = itertools.count()
+        self._waiting: OrderedDict[int, Request] = OrderedDict()  # by id, in order of arrival
+        self._lock = threading.Lock()  # guards _waiting
         self._cancelled: deque[int] = deque()
-        self._prefilling: _Sequence | None = None  # the one whose prompt is being computed: others wait for their turn
-        self._running: dict[int, _Sequence] = {}  # by request, that one included
-        self._calls: deque[list[_Sequence]] = deque()  # for each call with results not collected yet, whose they are
+        self._prefilling: _Sequence | None = None  # the running sequence whose prompt is being computed, one at a time
+        self._running: dict[int, _Sequence] = {}  # by id
+        self._calls: deque[list[_Sequence]] = deque()  # sequences of each call whose results are not collected yet
         self._closed = False
 
     @property
     def running(self) -> int:
-        """Requests that have a slot."""
+        """Number of requests that have a slot."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
-        """Requests that have none yet."""
+        """Number of requests that have no slot yet."""
         return len(self._waiting)
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything to step for."""
+        """Whether `step` has anything to do."""
         return bool(self._running or self._waiting or self._cancelled)
 
     def __enter__(self) -> "Scheduler":
@@ -116,72 +116,70 @@ class Scheduler:
         max_new_tokens: int | None = None,
         stop: str | Sequence[str] = (),
     ) -> int:
-        """A new request, with the arguments of `Session.stream`; returns its number, by which updates name it.
+        """Adds a request, with the arguments of `Session.stream`; returns its id, which its updates carry.
 
-        Raises RequestError or ContextFull, at once, for what cannot be done or could never fit.
+        Raises RequestError or ContextFull immediately if the request is invalid or could never fit.
         """
-        return self.add_request(
-            read_request(self._tokenizer, self._vocab_size, self._context, prompt, params, max_new_tokens, stop)
-        )
+        options = read_options(params, max_new_tokens, stop)
+        return self.add_request(read_request(self._tokenizer, self._vocab_size, self._context, prompt, options))
 
     def add_request(self, request: Request) -> int:
-        """The same for a request that has been read, for this context. Raises RequestError if it could never fit."""
+        """Adds a request that `read_request` made for this context size. Raises RequestError if it could never fit."""
         if self._closed:
             raise RequestError("this scheduler is closed")
-        fed = self._fed(request)
-        if self._pool.pages_for(fed) > self._pool.num_pages:
+        tokens = self._max_cached(request)
+        if self._pool.pages_for(tokens) > self._pool.num_pages:
             raise RequestError(
-                f"the prompt and its answer may take {fed} tokens, but there is room for "
-                f"{self._pool.num_pages * self._pool.page_size} in all: ask for fewer with max_new_tokens"
+                f"the prompt and its answer may take {tokens} tokens, but the batch has room for "
+                f"{self._pool.num_pages * self._pool.page_size}: ask for fewer with max_new_tokens"
             )
         with self._lock:
-            number = next(self._numbers)
-            self._waiting[number] = request
-        return number
+            request_id = next(self._ids)
+            self._waiting[request_id] = request
+        return request_id
 
     def cancel(self, request: int) -> None:
-        """Ends a request: the next step frees its room and reports what there is of it, finish_reason "interrupted".
+        """Ends a request: the next step frees its pages and reports the answer so far, as "interrupted".
 
-        Nothing happens if it has already ended.
+        Does nothing if the request has already ended.
         """
         self._cancelled.append(request)
 
     def step(self) -> list[Update]:
-        """One round; returns what is new since the last one, in order: often one update for each running request.
+        """Runs one round and returns what the last one produced, usually one update for each running request.
 
-        Raises BackendError, and closes the scheduler, when the backend fails as a whole.
+        Raises BackendError, and closes the scheduler, if the backend fails as a whole.
         """
         if self._closed:
             raise RequestError("this scheduler is closed")
         try:
-            updates = self._cancel()
-            earlier = len(self._calls)
+            updates = self._end_cancelled()
+            uncollected = len(self._calls)
             self._enqueue()
-            for _ in range(earlier):
+            for _ in range(uncollected):
                 sequences = self._calls.popleft()
                 for sequence, (_, token) in zip(sequences, self._batch.collect(), strict=True):
                     if not sequence.ended:
-                        self._take(sequence, token, updates)
+                        self._receive(sequence, token, updates)
             return updates
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """Frees the batch; requests that have not ended are dropped."""
+        """Frees the batch and drops requests that have not ended."""
         if not self._closed:
             self._closed = True
             self._running.clear()
             self._waiting.clear()
             self._batch.close()
 
-    # A round
-
     def _enqueue(self) -> None:
+        """Gives the backend the work of one round."""
         budget = self._chunk
         while budget > 0 and (self._prefilling or self._admit()):
             budget -= self._prefill(budget)
-        live = [s for s in self._running.values() if 0 < s.enqueued < s.most]
+        live = [s for s in self._running.values() if 0 < s.enqueued < s.max_tokens]
         if live:
             self._batch.step([s.slot for s in live])
             self._calls.append(live)
@@ -189,88 +187,83 @@ class Scheduler:
                 s.enqueued += 1
 
     def _admit(self) -> bool:
-        """Gives the request that has waited longest a slot and pages, if there are any."""
-        if not self._waiting or not self._slots:
+        """Gives the request that has waited longest a slot and pages; False if there are too few."""
+        if not self._waiting or not self._free_slots:
             return False
         with self._lock:
-            number, request = next(iter(self._waiting.items()))
-            holding = self._pool.take(request.ids, self._fed(request))
-            if holding is None:
+            request_id, request = next(iter(self._waiting.items()))
+            max_cached = self._max_cached(request)
+            lease = self._pool.take(request.ids, max_cached)
+            if lease is None:
                 return False
-            del self._waiting[number]
-        answer = Answer(self._tokenizer, request.stops, request.limit)
-        slot, reused, most = self._slots.pop(), holding.computed, self._fed(request) - len(request.ids) + 1
-        self._prefilling = _Sequence(number, request, slot, holding, reused, answer, most)
-        self._running[number] = self._prefilling
-        self._batch.start(slot, request.ids, request.params, holding.pages, reused)
+            del self._waiting[request_id]
+        options, slot = request.options, self._free_slots.pop()
+        builder = CompletionBuilder(self._tokenizer, options.stop, options.max_new_tokens)
+        max_tokens = max_cached - len(request.ids) + 1
+        self._prefilling = _Sequence(request_id, request, slot, lease, lease.computed, builder, max_tokens)
+        self._running[request_id] = self._prefilling
+        self._batch.start(slot, request.ids, options.params, lease.pages, lease.computed)
         return True
 
     def _prefill(self, budget: int) -> int:
-        """Enqueues about `budget` more tokens of a prompt, whole pages or up to its end; returns how many they are."""
+        """Enqueues about `budget` prompt tokens: whole pages, or the rest of the prompt; returns how many."""
         s = self._prefilling
         assert s is not None
-        done, page = s.holding.computed, self._pool.page_size
+        done, page = s.lease.computed, self._pool.page_size
         count = min(len(s.request.ids) - done, max(1, budget // page) * page)
         self._batch.prefill(s.slot, count)
-        # Calls are carried out in order, so whoever is admitted from now on finds these pages computed.
-        self._pool.computed(s.holding, done + count)
+        # The backend works in order: whoever is admitted from now on can share these pages.
+        self._pool.mark_computed(s.lease, done + count)
         if done + count == len(s.request.ids):
             s.enqueued = 1
             self._calls.append([s])
             self._prefilling = None
         return count
 
-    def _take(self, s: _Sequence, token: int, updates: list[Update]) -> None:
-        """What a token that was collected makes of its sequence."""
+    def _receive(self, s: _Sequence, token: int, updates: list[Update]) -> None:
+        """Adds a sampled token to its sequence's answer."""
         if token == NO_TOKEN:
             self._end(s)
-            error = BackendError("the model's weights make numbers that are not finite: logits hold NaN")
-            updates.append(Update(s.number, error=error))
+            error = BackendError("the model's weights produce numbers that are not finite: logits hold NaN")
+            updates.append(Update(s.id, error=error))
             return
-        answer = s.answer
-        text = answer.push(token)
+        builder = s.builder
+        text = builder.push(token)
         s.collected += 1
-        if answer.reason is None and s.collected == s.most:
-            answer.reason = "context"
-        if answer.reason is not None:
-            text += answer.finish()
-            updates.append(Update(s.number, text, self._end(s)))
+        if builder.reason is None and s.collected == s.max_tokens:
+            builder.reason = "context"
+        if builder.reason is not None:
+            text += builder.finish()
+            updates.append(Update(s.id, text, self._end(s)))
         elif text:
-            updates.append(Update(s.number, text))
+            updates.append(Update(s.id, text))
 
     def _end(self, s: _Sequence) -> Completion:
-        """Frees slot and pages: what is enqueued for them is done before anything that is enqueued from now on."""
+        """Frees slot and pages. The backend works in order, so what is enqueued for them runs before their next use."""
         s.ended = True
-        del self._running[s.number]
+        del self._running[s.id]
         if self._prefilling is s:
             self._prefilling = None
-        self._slots.append(s.slot)
-        self._pool.release(s.holding)
-        return s.answer.completion(len(s.request.ids), s.reused, self._backend.memory())
+        self._free_slots.append(s.slot)
+        self._pool.release(s.lease)
+        return s.builder.completion(len(s.request.ids), s.reused, self._backend.memory())
 
-    def _cancel(self) -> list[Update]:
+    def _end_cancelled(self) -> list[Update]:
         updates = []
         while self._cancelled:
-            number = self._cancelled.popleft()
-            sequence = self._running.get(number)
+            request_id = self._cancelled.popleft()
+            sequence = self._running.get(request_id)
             with self._lock:
-                request = self._waiting.pop(number, None)
+                request = self._waiting.pop(request_id, None)
             if sequence is not None:
-                updates.append(Update(number, completion=self._end(sequence)))
+                updates.append(Update(request_id, completion=self._end(sequence)))
             elif request is not None:
-                nothing = Answer(self._tokenizer, (), None)
-                completion = nothing.completion(len(request.ids), 0, self._backend.memory())
-                updates.append(Update(number, completion=completion))
+                empty = CompletionBuilder(self._tokenizer)
+                completion = empty.completion(len(request.ids), 0, self._backend.memory())
+                updates.append(Update(request_id, completion=completion))
         return updates
 
-    def _fed(self, request: Request) -> int:
-        """How many tokens a request may feed: its prompt and its answer but for the last token, which is not fed."""
-        most = self._context
-        return most if request.limit is None else min(most, len(request.ids) + request.limit - 1)
-
-
-def _at_least_one(name: str, value: int) -> int:
-    number = whole_number(value)
-    if number is None or number < 1:
-        raise RequestError(f"{name} must be a whole number of at least 1, not {value!r}")
-    return number
+    def _max_cached(self, request: Request) -> int:
+        """Most tokens that a request puts into the KV cache: its prompt and its answer but for the last token."""
+        limit = request.options.max_new_tokens
+        return self._context if limit is None else min(self._context, len(request.ids) + limit - 1)

@@ -1,4 +1,4 @@
-"""One live sequence: from a prompt to text, token by token, keeping what has been computed for the next turn."""
+"""One sequence: from prompts to streams of text. The KV cache is kept, so the next turn computes only what is new."""
 
 import contextlib
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -6,43 +6,43 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 import numpy as np
 
 from bitnet_numba.backends.protocol import Backend, Context
-from bitnet_numba.engine.completion import Answer, Completion
-from bitnet_numba.engine.request import Prompt, Request, read_request
+from bitnet_numba.engine.completion import Completion, CompletionBuilder
+from bitnet_numba.engine.request import Prompt, Request, read_options, read_request
 from bitnet_numba.errors import BackendError, RequestError
 from bitnet_numba.sampling import SamplingParams
 from bitnet_numba.text.tokenizer import Tokenizer
 
 
 class Stream(Iterator[str]):
-    """Pieces of an answer's text as they are made; then `completion` tells the rest."""
+    """An iterator over pieces of text as they are generated; `completion` is set when it ends."""
 
     def __init__(self, pieces: Generator[str, None, None], result: list[Completion]):
         self._pieces = pieces
-        self._result = result  # filled by `pieces`, which does not hold this object: dropping it ends the answer
+        self._result = result  # filled by `pieces`, which has no reference to this object: dropping it ends the answer
 
     @property
     def completion(self) -> Completion | None:
-        """The answer, once it has ended; None before."""
+        """The answer once it has ended; None before that."""
         return self._result[0] if self._result else None
 
     def __next__(self) -> str:
         return next(self._pieces)
 
     def close(self) -> None:
-        """Ends the answer here; what has been shown of it stays in the context."""
+        """Stops generating; what has been yielded stays in the context."""
         self._pieces.close()
 
     def result(self) -> Completion:
-        """Runs to the end and returns the whole answer."""
+        """Generates to the end and returns the whole answer."""
         for _ in self:
             pass
         if self.completion is None:
-            raise RequestError("this stream was closed before its first piece: there is no answer")
+            raise RequestError("this stream was closed before it generated anything: there is no answer")
         return self.completion
 
 
 class Session:
-    """A context that a conversation extends: a prompt is computed only from where it departs from what is held."""
+    """A context for a conversation: a prompt is computed only from where it differs from the tokens in the context."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Session:
         capacity: int,
         new_context: Callable[[int], Context] | None = None,
     ):
-        """new_context: makes the context when the first answer begins; None makes the backend's own, at once."""
+        """new_context: called for the context when the first answer starts; None: `backend.new_context`, at once."""
         self._backend = backend
         self._new_context = new_context or backend.new_context
         self._tokenizer = tokenizer
@@ -64,12 +64,12 @@ class Session:
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit, prompt and answer together."""
+        """Size of the context in tokens: prompt and answer together."""
         return self._capacity
 
     @property
     def held(self) -> int:
-        """Tokens in the context now."""
+        """Number of tokens in the context."""
         return len(self._held_context.ids) if self._held_context is not None else 0
 
     def __enter__(self) -> "Session":
@@ -79,12 +79,12 @@ class Session:
         self.close()
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Empties the context."""
         if self._held_context is not None:
             self._held_context.truncate(0)
 
     def close(self) -> None:
-        """Frees the context's memory, once a stream that is running has ended; the session cannot be used again."""
+        """Closes the session and frees its context, after the running stream, if any, has ended."""
         self._closed = True
         if self._held_context is not None and not self._busy:
             self._held_context.close()
@@ -96,7 +96,7 @@ class Session:
         return self._held_context
 
     def release(self) -> Context | None:
-        """Closes the session, but not its context, which is the caller's now."""
+        """Closes the session without freeing its context, and hands that to the caller."""
         self._closed = True
         context, self._held_context = self._held_context, None
         return context
@@ -119,17 +119,18 @@ class Session:
         stop: str | Sequence[str] = (),
         ended: Callable[[], None] = lambda: None,
     ) -> Stream:
-        """Starts an answer to a prompt, which must hold everything that was said before.
+        """Streams the answer to a prompt, which must contain the whole conversation so far.
 
-        params: how tokens are chosen; None is greedy.
-        max_new_tokens: None goes on until the model stops or the context is full.
-        stop: texts before which the answer ends.
-        ended: called once when a stream that was begun has ended.
+        params: how tokens are sampled; None is greedy.
+        max_new_tokens: None generates until the model stops or the context is full.
+        stop: one string or several; the answer ends before the first to appear.
+        ended: called once when a stream that was started has ended.
 
-        Raises RequestError or ContextFull, at once, for what cannot be done.
+        Raises RequestError or ContextFull immediately if the request is invalid.
         """
         self._check_free()
-        request = read_request(self._tokenizer, self._vocab_size, self.capacity, prompt, params, max_new_tokens, stop)
+        options = read_options(params, max_new_tokens, stop)
+        request = read_request(self._tokenizer, self._vocab_size, self.capacity, prompt, options)
         result: list[Completion] = []
         return Stream(self._run(request, result, ended), result)
 
@@ -139,41 +140,36 @@ class Session:
         if self._busy:
             raise RequestError("this session is still answering: close its stream or use another session")
 
-    def _run(
-        self,
-        request: Request,
-        result: list[Completion],
-        ended: Callable[[], None],
-    ) -> Generator[str, None, None]:
-        self._check_free()  # again: the stream may have waited before it was begun
-        context, ids = self._context(), request.ids
-        # At least the last token is fed again: its logits choose the first new one.
+    def _run(self, request: Request, result: list[Completion], ended: Callable[[], None]) -> Generator[str, None, None]:
+        self._check_free()  # again: another stream may have started in the meantime
+        context, ids, options = self._context(), request.ids, request.options
+        # At least the last token is computed: the first new token is sampled from its logits.
         reused = common_prefix(context.ids, ids[:-1])
-        answer = Answer(self._tokenizer, request.stops, request.limit)
+        builder = CompletionBuilder(self._tokenizer, options.stop, options.max_new_tokens)
         self._busy = True
         try:
             context.truncate(reused)
-            tokens = context.decode(ids[reused:], request.params)
+            tokens = context.decode(ids[reused:], options.params)
             try:
                 for token in finite_steps(tokens):
-                    if piece := answer.push(token):
+                    if piece := builder.push(token):
                         yield piece
-                    if answer.reason:
+                    if builder.reason:
                         break
                 else:
-                    answer.reason = "context"
+                    builder.reason = "context"
             finally:
                 tokens.close()  # type: ignore[attr-defined]
-            if rest := answer.finish():
+            if rest := builder.finish():
                 yield rest
         except GeneratorExit:
-            pass  # the caller has had enough
+            pass  # the stream was closed
         except BaseException:
-            context.truncate(0)  # a step that was cut short may have left anything behind
+            context.truncate(0)  # an interrupted step leaves the cache in an unknown state
             raise
         finally:
             self._busy = False
-            completion = answer.completion(len(ids), reused, self._backend.memory())
+            completion = builder.completion(len(ids), reused, self._backend.memory())
             context.truncate(min(len(context.ids), len(ids) + len(completion.token_ids)))
             result.append(completion)
             ended()
@@ -183,18 +179,18 @@ class Session:
 
 @contextlib.contextmanager
 def finite_arithmetic() -> Iterator[None]:
-    """Turns arithmetic that leaves the finite numbers, as damaged weights make it, into one BackendError."""
-    with np.errstate(all="ignore"):  # the error says all that NumPy's warnings would
+    """Turns NaN and infinity, which damaged weights produce, into one BackendError."""
+    with np.errstate(all="ignore"):  # the error replaces NumPy's warnings
         try:
             yield
         except ValueError as error:
             if "NaN" not in str(error):
                 raise
-            raise BackendError(f"the model's weights make numbers that are not finite: {error}") from None
+            raise BackendError(f"the model's weights produce numbers that are not finite: {error}") from None
 
 
 def finite_steps(tokens: Iterator[int]) -> Iterator[int]:
-    """The tokens, each of them made under `finite_arithmetic`; the caller's own work is not."""
+    """The tokens, each computed under `finite_arithmetic`; the caller's code between them is not."""
     while True:
         with finite_arithmetic():
             token = next(tokens, None)
@@ -204,6 +200,6 @@ def finite_steps(tokens: Iterator[int]) -> Iterator[int]:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading items two sequences share."""
+    """Length of the longest common prefix."""
     shared = min(len(a), len(b))
     return next((i for i in range(shared) if a[i] != b[i]), shared)

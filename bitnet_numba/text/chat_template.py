@@ -1,6 +1,6 @@
-"""Chat templates: from a list of messages to the text a model was trained on, in Jinja's sandbox.
+"""Chat templates: turn a list of messages into the text format a model was trained on, in Jinja's sandbox.
 
-A template comes with the model and is not trusted. It sees what Hugging Face's templates expect and nothing else.
+A template comes with the model and is not trusted. It sees only what Hugging Face's templates expect.
 """
 
 import re
@@ -22,13 +22,13 @@ BITNET_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize + ': ' + message['content'] | trim + '<|eot_id|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
 )
-# For models that were never trained on conversations: what a plain language model continues best.
+# For models without a chat template: a transcript that a plain language model continues well.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] | trim }}\n{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-LONGEST_DATE = 100  # characters of a date's format
-PLAIN_STOP = "\nUser:"  # where such a model starts to invent the other side
+MAX_DATE_FORMAT = 100  # characters
+PLAIN_STOP = "\nUser:"  # where such a model starts to write the user's next turn
 
 
 class ChatTemplate:
@@ -41,14 +41,14 @@ class ChatTemplate:
         functions = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         self._sandbox = BoundedSandbox()
         self._sandbox.globals.update(functions)
-        self._lock = Lock()  # the sandbox adds up one rendering at a time
+        self._lock = Lock()  # the sandbox keeps its budget for one rendering at a time
         try:
             self._template = self._sandbox.compile_bounded(source)
         except Exception as error:  # compiling evaluates constants, so a template can raise nearly anything
             raise TokenizerError(f"chat template: {one_line(error)}") from None
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The conversation as text. Raises TokenizerError if the template fails, refuses or leaves its sandbox."""
+        """The conversation as text. Raises TokenizerError if the template fails or violates the sandbox."""
         check_messages(messages)
         shown = [{key: message[key] for key in message if key != "token_ids"} for message in messages]
         try:
@@ -61,14 +61,14 @@ class ChatTemplate:
                     documents=None,
                     **self._special_tokens,
                 )
-        except Exception as error:  # whatever the template provoked, it is the template that failed
+        except Exception as error:  # whatever it is, the template caused it
             raise TokenizerError(f"chat template: {one_line(error)}") from None
 
 
 def find_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """The source of a folder's chat template: chat_template.jinja, else tokenizer_config.json's; None if there is none.
+    """A folder's chat template: chat_template.jinja, otherwise the one in tokenizer_config.json, otherwise None.
 
-    tokenizer_config.json may hold one template, or several by name, of which "default" is taken.
+    tokenizer_config.json may hold one template, or several by name; then "default" is used.
     """
     file = folder / "chat_template.jinja"
     if file.is_file():
@@ -84,22 +84,22 @@ def find_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | No
         if value is None:
             raise TokenizerError(f"{folder / 'tokenizer_config.json'}: chat_template has no template named default")
     if value is not None and not isinstance(value, str):
-        raise TokenizerError(f"{folder / 'tokenizer_config.json'}: chat_template is not a text")
+        raise TokenizerError(f"{folder / 'tokenizer_config.json'}: chat_template is not a string")
     return value
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Raises RequestError unless there is a message and each has a role and a content, both text."""
+    """Raises RequestError unless there is a message and each has a role and a content, both strings."""
     if not messages:
         raise RequestError("the conversation has no messages")
     for message in messages:
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise RequestError("each message needs a role and a content, both text")
+            raise RequestError("each message needs a role and a content, both strings")
 
 
 def _strftime_now(form: str) -> str:
-    if len(form) > LONGEST_DATE or re.search(r"\d{3}", form):
-        raise TemplateError("a date this long is not allowed")
+    if len(form) > MAX_DATE_FORMAT or re.search(r"\d{3}", form):
+        raise TemplateError("such a long date format is not allowed")
     return datetime.now().strftime(form)
 
 

@@ -1,12 +1,12 @@
-"""Texts before which an answer ends, found in text that arrives in pieces."""
+"""Finds stop strings in text that arrives in pieces."""
 
 from collections.abc import Sequence
 
 
 class StopStrings:
-    """Cuts a stream of text before the first stop string to be completed, of several at once the longest.
+    """Cuts a stream of text before the first stop string to be completed; of several completed at once, the longest.
 
-    Text that may yet become a stop string is held back. How the text is divided into pieces makes no difference.
+    Text that could be the start of a stop string is held back. The division into pieces makes no difference.
     """
 
     def __init__(self, stops: Sequence[str]):
@@ -15,7 +15,7 @@ class StopStrings:
         self.found = False
 
     def push(self, piece: str) -> str:
-        """The text that is now safe to show; once `found`, there is no more."""
+        """The text that can be shown now; after `found`, push no more."""
         if not self._stops:
             return piece
         text = self._held + piece
@@ -23,13 +23,13 @@ class StopStrings:
         if ends:
             self.found, self._held = True, ""
             return text[: min(ends)[1]]
-        # The longest tail that some stop string begins with; none is whole, so a tail is shorter than its string.
+        # The longest suffix that is a proper prefix of a stop string.
         longest = max((len(stop) - 1 for stop in self._stops), default=0)
         tails = (text[i:] for i in range(max(len(text) - longest, 0), len(text)))
         self._held = next((tail for tail in tails if any(stop.startswith(tail) for stop in self._stops)), "")
         return text[: len(text) - len(self._held)]
 
     def finish(self) -> str:
-        """What was held back, now that nothing follows."""
+        """The text that was held back, at the end of the stream."""
         held, self._held = self._held, ""
         return held

@@ -1,10 +1,10 @@
 """Tiktoken-style vocabularies (`tokenizer.model`: one line of base64 and rank per token) as a `tokenizers` BPE.
 
-Tiktoken merges, again and again, the leftmost adjacent pair whose joined bytes have the lowest rank; `tokenizers` wants
-the pairs themselves. Within the span of a token no merge crosses the border, so the merges there happen in the order
-in which they happen for that token alone, and the pair that makes a token is always the last pair of its own
-encoding. One merge per token, in the order of ranks, therefore gives the same encodings. Tokens that no chain of
-merges reaches are only found whole, which `ignore_merges` does as tiktoken does.
+Tiktoken repeatedly merges the leftmost adjacent pair whose joined bytes have the lowest rank; `tokenizers` needs an
+explicit list of pairs. Within the bytes that become one token, no merge crosses the token's border, so the merges
+happen in the same order as for the token alone, and the pair that makes it is the last merge of its own encoding. One
+merge per token, ordered by rank, therefore gives the same encodings. Tokens that no chain of merges produces are only
+matched whole, which `ignore_merges` does as tiktoken does.
 """
 
 import base64
@@ -52,20 +52,19 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         except (ValueError, binascii.Error):
             if number == 1:
                 raise TokenizerError(
-                    f"{path} is not a tiktoken vocabulary (one of sentencepiece?): "
-                    "save the tokenizer as tokenizer.json first"
+                    f"{path} is not a tiktoken vocabulary (sentencepiece?): save the tokenizer as tokenizer.json first"
                 ) from None
             raise TokenizerError(f"{path}: line {number} is not a base64 token and its rank") from None
     if sorted(ranks.values()) != list(range(len(lines))):
         raise TokenizerError(f"{path}: the ranks are not 0 to {len(lines) - 1}, each once")
     if any(bytes([byte]) not in ranks for byte in range(256)):
-        raise TokenizerError(f"{path}: not every single byte is a token")
+        raise TokenizerError(f"{path}: some single bytes are not tokens")
     return ranks
 
 
 def last_merge(token: bytes, ranks: dict[bytes, int]) -> int | None:
-    """Where the last merge joins the two parts of a token (an index into its bytes), or None if no merge makes it."""
-    starts = list(range(len(token) + 1))  # borders of the parts
+    """Index of the byte at which the last merge joins the two parts of a token; None if no chain of merges makes it."""
+    starts = list(range(len(token) + 1))  # where the parts start, and the end
     pairs = [ranks.get(token[i : i + 2], NO_RANK) for i in range(len(token) - 1)]  # rank of parts i and i + 1 joined
     while len(pairs) > 1:
         lowest = min(pairs)
@@ -81,7 +80,7 @@ def last_merge(token: bytes, ranks: dict[bytes, int]) -> int | None:
 
 
 def build_tokenizer(path: Path) -> Tokenizer:
-    """The `tokenizers` object whose encodings equal tiktoken's for the vocabulary at `path`. Raises TokenizerError."""
+    """A `tokenizers` object that encodes as tiktoken does with the vocabulary at `path`. Raises TokenizerError."""
     ranks = read_ranks(path)
     alphabet = byte_alphabet()
     text = {token: "".join([alphabet[byte] for byte in token]) for token in ranks}

@@ -1,7 +1,7 @@
-"""Text <-> token ids: `tokenizers` with a chat template, stop ids, and a detokeniser that works token by token.
+"""Text <-> token ids: `tokenizers` with a chat template, stop ids and a streaming detokeniser.
 
-Decoding is done here, from the bytes of each token, so that decoding all at once and decoding as tokens arrive are the
-same function: the bytes are joined and read as UTF-8, with U+FFFD for what is not.
+Decoding is done here, from the bytes of each token, so that decoding at once and decoding as tokens arrive are the same
+function: the bytes are joined and decoded as UTF-8, with U+FFFD for invalid bytes.
 """
 
 import codecs
@@ -33,11 +33,11 @@ from bitnet_numba.text.tiktoken import BOS, EOS, build_tokenizer, byte_alphabet
 _log = logging.getLogger("bitnet_numba")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _AFFIX = re.compile(rb'"(continuing_subword_prefix|end_of_word_suffix)"\s*:\s*"[^"]')
-_MARKS = [chr(c) for c in range(0xFDD0, 0xFDF0)]  # code points that Unicode reserves for use inside a program
+_MARKS = [chr(c) for c in range(0xFDD0, 0xFDF0)]  # noncharacters, which Unicode reserves for internal use
 
 
 class Tokenizer:
-    """A model's tokenizer. Made by `Tokenizer.open`."""
+    """A model's tokenizer. Created by `Tokenizer.open`."""
 
     def __init__(
         self,
@@ -50,8 +50,8 @@ class Tokenizer:
         """
         template: Jinja source; None falls back to plain "User: ..." turns.
         named_tokens: the text of bos_token, eos_token, ... as templates see them.
-        add_bos: whether texts start with bos_token; None does what the tokenizer's own post-processor does.
-        stop_ids: tokens that end an answer, besides those that the tokenizer itself shows.
+        add_bos: whether texts start with bos_token; None: as the tokenizer's own post-processor does it.
+        stop_ids: tokens that end an answer, in addition to eos_token and the template's end of turn.
         """
         self._backend = backend
         named_tokens = named_tokens or {}
@@ -74,8 +74,8 @@ class Tokenizer:
     def open(folder: str | os.PathLike[str], vocab_size: int | None = None) -> "Tokenizer":
         """Reads tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json of a folder.
 
-        Only the first must be there. Raises TokenizerError with one line if a file is missing or damaged, or if the
-        tokenizer has ids that a model of `vocab_size` has no embedding for.
+        Only the first is required. Raises TokenizerError if a file is missing or damaged, or if the tokenizer has ids
+        for which a model of `vocab_size` has no embedding.
         """
         folder = Path(folder)
         path = folder / "tokenizer.json"
@@ -102,34 +102,34 @@ class Tokenizer:
             raise TokenizerError(f"{path} has {tokenizer.size} tokens, but the model has embeddings for {vocab_size}")
         return tokenizer
 
-    def encode(self, text: str, add_bos: bool = True, most: int | None = None) -> list[int]:
-        """Token ids of a text. Special tokens written in it are read as such; the first token is bos exactly once.
+    def encode(self, text: str, add_bos: bool = True, max_tokens: int | None = None) -> list[int]:
+        """Token ids of a text. Special tokens written in it are parsed as such; there is exactly one bos, at the start.
 
-        Raises ContextFull, before any work, for a text that cannot be written in `most` tokens.
+        Raises ContextFull, before any work, if a text this long cannot fit into `max_tokens` tokens.
         """
-        self._check_length(text, most)
+        self._check_length(text, max_tokens)
         ids = self._encode(_no_surrogates(text), add_special_tokens=False)
         if add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of token ids. Ids without a token, which padded embeddings have, are the empty text."""
+        """The text of token ids. Ids without a token (padding of the embedding) decode to nothing."""
         stream = StreamDecoder(self, skip_special)
         return "".join([stream.push(i) for i in ids]) + stream.finish()
 
     def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """A conversation, [{"role": ..., "content": ...}, ...], as the template writes it. Raises TokenizerError."""
+        """The text that the template makes of [{"role": ..., "content": ...}, ...]. Raises TokenizerError."""
         return self._template.render(messages, add_generation_prompt)
 
     def encode_chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, most: int | None = None
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, max_tokens: int | None = None
     ) -> list[int]:
-        """Token ids of a conversation, bos included; `most` is that of `encode`.
+        """Token ids of a conversation, including bos; `max_tokens` as for `encode`.
 
-        Special tokens inside a content are read as plain text, so that nobody can end a turn by writing so. A message
-        that has "token_ids" is put in with just these, not with those that its content would be encoded to: what a
-        model has said stays token for token what it has computed, and a context that holds it can be extended.
+        Special tokens inside a content are read as plain text, so that no message can end its turn or forge another. A
+        message with "token_ids" is inserted as exactly these ids, its content is not encoded again: the model's own
+        answers stay token for token as it generated them, and the KV cache that holds them can be reused.
         """
         check_messages(messages)
         contents = [message["content"] for message in messages]
@@ -148,7 +148,7 @@ class Tokenizer:
             marked.append({**message, "content": content})
         text = self._template.render(marked, add_generation_prompt)
         parts = text.split(slot)
-        self._check_length("".join(parts[::2]).replace(cut, ""), most)
+        self._check_length("".join(parts[::2]).replace(cut, ""), max_tokens)
         ids: list[int] = []
         for i, part in enumerate(parts):
             if i % 2:
@@ -162,15 +162,15 @@ class Tokenizer:
 
     @functools.cached_property
     def longest_token(self) -> int:
-        """At least the bytes that the longest token stands for."""
+        """An upper bound for the bytes of any token."""
         return max((len(text.encode()) for text in self._backend.get_vocab()), default=1)
 
-    def _check_length(self, text: str, most: int | None) -> None:
-        if most is not None and len(text) > most * self.longest_token:
-            raise ContextFull(f"the prompt has {len(text):,} characters, but the context holds {most} tokens")
+    def _check_length(self, text: str, max_tokens: int | None) -> None:
+        if max_tokens is not None and len(text) > max_tokens * self.longest_token:
+            raise ContextFull(f"the prompt has {len(text):,} characters, but the context holds {max_tokens} tokens")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for, UTF-8 for special ones; none for an id without a token."""
+        """The bytes of a token (UTF-8 for special ones); empty for an id without a token."""
         known = self._bytes.get(token_id)
         if known is None:
             known = self._bytes[token_id] = self._token_bytes(token_id)
@@ -190,10 +190,10 @@ class Tokenizer:
         return bytes([int(byte[1], 16)]) if byte else text.replace("\u2581", " ").encode()
 
     def starts_with_space(self, first_id: int) -> bool:
-        """Whether a text that begins with this token has a space in front that is not part of it.
+        """Whether decoding from this token on has to drop one leading space.
 
-        So it is for vocabularies of the sentencepiece kind, which write a space before the first word. An answer that
-        continues a text does not begin with bos and keeps its space.
+        Sentencepiece vocabularies put a space before the first word of a text. An answer that continues a text does not
+        begin with bos and keeps its space.
         """
         return not self._byte_level and first_id == self.bos_id
 
@@ -209,12 +209,12 @@ class Tokenizer:
         return self._backend.token_to_id(named) if add_bos and named is not None else None
 
     def _end_of_turn(self) -> list[int]:
-        """The special token that the template writes after an answer: the model was trained to end with it."""
+        """The special token that the template puts after an answer: the model was trained to end with it."""
         try:
             text = self._template.render(
                 [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARKS[0]}], False
             )
-        except TokenizerError:  # a template that refuses this conversation shows nothing, and may yet do for others
+        except TokenizerError:  # a template may refuse this conversation and accept others
             return []
         token = self._special_text.match(text.rpartition(_MARKS[0])[2].lstrip())
         token_id = self._backend.token_to_id(token[0]) if token else None
@@ -224,7 +224,7 @@ class Tokenizer:
 class StreamDecoder:
     """Decodes token by token. The pieces, joined, are exactly `tokenizer.decode` of all ids.
 
-    Bytes of an unfinished character wait for the tokens that finish it; `pending` says whether some do.
+    Bytes of an incomplete character are held back until later tokens complete it.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
@@ -236,7 +236,7 @@ class StreamDecoder:
 
     @property
     def pending(self) -> bool:
-        """Whether bytes of an unfinished character are held back."""
+        """Whether bytes of an incomplete character are held back."""
         return bool(self._utf8.getstate()[0])
 
     def push(self, token_id: int) -> str:
@@ -252,15 +252,15 @@ class StreamDecoder:
         return self._utf8.decode(data)
 
     def finish(self) -> str:
-        """The rest: U+FFFD if the last character is unfinished, else nothing."""
+        """The rest: U+FFFD if the last character is incomplete, otherwise nothing."""
         return self._utf8.decode(b"", final=True)
 
 
 def from_tiktoken(vocabulary: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Tokenizer:
     """Writes the tokenizer of a tiktoken-style `tokenizer.model` as tokenizer.json and tokenizer_config.json.
 
-    Pattern, special tokens and chat template are those of BitNet b1.58 2B4T, which has Llama 3's vocabulary. `folder`
-    must exist. Raises TokenizerError if the file is not such a vocabulary (one of sentencepiece, for example).
+    Split pattern, special tokens and chat template are those of BitNet b1.58 2B4T, which has Llama 3's vocabulary.
+    `folder` must exist. Raises TokenizerError if the file is not such a vocabulary (but sentencepiece's, for example).
     """
     folder = Path(folder)
     build_tokenizer(Path(vocabulary)).save(str(folder / "tokenizer.json"), pretty=False)
@@ -277,7 +277,7 @@ def from_tiktoken(vocabulary: str | os.PathLike[str], folder: str | os.PathLike[
 
 @contextlib.contextmanager
 def _library_errors(what: str) -> Iterator[None]:
-    """Turns whatever the library raises into a TokenizerError; its panics derive from BaseException."""
+    """Turns any exception of the library into a TokenizerError; its panics derive from BaseException."""
     try:
         yield
     except (TokenizerError, KeyboardInterrupt, SystemExit):
@@ -288,14 +288,14 @@ def _library_errors(what: str) -> Iterator[None]:
 
 def _load(path: Path) -> tokenizers.Tokenizer:
     with _library_errors(f"{path} is damaged"):
-        # The library ends the whole process when such a text does not fit the vocabulary; no model here has one.
+        # With an affix that the vocabulary does not match, the library aborts the process; no BitNet model has one.
         if affix := _AFFIX.search(path.read_bytes()):
             raise TokenizerError(f"{path}: {affix[1].decode()} is not supported")
         return tokenizers.Tokenizer.from_file(str(path))
 
 
 def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
-    """Whether tokens spell bytes (GPT-2's alphabet), not text (sentencepiece's). TokenizerError for other kinds."""
+    """Whether tokens are in GPT-2's byte alphabet (not sentencepiece's text). TokenizerError for other kinds."""
     decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
     kinds = {part.get("type") for part in decoder.get("decoders", [decoder])}
     if "ByteLevel" in kinds:
@@ -306,22 +306,22 @@ def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
 
 
 def _known_ids(value: object, size: int) -> frozenset[int]:
-    """The token ids that generation_config.json names: one or a list. What is no token is left out, with a line."""
+    """eos_token_id of generation_config.json, one or a list. Ids outside the vocabulary are ignored with a warning."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     known = set()
     for i in ids:
         if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < size:
             known.add(i)
         else:
-            _log.warning("generation_config.json: eos_token_id %.60r is not a token of this model; left out", i)
+            _log.warning("generation_config.json: eos_token_id %.60r is not a token of this model; ignored", i)
     return frozenset(known)
 
 
 def _no_surrogates(text: str) -> str:
-    """Half surrogate pairs, which a terminal or a JSON file can produce, as U+FFFD: they have no UTF-8."""
+    """Replaces lone surrogates, which a terminal or a JSON file can produce, by U+FFFD: they have no UTF-8."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty if there is no file."""
+    """The JSON object in a file; empty if there is no file."""
     return read_json(path, TokenizerError) if path.exists() else {}

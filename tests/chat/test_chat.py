@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from bitnet_numba.chat import __main__ as chat
-from bitnet_numba.chat.conversation import AnswerOptions, Conversation
+from bitnet_numba.chat.conversation import Conversation
 from bitnet_numba.chat.interactive import COMMANDS, EXAMPLES, Terminal
 from bitnet_numba.chat.terminal import WordWrap, printable
+from bitnet_numba.engine.request import GenerationOptions
 from bitnet_numba.errors import ContextFull, RequestError
 from bitnet_numba.sampling import SamplingParams
 from tests.engine.toy_backend import tokens_of, toy_engine
@@ -33,7 +34,7 @@ TIMEOUT = 300  # seconds for what takes one or two: only to end a test that hang
 
 def toy_conversation(answer: str = "Fine.", context: int = 256, **options: Any) -> Conversation:
     llm, _ = toy_engine([*tokens_of(answer), EOT], context)
-    return Conversation(llm, AnswerOptions(), **options)
+    return Conversation(llm, GenerationOptions(), **options)
 
 
 def ask(talk: Conversation, text: str) -> str:
@@ -136,7 +137,7 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_was_shown() -> None:
 
 def test_an_answer_that_fails_leaves_no_trace() -> None:
     llm, backend = toy_engine(tokens_of("one two three"))
-    talk = Conversation(llm, AnswerOptions())
+    talk = Conversation(llm, GenerationOptions())
     backend.fail_after = 1
     with pytest.raises(ValueError, match="failed"):
         ask(talk, "Count.")
@@ -200,13 +201,13 @@ def test_commands_of_the_terminal(
     assert shown("/system -") == "no system message\n"
     path = tmp_path / "chat.json"
     assert shown(f"/save {path}").startswith("saved 2 messages")
-    assert shown("/undo") == "taken back: One?\n"
-    assert "nothing to take back" in shown("/undo")
+    assert shown("/undo") == "removed: One?\n"
+    assert "nothing to remove" in shown("/undo")
     assert "> One?\nFine.\n" in shown(f"/load {path}")
     assert len(talk.messages) == 2
     assert "cannot be read" in shown(f"/load {tmp_path / 'none'}")
-    assert shown("/save") == "name a file, such as chat.json\n"
-    assert "there is no command /nonsense" in shown("/nonsense")
+    assert shown("/save") == "give a file name, such as chat.json\n"
+    assert "unknown command /nonsense" in shown("/nonsense")
     assert shown(" ") == ""
     assert shown(" /nonsense") == "Fine.\n"
     assert all(command.split()[0] in shown("/help") for command in COMMANDS)
@@ -239,7 +240,7 @@ def test_commands_that_cannot_be_meant_do_nothing(capsys: pytest.CaptureFixture[
     for line in ("/reset now please", "/undo 3", "/RESET\nnow"):
         capsys.readouterr()
         assert terminal.handle(line) and len(talk.messages) == 2
-        assert "takes nothing after it" in capsys.readouterr().out
+        assert "takes no argument" in capsys.readouterr().out
     assert terminal.handle("/Help") and "/undo" in capsys.readouterr().out
     assert terminal.handle("/Reset") and talk.messages == []
     terminal = Terminal(toy_conversation(raw=True), show_stats=False)
@@ -268,7 +269,7 @@ def test_a_model_that_breaks_down_is_told_and_the_chat_goes_on(capsys: pytest.Ca
 
 def test_a_long_answer_is_cut_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     talk = toy_conversation("on and on " * 50)
-    talk.options = AnswerOptions(max_new_tokens=5)
+    talk.options = GenerationOptions(max_new_tokens=5)
     Terminal(talk, show_stats=False).handle("Go.")
     assert "[cut after 5 tokens: see --max-new-tokens]" in capsys.readouterr().out
 
@@ -368,7 +369,7 @@ def test_a_pipe_is_one_prompt(run: Callable[..., tuple[int, str, str]]) -> None:
         (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens must be"),
         (["--prompt", "x", "--stop", ""], "a stop string must be"),
         (["--prompt", "x", "--backend", "tpu"], "argument --backend: invalid choice"),
-        (["--prompt", "x", "--raw", "--system", "y"], "--system has no place"),
+        (["--prompt", "x", "--raw", "--system", "y"], "--system cannot be combined"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
@@ -429,7 +430,7 @@ def test_a_model_says_how_to_sample_from_it(
     (model / "generation_config.json").write_text('{"temperature": "hot"}')
     assert run(*flags, model=model)[:2] == plain[:2]
     talk = toy_conversation()
-    talk.options = AnswerOptions(SamplingParams(0.5, top_k=40))
+    talk.options = GenerationOptions(SamplingParams(0.5, top_k=40))
     Terminal(talk, show_stats=False).handle("/help")
     assert "temperature 0.5, top-p 1, top-k 40, min-p 0, repetition-penalty 1" in capsys.readouterr().out
 
@@ -574,7 +575,7 @@ def test_a_conversation_at_the_keyboard(tiny_packed: Path, tmp_path: Path) -> No
     terminal.type("\r")
     terminal.wait_for("/512")
     terminal.type("/undo\r")
-    terminal.wait_for("taken back: Hello there.")
+    terminal.wait_for("removed: Hello there.")
     terminal.wait_for("> ")  # until the line is being edited, the terminal itself eats a Ctrl-D
     terminal.type("\x04")
     assert terminal.leave() == 0

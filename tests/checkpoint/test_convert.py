@@ -175,7 +175,7 @@ NORM, Q, EMBED = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight", 
         (lambda f: os.truncate(f / "model.safetensors", 99_999), "is not a readable safetensors file"),
         (lambda f: change_tensor(f, NORM, lambda a: None), "tensor model.norm.weight is missing"),
         (lambda f: change_tensor(f, NORM, lambda a: a[:-1]), "shape [255], expected [256]"),
-        (lambda f: change_tensor(f, NORM, lambda a: a.view("i1"), "I8"), "type I8, expected BF16 or F16 or F32"),
+        (lambda f: change_tensor(f, NORM, lambda a: a.view("i1"), "I8"), "dtype I8, expected BF16 or F16 or F32"),
         (lambda f: change_tensor(f, NORM, set_first(0x7FC0)), "tensor model.norm.weight holds NaN or infinity"),
         (lambda f: change_tensor(f, Q, set_first(0x7F80)), f"tensor {Q} holds NaN or infinity"),
         (lambda f: change_tensor(f, EMBED, set_first(0xFF80)), f"tensor {EMBED} holds NaN or infinity"),
@@ -223,7 +223,7 @@ def test_tokenizer_larger_than_the_embedding(source: Path, tmp_path: Path) -> No
 
 def test_existing_target(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="exists already; give --force"):
+    with pytest.raises(CheckpointError, match="already exists; use --force"):
         convert(source, tmp_path / "out")
     convert(source, tmp_path / "out", head="int8", force=True)
     assert open_packed(tmp_path / "out").head == "int8"
@@ -350,7 +350,7 @@ def test_hub_id_from_the_cache(source: Path, tmp_path: Path) -> None:
 
 def test_revision_needs_a_hub_id(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(source), str(tmp_path / "out"), "--revision", "main"]) == 2
-    assert "--revision goes with a hub id" in capsys.readouterr().err
+    assert "--revision needs a hub id" in capsys.readouterr().err
 
 
 edits = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=4)), max_size=3)

@@ -18,10 +18,11 @@ from safetensors import safe_open
 
 import bitnet_numba as bn
 from bitnet_numba.backends.host import reference_backend
-from bitnet_numba.chat.conversation import AnswerOptions, Conversation
+from bitnet_numba.chat.conversation import Conversation
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed, packed_plan
 from bitnet_numba.checkpoint.safetensors_file import write_tensors
 from bitnet_numba.engine import engine as engine_module
+from bitnet_numba.engine.request import GenerationOptions
 from bitnet_numba.engine.session import common_prefix
 from bitnet_numba.errors import BackendError, BitNetError, CheckpointError, ContextFull, RequestError, TokenizerError
 from bitnet_numba.sampling import SamplingParams, read_sampling, sample
@@ -188,7 +189,7 @@ def test_a_model_without_a_template_stops_where_it_plays_the_user() -> None:
 def test_a_turn_computes_only_its_new_tokens(ahead: int) -> None:
     answer = tokens_of("Hello")  # after "Assistant: " an encoder would join the space: the ids must be kept
     llm, backend = toy_engine([*answer, EOT], context=4096, ahead=ahead)
-    talk = Conversation(llm, AnswerOptions(), system="Be kind.")
+    talk = Conversation(llm, GenerationOptions(), system="Be kind.")
     turn = tokens_of("<|eot_id|>User: And then?<|eot_id|>Assistant: ")
     for i in range(20):
         assert "".join(talk.ask("And then?")) == "Hello"
@@ -295,16 +296,16 @@ def test_common_prefix(a: list[int], b: list[int]) -> None:
         ([], "the prompt is empty"),
         ([VOCAB], "token id 2000 is not in the vocabulary of 2000"),
         ([-1], "token id -1"),
-        ([1.5], "whole numbers"),
-        ([5, "x"], "whole numbers"),
+        ([1.5], "must be integers"),
+        ([5, "x"], "must be integers"),
         ([{"role": "user"}], "role and a content"),
-        ({"role": "user", "content": "Hi."}, "a prompt is a text, a list"),
-        (None, "a prompt is a text, a list"),
-        (5, "a prompt is a text, a list"),
-        (b"Hi.", "a prompt is a text, a list"),
-        ([5, True], "whole numbers"),
-        (np.array([[5, 6]]), "whole numbers"),
-        (np.array([0.5]), "whole numbers"),
+        ({"role": "user", "content": "Hi."}, "a prompt must be a string"),
+        (None, "a prompt must be a string"),
+        (5, "a prompt must be a string"),
+        (b"Hi.", "a prompt must be a string"),
+        ([5, True], "must be integers"),
+        (np.array([[5, 6]]), "must be integers"),
+        (np.array([0.5]), "must be integers"),
     ],
     ids=str,
 )
@@ -353,7 +354,7 @@ def test_logits_are_teacher_forced_and_checked() -> None:
             llm.logits(ids)  # type: ignore[arg-type]
 
 
-def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
+def test_numpy_integers_are_integers() -> None:
     llm, _ = toy_engine()
     want = llm.generate([5, 6], max_new_tokens=3).token_ids
     assert llm.generate(np.array([5, 6], np.int32), max_new_tokens=np.int64(3)).token_ids == want  # type: ignore[arg-type]
@@ -364,7 +365,7 @@ def test_streams_that_never_begin_take_no_context() -> None:
     streams = [llm.stream("x") for _ in range(20)]
     assert backend.open_contexts == 0
     streams[0].close()
-    with pytest.raises(RequestError, match="closed before its first piece"):
+    with pytest.raises(RequestError, match="closed before it generated anything"):
         streams[0].result()
     next(streams[1])
     assert backend.open_contexts == 1
@@ -451,7 +452,7 @@ def test_without_an_nvidia_gpu_auto_says_just_that(
     monkeypatch.setattr(engine_module, "_has_nvidia_driver", lambda: False)
     with caplog.at_level(logging.WARNING, "bitnet_numba"):
         assert bn.load(tiny_packed).backend == "reference"
-    assert caplog.messages == ["no NVIDIA GPU here: running the NumPy reference on the CPU"]
+    assert caplog.messages == ["no NVIDIA GPU found: running the NumPy reference on the CPU"]
 
 
 @pytest.mark.parametrize(
@@ -493,7 +494,7 @@ def test_loading_mistakes(
 ) -> None:
     with pytest.raises(BackendError, match="no backend 'tpu': choose one of auto, cuda, reference"):
         bn.load(tiny_packed, backend="tpu")
-    with pytest.raises(CheckpointError, match=r"not converted.*tools/convert\.py"):
+    with pytest.raises(CheckpointError, match=r"not a packed checkpoint.*tools/convert\.py"):
         bn.load(tiny_source, backend="reference")
     with pytest.raises(CheckpointError, match="does not exist"):
         bn.load(tmp_path / "nowhere", backend="reference")

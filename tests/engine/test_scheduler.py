@@ -108,7 +108,7 @@ def test_every_request_is_answered_as_if_alone(
     assert len({update.request for update in updates}) == len(asked)
     # Nothing is left behind, and nothing was computed twice or for nobody.
     assert (scheduler.running, scheduler.waiting, scheduler.busy) == (0, 0, False)
-    assert scheduler._pool.free == batch.num_pages and len(scheduler._slots) == max_sequences
+    assert scheduler._pool.free == batch.num_pages and len(scheduler._free_slots) == max_sequences
     ended = [update.completion.stats for update in updates if update.completion]
     if not cancelled:
         assert sum(batch.prefilled) == sum(stats.prompt_tokens - stats.reused_tokens for stats in ended)
@@ -178,7 +178,7 @@ def test_a_request_cancelled_amid_its_prompt_frees_its_room() -> None:
 def test_what_could_never_fit_is_refused_at_once() -> None:
     llm, _ = engine()
     scheduler = llm.scheduler(max_sequences=2, tokens=30)  # 8 pages of 4
-    with pytest.raises(RequestError, match="may take 48 tokens, but there is room for 32 in all"):
+    with pytest.raises(RequestError, match="may take 48 tokens, but the batch has room for 32"):
         scheduler.add([5] * 3)
     with pytest.raises(RequestError, match="may take 33 tokens"):
         scheduler.add([5] * 30, max_new_tokens=4)
@@ -189,9 +189,9 @@ def test_what_could_never_fit_is_refused_at_once() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(0, None, 1), (1, 0, 1), (1, None, 0), (True, None, 1), (1, 2.5, 1)], ids=str)
-def test_sizes_that_are_none(sizes: tuple[Any, Any, Any]) -> None:
+def test_limits_must_be_positive_integers(sizes: tuple[Any, Any, Any]) -> None:
     llm, backend = engine()
-    with pytest.raises(RequestError, match="must be a whole number of at least 1"):
+    with pytest.raises(RequestError, match="must be a positive integer"):
         llm.scheduler(*sizes)
     assert backend.batches == []
 
@@ -275,7 +275,7 @@ def test_numbers_that_are_not_finite_end_one_request_alone() -> None:
         assert same_answer(completion, alone(llm, {"prompt": ids, "params": params, "max_new_tokens": 9}))
     assert scheduler._pool.free == backend.batches[0].num_pages
     backend.bad_token = 1234
-    with pytest.raises(BackendError, match="prompt 1: the model's weights make numbers that are not finite"):
+    with pytest.raises(BackendError, match="prompt 1: the model's weights produce numbers that are not finite"):
         llm.generate_batch([[5], [1234]])
     assert backend.batches[1].closed
 
@@ -355,7 +355,7 @@ def test_generate_batch_takes_prompts_of_all_forms() -> None:
         ({"prompts": ["x", ""]}, "prompt 1: the prompt is empty"),
         ({"prompts": ["x", [VOCAB]]}, "prompt 1: token id 2000"),
         ({"prompts": [[5], [5] * 49]}, "prompt 1: the prompt has 49 tokens"),
-        ({"prompts": [5, 6]}, "prompt 0: a prompt is a text"),
+        ({"prompts": [5, 6]}, "prompt 0: a prompt must be a string"),
         ({"prompts": "text"}, "prompts must be a list"),
         ({"prompts": {"role": "user"}}, "prompts must be a list"),
         ({"prompts": None}, "prompts must be a list"),

@@ -200,13 +200,13 @@ def test_stop_ids_come_from_all_three_places(folder: Path, eos: object) -> None:
 def test_a_text_far_too_long_is_refused_before_it_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
     longest = TOKENIZER.longest_token
     assert longest >= max(len(TOKENIZER.token_bytes(i)) for i in range(TOKENIZER.size))
-    assert TOKENIZER.encode("word", most=1)  # only what cannot fit is refused here
+    assert TOKENIZER.encode("word", max_tokens=1)  # only what cannot fit is refused here
     monkeypatch.setattr(Tokenizer, "_encode", None)
     text = "0" * (10 * longest + 1)
     with pytest.raises(ContextFull, match="characters, but the context holds 10 tokens"):
-        TOKENIZER.encode(text, most=10)
+        TOKENIZER.encode(text, max_tokens=10)
     with pytest.raises(ContextFull):
-        TOKENIZER.encode_chat([{"role": "user", "content": text}], most=10)
+        TOKENIZER.encode_chat([{"role": "user", "content": text}], max_tokens=10)
 
 
 @pytest.mark.parametrize("eos", ["x", -5, 99999999, [7, True], [7, [7]], [7, 7.0], {}])
@@ -591,12 +591,12 @@ def test_the_last_merge_is_found_by_merging() -> None:
     ("content", "message"),
     [
         (b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02", "sentencepiece"),
-        (b"", "not every single byte"),
+        (b"", "some single bytes are not tokens"),
         (b"IQ== 0\nIg==\n", "line 2 is not"),
         (b"IQ== 0\n!!! 1\n", "line 2 is not"),
         (b"IQ== 0\nIg== 5\n", "ranks are not 0 to 1"),
         (b"IQ== 0\nIQ== 1\n", "ranks are not 0 to 1"),
-        (b"IQ== 0\nIg== 1\n", "not every single byte"),
+        (b"IQ== 0\nIg== 1\n", "some single bytes are not tokens"),
     ],
 )
 def test_damaged_vocabularies_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
