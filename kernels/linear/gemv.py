@@ -223,6 +223,7 @@ def make_gemv(
         # 2. The activations as int8 in shared memory, their scale and sum.
         if INT8:
             s = x_scale[0]
+            q_sum = x_q_sum[0]  # here, so that the output does not wait for it
             copy_q(q_s, x, tid)
         else:
             load_x(x_r, n_r, x, tid)
@@ -313,9 +314,7 @@ def make_gemv(
                         up_bias = bias[rows + n]
             cuda.syncthreads()
             if writes:
-                if INT8:
-                    q_sum = x_q_sum[0]
-                else:
+                if not INT8:
                     q_sum = int32(0)
                     for i in range(WARPS):
                         q_sum = int32(q_sum + q_sum_s[i])
