@@ -1,12 +1,14 @@
-"""What the GEMMs do with a finished int32 sum: one definition for all their kernels.
+"""From an int32 sum to the result: the epilogue of every GEMM, one float32 operation at a time and in gemv.py's order.
 
-The float operations and their order are those of gemv.py, so that results are equal to the bit.
+    acc        sum_k q * w, int32                       y = (sum_k q * w) * m / s  (+ bias)
+    store      y
+    residual   old + y
+    gated      activation(y) * y_up                     m: the row's scale; s: the token's
 
-A float32 division is a subroutine for the assembler, and around its call it does not let `wgmma` run ahead. So
-gemm_wgmma.py multiplies with reciprocals in float64. That gives the same float32: with a, s and a float32's
-midpoint m (25 bits), a and m s are different integers of at most 49 bits, but for a power of two, so a / s is further
-than 2^-50 of m from m; reciprocal and product are off by less than 2^-51 together. Only quotients below 2^-126, which
-have fewer bits, may differ in the last.
+ptxas makes a float32 division a call, and serialises `wgmma` around calls. So gemm_wgmma.py multiplies with reciprocals
+in float64, which gives the same float32: with a, s and a float32 midpoint m (25 bits), a and m s are different integers
+of at most 49 bits, up to a power of two, so a / s is further than 2^-50 m from m; reciprocal and product together are
+off by less than 2^-51. Only quotients below 2^-126, which have fewer bits, may differ in the last bit.
 """
 
 import math
@@ -23,8 +25,8 @@ EPILOGUES = ("acc", "store", "residual", "gated")
 
 @device_function
 def reciprocal(x):
-    """1 / x as float64, off by less than 2^-51.5 of it, for positive float32 from 2^-126 on; of infinity 0,
-    of 0 NaN (a token's scale is 0 only if the token holds an infinity)."""
+    """1 / x as float64 with a relative error below 2^-51.5, for float32 x >= 2^-126; 0 for infinity, NaN for 0 (a
+    token's scale is 0 only if the token holds an infinity)."""
     if x > LARGEST:
         return float64(0)
     wide, r = float64(x), float64(ptx.rcp_approx(x))
@@ -34,7 +36,7 @@ def reciprocal(x):
 
 @device_function
 def times(x, inverse):
-    """x / y, rounded once, from y's reciprocal."""
+    """x / y rounded once to float32; inverse: `reciprocal(y)`."""
     return float32(float64(x) * inverse)
 
 
@@ -44,11 +46,14 @@ def _over(x, y):
 
 
 def make_epilogue(epilogue: str, activation: str, inverse: bool = False) -> Callable[..., Any]:
-    """`finish(sum, sum_up, q_sum, m, m_up, s, bias, n, rows, old)`: what is written for row n of one token.
+    """The device function `finish(sum_, sum_up, q_sum, m, m_up, s, bias, n, rows, old)`, the result of row n and a
+    token.
 
-    sum: of codes times activations, int32; sum_up: that of row n + rows, for "gated"; q_sum: the activations' sum; s:
-    the token's scale, or with `inverse` its reciprocal, float64; old: what the output held, for "residual". "acc": the
-    int32 sum of weights times activations.
+    epilogue: one of EPILOGUES; activation: "relu2" or "silu", for "gated"; inverse: divide by float64 reciprocals.
+    sum_: int32, of codes times q (codes are w + CODE_OFFSET, which comes off here); sum_up: that of row n + rows, for
+    "gated"; q_sum: int32, of the token's q; m, m_up: float32 scales of both rows; s: the token's scale, float32, or
+    with `inverse` its `reciprocal`; bias: float32 [N] or None; rows: of the output; old: float32, for "residual".
+    Operands that an epilogue does not use may be anything. Returns float32, or int32 for "acc".
     """
     by_s, over = (times, _over) if inverse else (ptx.div_rn, ptx.div_rn)
     GATED, RESIDUAL, ACC, RELU2 = epilogue == "gated", epilogue == "residual", epilogue == "acc", activation == "relu2"

@@ -39,7 +39,7 @@ def spec(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu
     """The variant for a tile; K, N and M are arguments of the launch."""
     f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
     out = i32 if epilogue == "acc" else f32
-    # Of wgmma words and q are the tensor maps that TMA loads them by.
+    # With wgmma, words and q are tensor maps.
     signature = (i32, i32, f32, i32, i32, f32, f32 if bias else types.none, out, *(types.int32,) * 8)
     kind = f"gated {activation}" if epilogue == "gated" else epilogue
     if tile.scheme == "dp4a":
@@ -48,7 +48,7 @@ def spec(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu
         make = make_gemm_wgmma if tile.scheme == "wgmma" else make_gemm_mma
         kernel, dp4a = make(arch, tile, epilogue, activation), 0
     return KernelSpec(
-        # The architecture too: the disk cache goes by name, and tests run variants made for others, which do not wait.
+        # With the architecture: the disk cache is keyed by name, and tests run variants made for another one.
         name=f"gemm[sm_{arch} {kind} {'bias ' if bias else ''}{' '.join(map(str, tile))}]",
         kernel=kernel,
         signature=signature,
@@ -62,7 +62,7 @@ def spec(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu
 
 
 def map_sizes(tile: Tile, M: int, N: int, K: int, gated: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The sizes of the tensor maps of words and q: rows and int32 of a row, of the matrix and of the box loaded."""
+    """Sizes of the tensor maps of words and q, as of `Device.tensor_map`: rows, row_ints, box_rows, box_ints."""
     padded_N, padded_K = padded_shape(N, K)
     words = (padded_N // BLOCK_ROWS, padded_K, tile.row_warps // (2 if gated else 1), PART)
     return words, (M, padded_K // 4, tile.tokens, SPAN_INTS)

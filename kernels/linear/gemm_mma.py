@@ -2,17 +2,17 @@
 
     y[m, n] = (sum_k q[m, k] * w[n, k]) * scale[segment of n] / s[m]  (+ bias[n])
 
-The sums are exact integers and everything after them is done as in gemv.py, operation by operation, so that a
-token's row of the result is the same, to the bit, as that of a product for it alone, whatever M and the tiles.
+The int32 sums are exact and what follows them is epilogue.py's, so a token's row has the same bits whatever M and the
+tile, and the same as by gemv.py.
 
-`mma.m16n8k32` (on sm_75 four `mma.m8n8k16`) multiplies 16 x 32 codes (w + 2, unsigned) with 32 x 8 activations. A
-product's columns may come in any order if both operands agree, and its 16 rows may be any rows: so each lane takes what
-lies together in memory, and no value ever changes lanes. Of a row-block's 64 columns (two blocks of `packing`, 256
-bytes in a row), with g = lane / 4 and i = lane % 4:
+`mma.m16n8k32` (on sm_75 four `mma.m8n8k16`) multiplies 16 x 32 codes (w + 2, unsigned) with 32 x 8 activations. Its
+columns may come in any order if both operands agree, and its rows may be any 16: so each lane takes what lies together
+in memory, and no value ever changes lanes. Of a row-block's 64 columns (two blocks of `packing`, 256 bytes in a row),
+with g = lane / 4 and i = lane % 4:
 
     words    8 bytes: columns 16 i .. 16 i + 15 of rows r and r + 1, r = 8 (g / 4) + 2 (g % 4)
     q       16 bytes: columns 16 i .. 16 i + 15 of token g
-    product p = 0, 1 takes columns 8 p .. 8 p + 7 of every lane's sixteen:
+    mma p = 0, 1 takes columns 8 p .. 8 p + 7 of every lane's sixteen:
              a0, a2 = (word >> 4 p), (word >> 4 p + 2) & mask;  a1, a3 the same of the other word;  b0, b1 = q's words
     sums     rows r, r + 1 of tokens 2 i, 2 i + 1
 
@@ -22,16 +22,16 @@ Work split:
     warp: one group of row-blocks ("gated": pairs, gate and up rows at once), all T tokens, every k_warps-th panel of
     64 columns:
         columns      0    64   128   192
-        warp 0       |====|    |====|    ...      (k_warps = 2; a K iteration is k_warps panels)
+        warp 0       |====|    |====|    ...      (k_warps = 2; a k_iter is k_warps panels)
         warp 1       |    |====|    |====...
     The warps' int32 sums meet in shared memory.
 
-Weights go from global memory straight to registers, `reg_stages` K iterations ahead: each word is used by one warp, and
-seven instructions make four operand registers of it, for T / 8 products. The first ones are asked for before
-`pdl_wait`, while the kernels before this one still run. Activations either come through shared memory, by asynchronous
-copies `stages` - 1 K iterations ahead (64 bytes of a token after the other: a quarter warp's 16-byte loads touch every
-bank once), or, where no two warps want the same, straight from global memory (`stages` = 0). docs/performance-notes.md
-has what was tried and measured.
+Weights go from global memory straight to registers, `reg_stages` k_iters ahead, since only one warp uses them; the
+first are loaded before `pdl_wait`, while earlier kernels still run. Activations come through shared memory by
+`cp.async`, `stages` - 1 k_iters ahead (64 bytes of a token after the other: a quarter warp's 16-byte loads touch every
+bank once), or, where no two warps want the same, straight from global memory (`stages` = 0).
+
+The output's last loop and its loads of old values stay in the kernel: as device functions they change machine code.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ from numba import cuda
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.linear.epilogue import make_epilogue
 from bitnet_numba.kernels.linear.tile import Tile
-from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, float32, int32
+from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, int32
 from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_BITS, CODE_MASK
 
 PANEL = 64  # columns that a warp multiplies in a K iteration: two blocks
@@ -53,9 +53,9 @@ SHARED_INTS = 48 * 1024 // 4 - 512  # static shared memory of a CTA, less what t
 
 
 def make_gemm_mma(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu2") -> Callable[..., None]:
-    """The kernel for a tile. `epilogue`: "acc" int32 sums, for tests; "store" y; "residual" y is added to what `out`
-    holds; "gated" activation(y[n]) * y[n + N/2]."""
-    load, wait, release = ptx.stream_load2(arch), ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
+    """The kernel for a tile with scheme "mma"; epilogues as of `make_epilogue`. Raises ValueError if the tile's tokens
+    are no multiple of 8, its shared memory is more than 48 KB, or "gated" row-blocks come in no pairs."""
+    load, wait, trigger = ptx.stream_load2(arch), ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
     multiply = ptx.mma_s8(arch)
     GATED, RESIDUAL, ACC = epilogue == "gated", epilogue == "residual", epilogue == "acc"
     finish = make_epilogue(epilogue, activation)
@@ -83,6 +83,82 @@ def make_gemm_mma(arch: int, tile: Tile, epilogue: str = "store", activation: st
     ZERO = float32(0)
     if GATED and U % 2 or T % TOKENS or SHARED > SHARED_INTS:
         raise ValueError(f"no GEMM is made of {tile}")
+
+    @device_function
+    def copy_stage(shared, stage_wr, q, copies, tid, stride):
+        """Starts this thread's copies of the next k_iter's activations into a stage. Beyond the last column or token
+        nothing is read, and zeros are written."""
+        column_r, from_r, bytes_r = copies
+        for n in range(COPIES):
+            chunk = int32(tid + n * THREADS)
+            size = bytes_r[n] if column_r[n] < stride else int32(0)
+            at = from_r[n] + min(column_r[n], int32(stride - 4))
+            if COPIES_EXACT or chunk < STAGE // 4:
+                ptx.cp_async_16(shared, stage_wr + chunk * 4, q, at, size)
+            column_r[n] += WK * PANEL_INTS
+        ptx.cp_async_commit()
+
+    @device_function
+    def load_activations(b_r, q, q_rd, slot, q_column, stride):
+        """A k_iter's activations straight from global memory; zeros beyond the last column."""
+        at = min(q_column, int32(stride - 4))
+        for t in range(NT):
+            n = 4 * (slot * NT + t)
+            b_r[n], b_r[n + 1], b_r[n + 2], b_r[n + 3] = ptx.load4(q, q_rd[t] + at)
+            if q_column >= stride:
+                b_r[n] = b_r[n + 1] = b_r[n + 2] = b_r[n + 3] = int32(0)
+
+    @device_function
+    def load_words(w_r, words, words_rd, j, column, KP):
+        """The words of one k_iter into its registers, the j-th of REG_STAGES. Beyond the last column any words do: the
+        activations are zero there."""
+        at = min(column, int32(KP - BLOCK_COLS))
+        for u in range(U):
+            n = 2 * (j * U + u)
+            w_r[n], w_r[n + 1] = load(words, words_rd[u] + at)
+
+    @device_function
+    def multiply_stage(acc_r, a_r, w_r, shared, stage_rd, b_rd, j):
+        """One k_iter's products with activations from shared memory."""
+        for u in range(U):
+            for r in range(2):
+                w = w_r[2 * (j * U + u) + r]
+                for p in range(4):
+                    a_r[8 * u + 4 * (p >> 1) + 2 * (p & 1) + r] = (w >> (CODE_BITS * p)) & MASK
+        for t in range(NT):
+            b0, b1, b2, b3 = ptx.load4(shared, stage_rd + b_rd + t * TOKENS * PANEL_INTS)
+            for p in range(2):
+                for u in range(U):
+                    n, a = 4 * (t * U + u), 8 * u + 4 * p
+                    c0, c1, c2, c3 = acc_r[n], acc_r[n + 1], acc_r[n + 2], acc_r[n + 3]
+                    a0, a1, a2, a3 = a_r[a], a_r[a + 1], a_r[a + 2], a_r[a + 3]
+                    x0, x1 = (b2, b3) if p else (b0, b1)
+                    c0, c1, c2, c3 = multiply(a0, a1, a2, a3, x0, x1, c0, c1, c2, c3)
+                    acc_r[n], acc_r[n + 1], acc_r[n + 2], acc_r[n + 3] = c0, c1, c2, c3
+
+    @device_function
+    def multiply_registers(acc_r, w_r, b_r, j):
+        """One k_iter's products with activations from registers."""
+        for u in range(U):
+            for p in range(2):
+                w0, w1 = w_r[2 * (j * U + u)], w_r[2 * (j * U + u) + 1]
+                low, high = 2 * CODE_BITS * p, 2 * CODE_BITS * p + CODE_BITS
+                a0, a2 = (w0 >> low) & MASK, (w0 >> high) & MASK
+                a1, a3 = (w1 >> low) & MASK, (w1 >> high) & MASK
+                for t in range(NT):
+                    n, b = 4 * (t * U + u), 4 * (j % B_AHEAD * NT + t) + 2 * p
+                    c0, c1, c2, c3 = acc_r[n], acc_r[n + 1], acc_r[n + 2], acc_r[n + 3]
+                    c0, c1, c2, c3 = multiply(a0, a1, a2, a3, b_r[b], b_r[b + 1], c0, c1, c2, c3)
+                    acc_r[n], acc_r[n + 1], acc_r[n + 2], acc_r[n + 3] = c0, c1, c2, c3
+
+    @device_function
+    def add_warps(shared, at):
+        """A lane's four sums of a fragment, over the warps that share its rows."""
+        c0, c1, c2, c3 = ptx.load4(shared, at)
+        for k in range(1, WK):
+            d0, d1, d2, d3 = ptx.load4(shared, at + k * PASS)
+            c0, c1, c2, c3 = int32(c0 + d0), int32(c1 + d1), int32(c2 + d2), int32(c3 + d3)
+        return c0, c1, c2, c3
 
     def gemm(words, q, s, q_sum, count, scales, bias, out, M, rows, KP, k_iters, row_blocks, up_offset, bound1, bound2):
         shared = ptx.pointer(cuda.shared.array(SHARED, int32, SHARED_ALIGN))  # activations, then sums
@@ -112,17 +188,14 @@ def make_gemm_mma(arch: int, tile: Tile, epilogue: str = "store", activation: st
             return
         unit0 = int32((int32(cuda.blockIdx.y) * WR + row_warp) * UNITS)
 
-        # 1. The first K iterations' weights. Columns beyond the last are any words: the activations are zero there.
+        # 1. The first k_iters' weights.
         for u in range(U):
             unit = min(int32(unit0 + u // HALVES), int32(row_blocks - 1))
             lane_rd = int32((g >> 2) * 16 + (i & 1) * 8 + (g & 3) * 2)
             words_rd[u] = int32(int32(unit + u % HALVES * up_offset) * KP + lane_rd)
-        column = int32(k_warp * PANEL + (i >> 1) * BLOCK_COLS)  # of the words that are asked for next: a word a column
+        column = int32(k_warp * PANEL + (i >> 1) * BLOCK_COLS)  # of the words loaded next: a word a column
         for j in range(REG_STAGES):
-            at = min(column, int32(KP - BLOCK_COLS))
-            for u in range(U):
-                n = 2 * (j * U + u)
-                w_r[n], w_r[n + 1] = load(words, words_rd[u] + at)
+            load_words(w_r, words, words_rd, j, column, KP)
             column += WK * PANEL
         for n in range(ACC_REGS):
             acc_r[n] = int32(0)
@@ -131,38 +204,27 @@ def make_gemm_mma(arch: int, tile: Tile, epilogue: str = "store", activation: st
             m0 = scales[0]
             m1 = scales[1] if bound1 < rows or GATED else ZERO
             m2 = scales[2] if bound2 < rows else ZERO
-        release()
+        trigger()
         wait()
 
-        # 2. The first K iterations' activations.
+        # 2. The first k_iters' activations.
         stride = int32(KP >> 2)  # int32 words of a token
-        q_column = int32(k_warp * PANEL_INTS + i * 4)  # of what is asked for next, in int32 words
+        q_column = int32(k_warp * PANEL_INTS + i * 4)  # of what is loaded next, in int32 words
         if STAGED:
-            for n in range(COPIES):  # what is zero is not read; its address is the last that is
+            for n in range(COPIES):  # of columns or tokens beyond the last none are read
                 chunk = int32(tid + n * THREADS)
                 token = int32((chunk >> 2) % T)
                 column_r[n] = int32(chunk // (4 * T) * PANEL_INTS + (chunk & 3) * 4)
                 from_r[n] = int32(min(int32(first + token), int32(limit - 1)) * stride)
                 bytes_r[n] = int32(16) if first + token < limit else int32(0)
+            copies = column_r, from_r, bytes_r
             for t in range(STAGES - 1):
-                for n in range(COPIES):
-                    chunk = int32(tid + n * THREADS)
-                    size = bytes_r[n] if column_r[n] < stride else int32(0)
-                    at = from_r[n] + min(column_r[n], int32(stride - 4))
-                    if COPIES_EXACT or chunk < STAGE // 4:
-                        ptx.cp_async_16(shared, t * STAGE + chunk * 4, q, at, size)
-                    column_r[n] += WK * PANEL_INTS
-                ptx.cp_async_commit()
+                copy_stage(shared, int32(t * STAGE), q, copies, tid, stride)
         else:
             for t in range(NT):
                 q_rd[t] = int32(min(int32(first + t * TOKENS + g), int32(limit - 1)) * stride)
             for j in range(B_AHEAD):
-                at = min(q_column, int32(stride - 4))
-                for t in range(NT):
-                    n = 4 * (j * NT + t)
-                    b_r[n], b_r[n + 1], b_r[n + 2], b_r[n + 3] = ptx.load4(q, q_rd[t] + at)
-                    if q_column >= stride:
-                        b_r[n] = b_r[n + 1] = b_r[n + 2] = b_r[n + 3] = int32(0)
+                load_activations(b_r, q, q_rd, j, q_column, stride)
                 q_column += WK * PANEL_INTS
         for n in range(SCALE_ROUNDS):
             token = int32(tid + n * THREADS)
@@ -179,68 +241,24 @@ def make_gemm_mma(arch: int, tile: Tile, epilogue: str = "store", activation: st
                 if k_iter + j < k_iters:
                     if STAGED:
                         arrived()
-                        cuda.syncthreads()  # everyone's copies have arrived, and the last stage has been read
-                        for n in range(COPIES):
-                            chunk = int32(tid + n * THREADS)
-                            size = bytes_r[n] if column_r[n] < stride else int32(0)
-                            at = from_r[n] + min(column_r[n], int32(stride - 4))
-                            if COPIES_EXACT or chunk < STAGE // 4:
-                                ptx.cp_async_16(shared, stage_wr + chunk * 4, q, at, size)
-                            column_r[n] += WK * PANEL_INTS
-                        ptx.cp_async_commit()
-                        for u in range(U):
-                            for r in range(2):
-                                w = w_r[2 * (j * U + u) + r]
-                                for p in range(4):
-                                    a_r[8 * u + 4 * (p >> 1) + 2 * (p & 1) + r] = (w >> (CODE_BITS * p)) & MASK
-                        for t in range(NT):
-                            b0, b1, b2, b3 = ptx.load4(shared, stage_rd + b_rd + t * TOKENS * PANEL_INTS)
-                            for p in range(2):
-                                for u in range(U):
-                                    n, a = 4 * (t * U + u), 8 * u + 4 * p
-                                    c0, c1, c2, c3 = acc_r[n], acc_r[n + 1], acc_r[n + 2], acc_r[n + 3]
-                                    a0, a1, a2, a3 = a_r[a], a_r[a + 1], a_r[a + 2], a_r[a + 3]
-                                    x0, x1 = (b2, b3) if p else (b0, b1)
-                                    c0, c1, c2, c3 = multiply(a0, a1, a2, a3, x0, x1, c0, c1, c2, c3)
-                                    acc_r[n], acc_r[n + 1], acc_r[n + 2], acc_r[n + 3] = c0, c1, c2, c3
+                        cuda.syncthreads()  # all threads' copies have arrived, and the stage before has been read
+                        copy_stage(shared, stage_wr, q, copies, tid, stride)
+                        multiply_stage(acc_r, a_r, w_r, shared, stage_rd, b_rd, j)
                     else:
-                        for u in range(U):
-                            for p in range(2):
-                                w0, w1 = w_r[2 * (j * U + u)], w_r[2 * (j * U + u) + 1]
-                                a0, a2 = (
-                                    (w0 >> (2 * CODE_BITS * p)) & MASK,
-                                    (w0 >> (2 * CODE_BITS * p + CODE_BITS)) & MASK,
-                                )
-                                a1, a3 = (
-                                    (w1 >> (2 * CODE_BITS * p)) & MASK,
-                                    (w1 >> (2 * CODE_BITS * p + CODE_BITS)) & MASK,
-                                )
-                                for t in range(NT):
-                                    n, b = 4 * (t * U + u), 4 * (j % B_AHEAD * NT + t) + 2 * p
-                                    c0, c1, c2, c3 = acc_r[n], acc_r[n + 1], acc_r[n + 2], acc_r[n + 3]
-                                    c0, c1, c2, c3 = multiply(a0, a1, a2, a3, b_r[b], b_r[b + 1], c0, c1, c2, c3)
-                                    acc_r[n], acc_r[n + 1], acc_r[n + 2], acc_r[n + 3] = c0, c1, c2, c3
-                        at = min(q_column, int32(stride - 4))
-                        for t in range(NT):
-                            n = 4 * (j % B_AHEAD * NT + t)
-                            b_r[n], b_r[n + 1], b_r[n + 2], b_r[n + 3] = ptx.load4(q, q_rd[t] + at)
-                            if q_column >= stride:
-                                b_r[n] = b_r[n + 1] = b_r[n + 2] = b_r[n + 3] = int32(0)
+                        multiply_registers(acc_r, w_r, b_r, j)
+                        load_activations(b_r, q, q_rd, j % B_AHEAD, q_column, stride)
                         q_column += WK * PANEL_INTS
-                    at = min(column, int32(KP - BLOCK_COLS))
-                    for u in range(U):
-                        n = 2 * (j * U + u)
-                        w_r[n], w_r[n + 1] = load(words, words_rd[u] + at)
+                    load_words(w_r, words, words_rd, j, column, KP)
                     column += WK * PANEL
                     if STAGED:
                         stage_rd = int32(stage_rd + STAGE if stage_rd < (STAGES - 1) * STAGE else 0)
                         stage_wr = int32(stage_wr + STAGE if stage_wr < (STAGES - 1) * STAGE else 0)
             k_iter += REG_STAGES
 
-        # 4. Output. A fragment's 4 x 32 sums keep their order in shared memory; the warps of a row group share out its
-        # fragments.
+        # 4. Output. A fragment's 4 x 32 sums keep their order in shared memory; k_warps warps divide its row group's
+        # fragments among them.
         if STAGED:
-            all_arrived()  # the zeros of K iterations beyond the last, which would land on sums
+            all_arrived()  # zeros of k_iters beyond the last, which would overwrite sums
         row_sums = int32(row_warp * (WK * PASS))
         lane_row = int32((g >> 2) * 8 + (g & 3) * 2)
         for pass_ in range(PASSES):
@@ -268,16 +286,10 @@ def make_gemm_mma(arch: int, tile: Tile, epilogue: str = "store", activation: st
                         m = min(int32(first + (t0 + fragment // UNITS) * TOKENS + 2 * i + k % 2), int32(limit - 1))
                         r = min(int32((unit0 + fragment % UNITS) * BLOCK_ROWS + lane_row + k // 2), int32(rows - 1))
                         old_r[k] = out[m * rows + r]
-                c0, c1, c2, c3 = ptx.load4(shared, at)
-                for k in range(1, WK):
-                    d0, d1, d2, d3 = ptx.load4(shared, at + k * PASS)
-                    c0, c1, c2, c3 = int32(c0 + d0), int32(c1 + d1), int32(c2 + d2), int32(c3 + d3)
+                c0, c1, c2, c3 = add_warps(shared, at)
                 e0 = e1 = e2 = e3 = int32(0)
                 if GATED:
-                    e0, e1, e2, e3 = ptx.load4(shared, at + FRAGMENT)
-                    for k in range(1, WK):
-                        d0, d1, d2, d3 = ptx.load4(shared, at + FRAGMENT + k * PASS)
-                        e0, e1, e2, e3 = int32(e0 + d0), int32(e1 + d1), int32(e2 + d2), int32(e3 + d3)
+                    e0, e1, e2, e3 = add_warps(shared, int32(at + FRAGMENT))
                 for k in range(4):
                     m, r = int32(token + k % 2), int32(row + k // 2)
                     if first + m < limit and r < rows:

@@ -1,18 +1,16 @@
-"""The W2A8 GEMM on sm_90: four warps (a warpgroup) multiply together, `wgmma`.
+"""The W2A8 GEMM on sm_90 by `wgmma`, which four warps (a warpgroup) issue together.
 
-There `mma.sync`, which gemm_mma.py uses, runs at half the unit's rate. What is computed, the sums' exactness and the
-order of what is done to them are as in that file. Here nothing goes through registers on its way in but codes: TMA
-brings weights and activations to shared memory, `stages` - 1 K iterations ahead of the products, and a warp does little
-else than wait, decode and multiply.
+Operands, results and their bits are those of gemm_mma.py, whose `mma.sync` reaches half of this unit's rate here. TMA
+loads weights and activations to shared memory, `stages` - 1 k_iters ahead; registers hold only codes and sums.
 
     CTA (x, y)     tokens T x .. T x + T - 1;  `row_warps` row-blocks, one a warp, of tile y / cluster ("gated": gate
                    rows by the first half of the warps, up rows by the second); `k_warps` such sets of warps, each with
                    its own parts of a K iteration
-    cluster        CTAs of one tile, each with its own K iterations: the y % cluster-th takes that share of the columns
+    cluster        CTAs of one tile, each with its own k_iters: CTA y % cluster takes that share of the columns
     part           128 columns.  activations: a panel, int8 [T, 128], in 128-byte swizzle
                                  weights: 512 bytes a row-block, as they lie in memory
-    K iteration    k_warps parts; one mbarrier a stage.  Few tokens have a stage for every K iteration (`refill` is
-                   not set): all is under way at once, and warps need not meet until the end
+    k_iter         k_warps parts; one mbarrier a stage.  Few tokens have a stage for every k_iter (`refill` is not
+                   set): everything is loaded at once, and no barrier is needed until the end
 
     shared memory  | stage 0: panels, words | stage 1: panels, words | ...
                    at the end, in the same place: int32 sums [k_warps, T, rows + 4]
@@ -21,16 +19,14 @@ A warp's 16 rows x 32 columns of an instruction are the register operand. With g
 the words of rows r and r + 1, r = 8 (g / 4) + 2 (g % 4), and of each word the four columns 4 i .. 4 i + 3:
 (word >> 2 i) & mask. So columns come in their natural order, and the four lanes of a row read the same words.
 
-What few tokens take is latency: so all that does not depend on the kernel before (weights, scales, tensor maps) is
-asked
-for before `pdl_wait`, old values of a residual at once after it, and a long matrix of few rows is cut
-along its columns for a cluster.
+Few tokens cost latency, not throughput. So weights, scales and tensor maps, which no earlier kernel writes, are loaded
+before `pdl_wait`, old values of a residual right after it, and few but long rows are cut along K for a cluster.
 
-Sums leave through shared memory (of a cluster: each CTA reads its tokens' from all), so that neighbouring threads
-write neighbouring rows of one token: 4 bytes each, 128 a warp, and everything that depends on the row alone is computed
-once a thread.
+Sums leave through shared memory (in a cluster each CTA adds up its tokens' from all), so that neighbouring threads
+write neighbouring rows of a token, 128 bytes a warp, and what depends on the row alone is computed once a thread.
 
-docs/performance-notes.md has what was tried and measured.
+Loads of old values and the filling of the first stages stay in the kernel: as device functions they change machine
+code. docs/performance-notes.md has what was tried and measured.
 """
 
 from collections.abc import Callable
@@ -51,30 +47,33 @@ CODES = 16  # registers of a warp's part
 PADDING = 4  # sums between a token's rows and the next token's: 8-byte stores then touch every bank once
 SHARED_BYTES = 227 * 1024  # of an SM that one CTA can have
 MAX_TOKENS = 256  # of one instruction
-BATCH = 8  # sums that a thread has in hand on their way out
+BATCH = 8  # results that a thread computes side by side
 MAX_EARLY_LOADS = 4  # old values of a residual that a thread loads before its products
 
 
 def stage_bytes(tile: Tile) -> int:
-    """Shared memory of a stage."""
+    """Shared memory of a stage, in bytes."""
     return tile.k_warps * (tile.tokens * PART + tile.row_warps * PART * 4)
 
 
 def shared_bytes(tile: Tile) -> int:
-    """Dynamic shared memory of a CTA, which may start anywhere: the kernel skips to the first aligned address."""
+    """Dynamic shared memory of a CTA in bytes, with room to align its start, which the kernel does."""
     sums = 4 * tile.k_warps * tile.tokens * (tile.row_warps * BLOCK_ROWS + PADDING)
     return max(tile.stages * stage_bytes(tile), sums) + PANEL_ALIGN
 
 
 def cta_bytes(tile: Tile) -> int:
-    """All shared memory that a CTA takes: mbarriers, reciprocals of scales and sums of activations too."""
+    """All shared memory of a CTA in bytes: mbarriers, reciprocals of scales and sums of q too."""
     return shared_bytes(tile) + 8 * tile.stages + 12 * tile.tokens
 
 
 def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu2") -> Callable[..., None]:
-    """The kernel for a tile with one row-block a warp and row_warps a multiple of 4; epilogues as of
-    `make_gemm_mma`."""
-    wait, release = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
+    """The kernel for a tile with scheme "wgmma"; epilogues as of `make_epilogue`.
+
+    Raises ValueError unless row_blocks is 1, row_warps a multiple of 4, tokens 8, 24 or a multiple of 16 up to 256, and
+    shared memory and results a thread are within their limits.
+    """
+    wait, trigger = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
     GATED, RESIDUAL, ACC = epilogue == "gated", epilogue == "residual", epilogue == "acc"
     finish = make_epilogue(epilogue, activation, inverse=True)
     T, U, WR, WK, REG_STAGES, STAGES = tile[:6]
@@ -119,8 +118,8 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
 
     @device_function
     def k_iteration(code_r, acc_r, block, addresses, state, k_iter):
-        """A K iteration but the first: starts its products, and refills the stage before it. Returns which stage it
-        was: its number, its distance from the first in bytes, and its phase."""
+        """A k_iter but the first: starts its products, and refills the stage before it. Returns its stage: number,
+        offset in bytes, and the mbarrier's phase."""
         words, panels, shared, tid, first, unit0, part0, up_offset, k_iters = block
         base, mbarrier, own_panel, own_words, shift = addresses
         slot, stage, parity = state
@@ -146,8 +145,8 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
 
     @device_function
     def read_results(y_r, old_r, shared, address, sums, q_sum_s, inverse_s, token, row_values):
-        """EACH results of a thread, from `token` on. Without branches, so that they wait for each other's latencies
-        together. sums: where those of its row and the first token lie, counted in int32."""
+        """EACH results of a thread, from `token` on; without branches, so that their latencies overlap. sums: index of
+        its row's sum for the first token, in int32."""
         m_row, m_up, bias, row, rows = row_values
         for n in range(EACH):
             t = token + n * JUMP if EXACT else min(int32(token + n * JUMP), int32(T - 1))
@@ -174,7 +173,7 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
 
     @device_function
     def store_results(out, y_r, wr, jump, last, token):
-        """Stores EACH results of a thread, those of tokens that there are; returns where its next one goes."""
+        """Stores EACH results of a thread except those beyond the last token; returns the next one's index."""
         for n in range(EACH):
             if wr <= last and (EXACT or token + n * JUMP < T):
                 out[wr] = y_r[n]
@@ -225,7 +224,7 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
         unaligned, mbarrier = ptx.shared_address(shared, 0), ptx.shared_address(mbarrier_s, 0)
         base = int32((unaligned + (PANEL_ALIGN - 1)) & -PANEL_ALIGN)
 
-        # 1. The first stages' weights, while the launches before this one still run. Warps take parts in turn.
+        # 1. The first stages' weights, while the launches before this one still run. Warps take parts round-robin.
         if tid == 0:
             for n in range(STAGES):
                 ptx.mbarrier_init(mbarrier + 8 * n)
@@ -253,7 +252,7 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
             if GATED:
                 m_up = scales[1]
         wr, jump, last = int32((first + token) * rows + row), int32(JUMP * rows), int32((limit - 1) * rows + row)
-        release()
+        trigger()
         wait()
 
         # 2. The first stages' activations.
@@ -271,7 +270,7 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
                 inverse_s[t] = reciprocal(s[first + t])
                 q_sum_s[t] = q_sum[first + t]
 
-        # 3. Products. While those of one stage run, the next one's words are decoded; the unit always has work.
+        # 3. Products. While those of one stage run, the next one's words are decoded: the tensor cores never idle.
         own_panel = int32(base + k * PANEL)
         own_words = int32(base + (WORDS_AT + k * WORDS) + ((w * PART + (g >> 2) * 16 + (g & 3) * 2) << 2))
         shift = int32(CODE_BITS * i)
@@ -312,7 +311,7 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
                     for n in range(EACH):
                         old_r[n] = out[min(int32(wr + n * jump), last)]
                 read_results(y_r, old_r, shared, unaligned, sums + own, q_sum_s, inverse_s, token, row_values)
-            ptx.cluster_arrive()  # a CTA may end when nobody reads its sums any more
+            ptx.cluster_arrive()  # a CTA may exit once no other reads its sums
             if writes:
                 wr = store_results(out, y_r, wr, jump, last, token)
             ptx.cluster_wait()

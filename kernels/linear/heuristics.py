@@ -1,4 +1,4 @@
-"""Which tile a GEMM takes, by the card, the number of tokens and the shape; measured on an H200."""
+"""The tile of a GEMM, by architecture, number of SMs, tokens and shape. All times are us on an H200 (132 SMs)."""
 
 import math
 from functools import cache
@@ -15,15 +15,15 @@ STAGED_ARCH = 80  # asynchronous copies to shared memory
 
 
 class MeasuredTile(NamedTuple):
-    """A tile of `gemm_wgmma` and what it takes on an H200."""
+    """A tile of `gemm_wgmma` and its cost: a CTA takes cta_us + k_iter_us * k_iters."""
 
     tile: Tile
-    cta_us: float  # a CTA beside its K iterations
-    k_iter_us: float  # a K iteration
+    cta_us: float
+    k_iter_us: float
 
 
 def _tile(tokens: int, row_warps: int, k_warps: int, stages: int, ctas_per_sm: int = 1, cluster: int = 1) -> Tile:
-    """A tile of `gemm_wgmma`; `stages` 0: one for every K iteration."""
+    """A tile of `gemm_wgmma`; `stages` 0: one for every k_iter."""
     return Tile(tokens, 1, row_warps, k_warps, 0, stages, ctas_per_sm, "wgmma", cluster, stages > 0)
 
 
@@ -59,13 +59,13 @@ WGMMA_TILES = (
     MeasuredTile(_tile(256, 8, 1, 6), 8.3, 0.57),
 )
 
-GATED_SHARE = 0.7  # of cta_us for gate and up rows from 64 tokens on: half as many results leave
-ROUND_WAIT = 1.4  # us that each round but the first waits for its weights, of tiles with a stage for every K iteration
-WEIGHTS_AGAIN = 0.4  # us for each time but the first that tiles of up to 32 tokens fetch the same weights
+GATED_SHARE = 0.7  # of cta_us, for "gated" from 64 tokens on: half as many results are written
+ROUND_WAIT = 1.4  # for each wave of CTAs but the first, of tiles with a stage for every k_iter: waits for weights
+WEIGHTS_AGAIN = 0.4  # for each time but the first that tiles of up to 32 tokens load the same weights
 
 
 def with_all_stages(tile: Tile, K: int) -> Tile | None:
-    """The tile for K columns, its stages filled in where it has one for every K iteration; None if these do not fit."""
+    """The tile with its number of stages for K columns; None if a stage for every k_iter does not fit."""
     if tile.refill:
         return tile
     tile = tile._replace(stages=-(-K // (PART * tile.k_warps * tile.cluster)))
@@ -73,13 +73,13 @@ def with_all_stages(tile: Tile, K: int) -> Tile | None:
 
 
 def _is_narrow(tile: Tile) -> bool:
-    """Whether gate and up rows would have two warps each, where that was slow."""
+    """Whether gate and up rows would have too few warps each: measured slow."""
     return tile.row_warps < 8 and (tile.tokens > 16 or tile.ctas_per_sm == 1)
 
 
 def _choose_wgmma_tile(M: int, N: int, K: int, num_sms: int, gated: bool) -> Tile:
-    """The tile that takes least by what was measured. CTAs come in rounds of as many as are resident; of two on an SM
-    the last can be alone."""
+    """The tile with the least estimated time. CTAs run in waves of as many as are resident; of two on an SM the last
+    may be alone, hence halves of a wave."""
 
     def time(measured: MeasuredTile, tile: Tile) -> float:
         ctas = -(-M // tile.tokens) * -(-N // tile.rows) * tile.cluster
@@ -97,15 +97,17 @@ def _choose_wgmma_tile(M: int, N: int, K: int, num_sms: int, gated: bool) -> Til
 
 @cache
 def choose_tile(M: int, N: int, K: int, arch: int, num_sms: int, gated: bool = False) -> Tile:
-    """The tile for M tokens; N counts gate and up rows.
+    """The tile for M tokens and N rows, gate and up rows counted each.
 
-    On sm_90 see `_choose_wgmma_tile`. What follows serves other cards, though it was measured on that one, with 2B4T's
-    products. Up to 64 tokens the time is that of getting the weights: activations go straight to registers, 8, 16 or 32
-    tokens a CTA (for 33 to 64 tokens and many rows through shared memory). A matrix of few rows is split over eight
-    warps along K, or sixteen if K is long; one of many rows (more than four row-blocks an SM) over fewer. With more
-    tokens activations come through shared memory, in tiles of 64 or 128 rows and 32 or 64 tokens; from 256 tokens on
-    also 160 x 64, whichever leaves the busiest SM less to do. Before sm_80 (no such card was measured): the tiles for
-    32 tokens, whatever M, or dp4a, 8 tokens a CTA, where there are no tensor cores.
+        before sm_75   dp4a: 8 tokens
+        sm_75          mma: the tiles for up to 32 tokens, since it has no `cp.async`
+        sm_90          wgmma: see `_choose_wgmma_tile`
+        others         mma: up to 64 tokens loading weights is what takes time, so activations go straight to registers
+                       and a matrix of few rows is split over 8 or 16 warps along K; one of many (more than four
+                       row-blocks an SM) over fewer. Beyond, activations come through shared memory, and from 129
+                       tokens on few rows take the tile that leaves the busiest SM less to do
+
+    The mma tiles were measured on an H200 with 2B4T's shapes.
     """
     if arch < MIN_ARCH:
         return Tile(TOKENS, 2 if gated else 1, 1, 8, 0, 0, scheme="dp4a")
