@@ -29,7 +29,7 @@ test: env check
 check: env
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
-	@mkdir -p build/typecheck/bitnet_numba
+	@rm -rf build/typecheck && mkdir -p build/typecheck/bitnet_numba
 	@for f in bitnet_numba/*; do ln -sfn ../../../$$f build/typecheck/bitnet_numba/; done
 	@ln -sfn ../../../kernels ../../../reference build/typecheck/bitnet_numba/
 	@$(PY) -m mypy

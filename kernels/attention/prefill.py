@@ -25,6 +25,9 @@ matter how a prompt is cut into passes, nor which queries share a block.
 
 Head sizes over 128: a warp's registers hold the scores' operands of all dimensions, but only half of the output's. So
 each block computes all scores and half of the values' dimensions, on tiles of 16 keys.
+
+The copies of a tile and the lanes' set-up stay in the kernel's body: as functions of their own they change the machine
+code, of head sizes other than 128 and of 256.
 """
 
 from collections.abc import Callable
