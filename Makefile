@@ -1,12 +1,12 @@
-# Everything a fresh clone needs: Python 3.10+, make, and a package index that pip can reach.
-#   make chat      environment, install, a conversation with the built-in model
-#   make test      environment, install, lint, types and the whole test suite
+# A fresh clone needs only Python 3.10+, make, and a package index that pip can reach.
+#   make chat      create the environment, install, chat with the built-in model
+#   make test      create the environment, install; lint, types and the whole test suite
 #   make gpu-test  the tests that need an NVIDIA GPU
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
-# A machine with an NVIDIA driver gets the CUDA packages that match it; any other is spared a gigabyte of them.
+# A machine with an NVIDIA driver gets the matching CUDA packages; on others, they would be a gigabyte of no use.
 CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\)\..*/\1/p' | head -n 1)
 # Each GPU test process takes up to 4 GB of the card.
 WORKERS = $(shell nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1 | \

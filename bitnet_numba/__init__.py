@@ -1,7 +1,7 @@
 """BitNet b1.58 inference in pure Python: ternary weights, 8-bit activations, NumPy and Numba CUDA.
 
 import bitnet_numba as bn
-llm = bn.load()                     # the built-in model; or bn.load("folder written by tools/convert.py")
+llm = bn.load()                     # the built-in model; or bn.load("a folder that tools/convert.py wrote")
 print(llm.generate([{"role": "user", "content": "Tell me a story about a fox and a lantern."}]).text)
 """
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 _here = os.path.dirname(os.path.abspath(__file__))
 if not os.path.isdir(os.path.join(_here, "kernels")):
-    # A checkout: kernels/ and reference/ stand beside this package, and are imported as its subpackages.
+    # A checkout: kernels/ and reference/ are beside this package, and are imported as its subpackages.
     __path__.append(os.path.dirname(_here))
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from bitnet_numba.kernels.linear.w2a8 import w2a8_linear as w2a8_linear
     from bitnet_numba.sampling import SamplingParams as SamplingParams
 
-# Public names and the modules they live in, imported when first asked for: `import bitnet_numba` itself costs nothing.
+# Public names and their modules, imported on first use: `import bitnet_numba` itself is cheap.
 _MODULES = ("errors", "packing", "quantize")
 _HOMES = {
     "BitNetError": "errors",

@@ -1,4 +1,4 @@
-"""Ternary matrices <-> packed int32 words: the one description of the bit layout.
+"""Ternary matrices <-> packed int32 words: the definition of the bit layout.
 
 A weight w in {-1, 0, +1} is stored as the two-bit code w + 2. A matrix [N, K] (N output rows, K input columns) is cut
 into blocks of 16 rows x 32 columns, stored block by block: row-blocks outermost, then column-blocks along K. A block is
@@ -21,11 +21,11 @@ bytes of a register, ready for a four-way byte dot product (dp4a). Bit pair p (b
 
     (word >> 2*i) & CODE_MASK  ->  bytes = codes of columns 4i, 4i+1, 4i+2, 4i+3        i = 0..3
 
-The codes are never made signed on the way to the sum: with q the int8 activations,
+The codes stay unsigned in the dot product; with q the int8 activations,
 
     sum(q * w) = sum(q * code) - CODE_OFFSET * sum(q)
 
-N is padded to a multiple of 16 and K to a multiple of 32 with w = 0; the true sizes are kept beside the words.
+N is padded to a multiple of 16 and K to a multiple of 32 with w = 0; the true sizes are stored elsewhere.
 """
 
 import numpy as np
@@ -36,11 +36,11 @@ BLOCK_COLS = 32
 WORD_CODES = 16  # codes in one int32 word
 CODE_OFFSET = 2  # stored code = w + CODE_OFFSET
 CODE_BITS = 2
-CODES_PER_BYTE = 4  # also the number of shifts that empty a word
+CODES_PER_BYTE = 4  # also the number of shifts that yield all codes of a word
 CODE_MASK = 0x03030303  # one code in each of four bytes
 ZERO_WORD = 0xAAAAAAAA  # sixteen codes of w = 0
 
-# Axes of a packed matrix seen as an array of words; a permutation of them turns storage order into row-major order.
+# Axes of a packed matrix as an array of words; a permutation of them turns storage order into row-major order.
 _STORED = ("row_block", "col_block", "row_half", "col_half", "row")
 _STORED_SIZES = {"row_half": 2, "col_half": 2, "row": 8}
 _ROW_MAJOR = ("row_block", "row_half", "row", "col_block", "col_half")
@@ -54,7 +54,7 @@ def padded_shape(N: int, K: int) -> tuple[int, int]:
 
 
 def packed_words(N: int, K: int) -> int:
-    """How many int32 words hold a ternary [N, K] matrix, padding included."""
+    """Number of int32 words of a ternary [N, K] matrix, including padding."""
     padded_N, padded_K = padded_shape(N, K)
     return padded_N * padded_K // WORD_CODES
 
@@ -76,7 +76,7 @@ def pack_ternary(w: NDArray[np.int8]) -> NDArray[np.int32]:
 
     codes = np.full((padded_N, padded_K), CODE_OFFSET, np.uint8)
     np.add(w, CODE_OFFSET, out=codes[:N, :K], casting="unsafe")
-    # Four neighbouring columns are one little-endian uint32 already: byte j = code of column 4i + j.
+    # Four neighbouring columns are one little-endian uint32: byte j = code of column 4i + j.
     quads = codes.view("<u4").reshape(padded_N, padded_K // WORD_CODES, CODES_PER_BYTE)
     words = quads[:, :, 0].copy()  # [N, K / 16]
     for i in range(1, CODES_PER_BYTE):
@@ -87,7 +87,7 @@ def pack_ternary(w: NDArray[np.int8]) -> NDArray[np.int32]:
 def unpack_ternary(words: NDArray[np.int32], N: int, K: int) -> NDArray[np.int8]:
     """Unpacks int32 words [packed_words(N, K)] into int8 [N, K].
 
-    Raises ValueError for another dtype, rank or length, or when a word holds the unused code 0.
+    Raises ValueError for another dtype, rank or length, or if a word holds the unused code 0.
     """
     if not isinstance(words, np.ndarray) or words.dtype != np.int32 or words.ndim != 1:
         raise ValueError("packed words must be a one-dimensional int32 array")

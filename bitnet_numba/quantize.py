@@ -1,4 +1,4 @@
-"""Absmean weight and absmax activation quantisation: the one definition.
+"""Absmean weight and absmax activation quantisation: the definition.
 
 Source: "The Era of 1-bit LLMs: All Large Language Models are in 1.58 Bits" (Ma et al., 2024), section 2, in the order
 of float32 operations that the published checkpoints were trained with.
@@ -7,7 +7,7 @@ of float32 operations that the published checkpoints were trained with.
 import numpy as np
 from numpy.typing import NDArray
 
-EPSILON = np.float32(1e-5)  # least absmean and absmax; keeps all-zero input finite
+EPSILON = np.float32(1e-5)  # lower limit of absmean and absmax, so that all-zero input stays finite
 INT8_MAX = np.float32(127)
 INT8_MIN = np.float32(-128)
 ONE = np.float32(1)
@@ -20,7 +20,7 @@ def absmean_scale(w: NDArray[np.floating]) -> np.float32:
     """
     if w.size == 0:
         raise ValueError("cannot take the absmean of an empty matrix")
-    # Summed in float64: the float32 nearest to the true mean, whatever the summation order.
+    # Summed in float64, so that the float32 result does not depend on the order of summation.
     mean = np.abs(w).mean(dtype=np.float64)
     if not np.isfinite(mean):
         raise ValueError("weights hold NaN or infinity")
@@ -46,10 +46,10 @@ def quantize_activations(x: NDArray[np.floating]) -> tuple[NDArray[np.int8], NDA
     """
     x = np.asarray(x, np.float32)
     if x.shape[-1] == 0:
-        raise ValueError("cannot quantise activations of no columns")
+        raise ValueError("cannot quantise activations without columns")
     absmax = np.abs(x).max(axis=-1, keepdims=True)
     if not np.isfinite(absmax).all():
         raise ValueError("activations hold NaN or infinity")
-    s = (ONE / np.maximum(absmax, EPSILON)) * INT8_MAX  # reciprocal first: the order the published models were run in
+    s = (ONE / np.maximum(absmax, EPSILON)) * INT8_MAX  # reciprocal first, as in the published models' code
     q = np.rint(x * s)
     return np.clip(q, INT8_MIN, INT8_MAX, out=q).astype(np.int8), s

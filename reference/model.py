@@ -1,13 +1,13 @@
-"""The BitNet b1.58 model in NumPy: the specification that every other backend is held to.
+"""The BitNet b1.58 model in NumPy: the specification that every other backend is tested against.
 
 Read it beside "The Era of 1-bit LLMs" (Ma et al., 2024) and the "BitNet b1.58 2B4T Technical Report" (2025). Nothing is
 fused and nothing is clever; arithmetic is float32, except that a linear's sum of products is an exact integer.
 
-Letters: M tokens in this call, T tokens in the context after it, N rows out, K columns in, H heads, G key-value heads,
-D head_dim, V vocabulary. Shapes stand behind the lines that change them.
+Letters: M tokens in this call, T tokens in the cache after it, N rows out, K columns in, H heads, G key-value heads,
+D head_dim, V vocabulary size. A comment gives the shape where it changes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,15 +23,14 @@ from bitnet_numba.quantize import quantize_activations
 Floats = NDArray[np.float32]
 Append = Callable[[Floats, Floats], tuple[Floats, Floats]]
 ONE = np.float32(1)
-PIECE = 64  # prompt tokens computed at a time
-TILE = 1 << 18  # elements turned to float32 at a time, so that a tile of weights stays in the cache
+TILE = 1 << 18  # weights converted to float32 at a time, so that they stay in the CPU's cache
 EXACT_COLUMNS = (1 << 24) // 128  # sums of this many products of int8 with ternary are exact in float32
 
 
 class Cache:
     """Keys and values of one sequence, for every layer: float32 [capacity, G, D] each."""
 
-    length = 0  # tokens held
+    length = 0  # number of tokens in the cache
 
     def __init__(self, config: ModelConfig, capacity: int):
         shape = (config.num_layers, 2, capacity, config.num_kv_heads, config.head_dim)
@@ -45,7 +44,7 @@ class Cache:
 
 
 class Model:
-    """A decoder-only transformer whose linears are ternary. Weights stay int8 in memory."""
+    """A decoder-only transformer with ternary linears. Ternary weights are int8 in memory."""
 
     def __init__(self, checkpoint: PackedCheckpoint):
         config = checkpoint.config
@@ -65,24 +64,12 @@ class Model:
         cache.length += len(ids)
         return rms_norm(x, self.norm, self.config.rms_norm_eps)
 
-    def extend(self, ids: Sequence[int], cache: Cache) -> Iterator[Floats]:
-        """`forward` for any number of tokens, piece by piece, which bounds the memory of scores.
-
-        Pieces end where the position is a multiple of PIECE. Float32 rounding varies with the shape of a product; so it
-        does not depend on how a prompt was divided into calls, as long as those end where pieces do.
-        """
-        start = 0
-        while start < len(ids):
-            end = start + PIECE - cache.length % PIECE
-            yield self.forward(np.asarray(ids[start:end], np.int64), cache)
-            start = end
-
     def logits(self, hidden: Floats) -> Floats:
         """Scores of the next token: [M, hidden] -> [M, V]."""
         return self.head.product(hidden)
 
     def nbytes(self) -> int:
-        """Bytes of weights in memory; rows of embedding and LM head stay in the mapped file."""
+        """Bytes of all weights, including embedding and LM head, which stay in the memory-mapped file."""
         linears = [
             linear
             for layer in self.layers
@@ -153,10 +140,10 @@ def rope_tables(config: ModelConfig, positions: NDArray[np.int64]) -> tuple[Floa
     if scaling is not None and scaling.kind == "linear":
         frequencies = frequencies / np.float32(scaling.factor)
     elif scaling is not None:
-        # Llama 3.1: long waves are stretched by the factor, short ones kept, those between blended.
-        turns = np.float32(scaling.original_context) * frequencies / np.float32(2 * np.pi)
+        # Llama 3.1: low frequencies are divided by the factor, high ones kept, those between interpolated.
+        rotations = np.float32(scaling.original_context) * frequencies / np.float32(2 * np.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept: Floats = np.clip((turns - np.float32(low)) / np.float32(high - low), 0, 1)
+        kept: Floats = np.clip((rotations - np.float32(low)) / np.float32(high - low), 0, 1)
         frequencies = (ONE - kept) * frequencies / np.float32(scaling.factor) + kept * frequencies
     angles = positions.astype(np.float32)[:, None] * frequencies  # [M, D / 2]
     angles = np.concatenate([angles, angles], axis=-1)  # [M, D]
@@ -164,7 +151,7 @@ def rope_tables(config: ModelConfig, positions: NDArray[np.int64]) -> tuple[Floa
 
 
 def rotate(x: Floats, cos: Floats, sin: Floats) -> Floats:
-    """Rotary embedding in the half-split form: pairs are (x[j], x[j + D/2]). [M, heads, D] -> [M, heads, D]."""
+    """Rotary embedding of the pairs (x[j], x[j + D/2]). [M, heads, D] -> [M, heads, D]."""
     half = x.shape[-1] // 2
     turned: Floats = np.concatenate([-x[..., half:], x[..., :half]], axis=-1)
     return x * cos[:, None, :] + turned * sin[:, None, :]
@@ -194,13 +181,13 @@ def relu2(x: Floats) -> Floats:
 
 def silu(x: Floats) -> Floats:
     """x * sigmoid(x) (Hendrycks and Gimpel, 2016)."""
-    with np.errstate(over="ignore"):  # exp(-x) may reach infinity, where the quotient is rightly zero
+    with np.errstate(over="ignore"):  # exp(-x) may overflow to infinity; the quotient is then 0, as it should be
         return x / (ONE + np.exp(-x))
 
 
 @dataclass(frozen=True)
 class TernaryLinear:
-    """y = (q . t) * m / s + bias, with q, s the quantised input (optionally normed first) and t, m the weights."""
+    """y = (q . t) * m / s + bias, with q, s the quantised input (after an optional RMSNorm) and t, m the weights."""
 
     t: NDArray[np.int8]  # [N, K] in {-1, 0, 1}
     m: np.float32
@@ -219,7 +206,7 @@ class TernaryLinear:
 
 @dataclass(frozen=True)
 class DenseLinear:
-    """y = x . w + bias: a linear that the checkpoint leaves unquantised."""
+    """y = x . w + bias: a linear that is not quantised."""
 
     rows: "Rows"
     bias: Floats | None
@@ -232,7 +219,7 @@ class DenseLinear:
 
 @dataclass(frozen=True)
 class Rows:
-    """A matrix of bfloat16 or scaled int8 rows: embedding, head or dense linear. Stays in its stored form."""
+    """A matrix of bfloat16 or scaled int8 rows: embedding, LM head or dense linear, in the dtype of the file."""
 
     stored: NDArray[Any]  # [N, K], uint16 bit patterns or int8
     scale: Floats | None  # [N], for int8
@@ -262,13 +249,13 @@ def widen(stored: NDArray[Any]) -> Floats:
 
 
 def integer_product(q: NDArray[np.int8], t: NDArray[np.int8]) -> Floats:
-    """The exact sums of q * t: int8 [M, K], ternary int8 [N, K] -> whole numbers in float32 [M, N].
+    """The exact sums of q * t: int8 [M, K], ternary int8 [N, K] -> integers in float32 [M, N].
 
-    float32 holds whole numbers up to 2^24, and no partial sum of int8 times ternary over EXACT_COLUMNS columns is
-    larger, in whatever order the matrix product adds them up.
+    float32 represents all integers up to 2^24, and no partial sum of int8 times ternary over EXACT_COLUMNS columns is
+    larger, in whatever order the matrix product adds them.
     """
     if q.shape[1] > EXACT_COLUMNS:
-        raise ValueError(f"{q.shape[1]} columns are more than {EXACT_COLUMNS}: sums would not be exact")
+        raise ValueError(f"{q.shape[1]} columns are more than {EXACT_COLUMNS}: sums in float32 would not be exact")
     acc = np.empty((len(q), len(t)), np.float32)
     wide = q.astype(np.float32)
     for rows in tiles(*t.shape):
@@ -277,13 +264,13 @@ def integer_product(q: NDArray[np.int8], t: NDArray[np.int8]) -> Floats:
 
 
 def tiles(N: int, K: int) -> list[slice]:
-    """Row ranges that cut an [N, K] matrix into pieces of about TILE elements."""
+    """Row ranges that cut an [N, K] matrix into tiles of about TILE elements."""
     step = max(1, TILE // K)
     return [slice(start, start + step) for start in range(0, N, step)]
 
 
 def load_linears(checkpoint: PackedCheckpoint, layer: int, group: str) -> list[TernaryLinear | DenseLinear]:
-    """The linears of a group (see `config.GROUPS`), taken apart again from their one stored matrix."""
+    """The linears of a group (see `config.GROUPS`), split from the one matrix they are stored as."""
     config, name = checkpoint.config, f"layers.{layer}.{group}"
     segments, K = config.group_shape(group)
     bias = np.array(checkpoint.tensor(f"{name}.bias")) if config.group_bias(group) else None

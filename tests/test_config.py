@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from bitnet_numba.config import ModelConfig, RopeScaling
 from bitnet_numba.errors import ConfigError
+from tests.strategies import json_values
 from tools.make_checkpoint import LLAMA3_ROPE, PRESETS
 
 ONLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
@@ -123,11 +124,6 @@ def test_harmless_keys_pass() -> None:
     read(use_cache=True, transformers_version="5.0", auto_map={"AutoConfig": "x"}, sliding_window=None, new_key=False)
 
 
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=6,
-)
 keys = st.sampled_from([*BASE, "rope_scaling", "rope_parameters", "head_dim", "mlp_bias"]) | st.text(max_size=12)
 quantization_keys = st.sampled_from([*OFFLINE, "modules_to_not_convert", "use_rms_norm", "rms_norm_eps"])
 

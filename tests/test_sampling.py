@@ -20,16 +20,7 @@ from bitnet_numba.sampling import (
     sample,
     scale,
 )
-
-seeds = st.integers(0, 2**64 - 1)
-
-
-@st.composite
-def logit_vectors(draw: st.DrawFn, most: int = 200) -> np.ndarray:
-    """Random logits, float32; sometimes with ties."""
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    z = rng.normal(0, draw(st.sampled_from([0.1, 1.0, 5.0, 30.0])), draw(st.integers(1, most)))
-    return (np.round(z) if draw(st.booleans()) else z).astype(np.float32)
+from tests.strategies import logit_vectors, seeds
 
 
 def softmax(z: np.ndarray) -> np.ndarray:

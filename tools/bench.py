@@ -109,9 +109,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )  # fmt: skip
-    parser.add_argument("what", choices=("kernels", "decode", "prefill", "batch", "load", "all", "packing", "table"))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here (table: read them)")
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="write PNG charts here; needs matplotlib")
+    parser.add_argument(
+        "what",
+        choices=("kernels", "decode", "prefill", "batch", "load", "all", "packing", "table"),
+        help="what to measure; table: print the tables of an earlier run",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the figures to this file (table: read them from it)"
+    )
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="write PNG charts to this folder; needs matplotlib")
     args = parser.parse_args(argv)
     if args.what == "packing" and args.plot:
         parser.error("packing has no charts")

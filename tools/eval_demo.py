@@ -1,8 +1,8 @@
-"""Judge a model of the text world (the built-in one, unless another is named) on stories it has never seen.
+"""Evaluate a model of the text world (default: the built-in model) on stories it has never seen.
 
     python tools/eval_demo.py --backend reference -n 500
 
-What is measured is said in `tools/demo/evaluate.py`.
+`tools/demo/evaluate.py` describes what is measured.
 """
 
 import argparse
@@ -14,22 +14,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bitnet_numba.engine.engine import BACKENDS, load
 from bitnet_numba.errors import BitNetError
-from tools.demo.evaluate import BARS, judge, report
+from tools.demo.evaluate import THRESHOLDS, judge, report
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; exit code 0 if all bars are met, 1 if not, 2 for a user's mistake."""
+    """The command line; exit code 0 if all thresholds are met, 1 if not, 2 for a user's mistake."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("checkpoint", nargs="?", help="a packed checkpoint; without it the built-in model")
-    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what computes")
-    parser.add_argument("-n", "--number", type=int, default=500, help="stories, with two questions each")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other stories")
-    parser.add_argument("--samples", type=int, default=100, help="stories sampled for one request")
-    parser.add_argument("--conversations", type=int, default=24, help="that fill the context, for the perplexity")
-    parser.add_argument("--against", metavar="FOLDER", help="a second checkpoint whose perplexity is compared")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
+    parser.add_argument("checkpoint", nargs="?", help="a packed checkpoint (default: the built-in model)")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what runs the model")
+    parser.add_argument("-n", "--number", type=int, default=500, help="number of stories, with two questions each")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the stories")
+    parser.add_argument("--samples", type=int, default=100, help="number of stories sampled for one request")
+    parser.add_argument(
+        "--conversations",
+        type=int,
+        default=24,
+        help="number of conversations, each filling the context, for the perplexity",
+    )
+    parser.add_argument("--against", metavar="FOLDER", help="second checkpoint, to compare its perplexity")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     args = parser.parse_args(argv)
     if min(args.number, args.samples, args.conversations) < 1 or args.seed < 0:
         parser.error("-n, --samples and --conversations must be at least 1, --seed at least 0")
@@ -43,9 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     print(report(llm, figures))
     if args.json:
         args.json.write_text(json.dumps({"backend": llm.backend, **figures}, indent=1) + "\n")
-    missed = [name for name, bar in BARS.items() if figures[name] < bar]
+    missed = [name for name, threshold in THRESHOLDS.items() if figures[name] < threshold]
     if missed:
-        print(f"below the bar: {', '.join(missed)}", file=sys.stderr)
+        print(f"below the threshold: {', '.join(missed)}", file=sys.stderr)
     return 1 if missed else 0
 
 

@@ -1,8 +1,8 @@
 """Writes a random Hugging Face checkpoint of any supported class, for tests and benchmarks.
 
-    python tools/make_checkpoint.py --preset 2b-4t [--form online|offline|bitlinear] [--seed S] DST
+    python tools/make_checkpoint.py --preset 2b-4t [--format online|offline|bitlinear] [--seed S] DST
 
-The sizes are those of the published models; the weights and the tokenizer are made up, so a model says nonsense.
+The sizes are those of the published models; weights and tokenizer are random, so the model generates nonsense.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from bitnet_numba.config import GROUPS, ModelConfig
 from bitnet_numba.errors import BitNetError, CheckpointError
 from bitnet_numba.text.chat_template import BITNET_TEMPLATE
 
-FORMS = ("online", "offline", "bitlinear")
+WEIGHT_FORMATS = ("online", "offline", "bitlinear")
 QUANTIZATION = {
     "online": {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"},
     "offline": {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"},
@@ -40,7 +40,7 @@ LLAMA3_ROPE = {
 
 def preset(
     kind: str,
-    form: str,
+    weight_format: str,
     hidden: int,
     layers: int,
     heads: int,
@@ -50,7 +50,7 @@ def preset(
     context: int,
     **more: Any,
 ) -> tuple[str, dict[str, Any]]:
-    """The usual stored form and the config.json of a model: kind is bitnet, 1bitllm or llama."""
+    """The weight format and the config.json of a model; kind is bitnet, 1bitllm or llama."""
     architecture, activation = {
         "bitnet": ("BitNetForCausalLM", "relu2"),
         "1bitllm": ("BitnetForCausalLM", "silu"),
@@ -71,7 +71,7 @@ def preset(
         "rope_theta": 10000.0,
         "tie_word_embeddings": kind != "llama",
     }
-    return form, config | more
+    return weight_format, config | more
 
 
 FALCON3 = {"head_dim": 256, "rope_theta": 1000042.0, "rms_norm_eps": 1e-6}
@@ -105,12 +105,15 @@ PRESETS = {
 
 
 def make_checkpoint(
-    folder: Path, raw_config: dict[str, Any], form: str, seed: int = 0, dtype: str = "bf16", shards: int = 1
+    folder: Path, raw_config: dict[str, Any], weight_format: str, seed: int = 0, dtype: str = "bf16", shards: int = 1
 ) -> None:
-    """Writes a random checkpoint with the given config.json into a new folder, in a stored form and master type."""
+    """Writes a random checkpoint with the given config.json into a new folder.
+
+    weight_format: see checkpoint/huggingface.py. dtype: of the tensors that are not packed.
+    """
     if folder.exists():
-        raise CheckpointError(f"{folder} exists already")
-    quantization = QUANTIZATION[form] | raw_config.get("quantization_config", {})
+        raise CheckpointError(f"{folder} already exists")
+    quantization = QUANTIZATION[weight_format] | raw_config.get("quantization_config", {})
     raw = raw_config | {"quantization_config": quantization, "torch_dtype": "bfloat16"}
     end = raw["vocab_size"] - len(SPECIAL_TOKENS)
     raw |= {"bos_token_id": end, "eos_token_id": end + 1}
@@ -119,7 +122,7 @@ def make_checkpoint(
     write_json(folder / "config.json", raw)
     write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": [end + 1, end + 2]})
     write_tokenizer(folder, config.vocab_size, config.max_context)
-    plan = source_plan(config, form, MASTER_DTYPES[dtype], raw["architectures"][0] == "BitnetForCausalLM")
+    plan = source_plan(config, weight_format, MASTER_DTYPES[dtype], raw["architectures"][0] == "BitnetForCausalLM")
     names = list(plan)
     per_shard = -(-len(names) // shards)
     rng = np.random.default_rng(seed)
@@ -129,7 +132,7 @@ def make_checkpoint(
         file_name = "model.safetensors" if shards == 1 else f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         weight_map |= dict.fromkeys(part, file_name)
         with open(folder / file_name, "wb") as file:
-            write_tensors(file, part, random_tensors(part, form, rng), {"format": "pt"})
+            write_tensors(file, part, random_tensors(part, weight_format, rng), {"format": "pt"})
     if shards > 1:
         total = sum(spec.nbytes for spec in plan.values())
         write_json(
@@ -137,7 +140,7 @@ def make_checkpoint(
         )
 
 
-def source_plan(config: ModelConfig, form: str, dtype: str, first_spelling: bool) -> dict[str, TensorSpec]:
+def source_plan(config: ModelConfig, weight_format: str, dtype: str, first_spelling: bool) -> dict[str, TensorSpec]:
     """Every tensor of a Hugging Face checkpoint with its type and shape."""
     plan = {"model.embed_tokens.weight": TensorSpec(dtype, (config.vocab_size, config.hidden_size))}
     sub_norms = ("inner_attn_ln", "ffn_layernorm") if first_spelling else ("attn_sub_norm", "ffn_sub_norm")
@@ -152,7 +155,7 @@ def source_plan(config: ModelConfig, form: str, dtype: str, first_spelling: bool
             segments, K = config.group_shape(group)
             for module, N in zip(modules, segments, strict=True):
                 name = f"{prefix}.{module}"
-                if not config.is_ternary(name) or form == "online":
+                if not config.is_ternary(name) or weight_format == "online":
                     plan[f"{name}.weight"] = TensorSpec(dtype, (N, K))
                 else:
                     plan[f"{name}.weight"] = TensorSpec("U8", (N // 4, K))
@@ -168,7 +171,7 @@ def source_plan(config: ModelConfig, form: str, dtype: str, first_spelling: bool
 
 
 def random_tensors(
-    plan: dict[str, TensorSpec], form: str, rng: np.random.Generator
+    plan: dict[str, TensorSpec], weight_format: str, rng: np.random.Generator
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Random values for each tensor of a plan; every matrix has a spread of its own."""
     four_codes = np.array([a + 4 * b + 16 * c + 64 * d for a, b, c, d in np.ndindex(3, 3, 3, 3)], np.uint8)
@@ -178,7 +181,7 @@ def random_tensors(
             continue
         if name.endswith("weight_scale"):
             absmean = rng.uniform(0.01, 0.03)
-            values = np.full(spec.shape, absmean if form == "offline" else 1 / absmean, np.float32)
+            values = np.full(spec.shape, absmean if weight_format == "offline" else 1 / absmean, np.float32)
         elif name.endswith("norm.weight") or "layernorm" in name or "_ln." in name:
             values = rng.uniform(0.5, 1.5, spec.shape).astype(np.float32)
         else:
@@ -240,28 +243,34 @@ def write_tokenizer(folder: Path, vocab_size: int, context: int) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes JSON for people."""
+    """Writes indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("dst", metavar="DST", type=Path, help="the folder to write")
-    parser.add_argument("--preset", choices=PRESETS, required=True, help="which model's sizes")
-    parser.add_argument("--form", choices=FORMS, help="stored form (default: the one the model is published in)")
-    parser.add_argument("--dtype", choices=MASTER_DTYPES, default="bf16", help="floating-point type (default: bf16)")
-    parser.add_argument("--layers", type=int, help="another number of layers than the model has")
-    parser.add_argument("--shards", type=int, default=1, help="how many safetensors files (default: 1)")
+    parser.add_argument("dst", metavar="DST", type=Path, help="folder to write")
+    parser.add_argument("--preset", choices=PRESETS, required=True, help="model whose sizes are used")
+    parser.add_argument(
+        "--format",
+        "--form",
+        dest="weight_format",
+        choices=WEIGHT_FORMATS,
+        help="weight format (default: that of the published model)",
+    )
+    parser.add_argument("--dtype", choices=MASTER_DTYPES, default="bf16", help="floating-point dtype (default: bf16)")
+    parser.add_argument("--layers", type=int, help="number of layers (default: the model's)")
+    parser.add_argument("--shards", type=int, default=1, help="number of safetensors files (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default: 0)")
     args = parser.parse_args(argv)
-    form, config = PRESETS[args.preset]
+    weight_format, config = PRESETS[args.preset]
     if args.layers is not None:
         config = config | {"num_hidden_layers": args.layers}
     try:
         if not 1 <= args.shards <= 64 or args.seed < 0:
             raise CheckpointError("--shards must be between 1 and 64, and --seed at least 0")
-        make_checkpoint(args.dst, config, args.form or form, args.seed, args.dtype, args.shards)
+        make_checkpoint(args.dst, config, args.weight_format or weight_format, args.seed, args.dtype, args.shards)
     except BitNetError as error:
         print(f"make_checkpoint: {error}", file=sys.stderr)
         return 2

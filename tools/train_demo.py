@@ -4,7 +4,7 @@ Quantisation-aware training from scratch. Writes a Hugging Face folder with a bf
 packs:
 
     python tools/train_demo.py OUT --minutes 8              on a GPU; `--device cpu` works too, slowly
-    python tools/train_demo.py OUT --minutes 8 --resume     goes on from OUT/state.pt
+    python tools/train_demo.py OUT --minutes 8 --resume     continues from OUT/state.pt
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="where the Hugging Face folder is written")
-    parser.add_argument("--minutes", type=float, help="time for training, from the first step on; or give --steps")
-    parser.add_argument("--steps", type=int, help="number of training steps; or give --minutes")
+    parser.add_argument("folder", type=Path, help="Hugging Face folder to write")
+    parser.add_argument("--minutes", type=float, help="training time, from the first step on; or use --steps")
+    parser.add_argument("--steps", type=int, help="number of training steps; or use --minutes")
     parser.add_argument("--rows", type=int, default=128, help="conversations of 1024 tokens per step")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--seed", type=int, default=1, help="of the data and of the first weights")
+    parser.add_argument("--seed", type=int, default=1, help="seed of data and initial weights")
     parser.add_argument("--layers", type=int, default=Size.layers)
     parser.add_argument("--hidden", type=int, default=Size.hidden)
     parser.add_argument("--ffn", type=int, default=Size.ffn)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, help="processes that make the data (default: all cores but one)")
+    parser.add_argument("--workers", type=int, help="processes that generate data (default: all cores but one)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    parser.add_argument("--report", type=int, default=50, help="steps between two lines of progress")
-    parser.add_argument(
-        "--save-every", type=float, default=300, help="seconds between two saves of the state; 0: never"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on from FOLDER/state.pt")
+    parser.add_argument("--report", type=int, default=50, help="steps between progress lines")
+    parser.add_argument("--save-every", type=float, default=300, help="seconds between saved states; 0: never")
+    parser.add_argument("--resume", action="store_true", help="continue from FOLDER/state.pt")
     parser.add_argument("--init", type=Path, help="start from the weights of this Hugging Face folder")
-    parser.add_argument("--evaluate", type=int, default=500, help="held-out stories for the evaluation at the end")
+    parser.add_argument(
+        "--evaluate", type=int, default=500, help="number of held-out stories for the final evaluation; 0: none"
+    )
     args = parser.parse_args()
     if not (args.minutes or args.steps):
-        parser.error("give --minutes or --steps")
+        parser.error("--minutes or --steps is required")
     if args.hidden < 256 or args.hidden % 256 or min(args.layers, args.ffn, args.rows) < 1:
         parser.error("--hidden must be a multiple of 256 (groups of four heads of 64), the other sizes at least 1")
     if args.device.startswith("cuda") and not torch.cuda.is_available():

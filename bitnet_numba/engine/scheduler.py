@@ -212,7 +212,7 @@ class Scheduler:
         done, page = s.lease.computed, self._pool.page_size
         count = min(len(s.request.ids) - done, max(1, budget // page) * page)
         self._batch.prefill(s.slot, count)
-        # The backend works in order: whoever is admitted from now on can share these pages.
+        # The backend works in order: requests admitted from now on can share these pages.
         self._pool.mark_computed(s.lease, done + count)
         if done + count == len(s.request.ids):
             s.enqueued = 1

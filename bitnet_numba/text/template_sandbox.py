@@ -1,9 +1,9 @@
-"""Jinja's sandbox with bounds on time and memory, for templates that come with a model and are not trusted.
+"""Jinja's sandbox with limits on time and memory, for templates that come with a model and are not trusted.
 
-Jinja's own sandbox keeps a template from files and code, not from endless work. Here every loop step, call, filter and
-piece of output passes `_charge`, which watches the clock and adds up sizes; what one operation can blow up beyond
-that (repetition, formatting, joining, replacing) is measured beforehand, and filters and methods that published chat
-templates do not use are left out.
+Jinja's own sandbox keeps templates away from files and code, but does not limit their work. Here every loop step, call,
+filter and piece of output goes through `_charge`, which checks the time and adds up sizes. Operations whose result can
+be much larger than their input (repetition, formatting, joining, replacing) are estimated beforehand. Filters and
+methods that published chat templates do not use are not available.
 """
 
 import functools
@@ -19,11 +19,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-SECONDS = 5.0  # for one rendering; published templates take milliseconds
-LARGEST = 1_000_000  # characters and items in one value, beyond four times the conversation
-IN_ALL = 50  # values of the largest size that one rendering may make
-LONGEST_INTEGER = 1024  # bits
-WIDEST = 100  # columns of indentation
+SECONDS = 5.0  # per rendering; published templates take milliseconds
+MAX_SIZE = 1_000_000  # characters and items in one value, in addition to four times the conversation
+MAX_VALUES = 50  # total size that one rendering may create, in values of the maximum size
+MAX_INTEGER_BITS = 1024
+MAX_INDENT = 100  # columns
 
 FILTERS = """abs capitalize count d default dictsort e escape first float format groupby indent int items join last
     length list lower map max min reject rejectattr replace reverse safe select selectattr sort string sum title trim
@@ -35,20 +35,20 @@ METHODS = frozenset(
 )
 _CONTAINERS = (list, tuple, dict, set)
 _PLAIN = (str, bytes, int, float, *_CONTAINERS)
-_WIDE = re.compile(r"\d{3}|\*|:[^}]*\{")  # in a format: a width of three digits, or one that is not written there
+_WIDE = re.compile(r"\d{3}|\*|:[^}]*\{")  # in a format string: a width of three digits, or one that is an argument
 
-# Filters that only rewritten templates use: no name in a template can hold a space.
-_STEPS, _MADE = "loop steps", "value made"
+# Filters that only rewritten templates can use: no name in a template contains a space.
+_STEPS, _VALUE = "loop steps", "value made"
 
 
 class BoundedSandbox(ImmutableSandboxedEnvironment):
-    """Templates whose rendering ends soon; SecurityError where it would not. Call `begin` before each rendering."""
+    """Renders templates within the limits, otherwise raises SecurityError. Call `begin` before each rendering."""
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
     def __init__(self) -> None:
-        # Trimmed blocks and loop controls: as Hugging Face renders templates. Without the optimizer and with a
-        # `finalize` that needs a context, nothing is computed while a template is compiled.
+        # Trimmed blocks and loop controls: as in Hugging Face's renderer. Without the optimizer, and with a `finalize`
+        # that needs a context, nothing is evaluated at compile time.
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -62,44 +62,44 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         known["indent"] = _bounded_indent(known["indent"])
         known["tojson"] = self._to_json
         self.filters = {name: self._bounded(name, function) for name, function in known.items()}
-        self.filters |= {_STEPS: self._steps, _MADE: self._charge}
+        self.filters |= {_STEPS: self._steps, _VALUE: self._charge}
         self.begin(0)
 
     def begin(self, size: int) -> None:
-        """A rendering starts, of a conversation with this many characters."""
-        self._until = monotonic() + SECONDS
-        self._largest = LARGEST + 4 * size
-        self._left = IN_ALL * self._largest
+        """Resets the limits, for a conversation with `size` characters."""
+        self._deadline = monotonic() + SECONDS
+        self._max_size = MAX_SIZE + 4 * size
+        self._budget = MAX_VALUES * self._max_size
 
     def compile_bounded(self, source: str) -> Any:
-        """The template, with every loop counted and every new value measured."""
-        if len(source) > LARGEST:
+        """Compiles a template so that every loop step and every new value is charged."""
+        if len(source) > MAX_SIZE:
             raise SecurityError(f"it has {len(source):,} characters")
         return self.from_string(_Rewriter().visit(self.parse(source)))
 
     def render_pieces(self, pieces: Iterable[str]) -> str:
-        """Joins text, as Jinja joins every block of output; refused beyond the largest size."""
+        """Joins pieces of text, as Jinja joins the output of each block. SecurityError beyond the maximum size."""
         parts, size = [], 0
         for piece in pieces:
             size += len(piece)
-            if size > self._largest:
-                raise SecurityError("it makes too long a text")
+            if size > self._max_size:
+                raise SecurityError("it produces too long a text")
             parts.append(piece)
         self._charge(None)
         return "".join(parts)
 
     concat = render_pieces  # compiled templates call it for macros and blocks
 
-    # What templates do, each step of it charged
+    # Operations of templates, each of them charged
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**":
             raise SecurityError("powers are not allowed")
         if operator == "*" and not all(isinstance(value, int | float) for value in (left, right)):
             times = next((value for value in (left, right) if isinstance(value, int)), 1)
-            self._expect(max(self._size(left), self._size(right)) * times)
+            self._check_size(max(self._size(left), self._size(right)) * times)
         if operator == "%" and isinstance(left, str):
-            self._expect_format(left, left.count("%"), right)
+            self._check_format(left, left.count("%"), right)
         return self._charge(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
@@ -108,7 +108,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         if isinstance(__obj, LoopContext):  # a recursive loop
             args = (__self._steps(args[0]), *args[1:]) if args else args
         elif isinstance(owner, str) and name in ("join", "replace"):
-            args = __self._expect_built(name, (owner, *args))[1:]
+            args = __self._check_built(name, (owner, *args))[1:]
         elif not isinstance(__obj, Macro):
             __self._charge([args, kwargs])
         return __self._charge(super().call(__context, __obj, *args, **kwargs))
@@ -123,7 +123,7 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
             return None
 
         def bounded(*args: Any, **kwargs: Any) -> str:
-            self._expect_format(value.__self__, value.__self__.count("{"), [args, kwargs])
+            self._check_format(value.__self__, value.__self__.count("{"), [args, kwargs])
             return str(wrapped(*args, **kwargs))
 
         return bounded
@@ -136,10 +136,10 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
             # Jinja passes what the filter works on first, or behind the context that some filters want.
             own = [value for value in args if not isinstance(value, Context | nodes.EvalContext | Environment)]
             if name in ("join", "replace"):
-                built = self._expect_built(name, [*own, *kwargs.values()])
+                built = self._check_built(name, [*own, *kwargs.values()])
                 args = (*args[: len(args) - len(own)], *built[: len(own)])
             elif name == "format":
-                self._expect_format(str(own[0]), str(own[0]).count("%"), [own[1:], kwargs])
+                self._check_format(str(own[0]), str(own[0]).count("%"), [own[1:], kwargs])
             return self._charge(self._counted(function(*args, **kwargs)))
 
         return bounded
@@ -152,25 +152,25 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
-        """JSON as Hugging Face's templates have it: not escaped for HTML."""
+        """JSON as in Hugging Face's templates: not escaped for HTML."""
         if indent is not None:
             _check_width(indent)
         encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
         return self.render_pieces(encoder.iterencode(value))
 
-    # Bounds
+    # Limits
 
     def _charge(self, value: Any) -> Any:
-        """The value, unless it is too large or time is up."""
-        if monotonic() > self._until:
+        """Returns the value; raises SecurityError if it is too large or time is up."""
+        if monotonic() > self._deadline:
             raise SecurityError(f"it takes longer than {SECONDS:g} seconds")
-        self._left -= self._size(value)
-        if self._left < 0:
-            raise SecurityError("it makes too much text")
+        self._budget -= self._size(value)
+        if self._budget < 0:
+            raise SecurityError("it produces too much text")
         return value
 
     def _size(self, value: Any) -> int:
-        """Characters and items of a value and all it holds, an item counted as often as it would be printed."""
+        """Number of characters and items in a value, recursively; an item counts as often as it would be printed."""
         size, stack = 0, [value]
         while stack:
             item = stack.pop()
@@ -179,14 +179,14 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
             elif isinstance(item, _CONTAINERS):
                 size += 1 + len(item)
                 stack += [*item, *item.values()] if isinstance(item, dict) else item
-            elif isinstance(item, int) and item.bit_length() > LONGEST_INTEGER:
+            elif isinstance(item, int) and item.bit_length() > MAX_INTEGER_BITS:
                 raise SecurityError("a number is too large")
-            elif isinstance(item, Namespace):  # one that holds itself is found endless here
+            elif isinstance(item, Namespace):  # one that contains itself exceeds the limit here
                 size += 1
                 stack.append(object.__getattribute__(item, "_Namespace__attrs"))
             else:
                 size += 1
-            if size > self._largest:
+            if size > self._max_size:
                 raise SecurityError("a value is too long")
         return size
 
@@ -196,34 +196,34 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
             yield value
 
     def _counted(self, value: Any) -> Any:
-        """Iterators, whose items cannot be measured yet, with each step charged."""
+        """Wraps iterators, whose items cannot be measured yet, so that each step is charged."""
         return self._steps(value) if isinstance(value, Iterator) else value
 
-    def _expect(self, size: int) -> None:
-        """Refuses an operation whose result would be this large."""
-        if size > self._largest:
+    def _check_size(self, size: int) -> None:
+        """Raises SecurityError if a result of this size would be too large."""
+        if size > self._max_size:
             raise SecurityError("a value is too long")
 
-    def _expect_format(self, form: str, fields: int, values: Any) -> None:
+    def _check_format(self, form: str, fields: int, values: Any) -> None:
         if _WIDE.search(form):
-            raise SecurityError("so wide a format is not allowed")
-        self._expect(len(form) + fields * (99 + self._size(values)))
+            raise SecurityError("such a wide format is not allowed")
+        self._check_size(len(form) + fields * (99 + self._size(values)))
 
-    def _expect_built(self, name: str, args: Iterable[Any]) -> tuple[Any, ...]:
-        """The arguments of a replacement (text, old, new) or join (of items and separator, either way round)."""
+    def _check_built(self, name: str, args: Iterable[Any]) -> tuple[Any, ...]:
+        """Checks and returns the arguments of replace (text, old, new) or join (items and separator, in any order)."""
         args = tuple(list(value) if isinstance(value, Iterator) else value for value in args)
         sizes = [self._size(value) for value in args]
         if name == "replace" and len(args) > 2:
-            self._expect(sizes[0] + str(args[0]).count(str(args[1])) * sizes[2])
+            self._check_size(sizes[0] + str(args[0]).count(str(args[1])) * sizes[2])
         elif name == "join" and len(args) > 1:
             texts = [value for value in args if isinstance(value, str)]
             items = max(len(value) for value in args if isinstance(value, Sized))
-            self._expect(sum(sizes) + items * sum(len(text) for text in texts))
+            self._check_size(sum(sizes) + items * sum(len(text) for text in texts))
         return args
 
 
 class _Rewriter(NodeTransformer):
-    """Lets every loop, and every value that a template writes down or stores, pass a filter of the sandbox."""
+    """Passes the iterable of every loop and every value that a template creates or stores through a filter."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
@@ -232,22 +232,22 @@ class _Rewriter(NodeTransformer):
 
     def visit_Assign(self, node: nodes.Assign) -> nodes.Assign:
         self.generic_visit(node)
-        node.node = _filtered(node.node, _MADE)
+        node.node = _filtered(node.node, _VALUE)
         return node
 
-    def _made(self, node: nodes.Expr) -> nodes.Expr:
+    def _charged(self, node: nodes.Expr) -> nodes.Expr:
         self.generic_visit(node)
-        return _filtered(node, _MADE)
+        return _filtered(node, _VALUE)
 
-    visit_List = visit_Dict = _made
+    visit_List = visit_Dict = _charged
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
         self.generic_visit(node)
-        node.nodes = [_filtered(part, _MADE) for part in node.nodes]  # each is made a text first
-        return _filtered(node, _MADE)
+        node.nodes = [_filtered(part, _VALUE) for part in node.nodes]  # each is converted to a string first
+        return _filtered(node, _VALUE)
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:
-        return self._made(node) if node.ctx == "load" else node
+        return self._charged(node) if node.ctx == "load" else node
 
 
 def _filtered(node: nodes.Node, name: str) -> nodes.Filter:
@@ -263,10 +263,10 @@ def _bounded_indent(function: Callable[..., str]) -> Callable[..., str]:
 
 
 def _check_width(width: Any) -> None:
-    if (len(width) if isinstance(width, str) else width) > WIDEST:
-        raise SecurityError("so wide an indentation is not allowed")
+    if (len(width) if isinstance(width, str) else width) > MAX_INDENT:
+        raise SecurityError("such a wide indentation is not allowed")
 
 
 def size_of(messages: Iterable[Mapping[str, Any]]) -> int:
-    """Characters of a conversation's contents."""
+    """Number of characters in a conversation's contents."""
     return sum(len(message["content"]) for message in messages)

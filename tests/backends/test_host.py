@@ -1,5 +1,6 @@
-"""The reference batch against the reference context: the same tokens and the same numbers, to the bit."""
+"""HostContext with the reference model, and HostBatch against it: the same tokens and the same numbers, bit for bit."""
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,20 @@ from hypothesis import strategies as st
 
 import bitnet_numba as bn
 from bitnet_numba.backends import host
-from bitnet_numba.backends.host import HostBackend, HostBatch, PagedCache, page_bytes, reference_backend
+from bitnet_numba.backends.host import (
+    PAGE_SIZE,
+    HostBackend,
+    HostBatch,
+    PagedCache,
+    extend,
+    page_bytes,
+    reference_backend,
+)
 from bitnet_numba.backends.protocol import NO_TOKEN, Batch
 from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.errors import BackendError
-from bitnet_numba.reference.model import PIECE, Cache, Rows
+from bitnet_numba.reference.model import Cache, Rows
 from bitnet_numba.sampling import SamplingParams
 
 GREEDY = SamplingParams(seed=0)
@@ -39,7 +48,45 @@ def alone(backend: HostBackend, ids: list[int], params: SamplingParams, count: i
     return [next(decoding) for _ in range(count)]
 
 
-lengths = st.sampled_from([1, 2, 40, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE, 150])
+def test_backend_decodes_greedily(tiny_packed: Path) -> None:
+    """Each token is the best of the logits after those before it, and truncation makes the context forget. Compared are
+    the same forward calls, which agree to the bit."""
+    backend = reference_backend(open_packed(tiny_packed))
+    context, other = backend.new_context(40), backend.new_context(40)
+    prompt = [5, 6, 7]
+    tokens = list(islice(context.decode(prompt, SamplingParams()), 6))
+    assert context.ids == prompt + tokens[:-1]
+    fed = [prompt, *([token] for token in tokens[:-1])]
+    assert [int(other.logits(ids)[-1].argmax()) for ids in fed] == tokens
+    fresh = backend.new_context(40)
+    fresh.logits(prompt)
+    again = []
+    for one in (context, fresh):
+        one.truncate(2)
+        assert one.ids == prompt[:2]
+        again.append(list(islice(one.decode([9, 8], SamplingParams()), 6)))
+    assert again[0] == again[1]
+
+
+def test_backend_fills_its_context(tiny_packed: Path) -> None:
+    context = reference_backend(open_packed(tiny_packed)).new_context(8)
+    tokens = list(context.decode([1, 2, 3], SamplingParams(temperature=1.0, seed=1)))
+    assert len(tokens) == 6 and len(context.ids) == 8
+    with pytest.raises(ValueError, match="1 tokens do not fit: 8 of 8 are in use"):
+        context.logits([1])
+    with pytest.raises(ValueError, match="cannot truncate"):
+        context.truncate(9)
+
+
+def test_memory_is_reported(tiny_packed: Path) -> None:
+    packed = open_packed(tiny_packed)
+    weights = reference_backend(packed).memory()["weights"]
+    config = packed.config
+    linears = sum(sum(rows) * K for rows, K in map(config.group_shape, ("qkv", "o", "gate_up", "down")))
+    assert weights == config.num_layers * linears + 2 * config.vocab_size * config.hidden_size
+
+
+lengths = st.sampled_from([1, 2, 40, PAGE_SIZE - 1, PAGE_SIZE, PAGE_SIZE + 1, 2 * PAGE_SIZE, 150])
 
 
 @given(st.lists(st.tuples(lengths, st.integers(0, 2), st.floats(0, 1.5)), min_size=1, max_size=4), st.data())
@@ -57,7 +104,7 @@ def test_in_company_as_alone(backend: HostBackend, asked: list[tuple[int, int, f
         rest[slot] = length
     while rest:
         slot = data.draw(st.sampled_from(sorted(rest)))
-        count = min(rest[slot], PIECE * data.draw(st.integers(1, 3)))
+        count = min(rest[slot], PAGE_SIZE * data.draw(st.integers(1, 3)))
         batch.prefill(slot, count)
         rest[slot] -= count
         if rest[slot] == 0:
@@ -76,33 +123,33 @@ def collect(batch: Batch, got: dict[int, list[int]]) -> None:
         got[slot].append(token)
 
 
-@given(st.lists(st.integers(1, 3), min_size=1, max_size=3), st.integers(1, PIECE), st.integers(0, 99))
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=3), st.integers(1, PAGE_SIZE), st.integers(0, 99))
 @settings(max_examples=10)
 def test_paged_equals_contiguous(backend: HostBackend, calls: list[int], last: int, seed: int) -> None:
     """Hidden states, keys and values, however a prompt is divided at the ends of pages."""
     model, config = backend.model, backend.model.config
-    ids = prompt_of(PIECE * sum(calls) + last, seed)
+    ids = prompt_of(PAGE_SIZE * sum(calls) + last, seed)
     pages = np.random.default_rng(seed).permutation(12)[: sum(calls) + 1]
-    pool = np.full((12, config.num_layers, 2, PIECE, config.num_kv_heads, config.head_dim), np.nan, np.float32)
+    pool = np.full((12, config.num_layers, 2, PAGE_SIZE, config.num_kv_heads, config.head_dim), np.nan, np.float32)
     paged, whole = PagedCache(pool, pages.tolist(), 0), Cache(config, len(ids))
-    expected = np.concatenate(list(model.extend(ids, whole)))
+    expected = np.concatenate(list(extend(model, ids, whole)))
     hidden = []
-    for part in np.split(np.array(ids), np.cumsum(calls) * PIECE):
-        hidden += list(model.extend(part.tolist(), paged))
+    for part in np.split(np.array(ids), np.cumsum(calls) * PAGE_SIZE):
+        hidden += list(extend(model, part.tolist(), paged))
     np.testing.assert_array_equal(np.concatenate(hidden), expected)
     held = pool[pages].transpose(1, 2, 0, 3, 4, 5).reshape(config.num_layers, 2, -1, *pool.shape[4:])
     np.testing.assert_array_equal(held[:, :, : len(ids)], whole.values)
 
 
 def test_a_shared_beginning_is_read_and_not_computed_again(backend: HostBackend) -> None:
-    beginning = prompt_of(2 * PIECE, 1)
+    beginning = prompt_of(2 * PAGE_SIZE, 1)
     batch = backend.new_batch(2, 300)
     assert isinstance(batch, HostBatch)
     first, second = [*beginning, 5, 6], [*beginning, 7]
     batch.start(0, first, GREEDY, [0, 1, 2], 0)
     batch.prefill(0, len(first))
     shared = batch._pool[:2].copy()
-    batch.start(1, second, GREEDY, [0, 1, 3], 2 * PIECE)
+    batch.start(1, second, GREEDY, [0, 1, 3], 2 * PAGE_SIZE)
     fed: list[int] = []
     forward = backend.model.forward
     backend.model.forward = lambda ids, cache: fed.append(len(ids)) or forward(ids, cache)  # type: ignore
@@ -127,13 +174,13 @@ def test_numbers_that_are_not_finite_stay_with_their_sequence(tiny_packed: Path)
     bad, stored = 77, np.array(backend.model.embedding.stored)
     stored[bad] = 0x7F80  # infinity in bfloat16
     backend.model.embedding = Rows(stored, None)  # the head keeps its own
-    good = [i for i in prompt_of(2 * PIECE, 3) if i != bad] + [5] * 9
-    broken = [*good[:PIECE], bad, *good[PIECE + 1 : PIECE + 80]]
+    good = [i for i in prompt_of(2 * PAGE_SIZE, 3) if i != bad] + [5] * 9
+    broken = [*good[:PAGE_SIZE], bad, *good[PAGE_SIZE + 1 : PAGE_SIZE + 80]]
     batch = backend.new_batch(3, 200)
     for slot, ids, pages, computed in (
         (0, broken, [0, 1, 2], 0),
-        (1, good[:100], [0, 3], PIECE),
-        (2, broken, [0, 1, 4], 2 * PIECE),
+        (1, good[:100], [0, 3], PAGE_SIZE),
+        (2, broken, [0, 1, 4], 2 * PAGE_SIZE),
     ):
         batch.start(slot, ids, GREEDY, pages, computed)
         batch.prefill(slot, len(ids) - computed)
@@ -147,17 +194,17 @@ def test_numbers_that_are_not_finite_stay_with_their_sequence(tiny_packed: Path)
 
 def test_room_follows_what_is_asked_for(backend: HostBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     config = backend.model.config
-    assert backend.new_batch(3, PIECE + 1).num_pages == 6
-    assert backend.new_batch(3, PIECE + 1, PIECE * 4 + 1).num_pages == 5
+    assert backend.new_batch(3, PAGE_SIZE + 1).num_pages == 6
+    assert backend.new_batch(3, PAGE_SIZE + 1, PAGE_SIZE * 4 + 1).num_pages == 5
     monkeypatch.setattr("bitnet_numba.backends.host.POOL_BYTES", 4 * page_bytes(config))
-    assert backend.new_batch(3, PIECE + 1).num_pages == 4
-    assert backend.new_batch(3, 9 * PIECE).num_pages == 9  # one sequence always has room
+    assert backend.new_batch(3, PAGE_SIZE + 1).num_pages == 4
+    assert backend.new_batch(3, 9 * PAGE_SIZE).num_pages == 9  # one sequence always has room
 
     def no_memory(*arguments: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(host.np, "empty", no_memory)
-    with pytest.raises(BackendError, match=r"room for 640 tokens takes .* GB of memory"):
+    with pytest.raises(BackendError, match=r"a KV cache for 640 tokens needs .* GB of memory"):
         backend.new_batch(1, 640)
 
 
@@ -168,16 +215,18 @@ def test_misuse_is_noticed(backend: HostBackend) -> None:
         (0, [5], [], 0),
         (0, [5], [batch.num_pages], 0),
         (0, [5] * 70, [0, 1], 3),
-        (0, [5] * PIECE, [0], PIECE),
+        (0, [5] * PAGE_SIZE, [0], PAGE_SIZE),
     ):
         slot, ids, pages, computed = arguments
-        with pytest.raises(ValueError, match=r"no slot 1|cannot lie in pages|are not whole pages or leave none"):
+        with pytest.raises(
+            ValueError, match=r"no slot 1|does not fit in pages|must be full pages and leave at least one"
+        ):
             batch.start(slot, ids, GREEDY, pages, computed)
     batch.start(0, [5] * 70, GREEDY, [0, 1], 0)
     for count in (0, 5, 71):
         with pytest.raises(ValueError, match="end neither a page nor the prompt"):
             batch.prefill(0, count)
-    with pytest.raises(ValueError, match="has not computed its prompt"):
+    with pytest.raises(ValueError, match="prompt of slot 0 is not complete"):
         batch.step([0])
     batch.close()
 
@@ -227,4 +276,4 @@ def test_questions_about_one_story_share_it(demo: Engine) -> None:
     together = demo.generate_batch(questions)
     assert [completion.text for completion in together] == [demo.generate(question).text for question in questions]
     reused = [completion.stats.reused_tokens for completion in together]
-    assert reused[0] == 0 and reused[1] == reused[2] and reused[1] >= 2 * PIECE
+    assert reused[0] == 0 and reused[1] == reused[2] and reused[1] >= 2 * PAGE_SIZE

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from bitnet_numba.bfloat16 import to_float32
 from bitnet_numba.checkpoint.huggingface import HuggingFaceCheckpoint
@@ -22,6 +21,7 @@ from bitnet_numba.errors import BitNetError, CheckpointError
 from bitnet_numba.packing import pack_ternary
 from bitnet_numba.quantize import ternarize
 from tests.conftest import edit_config, mutate, rewrite
+from tests.strategies import byte_edits
 from tools.convert import convert, main
 from tools.make_checkpoint import PRESETS, make_checkpoint
 
@@ -353,10 +353,7 @@ def test_revision_needs_a_hub_id(source: Path, tmp_path: Path, capsys: pytest.Ca
     assert "--revision needs a hub id" in capsys.readouterr().err
 
 
-edits = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=4)), max_size=3)
-
-
-@given(edits, edits)
+@given(byte_edits(3), byte_edits(3))
 def test_fuzzed_sources(
     tiny_source: Path,
     tmp_path_factory: pytest.TempPathFactory,

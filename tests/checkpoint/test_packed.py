@@ -17,6 +17,7 @@ from bitnet_numba.checkpoint.safetensors_file import DTYPES, TensorFile, TensorS
 from bitnet_numba.errors import BitNetError, CheckpointError, ConfigError
 from bitnet_numba.reference.model import Cache, Model
 from tests.conftest import edit_config, mutate, rewrite
+from tests.strategies import byte_edits
 
 
 @pytest.fixture
@@ -175,10 +176,7 @@ def test_every_truncation_is_noticed(packed: Path) -> None:
         open_packed(packed)
 
 
-mutations = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=4)), max_size=4)
-
-
-@given(mutations, mutations, st.floats(0, 1))
+@given(byte_edits(4), byte_edits(4), st.floats(0, 1))
 def test_fuzzed_bytes(
     tiny_packed: Path,
     tmp_path_factory: pytest.TempPathFactory,

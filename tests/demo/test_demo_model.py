@@ -15,7 +15,7 @@ from bitnet_numba.text.chat_template import Message
 from tests.demo.demo_in_transformers import CONVERSATIONS, GOLDEN_DEMO, prompt_ids, write_hugging_face
 from tests.golden.record import LAST, Transformers
 from tests.int8_activations import LOGITS_TOLERANCE, check_logits, imposed, per_linear, recorded_groups
-from tools.demo.evaluate import FIRST_SEED, LONGEST_ANSWER, message, perplexity, turns_of
+from tools.demo.evaluate import FIRST_SEED, MAX_ANSWER, message, perplexity, turns_of
 from tools.demo.world.conversation import QUESTION, STORY, Turn, conversation
 
 MOST_BYTES = 8_000_000
@@ -80,7 +80,7 @@ def answered(llm: Engine, seed: int) -> list[tuple[Turn, str]]:
         for turn in turns_of(seed):
             said.append(message("user", turn.user))
             if turn.kind == QUESTION:
-                answers.append((turn, session.generate(said, max_new_tokens=LONGEST_ANSWER).text))
+                answers.append((turn, session.generate(said, max_new_tokens=MAX_ANSWER).text))
             said.append(message("assistant", turn.assistant))
     return answers
 

@@ -28,7 +28,8 @@ from bitnet_numba.errors import BackendError, BitNetError, CheckpointError, Cont
 from bitnet_numba.sampling import SamplingParams, read_sampling, sample
 from bitnet_numba.text.stop_strings import StopStrings
 from bitnet_numba.text.tokenizer import StreamDecoder, Tokenizer
-from tests.engine.toy_backend import TOKENIZER, VOCAB, sampling, some_ids, tokens_of, toy_engine, toy_logits
+from tests.engine.toy_backend import TOKENIZER, VOCAB, tokens_of, toy_engine, toy_logits
+from tests.strategies import sampling, some_ids
 
 EOT = 1999
 HI = [{"role": "user", "content": "Hi."}]

@@ -16,7 +16,8 @@ from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.scheduler import Scheduler, Update
 from bitnet_numba.errors import BackendError, ContextFull, RequestError
 from bitnet_numba.sampling import SamplingParams
-from tests.engine.toy_backend import TOKENIZER, VOCAB, ToyBackend, sampling, some_ids, tokens_of, toy_engine, toy_logits
+from tests.engine.toy_backend import TOKENIZER, VOCAB, ToyBackend, tokens_of, toy_engine, toy_logits
+from tests.strategies import sampling, some_ids
 
 EOT = 1999
 CONTEXT = 48

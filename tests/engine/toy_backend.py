@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from bitnet_numba.backends.protocol import NO_TOKEN
@@ -18,17 +17,6 @@ from tests.conftest import GOLDEN
 VOCAB = 2000
 TOKENIZER = Tokenizer.open(GOLDEN / "tokenizer", VOCAB)
 CONFIG = ModelConfig(VOCAB, 64, 64, 1, 1, 1, 64, 4096, 1e-5, 1e4, "relu2", sub_norms=True, tied=True)
-
-some_ids = st.lists(st.integers(0, 1989), min_size=1, max_size=30)  # no special tokens: none of these ends an answer
-sampling = st.builds(
-    SamplingParams,
-    temperature=st.sampled_from([0.0, 0.7, 1.5]),
-    top_p=st.sampled_from([1.0, 0.9]),
-    top_k=st.sampled_from([0, 40]),
-    min_p=st.sampled_from([0.0, 0.05]),
-    repetition_penalty=st.sampled_from([1.0, 1.3]),
-    seed=st.integers(0, 2**64 - 1),
-)
 
 
 class ToyBackend:

@@ -7,7 +7,6 @@ logits differ by float32 rounding, a few 1e-6 of their spread; 1e-4 is required.
 """
 
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitnet_numba.backends.host import reference_backend
 from bitnet_numba.checkpoint.convert import convert
 from bitnet_numba.checkpoint.huggingface import HuggingFaceCheckpoint
 from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.reference import model as ref
 from bitnet_numba.reference.model import Cache, Model
-from bitnet_numba.sampling import SamplingParams
 from tests.conftest import GoldenCase
 from tests.int8_activations import LOGITS_TOLERANCE, check_logits, collected, imposed, per_linear, recorded_groups
 from tools.make_checkpoint import LLAMA3_ROPE, PRESETS, make_checkpoint
@@ -251,41 +248,3 @@ def test_every_supported_class_runs(variant: str, head: str, tmp_path: Path) -> 
 
 def _down_shape(model: Model) -> tuple[int, int]:
     return model.config.hidden_size, model.config.intermediate_size
-
-
-def test_backend_decodes_greedily(tiny_packed: Path) -> None:
-    """Each token is the best of the logits after those before it, and truncation makes the context forget. Compared are
-    the same forward calls, which agree to the bit."""
-    backend = reference_backend(open_packed(tiny_packed))
-    context, other = backend.new_context(40), backend.new_context(40)
-    prompt = [5, 6, 7]
-    tokens = list(islice(context.decode(prompt, SamplingParams()), 6))
-    assert context.ids == prompt + tokens[:-1]
-    fed = [prompt, *([token] for token in tokens[:-1])]
-    assert [int(other.logits(ids)[-1].argmax()) for ids in fed] == tokens
-    fresh = backend.new_context(40)
-    fresh.logits(prompt)
-    again = []
-    for one in (context, fresh):
-        one.truncate(2)
-        assert one.ids == prompt[:2]
-        again.append(list(islice(one.decode([9, 8], SamplingParams()), 6)))
-    assert again[0] == again[1]
-
-
-def test_backend_fills_its_context(tiny_packed: Path) -> None:
-    context = reference_backend(open_packed(tiny_packed)).new_context(8)
-    tokens = list(context.decode([1, 2, 3], SamplingParams(temperature=1.0, seed=1)))
-    assert len(tokens) == 6 and len(context.ids) == 8
-    with pytest.raises(ValueError, match="1 tokens do not fit 0 free places"):
-        context.logits([1])
-    with pytest.raises(ValueError, match="cannot cut"):
-        context.truncate(9)
-
-
-def test_memory_is_reported(tiny_packed: Path) -> None:
-    packed = open_packed(tiny_packed)
-    weights = reference_backend(packed).memory()["weights"]
-    config = packed.config
-    linears = sum(sum(rows) * K for rows, K in map(config.group_shape, ("qkv", "o", "gate_up", "down")))
-    assert weights == config.num_layers * linears + 2 * config.vocab_size * config.hidden_size

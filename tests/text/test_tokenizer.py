@@ -1,45 +1,21 @@
-"""Tokenizer: recorded encodings, exact streaming, templates and their sandbox, tiktoken vocabularies, bad files."""
+"""Tokenizer: recorded encodings, exact streaming, special tokens, damaged files."""
 
-import base64
 import json
-import random
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiktoken
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers
 
-from bitnet_numba.errors import ContextFull, RequestError, TokenizerError
-from bitnet_numba.text import template_sandbox
-from bitnet_numba.text.chat_template import ChatTemplate
-from bitnet_numba.text.tiktoken import SPLIT_PATTERN, byte_alphabet, last_merge, read_ranks, special_tokens
-from bitnet_numba.text.tokenizer import StreamDecoder, Tokenizer, from_tiktoken
-from tests.conftest import GOLDEN
+from bitnet_numba.errors import ContextFull, TokenizerError
+from bitnet_numba.text.tokenizer import StreamDecoder, Tokenizer
+from tests.text.conftest import BOS, EOS, EOT, FOLDER, HI, TOKENIZER, set_config
 
-FOLDER = GOLDEN / "tokenizer"
 CASES = json.loads((FOLDER / "tokenizer_cases.json").read_text(encoding="utf-8"))
-TOKENIZER = Tokenizer.open(FOLDER)
-BOS, EOS, EOT = 1990, 1991, 1999
-HI = [{"role": "user", "content": "Hi."}]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A copy of the golden tokenizer that a test may change."""
-    return Path(shutil.copytree(FOLDER, tmp_path / "model"))
-
-
-def set_config(folder: Path, **changes: Any) -> Path:
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps(config))
-    return folder
 
 
 # Recorded encodings
@@ -216,159 +192,6 @@ def test_stop_ids_that_are_no_tokens_are_told(folder: Path, eos: object, caplog:
     assert len(caplog.messages) == 1 and "is not a token of this model" in caplog.messages[0]
 
 
-# Chat templates
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "T:{{ messages[0]['content'] }}",
-        {"default": "T:{{ messages[0]['content'] }}", "tools": "no"},
-        [{"name": "tools", "template": "no"}, {"name": "default", "template": "T:{{ messages[0]['content'] }}"}],
-    ],
-    ids=["text", "object", "list"],
-)
-def test_all_forms_of_stored_templates(folder: Path, template: Any) -> None:
-    assert Tokenizer.open(set_config(folder, chat_template=template)).apply_chat_template(HI) == "T:Hi."
-
-
-def test_a_template_file_comes_first(folder: Path) -> None:
-    (folder / "chat_template.jinja").write_text("F:{{ messages[0]['content'] }}")
-    assert Tokenizer.open(folder).apply_chat_template(HI) == "F:Hi."
-
-
-def test_without_a_template_turns_are_plain(folder: Path) -> None:
-    tokenizer = Tokenizer.open(set_config(folder, chat_template=None))
-    assert not tokenizer.has_chat_template and TOKENIZER.has_chat_template
-    assert tokenizer.apply_chat_template(HI) == "User: Hi.\nAssistant:"
-    assert tokenizer.chat_stop == ("\nUser:",) and TOKENIZER.chat_stop == ()
-
-
-def test_template_helpers_as_hugging_face_has_them() -> None:
-    source = (
-        "{%- for m in messages %}\n    {%- if loop.index > 1 %}{% break %}{% endif %}\n{{ m | tojson }}\n{%- endfor %}"
-        "{{ strftime_now('%Y') | length }}{{ eos_token }}{{ tools is none }}"
-    )
-    messages = [{"role": "user", "content": "\u00e9<&"}, *HI]
-    rendered = ChatTemplate(source, {"eos_token": "</s>"}).render(messages)
-    assert rendered == '{"role": "user", "content": "\u00e9<&"}4</s>True'
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
-        ("{{ raise_exception.__globals__.json.decoder }}", "unsafe"),
-        ("{{ cycler.__init__.__globals__.os.system('true') }}", "unsafe"),
-        ("{{ messages.append(1) }}", "unsafe"),
-        ("{{ messages[0].update(role='x') }}", "unsafe"),
-        ("{{ '{0.__class__.__mro__}'.format(messages) }}", "unsafe"),
-        ("{% for i in range(10**9) %}{% endfor %}", "powers are not allowed"),
-        ("{% for i in range(1000000000) %}{% endfor %}", "Range too big"),
-        ("{{ 'a' * 100000000000 }}", "a value is too long"),
-        ("{{ 100000000000 * [1] }}", "a value is too long"),
-        ("{{ raise_exception('only\\nuser messages') }}", "only user messages"),
-        ("{% if", "unexpected"),
-        ("{{ nothing.at.all }}", "undefined"),
-        ("{{ 1 / 0 }}", "division by zero"),
-        ("{% include '/etc/passwd' %}", "loader"),
-        ("{{ messages | nosuch }}", "nosuch"),
-    ],
-)
-def test_templates_cannot_leave_their_sandbox(source: str, message: str) -> None:
-    with pytest.raises(TokenizerError, match=message) as caught:
-        ChatTemplate(source, {}).render(HI)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% for i in range(99999) recursive %}{{ loop(range(99999)) }}{% endfor %}",
-        "{{ range(99999) | map('string') | map('length') | map('string') | select('in', range(99999)) | list }}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-        "{% set n = namespace(a='aa') %}{% for i in range(60) %}{% set n.a = n.a + n.a %}{% endfor %}",
-        "{% set n = namespace(a='aa') %}{% for i in range(60) %}{% set n.a = n.a ~ n.a %}{% endfor %}",
-        "{% set n = namespace(a=[1]) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a }}",
-        "{% set n = namespace(a=1) %}{% set n.n = [n, n] %}{{ n ~ '' }}",
-        "{% set n = namespace(a=9) %}{% for i in range(60) %}{% set n.a = n.a * n.a %}{% endfor %}",
-        "{% set a = 'aaaaaaaaaa' * 90000 %}{% for i in range(99999) %}{{ a }}{% endfor %}",
-        "{% set a %}{% for i in range(99999) %}{{ 'aaaaaaaaaa' * 9000 }}{% endfor %}{% endset %}",
-        "{{ '%1000000000d' | format(1) }}",
-        "{{ '%*d' | format(1000000000, 1) }}",
-        "{{ '%1000000000d' % 1 }}",
-        "{{ '{:>1000000000}'.format(1) }}",
-        "{{ '{:>{}}'.format(1, 1000000000) }}",
-        "{{ ('{0}' * 99999).format('a' * 99999) }}",
-        "{{ 'x' | center(1000000000) }}",
-        "{{ 'x'.center(1000000000) }}",
-        "{{ 'x'['zfill'](1000000000) }}",
-        "{{ 'x' | attr('ljust') }}{{ ['x'] | map('center', 1000000000) | list }}",
-        "{{ (5).to_bytes(1000000000, 'big') }}",
-        "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
-        "{{ ('a' * 99999) | replace('', 'b' * 99999) }}",
-        "{{ ('a' * 99999).join('b' * 99999) }}",
-        "{{ ('b' * 99999) | join('a' * 99999) }}",
-        "{{ messages | tojson(indent=100000000) }}",
-        "{{ 'a\nb' | indent(100000000) }}",
-        "{{ 'a' | wordwrap(1) }}",
-        "{{ 3.5 | round(1000000000) }}",
-        "{{ lipsum(n=100000) }}",
-        "{{ strftime_now('%1000000000d') }}",
-        "{{ 1 }}" * 200_000,
-    ],
-    ids=lambda source: source[:50],
-)
-def test_templates_cannot_work_on_without_end(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_sandbox, "SECONDS", 0.3)
-    started = time.process_time()  # what others do on the machine does not count
-    with pytest.raises(TokenizerError, match="chat template: ") as caught:
-        ChatTemplate(source, {}).render(HI)
-    assert time.process_time() - started < 3 and "\n" not in str(caught.value)
-
-
-def test_what_published_templates_do_goes_on_working() -> None:
-    source = (
-        "{% set ns = namespace(text='', n=0) %}{% macro show(m) %}<{{ m.role | upper }}>{% endmacro %}"
-        "{% for m in messages | selectattr('role', 'in', ['user', 'assistant']) | list %}"
-        "{% set ns.n = ns.n + 1 %}{% set ns.text = ns.text ~ show(m) + m['content'] | trim %}"
-        "{{ loop.index }}{{ loop.first }}{{ loop.last }}{{ loop.length }}{{ loop.previtem is defined }};{% endfor %}"
-        "{{ ns.text }}{{ ns.n }}|{{ messages | map(attribute='role') | join(', ') }}|{{ messages[-1:][0].content }}|"
-        "{{ {'b': 1, 'a': [1]} | tojson(indent=4) }}|{{ {'b': 1, 'a': 2} | dictsort | first | last }}|"
-        "{% for k, v in {'x': 1}.items() %}{{ k }}={{ v }}{% endfor %}|{{ 'a-b'.split('-') | last | capitalize }}|"
-        "{{ ('a' if messages | length > 1 else 'b') | replace('a', 'c') }}|{{ tools | default('none', true) }}|"
-        "{{ '%s-%02d' | format('x', 3) }}|{{ '{:>3}'.format('x') }}|{{ 'x,y' | replace(',', ';') }}"
-        "{% for m in messages if m.role == 'nobody' %}{% else %}|empty{% endfor %}|"
-        "{% for group in messages | groupby('role') %}{{ group.grouper }}{{ group.list | length }}{% endfor %}"
-    )
-    messages = [{"role": "user", "content": " One "}, {"role": "assistant", "content": "Two"}]
-    assert ChatTemplate(source, {}).render(messages) == (
-        "1TrueFalse2False;2FalseTrue2True;<USER>One<ASSISTANT>Two2|user, assistant|Two|"
-        '{\n    "b": 1,\n    "a": [\n        1\n    ]\n}|2|x=1|B|c|none|x-03|  x|x;y|empty|assistant1user1'
-    )
-
-
-def test_a_long_conversation_may_be_rendered() -> None:
-    messages = [{"role": "user", "content": "word " * 1_000_000}, {"role": "assistant", "content": "x"}]
-    assert len(TOKENIZER.apply_chat_template(messages)) > 4_999_000
-
-
-@given(st.text(alphabet="{}%# abcm'\"|[]().*+-_~0123456789\n", max_size=60))
-def test_any_text_as_a_template_renders_or_raises_our_error(source: str) -> None:
-    try:
-        assert isinstance(ChatTemplate(source, {}).render(HI), str)
-    except TokenizerError as error:
-        assert "\n" not in str(error)
-
-
-@pytest.mark.parametrize("messages", [[], [{}], [{"role": "user"}], [{"role": "user", "content": None}], ["Hi."], [3]])
-def test_messages_without_role_or_content_are_refused(messages: Any) -> None:
-    for render in (TOKENIZER.apply_chat_template, TOKENIZER.encode_chat):
-        with pytest.raises(RequestError, match="messages|role and a content"):
-            render(messages)
-
-
 # Damaged folders
 
 
@@ -390,12 +213,6 @@ def test_damaged_files_are_named(folder: Path, name: str, content: bytes) -> Non
     with pytest.raises(TokenizerError, match=name) as caught:
         Tokenizer.open(folder)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("template", [5, [], [1], {}, [{"name": "default"}], {"other": "x"}, "{{"])
-def test_unusable_stored_templates_are_refused(folder: Path, template: Any) -> None:
-    with pytest.raises(TokenizerError, match=r"chat.template"):
-        Tokenizer.open(set_config(folder, chat_template=template))
 
 
 def test_an_unknown_decoder_is_refused(folder: Path) -> None:
@@ -466,146 +283,3 @@ def test_mutated_bytes_raise_our_error_or_open(small_folder: Path, data: st.Data
         tokenizer.decode(tokenizer.encode("hello world"))
     except TokenizerError as error:
         assert "\n" not in str(error)
-
-
-# Tiktoken vocabularies
-
-
-def train_ranks(extra: int, shuffled: bool, seed: int = 3) -> dict[bytes, int]:
-    """A vocabulary with tiktoken's ranks: 256 bytes, then merges in the order learned from made-up words.
-
-    extra: as many tokens on top that no merge may reach. shuffled: ranks of merges in random order, as no training
-    would leave them; much of the vocabulary is then made by other merges than it was learned by, or by none.
-    """
-    rng = random.Random(seed)
-    syllables = [a + b for a in ["b", "d", "th", "\u00e9", "\u4e2d", "\U0001f642", "'"] for b in "aeiou"] + [
-        "  ",
-        "\n",
-        "12",
-    ]
-    words = ["".join(rng.choices(syllables, k=rng.randint(1, 5))) for _ in range(400)]
-    lines = [" ".join(rng.choices(words, k=30)) for _ in range(200)]
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=600, show_progress=False))
-    byte_of = {character: byte for byte, character in enumerate(byte_alphabet())}
-    learned = sorted(backend.get_vocab().items(), key=lambda item: item[1])
-    merged = [bytes(byte_of[c] for c in text) for text, _ in learned if len(text) > 1]
-    if shuffled:
-        rng.shuffle(merged)
-    tokens = [*(bytes([byte]) for byte in range(256)), *merged]
-    while extra:
-        token = "".join(rng.choices("abdeouth \u00e9", k=rng.randint(3, 7))).encode()
-        if token not in tokens:
-            tokens.append(token)
-            extra -= 1
-    return {token: rank for rank, token in enumerate(tokens)}
-
-
-def write_ranks(ranks: dict[bytes, int], path: Path) -> Path:
-    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
-    return path
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["trained", "shuffled"])
-def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
-    """The same vocabulary opened by us and by tiktoken."""
-    folder = tmp_path_factory.mktemp("tiktoken")
-    ranks = train_ranks(extra=40, shuffled=request.param)
-    ours = from_tiktoken(write_ranks(ranks, folder / "tokenizer.model"), folder)
-    named = {name: len(ranks) + i for i, name in enumerate(special_tokens())}
-    theirs = tiktoken.Encoding("test", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=named)
-    return ours, theirs
-
-
-@given(text=st.one_of(st.text(), st.text(alphabet="abdeouth \u00e9'\n12\u4e2d\U0001f642", max_size=200)))
-def test_encodings_equal_tiktokens(both: tuple[Tokenizer, Any], text: str) -> None:
-    ours, theirs = both
-    assert ours.encode(text, add_bos=False) == theirs.encode(text, disallowed_special=(), allowed_special="all")
-
-
-@pytest.mark.parametrize("plane", range(17))
-def test_encodings_equal_tiktokens_in_every_plane(both: tuple[Tokenizer, Any], plane: int) -> None:
-    ours, theirs = both
-    points = [chr(plane * 0x10000 + i) for i in range(0, 0x10000, 7) if not 0xD800 <= plane * 0x10000 + i < 0xE000]
-    for i in range(0, len(points), 50):
-        text = "".join(f"a{c}b {c}1 {c}{c}\n" for c in points[i : i + 50])
-        assert ours.encode(text, add_bos=False) == theirs.encode(text, disallowed_special=()), (
-            f"near {ascii(points[i])}"
-        )
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "I'm he'LL we'Ve they'rE it'S don'T I'D 'x ''s's \u2019s '\u017f",
-        "  a   b\t\tc \t d\r\n\r\n  e \n f   \n\n\n",
-        "1 12 123 1234 1234567 1.5e-10 \u0663\u0664 \u00bd \u2167",
-        "tho" * 3000,
-        "ab" * 1000 + "\u00e9" * 500 + "12" * 500,
-        " " * 500 + "x" + "\n" * 300,
-        "!?...;;;--- (a)[b]{c}<d> ~~~\n!!!\r\n",
-        "\u200b\u00a0\u3000\u2028\x85\x0b\x1c\x00",
-    ],
-    ids=range(8),
-)
-def test_encodings_equal_tiktokens_on_odd_text(both: tuple[Tokenizer, Any], text: str) -> None:
-    ours, theirs = both
-    assert ours.encode(text, add_bos=False) == theirs.encode(text, disallowed_special=())
-
-
-def test_every_token_of_a_tiktoken_vocabulary_survives(both: tuple[Tokenizer, Any]) -> None:
-    ours, theirs = both
-    assert ours.size == theirs.n_vocab
-    for i in range(theirs.n_vocab - len(special_tokens())):
-        assert ours.token_bytes(i) == theirs.decode_single_token_bytes(i)
-    assert ours.encode("<|eot_id|>", add_bos=False) == [theirs.encode_single_token("<|eot_id|>")]
-    assert ours.bos_id == theirs.encode_single_token("<|begin_of_text|>")
-    assert ours.stop_ids == {theirs.encode_single_token(name) for name in ("<|end_of_text|>", "<|eot_id|>")}
-    assert ours.apply_chat_template(HI) == "User: Hi.<|eot_id|>Assistant: "
-
-
-def test_special_tokens_stand_where_llama_3_has_them() -> None:
-    names = special_tokens()
-    assert len(names) == len(set(names)) == 256
-    assert names[:2] == ["<|begin_of_text|>", "<|end_of_text|>"]
-    assert names[5:11] == [
-        "<|reserved_special_token_3|>",
-        "<|start_header_id|>",
-        "<|end_header_id|>",
-        "<|reserved_special_token_4|>",
-        "<|eot_id|>",
-        "<|reserved_special_token_5|>",
-    ]
-
-
-def test_the_last_merge_is_found_by_merging() -> None:
-    ranks = {b"a": 0, b"b": 1, b"c": 2, b"bc": 3, b"ab": 4, b"abc": 5, b"cab": 6, b"cc": 7, b"aab": 8}
-    assert last_merge(b"abc", ranks) == 1  # b + c has the lower rank, so a waits
-    assert last_merge(b"cab", ranks) == 1
-    assert last_merge(b"aab", ranks) == 1
-    assert last_merge(b"acb", ranks) is None
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02", "sentencepiece"),
-        (b"", "some single bytes are not tokens"),
-        (b"IQ== 0\nIg==\n", "line 2 is not"),
-        (b"IQ== 0\n!!! 1\n", "line 2 is not"),
-        (b"IQ== 0\nIg== 5\n", "ranks are not 0 to 1"),
-        (b"IQ== 0\nIQ== 1\n", "ranks are not 0 to 1"),
-        (b"IQ== 0\nIg== 1\n", "some single bytes are not tokens"),
-    ],
-)
-def test_damaged_vocabularies_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "tokenizer.model"
-    path.write_bytes(content)
-    with pytest.raises(TokenizerError, match=message):
-        read_ranks(path)
-
-
-def test_a_missing_vocabulary_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match="nowhere cannot be read"):
-        from_tiktoken(tmp_path / "nowhere", tmp_path)

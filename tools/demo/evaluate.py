@@ -1,4 +1,4 @@
-"""Judges a model of the text world on stories it has never seen.
+"""Evaluates a model of the text world on stories it has never seen.
 
 For each of N conversations about held-out pairs of hero and thing: the model tells the story that is asked for, and
 answers two questions about a story of the world, whose right answers are known, in later turns of one conversation.
@@ -23,8 +23,8 @@ from tools.demo.world.conversation import QUESTION, STORY, Turn, conversation
 FIRST_SEED = 1 << 41  # seeds from here on were never used in training
 SAMPLED_REQUEST = "Tell me a story about a dog and a kite."
 TEMPERATURE = 0.8
-LONGEST_STORY, LONGEST_ANSWER = 400, 60  # tokens
-BARS = {"exact": 0.97, "honoured": 0.95, "distinct": 1.0}
+MAX_STORY, MAX_ANSWER = 400, 60  # tokens
+THRESHOLDS = {"exact": 0.97, "honoured": 0.95, "distinct": 1.0}
 
 
 def message(role: str, text: str) -> Message:
@@ -50,10 +50,10 @@ def converse(llm: Engine, seed: int) -> tuple[bool, list[tuple[Turn, str]]]:
         for turn in turns_of(seed):
             said.append(message("user", turn.user))
             if turn.kind == STORY:
-                story = session.generate(said, max_new_tokens=LONGEST_STORY)
+                story = session.generate(said, max_new_tokens=MAX_STORY)
                 honoured = story.finish_reason == "stop" and all(word in story.text for word in turn.mentions)
             elif turn.kind == QUESTION:
-                answers.append((turn, session.generate(said, max_new_tokens=LONGEST_ANSWER).text))
+                answers.append((turn, session.generate(said, max_new_tokens=MAX_ANSWER).text))
             # The conversation goes on with the world's own reply: it decides which answers are right.
             said.append(message("assistant", turn.assistant))
     return honoured, answers
@@ -88,7 +88,7 @@ def distinct_share(llm: Engine, seed: int, samples: int) -> float:
     with llm.session() as session:
         for i in track(range(samples), "sampled stories", transient=True):
             params = SamplingParams(temperature=TEMPERATURE, seed=seed + i)
-            stories.add(session.generate(prompt, params, LONGEST_STORY).text)
+            stories.add(session.generate(prompt, params, MAX_STORY).text)
     return len(stories) / samples
 
 

@@ -45,9 +45,7 @@ def plot(runs: list[dict], image: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "training", type=Path, nargs="+", help="training.json of a trained folder, and of those it led to"
-    )
+    parser.add_argument("training", type=Path, nargs="+", help="training.json of each run, in order")
     parser.add_argument("image", type=Path, help="PNG file to write")
     args = parser.parse_args()
     if importlib.util.find_spec("matplotlib") is None:
