@@ -9,6 +9,7 @@
     ptx         the machine's instructions
     runtime     compiling kernels and launching them
 
-A file has one kernel and, last, its launcher: `launcher(device, operands...) -> Launch`, which `backends.cuda`, tests
-and benchmarks call alike. An operation imports `operands`, `ptx` and `runtime`, and no other operation.
+An operation has one launcher, `launcher(device, operands...) -> Launch`, which `backends.cuda`, tests and benchmarks
+call alike; it chooses among the operation's kernels. An operation imports `operands`, `ptx` and `runtime`, and no other
+operation.
 """

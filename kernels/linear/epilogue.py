@@ -45,6 +45,35 @@ def _over(x, y):
     return times(x, reciprocal(y))
 
 
+def make_scaled(inverse: bool = False) -> Callable[..., Any]:
+    """The device function `scaled(acc, m, s)`: y of a row without bias, from its int32 sum of weights times q.
+
+    m, s: the scales of weights and token, float32, or with `inverse` the latter's `reciprocal`.
+    """
+    by_s = times if inverse else ptx.div_rn
+
+    @device_function
+    def scaled(acc, m, s):
+        return by_s(ptx.mul_rn(ptx.int_to_float(acc), m), s)
+
+    return scaled
+
+
+def make_gated(activation: str, inverse: bool = False) -> Callable[..., Any]:
+    """The device function `gated(gate, up)`: activation(gate) * up, float32; activation "relu2" or "silu"."""
+    over, RELU2 = _over if inverse else ptx.div_rn, activation == "relu2"
+    ZERO, ONE = float32(0), float32(1)
+
+    @device_function
+    def gated(gate, up):
+        if RELU2:
+            gate = max(gate, ZERO)
+            return ptx.mul_rn(ptx.mul_rn(gate, gate), up)
+        return ptx.mul_rn(over(gate, ptx.add_rn(ONE, math.exp(-gate))), up)
+
+    return gated
+
+
 def make_epilogue(epilogue: str, activation: str, inverse: bool = False) -> Callable[..., Any]:
     """The device function `finish(sum_, sum_up, q_sum, m, m_up, s, bias, n, rows, old)`, the result of row n and a
     token.
@@ -55,27 +84,22 @@ def make_epilogue(epilogue: str, activation: str, inverse: bool = False) -> Call
     with `inverse` its `reciprocal`; bias: float32 [N] or None; rows: of the output; old: float32, for "residual".
     Operands that an epilogue does not use may be anything. Returns float32, or int32 for "acc".
     """
-    by_s, over = (times, _over) if inverse else (ptx.div_rn, ptx.div_rn)
-    GATED, RESIDUAL, ACC, RELU2 = epilogue == "gated", epilogue == "residual", epilogue == "acc", activation == "relu2"
-    ZERO, ONE = float32(0), float32(1)
+    scaled, gated = make_scaled(inverse), make_gated(activation, inverse)
+    GATED, RESIDUAL, ACC = epilogue == "gated", epilogue == "residual", epilogue == "acc"
 
     @device_function
     def finish(sum_, sum_up, q_sum, m, m_up, s, bias, n, rows, old):
         offset = int32(CODE_OFFSET * q_sum)
         if ACC:
             return int32(sum_ - offset)
-        y = by_s(ptx.mul_rn(ptx.int_to_float(int32(sum_ - offset)), m), s)
+        y = scaled(int32(sum_ - offset), m, s)
         if bias is not None:
             y = ptx.add_rn(y, bias[n])
         if GATED:
-            z = by_s(ptx.mul_rn(ptx.int_to_float(int32(sum_up - offset)), m_up), s)
+            z = scaled(int32(sum_up - offset), m_up, s)
             if bias is not None:
                 z = ptx.add_rn(z, bias[rows + n])
-            if RELU2:
-                y = max(y, ZERO)
-                y = ptx.mul_rn(ptx.mul_rn(y, y), z)
-            else:
-                y = ptx.mul_rn(over(y, ptx.add_rn(ONE, math.exp(-y))), z)
+            y = gated(y, z)
         if RESIDUAL:
             y = ptx.add_rn(old, y)
         return y

@@ -36,7 +36,6 @@ Phases are device functions where that leaves the machine code as it was, on eve
 barriers, shuffles or the loads of weights, for which the compiler then finds other registers and schedules.
 """
 
-import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -46,7 +45,7 @@ from numba import cuda
 from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
-from bitnet_numba.kernels.linear.epilogue import EPILOGUES
+from bitnet_numba.kernels.linear.epilogue import EPILOGUES, make_gated, make_scaled
 from bitnet_numba.kernels.linear.operands import PackedLinear, QuantizedActivations, check_segments
 from bitnet_numba.kernels.operands import Norm, checked
 from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, int32
@@ -97,7 +96,7 @@ def make_gemv(
     warps, in `rounds` rounds."""
     load, wait, trigger = ptx.stream_load(arch), ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
     GATED, RESIDUAL, ACC = epilogue == "gated", epilogue == "residual", epilogue == "acc"
-    NORM, INT8, RELU2 = prologue == "norm", prologue == "int8", activation == "relu2"
+    NORM, INT8 = prologue == "norm", prologue == "int8"
     UNITS, P, ROUNDS = units, parts, rounds
     HALVES = 2 if GATED else 1
     WARPS = UNITS * HALVES * P
@@ -118,7 +117,8 @@ def make_gemv(
     PER_COLUMN = float32(1 / K)
     MASK0, MASK1, MASK2, MASK3 = (np.int32(np.uint32(CODE_MASK << CODE_BITS * i).astype(np.int32)) for i in range(4))
     SHIFT1, SHIFT2, SHIFT3 = CODE_BITS, 2 * CODE_BITS, 3 * CODE_BITS
-    ZERO, ONE = float32(0), float32(1)
+    ZERO = float32(0)
+    scaled, gated = make_scaled(), make_gated(activation)
 
     @device_function
     def copy_q(q_s, x, tid):
@@ -172,22 +172,6 @@ def make_gemv(
         a0, a1 = ptx.dp4a_us(w & MASK0, x0, a0), ptx.dp4a_us(w & MASK1, x1, a1)
         a2, a3 = ptx.dp4a_us(w & MASK2, x2, a2), ptx.dp4a_us(w & MASK3, x3, a3)
         return a0, a1, a2, a3
-
-    @device_function
-    def scaled(acc, scale, s, bias, row_bias):
-        """y of a row, from its sum of weights times activations."""
-        y = ptx.div_rn(ptx.mul_rn(ptx.int_to_float(acc), scale), s)
-        if bias is not None:
-            y = ptx.add_rn(y, row_bias)
-        return y
-
-    @device_function
-    def gated(gate, up):
-        """activation(gate) * up."""
-        if RELU2:
-            gate = max(gate, ZERO)
-            return ptx.mul_rn(ptx.mul_rn(gate, gate), up)
-        return ptx.mul_rn(ptx.div_rn(gate, ptx.add_rn(ONE, math.exp(-gate))), up)
 
     def gemv(words, x, norm, eps, scales, bias, out, rows, unit_count, up_offset, bound1, bound2, x_scale, x_q_sum):
         q_s = ptx.pointer(cuda.shared.array(Q_WORDS, int32, SHARED_ALIGN))
@@ -325,12 +309,17 @@ def make_gemv(
                 if ACC:
                     out[n] = acc
                 else:
-                    y = scaled(acc, scale, s, bias, row_bias)
+                    y = scaled(acc, scale, s)
+                    if bias is not None:
+                        y = ptx.add_rn(y, row_bias)
                     if GATED:
                         acc = int32(-CODE_OFFSET * q_sum)
                         for i in range(P):
                             acc = int32(acc + sum_s[start + (P + i) * BLOCK_ROWS])
-                        y = gated(y, scaled(acc, up_scale, s, bias, up_bias))
+                        z = scaled(acc, up_scale, s)
+                        if bias is not None:
+                            z = ptx.add_rn(z, up_bias)
+                        y = gated(y, z)
                     if RESIDUAL:
                         y = ptx.add_rn(old, y)
                     out[n] = y

@@ -61,7 +61,7 @@ takes (2560 x 2560: 1.6 MB, 0.4 us at the 4 TB/s of an H200); each kernel comes 
 This runs on any NVIDIA GPU from sm_61 on, and without one under NUMBA_ENABLE_CUDASIM=1.
 
 gemv.py goes on from 3: it quantises x itself, keeps a block's weights in registers and asks for all of them before the
-kernel ahead of it has ended, has exactly as many blocks as the GPU has multiprocessors, and needs two instructions
+kernel ahead of it has ended, has exactly as many blocks as the GPU has SMs, and needs two instructions
 for four weights.
 """
 

@@ -172,7 +172,7 @@ def test_simulated_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     """Two sequences, whose pages lie anyhow, get the tokens that each would get alone."""
     from bitnet_numba.checkpoint.convert import convert
     from bitnet_numba.checkpoint.packed import open_packed
-    from bitnet_numba.kernels.attention import paged_decode as attention_batch
+    from bitnet_numba.kernels.attention import paged_decode
     from bitnet_numba.kernels.lm_head import split_norm
     from bitnet_numba.kernels.sampling import batched
     from bitnet_numba.sampling import SamplingParams
@@ -182,7 +182,7 @@ def test_simulated_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     make_checkpoint(tmp_path / "source", config | CONFIG, spec, seed=3)
     convert(tmp_path / "source", tmp_path / "packed", head="bf16")
     backend = simulated_backend(monkeypatch, open_packed(tmp_path / "packed"))
-    monkeypatch.setattr(attention_batch, "threads_for", lambda *arguments: 64)
+    monkeypatch.setattr(paged_decode, "threads_for", lambda *arguments: 64)
     monkeypatch.setattr(batched, "spec", partial(batched.spec, threads=64))
     monkeypatch.setattr(split_norm, "spec", partial(split_norm.spec, threads=64))
     params = SamplingParams(0.8, seed=5)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from bitnet_numba.backends.cuda.context import Prefill, Runtime
-from bitnet_numba.backends.cuda.graphs import BatchSteps
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size, pages_of
+from bitnet_numba.backends.cuda.steps import BatchSteps
 from bitnet_numba.backends.protocol import NO_TOKEN
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels.attention import paged_decode

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_numba.backends.cuda.forward import MAX_TOKENS, CudaModel
-from bitnet_numba.backends.cuda.graphs import DecodeBuffers, DecodeSteps, LMHead, PrefillSteps
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size, pages_of
+from bitnet_numba.backends.cuda.steps import DecodeBuffers, DecodeSteps, LMHead, PrefillSteps
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention.decode import LONG_CONTEXT
 from bitnet_numba.kernels.runtime.device import CudaDevice
@@ -76,7 +76,7 @@ class CudaContext:
     def truncate(self, length: int) -> None:
         """Forgets every token from position `length` on."""
         if not 0 <= length <= len(self.ids):
-            raise ValueError(f"cannot cut a context of {len(self.ids)} tokens to {length}")
+            raise ValueError(f"cannot truncate a context of {len(self.ids)} tokens to {length}")
         self._runtime.device.activate()
         if length < len(self.ids):
             del self.ids[length:]
