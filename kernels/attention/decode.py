@@ -437,7 +437,7 @@ def decode_grid(num_sms: int, shape: HeadShape, long: bool = False) -> tuple[int
 
 @dataclass(frozen=True)
 class DecodeScratch:
-    """Where the splits of a context meet. Launches that run one after the other may share it."""
+    """Scratch for combining the splits of a context. Launches that run one after the other may share it."""
 
     partials: Any  # float32 [head blocks, splits, heads of a block, partial_dims]
     stats: Any  # float32 [head blocks, splits, heads of a block, 2]: maximum and sum

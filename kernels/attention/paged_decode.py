@@ -597,7 +597,7 @@ def paged_decode_spec(
 
 @dataclass(frozen=True)
 class PagedScratch:
-    """Where the splits of contexts meet. Launches that run one after the other may share it."""
+    """Scratch for combining the splits of contexts. Launches that run one after the other may share it."""
 
     partials: Any  # float32 [tokens, head blocks, splits, heads of a block, partial_dims]
     stats: Any  # float32 [tokens, head blocks, splits, heads of a block, 2]: maximum and sum

@@ -5,7 +5,7 @@ in seven instructions, and multiplied with every token's sixteen activations, wh
 the caches. Same arguments and results as gemm_mma.py.
 
     CTA (x, y): tokens 8 x .. 8 x + 7;  row-block y (for "gated" also that of the up rows)
-    warp: every k_warps-th step of 128 columns; the warps' sums meet in shared memory.
+    warp: every k_warps-th step of 128 columns; the warps' sums are combined in shared memory.
 """
 
 from collections.abc import Callable

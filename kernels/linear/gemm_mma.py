@@ -24,7 +24,7 @@ Work split:
         columns      0    64   128   192
         warp 0       |====|    |====|    ...      (k_warps = 2; a k_iter is k_warps panels)
         warp 1       |    |====|    |====...
-    The warps' int32 sums meet in shared memory.
+    The warps' int32 sums are combined in shared memory.
 
 Weights go from global memory straight to registers, `reg_stages` k_iters ahead, since only one warp uses them; the
 first are loaded before `pdl_wait`, while earlier kernels still run. Activations come through shared memory by
@@ -73,7 +73,7 @@ def make_gemm_mma(arch: int, tile: Tile, epilogue: str = "store", activation: st
         0 if STAGED else max(n for n in (8, 7, 6, 5, 4, 3, 2, 1) if REG_STAGES % n == 0 and (n == 1 or n * NT <= 8))
     )
     W_REGS, A_REGS, B_REGS, ACC_REGS = 2 * U * REG_STAGES, 8 * U, max(4 * NT * B_AHEAD, 1), 4 * U * NT
-    # Sums meet in passes of as many n-tiles as fit the shared memory.
+    # Sums are combined in passes of as many n-tiles as fit the shared memory.
     N_PASS = next(n for n in range(NT, 0, -1) if NT % n == 0 and n * U * WR * WK * FRAGMENT <= SHARED_INTS)
     PASSES = NT // N_PASS
     SHARED = max(STAGES * STAGE, N_PASS * U * WR * WK * FRAGMENT)

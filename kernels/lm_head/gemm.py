@@ -4,7 +4,7 @@
     product        logits[m, n] = sum_k norm(h[m])[k] * w[n, k]   (* scale[n] for int8 rows)
 
 Which kernel is the product depends on the card and on the table alone, never on the number of tokens, so that a token's
-logits have the same bits in whatever company it is:
+logits have the same bits whatever else is in the batch:
 
     sm_90, bfloat16 rows      gemm_wgmma
     sm_80 and later           gemm_mma

@@ -169,7 +169,7 @@ def test_simulated_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 @simulated
 def test_simulated_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Two sequences, whose pages lie anyhow, get the tokens that each would get alone."""
+    """Two sequences, whose pages are in arbitrary order, get the tokens that each would get alone."""
     from bitnet_numba.checkpoint.convert import convert
     from bitnet_numba.checkpoint.packed import open_packed
     from bitnet_numba.kernels.attention import paged_decode

@@ -106,7 +106,7 @@ class CudaBatch:
         self._expect(list(slots))
 
     def _expect(self, slots: list[int]) -> None:
-        """Has the results of the pass under way copied to where `collect` finds them."""
+        """Enqueues the copy of this pass's results to where `collect` finds them."""
         if len(self._pending) == len(self._events):
             raise ValueError(f"{len(self._pending)} results wait to be collected: there is no room for more")
         place = self._num_calls % len(self._events)
@@ -141,7 +141,7 @@ class CudaBatch:
 
 
 def fixed_bytes(config: ModelConfig, max_sequences: int, capacity: int) -> int:
-    """Bytes of device memory that a batch takes beside its pages, but for small change."""
+    """Bytes of device memory that a batch takes beside its pages, except for a few small arrays."""
     num_tokens = padded_size(max_sequences)
     shape = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim)
     scratch = 4 * sum(paged_decode.PagedScratch.sizes(num_tokens, pages_of(capacity) * PAGE, shape))

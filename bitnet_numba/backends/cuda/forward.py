@@ -104,7 +104,7 @@ class ForwardPass:
 
 
 class DecodePass(ForwardPass):
-    """One token of one sequence, whose cache lies side by side."""
+    """One token of one sequence, whose cache is contiguous."""
 
     def __init__(self, model: CudaModel, state: SequenceState, scratch: decode.DecodeScratch, long: bool):
         """long: the context is at least attention.decode.LONG_CONTEXT tokens."""

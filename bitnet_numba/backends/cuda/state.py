@@ -29,7 +29,7 @@ class SequenceState:
     """`slots` sequences of up to `capacity` tokens each."""
 
     def __init__(self, device: Device, config: ModelConfig, capacity: int, slots: int = 1, pages: int | None = None):
-        """pages: how many the slots share; None is for one slot, whose tokens lie side by side."""
+        """pages: how many the slots share; None is for one slot, whose tokens are contiguous."""
         self.capacity, self.slots = capacity, slots
         self.tokens_stride = capacity + 1
         self.block_table_stride = pages_of(capacity)

@@ -94,7 +94,7 @@ def load_specs(
 
 
 def compile_together(needs: Needs, specs: list[KernelSpec], device_name: str) -> None:
-    """Has processes compile the kernels that are missing, if there are enough to share. Raises BackendError if
+    """Compiles the missing kernels in subprocesses, if there are enough of them to share. Raises BackendError if
     $BITNET_NUMBA_COMPILERS is not a number."""
     arch = needs.target.arch
     missing = [spec for spec in specs if not is_cached(spec, arch)]
@@ -135,7 +135,7 @@ def _most_processes() -> int:
 
 
 def compile_share() -> None:
-    """Compiles the forms that standard input names, into the disk cache."""
+    """Compiles the kernels that standard input names, into the disk cache."""
     needs, names = pickle.load(sys.stdin.buffer)
     for spec in needs.specs():
         if spec.name in names:
