@@ -31,7 +31,7 @@ first are loaded before `pdl_wait`, while earlier kernels still run. Activations
 `cp.async`, `stages` - 1 k_iters ahead (64 bytes of a token after the other: a quarter warp's 16-byte loads touch every
 bank once), or, where no two warps want the same, straight from global memory (`stages` = 0).
 
-The output's last loop and its loads of old values stay in the kernel: as device functions they change machine code.
+The output stays in the kernel: any part of it as a device function changes machine code.
 """
 
 from collections.abc import Callable
@@ -150,15 +150,6 @@ def make_gemm_mma(arch: int, tile: Tile, epilogue: str = "store", activation: st
                     c0, c1, c2, c3 = acc_r[n], acc_r[n + 1], acc_r[n + 2], acc_r[n + 3]
                     c0, c1, c2, c3 = multiply(a0, a1, a2, a3, b_r[b], b_r[b + 1], c0, c1, c2, c3)
                     acc_r[n], acc_r[n + 1], acc_r[n + 2], acc_r[n + 3] = c0, c1, c2, c3
-
-    @device_function
-    def add_warps(shared, at):
-        """A lane's four sums of a fragment, over the warps that share its rows."""
-        c0, c1, c2, c3 = ptx.load4(shared, at)
-        for k in range(1, WK):
-            d0, d1, d2, d3 = ptx.load4(shared, at + k * PASS)
-            c0, c1, c2, c3 = int32(c0 + d0), int32(c1 + d1), int32(c2 + d2), int32(c3 + d3)
-        return c0, c1, c2, c3
 
     def gemm(words, q, s, q_sum, count, scales, bias, out, M, rows, KP, k_iters, row_blocks, up_offset, bound1, bound2):
         shared = ptx.pointer(cuda.shared.array(SHARED, int32, SHARED_ALIGN))  # activations, then sums
@@ -286,10 +277,16 @@ def make_gemm_mma(arch: int, tile: Tile, epilogue: str = "store", activation: st
                         m = min(int32(first + (t0 + fragment // UNITS) * TOKENS + 2 * i + k % 2), int32(limit - 1))
                         r = min(int32((unit0 + fragment % UNITS) * BLOCK_ROWS + lane_row + k // 2), int32(rows - 1))
                         old_r[k] = out[m * rows + r]
-                c0, c1, c2, c3 = add_warps(shared, at)
+                c0, c1, c2, c3 = ptx.load4(shared, at)
+                for k in range(1, WK):
+                    d0, d1, d2, d3 = ptx.load4(shared, at + k * PASS)
+                    c0, c1, c2, c3 = int32(c0 + d0), int32(c1 + d1), int32(c2 + d2), int32(c3 + d3)
                 e0 = e1 = e2 = e3 = int32(0)
                 if GATED:
-                    e0, e1, e2, e3 = add_warps(shared, int32(at + FRAGMENT))
+                    e0, e1, e2, e3 = ptx.load4(shared, at + FRAGMENT)
+                    for k in range(1, WK):
+                        d0, d1, d2, d3 = ptx.load4(shared, at + FRAGMENT + k * PASS)
+                        e0, e1, e2, e3 = int32(e0 + d0), int32(e1 + d1), int32(e2 + d2), int32(e3 + d3)
                 for k in range(4):
                     m, r = int32(token + k % 2), int32(row + k // 2)
                     if first + m < limit and r < rows:

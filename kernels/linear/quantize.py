@@ -9,7 +9,8 @@ row; its values stay in registers between the two reductions, so that each is re
     CTA = token     thread t: columns 4 t .. 4 t + 3, 4 (t + T) .., ...    16 bytes in, one word of four q out
                     (rows that are no multiple of 4 long: columns t, t + T, ...)
 
-T is chosen so that a thread has 16 values, or more if 1024 threads are not enough.
+T is chosen so that a thread has 16 values, or more if 1024 threads are not enough. The kernel is one body: each of its
+phases as a device function changes machine code on some architecture.
 
 The squares are summed in float64 and the mean is rounded once: the result does not depend on how the work is split, so
 a row gives the same q whatever the number of threads. Every other operation is the definition's, in its order. Products
@@ -35,10 +36,10 @@ from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.packing import BLOCK_COLS
 from bitnet_numba.quantize import EPSILON, INT8_MAX
 
-MAX_COLUMNS = 28 * 1024  # that the registers of a block hold
+MAX_COLUMNS = 28 * 1024  # of a row: what the registers of a CTA hold
 MAX_THREADS = 1024
-VALUES = 16  # that a thread has at best
-MAX_EARLY_LOADS = 16  # weights in a thread's registers beside the row, loaded before that is there
+VALUES = 16  # of a thread, if the row is not too long
+MAX_EARLY_LOADS = 16  # norm weights of a thread that are loaded before `pdl_wait`, into registers of their own
 ROUNDER = float32(1.5 * 2**23)  # added to a small number, leaves it rounded, half to even, in the low bits
 ALL_ONES = 0x01010101
 MAGNITUDE = 0x7FFFFFFF  # of a float32's bits: all but the sign
@@ -46,7 +47,7 @@ MAGNITUDE = 0x7FFFFFFF  # of a float32's bits: all but the sign
 
 def make_quantize(arch: int, K: int, norm: bool, threads: int) -> Callable[..., None]:
     """The kernel for rows of K columns. q is int32 words of four where K is a multiple of 4, else int8."""
-    wait, release = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
+    wait, trigger = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
     WIDE = K % 4 == 0
     EACH = 4 if WIDE else 1  # columns of a piece
     PIECES, PADDED = K // EACH, -(-K // BLOCK_COLS) * BLOCK_COLS // EACH
@@ -78,7 +79,7 @@ def make_quantize(arch: int, K: int, norm: bool, threads: int) -> Callable[..., 
                         w_r[i], w_r[i + 1], w_r[i + 2], w_r[i + 3] = ptx.load4(weight, 4 * piece)
                     else:
                         w_r[t] = weight[piece]
-        release()
+        trigger()
         wait()
 
         for t in range(ROUNDS):
@@ -169,15 +170,15 @@ def make_quantize(arch: int, K: int, norm: bool, threads: int) -> Callable[..., 
 def quantize_spec(arch: int, K: int, norm: bool = True, threads: int = 0) -> KernelSpec:
     """The variant for rows of K columns; `threads` only for tests (0: this module's choice).
 
-    Raises ValueError for a row that no block can hold.
+    Raises ValueError for more columns than a CTA can hold.
     """
     if not 1 <= K <= MAX_COLUMNS:
         raise ValueError(f"rows to quantise have 1 to {MAX_COLUMNS} columns, not {K}")
     wide = K % 4 == 0
     if not threads:
         pieces = K // 4 if wide else K
-        turns = max(VALUES // (4 if wide else 1), -(-pieces // MAX_THREADS))
-        threads = -(-pieces // (turns * WARP)) * WARP
+        rounds = max(VALUES // (4 if wide else 1), -(-pieces // MAX_THREADS))
+        threads = -(-pieces // (rounds * WARP)) * WARP
     f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
     signature = (f32, f32, types.float32, i32 if wide else types.CPointer(types.int8), f32, i32)
     kernel = make_quantize(arch, K, norm, threads)

@@ -18,9 +18,11 @@ from bitnet_numba.kernels.linear.heuristics import MIN_ARCH, choose_tile
 from bitnet_numba.kernels.linear.operands import PackedLinear, QuantizedActivations
 from bitnet_numba.kernels.linear.tile import Tile
 from bitnet_numba.kernels.runtime.device import Device, DryRunDevice
+from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.packing import pack_ternary
 from bitnet_numba.reference.model import relu2, silu
 from tests.kernels.harness import Out, arch, assert_close, mapped, needs_gpu, run, simulated
+from tests.kernels.linear.test_gemv import HarnessDevice
 
 
 def check_gemm(
@@ -248,6 +250,70 @@ def test_launcher_refuses_what_does_not_fit() -> None:
         gemm(device, replace(linear, bias=x.q), x, count, out, M)
     with pytest.raises(ValueError, match="needs at least one token, not 0"):
         gemm(device, linear, x, count, out, 0)
+    with pytest.raises(ValueError, match="gemm: rows come in 1 to 3 segments"):
+        gemm(device, replace(linear, segments=(960,) * 4), x, count, out, M)
+
+
+@pytest.mark.parametrize("name", ["words", "scales", "bias", "q", "scale", "q_sum", "count", "out"])
+def test_launcher_refuses_each_operand(name: str) -> None:
+    """One element too few, and a dtype that no kernel takes."""
+    device = DryRunDevice(90, 132)
+    M, N, K = 37, 3840, 2560
+    linear, x, count, out = operands(device, M, N, K, (2560, 640, 640))
+    linear = replace(linear, scales=device.empty(3, np.float32), bias=device.empty(N, np.float32))
+    arrays = {"count": count, "out": out}
+    right = {**vars(linear), **vars(x), **arrays}[name]
+    gemm(device, linear, x, count, out, M)
+    for array, problem in (
+        (device.empty(right.size - 1, right.dtype), f"holds {right.size - 1} elements"),
+        (device.empty(right.size, np.float64), "must be .*, not float64"),
+    ):
+        changed = {
+            part: replace(value, **{name: array}) if name in vars(value) else value
+            for part, value in (("linear", linear), ("x", x))
+        }
+        given = {**arrays, name: array}
+        with pytest.raises(ValueError, match=f"gemm: {name} {problem}"):
+            gemm(device, changed["linear"], changed["x"], given["count"], given["out"], M)
+
+
+class MapDevice(HarnessDevice):
+    """A HarnessDevice whose tensor maps are of the test's arrays too."""
+
+    def tensor_map(self, array: DeviceArray, rows: int, row_ints: int, box_rows: int, box_ints: int) -> Any:
+        host = self._arrays[id(array)][1]
+        assert isinstance(host, np.ndarray)
+        return mapped(host, (rows, row_ints, box_rows, box_ints))[0]
+
+
+@simulated
+@pytest.mark.parametrize("epilogue", ["acc", "store", "residual", "gated"])
+def test_simulated_launch(epilogue: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arguments that the launcher makes, for a tile of each kernel; two of nine tokens are not real."""
+    rng = np.random.default_rng(11)
+    M, count, K, gated = 9, 7, 200, epilogue == "gated"
+    segments = (32, 32) if gated else (24, 5, 9)
+    N = sum(segments)
+    w, q = rng.integers(-1, 2, (N, K)).astype(np.int8), np.zeros((M, 224), np.int8)
+    q[:, :K] = rng.integers(-127, 128, (M, K))
+    s, bias = rng.uniform(0.5, 2, M).astype(np.float32), rng.standard_normal(N).astype(np.float32)
+    scales = np.array([0.0137, 1.71, 0.29], np.float32)[: len(segments)]
+    acc = q[:, :K].astype(np.int32) @ w.T.astype(np.int32)
+    y = acc.astype(np.float32) * np.repeat(scales, segments) / s[:, None] + bias
+    rows = N // 2 if gated else N
+    old = rng.standard_normal((M, rows)).astype(np.float32)
+    expected = relu2(y[:, :rows]) * y[:, rows:] if gated else {"acc": acc, "store": y, "residual": old + y}[epilogue]
+    for tile in (PAIRS, Tile(8, 2, 1, 2, 2, 2), DP4A._replace(row_blocks=2 if gated else 1)):
+        monkeypatch.setattr("bitnet_numba.kernels.linear.gemm.choose_tile", lambda *_, tile=tile: tile)
+        device = MapDevice(2)
+        out = Out(M * rows, np.int32) if epilogue == "acc" else Out(M * rows, np.float32, old)
+        words, *of_linear = (device.operand(a) for a in (pack_ternary(w), scales))
+        linear = PackedLinear(words, *of_linear, segments, K, device.operand(bias))
+        x = QuantizedActivations(*(device.operand(a) for a in (q.reshape(-1), s, q.sum(axis=1, dtype=np.int32))))
+        real = device.operand(np.array([count], np.int32))
+        gemm(device, linear, x, real, device.operand(out), M, epilogue=epilogue)
+        name = device.run(1)
+        assert_close(out.array.reshape(M, rows)[:count], expected[:count], 0, name)
 
 
 @needs_gpu

@@ -18,6 +18,7 @@ from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.quantize import quantize_activations
 from bitnet_numba.reference.model import rms_norm
 from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, simulated
+from tests.kernels.linear.test_gemv import HarnessDevice
 
 ONE = np.float32(1)
 
@@ -124,3 +125,46 @@ def test_launcher_refuses_what_does_not_fit() -> None:
         quantize(device, x, out, 3, 2560, norm=Norm(out.q, 1e-5))
     with pytest.raises(ValueError, match="at least one is needed"):
         quantize(device, x, out, 0, 2560)
+    with pytest.raises(ValueError, match="columns, not 28673"):
+        quantize(device, x, out, 1, 28673)
+
+
+@pytest.mark.parametrize("name", ["q", "scale", "q_sum", "x", "norm"])
+def test_launcher_refuses_each_operand(name: str) -> None:
+    """One element too few, and a dtype that the kernel does not take."""
+    device = DryRunDevice(90, 132)
+    out = QuantizedActivations.empty(device, 3, 2560)
+    arrays = {**vars(out), "x": device.empty(3 * 2560, np.float32), "norm": device.empty(2560, np.float32)}
+    size, dtype = arrays[name].size, arrays[name].dtype
+    for array, problem in (
+        (device.empty(size - 1, dtype), f"holds {size - 1} elements"),
+        (device.empty(size, np.float64), "must be .*, not float64"),
+    ):
+        given = {**arrays, name: array}
+        changed = QuantizedActivations(given["q"], given["scale"], given["q_sum"])
+        with pytest.raises(ValueError, match=f"quantize: {name} {problem}"):
+            quantize(device, given["x"], changed, 3, 2560, norm=Norm(given["norm"], 1e-5))
+
+
+@simulated
+@pytest.mark.parametrize("norm", [False, True])
+def test_simulated_launch(norm: bool) -> None:
+    """The arguments that the launcher makes."""
+    rng, device, K = np.random.default_rng(100), HarnessDevice(2), 100
+    x, weight = rng.standard_normal((2, K)).astype(np.float32), rng.uniform(0.5, 2, K).astype(np.float32)
+    padded = -(-K // 32) * 32
+    q, s, q_sum = Out(2 * padded // 4, np.int32), Out(2, np.float32), Out(2, np.int32)  # q in words of four
+    q_view = device.operand(q)
+    q_view.size, q_view.dtype = 2 * padded, np.dtype(np.int8)
+    out = QuantizedActivations(q_view, device.operand(s), device.operand(q_sum))
+    quantize(device, device.operand(x), out, 2, K, norm=Norm(device.operand(weight), 1e-5) if norm else None)
+    device.run(1)
+    n = x
+    if norm:
+        mean = np.mean((x * x).astype(np.float64), axis=-1, keepdims=True).astype(np.float32)
+        n = weight * (x * (ONE / np.sqrt(mean + np.float32(1e-5))))
+    expected_q, expected_s = quantize_activations(n)
+    rows = q.array.view(np.int8).reshape(2, padded)
+    assert np.array_equal(rows[:, :K], expected_q) and not rows[:, K:].any()
+    assert s.array.tobytes() == expected_s.tobytes()
+    assert np.array_equal(q_sum.array, expected_q.sum(axis=1, dtype=np.int32))
