@@ -26,6 +26,10 @@ import numpy as np
 import pytest
 
 from bitnet_numba.errors import BackendError
+from bitnet_numba.kernels.runtime.device import DryRunDevice
+from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.memory import DeviceArray, DeviceView
+from bitnet_numba.kernels.runtime.spec import KernelSpec
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 ROOT = Path(__file__).parent.parent.parent
@@ -122,11 +126,48 @@ def mapped(array: np.ndarray, sizes: tuple[int, ...]) -> tuple[Any, Any]:
         from bitnet_numba.kernels.ptx.tma import SimulatedTensorMap
 
         return SimulatedTensorMap(array.reshape(-1).view(np.int32).reshape(rows, ints), *box), array
-    from bitnet_numba.kernels.runtime.memory import DeviceArray
     from bitnet_numba.kernels.runtime.tensor_map import tensor_map
 
     on_device = DeviceArray.of(array)
     return tensor_map(on_device.address, *sizes), on_device
+
+
+class HarnessDevice(DryRunDevice):
+    """A device whose launches `run` makes, on arrays of the test: launchers get stand-ins for them."""
+
+    def __init__(self, num_sms: int):
+        super().__init__(arch(), num_sms)
+        self._arrays: dict[int, tuple[DeviceArray, np.ndarray | Out]] = {}
+        self._launch: tuple[KernelSpec, Any, Sequence[Any]] | None = None
+        self._mapped: list[Any] = []  # what tensor maps are of
+
+    def operand(self, array: np.ndarray | Out | None) -> Any:
+        """What a launcher takes for an array of the test."""
+        if array is None:
+            return None
+        view = DeviceView(0, array.size, array.dtype)
+        self._arrays[id(view)] = view, array
+        return view
+
+    def tensor_map(self, array: DeviceArray, rows: int, row_ints: int, box_rows: int, box_ints: int) -> Any:
+        host = self._arrays[id(array)][1]
+        assert isinstance(host, np.ndarray)
+        tensor_map, owner = mapped(host, (rows, row_ints, box_rows, box_ints))
+        self._mapped.append(owner)
+        return tensor_map
+
+    def launch(self, spec: KernelSpec, grid: Any, arguments: Sequence[Any], use_pdl: bool = True) -> Launch:
+        self._launch = spec, grid, arguments
+        return super().launch(spec, grid, arguments, use_pdl)
+
+    def run(self, repeat: int = 2) -> str:
+        """Runs the last launch, with the checks of `harness.run`; returns the kernel's name."""
+        assert self._launch is not None
+        spec, grid, arguments = self._launch
+        # int8 activations are read as words.
+        arrays = [self._arrays[id(a)][1] if id(a) in self._arrays else a for a in arguments]
+        run(spec, grid, [a.view(np.int32) if getattr(a, "dtype", None) == np.int8 else a for a in arrays], repeat)
+        return spec.name
 
 
 def _simulate(spec: Any, grid: int | tuple[int, int], arguments: Sequence[Any]) -> None:
@@ -143,7 +184,6 @@ def _simulate(spec: Any, grid: int | tuple[int, int], arguments: Sequence[Any]) 
 def _launch(spec: Any, grid: int | tuple[int, int], arguments: Sequence[Any]) -> None:
     from bitnet_numba.kernels.runtime.device import usable_device
     from bitnet_numba.kernels.runtime.driver import Stream
-    from bitnet_numba.kernels.runtime.memory import DeviceArray
 
     device, values, arrays = usable_device(), [], []
     for argument in arguments:

@@ -18,11 +18,9 @@ from bitnet_numba.kernels.linear.heuristics import MIN_ARCH, choose_tile
 from bitnet_numba.kernels.linear.operands import PackedLinear, QuantizedActivations
 from bitnet_numba.kernels.linear.tile import Tile
 from bitnet_numba.kernels.runtime.device import Device, DryRunDevice
-from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.packing import pack_ternary
 from bitnet_numba.reference.model import relu2, silu
-from tests.kernels.harness import Out, arch, assert_close, mapped, needs_gpu, run, simulated
-from tests.kernels.linear.test_gemv import HarnessDevice
+from tests.kernels.harness import HarnessDevice, Out, arch, assert_close, mapped, needs_gpu, run, simulated
 
 
 def check_gemm(
@@ -277,15 +275,6 @@ def test_launcher_refuses_each_operand(name: str) -> None:
             gemm(device, changed["linear"], changed["x"], given["count"], given["out"], M)
 
 
-class MapDevice(HarnessDevice):
-    """A HarnessDevice whose tensor maps are of the test's arrays too."""
-
-    def tensor_map(self, array: DeviceArray, rows: int, row_ints: int, box_rows: int, box_ints: int) -> Any:
-        host = self._arrays[id(array)][1]
-        assert isinstance(host, np.ndarray)
-        return mapped(host, (rows, row_ints, box_rows, box_ints))[0]
-
-
 @simulated
 @pytest.mark.parametrize("epilogue", ["acc", "store", "residual", "gated"])
 def test_simulated_launch(epilogue: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,7 +294,7 @@ def test_simulated_launch(epilogue: str, monkeypatch: pytest.MonkeyPatch) -> Non
     expected = relu2(y[:, :rows]) * y[:, rows:] if gated else {"acc": acc, "store": y, "residual": old + y}[epilogue]
     for tile in (PAIRS, Tile(8, 2, 1, 2, 2, 2), DP4A._replace(row_blocks=2 if gated else 1)):
         monkeypatch.setattr("bitnet_numba.kernels.linear.gemm.choose_tile", lambda *_, tile=tile: tile)
-        device = MapDevice(2)
+        device = HarnessDevice(2)
         out = Out(M * rows, np.int32) if epilogue == "acc" else Out(M * rows, np.float32, old)
         words, *of_linear = (device.operand(a) for a in (pack_ternary(w), scales))
         linear = PackedLinear(words, *of_linear, segments, K, device.operand(bias))

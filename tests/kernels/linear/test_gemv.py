@@ -22,13 +22,11 @@ from bitnet_numba.kernels.linear.gemv import BLOCK_MAX_WARPS, Plan, gemv, plan
 from bitnet_numba.kernels.linear.operands import PackedLinear, QuantizedActivations
 from bitnet_numba.kernels.operands import Norm
 from bitnet_numba.kernels.runtime.device import DryRunDevice
-from bitnet_numba.kernels.runtime.launch import Launch
-from bitnet_numba.kernels.runtime.memory import DeviceArray, DeviceView
-from bitnet_numba.kernels.runtime.spec import KernelSpec
+from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, pack_ternary
 from bitnet_numba.quantize import quantize_activations
 from bitnet_numba.reference.model import relu2, rms_norm, silu
-from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, simulated
+from tests.kernels.harness import HarnessDevice, Out, assert_close, needs_gpu, simulated
 
 EPS = np.float32(1e-5)
 SHAPES = [  # N, K, gated: the published table's, two large ones, and those of other models
@@ -49,36 +47,6 @@ SHAPES = [  # N, K, gated: the published table's, two large ones, and those of o
     (16, 32, False),
     (33, 31, False),
 ]
-
-
-class HarnessDevice(DryRunDevice):
-    """A device whose launches `run` makes, on arrays of the test: launchers get stand-ins for them."""
-
-    def __init__(self, num_sms: int):
-        super().__init__(arch(), num_sms)
-        self._arrays: dict[int, tuple[DeviceArray, np.ndarray | Out]] = {}
-        self._launch: tuple[KernelSpec, Any, Sequence[Any]] | None = None
-
-    def operand(self, array: np.ndarray | Out | None) -> Any:
-        """What a launcher takes for an array of the test."""
-        if array is None:
-            return None
-        view = DeviceView(0, array.size, array.dtype)
-        self._arrays[id(view)] = view, array
-        return view
-
-    def launch(self, spec: KernelSpec, grid: Any, arguments: Sequence[Any], use_pdl: bool = True) -> Launch:
-        self._launch = spec, grid, arguments
-        return super().launch(spec, grid, arguments, use_pdl)
-
-    def run(self, repeat: int = 2) -> str:
-        """Runs the last launch, with the checks of `harness.run`; returns the kernel's name."""
-        assert self._launch is not None
-        spec, grid, arguments = self._launch
-        # int8 activations are read as words.
-        arrays = [self._arrays[id(a)][1] if id(a) in self._arrays else a for a in arguments]
-        run(spec, grid, [a.view(np.int32) if getattr(a, "dtype", None) == np.int8 else a for a in arrays], repeat)
-        return spec.name
 
 
 def padded(a: np.ndarray) -> np.ndarray:

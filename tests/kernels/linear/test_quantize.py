@@ -17,8 +17,7 @@ from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.quantize import quantize_activations
 from bitnet_numba.reference.model import rms_norm
-from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, simulated
-from tests.kernels.linear.test_gemv import HarnessDevice
+from tests.kernels.harness import HarnessDevice, Out, arch, assert_close, needs_gpu, run, simulated
 
 ONE = np.float32(1)
 
