@@ -1,8 +1,9 @@
 """The CUDA backend behind the engine's interface (see `backends.protocol`): a model on one NVIDIA GPU."""
 
 from bitnet_numba.backends.cuda.batch import MAX_SEQUENCES, CudaBatch, fixed_bytes
+from bitnet_numba.backends.cuda.buffers import Buffers
 from bitnet_numba.backends.cuda.context import CudaContext, Runtime
-from bitnet_numba.backends.cuda.forward import CudaModel
+from bitnet_numba.backends.cuda.forward import MAX_TOKENS, CudaModel
 from bitnet_numba.backends.cuda.state import page_bytes, pages_of
 from bitnet_numba.backends.cuda.warmup import load_specs
 from bitnet_numba.backends.cuda.weights import Weights, why_unsupported
@@ -40,9 +41,11 @@ class CudaBackend:
         self.config, self._embedding_dtype = checkpoint.config, checkpoint.head
         load_specs(self.config, self._embedding_dtype, self.device)
         self.stream = Stream()
+        # Buffers first, so that what is left for the weights is known, and told in one line if it does not suffice.
+        buffers = [Buffers(self.device, self.config, max_tokens) for max_tokens in (1, MAX_TOKENS)]
         free, _ = self.device.memory_info()
         self.weights = Weights.upload(checkpoint, self.stream, free - RESERVE)
-        self.model = CudaModel.allocate(self.config, self.device, self.weights)
+        self.model = CudaModel(self.config, self.device, self.weights, *buffers)
         self._runtime = Runtime(self.device, self.model, self.stream)
         self._kv_cache = 0
 

@@ -56,14 +56,10 @@ class CudaModel:
         self.heads = HeadShape(self.config.num_heads, self.config.num_kv_heads, self.config.head_dim)
 
     @staticmethod
-    def allocate(config: ModelConfig, device: Device, weights: Weights) -> "CudaModel":
-        """Makes the buffers. Raises BackendError when memory is short."""
-        return CudaModel(config, device, weights, Buffers(device, config, 1), Buffers(device, config, MAX_TOKENS))
-
-    @staticmethod
     def dry_run(config: ModelConfig, embedding_dtype: EmbeddingDtype, device: Device) -> "CudaModel":
         """A model without memory, to ask passes which kernels they need."""
-        return CudaModel.allocate(config, device, Weights.shapes_only(config, embedding_dtype))
+        weights = Weights.shapes_only(config, embedding_dtype)
+        return CudaModel(config, device, weights, Buffers(device, config, 1), Buffers(device, config, MAX_TOKENS))
 
 
 class ForwardPass:
