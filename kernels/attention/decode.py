@@ -35,7 +35,6 @@ they change the machine code of the whole kernel.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -52,12 +51,14 @@ from bitnet_numba.kernels.attention.parts import (
     VALUE_DIMS,
     HeadShape,
     RopeTables,
+    SplitScratch,
     check_head,
     heads_per_block,
     padded_head_dim,
     partial_dims,
     power_of_two,
     score_scale,
+    split_arrays,
 )
 from bitnet_numba.kernels.operands import checked
 from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, int32, uint32
@@ -435,13 +436,8 @@ def decode_grid(num_sms: int, shape: HeadShape, long: bool = False) -> tuple[int
     return max(1, min(MAX_SPLITS, num_sms // head_blocks)), head_blocks
 
 
-@dataclass(frozen=True)
-class DecodeScratch:
-    """Scratch for combining the splits of a context. Launches that run one after the other may share it."""
-
-    partials: Any  # float32 [head blocks, splits, heads of a block, partial_dims]
-    stats: Any  # float32 [head blocks, splits, heads of a block, 2]: maximum and sum
-    arrivals: Any  # int32 [head blocks]: zeros, before and after each launch
+class DecodeScratch(SplitScratch):
+    """partials and stats [head blocks, splits, heads of a block, ...], arrivals [head blocks]."""
 
     @staticmethod
     def sizes(num_sms: int, shape: HeadShape) -> tuple[int, int, int]:
@@ -454,20 +450,7 @@ class DecodeScratch:
     @staticmethod
     def allocate(device: Device, shape: HeadShape) -> "DecodeScratch":
         """For the launches of layers of this shape. Raises BackendError when memory is short."""
-        partials, stats, arrivals = DecodeScratch.sizes(device.num_sms, shape)
-        return DecodeScratch(
-            device.empty(partials, np.float32), device.empty(stats, np.float32), device.zeros(arrivals, np.int32)
-        )
-
-    @property
-    def arrays(self) -> tuple[Any, Any, Any]:
-        """(partials, stats, arrivals)."""
-        return self.partials, self.stats, self.arrivals
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all of it."""
-        return sum(array.nbytes for array in self.arrays)
+        return DecodeScratch(*split_arrays(device, *DecodeScratch.sizes(device.num_sms, shape)))
 
 
 def decode_attention(

@@ -46,11 +46,9 @@ loop.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numpy as np
 from numba import cuda
 from numba.cuda import types
 
@@ -68,6 +66,7 @@ from bitnet_numba.kernels.attention.parts import (
     VALUE_DIMS,
     HeadShape,
     RopeTables,
+    SplitScratch,
     check_head,
     heads_per_block,
     make_store_out,
@@ -76,6 +75,7 @@ from bitnet_numba.kernels.attention.parts import (
     partial_dims,
     rotate_pair,
     score_scale,
+    split_arrays,
     store_query,
     stored_word,
     weight_terms,
@@ -595,13 +595,8 @@ def paged_decode_spec(
     return KernelSpec(name, kernel, SIGNATURE, threads, BLOCKS_PER_SM.get(threads, 1), wide_loads=wide)
 
 
-@dataclass(frozen=True)
-class PagedScratch:
-    """Scratch for combining the splits of contexts. Launches that run one after the other may share it."""
-
-    partials: Any  # float32 [tokens, head blocks, splits, heads of a block, partial_dims]
-    stats: Any  # float32 [tokens, head blocks, splits, heads of a block, 2]: maximum and sum
-    arrivals: Any  # int32 [tokens, head blocks]: zeros, before and after each launch
+class PagedScratch(SplitScratch):
+    """partials and stats [tokens, head blocks, splits, heads of a block, ...], arrivals [tokens, head blocks]."""
 
     @staticmethod
     def sizes(num_tokens: int, max_tokens: int, shape: HeadShape) -> tuple[int, int, int]:
@@ -614,20 +609,7 @@ class PagedScratch:
     @staticmethod
     def allocate(device: Device, num_tokens: int, max_tokens: int, shape: HeadShape) -> "PagedScratch":
         """For such passes. Raises BackendError when memory is short."""
-        partials, stats, arrivals = PagedScratch.sizes(num_tokens, max_tokens, shape)
-        return PagedScratch(
-            device.empty(partials, np.float32), device.empty(stats, np.float32), device.zeros(arrivals, np.int32)
-        )
-
-    @property
-    def arrays(self) -> tuple[Any, Any, Any]:
-        """(partials, stats, arrivals)."""
-        return self.partials, self.stats, self.arrivals
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all of it."""
-        return sum(array.nbytes for array in self.arrays)
+        return PagedScratch(*split_arrays(device, *PagedScratch.sizes(num_tokens, max_tokens, shape)))
 
 
 def paged_decode_attention(

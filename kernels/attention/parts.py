@@ -21,12 +21,14 @@ A product's dimensions may be taken in any order if both operands agree: so a la
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.ptx.base import WARP, device_function, float32, int32
+from bitnet_numba.kernels.runtime.device import Device
 
 MAX_HEAD_DIM = 256  # 32 lanes of LANE_DIMS
 LANE_DIMS = 8  # bfloat16 numbers in a 16-byte load
@@ -77,6 +79,30 @@ class RopeTables(NamedTuple):
 
     cos: Any  # float32 [positions, head_dim / 2]
     sin: Any
+
+
+@dataclass(frozen=True)
+class SplitScratch:
+    """Scratch for combining the splits of contexts. Launches that run one after the other may share it."""
+
+    partials: Any  # float32 [..., heads of a block, partial_dims]
+    stats: Any  # float32 [..., heads of a block, 2]: maximum and sum
+    arrivals: Any  # int32 [..., head blocks]: zeros, before and after each launch
+
+    @property
+    def arrays(self) -> tuple[Any, Any, Any]:
+        """(partials, stats, arrivals)."""
+        return self.partials, self.stats, self.arrivals
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        return sum(array.nbytes for array in self.arrays)
+
+
+def split_arrays(device: Device, partials: int, stats: int, arrivals: int) -> tuple[Any, Any, Any]:
+    """The arrays of a `SplitScratch` of so many elements. Raises BackendError when memory is short."""
+    return device.empty(partials, np.float32), device.empty(stats, np.float32), device.zeros(arrivals, np.int32)
 
 
 def check_head(kernel: str, head_dim: int, group: int, max_head_dim: int = MAX_HEAD_DIM) -> None:
