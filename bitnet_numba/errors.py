@@ -29,6 +29,18 @@ class BackendError(BitNetError):
     """The requested backend cannot run on this machine."""
 
 
+def printable(text: str, limit: int = 200) -> str:
+    """Text from a file or a user, made safe for one line of a message of at most `limit` characters.
+
+    Longer text loses its middle; what a terminal would obey or not show (control and format characters, lone
+    surrogates) becomes an escape.
+    """
+    if len(text) > limit:  # first, so that a megabyte is not escaped character by character
+        text = text[: limit * 2 // 3] + "…" + text[len(text) - limit // 3 + 1 :]
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
 def one_line(error: BaseException) -> str:
     """Another library's message, shortened to one line."""
-    return " ".join((str(error) or type(error).__name__).split())[:200]
+    return printable(" ".join((str(error) or type(error).__name__).split()))
