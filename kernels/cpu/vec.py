@@ -130,6 +130,7 @@ load_i32x4, load_i32x8, load_i32x16 = _load(4, "i32"), _load(8, "i32"), _load(16
 load_i8x16, load_f32x16 = _load(16, "i8"), _load(16, "f32")
 broadcast_i32x4, broadcast_i32x8 = _broadcast(4, "i32"), _broadcast(8, "i32")
 broadcast_i32x16, broadcast_f32x16 = _broadcast(16, "i32"), _broadcast(16, "f32")
+splat_i32x4, splat_i32x8 = _splat(4, "i32"), _splat(8, "i32")
 splat_i32x16, splat_f32x16 = _splat(16, "i32"), _splat(16, "f32")
 
 
