@@ -50,8 +50,8 @@ FIELD0, FIELD1, FIELD2, FIELD3 = (CODE_MASK << 2 * i for i in range(4))
 def gemv(isa, words, K, q, q_sum, acc, first, last):
     """Row-blocks first .. last - 1 of a packed matrix times one token's activations.
 
-    isa: InstructionSet. words: address of int32 words. K: columns, a multiple of 32. q: address of int8 [K], 0 in padded
-    columns. q_sum: their sum. acc: address of int32 [16 * (last - first)], written.
+    isa: InstructionSet. words: address of int32 words. K: columns, a multiple of 32. q: address of int8 [K], 0 in
+    padded columns. q_sum: their sum. acc: address of int32 [16 * (last - first)], written.
     """
     raise NotImplementedError("only compiled functions can call this")
 
@@ -153,7 +153,7 @@ def gemv_4_lanes(isa, words, K, q, q_sum, acc, first, last):
 
 @njit(**OPTIONS)
 def _sixteen_columns(low, high, w, k, offset):
-    """8 rows x 16 columns into sums of 16 bits: codes * 1 into `low`, codes * 4 into `high`, at most 6144 more a call."""
+    """8 rows x 16 columns into 16-bit sums: codes * 1 into `low`, codes * 4 into `high`, at most 6144 more a call."""
     up = lshr(w, 4)
     pairs0, pairs2 = pairs_avx2(and_(w, FIELD0), broadcast_i32x8(k, offset)), broadcast_i32x8(k, offset + 8)
     pairs1, pairs3 = pairs_avx2(and_(w, FIELD1), broadcast_i32x8(k, offset + 4)), broadcast_i32x8(k, offset + 12)

@@ -145,26 +145,37 @@ def store(typingctx, address, offset, v):
     return types.void(address, offset, v), codegen
 
 
-@intrinsic
-def store_f32(typingctx, address, offset, value):
-    """Writes one float32 to memory."""
+def _load_scalar(lane: str, numba_type):
+    """load(address, offset) -> one number from memory."""
 
-    def codegen(context, builder, sig, args):
-        value32 = context.cast(builder, args[2], sig.args[2], types.float32)
-        builder.store(value32, pointer_to(context, builder, sig, args, LANES["f32"]), align=1)
-        return context.get_dummy_value()
+    @intrinsic
+    def load(typingctx, address, offset):
+        def codegen(context, builder, sig, args):
+            return builder.load(pointer_to(context, builder, sig, args, LANES[lane]), align=1)
 
-    return types.void(address, offset, value), codegen
+        return numba_type(address, offset), codegen
+
+    return load
 
 
-@intrinsic
-def load_f32(typingctx, address, offset):
-    """One float32 from memory."""
+def _store_scalar(lane: str, numba_type):
+    """store(address, offset, value): one number to memory; integers keep their low bits."""
 
-    def codegen(context, builder, sig, args):
-        return builder.load(pointer_to(context, builder, sig, args, LANES["f32"]), align=1)
+    @intrinsic
+    def store_one(typingctx, address, offset, value):
+        def codegen(context, builder, sig, args):
+            number = context.cast(builder, args[2], sig.args[2], numba_type)
+            builder.store(number, pointer_to(context, builder, sig, args, LANES[lane]), align=1)
+            return context.get_dummy_value()
 
-    return types.float32(address, offset), codegen
+        return types.void(address, offset, value), codegen
+
+    return store_one
+
+
+load_f32, load_i32 = _load_scalar("f32", types.float32), _load_scalar("i32", types.int32)
+store_f32, store_i32 = _store_scalar("f32", types.float32), _store_scalar("i32", types.int32)
+store_i8 = _store_scalar("i8", types.int8)
 
 
 @intrinsic

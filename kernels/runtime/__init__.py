@@ -1,7 +1,8 @@
 """How a kernel gets onto a device.
 
 spec            what a kernel is specialised to: KernelSpec, ArchSpec
-compiler        Numba's PTX, machine code from it, and the disk cache
+compiler        Numba's PTX, and machine code from it
+disk_cache      where machine code is kept, and what it depends on
 driver          calls into the CUDA driver; streams, graphs, events
 memory          arrays on the device and in page-locked host memory
 tensor_map      what the TMA needs to know of a matrix

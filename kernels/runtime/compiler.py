@@ -1,4 +1,4 @@
-"""From a Python function to machine code, and its disk cache. Nothing here needs a device.
+"""From a Python function to machine code of a GPU. Nothing here needs a device.
 
 Numba compiles to PTX, and nvJitLink of the same toolkit makes machine code (a cubin) of that: the driver may have an
 older assembler.
@@ -6,27 +6,18 @@ older assembler.
 
 import contextlib
 import hashlib
-import importlib
-import os
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from numba.cuda import types
 
 from bitnet_numba.errors import BackendError
+from bitnet_numba.kernels.runtime import disk_cache
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 
 ENTRY = "kernel"  # the function's name in PTX and machine code
-
-KERNELS = Path(__file__).parent.parent  # the folder kernels/
-# The modules elsewhere that kernels take constants from, which are compiled into them.
-CONSTANTS = ("bitnet_numba.packing", "bitnet_numba.quantize", "bitnet_numba.sampling")
-COMPILERS = ("numba", "numba-cuda", "llvmlite", "cuda-bindings", "nvidia-nvvm", "nvidia-nvjitlink")  # distributions
 
 
 @contextlib.contextmanager
@@ -92,41 +83,10 @@ def link_cubin(ptx: str, arch: int) -> bytes:
         nvjitlink.destroy(handle)
 
 
-@cache
-def toolchain_digest() -> bytes:
-    """What machine code depends on beside a spec: all source of kernels, constants from elsewhere, the compilers."""
-    digest = hashlib.sha256()
-    for source in sorted(KERNELS.rglob("*.py")):
-        digest.update(f"{source.relative_to(KERNELS).as_posix()};".encode() + source.read_bytes())
-    for name in CONSTANTS:
-        digest.update(Path(str(importlib.import_module(name).__file__)).read_bytes())
-    for name in COMPILERS:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            digest.update(f"{name} {metadata.version(name)};".encode())
-    return digest.digest()
-
-
-def cache_folder() -> Path:
-    """Where machine code is cached: $BITNET_NUMBA_CACHE, or bitnet-numba in the user's cache folder."""
-    chosen = os.environ.get("BITNET_NUMBA_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitnet-numba"
-
-
-def cache_is_writable() -> bool:
-    """Whether files can be written to the cache folder, which is made if it is missing."""
-    with contextlib.suppress(OSError):
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cache_folder()):
-            return True
-    return False
-
-
 def _cache_path(spec: KernelSpec, arch: int) -> Path:
-    digest = hashlib.sha256(toolchain_digest())
+    digest = hashlib.sha256(disk_cache.toolchain_digest())
     digest.update(repr((spec.name, spec.signature, spec.threads, spec.blocks_per_sm, arch)).encode())
-    return cache_folder() / f"{digest.hexdigest()[:32]}.cubin"
+    return disk_cache.folder() / f"{digest.hexdigest()[:32]}.cubin"
 
 
 def is_cached(spec: KernelSpec, arch: int) -> bool:
@@ -142,9 +102,5 @@ def machine_code(spec: KernelSpec, arch: int) -> tuple[bytes, bool]:
     with contextlib.suppress(OSError):
         return path.read_bytes(), False
     cubin = link_cubin(compile_ptx(spec.kernel, spec.signature, arch, spec.threads, spec.blocks_per_sm), arch)
-    with contextlib.suppress(OSError):  # without a cache it is compiled again next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(cubin)
-        os.replace(file.name, path)
+    disk_cache.write(path, cubin)
     return cubin, True

@@ -26,7 +26,8 @@ from bitnet_numba.checkpoint.packed import EmbeddingDtype
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention.kv_cache import PAGE
-from bitnet_numba.kernels.runtime.compiler import cache_is_writable, is_cached, machine_code
+from bitnet_numba.kernels.runtime import disk_cache
+from bitnet_numba.kernels.runtime.compiler import is_cached, machine_code
 from bitnet_numba.kernels.runtime.device import CudaDevice, DryRunDevice
 from bitnet_numba.kernels.runtime.launch import load_kernels
 from bitnet_numba.kernels.runtime.spec import ArchSpec, KernelSpec
@@ -100,7 +101,7 @@ def compile_together(needs: Needs, specs: list[KernelSpec], device_name: str) ->
     missing = [spec for spec in specs if not is_cached(spec, arch)]
     count = min(_most_processes(), len(missing) // MIN_SHARE)
     # A frozen program is its own executable: it would start itself.
-    if count < 2 or not sys.executable or getattr(sys, "frozen", False) or not cache_is_writable():
+    if count < 2 or not sys.executable or getattr(sys, "frozen", False) or not disk_cache.is_writable():
         return
     processes: list[subprocess.Popen[bytes]] = []
     try:

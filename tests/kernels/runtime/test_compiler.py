@@ -11,7 +11,7 @@ import pytest
 
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.embedding import advance_spec
-from bitnet_numba.kernels.runtime import compiler
+from bitnet_numba.kernels.runtime import compiler, disk_cache
 
 
 @pytest.fixture
@@ -39,14 +39,14 @@ def test_machine_code_is_kept_on_disk(cache: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path.chmod(0o500)
     monkeypatch.setenv("BITNET_NUMBA_CACHE", str(tmp_path / "cache"))
-    assert not compiler.cache_is_writable()
+    assert not disk_cache.is_writable()
     assert compiler.machine_code(advance_spec(90), 90)[1]
 
 
 def test_a_cache_that_is_a_file_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cache").write_text("")
     monkeypatch.setenv("BITNET_NUMBA_CACHE", str(tmp_path / "cache"))
-    assert not compiler.cache_is_writable()
+    assert not disk_cache.is_writable()
     for _ in range(2):
         assert compiler.machine_code(advance_spec(90), 90)[1]
 
@@ -62,18 +62,18 @@ def test_what_does_not_assemble_gives_one_line() -> None:
 
 def digest() -> bytes:
     """The digest now, not that of the first call."""
-    compiler.toolchain_digest.cache_clear()
-    return compiler.toolchain_digest()
+    disk_cache.toolchain_digest.cache_clear()
+    return disk_cache.toolchain_digest()
 
 
 @pytest.fixture
 def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the folder kernels/, which the digest is then taken of."""
     copy = tmp_path / "kernels"
-    shutil.copytree(compiler.KERNELS, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(compiler, "KERNELS", copy)
+    shutil.copytree(disk_cache.KERNELS, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(disk_cache, "KERNELS", copy)
     yield copy
-    compiler.toolchain_digest.cache_clear()
+    disk_cache.toolchain_digest.cache_clear()
 
 
 def test_a_change_of_any_source_file_is_another_entry(kernels: Path, cache: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_new_or_renamed_source_file_is_another_entry(kernels: Path) -> None:
     assert digest() != before
 
 
-@pytest.mark.parametrize("name", compiler.CONSTANTS)
+@pytest.mark.parametrize("name", disk_cache.CONSTANTS)
 def test_a_change_of_constants_elsewhere_is_another_entry(
     name: str, kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,8 +135,8 @@ def imported(source: Path) -> set[str]:
 
 def test_all_constants_from_elsewhere_are_listed() -> None:
     no_constants = {"bitnet_numba.errors", "bitnet_numba.json_file"}
-    found = {name for source in compiler.KERNELS.rglob("*.py") for name in imported(source)} - no_constants
+    found = {name for source in disk_cache.KERNELS.rglob("*.py") for name in imported(source)} - no_constants
     elsewhere = {name for name in found if not name.startswith("bitnet_numba.kernels")}
-    assert elsewhere == set(compiler.CONSTANTS)
-    for name in compiler.CONSTANTS:  # what these are made of
+    assert elsewhere == set(disk_cache.CONSTANTS)
+    for name in disk_cache.CONSTANTS:  # what these are made of
         assert imported(Path(str(importlib.import_module(name).__file__))) <= elsewhere | no_constants

@@ -1,0 +1,116 @@
+"""RMSNorm and quantisation of one token's activations, as `reference.model.rms_norm` and `quantize` define them.
+
+Reductions run in 16 lanes and four sums of each, added up in a fixed order: a token's numbers depend on nothing else.
+"""
+
+import numpy as np
+from numba import njit
+
+from bitnet_numba.kernels.cpu.vec import (
+    OPTIONS,
+    absolute,
+    add,
+    div,
+    fma,
+    load_f32,
+    load_f32x16,
+    load_i32x16,
+    max_lanes,
+    maximum,
+    mul,
+    rint,
+    splat_f32x16,
+    store,
+    store_f32,
+    store_i8,
+    sum_lanes,
+    to_bytes,
+    to_floats,
+    to_ints,
+    zero_f32x16,
+    zero_i32x16,
+)
+from bitnet_numba.packing import BLOCK_COLS
+from bitnet_numba.quantize import EPSILON, INT8_MAX
+
+LANES = 16
+ONE = np.float32(1)
+NAN = np.float32(np.nan)
+
+
+@njit(**OPTIONS)
+def mean_square(x, n):
+    """The mean of the squares of float32 [n] at an address."""
+    a, b, c, d = zero_f32x16(), zero_f32x16(), zero_f32x16(), zero_f32x16()
+    at, end = x, x + 4 * n
+    while at + 16 * LANES <= end:
+        u, v, w, z = load_f32x16(at, 0), load_f32x16(at, 64), load_f32x16(at, 128), load_f32x16(at, 192)
+        a, b, c, d = fma(u, u, a), fma(v, v, b), fma(w, w, c), fma(z, z, d)
+        at += 16 * LANES
+    while at + 4 * LANES <= end:
+        u = load_f32x16(at, 0)
+        a = fma(u, u, a)
+        at += 4 * LANES
+    total = sum_lanes(add(add(a, b), add(c, d)))
+    while at < end:
+        total += load_f32(at, 0) * load_f32(at, 0)
+        at += 4
+    return total / np.float32(n)
+
+
+@njit(**OPTIONS)
+def rms_norm(x, weight, n, eps, out):
+    """weight * (x / sqrt(mean(x^2) + eps)): float32 [n] -> float32 [n], all by address. `out` may be `x`."""
+    r = ONE / np.sqrt(mean_square(x, n) + eps)
+    every = splat_f32x16(r)
+    whole = n // LANES * LANES
+    for i in range(0, 4 * whole, 4 * LANES):
+        store(out, i, mul(load_f32x16(weight, i), mul(load_f32x16(x, i), every)))
+    for i in range(4 * whole, 4 * n, 4):
+        store_f32(out, i, load_f32(weight, i) * (load_f32(x, i) * r))
+
+
+@njit(**OPTIONS)
+def quantize(x, n, q):
+    """s = 127 / max(max|x|, 1e-5), q = rint(x * s): float32 [n] -> int8 [n padded to 32 with zeros], by address.
+
+    Returns (s, sum of q). If x holds NaN or infinity, s is NaN, and so is all that is computed of q.
+    """
+    largest, zeros = zero_f32x16(), zero_f32x16()
+    whole = n // LANES * LANES
+    for i in range(0, 4 * whole, 4 * LANES):
+        v = load_f32x16(x, i)
+        largest = maximum(absolute(v), largest)
+        zeros = fma(v, zero_f32x16(), zeros)  # NaN as soon as one is not finite
+    absmax, zero = max_lanes(largest), sum_lanes(zeros)
+    for i in range(4 * whole, 4 * n, 4):
+        v = load_f32(x, i)
+        absmax = max(absmax, abs(v))
+        zero += v * np.float32(0)
+    if zero != np.float32(0):
+        return NAN, np.int32(0)
+    s = (ONE / max(absmax, EPSILON)) * INT8_MAX  # reciprocal first, as the definition does
+    every, sums = splat_f32x16(s), zero_i32x16()
+    for i in range(0, whole, LANES):
+        v = to_ints(rint(mul(load_f32x16(x, 4 * i), every)))
+        sums = add(sums, v)
+        store(q, i, to_bytes(v))
+    q_sum = sum_lanes(sums)
+    for i in range(whole, n):
+        v = np.int32(np.rint(load_f32(x, 4 * i) * s))
+        q_sum = np.int32(q_sum + v)
+        store_i8(q, i, v)
+    for i in range(n, -(-n // BLOCK_COLS) * BLOCK_COLS):
+        store_i8(q, i, 0)
+    return s, q_sum
+
+
+@njit(**OPTIONS)
+def dequantize_rows(acc, n, m, s, bias, y):
+    """y = acc * m / s + bias: int32 [n] -> float32 [n]. Both have room for whole lanes; bias is an address or 0."""
+    weight_scale, scale = splat_f32x16(m), splat_f32x16(s)
+    for i in range(0, 4 * n, 4 * LANES):
+        store(y, i, div(mul(to_floats(load_i32x16(acc, i)), weight_scale), scale))
+    if bias != 0:
+        for i in range(0, 4 * n, 4):
+            store_f32(y, i, load_f32(y, i) + load_f32(bias, i))
