@@ -1,68 +1,92 @@
-"""Backends whose model runs on the CPU: contexts and batches over any `HostModel`.
-
-Prompts are computed in chunks that end at multiples of PAGE_SIZE, and the sequences of a batch one after another. So
-every matrix product of a sequence has the same shape in a batch as in a context of its own, however its prompt is
-divided into calls, and its tokens are the same, bit for bit.
-"""
+"""Backends whose model runs on the CPU: contexts and batches over any `HostModel`."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_numba.backends.protocol import NO_TOKEN
-from bitnet_numba.checkpoint.packed import PackedCheckpoint
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError
-from bitnet_numba.reference.model import Cache, Floats, Model
-from bitnet_numba.sampling import SamplingParams, sample
+from bitnet_numba.sampling import SamplingParams
 
-PAGE_SIZE = 64  # tokens per page and per prompt chunk, which also bounds the memory for attention scores
+PAGE_SIZE = 64  # tokens
 POOL_BYTES = 1 << 30  # limit of a batch's KV cache, unless a number of tokens is asked for
 
+Floats = NDArray[np.float32]
 
-class HostModel(Protocol):
-    """What the host backend needs of a model; the reference's `Model` is one."""
+
+class SequenceCache(Protocol):
+    """Keys and values of one sequence."""
+
+    length: int  # tokens; a smaller number forgets those from there on
+
+
+C = TypeVar("C", bound=SequenceCache)
+C_co = TypeVar("C_co", bound=SequenceCache, covariant=True)
+
+
+class PagePool(Protocol[C_co]):
+    """Keys and values of many sequences, in pages of PAGE_SIZE tokens."""
+
+    def cache(self, pages: Sequence[int], computed: int) -> C_co:
+        """The cache of a sequence in these pages, of which `computed` leading tokens are there already."""
+
+
+class HostModel(Protocol[C]):
+    """What this backend needs of a model.
+
+    A token's numbers must depend on the tokens before it alone: not on how they were divided into calls, nor on other
+    sequences in a call. Numbers that are not finite become NaN, in the cache too, and are no error.
+    """
 
     config: ModelConfig
 
-    def forward(self, ids: NDArray[np.int64], cache: Cache) -> Floats:
-        """Appends tokens [M] to a cache, calling its `append` for each layer, and returns their final hidden states,
-        float32 [M, hidden]."""
+    def new_cache(self, capacity: int) -> C:
+        """The cache of one sequence of up to `capacity` tokens. Raises MemoryError."""
+
+    def new_pool(self, num_pages: int) -> PagePool[C]:
+        """Pages for many sequences. Raises MemoryError."""
+
+    def page_bytes(self) -> int:
+        """Bytes of one page in all layers."""
+
+    def forward(self, ids: Sequence[int], cache: C) -> Floats:
+        """Appends tokens to a cache; their final hidden states, float32 [M, hidden]."""
+
+    def step(self, ids: Sequence[int], caches: Sequence[C]) -> Floats:
+        """Appends one token to each of several caches; their final hidden states, float32 [B, hidden]."""
 
     def logits(self, hidden: Floats) -> Floats:
-        """Logits of the next token: [M, hidden] -> [M, vocab]."""
+        """Logits of the next token: float32 [M, hidden] -> [M, vocab]."""
+
+    def sample(self, hidden: Floats, histories: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[int]:
+        """`sampling.sample` of the next token of each sequence [B, hidden]; NO_TOKEN where logits are NaN."""
 
     def nbytes(self) -> int:
         """Bytes of all weights."""
 
-
-def extend(model: HostModel, ids: Sequence[int], cache: Cache) -> Iterator[Floats]:
-    """Appends any number of tokens to a cache; yields their final hidden states [M, hidden], chunk by chunk."""
-    start = 0
-    while start < len(ids):
-        end = start + PAGE_SIZE - cache.length % PAGE_SIZE
-        yield model.forward(np.asarray(ids[start:end], np.int64), cache)
-        start = end
+    def close(self) -> None:
+        """Ends what the model runs beside the caller."""
 
 
-class HostBackend:
+class HostBackend(Generic[C]):
     """A model on the CPU (see `protocol.Backend`)."""
 
-    def __init__(self, name: str, model: HostModel):
+    def __init__(self, name: str, model: HostModel[C]):
         self.name, self.model = name, model
 
-    def new_context(self, capacity: int) -> "HostContext":
-        """An empty context for up to `capacity` tokens."""
+    def new_context(self, capacity: int) -> "HostContext[C]":
+        """An empty context for up to `capacity` tokens. Raises BackendError if memory is insufficient."""
         return HostContext(self.model, capacity)
 
-    def new_batch(self, max_sequences: int, capacity: int, tokens: int | None = None) -> "HostBatch":
+    def new_batch(self, max_sequences: int, capacity: int, tokens: int | None = None) -> "HostBatch[C]":
         """An empty batch, see `protocol.Backend`. Raises BackendError if memory is insufficient."""
         sequence_pages = -(-capacity // PAGE_SIZE)  # of one sequence at full capacity
         if tokens is None:
-            affordable = POOL_BYTES // page_bytes(self.model.config)
+            affordable = POOL_BYTES // self.model.page_bytes()
             num_pages = min(max_sequences * sequence_pages, max(sequence_pages, affordable))
         else:
             num_pages = -(-tokens // PAGE_SIZE)
@@ -73,19 +97,22 @@ class HostBackend:
         return {"weights": self.model.nbytes()}
 
 
-def reference_backend(checkpoint: PackedCheckpoint) -> HostBackend:
-    """The NumPy reference as a backend."""
-    return HostBackend("reference", Model(checkpoint))
+def _no_memory(tokens: int, model: HostModel[C]) -> BackendError:
+    size = -(-tokens // PAGE_SIZE) * model.page_bytes()
+    return BackendError(f"a KV cache for {tokens} tokens needs {size / 1e9:.2f} GB of memory, which are not free")
 
 
-class HostContext:
+class HostContext(Generic[C]):
     """One sequence, see `protocol.Context`."""
 
-    def __init__(self, model: HostModel, capacity: int):
+    def __init__(self, model: HostModel[C], capacity: int):
         self.capacity = capacity
         self.ids: list[int] = []
         self._model = model
-        self._cache = Cache(model.config, capacity)
+        try:
+            self._cache = model.new_cache(capacity)
+        except MemoryError:
+            raise _no_memory(capacity, model) from None
 
     def truncate(self, length: int) -> None:
         """Removes all tokens from position `length` on."""
@@ -103,7 +130,9 @@ class HostContext:
         while True:
             for hidden in self._extend(ids):
                 last = hidden[-1:]
-            token = sample(self._model.logits(last)[0], self.ids, params)
+            (token,) = self._model.sample(last, [self.ids], [params])
+            if token == NO_TOKEN:
+                raise ValueError("logits hold NaN")
             yield token
             if len(self.ids) == self.capacity:
                 return
@@ -113,67 +142,42 @@ class HostContext:
         """Frees the cache."""
         del self._cache
 
-    def _extend(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
-        """Appends tokens and yields their final hidden states, chunk by chunk."""
+    def _extend(self, ids: Sequence[int]) -> Iterator[Floats]:
+        """Appends tokens and yields their final hidden states, at most a page at a time, so that a long prompt can be
+        interrupted."""
         start = len(self.ids)
         if not 1 <= len(ids) <= self.capacity - start:
             raise ValueError(f"{len(ids)} tokens do not fit: {start} of {self.capacity} are in use")
-        for hidden in extend(self._model, ids, self._cache):
-            self.ids += ids[len(self.ids) - start :][: len(hidden)]
+        end = start + len(ids)
+        while len(self.ids) < end:
+            first = len(self.ids)
+            part = ids[first - start : first - start + PAGE_SIZE - first % PAGE_SIZE]
+            hidden = self._model.forward(part, self._cache)
+            self.ids += part
             yield hidden
 
 
-class PagedCache(Cache):
-    """Keys and values of one sequence, in pages of a shared pool."""
-
-    def __init__(self, pool: Floats, pages: Sequence[int], computed: int):
-        """pool: float32 [num_pages, layers, 2, PAGE_SIZE, G, D]. computed: leading tokens already in the pages."""
-        self._pool = pool
-        self._pages: NDArray[np.int64] = np.asarray(pages, np.int64)
-        self.length = computed
-
-    def append(self, layer: int, keys: Floats, values: Floats) -> tuple[Floats, Floats]:
-        """Stores the next tokens' keys and values [M, G, D] of a layer; returns those of all tokens [T, G, D]."""
-        end = self.length + len(keys)
-        positions = np.arange(self.length, end)
-        pages, offsets = self._pages[positions // PAGE_SIZE], positions % PAGE_SIZE
-        self._pool[pages, layer, 0, offsets], self._pool[pages, layer, 1, offsets] = keys, values
-        used = self._pool[self._pages[: -(-end // PAGE_SIZE)], layer]  # [pages, 2, PAGE_SIZE, G, D]
-        shape = (-1, *keys.shape[1:])
-        return used[:, 0].reshape(shape)[:end], used[:, 1].reshape(shape)[:end]
-
-    def append_nan(self, count: int) -> None:
-        """Appends tokens whose keys and values are NaN in all layers."""
-        positions = np.arange(self.length, self.length + count)
-        self._pool[self._pages[positions // PAGE_SIZE], :, :, positions % PAGE_SIZE] = np.nan
-        self.length += count
-
-
-class _Sequence:
-    def __init__(self, ids: Sequence[int], params: SamplingParams, cache: PagedCache):
+class _Sequence(Generic[C]):
+    def __init__(self, ids: Sequence[int], params: SamplingParams, cache: C):
         self.ids = list(ids)  # prompt and sampled tokens
         self.prompt_length = len(ids)
         self.params = params
         self.cache = cache
 
 
-class HostBatch:
+class HostBatch(Generic[C]):
     """Sequences with a paged KV cache, see `protocol.Batch`. Calls compute at once and queue their results."""
 
     page_size = PAGE_SIZE
 
-    def __init__(self, model: HostModel, max_sequences: int, capacity: int, num_pages: int):
+    def __init__(self, model: HostModel[C], max_sequences: int, capacity: int, num_pages: int):
         self.max_sequences, self.capacity, self.num_pages = max_sequences, capacity, num_pages
         self._model = model
-        c = model.config
         try:
-            self._pool = np.empty((num_pages, c.num_layers, 2, PAGE_SIZE, c.num_kv_heads, c.head_dim), np.float32)
+            self._pool = model.new_pool(num_pages)
         except MemoryError:
-            size = num_pages * page_bytes(c)
-            raise BackendError(
-                f"a KV cache for {num_pages * PAGE_SIZE} tokens needs {size / 1e9:.2f} GB of memory, which are not free"
-            ) from None
-        self._sequences: dict[int, _Sequence] = {}  # by slot
+            raise _no_memory(num_pages * PAGE_SIZE, model) from None
+        self._sequences: dict[int, _Sequence[C]] = {}  # by slot
         self._results: deque[list[tuple[int, int]]] = deque()
 
     def start(self, slot: int, ids: Sequence[int], params: SamplingParams, pages: Sequence[int], computed: int) -> None:
@@ -184,7 +188,7 @@ class HostBatch:
             raise ValueError(f"a prompt of {len(ids)} tokens does not fit in pages {list(pages)}")
         if computed % PAGE_SIZE or not 0 <= computed < len(ids):
             raise ValueError(f"{computed} computed tokens of {len(ids)} must be full pages and leave at least one")
-        self._sequences[slot] = _Sequence(ids, params, PagedCache(self._pool, pages, computed))
+        self._sequences[slot] = _Sequence(ids, params, self._pool.cache(pages, computed))
 
     def prefill(self, slot: int, count: int) -> None:
         """Computes the next tokens of a prompt; at its end, samples the first token."""
@@ -192,21 +196,22 @@ class HostBatch:
         end = s.cache.length + count
         if count < 1 or end > s.prompt_length or (end < s.prompt_length and end % PAGE_SIZE):
             raise ValueError(f"tokens {s.cache.length} to {end} of {s.prompt_length} end neither a page nor the prompt")
-        self._feed(s, s.ids[s.cache.length : end], then_sample=end == s.prompt_length)
+        hidden = self._model.forward(s.ids[s.cache.length : end], s.cache)
         if end == s.prompt_length:
-            self._results.append([(slot, s.ids[-1])])
+            self._sample([slot], hidden[-1:])
 
     def step(self, slots: Sequence[int]) -> None:
         """Samples one more token for each sequence."""
-        results = []
         for slot in slots:
-            s = self._sequences[slot]
-            if len(s.ids) == s.prompt_length:
+            if len(self._sequences[slot].ids) == self._sequences[slot].prompt_length:
                 raise ValueError(f"the prompt of slot {slot} is not complete")
-            if s.ids[-1] != NO_TOKEN:
-                self._feed(s, s.ids[-1:], then_sample=True)
-            results.append((slot, s.ids[-1]))
-        self._results.append(results)
+        running = [slot for slot in slots if self._sequences[slot].ids[-1] != NO_TOKEN]
+        if running:
+            sequences = [self._sequences[slot] for slot in running]
+            hidden = self._model.step([s.ids[-1] for s in sequences], [s.cache for s in sequences])
+            self._sample(running, hidden, slots)
+        else:
+            self._results.append([(slot, NO_TOKEN) for slot in slots])
 
     def collect(self) -> list[tuple[int, int]]:
         """The results of the oldest call not collected yet."""
@@ -217,25 +222,10 @@ class HostBatch:
         del self._pool
         self._sequences.clear()
 
-    def _feed(self, s: _Sequence, ids: Sequence[int], then_sample: bool) -> None:
-        """Computes the next tokens of a sequence and, if `then_sample`, samples the one after them."""
-        end = s.cache.length + len(ids)
-        token = NO_TOKEN
-        try:
-            with np.errstate(all="ignore"):  # NO_TOKEN replaces NumPy's warnings
-                for hidden in extend(self._model, ids, s.cache):
-                    last = hidden[-1:]
-                if then_sample:
-                    token = sample(self._model.logits(last)[0], s.ids, s.params)
-        except ValueError as error:
-            if "NaN" not in str(error):
-                raise
-            # Keys and values that could not be computed become NaN, so that sequences that share the page fail, too.
-            s.cache.append_nan(end - s.cache.length)
-        if then_sample:
+    def _sample(self, running: Sequence[int], hidden: Floats, slots: Sequence[int] | None = None) -> None:
+        """Samples for the running slots and queues the results of `slots`, some of which may have ended with NaN."""
+        sequences = [self._sequences[slot] for slot in running]
+        tokens = self._model.sample(hidden, [s.ids for s in sequences], [s.params for s in sequences])
+        for s, token in zip(sequences, tokens, strict=True):
             s.ids.append(token)
-
-
-def page_bytes(config: ModelConfig) -> int:
-    """Bytes of one page in all layers."""
-    return 4 * 2 * PAGE_SIZE * config.num_layers * config.num_kv_heads * config.head_dim
+        self._results.append([(slot, self._sequences[slot].ids[-1]) for slot in slots or running])

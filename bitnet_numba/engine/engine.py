@@ -242,7 +242,7 @@ def _open_backend(name: str, checkpoint: PackedCheckpoint) -> Backend:
             if name == "cuda":
                 raise
             _log.warning("%s; running the NumPy reference on the CPU instead", error)
-    from bitnet_numba.backends.host import reference_backend
+    from bitnet_numba.backends.reference import reference_backend
 
     return reference_backend(checkpoint)
 

@@ -31,8 +31,8 @@ from bitnet_numba.kernels.cpu.vec import OPTIONS
 LINE = 16  # int32 words of a cache line
 ARRIVED, ROUND, PIECE, JOB, STOP, SLEEPERS = (LINE * i for i in range(6))
 STATE_WORDS = 8 * LINE
-# Rounds of waiting before sleep, each a pause of 40 to 140 cycles: about 20 us within a step, 200 us between steps, which
-# is longer than the host needs between two tokens.
+# Rounds of waiting before sleep, each a pause of 40 to 140 cycles: about 20 us within a step, 200 us between steps,
+# which is longer than the host needs between two tokens.
 SPINS_IN_STEP = 1_000
 SPINS_BETWEEN = 10_000
 
@@ -145,8 +145,8 @@ def wait_for_change(state, field, old, spins):
         if atomic_load(state, field) != old:
             return
         _pause()
-    # Whoever changes the word looks for sleepers after that, and the kernel compares it with `old` before it lets a thread
-    # sleep: so none sleeps through a change.
+    # Whoever changes the word looks for sleepers after that, and the kernel compares it with `old` before it lets a
+    # thread sleep: so none sleeps through a change.
     atomic_add(state, SLEEPERS, 1)
     while atomic_load(state, field) == old:
         _sleep_until_changed(state, field, old)

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 import bitnet_numba
-from bitnet_numba.backends.host import reference_backend
 from bitnet_numba.backends.protocol import Context
+from bitnet_numba.backends.reference import reference_backend
 from bitnet_numba.bfloat16 import from_float32, to_float32
 from bitnet_numba.checkpoint.convert import convert
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed

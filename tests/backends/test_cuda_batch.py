@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import bitnet_numba
-from bitnet_numba.backends.host import reference_backend
 from bitnet_numba.backends.protocol import NO_TOKEN, Batch
+from bitnet_numba.backends.reference import reference_backend
 from bitnet_numba.checkpoint.convert import convert
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
 from bitnet_numba.engine.engine import DEMO

@@ -140,7 +140,7 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
 
 @simulated
 def test_simulated_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from bitnet_numba.backends.host import reference_backend
+    from bitnet_numba.backends.reference import reference_backend
     from bitnet_numba.checkpoint.convert import convert
     from bitnet_numba.checkpoint.packed import open_packed
     from bitnet_numba.sampling import SamplingParams, sample

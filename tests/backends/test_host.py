@@ -9,21 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bitnet_numba as bn
-from bitnet_numba.backends import host
-from bitnet_numba.backends.host import (
-    PAGE_SIZE,
-    HostBackend,
-    HostBatch,
-    PagedCache,
-    extend,
-    page_bytes,
-    reference_backend,
-)
+from bitnet_numba.backends import reference
+from bitnet_numba.backends.host import PAGE_SIZE, HostBackend, HostBatch
 from bitnet_numba.backends.protocol import NO_TOKEN, Batch
+from bitnet_numba.backends.reference import ContiguousCache, PagedCache, ReferenceModel, reference_backend
 from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.errors import BackendError
-from bitnet_numba.reference.model import Cache, Rows
+from bitnet_numba.reference.model import Rows
 from bitnet_numba.sampling import SamplingParams
 
 GREEDY = SamplingParams(seed=0)
@@ -128,14 +121,13 @@ def collect(batch: Batch, got: dict[int, list[int]]) -> None:
 def test_paged_equals_contiguous(backend: HostBackend, calls: list[int], last: int, seed: int) -> None:
     """Hidden states, keys and values, however a prompt is divided at the ends of pages."""
     model, config = backend.model, backend.model.config
+    assert isinstance(model, ReferenceModel)
     ids = prompt_of(PAGE_SIZE * sum(calls) + last, seed)
     pages = np.random.default_rng(seed).permutation(12)[: sum(calls) + 1]
     pool = np.full((12, config.num_layers, 2, PAGE_SIZE, config.num_kv_heads, config.head_dim), np.nan, np.float32)
-    paged, whole = PagedCache(pool, pages.tolist(), 0), Cache(config, len(ids))
-    expected = np.concatenate(list(extend(model, ids, whole)))
-    hidden = []
-    for part in np.split(np.array(ids), np.cumsum(calls) * PAGE_SIZE):
-        hidden += list(extend(model, part.tolist(), paged))
+    paged, whole = PagedCache(pool, pages.tolist(), 0), ContiguousCache(config, len(ids))
+    expected = model.forward(ids, whole)
+    hidden = [model.forward(part.tolist(), paged) for part in np.split(np.array(ids), np.cumsum(calls) * PAGE_SIZE)]
     np.testing.assert_array_equal(np.concatenate(hidden), expected)
     held = pool[pages].transpose(1, 2, 0, 3, 4, 5).reshape(config.num_layers, 2, -1, *pool.shape[4:])
     np.testing.assert_array_equal(held[:, :, : len(ids)], whole.values)
@@ -148,7 +140,7 @@ def test_a_shared_beginning_is_read_and_not_computed_again(backend: HostBackend)
     first, second = [*beginning, 5, 6], [*beginning, 7]
     batch.start(0, first, GREEDY, [0, 1, 2], 0)
     batch.prefill(0, len(first))
-    shared = batch._pool[:2].copy()
+    shared = batch._pool.values[:2].copy()
     batch.start(1, second, GREEDY, [0, 1, 3], 2 * PAGE_SIZE)
     fed: list[int] = []
     forward = backend.model.forward
@@ -164,16 +156,16 @@ def test_a_shared_beginning_is_read_and_not_computed_again(backend: HostBackend)
     for _ in range(7):
         collect(batch, got)
     assert got == {0: alone(backend, first, GREEDY, 6), 1: alone(backend, second, GREEDY, 6)}
-    np.testing.assert_array_equal(batch._pool[:2], shared)
+    np.testing.assert_array_equal(batch._pool.values[:2], shared)
 
 
 def test_numbers_that_are_not_finite_stay_with_their_sequence(tiny_packed: Path) -> None:
     """Embeddings of one token are made infinite; a prompt that shares the page with it fails, one that does not is
     answered, also where it shares pages computed before."""
     backend = reference_backend(open_packed(tiny_packed))
-    bad, stored = 77, np.array(backend.model.embedding.stored)
+    bad, stored = 77, np.array(backend.model.model.embedding.stored)
     stored[bad] = 0x7F80  # infinity in bfloat16
-    backend.model.embedding = Rows(stored, None)  # the head keeps its own
+    backend.model.model.embedding = Rows(stored, None)  # the head keeps its own
     good = [i for i in prompt_of(2 * PAGE_SIZE, 3) if i != bad] + [5] * 9
     broken = [*good[:PAGE_SIZE], bad, *good[PAGE_SIZE + 1 : PAGE_SIZE + 80]]
     batch = backend.new_batch(3, 200)
@@ -193,17 +185,16 @@ def test_numbers_that_are_not_finite_stay_with_their_sequence(tiny_packed: Path)
 
 
 def test_room_follows_what_is_asked_for(backend: HostBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = backend.model.config
     assert backend.new_batch(3, PAGE_SIZE + 1).num_pages == 6
     assert backend.new_batch(3, PAGE_SIZE + 1, PAGE_SIZE * 4 + 1).num_pages == 5
-    monkeypatch.setattr("bitnet_numba.backends.host.POOL_BYTES", 4 * page_bytes(config))
+    monkeypatch.setattr("bitnet_numba.backends.host.POOL_BYTES", 4 * backend.model.page_bytes())
     assert backend.new_batch(3, PAGE_SIZE + 1).num_pages == 4
     assert backend.new_batch(3, 9 * PAGE_SIZE).num_pages == 9  # one sequence always has room
 
     def no_memory(*arguments: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(host.np, "empty", no_memory)
+    monkeypatch.setattr(reference.np, "empty", no_memory)
     with pytest.raises(BackendError, match=r"a KV cache for 640 tokens needs .* GB of memory"):
         backend.new_batch(1, 640)
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import bitnet_numba as bn
-from bitnet_numba.backends.host import reference_backend
+from bitnet_numba.backends.reference import reference_backend
 from bitnet_numba.chat.conversation import Conversation
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed, packed_plan
 from bitnet_numba.checkpoint.safetensors_file import write_tensors

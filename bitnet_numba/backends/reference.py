@@ -1,0 +1,138 @@
+"""The NumPy reference as a host model: one sequence after another, as slow and as plain as the specification.
+
+Prompts are computed in pieces that end at multiples of PAGE_SIZE, so every matrix product of a sequence has the same
+shape in a batch as in a context of its own, and its tokens are the same, bit for bit.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet_numba.backends.host import PAGE_SIZE, HostBackend
+from bitnet_numba.backends.protocol import NO_TOKEN
+from bitnet_numba.checkpoint.packed import PackedCheckpoint
+from bitnet_numba.config import ModelConfig
+from bitnet_numba.reference.model import Cache, Floats, Model
+from bitnet_numba.sampling import SamplingParams, sample
+
+
+def reference_backend(checkpoint: PackedCheckpoint) -> "ReferenceBackend":
+    """The NumPy reference as a backend."""
+    return HostBackend("reference", ReferenceModel(checkpoint))
+
+
+class ContiguousCache(Cache):
+    """Keys and values of one sequence, in memory of its own."""
+
+    def append_nan(self, count: int) -> None:
+        """Appends tokens whose keys and values are NaN in all layers."""
+        self.values[:, :, self.length : self.length + count] = np.nan
+        self.length += count
+
+
+class PagedCache(Cache):
+    """Keys and values of one sequence, in pages of a shared pool."""
+
+    def __init__(self, pool: Floats, pages: Sequence[int], computed: int):
+        """pool: float32 [num_pages, layers, 2, PAGE_SIZE, G, D]. computed: leading tokens already in the pages."""
+        self._pool = pool
+        self._pages: NDArray[np.int64] = np.asarray(pages, np.int64)
+        self.length = computed
+
+    def append(self, layer: int, keys: Floats, values: Floats) -> tuple[Floats, Floats]:
+        """Stores the next tokens' keys and values [M, G, D] of a layer; returns those of all tokens [T, G, D]."""
+        end = self.length + len(keys)
+        positions = np.arange(self.length, end)
+        pages, offsets = self._pages[positions // PAGE_SIZE], positions % PAGE_SIZE
+        self._pool[pages, layer, 0, offsets], self._pool[pages, layer, 1, offsets] = keys, values
+        used = self._pool[self._pages[: -(-end // PAGE_SIZE)], layer]  # [pages, 2, PAGE_SIZE, G, D]
+        shape = (-1, *keys.shape[1:])
+        return used[:, 0].reshape(shape)[:end], used[:, 1].reshape(shape)[:end]
+
+    def append_nan(self, count: int) -> None:
+        """Appends tokens whose keys and values are NaN in all layers."""
+        positions = np.arange(self.length, self.length + count)
+        self._pool[self._pages[positions // PAGE_SIZE], :, :, positions % PAGE_SIZE] = np.nan
+        self.length += count
+
+
+class ReferencePool:
+    """Pages of keys and values in all layers."""
+
+    def __init__(self, config: ModelConfig, num_pages: int):
+        shape = (num_pages, config.num_layers, 2, PAGE_SIZE, config.num_kv_heads, config.head_dim)
+        self.values = np.empty(shape, np.float32)
+
+    def cache(self, pages: Sequence[int], computed: int) -> PagedCache:
+        """The cache of a sequence in these pages."""
+        return PagedCache(self.values, pages, computed)
+
+
+class ReferenceModel:
+    """See `host.HostModel`."""
+
+    def __init__(self, checkpoint: PackedCheckpoint):
+        self.model = Model(checkpoint)
+        self.config = self.model.config
+
+    def new_cache(self, capacity: int) -> ContiguousCache:
+        """The cache of one sequence of up to `capacity` tokens."""
+        return ContiguousCache(self.config, capacity)
+
+    def new_pool(self, num_pages: int) -> ReferencePool:
+        """Pages for many sequences."""
+        return ReferencePool(self.config, num_pages)
+
+    def page_bytes(self) -> int:
+        """Bytes of one page in all layers."""
+        c = self.config
+        return 4 * 2 * PAGE_SIZE * c.num_layers * c.num_kv_heads * c.head_dim
+
+    def forward(self, ids: Sequence[int], cache: ContiguousCache | PagedCache) -> Floats:
+        """Appends tokens to a cache and returns their final hidden states, float32 [M, hidden]."""
+        return np.concatenate(list(self._pieces(ids, cache)))
+
+    def step(self, ids: Sequence[int], caches: Sequence[ContiguousCache | PagedCache]) -> Floats:
+        """Appends one token to each cache; their final hidden states, float32 [B, hidden]."""
+        return np.concatenate([self.forward([token], cache) for token, cache in zip(ids, caches, strict=True)])
+
+    def logits(self, hidden: Floats) -> Floats:
+        """Logits of the next token: [M, hidden] -> [M, vocab]."""
+        return self.model.logits(hidden)
+
+    def sample(self, hidden: Floats, histories: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[int]:
+        """The next token of each sequence; NO_TOKEN where logits are NaN."""
+        tokens = []
+        with np.errstate(all="ignore"):  # NO_TOKEN replaces NumPy's warnings
+            for row, history, own in zip(hidden, histories, params, strict=True):
+                logits = self.logits(row[None])[0]
+                tokens.append(NO_TOKEN if np.isnan(logits).any() else sample(logits, history, own))
+        return tokens
+
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return self.model.nbytes()
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def _pieces(self, ids: Sequence[int], cache: ContiguousCache | PagedCache) -> Iterator[Floats]:
+        start = 0
+        while start < len(ids):
+            piece = np.asarray(ids[start : start + PAGE_SIZE - cache.length % PAGE_SIZE], np.int64)
+            length = cache.length
+            try:
+                with np.errstate(all="ignore"):  # NaN replaces NumPy's warnings
+                    yield self.model.forward(piece, cache)
+            except ValueError as error:
+                if "NaN" not in str(error):
+                    raise
+                # So that sequences that share the page fail, too.
+                cache.length = length
+                cache.append_nan(len(piece))
+                yield np.full((len(piece), self.config.hidden_size), np.nan, np.float32)
+            start += len(piece)
+
+
+ReferenceBackend = HostBackend[ContiguousCache | PagedCache]
