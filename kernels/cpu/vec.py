@@ -145,6 +145,18 @@ def store(typingctx, address, offset, v):
 
 
 @intrinsic
+def store_i32(typingctx, address, offset, value):
+    """Writes one int32 to memory."""
+
+    def codegen(context, builder, sig, args):
+        value32 = context.cast(builder, args[2], sig.args[2], types.int32)
+        builder.store(value32, pointer_to(context, builder, sig, args, I32), align=1)
+        return context.get_dummy_value()
+
+    return types.void(address, offset, value), codegen
+
+
+@intrinsic
 def store_f32(typingctx, address, offset, value):
     """Writes one float32 to memory."""
 
@@ -164,6 +176,28 @@ def load_f32(typingctx, address, offset):
         return builder.load(pointer_to(context, builder, sig, args, LANES["f32"]), align=1)
 
     return types.float32(address, offset), codegen
+
+
+@intrinsic
+def load_i8(typingctx, address, offset):
+    """One int8 from memory, as int32."""
+
+    def codegen(context, builder, sig, args):
+        return builder.sext(builder.load(pointer_to(context, builder, sig, args, LANES["i8"])), I32)
+
+    return types.int32(address, offset), codegen
+
+
+@intrinsic
+def store_i8(typingctx, address, offset, value):
+    """Writes the low byte of an integer to memory."""
+
+    def codegen(context, builder, sig, args):
+        byte = builder.trunc(context.cast(builder, args[2], sig.args[2], types.int64), LANES["i8"])
+        builder.store(byte, pointer_to(context, builder, sig, args, LANES["i8"]))
+        return context.get_dummy_value()
+
+    return types.void(address, offset, value), codegen
 
 
 @intrinsic
