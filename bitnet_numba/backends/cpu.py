@@ -120,9 +120,7 @@ class CpuModel:
             self._logits(hidden[start : start + step.MAX_TOKENS], out[start : start + step.MAX_TOKENS])
         return out
 
-    def sample(
-        self, hidden: Floats, histories: Sequence[Sequence[int]], params: Sequence[SamplingParams]
-    ) -> list[int]:
+    def sample(self, hidden: Floats, histories: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[int]:
         """`sampling.sample` of the next token of each sequence; NO_TOKEN where logits are NaN."""
         tokens = []
         with np.errstate(all="ignore"):
@@ -166,7 +164,14 @@ class CpuModel:
     def _run(self) -> None:
         team = self._team
         if team is None or not team.alive:
-            arguments = (self.isa, self._dtype, self._heads, self._weights.model, self._weights.layers, self._buffers.job)
+            arguments = (
+                self.isa,
+                self._dtype,
+                self._heads,
+                self._weights.model,
+                self._weights.layers,
+                self._buffers.job,
+            )
             team = self._team = Team(self.threads, step.serve, arguments)
             self._arguments = arguments
             weakref.finalize(self, Team.stop, team)
@@ -281,7 +286,9 @@ class _Buffers:
         splits = -(-length // attention.SPLIT)
         row = attention.partial_bytes(c.head_dim)
         job["splits"] = splits
-        self._partials = np.empty((4 * self._members + c.num_kv_heads) * (c.num_heads // c.num_kv_heads) * splits * row, np.uint8)
+        self._partials = np.empty(
+            (4 * self._members + c.num_kv_heads) * (c.num_heads // c.num_kv_heads) * splits * row, np.uint8
+        )
         job["partials"] = self._partials.ctypes.data
         sizes = self._sizes | {"own_partials": c.num_heads // c.num_kv_heads * splits * row}
         offset = 0
@@ -330,5 +337,3 @@ def default_threads() -> int:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         count = min(count, max(1, round(int(quota) / int(period))))
     return count
-
-

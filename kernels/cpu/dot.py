@@ -21,11 +21,7 @@ _INSTRUCTIONS = {  # name in LLVM, lanes of a register, lane of its operands
     "i8mm": ("llvm.aarch64.neon.usdot.v4i32.v16i8", 4, "i8"),
     "dotprod": ("llvm.aarch64.neon.sdot.v4i32.v16i8", 4, "i8"),
 }
-_HALVES, _PAIRS, _BYTES = (
-    ir.VectorType(ir.IntType(16), 16),
-    ir.VectorType(ir.IntType(32), 8),
-    ir.VectorType(ir.IntType(8), 32),
-)
+_HALVES, _BYTES = ir.VectorType(ir.IntType(16), 16), ir.VectorType(ir.IntType(8), 32)  # of a ymm register
 
 
 def emit_dot4(builder, isa: str, acc, codes, q):
@@ -73,13 +69,30 @@ def dot4(typingctx, isa, acc, codes, q):
     return acc(isa, acc, codes, q), codegen
 
 
+def emit_pairs_avx2(builder, codes, q):
+    """The LLVM value of `pairs_avx2`."""
+    operands = [builder.bitcast(v, _BYTES) for v in (codes, q)]
+    return builder.bitcast(vec.call(builder, "llvm.x86.avx2.pmadd.ub.sw", _HALVES, operands), codes.type)
+
+
+def emit_add16(builder, a, b):
+    """The LLVM value of `add16`."""
+    halves = vec.vector(2 * a.type.count, "i16")
+    return builder.bitcast(builder.add(*(builder.bitcast(v, halves) for v in (a, b))), a.type)
+
+
+def emit_widen16(builder, acc, pairs):
+    """The LLVM value of `widen16`."""
+    operands = [builder.bitcast(pairs, _HALVES), ir.Constant(_HALVES, [1] * 16)]
+    return builder.add(acc, vec.call(builder, "llvm.x86.avx2.pmadd.wd", acc.type, operands))
+
+
 @intrinsic
 def pairs_avx2(typingctx, codes, q):
     """codes . q in pairs of bytes: sixteen 16-bit sums, saturated, in eight int32 lanes. vpmaddubsw."""
 
     def codegen(context, builder, sig, args):
-        operands = [builder.bitcast(v, _BYTES) for v in args]
-        return builder.bitcast(vec.call(builder, "llvm.x86.avx2.pmadd.ub.sw", _HALVES, operands), args[0].type)
+        return emit_pairs_avx2(builder, *args)
 
     return codes(codes, q), codegen
 
@@ -89,8 +102,7 @@ def add16(typingctx, a, b):
     """a + b as 16-bit lanes, two in an int32 lane."""
 
     def codegen(context, builder, sig, args):
-        halves = vec.vector(2 * a.n, "i16")
-        return builder.bitcast(builder.add(*(builder.bitcast(v, halves) for v in args)), args[0].type)
+        return emit_add16(builder, *args)
 
     return a(a, b), codegen
 
@@ -100,7 +112,6 @@ def widen16(typingctx, acc, pairs):
     """acc + the two signed 16-bit halves of every int32 lane of pairs. vpmaddwd with ones, vpaddd."""
 
     def codegen(context, builder, sig, args):
-        operands = [builder.bitcast(args[1], _HALVES), ir.Constant(_HALVES, [1] * 16)]
-        return builder.add(args[0], vec.call(builder, "llvm.x86.avx2.pmadd.wd", _PAIRS, operands))
+        return emit_widen16(builder, *args)
 
     return acc(acc, pairs), codegen

@@ -53,7 +53,9 @@ MODEL = np.dtype(
     [(name, _INT) for name in ("hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab", "activation")]
     + [("eps", _FLOAT), ("linear_eps", _FLOAT)]
     + [("norm", _INT)]  # the last one, float32 [hidden]
-    + [(name, _INT) for name in ("embed", "embed_scale", "head", "head_scale", "head_sums")]  # bf16, or int8 with scales
+    + [
+        (name, _INT) for name in ("embed", "embed_scale", "head", "head_scale", "head_sums")
+    ]  # bf16, or int8 with scales
     + [("embed_int8", _INT)]
 )
 JOB = np.dtype(
@@ -390,7 +392,21 @@ def attend(isa, dtype, heads, members, state, model, cache, own, job):
             at = own + job.own_partials
             for i in range(used):
                 attention.attend(
-                    isa, dtype, heads, cache, job.page_stride, table, G, g, R, D, q, length, i, at + i * R * row, scratch
+                    isa,
+                    dtype,
+                    heads,
+                    cache,
+                    job.page_stride,
+                    table,
+                    G,
+                    g,
+                    R,
+                    D,
+                    q,
+                    length,
+                    i,
+                    at + i * R * row,
+                    scratch,
                 )
             for r in range(R):
                 out = job.attn_out + 4 * ((m * H + g * R + r) * D)

@@ -19,7 +19,13 @@ from numba.core import cgutils, types
 from numba.core.datamodel import models, register_default
 from numba.extending import intrinsic
 
-LANES = {"i8": ir.IntType(8), "i16": ir.IntType(16), "i32": ir.IntType(32), "i64": ir.IntType(64), "f32": ir.FloatType()}
+LANES = {
+    "i8": ir.IntType(8),
+    "i16": ir.IntType(16),
+    "i32": ir.IntType(32),
+    "i64": ir.IntType(64),
+    "f32": ir.FloatType(),
+}
 DTYPES = {"i8": np.int8, "i16": np.int16, "i32": np.int32, "f32": np.float32}
 I32 = ir.IntType(32)
 # How every function of kernels/cpu is compiled. Division by zero gives inf or NaN, as in NumPy.
@@ -174,7 +180,11 @@ def _store_scalar(lane: str, numba_type):
 
 
 load_f32, load_i32 = _load_scalar("f32", types.float32), _load_scalar("i32", types.int32)
-load_i8, load_u16, load_i64 = _load_scalar("i8", types.int8), _load_scalar("i16", types.uint16), _load_scalar("i64", types.int64)
+load_i8, load_u16, load_i64 = (
+    _load_scalar("i8", types.int8),
+    _load_scalar("i16", types.uint16),
+    _load_scalar("i64", types.int64),
+)
 store_f32, store_i32 = _store_scalar("f32", types.float32), _store_scalar("i32", types.int32)
 store_i8 = _store_scalar("i8", types.int8)
 
