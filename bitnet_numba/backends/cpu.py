@@ -19,7 +19,7 @@ from bitnet_numba.backends.protocol import NO_TOKEN
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, group_is_ternary
 from bitnet_numba.config import GROUPS, ModelConfig
 from bitnet_numba.errors import RequestError
-from bitnet_numba.kernels.cpu import attention, isa, lm_head, step
+from bitnet_numba.kernels.cpu import attention, isa, kv_cache, lm_head, step
 from bitnet_numba.kernels.cpu.gemm import SCRATCH_ROWS
 from bitnet_numba.kernels.cpu.team import Team
 from bitnet_numba.packing import BLOCK_ROWS, padded_shape
@@ -75,7 +75,7 @@ class CpuModel:
         self.isa = isa.choose(instruction_set)
         self._weights = _Weights(checkpoint, self.isa)
         self._dtype = np.dtype(np.uint16 if kv_dtype == "bfloat16" else np.float32)
-        self._layer_bytes = attention.layer_bytes(self._dtype, c.num_kv_heads, c.head_dim)
+        self._layer_bytes = kv_cache.layer_bytes(self._dtype, c.num_kv_heads, c.head_dim)
         self._buffers = _Buffers(c, self.threads)
         self._heads = attention.head_tile(c.num_heads // c.num_kv_heads)
         self._lock = threading.Lock()
@@ -172,10 +172,10 @@ class CpuModel:
                 self._weights.layers,
                 self._buffers.job,
             )
-            team = self._team = Team(self.threads, step.serve, arguments)
+            team = self._team = Team(self.threads, step.work, arguments)
             self._arguments = arguments
             weakref.finalize(self, Team.stop, team)
-        step.run(team.members, team.state, *self._arguments)
+        step.work(0, team.members, team.state, *self._arguments)
 
 
 class _Weights:
@@ -206,6 +206,7 @@ class _Weights:
 
     def _linear(self, linear: Any, layer: int, group: str) -> None:
         name = f"layers.{layer}.{group}"
+        linear["segments"] = len(GROUPS[group])
         if group_is_ternary(self.config, layer, group):
             linear["words"] = self._address(f"{name}.words")
             linear["scales"] = self._address(f"{name}.scales")

@@ -27,7 +27,7 @@ def entry(function: Callable[..., Any]) -> Any:
 
     Numba compiles it on the first call for some types of arguments; what it calls is cached on disk with it.
     """
-    dispatcher = njit(**OPTIONS)(function)
+    dispatcher = njit(**(OPTIONS | {"no_cpython_wrapper": False}))(function)
     dispatcher._cache = _DiskCache(function)
     return dispatcher
 

@@ -1,7 +1,6 @@
 """A pass of up to MAX_TOKENS tokens through the model, and the logits after it: what every member of a team runs.
 
-    serve     members 1 ..: waits for jobs and runs them
-    run       member 0: starts a job, takes part in it, and returns when all are done
+    work      what each member of the team runs: jobs, each of which is
     forward   token ids -> final hidden states [M, hidden]; keys and values go to the cache
     logits    final hidden states [M, hidden] -> [M, vocab]
 
@@ -18,7 +17,7 @@ told: addresses and sizes, in 64-bit words.
 import numpy as np
 from numba import njit
 
-from bitnet_numba.kernels.cpu import attention, lm_head, math, norm, vec
+from bitnet_numba.kernels.cpu import attention, kv_cache, lm_head, math, norm, vec
 from bitnet_numba.kernels.cpu.compiler import entry
 from bitnet_numba.kernels.cpu.gemm import gemm
 from bitnet_numba.kernels.cpu.gemv import gemv
@@ -38,6 +37,7 @@ _INT, _FLOAT = np.int64, np.float64
 # A linear: addresses, 0 for what it does not have.
 LINEAR = np.dtype(
     [
+        ("segments", _INT),  # matrices that were joined: q, k and v, or gate and up
         ("words", _INT),  # packed ternary weights; or else
         ("rows", _INT),  # bfloat16 [N, K]
         ("scales", _INT),  # float32 [segments]
@@ -75,31 +75,23 @@ JOB = np.dtype(
 
 
 @entry
-def serve(member, members, state, isa, dtype, heads, model, layers, job):
-    """Members 1 ..: runs jobs until the team is stopped."""
+def work(member, members, state, isa, dtype, heads, model, layers, job):
+    """Member 0: runs one job, together with the others. The others: run jobs until the team is stopped."""
     number = 0
     while True:
-        number = next_job(state, number)
-        if number < 0:
+        if member == 0:
+            if members > 1:
+                start_job(state)
+        else:
+            number = next_job(state, number)
+            if number < 0:
+                return
+        if job[0].kind == FORWARD:
+            forward(isa, dtype, heads, member, members, state, model[0], layers, job[0])
+        else:
+            logits(isa, member, members, state, model[0], job[0])
+        if member == 0:
             return
-        step(isa, dtype, heads, member, members, state, model[0], layers, job[0])
-
-
-@entry
-def run(members, state, isa, dtype, heads, model, layers, job):
-    """Member 0: runs one job, together with the others."""
-    if members > 1:
-        start_job(state)
-    step(isa, dtype, heads, 0, members, state, model[0], layers, job[0])
-
-
-@njit(**OPTIONS)
-def step(isa, dtype, heads, member, members, state, model, layers, job):
-    """One member's part in a job."""
-    if job.kind == FORWARD:
-        forward(isa, dtype, heads, member, members, state, model, layers, job)
-    else:
-        logits(isa, member, members, state, model, job)
 
 
 @njit(**OPTIONS)
@@ -116,7 +108,7 @@ def forward(isa, dtype, heads, member, members, state, model, layers, job):
         cache = job.cache + i * job.layer_stride
         inputs = inputs_of(job, member, members, hidden)
         for m in tokens_of(job, member, members):
-            prepare(model, layer.qkv, 3, job.x + 4 * m * hidden, hidden, layer.input_norm, eps, own, job, inputs, m)
+            prepare(model, layer.qkv, job.x + 4 * m * hidden, hidden, layer.input_norm, eps, own, job, inputs, m)
         meet(job, state, members)
         qkv_rows(isa, layer.qkv, q_size, kv_size, hidden, members, state, inputs, own, job)
         barrier(state, members)
@@ -127,14 +119,14 @@ def forward(isa, dtype, heads, member, members, state, model, layers, job):
         inputs = inputs_of(job, member, members, q_size)
         for m in tokens_of(job, member, members):
             attn_out = gather(members, model, own, job, m)
-            prepare(model, layer.o, 1, attn_out, q_size, layer.attn_sub_norm, eps, own, job, inputs, m)
+            prepare(model, layer.o, attn_out, q_size, layer.attn_sub_norm, eps, own, job, inputs, m)
         meet(job, state, members)
         residual_rows(isa, layer.o, hidden, q_size, members, state, inputs, own, job)
         barrier(state, members)
         inputs = inputs_of(job, member, members, hidden)
         for m in tokens_of(job, member, members):
             x = job.x + 4 * m * hidden
-            prepare(model, layer.gate_up, 2, x, hidden, layer.post_attention_norm, eps, own, job, inputs, m)
+            prepare(model, layer.gate_up, x, hidden, layer.post_attention_norm, eps, own, job, inputs, m)
         meet(job, state, members)
         gated_rows(isa, layer.gate_up, model, members, state, inputs, own, job)
         barrier(state, members)
@@ -142,7 +134,7 @@ def forward(isa, dtype, heads, member, members, state, model, layers, job):
         inputs = inputs_of(job, member, members, K)
         for m in tokens_of(job, member, members):
             mlp_hidden = job.mlp_hidden + 4 * m * K
-            prepare(model, layer.down, 1, mlp_hidden, K, layer.ffn_sub_norm, eps, own, job, inputs, m)
+            prepare(model, layer.down, mlp_hidden, K, layer.ffn_sub_norm, eps, own, job, inputs, m)
         meet(job, state, members)
         residual_rows(isa, layer.down, hidden, K, members, state, inputs, own, job)
         barrier(state, members)
@@ -196,7 +188,7 @@ def inputs_of(job, member, members, K):
 
 
 @njit(**OPTIONS)
-def prepare(model, linear, segments, x, K, weight, eps, own, job, inputs, m):
+def prepare(model, linear, x, K, weight, eps, own, job, inputs, m):
     """One token's activations, float32 [K] at address x, normalised with `weight` (if not 0), as a linear reads them."""
     q, q_stride, segment, s, sums, planes = inputs
     h = x
@@ -206,7 +198,7 @@ def prepare(model, linear, segments, x, K, weight, eps, own, job, inputs, m):
     if linear.words == 0:
         lm_head.prepare_bf16(h, K, planes + m * job.plane_stride)
         return
-    for i in range(segments if linear.norms != 0 else 1):
+    for i in range(linear.segments if linear.norms != 0 else 1):
         source = h
         if linear.norms != 0:
             source = own + job.h + 4 * (K + 16)
@@ -268,7 +260,7 @@ def qkv_rows(isa, linear, q_size, kv_size, K, members, state, inputs, own, job):
         piece = take(state)
         if piece >= q_pieces + 2 * kv_pieces:
             return
-        segment = 0 if piece < q_pieces else 1 + (piece - q_pieces) // kv_pieces
+        segment = np.int64(0) if piece < q_pieces else 1 + (piece - q_pieces) // kv_pieces
         start = 0 if segment == 0 else q_size + (segment - 1) * kv_size
         end = start + (q_size if segment == 0 else kv_size)
         first = start + rows * (piece if segment == 0 else (piece - q_pieces) % kv_pieces)
@@ -287,7 +279,7 @@ def residual_rows(isa, linear, N, K, members, state, inputs, own, job):
         if first >= N:
             return
         last = min(first + rows, N)
-        product(isa, linear, 0, K, first, last, inputs, own, job, y)
+        product(isa, linear, np.int64(0), K, first, last, inputs, own, job, y)
         for m in range(job.tokens):
             add(y + 4 * m * MAX_ROWS, last - first, job.x + 4 * (m * N + first))
 
@@ -302,8 +294,8 @@ def gated_rows(isa, linear, model, members, state, inputs, own, job):
         if first >= N:
             return
         last = min(first + rows, N)
-        product(isa, linear, 0, model.hidden, first, last, inputs, own, job, gate)
-        product(isa, linear, 1, model.hidden, N + first, N + last, inputs, own, job, up)
+        product(isa, linear, np.int64(0), model.hidden, first, last, inputs, own, job, gate)
+        product(isa, linear, np.int64(1), model.hidden, N + first, N + last, inputs, own, job, up)
         for m in range(job.tokens):
             at = 4 * m * MAX_ROWS
             activate(model.activation, gate + at, up + at, last - first)
@@ -353,10 +345,10 @@ def rotate_and_store(dtype, member, members, model, cache, job):
         cos, sin = job.cos + 2 * position * D, job.sin + 2 * position * D
         row = job.qkv + 4 * m * N
         for h in range(g * (H // G), (g + 1) * (H // G)):
-            attention.rotate(row + 4 * h * D, row + 4 * h * D, D, cos, sin)
+            kv_cache.rotate(row + 4 * h * D, row + 4 * h * D, D, cos, sin)
         k, v = row + 4 * (H + g) * D, row + 4 * (H + G + g) * D
-        attention.rotate(k, k, D, cos, sin)
-        attention.store_kv(dtype, cache, job.page_stride, table, G, g, D, position, k, v)
+        kv_cache.rotate(k, k, D, cos, sin)
+        kv_cache.store_kv(dtype, cache, job.page_stride, table, G, g, D, position, k, v)
 
 
 @njit(**OPTIONS)

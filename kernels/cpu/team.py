@@ -170,7 +170,7 @@ def barrier(state, members):
 @njit(**OPTIONS)
 def take(state):
     """The number of the next piece of this region that no member has taken."""
-    return atomic_add(state, PIECE, 1)
+    return np.int64(atomic_add(state, PIECE, 1))
 
 
 @njit(**OPTIONS)

@@ -28,8 +28,8 @@ LANES = {
 }
 DTYPES = {"i8": np.int8, "i16": np.int16, "i32": np.int32, "f32": np.float32}
 I32 = ir.IntType(32)
-# How every function of kernels/cpu is compiled. Division by zero gives inf or NaN, as in NumPy.
-OPTIONS = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+# How every function of kernels/cpu is compiled that Python does not call. Division by zero gives inf or NaN, as in NumPy.
+OPTIONS = {"nogil": True, "boundscheck": False, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 class Vec(types.Type):
