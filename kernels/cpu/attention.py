@@ -21,7 +21,6 @@ from bitnet_numba.kernels.cpu.attention_tiles import (
     add_weighted,
     first_lanes,
     key_blocks,
-    prefetch,
     scaled_tile,
     store_interleaved,
     store_tile,
@@ -30,6 +29,7 @@ from bitnet_numba.kernels.cpu.attention_tiles import (
     zero_tile,
 )
 from bitnet_numba.kernels.cpu.kv_cache import PAGE, load_pairs, page_of, units_of
+from bitnet_numba.kernels.cpu.memory import prefetch
 
 SPLIT = 512  # tokens
 MAX_TILE = 4  # query heads at a time

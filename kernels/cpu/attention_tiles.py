@@ -3,17 +3,13 @@
 Tuples of numbers stand for sizes, by their length: `heads` = (0, 1, 2, 3) makes code for four heads.
 """
 
-from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from bitnet_numba.kernels.cpu import vec
 from bitnet_numba.kernels.cpu.isa import InstructionSetType
-from bitnet_numba.kernels.cpu.kv_cache import FLOATS, load_at, pointer_at
-
-L2 = 2  # LLVM's locality of a prefetch: the second cache (into the first, it was a third slower)
-
+from bitnet_numba.kernels.cpu.kv_cache import FLOATS
+from bitnet_numba.kernels.cpu.memory import load_at, pointer_at
 
 # ---- Which tiles the registers hold ---------------------------------------------------------------------------------
 
@@ -140,23 +136,6 @@ def store_tile(typingctx, heads, tile, address, stride):
         return context.get_dummy_value()
 
     return types.void(heads, tile, types.intp, types.intp), codegen
-
-
-@intrinsic
-def prefetch(typingctx, address, lines):
-    """Asks for as many cache lines, which are needed soon, as `lines` has numbers. Any address is allowed."""
-
-    def codegen(context, builder, sig, args):
-        ty = ir.IntType(8).as_pointer()
-        signature = ir.FunctionType(ir.VoidType(), [ty, vec.I32, vec.I32, vec.I32])
-        function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0i8")
-        for i in range(len(lines)):
-            builder.call(
-                function, [pointer_at(builder, args[0], 64 * i, ir.IntType(8)), vec.I32(0), vec.I32(L2), vec.I32(1)]
-            )
-        return context.get_dummy_value()
-
-    return types.void(types.intp, lines), codegen
 
 
 @intrinsic

@@ -21,6 +21,7 @@ from numba import njit, types
 from numba.extending import intrinsic, overload, register_jitable
 
 from bitnet_numba.kernels.cpu import vec
+from bitnet_numba.kernels.cpu.memory import load_at, load_i32, store_integer
 
 PAGE = 64  # tokens
 PAIRS = 16  # to a unit
@@ -67,16 +68,6 @@ def layer_bytes(dtype, kv_heads, D):
 # ---- Reading and writing pairs --------------------------------------------------------------------------------------
 
 
-def pointer_at(builder, address, offset: int, ty):
-    """A pointer to what lies a constant offset behind an address."""
-    return builder.inttoptr(builder.add(address, address.type(offset)), ty.as_pointer())
-
-
-def load_at(builder, address, offset: int, ty):
-    """Loads at a constant offset behind an address."""
-    return builder.load(pointer_at(builder, address, offset, ty), align=1)
-
-
 @intrinsic
 def load_pairs(typingctx, dtype, base, unit, blocks):
     """Units unit, unit + 1, ... of a page's keys or values: (even 0, odd 0, even 1, odd 1, ...), float32."""
@@ -118,7 +109,7 @@ def store_pair(dtype, base, index, even, odd):
 @overload(store_pair)
 def _store_pair(dtype, base, index, even, odd):
     def as_bfloat16(dtype, base, index, even, odd):
-        store_i32(base, 4 * index, to_bfloat16(odd) << 16 | to_bfloat16(even))
+        store_integer(base, 4 * index, np.int32(to_bfloat16(odd) << 16 | to_bfloat16(even)))
 
     def as_float32(dtype, base, index, even, odd):
         at = index // PAIRS * 128 + index % PAIRS * 4
@@ -126,29 +117,6 @@ def _store_pair(dtype, base, index, even, odd):
         vec.store_f32(base, at + 64, odd)
 
     return as_bfloat16 if dtype.dtype == types.uint16 else as_float32
-
-
-@intrinsic
-def store_i32(typingctx, address, offset, value):
-    """Writes one int32 to memory."""
-
-    def codegen(context, builder, sig, args):
-        value32 = context.cast(builder, args[2], sig.args[2], types.int32)
-        builder.store(value32, vec.pointer_to(context, builder, sig, args, vec.I32), align=1)
-        return context.get_dummy_value()
-
-    return types.void(address, offset, value), codegen
-
-
-@intrinsic
-def load_i32(typingctx, address, offset):
-    """One int32 from memory, as an int64."""
-
-    def codegen(context, builder, sig, args):
-        value = builder.load(vec.pointer_to(context, builder, sig, args, vec.I32), align=1)
-        return builder.sext(value, context.get_value_type(types.int64))
-
-    return types.int64(address, offset), codegen
 
 
 # ---- A token --------------------------------------------------------------------------------------------------------
