@@ -1,0 +1,324 @@
+"""The sampler: `bitnet_numba.sampling.sample` for one sequence, by one thread, without a sort.
+
+z = (logit - max) / temperature is never above 0, so the bits of |z| as an integer, its `depth`, rank the tokens: lower
+depths come first, and of equal ones the lower id. Top-k and top-p each keep the ranks down to a cut, a depth and an id,
+found by radix select: the tokens' counts, or probabilities, are added up in a histogram over the first digit of the
+depth; the digit in which the running sum reaches the target is the cut's, and the next digit is looked for among its
+tokens alone. Probabilities are integers in units of 2^-39, which add up exactly in any order, as they do on the GPU.
+
+The draw then takes 64 tokens at a time, those of 16 counters of the generator, and skips those where even the largest
+possible noise cannot win.
+"""
+
+import math as host_math
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, register_jitable
+
+from bitnet_numba.kernels.cpu import math, vec
+from bitnet_numba.kernels.cpu.gumbel import LARGEST_NOISE, gumbel, random_words
+from bitnet_numba.kernels.cpu.memory import load_f64, load_i32, load_i64, store_integer
+from bitnet_numba.sampling import SamplingParams
+
+NO_TOKEN = -1  # in place of a token when logits hold NaN
+MAX_VOCAB = 1 << 24  # sums of probabilities fit 63 bits
+GROUP = 64  # tokens of 16 counters, four words each
+FIRST_BITS, NEXT_BITS = 11, 10  # a depth's 31 bits are three digits
+BINS = 1 << FIRST_BITS
+INFINITE_DEPTH = 0x7F800000
+PROBABILITY_UNIT = 2.0**39
+MIN_TEMPERATURE = float(np.finfo(np.float32).tiny)
+LOWEST = -np.inf
+
+# Settings, float64.
+TEMPERATURE, TOP_P, PENALTY, MIN_Z, TOP_K, SEED_LOW, SEED_HIGH = range(7)
+
+
+def pack_settings(params: SamplingParams) -> np.ndarray:
+    """Sampling parameters as `sample` reads them, float64 [7]. The seed is set unless temperature is 0."""
+    seed = params.seed or 0
+    min_z = host_math.log(params.min_p) if params.min_p > 0 else LOWEST
+    values = (params.temperature, params.top_p, params.repetition_penalty, min_z, min(params.top_k, MAX_VOCAB))
+    return np.array([*values, seed & 0xFFFFFFFF, seed >> 32], np.float64)
+
+
+@register_jitable
+def padded(vocab):
+    """A vocabulary's size rounded up to whole groups."""
+    return (vocab + GROUP - 1) // GROUP * GROUP
+
+
+@register_jitable
+def scratch_bytes(vocab):
+    """Bytes that `sample` needs: z, probabilities and candidates of every token, and a histogram."""
+    return 12 * padded(vocab) + 8 * BINS
+
+
+# ---- Operations -----------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def where_greater(typingctx, a, b, x, y):
+    """Lanes of x where a > b, else of y; a and b float32 or signed integers."""
+
+    def codegen(context, builder, sig, args):
+        compare = builder.fcmp_ordered if a.lane == "f32" else builder.icmp_signed
+        return builder.select(compare(">", args[0], args[1]), args[2], args[3])
+
+    return x(a, b, x, y), codegen
+
+
+@intrinsic
+def lane_numbers(typingctx):
+    """0, 1, ... 15."""
+    result = vec.Vec(16, "i32")
+
+    def codegen(context, builder, sig, args):
+        return vec.vector(16, "i32")([vec.I32(i) for i in range(16)])
+
+    return result(), codegen
+
+
+@intrinsic(prefer_literal=True)
+def load_every_fourth(typingctx, address, offset, first):
+    """float32 numbers first, first + 4, ... first + 60 from memory."""
+    if not isinstance(first, types.IntegerLiteral):
+        return None
+    start = first.literal_value
+
+    def codegen(context, builder, sig, args):
+        sixty_four = ir.VectorType(vec.LANES["f32"], GROUP)
+        v = builder.load(vec.pointer_to(context, builder, sig, args, sixty_four), align=1)
+        return builder.shuffle_vector(v, v, vec.vector(16, "i32")([vec.I32(start + 4 * i) for i in range(16)]))
+
+    return vec.Vec(16, "f32")(address, offset, first), codegen
+
+
+# ---- Logits -> z ----------------------------------------------------------------------------------------------------
+
+
+@njit(**vec.OPTIONS)
+def copy_logits(logits, vocab, z):
+    """Copies logits to z, whose last group is filled up with -inf. False if one is NaN."""
+    deepest = vec.zero_i32x16()
+    whole = vocab - vocab % 16
+    for at in range(4 * whole, 4 * padded(vocab), 64):
+        vec.store(z, at, vec.splat_f32x16(LOWEST))
+    for at in range(4 * whole, 4 * vocab, 4):
+        vec.store_f32(z, at, vec.load_f32(logits, at))
+    for at in range(0, 4 * whole, 64):
+        vec.store(z, at, vec.load_f32x16(logits, at))
+    for at in range(0, 4 * padded(vocab), 64):
+        depth = vec.and_(vec.as_ints(vec.load_f32x16(z, at)), 0x7FFFFFFF)
+        deepest = where_greater(depth, deepest, depth, deepest)
+    nan = where_greater(deepest, vec.splat_i32x16(INFINITE_DEPTH), vec.splat_i32x16(1), vec.zero_i32x16())
+    return vec.sum_lanes(nan) == 0
+
+
+@njit(**vec.OPTIONS)
+def penalize(logits, vocab, history, history_length, penalty, z):
+    """Writes the penalised logits of the tokens in `history` to z. Twice the same token changes nothing."""
+    factor = np.float32(penalty)
+    for i in range(history_length):
+        token = load_i64(history, 8 * i)
+        if 0 <= token < vocab:
+            x = vec.load_f32(logits, 4 * token)
+            vec.store_f32(z, 4 * token, x / factor if x > np.float32(0) else x * factor)
+
+
+@njit(**vec.OPTIONS)
+def best_of_lanes(best, ids, scratch):
+    """(largest value, the lowest id that has it) of 16 lanes. scratch: 128 bytes."""
+    vec.store(scratch, 0, best)
+    vec.store(scratch, 64, ids)
+    value, token = vec.load_f32(scratch, 0), load_i32(scratch, 64)
+    for lane in range(1, 16):
+        other, other_id = vec.load_f32(scratch, 4 * lane), load_i32(scratch, 64 + 4 * lane)
+        if other > value or (other == value and other_id < token):
+            value, token = other, other_id
+    return value, token
+
+
+@njit(**vec.OPTIONS)
+def largest(z, vocab, scratch):
+    """(largest z, the lowest id that has it)."""
+    best, best_ids = vec.splat_f32x16(LOWEST), lane_numbers()
+    ids = lane_numbers()
+    for at in range(0, 4 * vocab, 64):
+        v = vec.load_f32x16(z, at)
+        best_ids = where_greater(v, best, ids, best_ids)
+        best = vec.maximum(v, best)
+        ids = vec.add(ids, vec.splat_i32x16(16))
+    return best_of_lanes(best, best_ids, scratch)
+
+
+@njit(**vec.OPTIONS)
+def scale(z, vocab, most, temperature, probabilities):
+    """z = (z - most) / temperature, and e^z."""
+    m, t = vec.splat_f32x16(most), vec.splat_f32x16(max(np.float32(temperature), np.float32(MIN_TEMPERATURE)))
+    for at in range(0, 4 * vocab, 64):
+        v = vec.div(vec.sub(vec.load_f32x16(z, at), m), t)
+        vec.store(z, at, v)
+        vec.store(probabilities, at, math.exp(v))
+
+
+# ---- Cuts -----------------------------------------------------------------------------------------------------------
+
+
+@njit(**vec.OPTIONS)
+def amount_of(probabilities, token):
+    """What a token adds to a running sum: its probability, or 1 where there are none (address 0)."""
+    if probabilities == 0:
+        return np.int64(1)
+    return np.int64(vec.load_f32(probabilities, 4 * token) * np.float32(PROBABILITY_UNIT))
+
+
+@njit(**vec.OPTIONS)
+def depth_of(z, token):
+    """The bits of |z| of a token."""
+    return load_i32(z, 4 * token) & 0x7FFFFFFF
+
+
+@njit(**vec.OPTIONS)
+def clear(histogram, bins):
+    for at in range(0, 8 * bins, 8):
+        store_integer(histogram, at, np.int64(0))
+
+
+@njit(**vec.OPTIONS)
+def add_to(histogram, digit, amount):
+    store_integer(histogram, 8 * digit, load_i64(histogram, 8 * digit) + amount)
+
+
+@njit(**vec.OPTIONS)
+def reach(histogram, before, target):
+    """(the first digit with which a running sum reaches the target, the sum before it)."""
+    digit = np.int64(0)
+    while before + load_i64(histogram, 8 * digit) < target:
+        before += load_i64(histogram, 8 * digit)
+        digit += 1
+    return digit, before
+
+
+@njit(**vec.OPTIONS)
+def find_cut(z, vocab, probabilities, target, top_p, candidates, histogram):
+    """The (depth, id) of the last rank that is kept: where the running sum reaches `target`, or the share top_p of all.
+
+    probabilities: their address, or 0 to count tokens. candidates: int32 [vocab]. histogram: int64 [BINS].
+    """
+    before = np.int64(0)
+    shift = 2 * NEXT_BITS
+    clear(histogram, BINS)
+    for token in range(vocab):
+        add_to(histogram, depth_of(z, token) >> shift, amount_of(probabilities, token))
+    if probabilities != 0:
+        total = np.int64(0)
+        for at in range(0, 8 * BINS, 8):
+            total += load_i64(histogram, at)
+        target = max(np.int64(1), np.int64(np.ceil(top_p * np.float64(total))))
+    depth, before = reach(histogram, before, target)
+    n = np.int64(0)
+    for token in range(vocab):
+        store_integer(candidates, 4 * n, np.int32(token))
+        n += depth_of(z, token) >> shift == depth
+    while shift > 0:
+        shift -= NEXT_BITS
+        clear(histogram, 1 << NEXT_BITS)
+        for i in range(n):
+            token = load_i32(candidates, 4 * i)
+            add_to(histogram, depth_of(z, token) >> shift & ((1 << NEXT_BITS) - 1), amount_of(probabilities, token))
+        digit, before = reach(histogram, before, target)
+        depth = depth << NEXT_BITS | digit
+        kept = np.int64(0)
+        for i in range(n):
+            token = load_i32(candidates, 4 * i)
+            store_integer(candidates, 4 * kept, np.int32(token))
+            kept += depth_of(z, token) >> shift == depth
+        n = kept
+    i = np.int64(0)  # what is left has one depth, in ascending order of ids
+    token = load_i32(candidates, 0)
+    before += amount_of(probabilities, token)
+    while before < target:
+        i += 1
+        token = load_i32(candidates, 4 * i)
+        before += amount_of(probabilities, token)
+    return depth, token
+
+
+@njit(**vec.OPTIONS)
+def drop_after(z, vocab, probabilities, depth, token):
+    """Tokens of ranks after a cut get z = -inf and no probability."""
+    cut, last, ids = vec.splat_i32x16(depth), vec.splat_i32x16(token), lane_numbers()
+    lowest = vec.splat_f32x16(LOWEST)
+    for at in range(0, 4 * vocab, 64):
+        v = vec.load_f32x16(z, at)
+        own = vec.and_(vec.as_ints(v), 0x7FFFFFFF)
+        of_cut = where_greater(ids, last, lowest, v)
+        v = where_greater(cut, own, v, where_greater(own, cut, lowest, of_cut))
+        vec.store(z, at, v)
+        p = vec.load_f32x16(probabilities, at)
+        vec.store(probabilities, at, where_greater(v, lowest, p, vec.zero_f32x16()))
+        ids = vec.add(ids, vec.splat_i32x16(16))
+
+
+# ---- The draw -------------------------------------------------------------------------------------------------------
+
+
+@njit(**vec.OPTIONS)
+def draw(z, vocab, min_z, position, key0, key1, scratch):
+    """The token with the largest z + noise, of those with z >= min_z."""
+    best, best_ids = vec.splat_f32x16(LOWEST), vec.zero_i32x16()
+    lowest, least = vec.splat_f32x16(LOWEST), vec.splat_f32x16(min_z)
+    fourths = vec.shl(lane_numbers(), 2)
+    limit = np.float32(LOWEST)
+    for first in range(0, vocab, GROUP):
+        at = 4 * first
+        z0, z1 = load_every_fourth(z, at, 0), load_every_fourth(z, at, 1)
+        z2, z3 = load_every_fourth(z, at, 2), load_every_fourth(z, at, 3)
+        fours = (z0, z1, z2, z3)
+        most = vec.max_lanes(vec.maximum(vec.maximum(z0, z1), vec.maximum(z2, z3)))
+        if most == np.float32(LOWEST) or most + np.float32(LARGEST_NOISE) < limit or most < np.float32(min_z):
+            continue
+        words = random_words(vec.add(lane_numbers(), vec.splat_i32x16(first // 4)), position, key0, key1)
+        ids = vec.add(fourths, vec.splat_i32x16(first))
+        for word in range(4):
+            score = where_greater(least, fours[word], lowest, vec.add(fours[word], gumbel(words[word])))
+            best_ids = where_greater(score, best, ids, best_ids)
+            best = vec.maximum(score, best)
+            ids = vec.add(ids, vec.splat_i32x16(1))
+        limit = vec.max_lanes(best)
+    _, token = best_of_lanes(best, best_ids, scratch)
+    return token
+
+
+@njit(**vec.OPTIONS)
+def sample(logits, vocab, history, history_length, settings, scratch):
+    """The next token, int64; NO_TOKEN if logits hold NaN.
+
+    logits: float32 [vocab]. history: int64 [history_length], all tokens so far, including the prompt. settings: see
+    `pack_settings`. scratch: scratch_bytes(vocab). All but the sizes are addresses.
+    """
+    z, probabilities = scratch, scratch + 4 * padded(vocab)
+    candidates = probabilities + 4 * padded(vocab)
+    histogram = candidates + 4 * padded(vocab)
+    if not copy_logits(logits, vocab, z):
+        return np.int64(NO_TOKEN)
+    penalty = load_f64(settings, 8 * PENALTY)
+    if penalty != 1.0:
+        penalize(logits, vocab, history, history_length, penalty, z)
+    most, token = largest(z, vocab, histogram)
+    temperature = load_f64(settings, 8 * TEMPERATURE)
+    if temperature == 0.0 or np.isinf(most):
+        return np.int64(token)
+    scale(z, vocab, most, temperature, probabilities)
+    top_k, top_p = np.int64(load_f64(settings, 8 * TOP_K)), load_f64(settings, 8 * TOP_P)
+    if 0 < top_k < vocab:
+        depth, token = find_cut(z, vocab, 0, top_k, 1.0, candidates, histogram)
+        drop_after(z, vocab, probabilities, depth, token)
+    if top_p < 1.0:
+        depth, token = find_cut(z, vocab, probabilities, np.int64(0), top_p, candidates, histogram)
+        drop_after(z, vocab, probabilities, depth, token)
+    key0, key1 = np.int64(load_f64(settings, 8 * SEED_LOW)), np.int64(load_f64(settings, 8 * SEED_HIGH))
+    return np.int64(draw(z, vocab, load_f64(settings, 8 * MIN_Z), history_length, key0, key1, histogram))
