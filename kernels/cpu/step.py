@@ -94,7 +94,7 @@ def work(member, members, state, isa, dtype, heads, model, layers, job):
             return
 
 
-@njit(**OPTIONS)
+@njit(inline="always", **OPTIONS)
 def forward(isa, dtype, heads, member, members, state, model, layers, job):
     """All layers."""
     M, hidden, eps = job.tokens, model.hidden, np.float32(model.eps)
@@ -251,7 +251,7 @@ def product(isa, linear, segment, K, first, last, inputs, own, job, y):
         norm.dequantize_rows(acc + 4 * m * acc_stride, last - first, m_scale, scale, bias, y + 4 * m * MAX_ROWS)
 
 
-@njit(**OPTIONS)
+@njit(inline="always", **OPTIONS)
 def qkv_rows(isa, linear, q_size, kv_size, K, members, state, inputs, own, job):
     """q, k and v of all tokens: float32 [M, q_size + 2 kv_size]."""
     rows, y, N = piece_rows(q_size, members, job), own + job.y, q_size + 2 * kv_size
@@ -270,7 +270,7 @@ def qkv_rows(isa, linear, q_size, kv_size, K, members, state, inputs, own, job):
             copy(y + 4 * m * MAX_ROWS, last - first, job.qkv + 4 * (m * N + first))
 
 
-@njit(**OPTIONS)
+@njit(inline="always", **OPTIONS)
 def residual_rows(isa, linear, N, K, members, state, inputs, own, job):
     """A product of N rows that is added to the residual stream [M, N]."""
     rows, y = piece_rows(N, members, job), own + job.y
@@ -284,7 +284,7 @@ def residual_rows(isa, linear, N, K, members, state, inputs, own, job):
             add(y + 4 * m * MAX_ROWS, last - first, job.x + 4 * (m * N + first))
 
 
-@njit(**OPTIONS)
+@njit(inline="always", **OPTIONS)
 def gated_rows(isa, linear, model, members, state, inputs, own, job):
     """activation(gate) * up of all tokens: float32 [M, intermediate]."""
     N, rows, gate = model.intermediate, piece_rows(model.intermediate, members, job), own + job.y
@@ -333,7 +333,7 @@ def add(y, n, x):
 # ---- Attention ------------------------------------------------------------------------------------------------------
 
 
-@njit(**OPTIONS)
+@njit(inline="always", **OPTIONS)
 def rotate_and_store(dtype, member, members, model, cache, job):
     """Rotates q and k of all tokens, and writes k and v to the cache: a member's share of (token, kv head)."""
     D, G, H = model.head_dim, model.kv_heads, model.heads
@@ -357,7 +357,7 @@ def is_split(members, model, job):
     return job.splits > 1 and job.tokens * model.kv_heads < 4 * members
 
 
-@njit(**OPTIONS)
+@njit(inline="always", **OPTIONS)
 def attend(isa, dtype, heads, members, state, model, cache, own, job):
     """Attention of all tokens; a piece is a token and kv head, or a split of it."""
     D, G, H = model.head_dim, model.kv_heads, model.heads
@@ -405,7 +405,7 @@ def attend(isa, dtype, heads, members, state, model, cache, own, job):
                 attention.combine(at + r * row, R * row, length, D, out)
 
 
-@njit(**OPTIONS)
+@njit(inline="always", **OPTIONS)
 def gather(members, model, own, job, m):
     """Address of a token's attention output, float32 [H * D], joined from its splits if there are any."""
     D, G, H = model.head_dim, model.kv_heads, model.heads
@@ -424,7 +424,7 @@ def gather(members, model, own, job, m):
 # ---- Logits ---------------------------------------------------------------------------------------------------------
 
 
-@njit(**OPTIONS)
+@njit(inline="always", **OPTIONS)
 def logits(isa, member, members, state, model, job):
     """Final hidden states [M, hidden] -> logits [M, vocab]."""
     K, N, M = model.hidden, model.vocab, job.tokens
