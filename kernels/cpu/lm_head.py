@@ -1,4 +1,4 @@
-"""Logits: rows of bfloat16 or scaled int8 times float32 activations. Also the product of linears that are not quantised.
+"""Logits: rows of bfloat16 or scaled int8 times float32 activations. Also linears that are not quantised.
 
 A thread reads its rows one after the other, as one stream, and multiplies each by all tokens. `prepare_...` brings a
 token's activations into the order in which rows are read, so that no row has to be shuffled:
@@ -10,15 +10,16 @@ token's activations into the order in which rows are read, so that no row has to
                   24 bits, x = unit * (65536 * high + 256 * middle + low - 2^23): three dot products with the row as it
                   lies, three sums. Converting the row to float32 would take twice as many instructions.
 
-The last step covers the last columns of a row, even if the step before has had some of them: for those its activations
-are 0. So no byte beyond a row is read (rows lie in a mapped file), and any number of columns will do from MIN_COLUMNS on.
+If the columns are not whole steps, one more step covers the last columns of the row; those of them that an earlier step
+has had meet activations of 0. So no byte beyond a row is read (rows lie in a mapped file), and any number of columns
+will do from MIN_COLUMNS on.
 
-A token's logits have the same bits whatever the other tokens are: a tile of rows and tokens only lets several sums share
-what is loaded. It is used where there are tokens enough; until then a row is read from memory for the first token, and
-from the first-level cache for the others.
+A token's logits have the same bits whatever the other tokens are: a tile of rows and tokens only lets several sums
+share what is loaded. It is used where there are tokens enough; until then a row is read from memory for the first
+token, and from the first-level cache for the others.
 
-Precision: bfloat16 and int8 are exact in float32, so the errors are those of sums of float32. In fixed point a column is
-off by unit / 2 at most, 2^-24 of the largest, as float32's rounding of that column is; the sum is exact.
+Precision: bfloat16 and int8 are exact in float32, so the errors are those of sums of float32. In fixed point a column
+is off by unit / 2 at most, 2^-24 of the largest, as float32's rounding of that column is; the sum is exact.
 """
 
 import numpy as np
@@ -295,7 +296,7 @@ def _fixed_result(builder, registers, r, scales, sums, unit):
 
 
 def _store(result, per_token: int, scaled: bool):
-    """store(sums, scales, row_sums, x, x_stride, y, y_stride): the results of a tile's rows and tokens, strides in bytes."""
+    """store(sums, scales, row_sums, x, x_stride, y, y_stride): the results of a tile. Strides in bytes."""
 
     @intrinsic
     def store(typingctx, tile, scales, sums, x, x_stride, y, y_stride):
@@ -323,11 +324,13 @@ def _product(zero, zero_one, step, columns, column_bytes, x_offset, x_bytes, sto
     @njit(**OPTIONS)
     def tile(isa, sums, n, m, rows, K, scales, row_sums, x, x_stride, y, y_stride):
         row, token = rows + n * K * column_bytes, x + m * x_stride
-        at = token + x_offset
-        for first in range(0, K, columns):
-            here = row + min(first, K - columns) * column_bytes
-            sums = step(isa, sums, here, K * column_bytes, at, x_stride)
-            at += x_bytes
+        at, steps = token + x_offset, K // columns
+        for _part in range(2):  # whole steps, then the last columns
+            for _step in range(steps):
+                sums = step(isa, sums, row, K * column_bytes, at, x_stride)
+                row += columns * column_bytes
+                at += x_bytes
+            row, steps = rows + ((n + 1) * K - columns) * column_bytes, min(K % columns, 1)
         to = y + 4 * (m * y_stride + n)
         store(sums, scales + 4 * n, row_sums + 4 * n, token, x_stride, to, 4 * y_stride)
 
