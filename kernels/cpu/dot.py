@@ -35,7 +35,7 @@ def emit_dot4(builder, isa: str, acc, codes, q):
             emit_dot4(builder, isa, *(vec.lanes_from(builder, v, v, first, n // 2) for v in (acc, codes, q)))
             for first in (0, n // 2)
         ]
-        return vec.lanes_from(builder, *parts, 0, n)
+        return vec.lanes_from(builder, parts[0], parts[1], 0, n)
     if operand == "i8":
         codes, q = (builder.bitcast(v, vec.vector(4 * n, "i8")) for v in (codes, q))
     return vec.call(builder, name.format(bits=32 * n), acc.type, [acc, codes, q])
