@@ -15,9 +15,9 @@ from numba.extending import intrinsic
 from bitnet_numba.kernels.cpu import vec
 
 # LLVM has taken vpdpbusd's bytes as lanes of int32 or of int8, by version; it understands the former in every version.
-_INSTRUCTIONS = {  # name in LLVM, lanes of a register, lane of its operands
-    "vnni512": ("llvm.x86.avx512.vpdpbusd.512", 16, "i32"),
-    "vnni256": ("llvm.x86.avx512.vpdpbusd.256", 8, "i32"),
+_INSTRUCTIONS = {  # name in LLVM, lanes of the widest register, lane of its operands
+    "vnni512": ("llvm.x86.avx512.vpdpbusd.{bits}", 16, "i32"),
+    "vnni256": ("llvm.x86.avx512.vpdpbusd.{bits}", 8, "i32"),
     "i8mm": ("llvm.aarch64.neon.usdot.v4i32.v16i8", 4, "i8"),
     "dotprod": ("llvm.aarch64.neon.sdot.v4i32.v16i8", 4, "i8"),
 }
@@ -38,7 +38,7 @@ def emit_dot4(builder, isa: str, acc, codes, q):
         return vec.lanes_from(builder, parts[0], parts[1], 0, n)
     if operand == "i8":
         codes, q = (builder.bitcast(v, vec.vector(4 * n, "i8")) for v in (codes, q))
-    return vec.call(builder, name, acc.type, [acc, codes, q])
+    return vec.call(builder, name.format(bits=32 * n), acc.type, [acc, codes, q])
 
 
 def _plain_dot4(builder, acc, codes, q):

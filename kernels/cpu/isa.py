@@ -91,8 +91,8 @@ def available() -> tuple[str, ...]:
     """The instruction sets that Numba's target has, best first. "portable" is always the last."""
     found = []
     if llvm.get_process_triple().startswith(("x86_64", "amd64")):
-        adds = _assembly(_ADD_256)
-        if "vpaddd" in adds and "ymm" in adds:
+        # AVX without AVX2 has ymm registers, too, but adds their integers in halves.
+        if any("vpaddd" in line and "ymm" in line for line in _assembly(_ADD_256).splitlines()):
             for name, n, register in (("vnni512", 64, "zmm"), ("vnni256", 32, "ymm")):
                 if any("vpdpbusd" in line and register in line for line in _assembly(_dot(n)).splitlines()):
                     found.append(name)

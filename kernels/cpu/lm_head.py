@@ -1,4 +1,4 @@
-"""Logits: rows of bfloat16 or scaled int8 times float32 activations. Also the product of linears that are not quantised.
+"""Logits: rows of bfloat16 or scaled int8 times float32 activations. Also linears that are not quantised.
 
 A thread reads its rows one after the other, as one stream, and multiplies each by all tokens. `prepare_...` brings a
 token's activations into the order in which rows are read, so that no row has to be shuffled:
@@ -10,38 +10,31 @@ token's activations into the order in which rows are read, so that no row has to
                   24 bits, x = unit * (65536 * high + 256 * middle + low - 2^23): three dot products with the row as it
                   lies, three sums. Converting the row to float32 would take twice as many instructions.
 
-The last step covers the last columns of a row, even if the step before has had some of them: for those its activations
-are 0. So no byte beyond a row is read (rows lie in a mapped file), and any number of columns will do from MIN_COLUMNS on.
+If the columns are not whole steps, one more step covers the last columns of the row; those of them that an earlier step
+has had meet activations of 0. So no byte beyond a row is read (rows lie in a mapped file), and any number of columns
+will do from MIN_COLUMNS on.
 
-A token's logits have the same bits whatever the other tokens are: a tile of rows and tokens only lets several sums share
-what is loaded. It is used where there are tokens enough; until then a row is read from memory for the first token, and
-from the first-level cache for the others.
+A token's logits have the same bits whatever the other tokens are: a tile of rows and tokens (`row_tiles`) only lets
+several sums share what is loaded.
 
-Precision: bfloat16 and int8 are exact in float32, so the errors are those of sums of float32. In fixed point a column is
-off by unit / 2 at most, 2^-24 of the largest, as float32's rounding of that column is; the sum is exact.
+Precision: bfloat16 and int8 are exact in float32, so the errors are those of sums of float32. In fixed point a column
+is off by unit / 2 at most, 2^-24 of the largest, as float32's rounding of that column is; the sum is exact.
 """
 
 import numpy as np
-from llvmlite import ir
 from numba import njit
-from numba.core import types
-from numba.extending import intrinsic, overload
+from numba.extending import overload
 
 from bitnet_numba.kernels.cpu import vec
-from bitnet_numba.kernels.cpu.dot import dot4, emit_dot4
-from bitnet_numba.kernels.cpu.gemm import TILES
+from bitnet_numba.kernels.cpu.dot import dot4
+from bitnet_numba.kernels.cpu.row_tiles import BF16, INT8, INT8_FIXED, PLANES, ZERO, row_product
 from bitnet_numba.kernels.cpu.vec import OPTIONS
 
 MIN_COLUMNS = 64  # rows with fewer columns are padded with zeros when they are loaded
-CHUNK = 8  # rows that are multiplied by all tokens before the next ones are read
 FIXED = ("vnni512", "vnni256", "i8mm")  # instruction sets that multiply int8 rows in fixed point
-ZERO = 1 << 23  # what stands for 0 in fixed point
-# The largest activation in fixed point: below 2^23 by more than the quotient's rounding.
+# What the largest activation becomes in fixed point: below 2^23 by more than the rounding of the quotient.
 LARGEST = 2.0**23 - 8
-PLANES = 64  # offset of the planes in prepared activations; the unit stands before them
-# Rows and tokens of a tile: 16 registers of sums of 32 with AVX-512 and NEON, 8 of 16 with AVX2.
-FLOAT_TILES = {"vnni512": (2, 4)}
-FIXED_TILES = {"vnni512": (2, 4), "vnni256": (2, 2), "i8mm": (2, 4)}
+rows_bf16, rows_int8, rows_int8_fixed = row_product(BF16), row_product(INT8), row_product(INT8_FIXED)
 
 
 def prepared_bytes(K: int) -> int:
@@ -162,203 +155,5 @@ def _head_int8(isa, rows, K, scales, sums, x, x_stride, M, y, y_stride, first, l
     def kernel(isa, rows, K, scales, sums, x, x_stride, M, y, y_stride, first, last):
         product(isa, rows, K, scales, sums, x, x_stride, M, y, y_stride, first, last)
 
-    product = rows_fixed if isa.isa in FIXED else rows_int8
+    product = rows_int8_fixed if isa.isa in FIXED else rows_int8
     return kernel
-
-
-def _zero_sums(shape):
-    """zero(isa) -> the sums of a tile: rows x (tokens * sums of a row and token) registers, all 0."""
-
-    @intrinsic
-    def zero(typingctx, isa):
-        rows, sums, lanes, lane = shape(isa.isa)
-        result = types.UniTuple(types.UniTuple(vec.Vec(lanes, lane), sums), rows)
-
-        def codegen(context, builder, sig, args):
-            return ir.Constant(context.get_value_type(result), None)
-
-        return result(isa), codegen
-
-    return zero
-
-
-def _each(builder, sums, per_token: int):
-    """Row, token and the `per_token` registers of every pair of them in a tile."""
-    rows, registers = sums.type.count, sums.type.element.count
-    for r in range(rows):
-        for t in range(registers // per_token):
-            yield r, t, [builder.extract_value(sums, [r, t * per_token + i]) for i in range(per_token)]
-
-
-def _load(builder, address, offset: int, pointee: ir.Type):
-    at = builder.add(address, ir.Constant(address.type, offset))
-    return builder.load(builder.inttoptr(at, pointee.as_pointer()), align=1)
-
-
-def _shifted(builder, address, stride, count: int):
-    """address, address + stride, ..."""
-    for _ in range(count):
-        yield address
-        address = builder.add(address, stride)
-
-
-FLOATS, INTS, BYTES = vec.vector(16, "f32"), vec.vector(16, "i32"), vec.vector(16, "i8")
-
-
-def _all_lanes(vector: ir.VectorType, value: int):
-    return ir.Constant(vector, [value] * vector.count)
-
-
-def _from_bf16(builder, row):
-    """Even and odd columns of 32, as float32."""
-    pairs = _load(builder, row, 0, INTS)
-    even, odd = builder.shl(pairs, _all_lanes(INTS, 16)), builder.and_(pairs, _all_lanes(INTS, 0xFFFF0000))
-    return [builder.bitcast(even, FLOATS), builder.bitcast(odd, FLOATS)]
-
-
-def _from_int8(builder, row):
-    """Columns 0-15 and 16-31, as float32."""
-    return [builder.sitofp(_load(builder, row, offset, BYTES), FLOATS) for offset in (0, 16)]
-
-
-def _float_step(widen):
-    """step(isa, sums, row, row_stride, x, x_stride): sums + 32 columns of the tile's rows times those of its tokens."""
-
-    @intrinsic
-    def step(typingctx, isa, sums, row, row_stride, x, x_stride):
-        def codegen(context, builder, sig, args):
-            _isa, out, row, row_stride, x, x_stride = args
-            weights = [widen(builder, at) for at in _shifted(builder, row, row_stride, sums.count)]
-            for t, at in enumerate(_shifted(builder, x, x_stride, sums.dtype.count // 2)):
-                for half in range(2):
-                    columns = _load(builder, at, 64 * half, FLOATS)
-                    for r in range(sums.count):
-                        where = [r, 2 * t + half]
-                        operands = [weights[r][half], columns, builder.extract_value(out, where)]
-                        new = vec.call(builder, "llvm.fma.v16f32", FLOATS, operands)
-                        out = builder.insert_value(out, new, where)
-            return out
-
-        return sums(isa, sums, row, row_stride, x, x_stride), codegen
-
-    return step
-
-
-@intrinsic
-def fixed_step(typingctx, isa, sums, row, row_stride, x, x_stride):
-    """sums + 64 columns of the tile's rows times the three planes of its tokens."""
-
-    def codegen(context, builder, sig, args):
-        _isa, out, row, row_stride, x, x_stride = args
-        register = sums.dtype.dtype.n * 4
-        vector = vec.vector(sums.dtype.dtype.n, "i32")
-        for offset in range(0, 64, register):
-            rows = [_load(builder, at, offset, vector) for at in _shifted(builder, row, row_stride, sums.count)]
-            for t, at in enumerate(_shifted(builder, x, x_stride, sums.dtype.count // 3)):
-                for plane in range(3):
-                    columns = _load(builder, at, 64 * plane + offset, vector)
-                    for r in range(sums.count):
-                        where = [r, 3 * t + plane]
-                        new = emit_dot4(builder, isa.isa, builder.extract_value(out, where), columns, rows[r])
-                        out = builder.insert_value(out, new, where)
-        return out
-
-    return sums(isa, sums, row, row_stride, x, x_stride), codegen
-
-
-def _sum(builder, v):
-    """The sum of all lanes, halves onto halves."""
-    n = v.type.count
-    while n > 1:
-        n //= 2
-        low, high = (vec.lanes_from(builder, v, v, first, n) for first in (0, n))
-        v = builder.fadd(low, high) if v.type.element == ir.FloatType() else builder.add(low, high)
-    return builder.extract_element(v, vec.I32(0))
-
-
-def _float_result(builder, registers, r, scales, sums, unit):
-    total = _sum(builder, builder.fadd(*registers))
-    return total if scales is None else builder.fmul(total, _load(builder, scales, 4 * r, ir.FloatType()))
-
-
-def _fixed_result(builder, registers, r, scales, sums, unit):
-    """((65536 * high + 256 * middle + low) - 2^23 * sum of the row) * unit * scale: exact up to the conversion."""
-    i64 = ir.IntType(64)
-    total = None
-    for plane in registers:
-        wide = builder.sext(plane, ir.VectorType(i64, plane.type.count))
-        total = wide if total is None else builder.add(builder.shl(total, _all_lanes(wide.type, 8)), wide)
-    offset = builder.mul(builder.sext(_load(builder, sums, 4 * r, vec.I32), i64), i64(ZERO))
-    value = builder.sitofp(builder.sub(_sum(builder, total), offset), ir.FloatType())
-    value = builder.fmul(value, _load(builder, unit, 0, ir.FloatType()))
-    return builder.fmul(value, _load(builder, scales, 4 * r, ir.FloatType()))
-
-
-def _store(result, per_token: int, scaled: bool):
-    """store(sums, scales, row_sums, x, x_stride, y, y_stride): the results of a tile's rows and tokens, strides in bytes."""
-
-    @intrinsic
-    def store(typingctx, tile, scales, sums, x, x_stride, y, y_stride):
-        def codegen(context, builder, sig, args):
-            out, scales, sums, x, x_stride, y, y_stride = args
-            tokens = tile.dtype.count // per_token
-            units, columns = (list(_shifted(builder, *pair, tokens)) for pair in ((x, x_stride), (y, y_stride)))
-            for r, t, registers in _each(builder, out, per_token):
-                value = result(builder, registers, r, scales if scaled else None, sums, units[t])
-                at = builder.add(columns[t], ir.Constant(y.type, 4 * r))
-                builder.store(value, builder.inttoptr(at, value.type.as_pointer()), align=1)
-            return context.get_dummy_value()
-
-        return types.void(tile, scales, sums, x, x_stride, y, y_stride), codegen
-
-    return store
-
-
-def _product(zero, zero_one, step, columns, column_bytes, x_offset, x_bytes, store, per_token):
-    """product(...): rows first .. last - 1 times M tokens, in tiles as large as `zero`, and by `zero_one` what is left.
-
-    `step` covers so many columns of the rows, and x_bytes of the activations, which start at x_offset.
-    """
-
-    @njit(**OPTIONS)
-    def tile(isa, sums, n, m, rows, K, scales, row_sums, x, x_stride, y, y_stride):
-        row, token = rows + n * K * column_bytes, x + m * x_stride
-        at = token + x_offset
-        for first in range(0, K, columns):
-            here = row + min(first, K - columns) * column_bytes
-            sums = step(isa, sums, here, K * column_bytes, at, x_stride)
-            at += x_bytes
-        to = y + 4 * (m * y_stride + n)
-        store(sums, scales + 4 * n, row_sums + 4 * n, token, x_stride, to, 4 * y_stride)
-
-    @njit(**OPTIONS)
-    def product(isa, rows, K, scales, row_sums, x, x_stride, M, y, y_stride, first, last):
-        tile_rows, tokens = len(zero(isa)), len(zero(isa)[0]) // per_token
-        for start in range(first, last, CHUNK):
-            stop = min(start + CHUNK, last)
-            tiled_rows, tiled_tokens = stop - (stop - start) % tile_rows, M - M % tokens
-            for m in range(0, tiled_tokens, tokens):
-                for n in range(start, tiled_rows, tile_rows):
-                    tile(isa, zero(isa), n, m, rows, K, scales, row_sums, x, x_stride, y, y_stride)
-            for n in range(start, stop):
-                for m in range(tiled_tokens if n < tiled_rows else 0, M):
-                    tile(isa, zero_one(isa), n, m, rows, K, scales, row_sums, x, x_stride, y, y_stride)
-
-    return product
-
-
-def _float_sums(isa):
-    rows, tokens = FLOAT_TILES.get(isa, (1, 2))
-    return rows, 2 * tokens, 16, "f32"
-
-
-def _fixed_sums(isa):
-    rows, tokens = FIXED_TILES[isa]
-    return rows, 3 * tokens, TILES[isa].lanes, "i32"
-
-
-_floats = (_zero_sums(_float_sums), _zero_sums(lambda isa: (1, 2, 16, "f32")))
-_fixed = (_zero_sums(_fixed_sums), _zero_sums(lambda isa: (1, 3, 16, "i32")))
-rows_bf16 = _product(*_floats, _float_step(_from_bf16), 32, 2, 0, 128, _store(_float_result, 2, False), 2)
-rows_int8 = _product(*_floats, _float_step(_from_int8), 32, 1, 0, 128, _store(_float_result, 2, True), 2)
-rows_fixed = _product(*_fixed, fixed_step, 64, 1, PLANES, 192, _store(_fixed_result, 3, True), 3)
