@@ -1,4 +1,4 @@
-"""The CPU backend: a checkpoint's weights where they lie in the mapped file, and a team of threads that computes passes.
+"""The CPU backend: a checkpoint's weights where they lie in the mapped file, and a team of threads for passes.
 
 What it computes is in `kernels/cpu/step.py`; this is its host side: addresses, buffers, caches, threads.
 """
@@ -15,16 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_numba.backends.host import PAGE_SIZE, Floats, HostBackend
-from bitnet_numba.backends.protocol import NO_TOKEN
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, group_is_ternary
 from bitnet_numba.config import GROUPS, ModelConfig
 from bitnet_numba.errors import RequestError
-from bitnet_numba.kernels.cpu import attention, isa, kv_cache, lm_head, step
+from bitnet_numba.kernels.cpu import attention, isa, kv_cache, lm_head, sampler, step
 from bitnet_numba.kernels.cpu.gemm import SCRATCH_ROWS
 from bitnet_numba.kernels.cpu.team import Team
 from bitnet_numba.packing import BLOCK_ROWS, padded_shape
 from bitnet_numba.reference.model import rope_tables
-from bitnet_numba.sampling import SamplingParams, sample
+from bitnet_numba.sampling import SamplingParams
 
 KVDtype = Literal["bfloat16", "float32"]
 ALIGN = 64  # bytes of a cache line
@@ -122,10 +121,17 @@ class CpuModel:
 
     def sample(self, hidden: Floats, histories: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[int]:
         """`sampling.sample` of the next token of each sequence; NO_TOKEN where logits are NaN."""
-        tokens = []
-        with np.errstate(all="ignore"):
-            for logits, history, own in zip(self.logits(hidden), histories, params, strict=True):
-                tokens.append(NO_TOKEN if np.isnan(logits).any() else sample(logits, history, own))
+        tokens: list[int] = []
+        for start in range(0, len(hidden), step.MAX_TOKENS):
+            part = slice(start, start + step.MAX_TOKENS)
+            settings = np.stack([sampler.pack_settings(own) for own in params[part]])
+            # Only a repetition penalty looks at the tokens themselves.
+            seen = [
+                np.array(history if own.repetition_penalty != 1.0 else (), np.int64)
+                for history, own in zip(histories[part], params[part], strict=True)
+            ]
+            lengths = [len(history) for history in histories[part]]
+            tokens += self._logits(hidden[part], None, (settings, seen, lengths))
         return tokens
 
     def nbytes(self) -> int:
@@ -152,14 +158,27 @@ class CpuModel:
             self._run()
             return b.final[:M].copy()
 
-    def _logits(self, hidden: Floats, out: Floats) -> None:
-        b = self._buffers
+    def _logits(
+        self,
+        hidden: Floats,
+        out: Floats | None,
+        sampling: tuple[Floats, Sequence[NDArray[np.int64]], Sequence[int]] | None = None,
+    ) -> list[int]:
+        """Logits of up to MAX_TOKENS hidden states to `out`, if that is given, and the tokens sampled from them."""
+        M, b = len(hidden), self._buffers
         with self._lock:
-            b.final[: len(hidden)] = hidden
+            if out is None:
+                out = b.logits_of(M)
+            b.final[:M] = hidden
             job = b.job[0]
-            job["kind"], job["tokens"] = step.LOGITS, len(hidden)
+            job["kind"], job["tokens"], job["settings"] = step.LOGITS, M, 0
             job["logits"], job["logits_stride"] = out.ctypes.data, out.shape[1]
+            if sampling is not None:
+                settings, seen, lengths = sampling
+                job["settings"] = settings.ctypes.data
+                b.histories[:M], b.history_lengths[:M] = [ids.ctypes.data for ids in seen], lengths
             self._run()
+            return b.sampled[:M].tolist() if sampling is not None else []
 
     def _run(self) -> None:
         team = self._team
@@ -248,10 +267,12 @@ class _Buffers:
         self._config = c
         M, q_size, longest = step.MAX_TOKENS, c.q_size, max(c.hidden_size, c.q_size, c.intermediate_size)
         self.ids, self.positions, self.tables = (np.zeros(M, np.int64) for _ in range(3))
+        self.histories, self.history_lengths, self.sampled = (np.zeros(M, np.int64) for _ in range(3))
+        self._logits = np.empty((0, c.vocab_size), np.float32)
         self.job = np.zeros(1, step.JOB)
         job = self.job[0]
         self._kept: list[NDArray[Any]] = []
-        for name in ("ids", "positions", "tables"):
+        for name in ("ids", "positions", "tables", "histories", "history_lengths", "sampled"):
             job[name] = getattr(self, name).ctypes.data
         self.final = self._take("final", (M, c.hidden_size))
         self._take("x", (M, c.hidden_size))
@@ -271,9 +292,16 @@ class _Buffers:
             "y": 4 * 2 * M * step.MAX_ROWS + ALIGN,
             "unpacked": SCRATCH_ROWS * int(job["q_stride"]),
             "scratch": attention.SCRATCH_BYTES,
+            "sampler": sampler.scratch_bytes(c.vocab_size),
         }
         self._longest = 0
         self.hold_positions(1024)
+
+    def logits_of(self, tokens: int) -> Floats:
+        """Room for the logits of so many tokens, float32 [at least tokens, vocab]."""
+        if len(self._logits) < tokens:
+            self._logits = np.empty((tokens, self._config.vocab_size), np.float32)
+        return self._logits
 
     def hold_positions(self, length: int) -> None:
         """Makes room for contexts of so many tokens: tables of the rotary embedding, partial outputs of attention."""

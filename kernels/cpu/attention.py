@@ -29,7 +29,7 @@ from bitnet_numba.kernels.cpu.attention_tiles import (
     zero_tile,
 )
 from bitnet_numba.kernels.cpu.kv_cache import PAGE, load_pairs, page_of, units_of
-from bitnet_numba.kernels.cpu.memory import prefetch
+from bitnet_numba.kernels.cpu.memory import load_f32, prefetch, store_f32
 
 SPLIT = 512  # tokens
 MAX_TILE = 4  # query heads at a time
@@ -150,10 +150,11 @@ def attend(
 
 
 @njit(**vec.OPTIONS)
-def combine(partial, stride, length, D, out):
+def combine(partial, stride, length, D, out, scratch):
     """The output of one query head, float32 [D], from its partial results of all splits, `stride` bytes apart.
 
-    The partial results are used up."""
+    scratch: 128 bytes of this thread's.
+    """
     splits = (length + SPLIT - 1) // SPLIT
     largest = vec.load_f32x16(partial, 0)
     for s in range(1, splits):
@@ -173,7 +174,7 @@ def combine(partial, stride, length, D, out):
         if D >= 32 * (unit + 1):
             store_interleaved(out, 128 * unit, even, odd)
         else:
-            vec.store(partial, at, even)  # in place of what the first split gave: it is read for the last time
-            vec.store(partial, at + 64, odd)
+            vec.store(scratch, 0, even)
+            vec.store(scratch, 64, odd)
             for d in range(32 * unit, D):
-                vec.store_f32(out, 4 * d, vec.load_f32(partial, at + d % 2 * 64 + d % 32 // 2 * 4))
+                store_f32(out, 4 * d, load_f32(scratch, d % 2 * 64 + d % 32 // 2 * 4))

@@ -21,7 +21,7 @@ from numba import njit, types
 from numba.extending import intrinsic, overload, register_jitable
 
 from bitnet_numba.kernels.cpu import vec
-from bitnet_numba.kernels.cpu.memory import load_at, load_i32, store_integer
+from bitnet_numba.kernels.cpu.memory import load_at, load_f32, load_i32, store_f32, store_i32
 
 PAGE = 64  # tokens
 PAIRS = 16  # to a unit
@@ -109,12 +109,12 @@ def store_pair(dtype, base, index, even, odd):
 @overload(store_pair)
 def _store_pair(dtype, base, index, even, odd):
     def as_bfloat16(dtype, base, index, even, odd):
-        store_integer(base, 4 * index, np.int32(to_bfloat16(odd) << 16 | to_bfloat16(even)))
+        store_i32(base, 4 * index, to_bfloat16(odd) << 16 | to_bfloat16(even))
 
     def as_float32(dtype, base, index, even, odd):
         at = index // PAIRS * 128 + index % PAIRS * 4
-        vec.store_f32(base, at, even)
-        vec.store_f32(base, at + 64, odd)
+        store_f32(base, at, even)
+        store_f32(base, at + 64, odd)
 
     return as_bfloat16 if dtype.dtype == types.uint16 else as_float32
 
@@ -135,10 +135,10 @@ def rotate(source, target, D, cos, sin):
         vec.store(target, at, vec.sub(vec.mul(x0, c), vec.mul(x1, s)))
         vec.store(target, at + 4 * half, vec.add(vec.mul(x1, c), vec.mul(x0, s)))
     for at in range(4 * whole, 4 * half, 4):
-        y0, y1 = vec.load_f32(source, at), vec.load_f32(source, at + 4 * half)
-        c0, s0 = vec.load_f32(cos, at), vec.load_f32(sin, at)
-        vec.store_f32(target, at, y0 * c0 - y1 * s0)
-        vec.store_f32(target, at + 4 * half, y1 * c0 + y0 * s0)
+        y0, y1 = load_f32(source, at), load_f32(source, at + 4 * half)
+        c0, s0 = load_f32(cos, at), load_f32(sin, at)
+        store_f32(target, at, y0 * c0 - y1 * s0)
+        store_f32(target, at + 4 * half, y1 * c0 + y0 * s0)
 
 
 @njit(**vec.OPTIONS)
@@ -159,7 +159,7 @@ def store_kv(dtype, layer, page_stride, table, kv_heads, kv_head, D, position, k
     keys, values = page_of(dtype, layer, page_stride, table, kv_heads, kv_head, D, position)
     token = position % PAGE
     for i in range(D // 2):
-        store_pair(dtype, keys, i * PAGE + token, vec.load_f32(k, 8 * i), vec.load_f32(k, 8 * i + 4))
+        store_pair(dtype, keys, i * PAGE + token, load_f32(k, 8 * i), load_f32(k, 8 * i + 4))
     first = token * units_of(D) * PAIRS
     for i in range(D // 2):
-        store_pair(dtype, values, first + i, vec.load_f32(v, 8 * i), vec.load_f32(v, 8 * i + 4))
+        store_pair(dtype, values, first + i, load_f32(v, 8 * i), load_f32(v, 8 * i + 4))

@@ -27,6 +27,7 @@ from numba.extending import overload
 
 from bitnet_numba.kernels.cpu import vec
 from bitnet_numba.kernels.cpu.dot import dot4
+from bitnet_numba.kernels.cpu.memory import load_f32, load_i8, store_f32, store_i8, store_i32
 from bitnet_numba.kernels.cpu.row_tiles import BF16, INT8, INT8_FIXED, PLANES, ZERO, row_product
 from bitnet_numba.kernels.cpu.vec import OPTIONS
 
@@ -49,7 +50,7 @@ def prepare_bf16(x, K, prepared):
         first = min(32 * step, max(K, MIN_COLUMNS) - 32)
         for i in range(32):
             column = first + 2 * (i % 16) + i // 16
-            vec.store_f32(prepared, 4 * (32 * step + i), column_of(x, K, column, 32 * step))
+            store_f32(prepared, 4 * (32 * step + i), column_of(x, K, column, 32 * step))
 
 
 def prepare_int8(isa, x, K, prepared):
@@ -69,7 +70,7 @@ def prepare_float(x, K, prepared):
     for step in range(steps_of(K, 32)):
         first = min(32 * step, max(K, MIN_COLUMNS) - 32)
         for i in range(32):
-            vec.store_f32(prepared, 4 * (32 * step + i), column_of(x, K, first + i, 32 * step))
+            store_f32(prepared, 4 * (32 * step + i), column_of(x, K, first + i, 32 * step))
 
 
 @njit(**OPTIONS)
@@ -78,11 +79,11 @@ def prepare_fixed(x, K, prepared):
     largest = np.float32(1e-30)  # below this, all logits are as good as 0
     nan = np.float32(0)
     for k in range(K):
-        v = vec.load_f32(x, 4 * k)
+        v = load_f32(x, 4 * k)
         largest = max(largest, abs(v))
         nan += v * np.float32(0)
     unit = largest / np.float32(LARGEST)
-    vec.store_f32(prepared, 0, unit + nan)
+    store_f32(prepared, 0, unit + nan)
     for step in range(steps_of(K, 64)):
         first = min(64 * step, max(K, MIN_COLUMNS) - 64)
         for i in range(64):
@@ -91,9 +92,9 @@ def prepare_fixed(x, K, prepared):
                 quotient = np.rint(column_of(x, K, first + i, 0) / unit)
                 fixed = ZERO + (int(quotient) if abs(quotient) < ZERO else 0)
             at = prepared + PLANES + 192 * step + i
-            vec.store_i8(at, 0, fixed >> 16)
-            vec.store_i8(at, 64, fixed >> 8)
-            vec.store_i8(at, 128, fixed)
+            store_i8(at, 0, fixed >> 16)
+            store_i8(at, 64, fixed >> 8)
+            store_i8(at, 128, fixed)
 
 
 @njit(**OPTIONS)
@@ -105,7 +106,7 @@ def steps_of(K, columns):
 @njit(**OPTIONS)
 def column_of(x, K, column, first):
     """A column of float32 [K], or 0 where it is before `first` or beyond K."""
-    return vec.load_f32(x, 4 * column) if first <= column < K else np.float32(0)
+    return load_f32(x, 4 * column) if first <= column < K else np.float32(0)
 
 
 @njit(**OPTIONS)
@@ -119,8 +120,8 @@ def row_sums(isa, rows, K, sums, first, last):
             lanes = dot4(isa, lanes, ones, vec.load_i32x16(p, k))
         total = vec.sum_lanes(lanes)
         for k in range(K // 64 * 64, K):
-            total += vec.load_i8(p, k)
-        vec.store_i32(sums, 4 * n, total)
+            total += load_i8(p, k)
+        store_i32(sums, 4 * n, total)
 
 
 def head_bf16(isa, rows, K, x, x_stride, M, y, y_stride, first, last):

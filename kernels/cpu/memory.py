@@ -8,35 +8,42 @@ from numba.extending import intrinsic
 from bitnet_numba.kernels.cpu import vec
 
 L2 = 2  # LLVM's locality of a prefetch: the second cache (into the first, it was a third slower)
+F64 = ir.DoubleType()
 
 
-def _scalar_load(ty: ir.Type, result: types.Type):
+def _load(ty: ir.Type, number: types.Type):
     """load(address, offset) -> one number from memory."""
 
     @intrinsic
     def load(typingctx, address, offset):
         def codegen(context, builder, sig, args):
-            value = builder.load(vec.pointer_to(context, builder, sig, args, ty), align=1)
-            return builder.sext(value, ir.IntType(64)) if ty == vec.I32 else value
+            return builder.load(vec.pointer_to(context, builder, sig, args, ty), align=1)
 
-        return result(address, offset), codegen
+        return number(address, offset), codegen
 
     return load
 
 
-load_i32 = _scalar_load(vec.I32, types.int64)
-load_i64, load_f64 = _scalar_load(ir.IntType(64), types.int64), _scalar_load(ir.DoubleType(), types.float64)
+def _store(ty: ir.Type, number: types.Type):
+    """store(address, offset, value): one number to memory; integers keep their low bits."""
+
+    @intrinsic
+    def store(typingctx, address, offset, value):
+        def codegen(context, builder, sig, args):
+            converted = context.cast(builder, args[2], sig.args[2], number)
+            builder.store(converted, vec.pointer_to(context, builder, sig, args, ty), align=1)
+            return context.get_dummy_value()
+
+        return types.void(address, offset, value), codegen
+
+    return store
 
 
-@intrinsic
-def store_integer(typingctx, address, offset, value):
-    """Writes one integer of its own size to memory."""
-
-    def codegen(context, builder, sig, args):
-        builder.store(args[2], vec.pointer_to(context, builder, sig, args, args[2].type), align=1)
-        return context.get_dummy_value()
-
-    return types.void(address, offset, value), codegen
+load_i8, load_u16 = _load(vec.LANES["i8"], types.int8), _load(vec.LANES["i16"], types.uint16)
+load_i32, load_i64 = _load(vec.I32, types.int32), _load(ir.IntType(64), types.int64)
+load_f32, load_f64 = _load(vec.LANES["f32"], types.float32), _load(F64, types.float64)
+store_i8, store_i32 = _store(vec.LANES["i8"], types.int8), _store(vec.I32, types.int32)
+store_i64, store_f32 = _store(ir.IntType(64), types.int64), _store(vec.LANES["f32"], types.float32)
 
 
 @intrinsic

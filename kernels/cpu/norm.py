@@ -6,13 +6,13 @@ Reductions run in 16 lanes and four sums of each, added up in a fixed order: a t
 import numpy as np
 from numba import njit
 
+from bitnet_numba.kernels.cpu.memory import load_f32, store_f32, store_i8
 from bitnet_numba.kernels.cpu.vec import (
     OPTIONS,
     absolute,
     add,
     div,
     fma,
-    load_f32,
     load_f32x16,
     load_i32x16,
     max_lanes,
@@ -21,8 +21,6 @@ from bitnet_numba.kernels.cpu.vec import (
     rint,
     splat_f32x16,
     store,
-    store_f32,
-    store_i8,
     sum_lanes,
     to_bytes,
     to_floats,

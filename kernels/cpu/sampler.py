@@ -19,7 +19,7 @@ from numba.extending import intrinsic, register_jitable
 
 from bitnet_numba.kernels.cpu import math, vec
 from bitnet_numba.kernels.cpu.gumbel import LARGEST_NOISE, gumbel, random_words
-from bitnet_numba.kernels.cpu.memory import load_f64, load_i32, load_i64, store_integer
+from bitnet_numba.kernels.cpu.memory import load_f32, load_f64, load_i32, load_i64, store_f32, store_i32, store_i64
 from bitnet_numba.sampling import SamplingParams
 
 NO_TOKEN = -1  # in place of a token when logits hold NaN
@@ -34,6 +34,7 @@ LOWEST = -np.inf
 
 # Settings, float64.
 TEMPERATURE, TOP_P, PENALTY, MIN_Z, TOP_K, SEED_LOW, SEED_HIGH = range(7)
+SETTINGS = 7
 
 
 def pack_settings(params: SamplingParams) -> np.ndarray:
@@ -107,7 +108,7 @@ def copy_logits(logits, vocab, z):
     for at in range(4 * whole, 4 * padded(vocab), 64):
         vec.store(z, at, vec.splat_f32x16(LOWEST))
     for at in range(4 * whole, 4 * vocab, 4):
-        vec.store_f32(z, at, vec.load_f32(logits, at))
+        store_f32(z, at, load_f32(logits, at))
     for at in range(0, 4 * whole, 64):
         vec.store(z, at, vec.load_f32x16(logits, at))
     for at in range(0, 4 * padded(vocab), 64):
@@ -124,8 +125,8 @@ def penalize(logits, vocab, history, history_length, penalty, z):
     for i in range(history_length):
         token = load_i64(history, 8 * i)
         if 0 <= token < vocab:
-            x = vec.load_f32(logits, 4 * token)
-            vec.store_f32(z, 4 * token, x / factor if x > np.float32(0) else x * factor)
+            x = load_f32(logits, 4 * token)
+            store_f32(z, 4 * token, x / factor if x > np.float32(0) else x * factor)
 
 
 @njit(**vec.OPTIONS)
@@ -133,9 +134,9 @@ def best_of_lanes(best, ids, scratch):
     """(largest value, the lowest id that has it) of 16 lanes. scratch: 128 bytes."""
     vec.store(scratch, 0, best)
     vec.store(scratch, 64, ids)
-    value, token = vec.load_f32(scratch, 0), load_i32(scratch, 64)
+    value, token = load_f32(scratch, 0), load_i32(scratch, 64)
     for lane in range(1, 16):
-        other, other_id = vec.load_f32(scratch, 4 * lane), load_i32(scratch, 64 + 4 * lane)
+        other, other_id = load_f32(scratch, 4 * lane), load_i32(scratch, 64 + 4 * lane)
         if other > value or (other == value and other_id < token):
             value, token = other, other_id
     return value, token
@@ -172,7 +173,7 @@ def amount_of(probabilities, token):
     """What a token adds to a running sum: its probability, or 1 where there are none (address 0)."""
     if probabilities == 0:
         return np.int64(1)
-    return np.int64(vec.load_f32(probabilities, 4 * token) * np.float32(PROBABILITY_UNIT))
+    return np.int64(load_f32(probabilities, 4 * token) * np.float32(PROBABILITY_UNIT))
 
 
 @njit(**vec.OPTIONS)
@@ -184,12 +185,12 @@ def depth_of(z, token):
 @njit(**vec.OPTIONS)
 def clear(histogram, bins):
     for at in range(0, 8 * bins, 8):
-        store_integer(histogram, at, np.int64(0))
+        store_i64(histogram, at, 0)
 
 
 @njit(**vec.OPTIONS)
 def add_to(histogram, digit, amount):
-    store_integer(histogram, 8 * digit, load_i64(histogram, 8 * digit) + amount)
+    store_i64(histogram, 8 * digit, load_i64(histogram, 8 * digit) + amount)
 
 
 @njit(**vec.OPTIONS)
@@ -221,7 +222,7 @@ def find_cut(z, vocab, probabilities, target, top_p, candidates, histogram):
     depth, before = reach(histogram, before, target)
     n = np.int64(0)
     for token in range(vocab):
-        store_integer(candidates, 4 * n, np.int32(token))
+        store_i32(candidates, 4 * n, token)
         n += depth_of(z, token) >> shift == depth
     while shift > 0:
         shift -= NEXT_BITS
@@ -234,7 +235,7 @@ def find_cut(z, vocab, probabilities, target, top_p, candidates, histogram):
         kept = np.int64(0)
         for i in range(n):
             token = load_i32(candidates, 4 * i)
-            store_integer(candidates, 4 * kept, np.int32(token))
+            store_i32(candidates, 4 * kept, token)
             kept += depth_of(z, token) >> shift == depth
         n = kept
     i = np.int64(0)  # what is left has one depth, in ascending order of ids

@@ -2,7 +2,7 @@
 
     work      what each member of the team runs: jobs, each of which is
     forward   token ids -> final hidden states [M, hidden]; keys and values go to the cache
-    logits    final hidden states [M, hidden] -> [M, vocab]
+    logits    final hidden states [M, hidden] -> [M, vocab], and of these, if asked for, the next token of each
 
 A layer is four regions of rows (qkv, o, gate_up, down) with what lies between them; members take pieces of each region
 until none is left, and wait for each other where one region needs all of another. What a product reads, each member
@@ -17,10 +17,20 @@ told: addresses and sizes, in 64-bit words.
 import numpy as np
 from numba import njit
 
-from bitnet_numba.kernels.cpu import attention, kv_cache, lm_head, math, norm, vec
+from bitnet_numba.kernels.cpu import attention, kv_cache, lm_head, math, norm, sampler, vec
 from bitnet_numba.kernels.cpu.compiler import entry
 from bitnet_numba.kernels.cpu.gemm import gemm
 from bitnet_numba.kernels.cpu.gemv import gemv
+from bitnet_numba.kernels.cpu.memory import (
+    load_f32,
+    load_i8,
+    load_i32,
+    load_i64,
+    load_u16,
+    store_f32,
+    store_i32,
+    store_i64,
+)
 from bitnet_numba.kernels.cpu.team import barrier, next_job, start_job, take
 from bitnet_numba.kernels.cpu.vec import OPTIONS
 from bitnet_numba.packing import BLOCK_ROWS
@@ -70,7 +80,13 @@ JOB = np.dtype(
     # Quantised and prepared activations: MAX_TOKENS tokens that all share, or one token for each member.
     + [(name, _INT) for name in ("q_stride", "plane_stride", "shared")]
     # Each member's own memory, and where in it are what.
-    + [(name, _INT) for name in ("own", "own_stride", "h", "acc", "y", "unpacked", "scratch", "own_partials")]
+    + [
+        (name, _INT)
+        for name in ("own", "own_stride", "h", "acc", "y", "unpacked", "scratch", "own_partials", "sampler")
+    ]
+    # Sampling after logits, if `settings` is not 0: of each token float64 settings (see `sampler.pack_settings`), the
+    # address of its history (int64) and how long that is; and the tokens sampled, int64.
+    + [(name, _INT) for name in ("settings", "histories", "history_lengths", "sampled")]
 )
 
 
@@ -99,7 +115,7 @@ def forward(isa, dtype, heads, member, members, state, model, layers, job):
     """All layers."""
     M, hidden, eps = job.tokens, model.hidden, np.float32(model.eps)
     for m in range(member, M, members):
-        embed(model, vec.load_i64(job.ids, 8 * m), job.x + 4 * m * hidden)
+        embed(model, load_i64(job.ids, 8 * m), job.x + 4 * m * hidden)
     barrier(state, members)
     own = job.own + member * job.own_stride
     q_size, kv_size = model.heads * model.head_dim, model.kv_heads * model.head_dim
@@ -148,13 +164,13 @@ def embed(model, token, x):
     """A token's row of the embedding, float32 [hidden] to address x."""
     K = model.hidden
     if model.embed_int8:
-        row, scale = model.embed + token * K, vec.load_f32(model.embed_scale, 4 * token)
+        row, scale = model.embed + token * K, load_f32(model.embed_scale, 4 * token)
         for i in range(K):
-            vec.store_f32(x, 4 * i, np.float32(vec.load_i8(row, i)) * scale)
+            store_f32(x, 4 * i, np.float32(load_i8(row, i)) * scale)
     else:
         row = model.embed + token * K * 2
         for i in range(K):
-            vec.store_i32(x, 4 * i, vec.load_u16(row, 2 * i) << 16)
+            store_i32(x, 4 * i, load_u16(row, 2 * i) << 16)
 
 
 # ---- What products read ---------------------------------------------------------------------------------------------
@@ -189,7 +205,7 @@ def inputs_of(job, member, members, K):
 
 @njit(**OPTIONS)
 def prepare(model, linear, x, K, weight, eps, own, job, inputs, m):
-    """One token's activations, float32 [K] at address x, normalised with `weight` (if not 0), as a linear reads them."""
+    """One token's activations, float32 [K] at address x, normalised (if `weight` is not 0), as a linear reads them."""
     q, q_stride, segment, s, sums, planes = inputs
     h = x
     if weight != 0:
@@ -204,8 +220,8 @@ def prepare(model, linear, x, K, weight, eps, own, job, inputs, m):
             source = own + job.h + 4 * (K + 16)
             norm.rms_norm(h, linear.norms + 4 * i * K, K, np.float32(model.linear_eps), source)
         scale, q_sum = norm.quantize(source, K, q + i * segment + m * q_stride)
-        vec.store_f32(s, 4 * (i * MAX_TOKENS + m), scale)
-        vec.store_i32(sums, 4 * (i * MAX_TOKENS + m), q_sum)
+        store_f32(s, 4 * (i * MAX_TOKENS + m), scale)
+        store_i32(sums, 4 * (i * MAX_TOKENS + m), q_sum)
 
 
 # ---- Regions of rows ------------------------------------------------------------------------------------------------
@@ -231,7 +247,7 @@ def product(isa, linear, segment, K, first, last, inputs, own, job, y):
             for m in range(M):
                 for n in range(last - first):
                     at = y + 4 * (m * MAX_ROWS + n)
-                    vec.store_f32(at, 0, vec.load_f32(at, 0) + vec.load_f32(linear.bias, 4 * (first + n)))
+                    store_f32(at, 0, load_f32(at, 0) + load_f32(linear.bias, 4 * (first + n)))
         return
     own_norm = segment if linear.norms != 0 else 0
     q, s, sums = q + own_norm * segment_bytes, s + 4 * own_norm * MAX_TOKENS, sums + 4 * own_norm * MAX_TOKENS
@@ -239,15 +255,15 @@ def product(isa, linear, segment, K, first, last, inputs, own, job, y):
     first_block, last_block = first // BLOCK_ROWS, (last + BLOCK_ROWS - 1) // BLOCK_ROWS
     acc, acc_stride = own + job.acc, MAX_ROWS + 2 * BLOCK_ROWS
     if M == 1:
-        gemv(isa, linear.words, padded_K, q, vec.load_i32(sums, 0), acc, first_block, last_block)
+        gemv(isa, linear.words, padded_K, q, load_i32(sums, 0), acc, first_block, last_block)
     else:
         unpacked = own + job.unpacked
         gemm(isa, linear.words, padded_K, q, q_stride, sums, M, acc, acc_stride, first_block, last_block, unpacked)
     acc += 4 * (first - first_block * BLOCK_ROWS)
-    m_scale = vec.load_f32(linear.scales, 4 * segment)
+    m_scale = load_f32(linear.scales, 4 * segment)
     bias = linear.bias + 4 * first if linear.bias != 0 else 0
     for m in range(M):
-        scale = vec.load_f32(s, 4 * m)
+        scale = load_f32(s, 4 * m)
         norm.dequantize_rows(acc + 4 * m * acc_stride, last - first, m_scale, scale, bias, y + 4 * m * MAX_ROWS)
 
 
@@ -317,7 +333,7 @@ def copy(y, n, out):
     for i in range(0, 4 * whole, 64):
         vec.store(out, i, vec.load_f32x16(y, i))
     for i in range(4 * whole, 4 * n, 4):
-        vec.store_f32(out, i, vec.load_f32(y, i))
+        store_f32(out, i, load_f32(y, i))
 
 
 @njit(**OPTIONS)
@@ -327,7 +343,7 @@ def add(y, n, x):
     for i in range(0, 4 * whole, 64):
         vec.store(x, i, vec.add(vec.load_f32x16(x, i), vec.load_f32x16(y, i)))
     for i in range(4 * whole, 4 * n, 4):
-        vec.store_f32(x, i, vec.load_f32(x, i) + vec.load_f32(y, i))
+        store_f32(x, i, load_f32(x, i) + load_f32(y, i))
 
 
 # ---- Attention ------------------------------------------------------------------------------------------------------
@@ -340,8 +356,8 @@ def rotate_and_store(dtype, member, members, model, cache, job):
     N = (H + 2 * G) * D
     for i in range(member, job.tokens * G, members):
         m, g = i // G, i % G
-        position = vec.load_i64(job.positions, 8 * m)
-        table = vec.load_i64(job.tables, 8 * m)
+        position = load_i64(job.positions, 8 * m)
+        table = load_i64(job.tables, 8 * m)
         cos, sin = job.cos + 2 * position * D, job.sin + 2 * position * D
         row = job.qkv + 4 * m * N
         for h in range(g * (H // G), (g + 1) * (H // G)):
@@ -370,8 +386,8 @@ def attend(isa, dtype, heads, members, state, model, cache, own, job):
         if piece >= job.tokens * G * parts:
             return
         m, g, part = piece // parts // G, piece // parts % G, piece % parts
-        length = vec.load_i64(job.positions, 8 * m) + 1
-        table = vec.load_i64(job.tables, 8 * m)
+        length = load_i64(job.positions, 8 * m) + 1
+        table = load_i64(job.tables, 8 * m)
         q = job.qkv + 4 * (m * N + g * R * D)
         used = (length + attention.SPLIT - 1) // attention.SPLIT
         if split:
@@ -402,7 +418,7 @@ def attend(isa, dtype, heads, members, state, model, cache, own, job):
                 )
             for r in range(R):
                 out = job.attn_out + 4 * ((m * H + g * R + r) * D)
-                attention.combine(at + r * row, R * row, length, D, out)
+                attention.combine(at + r * row, R * row, length, D, out, scratch)
 
 
 @njit(inline="always", **OPTIONS)
@@ -412,12 +428,12 @@ def gather(members, model, own, job, m):
     if not is_split(members, model, job):
         return job.attn_out + 4 * m * H * D
     R, row = H // G, attention.partial_bytes(D)
-    length = vec.load_i64(job.positions, 8 * m) + 1
-    # Every member joins for itself when there is one token; combine may use the partial outputs as scratch.
+    length = load_i64(job.positions, 8 * m) + 1
+    # Every member joins for itself when there is one token.
     out = own + job.h + 8 * (H * D + 16)
     for h in range(H):
         at = job.partials + ((m * G + h // R) * job.splits * R + h % R) * row
-        attention.combine(at, R * row, length, D, out + 4 * h * D)
+        attention.combine(at, R * row, length, D, out + 4 * h * D, own + job.scratch)
     return out
 
 
@@ -449,6 +465,19 @@ def logits(isa, member, members, state, model, job):
         else:
             lm_head.head_bf16(isa, model.head, padded_K, planes, x_stride, M, out, y_stride, first, last)
     barrier(state, members)
+    if job.settings != 0:
+        scratch = job.own + member * job.own_stride + job.sampler
+        for m in range(member, M, members):
+            token = sampler.sample(
+                job.logits + 4 * m * job.logits_stride,
+                N,
+                load_i64(job.histories, 8 * m),
+                load_i64(job.history_lengths, 8 * m),
+                job.settings + 8 * sampler.SETTINGS * m,
+                scratch,
+            )
+            store_i64(job.sampled, 8 * m, token)
+        barrier(state, members)
 
 
 @entry

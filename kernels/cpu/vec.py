@@ -28,8 +28,14 @@ LANES = {
 }
 DTYPES = {"i8": np.int8, "i16": np.int16, "i32": np.int32, "f32": np.float32}
 I32 = ir.IntType(32)
-# How every function of kernels/cpu is compiled that Python does not call. Division by zero gives inf or NaN, as in NumPy.
-OPTIONS = {"nogil": True, "boundscheck": False, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+# How functions of kernels/cpu are compiled that Python does not call. Division by zero is as in NumPy: inf or NaN.
+OPTIONS = {
+    "nogil": True,
+    "boundscheck": False,
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
 
 
 class Vec(types.Type):
@@ -149,44 +155,6 @@ def store(typingctx, address, offset, v):
         return context.get_dummy_value()
 
     return types.void(address, offset, v), codegen
-
-
-def _load_scalar(lane: str, numba_type):
-    """load(address, offset) -> one number from memory."""
-
-    @intrinsic
-    def load(typingctx, address, offset):
-        def codegen(context, builder, sig, args):
-            return builder.load(pointer_to(context, builder, sig, args, LANES[lane]), align=1)
-
-        return numba_type(address, offset), codegen
-
-    return load
-
-
-def _store_scalar(lane: str, numba_type):
-    """store(address, offset, value): one number to memory; integers keep their low bits."""
-
-    @intrinsic
-    def store_one(typingctx, address, offset, value):
-        def codegen(context, builder, sig, args):
-            number = context.cast(builder, args[2], sig.args[2], numba_type)
-            builder.store(number, pointer_to(context, builder, sig, args, LANES[lane]), align=1)
-            return context.get_dummy_value()
-
-        return types.void(address, offset, value), codegen
-
-    return store_one
-
-
-load_f32, load_i32 = _load_scalar("f32", types.float32), _load_scalar("i32", types.int32)
-load_i8, load_u16, load_i64 = (
-    _load_scalar("i8", types.int8),
-    _load_scalar("i16", types.uint16),
-    _load_scalar("i64", types.int64),
-)
-store_f32, store_i32 = _store_scalar("f32", types.float32), _store_scalar("i32", types.int32)
-store_i8 = _store_scalar("i8", types.int8)
 
 
 @intrinsic

@@ -26,7 +26,7 @@ VARIANTS = [
 ]
 
 
-@njit(**vec.OPTIONS)
+@njit(error_model="numpy")
 def _store_all(dtype, layer, page_stride, table, D, k, v):
     T, G, _ = k.shape
     for t in range(T):
@@ -38,7 +38,7 @@ def _store_all(dtype, layer, page_stride, table, D, k, v):
             )
 
 
-@njit(**vec.OPTIONS)
+@njit(error_model="numpy")
 def _attend(isa, dtype, heads, layer, page_stride, table, G, R, q, length, backwards, partial, scratch, out):
     D = q.shape[1]
     splits = (length + attention.SPLIT - 1) // attention.SPLIT
@@ -53,7 +53,7 @@ def _attend(isa, dtype, heads, layer, page_stride, table, G, R, q, length, backw
             )
         for h in range(R):
             at = vec.address_of(out) + (g * R + h) * D * 4
-            attention.combine(vec.address_of(partial) + h * row, R * row, length, D, at)
+            attention.combine(vec.address_of(partial) + h * row, R * row, length, D, at, vec.address_of(scratch))
 
 
 @dataclass

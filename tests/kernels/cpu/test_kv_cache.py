@@ -16,7 +16,7 @@ HEAD_DIMS = (2, 34, 64, 96, 100, 128, 256)
 DTYPES = [np.uint16, np.float32]
 
 
-@njit(**vec.OPTIONS)
+@njit(error_model="numpy")
 def _store(dtype, layer, page_stride, table, D, positions, k, v):
     M, G, _ = k.shape
     for t in range(M):
@@ -28,7 +28,7 @@ def _store(dtype, layer, page_stride, table, D, positions, k, v):
             )
 
 
-@njit(**vec.OPTIONS)
+@njit(error_model="numpy")
 def _rotate(x, y, cos, sin):
     M, H, D = x.shape
     for t in range(M):

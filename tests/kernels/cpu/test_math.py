@@ -14,7 +14,7 @@ MILLIONS = 1 << 21
 def over_arrays(f: Callable) -> Callable[[np.ndarray], np.ndarray]:
     """f of 16 lanes as a function of float32 arrays."""
 
-    @njit(**vec.OPTIONS)
+    @njit(error_model="numpy")
     def loop(x, y):
         for i in range(0, len(x) * 4, 64):
             vec.store(vec.address_of(y), i, f(vec.load_f32x16(vec.address_of(x), i)))

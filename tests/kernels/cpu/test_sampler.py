@@ -13,7 +13,7 @@ from bitnet_numba.sampling import SamplingParams, gumbel_noise, kept_tokens, pen
 from tests.strategies import logit_vectors, seeds
 
 
-@njit(**vec.OPTIONS)
+@njit(error_model="numpy")
 def _sample(logits, history, settings, scratch):
     return sampler.sample(
         *(vec.address_of(logits), len(logits), vec.address_of(history), len(history)),
@@ -21,7 +21,7 @@ def _sample(logits, history, settings, scratch):
     )
 
 
-@njit(**vec.OPTIONS)
+@njit(error_model="numpy")
 def _noise(position, key0, key1, words, noise):
     for i in range(0, len(words) // 4, 16):
         counters = vec.load_i32x16(vec.address_of(words), 4 * i)

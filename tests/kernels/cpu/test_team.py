@@ -12,12 +12,12 @@ from numba import njit
 
 from bitnet_numba.kernels.cpu import team
 from bitnet_numba.kernels.cpu.compiler import entry
-from bitnet_numba.kernels.cpu.vec import OPTIONS, address_of
+from bitnet_numba.kernels.cpu.vec import address_of
 
 PIECES = 37
 
 
-@njit(**OPTIONS)
+@njit(error_model="numpy")
 def step(member, members, state, counts):
     """Each region's pieces add 1 to what the region before left: a lost barrier would show as a wrong count."""
     regions = len(counts) - 1

@@ -13,6 +13,7 @@ from numba import njit
 
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.cpu import dot, isa, vec
+from bitnet_numba.kernels.cpu.memory import load_f32, load_i8, store_f32, store_i8, store_i32
 
 ROOT = Path(__file__).parents[3]
 
@@ -27,7 +28,7 @@ LITERAL = 0x0F0F3C5A
 MEMORY = ("zero", "load", "broadcast", "splat", "store", "address_of")  # what deals with memory, by its first word
 
 
-@njit(**vec.OPTIONS)
+@njit(error_model="numpy")
 def on_floats(a, b, c, out):
     x, y, z = vec.load_f32x16(a, 0), vec.load_f32x16(b, 0), vec.load_f32x16(c, 0)
     vec.store(out, 0 * SLOT, vec.add(x, y))
@@ -41,11 +42,11 @@ def on_floats(a, b, c, out):
     vec.store(out, 8 * SLOT, vec.fma(x, y, z))
     vec.store(out, 9 * SLOT, vec.to_ints(x))
     vec.store(out, 10 * SLOT, vec.as_ints(x))
-    vec.store_f32(out, 11 * SLOT, vec.sum_lanes(x))
-    vec.store_f32(out, 12 * SLOT, vec.max_lanes(x))
+    store_f32(out, 11 * SLOT, vec.sum_lanes(x))
+    store_f32(out, 12 * SLOT, vec.max_lanes(x))
 
 
-@njit(**vec.OPTIONS)
+@njit(error_model="numpy")
 def on_ints(a, b, out):
     x, y = vec.load_i32x16(a, 0), vec.load_i32x16(b, 0)
     vec.store(out, 0 * SLOT, vec.add(x, y))
@@ -59,10 +60,10 @@ def on_ints(a, b, out):
     vec.store(out, 8 * SLOT, vec.to_bytes(x))
     vec.store(out, 9 * SLOT, vec.as_floats(x))
     vec.store(out, 10 * SLOT, vec.join(vec.load_i32x8(a, 0), vec.load_i32x8(b, 4)))
-    vec.store_i32(out, 11 * SLOT, vec.sum_lanes(x))
+    store_i32(out, 11 * SLOT, vec.sum_lanes(x))
 
 
-@njit(**vec.OPTIONS)
+@njit(error_model="numpy")
 def through_memory(a, number, out):
     vec.store(out, 0 * SLOT, vec.load_i32x4(a, 4))
     vec.store(out, 1 * SLOT, vec.load_i8x16(a, 5))
@@ -76,9 +77,9 @@ def through_memory(a, number, out):
     vec.store(out, 9 * SLOT, vec.zero_i32x8())
     vec.store(out, 10 * SLOT, vec.zero_i32x16())
     vec.store(out, 11 * SLOT, vec.zero_f32x16())
-    vec.store_f32(out, 12 * SLOT, vec.load_f32(a, 8))
-    vec.store_i32(out, 13 * SLOT, vec.load_i8(a, 9))
-    vec.store_i8(out, 14 * SLOT, number)
+    store_f32(out, 12 * SLOT, load_f32(a, 8))
+    store_i32(out, 13 * SLOT, load_i8(a, 9))
+    store_i8(out, 14 * SLOT, number)
 
 
 def odd(values: np.ndarray) -> tuple[np.ndarray, int]:
@@ -161,7 +162,7 @@ def test_memory():
         assert slot.tobytes() == wanted + b"\xee" * (SLOT - len(wanted))
 
 
-@njit(**vec.OPTIONS)
+@njit(error_model="numpy")
 def one_dot4(isa, acc, codes, q, out):
     vec.store(out, 0, dot.dot4(isa, vec.load_i32x16(acc, 0), vec.load_i32x16(codes, 0), vec.load_i32x16(q, 0)))
     vec.store(out, 64, dot.dot4(isa, vec.load_i32x8(acc, 0), vec.load_i32x8(codes, 0), vec.load_i32x8(q, 0)))
