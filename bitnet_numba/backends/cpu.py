@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from bitnet_numba.backends.host import PAGE_SIZE, Floats, HostBackend
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, group_is_ternary
 from bitnet_numba.config import GROUPS, ModelConfig
-from bitnet_numba.errors import RequestError
 from bitnet_numba.kernels.cpu import attention, isa, kv_cache, lm_head, sampler, step
 from bitnet_numba.kernels.cpu.gemm import SCRATCH_ROWS
 from bitnet_numba.kernels.cpu.team import Team
@@ -30,7 +29,7 @@ ALIGN = 64  # bytes of a cache line
 
 
 def cpu_backend(checkpoint: PackedCheckpoint, threads: int | None = None) -> "HostBackend[CpuCache]":
-    """The compiled model on the CPU as a backend. Raises RequestError unless `threads` is a number from 1 to 1024."""
+    """The compiled model on the CPU as a backend."""
     return HostBackend("cpu", CpuModel(checkpoint, threads))
 
 
@@ -69,8 +68,6 @@ class CpuModel:
         kv_dtype: of the cache; float32 is for comparing with the reference."""
         self.config = c = checkpoint.config
         self.threads = default_threads() if threads is None else threads
-        if not 1 <= self.threads <= 1024:
-            raise RequestError(f"threads must be between 1 and 1024, not {threads}")
         self.isa = isa.choose(instruction_set)
         self._weights = _Weights(checkpoint, self.isa)
         self._dtype = np.dtype(np.uint16 if kv_dtype == "bfloat16" else np.float32)

@@ -23,7 +23,8 @@ from bitnet_numba.errors import BackendError, BitNetError, CheckpointError, Requ
 from bitnet_numba.sampling import SamplingParams, read_sampling
 from bitnet_numba.text.tokenizer import Tokenizer
 
-BACKENDS = ("auto", "cuda", "reference")
+BACKENDS = ("auto", "cuda", "cpu", "reference")
+MAX_THREADS = 1024
 DEMO = Path(__file__).parent.parent / "demo"  # the built-in model
 
 _log = logging.getLogger("bitnet_numba")
@@ -51,7 +52,7 @@ class Engine:
 
     @property
     def backend(self) -> str:
-        """The backend in use: "reference" or "cuda"."""
+        """The backend in use: "cuda", "cpu" or "reference"."""
         return self._backend.name
 
     def memory(self) -> dict[str, int]:
@@ -202,12 +203,18 @@ def _naming_prompt(index: int) -> Iterator[None]:
         raise type(error)(f"prompt {index}: {error}") from None
 
 
-def load(path: str | os.PathLike[str] | None = None, backend: str = "auto", context: int | None = None) -> Engine:
+def load(
+    path: str | os.PathLike[str] | None = None,
+    backend: str = "auto",
+    context: int | None = None,
+    threads: int | None = None,
+) -> Engine:
     """Opens a packed checkpoint.
 
     path: a folder written by tools/convert.py; None opens the built-in model.
-    backend: "cuda", "reference" or "auto": CUDA if it is usable, otherwise the reference, with a warning that says why.
+    backend: "cuda", "cpu", "reference" (plain NumPy, slow) or "auto": CUDA if there is a usable card, otherwise the CPU.
     context: maximum number of tokens, prompt and answer together; None: the model's own maximum.
+    threads: of the CPU backend; None: one for each physical core that this process may use.
 
     Raises BitNetError, with a message of one line, if the folder, a file or an argument is invalid.
     """
@@ -227,24 +234,31 @@ def load(path: str | os.PathLike[str] | None = None, backend: str = "auto", cont
         if tokens is None or not 1 <= tokens <= config.max_context:
             raise RequestError(f"context must be between 1 and the model's {config.max_context}, not {context!r}")
         context = tokens
+    if threads is not None:
+        number = as_integer(threads)
+        if number is None or not 1 <= number <= MAX_THREADS:
+            raise RequestError(f"threads must be between 1 and {MAX_THREADS}, not {threads!r}")
+        threads = number
     tokenizer = Tokenizer.open(folder, config.vocab_size)
     sampling = read_sampling(folder)
-    return Engine(_open_backend(backend, checkpoint), tokenizer, config, context, sampling)
+    return Engine(_open_backend(backend, checkpoint, threads), tokenizer, config, context, sampling)
 
 
-def _open_backend(name: str, checkpoint: PackedCheckpoint) -> Backend:
-    if name == "auto" and not _has_nvidia_driver():
-        _log.warning("no NVIDIA GPU found: running the NumPy reference on the CPU")
-    elif name != "reference":
+def _open_backend(name: str, checkpoint: PackedCheckpoint, threads: int | None) -> Backend:
+    if name == "reference":
+        from bitnet_numba.backends.reference import reference_backend
+
+        return reference_backend(checkpoint)
+    if name == "cuda" or (name == "auto" and _has_nvidia_driver()):
         try:
             return _open_cuda(checkpoint)
         except BackendError as error:
             if name == "cuda":
                 raise
-            _log.warning("%s; running the NumPy reference on the CPU instead", error)
-    from bitnet_numba.backends.reference import reference_backend
+            _log.warning("%s; running on the CPU instead", error)
+    from bitnet_numba.backends.cpu import cpu_backend
 
-    return reference_backend(checkpoint)
+    return cpu_backend(checkpoint, threads)
 
 
 def _has_nvidia_driver() -> bool:
