@@ -4,6 +4,7 @@ What it computes is in `kernels/cpu/step.py`; this is its host side: addresses, 
 """
 
 import contextlib
+import ctypes
 import os
 import threading
 import weakref
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 from bitnet_numba.backends.host import PAGE_SIZE, Floats, HostBackend
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, group_is_ternary
 from bitnet_numba.config import GROUPS, ModelConfig
-from bitnet_numba.kernels.cpu import attention, isa, kv_cache, lm_head, sampler, step
+from bitnet_numba.kernels.cpu import attention, isa, kv_cache, layout, lm_head, sampler, step
 from bitnet_numba.kernels.cpu.gemm import SCRATCH_ROWS
+from bitnet_numba.kernels.cpu.kernels import Kernel, kernels_for
 from bitnet_numba.kernels.cpu.team import Team
 from bitnet_numba.packing import BLOCK_ROWS, padded_shape
 from bitnet_numba.reference.model import rope_tables
@@ -69,11 +71,12 @@ class CpuModel:
         self.config = c = checkpoint.config
         self.threads = default_threads() if threads is None else threads
         self.isa = isa.choose(instruction_set)
-        self._weights = _Weights(checkpoint, self.isa)
         self._dtype = np.dtype(np.uint16 if kv_dtype == "bfloat16" else np.float32)
         self._layer_bytes = kv_cache.layer_bytes(self._dtype, c.num_kv_heads, c.head_dim)
-        self._buffers = _Buffers(c, self.threads)
-        self._heads = attention.head_tile(c.num_heads // c.num_kv_heads)
+        heads = attention.head_tile(c.num_heads // c.num_kv_heads)
+        kernels = load_kernels(kernels_for(self.isa, self._dtype, heads, checkpoint.head == "int8"))
+        self._weights = _Weights(checkpoint, kernels.get("row_sums"))
+        self._buffers = _Buffers(c, self.threads, kernels)
         self._lock = threading.Lock()
         self._team: Team | None = None
 
@@ -93,8 +96,8 @@ class CpuModel:
     def forward(self, ids: Sequence[int], cache: CpuCache) -> Floats:
         """Appends tokens to a cache; their final hidden states, float32 [M, hidden]."""
         hidden = []
-        for start in range(0, len(ids), step.MAX_TOKENS):
-            part = ids[start : start + step.MAX_TOKENS]
+        for start in range(0, len(ids), layout.MAX_TOKENS):
+            part = ids[start : start + layout.MAX_TOKENS]
             hidden.append(self._pass(part, [cache] * len(part), range(cache.length, cache.length + len(part))))
             cache.length += len(part)
         return np.concatenate(hidden)
@@ -102,9 +105,9 @@ class CpuModel:
     def step(self, ids: Sequence[int], caches: Sequence[CpuCache]) -> Floats:
         """Appends one token to each of several caches; their final hidden states, float32 [B, hidden]."""
         hidden = []
-        for start in range(0, len(ids), step.MAX_TOKENS):
-            own = caches[start : start + step.MAX_TOKENS]
-            hidden.append(self._pass(ids[start : start + step.MAX_TOKENS], own, [cache.length for cache in own]))
+        for start in range(0, len(ids), layout.MAX_TOKENS):
+            own = caches[start : start + layout.MAX_TOKENS]
+            hidden.append(self._pass(ids[start : start + layout.MAX_TOKENS], own, [cache.length for cache in own]))
             for cache in own:
                 cache.length += 1
         return np.concatenate(hidden)
@@ -112,15 +115,15 @@ class CpuModel:
     def logits(self, hidden: Floats) -> Floats:
         """Logits of the next token: float32 [M, hidden] -> [M, vocab]."""
         out = np.empty((len(hidden), self.config.vocab_size), np.float32)
-        for start in range(0, len(hidden), step.MAX_TOKENS):
-            self._logits(hidden[start : start + step.MAX_TOKENS], out[start : start + step.MAX_TOKENS])
+        for start in range(0, len(hidden), layout.MAX_TOKENS):
+            self._logits(hidden[start : start + layout.MAX_TOKENS], out[start : start + layout.MAX_TOKENS])
         return out
 
     def sample(self, hidden: Floats, histories: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[int]:
         """`sampling.sample` of the next token of each sequence; NO_TOKEN where logits are NaN."""
         tokens: list[int] = []
-        for start in range(0, len(hidden), step.MAX_TOKENS):
-            part = slice(start, start + step.MAX_TOKENS)
+        for start in range(0, len(hidden), layout.MAX_TOKENS):
+            part = slice(start, start + layout.MAX_TOKENS)
             settings = np.stack([sampler.pack_settings(own) for own in params[part]])
             # Only a repetition penalty looks at the tokens themselves.
             seen = [
@@ -146,11 +149,12 @@ class CpuModel:
         M, b = len(ids), self._buffers
         pool = caches[0].pool
         with self._lock:
-            b.hold_positions(max(positions) + 1)
+            length = max(positions) + 1
+            b.hold_positions(length)
             b.ids[:M], b.positions[:M] = ids, positions
             b.tables[:M] = [cache.table.ctypes.data for cache in caches]
             job = b.job[0]
-            job["kind"], job["tokens"] = step.FORWARD, M
+            job["kind"], job["tokens"], job["splits"] = layout.FORWARD, M, -(-length // attention.SPLIT)
             job["cache"], job["page_stride"], job["layer_stride"] = pool.address, self.page_bytes(), self._layer_bytes
             self._run()
             return b.final[:M].copy()
@@ -168,7 +172,7 @@ class CpuModel:
                 out = b.logits_of(M)
             b.final[:M] = hidden
             job = b.job[0]
-            job["kind"], job["tokens"], job["settings"] = step.LOGITS, M, 0
+            job["kind"], job["tokens"], job["settings"] = layout.LOGITS, M, 0
             job["logits"], job["logits_stride"] = out.ctypes.data, out.shape[1]
             if sampling is not None:
                 settings, seen, lengths = sampling
@@ -180,37 +184,40 @@ class CpuModel:
     def _run(self) -> None:
         team = self._team
         if team is None or not team.alive:
-            arguments = (
-                self.isa,
-                self._dtype,
-                self._heads,
-                self._weights.model,
-                self._weights.layers,
-                self._buffers.job,
-            )
+            arguments = (self._weights.model, self._weights.layers, self._buffers.job)
             team = self._team = Team(self.threads, step.work, arguments)
             self._arguments = arguments
             weakref.finalize(self, Team.stop, team)
         step.work(0, team.members, team.state, *self._arguments)
 
 
+def load_kernels(kernels: dict[str, Kernel]) -> dict[str, int]:
+    """The addresses of kernels, compiled if they are not cached, with a progress line."""
+    return {name: kernel.address() for name, kernel in kernels.items()}
+
+
+def call_kernel(address: int, *arguments: int) -> None:
+    """Calls a kernel from Python."""
+    ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * len(arguments))(address)(*arguments)
+
+
 class _Weights:
     """Where a checkpoint's tensors are: the arrays that `step` reads."""
 
-    def __init__(self, checkpoint: PackedCheckpoint, instruction_set: isa.InstructionSet):
+    def __init__(self, checkpoint: PackedCheckpoint, row_sums: int | None):
         self.config = c = checkpoint.config
         self._checkpoint = checkpoint
         self._kept: list[NDArray[Any]] = []  # what addresses point to
         self.nbytes = checkpoint.nbytes()
-        self.model = np.zeros(1, step.MODEL)
+        self.model = np.zeros(1, layout.MODEL)
         m = self.model[0]
         m["hidden"], m["intermediate"], m["vocab"] = c.hidden_size, c.intermediate_size, c.vocab_size
         m["heads"], m["kv_heads"], m["head_dim"] = c.num_heads, c.num_kv_heads, c.head_dim
-        m["activation"] = step.SILU if c.activation == "silu" else step.RELU2
+        m["activation"] = layout.SILU if c.activation == "silu" else layout.RELU2
         m["eps"], m["linear_eps"] = c.rms_norm_eps, c.linear_norm_eps
         m["norm"] = self._address("norm.weight")
-        self._rows(m, instruction_set)
-        self.layers = np.zeros(c.num_layers, step.LAYER)
+        self._rows(m, row_sums)
+        self.layers = np.zeros(c.num_layers, layout.LAYER)
         for i, layer in enumerate(self.layers):
             layer["input_norm"] = self._address(f"layers.{i}.input_norm.weight")
             layer["post_attention_norm"] = self._address(f"layers.{i}.post_attention_norm.weight")
@@ -233,7 +240,7 @@ class _Weights:
         if self.config.group_bias(group):
             linear["bias"] = self._address(f"{name}.bias")
 
-    def _rows(self, m: Any, instruction_set: isa.InstructionSet) -> None:
+    def _rows(self, m: Any, row_sums: int | None) -> None:
         names = ("embed", "embed") if self.config.tied else ("embed", "head")
         is_int8 = self._checkpoint.head == "int8"
         m["embed_int8"] = is_int8
@@ -244,9 +251,9 @@ class _Weights:
             m[key] = self._keep(rows)
             if is_int8:
                 m[f"{key}_scale"] = self._address(f"{name}.scale")
-        if is_int8:
+        if row_sums is not None:
             sums = np.empty(self.config.vocab_size, np.int32)
-            step.row_sums(instruction_set, int(m["head"]), rows.shape[1], sums)
+            call_kernel(row_sums, int(m["head"]), rows.shape[1], sums.ctypes.data, 0, len(sums))
             m["head_sums"] = self._keep(sums)
 
     def _address(self, name: str) -> int:
@@ -260,15 +267,18 @@ class _Weights:
 class _Buffers:
     """Memory for a pass, and the job that tells the team where it is."""
 
-    def __init__(self, c: ModelConfig, members: int):
+    def __init__(self, c: ModelConfig, members: int, kernels: dict[str, int]):
         self._config = c
-        M, q_size, longest = step.MAX_TOKENS, c.q_size, max(c.hidden_size, c.q_size, c.intermediate_size)
+        M, q_size, longest = layout.MAX_TOKENS, c.q_size, max(c.hidden_size, c.q_size, c.intermediate_size)
         self.ids, self.positions, self.tables = (np.zeros(M, np.int64) for _ in range(3))
         self.histories, self.history_lengths, self.sampled = (np.zeros(M, np.int64) for _ in range(3))
         self._logits = np.empty((0, c.vocab_size), np.float32)
-        self.job = np.zeros(1, step.JOB)
+        self.job = np.zeros(1, layout.JOB)
         job = self.job[0]
         self._kept: list[NDArray[Any]] = []
+        for name, address in kernels.items():
+            if name in layout.KERNELS.fields:
+                job["kernels"][name] = address
         for name in ("ids", "positions", "tables", "histories", "history_lengths", "sampled"):
             job[name] = getattr(self, name).ctypes.data
         self.final = self._take("final", (M, c.hidden_size))
@@ -278,15 +288,15 @@ class _Buffers:
         self._take("mlp_hidden", (M, c.intermediate_size))
         job["q_stride"] = padded_shape(1, longest)[1]
         job["plane_stride"] = lm_head.prepared_bytes(longest)
-        inputs = step.SEGMENTS * job["q_stride"] + 8 * step.SEGMENTS * M
+        inputs = layout.SEGMENTS * job["q_stride"] + 8 * layout.SEGMENTS * M
         self._take("shared", (M * (inputs + job["plane_stride"]),), np.uint8)
         self._members = members
         # Of a member's own: one token's inputs, then what follows, each from a cache line on.
         self._sizes = {
             "inputs": inputs + job["plane_stride"],
             "h": 4 * 3 * (longest + 32),
-            "acc": 4 * M * (step.MAX_ROWS + 2 * BLOCK_ROWS) + ALIGN,
-            "y": 4 * 2 * M * step.MAX_ROWS + ALIGN,
+            "acc": 4 * M * (layout.MAX_ROWS + 2 * BLOCK_ROWS) + ALIGN,
+            "y": 4 * 2 * M * layout.MAX_ROWS + ALIGN,
             "unpacked": SCRATCH_ROWS * int(job["q_stride"]),
             "scratch": attention.SCRATCH_BYTES,
             "sampler": sampler.scratch_bytes(c.vocab_size),
@@ -311,7 +321,6 @@ class _Buffers:
         job["cos"], job["sin"] = (table.ctypes.data for table in self._rope)
         splits = -(-length // attention.SPLIT)
         row = attention.partial_bytes(c.head_dim)
-        job["splits"] = splits
         self._partials = np.empty(
             (4 * self._members + c.num_kv_heads) * (c.num_heads // c.num_kv_heads) * splits * row, np.uint8
         )

@@ -212,7 +212,7 @@ def load(
     """Opens a packed checkpoint.
 
     path: a folder written by tools/convert.py; None opens the built-in model.
-    backend: "cuda", "cpu", "reference" (plain NumPy, slow) or "auto": CUDA if there is a usable card, otherwise the CPU.
+    backend: "cuda", "cpu", "reference" (plain NumPy, slow) or "auto": CUDA if it is usable, otherwise the CPU.
     context: maximum number of tokens, prompt and answer together; None: the model's own maximum.
     threads: of the CPU backend; None: one for each physical core that this process may use.
 

@@ -20,6 +20,7 @@ from functools import cache
 import llvmlite.binding as llvm
 from numba.core import types
 from numba.core.datamodel import models
+from numba.core.imputils import lower_constant
 from numba.core.registry import cpu_target
 from numba.extending import NativeValue, register_model, typeof_impl, unbox
 
@@ -49,6 +50,11 @@ register_model(InstructionSetType)(models.OpaqueModel)
 @typeof_impl.register(InstructionSet)
 def _typeof(value, _context):
     return InstructionSetType(value.name)
+
+
+@lower_constant(InstructionSetType)
+def _constant(context, _builder, _type, _value):
+    return context.get_dummy_value()
 
 
 @unbox(InstructionSetType)

@@ -1,0 +1,118 @@
+"""The kernels that a step calls by address, each compiled by itself: which there are, and for what they are compiled.
+
+Each builder takes the constants that its kernel is compiled for, and returns a function of integers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from bitnet_numba.kernels.cpu import attention, gemm, gemv, kv_cache, lm_head, sampler
+from bitnet_numba.kernels.cpu.compiler import Kernel
+from bitnet_numba.kernels.cpu.isa import InstructionSet
+from bitnet_numba.kernels.cpu.memory import store_i64
+
+
+def build_gemv(isa: InstructionSet) -> Callable[..., None]:
+    """See `gemv.gemv`."""
+
+    def kernel(words, K, q, q_sum, acc, first, last):
+        gemv.gemv(isa, words, K, q, q_sum, acc, first, last)
+
+    return kernel
+
+
+def build_gemm(isa: InstructionSet) -> Callable[..., None]:
+    """See `gemm.gemm`."""
+
+    def kernel(words, K, q, q_stride, q_sums, M, acc, acc_stride, first, last, scratch):
+        gemm.gemm(isa, words, K, q, q_stride, q_sums, M, acc, acc_stride, first, last, scratch)
+
+    return kernel
+
+
+def build_bf16_rows(isa: InstructionSet) -> Callable[..., None]:
+    """See `lm_head.head_bf16`."""
+
+    def kernel(rows, K, x, x_stride, M, y, y_stride, first, last):
+        lm_head.head_bf16(isa, rows, K, x, x_stride, M, y, y_stride, first, last)
+
+    return kernel
+
+
+def build_int8_rows(isa: InstructionSet) -> Callable[..., None]:
+    """See `lm_head.head_int8`."""
+
+    def kernel(rows, K, scales, sums, x, x_stride, M, y, y_stride, first, last):
+        lm_head.head_int8(isa, rows, K, scales, sums, x, x_stride, M, y, y_stride, first, last)
+
+    return kernel
+
+
+def build_prepare_int8(isa: InstructionSet) -> Callable[..., None]:
+    """See `lm_head.prepare_int8`."""
+
+    def kernel(x, K, prepared):
+        lm_head.prepare_int8(isa, x, K, prepared)
+
+    return kernel
+
+
+def build_row_sums(isa: InstructionSet) -> Callable[..., None]:
+    """See `lm_head.row_sums`."""
+
+    def kernel(rows, K, sums, first, last):
+        lm_head.row_sums(isa, rows, K, sums, first, last)
+
+    return kernel
+
+
+def build_store_kv(dtype: np.dtype[Any]) -> Callable[..., None]:
+    """See `kv_cache.store_kv`."""
+
+    def kernel(layer, page_stride, table, kv_heads, kv_head, D, position, k, v):
+        kv_cache.store_kv(dtype, layer, page_stride, table, kv_heads, kv_head, D, position, k, v)
+
+    return kernel
+
+
+def build_attend(isa: InstructionSet, dtype: np.dtype[Any], heads: tuple[int, ...]) -> Callable[..., None]:
+    """See `attention.attend`."""
+
+    def kernel(layer, page_stride, table, kv_heads, kv_head, R, D, q, length, split, partial, scratch):
+        attention.attend(
+            isa, dtype, heads, layer, page_stride, table, kv_heads, kv_head, R, D, q, length, split, partial, scratch
+        )
+
+    return kernel
+
+
+def build_sample() -> Callable[..., None]:
+    """See `sampler.sample`; the token goes to an address, as int64."""
+
+    def kernel(logits, vocab, history, history_length, settings, scratch, token):
+        store_i64(token, 0, sampler.sample(logits, vocab, history, history_length, settings, scratch))
+
+    return kernel
+
+
+def kernels_for(isa: InstructionSet, dtype: np.dtype[Any], heads: tuple[int, ...], int8: bool) -> dict[str, Kernel]:
+    """The kernels of a model by their names in `layout.KERNELS`, and "row_sums": not compiled yet.
+
+    dtype: of the KV cache, uint16 for bfloat16 or float32. heads: see `attention.head_tile`. int8: whether embedding
+    and LM head are.
+    """
+    kernels = {
+        "gemv": Kernel(build_gemv, isa),
+        "gemm": Kernel(build_gemm, isa),
+        "bf16_rows": Kernel(build_bf16_rows, isa),
+        "store_kv": Kernel(build_store_kv, dtype),
+        "attend": Kernel(build_attend, isa, dtype, heads),
+        "sample": Kernel(build_sample),
+    }
+    if int8:
+        kernels["int8_rows"] = Kernel(build_int8_rows, isa)
+        kernels["prepare_int8"] = Kernel(build_prepare_int8, isa)
+        kernels["row_sums"] = Kernel(build_row_sums, isa)
+    return kernels

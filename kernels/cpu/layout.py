@@ -1,0 +1,65 @@
+"""What the compiled step is told, by addresses and sizes in 64-bit words: the model's weights, and the job to do."""
+
+import numpy as np
+
+MAX_TOKENS = 64  # of a pass
+SEGMENTS = 3  # at most, of a linear: q, k and v
+PIECES = 6  # of a region, for each member: the more, the better they share it, the fewer, the longer each stream
+MIN_ROWS, MAX_ROWS = 32, 256  # of a piece
+HEAD_ROWS = 256  # of the LM head in a piece
+FORWARD, LOGITS = 1, 2  # kinds of jobs
+RELU2, SILU = 0, 1
+
+_INT, _FLOAT = np.int64, np.float64
+# A linear: addresses, 0 for what it does not have.
+LINEAR = np.dtype(
+    [
+        ("segments", _INT),  # matrices that were joined: q, k and v, or gate and up
+        ("words", _INT),  # packed ternary weights; or else
+        ("rows", _INT),  # bfloat16 [N, K]
+        ("scales", _INT),  # float32 [segments]
+        ("bias", _INT),  # float32 [N]
+        ("norms", _INT),  # float32 [segments, K]: each linear's own RMSNorm
+    ]
+)
+# Addresses of the machine code of kernels, see `kernels`.
+KERNELS = np.dtype(
+    [
+        (name, _INT)
+        for name in ("gemv", "gemm", "bf16_rows", "int8_rows", "prepare_int8", "store_kv", "attend", "sample")
+    ]
+)
+LAYER = np.dtype(
+    [(name, _INT) for name in ("input_norm", "post_attention_norm", "attn_sub_norm", "ffn_sub_norm")]  # float32, or 0
+    + [(name, LINEAR) for name in ("qkv", "o", "gate_up", "down")]
+)
+MODEL = np.dtype(
+    [(name, _INT) for name in ("hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab", "activation")]
+    + [("eps", _FLOAT), ("linear_eps", _FLOAT)]
+    + [("norm", _INT)]  # the last one, float32 [hidden]
+    + [
+        (name, _INT) for name in ("embed", "embed_scale", "head", "head_scale", "head_sums")
+    ]  # bf16, or int8 with scales
+    + [("embed_int8", _INT)]
+)
+JOB = np.dtype(
+    [("kind", _INT), ("tokens", _INT)]
+    # Of each token: its id (int64), its position (int64), the address of its sequence's block table (int64).
+    + [(name, _INT) for name in ("ids", "positions", "tables")]
+    + [("cos", _INT), ("sin", _INT)]  # float32 [positions, head_dim / 2]
+    + [("cache", _INT), ("page_stride", _INT), ("layer_stride", _INT)]  # page 0, bytes to the next page and layer
+    # Shared: float32 [M, ...] of the residual stream, the products' results, and the final hidden states.
+    + [(name, _INT) for name in ("x", "qkv", "attn_out", "mlp_hidden", "final", "logits", "logits_stride")]
+    + [("splits", _INT), ("partials", _INT)]  # of the longest context; partial outputs of attention
+    # Quantised and prepared activations: MAX_TOKENS tokens that all share, or one token for each member.
+    + [(name, _INT) for name in ("q_stride", "plane_stride", "shared")]
+    # Each member's own memory, and where in it are what.
+    + [
+        (name, _INT)
+        for name in ("own", "own_stride", "h", "acc", "y", "unpacked", "scratch", "own_partials", "sampler")
+    ]
+    # Sampling after logits, if `settings` is not 0: of each token float64 settings (see `sampler.pack_settings`), the
+    # address of its history (int64) and how long that is; and the tokens sampled, int64.
+    + [(name, _INT) for name in ("settings", "histories", "history_lengths", "sampled")]
+    + [("kernels", KERNELS)]
+)

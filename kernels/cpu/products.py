@@ -1,0 +1,194 @@
+"""The products of a layer: what they read, normalised and quantised, and their rows, in pieces that members take.
+
+Whatever a linear is (ternary or bfloat16 rows, one scale or three, with a bias or without), `product` makes float32
+rows of it; each region says where they go.
+"""
+
+import numpy as np
+from numba import njit
+
+from bitnet_numba.kernels.cpu import lm_head, math, norm, vec
+from bitnet_numba.kernels.cpu.compiler import call
+from bitnet_numba.kernels.cpu.layout import MAX_ROWS, MAX_TOKENS, MIN_ROWS, PIECES, SEGMENTS, SILU
+from bitnet_numba.kernels.cpu.memory import load_f32, load_i32, store_f32, store_i32
+from bitnet_numba.kernels.cpu.team import barrier, take
+from bitnet_numba.kernels.cpu.vec import OPTIONS
+from bitnet_numba.packing import BLOCK_ROWS
+
+# ---- What products read ---------------------------------------------------------------------------------------------
+
+
+@njit(**OPTIONS)
+def tokens_of(job, member, members):
+    """The tokens whose activations a member prepares: all, if that is one, otherwise its share."""
+    return range(0, 1, 1) if job.tokens == 1 else range(member, job.tokens, members)
+
+
+@njit(**OPTIONS)
+def meet(job, state, members):
+    """Waits for the others' share, if there is one."""
+    if job.tokens > 1:
+        barrier(state, members)
+
+
+@njit(**OPTIONS)
+def inputs_of(job, member, members, K):
+    """Where prepared activations of K columns are: (int8 q [segments, M, stride], stride, bytes of a segment, float32 s
+    and int32 sums of q [segments, MAX_TOKENS], prepared float32 activations)."""
+    if job.tokens == 1:
+        base, tokens = job.own + member * job.own_stride, 1
+    else:
+        base, tokens = job.shared, MAX_TOKENS
+    segment = tokens * job.q_stride
+    s = base + SEGMENTS * segment
+    sums = s + 4 * SEGMENTS * MAX_TOKENS
+    return base, job.q_stride, segment, s, sums, sums + 4 * SEGMENTS * MAX_TOKENS
+
+
+@njit(**OPTIONS)
+def prepare(model, linear, x, K, weight, eps, own, job, inputs, m):
+    """One token's activations, float32 [K] at address x, normalised (if `weight` is not 0), as a linear reads them."""
+    q, q_stride, segment, s, sums, planes = inputs
+    h = x
+    if weight != 0:
+        h = own + job.h
+        norm.rms_norm(x, weight, K, eps, h)
+    if linear.words == 0:
+        lm_head.prepare_bf16(h, K, planes + m * job.plane_stride)
+        return
+    for i in range(linear.segments if linear.norms != 0 else 1):
+        source = h
+        if linear.norms != 0:
+            source = own + job.h + 4 * (K + 16)
+            norm.rms_norm(h, linear.norms + 4 * i * K, K, np.float32(model.linear_eps), source)
+        scale, q_sum = norm.quantize(source, K, q + i * segment + m * q_stride)
+        store_f32(s, 4 * (i * MAX_TOKENS + m), scale)
+        store_i32(sums, 4 * (i * MAX_TOKENS + m), q_sum)
+
+
+# ---- Regions of rows ------------------------------------------------------------------------------------------------
+
+
+@njit(**OPTIONS)
+def piece_rows(N, members, job):
+    """Rows of a piece of a region of N rows: whole pairs of row-blocks, few when each is multiplied by many tokens."""
+    rows = (N // (members * PIECES) + MIN_ROWS - 1) // MIN_ROWS * MIN_ROWS
+    return max(MIN_ROWS, min(MAX_ROWS if job.tokens <= 8 else 2 * MIN_ROWS, rows))
+
+
+@njit(**OPTIONS)
+def product(linear, segment, K, first, last, inputs, own, job, y):
+    """Rows first .. last - 1, all of one segment, for all tokens: float32 [M, MAX_ROWS] to address y."""
+    M = job.tokens
+    q, q_stride, segment_bytes, s, sums, planes = inputs
+    if linear.words == 0:
+        # The rows are written to columns `first` .. of their row.
+        padded_K = max(K, lm_head.MIN_COLUMNS)
+        call(
+            job.kernels.bf16_rows,
+            (linear.rows, padded_K, planes, job.plane_stride, M, y - 4 * first, MAX_ROWS, first, last),
+        )
+        if linear.bias != 0:
+            for m in range(M):
+                for n in range(last - first):
+                    at = y + 4 * (m * MAX_ROWS + n)
+                    store_f32(at, 0, load_f32(at, 0) + load_f32(linear.bias, 4 * (first + n)))
+        return
+    own_norm = segment if linear.norms != 0 else 0
+    q, s, sums = q + own_norm * segment_bytes, s + 4 * own_norm * MAX_TOKENS, sums + 4 * own_norm * MAX_TOKENS
+    padded_K = (K + 31) // 32 * 32
+    first_block, last_block = first // BLOCK_ROWS, (last + BLOCK_ROWS - 1) // BLOCK_ROWS
+    acc, acc_stride = own + job.acc, MAX_ROWS + 2 * BLOCK_ROWS
+    if M == 1:
+        call(job.kernels.gemv, (linear.words, padded_K, q, load_i32(sums, 0), acc, first_block, last_block))
+    else:
+        unpacked = own + job.unpacked
+        call(
+            job.kernels.gemm,
+            (linear.words, padded_K, q, q_stride, sums, M, acc, acc_stride, first_block, last_block, unpacked),
+        )
+    acc += 4 * (first - first_block * BLOCK_ROWS)
+    m_scale = load_f32(linear.scales, 4 * segment)
+    bias = linear.bias + 4 * first if linear.bias != 0 else 0
+    for m in range(M):
+        scale = load_f32(s, 4 * m)
+        norm.dequantize_rows(acc + 4 * m * acc_stride, last - first, m_scale, scale, bias, y + 4 * m * MAX_ROWS)
+
+
+@njit(inline="always", **OPTIONS)
+def qkv_rows(linear, q_size, kv_size, K, members, state, inputs, own, job):
+    """q, k and v of all tokens: float32 [M, q_size + 2 kv_size]."""
+    rows, y, N = piece_rows(q_size, members, job), own + job.y, q_size + 2 * kv_size
+    q_pieces, kv_pieces = (q_size + rows - 1) // rows, (kv_size + rows - 1) // rows
+    while True:
+        piece = take(state)
+        if piece >= q_pieces + 2 * kv_pieces:
+            return
+        segment = np.int64(0) if piece < q_pieces else 1 + (piece - q_pieces) // kv_pieces
+        start = 0 if segment == 0 else q_size + (segment - 1) * kv_size
+        end = start + (q_size if segment == 0 else kv_size)
+        first = start + rows * (piece if segment == 0 else (piece - q_pieces) % kv_pieces)
+        last = min(first + rows, end)
+        product(linear, segment, K, first, last, inputs, own, job, y)
+        for m in range(job.tokens):
+            copy(y + 4 * m * MAX_ROWS, last - first, job.qkv + 4 * (m * N + first))
+
+
+@njit(inline="always", **OPTIONS)
+def residual_rows(linear, N, K, members, state, inputs, own, job):
+    """A product of N rows that is added to the residual stream [M, N]."""
+    rows, y = piece_rows(N, members, job), own + job.y
+    while True:
+        first = take(state) * rows
+        if first >= N:
+            return
+        last = min(first + rows, N)
+        product(linear, np.int64(0), K, first, last, inputs, own, job, y)
+        for m in range(job.tokens):
+            add(y + 4 * m * MAX_ROWS, last - first, job.x + 4 * (m * N + first))
+
+
+@njit(inline="always", **OPTIONS)
+def gated_rows(linear, model, members, state, inputs, own, job):
+    """activation(gate) * up of all tokens: float32 [M, intermediate]."""
+    N, rows, gate = model.intermediate, piece_rows(model.intermediate, members, job), own + job.y
+    up = gate + 4 * MAX_TOKENS * MAX_ROWS
+    while True:
+        first = take(state) * rows
+        if first >= N:
+            return
+        last = min(first + rows, N)
+        product(linear, np.int64(0), model.hidden, first, last, inputs, own, job, gate)
+        product(linear, np.int64(1), model.hidden, N + first, N + last, inputs, own, job, up)
+        for m in range(job.tokens):
+            at = 4 * m * MAX_ROWS
+            activate(model.activation, gate + at, up + at, last - first)
+            copy(gate + at, last - first, job.mlp_hidden + 4 * (m * N + first))
+
+
+@njit(**OPTIONS)
+def activate(activation, gate, up, n):
+    """gate = activation(gate) * up, float32 [n] with room for whole lanes."""
+    for i in range(0, 4 * n, 64):
+        g, u = vec.load_f32x16(gate, i), vec.load_f32x16(up, i)
+        vec.store(gate, i, vec.mul(math.silu(g) if activation == SILU else math.relu2(g), u))
+
+
+@njit(**OPTIONS)
+def copy(y, n, out):
+    """float32 [n] from one address to another."""
+    whole = n // 16 * 16
+    for i in range(0, 4 * whole, 64):
+        vec.store(out, i, vec.load_f32x16(y, i))
+    for i in range(4 * whole, 4 * n, 4):
+        store_f32(out, i, load_f32(y, i))
+
+
+@njit(**OPTIONS)
+def add(y, n, x):
+    """x += y, float32 [n]."""
+    whole = n // 16 * 16
+    for i in range(0, 4 * whole, 64):
+        vec.store(x, i, vec.add(vec.load_f32x16(x, i), vec.load_f32x16(y, i)))
+    for i in range(4 * whole, 4 * n, 4):
+        store_f32(x, i, load_f32(x, i) + load_f32(y, i))
