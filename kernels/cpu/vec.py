@@ -24,6 +24,8 @@ DTYPES = {"i8": np.int8, "i16": np.int16, "i32": np.int32, "f32": np.float32}
 I32 = ir.IntType(32)
 # How every function of kernels/cpu is compiled. Division by zero gives inf or NaN, as in NumPy.
 OPTIONS = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
+# For functions that only compiled code calls: without wrappers for Python they compile a third faster.
+INNER = OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 class Vec(types.Type):
