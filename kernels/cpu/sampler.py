@@ -23,12 +23,12 @@ from bitnet_numba.kernels.cpu.memory import load_f32, load_f64, load_i32, load_i
 from bitnet_numba.sampling import SamplingParams
 
 NO_TOKEN = -1  # in place of a token when logits hold NaN
-MAX_VOCAB = 1 << 24  # sums of probabilities fit 63 bits
+MAX_VOCAB = 1 << 23  # sums of probabilities fit 63 bits
 GROUP = 64  # tokens of 16 counters, four words each
 FIRST_BITS, NEXT_BITS = 11, 10  # a depth's 31 bits are three digits
 BINS = 1 << FIRST_BITS
 INFINITE_DEPTH = 0x7F800000
-PROBABILITY_UNIT = 2.0**39
+UNIT = 2.0**-39  # of probabilities; of a token, where tokens are counted
 MIN_TEMPERATURE = float(np.finfo(np.float32).tiny)
 LOWEST = -np.inf
 
@@ -53,7 +53,7 @@ def padded(vocab):
 
 @register_jitable
 def scratch_bytes(vocab):
-    """Bytes that `sample` needs: z, probabilities and candidates of every token, and a histogram."""
+    """Bytes that `sample` needs: z, amounts and candidates of every token, and a histogram."""
     return 12 * padded(vocab) + 8 * BINS
 
 
@@ -100,7 +100,7 @@ def load_every_fourth(typingctx, address, offset, first):
 # ---- Logits -> z ----------------------------------------------------------------------------------------------------
 
 
-@njit(**vec.OPTIONS)
+@njit(**vec.INNER)
 def copy_logits(logits, vocab, z):
     """Copies logits to z, whose last group is filled up with -inf. False if one is NaN."""
     deepest = vec.zero_i32x16()
@@ -118,7 +118,7 @@ def copy_logits(logits, vocab, z):
     return vec.sum_lanes(nan) == 0
 
 
-@njit(**vec.OPTIONS)
+@njit(**vec.INNER)
 def penalize(logits, vocab, history, history_length, penalty, z):
     """Writes the penalised logits of the tokens in `history` to z. Twice the same token changes nothing."""
     factor = np.float32(penalty)
@@ -129,7 +129,7 @@ def penalize(logits, vocab, history, history_length, penalty, z):
             store_f32(z, 4 * token, x / factor if x > np.float32(0) else x * factor)
 
 
-@njit(**vec.OPTIONS)
+@njit(**vec.INNER)
 def best_of_lanes(best, ids, scratch):
     """(largest value, the lowest id that has it) of 16 lanes. scratch: 128 bytes."""
     vec.store(scratch, 0, best)
@@ -142,7 +142,7 @@ def best_of_lanes(best, ids, scratch):
     return value, token
 
 
-@njit(**vec.OPTIONS)
+@njit(**vec.INNER)
 def largest(z, vocab, scratch):
     """(largest z, the lowest id that has it)."""
     best, best_ids = vec.splat_f32x16(LOWEST), lane_numbers()
@@ -155,14 +155,12 @@ def largest(z, vocab, scratch):
     return best_of_lanes(best, best_ids, scratch)
 
 
-@njit(**vec.OPTIONS)
-def scale(z, vocab, most, temperature, probabilities):
-    """z = (z - most) / temperature, and e^z."""
+@njit(**vec.INNER)
+def scale(z, vocab, most, temperature):
+    """z = (z - most) / temperature."""
     m, t = vec.splat_f32x16(most), vec.splat_f32x16(max(np.float32(temperature), np.float32(MIN_TEMPERATURE)))
     for at in range(0, 4 * vocab, 64):
-        v = vec.div(vec.sub(vec.load_f32x16(z, at), m), t)
-        vec.store(z, at, v)
-        vec.store(probabilities, at, math.exp(v))
+        vec.store(z, at, vec.div(vec.sub(vec.load_f32x16(z, at), m), t))
 
 
 # ---- Cuts -----------------------------------------------------------------------------------------------------------
@@ -176,24 +174,24 @@ def amount_of(probabilities, token):
     return np.int64(load_f32(probabilities, 4 * token) * np.float32(PROBABILITY_UNIT))
 
 
-@njit(**vec.OPTIONS)
+@njit(**vec.INNER)
 def depth_of(z, token):
     """The bits of |z| of a token."""
     return load_i32(z, 4 * token) & 0x7FFFFFFF
 
 
-@njit(**vec.OPTIONS)
+@njit(**vec.INNER)
 def clear(histogram, bins):
     for at in range(0, 8 * bins, 8):
         store_i64(histogram, at, 0)
 
 
-@njit(**vec.OPTIONS)
+@njit(**vec.INNER)
 def add_to(histogram, digit, amount):
     store_i64(histogram, 8 * digit, load_i64(histogram, 8 * digit) + amount)
 
 
-@njit(**vec.OPTIONS)
+@njit(**vec.INNER)
 def reach(histogram, before, target):
     """(the first digit with which a running sum reaches the target, the sum before it)."""
     digit = np.int64(0)
@@ -203,22 +201,28 @@ def reach(histogram, before, target):
     return digit, before
 
 
-@njit(**vec.OPTIONS)
-def find_cut(z, vocab, probabilities, target, top_p, candidates, histogram):
-    """The (depth, id) of the last rank that is kept: where the running sum reaches `target`, or the share top_p of all.
+@njit(**vec.INNER)
+def fill_amounts(z, vocab, counting, amounts):
+    """What each token adds to a running sum: one unit, or its probability before division by their sum."""
+    for at in range(0, 4 * vocab, 64):
+        vec.store(amounts, at, vec.splat_f32x16(UNIT) if counting else math.exp(vec.load_f32x16(z, at)))
 
-    probabilities: their address, or 0 to count tokens. candidates: int32 [vocab]. histogram: int64 [BINS].
+
+@njit(**vec.INNER)
+def find_cut(z, vocab, amounts, count, share, candidates, histogram):
+    """The (depth, id) of the last rank that is kept: where the running sum reaches `count`, or if 0, a share of all.
+
+    amounts: float32 [vocab], in units of 2^-39. candidates: int32 [vocab]. histogram: int64 [BINS].
     """
     before = np.int64(0)
     shift = 2 * NEXT_BITS
     clear(histogram, BINS)
     for token in range(vocab):
-        add_to(histogram, depth_of(z, token) >> shift, amount_of(probabilities, token))
-    if probabilities != 0:
-        total = np.int64(0)
-        for at in range(0, 8 * BINS, 8):
-            total += load_i64(histogram, at)
-        target = max(np.int64(1), np.int64(np.ceil(top_p * np.float64(total))))
+        add_to(histogram, depth_of(z, token) >> shift, amount_of(amounts, token))
+    total = np.int64(0)
+    for at in range(0, 8 * BINS, 8):
+        total += load_i64(histogram, at)
+    target = count if count > 0 else max(np.int64(1), np.int64(np.ceil(share * np.float64(total))))
     depth, before = reach(histogram, before, target)
     n = np.int64(0)
     for token in range(vocab):
@@ -229,7 +233,7 @@ def find_cut(z, vocab, probabilities, target, top_p, candidates, histogram):
         clear(histogram, 1 << NEXT_BITS)
         for i in range(n):
             token = load_i32(candidates, 4 * i)
-            add_to(histogram, depth_of(z, token) >> shift & ((1 << NEXT_BITS) - 1), amount_of(probabilities, token))
+            add_to(histogram, depth_of(z, token) >> shift & ((1 << NEXT_BITS) - 1), amount_of(amounts, token))
         digit, before = reach(histogram, before, target)
         depth = depth << NEXT_BITS | digit
         kept = np.int64(0)
@@ -240,34 +244,31 @@ def find_cut(z, vocab, probabilities, target, top_p, candidates, histogram):
         n = kept
     i = np.int64(0)  # what is left has one depth, in ascending order of ids
     token = load_i32(candidates, 0)
-    before += amount_of(probabilities, token)
+    before += amount_of(amounts, token)
     while before < target:
         i += 1
         token = load_i32(candidates, 4 * i)
-        before += amount_of(probabilities, token)
+        before += amount_of(amounts, token)
     return depth, token
 
 
-@njit(**vec.OPTIONS)
-def drop_after(z, vocab, probabilities, depth, token):
-    """Tokens of ranks after a cut get z = -inf and no probability."""
+@njit(**vec.INNER)
+def drop_after(z, vocab, depth, token):
+    """Tokens of ranks after a cut get z = -inf, so no probability."""
     cut, last, ids = vec.splat_i32x16(depth), vec.splat_i32x16(token), lane_numbers()
     lowest = vec.splat_f32x16(LOWEST)
     for at in range(0, 4 * vocab, 64):
         v = vec.load_f32x16(z, at)
         own = vec.and_(vec.as_ints(v), 0x7FFFFFFF)
         of_cut = where_greater(ids, last, lowest, v)
-        v = where_greater(cut, own, v, where_greater(own, cut, lowest, of_cut))
-        vec.store(z, at, v)
-        p = vec.load_f32x16(probabilities, at)
-        vec.store(probabilities, at, where_greater(v, lowest, p, vec.zero_f32x16()))
+        vec.store(z, at, where_greater(cut, own, v, where_greater(own, cut, lowest, of_cut)))
         ids = vec.add(ids, vec.splat_i32x16(16))
 
 
 # ---- The draw -------------------------------------------------------------------------------------------------------
 
 
-@njit(**vec.OPTIONS)
+@njit(**vec.INNER)
 def draw(z, vocab, min_z, position, key0, key1, scratch):
     """The token with the largest z + noise, of those with z >= min_z."""
     best, best_ids = vec.splat_f32x16(LOWEST), vec.zero_i32x16()
@@ -294,15 +295,15 @@ def draw(z, vocab, min_z, position, key0, key1, scratch):
     return token
 
 
-@njit(**vec.OPTIONS)
+@njit(**vec.INNER)
 def sample(logits, vocab, history, history_length, settings, scratch):
     """The next token, int64; NO_TOKEN if logits hold NaN.
 
     logits: float32 [vocab]. history: int64 [history_length], all tokens so far, including the prompt. settings: see
     `pack_settings`. scratch: scratch_bytes(vocab). All but the sizes are addresses.
     """
-    z, probabilities = scratch, scratch + 4 * padded(vocab)
-    candidates = probabilities + 4 * padded(vocab)
+    z, amounts = scratch, scratch + 4 * padded(vocab)
+    candidates = amounts + 4 * padded(vocab)
     histogram = candidates + 4 * padded(vocab)
     if not copy_logits(logits, vocab, z):
         return np.int64(NO_TOKEN)
@@ -313,13 +314,13 @@ def sample(logits, vocab, history, history_length, settings, scratch):
     temperature = load_f64(settings, 8 * TEMPERATURE)
     if temperature == 0.0 or np.isinf(most):
         return np.int64(token)
-    scale(z, vocab, most, temperature, probabilities)
+    scale(z, vocab, most, temperature)
     top_k, top_p = np.int64(load_f64(settings, 8 * TOP_K)), load_f64(settings, 8 * TOP_P)
-    if 0 < top_k < vocab:
-        depth, token = find_cut(z, vocab, 0, top_k, 1.0, candidates, histogram)
-        drop_after(z, vocab, probabilities, depth, token)
-    if top_p < 1.0:
-        depth, token = find_cut(z, vocab, probabilities, np.int64(0), top_p, candidates, histogram)
-        drop_after(z, vocab, probabilities, depth, token)
+    for counting in (True, False):  # top-k, then top-p; one call of each function compiles faster than two
+        if 0 < top_k < vocab if counting else top_p < 1.0:
+            fill_amounts(z, vocab, counting, amounts)
+            count = top_k if counting else np.int64(0)
+            depth, token = find_cut(z, vocab, amounts, count, top_p, candidates, histogram)
+            drop_after(z, vocab, depth, token)
     key0, key1 = np.int64(load_f64(settings, 8 * SEED_LOW)), np.int64(load_f64(settings, 8 * SEED_HIGH))
     return np.int64(draw(z, vocab, load_f64(settings, 8 * MIN_Z), history_length, key0, key1, histogram))
