@@ -52,7 +52,7 @@ def partial_bytes(D):
 # ---- Attention ------------------------------------------------------------------------------------------------------
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def score_page(isa, dtype, heads, keys, q, D, count, scores, ahead):
     """Scores of a page's first `count` tokens, float32 [heads][PAGE]; -inf for others of their blocks of 16 tokens.
 
@@ -72,7 +72,7 @@ def score_page(isa, dtype, heads, keys, q, D, count, scores, ahead):
             vec.store(scores, 4 * (h * PAGE + at), first_lanes(v, count - at, lowest))
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def weigh_page(scores, count, state, factor):
     """Scores of one head become weights e^(score - maximum); maximum and sum of the state take the page in.
 
@@ -94,7 +94,7 @@ def weigh_page(scores, count, state, factor):
     vec.store(state, 64, total)
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def add_units(dtype, heads, units, values, unit, row_units, count, weights, factors, out, stride, ahead):
     """`add_values` of the units from `unit` that `units` counts."""
     tile = scaled_tile(heads, units, out + 128 * unit, stride, factors)
@@ -104,7 +104,7 @@ def add_units(dtype, heads, units, values, unit, row_units, count, weights, fact
     store_tile(heads, tile, out + 128 * unit, stride)
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def add_values(isa, dtype, heads, values, row_units, count, weights, factors, out, stride, ahead):
     """out = out * factor + the sum of weight * value over a page's first `count` tokens, for some heads.
 
@@ -117,7 +117,7 @@ def add_values(isa, dtype, heads, values, row_units, count, weights, factors, ou
         add_units(dtype, heads, alone, values, unit, row_units, count, weights, factors, out, stride, ahead)
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def attend(
     isa, dtype, heads, layer, page_stride, table, kv_heads, kv_head, R, D, q, length, split, partial, scratch
 ):  # fmt: skip

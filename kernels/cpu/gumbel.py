@@ -39,7 +39,7 @@ def exclusive_or(typingctx, a, b):
     return a(a, b), codegen
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def random_words(c0, position, key0, key1):
     """Philox4x32-10 of 16 counters (c0, position, 0, 0): four words each."""
     c1, c2, c3 = vec.splat_i32x16(position), vec.zero_i32x16(), vec.zero_i32x16()
@@ -53,7 +53,7 @@ def random_words(c0, position, key0, key1):
     return c0, c1, c2, c3
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def gumbel(words):
     """-log(-log(u)) with u of 23 random bits, as in `sampling.gumbel_noise`."""
     half = vec.splat_f32x16(0.5)

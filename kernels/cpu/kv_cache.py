@@ -91,7 +91,7 @@ def load_pairs(typingctx, dtype, base, unit, blocks):
     return types.UniTuple(FLOATS, 2 * len(blocks))(dtype, types.intp, unit, blocks), codegen
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def to_bfloat16(x):
     """The bits of the nearest bfloat16, ties to even, in an int32; NaN stays NaN."""
     bits = np.float32(x).view(np.uint32)
@@ -122,7 +122,7 @@ def _store_pair(dtype, base, index, even, odd):
 # ---- A token --------------------------------------------------------------------------------------------------------
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def rotate(source, target, D, cos, sin):
     """Rotary embedding of one head: float32 [D] at `source` to `target`, which may be the same.
 
@@ -141,7 +141,7 @@ def rotate(source, target, D, cos, sin):
         store_f32(target, at + 4 * half, y1 * c0 + y0 * s0)
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def page_of(dtype, layer, page_stride, table, kv_heads, kv_head, D, position):
     """Addresses of the keys and of the values of the page that holds a position, of one kv head."""
     page = layer + load_i32(table, position // PAGE * 4) * page_stride
@@ -149,7 +149,7 @@ def page_of(dtype, layer, page_stride, table, kv_heads, kv_head, D, position):
     return page + kv_head * key_bytes(dtype, D), values
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def store_kv(dtype, layer, page_stride, table, kv_heads, kv_head, D, position, k, v):
     """Writes the key (rotated already) and the value of one token and kv head to the cache.
 

@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit
 
 from bitnet_numba.kernels.cpu.vec import (
-    INNER,
+    OPTIONS,
     add,
     as_floats,
     as_ints,
@@ -33,7 +33,7 @@ HIGHEST, LOWEST = 89.0, -105.0  # exp is infinite, or 0, from there on
 SQRT_HALF_BITS = int(np.float32(np.sqrt(0.5)).view(np.int32))
 
 
-@njit(**INNER)
+@njit(**OPTIONS)
 def exp(v):
     """e^v within 2 units in the last place, subnormal results included; exp(0) is 1, and NaN stays NaN.
 
@@ -54,13 +54,13 @@ def exp(v):
     return mul(mul(p, power_of_two(half)), power_of_two(sub(exponent, half)))
 
 
-@njit(**INNER)
+@njit(**OPTIONS)
 def power_of_two(n):
     """2^n for int32 lanes from -126 to 127."""
     return as_floats(shl(add(n, splat_i32x16(127)), 23))
 
 
-@njit(**INNER)
+@njit(**OPTIONS)
 def log(v):
     """The natural logarithm of positive normal numbers, within 2 units in the last place.
 
@@ -81,13 +81,13 @@ def log(v):
     return fma(scale, splat_f32x16(LN2_HIGH), add(f, tail))
 
 
-@njit(**INNER)
+@njit(**OPTIONS)
 def silu(v):
     """v * sigmoid(v); NaN at -infinity, as in NumPy."""
     return div(v, add(splat_f32x16(1.0), exp(sub(zero_f32x16(), v))))
 
 
-@njit(**INNER)
+@njit(**OPTIONS)
 def relu2(v):
     """max(v, 0)^2; NaN stays NaN."""
     positive = maximum(zero_f32x16(), v)

@@ -100,7 +100,7 @@ def load_every_fourth(typingctx, address, offset, first):
 # ---- Logits -> z ----------------------------------------------------------------------------------------------------
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def copy_logits(logits, vocab, z):
     """Copies logits to z, whose last group is filled up with -inf. False if one is NaN."""
     deepest = vec.zero_i32x16()
@@ -118,7 +118,7 @@ def copy_logits(logits, vocab, z):
     return vec.sum_lanes(nan) == 0
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def penalize(logits, vocab, history, history_length, penalty, z):
     """Writes the penalised logits of the tokens in `history` to z. Twice the same token changes nothing."""
     factor = np.float32(penalty)
@@ -129,7 +129,7 @@ def penalize(logits, vocab, history, history_length, penalty, z):
             store_f32(z, 4 * token, x / factor if x > np.float32(0) else x * factor)
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def best_of_lanes(best, ids, scratch):
     """(largest value, the lowest id that has it) of 16 lanes. scratch: 128 bytes."""
     vec.store(scratch, 0, best)
@@ -142,7 +142,7 @@ def best_of_lanes(best, ids, scratch):
     return value, token
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def largest(z, vocab, scratch):
     """(largest z, the lowest id that has it)."""
     best, best_ids = vec.splat_f32x16(LOWEST), lane_numbers()
@@ -155,7 +155,7 @@ def largest(z, vocab, scratch):
     return best_of_lanes(best, best_ids, scratch)
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def scale(z, vocab, most, temperature):
     """z = (z - most) / temperature."""
     m, t = vec.splat_f32x16(most), vec.splat_f32x16(max(np.float32(temperature), np.float32(MIN_TEMPERATURE)))
@@ -167,31 +167,29 @@ def scale(z, vocab, most, temperature):
 
 
 @njit(**vec.OPTIONS)
-def amount_of(probabilities, token):
-    """What a token adds to a running sum: its probability, or 1 where there are none (address 0)."""
-    if probabilities == 0:
-        return np.int64(1)
-    return np.int64(load_f32(probabilities, 4 * token) * np.float32(PROBABILITY_UNIT))
+def amount_of(amounts, token):
+    """What a token adds to a running sum, in units of 2^-39."""
+    return np.int64(load_f32(amounts, 4 * token) * np.float32(1 / UNIT))
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def depth_of(z, token):
     """The bits of |z| of a token."""
     return load_i32(z, 4 * token) & 0x7FFFFFFF
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def clear(histogram, bins):
     for at in range(0, 8 * bins, 8):
         store_i64(histogram, at, 0)
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def add_to(histogram, digit, amount):
     store_i64(histogram, 8 * digit, load_i64(histogram, 8 * digit) + amount)
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def reach(histogram, before, target):
     """(the first digit with which a running sum reaches the target, the sum before it)."""
     digit = np.int64(0)
@@ -201,14 +199,14 @@ def reach(histogram, before, target):
     return digit, before
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def fill_amounts(z, vocab, counting, amounts):
     """What each token adds to a running sum: one unit, or its probability before division by their sum."""
     for at in range(0, 4 * vocab, 64):
         vec.store(amounts, at, vec.splat_f32x16(UNIT) if counting else math.exp(vec.load_f32x16(z, at)))
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def find_cut(z, vocab, amounts, count, share, candidates, histogram):
     """The (depth, id) of the last rank that is kept: where the running sum reaches `count`, or if 0, a share of all.
 
@@ -252,7 +250,7 @@ def find_cut(z, vocab, amounts, count, share, candidates, histogram):
     return depth, token
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def drop_after(z, vocab, depth, token):
     """Tokens of ranks after a cut get z = -inf, so no probability."""
     cut, last, ids = vec.splat_i32x16(depth), vec.splat_i32x16(token), lane_numbers()
@@ -268,7 +266,7 @@ def drop_after(z, vocab, depth, token):
 # ---- The draw -------------------------------------------------------------------------------------------------------
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def draw(z, vocab, min_z, position, key0, key1, scratch):
     """The token with the largest z + noise, of those with z >= min_z."""
     best, best_ids = vec.splat_f32x16(LOWEST), vec.zero_i32x16()
@@ -295,7 +293,7 @@ def draw(z, vocab, min_z, position, key0, key1, scratch):
     return token
 
 
-@njit(**vec.INNER)
+@njit(**vec.OPTIONS)
 def sample(logits, vocab, history, history_length, settings, scratch):
     """The next token, int64; NO_TOKEN if logits hold NaN.
 
