@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OPERATIONS = tuple(
-    f"bitnet_numba.kernels.{name}" for name in ("linear", "attention", "lm_head", "sampling", "embedding")
+    f"bitnet_numba.kernels.{name}" for name in ("linear", "attention", "lm_head", "sampling", "embedding", "cpu")
 )
 # From the ground up. A module may import from lower floors and from its own room; rooms of one floor are apart.
 FLOORS: list[tuple[str, ...]] = [

@@ -256,7 +256,7 @@ def _open_backend(name: str, checkpoint: PackedCheckpoint, threads: int | None) 
             if name == "cuda":
                 raise
             _log.warning("%s; running on the CPU instead", error)
-    from bitnet_numba.backends.cpu import cpu_backend
+    from bitnet_numba.backends.cpu.backend import cpu_backend
 
     return cpu_backend(checkpoint, threads)
 

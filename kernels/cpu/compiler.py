@@ -50,21 +50,21 @@ class Kernel:
         options = {name: OPTIONS[name] for name in ("boundscheck", "error_model")} | {"nopython": True}
         self._compiled = CFunc(self._function, (signature.args, signature.return_type), {}, options)
         self._cache = DiskCache(build, constants)
-        self._compiled._cache = self._cache
+        self._compiled._cache = self._cache  # type: ignore[attr-defined]
         self._signature = signature
 
     @property
     def is_cached(self) -> bool:
-        """Whether the disk has it."""
-        with contextlib.suppress(OSError):
-            return self._cache.path(self._signature, cpu_target.target_context.codegen()).exists()
-        return False
+        """Whether it is loaded, or the disk has it."""
+        return self._compiled.address is not None or self._cache.has(self._signature)
 
     def address(self) -> int:
         """The address of its machine code, which is loaded from the disk or compiled by the first call."""
         if self._compiled.address is None:
             self._compiled.compile()
-        return self._compiled.address
+        address = self._compiled.address
+        assert address is not None
+        return address
 
 
 @intrinsic
@@ -104,8 +104,15 @@ class DiskCache(NullCache):
         payload = serialize.dumps(compiled._reduce())
         disk_cache.write(self.path(signature, compiled.codegen), hashlib.sha256(payload).digest() + payload)
 
+    def has(self, signature: Any) -> bool:
+        """Whether the disk has what was compiled for a signature, or for a tuple of arguments' types."""
+        with contextlib.suppress(OSError):
+            return self.path(signature, cpu_target.target_context.codegen()).exists()
+        return False
+
     def path(self, signature: Any, codegen: Any) -> Path:
         """The file of an entry."""
         digest = hashlib.sha256(disk_cache.toolchain_digest())
-        digest.update(repr((self._name, signature, codegen.magic_tuple(), sys.version_info[:3])).encode())
+        arguments = getattr(signature, "args", signature)
+        digest.update(repr((self._name, arguments, codegen.magic_tuple(), sys.version_info[:3])).encode())
         return disk_cache.folder() / f"{digest.hexdigest()[:32]}.cpu"

@@ -13,12 +13,14 @@ All tokens of a pass are alike: a token has a position and a block table, and th
 difference. Its numbers depend on the tokens before it alone.
 """
 
+from typing import Any
+
 import numpy as np
-from numba import njit
+from numba import njit, typeof, types
 
 from bitnet_numba.kernels.cpu import attention, kv_cache, lm_head, norm
 from bitnet_numba.kernels.cpu.compiler import call, entry
-from bitnet_numba.kernels.cpu.layout import FORWARD, HEAD_ROWS
+from bitnet_numba.kernels.cpu.layout import FORWARD, HEAD_ROWS, JOB, LAYER, MODEL
 from bitnet_numba.kernels.cpu.memory import load_f32, load_i8, load_i64, load_u16, store_f32, store_i32
 from bitnet_numba.kernels.cpu.products import (
     gated_rows,
@@ -32,6 +34,22 @@ from bitnet_numba.kernels.cpu.products import (
 from bitnet_numba.kernels.cpu.sampler import SETTINGS
 from bitnet_numba.kernels.cpu.team import barrier, next_job, start_job, take
 from bitnet_numba.kernels.cpu.vec import OPTIONS
+
+
+def signature() -> tuple[Any, ...]:
+    """The types of `work`'s arguments."""
+    tables = (typeof(np.zeros(1, dtype)) for dtype in (MODEL, LAYER, JOB))
+    return (types.int64, types.int64, types.int64, *tables)
+
+
+def is_cached() -> bool:
+    """Whether the disk cache has `work`."""
+    return bool(work.signatures) or work._cache.has(signature())
+
+
+def compile_step() -> None:
+    """Compiles `work`, or loads it from the disk cache."""
+    work.compile(signature())
 
 
 @entry

@@ -11,8 +11,8 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from time import sleep
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from bitnet_numba.backends.cuda.context import MIN_PREFILL
 from bitnet_numba.backends.cuda.forward import MAX_TOKENS, CudaModel
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size
 from bitnet_numba.backends.cuda.steps import BatchSteps, DecodeBuffers, DecodeSteps, PrefillSteps
+from bitnet_numba.backends.progress import CompileProgress
 from bitnet_numba.checkpoint.packed import EmbeddingDtype
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError
@@ -90,13 +91,16 @@ def load_specs(
     """Compiles what is not cached, with a progress line, and loads all. Raises BackendError."""
     needs = Needs(config, embedding_dtype, ArchSpec(device.arch, device.num_sms), max_sequences)
     specs = needs.specs()
-    compile_together(needs, specs, device.name)
-    load_kernels(specs, device.arch, partial(_progress, device.name))
+    missing = sum(not is_cached(spec, device.arch) for spec in specs)
+    progress = CompileProgress(device.name, missing)
+    compile_together(needs, specs, progress.reach)
+    load_kernels(specs, device.arch, lambda done, total: progress.reach(missing - total + done))
+    progress.close()
 
 
-def compile_together(needs: Needs, specs: list[KernelSpec], device_name: str) -> None:
-    """Compiles the missing kernels in subprocesses, if there are enough of them to share. Raises BackendError if
-    $BITNET_NUMBA_COMPILERS is not a number."""
+def compile_together(needs: Needs, specs: list[KernelSpec], progress: Callable[[int], None]) -> None:
+    """Compiles the missing kernels in subprocesses, if there are enough of them to share; `progress` is told how many
+    are done. Raises BackendError if $BITNET_NUMBA_COMPILERS is not a number."""
     arch = needs.target.arch
     missing = [spec for spec in specs if not is_cached(spec, arch)]
     count = min(_most_processes(), len(missing) // MIN_SHARE)
@@ -115,16 +119,14 @@ def compile_together(needs: Needs, specs: list[KernelSpec], device_name: str) ->
                 pickle.dump((needs, [spec.name for spec in missing[i::count]]), pipe)
                 pipe.close()
         while any(process.poll() is None for process in processes):
-            done = sum(is_cached(spec, arch) for spec in missing)
-            _progress(device_name, min(done, len(missing) - 1), len(missing))
+            progress(sum(is_cached(spec, arch) for spec in missing))
             sleep(POLL)
     finally:
         for process in processes:
             process.kill()
         for process in processes:
             process.wait()
-    if all(is_cached(spec, arch) for spec in missing):
-        _progress(device_name, len(missing), len(missing))
+    progress(sum(is_cached(spec, arch) for spec in missing))
 
 
 def _most_processes() -> int:
@@ -141,11 +143,6 @@ def compile_share() -> None:
     for spec in needs.specs():
         if spec.name in names:
             machine_code(spec, needs.target.arch)
-
-
-def _progress(device_name: str, done: int, total: int) -> None:
-    end = "\n" if done == total else ""
-    print(f"\rCompiling kernels for {device_name}, once: {done} of {total}", end=end, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

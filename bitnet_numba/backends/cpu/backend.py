@@ -1,0 +1,203 @@
+"""The CPU backend: a checkpoint's weights where they lie in the mapped file, and a team of threads for passes.
+
+What it computes is in `kernels/cpu/step.py`; this is its host side: addresses, buffers, caches, threads.
+"""
+
+import contextlib
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet_numba.backends.cpu.buffers import ALIGN, Buffers, aligned_address
+from bitnet_numba.backends.cpu.warmup import Needs, load_kernels
+from bitnet_numba.backends.cpu.weights import Weights
+from bitnet_numba.backends.host import PAGE_SIZE, Floats, HostBackend
+from bitnet_numba.checkpoint.packed import PackedCheckpoint
+from bitnet_numba.kernels.cpu import attention, isa, kv_cache, layout, sampler, step
+from bitnet_numba.kernels.cpu.team import Team
+from bitnet_numba.sampling import SamplingParams
+
+KVDtype = Literal["bfloat16", "float32"]
+
+
+def cpu_backend(checkpoint: PackedCheckpoint, threads: int | None = None) -> "HostBackend[CpuCache]":
+    """The compiled model on the CPU as a backend."""
+    return HostBackend("cpu", CpuModel(checkpoint, threads))
+
+
+class CpuCache:
+    """Keys and values of one sequence in pages of a pool."""
+
+    def __init__(self, pool: "CpuPool", pages: Sequence[int], computed: int):
+        self.pool = pool
+        self.table = np.array(pages, np.int32)
+        self.length = computed
+
+
+class CpuPool:
+    """Pages of keys and values in all layers. Memory is taken by the operating system as pages are first written."""
+
+    def __init__(self, num_pages: int, page_bytes: int):
+        self.values = np.empty(num_pages * page_bytes + ALIGN, np.uint8)
+        self.address = aligned_address(self.values)
+
+    def cache(self, pages: Sequence[int], computed: int) -> CpuCache:
+        """The cache of a sequence in these pages."""
+        return CpuCache(self, pages, computed)
+
+
+class CpuModel:
+    """See `host.HostModel`. Calls from several threads run one after the other."""
+
+    def __init__(
+        self,
+        checkpoint: PackedCheckpoint,
+        threads: int | None = None,
+        instruction_set: str | None = None,
+        kv_dtype: KVDtype = "bfloat16",
+    ):
+        """threads: None takes one for each physical core. instruction_set: see `kernels.cpu.isa`; None takes the best.
+        kv_dtype: of the cache; float32 is for comparing with the reference."""
+        self.config = c = checkpoint.config
+        self.threads = default_threads() if threads is None else threads
+        self.isa = isa.choose(instruction_set)
+        self._dtype = np.dtype(np.uint16 if kv_dtype == "bfloat16" else np.float32)
+        self._layer_bytes = kv_cache.layer_bytes(self._dtype, c.num_kv_heads, c.head_dim)
+        needs = Needs(self.isa.name, self._dtype.name, c.num_heads // c.num_kv_heads, checkpoint.head == "int8")
+        kernels = load_kernels(needs)
+        self._weights = Weights(checkpoint, kernels.get("row_sums"))
+        self._buffers = Buffers(c, self.threads, kernels)
+        self._lock = threading.Lock()
+        self._team: Team | None = None
+
+    def new_cache(self, capacity: int) -> CpuCache:
+        """The cache of one sequence of up to `capacity` tokens."""
+        pages = -(-capacity // PAGE_SIZE)
+        return self.new_pool(pages).cache(range(pages), 0)
+
+    def new_pool(self, num_pages: int) -> CpuPool:
+        """Pages for many sequences."""
+        return CpuPool(num_pages, self.page_bytes())
+
+    def page_bytes(self) -> int:
+        """Bytes of one page in all layers."""
+        return self.config.num_layers * self._layer_bytes
+
+    def forward(self, ids: Sequence[int], cache: CpuCache) -> Floats:
+        """Appends tokens to a cache; their final hidden states, float32 [M, hidden]."""
+        hidden = []
+        for start in range(0, len(ids), layout.MAX_TOKENS):
+            part = ids[start : start + layout.MAX_TOKENS]
+            hidden.append(self._pass(part, [cache] * len(part), range(cache.length, cache.length + len(part))))
+            cache.length += len(part)
+        return np.concatenate(hidden)
+
+    def step(self, ids: Sequence[int], caches: Sequence[CpuCache]) -> Floats:
+        """Appends one token to each of several caches; their final hidden states, float32 [B, hidden]."""
+        hidden = []
+        for start in range(0, len(ids), layout.MAX_TOKENS):
+            own = caches[start : start + layout.MAX_TOKENS]
+            hidden.append(self._pass(ids[start : start + layout.MAX_TOKENS], own, [cache.length for cache in own]))
+            for cache in own:
+                cache.length += 1
+        return np.concatenate(hidden)
+
+    def logits(self, hidden: Floats) -> Floats:
+        """Logits of the next token: float32 [M, hidden] -> [M, vocab]."""
+        out = np.empty((len(hidden), self.config.vocab_size), np.float32)
+        for start in range(0, len(hidden), layout.MAX_TOKENS):
+            self._logits(hidden[start : start + layout.MAX_TOKENS], out[start : start + layout.MAX_TOKENS])
+        return out
+
+    def sample(self, hidden: Floats, histories: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[int]:
+        """`sampling.sample` of the next token of each sequence; NO_TOKEN where logits are NaN."""
+        tokens: list[int] = []
+        for start in range(0, len(hidden), layout.MAX_TOKENS):
+            part = slice(start, start + layout.MAX_TOKENS)
+            settings = np.stack([sampler.pack_settings(own) for own in params[part]])
+            # Only a repetition penalty looks at the tokens themselves.
+            seen = [
+                np.array(history if own.repetition_penalty != 1.0 else (), np.int64)
+                for history, own in zip(histories[part], params[part], strict=True)
+            ]
+            lengths = [len(history) for history in histories[part]]
+            tokens += self._logits(hidden[part], None, (settings, seen, lengths))
+        return tokens
+
+    def nbytes(self) -> int:
+        """Bytes of all weights, which stay in the mapped file."""
+        return self._weights.nbytes
+
+    def close(self) -> None:
+        """Ends the threads. The next pass starts them again."""
+        with self._lock:
+            if self._team is not None:
+                self._team.stop()
+                self._team = None
+
+    def _pass(self, ids: Sequence[int], caches: Sequence[CpuCache], positions: Sequence[int]) -> Floats:
+        M, b = len(ids), self._buffers
+        pool = caches[0].pool
+        with self._lock:
+            length = max(positions) + 1
+            b.hold_positions(length)
+            b.ids[:M], b.positions[:M] = ids, positions
+            b.tables[:M] = [cache.table.ctypes.data for cache in caches]
+            job = b.job[0]
+            job["kind"], job["tokens"], job["splits"] = layout.FORWARD, M, -(-length // attention.SPLIT)
+            job["cache"], job["page_stride"], job["layer_stride"] = pool.address, self.page_bytes(), self._layer_bytes
+            self._run()
+            return b.final[:M].copy()
+
+    def _logits(
+        self,
+        hidden: Floats,
+        out: Floats | None,
+        sampling: tuple[Floats, Sequence[NDArray[np.int64]], Sequence[int]] | None = None,
+    ) -> list[int]:
+        """Logits of up to MAX_TOKENS hidden states to `out`, if that is given, and the tokens sampled from them."""
+        M, b = len(hidden), self._buffers
+        with self._lock:
+            if out is None:
+                out = b.logits_of(M)
+            b.final[:M] = hidden
+            job = b.job[0]
+            job["kind"], job["tokens"], job["settings"] = layout.LOGITS, M, 0
+            job["logits"], job["logits_stride"] = out.ctypes.data, out.shape[1]
+            if sampling is not None:
+                settings, seen, lengths = sampling
+                job["settings"] = settings.ctypes.data
+                b.histories[:M], b.history_lengths[:M] = [ids.ctypes.data for ids in seen], lengths
+            self._run()
+            return b.sampled[:M].tolist() if sampling is not None else []
+
+    def _run(self) -> None:
+        team = self._team
+        if team is None or not team.alive:
+            arguments = (self._weights.model, self._weights.layers, self._buffers.job)
+            team = self._team = Team(self.threads, step.work, arguments)
+            self._arguments = arguments
+            weakref.finalize(self, Team.stop, team)
+        step.work(0, team.members, team.state, *self._arguments)
+
+
+def default_threads() -> int:
+    """The physical cores that this process may use: hardware threads of one core share what the kernels need."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in usable:
+        siblings = str(cpu)
+        with contextlib.suppress(OSError):
+            siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+        cores.add(siblings)
+    count = len(cores)
+    with contextlib.suppress(OSError, ValueError):  # a container's share of the machine
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, round(int(quota) / int(period))))
+    return count

@@ -1,0 +1,104 @@
+"""Memory for a pass, and the job that tells the team where it is."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet_numba.backends.host import Floats
+from bitnet_numba.config import ModelConfig
+from bitnet_numba.kernels.cpu import attention, layout, lm_head, sampler
+from bitnet_numba.kernels.cpu.gemm import SCRATCH_ROWS
+from bitnet_numba.packing import BLOCK_ROWS, padded_shape
+from bitnet_numba.reference.model import rope_tables
+
+ALIGN = 64  # bytes of a cache line
+
+
+class Buffers:
+    """Memory for a pass, and the job that tells the team where it is."""
+
+    def __init__(self, c: ModelConfig, members: int, kernels: dict[str, int]):
+        self._config = c
+        M, q_size, longest = layout.MAX_TOKENS, c.q_size, max(c.hidden_size, c.q_size, c.intermediate_size)
+        self.ids, self.positions, self.tables = (np.zeros(M, np.int64) for _ in range(3))
+        self.histories, self.history_lengths, self.sampled = (np.zeros(M, np.int64) for _ in range(3))
+        self._logits = np.empty((0, c.vocab_size), np.float32)
+        self.job = np.zeros(1, layout.JOB)
+        job = self.job[0]
+        self._kept: list[NDArray[Any]] = []
+        for name, address in kernels.items():
+            if name != "row_sums":  # which is called once, when weights are loaded
+                job["kernels"][name] = address
+        for name in ("ids", "positions", "tables", "histories", "history_lengths", "sampled"):
+            job[name] = getattr(self, name).ctypes.data
+        self.final = self._take("final", (M, c.hidden_size))
+        self._take("x", (M, c.hidden_size))
+        self._take("qkv", (M, q_size + 2 * c.kv_size))
+        self._take("attn_out", (M, q_size))
+        self._take("mlp_hidden", (M, c.intermediate_size))
+        job["q_stride"] = padded_shape(1, longest)[1]
+        job["plane_stride"] = lm_head.prepared_bytes(longest)
+        inputs = layout.SEGMENTS * job["q_stride"] + 8 * layout.SEGMENTS * M
+        self._take("shared", (M * (inputs + job["plane_stride"]),), np.uint8)
+        self._members = members
+        # Of a member's own: one token's inputs, then what follows, each from a cache line on.
+        self._sizes = {
+            "inputs": inputs + job["plane_stride"],
+            "h": 4 * 3 * (longest + 32),
+            "acc": 4 * M * (layout.MAX_ROWS + 2 * BLOCK_ROWS) + ALIGN,
+            "y": 4 * 2 * M * layout.MAX_ROWS + ALIGN,
+            "unpacked": SCRATCH_ROWS * int(job["q_stride"]),
+            "scratch": attention.SCRATCH_BYTES,
+            "sampler": sampler.scratch_bytes(c.vocab_size),
+        }
+        self._longest = 0
+        self.hold_positions(1024)
+
+    def logits_of(self, tokens: int) -> Floats:
+        """Room for the logits of so many tokens, float32 [at least tokens, vocab]."""
+        if len(self._logits) < tokens:
+            self._logits = np.empty((tokens, self._config.vocab_size), np.float32)
+        return self._logits
+
+    def hold_positions(self, length: int) -> None:
+        """Makes room for contexts of so many tokens: tables of the rotary embedding, partial outputs of attention."""
+        if length <= self._longest:
+            return
+        c, job = self._config, self.job[0]
+        length = min(max(length, 2 * self._longest), max(length, c.max_context))
+        cos, sin = (table[:, : c.head_dim // 2] for table in rope_tables(c, np.arange(length)))
+        self._rope = [np.ascontiguousarray(cos), np.ascontiguousarray(sin)]
+        job["cos"], job["sin"] = (table.ctypes.data for table in self._rope)
+        splits = -(-length // attention.SPLIT)
+        row = attention.partial_bytes(c.head_dim)
+        self._partials = np.empty(
+            (4 * self._members + c.num_kv_heads) * (c.num_heads // c.num_kv_heads) * splits * row, np.uint8
+        )
+        job["partials"] = self._partials.ctypes.data
+        sizes = self._sizes | {"own_partials": c.num_heads // c.num_kv_heads * splits * row}
+        offset = 0
+        for name, size in sizes.items():
+            if name != "inputs":
+                job[name] = offset
+            offset += -(-size // ALIGN) * ALIGN
+        # A page more, so that members do not share the sets of the first-level cache.
+        job["own_stride"] = offset + 4096 + ALIGN
+        self._own = np.empty(self._members * int(job["own_stride"]) + ALIGN, np.uint8)
+        job["own"] = aligned_address(self._own)
+        self._longest = length
+
+    def _take(self, name: str, shape: tuple[int, ...], dtype: type = np.float32) -> NDArray[Any]:
+        """An array from a cache line on, with a line of room behind it; its address goes into the job."""
+        count = int(np.prod(shape))
+        memory = np.zeros(count * np.dtype(dtype).itemsize + 2 * ALIGN, np.uint8)
+        start = -memory.ctypes.data % ALIGN
+        array: NDArray[Any] = memory[start : start + count * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
+        self._kept.append(array)
+        self.job[0][name] = array.ctypes.data
+        return array
+
+
+def aligned_address(memory: NDArray[np.uint8]) -> int:
+    """The address of the first cache line in an array."""
+    return -(-memory.ctypes.data // ALIGN) * ALIGN

@@ -1,0 +1,80 @@
+"""Getting the machine code of a model's kernels: from the disk cache, or the first time compiled, by two processes.
+
+Numba compiles one function at a time in a process. The step takes about as long as all kernels that it calls together:
+so a process of its own compiles it into the disk cache while this one compiles the kernels.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from bitnet_numba.backends.progress import CompileProgress
+from bitnet_numba.kernels.cpu import attention, isa, step
+from bitnet_numba.kernels.cpu.kernels import Kernel, kernels_for
+from bitnet_numba.kernels.runtime import disk_cache
+
+STEP = "step"
+
+
+class Needs(NamedTuple):
+    """What kernels are compiled for."""
+
+    instruction_set: str
+    kv_dtype: str  # "uint16" for bfloat16, or "float32"
+    group_size: int  # query heads to a kv head
+    int8: bool  # embedding and LM head
+
+    def kernels(self) -> dict[str, Kernel]:
+        """The kernels, not compiled yet."""
+        heads = attention.head_tile(self.group_size)
+        return kernels_for(isa.InstructionSet(self.instruction_set), np.dtype(self.kv_dtype), heads, self.int8)
+
+
+def load_kernels(needs: Needs) -> dict[str, int]:
+    """The addresses of kernels by name, all of them and the step compiled, with progress if that takes time."""
+    kernels = needs.kernels()
+    missing = sum(not kernel.is_cached for kernel in kernels.values()) + (not step.is_cached())
+    progress = CompileProgress("this CPU", missing)
+    addresses = {}
+    with _step_compiled_beside(missing > 1 and not step.is_cached()):
+        for name, kernel in kernels.items():
+            new = not kernel.is_cached
+            addresses[name] = kernel.address()
+            progress.advance(new)
+    new = not step.is_cached()
+    step.compile_step()
+    progress.advance(new)
+    progress.close()
+    return addresses
+
+
+@contextlib.contextmanager
+def _step_compiled_beside(wanted: bool) -> Iterator[None]:
+    """Compiles the step in another process while the body runs, and waits for it; if it fails, nothing is lost."""
+    # A frozen program is its own executable: it would start itself.
+    frozen = not sys.executable or getattr(sys, "frozen", False)
+    if not wanted or frozen or (os.cpu_count() or 1) < 2 or not disk_cache.is_writable():
+        yield
+        return
+    process = None
+    with contextlib.suppress(OSError):
+        nowhere = subprocess.DEVNULL
+        command = [sys.executable, "-m", "bitnet_numba.backends.cpu.warmup"]
+        process = subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere)
+    try:
+        yield
+        if process is not None:
+            process.wait()
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait()
+
+
+if __name__ == "__main__":
+    step.compile_step()
