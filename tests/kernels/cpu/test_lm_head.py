@@ -6,6 +6,10 @@ In fixed point a column is off by 1.5 units at most (half of one, and one for th
 is off by that times sum |w|, and three roundings follow.
 """
 
+import ctypes
+import mmap
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -162,3 +166,28 @@ def test_short_rows_are_padded(name, K):
     check(name, rows[:, :K], scales, x, logits(name, rows, scales, x, 0, 9))
     bf16 = from_float32(rows.astype(np.float32))
     check(name, rows[:, :K], None, x, logits(name, bf16, None, x, 0, 9))
+
+
+def end_of_memory(values: np.ndarray) -> np.ndarray:
+    """A copy of an array behind which lies memory that must not be touched."""
+    page = mmap.PAGESIZE
+    size = -(-values.nbytes // page) * page
+    memory = mmap.mmap(-1, size + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    if ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(page), 0):
+        pytest.skip("memory cannot be protected here")
+    copy = np.frombuffer(memory, np.uint8, values.nbytes, size - values.nbytes).view(values.dtype).reshape(values.shape)
+    copy[:] = values
+    return copy
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="protects memory as POSIX does")
+@pytest.mark.parametrize("name", isa.available())
+@pytest.mark.parametrize("K", [64, 65, 95, 127, 128, 2049])
+def test_nothing_is_read_beyond_the_last_row(name, K):
+    rng = np.random.default_rng(K)
+    x, scales = activations(rng, 3, K), np.full(5, 0.5, np.float32)
+    rows = end_of_memory(rng.integers(-128, 128, (5, K), dtype=np.int8))
+    check(name, rows, scales, x, logits(name, rows, scales, x, 0, 5))
+    rows = end_of_memory(from_float32(rng.standard_normal((5, K)).astype(np.float32)))
+    check(name, to_float32(rows), None, x, logits(name, rows, None, x, 0, 5))
