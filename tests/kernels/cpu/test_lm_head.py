@@ -6,8 +6,6 @@ In fixed point a column is off by 1.5 units at most (half of one, and one for th
 is off by that times sum |w|, and three roundings follow.
 """
 
-import ctypes
-import mmap
 import sys
 
 import numpy as np
@@ -19,6 +17,7 @@ from numba import njit
 from bitnet_numba.bfloat16 import from_float32, to_float32
 from bitnet_numba.kernels.cpu import isa, lm_head
 from bitnet_numba.kernels.cpu.vec import address_of
+from tests.kernels.cpu.memory import end_of_memory
 
 POISON = np.float32(-7.25e33)
 HALF_ULP = 2.0**-24
@@ -166,19 +165,6 @@ def test_short_rows_are_padded(name, K):
     check(name, rows[:, :K], scales, x, logits(name, rows, scales, x, 0, 9))
     bf16 = from_float32(rows.astype(np.float32))
     check(name, rows[:, :K], None, x, logits(name, bf16, None, x, 0, 9))
-
-
-def end_of_memory(values: np.ndarray) -> np.ndarray:
-    """A copy of an array behind which lies memory that must not be touched."""
-    page = mmap.PAGESIZE
-    size = -(-values.nbytes // page) * page
-    memory = mmap.mmap(-1, size + page)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    if ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(page), 0):
-        pytest.skip("memory cannot be protected here")
-    copy = np.frombuffer(memory, np.uint8, values.nbytes, size - values.nbytes).view(values.dtype).reshape(values.shape)
-    copy[:] = values
-    return copy
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="protects memory as POSIX does")
