@@ -76,8 +76,7 @@ def prepare_float(x, K, prepared):
 @njit(**OPTIONS)
 def prepare_fixed(x, K, prepared):
     """The unit, then blocks of 64 columns: high, middle and low bytes. NaN or infinity makes the unit NaN."""
-    largest = np.float32(1e-30)  # below this, all logits are as good as 0
-    nan = np.float32(0)
+    largest, nan = np.float32(0), np.float32(0)
     for k in range(K):
         v = load_f32(x, 4 * k)
         largest = max(largest, abs(v))
@@ -89,7 +88,7 @@ def prepare_fixed(x, K, prepared):
         for i in range(64):
             fixed = 0  # of a column that another step has
             if first + i >= 64 * step:
-                quotient = np.rint(column_of(x, K, first + i, 0) / unit)
+                quotient = np.rint(column_of(x, K, first + i, 0) / unit)  # NaN if all activations are 0
                 fixed = ZERO + (int(quotient) if abs(quotient) < ZERO else 0)
             at = prepared + PLANES + 192 * step + i
             store_i8(at, 0, fixed >> 16)

@@ -60,7 +60,8 @@ def row_product(rows_format: RowFormat) -> Any:
         for _part in range(2):  # whole steps, then the last columns
             for _step in range(steps):
                 sums = step(isa, sums, row, K * column_bytes, at, x_stride)
-                prefetch(sums, ahead)
+                if len(sums[0]) > registers:
+                    prefetch(sums, ahead)
                 row += columns * column_bytes
                 ahead += columns * column_bytes * len(sums)
                 at += x_bytes
@@ -118,13 +119,13 @@ def _all_lanes(vector: ir.VectorType, value: int):
 
 @intrinsic
 def prefetch(typingctx, sums, address):
-    """Asks for the cache lines that a tile of several rows needs next, in the order in which they lie.
+    """Asks for the cache lines that a tile of several rows or tokens needs for its next rows, in the order of memory.
 
-    Hardware follows one stream of whole rows by itself, but loses two that start anew every other row.
+    Hardware follows one row after the other for one token, but neither two rows at a time nor slower readers.
     """
 
     def codegen(context, builder, sig, args):
-        for offset in range(0, 64 * sums.count if sums.count > 1 else 0, 64):
+        for offset in range(0, 64 * sums.count, 64):
             at = builder.inttoptr(builder.add(args[1], ir.Constant(args[1].type, offset)), BYTE.as_pointer())
             signature = ir.FunctionType(ir.VoidType(), [at.type, *[vec.I32] * 3])
             function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")

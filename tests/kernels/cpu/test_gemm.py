@@ -1,5 +1,7 @@
 """The W2A8 matrix product on the CPU: integer sums equal those of NumPy for every instruction set."""
 
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from bitnet_numba.kernels.cpu import isa
 from bitnet_numba.kernels.cpu.gemm import SCRATCH_ROWS, gemm
 from bitnet_numba.kernels.cpu.vec import address_of
 from bitnet_numba.packing import pack_ternary
+from tests.kernels.cpu.memory import end_of_memory
 
 POISON = np.int32(-(2**31))
 GUARD = 64  # bytes around what is written
@@ -67,6 +70,17 @@ def test_sums_equal_those_of_integers(name, M, N, K, spare, seed, data):
 def test_the_largest_sums_do_not_overflow(name, K, q_value, w_value):
     w, q = np.full((48, K), w_value, np.int8), np.full((9, K), q_value, np.int8)
     assert (product(name, w, q, 0, 3) == K * q_value * w_value).all()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="protects memory as POSIX does")
+@pytest.mark.parametrize("name", isa.available())
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_nothing_is_read_beyond_the_words(name, blocks):
+    w, q = np.ones((16 * blocks, 96), np.int8), np.full((3, 96), 2, np.int8)
+    words = end_of_memory(pack_ternary(w))
+    acc, scratch = np.full((3, 16 * blocks), POISON), np.empty(SCRATCH_ROWS * 96 + 2 * GUARD, np.uint8)
+    run(isa.choose(name), words, 96, q, q.sum(1, dtype=np.int32), acc, 0, blocks, scratch)
+    assert (acc == 192).all()
 
 
 @pytest.mark.parametrize("name", isa.available())

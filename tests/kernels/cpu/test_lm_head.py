@@ -6,6 +6,8 @@ In fixed point a column is off by 1.5 units at most (half of one, and one for th
 is off by that times sum |w|, and three roundings follow.
 """
 
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from numba import njit
 from bitnet_numba.bfloat16 import from_float32, to_float32
 from bitnet_numba.kernels.cpu import isa, lm_head
 from bitnet_numba.kernels.cpu.vec import address_of
+from tests.kernels.cpu.memory import end_of_memory
 
 POISON = np.float32(-7.25e33)
 HALF_ULP = 2.0**-24
@@ -162,3 +165,15 @@ def test_short_rows_are_padded(name, K):
     check(name, rows[:, :K], scales, x, logits(name, rows, scales, x, 0, 9))
     bf16 = from_float32(rows.astype(np.float32))
     check(name, rows[:, :K], None, x, logits(name, bf16, None, x, 0, 9))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="protects memory as POSIX does")
+@pytest.mark.parametrize("name", isa.available())
+@pytest.mark.parametrize("K", [64, 65, 95, 127, 128, 2049])
+def test_nothing_is_read_beyond_the_last_row(name, K):
+    rng = np.random.default_rng(K)
+    x, scales = activations(rng, 3, K), np.full(5, 0.5, np.float32)
+    rows = end_of_memory(rng.integers(-128, 128, (5, K), dtype=np.int8))
+    check(name, rows, scales, x, logits(name, rows, scales, x, 0, 5))
+    rows = end_of_memory(from_float32(rng.standard_normal((5, K)).astype(np.float32)))
+    check(name, to_float32(rows), None, x, logits(name, rows, None, x, 0, 5))
