@@ -44,7 +44,7 @@ def print_report(console: Console, report: Report, target: Path) -> None:
     if shares:
         console.print("zeros: " + ", ".join(shares))
     for note in report.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}", markup=False, emoji=False)
     console.print(f"written to {target}")
 
 

@@ -202,12 +202,17 @@ class _Rounding:
         error = rounded - values
         self.count += values.size
         self.changed += int(np.count_nonzero(error))
-        self._error += float(np.square(error, dtype=np.float64).sum())
-        self._size += float(np.square(values, dtype=np.float64).sum())
+        self._error += _sum_of_squares(error)
+        self._size += _sum_of_squares(values)
 
     def __str__(self) -> str:
         rms = math.sqrt(self._error / self._size)
         return f"kept as bfloat16, which rounds {self.changed / self.count:.1%} of the values; rms error {rms:.2%}"
+
+
+def _sum_of_squares(values: NDArray[np.float32]) -> float:
+    flat = values.ravel()
+    return float(np.einsum("i,i->", flat, flat, dtype=np.float64))  # without a float64 copy of them all
 
 
 def _tensor_files(folder: Path) -> list[Path]:

@@ -62,10 +62,10 @@ def test_published_keys_convert_in_silence(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_unknown_keys_stand_in_the_report(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    edit_config(source, mood="[red]\x1b[1m")
+    edit_config(source, mood=":warning: [red]\x1b[1m")
     assert main([str(source), str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
-    assert "note: config.json: unknown keys, without effect here: mood = '[red]\\x1b[1m'\n" in out
+    assert "note: config.json: unknown keys, without effect here: mood = ':warning: [red]\\x1b[1m'\n" in out
     open_packed(tmp_path / "out")
 
 
