@@ -106,6 +106,7 @@ def test_absent_keys_take_the_defaults_of_the_class() -> None:
         assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (32000, 4096, 11008)
         assert (config.num_layers, config.num_heads, config.num_kv_heads, config.max_context) == (32, 32, 32, 2048)
     assert class_alone("LlamaForCausalLM", num_attention_heads=8).num_kv_heads == 8
+    assert class_alone("LlamaForCausalLM", hidden_act="swish") == class_alone("LlamaForCausalLM")
 
 
 def test_null_is_not_always_absent() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bitnet_numba.bfloat16 import from_float32, to_float32
+from bitnet_numba.checkpoint import huggingface
 from bitnet_numba.checkpoint.convert import convert
 from bitnet_numba.checkpoint.huggingface import EMBEDDING, LM_HEAD, HuggingFaceCheckpoint
 from bitnet_numba.checkpoint.packed import open_packed
@@ -84,7 +85,11 @@ def test_a_tied_model_may_store_only_the_head(source: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32", "F16"])
-def test_a_tied_head_of_equal_values_in_any_type(source: Path, tmp_path: Path, dtype: str) -> None:
+def test_a_tied_head_of_equal_values_in_any_type(
+    source: Path, tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface, "_ROWS_AT_A_TIME", 500)
+
     def repeat(arrays: Arrays, specs: Specs, change: float = 0) -> None:
         arrays[EMBEDDING] = from_float32(to_float32(arrays[EMBEDDING]).astype(np.float16).astype(np.float32))
         arrays[EMBEDDING] &= np.uint16(0xFFF0)  # few digits, so that float16 holds them, too
@@ -98,6 +103,21 @@ def test_a_tied_head_of_equal_values_in_any_type(source: Path, tmp_path: Path, d
     rewrite(source / "model.safetensors", lambda arrays, specs: repeat(arrays, specs, change=1))
     with pytest.raises(CheckpointError, match="lm_head.weight differs from model.embed_tokens.weight"):
         convert(source, tmp_path / "out2")
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns", "integers"])
+def test_a_tied_head_of_another_shape(source: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface, "_ROWS_AT_A_TIME", 500)
+
+    def add(arrays: Arrays, specs: Specs) -> None:
+        embedding = arrays[EMBEDDING]
+        head = {"rows": embedding[:1000], "columns": embedding[:, :-1], "integers": embedding.astype(np.int32)}[kind]
+        arrays[LM_HEAD] = np.ascontiguousarray(head)
+        specs[LM_HEAD] = TensorSpec("I32" if kind == "integers" else "BF16", head.shape)
+
+    rewrite(source / "model.safetensors", add)
+    with pytest.raises(CheckpointError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        convert(source, tmp_path / "out")
 
 
 def test_a_stale_index_is_not_read(source: Path, tmp_path: Path) -> None:
@@ -155,7 +175,8 @@ def test_offline_floats_that_are_not_ternary(offline: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
-def test_what_bfloat16_loses_is_reported(tmp_path: Path, dtype: str) -> None:
+def test_what_bfloat16_loses_is_reported(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitnet_numba.checkpoint.convert.ROWS_AT_A_TIME", 500)
     _, raw = PRESETS["tiny-1bitllm"]
     make_checkpoint(tmp_path / "source", raw, "online", seed=1, dtype=dtype)
     report = convert(tmp_path / "source", tmp_path / "out")
@@ -244,6 +265,16 @@ def test_nested_config(source: Path, tmp_path: Path, depth: int) -> None:
         assert "\n" not in str(error) and not (tmp_path / "out").exists()
     else:
         open_packed(tmp_path / "out")
+
+
+def test_config_that_could_be_read_but_not_written(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some versions of Python read deeper JSON than they write."""
+    raw, nested = json.loads((source / "config.json").read_text()), []
+    for _ in range(20_000):
+        nested = [nested]
+    monkeypatch.setattr(huggingface, "read_config", lambda folder: raw | {"mood": nested})
+    with pytest.raises(CheckpointError, match="config.json is nested too deeply"):
+        HuggingFaceCheckpoint(source)
 
 
 def test_defaults_of_the_class_reach_the_logits(source: Path, tmp_path: Path) -> None:
