@@ -1,12 +1,22 @@
 """ModelConfig: a model's sizes and options, translated from Hugging Face's config.json, validated at construction."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from bitnet_numba.config_keys import (
+    CLASS_DEFAULTS,
+    HARMLESS,
+    QUANTIZATION_HARMLESS,
+    QUANTIZATION_USED,
+    ROPE_USED,
+    USED,
+    Keys,
+    shown,
+)
 from bitnet_numba.errors import ConfigError
+from bitnet_numba.module_patterns import check_patterns, names_module
 
 WeightFormat = Literal["online", "offline", "bitlinear"]
 Activation = Literal["relu2", "silu"]
@@ -19,27 +29,22 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "down": ("mlp.down_proj",),
 }
 
-# Keys of config.json without effect on inference.
-_WITHOUT_EFFECT = frozenset(
-    """architectures attention_dropout auto_map bitnet_numba bos_token_id dtype eos_token_id hidden_dropout id2label
-    initializer_range label2id max_length model_type name_or_path pad_token_id pretraining_tp torch_dtype
-    transformers_version use_cache _name_or_path _from_model_config unsloth_version unsloth_fixed
-    _attn_implementation_autoset attn_implementation _attn_implementation chunk_size_feed_forward diversity_penalty
-    early_stopping length_penalty min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-    encoder_no_repeat_ngram_size output_attentions output_hidden_states output_scores problem_type repetition_penalty
-    return_dict return_dict_in_generate temperature top_k top_p typical_p tie_encoder_decoder tokenizer_class
-    torchscript""".split()
-)
-_USED = frozenset(
-    """attention_bias head_dim hidden_act hidden_size input_bits intermediate_size max_position_embeddings mlp_bias
-    num_attention_heads num_hidden_layers num_key_value_heads quantization_config rms_norm_eps rope_parameters
-    rope_scaling rope_theta tie_word_embeddings vocab_size weight_bits""".split()
-)
-_QUANTIZATION_KEYS = frozenset(
-    "quant_method linear_class quantization_mode use_rms_norm rms_norm_eps modules_to_not_convert".split()
-)
-_ARCHITECTURES = ("BitNetForCausalLM", "BitnetForCausalLM", "LlamaForCausalLM")
-_MAX_SIZE = 1 << 24  # upper limit of every size in a config
+# Sums of so many products of int8 with ternary are exact in float32: the reference could not check more columns.
+MAX_COLUMNS = (1 << 24) // 128
+# Upper limits of a model's sizes, far above every published model's, so that a damaged config.json costs nothing.
+_LIMITS = {
+    "vocab_size": 1 << 24,
+    "hidden_size": MAX_COLUMNS,
+    "intermediate_size": MAX_COLUMNS,
+    "num_layers": 4096,
+    "num_heads": MAX_COLUMNS,
+    "num_kv_heads": MAX_COLUMNS,
+    "head_dim": MAX_COLUMNS,
+    "max_context": 1 << 24,
+}
+
+_ARCHITECTURE_OF_TYPE = {"bitnet": "BitNetForCausalLM", "llama": "LlamaForCausalLM"}
+_ACTIVATIONS: dict[str, Activation] = {"relu2": "relu2", "silu": "silu", "swish": "silu"}
 
 
 @dataclass(frozen=True)
@@ -79,11 +84,11 @@ class ModelConfig:
     dense: tuple[str, ...] | None = field(default=None)  # modules_to_not_convert
 
     def __post_init__(self) -> None:
-        for (
-            name
-        ) in "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim max_context".split():
-            if not 1 <= getattr(self, name) <= _MAX_SIZE:
-                raise ConfigError(f"config: {name} = {getattr(self, name)} is out of range")
+        for name, limit in _LIMITS.items():
+            if not 1 <= getattr(self, name) <= limit:
+                raise ConfigError(f"config: {name} = {shown(getattr(self, name))} is out of range (1 to {limit})")
+        if self.q_size > MAX_COLUMNS:
+            raise ConfigError(f"config: {self.num_heads} heads of {self.head_dim} are over {MAX_COLUMNS} columns")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"config: {self.num_heads} heads cannot share {self.num_kv_heads} key-value heads evenly")
         if self.head_dim % 2:
@@ -120,11 +125,7 @@ class ModelConfig:
         """Whether a linear is quantised, by its full Hugging Face name such as model.layers.0.mlp.up_proj."""
         if self.dense is None:
             return module != "lm_head"
-        for pattern in self.dense:
-            # As in transformers: a suffix, or a regular expression for a prefix that ends at a module boundary.
-            if module.endswith(pattern) or re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module):
-                return False
-        return True
+        return not names_module(self.dense, module)
 
     @staticmethod
     def from_hf(raw: Mapping[str, Any]) -> "ModelConfig":
@@ -132,165 +133,141 @@ class ModelConfig:
         return _from_hf(raw)
 
 
-class _Keys:
-    """Typed access to a parsed JSON object; every error is a ConfigError that names the key."""
-
-    def __init__(self, raw: Any, where: str):
-        if not isinstance(raw, Mapping):
-            raise ConfigError(f"{where} must be a JSON object")
-        self.raw = raw
-        self.where = where
-
-    def get(self, key: str, default: Any = None) -> Any:
-        value = self.raw.get(key)
-        return default if value is None else value
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.get(key, default)
-        if value is None:
-            raise ConfigError(f"{self.where}: {key} is missing")
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"{self.where}: {key} must be an integer, not {_short(value)}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key, default)
-        if value is None:
-            raise ConfigError(f"{self.where}: {key} is missing")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"{self.where}: {key} must be a number, not {_short(value)}")
-        try:
-            return float(value)
-        except OverflowError:
-            raise ConfigError(f"{self.where}: {key} is out of range") from None
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self.get(key, default)
-        if not isinstance(value, bool):
-            raise ConfigError(f"{self.where}: {key} must be true or false, not {_short(value)}")
-        return value
-
-    def refuse_unknown(self, known: frozenset[str]) -> None:
-        for key, value in self.raw.items():
-            if key not in known and value not in (None, False, 0, "", [], {}):
-                raise ConfigError(f"{self.where}: key {_short(key)} = {_short(value)} is not supported")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def config_notes(raw: Mapping[str, Any]) -> list[str]:
+    """What a user should know about a valid config.json: one line for each of its peculiarities, often none."""
+    keys, notes = Keys(raw, ""), []
+    architecture, by_type = _architecture(keys), _class_of_type(keys)
+    if by_type not in (None, architecture) and architecture != "BitnetForCausalLM":
+        notes.append(f"config.json: read as {architecture}, although model_type = {shown(keys.get('model_type'))}")
+    unknown = keys.unknown(HARMLESS | USED)
+    for name, known in (
+        ("quantization_config", QUANTIZATION_HARMLESS | QUANTIZATION_USED),
+        (_rope_key(keys), ROPE_USED),
+    ):
+        unknown += [f"{name}: {key}" for key in Keys(raw.get(name) or {}, "").unknown(known)]
+    if unknown:
+        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+        notes.append(f"config.json: unknown keys, without effect here: {', '.join(unknown[:10])}{more}")
+    return notes
 
 
 def _from_hf(raw: Mapping[str, Any]) -> ModelConfig:
-    keys = _Keys(raw, "config.json")
-    keys.refuse_unknown(_WITHOUT_EFFECT | _USED)
-    architectures = keys.get("architectures", [])
-    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in _ARCHITECTURES:
-        one_of = ", ".join(_ARCHITECTURES)
-        raise ConfigError(f"config.json: architectures = {_short(architectures)} is not supported (one of {one_of})")
-    architecture = architectures[0]
-    original = architecture == "BitnetForCausalLM"  # the first release: online format, silu
-    for key, supported in (("weight_bits", (1, 2)), ("input_bits", (8,))):
+    keys = Keys(raw, "config.json")
+    keys.refuse_other_arithmetic()
+    architecture = _architecture(keys)
+    default = CLASS_DEFAULTS[architecture]
+    for key, supported in (("weight_bits", (1, 1.58, 2)), ("bits", (1, 1.58, 2)), ("input_bits", (8,))):
         if keys.get(key) is not None and keys.get(key) not in supported:
-            raise ConfigError(f"config.json: {key} = {_short(keys.get(key))} is not supported")
+            raise ConfigError(f"config.json: {key} = {shown(keys.get(key))} is not supported")
 
-    heads, hidden = keys.integer("num_attention_heads"), keys.integer("hidden_size")
-    if "head_dim" not in raw and (heads < 1 or hidden % heads):
-        raise ConfigError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-    activation = keys.get("hidden_act", "silu")
-    if activation not in ("relu2", "silu"):
-        raise ConfigError(f"config.json: hidden_act = {_short(activation)} is not supported (relu2 or silu)")
-    theta, scaling = _rope(keys)
-    weight_format, linear_norm, linear_norm_eps, dense = _quantization(keys, original)
-    return ModelConfig(
-        vocab_size=keys.integer("vocab_size"),
+    heads = keys.integer("num_attention_heads", default["num_attention_heads"])
+    hidden = keys.integer("hidden_size", default["hidden_size"])
+    if keys.get("head_dim") is not None:
+        head_dim = keys.integer("head_dim")
+    elif heads < 1 or hidden % heads:
+        raise ConfigError(
+            f"config.json: hidden_size {shown(hidden)} is not a multiple of num_attention_heads {shown(heads)}"
+        )
+    else:
+        head_dim = hidden // heads
+    kv_heads = default["num_key_value_heads"] or heads
+    if "num_key_value_heads" in raw:  # null means as many as query heads, whatever the class
+        kv_heads = heads if raw["num_key_value_heads"] is None else keys.integer("num_key_value_heads")
+    theta, scaling = _rope(keys, default)
+    weight_format, linear_norm, linear_norm_eps, dense = _quantization(keys, architecture == "BitnetForCausalLM")
+    config = ModelConfig(
+        vocab_size=keys.integer("vocab_size", default["vocab_size"]),
         hidden_size=hidden,
-        intermediate_size=keys.integer("intermediate_size"),
-        num_layers=keys.integer("num_hidden_layers"),
+        intermediate_size=keys.integer("intermediate_size", default["intermediate_size"]),
+        num_layers=keys.integer("num_hidden_layers", default["num_hidden_layers"]),
         num_heads=heads,
-        num_kv_heads=keys.integer("num_key_value_heads", heads),
-        head_dim=keys.integer("head_dim", hidden // max(heads, 1)),
-        max_context=keys.integer("max_position_embeddings"),
-        rms_norm_eps=keys.number("rms_norm_eps"),
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        max_context=keys.integer("max_position_embeddings", default["max_position_embeddings"]),
+        rms_norm_eps=keys.number("rms_norm_eps", default["rms_norm_eps"]),
         rope_theta=theta,
         rope_scaling=scaling,
-        activation=activation,
+        activation=_ACTIVATIONS[keys.choice("hidden_act", default["hidden_act"], tuple(_ACTIVATIONS))],
         sub_norms=architecture != "LlamaForCausalLM",
         tied=keys.boolean("tie_word_embeddings", False),
         attention_bias=keys.boolean("attention_bias", False),
-        mlp_bias=keys.boolean("mlp_bias", False),
+        # The other classes' feed-forward has no bias, whatever is written.
+        mlp_bias=keys.boolean("mlp_bias", False) and architecture == "LlamaForCausalLM",
         linear_norm=linear_norm,
         linear_norm_eps=linear_norm_eps,
         weight_format=weight_format,
         dense=dense,
     )
+    if config.is_ternary("lm_head"):
+        raise ConfigError(
+            "config.json: quantization_config: modules_to_not_convert without lm_head quantises the LM head, "
+            "which is not supported"
+        )
+    return config
 
 
-def _rope(keys: _Keys) -> tuple[float, RopeScaling | None]:
-    """Rotary base and scaling, from the old keys (rope_theta, rope_scaling) or the new one (rope_parameters)."""
-    name = "rope_parameters" if keys.get("rope_parameters") is not None else "rope_scaling"
-    rope = _Keys(keys.get(name, {}), f"config.json: {name}")
-    theta = rope.number("rope_theta", keys.number("rope_theta", 10000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
+def _architecture(keys: Keys) -> str:
+    """The model class: what `architectures` names; where it is absent, that of model_type."""
+    architectures = keys.get("architectures") or [_class_of_type(keys)]
+    if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in list(CLASS_DEFAULTS):
+        one_of = ", ".join(CLASS_DEFAULTS)
+        raise ConfigError(
+            f"config.json: architectures = {shown(keys.get('architectures'))} is not supported (one of {one_of})"
+        )
+    return str(architectures[0])
+
+
+def _class_of_type(keys: Keys) -> str | None:
+    model_type = keys.get("model_type")
+    return _ARCHITECTURE_OF_TYPE.get(model_type) if isinstance(model_type, str) else None
+
+
+def _rope(keys: Keys, default: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Rotary base and scaling. As in transformers, rope_scaling replaces all of rope_parameters unless it is empty."""
+    name = _rope_key(keys)
+    rope = Keys(keys.get(name) or {}, f"config.json: {name}")
+    rope.refuse_other_arithmetic()
+    if any(isinstance(value, Mapping) for value in rope.raw.values()):
+        raise ConfigError(f"{rope.where}: rotary embedding that differs from layer to layer is not supported")
+    theta = (keys if rope.get("rope_theta") is None else rope).number("rope_theta", default["rope_theta"])
+    kind = rope.choice("rope_type", rope.get("type", "default"), ("default", "linear", "llama3"))
     if kind == "default":
-        rope.refuse_unknown(frozenset(("rope_theta", "rope_type", "type")))
         return theta, None
     if kind == "linear":
-        known = {"rope_theta", "rope_type", "type", "factor"}
-        scaling = RopeScaling("linear", rope.number("factor"))
-    elif kind == "llama3":
-        known = {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-        known |= {"rope_theta", "rope_type", "type", "factor"}
-        scaling = RopeScaling(
-            "llama3",
-            rope.number("factor"),
-            rope.number("low_freq_factor"),
-            rope.number("high_freq_factor"),
-            rope.integer("original_max_position_embeddings"),
-        )
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        if not (0 < low < high and math.isfinite(high) and 1 <= scaling.original_context <= _MAX_SIZE):
-            raise ConfigError(f"{rope.where}: the llama3 factors contradict each other")
-    else:
-        raise ConfigError(f"{rope.where}: type {_short(kind)} is not supported (default, linear or llama3)")
-    if not (math.isfinite(scaling.factor) and scaling.factor > 0):
-        raise ConfigError(f"{rope.where}: factor must be a positive number")
-    rope.refuse_unknown(frozenset(known))
-    return theta, scaling
+        return theta, RopeScaling("linear", rope.number("factor"))
+    original = rope.integer(
+        "original_max_position_embeddings", keys.get("max_position_embeddings", default["max_position_embeddings"])
+    )
+    elsewhere = keys.get("original_max_position_embeddings", original)  # versions differ in which of the two they read
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if not (low < high and 1 <= original <= _LIMITS["max_context"] and original == elsewhere):
+        raise ConfigError(f"{rope.where}: the llama3 factors contradict each other")
+    return theta, RopeScaling("llama3", rope.number("factor"), low, high, original)
 
 
-def _quantization(keys: _Keys, original: bool) -> tuple[WeightFormat, bool, float, tuple[str, ...] | None]:
+def _rope_key(keys: Keys) -> str:
+    return "rope_scaling" if keys.get("rope_scaling") else "rope_parameters"
+
+
+def _quantization(keys: Keys, first_release: bool) -> tuple[WeightFormat, bool, float, tuple[str, ...] | None]:
     """Weight format, linear_norm, its epsilon and modules_to_not_convert, from quantization_config."""
     if keys.get("quantization_config") is None:
-        if original:
+        if first_release:
             return "online", False, 1e-6, None
         raise ConfigError("config.json: no quantization_config, so this is not a BitNet checkpoint")
-    quantization = _Keys(keys.get("quantization_config"), "config.json: quantization_config")
-    quantization.refuse_unknown(_QUANTIZATION_KEYS)
-    method = quantization.get("quant_method", "bitnet")
-    linear_class = quantization.get("linear_class", "bitlinear")
-    mode = quantization.get("quantization_mode", "offline")
-    if method != "bitnet":
-        raise ConfigError(f"{quantization.where}: quant_method {_short(method)} is not supported (bitnet)")
-    if linear_class not in ("bitlinear", "autobitlinear"):
-        raise ConfigError(f"{quantization.where}: linear_class {_short(linear_class)} is not supported")
-    if mode not in ("online", "offline"):
-        raise ConfigError(f"{quantization.where}: quantization_mode {_short(mode)} is not supported")
+    quantization = Keys(keys.get("quantization_config"), "config.json: quantization_config")
+    quantization.choice("quant_method", "bitnet", ("bitnet",))
+    if quantization.get("bits", 2) not in (1, 1.58, 2):
+        raise ConfigError(f"{quantization.where}: bits = {shown(quantization.get('bits'))} are not ternary weights")
+    linear_class = quantization.choice("linear_class", "bitlinear", ("bitlinear", "autobitlinear"))
+    mode = quantization.choice("quantization_mode", "offline", ("online", "offline"))
     weight_format: WeightFormat = "bitlinear"  # this class is always packed, whatever the mode is
     if linear_class == "autobitlinear":
         weight_format = "online" if mode == "online" else "offline"
     dense = quantization.get("modules_to_not_convert")
-    if dense is not None:
-        if not isinstance(dense, list) or not all(isinstance(pattern, str) for pattern in dense):
-            raise ConfigError(f"{quantization.where}: modules_to_not_convert must be a list of names")
-        for pattern in dense:
-            try:
-                re.compile(rf"(?:{pattern})")
-            except (re.error, OverflowError, RecursionError):
-                raise ConfigError(f"{quantization.where}: {_short(pattern)} is not a module name or pattern") from None
     return (
         weight_format,
         quantization.boolean("use_rms_norm", False),
-        quantization.number("rms_norm_eps", 1e-6),
-        None if dense is None else tuple(dense),
+        1e-6 if quantization.get("rms_norm_eps") is None else quantization.number("rms_norm_eps"),
+        None if dense is None else check_patterns(dense, f"{quantization.where}: modules_to_not_convert"),
     )

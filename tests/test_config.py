@@ -2,14 +2,18 @@
 
 import copy
 import json
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitnet_numba.config import ModelConfig, RopeScaling
+from bitnet_numba.config import MAX_COLUMNS, ModelConfig, RopeScaling, config_notes
+from bitnet_numba.config_keys import HARMLESS, QUANTIZATION_HARMLESS, QUANTIZATION_USED, REFUSED, ROPE_USED, USED
 from bitnet_numba.errors import ConfigError
+from bitnet_numba.reference.model import EXACT_COLUMNS
 from tests.strategies import json_values
 from tools.make_checkpoint import LLAMA3_ROPE, PRESETS
 
@@ -72,11 +76,141 @@ def test_rope_old_and_new_keys() -> None:
 def test_modules_to_not_convert() -> None:
     assert not read().is_ternary("lm_head")
     assert read().is_ternary("model.layers.0.mlp.up_proj")
-    config = read(quantization_config=OFFLINE | {"modules_to_not_convert": ["model.layers.1", "down_proj"]})
-    assert config.is_ternary("lm_head"), "an explicit list replaces the default"
-    assert not config.is_ternary("model.layers.1.mlp.up_proj")
-    assert config.is_ternary("model.layers.11.mlp.up_proj"), "a prefix ends at a module border"
-    assert not config.is_ternary("model.layers.0.mlp.down_proj")
+    config = read(quantization_config=OFFLINE | {"modules_to_not_convert": ["lm_head", "down_proj"]})
+    assert not config.is_ternary("lm_head") and not config.is_ternary("model.layers.0.mlp.down_proj")
+    assert config.is_ternary("model.layers.0.mlp.up_proj")
+
+
+@pytest.mark.parametrize("patterns", [[], ["model.embed_tokens"], ["lm_head.weight"], ["down_proj"]])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("quantization", [ONLINE, OFFLINE, {"quant_method": "bitnet"}])
+def test_a_quantised_head_is_refused(patterns: list[str], tied: bool, quantization: dict[str, Any]) -> None:
+    """In transformers an explicit list replaces the default, which spares the LM head, tied or not."""
+    with pytest.raises(ConfigError, match="without lm_head quantises the LM head"):
+        read(tie_word_embeddings=tied, quantization_config=quantization | {"modules_to_not_convert": patterns})
+
+
+def class_alone(architecture: str, **changes: Any) -> ModelConfig:
+    return ModelConfig.from_hf({"architectures": [architecture], "quantization_config": ONLINE} | changes)
+
+
+def test_absent_keys_take_the_defaults_of_the_class() -> None:
+    config = class_alone("BitNetForCausalLM")
+    assert (config.activation, config.rope_theta, config.num_kv_heads, config.rms_norm_eps) == ("relu2", 5e5, 5, 1e-5)
+    assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (128256, 2560, 6912)
+    assert (config.num_layers, config.num_heads, config.head_dim, config.max_context) == (30, 20, 128, 2048)
+    assert not config.tied and not config.attention_bias
+    for architecture in ("LlamaForCausalLM", "BitnetForCausalLM"):
+        config = class_alone(architecture)
+        assert (config.activation, config.rope_theta, config.rms_norm_eps) == ("silu", 1e4, 1e-6)
+        assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (32000, 4096, 11008)
+        assert (config.num_layers, config.num_heads, config.num_kv_heads, config.max_context) == (32, 32, 32, 2048)
+    assert class_alone("LlamaForCausalLM", num_attention_heads=8).num_kv_heads == 8
+    assert class_alone("LlamaForCausalLM", hidden_act="swish") == class_alone("LlamaForCausalLM")
+
+
+def test_null_is_not_always_absent() -> None:
+    assert class_alone("BitNetForCausalLM", num_key_value_heads=None).num_kv_heads == 20
+    assert class_alone("BitNetForCausalLM", head_dim=None).head_dim == 128
+    with pytest.raises(ConfigError, match="hidden_size must be an integer, not null"):
+        class_alone("BitNetForCausalLM", hidden_size=None)
+
+
+def test_the_class_may_come_from_model_type() -> None:
+    raw = {key: value for key, value in BASE.items() if key != "architectures"}
+    assert ModelConfig.from_hf(raw).sub_norms and config_notes(raw) == []
+    assert not ModelConfig.from_hf(raw | {"model_type": "llama", "architectures": []}).sub_norms
+    with pytest.raises(ConfigError, match="architectures = null is not supported"):
+        ModelConfig.from_hf(raw | {"model_type": "mamba"})
+    (note,) = config_notes(BASE | {"model_type": "llama"})
+    assert note == "config.json: read as BitNetForCausalLM, although model_type = 'llama'"
+
+
+def test_only_llama_has_a_bias_in_its_feed_forward() -> None:
+    assert class_alone("LlamaForCausalLM", mlp_bias=True).mlp_bias
+    assert not class_alone("BitNetForCausalLM", mlp_bias=True).mlp_bias
+
+
+def test_rope_scaling_replaces_rope_parameters() -> None:
+    parameters = {"rope_type": "default", "rope_theta": 77.0}
+    linear = {"type": "linear", "factor": 2.0}
+    both: dict[str, Any] = {"rope_scaling": linear, "rope_parameters": parameters}
+    assert read(**both, rope_theta=5.0).rope_theta == 5.0, "the base in rope_parameters goes with the rest of it"
+    assert class_alone("LlamaForCausalLM", **both).rope_theta == 1e4
+    assert class_alone("LlamaForCausalLM", **both).rope_scaling == RopeScaling("linear", 2.0)
+    assert read(rope_scaling=linear | {"rope_theta": 9.0}, rope_parameters=parameters).rope_theta == 9.0
+    assert read(rope_scaling={}, rope_parameters=parameters, rope_theta=5.0).rope_theta == 77.0
+    assert read(rope_parameters={"rope_type": "default"}, rope_theta=5.0).rope_theta == 5.0
+    assert read(rope_scaling={"type": "linear", "rope_type": "default", "factor": 2.0}).rope_scaling is None
+    without = {key: value for key, value in LLAMA3_ROPE.items() if key != "original_max_position_embeddings"}
+    assert read(rope_scaling=without) == read(rope_scaling=without | {"original_max_position_embeddings": 4096})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"is_bitnet_config": True, "rope_interleaved": False},
+        {"quantization_config": OFFLINE | {"is_bitnet_config": True, "bits": 2, "activation": "swiglu"}},
+        {"partial_rotary_factor": 1.0, "layer_types": ["full_attention"] * 30, "task_specific_params": {"a": 1}},
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default", "partial_rotary_factor": 1.0}},
+        {"sliding_window": 512, "use_sliding_window": False, "max_window_layers": 28},
+        {"sliding_window": 4096, "activation": "swiglu", "bits": 2},
+        {"logit_scale": 1.0, "embedding_multiplier": 1, "final_logit_softcapping": None, "num_experts": 0},
+        {"no_rope_layers": [1] * 30, "qk_norm": False, "attention_chunk_size": None},
+        {"use_cache": True, "transformers_version": "5.0", "auto_map": {"AutoConfig": "x"}, "new_key": False},
+    ],
+)
+def test_harmless_keys_pass_in_silence(changes: dict[str, Any]) -> None:
+    assert read(**changes) == read() and config_notes(BASE | changes) == []
+
+
+def test_unknown_keys_are_noted() -> None:
+    changes: dict[str, Any] = {"mood": "fine", "rope_scaling": LLAMA3_ROPE | {"beta_fast": 3}}
+    changes |= {"x" * 500: [[[1] * 999] * 9] * 9, "\x1b[31m": "a\nb", "quantization_config": OFFLINE | {"group": 128}}
+    read(**changes)
+    (note,) = config_notes(BASE | changes)
+    assert "mood = 'fine'" in note and "rope_scaling: beta_fast = 3" in note and "group = 128" in note
+    assert len(note) < 400 and note.isprintable()
+    (note,) = config_notes(BASE | {f"key{i}": i + 1 for i in range(50)})
+    assert note.endswith("key9 = 10 and 40 more")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("partial_rotary_factor", 0.5),
+        ("sliding_window", 4095),
+        ("sliding_window", "4096"),
+        ("attention_chunk_size", 64),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+        ("logit_scale", 0.0625),
+        ("attention_multiplier", 0.0078125),
+        ("embedding_multiplier", 12.0),
+        ("scale_depth", 1.4),
+        ("final_logit_softcapping", 30.0),
+        ("qk_norm", True),
+        ("num_experts", 8),
+        ("num_local_experts", [8]),
+        ("no_rope_layers", [1, 1, 1, 0]),
+        ("rope_interleaved", True),
+        ("clip_qkv", 8),
+        ("per_layer_config", {"0": {"num_attention_heads": 1}}),
+        ("activation", "gelu"),
+    ],
+)
+def test_keys_that_change_the_arithmetic_are_refused(key: str, value: Any) -> None:
+    """With the key, its value and what it would change."""
+    with pytest.raises(ConfigError, match=rf"config.json: {key} = .* is not supported: .*(would|not all)"):
+        read(**{key: value})
+
+
+def test_no_key_is_in_two_lists() -> None:
+    assert not (HARMLESS & USED or HARMLESS & set(REFUSED) or USED & set(REFUSED))
+
+
+def test_sizes_that_no_backend_computes_exactly() -> None:
+    assert MAX_COLUMNS == EXACT_COLUMNS
+    read(intermediate_size=MAX_COLUMNS)
 
 
 @pytest.mark.parametrize(
@@ -84,19 +218,26 @@ def test_modules_to_not_convert() -> None:
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "architectures"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"sliding_window": 4096}, "'sliding_window' = 4096"),
+        ({"num_hidden_layers": 1 << 24}, "num_layers = 16777216 is out of range (1 to 4096)"),
+        ({"intermediate_size": MAX_COLUMNS + 1}, "intermediate_size = 131073 is out of range"),
+        ({"head_dim": 8192}, "20 heads of 8192 are over 131072 columns"),
         ({"quantization_config": None}, "no quantization_config"),
         ({"quantization_config": []}, "must be a JSON object"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method 'gptq'"),
-        ({"quantization_config": OFFLINE | {"bits": 4}}, "'bits' = 4"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method = 'gptq'"),
+        ({"quantization_config": OFFLINE | {"bits": 4}}, "bits = 4"),
         ({"quantization_config": OFFLINE | {"linear_class": "x"}}, "linear_class"),
         ({"quantization_config": OFFLINE | {"quantization_mode": "x"}}, "quantization_mode"),
         ({"quantization_config": OFFLINE | {"modules_to_not_convert": "lm_head"}}, "must be a list"),
         ({"quantization_config": OFFLINE | {"modules_to_not_convert": ["("]}}, "not a module name or pattern"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "type 'yarn'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope_type = 'yarn'"),
         ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
-        ({"rope_scaling": {"type": "linear", "factor": -1}}, "factor must be a positive"),
-        ({"rope_scaling": LLAMA3_ROPE | {"beta_fast": 3}}, "'beta_fast'"),
+        ({"rope_scaling": {"type": "linear", "factor": -1}}, "factor = -1 must be a positive"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor = 0.5",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differs from layer to layer"),
+        ({"rope_scaling": LLAMA3_ROPE, "original_max_position_embeddings": 1}, "contradict each other"),
         ({"num_attention_heads": 0}, "num_attention_heads 0"),
         ({"num_attention_heads": 7}, "not a multiple"),
         ({"num_key_value_heads": 3}, "cannot share 3"),
@@ -107,10 +248,12 @@ def test_modules_to_not_convert() -> None:
         ({"num_hidden_layers": 1e3}, "num_hidden_layers must be an integer"),
         ({"rms_norm_eps": 0}, "rms_norm_eps"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
-        ({"rope_theta": 10**400}, "rope_theta is out of range"),
+        ({"rms_norm_eps": 1e-60}, "rms_norm_eps = 1e-60 is out of range"),
+        ({"rope_theta": float("inf")}, "rope_theta = inf must be a positive number"),
+        ({"rope_theta": 10**400}, " is out of range"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
         ({"weight_bits": 4}, "weight_bits = 4"),
-        ({"intermediate_size": None}, "intermediate_size is missing"),
+        ({"intermediate_size": None}, "intermediate_size must be an integer, not null"),
     ],
 )
 def test_refuses(changes: dict[str, Any], message: str) -> None:
@@ -120,25 +263,34 @@ def test_refuses(changes: dict[str, Any], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_harmless_keys_pass() -> None:
-    read(use_cache=True, transformers_version="5.0", auto_map={"AutoConfig": "x"}, sliding_window=None, new_key=False)
+nasty = st.sampled_from([None, True, -1, 0, 0.5, 1e-60, 1 << 24, 10**400, math.inf, math.nan, "", "\n\x1b[1m", [], {}])
+values = json_values | nasty | st.builds(lambda depth: json.loads("[" * depth + "]" * depth), st.integers(1, 300))
 
 
-keys = st.sampled_from([*BASE, "rope_scaling", "rope_parameters", "head_dim", "mlp_bias"]) | st.text(max_size=12)
-quantization_keys = st.sampled_from([*OFFLINE, "modules_to_not_convert", "use_rms_norm", "rms_norm_eps"])
+def some_of(names: Iterable[str]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.dictionaries(st.sampled_from(sorted(names)) | st.text(max_size=12), values, max_size=3)
 
 
-@given(st.dictionaries(keys, json_values, max_size=4), st.dictionaries(quantization_keys, json_values, max_size=3))
-def test_fuzzed_values(changes: dict[str, Any], quantization: dict[str, Any]) -> None:
-    """Whatever stands in a config.json: a valid configuration or a ConfigError of one line."""
-    raw = copy.deepcopy(BASE) | changes
+@given(
+    some_of(USED | set(REFUSED)),
+    some_of(HARMLESS),
+    some_of(QUANTIZATION_USED | QUANTIZATION_HARMLESS),
+    some_of(ROPE_USED),
+    st.sampled_from(["rope_scaling", "rope_parameters"]),
+)
+def test_fuzzed_values(
+    used: dict[str, Any], harmless: dict[str, Any], quantization: dict[str, Any], rope: dict[str, Any], name: str
+) -> None:
+    """Whatever stands in a config.json: a valid configuration, or a ConfigError of one line."""
+    raw = copy.deepcopy(BASE) | {name: LLAMA3_ROPE | rope} | harmless | used
     if isinstance(raw["quantization_config"], dict):
         raw["quantization_config"] |= quantization
     try:
         config = ModelConfig.from_hf(json.loads(json.dumps(raw)))
     except ConfigError as error:
-        assert "\n" not in str(error) and len(str(error)) < 400
+        assert str(error).isprintable() and len(str(error)) < 400
     else:
         for group in ("qkv", "o", "gate_up", "down"):
             segments, K = config.group_shape(group)
-            assert min(segments) >= 1 and K >= 1
+            assert min(segments) >= 1 and 1 <= K <= MAX_COLUMNS
+        assert all(note.isprintable() and len(note) < 2000 for note in config_notes(raw))

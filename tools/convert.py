@@ -43,6 +43,8 @@ def print_report(console: Console, report: Report, target: Path) -> None:
     shares = [f"{kind} {zeros / weights:.1%}" for kind, (zeros, weights) in report.zeros.items()]
     if shares:
         console.print("zeros: " + ", ".join(shares))
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False, emoji=False)
     console.print(f"written to {target}")
 
 

@@ -39,6 +39,7 @@ class Report:
     bytes_before: int = 0
     bytes_after: int = 0
     zeros: dict[str, list[int]] = field(default_factory=dict)  # kind of matrix -> [number of zeros, number of weights]
+    notes: list[str] = field(default_factory=list)  # what the user should know, such as keys that were ignored
 
 
 def convert(
@@ -76,6 +77,7 @@ def convert(
                 file.flush()
                 os.fsync(file.fileno())
             checkpoint.refuse_leftovers()
+            report.notes = checkpoint.notes
     except OSError as error:
         raise CheckpointError(f"cannot write {target}: {error.strerror or one_line(error)}") from None
     return report
@@ -173,6 +175,8 @@ def row_tensors(checkpoint: HuggingFaceCheckpoint, name: str, source: str, head:
             scales[rows] = safe
         else:
             out[rows] = from_float32(values)
+            if dtype != "BF16":
+                checkpoint.note_rounding(source, values, out[rows])
     yield f"{name}.weight", out
     if head == "int8":
         yield f"{name}.scale", scales
@@ -197,7 +201,10 @@ def group_tensors(checkpoint: HuggingFaceCheckpoint, layer: int, group: str, rep
         biases = [linear.bias for linear in linears if linear.bias is not None]
     else:
         parts = [checkpoint.take_floats(f"{m}.weight", (N, K)) for m, N in zip(modules, segments, strict=True)]
-        yield f"{name}.weight", from_float32(np.concatenate(parts))
+        rows = np.concatenate(parts)
+        bits = from_float32(rows)
+        checkpoint.note_rounding("linears that are not quantised", rows, bits)
+        yield f"{name}.weight", bits
         biases = [checkpoint.take_floats(f"{m}.bias", (N,)) for m, N in zip(modules, segments, strict=True) if has_bias]
     if has_bias:
         yield f"{name}.bias", np.concatenate(biases)

@@ -4,7 +4,8 @@ The three weight formats of a quantised linear (`ModelConfig.weight_format`), al
 m such that y = sum(q * t) * m / s:
 
     online      floating-point master weights, ternarised on reading: m = absmean
-    offline     packed uint8 and weight_scale = absmean: m = weight_scale, and a bias is scaled with it
+    offline     packed uint8 and weight_scale = absmean: m = weight_scale, and a bias is scaled with it;
+                or, as some versions of transformers save it, the same unpacked to floats
     bitlinear   packed uint8 and weight_scale = 1 / absmean: m = 1 / weight_scale
 
 Packed uint8 is [out / 4, in], in planes along the output rows: bits 2i, 2i + 1 of byte [r, c] hold t + 1 of row
@@ -12,6 +13,7 @@ i * out / 4 + r.
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +24,19 @@ from numpy.typing import NDArray
 
 from bitnet_numba.bfloat16 import to_float32
 from bitnet_numba.checkpoint.packed import read_config
-from bitnet_numba.checkpoint.safetensors_file import TensorFile, TensorSpec
-from bitnet_numba.config import ModelConfig
-from bitnet_numba.errors import CheckpointError
+from bitnet_numba.checkpoint.safetensors_file import DTYPES, TensorFile, TensorSpec
+from bitnet_numba.config import ModelConfig, config_notes
+from bitnet_numba.errors import CheckpointError, printable
 from bitnet_numba.json_file import read_json
 from bitnet_numba.quantize import ternarize
 
 _FLOATS = ("BF16", "F16", "F32")
-# Tensors that some files have and no model needs: rotary frequencies follow from the config.
-_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Buffers that some files have and no model needs, of whatever type: they follow from the config.
+_IGNORED = re.compile(
+    r"(.+\.)?(rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)|position_ids|masked_bias|causal_mask)"
+)
+_ROWS_AT_A_TIME = 8192  # of tensors that are compared
 # The two names of each sub-norm.
 _SUB_NORMS = {
     "attn_sub_norm": ("self_attn.attn_sub_norm", "self_attn.inner_attn_ln"),
@@ -60,20 +66,45 @@ class HuggingFaceCheckpoint:
         if "bitnet_numba" in self.raw_config:
             raise CheckpointError(f"{folder} is already a packed checkpoint")
         self.config = ModelConfig.from_hf(self.raw_config)
+        try:
+            json.dumps(self.raw_config, indent=2)  # as it will be written
+        except RecursionError:
+            raise CheckpointError(f"{folder}: config.json is nested too deeply") from None
+        self._notes = config_notes(self.raw_config)
+        self._rounding: dict[str, _Rounding] = {}
         self._files: dict[str, TensorFile] = {}
         for path in _tensor_files(folder):
             file = TensorFile(path)
             for name in file.specs:
                 if name in self._files:
-                    raise CheckpointError(f"{path}: tensor {name} is already in {self._files[name].path.name}")
+                    shown = printable(name)
+                    raise CheckpointError(f"{path}: tensor {shown} is already in {self._files[name].path.name}")
                 self._files[name] = file
-        self.nbytes = sum(file.specs[name].nbytes for name, file in self._files.items())
         self._left = {name for name in self._files if not _IGNORED.fullmatch(name)}
+        for name in sorted(self._left):
+            if self._spec(name).dtype not in DTYPES:
+                dtype = self._spec(name).dtype
+                raise CheckpointError(f"{folder}: tensor {printable(name)} has dtype {dtype}, which is not supported")
+        if self.config.num_layers > len(self._files):
+            raise CheckpointError(f"{folder}: too few tensors for {self.config.num_layers} layers")
+        # One matrix under two names may be stored under either.
+        only_head = self.config.tied and EMBEDDING not in self._files and LM_HEAD in self._files
+        self._stored_as = {EMBEDDING: LM_HEAD} if only_head else {}
+        self.nbytes = sum(self._spec(name).nbytes for name in self._left)
 
     @property
     def count(self) -> int:
         """Number of tensors."""
         return len(self._files)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about this checkpoint and its conversion so far, a line each."""
+        return [*self._notes, *(f"{name}: {rounding}" for name, rounding in self._rounding.items() if rounding.changed)]
+
+    def note_rounding(self, name: str, values: NDArray[np.float32], bits: NDArray[Any]) -> None:
+        """Adds to the notes what is lost where values are kept as bfloat16. Raises CheckpointError for overflow."""
+        self._rounding.setdefault(name, _Rounding()).add(name, values, to_float32(bits))
 
     def take_floats(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """A floating-point tensor, exactly converted to float32. CheckpointError for NaN and infinity."""
@@ -98,30 +129,41 @@ class HuggingFaceCheckpoint:
         if weight_format == "online":
             t, m = ternarize(self.take_floats(name, (N, K)))
             return TernaryLinear(t, m, bias_values, norm)
-        if N % 4:
+        magnitude = np.float32(1)
+        if weight_format == "offline" and self._spec(name).dtype in _FLOATS:
+            t, magnitude = _signs(self.take_floats(name, (N, K)), name)
+        elif N % 4:
             raise CheckpointError(f"tensor {name}: {N} rows cannot be packed four to a byte")
-        t = _unpack_planes(self._take(name, (N // 4, K), ("U8",))[1], name)
+        else:
+            t = _unpack_planes(self._take(name, (N // 4, K), ("U8",))[1], name)
         stored = self._take_scale(f"{module}.weight_scale")
         with np.errstate(over="ignore"):
-            m = stored if weight_format == "offline" else np.float32(1) / stored
-        if not np.isfinite(m):
+            m = stored * magnitude if weight_format == "offline" else np.float32(1) / stored
+        if not (np.isfinite(m) and m > 0):
             raise CheckpointError(f"tensor {module}.weight_scale = {stored} is out of range")
         if bias_values is not None and weight_format == "offline":
-            bias_values = bias_values * m
+            bias_values = bias_values * stored
         return TernaryLinear(t, m, bias_values, norm)
 
     def refuse_leftovers(self) -> None:
         """Raises CheckpointError if a tensor has not been taken."""
         if self._left:
-            raise CheckpointError(f"{self.folder}: unexpected tensor {min(self._left)}")
+            raise CheckpointError(f"{self.folder}: unexpected tensor {printable(min(self._left))}")
 
     def drop_if_equal(self, name: str, to: str) -> None:
-        """Accepts a redundant copy of a tensor (a tied head stored twice). CheckpointError if the copy differs."""
+        """Accepts a redundant copy of a tensor (a tied head stored twice). CheckpointError if its values differ."""
         if name not in self._left:
             return
-        spec = self._files[to].specs[to]
-        if self._spec(name) != spec or not np.array_equal(self._files[name].map(name), self._files[to].map(to)):
+        dtype, other = self._spec(name).dtype, self._spec(to).dtype
+        if self._spec(name).shape != self._spec(to).shape or dtype not in _FLOATS:
             raise CheckpointError(f"tensor {name} differs from {to}, but config.json says they are tied")
+        copy, original = self._files[name].map(name), self._files[to].map(to)
+        for start in range(0, len(copy), _ROWS_AT_A_TIME):
+            some, same = copy[start : start + _ROWS_AT_A_TIME], original[start : start + _ROWS_AT_A_TIME]
+            if dtype != other:
+                some, same = _as_float32(dtype, some, name), _as_float32(other, same, to)
+            if not np.array_equal(some, same):
+                raise CheckpointError(f"tensor {name} differs from {to}, but config.json says they are tied")
         self._left.discard(name)
 
     def _spec(self, name: str) -> TensorSpec:
@@ -130,6 +172,7 @@ class HuggingFaceCheckpoint:
         return self._files[name].specs[name]
 
     def _take(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> tuple[str, NDArray[Any]]:
+        name = self._stored_as.get(name, name)
         spec = self._spec(name)
         if spec.dtype not in dtypes:
             raise CheckpointError(f"tensor {name} has dtype {spec.dtype}, expected {' or '.join(dtypes)}")
@@ -146,12 +189,38 @@ class HuggingFaceCheckpoint:
         return np.float32(value)
 
 
+class _Rounding:
+    """What is lost of some values that are rounded, added up."""
+
+    def __init__(self) -> None:
+        self.count = self.changed = 0
+        self._error = self._size = 0.0  # sums of squares
+
+    def add(self, name: str, values: NDArray[np.float32], rounded: NDArray[np.float32]) -> None:
+        if not np.isfinite(rounded).all():
+            raise CheckpointError(f"{name}: {np.abs(values).max()} is too large for bfloat16")
+        error = rounded - values
+        self.count += values.size
+        self.changed += int(np.count_nonzero(error))
+        self._error += _sum_of_squares(error)
+        self._size += _sum_of_squares(values)
+
+    def __str__(self) -> str:
+        rms = math.sqrt(self._error / self._size)
+        return f"kept as bfloat16, which rounds {self.changed / self.count:.1%} of the values; rms error {rms:.2%}"
+
+
+def _sum_of_squares(values: NDArray[np.float32]) -> float:
+    flat = values.ravel()
+    return float(np.einsum("i,i->", flat, flat, dtype=np.float64))  # without a float64 copy of them all
+
+
 def _tensor_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: the shards that the index names, or the single file."""
+    """The safetensors files of a folder: the single file, as in transformers whatever else is there, or the shards."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        if (folder / "model.safetensors").is_file():
-            return [folder / "model.safetensors"]
         raise CheckpointError(f"{folder} has no model.safetensors (other file formats are not supported)")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -159,7 +228,7 @@ def _tensor_files(folder: Path) -> list[Path]:
     names = set(map(json.dumps, weight_map.values()))
     for name in map(json.loads, names):
         if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
-            raise CheckpointError(f"{index}: {name!r} is not a safetensors file name")
+            raise CheckpointError(f"{index}: {printable(repr(name), 80)} is not a safetensors file name")
     return [folder / json.loads(name) for name in sorted(names)]
 
 
@@ -176,3 +245,12 @@ def _unpack_planes(packed: NDArray[np.uint8], name: str) -> NDArray[np.int8]:
     if (t == 3).any():
         raise CheckpointError(f"tensor {name} holds the unused code 3 and is damaged")
     return t.view(np.int8) - np.int8(1)
+
+
+def _signs(values: NDArray[np.float32], name: str) -> tuple[NDArray[np.int8], np.float32]:
+    """Ternary floats -c, 0 and c as int8 of -1, 0 and 1, and c. CheckpointError for floats that are not ternary."""
+    sizes = np.abs(values)
+    magnitude = sizes.max()
+    if not ((sizes == magnitude) | (sizes == 0)).all():
+        raise CheckpointError(f"tensor {name} holds floats that are not ternary, but config.json says offline")
+    return np.sign(values).astype(np.int8), magnitude if magnitude > 0 else np.float32(1)

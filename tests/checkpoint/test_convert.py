@@ -166,6 +166,12 @@ def set_first(value: int) -> Callable[[np.ndarray], np.ndarray]:
 NORM, Q, EMBED = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"
 
 
+def only_index(folder: Path, text: str) -> None:
+    """Puts an index of shards in the place of model.safetensors."""
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -182,18 +188,12 @@ NORM, Q, EMBED = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight", 
         (lambda f: edit_config(f, num_hidden_layers=1), "unexpected tensor model.layers.1."),
         (lambda f: edit_config(f, num_hidden_layers=3), "tensor model.layers.2.input_layernorm.weight is missing"),
         (lambda f: edit_config(f, architectures=["MambaForCausalLM"]), "architectures = ['MambaForCausalLM']"),
-        (lambda f: edit_config(f, clip_qkv=8), "'clip_qkv' = 8 is not supported"),
+        (lambda f: edit_config(f, clip_qkv=8), "clip_qkv = 8 is not supported"),
         (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json"),
-        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
-        (
-            lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}'),
-            "is not a safetensors file name",
-        ),
-        (
-            lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
-            "b.safetensors is missing",
-        ),
+        (lambda f: only_index(f, "{}"), "has no weight_map"),
+        (lambda f: only_index(f, '{"weight_map": {"a": "../x.safetensors"}}'), "is not a safetensors file name"),
+        (lambda f: only_index(f, '{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors is missing"),
     ],
 )
 def test_bad_sources(

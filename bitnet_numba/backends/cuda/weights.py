@@ -6,10 +6,11 @@ import numpy as np
 
 from bitnet_numba.checkpoint.packed import EmbeddingDtype, PackedCheckpoint, packed_plan
 from bitnet_numba.checkpoint.safetensors_file import DTYPES
-from bitnet_numba.config import ModelConfig
+from bitnet_numba.config import GROUPS, ModelConfig
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention.parts import MAX_HEAD_DIM
 from bitnet_numba.kernels.linear.operands import PackedLinear
+from bitnet_numba.kernels.linear.quantize import MAX_COLUMNS
 from bitnet_numba.kernels.operands import EmbeddingTable, Norm
 from bitnet_numba.kernels.runtime.driver import Event, Stream
 from bitnet_numba.kernels.runtime.memory import DeviceArray, DeviceView, PinnedArray
@@ -31,6 +32,9 @@ def why_unsupported(checkpoint: PackedCheckpoint) -> str | None:
         return f"hidden_size {config.hidden_size} is not a multiple of {BLOCK_COLS}"
     if config.intermediate_size % BLOCK_ROWS:
         return f"intermediate_size {config.intermediate_size} is not a multiple of {BLOCK_ROWS}"
+    columns = max(config.group_shape(group)[1] for group in GROUPS)
+    if columns > MAX_COLUMNS:
+        return f"a linear of {columns} columns is over {MAX_COLUMNS}"
     if config.head_dim > MAX_HEAD_DIM:
         return f"head_dim {config.head_dim} is over {MAX_HEAD_DIM}"
     if config.vocab_size > MAX_VOCAB:

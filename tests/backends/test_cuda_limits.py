@@ -1,0 +1,42 @@
+"""What the CUDA backend cannot run is said before anything is compiled or uploaded."""
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from bitnet_numba.backends.cuda.weights import why_unsupported
+from bitnet_numba.checkpoint.packed import PackedCheckpoint, packed_plan
+from bitnet_numba.config import ModelConfig
+from tools.make_checkpoint import PRESETS, QUANTIZATION
+
+
+def reason(name: str, quantization: dict[str, Any] | None = None, **changes: Any) -> str | None:
+    """Why the model of a preset, with other keys in its config.json, cannot run."""
+    raw = PRESETS[name][1] | {"quantization_config": QUANTIZATION["online"] | (quantization or {})} | changes
+    config = ModelConfig.from_hf(raw)
+    return why_unsupported(
+        cast(PackedCheckpoint, SimpleNamespace(config=config, names=list(packed_plan(config, "bf16"))))
+    )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_published_models_run(name: str) -> None:
+    assert reason(name) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quantization": {"use_rms_norm": True}}, "use_rms_norm"),
+        ({"quantization": {"modules_to_not_convert": ["lm_head", "down_proj"]}}, "modules_to_not_convert"),
+        ({"hidden_size": 2570, "head_dim": 128}, "hidden_size 2570 is not a multiple of 32"),
+        ({"intermediate_size": 6920}, "intermediate_size 6920 is not a multiple of 16"),
+        ({"intermediate_size": 28 * 1024 + 16}, "a linear of 28688 columns is over 28672"),
+        ({"num_attention_heads": 115, "head_dim": 250}, "a linear of 28750 columns is over 28672"),
+        ({"head_dim": 258}, "head_dim 258 is over 256"),
+        ({"vocab_size": (1 << 18) + 1}, "a vocabulary of 262145 is over 262144"),
+    ],
+)
+def test_reasons(changes: dict[str, Any], message: str) -> None:
+    assert message in str(reason("2b-4t", **changes))
