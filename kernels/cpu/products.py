@@ -10,7 +10,7 @@ from numba import njit
 from bitnet_numba.kernels.cpu import lm_head, math, norm, vec
 from bitnet_numba.kernels.cpu.compiler import call
 from bitnet_numba.kernels.cpu.layout import MAX_ROWS, MAX_TOKENS, MIN_ROWS, PIECES, SEGMENTS, SILU
-from bitnet_numba.kernels.cpu.memory import load_f32, load_i32, store_f32, store_i32
+from bitnet_numba.kernels.cpu.memory import load_f32, load_i8, load_i32, store_f32, store_i8, store_i32
 from bitnet_numba.kernels.cpu.team import barrier, take
 from bitnet_numba.kernels.cpu.vec import OPTIONS
 from bitnet_numba.packing import BLOCK_ROWS
@@ -46,8 +46,11 @@ def inputs_of(job, member, members, K):
 
 
 @njit(**OPTIONS)
-def prepare(model, linear, x, K, weight, eps, own, job, inputs, m):
-    """One token's activations, float32 [K] at address x, normalised (if `weight` is not 0), as a linear reads them."""
+def prepare(place, model, linear, x, K, weight, eps, own, job, inputs, m):
+    """One token's activations, float32 [K] at address x, normalised (if `weight` is not 0), as a linear reads them.
+
+    place: the number of the linear in the model, under which its int8 activations are recorded, if they are.
+    """
     q, q_stride, segment, s, sums, planes = inputs
     h = x
     if weight != 0:
@@ -64,6 +67,10 @@ def prepare(model, linear, x, K, weight, eps, own, job, inputs, m):
         scale, q_sum = norm.quantize(source, K, q + i * segment + m * q_stride)
         store_f32(s, 4 * (i * MAX_TOKENS + m), scale)
         store_i32(sums, 4 * (i * MAX_TOKENS + m), q_sum)
+        if job.record != 0:
+            at = job.record + ((place * SEGMENTS + i) * MAX_TOKENS + m) * q_stride
+            for k in range(K):
+                store_i8(at, k, load_i8(q + i * segment + m * q_stride, k))
 
 
 # ---- Regions of rows ------------------------------------------------------------------------------------------------

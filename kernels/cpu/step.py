@@ -86,7 +86,9 @@ def forward(member, members, state, model, layers, job):
         cache = job.cache + i * job.layer_stride
         inputs = inputs_of(job, member, members, hidden)
         for m in tokens_of(job, member, members):
-            prepare(model, layer.qkv, job.x + 4 * m * hidden, hidden, layer.input_norm, eps, own, job, inputs, m)
+            prepare(
+                4 * i + 0, model, layer.qkv, job.x + 4 * m * hidden, hidden, layer.input_norm, eps, own, job, inputs, m
+            )
         meet(job, state, members)
         qkv_rows(layer.qkv, q_size, kv_size, hidden, members, state, inputs, own, job)
         barrier(state, members)
@@ -97,14 +99,14 @@ def forward(member, members, state, model, layers, job):
         inputs = inputs_of(job, member, members, q_size)
         for m in tokens_of(job, member, members):
             attn_out = gather(members, model, own, job, m)
-            prepare(model, layer.o, attn_out, q_size, layer.attn_sub_norm, eps, own, job, inputs, m)
+            prepare(4 * i + 1, model, layer.o, attn_out, q_size, layer.attn_sub_norm, eps, own, job, inputs, m)
         meet(job, state, members)
         residual_rows(layer.o, hidden, q_size, members, state, inputs, own, job)
         barrier(state, members)
         inputs = inputs_of(job, member, members, hidden)
         for m in tokens_of(job, member, members):
             x = job.x + 4 * m * hidden
-            prepare(model, layer.gate_up, x, hidden, layer.post_attention_norm, eps, own, job, inputs, m)
+            prepare(4 * i + 2, model, layer.gate_up, x, hidden, layer.post_attention_norm, eps, own, job, inputs, m)
         meet(job, state, members)
         gated_rows(layer.gate_up, model, members, state, inputs, own, job)
         barrier(state, members)
@@ -112,7 +114,7 @@ def forward(member, members, state, model, layers, job):
         inputs = inputs_of(job, member, members, K)
         for m in tokens_of(job, member, members):
             mlp_hidden = job.mlp_hidden + 4 * m * K
-            prepare(model, layer.down, mlp_hidden, K, layer.ffn_sub_norm, eps, own, job, inputs, m)
+            prepare(4 * i + 3, model, layer.down, mlp_hidden, K, layer.ffn_sub_norm, eps, own, job, inputs, m)
         meet(job, state, members)
         residual_rows(layer.down, hidden, K, members, state, inputs, own, job)
         barrier(state, members)
