@@ -12,15 +12,17 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.backends.protocol import NO_TOKEN
+from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE
 from bitnet_numba.checkpoint.packed import PackedCheckpoint
 from bitnet_numba.config import ModelConfig
-from bitnet_numba.errors import BackendError
+from bitnet_numba.errors import BackendError, one_line
 from bitnet_numba.reference.model import Cache, Floats, Model
 from bitnet_numba.sampling import SamplingParams, sample
 
 PAGE_SIZE = 64  # tokens per page and per prompt chunk, which also bounds the memory for attention scores
 POOL_BYTES = 1 << 30  # limit of a batch's KV cache, unless a number of tokens is asked for
+WORKSPACE_BYTES = 1 << 26  # memory that computing takes, beside the cache and attention scores
+OUT_OF_MEMORY = (MemoryError, OverflowError, ValueError)  # NumPy's errors for sizes beyond memory, or beyond 64 bits
 
 
 class HostModel(Protocol):
@@ -55,18 +57,59 @@ class HostBackend:
         self.name, self.model = name, model
 
     def new_context(self, capacity: int) -> "HostContext":
-        """An empty context for up to `capacity` tokens."""
-        return HostContext(self.model, capacity)
+        """An empty context for up to `capacity` tokens. Raises BackendError if memory is insufficient."""
+        pages = pages_of(capacity)
+        try:
+            self._probe(pages, pages)
+            return HostContext(self.model, capacity)
+        except OUT_OF_MEMORY:
+            fits = PAGE_SIZE * self._fitting_pages(pages, None)
+            raise BackendError(
+                f"a context of {capacity} tokens takes {self._bytes(pages, pages) / 1e9:.2f} GB of memory, which are "
+                f"not free: {f'--context {fits}' if fits else 'no context'} would fit"
+            ) from None
 
     def new_batch(self, max_sequences: int, capacity: int, tokens: int | None = None) -> "HostBatch":
         """An empty batch, see `protocol.Backend`. Raises BackendError if memory is insufficient."""
-        sequence_pages = -(-capacity // PAGE_SIZE)  # of one sequence at full capacity
+        sequence_pages = pages_of(capacity)  # of one sequence at full capacity
         if tokens is None:
             affordable = POOL_BYTES // page_bytes(self.model.config)
             num_pages = min(max_sequences * sequence_pages, max(sequence_pages, affordable))
         else:
-            num_pages = -(-tokens // PAGE_SIZE)
-        return HostBatch(self.model, max_sequences, capacity, num_pages)
+            num_pages = pages_of(tokens)
+        try:
+            self._probe(num_pages, sequence_pages)
+            return HostBatch(self.model, max_sequences, capacity, num_pages)
+        except OUT_OF_MEMORY:
+            fits = self._fitting_pages(num_pages, sequence_pages)
+            if tokens is None and fits >= sequence_pages:
+                return HostBatch(self.model, max_sequences, capacity, fits)
+            raise BackendError(
+                f"a batch of {num_pages * PAGE_SIZE} tokens takes "
+                f"{self._bytes(num_pages, sequence_pages) / 1e9:.2f} GB of memory, which are not free: "
+                f"{fits * PAGE_SIZE} tokens would fit"
+            ) from None
+
+    def _bytes(self, num_pages: int, sequence_pages: int) -> int:
+        """About what a cache takes together with computing from it, for sequences of up to `sequence_pages` each."""
+        scores = 4 * 4 * self.model.config.num_heads * PAGE_SIZE**2  # float32, four copies at a time, for each page
+        return num_pages * page_bytes(self.model.config) + sequence_pages * scores + WORKSPACE_BYTES
+
+    def _probe(self, num_pages: int, sequence_pages: int) -> None:
+        """Raises one of OUT_OF_MEMORY if that much cannot be allocated now."""
+        np.empty(self._bytes(num_pages, sequence_pages), np.uint8)
+
+    def _fitting_pages(self, most: int, sequence_pages: int | None) -> int:
+        """The most pages, up to `most`, that `_probe` allows; sequence_pages None: all of them for one sequence."""
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            try:
+                self._probe(middle, middle if sequence_pages is None else sequence_pages)
+                low = middle
+            except OUT_OF_MEMORY:
+                high = middle - 1
+        return low
 
     def memory(self) -> dict[str, int]:
         """Memory in use, in bytes by purpose."""
@@ -74,8 +117,18 @@ class HostBackend:
 
 
 def reference_backend(checkpoint: PackedCheckpoint) -> HostBackend:
-    """The NumPy reference as a backend."""
-    return HostBackend("reference", Model(checkpoint))
+    """The NumPy reference as a backend. Raises BackendError if memory is insufficient."""
+    try:
+        return HostBackend("reference", Model(checkpoint))
+    except MemoryError:
+        # Ternary weights are int8 there, four times the size of the file's two bits.
+        sizes = [spec.nbytes * (4 if name.endswith(".words") else 1) for name, spec in checkpoint.file.specs.items()]
+        raise BackendError(f"the model takes {sum(sizes) / 1e9:.2f} GB of memory, which are not free") from None
+
+
+def pages_of(tokens: int) -> int:
+    """Number of pages for `tokens` tokens."""
+    return -(-tokens // PAGE_SIZE)
 
 
 class HostContext:
@@ -155,6 +208,7 @@ class _Sequence:
         self.prompt_length = len(ids)
         self.params = params
         self.cache = cache
+        self.failure: str | None = None  # why it gets no more tokens
 
 
 class HostBatch:
@@ -166,13 +220,7 @@ class HostBatch:
         self.max_sequences, self.capacity, self.num_pages = max_sequences, capacity, num_pages
         self._model = model
         c = model.config
-        try:
-            self._pool = np.empty((num_pages, c.num_layers, 2, PAGE_SIZE, c.num_kv_heads, c.head_dim), np.float32)
-        except MemoryError:
-            size = num_pages * page_bytes(c)
-            raise BackendError(
-                f"a KV cache for {num_pages * PAGE_SIZE} tokens needs {size / 1e9:.2f} GB of memory, which are not free"
-            ) from None
+        self._pool = np.empty((num_pages, c.num_layers, 2, PAGE_SIZE, c.num_kv_heads, c.head_dim), np.float32)
         self._sequences: dict[int, _Sequence] = {}  # by slot
         self._results: deque[list[tuple[int, int]]] = deque()
 
@@ -212,6 +260,10 @@ class HostBatch:
         """The results of the oldest call not collected yet."""
         return self._results.popleft()
 
+    def failure(self, slot: int) -> str:
+        """Why the sequence in a slot got NO_TOKEN."""
+        return self._sequences[slot].failure or ""
+
     def close(self) -> None:
         """Frees the pages."""
         del self._pool
@@ -222,16 +274,16 @@ class HostBatch:
         end = s.cache.length + len(ids)
         token = NO_TOKEN
         try:
-            with np.errstate(all="ignore"):  # NO_TOKEN replaces NumPy's warnings
-                for hidden in extend(self._model, ids, s.cache):
-                    last = hidden[-1:]
-                if then_sample:
-                    token = sample(self._model.logits(last)[0], s.ids, s.params)
-        except ValueError as error:
-            if "NaN" not in str(error):
-                raise
-            # Keys and values that could not be computed become NaN, so that sequences that share the page fail, too.
-            s.cache.append_nan(end - s.cache.length)
+            if s.failure is None:
+                with np.errstate(all="ignore"):  # NO_TOKEN replaces NumPy's warnings
+                    for hidden in extend(self._model, ids, s.cache):
+                        last = hidden[-1:]
+                    if then_sample:
+                        token = sample(self._model.logits(last)[0], s.ids, s.params)
+        except Exception as error:  # whatever it is, it ends this sequence alone
+            s.failure = f"{NOT_FINITE}: {error}" if "NaN" in str(error) else one_line(error)
+        # Keys and values that could not be computed become NaN, so that sequences that share the page fail, too.
+        s.cache.append_nan(end - s.cache.length)
         if then_sample:
             s.ids.append(token)
 

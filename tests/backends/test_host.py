@@ -204,7 +204,7 @@ def test_room_follows_what_is_asked_for(backend: HostBackend, monkeypatch: pytes
         raise MemoryError
 
     monkeypatch.setattr(host.np, "empty", no_memory)
-    with pytest.raises(BackendError, match=r"a KV cache for 640 tokens needs .* GB of memory"):
+    with pytest.raises(BackendError, match=r"a batch of 640 tokens takes .* GB of memory.*: 0 tokens"):
         backend.new_batch(1, 640)
 
 
