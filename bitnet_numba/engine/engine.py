@@ -24,6 +24,7 @@ from bitnet_numba.engine.request import (
     Prompt,
     as_integer,
     check_ids,
+    is_list,
     positive_integer,
     read_folder,
     read_options,
@@ -71,6 +72,7 @@ class Engine:
         self._open: weakref.WeakSet[Session | Scheduler] = weakref.WeakSet()  # to be closed with the engine
 
     def __enter__(self) -> "Engine":
+        self._check_open()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -196,14 +198,14 @@ class Engine:
         memory is insufficient or a prompt produces numbers that are not finite.
         """
         self._check_open()
-        if isinstance(prompts, str | bytes | bytearray | memoryview) or not isinstance(prompts, Sequence):
+        if not is_list(prompts) or isinstance(prompts, np.ndarray):
             raise RequestError(f"prompts must be a list of prompts, not {shown(prompts)}")
         max_sequences = positive_integer("max_sequences", max_sequences, MAX_SEQUENCES)
         stop = read_stop(stop)
         if isinstance(params, SamplingParams) or params is None:
             read_options(params, max_new_tokens, stop)  # so that a mistake is not put down to the first prompt
             params = [params] * len(prompts)
-        elif not isinstance(params, Sequence):
+        elif not is_list(params):
             raise RequestError(f"params must be SamplingParams or a list of them, not {shown(params)}")
         elif len(params) != len(prompts):
             raise RequestError(f"there are {len(prompts)} prompts but {len(params)} sampling parameters")

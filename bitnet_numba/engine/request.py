@@ -54,12 +54,14 @@ def read_stop(stop: str | Iterable[str] | None) -> tuple[str, ...]:
     """Stop strings: one, several, or none. Raises RequestError for anything else, and for an empty one."""
     if stop is None:
         return ()
-    if isinstance(stop, str):
-        stops: tuple[object, ...] = (stop,)
-    elif isinstance(stop, Iterable) and not isinstance(stop, bytes | bytearray | memoryview | Mapping):
-        stops = tuple(stop)
-    else:
-        raise RequestError(f"stop must be a string or a list of strings, not {shown(stop)}")
+    stops: tuple[object, ...] = (stop,)
+    if not isinstance(stop, str):
+        try:
+            if isinstance(stop, bytes | bytearray | memoryview | Mapping):
+                raise TypeError
+            stops = tuple(stop)
+        except TypeError:
+            raise RequestError(f"stop must be a string or a list of strings, not {shown(stop)}") from None
     for text in stops:
         if not isinstance(text, str) or not text:
             raise RequestError(f"a stop string must be a non-empty string, not {shown(text)}")
@@ -80,7 +82,7 @@ def read_request(
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int, capacity: int) -> list[int]:
     """Token ids of any kind of prompt. Raises RequestError if it is empty or has ids outside the vocabulary, and
     ContextFull if it has more than `capacity` tokens."""
-    if not _is_list(prompt) and not isinstance(prompt, str):
+    if not is_list(prompt) and not isinstance(prompt, str):
         raise RequestError(f"a prompt must be a string, a list of token ids or a list of messages, not {shown(prompt)}")
     if len(prompt) == 0:
         raise RequestError("the prompt is empty")
@@ -89,7 +91,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int, capacit
     elif isinstance(prompt[0], Mapping):
         messages = [_read_message(message, vocab_size) for message in prompt]  # type: ignore[arg-type]
         ids = tokenizer.encode_chat(messages, max_tokens=capacity)
-    elif isinstance(prompt[0], str) or _is_list(prompt[0]):
+    elif isinstance(prompt[0], str) or is_list(prompt[0]):
         raise RequestError(
             "a prompt is one text, one list of token ids or one conversation: for several prompts, use "
             f"generate_batch; got {shown(prompt)}"
@@ -107,13 +109,13 @@ def _read_message(message: Message, vocab_size: int) -> Message:
     if not isinstance(message, Mapping) or message.get("token_ids") is None:
         return message
     ids = message["token_ids"]
-    empty = _is_list(ids) and len(ids) == 0
+    empty = is_list(ids) and len(ids) == 0
     return {**message, "token_ids": [] if empty else check_ids(ids, vocab_size)}
 
 
 def check_ids(ids: object, vocab_size: int) -> list[int]:
     """Token ids as a list of int. Raises RequestError if it is empty or if one is not an integer below `vocab_size`."""
-    if not _is_list(ids):
+    if not is_list(ids):
         raise RequestError(f"token ids must be a list of integers, not {shown(ids)}")
     if len(ids) == 0:
         raise RequestError("the prompt is empty")
@@ -128,7 +130,7 @@ def check_ids(ids: object, vocab_size: int) -> list[int]:
     return checked
 
 
-def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
     """Whether a value is a sequence of things, a NumPy vector among them, rather than text, bytes or one thing."""
     if isinstance(value, np.ndarray):
         return value.ndim > 0
