@@ -21,7 +21,9 @@ from bitnet_numba.sampling import SamplingParams, sample
 
 PAGE_SIZE = 64  # tokens per page and per prompt chunk, which also bounds the memory for attention scores
 POOL_BYTES = 1 << 30  # limit of a batch's KV cache, unless a number of tokens is asked for
-WORKSPACE_BYTES = 1 << 26  # memory that computing takes, beside the cache and attention scores
+# Memory that computing takes beside the cache and attention scores. Half of it is OpenBLAS's, which ends the process if
+# it cannot have it.
+WORKSPACE_BYTES = 1 << 26
 OUT_OF_MEMORY = (MemoryError, OverflowError, ValueError)  # NumPy's errors for sizes beyond memory, or beyond 64 bits
 
 
@@ -281,7 +283,8 @@ class HostBatch:
                     if then_sample:
                         token = sample(self._model.logits(last)[0], s.ids, s.params)
         except Exception as error:  # whatever it is, it ends this sequence alone
-            s.failure = f"{NOT_FINITE}: {error}" if "NaN" in str(error) else one_line(error)
+            what = f"memory ran out ({one_line(error)})" if isinstance(error, MemoryError) else one_line(error)
+            s.failure = f"{NOT_FINITE}: {what}" if "NaN" in what else what
         # Keys and values that could not be computed become NaN, so that sequences that share the page fail, too.
         s.cache.append_nan(end - s.cache.length)
         if then_sample:

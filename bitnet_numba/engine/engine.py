@@ -309,7 +309,8 @@ def _load_errors(folder: Path) -> Iterator[None]:
         yield
     except (MemoryError, OSError, UnicodeError) as error:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
-            raise BackendError(f"memory ran out while {name} was loaded ({one_line(error)})") from None
+            size = (folder / "model.safetensors").stat().st_size / 1e9
+            raise BackendError(f"memory ran out while {name} was loaded, whose weights take {size:.2f} GB") from None
         raise CheckpointError(f"{name} cannot be opened: {one_line(error)}") from None
 
 

@@ -165,7 +165,7 @@ class Scheduler:
         Raises BackendError, and closes the scheduler, if the backend fails as a whole.
         """
         if not self._stepping.acquire(blocking=False):
-            raise RequestError("another thread is in the middle of a step: one thread runs the scheduler")
+            raise RequestError("another thread steps or closes this scheduler: one thread runs it")
         try:
             if self._closed:
                 raise RequestError(CLOSED)
@@ -229,6 +229,8 @@ class Scheduler:
         self._prefilling = self._running[request_id] = s
         try:
             self._batch.start(slot, request.ids, options.params, lease.pages, lease.computed)
+        except BackendError:  # as a whole
+            raise
         except Exception as error:
             self._fail(s, one_line(error), updates)
         return True

@@ -8,7 +8,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,12 @@ class SharedBackend:
                     f"memory ran out ({one_line(error)}): a smaller context, or fewer tokens at a time, take less"
                 ) from None
 
+    def clean_up(self, work: Callable[[], object]) -> None:
+        """Runs what frees or forgets something in its turn, or not at all if `left_behind`: that is the parent's."""
+        if not self.left_behind:
+            with self.turn():
+                work()
+
     def new_context(self, capacity: int) -> "SharedContext":
         """An empty context."""
         with self.turn():
@@ -68,27 +74,32 @@ class SharedBackend:
     def take_context(self, capacity: int) -> Context:
         """An empty context: one that was given back, if there is one, otherwise a new one."""
         with self.turn():
-            if not self._idle:
+            if not self._idle or self._idle[-1].capacity != capacity:
                 return self.new_context(capacity)
             context = self._idle.pop()
             context.truncate(0)
             return context
 
     def give_back(self, context: Context) -> None:
-        """Keeps a context for `take_context`, or frees it if there are enough; all have one capacity."""
-        with self.turn():
+        """Keeps a context for `take_context`, or frees it if there are enough."""
+
+        def keep() -> None:
             if len(self._idle) < self._max_idle:
                 self._idle.append(context)
             else:
                 context.close()
 
+        self.clean_up(keep)
+
     def free_idle(self, for_good: bool = False) -> None:
         """Frees the contexts that were given back; `for_good`: and those that will be."""
-        if not self.left_behind:
-            with self.turn():
-                self._max_idle = 0 if for_good else self._max_idle
-                while self._idle:
-                    self._idle.pop().close()
+
+        def free() -> None:
+            self._max_idle = 0 if for_good else self._max_idle
+            while self._idle:
+                self._idle.pop().close()
+
+        self.clean_up(free)
 
     def memory(self) -> dict[str, int]:
         """Memory in use."""
@@ -106,9 +117,7 @@ class _Closing:
         """Frees its memory."""
         if not self._closed:
             self._closed = True
-            if not self._backend.left_behind:  # the memory is the parent's
-                with self._backend.turn():
-                    self._to_close.close()
+            self._backend.clean_up(self._to_close.close)
 
     def __del__(self) -> None:
         if not sys.is_finalizing():
@@ -130,8 +139,7 @@ class SharedContext(_Closing):
 
     def truncate(self, length: int) -> None:
         """Removes all tokens from position `length` on."""
-        with self._backend.turn():
-            self._inner.truncate(length)
+        self._backend.clean_up(lambda: self._inner.truncate(length))
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Appends tokens and returns the logits at each of them, float32 [T, vocab]."""
@@ -149,8 +157,7 @@ class SharedContext(_Closing):
                     return
                 yield token
         finally:
-            with self._backend.turn():
-                tokens.close()  # type: ignore[attr-defined]
+            self._backend.clean_up(tokens.close)  # type: ignore[attr-defined]
 
 
 class SharedBatch(_Closing):

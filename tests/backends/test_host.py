@@ -24,7 +24,8 @@ from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.errors import BackendError
 from bitnet_numba.reference.model import Cache, Rows
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling import SamplingParams, sample
+from tests.engine.toy_backend import TOKENIZER
 
 GREEDY = SamplingParams(seed=0)
 
@@ -190,6 +191,47 @@ def test_numbers_that_are_not_finite_stay_with_their_sequence(tiny_packed: Path)
         collect(batch, got)
     assert got[0] == got[2] == [NO_TOKEN] * 2
     assert got[1] == alone(backend, good[:100], GREEDY, 2)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError("Unable to allocate 1.5 GiB"), "memory ran out (Unable to allocate 1.5 GiB)"),
+        (OverflowError("int too\nlarge"), "int too large"),
+        (ValueError("logits hold NaN"), "the model's weights produce numbers that are not finite: logits hold NaN"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_whatever_one_sequence_raises_ends_it_alone(
+    backend: HostBackend, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    """In the sampler, and amid a prompt of several parts, for which the reason is kept to its end."""
+    prompts = [prompt_of(length, seed) for seed, length in enumerate((9, 2 * PAGE_SIZE + 5, 40))]
+    want = [alone(backend, prompt, SamplingParams(1.0, seed=7), 6) for prompt in prompts]
+
+    def sample_or_fail(logits: np.ndarray, ids: list[int], params: SamplingParams) -> int:
+        if params.seed == 8:
+            raise error
+        return sample(logits, ids, params)
+
+    def forward_or_fail(ids: np.ndarray, cache: Cache) -> np.ndarray:
+        if ids[0] == prompts[1][0]:
+            raise error
+        return forward(ids, cache)
+
+    forward = backend.model.forward
+    for name, function, seed in (("sample", sample_or_fail, 8), ("forward", forward_or_fail, 7)):
+        with monkeypatch.context() as patch:
+            patch.setattr(*((host, name) if name == "sample" else (backend.model, name)), function)  # type: ignore[misc]
+            scheduler = Engine(backend, TOKENIZER, backend.model.config, 400).scheduler(prefill_chunk=PAGE_SIZE)
+            for i, prompt in enumerate(prompts):
+                scheduler.add(prompt, SamplingParams(1.0, seed=seed if i == 1 else 7), max_new_tokens=6)
+            updates = []
+            while scheduler.busy:
+                updates += scheduler.step()
+        ended = {update.request: update.completion for update in updates if update.completion}
+        assert {number: completion.token_ids for number, completion in ended.items()} == {0: want[0], 2: want[2]}
+        assert [str(update.error) for update in updates if update.request == 1] == [message]
 
 
 def test_room_follows_what_is_asked_for(backend: HostBackend, monkeypatch: pytest.MonkeyPatch) -> None:
