@@ -307,7 +307,7 @@ def _load_errors(folder: Path) -> Iterator[None]:
     name = printable(str(folder))
     try:
         yield
-    except (MemoryError, OSError, UnicodeError) as error:
+    except (MemoryError, OSError) as error:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
             size = (folder / "model.safetensors").stat().st_size / 1e9
             raise BackendError(f"memory ran out while {name} was loaded, whose weights take {size:.2f} GB") from None

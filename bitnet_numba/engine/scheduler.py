@@ -105,7 +105,7 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether `step` has anything to do; never after `close`."""
-        return not self._closed and bool(self._running or self._waiting or self._cancelled)
+        return bool(self._running or self._waiting or self._cancelled)
 
     def __repr__(self) -> str:
         return f"<Scheduler: {'closed' if self._closed else f'{self.running} running, {self.waiting} waiting'}>"

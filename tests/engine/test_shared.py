@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -154,6 +155,33 @@ def test_a_session_gives_one_answer_at_a_time() -> None:
     assert session.held == 0
 
 
+def test_a_step_during_a_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, backend = toy_engine(tokens_of("a"))
+    scheduler = llm.scheduler()
+    scheduler.add([5], max_new_tokens=2)
+    inside, leave = threading.Event(), threading.Event()
+    choose = backend.choose
+
+    def wait(*arguments: Any) -> int:
+        inside.set()
+        assert leave.wait(60)
+        return choose(*arguments)
+
+    monkeypatch.setattr(backend, "choose", wait)
+
+    def work(i: int) -> None:
+        if i:
+            scheduler.step()
+        else:
+            assert inside.wait(60)
+            with pytest.raises(RequestError, match="another thread steps or closes this scheduler"):
+                scheduler.step()
+            leave.set()
+
+    in_threads(2, work)
+    assert scheduler.running == 1
+
+
 def test_one_thread_runs_a_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
     llm, backend = toy_engine()
     scheduler = llm.scheduler()
@@ -296,6 +324,7 @@ def in_child(work: Callable[[], object]) -> str:
     pid = os.fork()
     if pid == 0:  # the child must not come back into pytest
         try:
+            signal.alarm(60)  # nor wait for ever
             os.write(writer, repr(work()).encode())
         except BaseException as error:
             os.write(writer, f"{type(error).__name__}: {error}".encode())
@@ -318,8 +347,19 @@ def test_the_reference_works_in_a_forked_child(tiny_packed: Path) -> None:
     want = llm.generate([5], 5).token_ids
     stream = llm.stream([5], 5)
     next(stream)
-    with llm._backend._lock:  # as when another thread is in the middle of a step
-        forked = in_child(lambda: (llm.generate([5], 5).token_ids, stream.result().token_ids, llm.close()))
+    inside, leave = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        with llm._backend.turn():
+            inside.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=stay)
+    thread.start()  # the child will find the lock taken by a thread that it does not have
+    inside.wait(60)
+    forked = in_child(lambda: (llm.generate([5], 5).token_ids, stream.result().token_ids, llm.close()))
+    leave.set()
+    thread.join()
     assert forked == repr((want, want, None))
     assert stream.result().token_ids == want and llm.generate([5], 5).token_ids == want
 
