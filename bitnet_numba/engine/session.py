@@ -121,6 +121,11 @@ class Session:
             if not self._busy and (context := self.release()) is not None:
                 context.close()
 
+    def _context(self) -> Context:
+        if self._held_context is None:
+            self._held_context = self._new_context(self._capacity)
+        return self._held_context
+
     def release(self) -> Context | None:
         """Closes the session without freeing its context, and hands that to the caller."""
         with self._lock:
@@ -170,9 +175,7 @@ class Session:
     def _run(self, request: Request, result: list[Completion], ended: Callable[[], None]) -> Generator[str, None, None]:
         with self._lock:
             self._check_free()  # again: another stream may have started in the meantime
-            if self._held_context is None:
-                self._held_context = self._new_context(self._capacity)
-            context = self._held_context
+            context = self._context()
             self._busy = True
         ids, options = request.ids, request.options
         # At least the last token is computed: the first new token is sampled from its logits.
