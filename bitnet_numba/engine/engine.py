@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import errno
 import importlib.util
+import itertools
 import logging
 import os
 import sys
@@ -51,7 +52,8 @@ class Engine:
     """A loaded model. Created by `load`.
 
     Any thread may call it. Answers under way at the same time take turns, token by token; `scheduler` and
-    `generate_batch` compute them together, which is faster. After os.fork, only the reference works in the child.
+    `generate_batch` compute them together, which is faster. After os.fork, only the reference works in the child, as far
+    as NumPy does (on Linux it does).
     """
 
     def __init__(
@@ -111,9 +113,10 @@ class Engine:
         BackendError if a number is not finite.
         """
         self._check_open()
+        most = self.config.max_context
+        if is_list(token_ids) and len(token_ids) > most:
+            raise RequestError(f"{len(token_ids)} tokens do not fit the model's context of {most}")
         ids = check_ids(token_ids, self.config.vocab_size)
-        if len(ids) > self.config.max_context:
-            raise RequestError(f"{len(ids)} tokens do not fit the model's context of {self.config.max_context}")
         context = self._backend.new_context(len(ids))
         try:
             with finite_arithmetic():
@@ -204,17 +207,19 @@ class Engine:
         stop = read_stop(stop)
         if isinstance(params, SamplingParams) or params is None:
             read_options(params, max_new_tokens, stop)  # so that a mistake is not put down to the first prompt
-            params = [params] * len(prompts)
+            each: Iterable[SamplingParams | None] = itertools.repeat(params, len(prompts))
         elif not is_list(params):
             raise RequestError(f"params must be SamplingParams or a list of them, not {shown(params)}")
         elif len(params) != len(prompts):
             raise RequestError(f"there are {len(prompts)} prompts but {len(params)} sampling parameters")
+        else:
+            each = params
         requests = []
         vocab = self.config.vocab_size
-        for i in range(len(prompts)):
+        for i, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
             with _naming_prompt(i):
-                options = read_options(params[i], max_new_tokens, stop)
-                requests.append(read_request(self.tokenizer, vocab, self.context, prompts[i], options))
+                options = read_options(own, max_new_tokens, stop)
+                requests.append(read_request(self.tokenizer, vocab, self.context, prompt, options))
         if not requests:
             return []
         completions: dict[int, Completion] = {}

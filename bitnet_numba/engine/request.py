@@ -54,18 +54,20 @@ def read_stop(stop: str | Iterable[str] | None) -> tuple[str, ...]:
     """Stop strings: one, several, or none. Raises RequestError for anything else, and for an empty one."""
     if stop is None:
         return ()
-    stops: tuple[object, ...] = (stop,)
+    texts: Iterable[object] = (stop,)
     if not isinstance(stop, str):
         try:
             if isinstance(stop, bytes | bytearray | memoryview | Mapping):
                 raise TypeError
-            stops = tuple(stop)
+            texts = iter(stop)
         except TypeError:
             raise RequestError(f"stop must be a string or a list of strings, not {shown(stop)}") from None
-    for text in stops:
+    stops = []
+    for text in texts:
         if not isinstance(text, str) or not text:
             raise RequestError(f"a stop string must be a non-empty string, not {shown(text)}")
-    return tuple(str(text) for text in stops)
+        stops.append(str(text))
+    return tuple(stops)
 
 
 def read_request(
@@ -98,10 +100,9 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int, capacit
         )
     else:
         ids = prompt  # type: ignore[assignment]
-    ids = check_ids(ids, vocab_size)
-    if len(ids) > capacity:
+    if len(ids) > capacity:  # before each is looked at: there may be any number of them
         raise ContextFull(f"the prompt has {len(ids)} tokens, but the context holds {capacity}")
-    return ids
+    return check_ids(ids, vocab_size)
 
 
 def _read_message(message: Message, vocab_size: int) -> Message:
@@ -132,9 +133,12 @@ def check_ids(ids: object, vocab_size: int) -> list[int]:
 
 def is_list(value: object) -> TypeGuard[Sequence[Any]]:
     """Whether a value is a sequence of things, a NumPy vector among them, rather than text, bytes or one thing."""
-    if isinstance(value, np.ndarray):
-        return value.ndim > 0
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview)
+    if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str | bytes | bytearray | memoryview):
+        return False
+    try:
+        return len(value) >= 0
+    except (TypeError, OverflowError):  # an array without dimensions; a range longer than any list
+        return False
 
 
 def read_folder(path: object) -> Path:

@@ -1,5 +1,6 @@
 """Whatever the arguments of a public call, a wrong one is told in one short line that names it, and nothing is lost."""
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -91,6 +92,11 @@ PROMPTS += [
     [{"role": "user", "content": "x", "token_ids": ids}] for ids in (5, "x", [0.5], [VOCAB], [LONG], {1: 2}, b"x")
 ]
 
+# Longer than memory, or than any list may be: refused before they are read to their end.
+ENDLESS = [range(10**12), range(10**30), itertools.count()]
+STOPS += ENDLESS
+PROMPTS += ENDLESS
+
 GENERATION = {
     "prompt": PROMPTS,
     "max_new_tokens": COUNTS,
@@ -109,8 +115,22 @@ SCHEDULER = {
     "prefill_chunk": [*COUNTS, None],
 }
 BATCH = {
-    "prompts": ["x", b"x", 5, None, True, {1}, {"a": 1}, object(), Broken(), iter(["x"]), np.array([5, 6]), LARGE_TEXT],
-    "params": [*PARAMS, [None, None], [5], [Broken()], [None] * 100],
+    "prompts": [
+        "x",
+        b"x",
+        5,
+        None,
+        True,
+        {1},
+        {"a": 1},
+        object(),
+        Broken(),
+        iter(["x"]),
+        np.array([5, 6]),
+        LARGE_TEXT,
+        *ENDLESS,
+    ],
+    "params": [*PARAMS, *ENDLESS, [None, None], [5], [Broken()], [None] * 100],
     "max_new_tokens": COUNTS,
     "stop": STOPS,
     "max_sequences": [*COUNTS, None, HUGE, LONG],
@@ -152,7 +172,7 @@ OTHER_NAMES = {
     "params": "params|sampling parameters",
     "prompt": "prompt|token id|message",
     "prompts": "prompt",
-    "token_ids": "token ids?|prompt",
+    "token_ids": "tokens? |prompt",
     "stop": "stop",
 }
 
