@@ -52,8 +52,8 @@ class Engine:
     """A loaded model. Created by `load`.
 
     Any thread may call it. Answers under way at the same time take turns, token by token; `scheduler` and
-    `generate_batch` compute them together, which is faster. After os.fork, only the reference works in the child, as far
-    as NumPy does (on Linux it does).
+    `generate_batch` compute them together, which is faster. After os.fork, only the reference works in the child, and
+    only where NumPy does (as on Linux).
     """
 
     def __init__(

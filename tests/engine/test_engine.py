@@ -413,9 +413,14 @@ def test_weights_that_leave_the_finite_numbers_are_told_in_one_line(tiny_packed:
             write_tensors(out, plan, tensors.items(), metadata)
         (tmp_path / "changed").replace(folder / "model.safetensors")
         llm = bn.load(folder, backend="reference")  # warnings of NumPy's would be errors here
-        for call, prompt in ((llm.generate, "hello there"), (llm.logits, [5, 6])):
+        for call in (
+            lambda llm=llm: llm.generate("hello there"),
+            lambda llm=llm: llm.generate("hello there", temperature=1.0, min_p=0.1, seed=1),
+            lambda llm=llm: llm.generate_batch(["hello there"], bn.SamplingParams(1.0, min_p=0.1)),
+            lambda llm=llm: llm.logits([5, 6]),
+        ):
             with pytest.raises(BackendError, match="numbers that are not finite") as caught:
-                call(prompt)  # type: ignore[operator]
+                call()
             assert "\n" not in str(caught.value)
 
 
