@@ -285,8 +285,9 @@ class HostBatch:
         except Exception as error:  # whatever it is, it ends this sequence alone
             what = f"memory ran out ({one_line(error)})" if isinstance(error, MemoryError) else one_line(error)
             s.failure = f"{NOT_FINITE}: {what}" if "NaN" in what else what
-        # Keys and values that could not be computed become NaN, so that sequences that share the page fail, too.
-        s.cache.append_nan(end - s.cache.length)
+        if s.cache.length < end:
+            # Keys and values that could not be computed become NaN, so that sequences that share the page fail, too.
+            s.cache.append_nan(end - s.cache.length)
         if then_sample:
             s.ids.append(token)
 

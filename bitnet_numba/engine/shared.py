@@ -64,7 +64,14 @@ class SharedBackend:
     def new_context(self, capacity: int) -> "SharedContext":
         """An empty context."""
         with self.turn():
-            return SharedContext(self, self._inner.new_context(capacity))
+            try:
+                context = self._inner.new_context(capacity)
+            except (BackendError, MemoryError):
+                if not self._idle:
+                    raise
+                self.free_idle()  # their memory may be what is missing
+                context = self._inner.new_context(capacity)
+            return SharedContext(self, context)
 
     def new_batch(self, max_sequences: int, capacity: int, tokens: int | None = None) -> "SharedBatch":
         """An empty batch."""

@@ -260,6 +260,24 @@ def test_a_session_takes_an_idle_context() -> None:
     assert backend.open_contexts == 1 and session.held == 0
 
 
+def test_idle_contexts_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, backend = toy_engine()
+    llm.generate([5], 3)
+    make = backend.new_context
+
+    def make_one(capacity: int) -> ToyContext:
+        if backend.open_contexts:
+            raise BackendError("there is memory for one context")
+        return make(capacity)
+
+    monkeypatch.setattr(backend, "new_context", make_one)
+    assert llm.logits([5, 6]).shape[0] == 2 and backend.open_contexts == 0
+    session = llm.session()
+    with pytest.raises(BackendError, match="memory for one"):
+        llm.logits([5])
+    session.close()
+
+
 # Memory
 
 
