@@ -9,6 +9,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"  # the only place: pyproject.toml reads it from here
+
 _here = os.path.dirname(os.path.abspath(__file__))
 if not os.path.isdir(os.path.join(_here, "kernels")):
     # A checkout: kernels/ and reference/ are beside this package, and are imported as its subpackages.
@@ -43,7 +45,7 @@ _HOMES = {
     "pack_linear": "kernels.linear.w2a8",
     "w2a8_linear": "kernels.linear.w2a8",
 }
-__all__ = [*_MODULES, *_HOMES]  # noqa: PLE0604
+__all__ = ["__version__", *_MODULES, *_HOMES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,10 @@
 """Errors that a user can cause. Each message is one clear line, which command lines print before exiting with 2."""
 
+import reprlib
+
+_repr = reprlib.Repr()  # of containers, only the first few elements
+_repr.maxstring = _repr.maxother = 200
+
 
 class BitNetError(Exception):
     """Base class of all errors that this package raises for invalid input."""
@@ -39,6 +44,14 @@ def printable(text: str, limit: int = 200) -> str:
         text = text[: limit * 2 // 3] + "…" + text[len(text) - limit // 3 + 1 :]
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """Any value that a caller gave, as Python writes it, made safe for one line of a message."""
+    try:
+        return printable(_repr.repr(value), limit)
+    except Exception:  # an integer of thousands of digits, or an object that has a broken __repr__
+        return f"a value of type {printable(type(value).__name__, 40)}"
 
 
 def one_line(error: BaseException) -> str:

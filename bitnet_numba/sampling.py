@@ -1,15 +1,16 @@
 """Sampling of the next token: its parameters and its definition.
 
-The steps, in order: repetition penalty, temperature, top-k, top-p, min-p, then one draw: the argmax of z + g over the
-kept tokens, with z = logit / temperature and g independent Gumbel noise. That is distributed as softmax(z) (the
-Gumbel-max trick, Gumbel 1954) and needs neither a sort nor a prefix sum, so a GPU can do it in any order. The noise is
-a pure function of (seed, position in the sequence, token id): the same seed gives the same tokens, whatever else is in
-the batch.
+The steps, in order, as in transformers: repetition penalty, temperature, top-k, top-p, min-p, then one draw: the argmax
+of z + g over the kept tokens, with z = logit / temperature and g independent Gumbel noise. That is distributed as
+softmax(z) (the Gumbel-max trick, Gumbel 1954) and needs neither a sort nor a prefix sum, so a GPU can do it in any
+order. The noise is a pure function of (seed, position in the sequence, token id): the same seed gives the same tokens,
+whatever else is in the batch.
 """
 
 import logging
 import math
 import secrets
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.errors import RequestError
+from bitnet_numba.errors import CheckpointError, RequestError, shown
 from bitnet_numba.json_file import read_json
 
 _log = logging.getLogger("bitnet_numba")
@@ -28,6 +29,8 @@ _log = logging.getLogger("bitnet_numba")
 PHILOX_ROUNDS = 10
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+# Temperatures outside are taken as these: float32 would make them 0 or infinity.
+MIN_TEMPERATURE, MAX_TEMPERATURE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class SamplingParams:
     """How the next token is sampled. Raises RequestError, naming the value, if one is invalid.
 
     temperature 0 takes the most likely token (of equally likely ones, the lowest id). top_k 0, top_p 1, min_p 0 and
-    repetition_penalty 1 have no effect. seed None: a new random seed for each request.
+    repetition_penalty 1 have no effect. seed None: a new random seed for each request. They are applied in this order:
+    repetition_penalty, temperature, top_k, top_p, min_p.
     """
 
     temperature: float = 0.0
@@ -46,41 +50,53 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-            value = getattr(self, name)
-            if not isinstance(value, Real) or isinstance(value, bool):
-                raise RequestError(f"{name} must be a number, not {value!r}")
-        self._check("temperature", 0.0 <= self.temperature < math.inf, "a number of at least 0")
-        self._check("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1")
-        self._check("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1")
-        self._check("repetition_penalty", 1e-3 <= self.repetition_penalty <= 1e3, "between 0.001 and 1000")
-        for name in ("top_k", "seed"):
-            value = getattr(self, name)
-            if name == "seed" and value is None:
+        # As Python's own numbers: NumPy's integers overflow in the generator, and a Fraction has no logarithm.
+        for name, rule, low, high in (
+            ("temperature", "a finite number of at least 0", 0.0, sys.float_info.max),
+            ("top_p", "above 0 and at most 1", math.ulp(0.0), 1.0),
+            ("min_p", "between 0 and 1", 0.0, 1.0),
+            ("repetition_penalty", "between 0.001 and 1000", 1e-3, 1e3),
+        ):
+            given = getattr(self, name)
+            value = _as_float(given)
+            if value is None:
+                raise RequestError(f"{name} must be a number, not {shown(given)}")
+            if not low <= value <= high:
+                raise RequestError(f"{name} must be {rule}, not {shown(given)}")
+            object.__setattr__(self, name, value)
+        for name, rule, limit in (("top_k", "0 or more", math.inf), ("seed", "between 0 and 2^64 - 1", 1 << 64)):
+            given = getattr(self, name)
+            if name == "seed" and given is None:
                 continue
-            if not isinstance(value, Integral) or isinstance(value, bool):
-                raise RequestError(f"{name} must be an integer, not {value!r}")
-            object.__setattr__(self, name, int(value))  # NumPy's integers would overflow in the generator
-        self._check("top_k", self.top_k >= 0, "0 or more")
-        self._check("seed", self.seed is None or 0 <= self.seed < 1 << 64, "between 0 and 2^64 - 1")
-
-    def _check(self, name: str, good: bool, rule: str) -> None:
-        if not good:
-            raise RequestError(f"{name} must be {rule}, not {getattr(self, name)!r}")
+            if not isinstance(given, Integral) or isinstance(given, bool):
+                raise RequestError(f"{name} must be an integer, not {shown(given)}")
+            if not 0 <= int(given) < limit:
+                raise RequestError(f"{name} must be {rule}, not {shown(given)}")
+            object.__setattr__(self, name, int(given))
 
     def with_seed(self) -> "SamplingParams":
         """These parameters with a seed: their own, or a new random one."""
         return self if self.seed is not None else replace(self, seed=secrets.randbits(64))
 
 
+def _as_float(value: object) -> float | None:
+    """A real number of any type as a float, infinite if it is too large for one; None if it is none (bools are not)."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # an integer or a fraction: their sizes have no limit
+        return math.inf
+
+
 def sample(logits: NDArray[np.float32], history: Sequence[int], params: SamplingParams) -> int:
     """Samples the next token after `history` (all tokens so far, including the prompt) from logits, float32 [vocab].
 
-    `params.seed` must be set unless temperature is 0. Raises ValueError if logits are NaN.
+    `params.seed` must be set unless temperature is 0. Raises ValueError if a logit is NaN or the largest is infinite.
     """
-    if np.isnan(logits).any():
-        raise ValueError("logits hold NaN")
     z = penalize(logits, history, params.repetition_penalty)
+    if not np.isfinite(z.max()):  # NaN if any of them is
+        raise ValueError("logits hold NaN or infinity")
     if params.temperature == 0.0:
         return int(z.argmax())
     if params.seed is None:
@@ -105,7 +121,7 @@ def penalize(logits: NDArray[np.float32], history: Sequence[int], penalty: float
 def scale(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float32]:
     """(logit - max) / temperature, float32 [vocab]: subtracting the maximum changes no probability and avoids inf."""
     with np.errstate(over="ignore"):  # a tiny temperature sends all others to -inf, as it should
-        return (logits - logits.max()) / np.maximum(np.float32(temperature), np.finfo(np.float32).tiny)
+        return (logits - logits.max()) / np.float32(min(max(temperature, MIN_TEMPERATURE), MAX_TEMPERATURE))
 
 
 def kept_tokens(z: NDArray[np.float32], params: SamplingParams) -> NDArray[np.int64]:
@@ -121,8 +137,9 @@ def kept_tokens(z: NDArray[np.float32], params: SamplingParams) -> NDArray[np.in
         if params.top_k:
             keep = keep[: params.top_k]
         if params.top_p < 1.0:
-            weights = np.exp(z[keep].astype(np.float64))
-            reached = np.cumsum(weights) >= params.top_p * weights.sum()
+            sums = np.cumsum(np.exp(z[keep].astype(np.float64)))
+            # The last of the sums is the total: one added up in another order could be more than any top_p reaches.
+            reached = sums >= params.top_p * sums[-1]
             keep = keep[: int(reached.argmax()) + 1]
         keep = np.sort(keep)
     if params.min_p > 0.0:
@@ -163,28 +180,34 @@ GENERATION_CONFIG_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_
 
 
 def read_sampling(folder: Path) -> SamplingParams | None:
-    """The sampling parameters that a model folder recommends; None if the file is missing or has none.
+    """The sampling parameters that a model folder's generation_config.json recommends; None if it names none.
 
-    Keys are those of Hugging Face: with do_sample false, decoding is greedy whatever temperature is. A missing key has
-    no effect (top_k, too, which defaults to 50 in transformers). An invalid value is ignored with a warning. Raises
-    CheckpointError if the file is not a JSON object.
+    As in transformers, decoding is greedy unless do_sample is true (without it, temperature, top_k, top_p and min_p
+    mean nothing), and the default temperature is 1. A missing key has no effect (top_k, too, which is 50 in
+    transformers). What is damaged does not make the model unusable: it is ignored with a warning.
     """
     path = folder / "generation_config.json"
-    config = read_json(path) if path.exists() else {}
-    # As in transformers, the default temperature is 1.
-    values: dict[str, Any] = {"temperature": 1.0} if config.get("do_sample") is True else {}
-    for key in GENERATION_CONFIG_KEYS:
+    try:
+        config = read_json(path) if path.exists() else {}
+    except CheckpointError as error:
+        _log.warning("%s; ignored", error)
+        config = {}
+    values: dict[str, Any] = {}
+    for key in ("do_sample", *GENERATION_CONFIG_KEYS):
         value = config.get(key)
         if value is None:
             continue
         try:
-            SamplingParams(**{key: value})
+            if key != "do_sample":
+                SamplingParams(**{key: value})
+            elif not isinstance(value, bool):
+                raise RequestError(f"do_sample must be true or false, not {shown(value)}")
         except RequestError as error:
             _log.warning("%s: %s; ignored", path, error)
             continue
         values[key] = value
-    if config.get("do_sample") is False:
-        values["temperature"] = 0.0
-    elif values:
-        values.setdefault("temperature", 1.0)
-    return SamplingParams(**values) if values else None
+    if not values:
+        return None
+    if values.pop("do_sample", False):
+        return SamplingParams(**{"temperature": 1.0} | values)
+    return SamplingParams(repetition_penalty=values.get("repetition_penalty", 1.0))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitnet_numba.errors import one_line, printable
+from bitnet_numba.errors import one_line, printable, shown
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()))  # surrogates and control characters, too
 
@@ -33,3 +33,27 @@ def test_printable_text(text, shown):
 def test_messages_of_libraries_become_one_line():
     assert one_line(ValueError("a\n  b\x1b")) == "a b\\x1b"
     assert one_line(ValueError()) == "ValueError"
+
+
+class Broken:
+    def __repr__(self):
+        raise RuntimeError
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (0.5, "0.5"),
+        ("tpu", "'tpu'"),
+        ("\x1b[2J", "'\\x1b[2J'"),
+        (10**5000, "a value of type int"),
+        (Broken(), "<Broken instance at "),
+        (list(range(10**6)), "[0, 1, 2, 3, 4, 5, ...]"),
+        ("a" * 10**6, "'aaaa"),
+        ([[]] * 3, "[[], [], []]"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_values_are_shown_in_one_short_line(value, text):
+    assert shown(value).startswith(text)
+    assert len(shown(value)) <= 60 and shown(value).isprintable()

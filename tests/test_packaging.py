@@ -6,13 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bitnet_numba
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib  # a dependency of pytest there
 
 ROOT = Path(__file__).parent.parent
-SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 
 
 def package(folder: Path) -> str:
@@ -39,6 +42,12 @@ def test_package_data_covers_the_built_in_model() -> None:
     covered = {path for pattern in SETUPTOOLS["package-data"]["bitnet_numba"] for path in folder.glob(pattern)}
     files = {path for path in folder.rglob("*") if path.is_file() and path.suffix != ".py"}
     assert {path for path in files if "__pycache__" not in path.parts} == covered
+
+
+def test_the_version_stands_in_one_place() -> None:
+    assert "version" in PYPROJECT["project"]["dynamic"] and "version" not in PYPROJECT["project"]
+    assert SETUPTOOLS["dynamic"]["version"] == {"attr": "bitnet_numba.__version__"}
+    assert bitnet_numba.__version__[0].isdigit()
 
 
 def test_importing_a_package_is_light() -> None:

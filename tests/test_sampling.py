@@ -1,13 +1,14 @@
 """The sampler: each parameter as a property, frequencies against the distribution, and Philox known answers."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitnet_numba.errors import RequestError
+from bitnet_numba.errors import RequestError, shown
 from bitnet_numba.sampling import (
     PHILOX_MULTIPLIERS,
     PHILOX_ROUNDS,
@@ -194,7 +195,16 @@ def test_philox_equals_its_definition(seed: int, counters: list[int], position: 
     [
         ({"temperature": "x"}, "temperature must be a number, not"),
         ({"top_p": True}, "top_p must be a number, not True"),
-        ({"temperature": -0.1}, "temperature must be a number of at least 0"),
+        ({"temperature": -0.1}, "temperature must be a finite number of at least 0, not -0.1"),
+        ({"temperature": 10**400}, "temperature must be a finite number of at least 0, not 1000000"),
+        ({"temperature": -(10**400)}, "temperature must be a finite"),
+        ({"temperature": 10**5000}, "temperature must be a finite number of at least 0, not a value of type int"),
+        ({"temperature": "\x1b[2J" + "x" * 10**6}, r"temperature must be a number, not '\\x1b"),
+        ({"min_p": 1j}, "min_p must be a number"),
+        ({"min_p": Fraction(3, 2)}, r"min_p must be between 0 and 1, not Fraction\(3, 2\)"),
+        ({"top_p": Fraction(1, 10**400)}, "top_p must be above 0"),
+        ({"top_p": np.array(0.5)}, "top_p must be a number"),
+        ({"top_k": np.bool_(True)}, "top_k must be an integer"),
         ({"temperature": math.nan}, "temperature"),
         ({"temperature": math.inf}, "temperature"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
@@ -212,11 +222,12 @@ def test_philox_equals_its_definition(seed: int, counters: list[int], position: 
         ({"seed": 2**64}, "seed must be between"),
         ({"seed": "x"}, "seed must be an integer"),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_impossible_values_are_refused(values: dict[str, object], message: str) -> None:
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(RequestError, match=message) as caught:
         SamplingParams(**values)  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 150 and str(caught.value).isprintable()
 
 
 def test_broken_logits_and_missing_seeds_are_refused() -> None:
@@ -224,6 +235,11 @@ def test_broken_logits_and_missing_seeds_are_refused() -> None:
         sample(np.array([0.0, math.nan], np.float32), [], SamplingParams())
     with pytest.raises(ValueError, match="seed"):
         sample(np.zeros(3, np.float32), [], SamplingParams(temperature=1.0))
+    # Weights that overflow give infinite logits; min-p then kept no token at all.
+    for logits in ([0.0, math.inf], [-math.inf, -math.inf], [math.inf, math.nan]):
+        for params in (SamplingParams(), SamplingParams(1.0, min_p=0.1, seed=1), SamplingParams(1.0, seed=1)):
+            with pytest.raises(ValueError, match="NaN or infinity"), np.errstate(all="ignore"):
+                sample(np.array(logits, np.float32), [], params)
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e-3])
@@ -232,8 +248,61 @@ def test_tiny_temperatures_are_greedy(temperature: float) -> None:
     assert sample(logits, [0], SamplingParams(temperature=temperature, seed=1)) == 1
 
 
+def test_a_top_p_just_below_one_keeps_all() -> None:
+    """Adding the probabilities up in another order can give a total that the running sum never reaches."""
+    rng = np.random.default_rng(0)
+    params = SamplingParams(temperature=1.0, top_p=math.nextafter(1.0, 0.0))
+    for _ in range(20):  # two in five of these kept the first token alone
+        z = scale(rng.normal(0, 1, 1000).astype(np.float32), 1.0)
+        assert len(kept_tokens(z, params)) > 990
+
+
+@pytest.mark.parametrize("temperature", [1e39, 1e300, 10**300])
+def test_huge_temperatures_choose_evenly(temperature: float) -> None:
+    logits = np.array([5.0, -math.inf, 3.0, -5.0], np.float32)
+    drawn = [sample(logits, [0] * i, SamplingParams(temperature=temperature, seed=7)) for i in range(60)]
+    assert set(drawn) == {0, 2, 3}  # an impossible token stays impossible
+
+
+def filtered_as_transformers_does(logits: np.ndarray, history: list[int], params: SamplingParams) -> set[int]:
+    """The tokens left by its logits processors, each with its own definition, in its order."""
+    z = logits.astype(np.float64)
+    for token in set(history):
+        z[token] = z[token] * params.repetition_penalty if z[token] < 0 else z[token] / params.repetition_penalty
+    z = z / params.temperature
+    if params.top_k:
+        z[z < np.sort(z)[::-1][min(params.top_k, len(z)) - 1]] = -np.inf
+    if params.top_p < 1:
+        order = np.argsort(z)
+        removed = np.cumsum(softmax(z[order])) <= 1 - params.top_p
+        removed[-1] = False
+        z[order[removed]] = -np.inf
+    if params.min_p > 0:
+        z[softmax(z) < params.min_p * softmax(z).max()] = -np.inf
+    return set(np.flatnonzero(z > -np.inf).tolist())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_steps_come_in_the_order_of_transformers(seed: int) -> None:
+    """With strong settings of all five, any other order keeps other tokens in some of these cases."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 3, 60).astype(np.float32)
+    history = rng.integers(0, 60, 30).tolist()
+    params = SamplingParams(
+        temperature=float(rng.uniform(0.5, 2.5)),
+        top_p=float(rng.uniform(0.5, 0.98)),
+        top_k=int(rng.integers(3, 25)),
+        min_p=float(rng.uniform(0.01, 0.2)),
+        repetition_penalty=float(rng.uniform(1.1, 2.0)),
+    )
+    z = scale(penalize(logits, history, params.repetition_penalty), params.temperature)
+    assert set(kept_tokens(z, params).tolist()) == filtered_as_transformers_does(logits, history, params)
+
+
 def test_numpy_numbers() -> None:
-    """NumPy's integers and floats are numbers like any other."""
+    """NumPy's integers and floats are numbers like any other, and so are fractions."""
+    exact = SamplingParams(Fraction(1, 2), Fraction(3, 4), min_p=Fraction(1, 8))  # type: ignore[arg-type]
+    assert exact == SamplingParams(0.5, 0.75, min_p=0.125) and type(exact.min_p) is float
     logits = np.random.default_rng(0).standard_normal(50).astype(np.float32)
     plain = SamplingParams(temperature=0.5, top_k=7, seed=2**40 + 3)
     numpys = SamplingParams(temperature=np.float32(0.5), top_k=np.int64(7), seed=np.int64(2**40 + 3))

@@ -1,27 +1,34 @@
 """Backends whose model runs on the CPU: contexts and batches over any `HostModel`."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.backends.protocol import NO_TOKEN
+from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE
 from bitnet_numba.config import ModelConfig
-from bitnet_numba.errors import BackendError
+from bitnet_numba.errors import BackendError, one_line
 from bitnet_numba.sampling import SamplingParams
 
 PAGE_SIZE = 64  # tokens
 POOL_BYTES = 1 << 30  # limit of a batch's KV cache, unless a number of tokens is asked for
 
+BAD_LOGITS = "logits hold NaN or infinity"
+OUT_OF_MEMORY = (MemoryError, OverflowError, ValueError)  # NumPy's errors for sizes beyond memory, or beyond 64 bits
+
 Floats = NDArray[np.float32]
+R = TypeVar("R")
 
 
 class SequenceCache(Protocol):
     """Keys and values of one sequence."""
 
     length: int  # tokens; a smaller number forgets those from there on
+
+    def append_nan(self, count: int) -> None:
+        """Appends tokens whose keys and values are NaN in all layers."""
 
 
 C = TypeVar("C", bound=SequenceCache)
@@ -53,6 +60,9 @@ class HostModel(Protocol[C]):
     def page_bytes(self) -> int:
         """Bytes of one page in all layers."""
 
+    def scratch_bytes(self, pages: int) -> int:
+        """About what computing takes beside the cache, in bytes, for contexts of so many pages."""
+
     def forward(self, ids: Sequence[int], cache: C) -> Floats:
         """Appends tokens to a cache; their final hidden states, float32 [M, hidden]."""
 
@@ -80,26 +90,66 @@ class HostBackend(Generic[C]):
 
     def new_context(self, capacity: int) -> "HostContext[C]":
         """An empty context for up to `capacity` tokens. Raises BackendError if memory is insufficient."""
-        return HostContext(self.model, capacity)
+        pages = pages_of(capacity)
+        try:
+            self._probe(pages, pages)
+            return HostContext(self.model, capacity)
+        except OUT_OF_MEMORY:
+            fits = PAGE_SIZE * self._fitting_pages(pages, None)
+            raise BackendError(
+                f"a context of {capacity} tokens takes {self._bytes(pages, pages) / 1e9:.2f} GB of memory, which are "
+                f"not free: {f'--context {fits}' if fits else 'no context'} would fit"
+            ) from None
 
     def new_batch(self, max_sequences: int, capacity: int, tokens: int | None = None) -> "HostBatch[C]":
         """An empty batch, see `protocol.Backend`. Raises BackendError if memory is insufficient."""
-        sequence_pages = -(-capacity // PAGE_SIZE)  # of one sequence at full capacity
+        sequence_pages = pages_of(capacity)  # of one sequence at full capacity
         if tokens is None:
             affordable = POOL_BYTES // self.model.page_bytes()
             num_pages = min(max_sequences * sequence_pages, max(sequence_pages, affordable))
         else:
-            num_pages = -(-tokens // PAGE_SIZE)
-        return HostBatch(self.model, max_sequences, capacity, num_pages)
+            num_pages = pages_of(tokens)
+        try:
+            self._probe(num_pages, sequence_pages)
+            return HostBatch(self.model, max_sequences, capacity, num_pages)
+        except OUT_OF_MEMORY:
+            fits = self._fitting_pages(num_pages, sequence_pages)
+            if tokens is None and fits >= sequence_pages:
+                return HostBatch(self.model, max_sequences, capacity, fits)
+            raise BackendError(
+                f"a batch of {num_pages * PAGE_SIZE} tokens takes "
+                f"{self._bytes(num_pages, sequence_pages) / 1e9:.2f} GB of memory, which are not free: "
+                f"{fits * PAGE_SIZE} tokens would fit"
+            ) from None
+
+    def _bytes(self, num_pages: int, sequence_pages: int) -> int:
+        """About what a cache takes together with computing from it, for sequences of up to `sequence_pages` each."""
+        return num_pages * self.model.page_bytes() + self.model.scratch_bytes(sequence_pages)
+
+    def _probe(self, num_pages: int, sequence_pages: int) -> None:
+        """Raises one of OUT_OF_MEMORY if that much cannot be allocated now."""
+        np.empty(self._bytes(num_pages, sequence_pages), np.uint8)
+
+    def _fitting_pages(self, most: int, sequence_pages: int | None) -> int:
+        """The most pages, up to `most`, that `_probe` allows; sequence_pages None: all of them for one sequence."""
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            try:
+                self._probe(middle, middle if sequence_pages is None else sequence_pages)
+                low = middle
+            except OUT_OF_MEMORY:
+                high = middle - 1
+        return low
 
     def memory(self) -> dict[str, int]:
         """Memory in use, in bytes by purpose."""
         return {"weights": self.model.nbytes()}
 
 
-def _no_memory(tokens: int, model: HostModel[C]) -> BackendError:
-    size = -(-tokens // PAGE_SIZE) * model.page_bytes()
-    return BackendError(f"a KV cache for {tokens} tokens needs {size / 1e9:.2f} GB of memory, which are not free")
+def pages_of(tokens: int) -> int:
+    """Number of pages for `tokens` tokens."""
+    return -(-tokens // PAGE_SIZE)
 
 
 class HostContext(Generic[C]):
@@ -109,10 +159,7 @@ class HostContext(Generic[C]):
         self.capacity = capacity
         self.ids: list[int] = []
         self._model = model
-        try:
-            self._cache = model.new_cache(capacity)
-        except MemoryError:
-            raise _no_memory(capacity, model) from None
+        self._cache = model.new_cache(capacity)
 
     def truncate(self, length: int) -> None:
         """Removes all tokens from position `length` on."""
@@ -132,7 +179,7 @@ class HostContext(Generic[C]):
                 last = hidden[-1:]
             (token,) = self._model.sample(last, [self.ids], [params])
             if token == NO_TOKEN:
-                raise ValueError("logits hold NaN")
+                raise ValueError(BAD_LOGITS)
             yield token
             if len(self.ids) == self.capacity:
                 return
@@ -163,6 +210,7 @@ class _Sequence(Generic[C]):
         self.prompt_length = len(ids)
         self.params = params
         self.cache = cache
+        self.failure: str | None = None  # why it gets no more tokens
 
 
 class HostBatch(Generic[C]):
@@ -173,10 +221,7 @@ class HostBatch(Generic[C]):
     def __init__(self, model: HostModel[C], max_sequences: int, capacity: int, num_pages: int):
         self.max_sequences, self.capacity, self.num_pages = max_sequences, capacity, num_pages
         self._model = model
-        try:
-            self._pool = model.new_pool(num_pages)
-        except MemoryError:
-            raise _no_memory(num_pages * PAGE_SIZE, model) from None
+        self._pool = model.new_pool(num_pages)
         self._sequences: dict[int, _Sequence[C]] = {}  # by slot
         self._results: deque[list[tuple[int, int]]] = deque()
 
@@ -196,36 +241,89 @@ class HostBatch(Generic[C]):
         end = s.cache.length + count
         if count < 1 or end > s.prompt_length or (end < s.prompt_length and end % PAGE_SIZE):
             raise ValueError(f"tokens {s.cache.length} to {end} of {s.prompt_length} end neither a page nor the prompt")
-        hidden = self._model.forward(s.ids[s.cache.length : end], s.cache)
+        start = s.cache.length
+
+        def compute(_: Sequence[_Sequence[C]]) -> list[Floats]:
+            s.cache.length = start
+            return [self._model.forward(s.ids[start:end], s.cache)[-1]]
+
+        last = self._each([s], compute, end)
         if end == s.prompt_length:
-            self._sample([slot], hidden[-1:])
+            self._sample([s], last)
+            self._results.append([(slot, s.ids[-1])])
 
     def step(self, slots: Sequence[int]) -> None:
         """Samples one more token for each sequence."""
-        for slot in slots:
-            if len(self._sequences[slot].ids) == self._sequences[slot].prompt_length:
+        sequences = [self._sequences[slot] for slot in slots]
+        for slot, s in zip(slots, sequences, strict=True):
+            if len(s.ids) == s.prompt_length:
                 raise ValueError(f"the prompt of slot {slot} is not complete")
-        running = [slot for slot in slots if self._sequences[slot].ids[-1] != NO_TOKEN]
-        if running:
-            sequences = [self._sequences[slot] for slot in running]
-            hidden = self._model.step([s.ids[-1] for s in sequences], [s.cache for s in sequences])
-            self._sample(running, hidden, slots)
-        else:
-            self._results.append([(slot, NO_TOKEN) for slot in slots])
+
+        def compute(running: Sequence[_Sequence[C]]) -> list[Floats]:
+            for s in running:
+                s.cache.length = len(s.ids) - 1
+            return list(self._model.step([s.ids[-1] for s in running], [s.cache for s in running]))
+
+        self._sample(sequences, self._each(sequences, compute, None))
+        self._results.append([(slot, s.ids[-1]) for slot, s in zip(slots, sequences, strict=True)])
 
     def collect(self) -> list[tuple[int, int]]:
         """The results of the oldest call not collected yet."""
         return self._results.popleft()
+
+    def failure(self, slot: int) -> str:
+        """Why the sequence in a slot got NO_TOKEN."""
+        return self._sequences[slot].failure or ""
 
     def close(self) -> None:
         """Frees the pages."""
         del self._pool
         self._sequences.clear()
 
-    def _sample(self, running: Sequence[int], hidden: Floats, slots: Sequence[int] | None = None) -> None:
-        """Samples for the running slots and queues the results of `slots`, some of which may have ended with NaN."""
-        sequences = [self._sequences[slot] for slot in running]
-        tokens = self._model.sample(hidden, [s.ids for s in sequences], [s.params for s in sequences])
-        for s, token in zip(sequences, tokens, strict=True):
+    def _each(
+        self,
+        sequences: Sequence[_Sequence[C]],
+        compute: Callable[[Sequence[_Sequence[C]]], Sequence[R]],
+        end: int | None,
+    ) -> dict[int, R]:
+        """What `compute` gives each sequence that has not failed, by its place in the list.
+
+        It is asked for all of them at once or, if that raises, for each one alone, so that only those that raise fail.
+        end: tokens that the caches then have, or None for all.
+        """
+        running = [i for i, s in enumerate(sequences) if s.failure is None]
+        results: dict[int, R] = {}
+        for group in [running] if len(running) < 2 else [running, *([i] for i in running)]:
+            try:
+                if group:
+                    results |= zip(group, compute([sequences[i] for i in group]), strict=True)
+                if len(group) > 1:
+                    return results
+            except Exception as error:  # whatever it is, it ends this sequence alone
+                if len(group) == 1:
+                    _fail(sequences[group[0]], error)
+        for s in sequences:
+            if s.failure is not None and (missing := (len(s.ids) if end is None else end) - s.cache.length) > 0:
+                # So that sequences that share the page fail, too.
+                s.cache.append_nan(missing)
+        return results
+
+    def _sample(self, sequences: Sequence[_Sequence[C]], hidden: dict[int, Floats]) -> None:
+        """Appends a sampled token to each sequence; NO_TOKEN to those that have failed, or do now."""
+        where = {id(s): i for i, s in enumerate(sequences)}
+
+        def compute(running: Sequence[_Sequence[C]]) -> list[int]:
+            rows = np.stack([hidden[where[id(s)]] for s in running])
+            return self._model.sample(rows, [s.ids for s in running], [s.params for s in running])
+
+        tokens = self._each(sequences, compute, 0)
+        for i, s in enumerate(sequences):
+            token = tokens.get(i, NO_TOKEN)
+            if token == NO_TOKEN and s.failure is None:
+                s.failure = f"{NOT_FINITE}: {BAD_LOGITS}"
             s.ids.append(token)
-        self._results.append([(slot, self._sequences[slot].ids[-1]) for slot in slots or running])
+
+
+def _fail(s: _Sequence[C], error: Exception) -> None:
+    what = f"memory ran out ({one_line(error)})" if isinstance(error, MemoryError) else one_line(error)
+    s.failure = f"{NOT_FINITE}: {what}" if "NaN" in what else what

@@ -13,7 +13,10 @@ class Context(Protocol):
     """One sequence: the KV cache of the tokens so far, up to `capacity`."""
 
     capacity: int  # tokens
-    ids: list[int]  # the tokens in the cache; read-only for callers
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens in the cache; read-only for callers."""
 
     def truncate(self, length: int) -> None:
         """Removes all tokens from position `length` on. Raises ValueError unless 0 <= length <= len(self.ids)."""
@@ -33,7 +36,8 @@ class Context(Protocol):
         """Frees the context's memory; it cannot be used again."""
 
 
-NO_TOKEN = -1  # in place of a token: the sequence's logits were NaN
+NO_TOKEN = -1  # in place of a token: it could not be computed, most often because the logits were NaN
+NOT_FINITE = "the model's weights produce numbers that are not finite"
 
 
 class Batch(Protocol):
@@ -78,9 +82,12 @@ class Batch(Protocol):
     def collect(self) -> list[tuple[int, int]]:
         """Waits for the oldest uncollected call with results (`prefill` that completed a prompt, or `step`).
 
-        Returns its (slot, token) pairs; token is NO_TOKEN if the logits were NaN. At most 2 * (max_sequences + 1) such
-        calls may be uncollected, and at most three of one slot.
+        Returns its (slot, token) pairs; token is NO_TOKEN if it could not be computed. At most 2 * (max_sequences + 1)
+        such calls may be uncollected, and at most three of one slot.
         """
+
+    def failure(self, slot: int) -> str:
+        """Why the sequence in a slot got NO_TOKEN, in one line; called right after the `collect` that returned it."""
 
     def close(self) -> None:
         """Frees pages and slots, even with uncollected calls; the batch cannot be used again."""

@@ -13,13 +13,23 @@ from bitnet_numba.backends.host import PAGE_SIZE, HostBackend
 from bitnet_numba.backends.protocol import NO_TOKEN
 from bitnet_numba.checkpoint.packed import PackedCheckpoint
 from bitnet_numba.config import ModelConfig
+from bitnet_numba.errors import BackendError
 from bitnet_numba.reference.model import Cache, Floats, Model
 from bitnet_numba.sampling import SamplingParams, sample
 
+# Memory that computing takes beside the cache and attention scores. Half of it is OpenBLAS's, which ends the process if
+# it cannot have it.
+WORKSPACE_BYTES = 1 << 26
+
 
 def reference_backend(checkpoint: PackedCheckpoint) -> "ReferenceBackend":
-    """The NumPy reference as a backend."""
-    return HostBackend("reference", ReferenceModel(checkpoint))
+    """The NumPy reference as a backend. Raises BackendError if memory is insufficient."""
+    try:
+        return HostBackend("reference", ReferenceModel(checkpoint))
+    except MemoryError:
+        # Ternary weights are int8 there, four times the size of the file's two bits.
+        sizes = [spec.nbytes * (4 if name.endswith(".words") else 1) for name, spec in checkpoint.file.specs.items()]
+        raise BackendError(f"the model takes {sum(sizes) / 1e9:.2f} GB of memory, which are not free") from None
 
 
 class ContiguousCache(Cache):
@@ -88,6 +98,11 @@ class ReferenceModel:
         """Bytes of one page in all layers."""
         c = self.config
         return 4 * 2 * PAGE_SIZE * c.num_layers * c.num_kv_heads * c.head_dim
+
+    def scratch_bytes(self, pages: int) -> int:
+        """About what computing takes beside the cache, in bytes, for contexts of so many pages."""
+        scores = 4 * 4 * self.config.num_heads * PAGE_SIZE**2  # float32, four copies at a time, for each page
+        return pages * scores + WORKSPACE_BYTES
 
     def forward(self, ids: Sequence[int], cache: ContiguousCache | PagedCache) -> Floats:
         """Appends tokens to a cache and returns their final hidden states, float32 [M, hidden]."""

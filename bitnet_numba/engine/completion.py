@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
 
+from bitnet_numba.errors import shown
 from bitnet_numba.text.stop_strings import StopStrings
 from bitnet_numba.text.tokenizer import StreamDecoder, Tokenizer
 
@@ -48,6 +49,9 @@ class Completion:
     token_ids: list[int]
     finish_reason: FinishReason
     stats: Stats
+
+    def __repr__(self) -> str:
+        return f"<Completion: {shown(self.text)}, {len(self.token_ids)} tokens, {self.finish_reason}>"
 
 
 class CompletionBuilder:

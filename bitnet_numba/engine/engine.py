@@ -2,12 +2,17 @@
 
 import contextlib
 import ctypes
+import errno
 import importlib.util
+import itertools
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +21,21 @@ from bitnet_numba.backends.protocol import Backend, Context
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.engine.completion import Completion
-from bitnet_numba.engine.request import Prompt, as_integer, check_ids, read_options, read_request
-from bitnet_numba.engine.scheduler import Scheduler
+from bitnet_numba.engine.request import (
+    Prompt,
+    as_integer,
+    check_ids,
+    is_list,
+    positive_integer,
+    read_folder,
+    read_options,
+    read_request,
+    read_stop,
+)
+from bitnet_numba.engine.scheduler import MAX_SEQUENCES, Scheduler
 from bitnet_numba.engine.session import Session, Stream, finite_arithmetic
-from bitnet_numba.errors import BackendError, BitNetError, CheckpointError, RequestError
+from bitnet_numba.engine.shared import SharedBackend
+from bitnet_numba.errors import BackendError, BitNetError, CheckpointError, RequestError, one_line, printable, shown
 from bitnet_numba.sampling import SamplingParams, read_sampling
 from bitnet_numba.text.tokenizer import Tokenizer
 
@@ -27,11 +43,19 @@ BACKENDS = ("auto", "cuda", "cpu", "reference")
 MAX_THREADS = 1024
 DEMO = Path(__file__).parent.parent / "demo"  # the built-in model
 
+CLOSED = "this model is closed"
+User = TypeVar("User", Session, Scheduler)
+
 _log = logging.getLogger("bitnet_numba")
 
 
 class Engine:
-    """A loaded model. Created by `load`."""
+    """A loaded model. Created by `load`.
+
+    Any thread may call it. Answers under way at the same time take turns, token by token; `scheduler` and
+    `generate_batch` compute them together, which is faster. After os.fork, only the reference works in the child, and
+    only where NumPy does (as on Linux).
+    """
 
     def __init__(
         self,
@@ -45,18 +69,42 @@ class Engine:
         self.sampling = sampling  # of the model's generation_config.json, for the chat; None if it has none
         self.tokenizer = tokenizer
         self.context = context  # tokens of prompt and answer together
-        self._backend = backend
-        self._idle: list[
-            Context
-        ] = []  # contexts of streams that have ended, to be reused: they are expensive to create
+        self._backend = SharedBackend(backend)
+        self._lock = threading.RLock()  # guards the rest
+        self._closed = False
+        self._open: weakref.WeakSet[Session | Scheduler] = weakref.WeakSet()  # to be closed with the engine
+
+    def __enter__(self) -> "Engine":
+        self._check_open()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Engine: {self.backend}, context {self.context}{', closed' if self._closed else ''}>"
 
     @property
     def backend(self) -> str:
         """The backend in use: "cuda", "cpu" or "reference"."""
         return self._backend.name
 
+    def close(self) -> None:
+        """Closes sessions and schedulers and frees their memory; streams under way go on to their end.
+
+        The weights are freed when nothing refers to the engine any more. Later calls raise RequestError.
+        """
+        with self._lock:
+            self._closed = True
+            opened = list(self._open)
+            self._open.clear()
+        for user in opened:
+            user.close()
+        self._backend.free_idle(for_good=True)
+
     def memory(self) -> dict[str, int]:
         """Memory in use, in bytes by purpose; see `Backend.memory`."""
+        self._check_open()
         return self._backend.memory()
 
     def logits(self, token_ids: Sequence[int] | NDArray[np.integer]) -> NDArray[np.float32]:
@@ -65,9 +113,11 @@ class Engine:
         Raises RequestError for an empty list, ids outside the vocabulary or more than the model's context holds, and
         BackendError if a number is not finite.
         """
+        self._check_open()
+        most = self.config.max_context
+        if is_list(token_ids) and len(token_ids) > most:
+            raise RequestError(f"{len(token_ids)} tokens do not fit the model's context of {most}")
         ids = check_ids(token_ids, self.config.vocab_size)
-        if len(ids) > self.config.max_context:
-            raise RequestError(f"{len(ids)} tokens do not fit the model's context of {self.config.max_context}")
         context = self._backend.new_context(len(ids))
         try:
             with finite_arithmetic():
@@ -80,7 +130,8 @@ class Engine:
 
     def session(self) -> Session:
         """A context for a conversation: each turn computes only what is new in its prompt."""
-        return Session(self._backend, self.tokenizer, self.config.vocab_size, self.context)
+        self._check_open()
+        return self._remember(self._new_session(self._backend.take_context(self.context)))
 
     def generate(
         self,
@@ -92,7 +143,7 @@ class Engine:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Iterable[str] | None = None,
     ) -> Completion:
         """The answer to a prompt; arguments and errors as for `stream`."""
         return self.stream(
@@ -109,25 +160,26 @@ class Engine:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Iterable[str] | None = None,
     ) -> Stream:
         """The answer to a prompt, in pieces of text as they are generated.
 
         prompt: a text to continue, token ids, or chat messages [{"role": "user", "content": "..."}, ...].
         max_new_tokens: None generates until the model stops or the context is full.
         temperature .. seed: see `sampling.SamplingParams`; temperature 0 is greedy.
-        stop: one string or several; the answer ends before the first to appear.
+        stop: one string or several, or None; the answer ends before the first to appear.
 
         Raises RequestError or ContextFull immediately if the request is invalid. Nothing is cached between prompts, so
         an answer depends on its arguments alone; use `session` for conversations.
         """
         params = SamplingParams(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-        session = Session(self._backend, self.tokenizer, self.config.vocab_size, self.context, self._take_context)
+        self._check_open()
+        session = self._remember(self._new_session())
 
         def ended() -> None:
             context = session.release()
             if context is not None:
-                self._idle.append(context)
+                self._backend.give_back(context)
 
         return session.stream(prompt, params, max_new_tokens, stop, ended)
 
@@ -136,7 +188,7 @@ class Engine:
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams | None] | None = None,
         max_new_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Iterable[str] | None = None,
         max_sequences: int = 64,
     ) -> list[Completion]:
         """The answers to several prompts, in the order of the prompts, computed as a batch.
@@ -149,25 +201,30 @@ class Engine:
         Raises RequestError or ContextFull, naming the prompt's index, before anything is computed; BackendError if
         memory is insufficient or a prompt produces numbers that are not finite.
         """
-        if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Sequence):
-            raise RequestError("prompts must be a list of prompts")
+        self._check_open()
+        if not is_list(prompts) or isinstance(prompts, np.ndarray):
+            raise RequestError(f"prompts must be a list of prompts, not {shown(prompts)}")
+        max_sequences = positive_integer("max_sequences", max_sequences, MAX_SEQUENCES)
+        stop = read_stop(stop)
         if isinstance(params, SamplingParams) or params is None:
-            params = [params] * len(prompts)
-        elif not isinstance(params, Sequence):
-            raise RequestError(f"params must be SamplingParams or a list of them, not {params!r}")
+            read_options(params, max_new_tokens, stop)  # so that a mistake is not put down to the first prompt
+            each: Iterable[SamplingParams | None] = itertools.repeat(params, len(prompts))
+        elif not is_list(params):
+            raise RequestError(f"params must be SamplingParams or a list of them, not {shown(params)}")
         elif len(params) != len(prompts):
             raise RequestError(f"there are {len(prompts)} prompts but {len(params)} sampling parameters")
+        else:
+            each = params
         requests = []
         vocab = self.config.vocab_size
-        for i in range(len(prompts)):
+        for i, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
             with _naming_prompt(i):
-                options = read_options(params[i], max_new_tokens, stop)
-                requests.append(read_request(self.tokenizer, vocab, self.context, prompts[i], options))
+                options = read_options(own, max_new_tokens, stop)
+                requests.append(read_request(self.tokenizer, vocab, self.context, prompt, options))
         if not requests:
             return []
         completions: dict[int, Completion] = {}
-        slots = as_integer(max_sequences)
-        with self.scheduler(max_sequences if slots is None else min(slots, len(requests))) as scheduler:
+        with self.scheduler(min(max_sequences, len(requests))) as scheduler:
             ids = []
             for i, request in enumerate(requests):
                 with _naming_prompt(i):
@@ -182,17 +239,29 @@ class Engine:
 
     def scheduler(self, max_sequences: int = 64, tokens: int | None = None, prefill_chunk: int = 1024) -> Scheduler:
         """Continuous batching: requests can be added and cancelled at any time. Arguments as for `Scheduler`."""
-        return Scheduler(
+        self._check_open()
+        self._backend.free_idle()  # the batch may need their memory
+        scheduler = Scheduler(
             self._backend, self.tokenizer, self.config.vocab_size, self.context, max_sequences, tokens, prefill_chunk
         )
+        return self._remember(scheduler)
 
-    def _take_context(self, capacity: int) -> Context:
-        """An empty context for a stream: an idle one if there is one, otherwise a new one."""
-        if not self._idle:
-            return self._backend.new_context(capacity)
-        context = self._idle.pop()
-        context.truncate(0)
-        return context
+    def _new_session(self, context: Context | None = None) -> Session:
+        size = self.config.vocab_size
+        return Session(self._backend, self.tokenizer, size, self.context, self._backend.take_context, context)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RequestError(CLOSED)
+
+    def _remember(self, user: User) -> User:
+        """Notes a session or scheduler, so that it is closed with the engine."""
+        with self._lock:
+            if not self._closed:
+                self._open.add(user)
+                return user
+        user.close()  # another thread has closed the engine meanwhile
+        raise RequestError(CLOSED)
 
 
 @contextlib.contextmanager
@@ -218,30 +287,48 @@ def load(
 
     Raises BitNetError, with a message of one line, if the folder, a file or an argument is invalid.
     """
+    if not isinstance(backend, str):
+        raise RequestError(f"backend must be one of {', '.join(BACKENDS)}, not {shown(backend)}")
     if backend not in BACKENDS:
-        raise BackendError(f"there is no backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+        raise BackendError(f"there is no backend {shown(backend)}: choose one of {', '.join(BACKENDS)}")
     if path is None and not DEMO.is_dir():
         raise CheckpointError(
             "this version has no built-in model: convert one with  python tools/convert.py SRC DST  and open DST"
         )
-    folder = DEMO if path is None else Path(path)
-    checkpoint = open_packed(folder)
-    config = checkpoint.config
-    if context is None:
-        context = config.max_context
-    else:
-        tokens = as_integer(context)
-        if tokens is None or not 1 <= tokens <= config.max_context:
-            raise RequestError(f"context must be between 1 and the model's {config.max_context}, not {context!r}")
-        context = tokens
-    if threads is not None:
-        number = as_integer(threads)
-        if number is None or not 1 <= number <= MAX_THREADS:
-            raise RequestError(f"threads must be between 1 and {MAX_THREADS}, not {threads!r}")
-        threads = number
-    tokenizer = Tokenizer.open(folder, config.vocab_size)
-    sampling = read_sampling(folder)
-    return Engine(_open_backend(backend, checkpoint, threads), tokenizer, config, context, sampling)
+    folder = DEMO if path is None else read_folder(path)
+    with _load_errors(folder):
+        checkpoint = open_packed(folder)
+        config = checkpoint.config
+        if context is None:
+            context = config.max_context
+        else:
+            tokens = as_integer(context)
+            if tokens is None or not 1 <= tokens <= config.max_context:
+                raise RequestError(
+                    f"context must be between 1 and the model's {config.max_context}, not {shown(context)}"
+                )
+            context = tokens
+        if threads is not None:
+            number = as_integer(threads)
+            if number is None or not 1 <= number <= MAX_THREADS:
+                raise RequestError(f"threads must be between 1 and {MAX_THREADS}, not {shown(threads)}")
+            threads = number
+        tokenizer = Tokenizer.open(folder, config.vocab_size)
+        sampling = read_sampling(folder)
+        return Engine(_open_backend(backend, checkpoint, threads), tokenizer, config, context, sampling)
+
+
+@contextlib.contextmanager
+def _load_errors(folder: Path) -> Iterator[None]:
+    """Turns what the operating system refuses while a model is loaded into one BitNetError."""
+    name = printable(str(folder))
+    try:
+        yield
+    except (MemoryError, OSError) as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            size = (folder / "model.safetensors").stat().st_size / 1e9
+            raise BackendError(f"memory ran out while {name} was loaded, whose weights take {size:.2f} GB") from None
+        raise CheckpointError(f"{name} cannot be opened: {one_line(error)}") from None
 
 
 def _open_backend(name: str, checkpoint: PackedCheckpoint, threads: int | None) -> Backend:

@@ -95,6 +95,14 @@ class PagePool:
                     self._free.append(page)
         lease.pages = []
 
+    def forget(self, lease: PageLease, start: int) -> None:
+        """Takes a lease's pages from token `start` on out of the prefix cache: computing them may have failed."""
+        for page in lease.pages[start // self.page_size :]:
+            key = self._key_of.pop(page, None)
+            if key is not None:
+                del self._cache[key]  # pages cached after it are not found any more, and are evicted in time
+        lease.last_node = None
+
     def _take_one(self) -> int:
         if self._free:
             page = self._free.pop()

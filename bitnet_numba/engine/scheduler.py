@@ -6,20 +6,23 @@ answer gets one token. The results of a round are collected in the next `step`, 
 work, so the device never waits for the host. Hence a sequence computes one token more than it needs; it is dropped.
 """
 
-import itertools
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from bitnet_numba.backends.protocol import NO_TOKEN, Backend
 from bitnet_numba.engine.completion import Completion, CompletionBuilder
 from bitnet_numba.engine.page_pool import PageLease, PagePool
-from bitnet_numba.engine.request import Prompt, Request, positive_integer, read_options, read_request
-from bitnet_numba.errors import BackendError, RequestError
+from bitnet_numba.engine.request import Prompt, Request, as_integer, positive_integer, read_options, read_request
+from bitnet_numba.errors import BackendError, RequestError, one_line, shown
 from bitnet_numba.sampling import SamplingParams
 from bitnet_numba.text.tokenizer import Tokenizer
+
+MAX_SEQUENCES = 1 << 16
+MAX_TOKENS = 1 << 40  # more than any memory holds; the backend tells how many fit
+CLOSED = "this scheduler is closed"
 
 
 class Update(NamedTuple):
@@ -50,8 +53,8 @@ class _Sequence:
 class Scheduler:
     """Runs requests together; those that do not fit wait, first come, first served.
 
-    `add` and `cancel` may be called at any time from any thread, `step` and `close` from one thread at a time. An
-    answer does not depend on the other requests.
+    `add`, `cancel` and `close` may be called at any time from any thread, `step` by one thread at a time. An answer
+    does not depend on the other requests, and one that fails ends alone.
     """
 
     def __init__(
@@ -71,17 +74,18 @@ class Scheduler:
 
         Raises RequestError if a limit is not a positive integer, BackendError if memory is insufficient.
         """
-        max_sequences = positive_integer("max_sequences", max_sequences)
-        tokens = None if tokens is None else positive_integer("tokens", tokens)
+        max_sequences = positive_integer("max_sequences", max_sequences, MAX_SEQUENCES)
+        tokens = None if tokens is None else positive_integer("tokens", tokens, MAX_TOKENS)
         self._backend, self._tokenizer = backend, tokenizer
         self._vocab_size, self._context = vocab_size, context
         self._chunk = positive_integer("prefill_chunk", prefill_chunk)
         self._batch = backend.new_batch(max_sequences, context, tokens)
         self._pool = PagePool(self._batch.num_pages, self._batch.page_size)
         self._free_slots = list(range(self._batch.max_sequences - 1, -1, -1))
-        self._ids = itertools.count()
+        self._num_added = 0  # requests so far; ids count from 0
         self._waiting: OrderedDict[int, Request] = OrderedDict()  # by id, in order of arrival
-        self._lock = threading.Lock()  # guards _waiting
+        self._lock = threading.Lock()  # guards what `add` and `cancel` touch: _num_added, _waiting, _cancelled, _closed
+        self._stepping = threading.RLock()  # held by `step` and `close`
         self._cancelled: deque[int] = deque()
         self._prefilling: _Sequence | None = None  # the running sequence whose prompt is being computed, one at a time
         self._running: dict[int, _Sequence] = {}  # by id
@@ -100,8 +104,11 @@ class Scheduler:
 
     @property
     def busy(self) -> bool:
-        """Whether `step` has anything to do."""
+        """Whether `step` has anything to do; never after `close`."""
         return bool(self._running or self._waiting or self._cancelled)
+
+    def __repr__(self) -> str:
+        return f"<Scheduler: {'closed' if self._closed else f'{self.running} running, {self.waiting} waiting'}>"
 
     def __enter__(self) -> "Scheduler":
         return self
@@ -114,7 +121,7 @@ class Scheduler:
         prompt: Prompt,
         params: SamplingParams | None = None,
         max_new_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Iterable[str] | None = None,
     ) -> int:
         """Adds a request, with the arguments of `Session.stream`; returns its id, which its updates carry.
 
@@ -125,8 +132,8 @@ class Scheduler:
 
     def add_request(self, request: Request) -> int:
         """Adds a request that `read_request` made for this context size. Raises RequestError if it could never fit."""
-        if self._closed:
-            raise RequestError("this scheduler is closed")
+        if not isinstance(request, Request):
+            raise RequestError(f"a request must be one that read_request made, not {shown(request)}")
         tokens = self._max_cached(request)
         if self._pool.pages_for(tokens) > self._pool.num_pages:
             raise RequestError(
@@ -134,51 +141,67 @@ class Scheduler:
                 f"{self._pool.num_pages * self._pool.page_size}: ask for fewer with max_new_tokens"
             )
         with self._lock:
-            request_id = next(self._ids)
+            if self._closed:
+                raise RequestError(CLOSED)
+            request_id, self._num_added = self._num_added, self._num_added + 1
             self._waiting[request_id] = request
         return request_id
 
     def cancel(self, request: int) -> None:
         """Ends a request: the next step frees its pages and reports the answer so far, as "interrupted".
 
-        Does nothing if the request has already ended.
+        Does nothing if the request has already ended or never was. Raises RequestError if it is not a number.
         """
-        self._cancelled.append(request)
+        number = as_integer(request)
+        if number is None:
+            raise RequestError(f"request must be a number that add returned, not {shown(request)}")
+        with self._lock:
+            if not self._closed and 0 <= number < self._num_added:
+                self._cancelled.append(number)
 
     def step(self) -> list[Update]:
         """Runs one round and returns what the last one produced, usually one update for each running request.
 
         Raises BackendError, and closes the scheduler, if the backend fails as a whole.
         """
-        if self._closed:
-            raise RequestError("this scheduler is closed")
+        if not self._stepping.acquire(blocking=False):
+            raise RequestError("another thread steps or closes this scheduler: one thread runs it")
         try:
-            updates = self._end_cancelled()
-            uncollected = len(self._calls)
-            self._enqueue()
-            for _ in range(uncollected):
-                sequences = self._calls.popleft()
-                for sequence, (_, token) in zip(sequences, self._batch.collect(), strict=True):
-                    if not sequence.ended:
-                        self._receive(sequence, token, updates)
-            return updates
-        except BaseException:
-            self.close()
-            raise
+            if self._closed:
+                raise RequestError(CLOSED)
+            try:
+                updates = self._end_cancelled()
+                uncollected = len(self._calls)
+                self._enqueue(updates)
+                for _ in range(uncollected):
+                    sequences = self._calls.popleft()
+                    for sequence, (_, token) in zip(sequences, self._batch.collect(), strict=True):
+                        if not sequence.ended:
+                            self._receive(sequence, token, updates)
+                return updates
+            except BaseException:
+                self.close()
+                raise
+        finally:
+            self._stepping.release()
 
     def close(self) -> None:
-        """Frees the batch and drops requests that have not ended."""
-        if not self._closed:
-            self._closed = True
+        """Frees the batch and drops requests that have not ended. A step of another thread ends first."""
+        with self._stepping:
+            with self._lock:
+                if self._closed:
+                    return
+                self._closed = True
+                self._waiting.clear()
+                self._cancelled.clear()
             self._running.clear()
-            self._waiting.clear()
             self._batch.close()
 
-    def _enqueue(self) -> None:
+    def _enqueue(self, updates: list[Update]) -> None:
         """Gives the backend the work of one round."""
         budget = self._chunk
-        while budget > 0 and (self._prefilling or self._admit()):
-            budget -= self._prefill(budget)
+        while budget > 0 and (self._prefilling or self._admit(updates)):
+            budget -= self._prefill(budget) if self._prefilling else 0
         live = [s for s in self._running.values() if 0 < s.enqueued < s.max_tokens]
         if live:
             self._batch.step([s.slot for s in live])
@@ -186,11 +209,13 @@ class Scheduler:
             for s in live:
                 s.enqueued += 1
 
-    def _admit(self) -> bool:
-        """Gives the request that has waited longest a slot and pages; False if there are too few."""
-        if not self._waiting or not self._free_slots:
+    def _admit(self, updates: list[Update]) -> bool:
+        """Starts the request that has waited longest; False if there is none, or too few slots or pages are free."""
+        if not self._free_slots:
             return False
         with self._lock:
+            if not self._waiting:
+                return False
             request_id, request = next(iter(self._waiting.items()))
             max_cached = self._max_cached(request)
             lease = self._pool.take(request.ids, max_cached)
@@ -200,9 +225,14 @@ class Scheduler:
         options, slot = request.options, self._free_slots.pop()
         builder = CompletionBuilder(self._tokenizer, options.stop, options.max_new_tokens)
         max_tokens = max_cached - len(request.ids) + 1
-        self._prefilling = _Sequence(request_id, request, slot, lease, lease.computed, builder, max_tokens)
-        self._running[request_id] = self._prefilling
-        self._batch.start(slot, request.ids, options.params, lease.pages, lease.computed)
+        s = _Sequence(request_id, request, slot, lease, lease.computed, builder, max_tokens)
+        self._prefilling = self._running[request_id] = s
+        try:
+            self._batch.start(slot, request.ids, options.params, lease.pages, lease.computed)
+        except BackendError:  # as a whole
+            raise
+        except Exception as error:
+            self._fail(s, one_line(error), updates)
         return True
 
     def _prefill(self, budget: int) -> int:
@@ -223,9 +253,7 @@ class Scheduler:
     def _receive(self, s: _Sequence, token: int, updates: list[Update]) -> None:
         """Adds a sampled token to its sequence's answer."""
         if token == NO_TOKEN:
-            self._end(s)
-            error = BackendError("the model's weights produce numbers that are not finite: logits hold NaN")
-            updates.append(Update(s.id, error=error))
+            self._fail(s, self._batch.failure(s.slot), updates)
             return
         builder = s.builder
         text = builder.push(token)
@@ -237,6 +265,12 @@ class Scheduler:
             updates.append(Update(s.id, text, self._end(s)))
         elif text:
             updates.append(Update(s.id, text))
+
+    def _fail(self, s: _Sequence, reason: str, updates: list[Update]) -> None:
+        """Ends a request with an error; the others go on."""
+        self._pool.forget(s.lease, s.reused)
+        self._end(s)
+        updates.append(Update(s.id, error=BackendError(reason)))
 
     def _end(self, s: _Sequence) -> Completion:
         """Frees slot and pages. The backend works in order, so what is enqueued for them runs before their next use."""

@@ -1,36 +1,51 @@
 """One sequence: from prompts to streams of text. The KV cache is kept, so the next turn computes only what is new."""
 
 import contextlib
-from collections.abc import Callable, Generator, Iterator, Sequence
+import inspect
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from bitnet_numba.backends.protocol import Backend, Context
+from bitnet_numba.backends.protocol import NOT_FINITE, Backend, Context
 from bitnet_numba.engine.completion import Completion, CompletionBuilder
 from bitnet_numba.engine.request import Prompt, Request, read_options, read_request
 from bitnet_numba.errors import BackendError, RequestError
 from bitnet_numba.sampling import SamplingParams
 from bitnet_numba.text.tokenizer import Tokenizer
 
+BUSY = "this session is still answering: close its stream or use another session"
+
 
 class Stream(Iterator[str]):
-    """An iterator over pieces of text as they are generated; `completion` is set when it ends."""
+    """An iterator over pieces of text as they are generated; `completion` is set when it ends.
+
+    Several threads may use it: each piece goes to one of them, and `close` waits for the piece that is under way.
+    """
 
     def __init__(self, pieces: Generator[str, None, None], result: list[Completion]):
         self._pieces = pieces
         self._result = result  # filled by `pieces`, which has no reference to this object: dropping it ends the answer
+        self._lock = threading.RLock()  # reentrant: a signal handler that calls in here is refused, and does not hang
 
     @property
     def completion(self) -> Completion | None:
         """The answer once it has ended; None before that."""
         return self._result[0] if self._result else None
 
+    def __repr__(self) -> str:
+        return f"<Stream: {'under way' if self.completion is None else self.completion.finish_reason}>"
+
     def __next__(self) -> str:
-        return next(self._pieces)
+        with self._lock:
+            self._check_idle()
+            return next(self._pieces)
 
     def close(self) -> None:
         """Stops generating; what has been yielded stays in the context."""
-        self._pieces.close()
+        with self._lock:
+            self._check_idle()
+            self._pieces.close()
 
     def result(self) -> Completion:
         """Generates to the end and returns the whole answer."""
@@ -40,9 +55,16 @@ class Stream(Iterator[str]):
             raise RequestError("this stream was closed before it generated anything: there is no answer")
         return self.completion
 
+    def _check_idle(self) -> None:
+        if inspect.getgeneratorstate(self._pieces) == inspect.GEN_RUNNING:
+            raise RequestError("this stream is in the middle of a step")
+
 
 class Session:
-    """A context for a conversation: a prompt is computed only from where it differs from the tokens in the context."""
+    """A context for a conversation: a prompt is computed only from where it differs from the tokens in the context.
+
+    It gives one answer at a time; a second one, from whichever thread, is refused while the first is under way.
+    """
 
     def __init__(
         self,
@@ -50,17 +72,22 @@ class Session:
         tokenizer: Tokenizer,
         vocab_size: int,
         capacity: int,
-        new_context: Callable[[int], Context] | None = None,
+        new_context: Callable[[int], Context],
+        context: Context | None = None,
     ):
-        """new_context: called for the context when the first answer starts; None: `backend.new_context`, at once."""
+        """context: an empty one; None: `new_context` makes one of the capacity when the first answer starts."""
         self._backend = backend
-        self._new_context = new_context or backend.new_context
+        self._new_context = new_context
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._capacity = capacity
-        self._held_context = backend.new_context(capacity) if new_context is None else None
+        self._held_context = context
+        self._lock = threading.RLock()  # guards the next two, and the context while no answer is under way
         self._busy = False
         self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<Session: {'closed' if self._closed else f'{self.held} of {self.capacity} tokens'}>"
 
     @property
     def capacity(self) -> int:
@@ -70,7 +97,8 @@ class Session:
     @property
     def held(self) -> int:
         """Number of tokens in the context."""
-        return len(self._held_context.ids) if self._held_context is not None else 0
+        context = self._held_context
+        return 0 if context is None else len(context.ids)
 
     def __enter__(self) -> "Session":
         return self
@@ -79,16 +107,19 @@ class Session:
         self.close()
 
     def clear(self) -> None:
-        """Empties the context."""
-        if self._held_context is not None:
-            self._held_context.truncate(0)
+        """Empties the context. Raises RequestError while an answer is under way."""
+        with self._lock:
+            if self._busy:
+                raise RequestError(BUSY)
+            if self._held_context is not None:
+                self._held_context.truncate(0)
 
     def close(self) -> None:
         """Closes the session and frees its context, after the running stream, if any, has ended."""
-        self._closed = True
-        if self._held_context is not None and not self._busy:
-            self._held_context.close()
-            self._held_context = None
+        with self._lock:
+            self._closed = True
+            if not self._busy and (context := self.release()) is not None:
+                context.close()
 
     def _context(self) -> Context:
         if self._held_context is None:
@@ -97,16 +128,17 @@ class Session:
 
     def release(self) -> Context | None:
         """Closes the session without freeing its context, and hands that to the caller."""
-        self._closed = True
-        context, self._held_context = self._held_context, None
-        return context
+        with self._lock:
+            self._closed = True
+            context, self._held_context = self._held_context, None
+            return context
 
     def generate(
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
         max_new_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Iterable[str] | None = None,
     ) -> Completion:
         """The whole answer; arguments and errors as for `stream`."""
         return self.stream(prompt, params, max_new_tokens, stop).result()
@@ -116,14 +148,14 @@ class Session:
         prompt: Prompt,
         params: SamplingParams | None = None,
         max_new_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Iterable[str] | None = None,
         ended: Callable[[], None] = lambda: None,
     ) -> Stream:
         """Streams the answer to a prompt, which must contain the whole conversation so far.
 
         params: how tokens are sampled; None is greedy.
         max_new_tokens: None generates until the model stops or the context is full.
-        stop: one string or several; the answer ends before the first to appear.
+        stop: one string or several; the answer ends before the first to appear. None: no such strings.
         ended: called once when a stream that was started has ended.
 
         Raises RequestError or ContextFull immediately if the request is invalid.
@@ -138,15 +170,17 @@ class Session:
         if self._closed:
             raise RequestError("this session is closed")
         if self._busy:
-            raise RequestError("this session is still answering: close its stream or use another session")
+            raise RequestError(BUSY)
 
     def _run(self, request: Request, result: list[Completion], ended: Callable[[], None]) -> Generator[str, None, None]:
-        self._check_free()  # again: another stream may have started in the meantime
-        context, ids, options = self._context(), request.ids, request.options
+        with self._lock:
+            self._check_free()  # again: another stream may have started in the meantime
+            context = self._context()
+            self._busy = True
+        ids, options = request.ids, request.options
         # At least the last token is computed: the first new token is sampled from its logits.
         reused = common_prefix(context.ids, ids[:-1])
         builder = CompletionBuilder(self._tokenizer, options.stop, options.max_new_tokens)
-        self._busy = True
         try:
             context.truncate(reused)
             tokens = context.decode(ids[reused:], options.params)
@@ -168,11 +202,18 @@ class Session:
             context.truncate(0)  # an interrupted step leaves the cache in an unknown state
             raise
         finally:
+            try:
+                completion = builder.completion(len(ids), reused, self._backend.memory())
+                context.truncate(min(len(context.ids), len(ids) + len(completion.token_ids)))
+                result.append(completion)
+            finally:
+                self._end()
+                ended()
+
+    def _end(self) -> None:
+        """Ends an answer; if the session was closed meanwhile, frees its context now."""
+        with self._lock:
             self._busy = False
-            completion = builder.completion(len(ids), reused, self._backend.memory())
-            context.truncate(min(len(context.ids), len(ids) + len(completion.token_ids)))
-            result.append(completion)
-            ended()
             if self._closed:
                 self.close()
 
@@ -186,7 +227,7 @@ def finite_arithmetic() -> Iterator[None]:
         except ValueError as error:
             if "NaN" not in str(error):
                 raise
-            raise BackendError(f"the model's weights produce numbers that are not finite: {error}") from None
+            raise BackendError(f"{NOT_FINITE}: {error}") from None
 
 
 def finite_steps(tokens: Iterator[int]) -> Iterator[int]:

@@ -295,7 +295,7 @@ def draw(z, vocab, min_z, position, key0, key1, scratch):
 
 @njit(**vec.OPTIONS)
 def sample(logits, vocab, history, history_length, settings, scratch):
-    """The next token, int64; NO_TOKEN if logits hold NaN.
+    """The next token, int64; NO_TOKEN if logits hold NaN or the largest is infinite.
 
     logits: float32 [vocab]. history: int64 [history_length], all tokens so far, including the prompt. settings: see
     `pack_settings`. scratch: scratch_bytes(vocab). All but the sizes are addresses.
@@ -310,7 +310,9 @@ def sample(logits, vocab, history, history_length, settings, scratch):
         penalize(logits, vocab, history, history_length, penalty, z)
     most, token = largest(z, vocab, histogram)
     temperature = load_f64(settings, 8 * TEMPERATURE)
-    if temperature == 0.0 or np.isinf(most):
+    if np.isinf(most):
+        return np.int64(NO_TOKEN)
+    if temperature == 0.0:
         return np.int64(token)
     scale(z, vocab, most, temperature)
     top_k, top_p = np.int64(load_f64(settings, 8 * TOP_K)), load_f64(settings, 8 * TOP_P)

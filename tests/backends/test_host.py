@@ -1,5 +1,7 @@
 """HostContext with the reference model, and HostBatch against it: the same tokens and the same numbers, bit for bit."""
 
+from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -9,22 +11,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bitnet_numba as bn
-from bitnet_numba.backends import reference
-from bitnet_numba.backends.host import PAGE_SIZE, HostBackend, HostBatch
+from bitnet_numba.backends import host
+from bitnet_numba.backends.cpu.backend import CpuPool, cpu_backend
+from bitnet_numba.backends.host import PAGE_SIZE, HostBackend, HostBatch, SequenceCache
 from bitnet_numba.backends.protocol import NO_TOKEN, Batch
-from bitnet_numba.backends.reference import ContiguousCache, PagedCache, ReferenceModel, reference_backend
+from bitnet_numba.backends.reference import ContiguousCache, ReferencePool, reference_backend
 from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.errors import BackendError
 from bitnet_numba.reference.model import Rows
 from bitnet_numba.sampling import SamplingParams
+from tests.engine.toy_backend import TOKENIZER
 
 GREEDY = SamplingParams(seed=0)
 
 
-@pytest.fixture(scope="module")
-def backend(tiny_packed: Path) -> HostBackend:
-    return reference_backend(open_packed(tiny_packed))
+@pytest.fixture(scope="module", params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest, tiny_packed: Path) -> Iterator[HostBackend]:
+    make = reference_backend if request.param == "reference" else partial(cpu_backend, threads=2)
+    backend = make(open_packed(tiny_packed))
+    yield backend
+    backend.model.close()
 
 
 @pytest.fixture(scope="module")
@@ -121,16 +128,26 @@ def collect(batch: Batch, got: dict[int, list[int]]) -> None:
 def test_paged_equals_contiguous(backend: HostBackend, calls: list[int], last: int, seed: int) -> None:
     """Hidden states, keys and values, however a prompt is divided at the ends of pages."""
     model, config = backend.model, backend.model.config
-    assert isinstance(model, ReferenceModel)
     ids = prompt_of(PAGE_SIZE * sum(calls) + last, seed)
     pages = np.random.default_rng(seed).permutation(12)[: sum(calls) + 1]
-    pool = np.full((12, config.num_layers, 2, PAGE_SIZE, config.num_kv_heads, config.head_dim), np.nan, np.float32)
-    paged, whole = PagedCache(pool, pages.tolist(), 0), ContiguousCache(config, len(ids))
+    pool = model.new_pool(12)
+    paged, whole = pool.cache(pages.tolist(), 0), model.new_cache(len(ids))
     expected = model.forward(ids, whole)
     hidden = [model.forward(part.tolist(), paged) for part in np.split(np.array(ids), np.cumsum(calls) * PAGE_SIZE)]
     np.testing.assert_array_equal(np.concatenate(hidden), expected)
-    held = pool[pages].transpose(1, 2, 0, 3, 4, 5).reshape(config.num_layers, 2, -1, *pool.shape[4:])
-    np.testing.assert_array_equal(held[:, :, : len(ids)], whole.values)
+    if isinstance(pool, ReferencePool) and isinstance(whole, ContiguousCache):
+        held = pool.values[pages].transpose(1, 2, 0, 3, 4, 5).reshape(config.num_layers, 2, -1, *pool.values.shape[4:])
+        np.testing.assert_array_equal(held[:, :, : len(ids)], whole.values)
+
+
+def pages_0_and_1(batch: HostBatch) -> np.ndarray:
+    """The bytes of keys and values there."""
+    pool = batch._pool
+    if isinstance(pool, ReferencePool):
+        return pool.values[:2]
+    assert isinstance(pool, CpuPool)
+    start = pool.address - pool._memory.ctypes.data
+    return pool._memory[start : start + 2 * pool._page_bytes]
 
 
 def test_a_shared_beginning_is_read_and_not_computed_again(backend: HostBackend) -> None:
@@ -140,7 +157,7 @@ def test_a_shared_beginning_is_read_and_not_computed_again(backend: HostBackend)
     first, second = [*beginning, 5, 6], [*beginning, 7]
     batch.start(0, first, GREEDY, [0, 1, 2], 0)
     batch.prefill(0, len(first))
-    shared = batch._pool.values[:2].copy()
+    shared = pages_0_and_1(batch).copy()
     batch.start(1, second, GREEDY, [0, 1, 3], 2 * PAGE_SIZE)
     fed: list[int] = []
     forward = backend.model.forward
@@ -156,7 +173,7 @@ def test_a_shared_beginning_is_read_and_not_computed_again(backend: HostBackend)
     for _ in range(7):
         collect(batch, got)
     assert got == {0: alone(backend, first, GREEDY, 6), 1: alone(backend, second, GREEDY, 6)}
-    np.testing.assert_array_equal(batch._pool.values[:2], shared)
+    np.testing.assert_array_equal(pages_0_and_1(batch), shared)
 
 
 def test_numbers_that_are_not_finite_stay_with_their_sequence(tiny_packed: Path) -> None:
@@ -184,6 +201,47 @@ def test_numbers_that_are_not_finite_stay_with_their_sequence(tiny_packed: Path)
     assert got[1] == alone(backend, good[:100], GREEDY, 2)
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError("Unable to allocate 1.5 GiB"), "memory ran out (Unable to allocate 1.5 GiB)"),
+        (OverflowError("int too\nlarge"), "int too large"),
+        (ValueError("logits hold NaN"), "the model's weights produce numbers that are not finite: logits hold NaN"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_whatever_one_sequence_raises_ends_it_alone(
+    backend: HostBackend, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    """In the sampler, and amid a prompt of several parts, for which the reason is kept to its end."""
+    prompts = [prompt_of(length, seed) for seed, length in enumerate((9, 2 * PAGE_SIZE + 5, 40))]
+    want = [alone(backend, prompt, SamplingParams(1.0, seed=7), 6) for prompt in prompts]
+
+    def sample_or_fail(hidden: np.ndarray, histories: list[list[int]], params: list[SamplingParams]) -> list[int]:
+        if any(own.seed == 8 for own in params):
+            raise error
+        return sample(hidden, histories, params)
+
+    def forward_or_fail(ids: list[int], cache: SequenceCache) -> np.ndarray:
+        if ids[0] == prompts[1][0]:
+            raise error
+        return forward(ids, cache)
+
+    forward, sample = backend.model.forward, backend.model.sample
+    for name, function, seed in (("sample", sample_or_fail, 8), ("forward", forward_or_fail, 7)):
+        with monkeypatch.context() as patch:
+            patch.setattr(backend.model, name, function)
+            scheduler = Engine(backend, TOKENIZER, backend.model.config, 400).scheduler(prefill_chunk=PAGE_SIZE)
+            for i, prompt in enumerate(prompts):
+                scheduler.add(prompt, SamplingParams(1.0, seed=seed if i == 1 else 7), max_new_tokens=6)
+            updates = []
+            while scheduler.busy:
+                updates += scheduler.step()
+        ended = {update.request: update.completion for update in updates if update.completion}
+        assert {number: completion.token_ids for number, completion in ended.items()} == {0: want[0], 2: want[2]}
+        assert [str(update.error) for update in updates if update.request == 1] == [message]
+
+
 def test_room_follows_what_is_asked_for(backend: HostBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.new_batch(3, PAGE_SIZE + 1).num_pages == 6
     assert backend.new_batch(3, PAGE_SIZE + 1, PAGE_SIZE * 4 + 1).num_pages == 5
@@ -194,8 +252,8 @@ def test_room_follows_what_is_asked_for(backend: HostBackend, monkeypatch: pytes
     def no_memory(*arguments: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(reference.np, "empty", no_memory)
-    with pytest.raises(BackendError, match=r"a KV cache for 640 tokens needs .* GB of memory"):
+    monkeypatch.setattr(host.np, "empty", no_memory)
+    with pytest.raises(BackendError, match=r"a batch of 640 tokens takes .* GB of memory.*: 0 tokens"):
         backend.new_batch(1, 640)
 
 

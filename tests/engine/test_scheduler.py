@@ -296,6 +296,74 @@ def test_a_backend_that_fails_closes_the_scheduler() -> None:
     scheduler.close()
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_request_is_not_cancelled_before_it_is_there(closed: bool) -> None:
+    llm, _ = engine(tokens_of("a"))
+    scheduler = llm.scheduler()
+    for number in (0, 1, -1, 10**400):
+        scheduler.cancel(number)
+    assert not scheduler.busy and scheduler.step() == []
+    if closed:
+        scheduler.close()
+        scheduler.cancel(0)
+        assert not scheduler.busy
+    else:
+        scheduler.cancel(np.int64(scheduler.add([5], max_new_tokens=3)))  # type: ignore[arg-type]
+        scheduler.add([5], max_new_tokens=3)
+        reasons = [update.completion.finish_reason for update in run(scheduler) if update.completion]
+        assert reasons == ["interrupted", "length"]
+
+
+def test_a_closed_scheduler_is_not_busy() -> None:
+    llm, _ = engine(tokens_of("a"))
+    scheduler = llm.scheduler(max_sequences=1)
+    for _ in range(3):
+        scheduler.add([5])
+    scheduler.step()
+    scheduler.cancel(0)
+    scheduler.close()
+    scheduler.cancel(1)
+    assert (scheduler.busy, scheduler.running, scheduler.waiting) == (False, 0, 0)
+
+
+def test_a_request_that_cannot_start_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, backend = engine()
+    scheduler = llm.scheduler(max_sequences=2)
+    batch = backend.batches[0]
+    start = batch.start
+
+    def refuse(slot: int, ids: Sequence[int], *rest: Any) -> None:
+        if list(ids) == [6] * 9:
+            raise OverflowError("int too large\nto convert")
+        start(slot, ids, *rest)
+
+    monkeypatch.setattr(batch, "start", refuse)
+    asked = [[5], [6] * 9, [7], [6] * 9, [6] * 9, [8]]
+    for ids in asked:
+        scheduler.add(ids, max_new_tokens=9)
+    updates = run(scheduler)
+    failed = {update.request: str(update.error) for update in updates if update.error}
+    assert failed == dict.fromkeys((1, 3, 4), "int too large to convert")
+    for number in (0, 2, 5):
+        completion = next(u.completion for u in updates if u.request == number and u.completion)
+        assert same_answer(completion, alone(llm, {"prompt": asked[number], "max_new_tokens": 9}))
+    assert scheduler._pool.free == batch.num_pages and len(scheduler._free_slots) == 2
+
+
+def test_pages_of_a_failed_request_are_not_used_again() -> None:
+    llm, backend = engine(tokens_of("a"))
+    scheduler = llm.scheduler(max_sequences=1)
+    scheduler.add(BEGINNING[:10], max_new_tokens=2)
+    backend.bad_token = BEGINNING[25]
+    scheduler.add(BEGINNING, max_new_tokens=2)
+    assert [update.error is None for update in run(scheduler) if update.completion or update.error] == [True, False]
+    backend.bad_token = None  # as if memory had run out, and is there again
+    scheduler.add(BEGINNING, max_new_tokens=2)
+    completion = run(scheduler)[-1].completion
+    assert completion is not None and completion.stats.reused_tokens == 8  # what the first one computed
+    assert scheduler._pool.free == backend.batches[0].num_pages
+
+
 def test_requests_may_come_from_any_thread() -> None:
     llm, _ = engine(tokens_of("abc"))
     scheduler = llm.scheduler(max_sequences=4)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.backends.protocol import NO_TOKEN
+from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.sampling import SamplingParams, sample
@@ -159,6 +159,9 @@ class ToyBatch:
     def collect(self) -> list[tuple[int, int]]:
         self.log.append("collect")
         return self.results.popleft()
+
+    def failure(self, slot: int) -> str:
+        return f"{NOT_FINITE}: slot {slot} has a bad token"
 
     def close(self) -> None:
         assert not self.closed

@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,13 @@ from bitnet_numba.backends.cpu.warmup import Needs, load_kernels
 from bitnet_numba.backends.cpu.weights import Weights
 from bitnet_numba.backends.host import PAGE_SIZE, Floats, HostBackend
 from bitnet_numba.checkpoint.packed import PackedCheckpoint
+from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels.cpu import attention, isa, kv_cache, layout, sampler, step
 from bitnet_numba.kernels.cpu.team import Team
 from bitnet_numba.sampling import SamplingParams
 
 KVDtype = Literal["bfloat16", "float32"]
+NAN_BITS = 0xFFFFFFFF  # of a float32, and of two bfloat16
 
 
 def cpu_backend(checkpoint: PackedCheckpoint, threads: int | None = None) -> "HostBackend[CpuCache]":
@@ -39,17 +41,36 @@ class CpuCache:
         self.table = np.array(pages, np.int32)
         self.length = computed
 
+    def append_nan(self, count: int) -> None:
+        """Appends tokens whose keys and values are NaN in all layers."""
+        for position in range(self.length, self.length + count):
+            self.pool.store_nan(self.table[position // PAGE_SIZE], position % PAGE_SIZE)
+        self.length += count
+
 
 class CpuPool:
     """Pages of keys and values in all layers. Memory is taken by the operating system as pages are first written."""
 
-    def __init__(self, num_pages: int, page_bytes: int):
-        self.values = np.empty(num_pages * page_bytes + ALIGN, np.uint8)
-        self.address = aligned_address(self.values)
+    def __init__(self, config: ModelConfig, num_pages: int, dtype: np.dtype[Any]):
+        self._config, self._dtype = config, dtype
+        self._page_bytes = config.num_layers * kv_cache.layer_bytes(dtype, config.num_kv_heads, config.head_dim)
+        self._memory = np.empty(num_pages * self._page_bytes + ALIGN, np.uint8)
+        self.address = aligned_address(self._memory)
 
     def cache(self, pages: Sequence[int], computed: int) -> CpuCache:
         """The cache of a sequence in these pages."""
         return CpuCache(self, pages, computed)
+
+    def store_nan(self, page: int, token: int) -> None:
+        """Makes one token's keys and values NaN; see `kernels.cpu.kv_cache` for the layout."""
+        c, words = self._config, self._dtype.itemsize // 2  # words of 32 bits to a pair of numbers
+        start = self.address - self._memory.ctypes.data + int(page) * self._page_bytes
+        layers = self._memory[start : start + self._page_bytes].view(np.uint32).reshape(c.num_layers, -1)
+        keys = c.num_kv_heads * kv_cache.key_bytes(self._dtype, c.head_dim) // 4
+        unit, lane = divmod(token, kv_cache.PAIRS)
+        by_token = layers[:, :keys].reshape(c.num_layers, -1, PAGE_SIZE // kv_cache.PAIRS, words, kv_cache.PAIRS)
+        by_token[:, :, unit, :, lane] = NAN_BITS
+        layers[:, keys:].reshape(c.num_layers, c.num_kv_heads, PAGE_SIZE, -1)[:, :, token] = NAN_BITS
 
 
 class CpuModel:
@@ -83,11 +104,15 @@ class CpuModel:
 
     def new_pool(self, num_pages: int) -> CpuPool:
         """Pages for many sequences."""
-        return CpuPool(num_pages, self.page_bytes())
+        return CpuPool(self.config, num_pages, self._dtype)
 
     def page_bytes(self) -> int:
         """Bytes of one page in all layers."""
         return self.config.num_layers * self._layer_bytes
+
+    def scratch_bytes(self, pages: int) -> int:
+        """About what computing takes beside the cache, in bytes, for contexts of so many pages."""
+        return self._buffers.bytes_for(pages * PAGE_SIZE)
 
     def forward(self, ids: Sequence[int], cache: CpuCache) -> Floats:
         """Appends tokens to a cache; their final hidden states, float32 [M, hidden]."""

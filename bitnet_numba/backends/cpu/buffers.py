@@ -67,26 +67,33 @@ class Buffers:
             return
         c, job = self._config, self.job[0]
         length = min(max(length, 2 * self._longest), max(length, c.max_context))
-        cos, sin = (table[:, : c.head_dim // 2] for table in rope_tables(c, np.arange(length)))
-        self._rope = [np.ascontiguousarray(cos), np.ascontiguousarray(sin)]
-        job["cos"], job["sin"] = (table.ctypes.data for table in self._rope)
-        splits = -(-length // attention.SPLIT)
-        row = attention.partial_bytes(c.head_dim)
-        self._partials = np.empty(
-            (4 * self._members + c.num_kv_heads) * (c.num_heads // c.num_kv_heads) * splits * row, np.uint8
-        )
-        job["partials"] = self._partials.ctypes.data
-        sizes = self._sizes | {"own_partials": c.num_heads // c.num_kv_heads * splits * row}
+        partials, sizes = self._sizes_for(length)
+        rope = [np.ascontiguousarray(table[:, : c.head_dim // 2]) for table in rope_tables(c, np.arange(length))]
+        shared = np.empty(partials, np.uint8)
+        own = np.empty(self._members * _own_stride(sizes) + ALIGN, np.uint8)
+        self._rope, self._partials, self._own = rope, shared, own  # all or none, if memory runs out
+        job["cos"], job["sin"] = (table.ctypes.data for table in rope)
+        job["partials"] = shared.ctypes.data
         offset = 0
         for name, size in sizes.items():
             if name != "inputs":
                 job[name] = offset
-            offset += -(-size // ALIGN) * ALIGN
-        # A page more, so that members do not share the sets of the first-level cache.
-        job["own_stride"] = offset + 4096 + ALIGN
-        self._own = np.empty(self._members * int(job["own_stride"]) + ALIGN, np.uint8)
-        job["own"] = aligned_address(self._own)
+            offset += _whole_lines(size)
+        job["own_stride"] = _own_stride(sizes)
+        job["own"] = aligned_address(own)
         self._longest = length
+
+    def bytes_for(self, length: int) -> int:
+        """About what contexts of so many tokens take, here and while the tables are made."""
+        partials, sizes = self._sizes_for(length)
+        return 40 * length * self._config.head_dim + partials + self._members * _own_stride(sizes) + (1 << 24)
+
+    def _sizes_for(self, length: int) -> tuple[int, dict[str, int]]:
+        """Bytes of the shared partial outputs, and of each part of a member's own memory."""
+        c = self._config
+        group, splits = c.num_heads // c.num_kv_heads, -(-length // attention.SPLIT)
+        row = group * splits * attention.partial_bytes(c.head_dim)
+        return (4 * self._members + c.num_kv_heads) * row, self._sizes | {"own_partials": row}
 
     def _take(self, name: str, shape: tuple[int, ...], dtype: type = np.float32) -> NDArray[Any]:
         """An array from a cache line on, with a line of room behind it; its address goes into the job."""
@@ -102,3 +109,12 @@ class Buffers:
 def aligned_address(memory: NDArray[np.uint8]) -> int:
     """The address of the first cache line in an array."""
     return -(-memory.ctypes.data // ALIGN) * ALIGN
+
+
+def _whole_lines(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN
+
+
+def _own_stride(sizes: dict[str, int]) -> int:
+    """Bytes of a member's own memory: a page more, so that members do not share the sets of the first-level cache."""
+    return sum(map(_whole_lines, sizes.values())) + 4096 + ALIGN

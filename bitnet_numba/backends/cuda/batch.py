@@ -8,7 +8,7 @@ import numpy as np
 from bitnet_numba.backends.cuda.context import Prefill, Runtime
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size, pages_of
 from bitnet_numba.backends.cuda.steps import BatchSteps
-from bitnet_numba.backends.protocol import NO_TOKEN
+from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels.attention import paged_decode
 from bitnet_numba.kernels.attention.kv_cache import PAGE
@@ -125,6 +125,10 @@ class CudaBatch:
         entries = self._results.host[start : start + len(slots)] & 0xFFFFFFFF
         tokens = np.where(entries >> 31, NO_TOKEN, entries).tolist()
         return list(zip(slots, tokens, strict=True))
+
+    def failure(self, slot: int) -> str:
+        """Why a sequence got NO_TOKEN: nothing else makes the sampler return it."""
+        return f"{NOT_FINITE}: logits hold NaN"
 
     def close(self) -> None:
         """Frees everything."""

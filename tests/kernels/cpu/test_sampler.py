@@ -109,8 +109,9 @@ def test_infinite_logits() -> None:
     logits = np.array([-np.inf, 1, -np.inf, 1.5], np.float32)
     assert {sampled(logits, [], SamplingParams(1.0, seed=seed)) for seed in range(30)} == {1, 3}
     logits[2] = np.inf
-    assert sampled(logits, [], SamplingParams(1.0, top_p=0.5, seed=1)) == 2
-    assert sampled(np.full(40, -np.inf, np.float32), [], SamplingParams(1.0, seed=1)) == 0
+    for temperature in (0.0, 1.0):  # as in the definition, no token where the largest is infinite
+        assert sampled(logits, [], SamplingParams(temperature, top_p=0.5, seed=1)) == sampler.NO_TOKEN
+        assert sampled(np.full(40, -np.inf, np.float32), [], SamplingParams(temperature, seed=1)) == sampler.NO_TOKEN
 
 
 def test_equal_logits_rank_by_id() -> None:
