@@ -22,7 +22,7 @@ from rich.cells import cell_len
 from bitnet_numba.chat import __main__ as chat
 from bitnet_numba.chat.conversation import Conversation
 from bitnet_numba.chat.interactive import COMMANDS, EXAMPLES, Terminal
-from bitnet_numba.chat.terminal import WordWrap, printable
+from bitnet_numba.chat.terminal import WordWrap, clean
 from bitnet_numba.engine.request import GenerationOptions
 from bitnet_numba.errors import ContextFull, RequestError
 from bitnet_numba.sampling import SamplingParams
@@ -174,8 +174,8 @@ def test_wrapping_breaks_between_words() -> None:
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
-    assert printable("a\x1b[31mb\r\x07\x9b\tc\nd\u00a0\u4e2d\U0001f642") == (
-        "a\ufffd[31mb\ufffd\ufffd\ufffd\tc\nd\u00a0\u4e2d\U0001f642"
+    assert clean("a\x1b[31mb\r\x07\x9b\tc\nd\u00a0\u4e2d\U0001f642") == (
+        "a\ufffd[31mb\ufffd\ufffd\tc\nd\u00a0\u4e2d\U0001f642"
     )
 
 
