@@ -27,12 +27,14 @@ class Conversation:
         self.messages: list[dict[str, Any]] = []  # without the system message
         self.last: Completion | None = None
         self.session = engine.session()
+        self.session.pauses = True
 
     def ask(self, text: str) -> Iterator[str]:
         """Yields the answer's text; at the end, sets `last` and adds question and answer to `messages`.
 
-        If the iterator is closed early, the text so far counts as the answer. Raises RequestError or ContextFull, and
-        adds nothing, if the question cannot be answered.
+        Also yields "" between the parts of a long prompt, where closing the iterator loses nothing. If it is closed
+        early, the text so far counts as the answer. Raises RequestError or ContextFull, and adds nothing, if the
+        question cannot be answered.
         """
         text = well_formed(text)
         prompt: Prompt = text

@@ -12,6 +12,8 @@ from bitnet_numba.errors import BackendError, RequestError
 from bitnet_numba.sampling import SamplingParams
 from bitnet_numba.text.tokenizer import Tokenizer
 
+PART = 128  # tokens of a prompt between pauses
+
 
 class Stream(Iterator[str]):
     """An iterator over pieces of text as they are generated; `completion` is set when it ends."""
@@ -43,6 +45,8 @@ class Stream(Iterator[str]):
 
 class Session:
     """A context for a conversation: a prompt is computed only from where it differs from the tokens in the context."""
+
+    pauses = False  # whether streams yield "" between the parts of a long prompt, where closing one loses nothing
 
     def __init__(
         self,
@@ -149,7 +153,9 @@ class Session:
         self._busy = True
         try:
             context.truncate(reused)
-            tokens = context.decode(ids[reused:], options.params)
+            if self.pauses:
+                yield from prefill_in_parts(context, ids)
+            tokens = context.decode(ids[len(context.ids) :], options.params)
             try:
                 for token in finite_steps(tokens):
                     if piece := builder.push(token):
@@ -175,6 +181,17 @@ class Session:
             ended()
             if self._closed:
                 self.close()
+
+
+def prefill_in_parts(context: Context, ids: Sequence[int]) -> Iterator[str]:
+    """Appends a long prompt to a context, all but its last part; yields "" after each part."""
+    while len(ids) - len(context.ids) > PART:
+        end = (len(context.ids) // PART + 1) * PART
+        steps = context.decode(ids[len(context.ids) : end], SamplingParams(seed=0))
+        next(finite_steps(steps))  # a token that nobody needs
+        steps.close()  # type: ignore[attr-defined]
+        context.truncate(end)
+        yield ""
 
 
 @contextlib.contextmanager

@@ -26,9 +26,23 @@ def test_processes_compile_what_is_missing(
     warmup.compile_together(needs, specs, "a card")
     assert all(compiler.is_cached(spec, 90) for spec in specs)
     assert len(list((tmp_path / "cache").iterdir())) == 9, "only what was asked for"
-    assert "Compiling kernels for a card, once: 8 of 8\n" in capsys.readouterr().err
+    # No terminal: one line at the start and one at the end.
+    line = "Compiling kernels for a card, once: "
+    assert capsys.readouterr().err == f"{line}0 of 8\n{line}8 of 8\n"
     warmup.compile_together(needs, specs, "a card")
     assert not capsys.readouterr().err
+
+
+def test_on_a_terminal_one_line_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stderr", terminal)
+    for done in range(3):
+        warmup._progress("a card", done, 2)
+    line = "\rCompiling kernels for a card, once: "
+    assert terminal.getvalue() == f"{line}0 of 2{line}1 of 2{line}2 of 2\n"
+    monkeypatch.setattr("sys.stderr", None)  # closed
+    warmup._progress("a card", 0, 2)
 
 
 @pytest.fixture

@@ -113,9 +113,13 @@ def compile_together(needs: Needs, specs: list[KernelSpec], device_name: str) ->
                 assert pipe is not None
                 pickle.dump((needs, [spec.name for spec in missing[i::count]]), pipe)
                 pipe.close()
+        shown = 0
+        _progress(device_name, shown, len(missing))
         while any(process.poll() is None for process in processes):
-            done = sum(is_cached(spec, arch) for spec in missing)
-            _progress(device_name, min(done, len(missing) - 1), len(missing))
+            done = min(sum(is_cached(spec, arch) for spec in missing), len(missing) - 1)
+            if done > shown:
+                shown = done
+                _progress(device_name, shown, len(missing))
             sleep(POLL)
     finally:
         for process in processes:
@@ -143,8 +147,14 @@ def compile_share() -> None:
 
 
 def _progress(device_name: str, done: int, total: int) -> None:
-    end = "\n" if done == total else ""
-    print(f"\rCompiling kernels for {device_name}, once: {done} of {total}", end=end, file=sys.stderr, flush=True)
+    """A line that counts on a terminal; elsewhere, one line at the start and one at the end."""
+    line = f"Compiling kernels for {device_name}, once: {done} of {total}"
+    if sys.stderr is None:
+        return
+    if sys.stderr.isatty():
+        print(f"\r{line}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    elif done in (0, total):
+        print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
