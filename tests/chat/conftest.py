@@ -1,0 +1,28 @@
+"""The command line in this process."""
+
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bitnet_numba.chat import __main__ as chat
+
+
+@pytest.fixture
+def run(
+    tiny_packed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line in this process: (exit code, standard output, standard error)."""
+
+    def call(*args: str, stdin: bytes = b"", model: Path | None = tiny_packed) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        argv = [*([str(model)] if model else []), "--backend", "reference", "--max-new-tokens", "6", *args]
+        try:
+            code = chat.main(argv)
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+        return code, *capsys.readouterr()
+
+    return call
