@@ -106,6 +106,8 @@ def sampling_line(params: SamplingParams) -> str:
 def describe(completion: Completion, conversation: Conversation) -> str:
     """Speed, context and memory of an answer, in one line."""
     stats, session = completion.stats, conversation.session
+    if not stats.generated_tokens:
+        return f"stopped before the answer began | context {session.held:,}/{session.capacity:,}"
     prefill = f"prefill {stats.prompt_tokens - stats.reused_tokens:,} tokens"
     if stats.reused_tokens:
         prefill += f" (and {stats.reused_tokens:,} reused)"

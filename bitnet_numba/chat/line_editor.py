@@ -9,15 +9,19 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import Output
 
 from bitnet_numba.chat.saved import well_formed
 
 UNDO_CHARACTERS = 200  # kept per key
 
 
-def open_line_editor(commands: Iterable[str]) -> "PromptSession[str]":
-    """An editor of lines, or several, for the terminal; completes the names of commands."""
+def open_line_editor(
+    commands: Iterable[str], keyboard: Input | None = None, screen: Output | None = None
+) -> "PromptSession[str]":
+    """An editor that completes the names of commands; for the terminal if no other keyboard and screen are given."""
     editor: PromptSession[str] = PromptSession(
         history=open_history(),
         completer=WordCompleter(list(commands), sentence=True),
@@ -26,6 +30,8 @@ def open_line_editor(commands: Iterable[str]) -> "PromptSession[str]":
         multiline=True,
         prompt_continuation="  ",
         reserve_space_for_menu=4,
+        input=keyboard,
+        output=screen,
     )
     bound_undo(editor.default_buffer)
     return editor
