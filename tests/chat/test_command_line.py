@@ -1,13 +1,18 @@
 """The command line, in this process and through pipes."""
 
+import io
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from bitnet_numba.chat import command_line
+from bitnet_numba.chat.conversation import Conversation
+from bitnet_numba.engine.completion import Completion, Stats
 
 TIMEOUT = 300  # seconds for what takes one or two: only to end a test that hangs, however busy the machine is
 
@@ -133,6 +138,7 @@ def test_a_model_says_how_to_sample_from_it(
         ("<&-", 2, "standard input is closed: give --prompt"),
         ("--prompt hi >&-", 2, "standard output is closed"),
         ("--prompt hi >/dev/full", 2, "No space left"),
+        ("--help >/dev/full", 2, "No space left"),
         ("--prompt hi --json --stats >/dev/full", 2, "No space left"),
         ("--prompt hi --stats 2>&-", 0, ""),
         ("--prompt '' 2>&-", 2, ""),
@@ -168,3 +174,144 @@ def test_a_pipe_through_a_real_process(tiny_packed: Path) -> None:
         assert early.stdout is not None and early.stderr is not None
         early.stdout.close()
         assert early.stderr.read() == b"" and early.wait(TIMEOUT) == 0
+
+
+def test_json_is_valid_whatever_the_text_and_the_encoding(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    prompts = ("caf\u00e9 \U0001f600", "nul \0, escape \x1b, line ends \n\r\u2028\x85", "bad \udcff", '"\\')
+    code, _, err = run("--json", *(part for prompt in prompts for part in ("--prompt", prompt)))
+    lines = written.getvalue().decode("ascii").splitlines()
+    assert code == 0 and not err
+    assert [json.loads(line)["prompt"] for line in lines] == [prompt.replace("\udcff", "\ufffd") for prompt in prompts]
+
+
+def test_text_that_the_encoding_lacks_is_replaced(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tiny_packed: Path
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(Conversation, "ask", lambda talk, text: yield_text(talk, "\U0001f600 caf\u00e9"))
+    assert run("--prompt", "x")[0] == 0
+    assert written.getvalue().replace(b"\r\n", b"\n") == b"? caf?\n"
+
+
+def yield_text(talk: Conversation, text: str) -> Iterator[str]:
+    """An answer of this text."""
+    yield text
+    talk.last = Completion(text, [], "stop", Stats(1, 0, 1, 1.0, 1.0, {}))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_standard_input_in_any_unicode_with_its_mark(run: Callable[..., tuple[int, str, str]], encoding: str) -> None:
+    mark = "\ufeff" if encoding in ("utf-16-le", "utf-16-be") else ""
+    code, out, _ = run("--json", stdin=f"{mark}caf\u00e9 \U0001f600\n".encode(encoding))
+    assert code == 0 and json.loads(out)["prompt"] == "caf\u00e9 \U0001f600"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b" \t\r\n\n", "the prompt is empty"),
+        (b"\xef\xbb\xbf", "the prompt is empty"),
+        (b"x" * 1_000_000, "but the context holds"),
+        (b"x " * 2000, "but the context holds"),
+        (b"\0" * 2000, "but the context holds"),
+    ],
+)
+def test_input_that_cannot_be_answered(run: Callable[..., tuple[int, str, str]], data: bytes, message: str) -> None:
+    code, out, err = run(stdin=data)
+    assert code == 2 and not out and message in err and err.count("\n") == 1
+
+
+def test_odd_bytes_are_answered(run: Callable[..., tuple[int, str, str]]) -> None:
+    for data in (b"\0", b"a\0b", b"\xff", b"\xff\xfe\x00", b"\x1b[2J", b"\xed\xa0\x80"):
+        code, out, err = run("--json", stdin=data)
+        assert code == 0 and json.loads(out) and not err
+
+
+def test_messages_show_no_control_characters(
+    run: Callable[..., tuple[int, str, str]], tiny_packed: Path, tmp_path: Path
+) -> None:
+    bad = "\x1b[2J\n\udcff"
+    for args in (
+        ("--prompt", "x", "--top-k", bad),
+        ("--prompt", "x", f"--{bad}"),
+        ("--prompt", "x", "--backend", bad),
+        ("--prompt", "x", bad, bad),
+    ):
+        code, _, err = run(*args)
+        assert code == 2 and err.count("\n") == 1 and "\x1b" not in err
+    code, _, err = run("--prompt", "x", model=tmp_path / "\x1b[2J\n")
+    assert code == 2 and err.count("\n") == 1 and "\x1b" not in err
+    folder = Path(shutil.copytree(tiny_packed, tmp_path / "copy"))
+    (folder / "generation_config.json").write_text(json.dumps({"temperature": bad, "eos_token_id": bad}))
+    code, _, err = run("--prompt", "x", model=folder)
+    assert code == 0 and "ignored" in err and "\x1b" not in err
+    assert all(line.startswith("bitnet-chat: ") for line in err.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            MemoryError("Unable to allocate 5 GiB"),
+            2,
+            "memory is too short: Unable to allocate 5 GiB; a smaller --context",
+        ),
+        (OSError(5, "Input/output error"), 2, "input or output failed: Input/output error"),
+    ],
+)
+def test_what_stops_the_start_is_told_in_one_line(
+    run: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    message: str,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(command_line, "load", fail)
+    assert run("--prompt", "x")[0] == code
+    result = run("--prompt", "x")
+    assert result[:2] == (code, "") and result[2].startswith(f"bitnet-chat: {message}") and result[2].count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "message"),
+    [
+        ("raise KeyboardInterrupt", 130, "interrupted"),
+        ("raise MemoryError", 2, "cannot start: memory is too short"),
+        ("raise ImportError('long\\ntext\\nno libblas.so')", 2, "cannot start: no libblas.so"),
+    ],
+)
+def test_what_stops_the_imports_is_told_in_one_line(line: str, code: int, message: str) -> None:
+    script = (
+        "import sys\nclass Finder:\n def find_spec(self, name, *_):\n"
+        f"  if name == 'numpy': {line}\n"
+        "sys.meta_path.insert(0, Finder())\nfrom bitnet_numba.chat.__main__ import main\nsys.exit(main([]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr.decode().splitlines()) == (code, b"", [f"bitnet-chat: {message}"])
+
+
+def test_ctrl_c_in_an_answer_leaves_its_message_a_line(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(talk: Conversation, text: str) -> Iterator[str]:
+        yield "Once upon"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Conversation, "ask", interrupted)
+    assert run("--prompt", "x") == (130, "Once upon\n", "bitnet-chat: interrupted\n")
+
+
+def test_mistakes_are_told_before_the_model_is_opened(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    for args in (("--temperature", "-1"), ("--max-new-tokens", "0"), ("--stop", "")):
+        assert "must be" in run("--prompt", "x", *args, model=tmp_path / "none")[2]

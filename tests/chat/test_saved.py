@@ -127,7 +127,7 @@ def test_folders_and_files_without_permission_are_refused(tmp_path: Path) -> Non
         talk.save(path)
 
 
-def test_saving_touches_no_other_file(tmp_path: Path) -> None:
+def test_saving_touches_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.part").mkdir()
     (tmp_path / "y.part").write_text("mine")
     talk, longest = toy_conversation(), "z" * (os.pathconf(tmp_path, "PC_NAME_MAX") if hasattr(os, "pathconf") else 99)
@@ -135,6 +135,12 @@ def test_saving_touches_no_other_file(tmp_path: Path) -> None:
         talk.save(tmp_path / name)
         talk.load(tmp_path / name)
     assert (tmp_path / "y.part").read_text() == "mine"
+    monkeypatch.setattr(saved.secrets, "token_hex", lambda _: "taken")
+    (tmp_path / ".bitnet-chat-taken").write_text("mine, too")
+    with pytest.raises(RequestError, match="File exists"):
+        talk.save(tmp_path / "x")
+    assert (tmp_path / ".bitnet-chat-taken").read_text() == "mine, too"
+    (tmp_path / ".bitnet-chat-taken").unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "x.part", "y", "y.part", longest]
 
 

@@ -5,17 +5,21 @@ import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
+from bitnet_numba.chat.conversation import Conversation, describe
 from bitnet_numba.chat.interactive import COMMANDS, EXAMPLES, Terminal
 from bitnet_numba.chat.terminal import WordWrap, clean
 from bitnet_numba.engine.request import GenerationOptions
+from bitnet_numba.engine.session import PART
 from bitnet_numba.sampling import SamplingParams
-from tests.chat.helpers import toy_conversation
+from tests.chat.helpers import EOT, toy_conversation
+from tests.engine.toy_backend import tokens_of, toy_engine
 
 
 @given(st.text(alphabet="ab \n\u4e2d-", max_size=120), st.lists(st.integers(1, 10)), st.integers(2, 20))
@@ -41,6 +45,58 @@ def test_control_characters_do_not_reach_the_terminal() -> None:
     assert clean("a\x1b[31mb\r\x07\x9b\tc\nd\u00a0\u4e2d\U0001f642") == (
         "a\ufffd[31mb\ufffd\ufffd\tc\nd\u00a0\u4e2d\U0001f642"
     )
+    assert clean("\u202ereversed\u2028\ud800\ufeff") == "\ufffdreversed\ufffd\ufffd\ufffd"
+    # What a font may lack but no terminal obeys: joiners in words and emoji, spaces, characters not yet assigned.
+    kept = "\u0645\u06cc\u200c\u062e \U0001f469\u200d\U0001f52c\ufe0f 1\u202f000\u3000\U0001fae8\U000e0000"
+    assert clean(kept) == kept
+
+
+@given(st.text(max_size=30), st.integers(0, 30))
+def test_pieces_are_cleaned_as_the_whole(text: str, cut: int) -> None:
+    assert clean(text[:cut]) + clean(text[cut:]) == clean(text)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", clean(text))
+
+
+def test_no_control_characters_of_others_reach_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    path = tmp_path / "a\x1b[2Jb"
+    talk = toy_conversation("Fi\x1b[2Jne.")
+    terminal = Terminal(talk, show_stats=True)
+    terminal.greet(str(path))
+    lines = ("\x1b[2J\udcff?", "/stats", "/system \x1b[2J", "/undo", "/\x1b[2J", "again \x1b[2J")
+    for line in (*lines, f"/save {path}", f"/load {path}", f"/load {path}x", "/load \x1b[2J\0", "/save \udcff\0"):
+        assert terminal.handle(line)
+    shown = capsys.readouterr()
+    assert "\x1b" not in shown.out and "2J" in shown.out and not shown.err
+
+
+def test_whatever_fails_the_conversation_goes_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk = toy_conversation("one two three")
+    terminal = Terminal(talk, show_stats=False)
+    terminal.handle("One?")
+
+    def fail(error: Exception) -> None:
+        write = terminal.write
+
+        def write_once(text: str) -> None:
+            terminal.write = write  # type: ignore[method-assign]
+            write(text)
+            raise error
+
+        terminal.write = write_once  # type: ignore[method-assign]
+
+    for error in (MemoryError("no more"), OSError(5, "a failure"), ValueError("a\x1bb"), RecursionError()):
+        fail(error)
+        capsys.readouterr()
+        assert terminal.handle("Two?") and talk.messages[0]["content"] == "One?"
+        shown = capsys.readouterr().out
+        assert shown.splitlines()[1].startswith(f"failed: {type(error).__name__}: ") and "\x1b" not in shown
+    capsys.readouterr()
+    assert terminal.handle("Three?") and capsys.readouterr().out == "one two three\n"
 
 
 def test_commands_of_the_terminal(
@@ -123,7 +179,8 @@ def test_a_model_that_breaks_down_is_told_and_the_chat_goes_on(capsys: pytest.Ca
         raise ValueError("logits hold NaN")
         yield 0
 
-    context = talk.session._context()
+    context = talk.session._held_context
+    assert context is not None
     decode, context.decode = context.decode, break_down  # type: ignore[method-assign]
     assert terminal.handle("Go.") and talk.messages == []
     assert "numbers that are not finite: logits hold NaN" in " ".join(capsys.readouterr().out.split())
@@ -165,3 +222,31 @@ def test_help_says_how_answers_are_sampled(capsys: pytest.CaptureFixture[str]) -
     talk.options = GenerationOptions(SamplingParams(0.5, top_k=40))
     Terminal(talk, show_stats=False).handle("/help")
     assert "temperature 0.5, top-p 1, top-k 40, min-p 0, repetition-penalty 1" in capsys.readouterr().out
+
+
+def test_ctrl_c_stops_a_long_prompt_between_its_parts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm, backend = toy_engine([*tokens_of("Fine."), EOT], context=4096)
+    talk = Conversation(llm, GenerationOptions())
+    terminal = Terminal(talk, show_stats=False)
+    terminal.handle("One?")
+    context = talk.session._held_context
+    assert context is not None
+    decode = context.decode
+
+    def decode_and_press(*arguments: Any) -> Iterator[int]:
+        if len(backend.prefilled) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return decode(*arguments)
+
+    context.decode = decode_and_press  # type: ignore[method-assign]
+    capsys.readouterr()
+    question = "word " * 1000
+    assert terminal.handle(question) and len(talk.messages) == 2
+    assert "[stopped before the answer began: the question is forgotten]" in " ".join(capsys.readouterr().out.split())
+    held = talk.session.held
+    assert held == 4 * PART, "the parts that were computed are kept"
+    assert "stopped before the answer began" in describe(talk.last, talk)
+    assert terminal.handle(question) and capsys.readouterr().out == "Fine.\n"
+    assert talk.last.stats.reused_tokens == held and sum(backend.prefilled) < talk.last.stats.prompt_tokens + 100
