@@ -227,7 +227,9 @@ def test_help_says_how_answers_are_sampled(capsys: pytest.CaptureFixture[str]) -
 def test_ctrl_c_stops_a_long_prompt_between_its_parts(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    llm, backend = toy_engine([*tokens_of("Fine."), EOT], context=4096)
+    llm, backend = toy_engine(
+        [*tokens_of("Fine."), EOT], context=4096, ahead=2
+    )  # as a backend that works asynchronously
     talk = Conversation(llm, GenerationOptions())
     terminal = Terminal(talk, show_stats=False)
     terminal.handle("One?")
