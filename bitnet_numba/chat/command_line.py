@@ -18,9 +18,10 @@ from typing import NoReturn
 
 from rich.console import Console
 
+from bitnet_numba.chat import PROG
 from bitnet_numba.chat.conversation import NO_TEMPLATE, Conversation, describe
 from bitnet_numba.chat.saved import well_formed
-from bitnet_numba.chat.terminal import PROG, clean, note
+from bitnet_numba.chat.terminal import clean, note
 from bitnet_numba.engine.engine import BACKENDS, Engine, load
 from bitnet_numba.engine.request import read_options
 from bitnet_numba.errors import BitNetError, ContextFull, RequestError, one_line

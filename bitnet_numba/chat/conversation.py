@@ -27,7 +27,7 @@ class Conversation:
         self.messages: list[dict[str, Any]] = []  # without the system message
         self.last: Completion | None = None
         self.session = engine.session()
-        self.session.pauses = True
+        self.session.pauses = engine.backend != "cuda"  # a GPU has read a prompt before anyone can stop it
 
     def ask(self, text: str) -> Iterator[str]:
         """Yields the answer's text; at the end, sets `last` and adds question and answer to `messages`.

@@ -204,8 +204,10 @@ def converse(conversation: Conversation, name: str | None, show_stats: bool) -> 
         try:
             print()
             line = editor.prompt(message)
-        except KeyboardInterrupt:
-            continue  # Ctrl-C drops the line that is being typed
+        except KeyboardInterrupt:  # Ctrl-C drops the line that is being typed
+            if not editor.default_buffer.text:
+                terminal.note("Ctrl-D or /exit leaves")
+            continue
         except (EOFError, OSError):
             return  # Ctrl-D, or the terminal is gone
         try:

@@ -1,7 +1,4 @@
-"""What a terminal shows and how it is asked: text made safe, streaming word wrap, deferred Ctrl-C.
-
-Imports little: the first message may be due before the model's modules have been imported.
-"""
+"""What a terminal shows and how it is asked: text made safe, streaming word wrap, deferred Ctrl-C."""
 
 import contextlib
 import signal
@@ -14,7 +11,6 @@ from rich.cells import cell_len
 
 from bitnet_numba import errors
 
-PROG = "bitnet-chat"
 # Control, format, surrogate and separator characters: a terminal obeys them, or they hide or reorder what is shown.
 _UNSAFE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _SAFE = "\n\t\u200c\u200d"  # the joiners, which are format characters, make up words and emoji

@@ -1,6 +1,7 @@
 """The command line in this process."""
 
 import io
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +20,13 @@ def run(
     def call(*args: str, stdin: bytes = b"", model: Path | None = tiny_packed) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
         argv = [*([str(model)] if model else []), "--backend", "reference", "--max-new-tokens", "6", *args]
+        ctrl_c = signal.getsignal(signal.SIGINT)
         try:
             code = chat.main(argv)
         except SystemExit as leaving:
             code = int(leaving.code or 0)
+        finally:
+            signal.signal(signal.SIGINT, ctrl_c)
         return code, *capsys.readouterr()
 
     return call

@@ -315,3 +315,18 @@ def test_ctrl_c_in_an_answer_leaves_its_message_a_line(
 def test_mistakes_are_told_before_the_model_is_opened(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     for args in (("--temperature", "-1"), ("--max-new-tokens", "0"), ("--stop", "")):
         assert "must be" in run("--prompt", "x", *args, model=tmp_path / "none")[2]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_ctrl_c_during_the_imports_leaves_at_once() -> None:
+    # It arrives where an exception would be swallowed.
+    script = (
+        "import os, signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "class Finder:\n def find_spec(self, name, *_):\n  if name == 'numpy':\n"
+        "   try: os.kill(os.getpid(), signal.SIGINT)\n   except BaseException: pass\n"
+        "sys.meta_path.insert(0, Finder())\nfrom bitnet_numba.chat.__main__ import main\nsys.exit(main(['--help']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"bitnet-chat: interrupted\n")

@@ -101,6 +101,9 @@ def test_a_conversation_at_the_keyboard(tiny_packed: Path, tmp_path: Path) -> No
     terminal.type("not to be sent\x03")  # Ctrl-C drops the line
     terminal.wait_for("not to be sent")
     terminal.wait_for("> ")
+    terminal.type("\x03")
+    terminal.wait_for("Ctrl-D or /exit leaves")
+    terminal.wait_for("> ")
     up, down = "\x1b[A", "\x1b[B"
     keys = up
     while not terminal.shows("/stats"):  # the history has what was sent before it, once it is loaded
