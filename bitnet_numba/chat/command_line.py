@@ -215,6 +215,8 @@ def shorten_advice(engine: Engine) -> str:
 def _read_stdin(raw: bool, engine: Engine) -> str:
     if sys.stdin is None:
         raise RequestError("standard input is closed: give --prompt")
+    if sys.stdin.isatty():  # only standard output leads elsewhere
+        note(f"{PROG}: type the prompt; Ctrl-D on a line of its own ends it")
     limit = engine.context * engine.tokenizer.longest_token
     data = sys.stdin.buffer.read(limit + 1)
     if len(data) > limit:

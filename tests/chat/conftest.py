@@ -17,8 +17,11 @@ def run(
 ) -> Callable[..., tuple[int, str, str]]:
     """Runs the command line in this process: (exit code, standard output, standard error)."""
 
-    def call(*args: str, stdin: bytes = b"", model: Path | None = tiny_packed) -> tuple[int, str, str]:
+    def call(
+        *args: str, stdin: bytes = b"", keyboard: bool = False, model: Path | None = tiny_packed
+    ) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: keyboard)
         argv = [*([str(model)] if model else []), "--backend", "reference", "--max-new-tokens", "6", *args]
         ctrl_c = signal.getsignal(signal.SIGINT)
         try:

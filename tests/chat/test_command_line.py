@@ -226,6 +226,11 @@ def test_input_that_cannot_be_answered(run: Callable[..., tuple[int, str, str]],
     assert code == 2 and not out and message in err and err.count("\n") == 1
 
 
+def test_who_is_to_type_the_prompt_is_told(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = run(stdin=b"One?", keyboard=True)  # standard output leads to a file
+    assert code == 0 and out and "Ctrl-D" in err and err.count("\n") == 1
+
+
 def test_odd_bytes_are_answered(run: Callable[..., tuple[int, str, str]]) -> None:
     for data in (b"\0", b"a\0b", b"\xff", b"\xff\xfe\x00", b"\x1b[2J", b"\xed\xa0\x80"):
         code, out, err = run("--json", stdin=data)
