@@ -61,7 +61,7 @@ class Terminal:
         elif not engine.tokenizer.has_chat_template:
             self.note(NO_TEMPLATE)
         self.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
-        if name is None:
+        if name is None and not self.conversation.raw:
             self.console.print("\nTry, for example:")
             for example in EXAMPLES:
                 self.console.print(Text(f"  {example}", "cyan"))

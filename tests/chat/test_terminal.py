@@ -164,6 +164,9 @@ def test_commands_that_cannot_be_meant_do_nothing(capsys: pytest.CaptureFixture[
     assert terminal.handle("/Help") and "/undo" in capsys.readouterr().out
     assert terminal.handle("/Reset") and talk.messages == []
     terminal = Terminal(toy_conversation(raw=True), show_stats=False)
+    capsys.readouterr()
+    terminal.greet(None)
+    assert EXAMPLES[0] not in capsys.readouterr().out  # it is a question, not a text to continue
     terminal.handle("One?")
     for line in ("/undo", "/reset", "/save x.json", "/load x.json", "/system x"):
         capsys.readouterr()
