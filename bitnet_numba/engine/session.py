@@ -12,8 +12,6 @@ from bitnet_numba.errors import BackendError, RequestError
 from bitnet_numba.sampling import SamplingParams
 from bitnet_numba.text.tokenizer import Tokenizer
 
-PART = 128  # tokens of a prompt between pauses
-
 
 class Stream(Iterator[str]):
     """An iterator over pieces of text as they are generated; `completion` is set when it ends."""
@@ -181,6 +179,9 @@ class Session:
             ended()
             if self._closed:
                 self.close()
+
+
+PART = 128  # tokens of a prompt between pauses
 
 
 def prefill_in_parts(context: Context, ids: Sequence[int]) -> Iterator[str]:
