@@ -165,7 +165,9 @@ class Terminal:
         self.note(f"system message: {system}" if system else "no system message")
 
     def save(self, name: str) -> None:
-        if self.named(name):
+        if not self.conversation.messages:
+            self.note("there is nothing to save yet")  # and an earlier conversation in the file stays
+        elif self.named(name):
             self.conversation.save(file_path(name))
             self.note(f"saved {len(self.conversation.messages)} messages to {printable(name)}")
 

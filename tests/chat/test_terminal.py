@@ -123,6 +123,7 @@ def test_commands_of_the_terminal(
     assert shown(f"/save {path}").startswith("saved 2 messages")
     assert shown("/undo") == "removed: One?\n"
     assert "nothing to remove" in shown("/undo")
+    assert shown(f"/save {path}") == "there is nothing to save yet\n"
     assert "> One?\nFine.\n" in shown(f"/load {path}")
     assert len(talk.messages) == 2
     assert "cannot be read" in shown(f"/load {tmp_path / 'none'}")
