@@ -1,1 +1,3 @@
 """The command-line chat: `python -m bitnet_numba.chat`."""
+
+PROG = "bitnet-chat"

@@ -1,20 +1,17 @@
 """A conversation with a model: its messages, a session whose context each turn extends, and lines that describe it."""
 
-import json
-import os
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from bitnet_numba.chat.saved import read_conversation, well_formed, write_conversation
 from bitnet_numba.engine.completion import Completion
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.request import GenerationOptions, Prompt
 from bitnet_numba.engine.session import Stream
 from bitnet_numba.errors import RequestError
 from bitnet_numba.sampling import SamplingParams
-
-FORMAT = 1  # of saved conversations
 
 NO_TEMPLATE = "this model has no chat template: turns are plain 'User: ...', 'Assistant: ...'; see also --raw"
 
@@ -25,18 +22,21 @@ class Conversation:
     def __init__(self, engine: Engine, options: GenerationOptions, system: str = "", raw: bool = False):
         self.engine = engine
         self.options = options
-        self.system = system
+        self.system = well_formed(system)
         self.raw = raw
         self.messages: list[dict[str, Any]] = []  # without the system message
         self.last: Completion | None = None
         self.session = engine.session()
+        self.session.pauses = engine.backend != "cuda"  # a GPU has read a prompt before anyone can stop it
 
     def ask(self, text: str) -> Iterator[str]:
         """Yields the answer's text; at the end, sets `last` and adds question and answer to `messages`.
 
-        If the iterator is closed early, the text so far counts as the answer. Raises RequestError or ContextFull, and
-        adds nothing, if the question cannot be answered.
+        Also yields "" between the parts of a long prompt, where closing the iterator loses nothing. If it is closed
+        early, the text so far counts as the answer. Raises RequestError or ContextFull, and adds nothing, if the
+        question cannot be answered.
         """
+        text = well_formed(text)
         prompt: Prompt = text
         question = {"role": "user", "content": text}
         if not self.raw:
@@ -83,53 +83,14 @@ class Conversation:
         self.last = None
 
     def save(self, path: Path) -> None:
-        """Writes the conversation as JSON. Raises RequestError, and changes nothing, if it cannot.
-
-        An existing file is replaced only if it is a saved conversation.
-        """
-        if path.exists():
-            _read(path)
-        messages = [{"role": message["role"], "content": message["content"]} for message in self.messages]
-        saved = {"bitnet_numba_chat": FORMAT, "system": self.system, "messages": messages}
-        partial = path.with_name(path.name + ".part")
-        try:
-            partial.write_text(json.dumps(saved, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise RequestError(f"{path} cannot be written: {error.strerror}") from None
+        """Writes the conversation to a file, see `saved.write_conversation`. Raises RequestError if it cannot."""
+        write_conversation(path, self.system, self.messages)
 
     def load(self, path: Path) -> None:
         """Continues a saved conversation. Raises RequestError, and changes nothing, if the file is not one."""
-        saved = _read(path)
+        system, messages = read_conversation(path)
         self.reset()
-        self.system = saved["system"]
-        self.messages = saved["messages"]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Reads a saved conversation. Raises RequestError if the file is missing or is not one."""
-    try:
-        saved = json.loads(path.read_bytes())
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        saved = None
-    if not (isinstance(saved, dict) and saved.get("bitnet_numba_chat") == FORMAT and _is_text(saved.get("system"))):
-        raise RequestError(f"{path} is not a saved conversation")
-    messages = saved.get("messages")
-    if not isinstance(messages, list) or len(messages) % 2:
-        raise RequestError(f"{path} is not a saved conversation")
-    for i, message in enumerate(messages):
-        role = ("user", "assistant")[i % 2]
-        if not (isinstance(message, dict) and message.get("role") == role and _is_text(message.get("content"))):
-            raise RequestError(f"{path}: message {i + 1} is not a message of role {role}")
-    messages = [{"role": message["role"], "content": message["content"]} for message in messages]
-    return {"system": saved["system"], "messages": messages}
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
+        self.system, self.messages = system, messages
 
 
 def sampling_line(params: SamplingParams) -> str:
@@ -145,6 +106,8 @@ def sampling_line(params: SamplingParams) -> str:
 def describe(completion: Completion, conversation: Conversation) -> str:
     """Speed, context and memory of an answer, in one line."""
     stats, session = completion.stats, conversation.session
+    if not stats.generated_tokens:
+        return f"stopped before the answer began | context {session.held:,}/{session.capacity:,}"
     prefill = f"prefill {stats.prompt_tokens - stats.reused_tokens:,} tokens"
     if stats.reused_tokens:
         prefill += f" (and {stats.reused_tokens:,} reused)"

@@ -1,21 +1,18 @@
 """The interactive chat: line editing, commands and streamed answers."""
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import Completer, WordCompleter
 from prompt_toolkit.formatted_text import FormattedText
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from rich.console import Console
 from rich.text import Text
 
 from bitnet_numba.chat.conversation import NO_TEMPLATE, Conversation, describe, sampling_line
-from bitnet_numba.chat.terminal import WordWrap, interruptible, printable, silent_keyboard
-from bitnet_numba.errors import BitNetError, ContextFull
+from bitnet_numba.chat.line_editor import open_line_editor
+from bitnet_numba.chat.saved import file_path, well_formed
+from bitnet_numba.chat.terminal import WordWrap, clean, interruptible, silent_keyboard
+from bitnet_numba.errors import BitNetError, ContextFull, one_line, printable
 
 COMMANDS = {
     "/reset": "start over",
@@ -51,7 +48,7 @@ class Terminal:
 
     def note(self, text: str, style: str = "dim") -> None:
         """Prints a line of the program, in another style than the model's text."""
-        self.console.print(Text(text, style))
+        self.console.print(Text(clean(text), style))
 
     def greet(self, name: str | None) -> None:
         """Prints the model, the backend and a few hints."""
@@ -64,7 +61,7 @@ class Terminal:
         elif not engine.tokenizer.has_chat_template:
             self.note(NO_TEMPLATE)
         self.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves")
-        if name is None:
+        if name is None and not self.conversation.raw:
             self.console.print("\nTry, for example:")
             for example in EXAMPLES:
                 self.console.print(Text(f"  {example}", "cyan"))
@@ -89,28 +86,35 @@ class Terminal:
             elif word in self.commands:
                 self.commands[word](rest)
             else:
-                self.note(f"unknown command {word}; /help lists them (a leading space sends the line to the model)")
+                self.note(f"unknown command {printable(word, 40)}; /help lists them (a leading space sends the line)")
         except ContextFull as error:
             self.note(f"{error}: nothing was sent", "yellow")
             self.advise()
         except BitNetError as error:
             self.note(str(error), "red")
+        except Exception as error:  # whatever it is, the conversation outlives it
+            self.note(f"failed: {type(error).__name__}: {one_line(error)}", "red")
         return True
 
     def answer(self, text: str) -> None:
         """Streams the answer. Ctrl-C stops it after the current token, a second Ctrl-C at once."""
         width = min(self.console.width, MAX_WIDTH)
         wrap, shown = WordWrap(width), False
-        with silent_keyboard(), interruptible() as interrupted:
+        waiting = self.console.status("", spinner="dots")
+
+        def told() -> None:
+            if not shown:
+                waiting.update("stopping after this part of the prompt; Ctrl-C again stops at once")
+
+        with silent_keyboard(), interruptible(told) as interrupted:
             pieces = self.conversation.ask(text)
-            waiting = self.console.status("", spinner="dots")
             waiting.start()
             try:
                 for piece in pieces:
-                    if not shown:
+                    if piece:
                         waiting.stop()
-                    self.write(wrap.push(printable(piece)))
-                    shown = True
+                        shown = True
+                        self.write(wrap.push(clean(piece)))
                     if interrupted:
                         break
             except KeyboardInterrupt:
@@ -118,10 +122,11 @@ class Terminal:
             finally:
                 waiting.stop()
                 pieces.close()  # type: ignore[attr-defined]
-        self.write(wrap.finish() + ("\n" if shown else ""))
+                if shown:
+                    self.write(wrap.finish() + "\n")
         last = self.conversation.last
         if interrupted:
-            self.note("[stopped]")
+            self.note("[stopped]" if shown else "[stopped before the answer began: the question is forgotten]")
         elif last is not None and last.finish_reason == "length":
             self.note(f"[cut after {self.conversation.options.max_new_tokens:,} tokens: see --max-new-tokens]")
         elif last is not None and last.finish_reason == "context":
@@ -155,23 +160,25 @@ class Terminal:
 
     def system(self, text: str) -> None:
         if text:
-            self.conversation.system = "" if text == "-" else text
+            self.conversation.system = "" if text == "-" else well_formed(text)
         system = self.conversation.system
-        self.note(f"system message: {printable(system)}" if system else "no system message")
+        self.note(f"system message: {system}" if system else "no system message")
 
     def save(self, name: str) -> None:
-        if self.named(name):
-            self.conversation.save(Path(name).expanduser())
-            self.note(f"saved {len(self.conversation.messages)} messages to {name}")
+        if not self.conversation.messages:
+            self.note("there is nothing to save yet")  # and an earlier conversation in the file stays
+        elif self.named(name):
+            self.conversation.save(file_path(name))
+            self.note(f"saved {len(self.conversation.messages)} messages to {printable(name)}")
 
     def load(self, name: str) -> None:
         if self.named(name):
-            self.conversation.load(Path(name).expanduser())
+            self.conversation.load(file_path(name))
             for message in self.conversation.messages:
                 is_user = message["role"] == "user"
-                text = printable(message["content"])
+                text = clean(message["content"])
                 self.console.print(Text(f"> {text}", "bold cyan") if is_user else Text(text))
-            self.note(f"loaded {len(self.conversation.messages)} messages from {name}")
+            self.note(f"loaded {len(self.conversation.messages)} messages from {printable(name)}")
 
     def named(self, name: str) -> bool:
         if not name:
@@ -193,55 +200,22 @@ def converse(conversation: Conversation, name: str | None, show_stats: bool) -> 
     """Runs the conversation until Ctrl-D or /exit. `name`: the checkpoint's; None for the built-in model."""
     terminal = Terminal(conversation, show_stats)
     terminal.greet(name)
-    session: PromptSession[str] = PromptSession(
-        history=_history(),
-        completer=_completer(),
-        complete_while_typing=True,
-        key_bindings=_keys(),
-        multiline=True,
-        prompt_continuation="  ",
-        reserve_space_for_menu=4,
-    )
+    editor = open_line_editor(command.split()[0] for command in COMMANDS)
     message = FormattedText([("bold ansicyan", "> ")])
     while True:
-        print()
         try:
-            if not terminal.handle(session.prompt(message)):
-                return
-        except KeyboardInterrupt:
-            continue  # Ctrl-C drops the line that is being typed
+            print()
+            line = editor.prompt(message)
+        except KeyboardInterrupt:  # Ctrl-C drops the line that is being typed
+            if not editor.default_buffer.text:
+                terminal.note("Ctrl-D or /exit leaves")
+            continue
         except (EOFError, OSError):
             return  # Ctrl-D, or the terminal is gone
-
-
-def _keys() -> KeyBindings:
-    keys = KeyBindings()
-
-    @keys.add("enter")
-    def send(event: KeyPressEvent) -> None:
-        event.current_buffer.validate_and_handle()
-
-    @keys.add("escape", "enter")
-    def new_line(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    return keys
-
-
-def _completer() -> Completer:
-    names = [command.split()[0] for command in COMMANDS]
-    return WordCompleter(names, sentence=True)
-
-
-def _history() -> History:
-    """Input history, in a file of the user's state folder; in memory if that cannot be written."""
-    home = os.environ.get("XDG_STATE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".local" / "state"
-    folder = Path(home) / "bitnet-numba"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "history"
-        path.touch(mode=0o600)
-        path.open("ab").close()
-    except OSError:
-        return InMemoryHistory()
-    return FileHistory(str(path))
+        try:
+            if not terminal.handle(line):
+                return
+        except KeyboardInterrupt:
+            continue
+        except OSError:
+            return  # the terminal is gone

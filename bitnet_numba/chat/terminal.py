@@ -1,17 +1,35 @@
-"""Terminal output: streaming word wrap, control characters filtered out, deferred Ctrl-C."""
+"""What a terminal shows and how it is asked: text made safe, streaming word wrap, deferred Ctrl-C."""
 
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from rich.cells import cell_len
 
+from bitnet_numba import errors
 
-def printable(text: str) -> str:
-    """Text with control characters, which a terminal would obey, replaced; line ends and tabs stay."""
-    return "".join([c if c in "\n\t" or c.isprintable() or c == "\u00a0" else "\ufffd" for c in text])
+# Control, format, surrogate and separator characters: a terminal obeys them, or they hide or reorder what is shown.
+_UNSAFE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+_SAFE = "\n\t\u200c\u200d"  # the joiners, which are format characters, make up words and emoji
+
+
+def clean(text: str) -> str:
+    """Text of a model, a file or a user as a terminal may get it: line ends and tabs stay, carriage returns vanish, and
+    other characters that a terminal would obey become U+FFFD. Each character on its own, so any pieces will do."""
+    if text.isprintable():
+        return text
+    text = text.replace("\r", "")
+    return "".join([c if c in _SAFE or unicodedata.category(c) not in _UNSAFE else "\ufffd" for c in text])
+
+
+def note(message: str) -> None:
+    """Prints one line on standard error, unless that is closed or full."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            print(errors.printable(message, 1000), file=sys.stderr, flush=True)
 
 
 class WordWrap:
@@ -58,19 +76,20 @@ class WordWrap:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[list[bool]]:
-    """Inside, the first Ctrl-C only makes the yielded list truthy; the next one raises KeyboardInterrupt.
+def interruptible(told: Callable[[], None] = lambda: None) -> Iterator[list[bool]]:
+    """Inside, the first Ctrl-C only makes the yielded list truthy and calls `told`; the next raises KeyboardInterrupt.
 
-    A decode step that is interrupted loses the context; one that runs to its end keeps it.
+    A step that is interrupted loses the context; one that runs to its end keeps it.
     """
     interrupted: list[bool] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         if interrupted:
             raise KeyboardInterrupt
         interrupted.append(True)
+        told()
 
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.signal(signal.SIGINT, handle)
     try:
         yield interrupted
     finally:
@@ -85,11 +104,14 @@ def silent_keyboard() -> Iterator[None]:
         return
     import termios
 
-    before = termios.tcgetattr(sys.stdin)
-    silent = [*before]
-    silent[3] &= ~termios.ECHO
-    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, silent)
     try:
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+        before = termios.tcgetattr(sys.stdin)
+        silent = [*before]
+        silent[3] &= ~termios.ECHO
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, silent)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+    except termios.error as error:  # the terminal is gone
+        raise OSError(*error.args) from None

@@ -66,6 +66,8 @@ class Session:
     It gives one answer at a time; a second one, from whichever thread, is refused while the first is under way.
     """
 
+    pauses = False  # whether streams yield "" between the parts of a long prompt, where closing one loses nothing
+
     def __init__(
         self,
         backend: Backend,
@@ -183,7 +185,9 @@ class Session:
         builder = CompletionBuilder(self._tokenizer, options.stop, options.max_new_tokens)
         try:
             context.truncate(reused)
-            tokens = context.decode(ids[reused:], options.params)
+            if self.pauses:
+                yield from prefill_in_parts(context, ids)
+            tokens = context.decode(ids[len(context.ids) :], options.params)
             try:
                 for token in finite_steps(tokens):
                     if piece := builder.push(token):
@@ -216,6 +220,20 @@ class Session:
             self._busy = False
             if self._closed:
                 self.close()
+
+
+PART = 128  # tokens of a prompt between pauses
+
+
+def prefill_in_parts(context: Context, ids: Sequence[int]) -> Iterator[str]:
+    """Appends a long prompt to a context, all but its last part; yields "" after each part."""
+    while len(ids) - len(context.ids) > PART:
+        end = (len(context.ids) // PART + 1) * PART
+        steps = context.decode(ids[len(context.ids) : end], SamplingParams(seed=0))
+        next(finite_steps(steps))  # a token that nobody needs
+        steps.close()  # type: ignore[attr-defined]
+        context.truncate(end)
+        yield ""
 
 
 @contextlib.contextmanager

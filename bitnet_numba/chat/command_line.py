@@ -1,0 +1,239 @@
+"""The chat's command line, `python -m bitnet_numba.chat [CHECKPOINT]`.
+
+In a terminal this is a conversation. With --prompt, or with text on standard input, it answers and exits: answers go to
+standard output, everything else to standard error.
+"""
+
+import argparse
+import codecs
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import NoReturn
+
+from rich.console import Console
+
+from bitnet_numba.chat import PROG
+from bitnet_numba.chat.conversation import NO_TEMPLATE, Conversation, describe
+from bitnet_numba.chat.saved import well_formed
+from bitnet_numba.chat.terminal import clean, note
+from bitnet_numba.engine.engine import BACKENDS, Engine, load
+from bitnet_numba.engine.request import read_options
+from bitnet_numba.errors import BitNetError, ContextFull, RequestError, one_line
+from bitnet_numba.sampling import SamplingParams
+
+DEFAULTS = SamplingParams(temperature=0.6, top_p=0.9)  # for models without a generation_config.json
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        note(f"{self.prog}: {message} (see --help)")
+        sys.exit(2)
+
+    def print_help(self, file: object = None) -> None:
+        print(self.format_help(), end="", flush=True)  # here, where a full or closed standard output is dealt with
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = _Parser(prog=PROG, description="Talk to a BitNet model.")
+    add = parser.add_argument
+    add("checkpoint", nargs="?", metavar="CHECKPOINT", help="a converted model folder (default: the built-in model)")
+    add(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="answer this and exit; repeat it for further turns",
+    )
+    add("--system", default="", metavar="TEXT", help="system message (default: none)")
+    add("--raw", action="store_true", help="continue the text as it is, without chat template or turns")
+    add("--json", action="store_true", help="print each answer as one line of JSON, in ASCII; needs --prompt or a pipe")
+    add("--stats", action="store_true", help="show speed and memory after each answer")
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="what runs the model (default: auto: CUDA if usable)",
+    )
+    add(
+        "--context",
+        type=int,
+        metavar="N",
+        help="maximum tokens of the whole conversation (default: the model's maximum)",
+    )
+    group = parser.add_argument_group("answers", "A model's generation_config.json overrides these defaults.")
+    add = group.add_argument
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="maximum tokens per answer (default: %(default)s)",
+    )
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end the answer before this text; may be repeated",
+    )
+    for flag, kind, metavar, meaning in (
+        ("--temperature", float, "T", "divide the logits by T; 0 always takes the most likely token"),
+        ("--top-p", float, "P", "sample from the smallest set of tokens with total probability P"),
+        ("--top-k", int, "K", "sample from the K most likely tokens; 0: from all"),
+        ("--min-p", float, "P", "drop tokens less likely than P times the most likely one"),
+        ("--repetition-penalty", float, "R", "values above 1 make tokens that have already occurred less likely"),
+    ):
+        add(
+            flag,
+            type=kind,
+            metavar=metavar,
+            help=f"{meaning} (default: {getattr(DEFAULTS, flag[2:].replace('-', '_'))})",
+        )
+    add("--seed", type=int, metavar="N", help="the same seed gives the same answers (default: a new seed for each)")
+    return parser
+
+
+def run(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, or 2 for a user's mistake."""
+    if sys.stdout is None:
+        return _fail("standard output is closed")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # characters that the terminal cannot encode
+    advice = ""
+    try:
+        parser = build_parser()
+        args = parser.parse_args(argv)
+        interactive = not args.prompt and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+        if interactive and args.json:
+            parser.error("--json needs --prompt or a pipe on standard input")
+        if args.raw and args.system:
+            parser.error("--system cannot be combined with --raw")
+        given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+        # Mistakes are reported before the model is opened.
+        options = read_options(SamplingParams(**given), args.max_new_tokens, args.stop)
+        with _warnings_in_a_line():
+            engine = open_model(args)
+            advice = "; " + shorten_advice(engine)
+            options = replace(options, params=replace(engine.sampling or DEFAULTS, **given))
+            prompts = args.prompt if args.prompt or interactive else [_read_stdin(args.raw, engine)]
+            conversation = Conversation(engine, options, args.system, args.raw)
+            if interactive:
+                from bitnet_numba.chat.interactive import converse
+
+                converse(conversation, args.checkpoint, args.stats)
+            else:
+                answer_all(conversation, prompts, args.json, args.stats)
+    except ContextFull as error:
+        return _fail(f"{error}{advice}")
+    except BitNetError as error:
+        return _fail(str(error))
+    except MemoryError as error:
+        return _fail(f"memory is too short: {one_line(error)}; a smaller --context needs less")
+    except BrokenPipeError:  # the reader has closed the pipe
+        _drop_output()
+    except OSError as error:
+        _drop_output()
+        return _fail(f"input or output failed: {error.strerror or error}")
+    return 0
+
+
+class _Lines(logging.Handler):
+    """Log records as lines on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(f"{PROG}: {record.getMessage()}")
+
+
+@contextlib.contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Inside, what the package warns of is printed as every other message is: it may quote a model's files."""
+    logger, handler = logging.getLogger("bitnet_numba"), _Lines(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def open_model(args: argparse.Namespace) -> Engine:
+    """Loads the model that the command line names, with a status line on a terminal."""
+    console = Console(stderr=True)
+    waiting = console.status("loading the model ...") if console.is_terminal else contextlib.nullcontext()
+    with waiting:
+        return load(args.checkpoint, args.backend, args.context)
+
+
+def answer_all(conversation: Conversation, prompts: list[str], as_json: bool, stats: bool) -> None:
+    """Prints the answers to prompts, one turn each."""
+    if not conversation.raw and not conversation.engine.tokenizer.has_chat_template:
+        note(f"{PROG}: {NO_TEMPLATE}")
+    for prompt in prompts:
+        prompt = well_formed(prompt)
+        try:
+            for piece in conversation.ask(prompt):
+                if not as_json:
+                    print(clean(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+        except KeyboardInterrupt:
+            if not as_json:
+                print(flush=True)  # the message that follows has a line of its own
+            raise
+        completion = conversation.last
+        assert completion is not None
+        if as_json:
+            speed = {
+                "prefill_tokens_per_second": completion.stats.prefill_tokens_per_second,
+                "tokens_per_second": completion.stats.tokens_per_second,
+            }
+            print(
+                json.dumps({"prompt": prompt, **asdict(completion), **speed}), flush=True
+            )  # ASCII: any encoding will do
+        else:
+            print(flush=True)
+        if completion.finish_reason == "context":
+            note(f"{PROG}: the context is full; {shorten_advice(conversation.engine)}")
+        if stats:
+            note(describe(completion, conversation))
+
+
+def shorten_advice(engine: Engine) -> str:
+    """How to fit the context, in terms of the command line."""
+    larger = " or a larger --context" if engine.context < engine.config.max_context else ""
+    return f"give a shorter prompt{',' if larger else ' or'} fewer of them{larger}"
+
+
+def _read_stdin(raw: bool, engine: Engine) -> str:
+    if sys.stdin is None:
+        raise RequestError("standard input is closed: give --prompt")
+    if sys.stdin.isatty():  # only standard output leads elsewhere
+        note(f"{PROG}: type the prompt; Ctrl-D on a line of its own ends it")
+    limit = engine.context * engine.tokenizer.longest_token
+    data = sys.stdin.buffer.read(limit + 1)
+    if len(data) > limit:
+        raise ContextFull(f"the prompt has more than {limit:,} bytes, but the context holds {engine.context} tokens")
+    marks = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+    encoding = next((name for mark, name in marks.items() if data.startswith(mark)), "utf-8")
+    text = data.decode(encoding, "replace")
+    # The last line end comes from the shell; all other whitespace of a text to be continued matters.
+    return text.removesuffix("\n") if raw else text.strip()
+
+
+def _fail(message: str) -> int:
+    note(f"{PROG}: {message}")
+    return 2
+
+
+def _drop_output() -> None:
+    """Discards buffered output, so that flushing it at exit does not fail again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
