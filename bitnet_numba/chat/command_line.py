@@ -62,7 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--backend",
         choices=BACKENDS,
         default="auto",
-        help="what runs the model (default: auto: CUDA if usable)",
+        help="what runs the model (default: auto: CUDA if usable, otherwise the CPU)",
+    )
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads of the CPU backend (default: one for each physical core)",
     )
     add(
         "--context",
@@ -171,7 +177,7 @@ def open_model(args: argparse.Namespace) -> Engine:
     console = Console(stderr=True)
     waiting = console.status("loading the model ...") if console.is_terminal else contextlib.nullcontext()
     with waiting:
-        return load(args.checkpoint, args.backend, args.context)
+        return load(args.checkpoint, args.backend, args.context, args.threads)
 
 
 def answer_all(conversation: Conversation, prompts: list[str], as_json: bool, stats: bool) -> None:

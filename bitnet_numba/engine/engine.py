@@ -309,6 +309,8 @@ def load(
                 )
             context = tokens
         if threads is not None:
+            if backend in ("cuda", "reference"):
+                raise RequestError(f"threads are an option of the CPU backend, not of {backend!r}")
             number = as_integer(threads)
             if number is None or not 1 <= number <= MAX_THREADS:
                 raise RequestError(f"threads must be between 1 and {MAX_THREADS}, not {shown(threads)}")

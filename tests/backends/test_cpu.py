@@ -249,6 +249,12 @@ def test_numbers_of_threads_that_make_no_sense(threads: object) -> None:
         bn.load(None, "cpu", threads=threads)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("backend", ["cuda", "reference"])
+def test_threads_of_other_backends(backend: str) -> None:
+    with pytest.raises(bn.BitNetError, match="threads are an option of the CPU backend"):
+        bn.load(None, backend, threads=2)
+
+
 def test_threads_follow_the_affinity_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 <= cpu.default_threads() <= (os.cpu_count() or 1)
     if hasattr(os, "sched_getaffinity"):
