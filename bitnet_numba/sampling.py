@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from bitnet_numba.errors import RequestError
 from bitnet_numba.json_file import read_json
+from bitnet_numba.model_folder import ModelFolder
 
 _log = logging.getLogger("bitnet_numba")
 
@@ -162,14 +163,14 @@ def philox(seed: int, counter0: NDArray[np.int64], counter1: int) -> NDArray[np.
 GENERATION_CONFIG_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-def read_sampling(folder: Path) -> SamplingParams | None:
+def read_sampling(folder: Path | ModelFolder) -> SamplingParams | None:
     """The sampling parameters that a model folder recommends; None if the file is missing or has none.
 
     Keys are those of Hugging Face: with do_sample false, decoding is greedy whatever temperature is. A missing key has
     no effect (top_k, too, which defaults to 50 in transformers). An invalid value is ignored with a warning. Raises
     CheckpointError if the file is not a JSON object.
     """
-    path = folder / "generation_config.json"
+    path = ModelFolder.of(folder) / "generation_config.json"
     config = read_json(path) if path.exists() else {}
     # As in transformers, the default temperature is 1.
     values: dict[str, Any] = {"temperature": 1.0} if config.get("do_sample") is True else {}

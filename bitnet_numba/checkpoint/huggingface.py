@@ -26,6 +26,7 @@ from bitnet_numba.checkpoint.safetensors_file import TensorFile, TensorSpec
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import CheckpointError
 from bitnet_numba.json_file import read_json
+from bitnet_numba.model_folder import ModelFile, ModelFolder
 from bitnet_numba.quantize import ternarize
 
 _FLOATS = ("BF16", "F16", "F32")
@@ -54,14 +55,14 @@ class HuggingFaceCheckpoint:
     Raises CheckpointError or ConfigError, naming the file, key or tensor.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.raw_config = read_config(folder)
+    def __init__(self, folder: Path | ModelFolder):
+        self.folder = ModelFolder.of(folder)
+        self.raw_config = read_config(self.folder)
         if "bitnet_numba" in self.raw_config:
-            raise CheckpointError(f"{folder} is already a packed checkpoint")
+            raise CheckpointError(f"{self.folder} is already a packed checkpoint")
         self.config = ModelConfig.from_hf(self.raw_config)
         self._files: dict[str, TensorFile] = {}
-        for path in _tensor_files(folder):
+        for path in _tensor_files(self.folder):
             file = TensorFile(path)
             for name in file.specs:
                 if name in self._files:
@@ -146,7 +147,7 @@ class HuggingFaceCheckpoint:
         return np.float32(value)
 
 
-def _tensor_files(folder: Path) -> list[Path]:
+def _tensor_files(folder: ModelFolder) -> list[ModelFile]:
     """The safetensors files of a folder: the shards that the index names, or the single file."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():

@@ -23,10 +23,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_numba.checkpoint.install import read_folder
 from bitnet_numba.checkpoint.safetensors_file import TensorFile, TensorSpec
 from bitnet_numba.config import GROUPS, ModelConfig
-from bitnet_numba.errors import CheckpointError, ConfigError
+from bitnet_numba.errors import CheckpointError, ConfigError, printable
 from bitnet_numba.json_file import read_json
+from bitnet_numba.model_folder import ModelFolder
 from bitnet_numba.packing import packed_words, unpack_ternary
 
 FORMAT = 1
@@ -106,19 +108,21 @@ class PackedCheckpoint:
         try:
             return unpack_ternary(np.asarray(self.tensor(name)), N, K)
         except ValueError as error:
-            raise CheckpointError(f"{self.file.path}: tensor {name}: {error}") from None
+            raise CheckpointError(f"{self.file.path}: tensor {printable(name)}: {error}") from None
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(spec.nbytes for spec in self.file.specs.values())
 
 
-def open_packed(folder: str | os.PathLike[str]) -> PackedCheckpoint:
+def open_packed(folder: str | os.PathLike[str] | ModelFolder) -> PackedCheckpoint:
     """Opens a packed checkpoint and checks that it has exactly the expected tensors, with their dtypes and shapes.
 
-    Raises CheckpointError or ConfigError, naming what is wrong.
+    A conversion that replaces the folder meanwhile is harmless: the checkpoint is the old or the new one. Raises
+    CheckpointError or ConfigError, naming what is wrong.
     """
-    folder = Path(folder)
+    if not isinstance(folder, ModelFolder):
+        return read_folder(folder, open_packed)
     raw = read_config(folder)
     packed = raw.get("bitnet_numba")
     if packed is None:
@@ -139,19 +143,17 @@ def open_packed(folder: str | os.PathLike[str]) -> PackedCheckpoint:
             raise CheckpointError(f"{file.path}: tensor {name} is {file.specs[name]}, expected {spec}")
     extra = next((name for name in file.specs if name not in plan), None)
     if extra is not None:
-        raise CheckpointError(f"{file.path}: unexpected tensor {extra}")
+        raise CheckpointError(f"{file.path}: unexpected tensor {printable(extra)}")
     for name, spec in plan.items():
         if spec.dtype == "F32" and not np.isfinite(file.map(name)).all():
             raise CheckpointError(f"{file.path}: tensor {name} holds NaN or infinity")
         if name.endswith((".scale", ".scales")) and not (file.map(name) > 0).all():
             raise CheckpointError(f"{file.path}: tensor {name} holds a scale that is not positive")
-    return PackedCheckpoint(folder, config, head, file)
+    return PackedCheckpoint(folder.path, config, head, file)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: ModelFolder) -> dict[str, Any]:
     """The parsed config.json of a model folder. Raises CheckpointError if there is none or it is damaged."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist")
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} is not a model folder: it has no config.json")
     return read_json(folder / "config.json")

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_numba.backends.protocol import Backend, Context
+from bitnet_numba.checkpoint.install import read_folder
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.engine.completion import Completion
@@ -20,6 +21,7 @@ from bitnet_numba.engine.request import Prompt, as_integer, check_ids, read_opti
 from bitnet_numba.engine.scheduler import Scheduler
 from bitnet_numba.engine.session import Session, Stream, finite_arithmetic
 from bitnet_numba.errors import BackendError, BitNetError, CheckpointError, RequestError
+from bitnet_numba.model_folder import ModelFolder
 from bitnet_numba.sampling import SamplingParams, read_sampling
 from bitnet_numba.text.tokenizer import Tokenizer
 
@@ -218,7 +220,12 @@ def load(path: str | os.PathLike[str] | None = None, backend: str = "auto", cont
             "this version has no built-in model: convert one with  python tools/convert.py SRC DST  and open DST"
         )
     folder = DEMO if path is None else Path(path)
-    checkpoint = open_packed(folder)
+
+    def read(opened: ModelFolder) -> tuple[PackedCheckpoint, Tokenizer, SamplingParams | None]:
+        checkpoint = open_packed(opened)
+        return checkpoint, Tokenizer.open(opened, checkpoint.config.vocab_size), read_sampling(opened)
+
+    checkpoint, tokenizer, sampling = read_folder(folder, read)
     config = checkpoint.config
     if context is None:
         context = config.max_context
@@ -227,8 +234,6 @@ def load(path: str | os.PathLike[str] | None = None, backend: str = "auto", cont
         if tokens is None or not 1 <= tokens <= config.max_context:
             raise RequestError(f"context must be between 1 and the model's {config.max_context}, not {context!r}")
         context = tokens
-    tokenizer = Tokenizer.open(folder, config.vocab_size)
-    sampling = read_sampling(folder)
     return Engine(_open_backend(backend, checkpoint), tokenizer, config, context, sampling)
 
 

@@ -65,7 +65,7 @@ def test_we_read_what_the_library_writes(tmp_path: Path) -> None:
 def test_scales_that_are_not_positive_are_named(tiny_source: Path, tmp_path: Path, name: str, value: float) -> None:
     convert(tiny_source, tmp_path / "int8", head="int8")
     file = open_packed(tmp_path / "int8").file
-    with open(file.path, "r+b") as damaged:
+    with open(tmp_path / "int8" / "model.safetensors", "r+b") as damaged:
         damaged.seek(file._offsets[name] + 4)
         damaged.write(np.float32(value).tobytes())
     with pytest.raises(CheckpointError, match=f"{name} holds a scale that is not positive"):
