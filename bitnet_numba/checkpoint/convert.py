@@ -73,7 +73,7 @@ def convert(
             raw = checkpoint.raw_config | {"bitnet_numba": {"format": FORMAT, "head": head}}
             (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
             with open(folder / "model.safetensors", "wb") as file:
-                write_tensors(file, plan, packed_tensors(checkpoint, head, report, advance), {"format": "np"})
+                write_tensors(file, plan, packed_tensors(checkpoint, head, report, advance), {"format": "np"}, advance)
             checkpoint.refuse_leftovers()
             if checkpoint.folder.replaced():
                 raise CheckpointError(f"{checkpoint.folder} was replaced by another folder while it was converted")
@@ -117,14 +117,17 @@ def _config_of(folder: Path) -> dict[str, Any]:
 
 
 def counter(progress: Callable[[int, int], object] | None, total: int) -> Callable[[int], None]:
-    """A function that adds to the bytes done and reports the sum to `progress`; it reports 0 at once."""
-    done = 0
+    """A function that is called with the bytes of each piece twice: when it is converted, and when it is written.
+
+    It tells `progress` the bytes so far, starting with 0 at once.
+    """
+    halves = 0
 
     def advance(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
+        nonlocal halves
+        halves += nbytes
         if progress is not None:
-            progress(done, total)
+            progress(halves // 2, total)
 
     advance(0)
     return advance
@@ -133,7 +136,7 @@ def counter(progress: Callable[[int, int], object] | None, total: int) -> Callab
 def packed_tensors(
     checkpoint: HuggingFaceCheckpoint, head: EmbeddingDtype, report: Report, advance: Callable[[int], None]
 ) -> Iterator[Named]:
-    """All tensors of the packed checkpoint, in the order of `packed_plan`; `advance` is called with the bytes done."""
+    """All tensors of the packed checkpoint, in the order of `packed_plan`; `advance` gets the bytes that are ready."""
     config = checkpoint.config
     yield from row_tensors(checkpoint, "embed", "model.embed_tokens.weight", head, advance)
     if config.tied:
@@ -143,8 +146,8 @@ def packed_tensors(
     else:
         raise CheckpointError("config.json: a quantised lm_head (modules_to_not_convert without it) is not supported")
     for name, array in norms_and_linears(checkpoint, report):
-        yield name, array
         advance(array.nbytes)
+        yield name, array
 
 
 def norms_and_linears(checkpoint: HuggingFaceCheckpoint, report: Report) -> Iterator[Named]:
@@ -186,8 +189,8 @@ def row_tensors(
         advance(out[rows].nbytes)
     yield f"{name}.weight", out
     if head == "int8":
-        yield f"{name}.scale", scales
         advance(scales.nbytes)
+        yield f"{name}.scale", scales
 
 
 def group_tensors(checkpoint: HuggingFaceCheckpoint, layer: int, group: str, report: Report) -> Iterator[Named]:

@@ -132,7 +132,8 @@ def _locked(target: Path) -> Iterator[bool]:
         yield fd is not None
     finally:
         if fd is not None:
-            path.unlink(missing_ok=True)  # before the lock is given up: see `_lock`
+            with contextlib.suppress(OSError):
+                path.unlink()  # before the lock is given up: see `_lock`
             os.close(fd)
 
 

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -25,6 +25,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "I8": np.dtype("i1"),
     "U8": np.dtype("u1"),
 }
+
+PIECE = 16 << 20  # bytes that are written at a time
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,11 @@ def write_tensors(
     plan: Mapping[str, TensorSpec],
     tensors: Iterable[tuple[str, NDArray[Any]]],
     metadata: dict[str, str],
+    advance: Callable[[int], object] = lambda nbytes: None,
 ) -> None:
     """Writes a safetensors file tensor by tensor, so that only one is in memory at a time.
+
+    advance: called with the bytes of each piece of a tensor, when it is written.
 
     Raises ValueError unless `tensors` yields exactly the names of `plan`, in its order, with its dtypes and shapes.
     """
@@ -144,7 +149,11 @@ def write_tensors(
         want_name, want = next(expected, ("nothing more", TensorSpec("U8", ())))
         if name != want_name or array.shape != want.shape or array.dtype != DTYPES[want.dtype]:
             raise ValueError(f"expected {want_name} {want}, got {name} {array.dtype} {list(array.shape)}")
-        file.write(np.ascontiguousarray(array).data)
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        for start in range(0, len(data), PIECE):
+            piece = data[start : start + PIECE]
+            file.write(piece.data)
+            advance(len(piece))
     missing = next(expected, None)
     if missing is not None:
         raise ValueError(f"tensor {missing[0]} is missing")
