@@ -9,14 +9,18 @@ import io
 import os
 import stat
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 
 from bitnet_numba.errors import CheckpointError, printable
 
 MAX_SIZE = 100_000_000  # bytes of a file that is read as a whole; the tokenizer.json of large vocabularies has 35 MB
 _RELATIVE = os.open in os.supports_dir_fd and os.stat in os.supports_dir_fd  # not on Windows
-_OPEN_FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_PATH", 0)
+_OPEN_FOLDER = (
+    os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_PATH", 0)
+)  # may be searched, need not be read
 _OPEN_FILE = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
+_NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)  # errors that mean that there is no such file
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -35,13 +39,16 @@ class ModelFolder:
         self.path = Path(path)
         self._shown = printable(os.fspath(path if shown is None else shown), 400)
         self.fd: int | None = None
+        self.held: dict[str, int | FileError] = {}  # files that `hold` has opened, or why it could not
+        self._descriptors: list[int] = []
+        self._close = weakref.finalize(self, _close_all, self._descriptors)
         try:
             found = os.stat(path)
             if not stat.S_ISDIR(found.st_mode):
                 raise CheckpointError(f"{self} is not a folder")
             if _RELATIVE:
                 self.fd = os.open(path, _OPEN_FOLDER)
-                weakref.finalize(self, os.close, self.fd)
+                self._descriptors.append(self.fd)
                 found = os.fstat(self.fd)
         except FileNotFoundError:
             raise CheckpointError(f"{self} does not exist{_hub_hint(os.fspath(path))}") from None
@@ -60,8 +67,23 @@ class ModelFolder:
     def __truediv__(self, name: str) -> "ModelFile":
         return ModelFile(self, name)
 
+    def hold(self, names: Iterable[str]) -> None:
+        """Opens these files now, as far as they exist: they can be read even when they have been deleted."""
+        for name in names:
+            try:
+                fd = (self / name).open()
+                self._descriptors.append(fd)
+                self.held[name] = fd
+            except FileError as error:
+                self.held[name] = error
+
+    def close(self) -> None:
+        """Closes what is open; a file that is opened now is found by its path."""
+        self._close()
+        self.held, self.fd = {}, None
+
     def replaced(self) -> bool:
-        """Whether the path no longer leads to this folder, so that files may have been missed as it was deleted."""
+        """Whether the path no longer leads to this folder, so that it may have been deleted in part."""
         try:
             now = os.stat(self.path)
         except OSError:
@@ -85,19 +107,27 @@ class ModelFile:
 
     def exists(self) -> bool:
         """Whether there is anything of this name; a link that leads nowhere does not count."""
+        held = self.folder.held.get(self.name)
+        if held is not None:
+            return not isinstance(held, FileError) or held.errno not in _NOTHING
         try:
             os.stat(self._path, dir_fd=self.folder.fd)
-        except (FileNotFoundError, ValueError):
+        except OSError as error:
+            return error.errno not in _NOTHING
+        except ValueError:  # a null character in the name
             return False
-        except OSError as error:  # a name that is too long or not a name at all cannot exist
-            return error.errno not in (errno.ENAMETOOLONG, errno.ENOTDIR)
         return True
 
     is_file = exists  # what is not a regular file is refused, with the reason, when it is read
 
     def open(self) -> int:
         """A file descriptor for reading. Raises FileError if there is no regular file."""
+        held = self.folder.held.get(self.name)
+        if isinstance(held, FileError):
+            raise held
         try:
+            if held is not None:
+                return os.dup(held)
             fd = os.open(self._path, _OPEN_FILE, dir_fd=self.folder.fd)
         except (OSError, ValueError) as error:
             raise FileError(getattr(error, "errno", None) or errno.EINVAL, why(error)) from None
@@ -110,6 +140,7 @@ class ModelFile:
         """The content. Raises FileError, also for more than MAX_SIZE bytes and for a Git LFS pointer."""
         with open(self.open(), "rb") as file:
             try:
+                file.seek(0)  # the descriptor may share its position with others
                 data = file.read(MAX_SIZE + 1)
             except OSError as error:
                 raise FileError(error.errno, why(error)) from None
@@ -136,6 +167,11 @@ def refuse_lfs_pointer(start: bytes) -> None:
 def why(error: Exception) -> str:
     """The reason of an OSError without the path, or the message of another error."""
     return getattr(error, "strerror", None) or printable(str(error))
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for fd in descriptors:
+        os.close(fd)
 
 
 def _hub_hint(path: str) -> str:

@@ -16,7 +16,15 @@ import numpy as np
 from bitnet_numba.bfloat16 import from_float32, to_float32
 from bitnet_numba.checkpoint.huggingface import HuggingFaceCheckpoint
 from bitnet_numba.checkpoint.install import replacing
-from bitnet_numba.checkpoint.packed import FORMAT, EmbeddingDtype, group_is_ternary, packed_plan, read_config
+from bitnet_numba.checkpoint.packed import (
+    FORMAT,
+    OPTIONAL_FILES,
+    PACKED_FILES,
+    EmbeddingDtype,
+    group_is_ternary,
+    packed_plan,
+    read_config,
+)
 from bitnet_numba.checkpoint.safetensors_file import write_tensors
 from bitnet_numba.config import GROUPS
 from bitnet_numba.errors import CheckpointError, one_line, printable
@@ -24,8 +32,6 @@ from bitnet_numba.model_folder import FileError, ModelFile, ModelFolder, why
 from bitnet_numba.packing import pack_ternary
 from bitnet_numba.text.tokenizer import Tokenizer, from_tiktoken
 
-OPTIONAL_FILES = ["generation_config.json", "special_tokens_map.json", "chat_template.jinja"]
-PACKED_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", *OPTIONAL_FILES]
 ROWS_AT_A_TIME = 8192  # of embedding and LM head, checked and rounded in chunks to bound memory
 
 Named = tuple[str, np.ndarray]

@@ -17,12 +17,11 @@ import os
 import re
 import secrets
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
-from bitnet_numba.errors import BitNetError, CheckpointError, printable
+from bitnet_numba.errors import CheckpointError, printable
 from bitnet_numba.model_folder import ModelFolder
 
 try:
@@ -68,23 +67,20 @@ def replacing(target: Path, check: Callable[[], object]) -> Iterator[Path]:
             shutil.rmtree(_beside(target, "old"), ignore_errors=True)
 
 
-def read_folder(path: str | os.PathLike[str], read: Callable[[ModelFolder], T]) -> T:
-    """What `read` makes of an open folder, read again if the folder is replaced by a conversion meanwhile.
+def read_folder(path: str | os.PathLike[str], names: Iterable[str], read: Callable[[ModelFolder], T]) -> T:
+    """What `read` makes of an open folder, of whose files `names` all come from the same folder.
 
-    The folder that a conversion moved away when it was killed is read in place of a missing one. Raises what `read` or
-    ModelFolder raises.
+    If a conversion replaces it meanwhile, that is the old folder or the new one. What a conversion moved away when it
+    was killed is read in place of a missing folder. Raises what `read` or ModelFolder raises.
     """
     for _ in range(ATTEMPTS):
         folder = _open_folder(path)
         try:
-            result = read(folder)
-        except BitNetError:
-            if not folder.replaced():
-                raise
-        else:
-            if not folder.replaced():
-                return result
-        time.sleep(0.01)
+            folder.hold(names)
+            if not folder.replaced():  # then nothing of it had been deleted when the files were opened
+                return read(folder)
+        finally:
+            folder.close()
     raise CheckpointError(f"{folder} is being replaced again and again")
 
 
@@ -126,39 +122,37 @@ def _exchange(one: Path, other: Path) -> bool:
 @contextlib.contextmanager
 def _locked(target: Path) -> Iterator[bool]:
     """Holds the target's lock; yields False where there are no locks. CheckpointError if another process holds it."""
-    path = _beside(target, "lock")
-    fd = _lock(path, target)
-    try:
-        yield fd is not None
-    finally:
-        if fd is not None:
-            with contextlib.suppress(OSError):
-                path.unlink()  # before the lock is given up: see `_lock`
-            os.close(fd)
-
-
-def _lock(path: Path, target: Path) -> int | None:
     if fcntl is None:
-        return None
+        yield False
+        return
+    path = _beside(target, "lock")
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever held the lock deletes the file: a lock on a deleted file would lock nobody out.
-            if _exists(path) and os.path.samestat(os.fstat(fd), os.stat(path)):
-                return fd
-        except BlockingIOError:
-            os.close(fd)
-            raise CheckpointError(f"another conversion is writing {printable(str(target), 400)} right now") from None
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            os.close(fd)
-            if error.errno in _NO_LOCKS:
-                path.unlink(missing_ok=True)
-                return None
-            raise
-        os.close(fd)
+        with open(path, "a+b") as file:
+            locked = True
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                shown = printable(str(target), 400)
+                raise CheckpointError(f"another conversion is writing {shown} right now") from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                locked = False
+            if locked and not _is_at(file, path):
+                continue  # who held the lock has deleted its file, so this lock would lock nobody out
+            try:
+                yield locked
+            finally:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            return
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _clear_up(target: Path) -> None:

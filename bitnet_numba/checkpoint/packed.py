@@ -16,9 +16,10 @@ tokenizer_config.json and generation_config.json. Its tensors, for layer i and g
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,10 @@ from bitnet_numba.model_folder import ModelFolder
 from bitnet_numba.packing import packed_words, unpack_ternary
 
 FORMAT = 1
+OPTIONAL_FILES = ["generation_config.json", "special_tokens_map.json", "chat_template.jinja"]
+PACKED_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", *OPTIONAL_FILES]
 EmbeddingDtype = Literal["bf16", "int8"]
+T = TypeVar("T")
 EMBEDDING_DTYPES: tuple[EmbeddingDtype, ...] = ("bf16", "int8")
 
 
@@ -122,7 +126,7 @@ def open_packed(folder: str | os.PathLike[str] | ModelFolder) -> PackedCheckpoin
     CheckpointError or ConfigError, naming what is wrong.
     """
     if not isinstance(folder, ModelFolder):
-        return read_folder(folder, open_packed)
+        return read_packed(folder, open_packed)
     raw = read_config(folder)
     packed = raw.get("bitnet_numba")
     if packed is None:
@@ -150,6 +154,11 @@ def open_packed(folder: str | os.PathLike[str] | ModelFolder) -> PackedCheckpoin
         if name.endswith((".scale", ".scales")) and not (file.map(name) > 0).all():
             raise CheckpointError(f"{file.path}: tensor {name} holds a scale that is not positive")
     return PackedCheckpoint(folder.path, config, head, file)
+
+
+def read_packed(path: str | os.PathLike[str], read: Callable[[ModelFolder], T]) -> T:
+    """What `read` makes of an open packed folder; all its files are of one conversion (see `install.read_folder`)."""
+    return read_folder(path, PACKED_FILES, read)
 
 
 def read_config(folder: ModelFolder) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class TensorFile:
             self._fd = self.path.open()
             weakref.finalize(self, os.close, self._fd)
             with self._reopen() as file:
+                file.seek(0)  # the descriptor may share its position with others
                 start = file.read(64)
                 refuse_lfs_pointer(start)
                 # The library validates header, offsets, gaps and file length; here only the offsets are needed.

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_numba.backends.protocol import Backend, Context
-from bitnet_numba.checkpoint.install import read_folder
-from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
+from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed, read_packed
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.engine.completion import Completion
 from bitnet_numba.engine.request import Prompt, as_integer, check_ids, read_options, read_request
@@ -225,7 +224,7 @@ def load(path: str | os.PathLike[str] | None = None, backend: str = "auto", cont
         checkpoint = open_packed(opened)
         return checkpoint, Tokenizer.open(opened, checkpoint.config.vocab_size), read_sampling(opened)
 
-    checkpoint, tokenizer, sampling = read_folder(folder, read)
+    checkpoint, tokenizer, sampling = read_packed(folder, read)
     config = checkpoint.config
     if context is None:
         context = config.max_context
