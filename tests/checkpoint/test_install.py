@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,6 +21,7 @@ from bitnet_numba.checkpoint.convert import convert
 from bitnet_numba.checkpoint.install import replacing
 from bitnet_numba.engine.engine import load
 from bitnet_numba.errors import CheckpointError
+from bitnet_numba.model_folder import ModelFolder
 from tools.make_checkpoint import PRESETS, make_checkpoint
 
 OLD, NEW = "the old one", "the new one"
@@ -157,6 +158,23 @@ def test_without_locks(tmp_path: Path, exchange: str, monkeypatch: pytest.Monkey
         replace(target)
         assert content(target) == NEW
     assert content(target) == "the first" and os.listdir(tmp_path) == ["out"]
+
+
+def test_replaced_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files may be missing then, because the old folder is being deleted: the new one is read."""
+    target, real, replacements = old_target(tmp_path), ModelFolder.hold, iter(range(1))
+
+    def hold(folder: ModelFolder, names: Iterable[str]) -> None:
+        if next(replacements, None) is not None:
+            replace(target)
+        real(folder, names)
+
+    monkeypatch.setattr(ModelFolder, "hold", hold)
+    assert install.read_folder(target, FILES, lambda folder: (folder / FILES[1]).read_text()) == NEW
+    monkeypatch.setattr(install, "ATTEMPTS", 5)
+    replacements = iter(range(99))
+    with pytest.raises(CheckpointError, match="out is being replaced again and again"):
+        install.read_folder(target, FILES, lambda folder: (folder / FILES[1]).read_text())
 
 
 class Stopped(BaseException):
