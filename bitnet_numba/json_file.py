@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from bitnet_numba.errors import BitNetError, CheckpointError, one_line
-from bitnet_numba.model_folder import ModelFile
+from bitnet_numba.model_folder import FileError, ModelFile
 
 
 def read_json(
@@ -15,7 +15,9 @@ def read_json(
     file = ModelFile.of(path)
     try:
         value = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+    except FileError as error:
+        raise error_type(f"{file} cannot be read: {error}") from None
+    except (ValueError, RecursionError) as error:
         raise error_type(f"{file} is not readable JSON: {one_line(error)}") from None
     if not isinstance(value, dict):
         raise error_type(f"{file} must hold a JSON object")

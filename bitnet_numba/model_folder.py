@@ -139,13 +139,14 @@ class ModelFile:
     def read_bytes(self) -> bytes:
         """The content. Raises FileError, also for more than MAX_SIZE bytes and for a Git LFS pointer."""
         with open(self.open(), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_SIZE:
+                raise FileError(errno.EFBIG, f"it is larger than {MAX_SIZE // 10**6} MB")
             try:
                 file.seek(0)  # the descriptor may share its position with others
-                data = file.read(MAX_SIZE + 1)
+                data = file.read(size)
             except OSError as error:
                 raise FileError(error.errno, why(error)) from None
-        if len(data) > MAX_SIZE:
-            raise FileError(errno.EFBIG, f"it is larger than {MAX_SIZE // 10**6} MB")
         refuse_lfs_pointer(data)
         return data
 

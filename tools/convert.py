@@ -22,7 +22,8 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import huggingface_hub
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import disable_progress_bars
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -42,9 +43,9 @@ def find_source(name: str, revision: str | None) -> Path:
             raise CheckpointError("--revision needs a hub id, not a folder")
         return Path(name)
     if not sys.stderr.isatty():
-        huggingface_hub.utils.disable_progress_bars()
+        disable_progress_bars()  # otherwise hundreds of lines
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=NEEDED_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED_FILES))
     except Exception as error:  # the library's errors (network, authorisation, no such repository) have no common base
         raise CheckpointError(
             f"{printable(name)} is not a local folder and could not be downloaded: {one_line(error)}"

@@ -86,7 +86,7 @@ def convert(
     except OSError as error:
         raise CheckpointError(f"cannot write {printable(str(target), 400)}: {why(error)}") from None
     except MemoryError as error:
-        size = f" ({report.bytes_before / 1e9:.2f} GB)" if report.bytes_before else ""
+        size = f" ({report.bytes_before / 1e6:,.0f} MB)" if report.bytes_before else ""
         raise CheckpointError(
             f"not enough memory to convert {printable(str(source), 400)}{size}: {one_line(error)}"
         ) from None

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import logging
 import os
 import re
 import secrets
@@ -29,6 +30,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+_log = logging.getLogger("bitnet_numba")
 T = TypeVar("T")
 ATTEMPTS = 100  # to read a folder between two replacements
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # of file systems that have none
@@ -65,6 +67,8 @@ def replacing(target: Path, check: Callable[[], object]) -> Iterator[Path]:
                 os.rename(_beside(target, "old"), target)
             shutil.rmtree(folder, ignore_errors=True)  # after the exchange, this is the old one
             shutil.rmtree(_beside(target, "old"), ignore_errors=True)
+            if _exists(folder):
+                _log.warning("%s cannot be deleted", printable(str(folder), 400))
 
 
 def read_folder(path: str | os.PathLike[str], names: Iterable[str], read: Callable[[ModelFolder], T]) -> T:

@@ -72,6 +72,9 @@ class TensorFile:
         except FileError as error:
             reason = "is missing" if error.errno == errno.ENOENT else f"cannot be read: {error}"
             raise CheckpointError(f"{self.path} {reason}") from None
+        except MemoryError:
+            size = os.fstat(self._fd).st_size
+            raise CheckpointError(f"{self.path} ({size / 1e6:,.0f} MB) cannot be mapped: not enough memory") from None
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{self.path} is not a readable safetensors file: {one_line(error)}") from None
         for name, entry in header.items():
