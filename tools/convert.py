@@ -5,20 +5,21 @@
 The conversion itself is `bitnet_numba.checkpoint.convert`.
 """
 
-import argparse
-import contextlib
-import io
 import os
 import signal
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # Until `main` takes over, Ctrl-C would end in the traceback of an import.
     signal.signal(
         signal.SIGINT, lambda *_: (os.write(2, b"convert: interrupted; nothing was written\n"), os._exit(130))
     )
+
+import argparse
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -155,4 +156,6 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may have characters that the terminal has not
-    sys.exit(main())
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # too late for anything but the interpreter's own end
+    sys.exit(code)
