@@ -162,7 +162,7 @@ class ModelFile:
 def refuse_lfs_pointer(start: bytes) -> None:
     """Raises FileError if a file that starts like this only says where Git LFS keeps the real one."""
     if start.startswith(_LFS_POINTER):
-        raise FileError(errno.EINVAL, "it is a Git LFS pointer: run  git lfs pull  in its repository")
+        raise FileError(errno.EINVAL, "it is a Git LFS pointer: run git lfs pull in its repository")
 
 
 def why(error: Exception) -> str:

@@ -87,9 +87,8 @@ def convert(
         raise CheckpointError(f"cannot write {printable(str(target), 400)}: {why(error)}") from None
     except MemoryError as error:
         size = f" ({report.bytes_before / 1e6:,.0f} MB)" if report.bytes_before else ""
-        raise CheckpointError(
-            f"not enough memory to convert {printable(str(source), 400)}{size}: {one_line(error)}"
-        ) from None
+        reason = f": {one_line(error)}" if str(error) else ""
+        raise CheckpointError(f"not enough memory to convert {printable(str(source), 400)}{size}{reason}") from None
     return report
 
 

@@ -128,6 +128,20 @@ def test_wrong_tensors(packed: Path, change: Callable[..., None], message: str) 
     assert message in str(caught.value)
 
 
+def test_names_of_tensors_are_made_printable(packed: Path) -> None:
+    """Neither escapes nor lines of their own reach the terminal, nor 5,000 characters."""
+    name = "\x1b[31m\nconvert: done" + "x" * 5000
+
+    def add_it(arrays: dict[str, np.ndarray], specs: dict[str, TensorSpec]) -> None:
+        arrays[name], specs[name] = np.zeros(1, np.float32), TensorSpec("F32", (1,))
+
+    rewrite(packed / "model.safetensors", add_it)
+    with pytest.raises(CheckpointError) as caught:
+        open_packed(packed)
+    assert r"unexpected tensor \x1b[31m\nconvert: donexxx" in str(caught.value)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+
+
 def test_damaged_words(packed: Path) -> None:
     def damage(arrays: dict[str, np.ndarray], specs: dict[str, TensorSpec]) -> None:
         arrays["layers.1.down.words"][7] = 0
