@@ -155,8 +155,13 @@ class ModelFile:
         return io.TextIOWrapper(io.BytesIO(self.read_bytes()), encoding).read()
 
     @property
+    def path(self) -> Path:
+        """Where to find the file by its path, for libraries that open it themselves."""
+        return self.folder.path / self.name
+
+    @property
     def _path(self) -> str:
-        return self.name if self.folder.fd is not None else os.path.join(self.folder.path, self.name)
+        return self.name if self.folder.fd is not None else str(self.path)
 
 
 def refuse_lfs_pointer(start: bytes) -> None:

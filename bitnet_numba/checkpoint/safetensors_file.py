@@ -90,7 +90,7 @@ class TensorFile:
     def _library_path(self) -> str:
         """A path to the open file, for the library; the file's own path where the system has no such paths."""
         of_descriptor = f"/dev/fd/{self._fd}"
-        return of_descriptor if os.path.exists(of_descriptor) else str(self.path.folder.path / self.path.name)
+        return of_descriptor if os.path.exists(of_descriptor) else str(self.path.path)
 
     def _locate(self, name: str) -> tuple[np.dtype[Any], TensorSpec, int]:
         spec = self.specs[name]
