@@ -27,7 +27,7 @@ def no_hanging() -> Iterator[None]:
         raise TimeoutError("it hangs")
 
     previous = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(60)
+    signal.alarm(30)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, previous)

@@ -34,7 +34,7 @@ _log = logging.getLogger("bitnet_numba")
 T = TypeVar("T")
 ATTEMPTS = 100  # to read a folder between two replacements
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # of file systems that have none
-_NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
+_NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}  # EPERM: some containers forbid the call
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux
 _MAX_NAME = 200  # bytes of a target's name in the names beside it; a name may have 255
 

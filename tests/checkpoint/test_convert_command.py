@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
 from bitnet_numba.checkpoint import install
 from bitnet_numba.checkpoint.install import replacing
@@ -219,6 +220,23 @@ def test_hub_id_from_the_cache(source: Path, tmp_path: Path) -> None:
     assert done.returncode == 2 and "could not be downloaded" in done.stderr and done.stderr.count("\n") == 1
     done = run_tool("someone/tiny-bitnet", tmp_path / "out2", "--revision", "v9", env=env)
     assert done.returncode == 2 and "could not be downloaded" in done.stderr
+
+
+def test_downloads_show_bars_in_terminals_only(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere, hundreds of lines would be left of each."""
+
+    def snapshot_download(name: str, **options: object) -> str:
+        assert are_progress_bars_disabled()
+        return str(source)
+
+    monkeypatch.setattr("tools.convert.snapshot_download", snapshot_download)
+    try:
+        assert main(["someone/tiny-bitnet", str(tmp_path / "out")]) == 0
+    finally:
+        enable_progress_bars()
+    assert capsys.readouterr().out.startswith("converting someone/tiny-bitnet\n")
 
 
 def test_revision_needs_a_hub_id(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
