@@ -99,7 +99,7 @@ def test_no_permission(tiny_packed: Path, tmp_path: Path, monkeypatch: pytest.Mo
         ("loop", "loop cannot be opened: " + os.strerror(errno.ELOOP)),
         ("pipe", "pipe is not a folder"),
         ("x" * 300, "cannot be opened: " + os.strerror(errno.ENAMETOOLONG)),
-        ("a\0b", "a\\x00b cannot be opened: embedded null byte"),
+        ("a\0b", "a\\x00b cannot be opened: embedded null"),
         ("a\x1b[2Jb\nc", "a\\x1b[2Jb\\nc does not exist"),
     ],
 )
@@ -110,7 +110,7 @@ def test_paths_that_are_no_folder(path: str, message: str, tmp_path: Path, monke
     for use in (ModelFolder, open_packed, load, lambda path: convert(Path(path), Path("out"))):
         with pytest.raises(CheckpointError) as caught:
             use(path)
-        assert str(caught.value).endswith(message) and str(caught.value).isprintable()
+        assert message in str(caught.value) and str(caught.value).isprintable()
 
 
 def test_files_that_are_held_outlive_their_folder(tmp_path: Path) -> None:
