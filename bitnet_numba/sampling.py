@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from bitnet_numba.errors import CheckpointError, RequestError, shown
 from bitnet_numba.json_file import read_json
+from bitnet_numba.model_folder import ModelFolder
 
 _log = logging.getLogger("bitnet_numba")
 
@@ -179,14 +180,14 @@ def philox(seed: int, counter0: NDArray[np.int64], counter1: int) -> NDArray[np.
 GENERATION_CONFIG_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-def read_sampling(folder: Path) -> SamplingParams | None:
+def read_sampling(folder: Path | ModelFolder) -> SamplingParams | None:
     """The sampling parameters that a model folder's generation_config.json recommends; None if it names none.
 
     As in transformers, decoding is greedy unless do_sample is true (without it, temperature, top_k, top_p and min_p
     mean nothing), and the default temperature is 1. A missing key has no effect (top_k, too, which is 50 in
     transformers). What is damaged does not make the model unusable: it is ignored with a warning.
     """
-    path = folder / "generation_config.json"
+    path = ModelFolder.of(folder) / "generation_config.json"
     try:
         config = read_json(path) if path.exists() else {}
     except CheckpointError as error:

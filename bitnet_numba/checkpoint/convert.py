@@ -1,14 +1,12 @@
 """Converts a Hugging Face BitNet checkpoint into the packed checkpoint that bitnet_numba runs.
 
-Tensors are converted one at a time into a temporary folder beside the target, which is renamed at the end: if the
-conversion is interrupted, the target is as it was before.
+Tensors are converted one at a time into a folder beside the target, which takes its place at the end (see `install`):
+if the conversion is interrupted, the target is as it was before.
 """
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +15,23 @@ import numpy as np
 
 from bitnet_numba.bfloat16 import from_float32, to_float32
 from bitnet_numba.checkpoint.huggingface import HuggingFaceCheckpoint
-from bitnet_numba.checkpoint.packed import FORMAT, EmbeddingDtype, group_is_ternary, packed_plan, read_config
+from bitnet_numba.checkpoint.install import replacing
+from bitnet_numba.checkpoint.packed import (
+    FORMAT,
+    OPTIONAL_FILES,
+    PACKED_FILES,
+    EmbeddingDtype,
+    group_is_ternary,
+    packed_plan,
+    read_config,
+)
 from bitnet_numba.checkpoint.safetensors_file import write_tensors
 from bitnet_numba.config import GROUPS
-from bitnet_numba.errors import CheckpointError, one_line
+from bitnet_numba.errors import CheckpointError, one_line, printable
+from bitnet_numba.model_folder import FileError, ModelFile, ModelFolder, why
 from bitnet_numba.packing import pack_ternary
 from bitnet_numba.text.tokenizer import Tokenizer, from_tiktoken
 
-OPTIONAL_FILES = ["generation_config.json", "special_tokens_map.json", "chat_template.jinja"]
-PACKED_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", *OPTIONAL_FILES]
 ROWS_AT_A_TIME = 8192  # of embedding and LM head, checked and rounded in chunks to bound memory
 
 Named = tuple[str, np.ndarray]
@@ -53,97 +59,107 @@ def convert(
 
     head: dtype of embedding and LM head.
     force: replace `target` if it is a packed checkpoint.
-    progress: called after each tensor with the bytes written so far and the total.
+    progress: called as the work goes on with the bytes converted so far and the total, both of the new file.
 
-    Raises BitNetError if anything is wrong with either folder; `target` is then unchanged.
+    Raises BitNetError if anything is wrong with either folder, or if another process is writing `target`; `target` is
+    then unchanged.
     """
-    if target.exists() and not force:
-        raise CheckpointError(f"{target} already exists; use --force to replace it")
-    if target.exists():
-        refuse_to_replace(source, target)
-    checkpoint = HuggingFaceCheckpoint(source)
-    plan = packed_plan(checkpoint.config, head)
-    report = Report(checkpoint.count, checkpoint.nbytes, sum(spec.nbytes for spec in plan.values()))
+
+    def check() -> None:
+        refuse_to_replace(source, target, force)
+
+    report = Report()
     try:
-        with beside(target) as folder:
-            write_tokenizer(source, folder, checkpoint.config.vocab_size)
+        check()
+        checkpoint = HuggingFaceCheckpoint(source)
+        plan = packed_plan(checkpoint.config, head)
+        report = Report(checkpoint.count, checkpoint.nbytes, sum(spec.nbytes for spec in plan.values()))
+        advance = counter(progress, report.bytes_after)
+        with replacing(target, check) as folder:
+            write_tokenizer(checkpoint.folder, folder, checkpoint.config.vocab_size)
             raw = checkpoint.raw_config | {"bitnet_numba": {"format": FORMAT, "head": head}}
             (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
             with open(folder / "model.safetensors", "wb") as file:
-                tensors = packed_tensors(checkpoint, head, report)
-                if progress is not None:
-                    tensors = reporting(tensors, progress, report.bytes_after)
-                write_tensors(file, plan, tensors, {"format": "np"})
-                file.flush()
-                os.fsync(file.fileno())
+                write_tensors(file, plan, packed_tensors(checkpoint, head, report, advance), {"format": "np"}, advance)
             checkpoint.refuse_leftovers()
             report.notes = checkpoint.notes
+            if checkpoint.folder.replaced():
+                raise CheckpointError(f"{checkpoint.folder} was replaced by another folder while it was converted")
     except OSError as error:
-        raise CheckpointError(f"cannot write {target}: {error.strerror or one_line(error)}") from None
+        raise CheckpointError(f"cannot write {printable(str(target), 400)}: {why(error)}") from None
+    except MemoryError as error:
+        size = f" ({report.bytes_before / 1e6:,.0f} MB)" if report.bytes_before else ""
+        reason = f": {one_line(error)}" if str(error) else ""
+        raise CheckpointError(f"not enough memory to convert {printable(str(source), 400)}{size}{reason}") from None
     return report
 
 
-def refuse_to_replace(source: Path, target: Path) -> None:
-    """Raises CheckpointError unless `target` is empty or a packed checkpoint without any other files."""
-    if source.resolve().is_relative_to(target.resolve()):
-        raise CheckpointError(f"{target} holds the source, so --force will not replace it")
-    names = {path.name for path in target.iterdir()} if target.is_dir() else {""}
+def refuse_to_replace(source: Path, target: Path, force: bool) -> None:
+    """Raises CheckpointError if `target` exists, unless `force` and it is empty or a packed checkpoint and no more.
+
+    Raises OSError if that cannot be found out.
+    """
+    shown = printable(str(target), 400)
+    try:
+        os.stat(target)
+    except FileNotFoundError:
+        return
+    if not force:
+        raise CheckpointError(f"{shown} already exists; use --force to replace it")
+    if Path(os.path.realpath(source)).is_relative_to(os.path.realpath(target)):
+        raise CheckpointError(f"{shown} holds the source, so --force will not replace it")
+    names = set(os.listdir(target)) if target.is_dir() else {""}
     if names and "bitnet_numba" not in _config_of(target):
-        raise CheckpointError(f"{target} is not a packed checkpoint, so --force will not replace it")
+        raise CheckpointError(f"{shown} is not a packed checkpoint, so --force will not replace it")
     if names - {*PACKED_FILES}:
-        raise CheckpointError(f"{target} also holds {min(names - {*PACKED_FILES})}, so --force will not replace it")
+        stranger = printable(min(names - {*PACKED_FILES}))
+        raise CheckpointError(f"{shown} also holds {stranger}, so --force will not replace it")
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
     try:
-        return read_config(folder)
+        return read_config(ModelFolder(folder))
     except CheckpointError:
         return {}
 
 
-@contextmanager
-def beside(target: Path) -> Iterator[Path]:
-    """A new folder beside `target` that replaces it at the end, or is deleted if anything fails.
+def counter(progress: Callable[[int, int], object] | None, total: int) -> Callable[[int], None]:
+    """A function that is called with the bytes of each piece twice: when it is converted, and when it is written.
 
-    A symbolic link is followed. Leftovers of a killed conversion into the same target are deleted first.
+    It tells `progress` the bytes so far, starting with 0 at once.
     """
-    target = target.resolve()
-    folder = target.parent / f".{target.name}.bitnet-partial"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        if target.exists():
-            old = target.parent / f".{target.name}.bitnet-old"
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-            folder.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            folder.rename(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    halves = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal halves
+        halves += nbytes
+        if progress is not None:
+            progress(halves // 2, total)
+
+    advance(0)
+    return advance
 
 
-def reporting(tensors: Iterator[Named], progress: Callable[[int, int], object], total: int) -> Iterator[Named]:
-    """Passes tensors through, and calls `progress` after each with the bytes so far."""
-    written = 0
-    for name, array in tensors:
-        yield name, array
-        written += array.nbytes
-        progress(written, total)
-
-
-def packed_tensors(checkpoint: HuggingFaceCheckpoint, head: EmbeddingDtype, report: Report) -> Iterator[Named]:
-    """All tensors of the packed checkpoint, in the order of `packed_plan`."""
+def packed_tensors(
+    checkpoint: HuggingFaceCheckpoint, head: EmbeddingDtype, report: Report, advance: Callable[[int], None]
+) -> Iterator[Named]:
+    """All tensors of the packed checkpoint, in the order of `packed_plan`; `advance` gets the bytes that are ready."""
     config = checkpoint.config
-    yield from row_tensors(checkpoint, "embed", "model.embed_tokens.weight", head)
+    yield from row_tensors(checkpoint, "embed", "model.embed_tokens.weight", head, advance)
     if config.tied:
         checkpoint.drop_if_equal("lm_head.weight", "model.embed_tokens.weight")
     elif not config.is_ternary("lm_head"):
-        yield from row_tensors(checkpoint, "head", "lm_head.weight", head)
+        yield from row_tensors(checkpoint, "head", "lm_head.weight", head, advance)
     else:
         raise CheckpointError("config.json: a quantised lm_head (modules_to_not_convert without it) is not supported")
+    for name, array in norms_and_linears(checkpoint, report):
+        advance(array.nbytes)
+        yield name, array
+
+
+def norms_and_linears(checkpoint: HuggingFaceCheckpoint, report: Report) -> Iterator[Named]:
+    """The tensors of the packed checkpoint after the rows of embedding and LM head."""
+    config = checkpoint.config
     yield "norm.weight", checkpoint.take_floats("model.norm.weight", (config.hidden_size,))
     for i in range(config.num_layers):
         prefix = f"model.layers.{i}"
@@ -157,7 +173,9 @@ def packed_tensors(checkpoint: HuggingFaceCheckpoint, head: EmbeddingDtype, repo
             yield from group_tensors(checkpoint, i, group, report)
 
 
-def row_tensors(checkpoint: HuggingFaceCheckpoint, name: str, source: str, head: EmbeddingDtype) -> Iterator[Named]:
+def row_tensors(
+    checkpoint: HuggingFaceCheckpoint, name: str, source: str, head: EmbeddingDtype, advance: Callable[[int], None]
+) -> Iterator[Named]:
     """Embedding or LM head as bfloat16 rows, or as int8 rows with one scale absmax / 127 per row."""
     config = checkpoint.config
     dtype, stored = checkpoint.take_raw(source, (config.vocab_size, config.hidden_size))
@@ -177,8 +195,10 @@ def row_tensors(checkpoint: HuggingFaceCheckpoint, name: str, source: str, head:
             out[rows] = from_float32(values)
             if dtype != "BF16":
                 checkpoint.note_rounding(source, values, out[rows])
+        advance(out[rows].nbytes)
     yield f"{name}.weight", out
     if head == "int8":
+        advance(scales.nbytes)
         yield f"{name}.scale", scales
 
 
@@ -210,17 +230,25 @@ def group_tensors(checkpoint: HuggingFaceCheckpoint, layer: int, group: str, rep
         yield f"{name}.bias", np.concatenate(biases)
 
 
-def write_tokenizer(source: Path, folder: Path, vocab_size: int) -> None:
+def write_tokenizer(source: ModelFolder, folder: Path, vocab_size: int) -> None:
     """Copies the tokenizer's files, or builds them from a tiktoken vocabulary; checks that the result opens."""
-    if (source / "tokenizer.json").is_file():
-        shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
-        if (source / "tokenizer_config.json").is_file():
-            shutil.copyfile(source / "tokenizer_config.json", folder / "tokenizer_config.json")
-    elif (source / "tokenizer.model").is_file():
+    copied = OPTIONAL_FILES
+    if (source / "tokenizer.json").exists():
+        copied = ["tokenizer.json", "tokenizer_config.json", *OPTIONAL_FILES]
+    elif (source / "tokenizer.model").exists():
         from_tiktoken(source / "tokenizer.model", folder)
     else:
         raise CheckpointError(f"{source} has no tokenizer: neither tokenizer.json nor tokenizer.model")
-    for name in OPTIONAL_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    Tokenizer.open(folder, vocab_size)
+    for name in copied:
+        if (source / name).exists():
+            copy(source / name, folder / name)
+    Tokenizer.open(ModelFolder(folder, shown=str(source)), vocab_size)
+
+
+def copy(file: ModelFile, to: Path) -> None:
+    """Copies a file of a model folder. Raises CheckpointError if it cannot be read, OSError if not written."""
+    try:
+        data = file.read_bytes()
+    except FileError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+    to.write_bytes(data)

@@ -28,6 +28,7 @@ from bitnet_numba.checkpoint.safetensors_file import DTYPES, TensorFile, TensorS
 from bitnet_numba.config import ModelConfig, config_notes
 from bitnet_numba.errors import CheckpointError, printable
 from bitnet_numba.json_file import read_json
+from bitnet_numba.model_folder import ModelFile, ModelFolder
 from bitnet_numba.quantize import ternarize
 
 _FLOATS = ("BF16", "F16", "F32")
@@ -60,11 +61,11 @@ class HuggingFaceCheckpoint:
     Raises CheckpointError or ConfigError, naming the file, key or tensor.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.raw_config = read_config(folder)
+    def __init__(self, folder: Path | ModelFolder):
+        self.folder = ModelFolder.of(folder)
+        self.raw_config = read_config(self.folder)
         if "bitnet_numba" in self.raw_config:
-            raise CheckpointError(f"{folder} is already a packed checkpoint")
+            raise CheckpointError(f"{self.folder} is already a packed checkpoint")
         self.config = ModelConfig.from_hf(self.raw_config)
         try:
             json.dumps(self.raw_config, indent=2)  # as it will be written
@@ -73,7 +74,7 @@ class HuggingFaceCheckpoint:
         self._notes = config_notes(self.raw_config)
         self._rounding: dict[str, _Rounding] = {}
         self._files: dict[str, TensorFile] = {}
-        for path in _tensor_files(folder):
+        for path in _tensor_files(self.folder):
             file = TensorFile(path)
             for name in file.specs:
                 if name in self._files:
@@ -215,7 +216,7 @@ def _sum_of_squares(values: NDArray[np.float32]) -> float:
     return float(np.einsum("i,i->", flat, flat, dtype=np.float64))  # without a float64 copy of them all
 
 
-def _tensor_files(folder: Path) -> list[Path]:
+def _tensor_files(folder: ModelFolder) -> list[ModelFile]:
     """The safetensors files of a folder: the single file, as in transformers whatever else is there, or the shards."""
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]

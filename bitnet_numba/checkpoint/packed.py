@@ -16,21 +16,27 @@ tokenizer_config.json and generation_config.json. Its tensors, for layer i and g
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_numba.checkpoint.install import read_folder
 from bitnet_numba.checkpoint.safetensors_file import TensorFile, TensorSpec
 from bitnet_numba.config import GROUPS, ModelConfig
-from bitnet_numba.errors import CheckpointError, ConfigError
+from bitnet_numba.errors import CheckpointError, ConfigError, printable
 from bitnet_numba.json_file import read_json
+from bitnet_numba.model_folder import ModelFolder
 from bitnet_numba.packing import packed_words, unpack_ternary
 
 FORMAT = 1
+OPTIONAL_FILES = ["generation_config.json", "special_tokens_map.json", "chat_template.jinja"]
+PACKED_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", *OPTIONAL_FILES]
 EmbeddingDtype = Literal["bf16", "int8"]
+T = TypeVar("T")
 EMBEDDING_DTYPES: tuple[EmbeddingDtype, ...] = ("bf16", "int8")
 
 
@@ -106,19 +112,21 @@ class PackedCheckpoint:
         try:
             return unpack_ternary(np.asarray(self.tensor(name)), N, K)
         except ValueError as error:
-            raise CheckpointError(f"{self.file.path}: tensor {name}: {error}") from None
+            raise CheckpointError(f"{self.file.path}: tensor {printable(name)}: {error}") from None
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(spec.nbytes for spec in self.file.specs.values())
 
 
-def open_packed(folder: str | os.PathLike[str]) -> PackedCheckpoint:
+def open_packed(folder: str | os.PathLike[str] | ModelFolder) -> PackedCheckpoint:
     """Opens a packed checkpoint and checks that it has exactly the expected tensors, with their dtypes and shapes.
 
-    Raises CheckpointError or ConfigError, naming what is wrong.
+    A conversion that replaces the folder meanwhile is harmless: the checkpoint is the old or the new one. Raises
+    CheckpointError or ConfigError, naming what is wrong.
     """
-    folder = Path(folder)
+    if not isinstance(folder, ModelFolder):
+        return read_packed(folder, open_packed)
     raw = read_config(folder)
     packed = raw.get("bitnet_numba")
     if packed is None:
@@ -139,19 +147,22 @@ def open_packed(folder: str | os.PathLike[str]) -> PackedCheckpoint:
             raise CheckpointError(f"{file.path}: tensor {name} is {file.specs[name]}, expected {spec}")
     extra = next((name for name in file.specs if name not in plan), None)
     if extra is not None:
-        raise CheckpointError(f"{file.path}: unexpected tensor {extra}")
+        raise CheckpointError(f"{file.path}: unexpected tensor {printable(extra)}")
     for name, spec in plan.items():
         if spec.dtype == "F32" and not np.isfinite(file.map(name)).all():
             raise CheckpointError(f"{file.path}: tensor {name} holds NaN or infinity")
         if name.endswith((".scale", ".scales")) and not (file.map(name) > 0).all():
             raise CheckpointError(f"{file.path}: tensor {name} holds a scale that is not positive")
-    return PackedCheckpoint(folder, config, head, file)
+    return PackedCheckpoint(folder.path, config, head, file)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_packed(path: str | os.PathLike[str], read: Callable[[ModelFolder], T]) -> T:
+    """What `read` makes of an open packed folder; all its files are of one conversion (see `install.read_folder`)."""
+    return read_folder(path, PACKED_FILES, read)
+
+
+def read_config(folder: ModelFolder) -> dict[str, Any]:
     """The parsed config.json of a model folder. Raises CheckpointError if there is none or it is damaged."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder" if folder.exists() else f"{folder} does not exist")
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder} is not a model folder: it has no config.json")
     return read_json(folder / "config.json")

@@ -1,16 +1,19 @@
 """Safetensors files: lazy reading, and writing tensor by tensor."""
 
+import errno
 import json
-from collections.abc import Iterable, Mapping
+import os
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from bitnet_numba.errors import CheckpointError, one_line
+from bitnet_numba.errors import CheckpointError, one_line, printable
+from bitnet_numba.model_folder import FileError, ModelFile, refuse_lfs_pointer, why
 
 # NumPy dtype of each safetensors dtype; bfloat16 is read as uint16 bit patterns (see `bfloat16`).
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -22,6 +25,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "I8": np.dtype("i1"),
     "U8": np.dtype("u1"),
 }
+
+PIECE = 16 << 20  # bytes that are written at a time
 
 
 @dataclass(frozen=True)
@@ -37,56 +42,88 @@ class TensorSpec:
         return int(np.prod(self.shape, dtype=np.int64)) * DTYPES[self.dtype].itemsize
 
     def __str__(self) -> str:
-        return f"{self.dtype} {list(self.shape)}"
+        return printable(f"{self.dtype} {list(self.shape)}", 100)
 
 
 class TensorFile:
     """A safetensors file: its header is checked on opening, its tensors are read on demand.
 
-    Raises CheckpointError for a missing, truncated or damaged file.
+    The file stays open, so all tensors come from the same file even if another takes its place. Raises CheckpointError
+    for a missing, truncated or damaged file.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: str | os.PathLike[str] | ModelFile):
+        self.path = ModelFile.of(path)
         self.specs: dict[str, TensorSpec] = {}
         self._offsets: dict[str, int] = {}
         try:
-            # The library validates header, offsets, gaps and file length; here only the offsets are needed.
-            with safe_open(str(path), framework="numpy"):
-                pass
-            with open(path, "rb") as file:
-                header_size = int.from_bytes(file.read(8), "little")
+            self._fd = self.path.open()
+            weakref.finalize(self, os.close, self._fd)
+            with self._reopen() as file:
+                file.seek(0)  # the descriptor may share its position with others
+                start = file.read(64)
+                refuse_lfs_pointer(start)
+                # The library validates header, offsets, gaps and file length; here only the offsets are needed.
+                with safe_open(self._library_path(), framework="numpy"):
+                    pass
+                header_size = int.from_bytes(start[:8], "little")
+                file.seek(8)
                 header = json.loads(file.read(header_size))
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing") from None
+        except FileError as error:
+            reason = "is missing" if error.errno == errno.ENOENT else f"cannot be read: {error}"
+            raise CheckpointError(f"{self.path} {reason}") from None
+        except MemoryError:
+            size = os.fstat(self._fd).st_size
+            raise CheckpointError(f"{self.path} ({size / 1e6:,.0f} MB) cannot be mapped: not enough memory") from None
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is not a readable safetensors file: {one_line(error)}") from None
+            raise CheckpointError(f"{self.path} is not a readable safetensors file: {one_line(error)}") from None
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
             self.specs[name] = TensorSpec(entry["dtype"], tuple(entry["shape"]))
             self._offsets[name] = 8 + header_size + entry["data_offsets"][0]
 
+    def _reopen(self) -> BinaryIO:
+        """The open file as a file object, which leaves it open when it is closed."""
+        return open(self._fd, "rb", closefd=False)
+
+    def _library_path(self) -> str:
+        """A path to the open file, for the library; the file's own path where the system has no such paths."""
+        of_descriptor = f"/dev/fd/{self._fd}"
+        return of_descriptor if os.path.exists(of_descriptor) else str(self.path.path)
+
     def _locate(self, name: str) -> tuple[np.dtype[Any], TensorSpec, int]:
         spec = self.specs[name]
         if spec.dtype not in DTYPES:
-            raise CheckpointError(f"{self.path}: tensor {name} has dtype {spec.dtype}, which is not supported")
+            raise self._error(name, f"has dtype {spec.dtype}, which is not supported")
         return DTYPES[spec.dtype], spec, self._offsets[name]
+
+    def _error(self, name: str, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: tensor {printable(name)} {what}")
 
     def map(self, name: str) -> NDArray[Any]:
         """The tensor as a read-only memory map."""
         dtype, spec, offset = self._locate(name)
         if spec.nbytes == 0:
             return np.empty(spec.shape, dtype)
-        return np.memmap(self.path, dtype, "r", offset, spec.shape)
+        try:
+            with self._reopen() as file:
+                return np.memmap(file, dtype, "r", offset, spec.shape)
+        except (OSError, ValueError) as error:  # ValueError: the file has become shorter
+            raise self._error(name, f"({spec.nbytes / 1e6:,.0f} MB) cannot be mapped: {why(error)}") from None
 
     def read(self, name: str) -> NDArray[Any]:
         """The tensor as an array in memory."""
         dtype, spec, offset = self._locate(name)
         count = int(np.prod(spec.shape, dtype=np.int64))
-        values = np.fromfile(self.path, dtype, count, offset=offset)
+        try:
+            with self._reopen() as file:
+                file.seek(offset)
+                values = np.fromfile(file, dtype, count)
+        except OSError as error:
+            raise self._error(name, f"cannot be read: {why(error)}") from None
         if len(values) != count:
-            raise CheckpointError(f"{self.path}: tensor {name} is truncated")
+            raise self._error(name, "is truncated")
         return values.reshape(spec.shape)
 
 
@@ -95,8 +132,11 @@ def write_tensors(
     plan: Mapping[str, TensorSpec],
     tensors: Iterable[tuple[str, NDArray[Any]]],
     metadata: dict[str, str],
+    advance: Callable[[int], object] = lambda nbytes: None,
 ) -> None:
     """Writes a safetensors file tensor by tensor, so that only one is in memory at a time.
+
+    advance: called with the bytes of each piece of a tensor, when it is written.
 
     Raises ValueError unless `tensors` yields exactly the names of `plan`, in its order, with its dtypes and shapes.
     """
@@ -113,7 +153,11 @@ def write_tensors(
         want_name, want = next(expected, ("nothing more", TensorSpec("U8", ())))
         if name != want_name or array.shape != want.shape or array.dtype != DTYPES[want.dtype]:
             raise ValueError(f"expected {want_name} {want}, got {name} {array.dtype} {list(array.shape)}")
-        file.write(np.ascontiguousarray(array).data)
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        for start in range(0, len(data), PIECE):
+            piece = data[start : start + PIECE]
+            file.write(piece.data)
+            advance(len(piece))
     missing = next(expected, None)
     if missing is not None:
         raise ValueError(f"tensor {missing[0]} is missing")

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_numba.backends.protocol import Backend, Context
-from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
+from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed, read_packed
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.engine.completion import Completion
 from bitnet_numba.engine.request import (
@@ -36,6 +36,7 @@ from bitnet_numba.engine.scheduler import MAX_SEQUENCES, Scheduler
 from bitnet_numba.engine.session import Session, Stream, finite_arithmetic
 from bitnet_numba.engine.shared import SharedBackend
 from bitnet_numba.errors import BackendError, BitNetError, CheckpointError, RequestError, one_line, printable, shown
+from bitnet_numba.model_folder import ModelFolder
 from bitnet_numba.sampling import SamplingParams, read_sampling
 from bitnet_numba.text.tokenizer import Tokenizer
 
@@ -296,8 +297,13 @@ def load(
             "this version has no built-in model: convert one with  python tools/convert.py SRC DST  and open DST"
         )
     folder = DEMO if path is None else read_folder(path)
+
+    def read(opened: ModelFolder) -> tuple[PackedCheckpoint, Tokenizer, SamplingParams | None]:
+        checkpoint = open_packed(opened)
+        return checkpoint, Tokenizer.open(opened, checkpoint.config.vocab_size), read_sampling(opened)
+
     with _load_errors(folder):
-        checkpoint = open_packed(folder)
+        checkpoint, tokenizer, sampling = read_packed(folder, read)
         config = checkpoint.config
         if context is None:
             context = config.max_context
@@ -315,8 +321,6 @@ def load(
             if number is None or not 1 <= number <= MAX_THREADS:
                 raise RequestError(f"threads must be between 1 and {MAX_THREADS}, not {shown(threads)}")
             threads = number
-        tokenizer = Tokenizer.open(folder, config.vocab_size)
-        sampling = read_sampling(folder)
         return Engine(_open_backend(backend, checkpoint, threads), tokenizer, config, context, sampling)
 
 

@@ -6,13 +6,13 @@ A template comes with the model and is not trusted. It sees only what Hugging Fa
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from threading import Lock
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError
 
 from bitnet_numba.errors import RequestError, TokenizerError, one_line
+from bitnet_numba.model_folder import ModelFolder
 from bitnet_numba.text.template_sandbox import BoundedSandbox, size_of
 
 Message = Mapping[str, Any]  # {"role": str, "content": str}; an assistant's may hold "token_ids" as well
@@ -65,7 +65,7 @@ class ChatTemplate:
             raise TokenizerError(f"chat template: {one_line(error)}") from None
 
 
-def find_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
+def find_template(folder: ModelFolder, tokenizer_config: Mapping[str, Any]) -> str | None:
     """A folder's chat template: chat_template.jinja, otherwise the one in tokenizer_config.json, otherwise None.
 
     tokenizer_config.json may hold one template, or several by name; then "default" is used.

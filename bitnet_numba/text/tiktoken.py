@@ -9,11 +9,12 @@ matched whole, which `ignore_merges` does as tiktoken does.
 
 import base64
 import binascii
-from pathlib import Path
+import os
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from bitnet_numba.errors import TokenizerError
+from bitnet_numba.model_folder import FileError, ModelFile
 
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -38,12 +39,13 @@ def byte_alphabet() -> list[str]:
     return [chr(byte if byte in printing else next(others)) for byte in range(256)]
 
 
-def read_ranks(path: Path) -> dict[bytes, int]:
+def read_ranks(path: str | os.PathLike[str] | ModelFile) -> dict[bytes, int]:
     """Token bytes -> rank. Raises TokenizerError, naming file and line, for anything but a complete vocabulary."""
+    file = ModelFile.of(path)
     try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
+        lines = file.read_bytes().splitlines()
+    except FileError as error:
+        raise TokenizerError(f"{file} cannot be read: {error}") from None
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(lines, 1):
         try:
@@ -52,13 +54,13 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         except (ValueError, binascii.Error):
             if number == 1:
                 raise TokenizerError(
-                    f"{path} is not a tiktoken vocabulary (sentencepiece?): save the tokenizer as tokenizer.json first"
+                    f"{file} is not a tiktoken vocabulary (sentencepiece?): save the tokenizer as tokenizer.json first"
                 ) from None
-            raise TokenizerError(f"{path}: line {number} is not a base64 token and its rank") from None
+            raise TokenizerError(f"{file}: line {number} is not a base64 token and its rank") from None
     if sorted(ranks.values()) != list(range(len(lines))):
-        raise TokenizerError(f"{path}: the ranks are not 0 to {len(lines) - 1}, each once")
+        raise TokenizerError(f"{file}: the ranks are not 0 to {len(lines) - 1}, each once")
     if any(bytes([byte]) not in ranks for byte in range(256)):
-        raise TokenizerError(f"{path}: some single bytes are not tokens")
+        raise TokenizerError(f"{file}: some single bytes are not tokens")
     return ranks
 
 
@@ -79,8 +81,8 @@ def last_merge(token: bytes, ranks: dict[bytes, int]) -> int | None:
     return starts[1]
 
 
-def build_tokenizer(path: Path) -> Tokenizer:
-    """A `tokenizers` object that encodes as tiktoken does with the vocabulary at `path`. Raises TokenizerError."""
+def build_tokenizer(path: str | os.PathLike[str] | ModelFile) -> Tokenizer:
+    """A `tokenizers` object that encodes as tiktoken does with a vocabulary file. Raises TokenizerError."""
     ranks = read_ranks(path)
     alphabet = byte_alphabet()
     text = {token: "".join([alphabet[byte] for byte in token]) for token in ranks}

@@ -19,6 +19,7 @@ import tokenizers
 
 from bitnet_numba.errors import ContextFull, TokenizerError, one_line
 from bitnet_numba.json_file import read_json
+from bitnet_numba.model_folder import FileError, ModelFile, ModelFolder
 from bitnet_numba.text.chat_template import (
     BITNET_TEMPLATE,
     PLAIN_STOP,
@@ -71,17 +72,16 @@ class Tokenizer:
         self.stop_ids = frozenset({*stop_ids, *(() if eos is None else (eos,)), *self._end_of_turn()})
 
     @staticmethod
-    def open(folder: str | os.PathLike[str], vocab_size: int | None = None) -> "Tokenizer":
+    def open(folder: str | os.PathLike[str] | ModelFolder, vocab_size: int | None = None) -> "Tokenizer":
         """Reads tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json of a folder.
 
         Only the first is required. Raises TokenizerError if a file is missing or damaged, or if the tokenizer has ids
         for which a model of `vocab_size` has no embedding.
         """
-        folder = Path(folder)
+        folder = ModelFolder.of(folder)
         path = folder / "tokenizer.json"
         if not path.is_file():
-            hint = ": convert the model again from a folder that has one"
-            raise TokenizerError(f"{folder} has no tokenizer.json{hint if folder.is_dir() else ''}")
+            raise TokenizerError(f"{folder} has no tokenizer.json: convert the model again from a folder that has one")
         config = _read_object(folder / "tokenizer_config.json")
         named = {}
         for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
@@ -256,14 +256,14 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def from_tiktoken(vocabulary: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Tokenizer:
+def from_tiktoken(vocabulary: str | os.PathLike[str] | ModelFile, folder: str | os.PathLike[str]) -> Tokenizer:
     """Writes the tokenizer of a tiktoken-style `tokenizer.model` as tokenizer.json and tokenizer_config.json.
 
     Split pattern, special tokens and chat template are those of BitNet b1.58 2B4T, which has Llama 3's vocabulary.
     `folder` must exist. Raises TokenizerError if the file is not such a vocabulary (but sentencepiece's, for example).
     """
     folder = Path(folder)
-    build_tokenizer(Path(vocabulary)).save(str(folder / "tokenizer.json"), pretty=False)
+    build_tokenizer(vocabulary).save(str(folder / "tokenizer.json"), pretty=False)
     config = {
         "bos_token": BOS,
         "eos_token": EOS,
@@ -280,18 +280,22 @@ def _library_errors(what: str) -> Iterator[None]:
     """Turns any exception of the library into a TokenizerError; its panics derive from BaseException."""
     try:
         yield
-    except (TokenizerError, KeyboardInterrupt, SystemExit):
+    except (TokenizerError, KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
         raise TokenizerError(f"{what}: {one_line(error)}") from None
 
 
-def _load(path: Path) -> tokenizers.Tokenizer:
+def _load(path: ModelFile) -> tokenizers.Tokenizer:
+    try:
+        data = path.read_bytes()
+    except FileError as error:
+        raise TokenizerError(f"{path} cannot be read: {error}") from None
     with _library_errors(f"{path} is damaged"):
         # With an affix that the vocabulary does not match, the library aborts the process; no BitNet model has one.
-        if affix := _AFFIX.search(path.read_bytes()):
+        if affix := _AFFIX.search(data):
             raise TokenizerError(f"{path}: {affix[1].decode()} is not supported")
-        return tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_buffer(data)
 
 
 def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
@@ -322,6 +326,6 @@ def _no_surrogates(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: ModelFile) -> dict[str, Any]:
     """The JSON object in a file; empty if there is no file."""
     return read_json(path, TokenizerError) if path.exists() else {}

@@ -65,7 +65,7 @@ def test_we_read_what_the_library_writes(tmp_path: Path) -> None:
 def test_scales_that_are_not_positive_are_named(tiny_source: Path, tmp_path: Path, name: str, value: float) -> None:
     convert(tiny_source, tmp_path / "int8", head="int8")
     file = open_packed(tmp_path / "int8").file
-    with open(file.path, "r+b") as damaged:
+    with open(tmp_path / "int8" / "model.safetensors", "r+b") as damaged:
         damaged.seek(file._offsets[name] + 4)
         damaged.write(np.float32(value).tobytes())
     with pytest.raises(CheckpointError, match=f"{name} holds a scale that is not positive"):
@@ -126,6 +126,20 @@ def test_wrong_tensors(packed: Path, change: Callable[..., None], message: str) 
     with pytest.raises(CheckpointError) as caught:
         open_packed(packed)
     assert message in str(caught.value)
+
+
+def test_names_of_tensors_are_made_printable(packed: Path) -> None:
+    """Neither escapes nor lines of their own reach the terminal, nor 5,000 characters."""
+    name = "\x1b[31m\nconvert: done" + "x" * 5000
+
+    def add_it(arrays: dict[str, np.ndarray], specs: dict[str, TensorSpec]) -> None:
+        arrays[name], specs[name] = np.zeros(1, np.float32), TensorSpec("F32", (1,))
+
+    rewrite(packed / "model.safetensors", add_it)
+    with pytest.raises(CheckpointError) as caught:
+        open_packed(packed)
+    assert r"unexpected tensor \x1b[31m\nconvert: donexxx" in str(caught.value)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
 
 
 def test_damaged_words(packed: Path) -> None:
