@@ -14,6 +14,7 @@ each, and `@overload` chooses by it. LLVM ends the process when it must emit an 
 (which NUMBA_CPU_NAME and NUMBA_CPU_FEATURES may change) and looks which instruction LLVM chose.
 """
 
+import os
 from dataclasses import dataclass
 from functools import cache
 
@@ -112,9 +113,9 @@ def available() -> tuple[str, ...]:
 
 
 def choose(name: str | None = None) -> InstructionSet:
-    """The best instruction set, or the one called `name`. Raises BackendError if this machine lacks it."""
-    if name is None:
-        return InstructionSet(available()[0])
+    """The instruction set called `name`, else that of $BITNET_NUMBA_ISA, else the best. Raises BackendError if this
+    machine lacks it."""
+    name = name or os.environ.get("BITNET_NUMBA_ISA") or available()[0]
     if name not in available():
         raise BackendError(f"instruction set {name!r} is not one of this machine's: {', '.join(available())}")
     return InstructionSet(name)

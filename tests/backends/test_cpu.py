@@ -235,6 +235,17 @@ def test_forked_processes_and_two_engines() -> None:
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
+def test_an_instruction_set_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in isa.available():
+        monkeypatch.setenv("BITNET_NUMBA_ISA", name)
+        assert isa.choose().name == name
+    monkeypatch.setenv("BITNET_NUMBA_ISA", "")
+    assert isa.choose().name == isa.available()[0]
+    monkeypatch.setenv("BITNET_NUMBA_ISA", "avx9")
+    with pytest.raises(BackendError, match="'avx9' is not one of this machine's"):
+        bn.load(None, "cpu")
+
+
 def test_what_this_machine_lacks_is_refused(packed: PackedCheckpoint) -> None:
     with pytest.raises(BackendError, match="instruction set 'avx9' is not one of this machine's: .*portable"):
         CpuModel(packed, 1, "avx9")
