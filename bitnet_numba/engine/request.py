@@ -67,7 +67,9 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int, capacit
     if isinstance(prompt, str):
         ids = tokenizer.encode(prompt, max_tokens=capacity)
     elif isinstance(prompt[0], Mapping):
-        ids = tokenizer.encode_chat(prompt, max_tokens=capacity)  # type: ignore[arg-type]
+        # As in transformers' pipelines: an answer that stands last is continued.
+        started = isinstance(prompt[-1], Mapping) and prompt[-1].get("role") == "assistant"
+        ids = tokenizer.encode_chat(prompt, max_tokens=capacity, continue_final_message=started)  # type: ignore[arg-type]
     else:
         ids = prompt  # type: ignore[assignment]
     ids = check_ids(ids, vocab_size)

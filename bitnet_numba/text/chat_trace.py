@@ -26,25 +26,27 @@ _MARKS = re.compile(f"{_MARK}(\\d+){_MARK}")
 
 @dataclass(frozen=True)
 class Trace:
-    """A rendered conversation. `traced` is as long as `text`, with signs where `text` has a message's own hot
-    characters; `starts` is where the contents of marked messages begin, and `end` is that of the last content, if
-    asked for."""
+    """A rendered conversation.
+
+    traced: as long as `text`, with signs where `text` has a message's own hot characters.
+    places: where the contents of marked messages stand, in order: index of the message, start and end in the text, from
+    the first visible character to the last. Contents that the template changes have none.
+    """
 
     text: str
     traced: str
-    starts: list[tuple[int, int]]  # index of the message, place in the text of its content's first visible character
-    end: int | None = None
+    places: list[tuple[int, int, int]]
 
-    def up_to_end(self, content: str) -> "Trace":
-        """The same up to the end of the last content, with the white space behind it if the template kept that.
+    def up_to_end_of(self, message: int, content: str) -> "Trace":
+        """The same up to the end of a message's content, with the white space behind it if the template kept that.
 
-        Raises TokenizerError if the end was not found.
+        Raises TokenizerError if the message has no place.
         """
-        if self.end is None:
+        ends = [end for number, _, end in self.places if number == message]
+        if not ends:
             raise TokenizerError("the chat template changes the last answer, so it cannot be continued")
-        end, space = self.end, content[len(content.rstrip()) :]
-        end += len(space) if self.text.startswith(space, end) else 0
-        return Trace(self.text[:end], self.traced[:end], self.starts, end)
+        end = space_behind(self.text, ends[-1], content)
+        return Trace(self.text[:end], self.traced[:end], self.places)
 
     def is_foreign(self, start: int, end: int) -> bool:
         """Whether a message wrote a part of this control token."""
@@ -74,15 +76,14 @@ class Tracer:
             position = start + 1 if foreign else end  # the template's own may begin inside it
         return found
 
-    def trace(self, render: Render, messages: Messages, marked: Sequence[int] = (), to_end: bool = False) -> Trace:
-        """Renders the conversation; `marked` are the messages whose starts are wanted.
+    def trace(self, render: Render, messages: Messages, marked: Sequence[int] = ()) -> Trace:
+        """Renders the conversation; `marked` are the messages whose places are wanted.
 
-        to_end: also finds the end of the last message's content. Raises TokenizerError if the template fails.
+        Raises TokenizerError if the template fails.
         """
         text = _SIGNS.sub("\ufffd", render(messages))
         text, traced = self._traced(render, messages, text)
-        starts, end = self._marks(render, messages, text, marked, to_end) if marked or to_end else ([], None)
-        return Trace(text, traced, starts, end)
+        return Trace(text, traced, self._places(render, messages, text, marked) if marked else [])
 
     def _traced(self, render: Render, messages: Messages, text: str) -> tuple[str, str]:
         """The text to use, and the same with shadows for the messages' hot characters."""
@@ -100,28 +101,30 @@ class Tracer:
         # What it does with them lets control tokens through: it gets to see the shadows instead.
         return _SIGNS.sub("\ufffd", self._light(everything)), everything
 
-    def _marks(
-        self, render: Render, messages: Messages, text: str, marked: Sequence[int], to_end: bool
-    ) -> tuple[list[tuple[int, int]], int | None]:
+    def _places(
+        self, render: Render, messages: Messages, text: str, marked: Sequence[int]
+    ) -> list[tuple[int, int, int]]:
         copies = list(messages)
         for i in marked:
-            copies[i] = copies[i] | {"content": _put_mark(copies[i]["content"], i, at_end=False)}
-        if to_end:
-            copies[-1] = copies[-1] | {"content": _put_mark(copies[-1]["content"], len(copies), at_end=True)}
+            content = copies[i]["content"]
+            visible, behind = content.strip(), len(content.rstrip())
+            start, end = f"{_MARK}{2 * i}{_MARK}", f"{_MARK}{2 * i + 1}{_MARK}"
+            before = content[: behind - len(visible)]
+            copies[i] = copies[i] | {"content": before + start + visible + end + content[behind:]}
         try:
             pieces = _MARKS.split(render(copies))
         except TokenizerError:
-            return [], None
+            return []
         if _SIGNS.sub("\ufffd", "".join(pieces[::2])) != text:
-            return [], None  # the template counts characters, or looks at them
-        starts, end, position = [], None, 0
+            return []  # the template counts characters, or looks at them
+        places: list[tuple[int, int, int]] = []
+        position, opened = 0, (-1, 0)  # number and place of the mark before
         for piece, number in zip(pieces[::2], pieces[1::2], strict=False):
             position += len(piece)
-            if int(number) == len(copies):
-                end = position
-            else:
-                starts.append((int(number), position))
-        return starts, end
+            if int(number) % 2 and int(number) == opened[0] + 1:
+                places.append((int(number) // 2, opened[1], position))
+            opened = (int(number), position)
+        return places
 
     def _shadow(self, message: dict[str, Any]) -> dict[str, Any]:
         own = {key: value for key, value in message.items() if key not in ("role", "token_ids")}
@@ -147,6 +150,7 @@ def _hot_characters(control: str) -> str:
     return "".join(ends or inside[:1] or control[:1])
 
 
-def _put_mark(content: str, number: int, at_end: bool) -> str:
-    place = len(content.rstrip()) if at_end else len(content) - len(content.lstrip())
-    return f"{content[:place]}{_MARK}{number}{_MARK}{content[place:]}"
+def space_behind(text: str, end: int, content: str) -> int:
+    """The end of a content whose last visible character ends at `end`, with its white space if that stands there."""
+    space = content[len(content.rstrip()) :]
+    return end + len(space) if text.startswith(space, end) else end

@@ -28,7 +28,7 @@ from bitnet_numba.text.chat_template import (
     read_messages,
     without_surrogates,
 )
-from bitnet_numba.text.chat_trace import Trace, Tracer
+from bitnet_numba.text.chat_trace import Trace, Tracer, space_behind
 from bitnet_numba.text.guarded_encoder import GuardedEncoder
 from bitnet_numba.text.template_process import TemplateLimit
 from bitnet_numba.text.tiktoken import BOS, EOS, build_tokenizer, byte_alphabet
@@ -194,14 +194,14 @@ class Tokenizer:
             with library_errors("the tokenizer cannot encode this text"):
                 ids.extend(self._guarded.encode(trace.text[position:end], inside, continues=bool(ids)))
 
-        for message, start in trace.starts:
+        for message, start, end in trace.places:
+            content, given = read[message]["content"], read[message].get("token_ids", [])
             # The answer may begin with a space that the template removed, and wrote itself.
-            content = read[message]["content"]
             start = max(start - len(content) + len(content.lstrip()), position)
-            given, length = self._same_tokens(read[message]["token_ids"], trace.text, start)
-            if given:
+            kept, length = self._same_tokens(given, trace.text[start : space_behind(trace.text, end, content)])
+            if kept:
                 encode_to(start)
-                ids.extend(given)
+                ids.extend(kept)
                 position = start + length
         encode_to(len(trace.text))
         return self._with_bos(ids)
@@ -216,23 +216,29 @@ class Tokenizer:
         if continue_final_message and read[-1]["role"] != "assistant":
             raise RequestError("only an answer can be continued: the last message is not the assistant's")
         prompt = add_generation_prompt and not continue_final_message
-        given = [i for i, message in enumerate(read) if message.get("token_ids")]
-        trace = self._tracer.trace(lambda m: self._template.render(m, prompt), read, given, continue_final_message)
-        return read, trace.up_to_end(read[-1]["content"]) if continue_final_message else trace
+        last = len(read) - 1
+        marked = [i for i, m in enumerate(read) if m.get("token_ids") or (continue_final_message and i == last)]
+        trace = self._tracer.trace(lambda m: self._template.render(m, prompt), read, marked)
+        return read, trace.up_to_end_of(last, read[last]["content"]) if continue_final_message else trace
 
-    def _same_tokens(self, ids: Sequence[int], text: str, start: int) -> tuple[list[int], int]:
-        """The first of the ids whose text stands at `start`, and the length of that text."""
+    def _same_tokens(self, ids: Sequence[int], text: str) -> tuple[list[int], int]:
+        """The first of the ids whose text is the beginning of `text`, and the length of theirs."""
         stream = StreamDecoder(self)
-        end, count, length = start, 0, 0
+        decoded, count, length = 0, 0, 0
         for n, i in enumerate(ids, 1):
             piece = stream.push(i)
-            if not text.startswith(piece, end):
+            if not text.startswith(piece, decoded):
                 return list(ids[:count]), length
-            end += len(piece)
+            decoded += len(piece)
             if not stream.pending:
-                count, length = n, end - start
+                count, length = n, decoded
         rest = stream.finish()
-        return (list(ids), end + len(rest) - start) if text.startswith(rest, end) else (list(ids[:count]), length)
+        return (list(ids), decoded + len(rest)) if text.startswith(rest, decoded) else (list(ids[:count]), length)
+
+    def special_stops(self, stops: Sequence[str]) -> frozenset[int]:
+        """The ids of the special tokens among stop strings: these never match as strings, for decoding skips them."""
+        texts = {stop.strip() for stop in stops}
+        return frozenset(i for i in self.special_ids if self._added[i].content.strip() in texts - {""})
 
     @functools.cached_property
     def longest_token(self) -> int:
