@@ -216,4 +216,4 @@ def write_tokenizer(source: Path, folder: Path, vocab_size: int) -> None:
     for name in OPTIONAL_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    Tokenizer.open(folder, vocab_size)
+    Tokenizer.open(folder, vocab_size, trial=True)

@@ -49,7 +49,7 @@ class GuardedEncoder:
             if i in real:
                 ids.append(real[i])
             elif i in self._ids:  # the model itself has a token of this text
-                ids += self._spelled(plain, self._backend.id_to_token(i))
+                ids += self._spelled(plain, self._backend.id_to_token(i) or "")
             else:
                 ids.append(i)
         return ids

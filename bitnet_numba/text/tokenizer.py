@@ -316,9 +316,9 @@ class Tokenizer:
 
     def _end_of_turn(self) -> set[int]:
         """The special token that the template puts after an answer: the model was trained to end with it."""
-        text = self._render_probe(("user", "assistant")).rpartition(_PROBE)[2].lstrip()
+        _, answer, rest = self._render_probe(("user", "assistant")).rpartition(_PROBE)
         contents = {i: self._added[i].content for i in self.special_ids}
-        ends = [i for i, content in contents.items() if content and text.startswith(content)]
+        ends = [i for i, content in contents.items() if answer and content and rest.lstrip().startswith(content)]
         return {max(ends, key=lambda i: len(contents[i]))} if ends else set()
 
 

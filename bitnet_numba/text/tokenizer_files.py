@@ -23,15 +23,25 @@ _AFFIX = re.compile(rb'"(continuing_subword_prefix|end_of_word_suffix)"\s*:\s*"[
 _TRIAL = """
 import sys
 sys.path.append(sys.argv[2])
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 32, 1 << 32))
+except (ImportError, OSError, ValueError):
+    pass
 import tokenizers
-backend = tokenizers.Tokenizer.from_file(sys.argv[1])
-backend.no_truncation()
-backend.no_padding()
-texts = ["", " ", "Hello,  world!\\n\\n\\t123", "\\u00e9\\u4e2d\\U0001f642\\u0301\\x00\\x7f", "x" * 100]
-texts += [token.content for token in backend.get_added_tokens_decoder().values()][:1000]
-for special in (False, True):
-    for text in texts:
-        backend.decode(backend.encode(text, add_special_tokens=special).ids)
+try:
+    backend = tokenizers.Tokenizer.from_file(sys.argv[1])
+    backend.no_truncation()
+    backend.no_padding()
+    texts = ["", " ", "Hello,  world!\\n\\n\\t123", "\\u00e9\\u4e2d\\U0001f642\\u0301\\x00\\x7f", "x" * 100]
+    texts += [token.content for token in backend.get_added_tokens_decoder().values()][:1000]
+    for special in (False, True):
+        for text in texts:
+            backend.decode(backend.encode(text, add_special_tokens=special).ids)
+except BaseException as error:
+    print((str(error) or type(error).__name__)[:1000])
+    sys.exit(1)
 """
 _TRIAL_SECONDS = 60
 
@@ -67,9 +77,9 @@ def try_in_child(path: Path) -> None:
     except (OSError, ValueError) as error:
         raise TokenizerError(f"{path} cannot be tried out: {one_line(error)}") from None
     if process.returncode:
-        lines = process.stderr.decode("utf-8", "replace").split("\n")
-        reason = next((line for line in reversed(lines) if line.strip()), f"exit code {process.returncode}")
-        raise TokenizerError(f"{path} is damaged: {printable(reason.strip())}")
+        reason = " ".join(process.stdout.decode("utf-8", "replace").split())
+        reason = printable(reason) or f"it ends the process that opens it (exit code {process.returncode})"
+        raise TokenizerError(f"{path} is damaged: {reason}")
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -83,7 +93,8 @@ def named_tokens(config: Mapping[str, Any], special_tokens_map: Mapping[str, Any
     Older folders have them in special_tokens_map.json alone; tokenizer_config.json comes first.
     """
     named: dict[str, object] = {}
-    for source in (special_tokens_map, config):
+    extra = config.get("extra_special_tokens")  # names that a model adds to the usual ones
+    for source in (special_tokens_map, config, extra if isinstance(extra, dict) else {}):
         for key, value in source.items():
             if not key.endswith(("_token", "_tokens")):
                 continue
