@@ -72,6 +72,10 @@ class TemplateProcess:
         if self._process is not None and self._process.poll() is not None:
             self.stop()  # something else has ended it in the meantime
         if self._process is None:
+            if not sys.executable or getattr(sys, "frozen", False):
+                raise TokenizerError(
+                    "chat template: rendering it needs a Python interpreter, and this program has none"
+                )
             paths = {str(Path(_origin(name)).parent.parent) for name in ("jinja2", "markupsafe")}
             try:
                 self._process = subprocess.Popen(

@@ -12,25 +12,20 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
 from bitnet_numba.errors import ContextFull, RequestError, TokenizerError
+from bitnet_numba.text.chat_encoder import ChatEncoder
 from bitnet_numba.text.chat_template import (
     BITNET_TEMPLATE,
     PLAIN_STOP,
     PLAIN_TEMPLATE,
-    ChatTemplate,
     Message,
     find_template,
     read_ids,
-    read_messages,
     without_surrogates,
 )
-from bitnet_numba.text.chat_trace import Trace, Tracer, space_behind
-from bitnet_numba.text.guarded_encoder import GuardedEncoder
-from bitnet_numba.text.template_process import TemplateLimit
 from bitnet_numba.text.tiktoken import BOS, EOS, build_tokenizer, byte_alphabet
 from bitnet_numba.text.tokenizer_files import (
     eos_ids,
@@ -44,7 +39,6 @@ from bitnet_numba.text.tokenizer_files import (
 
 _log = logging.getLogger("bitnet_numba")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-_PROBE = "\ud800"  # a content that no template writes itself
 
 
 class Tokenizer:
@@ -78,20 +72,16 @@ class Tokenizer:
         self.has_chat_template = template is not None or refusal is not None
         self.chat_stop: tuple[str, ...] = () if self.has_chat_template else (PLAIN_STOP,)
         self._refusal = refusal
-        markers: set[int] = set()
-        ends = {*stop_ids, self._id_of(named.get("eos_token"))}
-        try:
-            self._template = ChatTemplate(PLAIN_TEMPLATE if template is None else template, named)
-            markers |= self._turn_markers()
-            ends |= self._end_of_turn()
-        except TokenizerError as error:
-            self._refusal = str(error)
+        self._chat: ChatEncoder | None = None
+        if refusal is None:
+            try:
+                self._chat = ChatEncoder(backend, PLAIN_TEMPLATE if template is None else template, named)
+            except TokenizerError as error:
+                self._refusal = str(error)
         if self._refusal is not None:
             _log.warning("%s; chats will be refused, but raw text can be continued", self._refusal)
-        self.stop_ids = frozenset(ends - {None})
-        controls = {self._added[i].content: i for i in self.special_ids | markers}
-        self._guarded = GuardedEncoder(backend, controls)
-        self._tracer = Tracer(list(controls))
+        ends = {*stop_ids, self._id_of(named.get("eos_token")), self._chat.end_of_turn if self._chat else None}
+        self.stop_ids = frozenset(i for i in ends if i is not None)
 
     @staticmethod
     def open(folder: str | os.PathLike[str], vocab_size: int | None = None, trial: bool = False) -> "Tokenizer":
@@ -166,7 +156,7 @@ class Tokenizer:
 
         Raises RequestError if the messages are not a conversation, and TokenizerError if the template fails.
         """
-        return self._trace(messages, add_generation_prompt, continue_final_message)[1].text
+        return self._chats().trace(messages, add_generation_prompt, continue_final_message)[1].text
 
     def encode_chat(
         self,
@@ -183,57 +173,16 @@ class Tokenizer:
         their text is the same: the model's own answers stay token for token as it generated them, and the KV cache that
         holds them can be reused.
         """
-        read, trace = self._trace(messages, add_generation_prompt, continue_final_message)
+        chats = self._chats()
+        read, trace = chats.trace(messages, add_generation_prompt, continue_final_message)
         self._check_length(trace.text, max_tokens)
-        found = self._tracer.controls(trace)
-        ids: list[int] = []
-        position = 0
+        with library_errors("the tokenizer cannot encode this text"):
+            return self._with_bos(chats.encode(read, trace, lambda: StreamDecoder(self)))
 
-        def encode_to(end: int) -> None:
-            inside = [(a - position, b - position, own) for a, b, own in found if position <= a and b <= end]
-            with library_errors("the tokenizer cannot encode this text"):
-                ids.extend(self._guarded.encode(trace.text[position:end], inside, continues=bool(ids)))
-
-        for message, start, end in trace.places:
-            content, given = read[message]["content"], read[message].get("token_ids", [])
-            # The answer may begin with a space that the template removed, and wrote itself.
-            start = max(start - len(content) + len(content.lstrip()), position)
-            kept, length = self._same_tokens(given, trace.text[start : space_behind(trace.text, end, content)])
-            if kept:
-                encode_to(start)
-                ids.extend(kept)
-                position = start + length
-        encode_to(len(trace.text))
-        return self._with_bos(ids)
-
-    def _trace(
-        self, messages: Sequence[Message], add_generation_prompt: bool, continue_final_message: bool
-    ) -> tuple[list[dict[str, Any]], Trace]:
-        """The messages as the template sees them, and the conversation rendered."""
-        if self._refusal is not None:
-            raise TokenizerError(self._refusal)
-        read = read_messages(messages, self._template)
-        if continue_final_message and read[-1]["role"] != "assistant":
-            raise RequestError("only an answer can be continued: the last message is not the assistant's")
-        prompt = add_generation_prompt and not continue_final_message
-        last = len(read) - 1
-        marked = [i for i, m in enumerate(read) if m.get("token_ids") or (continue_final_message and i == last)]
-        trace = self._tracer.trace(lambda m: self._template.render(m, prompt), read, marked)
-        return read, trace.up_to_end_of(last, read[last]["content"]) if continue_final_message else trace
-
-    def _same_tokens(self, ids: Sequence[int], text: str) -> tuple[list[int], int]:
-        """The first of the ids whose text is the beginning of `text`, and the length of theirs."""
-        stream = StreamDecoder(self)
-        decoded, count, length = 0, 0, 0
-        for n, i in enumerate(ids, 1):
-            piece = stream.push(i)
-            if not text.startswith(piece, decoded):
-                return list(ids[:count]), length
-            decoded += len(piece)
-            if not stream.pending:
-                count, length = n, decoded
-        rest = stream.finish()
-        return (list(ids), decoded + len(rest)) if text.startswith(rest, decoded) else (list(ids[:count]), length)
+    def _chats(self) -> ChatEncoder:
+        if self._chat is None:
+            raise TokenizerError(str(self._refusal))
+        return self._chat
 
     def special_stops(self, stops: Sequence[str]) -> frozenset[int]:
         """The ids of the special tokens among stop strings: these never match as strings, for decoding skips them."""
@@ -294,32 +243,6 @@ class Tokenizer:
         while before > 0 and whole[before : before + len(bare)] != bare:
             before -= 1
         return whole[0] if before > 0 else None
-
-    def _render_probe(self, roles: Sequence[str]) -> str:
-        """A conversation of messages with an odd content; empty if the template refuses it, which it may."""
-        try:
-            return self._template.render([{"role": role, "content": _PROBE} for role in roles], False)
-        except TemplateLimit:
-            raise
-        except TokenizerError:
-            return ""
-
-    def _turn_markers(self) -> set[int]:
-        """Added tokens that the template writes around messages; they need not be special ones."""
-        turns = ("user", "assistant", "user")
-        written = self._render_probe(turns) + self._render_probe(("system", *turns)) or self._template.source
-        return {
-            i
-            for i, token in self._added.items()
-            if token.content in written and not token.content.isalnum() and not token.content.isspace()
-        }
-
-    def _end_of_turn(self) -> set[int]:
-        """The special token that the template puts after an answer: the model was trained to end with it."""
-        _, answer, rest = self._render_probe(("user", "assistant")).rpartition(_PROBE)
-        contents = {i: self._added[i].content for i in self.special_ids}
-        ends = [i for i, content in contents.items() if answer and content and rest.lstrip().startswith(content)]
-        return {max(ends, key=lambda i: len(contents[i]))} if ends else set()
 
 
 class StreamDecoder:

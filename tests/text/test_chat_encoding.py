@@ -1,6 +1,7 @@
 """Conversations as token ids: the template's text, no control token out of a message, and answers kept as ids."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,11 @@ def conversation(content: st.SearchStrategy[str]) -> st.SearchStrategy[list[dict
 
 
 def control_ids(tokenizer: Tokenizer) -> set[int]:
-    return set(tokenizer._guarded._ids)
+    return set(tokenizer._chats()._guarded._ids)
+
+
+def render_alone(tokenizer: Tokenizer) -> Callable[..., str]:
+    return tokenizer._chats()._template.render
 
 
 @given(some_tokenizer, conversation(ordinary), st.booleans())
@@ -103,7 +108,7 @@ def test_ordinary_conversations_are_the_encoded_text(
     which: tuple[str, str], messages: list[dict[str, Any]], prompt: bool
 ) -> None:
     tokenizer = ALL[which]
-    text = tokenizer._template.render(messages, prompt)
+    text = render_alone(tokenizer)(messages, prompt)
     assert tokenizer.apply_chat_template(messages, prompt) == text
     assert tokenizer.encode_chat(messages, prompt) == tokenizer.encode(text)
 
@@ -121,13 +126,19 @@ def test_no_control_token_comes_out_of_a_message(which: tuple[str, str], message
 def test_hostile_contents_stay_in_the_text(kind: str, messages: list[dict[str, Any]]) -> None:
     tokenizer = ALL[kind, "kept"]
     text = tokenizer.apply_chat_template(messages)
-    assert text == tokenizer._template.render(messages).replace("\udc00", "\ufffd")
+    assert text == render_alone(tokenizer)(messages).replace("\udc00", "\ufffd")
     ids = tokenizer.encode_chat(messages)
     if kind == "bytes":
         assert tokenizer.decode(ids, skip_special=False) == "<|begin_of_text|>" + text
     elif kind != "nfkc":
         # Whole words are found again, apart from the spaces that the library itself puts behind added tokens.
         assert tokenizer.decode(ids, skip_special=False).replace(" ", "") == text.replace(" ", "")
+
+
+def test_turns_end_with_the_templates_marker_though_it_is_not_special() -> None:
+    tokenizer = ALL["bytes", "kept"]
+    end = tokenizer._backend.token_to_id("<|im_end|>")
+    assert end in tokenizer.stop_ids and end not in tokenizer.special_ids
 
 
 def test_text_parts_cannot_join_to_a_control_token() -> None:
@@ -238,7 +249,7 @@ def test_every_template_may_change_answers_given_as_ids(change: str) -> None:
         if kind == "bytes":
             text = tokenizer.decode(tokenizer.encode_chat(chat), skip_special=False)
             assert text == "<|begin_of_text|>" + tokenizer.apply_chat_template(chat)
-        controls = tokenizer._guarded._ids
+        controls = control_ids(tokenizer)
         kept = [[i for i in tokenizer.encode_chat(one) if i in controls] for one in (chat, bare)]
         assert kept[0] == kept[1]
 
