@@ -1,5 +1,7 @@
 """Chat templates: where they are found, what they see, and the sandbox that bounds them."""
 
+import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,88 @@ def test_templates_cannot_leave_their_sandbox(source: str, message: str) -> None
         shown = ChatTemplate(source, {}).render(HI)
         raise TokenizerError(f"chat template: {shown}")  # what may be shown is what the pattern says
     assert str(caught.value).isprintable()
+
+
+ESCAPES = r"""
+{{ self._TemplateReference__context }}
+{{ cycler.__init__ }}
+{{ namespace.__init__.__globals__ }}
+{{ joiner.__class__ }}
+{{ lipsum.__globals__ }}
+{{ lipsum.func_globals }}
+{{ range.__self__ }}
+{{ dict.__base__ }}
+{{ dict.mro() }}
+{{ [].__class__ }}
+{{ ()|attr('__class__') }}
+{{ ()|attr('\x5f\x5fclass\x5f\x5f') }}
+{{ ''['__class__'] }}
+{{ ''|map(attribute='__class__')|list }}
+{{ ['']|map(attribute='__class__')|list }}
+{{ ['']|groupby('__class__') }}
+{{ ['']|sort(attribute='__class__.__name__') }}
+{{ ['']|sum(attribute='__class__', start=0) }}
+{{ ['']|selectattr('__class__')|list|length }}
+{{ '{0.__class__}'.format('') }}
+{{ '{a.__class__}'.format_map({'a':1}) }}
+{{ ('{0.__class__}'|string).format(1) }}
+{{ '%s'.__class__ }}
+{{ ['{0.__class__}']|map('format', 1)|list }}
+{% set f='{0.__class__.__base__.__subclasses__}'.format %}{{ f(1) }}
+{{ 'abc'.format.__self__ }}
+{{ messages.__reduce__() }}
+{{ messages.__getitem__.__self__ }}
+{{ raise_exception.__code__ }}
+{{ strftime_now.__globals__['os'] }}
+{{ strftime_now.__builtins__ }}
+{% for i in [1] %}{{ loop.__class__ }}{{ loop._iterator }}{% endfor %}
+{% for i in [1] %}{{ loop._undefined }}{% endfor %}
+{% macro m() %}{{ caller.__globals__ }}{% endmacro %}{{ m._func.__globals__ }}
+{% macro m() %}{% endmacro %}{{ m._environment }}
+{{ self.blocks }}
+{% block a %}{{ self.a._stack }}{% endblock %}
+{% block a %}{{ super.__init__ }}{% endblock %}
+{{ undefined_thing.__class__ }}
+{{ undefined_thing._undefined_exception }}
+{{ messages|tojson(indent=messages) }}
+{{ 'a'.encode('idna').__class__ }}
+{{ (1).__class__ }}
+{{ True.__class__.__base__ }}
+{{ messages|attr('append')(1) }}
+{{ messages.clear() }}
+{{ messages.sort() }}
+{{ messages[0].pop('role') }}
+{{ messages[0].setdefault('x', 1) }}
+{% set messages[0].role = 'x' %}
+{% do messages[0].__setitem__('role','x') %}
+{% from '/etc/passwd' import x %}
+{% extends '/etc/passwd' %}
+{{ ''.join.__self__ }}
+{{ messages|pprint|attr('__class__') }}
+{{ namespace(a=1).__dict__ }}
+{{ namespace(a=1)._Namespace__attrs }}
+{% set n = namespace() %}{% set n.__class__ = 1 %}
+{{ ['x']|map('attr','__class__')|list }}
+{{ 'x'|attr('format')('{}') }}
+{{ ('{0.__class__}'|attr('format'))(1) }}
+{{ ('{0.__class__}'|attr('format_map'))({}) }}
+{{ ['{0.__class__}'|attr('format')]|map('first')|list }}
+{{ cycler('a').__init__.__globals__ }}
+{{ cycler('a').next.__func__ }}
+{{ dict(a=1).items.__self__ }}
+{{ messages.__class__.__init__ }}
+"""
+
+
+@pytest.mark.parametrize("source", ESCAPES.split("\n")[1:-1])
+def test_known_ways_out_of_the_sandbox_lead_nowhere(source: str) -> None:
+    messages = copy.deepcopy(HI)
+    try:
+        shown = ChatTemplate(source, {}).render(messages)
+    except TokenizerError as error:
+        shown = str(error).partition("unsafe")[0]
+    assert not re.search(r"<(class|function|module|built-in|bound)|object at 0x|mappingproxy|root:", shown)
+    assert messages == HI
 
 
 @pytest.mark.parametrize(
