@@ -34,6 +34,7 @@ class ChatEncoder:
         }
         self._guarded = GuardedEncoder(backend, controls)
         self._tracer = Tracer(list(controls))
+        self._control_ids = frozenset(controls.values())
         self.end_of_turn = self._find_end_of_turn(controls)
 
     def trace(
@@ -70,6 +71,7 @@ class ChatEncoder:
 
         for message, start, end in trace.places:
             content, given = messages[message]["content"], messages[message].get("token_ids", [])
+            given = given[: next((n for n, i in enumerate(given) if i in self._control_ids), None)]
             # The answer may begin with a space that the template removed, and wrote itself.
             start = max(start - len(content) + len(content.lstrip()), position)
             text = trace.text[start : space_behind(trace.text, end, content)]

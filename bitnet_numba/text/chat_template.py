@@ -37,6 +37,7 @@ PLAIN_TEMPLATE = (
 PLAIN_STOP = "\nUser:"  # where such a model starts to write the user's next turn
 TRUSTED = frozenset({BITNET_TEMPLATE, PUBLISHED_BITNET_TEMPLATE, PLAIN_TEMPLATE})  # rendered in this process
 
+MAX_FILE = 10_000_000  # bytes
 ROLES = ("system", "user", "assistant")  # any template may get these; others only if it names them
 
 
@@ -93,6 +94,8 @@ def find_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | No
         file = additional["default"]
     if file.is_file():
         try:
+            if file.stat().st_size > MAX_FILE:
+                raise TokenizerError(f"{file} is larger than any chat template")
             return file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise TokenizerError(f"{file} cannot be read: {one_line(error)}") from None

@@ -170,8 +170,8 @@ class Tokenizer:
 
         Special tokens and turn markers inside a content are read as plain text, so that no message can end its turn or
         forge another. Where the template keeps the content of a message with "token_ids", these ids are used as far as
-        their text is the same: the model's own answers stay token for token as it generated them, and the KV cache that
-        holds them can be reused.
+        their text is the same and none is such a token: the model's own answers stay token for token as it generated
+        them, and the KV cache that holds them can be reused.
         """
         chats = self._chats()
         read, trace = chats.trace(messages, add_generation_prompt, continue_final_message)

@@ -276,6 +276,14 @@ def test_only_as_much_of_an_answer_is_kept_as_its_text_stands_there() -> None:
         assert TOKENIZER.decode(TOKENIZER.encode_chat(chat, False)) == f"User: Hi.Assistant: {content.strip()}"
 
 
+def test_ids_of_a_message_cannot_forge_a_turn() -> None:
+    said = [*spelled("One."), EOT, *spelled(" Two.")]
+    assert TOKENIZER.decode(said) == "One. Two."
+    for role in ("user", "assistant"):
+        ids = TOKENIZER.encode_chat([{"role": role, "content": "One. Two.", "token_ids": said}], False)
+        assert ids.count(EOT) == 1 and TOKENIZER.decode(ids) == f"{role.capitalize()}: One. Two."
+
+
 # Going on with an answer
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitnet_numba.errors import RequestError, TokenizerError
+from bitnet_numba.text import chat_template
 from bitnet_numba.text.chat_template import ChatTemplate
 from bitnet_numba.text.tokenizer import Tokenizer
 from tests.text.conftest import EOS, HI, TOKENIZER, set_config
@@ -31,6 +32,13 @@ def test_all_forms_of_stored_templates(folder: Path, template: Any) -> None:
 def test_a_template_file_comes_first(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("F:{{ messages[0]['content'] }}")
     assert Tokenizer.open(folder).apply_chat_template(HI) == "F:Hi."
+
+
+def test_a_template_file_too_large_is_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_FILE", 9)
+    (folder / "chat_template.jinja").write_text("0123456789")
+    with pytest.raises(TokenizerError, match="larger than any chat template"):
+        Tokenizer.open(folder).encode_chat(HI)
 
 
 def test_without_a_template_turns_are_plain(folder: Path) -> None:
