@@ -13,6 +13,7 @@ from typing import Any
 
 from bitnet_numba.errors import TokenizerError
 from bitnet_numba.text.chat_template import map_strings
+from bitnet_numba.text.template_process import TemplateLimit
 
 Messages = Sequence[dict[str, Any]]
 Render = Callable[[Messages], str]
@@ -113,6 +114,8 @@ class Tracer:
             copies[i] = copies[i] | {"content": before + start + visible + end + content[behind:]}
         try:
             pieces = _MARKS.split(render(copies))
+        except TemplateLimit:
+            raise
         except TokenizerError:
             return []
         if _SIGNS.sub("\ufffd", "".join(pieces[::2])) != text:
@@ -136,6 +139,8 @@ class Tracer:
     def _try_shadowed(self, render: Render, messages: Messages, roles: set[str]) -> str:
         try:
             return self._shadowed(render, messages, roles)
+        except TemplateLimit:
+            raise
         except TokenizerError:
             return ""
 

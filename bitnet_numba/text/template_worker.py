@@ -17,7 +17,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 MAX_MEMORY = 1 << 30  # bytes of address space
-MAX_TEXT = 1 << 26  # characters of a rendered text
+MAX_TEXT = 1 << 24  # characters of a rendered text
 LENGTH_BYTES = 8
 
 

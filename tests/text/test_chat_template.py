@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bitnet_numba.engine.engine import DEMO
 from bitnet_numba.errors import RequestError, TokenizerError
 from bitnet_numba.text import chat_template
-from bitnet_numba.text.chat_template import ChatTemplate
+from bitnet_numba.text.chat_template import BITNET_TEMPLATE, PUBLISHED_BITNET_TEMPLATE, ChatTemplate
 from bitnet_numba.text.tokenizer import Tokenizer
-from tests.text.conftest import EOS, HI, TOKENIZER, set_config
+from tests.text.conftest import EOS, FOLDER, HI, TOKENIZER, set_config
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,20 @@ def test_a_template_file_too_large_is_not_read(folder: Path, monkeypatch: pytest
     (folder / "chat_template.jinja").write_text("0123456789")
     with pytest.raises(TokenizerError, match="larger than any chat template"):
         Tokenizer.open(folder).encode_chat(HI)
+
+
+def test_our_own_templates_are_rendered_without_another_process() -> None:
+    for folder in (FOLDER, DEMO):
+        tokenizer = Tokenizer.open(folder)
+        assert tokenizer._chats()._template.source in chat_template.TRUSTED
+    assert BITNET_TEMPLATE in chat_template.TRUSTED
+    ours, theirs = (ChatTemplate(source, {}).render(HI) for source in (BITNET_TEMPLATE, PUBLISHED_BITNET_TEMPLATE))
+    assert ours == theirs
+
+
+def test_a_text_without_end_is_not_passed_on() -> None:
+    with pytest.raises(TokenizerError, match="it makes a text of 20,000,000 characters"):
+        ChatTemplate("{{ 'ab' * 10000000 }}", {}).render(HI)
 
 
 def test_without_a_template_turns_are_plain(folder: Path) -> None:
