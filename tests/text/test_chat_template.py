@@ -286,6 +286,10 @@ def test_a_template_that_names_a_role_may_get_it(folder: Path) -> None:
     source = "{% for m in messages %}{% if m.role == 'tool' %}[{{ m.content }}]{% endif %}{% endfor %}"
     tokenizer = Tokenizer.open(set_config(folder, chat_template=source))
     assert tokenizer.apply_chat_template([*HI, {"role": "tool", "content": "4"}]) == "[4]"
+    set_config(folder, chat_template="{% for m in messages %}{{ m.role ~ '<|eot_id|>' }}{% endfor %}")
+    for role in ("<|eot_id|>", ".*", "|", ""):
+        with pytest.raises(RequestError, match="knows no role"):
+            Tokenizer.open(folder).encode_chat([{"role": role, "content": "4"}])
 
 
 @pytest.mark.parametrize(
