@@ -135,6 +135,14 @@ def test_hostile_contents_stay_in_the_text(kind: str, messages: list[dict[str, A
         assert tokenizer.decode(ids, skip_special=False).replace(" ", "") == text.replace(" ", "")
 
 
+def test_words_and_signs_of_a_vocabulary_are_no_turn_markers() -> None:
+    backend = tokenizers.Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+    backend.add_tokens([AddedToken(text, normalized=False) for text in (": ", "User", "\n\n")])
+    tokenizer = Tokenizer(backend)
+    chat = [{"role": "user", "content": "User: a: b\n\nc"}]
+    assert tokenizer.encode_chat(chat) == tokenizer.encode("User: User: a: b\n\nc\nAssistant:")
+
+
 def test_turns_end_with_the_templates_marker_though_it_is_not_special() -> None:
     tokenizer = ALL["bytes", "kept"]
     end = tokenizer._backend.token_to_id("<|im_end|>")
@@ -194,7 +202,8 @@ def test_a_control_token_is_found_inside_what_only_reads_like_one() -> None:
 @pytest.mark.parametrize("text", ["<s>", "<think>"])
 def test_a_vocabulary_that_holds_control_tokens_itself(text: str) -> None:
     # Without any word boundary, and with ignore_merges, the model finds a content in its vocabulary as a whole.
-    vocabulary = {piece: i for i, piece in enumerate(["<s>", "<think>", *"<>/s|thinkab", "x"])} | {"y": 40}
+    vocabulary = {piece: i for i, piece in enumerate(["<s>", "<think>", *"<>/s|thinkab", "x"])}
+    last = vocabulary["y"] = len(vocabulary) + 1  # a gap: as many entries as this id, which is one of them
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<s>", "<think>"])
@@ -203,7 +212,7 @@ def test_a_vocabulary_that_holds_control_tokens_itself(text: str) -> None:
     spelled = [vocabulary[character] for character in text]
     assert tokenizer.encode_chat([{"role": "user", "content": text}]) == [0, *spelled]
     ids = tokenizer.encode_chat([{"role": "user", "content": f"a{text}<a>y"}])
-    assert ids == [0, vocabulary["a"], *spelled, backend.token_to_id("<a>"), 40]
+    assert ids == [0, vocabulary["a"], *spelled, backend.token_to_id("<a>"), last]
 
 
 # Answers given as ids
@@ -304,5 +313,6 @@ def test_a_started_answer_can_be_continued(content: str) -> None:
 def test_only_an_answer_can_be_continued() -> None:
     with pytest.raises(RequestError, match="only an answer"):
         TOKENIZER.encode_chat(HI, continue_final_message=True)
-    with pytest.raises(TokenizerError, match="changes the last answer"):
-        ALL["bytes", "reversed"].encode_chat([{"role": "assistant", "content": "abc"}], continue_final_message=True)
+    for change in ("reversed", "counted"):
+        with pytest.raises(TokenizerError, match="changes the last answer"):
+            ALL["bytes", change].encode_chat([{"role": "assistant", "content": "Seven!!"}], continue_final_message=True)
