@@ -91,8 +91,8 @@ class Tokenizer:
         trial: opens tokenizer.json in another process first, since a damaged one can end the process.
 
         Raises TokenizerError if a file is missing or damaged, or if the tokenizer's vocabulary is larger than a model's
-        of `vocab_size`. A chat template that cannot be used is told, and then only chats are refused. So is a token
-        that was added beyond the model's vocabulary (for padding): only a prompt that has it is.
+        of `vocab_size`. A chat template that cannot be used is told, and then only chats are refused. A token that was
+        added beyond the model's vocabulary (for padding) does no harm until a prompt has it.
         """
         folder = Path(folder)
         path = folder / "tokenizer.json"
@@ -107,10 +107,14 @@ class Tokenizer:
             template = find_template(folder, config)
         except TokenizerError as error:
             refusal = str(error)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
         if trial:
-            try_in_child(path)
+            try_in_child(data, path)
         tokenizer = Tokenizer(
-            load_backend(path), template, named, add_bos if isinstance(add_bos, bool) else None, refusal=refusal
+            load_backend(data, path), template, named, add_bos if isinstance(add_bos, bool) else None, refusal=refusal
         )
         tokenizer.stop_ids |= eos_ids(folder, vocab_size or tokenizer.size)
         tokenizer._check_size(path, vocab_size)

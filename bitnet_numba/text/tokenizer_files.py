@@ -22,7 +22,7 @@ _AFFIX = re.compile(rb'"(continuing_subword_prefix|end_of_word_suffix)"\s*:\s*"[
 # Opens a tokenizer, encodes and decodes with it: what a damaged one dies of, it dies of here.
 _TRIAL = """
 import sys
-sys.path.append(sys.argv[2])
+sys.path.append(sys.argv[1])
 try:
     import resource
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -31,7 +31,7 @@ except (ImportError, OSError, ValueError):
     pass
 import tokenizers
 try:
-    backend = tokenizers.Tokenizer.from_file(sys.argv[1])
+    backend = tokenizers.Tokenizer.from_buffer(sys.stdin.buffer.read())
     backend.no_truncation()
     backend.no_padding()
     texts = ["", " ", "Hello,  world!\\n\\n\\t123", "\\u00e9\\u4e2d\\U0001f642\\u0301\\x00\\x7f", "x" * 100]
@@ -46,17 +46,17 @@ except BaseException as error:
 _TRIAL_SECONDS = 60
 
 
-def load_backend(path: Path) -> tokenizers.Tokenizer:
+def load_backend(data: bytes, name: object) -> tokenizers.Tokenizer:
     """The `tokenizers` object of a tokenizer.json, which encodes a text always alike and completely.
 
     As in transformers, truncation and padding that the file stores are not applied; nor is dropout, which is for
-    training. Raises TokenizerError if the file is damaged or of a kind that is not supported.
+    training. Raises TokenizerError, naming the file, if it is damaged or of a kind that is not supported.
     """
-    with library_errors(f"{path} is damaged"):
+    with library_errors(f"{name} is damaged"):
         # With an affix that the vocabulary does not match, the library aborts the process; no BitNet model has one.
-        if affix := _AFFIX.search(path.read_bytes()):
-            raise TokenizerError(f"{path}: {affix[1].decode()} is not supported")
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        if affix := _AFFIX.search(data):
+            raise TokenizerError(f"{name}: {affix[1].decode()} is not supported")
+        backend = tokenizers.Tokenizer.from_buffer(data)
         backend.no_truncation()
         backend.no_padding()
         if getattr(backend.model, "dropout", None) is not None:
@@ -64,22 +64,22 @@ def load_backend(path: Path) -> tokenizers.Tokenizer:
         return backend
 
 
-def try_in_child(path: Path) -> None:
+def try_in_child(data: bytes, name: object) -> None:
     """Opens a tokenizer.json in another process. Raises TokenizerError if that one dies of it, or takes too long."""
     spec = importlib.util.find_spec("tokenizers")
     assert spec is not None and spec.origin is not None
     site = str(Path(spec.origin).parent.parent)
     try:
-        command = [sys.executable, "-I", "-S", "-X", "utf8", "-c", _TRIAL, str(path), site]
-        process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TRIAL_SECONDS)
+        command = [sys.executable, "-I", "-S", "-X", "utf8", "-c", _TRIAL, site]
+        process = subprocess.run(command, input=data, capture_output=True, timeout=_TRIAL_SECONDS)
     except subprocess.TimeoutExpired:
-        raise TokenizerError(f"{path} is damaged: it takes longer than {_TRIAL_SECONDS} seconds to open") from None
+        raise TokenizerError(f"{name} is damaged: it takes longer than {_TRIAL_SECONDS} seconds to open") from None
     except (OSError, ValueError) as error:
-        raise TokenizerError(f"{path} cannot be tried out: {one_line(error)}") from None
+        raise TokenizerError(f"{name} cannot be tried out: {one_line(error)}") from None
     if process.returncode:
         reason = " ".join(process.stdout.decode("utf-8", "replace").split())
         reason = printable(reason) or f"it ends the process that opens it (exit code {process.returncode})"
-        raise TokenizerError(f"{path} is damaged: {reason}")
+        raise TokenizerError(f"{name} is damaged: {reason}")
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def library_errors(what: str) -> Iterator[None]:
     """Turns any exception of the library into a TokenizerError; its panics derive from BaseException."""
     try:
         yield
-    except (TokenizerError, KeyboardInterrupt, SystemExit):
+    except (TokenizerError, KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
         raise TokenizerError(f"{what}: {one_line(error)}") from None
