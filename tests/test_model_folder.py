@@ -48,7 +48,7 @@ SPOILERS: list[tuple[Callable[[Path], object], str]] = [
 ]
 CONVERTED = ["config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"]
 CONVERTED += ["tokenizer.model", "generation_config.json", "special_tokens_map.json", "chat_template.jinja"]
-LOADED = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"]
+LOADED = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
 
 
 @pytest.mark.parametrize(("spoil", "reason"), SPOILERS)
@@ -72,6 +72,20 @@ def test_files_that_are_none(
             assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(("spoil", "reason"), SPOILERS)
+def test_a_template_that_is_none_refuses_chats_alone(
+    tiny_packed: Path, tmp_path: Path, spoil: Callable[[Path], object], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(tiny_packed, tmp_path / "model"))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    spoil(folder / "chat_template.jinja")
+    llm = load(folder, "reference")
+    assert f"chat_template.jinja cannot be read: {reason}" in caplog.text
+    assert llm.generate("x", 1).token_ids
+    with pytest.raises(BitNetError, match="cannot be read"):
+        llm.generate([{"role": "user", "content": "x"}], 1)
+
+
 def test_no_permission(tiny_packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.open
 
@@ -81,7 +95,7 @@ def test_no_permission(tiny_packed: Path, tmp_path: Path, monkeypatch: pytest.Mo
         return real(path, *arguments, **options)
 
     monkeypatch.setattr(os, "open", refuse)
-    for refused in LOADED[:-1]:
+    for refused in LOADED:
         with pytest.raises(BitNetError, match=f"{refused} cannot be read: Permission denied"):
             load(tiny_packed, "reference")
     refused = str(tiny_packed)

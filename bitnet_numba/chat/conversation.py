@@ -63,10 +63,8 @@ class Conversation:
     def _remember(self, question: dict[str, Any], completion: Completion) -> None:
         if completion.finish_reason == "interrupted" and not completion.text:
             return
-        answer: dict[str, Any] = {"role": "assistant", "content": completion.text}
-        # The generated ids, so that the next turn finds them in the context; not if a stop string cut a token in two.
-        if self.engine.tokenizer.decode(completion.token_ids) == completion.text:
-            answer["token_ids"] = completion.token_ids
+        # The generated ids, so that the next turn finds them in the context.
+        answer = {"role": "assistant", "content": completion.text, "token_ids": completion.token_ids}
         self.messages += [question, answer]
 
     def undo(self) -> str | None:

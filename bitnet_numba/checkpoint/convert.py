@@ -30,6 +30,7 @@ from bitnet_numba.config import GROUPS
 from bitnet_numba.errors import CheckpointError, one_line, printable
 from bitnet_numba.model_folder import FileError, ModelFile, ModelFolder, why
 from bitnet_numba.packing import pack_ternary
+from bitnet_numba.text.chat_template import ADDITIONAL
 from bitnet_numba.text.tokenizer import Tokenizer, from_tiktoken
 
 ROWS_AT_A_TIME = 8192  # of embedding and LM head, checked and rounded in chunks to bound memory
@@ -242,7 +243,10 @@ def write_tokenizer(source: ModelFolder, folder: Path, vocab_size: int) -> None:
     for name in copied:
         if (source / name).exists():
             copy(source / name, folder / name)
-    Tokenizer.open(ModelFolder(folder, shown=str(source)), vocab_size)
+    default = source / f"{ADDITIONAL}/default.jinja"
+    if default.exists() and not (folder / "chat_template.jinja").exists():
+        copy(default, folder / "chat_template.jinja")  # what transformers takes of several
+    Tokenizer.open(ModelFolder(folder, shown=str(source)), vocab_size, trial=True)
 
 
 def copy(file: ModelFile, to: Path) -> None:

@@ -63,7 +63,7 @@ class CompletionBuilder:
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), max_new_tokens: int | None = None):
         """stop: strings before which the answer ends. max_new_tokens: None for no limit."""
         self.reason: FinishReason | None = None  # why generation ends; None while it goes on
-        self._stop_ids = tokenizer.stop_ids
+        self._stop_ids = tokenizer.stop_ids | tokenizer.special_stops(stop)
         self._decoder, self._matcher = StreamDecoder(tokenizer), StopStrings(stop)
         self._max_new_tokens = max_new_tokens
         self._finished = False

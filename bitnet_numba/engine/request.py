@@ -92,7 +92,9 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int, capacit
         ids = tokenizer.encode(prompt, max_tokens=capacity)
     elif isinstance(prompt[0], Mapping):
         messages = [_read_message(message, vocab_size) for message in prompt]  # type: ignore[arg-type]
-        ids = tokenizer.encode_chat(messages, max_tokens=capacity)
+        # As in transformers' pipelines: an answer that stands last is continued.
+        started = isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant"
+        ids = tokenizer.encode_chat(messages, max_tokens=capacity, continue_final_message=started)
     elif isinstance(prompt[0], str) or is_list(prompt[0]):
         raise RequestError(
             "a prompt is one text, one list of token ids or one conversation: for several prompts, use "

@@ -5,36 +5,41 @@ function: the bytes are joined and decoded as UTF-8, with U+FFFD for invalid byt
 """
 
 import codecs
-import contextlib
 import functools
 import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
-from bitnet_numba.errors import ContextFull, TokenizerError, one_line
-from bitnet_numba.json_file import read_json
+from bitnet_numba.errors import ContextFull, RequestError, TokenizerError
 from bitnet_numba.model_folder import FileError, ModelFile, ModelFolder
+from bitnet_numba.text.chat_encoder import ChatEncoder
 from bitnet_numba.text.chat_template import (
     BITNET_TEMPLATE,
     PLAIN_STOP,
     PLAIN_TEMPLATE,
-    ChatTemplate,
     Message,
-    check_messages,
     find_template,
+    read_ids,
+    without_surrogates,
 )
 from bitnet_numba.text.tiktoken import BOS, EOS, build_tokenizer, byte_alphabet
+from bitnet_numba.text.tokenizer_files import (
+    eos_ids,
+    is_byte_level,
+    library_errors,
+    load_backend,
+    named_tokens,
+    read_object,
+    try_in_child,
+)
 
 _log = logging.getLogger("bitnet_numba")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-_AFFIX = re.compile(rb'"(continuing_subword_prefix|end_of_word_suffix)"\s*:\s*"[^"]')
-_MARKS = [chr(c) for c in range(0xFDD0, 0xFDF0)]  # noncharacters, which Unicode reserves for internal use
 
 
 class Tokenizer:
@@ -44,121 +49,151 @@ class Tokenizer:
         self,
         backend: tokenizers.Tokenizer,
         template: str | None = None,
-        named_tokens: dict[str, str] | None = None,
+        named_tokens: Mapping[str, object] | None = None,
         add_bos: bool | None = None,
         stop_ids: Iterable[int] = (),
+        refusal: str | None = None,
     ):
         """
         template: Jinja source; None falls back to plain "User: ..." turns.
         named_tokens: the text of bos_token, eos_token, ... as templates see them.
         add_bos: whether texts start with bos_token; None: as the tokenizer's own post-processor does it.
         stop_ids: tokens that end an answer, in addition to eos_token and the template's end of turn.
+        refusal: why the model's own template cannot be used; then chats are refused with this reason.
         """
         self._backend = backend
-        named_tokens = named_tokens or {}
-        added = backend.get_added_tokens_decoder()
-        self.special_ids = frozenset(i for i, token in added.items() if token.special)
-        texts = sorted((added[i].content for i in self.special_ids if added[i].content), key=len, reverse=True)
-        self._special_text = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
-        self._byte_level = _is_byte_level(backend)
+        named = named_tokens or {}
+        self._added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
+        self._byte_level = is_byte_level(backend)
         self._bytes: dict[int, bytes] = {}
         self._byte_of = {character: byte for byte, character in enumerate(byte_alphabet())}
-        self.size = max(backend.get_vocab_size(), 1 + max(added, default=-1))  # ids are below this
-        self.has_chat_template = template is not None
-        self._template = ChatTemplate(PLAIN_TEMPLATE if template is None else template, named_tokens)
+        self.size = max(backend.get_vocab_size(), 1 + max(self._added, default=-1))  # ids are below this
+        self.bos_id = self._find_bos(named.get("bos_token"), add_bos)
+        self.has_chat_template = template is not None or refusal is not None
         self.chat_stop: tuple[str, ...] = () if self.has_chat_template else (PLAIN_STOP,)
-        self.bos_id = self._find_bos(named_tokens.get("bos_token"), add_bos)
-        eos = backend.token_to_id(named_tokens.get("eos_token", ""))
-        self.stop_ids = frozenset({*stop_ids, *(() if eos is None else (eos,)), *self._end_of_turn()})
+        self._refusal = refusal
+        self._chat: ChatEncoder | None = None
+        if refusal is None:
+            try:
+                self._chat = ChatEncoder(backend, PLAIN_TEMPLATE if template is None else template, named)
+            except TokenizerError as error:
+                self._refusal = str(error)
+        if self._refusal is not None:
+            _log.warning("%s; chats will be refused, but raw text can be continued", self._refusal.rstrip("."))
+        ends = {*stop_ids, self._id_of(named.get("eos_token")), self._chat.end_of_turn if self._chat else None}
+        self.stop_ids = frozenset(i for i in ends if i is not None)
 
     @staticmethod
-    def open(folder: str | os.PathLike[str] | ModelFolder, vocab_size: int | None = None) -> "Tokenizer":
-        """Reads tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json of a folder.
+    def open(
+        folder: str | os.PathLike[str] | ModelFolder, vocab_size: int | None = None, trial: bool = False
+    ) -> "Tokenizer":
+        """Reads the tokenizer of a folder: tokenizer.json and, where there are any, tokenizer_config.json,
+        special_tokens_map.json, generation_config.json, config.json and chat templates.
 
-        Only the first is required. Raises TokenizerError if a file is missing or damaged, or if the tokenizer has ids
-        for which a model of `vocab_size` has no embedding.
+        trial: opens tokenizer.json in another process first, since a damaged one can end the process.
+
+        Raises TokenizerError if a file is missing or damaged, or if the tokenizer's vocabulary is larger than a model's
+        of `vocab_size`. A chat template that cannot be used is told, and then only chats are refused. A token that was
+        added beyond the model's vocabulary (for padding) does no harm until a prompt has it.
         """
         folder = ModelFolder.of(folder)
         path = folder / "tokenizer.json"
-        if not path.is_file():
+        if not path.exists():
             raise TokenizerError(f"{folder} has no tokenizer.json: convert the model again from a folder that has one")
-        config = _read_object(folder / "tokenizer_config.json")
-        named = {}
-        for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            value = config.get(key)
-            value = value.get("content") if isinstance(value, dict) else value
-            if isinstance(value, str):
-                named[key] = _no_surrogates(value)
+        config = read_object(folder / "tokenizer_config.json")
+        named = named_tokens(config, read_object(folder / "special_tokens_map.json"))
         add_bos = config.get("add_bos_token")
-        generation = _read_object(folder / "generation_config.json")
+        template = refusal = None
+        try:
+            template = find_template(folder, config)
+        except TokenizerError as error:
+            refusal = str(error)
+        try:
+            data = path.read_bytes()
+        except FileError as error:
+            raise TokenizerError(f"{path} cannot be read: {error}") from None
+        if trial:
+            try_in_child(data, path)
         tokenizer = Tokenizer(
-            _load(path),
-            find_template(folder, config),
-            named,
-            add_bos if isinstance(add_bos, bool) else None,
+            load_backend(data, path), template, named, add_bos if isinstance(add_bos, bool) else None, refusal=refusal
         )
-        tokenizer.stop_ids |= _known_ids(generation.get("eos_token_id"), vocab_size or tokenizer.size)
-        if vocab_size is not None and tokenizer.size > vocab_size:
-            raise TokenizerError(f"{path} has {tokenizer.size} tokens, but the model has embeddings for {vocab_size}")
+        tokenizer.stop_ids |= eos_ids(folder, vocab_size or tokenizer.size)
+        tokenizer._check_size(path, vocab_size)
         return tokenizer
+
+    def _check_size(self, path: ModelFile, vocab_size: int | None) -> None:
+        size = self._backend.get_vocab_size(with_added_tokens=False)
+        if vocab_size is None or max(size, self.bos_id or 0) < vocab_size:
+            return
+        if size > vocab_size:
+            raise TokenizerError(f"{path} has {size} tokens, but the model has embeddings for {vocab_size}")
+        if self.bos_id is not None and self.bos_id >= vocab_size:
+            raise TokenizerError(f"{path}: the first token of texts is {self.bos_id}, but the model has {vocab_size}")
 
     def encode(self, text: str, add_bos: bool = True, max_tokens: int | None = None) -> list[int]:
         """Token ids of a text. Special tokens written in it are parsed as such; there is exactly one bos, at the start.
 
-        Raises ContextFull, before any work, if a text this long cannot fit into `max_tokens` tokens.
+        Raises RequestError if `text` is not a string, and ContextFull, before any work, if a text this long cannot fit
+        into `max_tokens` tokens.
         """
+        if not isinstance(text, str):
+            raise RequestError(f"a text must be a string, not {type(text).__name__}")
         self._check_length(text, max_tokens)
-        ids = self._encode(_no_surrogates(text), add_special_tokens=False)
-        if add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
-            ids.insert(0, self.bos_id)
-        return ids
+        return self._with_bos(self._encode(without_surrogates(text), add_special_tokens=False), add_bos)
+
+    def _with_bos(self, ids: list[int], add_bos: bool = True) -> list[int]:
+        return [self.bos_id, *ids] if add_bos and self.bos_id is not None and ids[:1] != [self.bos_id] else ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of token ids. Ids without a token (padding of the embedding) decode to nothing."""
-        stream = StreamDecoder(self, skip_special)
-        return "".join([stream.push(i) for i in ids]) + stream.finish()
+        """The text of token ids. Ids without a token (padding of the embedding) decode to nothing.
 
-    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The text that the template makes of [{"role": ..., "content": ...}, ...]. Raises TokenizerError."""
-        return self._template.render(messages, add_generation_prompt)
+        Raises RequestError if `ids` are not integers.
+        """
+        stream = StreamDecoder(self, skip_special)
+        return "".join([stream.push(i) for i in read_ids(ids, "decode")]) + stream.finish()
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, continue_final_message: bool = False
+    ) -> str:
+        """The text that the template makes of [{"role": ..., "content": ...}, ...].
+
+        continue_final_message: the text ends with the last message's content, which the model goes on with.
+
+        Raises RequestError if the messages are not a conversation, and TokenizerError if the template fails.
+        """
+        return self._chats().trace(messages, add_generation_prompt, continue_final_message)[1].text
 
     def encode_chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, max_tokens: int | None = None
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        max_tokens: int | None = None,
+        continue_final_message: bool = False,
     ) -> list[int]:
-        """Token ids of a conversation, including bos; `max_tokens` as for `encode`.
+        """Token ids of a conversation, including bos: those of the template's text. Arguments and errors as for
+        `apply_chat_template`, and `max_tokens` as for `encode`.
 
-        Special tokens inside a content are read as plain text, so that no message can end its turn or forge another. A
-        message with "token_ids" is inserted as exactly these ids, its content is not encoded again: the model's own
-        answers stay token for token as it generated them, and the KV cache that holds them can be reused.
+        Special tokens and turn markers inside a content are read as plain text, so that no message can end its turn or
+        forge another. Where the template keeps the content of a message with "token_ids", these ids are used as far as
+        their text is the same and none is such a token: the model's own answers stay token for token as it generated
+        them, and the KV cache that holds them can be reused.
         """
-        check_messages(messages)
-        contents = [message["content"] for message in messages]
-        unused = [mark for mark in _MARKS if not any(mark in content for content in contents)]
-        if len(unused) < 2:
-            raise TokenizerError("the conversation uses up the code points U+FDD0 to U+FDEF, which are not characters")
-        cut, slot = unused[:2]
-        given: list[Sequence[int]] = []
-        marked: list[dict[str, Any]] = []
-        for message in messages:
-            if message.get("token_ids"):
-                content = f"{slot}{len(given)}{slot}"
-                given.append(message["token_ids"])
-            else:
-                content = self._special_text.sub(lambda m: m[0][:1] + cut + m[0][1:], message["content"])
-            marked.append({**message, "content": content})
-        text = self._template.render(marked, add_generation_prompt)
-        parts = text.split(slot)
-        self._check_length("".join(parts[::2]).replace(cut, ""), max_tokens)
-        ids: list[int] = []
-        for i, part in enumerate(parts):
-            if i % 2:
-                ids.extend(given[int(part)])
-            else:
-                for piece in part.split(cut):
-                    ids.extend(self.encode(piece, add_bos=False))
-        if self.bos_id is not None and ids[:1] != [self.bos_id]:
-            ids.insert(0, self.bos_id)
-        return ids
+        chats = self._chats()
+        read, trace = chats.trace(messages, add_generation_prompt, continue_final_message)
+        self._check_length(trace.text, max_tokens)
+        with library_errors("the tokenizer cannot encode this text"):
+            return self._with_bos(chats.encode(read, trace, lambda: StreamDecoder(self)))
+
+    def _chats(self) -> ChatEncoder:
+        if self._chat is None:
+            raise TokenizerError(str(self._refusal))
+        return self._chat
+
+    def special_stops(self, stops: Sequence[str]) -> frozenset[int]:
+        """The ids of the special tokens among stop strings: these never match as strings, for decoding skips them."""
+        texts = {stop.strip() for stop in stops}
+        return frozenset(i for i in self.special_ids if self._added[i].content.strip() in texts - {""})
 
     @functools.cached_property
     def longest_token(self) -> int:
@@ -198,27 +233,22 @@ class Tokenizer:
         return not self._byte_level and first_id == self.bos_id
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        with _library_errors("the tokenizer cannot encode this text"):
+        with library_errors("the tokenizer cannot encode this text"):
             ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def _find_bos(self, named: str | None, add_bos: bool | None) -> int | None:
-        own = self._encode("", add_special_tokens=True)
-        if add_bos is None:
-            return own[0] if own else None
-        return self._backend.token_to_id(named) if add_bos and named is not None else None
+    def _id_of(self, text: object) -> int | None:
+        return self._backend.token_to_id(text) if isinstance(text, str) else None
 
-    def _end_of_turn(self) -> list[int]:
-        """The special token that the template puts after an answer: the model was trained to end with it."""
-        try:
-            text = self._template.render(
-                [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARKS[0]}], False
-            )
-        except TokenizerError:  # a template may refuse this conversation and accept others
-            return []
-        token = self._special_text.match(text.rpartition(_MARKS[0])[2].lstrip())
-        token_id = self._backend.token_to_id(token[0]) if token else None
-        return [] if token_id is None else [token_id]
+    def _find_bos(self, named: object, add_bos: bool | None) -> int | None:
+        if add_bos is not None:
+            return self._id_of(named) if add_bos else None
+        # The post-processor may also write tokens behind a text, which is not what a prompt is to end with.
+        bare, whole = (self._encode("a", add_special_tokens=special) for special in (False, True))
+        before = len(whole) - len(bare)
+        while before > 0 and whole[before : before + len(bare)] != bare:
+            before -= 1
+        return whole[0] if before > 0 else None
 
 
 class StreamDecoder:
@@ -273,59 +303,3 @@ def from_tiktoken(vocabulary: str | os.PathLike[str] | ModelFile, folder: str | 
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Tokenizer.open(folder)
-
-
-@contextlib.contextmanager
-def _library_errors(what: str) -> Iterator[None]:
-    """Turns any exception of the library into a TokenizerError; its panics derive from BaseException."""
-    try:
-        yield
-    except (TokenizerError, KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:
-        raise TokenizerError(f"{what}: {one_line(error)}") from None
-
-
-def _load(path: ModelFile) -> tokenizers.Tokenizer:
-    try:
-        data = path.read_bytes()
-    except FileError as error:
-        raise TokenizerError(f"{path} cannot be read: {error}") from None
-    with _library_errors(f"{path} is damaged"):
-        # With an affix that the vocabulary does not match, the library aborts the process; no BitNet model has one.
-        if affix := _AFFIX.search(data):
-            raise TokenizerError(f"{path}: {affix[1].decode()} is not supported")
-        return tokenizers.Tokenizer.from_buffer(data)
-
-
-def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
-    """Whether tokens are in GPT-2's byte alphabet (not sentencepiece's text). TokenizerError for other kinds."""
-    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else {}
-    kinds = {part.get("type") for part in decoder.get("decoders", [decoder])}
-    if "ByteLevel" in kinds:
-        return True
-    if kinds & {"Metaspace", "ByteFallback"}:
-        return False
-    raise TokenizerError(f"tokenizer.json: a decoder of type {decoder.get('type')} is not supported")
-
-
-def _known_ids(value: object, size: int) -> frozenset[int]:
-    """eos_token_id of generation_config.json, one or a list. Ids outside the vocabulary are ignored with a warning."""
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    known = set()
-    for i in ids:
-        if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < size:
-            known.add(i)
-        else:
-            _log.warning("generation_config.json: eos_token_id %.60r is not a token of this model; ignored", i)
-    return frozenset(known)
-
-
-def _no_surrogates(text: str) -> str:
-    """Replaces lone surrogates, which a terminal or a JSON file can produce, by U+FFFD: they have no UTF-8."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def _read_object(path: ModelFile) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is no file."""
-    return read_json(path, TokenizerError) if path.exists() else {}

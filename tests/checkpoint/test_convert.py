@@ -1,5 +1,6 @@
 """tools/convert.py: what it writes, what it refuses, and that it never leaves half a checkpoint."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from bitnet_numba.checkpoint.safetensors_file import TensorFile, TensorSpec, wri
 from bitnet_numba.errors import BitNetError, CheckpointError
 from bitnet_numba.packing import pack_ternary
 from bitnet_numba.quantize import ternarize
+from bitnet_numba.text.tokenizer import Tokenizer
 from tests.conftest import edit_config, mutate, rewrite
 from tests.strategies import byte_edits
 from tools.convert import convert, main
@@ -205,7 +207,7 @@ def test_tokenizer_larger_than_the_embedding(source: Path, tmp_path: Path) -> No
     change_tensor(source, EMBED, lambda a: a[:2000])
     with pytest.raises(BitNetError) as caught:
         convert(source, tmp_path / "out")
-    assert str(caught.value) == f"{source}/tokenizer.json has 2048 tokens, but the model has embeddings for 2000"
+    assert str(caught.value) == f"{source}/tokenizer.json has 2045 tokens, but the model has embeddings for 2000"
 
 
 def test_existing_target(source: Path, tmp_path: Path) -> None:
@@ -301,3 +303,16 @@ def test_fuzzed_sources(
         open_packed(folder / "out")
     finally:
         shutil.rmtree(folder)
+
+
+def test_the_default_of_several_templates_is_taken_along(source: Path, tmp_path: Path) -> None:
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    folder = source / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "default.jinja").write_text("{% for message in messages %}<{{ message.content }}>{% endfor %}")
+    (folder / "other.jinja").write_text("other")
+    convert(source, tmp_path / "out")
+    tokenizer = Tokenizer.open(tmp_path / "out")
+    assert tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "hello"}])) == "<hello>"

@@ -5,15 +5,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers
 
-from bitnet_numba.errors import ContextFull, TokenizerError
+from bitnet_numba.errors import ContextFull, RequestError, TokenizerError
 from bitnet_numba.text.tokenizer import StreamDecoder, Tokenizer
-from tests.text.conftest import BOS, EOS, EOT, FOLDER, HI, TOKENIZER, set_config
+from tests.text.conftest import BOS, EOS, EOT, FOLDER, HI, TOKENIZER, sentencepiece_like, set_config
 
 CASES = json.loads((FOLDER / "tokenizer_cases.json").read_text(encoding="utf-8"))
 
@@ -39,23 +39,6 @@ def test_chats_as_recorded(case: dict[str, Any]) -> None:
 
 
 # Decoding
-
-
-def sentencepiece_like() -> tokenizers.Tokenizer:
-    """A small vocabulary of the sentencepiece kind: a space before the first word, bytes for unknown characters."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces += [*"\u2581abcdehlorw.", "he", "ll", "hell", "hello", "\u2581hello", "\u2581w", "or", "ld"]
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("\u2581", "hello"), ("\u2581", "w"), ("o", "r")]
-    backend = tokenizers.Tokenizer(
-        models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
-    return backend
 
 
 def sentencepiece_tokenizer() -> Tokenizer:
@@ -171,6 +154,71 @@ def test_stop_ids_come_from_all_three_places(folder: Path, eos: object) -> None:
     named = {7, 9} if isinstance(eos, list) else {eos} - {None}
     # <|end_of_text|> is the tokenizer's own; <|eot_id|> is what the template writes after an answer.
     assert Tokenizer.open(folder).stop_ids == named | {EOS, EOT}
+    # config.json is asked only where generation_config.json says nothing.
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": [11]}))
+    assert Tokenizer.open(folder).stop_ids == (named or {11}) | {EOS, EOT}
+    (folder / "generation_config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": eos}))
+    assert Tokenizer.open(folder).stop_ids == named | {EOS, EOT}
+
+
+def edit_tokenizer(folder: Path, **changes: Any) -> Path:
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["model"] |= changes.pop("model", {})
+    (folder / "tokenizer.json").write_text(json.dumps(raw | changes))
+    return folder
+
+
+def test_truncation_padding_and_dropout_of_the_file_are_not_applied(folder: Path) -> None:
+    truncation = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    padding = {"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
+    edit_tokenizer(folder, truncation=truncation, padding=padding, model={"dropout": 0.5, "ignore_merges": False})
+    tokenizer = Tokenizer.open(folder)
+    text = "What is the weather like in a town by the sea?"
+    expected = Tokenizer.open(edit_tokenizer(folder, truncation=None, padding=None, model={"dropout": None}))
+    assert [tokenizer.encode(text) for _ in range(5)] == [expected.encode(text)] * 5
+    assert tokenizer.encode_chat(HI) == expected.encode_chat(HI)
+
+
+def test_a_token_behind_a_text_is_not_taken_for_bos(folder: Path) -> None:
+    sequence = {"Sequence": {"id": "A", "type_id": 0}}
+    tokens = {name: {"SpecialToken": {"id": name, "type_id": 0}} for name in ("<|begin_of_text|>", "<|end_of_text|>")}
+    special = {name: {"id": name, "ids": [BOS + i], "tokens": [name]} for i, name in enumerate(tokens)}
+    bos, eos = tokens.values()
+    for single, expected in (([sequence, eos], None), ([bos, sequence, eos], BOS), ([sequence], None)):
+        post = {"type": "TemplateProcessing", "single": single, "pair": [*single, sequence], "special_tokens": special}
+        assert Tokenizer.open(edit_tokenizer(folder, post_processor=post)).bos_id == expected
+
+
+def test_special_tokens_may_stand_in_the_older_file_alone(folder: Path) -> None:
+    config: dict[str, Any] = {
+        "chat_template": "{{ bos_token }}{{ sep_token }}{{ additional_special_tokens | join }}{{ image_token }}"
+    }
+    config["extra_special_tokens"] = {"image_token": "<image>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"sep_token": "<sep>"}))
+    older = {"bos_token": {"content": "<|begin_of_text|>"}, "eos_token": "<|end_of_text|>", "sep_token": "<old>"}
+    older |= {"additional_special_tokens": ["<a>", {"content": "<b>"}], "mask_token": [5], "unk_token": {}}
+    (folder / "special_tokens_map.json").write_text(json.dumps(older))
+    tokenizer = Tokenizer.open(folder)
+    assert tokenizer.stop_ids == {EOS}
+    assert tokenizer.apply_chat_template(HI) == "<|begin_of_text|><sep><a><b><image>"
+
+
+def test_a_special_token_is_found_among_stop_strings() -> None:
+    assert TOKENIZER.special_stops(["<|eot_id|>", "x", "<|end_of_text|>\n", ""]) == {EOT, EOS}
+
+
+@pytest.mark.parametrize("text", [None, 5, b"x", ["x"]])
+def test_only_text_is_encoded_and_only_ids_are_decoded(text: Any) -> None:
+    with pytest.raises(RequestError, match="a text must be a string"):
+        TOKENIZER.encode(text)
+    for wrong in (text, "12", [1.5], [True], [[1]], {1: 2}):
+        if wrong != b"x" and wrong != text:
+            with pytest.raises(RequestError, match="token ids must be integers"):
+                TOKENIZER.decode(wrong)
+    assert TOKENIZER.decode(np.array([64, 65], np.int32)) == TOKENIZER.decode((64, 65))  # type: ignore[arg-type]
+    assert TOKENIZER.decode([-1, 10**30]) == ""
 
 
 def test_a_text_far_too_long_is_refused_before_it_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,10 +248,13 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
         Tokenizer.open(tmp_path)
 
 
-def test_a_tokenizer_larger_than_the_embedding_is_refused() -> None:
-    assert Tokenizer.open(FOLDER, 2000).size == 2000
-    with pytest.raises(TokenizerError, match="2000 tokens, but the model has embeddings for 1999"):
-        Tokenizer.open(FOLDER, 1999)
+def test_a_tokenizer_larger_than_the_embedding_is_refused(folder: Path) -> None:
+    with pytest.raises(TokenizerError, match="1990 tokens, but the model has embeddings for 1989"):
+        Tokenizer.open(FOLDER, 1989)
+    with pytest.raises(TokenizerError, match="the first token of texts is 1990, but the model has 1990"):
+        Tokenizer.open(FOLDER, 1990)
+    # Tokens that were added beyond the vocabulary, for padding, do no harm until a prompt has them.
+    assert Tokenizer.open(FOLDER, 1991).encode("x") == TOKENIZER.encode("x")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
@@ -216,19 +267,37 @@ def test_damaged_files_are_named(folder: Path, name: str, content: bytes) -> Non
 
 
 def test_an_unknown_decoder_is_refused(folder: Path) -> None:
-    raw = json.loads((folder / "tokenizer.json").read_text())
-    raw["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
-    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    edit_tokenizer(folder, decoder={"type": "WordPiece", "prefix": "##", "cleanup": True})
     with pytest.raises(TokenizerError, match="decoder of type WordPiece"):
         Tokenizer.open(folder)
 
 
 def test_an_affix_the_library_would_die_of_is_refused(folder: Path) -> None:
-    raw = json.loads((folder / "tokenizer.json").read_text())
-    raw["model"]["continuing_subword_prefix"] = "x"
-    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    edit_tokenizer(folder, model={"continuing_subword_prefix": "x"})
     with pytest.raises(TokenizerError, match="continuing_subword_prefix is not supported"):
         Tokenizer.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "chunk size must be non-zero"),
+        ({"model": {"merges": [["a", "\x1b[31m"]]}}, r"\\x1b\[31m"),
+        # This one aborts the process (tokenizers 0.23), or is refused.
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "Isolated"}}, "exit code|recompiled"),
+    ],
+)
+def test_a_tokenizer_that_ends_a_process_does_not_end_this_one(
+    folder: Path, changes: Any, reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    edit_tokenizer(folder, **changes)
+    with pytest.raises(TokenizerError, match=f"tokenizer.json is damaged: .*({reason})") as caught:
+        Tokenizer.open(folder, trial=True)
+    assert str(caught.value).isprintable() and capfd.readouterr() == ("", "")
+
+
+def test_a_trial_lets_a_good_tokenizer_pass() -> None:
+    assert Tokenizer.open(FOLDER, trial=True).encode("x") == TOKENIZER.encode("x")
 
 
 def mutated(value: Any, draw: st.DrawFn) -> Any:

@@ -1,0 +1,118 @@
+"""Conversations as token ids: exactly those of the chat template's text, but for what messages must not write."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+
+from bitnet_numba.errors import RequestError, TokenizerError
+from bitnet_numba.text.chat_template import ChatTemplate, Message, read_messages
+from bitnet_numba.text.chat_trace import Trace, Tracer, space_behind
+from bitnet_numba.text.guarded_encoder import GuardedEncoder
+from bitnet_numba.text.template_process import TemplateLimit
+
+if TYPE_CHECKING:
+    from bitnet_numba.text.tokenizer import StreamDecoder
+
+_PROBE = "\ud800"  # a content that no template writes itself
+_TURNS = ("user", "assistant", "user")
+
+
+class ChatEncoder:
+    """Renders and encodes conversations with one template. Raises TokenizerError if the template cannot be used."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, source: str, variables: Mapping[str, object]):
+        """source: of the template. variables: what it sees besides messages: bos_token, eos_token, ..."""
+        self._template = ChatTemplate(source, variables)
+        added = backend.get_added_tokens_decoder()
+        # Added tokens that the template writes around messages control turns, too, though they need not be special.
+        turns = self._probe(_TURNS) + self._probe(("system", *_TURNS)) or source
+        controls = {
+            token.content: i
+            for i, token in added.items()
+            if token.special or (token.content in turns and _reads_like_a_marker(token.content))
+        }
+        self._guarded = GuardedEncoder(backend, controls)
+        self._tracer = Tracer(list(controls))
+        self._control_ids = frozenset(controls.values())
+        self.end_of_turn = self._find_end_of_turn(controls)
+
+    def trace(
+        self, messages: Sequence[Message], add_generation_prompt: bool, continue_final_message: bool
+    ) -> tuple[list[dict[str, Any]], Trace]:
+        """The messages as the template sees them, and the conversation rendered.
+
+        continue_final_message: the text ends with the last content. Raises RequestError for messages that cannot be
+        used, and TokenizerError if the template fails.
+        """
+        read = read_messages(messages, self._template)
+        if continue_final_message and read[-1]["role"] != "assistant":
+            raise RequestError("only an answer can be continued: the last message is not the assistant's")
+        prompt = add_generation_prompt and not continue_final_message
+        last = len(read) - 1
+        marked = [i for i, m in enumerate(read) if m.get("token_ids") or (continue_final_message and i == last)]
+        trace = self._tracer.trace(lambda m: self._template.render(m, prompt), read, marked)
+        return read, trace.up_to_end_of(last, read[last]["content"]) if continue_final_message else trace
+
+    def encode(
+        self, messages: Sequence[dict[str, Any]], trace: Trace, new_stream: Callable[[], "StreamDecoder"]
+    ) -> list[int]:
+        """Token ids of a conversation that `trace` has rendered, without bos unless the template writes it.
+
+        new_stream: makes decoders, which tell how much of an answer's ids stands in the text.
+        """
+        found = self._tracer.controls(trace)
+        ids: list[int] = []
+        position = 0
+
+        def encode_to(end: int) -> None:
+            inside = [(a - position, b - position, foreign) for a, b, foreign in found if position <= a and b <= end]
+            ids.extend(self._guarded.encode(trace.text[position:end], inside, continues=bool(ids)))
+
+        for message, start, end in trace.places:
+            content, given = messages[message]["content"], messages[message].get("token_ids", [])
+            given = given[: next((n for n, i in enumerate(given) if i in self._control_ids), None)]
+            # The answer may begin with a space that the template removed, and wrote itself.
+            start = max(start - len(content) + len(content.lstrip()), position)
+            text = trace.text[start : space_behind(trace.text, end, content)]
+            count, length = same_tokens(given, text, new_stream())
+            if count:
+                encode_to(start)
+                ids.extend(given[:count])
+                position = start + length
+        encode_to(len(trace.text))
+        return ids
+
+    def _probe(self, roles: Sequence[str]) -> str:
+        """A conversation of messages with an odd content; empty if the template refuses it, which it may."""
+        try:
+            return self._template.render([{"role": role, "content": _PROBE} for role in roles], False)
+        except TemplateLimit:
+            raise
+        except TokenizerError:
+            return ""
+
+    def _find_end_of_turn(self, controls: Mapping[str, int]) -> int | None:
+        """The control token that the template puts after an answer: the model was trained to end with it."""
+        _, answer, rest = self._probe(_TURNS[:2]).rpartition(_PROBE)
+        ends = [text for text in controls if answer and text and rest.lstrip().startswith(text)]
+        return controls[max(ends, key=len)] if ends else None
+
+
+def _reads_like_a_marker(text: str) -> bool:
+    """Whether a text is more than a word, a sign or white space, which vocabularies add as tokens as well."""
+    return any(c.isalnum() for c in text) and any(not c.isalnum() and not c.isspace() for c in text)
+
+
+def same_tokens(ids: Sequence[int], text: str, stream: "StreamDecoder") -> tuple[int, int]:
+    """How many of the ids, from the first on, make a beginning of `text`, and the length of that."""
+    decoded, count, length = 0, 0, 0
+    for n, i in enumerate(ids, 1):
+        piece = stream.push(i)
+        if not text.startswith(piece, decoded):
+            return count, length
+        decoded += len(piece)
+        if not stream.pending:
+            count, length = n, decoded
+    rest = stream.finish()
+    return (len(ids), decoded + len(rest)) if text.startswith(rest, decoded) else (count, length)
