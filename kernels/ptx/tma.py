@@ -44,17 +44,33 @@ def simulated_swizzle(rows: np.ndarray) -> np.ndarray:
     return np.take_along_axis(pieces, order[:, :, None], axis=1).reshape(rows.shape)
 
 
+class SimulatedMbarrier:
+    """An mbarrier of the simulator, in `SimulatedThread.mbarriers` by its address."""
+
+    def __init__(self) -> None:
+        self.phase, self.arrived, self.missing = 0, False, 0  # bytes
+
+    def change(self, announced: int = 0, copied: int = 0) -> None:
+        """Counts bytes; the phase ends when all that were announced have come."""
+        self.arrived |= announced > 0
+        self.missing += announced - copied
+        if self.arrived and self.missing == 0:
+            self.phase, self.arrived = self.phase + 1, False
+
+
 # ---- mbarriers -----------------------------------------------------------------------------------------------------
 
 
 @instruction("mbarrier.init.shared::cta.b64 [$0], 1; fence.mbarrier_init.release.cluster;", "", "r", effects=True)
 def mbarrier_init(address: Any) -> None:
     """Makes the int64 at an address an mbarrier that one thread arrives at. One thread, then a barrier. sm_90."""
+    simulated_thread().mbarriers[int(address)] = SimulatedMbarrier()
 
 
 @instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "", "rr", effects=True)
 def mbarrier_expect_tx(mbarrier: Any, nbytes: Any) -> None:
     """Arrives at the mbarrier at an address, whose phase ends when `nbytes` have been copied. One thread. sm_90."""
+    simulated_thread().mbarriers[int(mbarrier)].change(announced=int(nbytes))
 
 
 @instruction(
@@ -64,8 +80,9 @@ def mbarrier_expect_tx(mbarrier: Any, nbytes: Any) -> None:
     effects=True,
 )
 def mbarrier_wait(mbarrier: Any, parity: Any) -> None:
-    """Blocks until the phase with this parity is over. All threads of a block together. sm_90."""
-    simulated_thread().syncthreads()  # a simulated copy is made at its start, by one thread, which must have come by
+    """Blocks until the phase with this parity is over. sm_90."""
+    state = simulated_thread().mbarriers[int(mbarrier)]
+    simulated_thread().wait_until(lambda: state.phase % 2 != int(parity))
 
 
 # ---- Copies --------------------------------------------------------------------------------------------------------
@@ -90,6 +107,7 @@ def _tma_load_2d(tensor_map: Any, i: Any, array: Any, address: Any, mbarrier: An
         box = simulated_swizzle(box)
     assert int(address) % 128 == 0
     array[int(address) // 4 : int(address) // 4 + box.size] = box.reshape(-1)
+    simulated_thread().mbarriers[int(mbarrier)].change(copied=4 * box.size)
 
 
 # A function around the instruction, which narrows the operands: if kernels narrow them, the compiler orders the same
@@ -100,6 +118,12 @@ def tma_load_2d(tensor_map: Any, i: Any, array: Any, address: Any, mbarrier: Any
     (PANEL_ALIGN if swizzled), row after row, with zeros outside the matrix. Its bytes, zeros too, are counted by
     the mbarrier at an address. tensor_map: see `Device.tensor_map`; i = 0. One thread. sm_90."""
     _tma_load_2d(tensor_map, i, array, address, mbarrier, column, row)
+
+
+@instruction("fence.proxy.async.shared::cta;", "", "", effects=True)
+def fence_proxy_async() -> None:
+    """Before a barrier: what this thread has stored to shared memory is there for the TMA and for wgmma, which read it
+    another way than threads do. sm_90."""
 
 
 # ---- Clusters: blocks that run together and reach each other's shared memory ----------------------------------------
