@@ -1,4 +1,5 @@
-"""Attention of a prompt's tokens over their context, on tensor cores: tiles of queries against tiles of keys.
+"""Attention of a prompt's tokens over their context, on tensor cores: tiles of queries against tiles of keys. The
+launcher takes prefill_wgmma.py's kernel on sm_90 up to head size 128, and otherwise this one.
 
 After FlashAttention-2 (Dao, 2023): a block holds queries in registers and walks over the keys with a running maximum
 and sum for each, so that no matrix of scores is ever in memory. Queries are rotated here; keys and values, the pass's
@@ -17,7 +18,7 @@ own included, are in the cache already (see `kv_cache`).
     scores [16, KEYS] = q [16, D] . k'        out [16, D] += p [16, KEYS] . v            mma m16n8k16, float32 sums
 
 Precision. Cache entries are bfloat16 as they are. q and p are float32, so each goes in as two bfloat16 terms, hi + lo:
-what is left out is 2^-18 of an entry, where one term would leave 2^-9.
+what is left out is at most 2^-17 of an entry, where one term would leave 2^-8.
 
 A query's bits depend on its own position alone. Its sums run over absolute tiles in order, and a tile in which all its
 keys are masked changes nothing: the maximum stays, every factor is exactly 1 and every weight exactly 0. So it does not

@@ -12,9 +12,8 @@ prefill.py, whose `mma.sync` has half of this unit's rate here. TMA loads keys a
     shared memory    | queries: warpgroup 0: high, low; 1: high, low | keys: two tiles | values: two tiles |
                      each as panels of 64 dimensions, rows of 128 bytes in 128-byte swizzle
 
-The warpgroups take turns: while one's products run, the other turns its scores into weights. A turn starts this
-tile's values and the next tile's scores; between two turns only registers are worked on. Both warpgroups run the same
-code, the second a barrier later; each turn has two:
+The warpgroups take turns: while one's products run, the other turns its scores into weights. Both run the same code,
+the second a barrier later. Products t are out += p . v of tile t and the scores of tile t + 1:
 
     warpgroup 0    | start products 0 | wait, weights 1  | start products 1 | wait, weights 2  | ...
     warpgroup 1    |                  | start products 0 | wait, weights 1  | start products 1 | ...
@@ -105,9 +104,8 @@ def make_prefill_wgmma(arch: int, head_dim: int, group: int, warps: int, keys: i
     PAIR_WORDS = HALF // 2 if HALF % 2 == 0 else 0  # words of the lower half, loaded with those of the upper half
     ROUNDS = -(-Q_TOKENS * PAIR_WORDS // WARP)
     X_REGS = max(1, ROUNDS * (4 + 4 * Q_HEADS))
-    FIRST_OTHER = (
-        2 * PAIR_WORDS
-    )  # words that are computed one by one: where halves are odd, and those that pad the head
+    # Words computed one by one: all where halves are odd, and those that pad the head.
+    FIRST_OTHER = 2 * PAIR_WORDS
     OTHER_WORDS = 8 * STEPS - FIRST_OTHER
     OTHER_ROUNDS = -(-Q_TOKENS * OTHER_WORDS // WARP)
     SCALE = score_scale(D)
@@ -307,7 +305,7 @@ def make_prefill_wgmma(arch: int, head_dim: int, group: int, warps: int, keys: i
             o_r[i] = ZERO
         ptx.mbarrier_wait(mbarriers, 0)
         if warpgroup:
-            cuda.syncthreads()
+            cuda.syncthreads()  # from here on it is a barrier behind
         issue_scores(s_r, shared, own_q, base + K_AT)
         cuda.syncthreads()
         scores_ready(s_r)
@@ -326,7 +324,7 @@ def make_prefill_wgmma(arch: int, head_dim: int, group: int, warps: int, keys: i
             mbarrier, more = int32(mbarriers + 8 * (1 - slot)), tile + 2 < end
             if tid == 0:
                 ptx.mbarrier_expect_tx(mbarrier, int32(2 * TILE) if more else int32(TILE))
-            cuda.syncthreads()
+            cuda.syncthreads()  # warpgroup 0: both have multiplied this tile's keys and the values before it
             if loads:
                 if more:
                     ptx.tma_load_2d(keys_map, 0, shared, int32(k_to + (1 - slot) * TILE), mbarrier, panel, k_row)
@@ -358,7 +356,7 @@ def make_prefill_wgmma(arch: int, head_dim: int, group: int, warps: int, keys: i
             ptx.warpgroup_barrier(warpgroup)
         issue_values(o_r, p_r, shared, own_v)
         if warpgroup < GROUPS - 1:
-            cuda.syncthreads()
+            cuda.syncthreads()  # which the others are still to come to
         values_ready(o_r)
 
         # 5. Output.
