@@ -17,6 +17,7 @@ piece c of row r lies at piece c ^ (r % 8), so that a column of eight rows touch
 Addresses are 32-bit addresses in shared memory, see `shared_address`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +46,18 @@ def simulated_swizzle(rows: np.ndarray) -> np.ndarray:
 
 
 class SimulatedMbarrier:
-    """An mbarrier of the simulator, in `SimulatedThread.mbarriers` by its address."""
+    """An mbarrier of the simulator, in `SimulatedThread.mbarriers` by its address. A copy is made at its start or when
+    it is waited for, by chance: so a missing wait changes the result."""
 
     def __init__(self) -> None:
         self.phase, self.arrived, self.missing = 0, False, 0  # bytes
+        self.copies: list[Callable[[], None]] = []  # that are still to be made
+
+    def over(self, parity: int) -> bool:
+        """Whether the phase with this parity is over, once the copies have been made."""
+        while self.copies:
+            self.copies.pop(0)()
+        return self.phase % 2 != parity
 
     def change(self, announced: int = 0, copied: int = 0) -> None:
         """Counts bytes; the phase ends when all that were announced have come."""
@@ -82,7 +91,7 @@ def mbarrier_expect_tx(mbarrier: Any, nbytes: Any) -> None:
 def mbarrier_wait(mbarrier: Any, parity: Any) -> None:
     """Blocks until the phase with this parity is over. sm_90."""
     state = simulated_thread().mbarriers[int(mbarrier)]
-    simulated_thread().wait_until(lambda: state.phase % 2 != int(parity))
+    simulated_thread().wait_until(lambda: state.over(int(parity)))
 
 
 # ---- Copies --------------------------------------------------------------------------------------------------------
@@ -100,14 +109,23 @@ def prefetch_tensor_map(tensor_map: Any, i: Any) -> None:
     effects=True,
 )
 def _tma_load_2d(tensor_map: Any, i: Any, array: Any, address: Any, mbarrier: Any, column: Any, row: Any) -> None:
-    box = np.zeros((tensor_map.rows, tensor_map.ints), np.int32)
-    part = tensor_map.matrix[int(row) : int(row) + tensor_map.rows, int(column) : int(column) + tensor_map.ints]
-    box[: part.shape[0], : part.shape[1]] = part
-    if tensor_map.ints == SPAN_INTS:
-        box = simulated_swizzle(box)
+    thread = simulated_thread()
+    state = thread.mbarriers[int(mbarrier)]
+
+    def copy() -> None:
+        box = np.zeros((tensor_map.rows, tensor_map.ints), np.int32)
+        part = tensor_map.matrix[int(row) : int(row) + tensor_map.rows, int(column) : int(column) + tensor_map.ints]
+        box[: part.shape[0], : part.shape[1]] = part
+        if tensor_map.ints == SPAN_INTS:
+            box = simulated_swizzle(box)
+        array[int(address) // 4 : int(address) // 4 + box.size] = box.reshape(-1)
+        state.change(copied=4 * box.size)
+
     assert int(address) % 128 == 0
-    array[int(address) // 4 : int(address) // 4 + box.size] = box.reshape(-1)
-    simulated_thread().mbarriers[int(mbarrier)].change(copied=4 * box.size)
+    if thread.block.order.random() < 0.5:
+        copy()
+    else:
+        state.copies.append(copy)
 
 
 # A function around the instruction, which narrows the operands: if kernels narrow them, the compiler orders the same

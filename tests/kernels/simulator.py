@@ -8,8 +8,8 @@ one thread runs at a time until it reaches a barrier and wakes the next; so bloc
  - a deadlock at barriers is an error, not a hang;
  - the order of threads between barriers is shuffled anew each time: a missing barrier changes the result;
  - shared and local arrays start as NaN (or -1), so that a read before the first write shows;
- - cp.async copies are made at some barrier after their start, or when they are waited for at the latest: memory that is
-   read or used again without that wait changes the result.
+ - cp.async copies are made at some barrier after their start, or when they are waited for at the latest, and TMA copies
+   at once or when they are waited for: memory that is read or used again without that wait changes the result.
 """
 
 import random
