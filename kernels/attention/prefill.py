@@ -1,4 +1,5 @@
-"""Attention of a prompt's tokens over their context, on tensor cores: tiles of queries against tiles of keys.
+"""Attention of a prompt's tokens over their context, on tensor cores: tiles of queries against tiles of keys. The
+launcher takes prefill_wgmma.py's kernel on sm_90 up to head size 128, and otherwise this one.
 
 After FlashAttention-2 (Dao, 2023): a block holds queries in registers and walks over the keys with a running maximum
 and sum for each, so that no matrix of scores is ever in memory. Queries are rotated here; keys and values, the pass's
@@ -17,7 +18,7 @@ own included, are in the cache already (see `kv_cache`).
     scores [16, KEYS] = q [16, D] . k'        out [16, D] += p [16, KEYS] . v            mma m16n8k16, float32 sums
 
 Precision. Cache entries are bfloat16 as they are. q and p are float32, so each goes in as two bfloat16 terms, hi + lo:
-what is left out is 2^-18 of an entry, where one term would leave 2^-9.
+what is left out is at most 2^-17 of an entry, where one term would leave 2^-8.
 
 A query's bits depend on its own position alone. Its sums run over absolute tiles in order, and a tile in which all its
 keys are masked changes nothing: the maximum stays, every factor is exactly 1 and every weight exactly 0. So it does not
@@ -39,6 +40,7 @@ from numba import cuda
 from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
+from bitnet_numba.kernels.attention import prefill_wgmma
 from bitnet_numba.kernels.attention.kv_cache import PAGE, PASS_SIGNATURE, LayerCache, pass_arguments, token_words
 from bitnet_numba.kernels.attention.parts import (
     MAX_HEAD_DIM,
@@ -64,7 +66,7 @@ MAX_WARPS = 4  # of a block
 
 
 def fits(arch: int, head_dim: int) -> bool:
-    """Whether this kernel serves a head size on an architecture; `paged_simt` serves those that it does not."""
+    """Whether `prefill_attention` serves a head size on an architecture; `paged_simt` serves those that it does not."""
     return arch >= MIN_ARCH and head_dim % 2 == 0 and 2 <= head_dim <= MAX_HEAD_DIM
 
 
@@ -389,12 +391,16 @@ def prefill_attention(
     qkv float32 [num_tokens, shape.qkv_size]; rope: the angles of every position; slot_positions int32 [num_tokens, 2]:
     (slot, start), (slot, start + 1), ..., then (-1, anything) for tokens that are not used; cache: holds every token up
     to the last one's; out float32 [num_tokens, shape.out_size], which is not written for unused tokens.
-    Raises ValueError if an operand is too small or of another dtype, or where `fits` is False.
+    The kernel is prefill_wgmma's where that fits. Raises ValueError if an operand is too small or of another dtype, or
+    where `fits` is False.
     """
     arguments, (out,) = pass_arguments(
         "prefill_attention", qkv, rope, slot_positions, cache, num_tokens, shape,
         out=(out, num_tokens * shape.out_size, "float32"),
     )  # fmt: skip
+    if prefill_wgmma.fits(device.arch, shape.head_dim):
+        launch = prefill_wgmma.launch_arguments(device, arguments, out, num_tokens, shape)
+        return device.launch(*launch, use_pdl)
     spec = prefill_spec(device.arch, shape.head_dim, shape.group)
     grid = prefill_grid(num_tokens, shape.num_kv_heads, shape.head_dim, shape.group)
     return device.launch(spec, grid, (*arguments, out, num_tokens, shape.num_kv_heads), use_pdl)

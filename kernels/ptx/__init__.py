@@ -76,6 +76,7 @@ from bitnet_numba.kernels.ptx.tma import (
     cluster_arrive,
     cluster_load,
     cluster_wait,
+    fence_proxy_async,
     mbarrier_expect_tx,
     mbarrier_init,
     mbarrier_wait,
@@ -94,4 +95,9 @@ from bitnet_numba.kernels.ptx.wgmma import (
     shifted_codes,
     wgmma_bf16_split,
     wgmma_s8,
+)
+from bitnet_numba.kernels.ptx.wgmma_attention import (
+    warpgroup_barrier,
+    wgmma_scores,
+    wgmma_values,
 )

@@ -17,6 +17,7 @@ piece c of row r lies at piece c ^ (r % 8), so that a column of eight rows touch
 Addresses are 32-bit addresses in shared memory, see `shared_address`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,17 +45,41 @@ def simulated_swizzle(rows: np.ndarray) -> np.ndarray:
     return np.take_along_axis(pieces, order[:, :, None], axis=1).reshape(rows.shape)
 
 
+class SimulatedMbarrier:
+    """An mbarrier of the simulator, in `SimulatedThread.mbarriers` by its address. A copy is made at its start or when
+    it is waited for, by chance: so a missing wait changes the result."""
+
+    def __init__(self) -> None:
+        self.phase, self.arrived, self.missing = 0, False, 0  # bytes
+        self.copies: list[Callable[[], None]] = []  # that are still to be made
+
+    def over(self, parity: int) -> bool:
+        """Whether the phase with this parity is over, once the copies have been made."""
+        while self.copies:
+            self.copies.pop(0)()
+        return self.phase % 2 != parity
+
+    def change(self, announced: int = 0, copied: int = 0) -> None:
+        """Counts bytes; the phase ends when all that were announced have come."""
+        self.arrived |= announced > 0
+        self.missing += announced - copied
+        if self.arrived and self.missing == 0:
+            self.phase, self.arrived = self.phase + 1, False
+
+
 # ---- mbarriers -----------------------------------------------------------------------------------------------------
 
 
 @instruction("mbarrier.init.shared::cta.b64 [$0], 1; fence.mbarrier_init.release.cluster;", "", "r", effects=True)
 def mbarrier_init(address: Any) -> None:
     """Makes the int64 at an address an mbarrier that one thread arrives at. One thread, then a barrier. sm_90."""
+    simulated_thread().mbarriers[int(address)] = SimulatedMbarrier()
 
 
 @instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "", "rr", effects=True)
 def mbarrier_expect_tx(mbarrier: Any, nbytes: Any) -> None:
     """Arrives at the mbarrier at an address, whose phase ends when `nbytes` have been copied. One thread. sm_90."""
+    simulated_thread().mbarriers[int(mbarrier)].change(announced=int(nbytes))
 
 
 @instruction(
@@ -64,8 +89,9 @@ def mbarrier_expect_tx(mbarrier: Any, nbytes: Any) -> None:
     effects=True,
 )
 def mbarrier_wait(mbarrier: Any, parity: Any) -> None:
-    """Blocks until the phase with this parity is over. All threads of a block together. sm_90."""
-    simulated_thread().syncthreads()  # a simulated copy is made at its start, by one thread, which must have come by
+    """Blocks until the phase with this parity is over. sm_90."""
+    state = simulated_thread().mbarriers[int(mbarrier)]
+    simulated_thread().wait_until(lambda: state.over(int(parity)))
 
 
 # ---- Copies --------------------------------------------------------------------------------------------------------
@@ -83,13 +109,23 @@ def prefetch_tensor_map(tensor_map: Any, i: Any) -> None:
     effects=True,
 )
 def _tma_load_2d(tensor_map: Any, i: Any, array: Any, address: Any, mbarrier: Any, column: Any, row: Any) -> None:
-    box = np.zeros((tensor_map.rows, tensor_map.ints), np.int32)
-    part = tensor_map.matrix[int(row) : int(row) + tensor_map.rows, int(column) : int(column) + tensor_map.ints]
-    box[: part.shape[0], : part.shape[1]] = part
-    if tensor_map.ints == SPAN_INTS:
-        box = simulated_swizzle(box)
+    thread = simulated_thread()
+    state = thread.mbarriers[int(mbarrier)]
+
+    def copy() -> None:
+        box = np.zeros((tensor_map.rows, tensor_map.ints), np.int32)
+        part = tensor_map.matrix[int(row) : int(row) + tensor_map.rows, int(column) : int(column) + tensor_map.ints]
+        box[: part.shape[0], : part.shape[1]] = part
+        if tensor_map.ints == SPAN_INTS:
+            box = simulated_swizzle(box)
+        array[int(address) // 4 : int(address) // 4 + box.size] = box.reshape(-1)
+        state.change(copied=4 * box.size)
+
     assert int(address) % 128 == 0
-    array[int(address) // 4 : int(address) // 4 + box.size] = box.reshape(-1)
+    if thread.block.order.random() < 0.5:
+        copy()
+    else:
+        state.copies.append(copy)
 
 
 # A function around the instruction, which narrows the operands: if kernels narrow them, the compiler orders the same
@@ -100,6 +136,12 @@ def tma_load_2d(tensor_map: Any, i: Any, array: Any, address: Any, mbarrier: Any
     (PANEL_ALIGN if swizzled), row after row, with zeros outside the matrix. Its bytes, zeros too, are counted by
     the mbarrier at an address. tensor_map: see `Device.tensor_map`; i = 0. One thread. sm_90."""
     _tma_load_2d(tensor_map, i, array, address, mbarrier, column, row)
+
+
+@instruction("fence.proxy.async.shared::cta;", "", "", effects=True)
+def fence_proxy_async() -> None:
+    """Before a barrier: what this thread has stored to shared memory is there for the TMA and for wgmma, which read it
+    another way than threads do. sm_90."""
 
 
 # ---- Clusters: blocks that run together and reach each other's shared memory ----------------------------------------

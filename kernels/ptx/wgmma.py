@@ -55,8 +55,8 @@ def shifted_codes(word: Any, shift: Any) -> Any:
 # ---- Intrinsics over local arrays ----------------------------------------------------------------------------------
 
 
-def _array_asm(
-    emulation: Callable, ptx: str, results: int, read: int = 0, scalars: int = 0, kind: str = "r"
+def array_asm(
+    emulation: Callable, ptx: str, results: int, read: int = 0, scalars: int = 0, kind: str = "r", keep: bool = True
 ) -> Callable:
     """An intrinsic of inline PTX with more operands than a function can have parameters: they are the elements of local
     arrays, int32 or (kind "f") float32.
@@ -64,7 +64,7 @@ def _array_asm(
     Its parameters, named as the emulation's, are `sums`, of which the first `results` elements are changed; an int32
     array of which the first `read` elements are operands, if that is not 0; a shared array, which only the emulation
     reads, and `scalars` int32, if that is not 0. In `ptx`: $0 .. are the results, then the elements that are read, then
-    the scalars. The old values of `sums` are tied to the results.
+    the scalars. The old values of `sums` are tied to the results; without `keep` they are lost.
     """
     from llvmlite import ir
 
@@ -78,8 +78,10 @@ def _array_asm(
         sums = elements(0, results)
         operands = [builder.load(a) for a in elements(1, read)] if read else []
         operands += values[len(values) - scalars :]
-        constraints = [f"={kind}"] * results + ["r"] * len(operands) + [str(n) for n in range(results)] + ["~{memory}"]
-        operands += [builder.load(a) for a in sums]
+        tied = sums if keep else []
+        constraints = [f"={kind}"] * results + ["r"] * len(operands) + [str(n) for n in range(len(tied))]
+        constraints.append("~{memory}")
+        operands += [builder.load(a) for a in tied]
         function = ir.FunctionType(ir.LiteralStructType([word] * results), [value.type for value in operands])
         after = builder.call(ir.InlineAsm(function, ptx, ",".join(constraints), side_effect=True), operands)
         for n, a in enumerate(sums):
@@ -100,7 +102,7 @@ def _all_but_one() -> None: ...
 def _finished(sums: Any) -> None: ...
 
 
-def _descriptor(name: str, address: str) -> str:
+def descriptor(name: str, address: str) -> str:
     """PTX that makes a shared-memory operand's descriptor: its address / 16, the stride of eight rows / 16, the code of
     the 128-byte swizzle. Adding 2 moves on by 32 bytes in each row."""
     return (
@@ -109,10 +111,16 @@ def _descriptor(name: str, address: str) -> str:
     )
 
 
-def _rows(array: Any, address: int, count: int) -> np.ndarray:
+def swizzled_rows(array: Any, address: int, count: int) -> np.ndarray:
     """Rows at an address in a shared array, int32 [count, SPAN_INTS], their swizzle undone."""
     words = np.asarray(array[address // 4 : address // 4 + SPAN_INTS * count])
     return simulated_swizzle(words.astype(np.int32).reshape(count, SPAN_INTS))
+
+
+def bf16_rows(array: Any, address: int, count: int) -> np.ndarray:
+    """The same rows as float64 of bfloat16 [count, 64]."""
+    halves = swizzled_rows(array, address, count).view(np.uint16).astype(np.uint32) << np.uint32(16)
+    return halves.view(np.float32).astype(np.float64)
 
 
 # ---- uint8 codes by int8 -------------------------------------------------------------------------------------------
@@ -122,7 +130,7 @@ def _emulated_s8(tokens: int) -> Callable:
     def start(sums: Any, codes: Any, array: Any, address: Any) -> None:
         thread = simulated_thread()
         g, c = divmod(thread.thread_id % WARP, 4)
-        b = _rows(array, int(address), tokens).view(np.int8).astype(np.int64)  # [token, column]
+        b = swizzled_rows(array, int(address), tokens).view(np.int8).astype(np.int64)  # [token, column]
         own = tuple(codes[r] for r in range(16))
         lanes = np.array([[int(x) & 0xFFFFFFFF for x in lane] for lane in thread.gather_in_warp(own)])
         quads = lanes.astype("<u4").view(np.uint8).reshape(8, 4, 4, 2, 2, 4)[g].astype(np.int64)
@@ -141,7 +149,7 @@ def _ptx_s8(tokens: int) -> str:
     lines = [
         "{ .reg .pred yes; .reg .b32 low, high; .reg .b64 b0, b1, b2, b3;",
         "setp.eq.u32 yes, 0, 0;",
-        _descriptor("b0", f"${count + 16}"),
+        descriptor("b0", f"${count + 16}"),
         "add.u64 b1, b0, 2; add.u64 b2, b0, 4; add.u64 b3, b0, 6;",
         "wgmma.fence.sync.aligned;",
     ]
@@ -167,19 +175,14 @@ def wgmma_s8(tokens: int) -> tuple[Callable, Callable, Callable]:
     if SIMULATED:
         return start, _all_but_one, _finished
     count = tokens // 2
-    wait = _array_asm(_finished, "wgmma.wait_group.sync.aligned 0;", count)
-    return _array_asm(start, _ptx_s8(tokens), count, read=16, scalars=1), _all_but_one, wait
+    wait = array_asm(_finished, "wgmma.wait_group.sync.aligned 0;", count)
+    return array_asm(start, _ptx_s8(tokens), count, read=16, scalars=1), _all_but_one, wait
 
 
 # ---- bfloat16 by float32 in two bfloat16 terms -----------------------------------------------------------------------
 
 
 def _emulated_bf16_split(tokens: int, tiles: int) -> Callable:
-    def bf16_rows(array: Any, address: int, count: int) -> np.ndarray:
-        """bfloat16 [count, 64] as float64."""
-        halves = _rows(array, address, count).view(np.uint16).astype(np.uint32) << np.uint32(16)
-        return halves.view(np.float32).astype(np.float64)
-
     def start(sums: Any, array: Any, a: Any, b: Any, keep: Any) -> None:
         thread = simulated_thread()
         g, c = divmod(thread.thread_id % WARP, 4)
@@ -205,8 +208,8 @@ def _ptx_bf16_split(tokens: int, tiles: int) -> str:
     lines = [
         "{ .reg .pred yes, keep; .reg .b32 low, high; .reg .b64 a, b, x, y;",
         f"setp.eq.u32 yes, 0, 0; setp.ne.u32 keep, ${count + 2}, 0;",
-        _descriptor("a", f"${count}"),
-        _descriptor("b", f"${count + 1}"),
+        descriptor("a", f"${count}"),
+        descriptor("b", f"${count + 1}"),
         "wgmma.fence.sync.aligned;",
     ]
     for step in range(4):
@@ -235,5 +238,5 @@ def wgmma_bf16_split(tokens: int, tiles: int) -> tuple[Callable, Callable, Calla
     if SIMULATED:
         return start, _all_but_one, _finished
     count = tiles * tokens // 2
-    wait = _array_asm(_finished, "wgmma.wait_group.sync.aligned 0;", count, kind="f")
-    return _array_asm(start, _ptx_bf16_split(tokens, tiles), count, scalars=3, kind="f"), _all_but_one, wait
+    wait = array_asm(_finished, "wgmma.wait_group.sync.aligned 0;", count, kind="f")
+    return array_asm(start, _ptx_bf16_split(tokens, tiles), count, scalars=3, kind="f"), _all_but_one, wait

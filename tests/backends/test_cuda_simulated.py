@@ -99,6 +99,7 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     """A CudaBackend over host memory and the simulator."""
     from bitnet_numba.backends.cuda import backend, context
     from bitnet_numba.kernels.attention import decode as attention
+    from bitnet_numba.kernels.attention import prefill_wgmma
     from bitnet_numba.kernels.linear import gemm, quantize
     from bitnet_numba.kernels.linear.tile import Tile
     from bitnet_numba.kernels.lm_head import gemm_mma, gemv
@@ -129,6 +130,8 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     monkeypatch.setattr(driver.Stream, "idle", lambda self: True)
     monkeypatch.setattr(single, "MAX_BLOCKS", 1)  # blocks run one after the other: none may wait for another
     monkeypatch.setattr(attention, "SHORT", attention.SHORT._replace(threads=64, unroll=2))  # fewer threads, for speed
+    monkeypatch.setattr(prefill_wgmma, "WARPS", 4)
+    monkeypatch.setattr(prefill_wgmma, "KEYS", 16)
     monkeypatch.setattr(context, "STEPS_AHEAD", 1)
     monkeypatch.setattr(context, "MIN_PREFILL", 2)
     monkeypatch.setattr(gemm, "choose_tile", lambda *arguments: Tile(8, 1, 4, 1, 0, 2, scheme="wgmma"))

@@ -22,6 +22,7 @@ from tests.kernels.attention.test_kv_cache import check_append
 from tests.kernels.attention.test_paged_decode import check_paged_decode
 from tests.kernels.attention.test_paged_simt import check_paged_simt
 from tests.kernels.attention.test_prefill import check_prefill
+from tests.kernels.attention.test_prefill_wgmma import check_prefill_wgmma
 from tests.kernels.harness import arch
 from tests.kernels.linear.test_gemm import check_gemm
 from tests.kernels.linear.test_gemv import check_gemv, segments_of
@@ -47,6 +48,8 @@ def main(tool: str) -> None:
         check_gemm(70, 128, 300, Tile(64, 1, 8, 1, 0, 4, 1, "wgmma"), "gated", "relu2", False, 18, 65)
         for tokens in (7, 100):
             check_lm_head_wgmma(320, 700, tokens, 2, 19)
+        for shape in ((64, 4, 2), (100, 1, 1)):
+            check_prefill_wgmma(shape, 70, 140, 148, True, 20)
     for int8 in (False, True):
         check_lm_head_gemv(320, 50, int8, 512, 10, 2, 2)
         check_embed_token(embed.embed_token_spec(arch(), int8), 256, int8, 40, 64, 3)

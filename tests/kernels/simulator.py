@@ -2,14 +2,14 @@
 
 Numba's simulator starts a Python thread for each CUDA thread and polls them, which is slow, and has no warps. Here
 one thread runs at a time until it reaches a barrier and wakes the next; so blocks run many times faster, and
- - a barrier of one warp (shuffles, syncwarp) concerns its 32 threads alone, as on the device;
+ - a barrier of one warp (shuffles, syncwarp) concerns its 32 threads alone, as on the device, one of a warpgroup 128;
  - blocks are independent: shared arrays belong to one block; those of a cluster run together, see each other's shared
    arrays, and meet at its barrier;
  - a deadlock at barriers is an error, not a hang;
  - the order of threads between barriers is shuffled anew each time: a missing barrier changes the result;
  - shared and local arrays start as NaN (or -1), so that a read before the first write shows;
- - cp.async copies are made at some barrier after their start, or when they are waited for at the latest: memory that is
-   read or used again without that wait changes the result.
+ - cp.async copies are made at some barrier after their start, or when they are waited for at the latest, and TMA copies
+   at once or when they are waited for: memory that is read or used again without that wait changes the result.
 """
 
 import random
@@ -24,7 +24,7 @@ from numba.cuda.simulator import kernel as simulator_kernel
 from numba.cuda.simulator import kernelapi
 from numba.np.numpy_support import as_dtype
 
-WARP = 32
+WARP, WARPGROUP = 32, 128  # threads
 
 
 class SimulatedThread(threading.Thread):
@@ -38,7 +38,8 @@ class SimulatedThread(threading.Thread):
         self.exchanges = 0
         self.async_copies: list[list[Any]] = [[]]  # groups of copies under way, see kernels/ptx/cp_async.py
         self.vote = False
-        self.waits_at = ""  # "", "cluster", "block" or "warp"
+        self.waits_at = ""  # "", "cluster", "block", "warpgroup", "warp" or "condition"
+        self.condition: Callable[[], bool] = lambda: True
         self.done = False
         self.go = threading.Lock()  # locked except for the moment in which this thread is woken
         self.go.acquire()
@@ -90,6 +91,19 @@ class SimulatedThread(threading.Thread):
     def syncwarp(self) -> None:
         self._wait("warp")
 
+    def syncwarpgroup(self) -> None:
+        self._wait("warpgroup")
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Lets other threads run until the condition is met."""
+        self.condition = condition
+        self._wait("condition")
+
+    @property
+    def mbarriers(self) -> dict[int, Any]:
+        """The mbarriers of this thread's block, by address; see kernels/ptx/tma.py."""
+        return self.block.mbarriers[self.rank]
+
     def _votes(self, value: Any) -> list[bool]:
         self.vote = bool(value)
         self.syncthreads()
@@ -126,6 +140,7 @@ class Block:
         self.threads: list[SimulatedThread] = []
         self.block_indices: list[Any] = []  # blockIdx of each of its blocks
         self.shared: list[dict[Any, np.ndarray]] = []  # of each block
+        self.mbarriers: list[dict[int, Any]] = []  # of each block
         self.failure: str | None = None
         self._ready: list[SimulatedThread] = []
         self._finished = threading.Lock()
@@ -145,6 +160,7 @@ class Block:
             return
         self.block_indices, Block.early = Block.early, []
         self.shared = [{} for _ in self.block_indices]
+        self.mbarriers = [{} for _ in self.block_indices]
         for rank in range(len(self.block_indices)):
             for thread_id, (z, y, x) in enumerate(np.ndindex(*reversed(self._block_dim))):
                 index = kernelapi.Dim3(x, y, z)
@@ -190,7 +206,8 @@ class Block:
 
         if all(thread.waits_at == "cluster" for thread in live):
             return list(live)
-        return groups(1 << 16, "block") + groups(WARP, "warp")
+        ready = [thread for thread in live if thread.waits_at == "condition" and thread.condition()]
+        return ready + groups(1 << 16, "block") + groups(WARPGROUP, "warpgroup") + groups(WARP, "warp")
 
 
 def _local_array(self: Any, shape: Any, dtype: Any, alignment: Any = None) -> np.ndarray:

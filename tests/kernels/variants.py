@@ -5,7 +5,7 @@ first, then every other branch (other head sizes, other activations, padding, ..
 from collections.abc import Callable
 
 from bitnet_numba.kernels import embedding as embed
-from bitnet_numba.kernels.attention import decode, kv_cache, paged_decode, paged_simt, prefill
+from bitnet_numba.kernels.attention import decode, kv_cache, paged_decode, paged_simt, prefill, prefill_wgmma
 from bitnet_numba.kernels.linear import gemm, gemv, heuristics, quantize
 from bitnet_numba.kernels.lm_head import gemm_mma, gemm_simt, gemm_wgmma, split_norm
 from bitnet_numba.kernels.lm_head import gemv as head_gemv
@@ -36,6 +36,12 @@ def attention_prefill(arch: int) -> list[KernelSpec]:
     if not prefill.fits(arch, shapes[0][0]):
         return []
     return [prefill.prefill_spec(arch, head_dim, group) for head_dim, group in shapes]
+
+
+def attention_prefill_wgmma(arch: int) -> list[KernelSpec]:
+    """2B4T's, and halves that are odd, padding, one panel; one, two, eight heads a block."""
+    shapes = [(128, 4), (100, 1), (18, 2), (64, 8)]
+    return [prefill_wgmma.prefill_wgmma_spec(arch, *shape) for shape in shapes if prefill_wgmma.fits(arch, shape[0])]
 
 
 def attention_paged_simt(arch: int) -> list[KernelSpec]:
@@ -137,8 +143,9 @@ def sampling(arch: int) -> list[KernelSpec]:
 GROUPS: dict[str, Callable[[int], list[KernelSpec]]] = {
     list_variants.__name__: list_variants
     for list_variants in (
-        attention_decode, attention_paged_decode, attention_prefill, attention_paged_simt, attention_kv_cache,
-        embedding, lm_head_gemv, lm_head_gemm, lm_head_gemm_wgmma, linear_quantize, linear_gemv, linear_gemm, sampling,
+        attention_decode, attention_paged_decode, attention_prefill, attention_prefill_wgmma, attention_paged_simt,
+        attention_kv_cache, embedding, lm_head_gemv, lm_head_gemm, lm_head_gemm_wgmma, linear_quantize, linear_gemv,
+        linear_gemm, sampling,
     )
 }  # fmt: skip
 
