@@ -36,6 +36,7 @@ class SimulatedThread(threading.Thread):
         self.blockIdx, self.threadIdx, self.thread_id = block.block_indices[rank], threadIdx, thread_id
         self.offers: list[Any] = [None, None]  # this lane's values in its even and its odd exchanges
         self.exchanges = 0
+        self.computed: list[tuple[int, Any]] = [(0, None)] * 2  # by its warp's first thread: of which exchange, what
         self.async_copies: list[list[Any]] = [[]]  # groups of copies under way, see kernels/ptx/cp_async.py
         self.vote = False
         self.waits_at = ""  # "", "cluster", "block" or "warp"
@@ -108,6 +109,15 @@ class SimulatedThread(threading.Thread):
         self.syncwarp()
         start = self.thread_id // WARP * WARP
         return [thread.offers[slot] for thread in self._mates()[start : start + WARP]]
+
+    def once_in_warp(self, value: Any, compute: Callable[[list[Any]], Any]) -> Any:
+        """`compute` of the values that the lanes pass, in lane order: one lane computes it, all get it."""
+        values = self.gather_in_warp(value)
+        first = self._mates()[self.thread_id // WARP * WARP]
+        slot = self.exchanges % 2
+        if first.computed[slot][0] != self.exchanges:
+            first.computed[slot] = self.exchanges, compute(values)
+        return first.computed[slot][1]
 
     def exchange_in_warp(self, value: Any, source: Callable[[int], int]) -> Any:
         """A warp shuffle: the value of lane `source(own lane)`."""
