@@ -23,8 +23,8 @@ env: $(VENV)/.test-installed
 # Two workers share the cores already: more threads for each one's matrix products would only wait for each other.
 test: export OPENBLAS_NUM_THREADS ?= 1
 test: env check
-	@$(PY) -m pytest -n 2 -m "not simulated"
-	@NUMBA_ENABLE_CUDASIM=1 $(PY) -m pytest -n 2 -m simulated
+	@$(PY) -m pytest -n 2 --dist worksteal -m "not simulated"
+	@NUMBA_ENABLE_CUDASIM=1 $(PY) -m pytest -n 2 --dist worksteal -m simulated
 
 check: env
 	@$(PY) -m ruff check .

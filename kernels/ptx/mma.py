@@ -16,10 +16,15 @@ def _lane() -> tuple[int, int]:
     return divmod(simulated_thread().thread_id % WARP, 4)
 
 
-def _registers(values: tuple) -> np.ndarray:
+def _registers(lanes: list[tuple]) -> np.ndarray:
     """The warp's words, little-endian uint32 [g, c, register]."""
-    lanes = [[int(x) & 0xFFFFFFFF for x in lane] for lane in simulated_thread().gather_in_warp(values)]
-    return np.array(lanes).astype("<u4").reshape(8, 4, len(values))
+    return np.array([[int(x) & 0xFFFFFFFF for x in lane] for lane in lanes]).astype("<u4").reshape(8, 4, -1)
+
+
+def _own(product: np.ndarray) -> np.ndarray:
+    """The four elements of a product [16, 8] that the running thread holds."""
+    g, c = _lane()
+    return product[[g, g, g + 8, g + 8], [2 * c, 2 * c + 1] * 2]
 
 
 # ---- Matrices from shared memory -----------------------------------------------------------------------------------
@@ -65,7 +70,13 @@ def mma_bf16(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: 
         of B    column g, rows 2c, 2c + 1 (b0) and 2c + 8, 2c + 9 (b1),
         of C    rows g (c0, c1) and g + 8 (c2, c3), columns 2c (c0, c2) and 2c + 1 (c1, c3).
     """
-    words = _registers((a0, a1, a2, a3, b0, b1))
+    product = simulated_thread().once_in_warp((a0, a1, a2, a3, b0, b1), _product_bf16)
+    return tuple(np.float32(np.float64(start) + x) for start, x in zip((c0, c1, c2, c3), _own(product), strict=True))
+
+
+def _product_bf16(lanes: list[tuple]) -> np.ndarray:
+    """float64 [16, 8]: what the lanes' operands of `mma_bf16` give."""
+    words = _registers(lanes)
     quads = np.stack([words << np.uint32(16), words & np.uint32(0xFFFF0000)], -1).view(np.float32)  # [g, c, reg, 2]
     a = np.empty((16, 16), np.float64)  # [row, k]
     b = np.empty((16, 8), np.float64)  # [k, column]
@@ -74,9 +85,7 @@ def mma_bf16(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: 
             a[:8, 2 * c + half], a[8:, 2 * c + half] = quads[:, c, 0, half], quads[:, c, 1, half]
             a[:8, 2 * c + 8 + half], a[8:, 2 * c + 8 + half] = quads[:, c, 2, half], quads[:, c, 3, half]
             b[2 * c + half], b[2 * c + 8 + half] = quads[:, c, 4, half], quads[:, c, 5, half]
-    g, c = _lane()
-    rows = a[[g, g, g + 8, g + 8]] * b[:, [2 * c, 2 * c + 1] * 2].T
-    return tuple(np.float32(np.float64(start) + row.sum()) for start, row in zip((c0, c1, c2, c3), rows, strict=True))
+    return (a[:, None] * b.T).sum(axis=-1)
 
 
 @instruction(
@@ -119,16 +128,20 @@ _MMA_S8_PTX = {
 
 
 def _mma_s8(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> tuple:
-    quads = _registers((a0, a1, a2, a3, b0, b1)).view(np.uint8).reshape(8, 4, 6, 4)  # [g, c, register, byte]
+    product = simulated_thread().once_in_warp((a0, a1, a2, a3, b0, b1), _product_s8)
+    return tuple(int32(int(start) + int(x)) for start, x in zip((c0, c1, c2, c3), _own(product), strict=True))
+
+
+def _product_s8(lanes: list[tuple]) -> np.ndarray:
+    """int64 [16, 8]: what the lanes' operands of `mma_s8` give."""
+    quads = _registers(lanes).view(np.uint8).reshape(8, 4, 6, 4)  # [g, c, register, byte]
     a = np.empty((16, 32), np.int64)  # [row, k]
     b = np.empty((32, 8), np.int64)  # [k, column]
     for half in range(2):
         a[:8, 16 * half :][:, :16] = quads[:, :, 2 * half].reshape(8, 16)
         a[8:, 16 * half :][:, :16] = quads[:, :, 2 * half + 1].reshape(8, 16)
         b[16 * half :][:16] = quads[:, :, 4 + half].view(np.int8).reshape(8, 16).T
-    g, c = _lane()
-    sums = (a[[g, g, g + 8, g + 8]] * b[:, [2 * c, 2 * c + 1] * 2].T).sum(axis=1)
-    return tuple(int32(int(start) + int(more)) for start, more in zip((c0, c1, c2, c3), sums, strict=True))
+    return a @ b
 
 
 _MMA_S8 = {first: instruction(ptx, "rrrr", "rrrrrrrrrr")(_mma_s8) for first, ptx in _MMA_S8_PTX.items()}

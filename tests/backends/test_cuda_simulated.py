@@ -102,7 +102,7 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     from bitnet_numba.kernels.attention import prefill_wgmma
     from bitnet_numba.kernels.linear import gemm, quantize
     from bitnet_numba.kernels.linear.tile import Tile
-    from bitnet_numba.kernels.lm_head import gemm_mma, gemv
+    from bitnet_numba.kernels.lm_head import gemm_mma, gemv, split_norm
     from bitnet_numba.kernels.runtime import driver
     from bitnet_numba.kernels.runtime import memory as memory_module
     from bitnet_numba.kernels.sampling import single
@@ -137,6 +137,7 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     monkeypatch.setattr(gemm, "choose_tile", lambda *arguments: Tile(8, 1, 4, 1, 0, 2, scheme="wgmma"))
     monkeypatch.setattr(gemv, "spec", partial(gemv.spec, threads=128))
     monkeypatch.setattr(gemm_mma, "spec", partial(gemm_mma.spec, threads=64))
+    monkeypatch.setattr(split_norm, "spec", partial(split_norm.spec, threads=64))
     monkeypatch.setattr(quantize, "quantize_spec", partial(quantize.quantize_spec, threads=64))
     return backend.CudaBackend(checkpoint)
 
@@ -176,7 +177,6 @@ def test_simulated_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     from bitnet_numba.checkpoint.convert import convert
     from bitnet_numba.checkpoint.packed import open_packed
     from bitnet_numba.kernels.attention import paged_decode
-    from bitnet_numba.kernels.lm_head import split_norm
     from bitnet_numba.kernels.sampling import batched
     from bitnet_numba.sampling import SamplingParams
     from tools.make_checkpoint import PRESETS, make_checkpoint
@@ -187,7 +187,6 @@ def test_simulated_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     backend = simulated_backend(monkeypatch, open_packed(tmp_path / "packed"))
     monkeypatch.setattr(paged_decode, "threads_for", lambda *arguments: 64)
     monkeypatch.setattr(batched, "spec", partial(batched.spec, threads=64))
-    monkeypatch.setattr(split_norm, "spec", partial(split_norm.spec, threads=64))
     params = SamplingParams(0.8, seed=5)
     tokens = []
     for prompts, pages in (([[5, 250], [7]], [[1], [0]]), ([[7]], [[0]])):

@@ -17,17 +17,20 @@ from bitnet_numba.kernels.runtime.spec import ArchSpec
 def test_processes_compile_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BITNET_NUMBA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("BITNET_NUMBA_COMPILERS", "2")
+    monkeypatch.setattr(warmup, "MIN_SHARE", 3)
     config = open_packed(DEMO).config
     needs = warmup.Needs(config, "int8", ArchSpec(90, 132))
-    specs = sorted(needs.specs(), key=lambda spec: spec.name)[:9]
+    quick = ("advance", "append", "embed", "finish_prompt", "quantize")  # to compile
+    specs = [spec for spec in needs.specs() if spec.name.startswith(quick)]
+    assert len(specs) >= 7
     compiler.machine_code(specs[3], 90)
     counts: list[int] = []
     warmup.compile_together(needs, specs, counts.append)
     assert all(compiler.is_cached(spec, 90) for spec in specs)
-    assert len(list((tmp_path / "cache").iterdir())) == 9, "only what was asked for"
-    assert counts == sorted(counts) and counts[-1] == 8
+    assert len(list((tmp_path / "cache").iterdir())) == len(specs), "only what was asked for"
+    assert counts == sorted(counts) and counts[-1] == len(specs) - 1
     warmup.compile_together(needs, specs, counts.append)
-    assert counts[-1] == 8
+    assert counts[-1] == len(specs) - 1
 
 
 @pytest.fixture

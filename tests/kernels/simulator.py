@@ -16,6 +16,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ class SimulatedThread(threading.Thread):
         self.blockIdx, self.threadIdx, self.thread_id = block.block_indices[rank], threadIdx, thread_id
         self.offers: list[Any] = [None, None]  # this lane's values in its even and its odd exchanges
         self.exchanges = 0
+        self.computed: list[tuple[int, Any]] = [(0, None)] * 2  # by its warp's first thread: of which exchange, what
         self.async_copies: list[list[Any]] = [[]]  # groups of copies under way, see kernels/ptx/cp_async.py
         self.vote = False
         self.waits_at = ""  # "", "cluster", "block", "warpgroup", "warp" or "condition"
@@ -114,18 +116,37 @@ class SimulatedThread(threading.Thread):
     def syncthreads_or(self, value: Any) -> int:
         return int(any(self._votes(value)))
 
-    def gather_in_warp(self, value: Any) -> list[Any]:
-        """The value that each lane of the warp passes, in lane order."""
+    @cached_property
+    def _warp(self) -> list["SimulatedThread"]:
+        """The threads of this thread's warp."""
+        start = self.thread_id // WARP * WARP
+        return self._mates()[start : start + WARP]
+
+    def _offer_to_warp(self, value: Any) -> int:
+        """Shows the warp a value; returns the slot in which the others' are then."""
         slot = self.exchanges % 2  # it is written again two exchanges later, when all have read it
         self.exchanges += 1
         self.offers[slot] = value
         self.syncwarp()
-        start = self.thread_id // WARP * WARP
-        return [thread.offers[slot] for thread in self._mates()[start : start + WARP]]
+        return slot
+
+    def gather_in_warp(self, value: Any) -> list[Any]:
+        """The value that each lane of the warp passes, in lane order."""
+        slot = self._offer_to_warp(value)
+        return [thread.offers[slot] for thread in self._warp]
+
+    def once_in_warp(self, value: Any, compute: Callable[[list[Any]], Any]) -> Any:
+        """`compute` of the values that the lanes pass, in lane order: one lane computes it, all get it."""
+        slot = self._offer_to_warp(value)
+        first = self._warp[0]
+        if first.computed[slot][0] != self.exchanges:
+            first.computed[slot] = self.exchanges, compute([thread.offers[slot] for thread in self._warp])
+        return first.computed[slot][1]
 
     def exchange_in_warp(self, value: Any, source: Callable[[int], int]) -> Any:
         """A warp shuffle: the value of lane `source(own lane)`."""
-        return self.gather_in_warp(value)[source(self.thread_id % WARP)]
+        slot = self._offer_to_warp(value)
+        return self._warp[source(self.thread_id % WARP)].offers[slot]
 
 
 class Block:

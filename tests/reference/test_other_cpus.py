@@ -28,8 +28,8 @@ def cpu_flags() -> set[str]:
     return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
-@pytest.mark.parametrize("threads", ["1", "2"])
-@pytest.mark.parametrize("kernel", NEEDS)
+# `make test` itself runs with one thread of this machine's kernel.
+@pytest.mark.parametrize("kernel, threads", [("Haswell", "1"), ("SkylakeX", "2")])
 def test_recorded_numbers_hold(kernel: str, threads: str) -> None:
     if missing := NEEDS[kernel] - cpu_flags():
         pytest.skip(f"this machine's CPU has no {', '.join(sorted(missing))}")
