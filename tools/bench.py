@@ -68,6 +68,7 @@ def measure(what: str) -> dict[str, Any]:
     from bitnet_numba.backends.cuda.backend import CudaBackend
     from bitnet_numba.checkpoint.packed import open_packed
     from tools.benchmarks import decode, many_tokens
+    from tools.benchmarks.inputs import write_random_packed
 
     if what in ("prefill", "batch", "all"):
         figures["products"] = many_tokens.measure_products()
@@ -75,7 +76,7 @@ def measure(what: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         folders = {head: Path(folder) / head for head in EMBEDDING_DTYPES}
         for head in EMBEDDING_DTYPES if what in ("decode", "all") else ("bf16",):
-            decode.write_random_packed(folders[head], head)
+            write_random_packed(folders[head], head)
         if what in ("decode", "all"):
             bandwidth = bandwidth or kernels.measure_bandwidth(usable_device(), Stream())
             figures["decode"] = decode.measure_decode(folders, bandwidth)
