@@ -37,10 +37,14 @@ class StreamingRead:
         self._memory: NDArray[Any] = np.ones(nbytes // 4, np.int32)  # written, so every page has memory of its own
         self._pools: dict[int, ThreadPoolExecutor] = {}
 
-    def seconds(self, threads: int) -> tuple[float, int]:
-        """Seconds of a read, and how many bytes it read."""
+    def nbytes(self, threads: int) -> int:
+        """Bytes that so many threads read."""
+        return threads * self._part(threads)
+
+    def seconds(self, threads: int) -> float:
+        """Seconds of a read."""
         pool = self._pools.setdefault(threads, ThreadPoolExecutor(threads))
-        part = self._memory.nbytes // threads // (64 * LINES) * 64 * LINES
+        part = self._part(threads)
         sums = (ctypes.c_int32 * (16 * threads))()
         starts = [self._memory.ctypes.data + i * part for i in range(threads)]
         results = [ctypes.addressof(sums) + 64 * i for i in range(threads)]
@@ -49,7 +53,10 @@ class StreamingRead:
         seconds = perf_counter() - start
         if sum(sums) != threads * part // 4:
             raise AssertionError("the streaming read missed a part of the memory")
-        return seconds, threads * part
+        return seconds
+
+    def _part(self, threads: int) -> int:
+        return self._memory.nbytes // threads // (64 * LINES) * 64 * LINES
 
     def close(self) -> None:
         """Ends the threads."""
