@@ -23,7 +23,7 @@ from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
 from bitnet_numba.engine.engine import DEMO, Engine
 from bitnet_numba.sampling import SamplingParams
 from bitnet_numba.text.tokenizer import Tokenizer
-from tools.benchmarks.cpu_read import StreamingRead
+from tools.benchmarks.cpu_read import READ_BYTES, WINDOW_BYTES, StreamingRead, ones
 from tools.benchmarks.inputs import random_ids
 
 CONTEXTS, PROMPTS, BATCHES = (128, 1024, 4096), (64, 512), (2, 8)
@@ -40,6 +40,7 @@ class Case:
     labels: dict[str, Any]
     window: Callable[[], list[float]]
     windows: list[list[float]] = field(default_factory=list)
+    layers: list[float] = field(default_factory=list)  # of each window, seconds of the layers alone, where known
 
     @property
     def best(self) -> float:
@@ -86,7 +87,7 @@ class Measured:
             for count in threads:
                 self.models[isa, count] = CpuModel(self.checkpoint, count, isa)
         model = next(iter(self.models.values()))
-        longest = min(max(CONTEXTS) + STEPS, self.config.max_context)
+        longest = min(max(CONTEXTS), self.config.max_context) + STEPS
         batch = max(BATCHES) * pages_of(BATCH_CONTEXT + STEPS)
         self._pool = model.new_pool(max(pages_of(longest), batch))
         fill(self._pool)
@@ -112,27 +113,32 @@ class Measured:
         return self._pool.cache(range(number * pages, (number + 1) * pages), length)
 
     def decode(self, model: CpuModel, contexts: Sequence[int]) -> Case:
-        """Steps of sequences whose contexts are so long."""
-        caches = [self.cache(length, i) for i, length in enumerate(contexts)]
+        """Steps of sequences whose contexts are so long: the last ones that fit, where that is the model's longest."""
+        start_at = [min(length, self.config.max_context - STEPS) for length in contexts]
+        caches = [self.cache(length, i) for i, length in enumerate(start_at)]
         start = random_ids(self.config.vocab_size, len(caches), 2)
         histories, params = [[0]] * len(caches), [self.greedy] * len(caches)
 
         def window() -> list[float]:
-            tokens = start
-            for cache, length in zip(caches, contexts, strict=True):
+            tokens, in_layers = start, 0.0
+            for cache, length in zip(caches, start_at, strict=True):
                 cache.length = length
             begin = perf_counter()
             for _ in range(STEPS):
+                step = perf_counter()
                 hidden = model.step(tokens, caches)
+                in_layers += perf_counter() - step
                 tokens = model.sample(hidden, histories, params)
             seconds = perf_counter() - begin
             check(tokens)
+            case.layers.append(in_layers / STEPS)
             return [seconds / STEPS]
 
         position_bytes = model.page_bytes() // PAGE_SIZE
         read = self.weight_bytes + sum(contexts) * position_bytes
         labels = {"sequences": len(contexts), "context": contexts[0], "bytes": read}
-        return Case(self.labels(model) | labels, window)
+        case = Case(self.labels(model) | labels, window)
+        return case
 
     def prompt(self, model: CpuModel, length: int) -> Case:
         """A prompt, from its ids to the first token out, in passes of a page as the backend makes them."""
@@ -192,9 +198,10 @@ def measure_part(
     part: str, measured: Sequence[Measured], isas: Sequence[str], threads: Sequence[int], seconds: float
 ) -> dict[str, Any]:
     """The rows of a part, and the streaming read between its windows."""
-    read = StreamingRead()
-    reads = {count: Case({"threads": count, "bytes": read.nbytes(count)}, lambda n=count: [read.seconds(n)])
-             for count in threads}  # fmt: skip
+    memory = [("memory", StreamingRead(ones(), WINDOW_BYTES // READ_BYTES))]
+    if part == "decode":
+        memory += [(m.name, mapped_read(m.checkpoint)) for m in measured]
+    reads = [read_case(name, read, count) for name, read in memory for count in threads]
     opened: list[CpuModel] = []
     cases: list[Case] = []
     if part == "demo":
@@ -204,7 +211,7 @@ def measure_part(
                 cases.append(case)
                 opened.append(model)
     for m in measured if part != "demo" else ():
-        fitting = m.config.max_context - STEPS
+        fitting = m.config.max_context
         for model in m.models.values():
             if part == "decode":
                 cases += [m.decode(model, [length]) for length in CONTEXTS if length <= fitting]
@@ -215,26 +222,52 @@ def measure_part(
     print(f"bench.py: {part}: {len(cases)} cases take turns, {seconds:.0f} s", file=sys.stderr, flush=True)
     load = [load_average()]
     try:
-        take_turns([*reads.values(), *cases], seconds)
+        take_turns([*reads, *cases], seconds)
     finally:
-        read.close()
+        for _, read in memory:
+            read.close()
         for model in opened:
             model.close()
     load.append(load_average())
-    rates = {count: case.labels["bytes"] / case.best / 1e9 for count, case in reads.items()}
+    of_memory = {read.labels["threads"]: read for read in reads if read.labels["of"] == "memory"}
     return {
         "load": load,
-        "rounds": len(next(iter(reads.values())).windows),
+        "rounds": len(reads[0].windows),
         "read": [
-            {"threads": count, "GB/s": rates[count], "median_GB/s": case.labels["bytes"] / case.median / 1e9}
-            for count, case in reads.items()
+            {"of": read.labels["of"], "threads": read.labels["threads"], "GB/s": rate(read, read.best),
+             "median_GB/s": rate(read, read.median)}
+            for read in reads
         ],
-        "rows": [row_of(case, rates) for case in cases],
-    }
+        "rows": [row_of(case, of_memory) for case in cases],
+    }  # fmt: skip
 
 
-def row_of(case: Case, rates: dict[int, float]) -> dict[str, Any]:
-    """The figures of a case. rates: GB/s of the streaming read, by number of threads."""
+def mapped_read(checkpoint: PackedCheckpoint) -> StreamingRead:
+    """A read of the largest tensor of a checkpoint, where it is mapped."""
+    name = max(checkpoint.names, key=lambda name: checkpoint.file.specs[name].nbytes)
+    flat = checkpoint.tensor(name).reshape(-1).view(np.uint8)
+    words = flat[: len(flat) // 4 * 4].view(np.int32)
+    return StreamingRead(words, -(-WINDOW_BYTES // words.nbytes))
+
+
+def read_case(name: str, read: StreamingRead, threads: int) -> Case:
+    """A streaming read by some threads."""
+    labels = {"of": name, "threads": threads, "bytes": read.nbytes(threads)}
+    return Case(labels, lambda: [read.seconds(threads)])
+
+
+def rate(case: Case, seconds: float) -> float:
+    """GB/s of what a case reads in some time."""
+    return case.labels["bytes"] / seconds / 1e9
+
+
+def head_seconds(case: Case) -> list[float]:
+    """Seconds of LM head and sampler, in each window of a case of decoding."""
+    return [window[0] - layers for window, layers in zip(case.windows, case.layers, strict=True)]
+
+
+def row_of(case: Case, reads: dict[int, Case]) -> dict[str, Any]:
+    """The figures of a case. reads: the streaming read of memory, by number of threads."""
     labels = case.labels
     tokens = labels.get("tokens") or labels.get("sequences") or labels["prompt"]
     row = labels | {
@@ -244,8 +277,14 @@ def row_of(case: Case, rates: dict[int, float]) -> dict[str, Any]:
         "median_tokens/s": tokens / case.median,
     }
     if "bytes" in labels:
-        rate = labels["bytes"] / case.best / 1e9
-        row |= {"GB/s": rate, "share_of_read": rate / rates[labels["threads"]]}
+        read = reads[labels["threads"]]
+        row |= {
+            "GB/s": rate(case, case.best),
+            "share_of_read": rate(case, case.best) / rate(read, read.best),
+            "median_share_of_read": rate(case, case.median) / rate(read, read.median),
+        }
+        # Each in its own fastest window, so together a little less than `ms`.
+        row |= {"layers_ms": 1e3 * min(case.layers), "head_ms": 1e3 * min(head_seconds(case))}
     return row
 
 

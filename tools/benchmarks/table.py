@@ -22,8 +22,9 @@ CPU_TITLES = {
 }
 HOW_CPU = (
     "Best and median window of each; all that stands in a table took turns. GB/s are the bytes of weights, LM head, "
-    "keys and values that a step reads, over the best time; the streaming read is one of 512 MiB between the same "
-    "windows by as many threads, each with one stream."
+    "keys and values that a step reads, over the best time. The streaming read is one of 512 MiB of memory, repeated "
+    "to last as long as a window of decoding, by as many threads, each with one stream; that of a checkpoint is its "
+    "largest tensor where the file is mapped. Layers and head: each in its own fastest window."
 )
 
 
@@ -68,19 +69,30 @@ def cpu_tables(cpu: dict[str, Any]) -> list[str]:
             "",
             f"{figures['rounds']} windows of each. {load_text(figures['load'])}",
         ]
-        lines[-1] += "".join(f" Streaming read, {threads_text(read['threads'])}: {read['GB/s']:.1f} GB/s "
-                             f"(median {read['median_GB/s']:.1f})." for read in figures["read"])  # fmt: skip
+        lines += head_of("streaming read of", "threads", "GB/s", "median")
+        for read in figures["read"]:
+            lines.append(row(read["of"], read["threads"], f"{read['GB/s']:.1f}", f"{read['median_GB/s']:.1f}"))
         first = ["checkpoint", "head"] if part != "demo" else []
         size = {"decode": "context", "prompts": "prompt", "batch": "sequences", "demo": "tokens"}[part]
         steps = part in ("decode", "batch")
         lines += head_of(
             *first, "instruction set", "threads", size, "ms", "median", "tokens/s", "median",
-            *(["GB/s", "of streaming read"] if steps else []),
+            *(["GB/s", "of streaming read", "median", "layers, ms", "head, ms"] if steps else []),
         )  # fmt: skip
         for r in rows:
             cells = [*(r[key] for key in first), r["isa"], r["threads"], r[size]]
             cells += [f"{r['ms']:.1f}", f"{r['median_ms']:.1f}", f"{r['tokens/s']:.1f}", f"{r['median_tokens/s']:.1f}"]
-            cells += [f"{r['GB/s']:.1f}", f"{r['share_of_read']:.0%}"] if steps else []
+            cells += (
+                [
+                    f"{r['GB/s']:.1f}",
+                    f"{r['share_of_read']:.0%}",
+                    f"{r['median_share_of_read']:.0%}",
+                    f"{r['layers_ms']:.1f}",
+                    f"{r['head_ms']:.1f}",
+                ]
+                if steps
+                else []
+            )
             lines.append(row(*cells))
     return lines
 
@@ -90,11 +102,6 @@ def load_text(load: list[float | None]) -> str:
     if None in load:
         return "Load average unknown."
     return f"Load average {load[0]:.1f} before, {load[1]:.1f} after."
-
-
-def threads_text(count: int) -> str:
-    """For example "2 threads"."""
-    return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def table(figures: dict[str, Any]) -> str:
