@@ -98,7 +98,9 @@ class FakeModel:
         self.bytes, self.calls = page_bytes, list[tuple[str, int, list[int]]]()
 
     def new_pool(self, num_pages: int) -> CpuPool:
-        return CpuPool(num_pages, self.bytes)
+        self.pool = CpuPool(num_pages, self.bytes)
+        self.pool.values[:] = 0
+        return self.pool
 
     def page_bytes(self) -> int:
         return self.bytes
@@ -134,6 +136,7 @@ def fake(demo: PackedCheckpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[cpu.M
 def test_a_window_of_decoding(fake: tuple[cpu.Measured, FakeModel], demo: PackedCheckpoint) -> None:
     """Steps begin at the context every time, and never pass the model's end; bytes are those of one step."""
     measured, model = fake
+    assert model.pool.values[-4096:].any(), "keys and values that nobody wrote are in the cache"
     case = measured.decode(model, [128, 128])  # type: ignore[arg-type]
     case.window(), case.window()
     assert model.calls == 2 * [("step", 2, [128 + i] * 2) for i in range(cpu.STEPS)]
