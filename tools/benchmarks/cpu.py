@@ -28,7 +28,7 @@ from tools.benchmarks.inputs import random_ids
 
 CONTEXTS, PROMPTS, BATCHES = (128, 1024, 4096), (64, 512), (2, 8)
 BATCH_CONTEXT = 128
-STEPS = 8  # in a window
+STEPS = 4  # in a window
 MIN_ROUNDS = 3
 STORY = [{"role": "user", "content": "Tell me a story about a fox and a lantern."}]
 

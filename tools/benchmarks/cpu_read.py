@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from bitnet_numba.kernels.cpu.vec import add, load_i32x16, store, zero_i32x16
 
 READ_BYTES = 1 << 29  # more than any cache holds
-WINDOW_BYTES = 16 * READ_BYTES  # takes as long as a window of decoding: a shorter one finds memory faster, for a moment
+WINDOW_BYTES = 8 * READ_BYTES  # takes as long as a window of decoding: a shorter one finds memory faster, for a moment
 LINES = 8  # of 64 bytes in a round of the loop
 
 
