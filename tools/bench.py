@@ -1,7 +1,7 @@
 """Measures the backends on full-size BitNet b1.58 2B4T with random weights; and packing, on one CPU core.
 
     python tools/bench.py kernels|decode|prefill|batch|load|all [--json FILE] [--plot DIR]      the CUDA backend
-    python tools/bench.py cpu [CHECKPOINT ...] [--isa NAME|all] [--threads N,N] [--parts PART,PART] [--seconds S]
+    python tools/bench.py cpu [CHECKPOINT ...] [--isa NAME,NAME|all] [--threads N,N] [--parts PART,PART] [--seconds S]
     python tools/bench.py packing                    needs no GPU
     python tools/bench.py table --json FILE          the Markdown of an earlier run, as in docs/benchmarks.md
 
@@ -105,7 +105,8 @@ def measure_on_cpu(args: argparse.Namespace) -> dict[str, Any]:
     from tools.benchmarks.cpu import measure_cpu
     from tools.benchmarks.inputs import write_random_packed
 
-    isas = isa.available() if args.isa == "all" else (isa.choose(args.isa).name,)
+    named = args.isa.split(",") if args.isa else [None]
+    isas = isa.available() if args.isa == "all" else [isa.choose(name).name for name in named]
     threads = args.threads or [1, default_threads()]
     with tempfile.TemporaryDirectory() as temporary:
         folders = {printable(folder.resolve().name, 40): folder for folder in args.checkpoint}
@@ -179,7 +180,9 @@ def main(argv: list[str] | None = None) -> int:
         "checkpoint", nargs="*", type=Path, help="cpu: packed checkpoints (default: 2B4T of random weights, both heads)"
     )
     cpu = parser.add_argument_group("cpu")
-    cpu.add_argument("--isa", metavar="NAME", help="instruction set, or all that this machine has (default: the best)")
+    cpu.add_argument(
+        "--isa", metavar="NAME,NAME", help="instruction sets, or all: those of this machine (default: the best)"
+    )
     cpu.add_argument("--threads", type=thread_counts, metavar="N,N", help="default: 1, and one for each core")
     names = ",".join(CPU_PARTS)
     cpu.add_argument(
