@@ -203,6 +203,19 @@ def test_cpu_figures_and_table(fake: tuple[cpu.Measured, FakeModel], monkeypatch
     assert len(rows_shown) == 2 and f"{rows[0]['share_of_read']:.0%}" in rows_shown[0]
 
 
+def test_an_interrupted_run_loses_one_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure_part(part: str, *arguments: Any) -> dict[str, Any]:
+        if part == "batch":
+            raise KeyboardInterrupt
+        return {"rows": []}
+
+    monkeypatch.setattr(cpu, "measure_part", measure_part)
+    saved: list[list[str]] = []
+    with pytest.raises(KeyboardInterrupt):
+        cpu.measure_cpu({}, [], [], ("decode", "prompts", "batch"), 1, lambda figures: saved.append(list(figures)))
+    assert saved == [["date", "decode"], ["date", "decode", "prompts"]]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

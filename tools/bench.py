@@ -116,9 +116,20 @@ def measure_on_cpu(args: argparse.Namespace) -> dict[str, Any]:
             for head in EMBEDDING_DTYPES:
                 folders[f"2b4t-{head}"] = Path(temporary) / head
                 write_random_packed(folders[f"2b4t-{head}"], head)
-        figures = measure_cpu(folders, isas, sorted(set(threads)), args.parts or CPU_PARTS, args.seconds)
-    environment = {"device": cpu_name(), "cores": default_threads(), **software("numba", "llvmlite", "numpy")}
+        environment = {"device": cpu_name(), "cores": default_threads(), **software("numba", "llvmlite", "numpy")}
+
+        def save(figures: dict[str, Any]) -> None:
+            if args.json:
+                write_json(args.json, {"cpu": {"environment": environment, **figures}})
+
+        parts = args.parts or CPU_PARTS
+        figures = measure_cpu(folders, isas, sorted(set(threads)), parts, args.seconds, save)
     return {"cpu": {"environment": environment, **figures}}
+
+
+def write_json(path: Path, figures: dict[str, Any]) -> None:
+    """Writes figures to a file."""
+    path.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def cpu_name() -> str:
@@ -218,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.what != "table":
         print(f"\n```json\n{json.dumps(figures)}\n```")
         if args.json:
-            args.json.write_text(json.dumps(figures, indent=1) + "\n")
+            write_json(args.json, figures)
     if args.plot:
         from tools.benchmarks.plot import plot
 

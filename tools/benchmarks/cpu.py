@@ -289,16 +289,25 @@ def row_of(case: Case, reads: dict[int, Case]) -> dict[str, Any]:
 
 
 def measure_cpu(
-    folders: dict[str, Path], isas: Sequence[str], threads: Sequence[int], parts: Sequence[str], seconds: float
+    folders: dict[str, Path],
+    isas: Sequence[str],
+    threads: Sequence[int],
+    parts: Sequence[str],
+    seconds: float,
+    save: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """The figures of some parts. folders: packed checkpoints by their names in the tables."""
+    """The figures of some parts. folders: packed checkpoints by their names in the tables. save: called after each
+    part with all figures so far, so that a run that is interrupted loses no more than one part."""
     measured: list[Measured] = []
     try:
         for name, folder in folders.items():
             measured.append(Measured(name, open_packed(folder)))
             measured[-1].open(isas, threads)
-        when = time.strftime("%Y-%m-%d", time.gmtime())
-        return {"date": when} | {part: measure_part(part, measured, isas, threads, seconds) for part in parts}
+        figures: dict[str, Any] = {"date": time.strftime("%Y-%m-%d", time.gmtime())}
+        for part in parts:
+            figures[part] = measure_part(part, measured, isas, threads, seconds)
+            save(figures)
+        return figures
     finally:
         for m in measured:
             m.close()
