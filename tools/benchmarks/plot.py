@@ -168,7 +168,7 @@ def _batch(batch: list[dict[str, Any]], device: str, path: Path) -> None:
 
 
 def plot_cpu(cpu: dict[str, Any], path: Path) -> None:
-    """Decoding on the CPU by context, beside what a streaming read would allow, if that part was measured."""
+    """Decoding on the CPU by context, beside the rate of the streaming read, if that part was measured."""
     from matplotlib import pyplot
 
     if not cpu.get("decode", {}).get("rows"):
@@ -188,7 +188,7 @@ def plot_cpu(cpu: dict[str, Any], path: Path) -> None:
         bars = axes.bar(at, [r["tokens/s"] for r in own], width, label=label)
         axes.bar_label(bars, fmt="%.1f", fontsize=8)
         ceilings = [r["tokens/s"] / r["share_of_read"] for r in own]
-        limit = "what the streaming read allows" if n == 0 else None
+        limit = "at the rate of the streaming read" if n == 0 else None
         axes.hlines(ceilings, [x - width / 2 for x in at], [x + width / 2 for x in at], "black", label=limit)
     axes.set_xticks(range(len(contexts)), [f"context {context}" for context in contexts])
     axes.margins(y=0.25)
