@@ -1,15 +1,22 @@
-"""The benchmark's ladder from a plain loop to the GEMV, as far as a dry run goes: what is launched, and the table."""
+"""The benchmarks: the ladder from a plain loop to the GEMV, as far as a dry run goes; how the CPU's cases are timed."""
 
+import ctypes
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 
+from bitnet_numba.backends.cpu.backend import CpuPool
+from bitnet_numba.backends.protocol import NO_TOKEN
+from bitnet_numba.checkpoint.packed import PackedCheckpoint
 from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.memory import DeviceView
 from bitnet_numba.packing import BLOCK_ROWS, packed_words
-from tools.benchmarks import kernels
-from tools.benchmarks.table import ladder_table
+from tools import bench
+from tools.benchmarks import cpu, kernels
+from tools.benchmarks.cpu_read import StreamingRead, read_sum
+from tools.benchmarks.table import ladder_table, table
 
 COPIES, US = 3, 2.5
 
@@ -57,3 +64,178 @@ def test_ladder_gives_each_launch_of_the_gemv_another_matrix() -> None:
         DryRunDevice(90, 132), DeviceView(4096, COPIES * nbytes // 4, np.int32), N, K, COPIES, use_pdl=False
     )
     assert [launch.arguments[0].address for launch in launches] == [4096 + i * nbytes for i in range(COPIES)]
+
+
+def test_streaming_read_reads_every_byte_once() -> None:
+    """The sums of each column are those of NumPy, and nothing before or behind the part is in them."""
+    memory = np.random.default_rng(0).integers(-1000, 1000, 16 * 64, np.int32)
+    sums = (ctypes.c_int32 * 16)()
+    read_sum(memory.ctypes.data + 1024, 1024, ctypes.addressof(sums))
+    assert list(sums) == memory[256:512].reshape(-1, 16).sum(0).tolist()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_streaming_read_counts_what_it_reads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[tuple[int, int]] = []
+    monkeypatch.setattr("tools.benchmarks.cpu_read.read_sum", lambda address, n, sums: parts.append((address, n)))
+    memory = np.ones(3000, np.int32)
+    read = StreamingRead(memory, 2)
+    read.seconds(threads)
+    read.close()
+    assert sum(n for _, n in parts) == read.nbytes(threads)
+    own = sorted(set(parts))
+    assert len(own) == threads and all(a + n <= b for (a, n), (b, _) in zip(own, own[1:], strict=False))
+    assert memory.ctypes.data <= own[0][0] and sum(own[-1]) <= memory.ctypes.data + memory.nbytes
+
+
+class FakeModel:
+    """Counts what it is asked for."""
+
+    threads, token = 2, 5
+
+    def __init__(self, page_bytes: int) -> None:
+        self.isa = type("ISA", (), {"name": "portable"})()
+        self.bytes, self.calls = page_bytes, list[tuple[str, int, list[int]]]()
+
+    def new_pool(self, num_pages: int) -> CpuPool:
+        self.pool = CpuPool(num_pages, self.bytes)
+        self.pool.values[:] = 0
+        return self.pool
+
+    def page_bytes(self) -> int:
+        return self.bytes
+
+    def step(self, ids: list[int], caches: list[Any]) -> np.ndarray:
+        self.calls.append(("step", len(ids), [cache.length for cache in caches]))
+        pages = [page for cache in caches for page in cache.table]
+        assert len(set(pages)) == len(pages), "sequences share pages"
+        for cache in caches:
+            cache.length += 1
+            assert cache.length <= 64 * len(cache.table)
+        return np.zeros((len(ids), 4), np.float32)
+
+    def forward(self, ids: list[int], cache: Any) -> np.ndarray:
+        self.calls.append(("forward", len(ids), [cache.length]))
+        cache.length += len(ids)
+        return np.zeros((len(ids), 4), np.float32)
+
+    def sample(self, hidden: np.ndarray, histories: Any, params: Any) -> list[int]:
+        assert len(hidden) == len(histories) == len(params)
+        return [self.token] * len(hidden)
+
+
+@pytest.fixture
+def fake(demo: PackedCheckpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[cpu.Measured, FakeModel]:
+    model = FakeModel(64 * 4)
+    monkeypatch.setattr(cpu, "CpuModel", lambda *args: model)
+    measured = cpu.Measured("demo", demo)
+    measured.open(["portable"], [2])
+    return measured, model
+
+
+def test_a_window_of_decoding(fake: tuple[cpu.Measured, FakeModel], demo: PackedCheckpoint) -> None:
+    """Steps begin at the context every time, and never pass the model's end; bytes are those of one step."""
+    measured, model = fake
+    assert model.pool.values[-4096:].any(), "keys and values that nobody wrote are in the cache"
+    case = measured.decode(model, [128, 128])  # type: ignore[arg-type]
+    case.window(), case.window()
+    assert model.calls == 2 * [("step", 2, [128 + i] * 2) for i in range(cpu.STEPS)]
+    assert case.labels["bytes"] == demo.nbytes() + 2 * 128 * 4  # tied: the embedding is the head
+    model.calls.clear()
+    measured.decode(model, [1024]).window()  # type: ignore[arg-type]
+    assert model.calls[-1] == ("step", 1, [demo.config.max_context - 1])
+    model.token = NO_TOKEN
+    with pytest.raises(AssertionError, match="NaN"):
+        case.window()
+
+
+def test_a_window_of_a_prompt(fake: tuple[cpu.Measured, FakeModel]) -> None:
+    """Passes of a page, from an empty context every time; the sampler is a part of its own."""
+    measured, model = fake
+    case = measured.prompt(model, 150)  # type: ignore[arg-type]
+    case.window()
+    assert len(case.window()) == 4
+    assert model.calls == 2 * [("forward", 64, [0]), ("forward", 64, [64]), ("forward", 22, [128])]
+
+
+def test_caches_are_written() -> None:
+    """Memory that was never written would be one page of zeros that stays in the cache."""
+    pool = CpuPool(5, 1 << 20)
+    pool.values[:] = 0
+    cpu.fill(pool)
+    numbers = pool.values.view(np.uint16)
+    assert (numbers.reshape(-1, 8) != 0).any(1).all()
+    assert np.isfinite((numbers.astype(np.uint32) << 16).view(np.float32)).all()
+
+
+def test_cases_take_turns_and_are_judged_by_their_parts() -> None:
+    order: list[str] = []
+    times = {"a": iter([[1.0, 9.0], [5.0, 2.0], [3.0, 4.0]]), "b": iter([[7.0]] * 3)}
+    cases = [cpu.Case({}, lambda n=n: order.append(n) or next(times[n])) for n in times]  # type: ignore[misc]
+    cpu.take_turns(cases, 0)
+    assert order == ["a", "b"] * cpu.MIN_ROUNDS
+    assert (cases[0].best, cases[0].median) == (1.0 + 2.0, 3.0 + 4.0)
+
+
+def test_cpu_figures_and_table(fake: tuple[cpu.Measured, FakeModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row's rates are those of its times, and its share is that of the read by as many threads."""
+    monkeypatch.setattr(cpu, "ones", lambda: np.ones(1 << 12, np.int32))
+    monkeypatch.setattr(cpu, "mapped_read", lambda checkpoint: StreamingRead(np.ones(1 << 12, np.int32), 1))
+    measured, _ = fake
+    part = cpu.measure_part("decode", [measured], ["portable"], [2], 0)
+    rows = part["rows"]
+    assert [r["context"] for r in rows] == [128, 1024]  # the built-in model has no 4096
+    assert [(r["of"], r["threads"]) for r in part["read"]] == [("memory", 2), ("demo", 2)]
+    read = part["read"][0]
+    for r in rows:
+        assert r["tokens/s"] == pytest.approx(1e3 / r["ms"])
+        assert r["GB/s"] == pytest.approx(r["bytes"] / r["ms"] / 1e6)
+        assert r["share_of_read"] == pytest.approx(r["GB/s"] / read["GB/s"])
+        assert r["median_share_of_read"] == pytest.approx(r["bytes"] / r["median_ms"] / 1e6 / read["median_GB/s"])
+        assert r["ms"] <= r["median_ms"]
+    batch = cpu.measure_part("batch", [measured], ["portable"], [2], 0)["rows"]
+    assert [r["tokens/s"] * r["ms"] / 1e3 for r in batch] == pytest.approx(cpu.BATCHES)
+    environment = {"device": "a CPU", "cores": 2, "python": "3", "versions": {"numba": "1"}, "commit": "abc"}
+    figures = {"cpu": {"environment": environment, "date": "2000-01-01", "decode": part}}
+    lines = table(json.loads(json.dumps(figures))).splitlines()
+    assert lines[0] == "a CPU, 2 cores, Python 3, numba 1; commit abc, 2000-01-01."
+    rows_shown = [line for line in lines if line.startswith("| demo | int8 | portable | 2 |")]
+    assert len(rows_shown) == 2 and f"{rows[0]['share_of_read']:.0%}" in rows_shown[0]
+
+
+def test_an_interrupted_run_loses_one_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure_part(part: str, *arguments: Any) -> dict[str, Any]:
+        if part == "batch":
+            raise KeyboardInterrupt
+        return {"rows": []}
+
+    monkeypatch.setattr(cpu, "measure_part", measure_part)
+    saved: list[list[str]] = []
+    with pytest.raises(KeyboardInterrupt):
+        cpu.measure_cpu({}, [], [], ("decode", "prompts", "batch"), 1, lambda figures: saved.append(list(figures)))
+    assert saved == [["date", "decode"], ["date", "decode", "prompts"]]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["cpu", "--isa", "mmx", "DEMO"], "instruction set 'mmx' is not one of this machine's"),
+        (["cpu", "--parts", "decode", "nowhere"], "nowhere does not exist"),
+        (["cpu", "--threads", "1,0", "DEMO"], "must be between 1 and"),
+        (["cpu", "--threads", "two"], "--threads"),
+        (["cpu", "--parts", "decode,load"], "choose from decode, prompts, batch, demo"),
+        (["cpu", "--seconds", "nan"], "must be a positive number"),
+        (["packing", "DEMO"], "takes no checkpoint"),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    arguments: list[str], message: str, demo: PackedCheckpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, and exit code 2."""
+    arguments = [str(demo.folder) if argument == "DEMO" else argument for argument in arguments]
+    try:
+        code = bench.main(arguments)
+    except SystemExit as error:
+        code = error.code  # type: ignore[assignment]
+    shown = capsys.readouterr()
+    assert code == 2 and message in shown.err and shown.out == ""

@@ -1,6 +1,7 @@
-"""Measures the CUDA backend on full-size BitNet b1.58 2B4T with random weights; and packing, on one CPU core.
+"""Measures the backends on full-size BitNet b1.58 2B4T with random weights; and packing, on one CPU core.
 
-    python tools/bench.py kernels|decode|prefill|batch|load|all [--json FILE] [--plot DIR]
+    python tools/bench.py kernels|decode|prefill|batch|load|all [--json FILE] [--plot DIR]      the CUDA backend
+    python tools/bench.py cpu [CHECKPOINT ...] [--isa NAME,NAME|all] [--threads N,N] [--parts PART,PART] [--seconds S]
     python tools/bench.py packing                    needs no GPU
     python tools/bench.py table --json FILE          the Markdown of an earlier run, as in docs/benchmarks.md
 
@@ -8,7 +9,9 @@ Markdown tables and the JSON they are made of go to standard output.
 """
 
 import argparse
+import contextlib
 import json
+import platform
 import subprocess
 import sys
 import tempfile
@@ -22,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from bitnet_numba.checkpoint.packed import EMBEDDING_DTYPES
-from bitnet_numba.errors import BitNetError
+from bitnet_numba.engine.engine import MAX_THREADS
+from bitnet_numba.errors import BitNetError, printable
 from bitnet_numba.packing import pack_ternary, unpack_ternary
-from tools.benchmarks.table import table
+from tools.benchmarks.table import CPU_PARTS, table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,22 +38,23 @@ def environment() -> dict[str, Any]:
     from bitnet_numba.kernels.runtime.device import usable_device
     from bitnet_numba.kernels.runtime.driver import driver_call
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    versions = {}
-    for package in ("numba", "numba-cuda", "cuda-bindings", "numpy", "torch"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     device = usable_device()
     return {
         "device": device.name,
         "num_sms": device.num_sms,
         "driver_cuda": driver_call("cuDriverGetVersion"),
-        "python": sys.version.split()[0],
-        "versions": versions,
-        "commit": commit.stdout.strip() or "unknown",
+        **software("numba", "numba-cuda", "cuda-bindings", "numpy", "torch"),
     }
+
+
+def software(*packages: str) -> dict[str, Any]:
+    """The versions of Python and of those packages that are installed, and the commit."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {"python": sys.version.split()[0], "versions": versions, "commit": commit.stdout.strip() or "unknown"}
 
 
 def measure(what: str) -> dict[str, Any]:
@@ -68,6 +73,7 @@ def measure(what: str) -> dict[str, Any]:
     from bitnet_numba.backends.cuda.backend import CudaBackend
     from bitnet_numba.checkpoint.packed import open_packed
     from tools.benchmarks import decode, many_tokens
+    from tools.benchmarks.inputs import write_random_packed
 
     if what in ("prefill", "batch", "all"):
         figures["products"] = many_tokens.measure_products()
@@ -75,7 +81,7 @@ def measure(what: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         folders = {head: Path(folder) / head for head in EMBEDDING_DTYPES}
         for head in EMBEDDING_DTYPES if what in ("decode", "all") else ("bf16",):
-            decode.write_random_packed(folders[head], head)
+            write_random_packed(folders[head], head)
         if what in ("decode", "all"):
             bandwidth = bandwidth or kernels.measure_bandwidth(usable_device(), Stream())
             figures["decode"] = decode.measure_decode(folders, bandwidth)
@@ -92,6 +98,49 @@ def measure(what: str) -> dict[str, Any]:
     return figures
 
 
+def measure_on_cpu(args: argparse.Namespace) -> dict[str, Any]:
+    """The figures of the CPU backend."""
+    from bitnet_numba.backends.cpu.backend import default_threads
+    from bitnet_numba.kernels.cpu import isa
+    from tools.benchmarks.cpu import measure_cpu
+    from tools.benchmarks.inputs import write_random_packed
+
+    named = args.isa.split(",") if args.isa else [None]
+    isas = isa.available() if args.isa == "all" else [isa.choose(name).name for name in named]
+    threads = args.threads or [1, default_threads()]
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = {printable(folder.resolve().name, 40): folder for folder in args.checkpoint}
+        if len(folders) < len(args.checkpoint):  # of the same name: their paths tell them apart
+            folders = {printable(str(folder), 80): folder for folder in args.checkpoint}
+        if not folders and args.parts != ["demo"]:
+            for head in EMBEDDING_DTYPES:
+                folders[f"2b4t-{head}"] = Path(temporary) / head
+                write_random_packed(folders[f"2b4t-{head}"], head)
+        environment = {"device": cpu_name(), "cores": default_threads(), **software("numba", "llvmlite", "numpy")}
+
+        def save(figures: dict[str, Any]) -> None:
+            if args.json:
+                write_json(args.json, {"cpu": {"environment": environment, **figures}})
+
+        parts = args.parts or CPU_PARTS
+        figures = measure_cpu(folders, isas, sorted(set(threads)), parts, args.seconds, save)
+    return {"cpu": {"environment": environment, **figures}}
+
+
+def write_json(path: Path, figures: dict[str, Any]) -> None:
+    """Writes figures to a file."""
+    path.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def measure_packing(N: int = 13824, K: int = 2560, repeats: int = 5) -> dict[str, Any]:
     """Best seconds to pack and to unpack the largest matrix of 2B4T; NumPy does this on one core."""
     w = np.random.default_rng(0).integers(-1, 2, (N, K)).astype(np.int8)
@@ -104,6 +153,30 @@ def measure_packing(N: int = 13824, K: int = 2560, repeats: int = 5) -> dict[str
     }
 
 
+def thread_counts(text: str) -> list[int]:
+    """Numbers of threads with commas between them, for argparse."""
+    counts = [int(part) for part in text.split(",")]
+    if not all(1 <= number <= MAX_THREADS for number in counts):
+        raise argparse.ArgumentTypeError(f"must be between 1 and {MAX_THREADS}")
+    return counts
+
+
+def parts(text: str) -> list[str]:
+    """Parts of the CPU's benchmark with commas between them, for argparse."""
+    names = text.split(",")
+    if not set(names) <= set(CPU_PARTS):
+        raise argparse.ArgumentTypeError(f"choose from {', '.join(CPU_PARTS)}")
+    return [part for part in CPU_PARTS if part in names]
+
+
+def seconds(text: str) -> float:
+    """A time, for argparse."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError("must be a positive number")
+    return number
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line; exit code 2 for a user's mistake."""
     parser = argparse.ArgumentParser(
@@ -111,14 +184,34 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument(
         "what",
-        choices=("kernels", "decode", "prefill", "batch", "load", "all", "packing", "table"),
-        help="what to measure; table: print the tables of an earlier run",
+        choices=("kernels", "decode", "prefill", "batch", "load", "all", "cpu", "packing", "table"),
+        help="what to measure; cpu: the CPU backend; table: print the tables of an earlier run",
+    )
+    parser.add_argument(
+        "checkpoint", nargs="*", type=Path, help="cpu: packed checkpoints (default: 2B4T of random weights, both heads)"
+    )
+    cpu = parser.add_argument_group("cpu")
+    cpu.add_argument(
+        "--isa", metavar="NAME,NAME", help="instruction sets, or all: those of this machine (default: the best)"
+    )
+    cpu.add_argument("--threads", type=thread_counts, metavar="N,N", help="default: 1, and one for each core")
+    names = ",".join(CPU_PARTS)
+    cpu.add_argument(
+        "--parts",
+        type=parts,
+        metavar="PART,PART",
+        help=f"default: {names}; demo is the built-in model through generate",
+    )
+    cpu.add_argument(
+        "--seconds", type=seconds, default=60.0, metavar="S", help="time for each part (default: %(default)g)"
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the figures to this file (table: read them from it)"
     )
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write PNG charts to this folder; needs matplotlib")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if args.what != "cpu" and (args.checkpoint or args.isa or args.threads or args.parts):
+        parser.error(f"{args.what} takes no checkpoint, --isa, --threads or --parts: they are for cpu")
     if args.what == "packing" and args.plot:
         parser.error("packing has no charts")
     try:
@@ -127,7 +220,8 @@ def main(argv: list[str] | None = None) -> int:
                 parser.error("table needs --json FILE")
             figures = json.loads(args.json.read_text())
         else:
-            figures = json.loads(json.dumps(measure(args.what)))  # keys as they are in the file
+            measured = measure_on_cpu(args) if args.what == "cpu" else measure(args.what)
+            figures = json.loads(json.dumps(measured))  # keys as they are in the file
     except (BitNetError, OSError, json.JSONDecodeError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2
@@ -135,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.what != "table":
         print(f"\n```json\n{json.dumps(figures)}\n```")
         if args.json:
-            args.json.write_text(json.dumps(figures, indent=1) + "\n")
+            write_json(args.json, figures)
     if args.plot:
         from tools.benchmarks.plot import plot
 

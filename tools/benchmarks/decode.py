@@ -1,12 +1,10 @@
 """What tools/bench.py measures of one sequence: decode steps, latency, memory and start; as plain dictionaries."""
 
 import gc
-import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -17,50 +15,19 @@ import numpy as np
 from bitnet_numba.backends.cuda.backend import CudaBackend
 from bitnet_numba.backends.cuda.context import CudaContext
 from bitnet_numba.backends.cuda.forward import DecodePass
-from bitnet_numba.checkpoint.packed import FORMAT, EmbeddingDtype, open_packed, packed_plan
-from bitnet_numba.checkpoint.safetensors_file import write_tensors
-from bitnet_numba.config import ModelConfig
+from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.kernels.attention.decode import LONG_CONTEXT
 from bitnet_numba.kernels.runtime.device import usable_device
 from bitnet_numba.kernels.runtime.driver import Event
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.sampling.parts import pack_settings
 from bitnet_numba.sampling import SamplingParams
-from tools.benchmarks.timing import graph_us, random_words
-from tools.make_checkpoint import PRESETS, QUANTIZATION
+from tools.benchmarks.inputs import random_ids
+from tools.benchmarks.timing import graph_us
 
 LAYER = ("qkv", "attention", "o", "gate_up", "down")  # launches of a layer in a decode step
 CONTEXTS = (128, 1024, 4096)
 PROMPTS, ANSWERS = (64, 256, 512), (16, 32, 64)
-
-
-def random_ids(vocab_size: int, count: int, seed: int) -> list[int]:
-    """Tokens of a prompt."""
-    return np.random.default_rng(seed).integers(0, vocab_size, count).tolist()
-
-
-def write_random_packed(folder: Path, head: EmbeddingDtype) -> None:
-    """A packed 2B4T of random weights, made directly, without the way through a Hugging Face checkpoint."""
-    _, raw = PRESETS["2b-4t"]
-    raw = raw | {"quantization_config": QUANTIZATION["offline"], "bitnet_numba": {"format": FORMAT, "head": head}}
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(raw))
-    plan_ = packed_plan(ModelConfig.from_hf(raw), head)
-    words = random_words(1 << 22)
-    rng = np.random.default_rng(1)
-    halves = (rng.standard_normal(1 << 22).astype(np.float32) * np.float32(0.02)).view(np.uint32) >> np.uint32(16)
-    kinds = {"I32": words, "BF16": halves.astype(np.uint16), "I8": rng.integers(-127, 128, 1 << 22).astype(np.int8)}
-
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for name, tensor in plan_.items():
-            size = int(np.prod(tensor.shape))
-            if tensor.dtype == "F32":
-                yield name, np.full(tensor.shape, 1.0 if "norm" in name else 2e-4, np.float32)
-            else:
-                yield name, np.resize(kinds[tensor.dtype], size).reshape(tensor.shape)
-
-    with open(folder / "model.safetensors", "wb") as file:
-        write_tensors(file, plan_, tensors(), {})
 
 
 def step_us(context: CudaContext, position: int, steps: int = 60) -> float:

@@ -20,7 +20,8 @@ from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import DeviceArray, DeviceView
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.packing import BLOCK_ROWS, packed_words
-from tools.benchmarks.timing import cold_copies, graph_us, host_us, random_words, torch_graph_us
+from tools.benchmarks.inputs import random_words
+from tools.benchmarks.timing import cold_copies, graph_us, host_us, torch_graph_us
 
 SHAPES_2B4T = [(2560, 2560), (3840, 2560), (13824, 2560), (2560, 6912)]  # N, K: its linears
 SHAPES = [  # those, the 3B model's, and two large ones

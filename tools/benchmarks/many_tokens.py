@@ -16,8 +16,8 @@ from bitnet_numba.kernels.runtime.driver import Event, Stream
 from bitnet_numba.kernels.runtime.memory import DeviceArray, DeviceView
 from bitnet_numba.packing import packed_words
 from bitnet_numba.sampling import SamplingParams
-from tools.benchmarks.decode import random_ids
-from tools.benchmarks.timing import REPEATS, cold_copies, graph_us, random_words, torch_graph_us
+from tools.benchmarks.inputs import random_ids, random_words
+from tools.benchmarks.timing import REPEATS, cold_copies, graph_us, torch_graph_us
 
 SHAPES = [(2560, 2560), (3840, 2560), (13824, 2560), (2560, 6912)]  # N, K: the linears of 2B4T
 TOKENS = (8, 32, 128, 512)  # M

@@ -13,6 +13,10 @@ def plot(figures: dict[str, Any], folder: Path) -> None:
 
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
+    if "cpu" in figures:
+        plot_cpu(figures["cpu"], folder / "cpu.png")
+    if "environment" not in figures:  # of the GPU
+        return
     device = figures["environment"]["device"]
     if "kernels" in figures:
         _speed_up(figures["kernels"]["products"], device, folder / "speed_up.png")
@@ -160,4 +164,35 @@ def _batch(batch: list[dict[str, Any]], device: str, path: Path) -> None:
         axes.margins(x=0.12)
         axes.grid(alpha=0.3)
     figure.suptitle(f"Batched decoding, 2B4T, context 256, {device}")
+    _save(figure, path)
+
+
+def plot_cpu(cpu: dict[str, Any], path: Path) -> None:
+    """Decoding on the CPU by context, beside the rate of the streaming read, if that part was measured."""
+    from matplotlib import pyplot
+
+    if not cpu.get("decode", {}).get("rows"):
+        return
+    rows = cpu["decode"]["rows"]
+    best = rows[0]["isa"]
+    series: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for r in rows:
+        if r["isa"] == best:
+            series.setdefault((r["checkpoint"], r["threads"]), []).append(r)
+    contexts = sorted({r["context"] for r in rows})
+    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    width = 0.8 / len(series)
+    for n, ((name, threads), own) in enumerate(series.items()):
+        at = [contexts.index(r["context"]) + (n - (len(series) - 1) / 2) * width for r in own]
+        label = f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+        bars = axes.bar(at, [r["tokens/s"] for r in own], width, label=label)
+        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+        ceilings = [r["tokens/s"] / r["share_of_read"] for r in own]
+        limit = "at the rate of the streaming read" if n == 0 else None
+        axes.hlines(ceilings, [x - width / 2 for x in at], [x + width / 2 for x in at], "black", label=limit)
+    axes.set_xticks(range(len(contexts)), [f"context {context}" for context in contexts])
+    axes.margins(y=0.25)
+    axes.set_ylabel("tokens/s, best window")
+    axes.set_title(f"Decoding on the CPU, one sequence, {best}, {cpu['environment']['device']}")
+    axes.legend(fontsize=8, ncols=2)
     _save(figure, path)

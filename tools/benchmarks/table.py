@@ -13,6 +13,20 @@ HOW_TIMED = (
     'in "alone" each starts when the one before has ended.'
 )
 
+CPU_PARTS = ("decode", "prompts", "batch", "demo")  # of `bench.py cpu`
+CPU_TITLES = {
+    "decode": "Decoding on the CPU, one sequence",
+    "prompts": "Prompts on the CPU, to the first token out",
+    "batch": "Batches on the CPU, context 128",
+    "demo": "The built-in model on the CPU, one story through `generate`",
+}
+HOW_CPU = (
+    "Best and median window of each; all that stands in a table took turns. GB/s are the bytes of weights, LM head, "
+    "keys and values that a step reads, over the best time. The streaming read is one of 512 MiB of memory, repeated "
+    "to last as long as a window of decoding, by as many threads, each with one stream; that of a checkpoint is its "
+    "largest tensor where the file is mapped. Layers and head: each in its own fastest window."
+)
+
 
 def row(*cells: object) -> str:
     """A line of a Markdown table."""
@@ -39,9 +53,60 @@ def ladder_table(kernels: dict[str, Any]) -> list[str]:
     return lines
 
 
+def cpu_tables(cpu: dict[str, Any]) -> list[str]:
+    """A table for each part of the CPU's benchmark."""
+    env = cpu["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
+    lines = [f"{env['device']}, {env['cores']} cores, Python {env['python']}, {versions}; commit {env['commit']}, "
+             f"{cpu['date']}.", "", HOW_CPU]  # fmt: skip
+    for part in CPU_PARTS:
+        if part not in cpu:
+            continue
+        figures, rows = cpu[part], cpu[part]["rows"]
+        lines += [
+            "",
+            f"## {CPU_TITLES[part]}",
+            "",
+            f"{figures['rounds']} windows of each. {load_text(figures['load'])}",
+        ]
+        lines += head_of("streaming read of", "threads", "GB/s", "median")
+        for read in figures["read"]:
+            lines.append(row(read["of"], read["threads"], f"{read['GB/s']:.1f}", f"{read['median_GB/s']:.1f}"))
+        first = ["checkpoint", "head"] if part != "demo" else []
+        size = {"decode": "context", "prompts": "prompt", "batch": "sequences", "demo": "tokens"}[part]
+        steps = part in ("decode", "batch")
+        lines += head_of(
+            *first, "instruction set", "threads", size, "ms", "median", "tokens/s", "median",
+            *(["GB/s", "of streaming read", "median", "layers, ms", "head, ms"] if steps else []),
+        )  # fmt: skip
+        for r in rows:
+            cells = [*(r[key] for key in first), r["isa"], r["threads"], r[size]]
+            cells += [f"{r['ms']:.1f}", f"{r['median_ms']:.1f}", f"{r['tokens/s']:.1f}", f"{r['median_tokens/s']:.1f}"]
+            cells += (
+                [
+                    f"{r['GB/s']:.1f}",
+                    f"{r['share_of_read']:.0%}",
+                    f"{r['median_share_of_read']:.0%}",
+                    f"{r['layers_ms']:.1f}",
+                    f"{r['head_ms']:.1f}",
+                ]
+                if steps
+                else []
+            )
+            lines.append(row(*cells))
+    return lines
+
+
+def load_text(load: list[float | None]) -> str:
+    """The load average before and after."""
+    if None in load:
+        return "Load average unknown."
+    return f"Load average {load[0]:.1f} before, {load[1]:.1f} after."
+
+
 def table(figures: dict[str, Any]) -> str:
     """The Markdown of a run."""
-    lines = []
+    lines = cpu_tables(figures["cpu"]) if "cpu" in figures else []
     if "environment" in figures:
         env = figures["environment"]
         versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())

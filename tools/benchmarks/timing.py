@@ -6,19 +6,10 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-
 from bitnet_numba.kernels.runtime.driver import Event, Stream
 from bitnet_numba.kernels.runtime.launch import Launch
 
 REPEATS = 7
-
-
-def random_words(count: int, seed: int = 0) -> np.ndarray:
-    """int32 words of random ternary codes: 1, 2 and 3."""
-    words = np.random.default_rng(seed).integers(0, 1 << 32, count, np.uint32)
-    pairs = np.uint32(0x55555555)
-    return (words | (~(words | words >> np.uint32(1)) & pairs)).view(np.int32)
 
 
 def cold_copies(nbytes: int, l2_bytes: int) -> int:

@@ -1,0 +1,48 @@
+"""Random models, weights and prompts to measure with, for every backend."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from bitnet_numba.checkpoint.packed import FORMAT, EmbeddingDtype, packed_plan
+from bitnet_numba.checkpoint.safetensors_file import write_tensors
+from bitnet_numba.config import ModelConfig
+from tools.make_checkpoint import PRESETS, QUANTIZATION
+
+
+def random_words(count: int, seed: int = 0) -> np.ndarray:
+    """int32 words of random ternary codes: 1, 2 and 3."""
+    words = np.random.default_rng(seed).integers(0, 1 << 32, count, np.uint32)
+    pairs = np.uint32(0x55555555)
+    return (words | (~(words | words >> np.uint32(1)) & pairs)).view(np.int32)
+
+
+def random_ids(vocab_size: int, count: int, seed: int) -> list[int]:
+    """Tokens of a prompt."""
+    return np.random.default_rng(seed).integers(0, vocab_size, count).tolist()
+
+
+def write_random_packed(folder: Path, head: EmbeddingDtype) -> None:
+    """A packed 2B4T of random weights, made directly, without the way through a Hugging Face checkpoint."""
+    _, raw = PRESETS["2b-4t"]
+    raw = raw | {"quantization_config": QUANTIZATION["offline"], "bitnet_numba": {"format": FORMAT, "head": head}}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(raw))
+    plan_ = packed_plan(ModelConfig.from_hf(raw), head)
+    words = random_words(1 << 22)
+    rng = np.random.default_rng(1)
+    halves = (rng.standard_normal(1 << 22).astype(np.float32) * np.float32(0.02)).view(np.uint32) >> np.uint32(16)
+    kinds = {"I32": words, "BF16": halves.astype(np.uint16), "I8": rng.integers(-127, 128, 1 << 22).astype(np.int8)}
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for name, tensor in plan_.items():
+            size = int(np.prod(tensor.shape))
+            if tensor.dtype == "F32":
+                yield name, np.full(tensor.shape, 1.0 if "norm" in name else 2e-4, np.float32)
+            else:
+                yield name, np.resize(kinds[tensor.dtype], size).reshape(tensor.shape)
+
+    with open(folder / "model.safetensors", "wb") as file:
+        write_tensors(file, plan_, tensors(), {})
