@@ -15,12 +15,17 @@ bandwidth. Sums stay exact: |acc| of the last field is at most K / 4 * 192 * 128
 Measured with one thread of a Zen 4 server that reads 33 GB/s: see docs/benchmarks.md.
 """
 
+from llvmlite import ir
 from numba import njit
-from numba.extending import overload
+from numba.core import types
+from numba.extending import intrinsic, overload
 
-from bitnet_numba.kernels.cpu.dot import add16, dot4, pairs_avx2, widen16
+from bitnet_numba.kernels.cpu.dot import add16, dot4, emit_dot4, pairs_avx2, widen16
+from bitnet_numba.kernels.cpu.memory import load_i32
 from bitnet_numba.kernels.cpu.vec import (
+    I32,
     OPTIONS,
+    Vec,
     add,
     and_,
     ashr,
@@ -34,6 +39,7 @@ from bitnet_numba.kernels.cpu.vec import (
     splat_i32x4,
     splat_i32x8,
     splat_i32x16,
+    splat_of,
     store,
     sub,
     zero_i32x4,
@@ -185,3 +191,91 @@ def gemv_avx2(isa, words, K, q, q_sum, acc, first, last):
         store(acc, 0, sub(add(a, ashr(a4, 2)), offset))
         store(acc, 32, sub(add(b, ashr(b4, 2)), offset))
         acc += 4 * BLOCK_ROWS
+
+
+# ---- A few tokens ---------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def _dot_tokens(typingctx, isa, sums, codes, q, q_stride):
+    """sums[t] + the products of four columns of all rows with four bytes of token t, q_stride bytes apart."""
+
+    def codegen(context, builder, sig, args):
+        _isa, out, codes, q, q_stride = args
+        for t in range(sums.count):
+            four = splat_of(builder, builder.load(builder.inttoptr(q, I32.as_pointer()), align=1), 16)
+            new = emit_dot4(builder, isa.isa, builder.extract_value(out, t), codes, four)
+            out = builder.insert_value(out, new, t)
+            q = builder.add(q, q_stride)
+        return out
+
+    return sums(isa, sums, codes, types.intp, types.intp), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _zero_tokens(typingctx, tokens):
+    """Sums of so many tokens, all 0."""
+    zero = types.UniTuple(Vec(16, "i32"), tokens.literal_value)
+
+    def codegen(context, builder, sig, args):
+        return ir.Constant(context.get_value_type(zero), None)
+
+    return zero(tokens), codegen
+
+
+@njit(**OPTIONS)
+def _tile(isa, zero, words, K, q, q_stride, q_sums, acc, acc_stride, first, last):
+    """All row-blocks times as many tokens as `zero` has sums. Codes are shifted down here, once for all tokens: so one
+    sum a token is enough, and as many tokens as possible share a reading of the weights."""
+    p = words + first * (K // BLOCK_COLS) * BLOCK_BYTES
+    for _row_block in range(first, last):
+        sums = zero
+        for k in range(q, q + K, BLOCK_COLS):
+            for half in range(2):
+                w = join(load_i32x8(p, 32 * half), load_i32x8(p, 64 + 32 * half))
+                at = k + 16 * half
+                sums = _dot_tokens(isa, sums, and_(w, FIELD0), at, q_stride)
+                sums = _dot_tokens(isa, sums, and_(lshr(w, 2), FIELD0), at + 4, q_stride)
+                sums = _dot_tokens(isa, sums, and_(lshr(w, 4), FIELD0), at + 8, q_stride)
+                sums = _dot_tokens(isa, sums, and_(lshr(w, 6), FIELD0), at + 12, q_stride)
+            p += BLOCK_BYTES
+        for t in range(len(sums)):
+            store(acc, 4 * t * acc_stride, sub(sums[t], splat_i32x16(CODE_OFFSET * load_i32(q_sums, 4 * t))))
+        acc += 4 * BLOCK_ROWS
+
+
+def gemv_tokens(isa, words, K, q, q_stride, q_sums, M, acc, acc_stride, first, last):
+    """As `gemv`, for a few tokens: M from 1 to FEW.
+
+    q: address of int8 [M, q_stride]. q_sums: address of int32 [M]. acc: address of int32 [M, acc_stride].
+    """
+    raise NotImplementedError("only compiled functions can call this")
+
+
+@overload(gemv_tokens)
+def _gemv_tokens(isa, words, K, q, q_stride, q_sums, M, acc, acc_stride, first, last):
+    def in_tiles(isa, words, K, q, q_stride, q_sums, M, acc, acc_stride, first, last):
+        m = 0
+        while M - m >= 4:
+            at, sums, out = q + m * q_stride, q_sums + 4 * m, acc + 4 * m * acc_stride
+            if M - m >= 8:
+                _tile(isa, _zero_tokens(8), words, K, at, q_stride, sums, out, acc_stride, first, last)
+                m += 8
+            else:
+                _tile(isa, _zero_tokens(4), words, K, at, q_stride, sums, out, acc_stride, first, last)
+                m += 4
+        while m < M:
+            at, sums, out = q + m * q_stride, q_sums + 4 * m, acc + 4 * m * acc_stride
+            if M - m >= 2:
+                _tile(isa, _zero_tokens(2), words, K, at, q_stride, sums, out, acc_stride, first, last)
+                m += 2
+            else:
+                gemv(isa, words, K, at, load_i32(sums, 0), out, first, last)
+                m += 1
+
+    def one_by_one(isa, words, K, q, q_stride, q_sums, M, acc, acc_stride, first, last):
+        for m in range(M):  # the second token finds the weights in the cache
+            at, out = q + m * q_stride, acc + 4 * m * acc_stride
+            gemv(isa, words, K, at, load_i32(q_sums, 4 * m), out, first, last)
+
+    return in_tiles if isa.isa == "vnni512" else one_by_one
