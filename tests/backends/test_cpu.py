@@ -213,6 +213,48 @@ def test_a_closed_model_ends_its_threads_and_starts_again(packed: PackedCheckpoi
     assert threading.active_count() == before
 
 
+def test_what_lies_beyond_weights_or_pages_is_refused(model: CpuModel) -> None:
+    cache = model.new_pool(1).cache([0], 0)
+    for ids in ([1, -1], [2048], [2**40]):
+        with pytest.raises(ValueError, match="token ids must be between 0 and 2047"):
+            model.forward(ids, cache)
+    model.forward(some_ids(64), cache)
+    with pytest.raises(ValueError, match="more tokens than its pages hold"):
+        model.step([1], [cache])
+
+
+def test_threads_that_cannot_be_had(packed: PackedCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    model = CpuModel(packed, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(BackendError, match="3 threads cannot be started .*: fewer may do"):
+            hidden_of(model, [1], 1)
+    hidden_of(model, [1], 1)
+    model.close()
+
+
+def test_a_signal_handler_amid_a_pass_is_refused(model: CpuModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def handler(_length: int) -> None:
+        hidden_of(model, [1], 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model._buffers, "hold_positions", handler)
+        with pytest.raises(BackendError, match="called by a signal handler"):
+            hidden_of(model, [1], 1)
+    hidden_of(model, [1], 1)
+
+
+def test_a_fork_amid_a_pass_of_another_thread(model: CpuModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.close()
+    with model._turn():
+        monkeypatch.setattr(os, "getpid", lambda: -1)  # as in the child
+        hidden_of(model, [1], 1)
+        model.close()
+
+
 FORKING = """
 import os, sys
 import bitnet_numba as bn
