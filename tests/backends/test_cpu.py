@@ -312,3 +312,15 @@ def test_answers_are_those_of_the_reference() -> None:
     ]
     for ours, theirs in answers:
         assert ours[:40] == theirs[:40]
+
+
+def test_numba_without_its_compiler_is_told_in_one_line() -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "import bitnet_numba as bn\ntry: bn.load(None, 'cpu')\nexcept bn.BitNetError as e: print(e)",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=100, env=os.environ | {"NUMBA_DISABLE_JIT": "1"}
+    )
+    assert done.stdout.startswith("the CPU backend needs Numba's compiler: unset NUMBA_DISABLE_JIT"), done.stderr
