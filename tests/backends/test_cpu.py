@@ -157,6 +157,16 @@ def test_long_contexts_split_over_threads_give_the_same_bits(packed: PackedCheck
     np.testing.assert_array_equal(four.forward(ids[-1:], cache), whole[-1:])
 
 
+def test_logits_and_sampling_in_turn(model: CpuModel, packed: PackedCheckpoint, closing: list[CpuModel]) -> None:
+    """Late members of a job must not see the next one: with 3 members on fewer cores, some are late."""
+    closing.append(late := CpuModel(packed, 3))
+    hidden, params = hidden_of(model, [1, 2, 3], 3), [SamplingParams()] * 3
+    logits = model.logits(hidden)
+    for _ in range(40):
+        np.testing.assert_array_equal(late.logits(hidden), logits)
+        assert late.sample(hidden, [[1]] * 3, params) == logits.argmax(1).tolist()
+
+
 def test_many_sequences_at_once_are_as_alone(model: CpuModel) -> None:
     lengths = [1, 5, 63, 64, 65, 100, 130] * 10  # more than a pass holds
     pool = model.new_pool(4 * len(lengths))
