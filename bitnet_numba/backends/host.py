@@ -199,6 +199,7 @@ class HostContext(Generic[C]):
         while len(self.ids) < end:
             first = len(self.ids)
             part = ids[first - start : first - start + PAGE_SIZE - first % PAGE_SIZE]
+            self._cache.length = first  # also after a call that Ctrl-C ended amid its bookkeeping
             hidden = self._model.forward(part, self._cache)
             self.ids += part
             yield hidden

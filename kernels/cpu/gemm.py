@@ -29,6 +29,7 @@ from numba.core import types
 from numba.extending import intrinsic, overload
 
 from bitnet_numba.kernels.cpu import dot, vec
+from bitnet_numba.kernels.cpu.memory import load_at, pointer_at
 from bitnet_numba.kernels.cpu.vec import OPTIONS, and_, join, load_i32x8, lshr, store
 from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_MASK, CODE_OFFSET
 
@@ -164,10 +165,6 @@ def zero_tile(typingctx, isa, tokens):
     return zero(isa, tokens), codegen
 
 
-def _at(builder, address, offset: int, pointee: ir.Type):
-    return builder.inttoptr(builder.add(address, ir.Constant(address.type, offset)), pointee.as_pointer())
-
-
 @intrinsic
 def dot_tile(typingctx, isa, sums, w, q, q_stride):
     """sums + four columns of weights, a line at w, times four columns of each token, q_stride bytes apart from q.
@@ -179,9 +176,9 @@ def dot_tile(typingctx, isa, sums, w, q, q_stride):
         _isa, out, w, q, q_stride = args
         register = out.type.element
         registers = TILES[isa.isa].registers
-        weights = [builder.load(_at(builder, w, 4 * register.count * r, register), align=1) for r in range(registers)]
+        weights = [load_at(builder, w, 4 * register.count * r, register) for r in range(registers)]
         for t in range(out.type.count // registers):
-            columns = builder.load(_at(builder, q, 0, vec.I32), align=1)
+            columns = load_at(builder, q, 0, vec.I32)
             columns = vec.splat_of(builder, columns, register.count)
             for r in range(registers):
                 i = t * registers + r
@@ -224,11 +221,11 @@ def store_tile(typingctx, isa, sums, q_sums, acc, acc_stride, blocks):
         def store_block(first):
             at = acc
             for t in range(sums.type.count // tile.registers):
-                q_sum = builder.load(_at(builder, q_sums, 4 * t, vec.I32), align=1)
+                q_sum = load_at(builder, q_sums, 4 * t, vec.I32)
                 offset = vec.splat_of(builder, builder.mul(q_sum, vec.I32(CODE_OFFSET)), register.count)
                 for r in range(first, first + per_block):
                     v = builder.sub(builder.extract_value(sums, t * tile.registers + r), offset)
-                    builder.store(v, _at(builder, at, 4 * register.count * r, register), align=1)
+                    builder.store(v, pointer_at(builder, at, 4 * register.count * r, register), align=1)
                 at = builder.add(at, acc_stride)
 
         store_block(0)

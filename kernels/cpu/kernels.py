@@ -4,6 +4,7 @@ Each builder takes the constants that its kernel is compiled for, and returns a 
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,12 @@ def build_sample() -> Callable[..., None]:
     return kernel
 
 
+@cache
+def shared(build: Callable[..., Any], *constants: Any) -> Kernel:
+    """The kernel for these constants: all models of a process use one, since Numba never frees machine code."""
+    return Kernel(build, *constants)
+
+
 def kernels_for(isa: InstructionSet, dtype: np.dtype[Any], heads: tuple[int, ...], int8: bool) -> dict[str, Kernel]:
     """The kernels of a model by their names in `layout.KERNELS`, and "row_sums": not compiled yet.
 
@@ -104,15 +111,15 @@ def kernels_for(isa: InstructionSet, dtype: np.dtype[Any], heads: tuple[int, ...
     and LM head are.
     """
     kernels = {
-        "gemv": Kernel(build_gemv, isa),
-        "gemm": Kernel(build_gemm, isa),
-        "bf16_rows": Kernel(build_bf16_rows, isa),
-        "store_kv": Kernel(build_store_kv, dtype),
-        "attend": Kernel(build_attend, isa, dtype, heads),
-        "sample": Kernel(build_sample),
+        "gemv": shared(build_gemv, isa),
+        "gemm": shared(build_gemm, isa),
+        "bf16_rows": shared(build_bf16_rows, isa),
+        "store_kv": shared(build_store_kv, dtype),
+        "attend": shared(build_attend, isa, dtype, heads),
+        "sample": shared(build_sample),
     }
     if int8:
-        kernels["int8_rows"] = Kernel(build_int8_rows, isa)
-        kernels["prepare_int8"] = Kernel(build_prepare_int8, isa)
-        kernels["row_sums"] = Kernel(build_row_sums, isa)
+        kernels["int8_rows"] = shared(build_int8_rows, isa)
+        kernels["prepare_int8"] = shared(build_prepare_int8, isa)
+        kernels["row_sums"] = shared(build_row_sums, isa)
     return kernels

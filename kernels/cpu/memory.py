@@ -51,15 +51,19 @@ def prefetch(typingctx, address, lines):
     """Asks for as many cache lines, which are needed soon, as `lines` has numbers. Any address is allowed."""
 
     def codegen(context, builder, sig, args):
-        ty = ir.IntType(8).as_pointer()
-        signature = ir.FunctionType(ir.VoidType(), [ty, vec.I32, vec.I32, vec.I32])
-        function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0i8")
-        for i in range(len(lines)):
-            line = pointer_at(builder, args[0], 64 * i, ir.IntType(8))
-            builder.call(function, [line, vec.I32(0), vec.I32(L2), vec.I32(1)])  # for reading, as data
+        emit_prefetch(builder, args[0], len(lines))
         return context.get_dummy_value()
 
     return types.void(types.intp, lines), codegen
+
+
+def emit_prefetch(builder, address, lines: int):
+    """Asks for so many cache lines from an address on."""
+    signature = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), vec.I32, vec.I32, vec.I32])
+    function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+    for i in range(lines):
+        line = pointer_at(builder, address, 64 * i, ir.IntType(8))
+        builder.call(function, [line, vec.I32(0), vec.I32(L2), vec.I32(1)])  # for reading, as data
 
 
 def pointer_at(builder, address, offset: int, ty):

@@ -11,19 +11,20 @@ from typing import Any
 
 from llvmlite import ir
 from numba import njit
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import intrinsic
 
 from bitnet_numba.kernels.cpu import vec
 from bitnet_numba.kernels.cpu.dot import emit_dot4
 from bitnet_numba.kernels.cpu.gemm import TILES
+from bitnet_numba.kernels.cpu.memory import emit_prefetch, load_at, pointer_at
 from bitnet_numba.kernels.cpu.vec import OPTIONS
 
 TILE_TOKENS = 2  # two tokens by two rows: 4 loads of activations and 2 of rows for 8 products (bfloat16)
 CHUNK = 8  # rows that are multiplied by all tokens before the next ones are read
 ZERO = 1 << 23  # what stands for 0 in fixed point
 PLANES = 64  # offset of the planes in activations of fixed point; the unit stands before them
-F32, I64, BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(8)
+F32, I64 = ir.FloatType(), ir.IntType(64)
 FLOATS, INTS, BYTES = vec.vector(16, "f32"), vec.vector(16, "i32"), vec.vector(16, "i8")
 
 
@@ -101,11 +102,6 @@ def _zero_sums(shape: Callable[[str], tuple[int, int, int, str]]) -> Any:
     return zero
 
 
-def _load(builder, address, offset: int, pointee: ir.Type):
-    at = builder.add(address, ir.Constant(address.type, offset))
-    return builder.load(builder.inttoptr(at, pointee.as_pointer()), align=1)
-
-
 def _shifted(builder, address, stride, count: int):
     """address, address + stride, ..."""
     for _ in range(count):
@@ -125,11 +121,7 @@ def prefetch(typingctx, sums, address):
     """
 
     def codegen(context, builder, sig, args):
-        for offset in range(0, 64 * sums.count, 64):
-            at = builder.inttoptr(builder.add(args[1], ir.Constant(args[1].type, offset)), BYTE.as_pointer())
-            signature = ir.FunctionType(ir.VoidType(), [at.type, *[vec.I32] * 3])
-            function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
-            builder.call(function, [at, vec.I32(0), vec.I32(2), vec.I32(1)])  # to read, into the second level, data
+        emit_prefetch(builder, args[1], sums.count)
         return context.get_dummy_value()
 
     return types.void(sums, address), codegen
@@ -137,14 +129,14 @@ def prefetch(typingctx, sums, address):
 
 def _from_bf16(builder, row):
     """Even and odd columns of 32, as float32."""
-    pairs = _load(builder, row, 0, INTS)
+    pairs = load_at(builder, row, 0, INTS)
     even, odd = builder.shl(pairs, _all_lanes(INTS, 16)), builder.and_(pairs, _all_lanes(INTS, 0xFFFF0000))
     return [builder.bitcast(even, FLOATS), builder.bitcast(odd, FLOATS)]
 
 
 def _from_int8(builder, row):
     """Columns 0-15 and 16-31, as float32."""
-    return [builder.sitofp(_load(builder, row, offset, BYTES), FLOATS) for offset in (0, 16)]
+    return [builder.sitofp(load_at(builder, row, offset, BYTES), FLOATS) for offset in (0, 16)]
 
 
 def _float_step(widen):
@@ -157,7 +149,7 @@ def _float_step(widen):
             weights = [widen(builder, at) for at in _shifted(builder, row, row_stride, sums.count)]
             for t, at in enumerate(_shifted(builder, x, x_stride, sums.dtype.count // 2)):
                 for half in range(2):
-                    columns = _load(builder, at, 64 * half, FLOATS)
+                    columns = load_at(builder, at, 64 * half, FLOATS)
                     for r in range(sums.count):
                         where = [r, 2 * t + half]
                         operands = [weights[r][half], columns, builder.extract_value(out, where)]
@@ -179,10 +171,10 @@ def _fixed_step(typingctx, isa, sums, row, row_stride, x, x_stride):
         register = sums.dtype.dtype.n * 4
         vector = vec.vector(sums.dtype.dtype.n, "i32")
         for offset in range(0, 64, register):
-            rows = [_load(builder, at, offset, vector) for at in _shifted(builder, row, row_stride, sums.count)]
+            rows = [load_at(builder, at, offset, vector) for at in _shifted(builder, row, row_stride, sums.count)]
             for t, at in enumerate(_shifted(builder, x, x_stride, sums.dtype.count // 3)):
                 for plane in range(3):
-                    columns = _load(builder, at, 64 * plane + offset, vector)
+                    columns = load_at(builder, at, 64 * plane + offset, vector)
                     for r in range(sums.count):
                         where = [r, 3 * t + plane]
                         new = emit_dot4(builder, isa.isa, builder.extract_value(out, where), columns, rows[r])
@@ -203,7 +195,7 @@ def _sum(builder, v):
 
 
 def _float_result(builder, sums, r, scales, row_sums, x):
-    return builder.fmul(_float_sum(builder, sums), _load(builder, scales, 4 * r, F32))
+    return builder.fmul(_float_sum(builder, sums), load_at(builder, scales, 4 * r, F32))
 
 
 def _float_sum(builder, sums, *_unused):
@@ -216,10 +208,10 @@ def _fixed_result(builder, sums, r, scales, row_sums, x):
     for plane in sums:
         wide = builder.sext(plane, ir.VectorType(I64, plane.type.count))
         total = wide if total is None else builder.add(builder.shl(total, _all_lanes(wide.type, 8)), wide)
-    offset = builder.mul(builder.sext(_load(builder, row_sums, 4 * r, vec.I32), I64), I64(ZERO))
+    offset = builder.mul(builder.sext(load_at(builder, row_sums, 4 * r, vec.I32), I64), I64(ZERO))
     value = builder.sitofp(builder.sub(_sum(builder, total), offset), F32)
-    value = builder.fmul(value, _load(builder, x, 0, F32))
-    return builder.fmul(value, _load(builder, scales, 4 * r, F32))
+    value = builder.fmul(value, load_at(builder, x, 0, F32))
+    return builder.fmul(value, load_at(builder, scales, 4 * r, F32))
 
 
 def _store(result: Any, registers: int) -> Any:
@@ -235,8 +227,7 @@ def _store(result: Any, registers: int) -> Any:
                 for r in range(sums.count):
                     own = [builder.extract_value(tile, [r, t * registers + i]) for i in range(registers)]
                     value = result(builder, own, r, scales, row_sums, token)
-                    at = builder.add(to, ir.Constant(to.type, 4 * r))
-                    builder.store(value, builder.inttoptr(at, F32.as_pointer()), align=1)
+                    builder.store(value, pointer_at(builder, to, 4 * r, F32), align=1)
             return context.get_dummy_value()
 
         return types.void(sums, scales, row_sums, x, x_stride, y, y_stride), codegen

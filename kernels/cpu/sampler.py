@@ -20,7 +20,7 @@ from numba.extending import intrinsic, register_jitable
 from bitnet_numba.kernels.cpu import math, vec
 from bitnet_numba.kernels.cpu.gumbel import LARGEST_NOISE, gumbel, random_words
 from bitnet_numba.kernels.cpu.memory import load_f32, load_f64, load_i32, load_i64, store_f32, store_i32, store_i64
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling import MAX_TEMPERATURE, MIN_TEMPERATURE, SamplingParams
 
 NO_TOKEN = -1  # in place of a token when logits hold NaN
 MAX_VOCAB = 1 << 23  # sums of probabilities fit 63 bits
@@ -29,7 +29,6 @@ FIRST_BITS, NEXT_BITS = 11, 10  # a depth's 31 bits are three digits
 BINS = 1 << FIRST_BITS
 INFINITE_DEPTH = 0x7F800000
 UNIT = 2.0**-39  # of probabilities; of a token, where tokens are counted
-MIN_TEMPERATURE = float(np.finfo(np.float32).tiny)
 LOWEST = -np.inf
 
 # Settings, float64.
@@ -40,8 +39,9 @@ SETTINGS = 7
 def pack_settings(params: SamplingParams) -> np.ndarray:
     """Sampling parameters as `sample` reads them, float64 [7]. The seed is set unless temperature is 0."""
     seed = params.seed or 0
+    temperature = params.temperature and min(max(params.temperature, MIN_TEMPERATURE), MAX_TEMPERATURE)
     min_z = host_math.log(params.min_p) if params.min_p > 0 else LOWEST
-    values = (params.temperature, params.top_p, params.repetition_penalty, min_z, min(params.top_k, MAX_VOCAB))
+    values = (temperature, params.top_p, params.repetition_penalty, min_z, min(params.top_k, MAX_VOCAB))
     return np.array([*values, seed & 0xFFFFFFFF, seed >> 32], np.float64)
 
 
@@ -158,7 +158,7 @@ def largest(z, vocab, scratch):
 @njit(**vec.OPTIONS)
 def scale(z, vocab, most, temperature):
     """z = (z - most) / temperature."""
-    m, t = vec.splat_f32x16(most), vec.splat_f32x16(max(np.float32(temperature), np.float32(MIN_TEMPERATURE)))
+    m, t = vec.splat_f32x16(most), vec.splat_f32x16(temperature)
     for at in range(0, 4 * vocab, 64):
         vec.store(z, at, vec.div(vec.sub(vec.load_f32x16(z, at), m), t))
 

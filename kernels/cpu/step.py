@@ -246,8 +246,10 @@ def logits(member, members, state, model, job):
             )
         else:
             call(job.kernels.bf16_rows, (model.head, padded_K, planes, x_stride, M, out, y_stride, first, last))
+    # Read before the barrier: if it is the job's last, the host may already write the next job behind it.
+    settings = job.settings
     barrier(state, members)
-    if job.settings != 0:
+    if settings != 0:
         scratch = job.own + member * job.own_stride + job.sampler
         for m in range(member, M, members):
             call(

@@ -183,8 +183,9 @@ def start_job(state):
 @njit(**OPTIONS)
 def next_job(state, job):
     """Members 1 ..: waits for the job after number `job`; returns its number, or -1 if the team is to stop."""
-    wait_for_change(state, JOB, job, SPINS_BETWEEN)
-    return -1 if atomic_load(state, STOP) else atomic_load(state, JOB)
+    wait_for_change(state, JOB, np.int32(job), SPINS_BETWEEN)
+    # As 32 bits without a sign: a server's team has had 2^31 jobs after some days, and numbers start again at 0.
+    return np.int64(-1) if atomic_load(state, STOP) else np.int64(np.uint32(atomic_load(state, JOB)))
 
 
 @entry
@@ -192,7 +193,7 @@ def _start(state):
     start_job(state)
 
 
-_immortal: list[Any] = []  # memory of all teams
+_immortal: list[Any] = []  # memory of all teams whose threads have not ended
 
 
 class Team:
@@ -204,32 +205,40 @@ class Team:
 
     def __init__(self, members: int, serve: Callable[..., None], arguments: tuple[Any, ...]):
         self.members = members
-        # Of the C library, and never freed: a thread may look at it until the process ends.
+        # Freed only after `stop`: otherwise, threads may look at it until the process ends.
         words: Any = (ctypes.c_int32 * (STATE_WORDS + LINE))()
+        self._words = words
         _immortal.append(words)
         self.state = -(-ctypes.addressof(words) // (4 * LINE)) * 4 * LINE
         self._view = np.ctypeslib.as_array(words)
         self._first = (self.state - ctypes.addressof(words)) // 4
-        self._process = os.getpid()
+        self._process, self._stopped = os.getpid(), False
         self._threads = [
             threading.Thread(
                 target=serve, args=(member, members, self.state, *arguments), name=f"bitnet-{member}", daemon=True
             )
             for member in range(1, members)
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:  # no more threads, or Ctrl-C: those that have started do not wait for ever
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
+            _immortal.append(words)  # for one that is just about to be alive
+            self.stop()
+            raise
 
     @property
     def alive(self) -> bool:
-        """Whether the threads are there: not in a process that was forked since."""
-        return os.getpid() == self._process
+        """Whether the threads are there: not after `stop`, nor in a process that was forked since."""
+        return os.getpid() == self._process and not self._stopped
 
     def stop(self) -> None:
         """Ends the threads."""
-        if self.alive and self._threads:
+        if self.alive:
+            self._stopped = True
             self._view[self._first + STOP] = 1
             _start(self.state)
             for thread in self._threads:
                 thread.join()
-            self._threads = []
+            _immortal.remove(self._words)

@@ -157,6 +157,16 @@ def test_long_contexts_split_over_threads_give_the_same_bits(packed: PackedCheck
     np.testing.assert_array_equal(four.forward(ids[-1:], cache), whole[-1:])
 
 
+def test_logits_and_sampling_in_turn(model: CpuModel, packed: PackedCheckpoint, closing: list[CpuModel]) -> None:
+    """Late members of a job must not see the next one: with 3 members on fewer cores, some are late."""
+    closing.append(late := CpuModel(packed, 3))
+    hidden, params = hidden_of(model, [1, 2, 3], 3), [SamplingParams()] * 3
+    logits = model.logits(hidden)
+    for _ in range(40):
+        np.testing.assert_array_equal(late.logits(hidden), logits)
+        assert late.sample(hidden, [[1]] * 3, params) == logits.argmax(1).tolist()
+
+
 def test_many_sequences_at_once_are_as_alone(model: CpuModel) -> None:
     lengths = [1, 5, 63, 64, 65, 100, 130] * 10  # more than a pass holds
     pool = model.new_pool(4 * len(lengths))
@@ -211,6 +221,48 @@ def test_a_closed_model_ends_its_threads_and_starts_again(packed: PackedCheckpoi
     np.testing.assert_array_equal(hidden_of(model, [1, 2], 2), expected)
     del model
     assert threading.active_count() == before
+
+
+def test_what_lies_beyond_weights_or_pages_is_refused(model: CpuModel) -> None:
+    cache = model.new_pool(1).cache([0], 0)
+    for ids in ([1, -1], [2048], [2**40]):
+        with pytest.raises(ValueError, match="token ids must be between 0 and 2047"):
+            model.forward(ids, cache)
+    model.forward(some_ids(64), cache)
+    with pytest.raises(ValueError, match="more tokens than its pages hold"):
+        model.step([1], [cache])
+
+
+def test_threads_that_cannot_be_had(packed: PackedCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    model = CpuModel(packed, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(BackendError, match="3 threads cannot be started .*: fewer may do"):
+            hidden_of(model, [1], 1)
+    hidden_of(model, [1], 1)
+    model.close()
+
+
+def test_a_signal_handler_amid_a_pass_is_refused(model: CpuModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def handler(_length: int) -> None:
+        hidden_of(model, [1], 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model._buffers, "hold_positions", handler)
+        with pytest.raises(BackendError, match="called by a signal handler"):
+            hidden_of(model, [1], 1)
+    hidden_of(model, [1], 1)
+
+
+def test_a_fork_amid_a_pass_of_another_thread(model: CpuModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.close()
+    with model._turn():
+        monkeypatch.setattr(os, "getpid", lambda: -1)  # as in the child
+        hidden_of(model, [1], 1)
+        model.close()
 
 
 FORKING = """
@@ -281,3 +333,15 @@ def test_answers_are_those_of_the_reference() -> None:
     ]
     for ours, theirs in answers:
         assert ours[:40] == theirs[:40]
+
+
+def test_numba_without_its_compiler_is_told_in_one_line() -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "import bitnet_numba as bn\ntry: bn.load(None, 'cpu')\nexcept bn.BitNetError as e: print(e)",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=100, env=os.environ | {"NUMBA_DISABLE_JIT": "1"}
+    )
+    assert done.stdout.startswith("the CPU backend needs Numba's compiler: unset NUMBA_DISABLE_JIT"), done.stderr

@@ -7,7 +7,7 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +20,13 @@ from bitnet_numba.backends.cpu.weights import Weights
 from bitnet_numba.backends.host import PAGE_SIZE, Floats, HostBackend
 from bitnet_numba.checkpoint.packed import PackedCheckpoint
 from bitnet_numba.config import ModelConfig
+from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.cpu import attention, isa, kv_cache, layout, sampler, step
 from bitnet_numba.kernels.cpu.team import Team
 from bitnet_numba.sampling import SamplingParams
 
 KVDtype = Literal["bfloat16", "float32"]
+PATIENCE = 2.0  # seconds that the end of the process waits for a pass
 NAN_BITS = 0xFFFFFFFF  # of a float32, and of two bfloat16
 
 
@@ -94,7 +96,8 @@ class CpuModel:
         kernels = load_kernels(needs)
         self._weights = Weights(checkpoint, kernels.get("row_sums"))
         self._buffers = Buffers(c, self.threads, kernels)
-        self._lock = threading.Lock()
+        self._arguments = (self._weights.model, self._weights.layers, self._buffers.job)
+        self._lock, self._locked_in, self._owner = threading.Lock(), os.getpid(), 0
         self._team: Team | None = None
 
     def new_cache(self, capacity: int) -> CpuCache:
@@ -161,15 +164,35 @@ class CpuModel:
 
     def close(self) -> None:
         """Ends the threads. The next pass starts them again."""
-        with self._lock:
+        with self._turn():
             if self._team is not None:
+                self._stop_later.detach()
                 self._team.stop()
                 self._team = None
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Keeps other threads out; raises BackendError to who comes amid a pass of the same thread: it would hang."""
+        if os.getpid() != self._locked_in:  # a thread of the parent may have held the lock when it was copied
+            self._lock, self._locked_in, self._owner = threading.Lock(), os.getpid(), 0
+        if self._lock.locked() and self._owner == threading.get_ident():
+            raise BackendError("the model was called by a signal handler, amid a call that it interrupted")
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = 0
 
     def _pass(self, ids: Sequence[int], caches: Sequence[CpuCache], positions: Sequence[int]) -> Floats:
         M, b = len(ids), self._buffers
         pool = caches[0].pool
-        with self._lock:
+        # What is wrong here would be read or written beyond the weights or the cache.
+        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
+            raise ValueError(f"token ids must be between 0 and {self.config.vocab_size - 1}")
+        if any(position >= PAGE_SIZE * len(cache.table) for position, cache in zip(positions, caches, strict=True)):
+            raise ValueError("a sequence has more tokens than its pages hold")
+        with self._turn():
             length = max(positions) + 1
             b.hold_positions(length)
             b.ids[:M], b.positions[:M] = ids, positions
@@ -188,7 +211,7 @@ class CpuModel:
     ) -> list[int]:
         """Logits of up to MAX_TOKENS hidden states to `out`, if that is given, and the tokens sampled from them."""
         M, b = len(hidden), self._buffers
-        with self._lock:
+        with self._turn():
             if out is None:
                 out = b.logits_of(M)
             b.final[:M] = hidden
@@ -205,11 +228,23 @@ class CpuModel:
     def _run(self) -> None:
         team = self._team
         if team is None or not team.alive:
-            arguments = (self._weights.model, self._weights.layers, self._buffers.job)
-            team = self._team = Team(self.threads, step.work, arguments)
-            self._arguments = arguments
-            weakref.finalize(self, Team.stop, team)
+            try:
+                team = Team(self.threads, step.work, self._arguments)
+            except RuntimeError as error:
+                raise BackendError(f"{self.threads} threads cannot be started ({error}): fewer may do") from None
+            self._stop_later = weakref.finalize(self, _stop, team, self._lock)
+            self._team = team
         step.work(0, team.members, team.state, *self._arguments)
+
+
+def _stop(team: Team, lock: threading.Lock) -> None:
+    """Stops a team whose model is gone, or at the end of the process."""
+    # At the end, a daemon thread may be in a pass: a member that left before its last barrier would hang the others.
+    if lock.acquire(timeout=PATIENCE):
+        try:
+            team.stop()
+        finally:
+            lock.release()
 
 
 def default_threads() -> int:

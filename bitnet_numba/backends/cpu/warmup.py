@@ -12,13 +12,21 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from numba import config
 
 from bitnet_numba.backends.progress import CompileProgress
+from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.cpu import attention, isa, step
 from bitnet_numba.kernels.cpu.kernels import Kernel, kernels_for
 from bitnet_numba.kernels.runtime import disk_cache
 
-STEP = "step"
+# What the other process does.
+COMPILE_STEP = """
+import sys
+sys.path[:] = sys.argv[1:]
+from bitnet_numba.kernels.cpu import step
+step.compile_step()
+"""
 
 
 class Needs(NamedTuple):
@@ -37,6 +45,8 @@ class Needs(NamedTuple):
 
 def load_kernels(needs: Needs) -> dict[str, int]:
     """The addresses of kernels by name, all of them and the step compiled, with progress if that takes time."""
+    if config.DISABLE_JIT:
+        raise BackendError("the CPU backend needs Numba's compiler: unset NUMBA_DISABLE_JIT, or ask for the reference")
     kernels = needs.kernels()
     missing = sum(not kernel.is_cached for kernel in kernels.values()) + (not step.is_cached())
     progress = CompileProgress("this CPU", missing)
@@ -64,7 +74,8 @@ def _step_compiled_beside(wanted: bool) -> Iterator[None]:
     process = None
     with contextlib.suppress(OSError):
         nowhere = subprocess.DEVNULL
-        command = [sys.executable, "-m", "bitnet_numba.backends.cpu.warmup"]
+        # With this process's own path, and without the folder that it happens to run in, which -m would search first.
+        command = [sys.executable, "-c", COMPILE_STEP, *sys.path]
         process = subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere)
     try:
         yield
@@ -74,7 +85,3 @@ def _step_compiled_beside(wanted: bool) -> Iterator[None]:
         if process is not None:
             process.kill()
             process.wait()
-
-
-if __name__ == "__main__":
-    step.compile_step()

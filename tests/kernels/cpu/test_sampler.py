@@ -114,6 +114,15 @@ def test_infinite_logits() -> None:
         assert sampled(np.full(40, -np.inf, np.float32), [], SamplingParams(temperature, seed=1)) == sampler.NO_TOKEN
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-38, 3e38, 1e39, 1e300])
+def test_temperatures_beyond_float32(temperature: float) -> None:
+    logits = np.array([-np.inf, 0, 5, 3, -np.inf, 4, *[-100.0] * 30], np.float32)
+    for top_k in (0, 3):
+        for seed in range(20):
+            params = SamplingParams(temperature, top_k=top_k, seed=seed)
+            assert sampled(logits, [], params) in allowed(logits, [], params)
+
+
 def test_equal_logits_rank_by_id() -> None:
     logits = np.zeros(100, np.float32)
     assert sampled(logits, [], SamplingParams()) == 0

@@ -70,6 +70,33 @@ def test_every_piece_is_done_once_and_every_member_comes(members, counts):
     assert threading.active_count() < members + 10
 
 
+@entry
+def next_job(state, job):
+    return team.next_job(address_of(state), job)
+
+
+@pytest.mark.parametrize("before", [1, 2**31 - 1, 2**31, 2**32 - 1])
+def test_numbers_of_jobs_do_not_run_out(before):
+    state, after = np.zeros(team.STATE_WORDS, np.int32), (before + 1) % 2**32
+    state[team.JOB] = np.uint32(after).astype(np.int32)
+    assert next_job(state, before) == after
+
+
+def test_threads_that_cannot_be_started_leave_none_behind(counts, monkeypatch):
+    start, started = threading.Thread.start, []
+
+    def third_fails(thread):
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", third_fails)
+    with pytest.raises(RuntimeError, match="new thread"):
+        team.Team(4, serve, (counts,))
+    assert len(started) == 2 and not any(thread.is_alive() for thread in started)
+
+
 def test_a_team_that_waits_uses_no_cpu(counts):
     threads = team.Team(2, serve, (counts,))
     try:
