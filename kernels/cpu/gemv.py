@@ -49,6 +49,9 @@ from bitnet_numba.kernels.cpu.vec import (
 from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_MASK, CODE_OFFSET
 
 BLOCK_BYTES = BLOCK_ROWS * BLOCK_COLS // 4
+# Up to so many tokens `gemv_tokens` is as fast as the GEMM or faster: unpacking a row costs the GEMM as much as several
+# tokens. With 32 registers of 16 lanes, eight tokens share a reading of the codes, which is all that the GEMM gains.
+FEW = {"vnni512": 64, "vnni256": 24, "avx2": 12, "i8mm": 4, "dotprod": 4, "portable": 64}
 # The codes of a byte where they lie, and how far the sum over each field is shifted at the end.
 FIELD0, FIELD1, FIELD2, FIELD3 = (CODE_MASK << 2 * i for i in range(4))
 
@@ -245,7 +248,7 @@ def _tile(isa, zero, words, K, q, q_stride, q_sums, acc, acc_stride, first, last
 
 
 def gemv_tokens(isa, words, K, q, q_stride, q_sums, M, acc, acc_stride, first, last):
-    """As `gemv`, for a few tokens: M from 1 to FEW.
+    """As `gemv`, for M tokens; fast for a few, see FEW.
 
     q: address of int8 [M, q_stride]. q_sums: address of int32 [M]. acc: address of int32 [M, acc_stride].
     """

@@ -12,6 +12,7 @@ import numpy as np
 from bitnet_numba.kernels.cpu import attention, gemm, gemv, kv_cache, lm_head, sampler
 from bitnet_numba.kernels.cpu.compiler import Kernel
 from bitnet_numba.kernels.cpu.isa import InstructionSet
+from bitnet_numba.kernels.cpu.layout import MAX_TOKENS
 from bitnet_numba.kernels.cpu.memory import store_i64
 
 
@@ -25,12 +26,19 @@ def build_gemv(isa: InstructionSet) -> Callable[..., None]:
 
 
 def build_gemm(isa: InstructionSet) -> Callable[..., None]:
-    """See `gemm.gemm`."""
+    """See `gemv.gemv_tokens` and `gemm.gemm`: which is faster depends on the number of tokens."""
+    few = gemv.FEW[isa.name]
 
-    def kernel(words, K, q, q_stride, q_sums, M, acc, acc_stride, first, last, scratch):
-        gemm.gemm(isa, words, K, q, q_stride, q_sums, M, acc, acc_stride, first, last, scratch)
+    def for_few(words, K, q, q_stride, q_sums, M, acc, acc_stride, first, last, scratch):
+        gemv.gemv_tokens(isa, words, K, q, q_stride, q_sums, M, acc, acc_stride, first, last)
 
-    return kernel
+    def for_any(words, K, q, q_stride, q_sums, M, acc, acc_stride, first, last, scratch):
+        if M <= few:
+            gemv.gemv_tokens(isa, words, K, q, q_stride, q_sums, M, acc, acc_stride, first, last)
+        else:
+            gemm.gemm(isa, words, K, q, q_stride, q_sums, M, acc, acc_stride, first, last, scratch)
+
+    return for_few if few >= MAX_TOKENS else for_any
 
 
 def build_bf16_rows(isa: InstructionSet) -> Callable[..., None]:

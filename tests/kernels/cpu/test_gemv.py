@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numba import njit
 
 from bitnet_numba.kernels.cpu import isa
-from bitnet_numba.kernels.cpu.gemv import gemv
+from bitnet_numba.kernels.cpu.gemv import FEW, gemv, gemv_tokens
 from bitnet_numba.kernels.cpu.vec import address_of
 from bitnet_numba.packing import pack_ternary
 
@@ -49,3 +49,35 @@ def test_sums_equal_those_of_integers(name, N, K, seed, data):
 def test_the_largest_sums_do_not_overflow(name, q_value, w_value):
     w, q = np.full((32, 13824), w_value, np.int8), np.full(13824, q_value, np.int8)
     assert (product(name, w, q, 0, 2) == 13824 * q_value * w_value).all()
+
+
+@njit
+def run_tokens(isa, words, K, q, q_sums, acc, first, last):
+    at = address_of(acc) + 4 * acc.shape[1] + 64  # a row and 16 words for guards
+    M, stride = len(q_sums), q.shape[1]
+    gemv_tokens(isa, address_of(words), K, address_of(q), stride, address_of(q_sums), M, at, acc.shape[1], first, last)
+
+
+@pytest.mark.parametrize("name", isa.available())
+@given(st.integers(1, 27), st.integers(1, 70), st.integers(1, 200), st.integers(0, 2**32 - 1), st.data())
+def test_a_few_tokens_equal_those_of_integers(name, M, N, K, seed, data):
+    """Every tail of the tiles, row-blocks from anywhere, extreme values among them; nothing else is written."""
+    rng = np.random.default_rng(seed)
+    w, q = rng.integers(-1, 2, (N, K), dtype=np.int8), rng.integers(-128, 128, (M, K), dtype=np.int8)
+    q[rng.integers(M)] = data.draw(st.sampled_from([-128, 127, 0]))
+    blocks, padded_K = -(-N // 16), -(-K // 32) * 32
+    first = data.draw(st.integers(0, blocks - 1))
+    last = data.draw(st.integers(first + 1, blocks))
+    padded = np.zeros((M, padded_K + data.draw(st.sampled_from([0, 32]))), np.int8)
+    padded[:, :K] = q
+    acc = np.full((M + 2, 16 * (last - first) + 32), POISON)
+    run_tokens(isa.choose(name), pack_ternary(w), padded_K, padded, q.sum(1, dtype=np.int32), acc, first, last)
+    expected = np.full_like(acc, POISON)
+    products = np.zeros((M, 16 * blocks), np.int32)
+    products[:, :N] = q.astype(np.int32) @ w.T.astype(np.int32)
+    expected[1:-1, 16:-16] = products[:, 16 * first : 16 * last]
+    np.testing.assert_array_equal(acc, expected)
+
+
+def test_every_instruction_set_has_a_limit():
+    assert set(FEW) == set(isa.NAMES)
