@@ -1,5 +1,6 @@
 """Several threads, several engines, forks, many open streams, too little memory: safe, or refused in one line."""
 
+import asyncio
 import gc
 import os
 import signal
@@ -365,6 +366,7 @@ needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="needs a system 
 def test_the_reference_works_in_a_forked_child(tiny_packed: Path) -> None:
     llm = bn.load(tiny_packed, backend="reference", context=64)
     want = llm.generate([5], max_new_tokens=5).token_ids
+    asyncio.run(llm.agenerate([5], max_new_tokens=5))  # leaves a thread behind, which the child will not have
     stream = llm.stream([5], max_new_tokens=5)
     next(stream)
     inside, leave = threading.Event(), threading.Event()
@@ -377,10 +379,15 @@ def test_the_reference_works_in_a_forked_child(tiny_packed: Path) -> None:
     thread = threading.Thread(target=stay)
     thread.start()  # the child will find the lock taken by a thread that it does not have
     inside.wait(60)
-    forked = in_child(lambda: (llm.generate([5], max_new_tokens=5).token_ids, stream.result().token_ids, llm.close()))
+
+    def work() -> object:
+        there = asyncio.run(llm.agenerate([5], max_new_tokens=5))
+        return llm.generate([5], max_new_tokens=5).token_ids, stream.result().token_ids, there.token_ids, llm.close()
+
+    forked = in_child(work)
     leave.set()
     thread.join()
-    assert forked == repr((want, want, None))
+    assert forked == repr((want, want, want, None))
     assert stream.result().token_ids == want and llm.generate([5], max_new_tokens=5).token_ids == want
 
 
