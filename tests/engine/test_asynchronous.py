@@ -108,9 +108,10 @@ def test_the_loop_goes_on_during_a_step() -> None:
 def test_a_cancelled_task_ends_its_answer_within_a_step(others: int) -> None:
     llm, backend = toy_engine(context=4096)
     gate = Gate(backend, after=20)
+    stream = llm.astream([5], max_new_tokens=None)  # held, so that it is not the garbage collector who ends it
 
     async def main() -> None:
-        task = asyncio.create_task(llm.agenerate([5], max_new_tokens=None))
+        task = asyncio.create_task(stream.result())
         rest = [asyncio.create_task(llm.agenerate([6 + i], max_new_tokens=40)) for i in range(others)]
         while not gate.reached.is_set():
             await asyncio.sleep(0.001)
@@ -123,6 +124,7 @@ def test_a_cancelled_task_ends_its_answer_within_a_step(others: int) -> None:
 
     asyncio.run(asyncio.wait_for(main(), 60))
     assert nothing_is_left(llm, backend)
+    assert stream.completion is not None and stream.completion.finish_reason == "interrupted"
     # The step under way ends, and one may have been enqueued ahead of it.
     assert len(backend.batches) == 1 and steps_of(backend) <= (22 if not others else 41)
 
