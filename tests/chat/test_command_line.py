@@ -129,6 +129,9 @@ def test_a_model_says_how_to_sample_from_it(
     assert run(*flags, model=model) == run(*flags, "--temperature", "0")
     (model / "generation_config.json").write_text('{"temperature": "hot"}')
     assert run(*flags, model=model)[:2] == plain[:2]
+    (model / "generation_config.json").write_text('{"do_sample": true, "max_new_tokens": 2}')
+    assert run(*flags, model=model) == run(*flags, "--temperature", "1", "--top-p", "1", "--max-new-tokens", "2")
+    assert run(*flags, "--max-new-tokens", "3", model=model) != run(*flags, model=model)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
