@@ -177,7 +177,7 @@ class Engine:
         checked = read_params("chat", params, overrides, self.sampling)
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}] if messages else ""
-        elif not is_list(messages) or any(not isinstance(message, Mapping) for message in messages[:1]):
+        elif not is_list(messages) or (len(messages) and not isinstance(messages[0], Mapping)):
             raise RequestError(f"chat answers one text or one list of messages, not {shown(messages)}")
         return self._stream(messages, checked).result()
 

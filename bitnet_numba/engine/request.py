@@ -17,8 +17,6 @@ from bitnet_numba.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Message]  # a text to continue, token ids, or chat messages
 PARAM_NAMES = tuple(field.name for field in fields(SamplingParams))
-
-
 MODEL_CLOSED = "this model is closed"
 
 

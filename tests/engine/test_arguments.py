@@ -321,6 +321,9 @@ def everything(llm: Engine) -> list[Callable[[], object]]:
     return [
         lambda: llm.generate("x"),
         lambda: llm.stream("x"),
+        lambda: llm.chat("x"),
+        lambda: llm.astream("x"),
+        lambda: asyncio.run(llm.agenerate("x")),
         lambda: llm.generate_batch(["x"]),
         lambda: llm.generate_batch([]),
         lambda: llm.scheduler(),

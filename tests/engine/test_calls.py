@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ def test_all_ways_to_ask_give_the_same_answer(ids: list[int], asked: SamplingPar
 
 def test_chat_follows_the_model_and_generate_is_greedy() -> None:
     llm, _ = toy_engine()
-    assert same(llm.chat("Hi."), llm.generate(HI)) and same(llm.chat(HI), llm.generate(HI))  # it recommends nothing
+    assert same(llm.chat("Hi."), llm.generate(HI)) and same(
+        llm.chat(deque(HI)), llm.generate(HI)
+    )  # it recommends nothing
     llm.sampling = SamplingParams(1.5, max_new_tokens=9)
     assert len(llm.chat("Hi.").token_ids) <= 9 and len({llm.chat("Hi.").text for _ in range(4)}) > 1
     assert same(llm.chat("Hi.", seed=3), llm.generate(HI, temperature=1.5, max_new_tokens=9, seed=3))
