@@ -81,8 +81,14 @@ def test_many_at_once_are_computed_together() -> None:
     llm, backend = toy_engine()
     want = [llm.generate([i], temperature=0.9, seed=i, max_new_tokens=4).text for i in range(80)]
 
+    gate = Gate(backend, after=0)
+
     async def main() -> None:
-        tasks = [llm.agenerate([i], temperature=0.9, seed=i, max_new_tokens=4) for i in range(80)]
+        asked = (llm.agenerate([i], temperature=0.9, seed=i, max_new_tokens=4) for i in range(80))
+        tasks = [asyncio.create_task(each) for each in asked]
+        while not gate.reached.is_set():
+            await asyncio.sleep(0.001)
+        gate.opened.set()  # by now, all tasks have asked
         assert [answer.text for answer in await asyncio.gather(*tasks)] == want
 
     asyncio.run(main())
@@ -125,8 +131,8 @@ def test_a_cancelled_task_ends_its_answer_within_a_step(others: int) -> None:
     asyncio.run(asyncio.wait_for(main(), 60))
     assert nothing_is_left(llm, backend)
     assert stream.completion is not None and stream.completion.finish_reason == "interrupted"
-    # The step under way ends, and one may have been enqueued ahead of it.
-    assert len(backend.batches) == 1 and steps_of(backend) <= (22 if not others else 41)
+    # The step under way ends, and one may have been enqueued ahead of it; the others may have started later.
+    assert len(backend.batches) == 1 and steps_of(backend) <= (22 if not others else 80)
 
 
 def test_a_closed_stream_keeps_what_was_generated() -> None:
