@@ -2,7 +2,15 @@
 
 import bitnet_numba as bn
 llm = bn.load()                     # the built-in model; or bn.load("a folder that tools/convert.py wrote")
-print(llm.generate([{"role": "user", "content": "Tell me a story about a fox and a lantern."}]).text)
+print(llm.chat("Tell me a story about a fox and a lantern.").text)
+
+Models       load, Engine (generate, stream, chat, generate_batch, agenerate, astream), Session, Scheduler
+Requests     Prompt, Message, SamplingParams
+Answers      Completion, Stats, Stream, AsyncStream, Update
+Errors       BitNetError and its kinds: BackendError, CheckpointError, ConfigError, ContextFull, RequestError,
+             TokenizerError
+Kernels      pack_linear, w2a8_linear, PackedLinear; modules quantize, packing
+Also         Tokenizer, ModelConfig: of Engine.tokenizer and Engine.config; module errors; __version__
 """
 
 import importlib
@@ -20,27 +28,55 @@ if TYPE_CHECKING:
     from bitnet_numba import errors as errors
     from bitnet_numba import packing as packing
     from bitnet_numba import quantize as quantize
+    from bitnet_numba.config import ModelConfig as ModelConfig
+    from bitnet_numba.engine.asynchronous import AsyncStream as AsyncStream
     from bitnet_numba.engine.completion import Completion as Completion
+    from bitnet_numba.engine.completion import Stats as Stats
     from bitnet_numba.engine.engine import Engine as Engine
     from bitnet_numba.engine.engine import load as load
+    from bitnet_numba.engine.request import Prompt as Prompt
     from bitnet_numba.engine.scheduler import Scheduler as Scheduler
+    from bitnet_numba.engine.scheduler import Update as Update
     from bitnet_numba.engine.session import Session as Session
+    from bitnet_numba.engine.session import Stream as Stream
+    from bitnet_numba.errors import BackendError as BackendError
     from bitnet_numba.errors import BitNetError as BitNetError
+    from bitnet_numba.errors import CheckpointError as CheckpointError
+    from bitnet_numba.errors import ConfigError as ConfigError
+    from bitnet_numba.errors import ContextFull as ContextFull
+    from bitnet_numba.errors import RequestError as RequestError
+    from bitnet_numba.errors import TokenizerError as TokenizerError
     from bitnet_numba.kernels.linear.operands import PackedLinear as PackedLinear
     from bitnet_numba.kernels.linear.w2a8 import pack_linear as pack_linear
     from bitnet_numba.kernels.linear.w2a8 import w2a8_linear as w2a8_linear
     from bitnet_numba.sampling import SamplingParams as SamplingParams
+    from bitnet_numba.text.chat_template import Message as Message
+    from bitnet_numba.text.tokenizer import Tokenizer as Tokenizer
 
 # Public names and their modules, imported on first use: `import bitnet_numba` itself is cheap.
 _MODULES = ("errors", "packing", "quantize")
 _HOMES = {
+    "AsyncStream": "engine.asynchronous",
+    "BackendError": "errors",
     "BitNetError": "errors",
+    "CheckpointError": "errors",
     "Completion": "engine.completion",
+    "ConfigError": "errors",
+    "ContextFull": "errors",
     "Engine": "engine.engine",
+    "Message": "text.chat_template",
+    "ModelConfig": "config",
     "PackedLinear": "kernels.linear.operands",
+    "Prompt": "engine.request",
+    "RequestError": "errors",
     "SamplingParams": "sampling",
     "Scheduler": "engine.scheduler",
     "Session": "engine.session",
+    "Stats": "engine.completion",
+    "Stream": "engine.session",
+    "Tokenizer": "text.tokenizer",
+    "TokenizerError": "errors",
+    "Update": "engine.scheduler",
     "load": "engine.engine",
     "pack_linear": "kernels.linear.w2a8",
     "w2a8_linear": "kernels.linear.w2a8",

@@ -1,4 +1,4 @@
-"""Sampling of the next token: its parameters and its definition.
+"""Sampling of the next token: its definition, and the parameters that callers give for an answer.
 
 The steps, in order, as in transformers: repetition penalty, temperature, top-k, top-p, min-p, then one draw: the argmax
 of z + g over the kept tokens, with z = logit / temperature and g independent Gumbel noise. That is distributed as
@@ -11,11 +11,11 @@ import logging
 import math
 import secrets
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,15 +32,20 @@ PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 # Temperatures outside are taken as these: float32 would make them 0 or infinity.
 MIN_TEMPERATURE, MAX_TEMPERATURE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+DEFAULT_MAX_NEW_TOKENS = 512
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SamplingParams:
-    """How the next token is sampled. Raises RequestError, naming the value, if one is invalid.
+    """How an answer is generated. Raises RequestError, naming the value, if one is invalid.
 
     temperature 0 takes the most likely token (of equally likely ones, the lowest id). top_k 0, top_p 1, min_p 0 and
     repetition_penalty 1 have no effect. seed None: a new random seed for each request. They are applied in this order:
     repetition_penalty, temperature, top_k, top_p, min_p.
+
+    max_new_tokens: maximum tokens of the answer, 512 unless given; None: until the model stops. A full context ends
+    every answer.
+    stop: one string or several; the answer ends before the first to appear. Kept as a tuple.
     """
 
     temperature: float = 0.0
@@ -49,6 +54,8 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    max_new_tokens: int | None = DEFAULT_MAX_NEW_TOKENS
+    stop: str | Iterable[str] | None = ()
 
     def __post_init__(self) -> None:
         # As Python's own numbers: NumPy's integers overflow in the generator, and a Fraction has no logarithm.
@@ -65,19 +72,62 @@ class SamplingParams:
             if not low <= value <= high:
                 raise RequestError(f"{name} must be {rule}, not {shown(given)}")
             object.__setattr__(self, name, value)
-        for name, rule, limit in (("top_k", "0 or more", math.inf), ("seed", "between 0 and 2^64 - 1", 1 << 64)):
+        for name, rule, least, limit in (
+            ("top_k", "0 or more", 0, math.inf),
+            ("seed", "between 0 and 2^64 - 1", 0, 1 << 64),
+            ("max_new_tokens", "1 or more", 1, math.inf),
+        ):
             given = getattr(self, name)
-            if name == "seed" and given is None:
+            if name != "top_k" and given is None:
                 continue
             if not isinstance(given, Integral) or isinstance(given, bool):
                 raise RequestError(f"{name} must be an integer, not {shown(given)}")
-            if not 0 <= int(given) < limit:
+            if not least <= int(given) < limit:
                 raise RequestError(f"{name} must be {rule}, not {shown(given)}")
             object.__setattr__(self, name, int(given))
+        object.__setattr__(self, "stop", read_stop(self.stop))
+
+    def __repr__(self) -> str:
+        """As Python writes it, without what has its default value."""
+        values = ((field.name, getattr(self, field.name), field.default) for field in fields(self))
+        return f"SamplingParams({', '.join(f'{name}={v!r}' for name, v, default in values if v != default)})"
 
     def with_seed(self) -> "SamplingParams":
         """These parameters with a seed: their own, or a new random one."""
         return self if self.seed is not None else replace(self, seed=secrets.randbits(64))
+
+
+class SamplingOverrides(TypedDict, total=False):
+    """The fields of `SamplingParams`, as keywords of a call."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+    max_new_tokens: int | None
+    stop: str | Iterable[str] | None
+
+
+def read_stop(stop: object) -> tuple[str, ...]:
+    """Stop strings: one, several, or none. Raises RequestError for anything else, and for an empty one."""
+    if stop is None:
+        return ()
+    if isinstance(stop, str):
+        stop = (stop,)
+    if isinstance(stop, bytes | bytearray | memoryview | Mapping) or not isinstance(stop, Iterable):
+        raise RequestError(f"stop must be a string or a list of strings, not {shown(stop)}")
+    stops = []
+    try:
+        texts = iter(stop)
+    except TypeError:  # an array without dimensions
+        raise RequestError(f"stop must be a string or a list of strings, not {shown(stop)}") from None
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise RequestError(f"a stop string must be a non-empty string, not {shown(text)}")
+        stops.append(str(text))
+    return tuple(stops)
 
 
 def _as_float(value: object) -> float | None:
@@ -177,11 +227,11 @@ def philox(seed: int, counter0: NDArray[np.int64], counter1: int) -> NDArray[np.
     return np.stack([c0, c1, c2, c3])
 
 
-GENERATION_CONFIG_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+GENERATION_CONFIG_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 
 
 def read_sampling(folder: Path | ModelFolder) -> SamplingParams | None:
-    """The sampling parameters that a model folder's generation_config.json recommends; None if it names none.
+    """The parameters that a model folder's generation_config.json recommends; None if it names none.
 
     As in transformers, decoding is greedy unless do_sample is true (without it, temperature, top_k, top_p and min_p
     mean nothing), and the default temperature is 1. A missing key has no effect (top_k, too, which is 50 in
@@ -211,4 +261,4 @@ def read_sampling(folder: Path | ModelFolder) -> SamplingParams | None:
         return None
     if values.pop("do_sample", False):
         return SamplingParams(**{"temperature": 1.0} | values)
-    return SamplingParams(repetition_penalty=values.get("repetition_penalty", 1.0))
+    return SamplingParams(**{key: values[key] for key in ("repetition_penalty", "max_new_tokens") if key in values})

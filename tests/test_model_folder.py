@@ -81,9 +81,9 @@ def test_a_template_that_is_none_refuses_chats_alone(
     spoil(folder / "chat_template.jinja")
     llm = load(folder, "reference")
     assert f"chat_template.jinja cannot be read: {reason}" in caplog.text
-    assert llm.generate("x", 1).token_ids
+    assert llm.generate("x", max_new_tokens=1).token_ids
     with pytest.raises(BitNetError, match="cannot be read"):
-        llm.generate([{"role": "user", "content": "x"}], 1)
+        llm.generate([{"role": "user", "content": "x"}], max_new_tokens=1)
 
 
 def test_no_permission(tiny_packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,12 +23,11 @@ from bitnet_numba.chat.conversation import NO_TEMPLATE, Conversation, describe
 from bitnet_numba.chat.saved import well_formed
 from bitnet_numba.chat.terminal import clean, note
 from bitnet_numba.engine.engine import BACKENDS, Engine, load
-from bitnet_numba.engine.request import read_options
 from bitnet_numba.errors import BitNetError, ContextFull, RequestError, one_line
 from bitnet_numba.sampling import SamplingParams
 
 DEFAULTS = SamplingParams(temperature=0.6, top_p=0.9)  # for models without a generation_config.json
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+PARAMS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_new_tokens", "stop")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,9 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--max-new-tokens",
         type=int,
-        default=512,
         metavar="N",
-        help="maximum tokens per answer (default: %(default)s)",
+        help=f"maximum tokens per answer (default: {DEFAULTS.max_new_tokens})",
     )
     add(
         "--stop",
@@ -125,15 +123,14 @@ def run(argv: list[str] | None = None) -> int:
             parser.error("--json needs --prompt or a pipe on standard input")
         if args.raw and args.system:
             parser.error("--system cannot be combined with --raw")
-        given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-        # Mistakes are reported before the model is opened.
-        options = read_options(SamplingParams(**given), args.max_new_tokens, args.stop)
+        given = {name: getattr(args, name) for name in PARAMS if getattr(args, name) is not None}
+        SamplingParams(**given)  # mistakes are reported before the model is opened
         with _warnings_in_a_line():
             engine = open_model(args)
             advice = "; " + shorten_advice(engine)
-            options = replace(options, params=replace(engine.sampling or DEFAULTS, **given))
+            params = replace(engine.sampling or DEFAULTS, **given)
             prompts = args.prompt if args.prompt or interactive else [_read_stdin(args.raw, engine)]
-            conversation = Conversation(engine, options, args.system, args.raw)
+            conversation = Conversation(engine, params, args.system, args.raw)
             if interactive:
                 from bitnet_numba.chat.interactive import converse
 

@@ -8,7 +8,7 @@ from typing import Any
 from bitnet_numba.chat.saved import read_conversation, well_formed, write_conversation
 from bitnet_numba.engine.completion import Completion
 from bitnet_numba.engine.engine import Engine
-from bitnet_numba.engine.request import GenerationOptions, Prompt
+from bitnet_numba.engine.request import Prompt
 from bitnet_numba.engine.session import Stream
 from bitnet_numba.errors import RequestError
 from bitnet_numba.sampling import SamplingParams
@@ -19,9 +19,9 @@ NO_TEMPLATE = "this model has no chat template: turns are plain 'User: ...', 'As
 class Conversation:
     """Turns of user and assistant. In raw mode there are no turns: the model continues each text on its own."""
 
-    def __init__(self, engine: Engine, options: GenerationOptions, system: str = "", raw: bool = False):
+    def __init__(self, engine: Engine, params: SamplingParams, system: str = "", raw: bool = False):
         self.engine = engine
-        self.options = options
+        self.params = params
         self.system = well_formed(system)
         self.raw = raw
         self.messages: list[dict[str, Any]] = []  # without the system message
@@ -44,7 +44,7 @@ class Conversation:
                 raise RequestError("the prompt is empty")
             system = [{"role": "system", "content": self.system}] if self.system else []
             prompt = [*system, *self.messages, question]
-        stream = self.session.stream(prompt, self.options.params, self.options.max_new_tokens, self.options.stop)
+        stream = self.session.stream(prompt, self.params)
         return self._answer(stream, question)
 
     def _answer(self, stream: Stream, question: dict[str, Any]) -> Iterator[str]:

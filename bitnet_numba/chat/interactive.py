@@ -128,7 +128,7 @@ class Terminal:
         if interrupted:
             self.note("[stopped]" if shown else "[stopped before the answer began: the question is forgotten]")
         elif last is not None and last.finish_reason == "length":
-            self.note(f"[cut after {self.conversation.options.max_new_tokens:,} tokens: see --max-new-tokens]")
+            self.note(f"[cut after {self.conversation.params.max_new_tokens:,} tokens: see --max-new-tokens]")
         elif last is not None and last.finish_reason == "context":
             self.note("[cut: the context is full]", "yellow")
             self.advise()
@@ -192,7 +192,7 @@ class Terminal:
     def help(self, _: str) -> None:
         for command, meaning in COMMANDS.items():
             self.console.print(Text.assemble((f"  {command:<16}", "cyan"), meaning))
-        self.note(f"  answers: {sampling_line(self.conversation.options.params)}")
+        self.note(f"  answers: {sampling_line(self.conversation.params)}")
         self.note("  Alt-Enter starts a new line, Up and Down recall earlier input")
 
 

@@ -1,9 +1,9 @@
 """Completions: sampled tokens in, text and finish reason out. The same for one sequence and for batches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
 from bitnet_numba.errors import shown
 from bitnet_numba.text.stop_strings import StopStrings
@@ -12,7 +12,7 @@ from bitnet_numba.text.tokenizer import StreamDecoder, Tokenizer
 FinishReason = Literal["stop", "length", "context", "interrupted"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stats:
     """What one answer took. Times are wall-clock time, including the caller's own work between tokens."""
 
@@ -34,8 +34,12 @@ class Stats:
         """Decode speed, without the first token, which prefill produces; 0 for fewer than two tokens."""
         return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
 
+    def __repr__(self) -> str:
+        prompt, generated = f"{self.prompt_tokens} prompt tokens", f"{self.generated_tokens} generated"
+        return f"<Stats: {prompt}, {generated}, {self.tokens_per_second:.1f} tokens/s>"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Completion:
     """A finished answer.
 
@@ -49,6 +53,10 @@ class Completion:
     token_ids: list[int]
     finish_reason: FinishReason
     stats: Stats
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, those of `stats` as a dictionary, of types that `json.dumps` takes."""
+        return asdict(self)
 
     def __repr__(self) -> str:
         return f"<Completion: {shown(self.text)}, {len(self.token_ids)} tokens, {self.finish_reason}>"

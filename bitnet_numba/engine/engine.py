@@ -10,9 +10,9 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,31 +20,37 @@ from numpy.typing import NDArray
 from bitnet_numba.backends.protocol import Backend, Context
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed, read_packed
 from bitnet_numba.config import ModelConfig
+from bitnet_numba.engine.asynchronous import AsyncStream, AsyncWorker
 from bitnet_numba.engine.completion import Completion
 from bitnet_numba.engine.request import (
+    MODEL_CLOSED,
     Prompt,
+    Request,
     as_integer,
     check_ids,
+    check_names,
     is_list,
     positive_integer,
     read_folder,
-    read_options,
+    read_params,
     read_request,
-    read_stop,
 )
 from bitnet_numba.engine.scheduler import MAX_SEQUENCES, Scheduler
 from bitnet_numba.engine.session import Session, Stream, finite_arithmetic
 from bitnet_numba.engine.shared import SharedBackend
 from bitnet_numba.errors import BackendError, BitNetError, CheckpointError, RequestError, one_line, printable, shown
 from bitnet_numba.model_folder import ModelFolder
-from bitnet_numba.sampling import SamplingParams, read_sampling
+from bitnet_numba.sampling import SamplingOverrides, SamplingParams, read_sampling
+from bitnet_numba.text.chat_template import Message
 from bitnet_numba.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # Python 3.10 has none of its own
 
 BACKENDS = ("auto", "cuda", "cpu", "reference")
 MAX_THREADS = 1024
 DEMO = Path(__file__).parent.parent / "demo"  # the built-in model
 
-CLOSED = "this model is closed"
 User = TypeVar("User", Session, Scheduler)
 
 _log = logging.getLogger("bitnet_numba")
@@ -67,12 +73,13 @@ class Engine:
         sampling: SamplingParams | None = None,
     ):
         self.config = config
-        self.sampling = sampling  # of the model's generation_config.json, for the chat; None if it has none
+        self.sampling = sampling  # what its generation_config.json recommends, the default of `chat`; None: nothing
         self.tokenizer = tokenizer
         self.context = context  # tokens of prompt and answer together
         self._backend = SharedBackend(backend)
         self._lock = threading.RLock()  # guards the rest
         self._closed = False
+        self._async_worker = AsyncWorker()
         self._open: weakref.WeakSet[Session | Scheduler] = weakref.WeakSet()  # to be closed with the engine
 
     def __enter__(self) -> "Engine":
@@ -93,7 +100,8 @@ class Engine:
     def close(self) -> None:
         """Closes sessions and schedulers and frees their memory; streams under way go on to their end.
 
-        The weights are freed when nothing refers to the engine any more. Later calls raise RequestError.
+        Answers of `agenerate` and `astream` end with RequestError, which later calls raise, too. The weights are freed
+        when nothing refers to the engine any more.
         """
         with self._lock:
             self._closed = True
@@ -135,81 +143,91 @@ class Engine:
         return self._remember(self._new_session(self._backend.take_context(self.context)))
 
     def generate(
-        self,
-        prompt: Prompt,
-        max_new_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: str | Iterable[str] | None = None,
+        self, prompt: Prompt, params: SamplingParams | None = None, **overrides: "Unpack[SamplingOverrides]"
     ) -> Completion:
         """The answer to a prompt; arguments and errors as for `stream`."""
-        return self.stream(
-            prompt, max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop
-        ).result()
+        return self._stream(prompt, read_params("generate", params, overrides)).result()
 
     def stream(
-        self,
-        prompt: Prompt,
-        max_new_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: str | Iterable[str] | None = None,
+        self, prompt: Prompt, params: SamplingParams | None = None, **overrides: "Unpack[SamplingOverrides]"
     ) -> Stream:
         """The answer to a prompt, in pieces of text as they are generated.
 
         prompt: a text to continue, token ids, or chat messages [{"role": "user", "content": "..."}, ...].
-        max_new_tokens: None generates until the model stops or the context is full.
-        temperature .. seed: see `sampling.SamplingParams`; temperature 0 is greedy.
-        stop: one string or several, or None; the answer ends before the first to appear.
+        params: how it is generated; None: the defaults of SamplingParams, which are greedy.
+        overrides: fields of SamplingParams by name, which go before `params`: temperature=0.8, max_new_tokens=50.
 
         Raises RequestError or ContextFull immediately if the request is invalid. Nothing is cached between prompts, so
         an answer depends on its arguments alone; use `session` for conversations.
         """
-        params = SamplingParams(temperature, top_p, top_k, min_p, repetition_penalty, seed)
-        self._check_open()
-        session = self._remember(self._new_session())
+        return self._stream(prompt, read_params("stream", params, overrides))
 
-        def ended() -> None:
-            context = session.release()
-            if context is not None:
-                self._backend.give_back(context)
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        params: SamplingParams | None = None,
+        **overrides: "Unpack[SamplingOverrides]",
+    ) -> Completion:
+        """The answer to a user's message, or to a conversation, as the model's maker recommends to generate it.
 
-        return session.stream(prompt, params, max_new_tokens, stop, ended)
+        messages: a text, which becomes one message of the user, or messages as for `stream`.
+        params: None: `self.sampling`, what the model's folder recommends; if it recommends nothing, greedy.
+
+        Otherwise as `generate`. `stream(messages, llm.sampling)` gives the same answer in pieces.
+        """
+        checked = read_params("chat", params, overrides, self.sampling)
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}] if messages else ""
+        elif not is_list(messages) or (len(messages) and not isinstance(messages[0], Mapping)):
+            raise RequestError(f"chat answers one text or one list of messages, not {shown(messages)}")
+        return self._stream(messages, checked).result()
+
+    async def agenerate(
+        self, prompt: Prompt, params: SamplingParams | None = None, **overrides: "Unpack[SamplingOverrides]"
+    ) -> Completion:
+        """`generate` for asyncio; see `astream`."""
+        checked = read_params("agenerate", params, overrides)
+        return await self._astream(prompt, checked, "call agenerate for each").result()
+
+    def astream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **overrides: "Unpack[SamplingOverrides]"
+    ) -> AsyncStream:
+        """`stream` for asyncio: `async for piece in llm.astream(prompt): ...`.
+
+        A worker thread computes, so the event loop is never held up. Requests under way at the same time share one
+        scheduler (see `scheduler`), which has memory only while there are any. A task that is cancelled ends its
+        answer after the step under way. Invalid parameters raise immediately, an invalid prompt at the first piece.
+        """
+        return self._astream(prompt, read_params("astream", params, overrides), "call astream for each")
 
     def generate_batch(
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams | None] | None = None,
-        max_new_tokens: int | None = None,
-        stop: str | Iterable[str] | None = None,
+        *,
         max_sequences: int = 64,
+        **overrides: "Unpack[SamplingOverrides]",
     ) -> list[Completion]:
         """The answers to several prompts, in the order of the prompts, computed as a batch.
 
-        params: for all prompts, or a list with one for each; None is greedy.
-        max_new_tokens: per answer. KV cache is reserved for that many, so a small number lets more prompts run at once.
-        stop: one string or several; an answer ends before the first to appear.
-        max_sequences: how many run at once; the others wait.
+        params: for all prompts, or a list with one for each; None is greedy. `overrides` go before all of them.
+        max_sequences: how many run at once; the others wait. KV cache is reserved for max_new_tokens of each, so a
+        small number lets more prompts run at once.
 
         Raises RequestError or ContextFull, naming the prompt's index, before anything is computed; BackendError if
         memory is insufficient or a prompt produces numbers that are not finite.
         """
         self._check_open()
+        method = "generate_batch"
+        check_names(method, overrides, ["max_sequences"])
         if not is_list(prompts) or isinstance(prompts, np.ndarray):
             raise RequestError(f"prompts must be a list of prompts, not {shown(prompts)}")
         max_sequences = positive_integer("max_sequences", max_sequences, MAX_SEQUENCES)
-        stop = read_stop(stop)
+        # Here, so that a mistake is not put down to the first prompt, and an iterator of stop strings is read once.
+        checked = read_params(method, None, overrides)
+        same = {name: getattr(checked, name) for name in overrides}
         if isinstance(params, SamplingParams) or params is None:
-            read_options(params, max_new_tokens, stop)  # so that a mistake is not put down to the first prompt
-            each: Iterable[SamplingParams | None] = itertools.repeat(params, len(prompts))
+            each: Iterable[SamplingParams | None] = itertools.repeat(read_params(method, params, same), len(prompts))
         elif not is_list(params):
             raise RequestError(f"params must be SamplingParams or a list of them, not {shown(params)}")
         elif len(params) != len(prompts):
@@ -217,11 +235,11 @@ class Engine:
         else:
             each = params
         requests = []
-        vocab = self.config.vocab_size
+        vocab, several = self.config.vocab_size, "list each by itself"
         for i, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
             with _naming_prompt(i):
-                options = read_options(own, max_new_tokens, stop)
-                requests.append(read_request(self.tokenizer, vocab, self.context, prompt, options))
+                own = read_params(method, own, same)
+                requests.append(read_request(self.tokenizer, vocab, self.context, prompt, own, several))
         if not requests:
             return []
         completions: dict[int, Completion] = {}
@@ -247,13 +265,34 @@ class Engine:
         )
         return self._remember(scheduler)
 
+    def _stream(self, prompt: Prompt, params: SamplingParams) -> Stream:
+        self._check_open()
+        request = read_request(self.tokenizer, self.config.vocab_size, self.context, prompt, params)
+        session = self._remember(self._new_session())
+
+        def ended() -> None:
+            context = session.release()
+            if context is not None:
+                self._backend.give_back(context)
+
+        return session.stream_request(request, ended)
+
+    def _astream(self, prompt: Prompt, params: SamplingParams, several: str) -> AsyncStream:
+        self._check_open()
+
+        def read() -> Request:
+            self._check_open()
+            return read_request(self.tokenizer, self.config.vocab_size, self.context, prompt, params, several)
+
+        return AsyncStream(self._async_worker, self.scheduler, read)
+
     def _new_session(self, context: Context | None = None) -> Session:
         size = self.config.vocab_size
         return Session(self._backend, self.tokenizer, size, self.context, self._backend.take_context, context)
 
     def _check_open(self) -> None:
         if self._closed:
-            raise RequestError(CLOSED)
+            raise RequestError(MODEL_CLOSED)
 
     def _remember(self, user: User) -> User:
         """Notes a session or scheduler, so that it is closed with the engine."""
@@ -262,7 +301,7 @@ class Engine:
                 self._open.add(user)
                 return user
         user.close()  # another thread has closed the engine meanwhile
-        raise RequestError(CLOSED)
+        raise RequestError(MODEL_CLOSED)
 
 
 @contextlib.contextmanager

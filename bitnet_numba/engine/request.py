@@ -1,87 +1,84 @@
-"""Requests: prompts of every kind and the options that go with them, checked and turned into token ids."""
+"""Requests: prompts of every kind and the parameters that go with them, checked and turned into token ids."""
 
+import difflib
 import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 
-from bitnet_numba.errors import ContextFull, RequestError, shown
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.errors import ContextFull, RequestError, printable, shown
+from bitnet_numba.sampling import SamplingParams, read_stop
 from bitnet_numba.text.chat_template import Message
 from bitnet_numba.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Message]  # a text to continue, token ids, or chat messages
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    """How an answer is generated. `read_options` checks a caller's values."""
-
-    params: SamplingParams = SamplingParams()
-    max_new_tokens: int | None = None  # None: until the model stops or the context is full
-    stop: tuple[str, ...] = ()  # the answer ends before the first of these strings to appear
+PARAM_NAMES = tuple(field.name for field in fields(SamplingParams))
+MODEL_CLOSED = "this model is closed"
 
 
 @dataclass(frozen=True)
 class Request:
-    """A checked prompt. Its options have a seed, and include the stop strings that the chat template needs."""
+    """A checked prompt and the parameters of its answer."""
 
     ids: list[int]
-    options: GenerationOptions
+    params: SamplingParams  # with a seed
+    stop: tuple[str, ...]  # those of `params`, and those that the chat template needs
 
 
-def read_options(
-    params: SamplingParams | None, max_new_tokens: int | None, stop: str | Iterable[str] | None
-) -> GenerationOptions:
-    """Checks the options of a caller; params None is greedy. Raises RequestError, naming the one that is invalid."""
-    if max_new_tokens is not None:
-        max_new_tokens = positive_integer("max_new_tokens", max_new_tokens)
+def read_params(
+    method: str, params: object, overrides: Mapping[str, object], default: SamplingParams | None = None
+) -> SamplingParams:
+    """What a call asks for: `overrides`, fields by name, on top of `params`, or of `default` where that is None.
+
+    Raises RequestError, naming the method, for unknown fields and other `params`, and for values that are invalid.
+    """
+    check_names(method, overrides)
     if params is None:
-        params = SamplingParams()
-    elif isinstance(params, SamplingParams):
-        # Made again, so that it is checked whatever was done to it, or by whichever subclass.
-        params = SamplingParams(**{field.name: getattr(params, field.name) for field in fields(SamplingParams)})
-    else:
-        raise RequestError(f"params must be SamplingParams, not {shown(params)}")
-    return GenerationOptions(params, max_new_tokens, read_stop(stop))
+        params = default or SamplingParams()
+    elif not isinstance(params, SamplingParams):
+        raise RequestError(
+            f"params of {method} must be SamplingParams, not {shown(params)}: single options are given by name, "
+            "as in max_new_tokens=50"
+        )
+    # Made again, so that it is checked whatever was done to it, or by whichever subclass.
+    values: dict[str, Any] = {name: getattr(params, name) for name in PARAM_NAMES}
+    return SamplingParams(**{**values, **overrides})
 
 
-def read_stop(stop: str | Iterable[str] | None) -> tuple[str, ...]:
-    """Stop strings: one, several, or none. Raises RequestError for anything else, and for an empty one."""
-    if stop is None:
-        return ()
-    texts: Iterable[object] = (stop,)
-    if not isinstance(stop, str):
-        try:
-            if isinstance(stop, bytes | bytearray | memoryview | Mapping):
-                raise TypeError
-            texts = iter(stop)
-        except TypeError:
-            raise RequestError(f"stop must be a string or a list of strings, not {shown(stop)}") from None
-    stops = []
-    for text in texts:
-        if not isinstance(text, str) or not text:
-            raise RequestError(f"a stop string must be a non-empty string, not {shown(text)}")
-        stops.append(str(text))
-    return tuple(stops)
+def check_names(method: str, overrides: Mapping[str, object], others: Sequence[str] = ()) -> None:
+    """Raises RequestError for a keyword that is neither a field of SamplingParams nor one of `others`."""
+    known = [*PARAM_NAMES, *others]
+    for name in overrides:
+        if name not in known:
+            near = difflib.get_close_matches(name[:100], known, 1, 0.5)
+            advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise RequestError(f"{method} has no option {printable(name, 40)}: {advice}")
 
 
 def read_request(
-    tokenizer: Tokenizer, vocab_size: int, capacity: int, prompt: Prompt, options: GenerationOptions
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    capacity: int,
+    prompt: Prompt,
+    params: SamplingParams,
+    several: str = "use generate_batch",
 ) -> Request:
-    """Encodes a prompt for a context of `capacity` tokens. Raises RequestError or ContextFull if it cannot be used."""
-    ids = encode_prompt(tokenizer, prompt, vocab_size, capacity)
-    stop = options.stop
+    """Encodes a prompt for a context of `capacity` tokens. Raises RequestError or ContextFull if it cannot be used.
+
+    several: what the message advises who gives a list of prompts.
+    """
+    ids = encode_prompt(tokenizer, prompt, vocab_size, capacity, several)
+    stop = read_stop(params.stop)
     if not isinstance(prompt, str) and isinstance(prompt[0], Mapping):
         stop += tokenizer.chat_stop
-    return Request(ids, replace(options, params=options.params.with_seed(), stop=stop))
+    return Request(ids, params.with_seed(), stop)
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int, capacity: int) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int, capacity: int, several: str) -> list[int]:
     """Token ids of any kind of prompt. Raises RequestError if it is empty or has ids outside the vocabulary, and
     ContextFull if it has more than `capacity` tokens."""
     if not is_list(prompt) and not isinstance(prompt, str):
@@ -97,8 +94,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int, capacit
         ids = tokenizer.encode_chat(messages, max_tokens=capacity, continue_final_message=started)
     elif isinstance(prompt[0], str) or is_list(prompt[0]):
         raise RequestError(
-            "a prompt is one text, one list of token ids or one conversation: for several prompts, use "
-            f"generate_batch; got {shown(prompt)}"
+            f"a prompt is one text, one list of token ids or one conversation: for several prompts, {several}; "
+            f"got {shown(prompt)}"
         )
     else:
         ids = prompt  # type: ignore[assignment]

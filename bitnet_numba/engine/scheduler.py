@@ -8,17 +8,19 @@ work, so the device never waits for the host. Hence a sequence computes one toke
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from bitnet_numba.backends.protocol import NO_TOKEN, Backend
 from bitnet_numba.engine.completion import Completion, CompletionBuilder
 from bitnet_numba.engine.page_pool import PageLease, PagePool
-from bitnet_numba.engine.request import Prompt, Request, as_integer, positive_integer, read_options, read_request
+from bitnet_numba.engine.request import Prompt, Request, as_integer, positive_integer, read_params, read_request
 from bitnet_numba.errors import BackendError, RequestError, one_line, shown
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling import SamplingOverrides, SamplingParams
 from bitnet_numba.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # Python 3.10 has none of its own
 
 MAX_SEQUENCES = 1 << 16
 MAX_TOKENS = 1 << 40  # more than any memory holds; the backend tells how many fit
@@ -117,18 +119,15 @@ class Scheduler:
         self.close()
 
     def add(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        max_new_tokens: int | None = None,
-        stop: str | Iterable[str] | None = None,
+        self, prompt: Prompt, params: SamplingParams | None = None, **overrides: "Unpack[SamplingOverrides]"
     ) -> int:
-        """Adds a request, with the arguments of `Session.stream`; returns its id, which its updates carry.
+        """Adds a request, with the arguments of `Engine.stream`; returns its id, which its updates carry.
 
         Raises RequestError or ContextFull immediately if the request is invalid or could never fit.
         """
-        options = read_options(params, max_new_tokens, stop)
-        return self.add_request(read_request(self._tokenizer, self._vocab_size, self._context, prompt, options))
+        checked = read_params("add", params, overrides)
+        vocab, several = self._vocab_size, "add each of them"
+        return self.add_request(read_request(self._tokenizer, vocab, self._context, prompt, checked, several))
 
     def add_request(self, request: Request) -> int:
         """Adds a request that `read_request` made for this context size. Raises RequestError if it could never fit."""
@@ -222,13 +221,13 @@ class Scheduler:
             if lease is None:
                 return False
             del self._waiting[request_id]
-        options, slot = request.options, self._free_slots.pop()
-        builder = CompletionBuilder(self._tokenizer, options.stop, options.max_new_tokens)
+        params, slot = request.params, self._free_slots.pop()
+        builder = CompletionBuilder(self._tokenizer, request.stop, params.max_new_tokens)
         max_tokens = max_cached - len(request.ids) + 1
         s = _Sequence(request_id, request, slot, lease, lease.computed, builder, max_tokens)
         self._prefilling = self._running[request_id] = s
         try:
-            self._batch.start(slot, request.ids, options.params, lease.pages, lease.computed)
+            self._batch.start(slot, request.ids, params, lease.pages, lease.computed)
         except BackendError:  # as a whole
             raise
         except Exception as error:
@@ -299,5 +298,5 @@ class Scheduler:
 
     def _max_cached(self, request: Request) -> int:
         """Most tokens that a request puts into the KV cache: its prompt and its answer but for the last token."""
-        limit = request.options.max_new_tokens
+        limit = request.params.max_new_tokens
         return self._context if limit is None else min(self._context, len(request.ids) + limit - 1)

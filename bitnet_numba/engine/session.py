@@ -3,16 +3,20 @@
 import contextlib
 import inspect
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bitnet_numba.backends.protocol import NOT_FINITE, Backend, Context
 from bitnet_numba.engine.completion import Completion, CompletionBuilder
-from bitnet_numba.engine.request import Prompt, Request, read_options, read_request
+from bitnet_numba.engine.request import Prompt, Request, read_params, read_request
 from bitnet_numba.errors import BackendError, RequestError
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling import SamplingOverrides, SamplingParams
 from bitnet_numba.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # Python 3.10 has none of its own
 
 BUSY = "this session is still answering: close its stream or use another session"
 
@@ -136,35 +140,37 @@ class Session:
             return context
 
     def generate(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        max_new_tokens: int | None = None,
-        stop: str | Iterable[str] | None = None,
+        self, prompt: Prompt, params: SamplingParams | None = None, **overrides: "Unpack[SamplingOverrides]"
     ) -> Completion:
         """The whole answer; arguments and errors as for `stream`."""
-        return self.stream(prompt, params, max_new_tokens, stop).result()
+        return self._stream("generate", prompt, params, overrides).result()
 
     def stream(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        max_new_tokens: int | None = None,
-        stop: str | Iterable[str] | None = None,
-        ended: Callable[[], None] = lambda: None,
+        self, prompt: Prompt, params: SamplingParams | None = None, **overrides: "Unpack[SamplingOverrides]"
     ) -> Stream:
         """Streams the answer to a prompt, which must contain the whole conversation so far.
 
-        params: how tokens are sampled; None is greedy.
-        max_new_tokens: None generates until the model stops or the context is full.
-        stop: one string or several; the answer ends before the first to appear. None: no such strings.
-        ended: called once when a stream that was started has ended.
+        params, overrides: as for `Engine.stream`.
 
         Raises RequestError or ContextFull immediately if the request is invalid.
         """
+        return self._stream("stream", prompt, params, overrides)
+
+    def _stream(
+        self, method: str, prompt: Prompt, params: SamplingParams | None, overrides: Mapping[str, object]
+    ) -> Stream:
         self._check_free()
-        options = read_options(params, max_new_tokens, stop)
-        request = read_request(self._tokenizer, self._vocab_size, self.capacity, prompt, options)
+        checked = read_params(method, params, overrides)
+        several = "use generate_batch of the model"
+        request = read_request(self._tokenizer, self._vocab_size, self.capacity, prompt, checked, several)
+        return self.stream_request(request)
+
+    def stream_request(self, request: Request, ended: Callable[[], None] = lambda: None) -> Stream:
+        """Streams the answer to a request that `read_request` made for this capacity.
+
+        ended: called once when a stream that was started has ended.
+        """
+        self._check_free()
         result: list[Completion] = []
         return Stream(self._run(request, result, ended), result)
 
@@ -179,15 +185,15 @@ class Session:
             self._check_free()  # again: another stream may have started in the meantime
             context = self._context()
             self._busy = True
-        ids, options = request.ids, request.options
+        ids, params = request.ids, request.params
         # At least the last token is computed: the first new token is sampled from its logits.
         reused = common_prefix(context.ids, ids[:-1])
-        builder = CompletionBuilder(self._tokenizer, options.stop, options.max_new_tokens)
+        builder = CompletionBuilder(self._tokenizer, request.stop, params.max_new_tokens)
         try:
             context.truncate(reused)
             if self.pauses:
                 yield from prefill_in_parts(context, ids)
-            tokens = context.decode(ids[len(context.ids) :], options.params)
+            tokens = context.decode(ids[len(context.ids) :], params)
             try:
                 for token in finite_steps(tokens):
                     if piece := builder.push(token):

@@ -269,13 +269,13 @@ FORKING = """
 import os, sys
 import bitnet_numba as bn
 llm, other = bn.load(None, "cpu", threads=2), bn.load(None, "cpu", threads=3)
-expected = llm.generate("a", 5).token_ids
-assert other.generate("a", 5).token_ids == expected
+expected = llm.generate("a", max_new_tokens=5).token_ids
+assert other.generate("a", max_new_tokens=5).token_ids == expected
 child = os.fork()
 if child == 0:
-    os._exit(llm.generate("a", 5).token_ids != expected or other.generate("a", 5).token_ids != expected)
+    os._exit(any(model.generate("a", max_new_tokens=5).token_ids != expected for model in (llm, other)))
 assert os.waitpid(child, 0)[1] == 0
-assert llm.generate("a", 5).token_ids == expected
+assert llm.generate("a", max_new_tokens=5).token_ids == expected
 print("done")
 """
 
@@ -328,7 +328,7 @@ def test_threads_follow_the_affinity_of_the_process(monkeypatch: pytest.MonkeyPa
 def test_answers_are_those_of_the_reference() -> None:
     question = [{"role": "user", "content": "Tell me a story about a fox and a lantern."}]
     answers = [
-        [bn.load(None, name).generate(question, 60, **vars(params)).text for name in ("cpu", "reference")]
+        [bn.load(None, name).generate(question, params, max_new_tokens=60).text for name in ("cpu", "reference")]
         for params in (SamplingParams(), SamplingParams(0.8, 0.9, seed=1))
     ]
     for ours, theirs in answers:

@@ -307,9 +307,9 @@ SHORT = [
 def test_stories_told_together_are_those_told_alone(
     demo: Engine, prompts: list[list[dict[str, str]]], params: SamplingParams, most: int | None
 ) -> None:
-    together = demo.generate_batch(prompts, params, most, max_sequences=4)
+    together = demo.generate_batch(prompts, params, max_new_tokens=most, max_sequences=4)
     for completion, prompt in zip(together, prompts, strict=True):
-        single = demo.generate(prompt, most, **vars(params))
+        single = demo.generate(prompt, params, max_new_tokens=most)
         assert (completion.text, completion.token_ids) == (single.text, single.token_ids)
         assert completion.finish_reason == single.finish_reason == ("length" if most else "stop")
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from bitnet_numba.chat.conversation import Conversation
-from bitnet_numba.engine.request import GenerationOptions
+from bitnet_numba.sampling import SamplingParams
 from tests.engine.toy_backend import tokens_of, toy_engine
 
 EOT = 1999
@@ -11,7 +11,7 @@ EOT = 1999
 
 def toy_conversation(answer: str = "Fine.", context: int = 256, **options: Any) -> Conversation:
     llm, _ = toy_engine([*tokens_of(answer), EOT], context)
-    return Conversation(llm, GenerationOptions(), **options)
+    return Conversation(llm, SamplingParams(max_new_tokens=None), **options)
 
 
 def ask(talk: Conversation, text: str) -> str:

@@ -131,6 +131,17 @@ def test_a_model_says_how_to_sample_from_it(
     assert run(*flags, model=model)[:2] == plain[:2]
 
 
+def test_a_model_says_how_long_its_answers_are(
+    run: Callable[..., tuple[int, str, str]], tiny_packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(tiny_packed, tmp_path / "copy"))
+    (model / "generation_config.json").write_text('{"do_sample": false, "max_new_tokens": 2}')
+    flags = ("--prompt", "One?")
+    assert command_line.run([str(model), "--backend", "reference", *flags]) == 0
+    answer = capsys.readouterr().out
+    assert answer == run(*flags, "--max-new-tokens", "2", model=model)[1] != run(*flags, model=model)[1]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
 @pytest.mark.parametrize(
     ("redirection", "code", "message"),

@@ -3,8 +3,8 @@
 import pytest
 
 from bitnet_numba.chat.conversation import Conversation
-from bitnet_numba.engine.request import GenerationOptions
 from bitnet_numba.errors import ContextFull, RequestError
+from bitnet_numba.sampling import SamplingParams
 from tests.chat.helpers import ask, toy_conversation
 from tests.engine.toy_backend import tokens_of, toy_engine
 
@@ -54,7 +54,7 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_was_shown() -> None:
 
 def test_an_answer_that_fails_leaves_no_trace() -> None:
     llm, backend = toy_engine(tokens_of("one two three"))
-    talk = Conversation(llm, GenerationOptions())
+    talk = Conversation(llm, SamplingParams())
     backend.fail_after = 1
     with pytest.raises(ValueError, match="failed"):
         ask(talk, "Count.")

@@ -15,7 +15,6 @@ from rich.cells import cell_len
 from bitnet_numba.chat.conversation import Conversation, describe
 from bitnet_numba.chat.interactive import COMMANDS, EXAMPLES, Terminal
 from bitnet_numba.chat.terminal import WordWrap, clean
-from bitnet_numba.engine.request import GenerationOptions
 from bitnet_numba.engine.session import PART
 from bitnet_numba.sampling import SamplingParams
 from tests.chat.helpers import EOT, toy_conversation
@@ -194,7 +193,7 @@ def test_a_model_that_breaks_down_is_told_and_the_chat_goes_on(capsys: pytest.Ca
 
 def test_a_long_answer_is_cut_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     talk = toy_conversation("on and on " * 50)
-    talk.options = GenerationOptions(max_new_tokens=5)
+    talk.params = SamplingParams(max_new_tokens=5)
     Terminal(talk, show_stats=False).handle("Go.")
     assert "[cut after 5 tokens: see --max-new-tokens]" in capsys.readouterr().out
 
@@ -223,7 +222,7 @@ def test_ctrl_c_stops_the_answer_alone(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_help_says_how_answers_are_sampled(capsys: pytest.CaptureFixture[str]) -> None:
     talk = toy_conversation()
-    talk.options = GenerationOptions(SamplingParams(0.5, top_k=40))
+    talk.params = SamplingParams(0.5, top_k=40)
     Terminal(talk, show_stats=False).handle("/help")
     assert "temperature 0.5, top-p 1, top-k 40, min-p 0, repetition-penalty 1" in capsys.readouterr().out
 
@@ -234,7 +233,7 @@ def test_ctrl_c_stops_a_long_prompt_between_its_parts(
     llm, backend = toy_engine(
         [*tokens_of("Fine."), EOT], context=4096, ahead=2
     )  # as a backend that works asynchronously
-    talk = Conversation(llm, GenerationOptions())
+    talk = Conversation(llm, SamplingParams())
     terminal = Terminal(talk, show_stats=False)
     terminal.handle("One?")
     context = talk.session._held_context

@@ -105,7 +105,7 @@ def test_perplexity_is_that_of_a_trained_model(llm: Engine) -> None:
 
 def test_sampled_stories_differ(llm: Engine) -> None:
     prompt = [{"role": "user", "content": "Tell me a story about a dog and a kite."}]
-    assert len({llm.generate(prompt, 60, temperature=0.8, seed=i).text for i in range(5)}) == 5
+    assert len({llm.generate(prompt, max_new_tokens=60, temperature=0.8, seed=i).text for i in range(5)}) == 5
 
 
 def test_tokenizer_encodes_the_world_and_everything_else(llm: Engine) -> None:

@@ -1,5 +1,6 @@
 """Whatever the arguments of a public call, a wrong one is told in one short line that names it, and nothing is lost."""
 
+import asyncio
 import itertools
 import math
 from collections.abc import Callable
@@ -92,13 +93,13 @@ PROMPTS += [
     [{"role": "user", "content": "x", "token_ids": ids}] for ids in (5, "x", [0.5], [VOCAB], [LONG], {1: 2}, b"x")
 ]
 
+CHATS = [*(p for p in PROMPTS if not isinstance(p, dict)), {"role": "user", "content": "x"}, [5], "", None]
 # Longer than memory, or than any list may be: refused before they are read to their end.
 ENDLESS = [range(10**12), range(10**30), itertools.count()]
 STOPS += ENDLESS
 PROMPTS += ENDLESS
 
-GENERATION = {
-    "prompt": PROMPTS,
+FIELDS = {
     "max_new_tokens": COUNTS,
     "temperature": NUMBERS,
     "top_p": [*NUMBERS, 0, 1.01],
@@ -108,7 +109,9 @@ GENERATION = {
     "seed": [*INTEGERS, 1 << 64, LONG],
     "stop": STOPS,
 }
-REQUEST = {"prompt": PROMPTS, "params": PARAMS, "max_new_tokens": COUNTS, "stop": STOPS}
+# All calls check the fields in one place, so one call is tried with every value, and the others with a few.
+FEW = {name: [object(), *values[-2:]] for name, values in FIELDS.items()}
+REQUEST = {"prompt": PROMPTS, "params": PARAMS, **FEW}
 SCHEDULER = {
     "max_sequences": [*COUNTS, HUGE, LONG],
     "tokens": [*COUNTS, HUGE, LONG],
@@ -131,14 +134,13 @@ BATCH = {
         *ENDLESS,
     ],
     "params": [*PARAMS, *ENDLESS, [None, None], [5], [Broken()], [None] * 100],
-    "max_new_tokens": COUNTS,
-    "stop": STOPS,
+    **FEW,
     "max_sequences": [*COUNTS, None, HUGE, LONG],
 }
 # Public calls: how to make one with some arguments, good values for what must be given, and bad values for everything.
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]] = {
-    "generate": (lambda llm, **given: llm.generate(**given), {"prompt": [5]}, GENERATION),
-    "stream": (lambda llm, **given: llm.stream(**given), {"prompt": [5]}, GENERATION),
+    "generate": (lambda llm, **given: llm.generate(**given), {"prompt": [5]}, REQUEST | FIELDS),
+    "stream": (lambda llm, **given: llm.stream(**given), {"prompt": [5]}, REQUEST),
     "session.generate": (lambda llm, **given: llm.session().generate(**given), {"prompt": [5]}, REQUEST),
     "session.stream": (lambda llm, **given: llm.session().stream(**given), {"prompt": [5]}, REQUEST),
     "generate_batch": (lambda llm, **given: llm.generate_batch(**given), {"prompts": [[5]]}, BATCH),
@@ -149,10 +151,14 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
     ),
     "prompt of a batch": (lambda llm, prompt: llm.generate_batch([[5], prompt]), {}, {"prompt": PROMPTS}),
     "scheduler": (lambda llm, **given: llm.scheduler(**given), {}, SCHEDULER),
-    "add": (lambda llm, **given: llm.scheduler().add(**given), {"prompt": [5]}, REQUEST),
-    "add_request": (lambda llm, request: llm.scheduler().add_request(request), {}, {"request": [*ODD, None, "x", [5]]}),
+    "add": (lambda llm, **given: llm.scheduler(1).add(**given), {"prompt": [5]}, REQUEST),
+    "add_request": (
+        lambda llm, request: llm.scheduler(1).add_request(request),
+        {},
+        {"request": [*ODD, None, "x", [5]]},
+    ),
     "cancel": (
-        lambda llm, request: llm.scheduler().cancel(request),
+        lambda llm, request: llm.scheduler(1).cancel(request),
         {},
         {"request": [*ODD, None, "x", 1.5, [1], math.nan]},
     ),
@@ -161,11 +167,13 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[Any]]]
         {},
         {"token_ids": [*(p for p in PROMPTS if not (isinstance(p, list) and p and isinstance(p[0], dict))), "x"]},
     ),
-    "SamplingParams": (
-        lambda llm, **given: SamplingParams(**given),
-        {},
-        {name: GENERATION[name] for name in vars(SamplingParams())},
+    "chat": (lambda llm, **given: llm.chat(**given), {"messages": "x"}, {"messages": CHATS, "params": PARAMS, **FEW}),
+    "agenerate": (
+        lambda llm, **given: asyncio.run(llm.agenerate(**given)),
+        {"prompt": [5]},
+        REQUEST,
     ),
+    "SamplingParams": (lambda llm, **given: SamplingParams(**given), {}, FIELDS),
 }
 # A message may speak of what an argument is made of.
 OTHER_NAMES = {
@@ -174,6 +182,7 @@ OTHER_NAMES = {
     "prompts": "prompt",
     "token_ids": "tokens? |prompt",
     "stop": "stop",
+    "messages": "prompt|token id|message",
 }
 
 
@@ -226,39 +235,50 @@ def test_every_argument_of_load_is_checked(tiny_packed: Path, argument: str) -> 
         assert str(caught.value).isprintable() and len(str(caught.value)) < 200
 
 
-def test_a_list_of_texts_is_for_generate_batch() -> None:
+def test_a_list_of_texts_is_told_where_to_go() -> None:
     llm, _ = toy_engine()
-    for call in (llm.generate, llm.stream, llm.session().generate, llm.scheduler().add):
+    calls: dict[Callable[[Any], object], str] = {
+        llm.generate: "use generate_batch;",
+        llm.stream: "use generate_batch;",
+        llm.session().generate: "use generate_batch of the model;",
+        llm.scheduler(1).add: "add each of them;",
+        lambda prompts: asyncio.run(llm.agenerate(prompts)): "call agenerate for each;",
+        lambda prompts: llm.generate_batch([prompts]): "list each by itself;",
+    }
+    for call, advice in calls.items():
         for prompts in (["a", "b"], ("a",), [[5], [6]], [[{"role": "user", "content": "x"}]], np.array(["a", "b"])):
-            with pytest.raises(RequestError, match="for several prompts, use generate_batch"):
-                call(prompts)  # type: ignore[operator]
+            with pytest.raises(RequestError, match=f"for several prompts, {advice}"):
+                call(prompts)
 
 
 def test_numbers_of_all_types_are_numbers() -> None:
     llm, _ = toy_engine()
-    want = llm.generate([5], 3, 0.5, 0.75, 40, 0.125, 1.5, 7)
+    want = llm.generate([5], SamplingParams(0.5, 0.75, 40, 0.125, 1.5, 7, 3))
     for whole, real in ((np.int64, np.float64), (np.uint8, np.float32), (np.int16, np.float16), (int, Fraction)):
-        got = llm.generate(
-            np.array([5], np.uint16),  # type: ignore[arg-type]
-            *(whole(3), real(0.5), real(0.75), whole(40), real(0.125), real(1.5), whole(7)),  # type: ignore[operator]
-        )
+        params = SamplingParams(real(0.5), real(0.75), whole(40), real(0.125), real(1.5), whole(7), whole(3))  # type: ignore[operator]
+        got = llm.generate(np.array([5], np.uint16), params)  # type: ignore[arg-type]
         assert got.token_ids == want.token_ids
-    assert llm.generate((5,), 3, 1).finish_reason == llm.generate(range(5, 6), 3, 1).finish_reason == "length"
-    assert llm.generate([5], HUGE, seed=(1 << 64) - 1, top_k=HUGE, temperature=1e300).finish_reason != "interrupted"
+    for prompt in ((5,), range(5, 6)):
+        assert llm.generate(prompt, max_new_tokens=3, temperature=1).finish_reason == "length"
+    assert (
+        llm.generate([5], max_new_tokens=HUGE, seed=(1 << 64) - 1, top_k=HUGE, temperature=1e300).finish_reason
+        != "interrupted"
+    )
     message = {"role": "user", "content": "x", "token_ids": np.array([5, 6])}
-    assert llm.generate([message], 3).stats.prompt_tokens > 2
-    assert llm.generate([message | {"token_ids": []}], 3).text == llm.generate([message | {"token_ids": None}], 3).text
+    assert llm.generate([message], max_new_tokens=3).stats.prompt_tokens > 2
+    texts = [llm.generate([message | {"token_ids": ids}], max_new_tokens=3).text for ids in ([], None)]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("stop", [None, (), [], set(), "zzz", ["zzz"], {"zzz"}, np.array(["zzz"])], ids=repr)
 def test_stop_strings_of_all_forms(stop: Any) -> None:
     llm, _ = toy_engine()
-    text = llm.generate([5], 9).text
-    assert llm.generate([5], 9, stop=stop).text == text
+    text = llm.generate([5], max_new_tokens=9).text
+    assert llm.generate([5], max_new_tokens=9, stop=stop).text == text
     assert llm.generate_batch([[5]], max_new_tokens=9, stop=stop)[0].text == text
     if not stop:
         return
-    assert llm.generate([5], 9, stop=iter([text[3:6]])).text == text[: text.index(text[3:6])]
+    assert llm.generate([5], max_new_tokens=9, stop=iter([text[3:6]])).text == text[: text.index(text[3:6])]
     # An iterator has its strings once; all prompts are to have them.
     both = llm.generate_batch([[5], [5]], max_new_tokens=9, stop=iter([text[3:6]]))
     assert [answer.text for answer in both] == [text[: text.index(text[3:6])]] * 2
@@ -276,7 +296,8 @@ def test_parameters_that_were_tampered_with_are_checked_again() -> None:
             with pytest.raises(RequestError, match="temperature|min_p|seed"):
                 call([5], wrong)  # type: ignore[operator]
     right = replace(Unchecked(Fraction(1, 2), seed=np.int64(3)), top_k=5)  # type: ignore[arg-type]
-    assert llm.session().generate([5], right, 5).text == llm.generate([5], 5, 0.5, top_k=5, seed=3).text
+    plain = {"temperature": 0.5, "top_k": 5, "seed": 3, "max_new_tokens": 5}
+    assert llm.session().generate([5], right, max_new_tokens=5).text == llm.generate([5], **plain).text
 
 
 def test_one_mistake_does_not_end_a_scheduler() -> None:
@@ -300,6 +321,9 @@ def everything(llm: Engine) -> list[Callable[[], object]]:
     return [
         lambda: llm.generate("x"),
         lambda: llm.stream("x"),
+        lambda: llm.chat("x"),
+        lambda: llm.astream("x"),
+        lambda: asyncio.run(llm.agenerate("x")),
         lambda: llm.generate_batch(["x"]),
         lambda: llm.generate_batch([]),
         lambda: llm.scheduler(),

@@ -9,8 +9,8 @@ import pytest
 from bitnet_numba.backends.protocol import Backend
 from bitnet_numba.chat.conversation import Conversation
 from bitnet_numba.engine.engine import Engine
-from bitnet_numba.engine.request import GenerationOptions
 from bitnet_numba.errors import RequestError, TokenizerError
+from bitnet_numba.sampling import SamplingParams
 from bitnet_numba.text.tokenizer import Tokenizer
 from tests.engine.toy_backend import CONFIG, TOKENIZER, ToyBackend, tokens_of, toy_engine
 
@@ -40,7 +40,7 @@ def engine_with(template: str | None, script: list[int]) -> tuple[Engine, ToyBac
 )
 def test_each_turn_is_the_templates_text(template: str | None, said: str) -> None:
     llm, _ = engine_with(template, [*tokens_of(said), EOT])
-    conversation = Conversation(llm, GenerationOptions())
+    conversation = Conversation(llm, SamplingParams())
     for question in ("How are you?", "And now?", "Well?"):
         assert "".join(conversation.ask(question)) == said
     expected = [{"role": m["role"], "content": m["content"]} for m in conversation.messages]
@@ -53,7 +53,7 @@ def test_each_turn_is_the_templates_text(template: str | None, said: str) -> Non
 
 def test_plain_turns_compute_only_what_is_new() -> None:
     llm, backend = engine_with(None, [*tokens_of(" I am fine."), *tokens_of("\nUser:")])
-    conversation = Conversation(llm, GenerationOptions())
+    conversation = Conversation(llm, SamplingParams())
     for question in ("How are you?", "And now?"):
         assert "".join(conversation.ask(question)) == " I am fine."
     new = TOKENIZER.encode("\nUser: And now?\nAssistant:", add_bos=False)

@@ -22,7 +22,6 @@ from bitnet_numba.chat.conversation import Conversation
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed, packed_plan
 from bitnet_numba.checkpoint.safetensors_file import write_tensors
 from bitnet_numba.engine import engine as engine_module
-from bitnet_numba.engine.request import GenerationOptions
 from bitnet_numba.engine.session import common_prefix
 from bitnet_numba.errors import (
     BackendError,
@@ -42,10 +41,6 @@ EOT = 1999
 HI = [{"role": "user", "content": "Hi."}]
 
 
-def as_options(params: SamplingParams) -> dict[str, Any]:
-    return dict(vars(params))
-
-
 # What is generated
 
 
@@ -54,7 +49,7 @@ def test_generation_is_the_sampler_over_the_logits(
     ids: list[int], params: SamplingParams, count: int, ahead: int
 ) -> None:
     llm, _ = toy_engine(ahead=ahead)
-    completion = llm.generate(ids, max_new_tokens=count, **as_options(params))
+    completion = llm.generate(ids, params, max_new_tokens=count)
     history = list(ids)
     for _ in range(count):
         history.append(sample(toy_logits(history), history, params))
@@ -71,8 +66,8 @@ def test_generation_is_the_sampler_over_the_logits(
 @given(some_ids, sampling)
 def test_streaming_joins_to_the_generated_text(ids: list[int], params: SamplingParams) -> None:
     llm, _ = toy_engine()
-    whole = llm.generate(ids, max_new_tokens=12, **as_options(params))
-    stream = llm.stream(ids, max_new_tokens=12, **as_options(params))
+    whole = llm.generate(ids, params, max_new_tokens=12)
+    stream = llm.stream(ids, params, max_new_tokens=12)
     assert stream.completion is None
     pieces = list(stream)
     assert stream.completion is not None
@@ -197,7 +192,7 @@ def test_a_model_without_a_template_stops_where_it_plays_the_user() -> None:
 def test_a_turn_computes_only_its_new_tokens(ahead: int) -> None:
     answer = tokens_of("Hello")  # after "Assistant: " an encoder would join the space: the ids must be kept
     llm, backend = toy_engine([*answer, EOT], context=4096, ahead=ahead)
-    talk = Conversation(llm, GenerationOptions(), system="Be kind.")
+    talk = Conversation(llm, SamplingParams(), system="Be kind.")
     turn = tokens_of("<|eot_id|>User: And then?<|eot_id|>Assistant: ")
     for i in range(20):
         assert "".join(talk.ask("And then?")) == "Hello"

@@ -430,7 +430,7 @@ def test_generate_batch_takes_prompts_of_all_forms() -> None:
         ({"prompts": None}, "prompts must be a list"),
         ({"prompts": ["x"], "params": [None, None]}, "1 prompts but 2 sampling parameters"),
         ({"prompts": ["x"], "params": 5}, "params must be"),
-        ({"prompts": ["x"], "params": [5]}, "params must be"),
+        ({"prompts": ["x"], "params": [5]}, "prompt 0: params of generate_batch must be"),
         ({"prompts": ["x"], "max_new_tokens": 0}, "max_new_tokens must be"),
         ({"prompts": ["x"], "stop": ""}, "a stop string must be"),
         ({"prompts": ["x"], "max_sequences": 0}, "max_sequences must be"),

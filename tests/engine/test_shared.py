@@ -1,5 +1,6 @@
 """Several threads, several engines, forks, many open streams, too little memory: safe, or refused in one line."""
 
+import asyncio
 import gc
 import os
 import signal
@@ -73,9 +74,9 @@ def test_threads_take_turns_and_get_their_own_answers(monkeypatch: pytest.Monkey
 
     def ask(i: int) -> None:
         assert llm.generate([i], **PARAMS).token_ids == want[i]
-        assert llm.generate_batch([[i]], SamplingParams(0.9, seed=3), 12)[0].token_ids == want[i]
+        assert llm.generate_batch([[i]], SamplingParams(0.9, seed=3), max_new_tokens=12)[0].token_ids == want[i]
         with llm.session() as session:
-            assert session.generate([i], SamplingParams(0.9, seed=3), 12).token_ids == want[i]
+            assert session.generate([i], SamplingParams(0.9, seed=3), max_new_tokens=12).token_ids == want[i]
         assert llm.logits([i]).shape[0] == 1
 
     in_threads(6, ask)
@@ -86,18 +87,18 @@ def test_threads_on_the_built_in_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """And two engines in one process."""
     one, two = bn.load(backend="reference"), bn.load(backend="reference")
     prompts = ["Once upon a time", "What can you do?"]
-    want = [one.generate(prompt, 5).token_ids for prompt in prompts]
+    want = [one.generate(prompt, max_new_tokens=5).token_ids for prompt in prompts]
 
     def ask(i: int) -> None:
-        assert (one if i % 2 else two).generate(prompts[i // 2], 5).token_ids == want[i // 2]
+        assert (one if i % 2 else two).generate(prompts[i // 2], max_new_tokens=5).token_ids == want[i // 2]
 
     in_threads(4, ask)
 
 
 def test_one_stream_read_by_two_threads_gives_each_piece_once() -> None:
     llm, _ = toy_engine()
-    want = llm.generate([5], 100).text
-    stream = llm.stream([5], 100)
+    want = llm.generate([5], max_new_tokens=100).text
+    stream = llm.stream([5], max_new_tokens=100)
     pieces: list[str] = []
     in_threads(4, lambda i: pieces.extend(stream))
     assert sorted("".join(pieces)) == sorted(want)
@@ -139,7 +140,7 @@ def test_a_session_gives_one_answer_at_a_time() -> None:
     def ask(i: int) -> None:
         for _ in range(10):
             try:
-                answers.append(session.generate([5], SamplingParams(0.9, seed=3), 12).token_ids)
+                answers.append(session.generate([5], SamplingParams(0.9, seed=3), max_new_tokens=12).token_ids)
             except RequestError as error:
                 refused.append(str(error))
 
@@ -187,7 +188,7 @@ def test_one_thread_runs_a_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = llm.scheduler()
     company = watch_for_company(backend, monkeypatch)
     want = llm.generate([5], **PARAMS).text
-    number = scheduler.add([5], SamplingParams(0.9, seed=3), 12)
+    number = scheduler.add([5], SamplingParams(0.9, seed=3), max_new_tokens=12)
     texts: list[str] = []
     refused: list[str] = []
 
@@ -255,14 +256,14 @@ def test_contexts_of_many_streams_are_freed() -> None:
 
 def test_a_session_takes_an_idle_context() -> None:
     llm, backend = toy_engine()
-    llm.generate([5], 3)
+    llm.generate([5], max_new_tokens=3)
     session = llm.session()
     assert backend.open_contexts == 1 and session.held == 0
 
 
 def test_idle_contexts_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     llm, backend = toy_engine()
-    llm.generate([5], 3)
+    llm.generate([5], max_new_tokens=3)
     make = backend.new_context
 
     def make_one(capacity: int) -> ToyContext:
@@ -318,9 +319,10 @@ def test_with_too_little_memory_a_smaller_context_is_named() -> None:
     llm = bn.load(backend="reference")
     leave(2)
     assert re.search("memory ran out while|not enough memory", refused(lambda: bn.load(backend="reference")))
-    assert "no context would fit" in refused(lambda: llm.generate("x", 3))
+    assert "no context would fit" in refused(lambda: llm.generate("x", max_new_tokens=3))
     leave(75)
-    for call in (llm.session, lambda: llm.generate("x", 3), lambda: list(llm.stream("x", 3))):
+    three = {"max_new_tokens": 3}
+    for call in (llm.session, lambda: llm.generate("x", **three), lambda: list(llm.stream("x", **three))):
         line = refused(call)
         fits = re.search(r"a context of 1024 tokens takes 0.0\\d GB of memory.*: --context (\\d+) would fit", line)
     assert re.search(r"a batch of 65536 tokens takes .* GB of memory.*: \\d+ tokens would fit", refused(llm.scheduler))
@@ -363,8 +365,9 @@ needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="needs a system 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_the_reference_works_in_a_forked_child(tiny_packed: Path) -> None:
     llm = bn.load(tiny_packed, backend="reference", context=64)
-    want = llm.generate([5], 5).token_ids
-    stream = llm.stream([5], 5)
+    want = llm.generate([5], max_new_tokens=5).token_ids
+    asyncio.run(llm.agenerate([5], max_new_tokens=5))  # leaves a thread behind, which the child will not have
+    stream = llm.stream([5], max_new_tokens=5)
     next(stream)
     inside, leave = threading.Event(), threading.Event()
 
@@ -376,22 +379,27 @@ def test_the_reference_works_in_a_forked_child(tiny_packed: Path) -> None:
     thread = threading.Thread(target=stay)
     thread.start()  # the child will find the lock taken by a thread that it does not have
     inside.wait(60)
-    forked = in_child(lambda: (llm.generate([5], 5).token_ids, stream.result().token_ids, llm.close()))
+
+    def work() -> object:
+        there = asyncio.run(llm.agenerate([5], max_new_tokens=5))
+        return llm.generate([5], max_new_tokens=5).token_ids, stream.result().token_ids, there.token_ids, llm.close()
+
+    forked = in_child(work)
     leave.set()
     thread.join()
-    assert forked == repr((want, want, None))
-    assert stream.result().token_ids == want and llm.generate([5], 5).token_ids == want
+    assert forked == repr((want, want, want, None))
+    assert stream.result().token_ids == want and llm.generate([5], max_new_tokens=5).token_ids == want
 
 
 @needs_fork
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_other_backends_are_refused_in_a_forked_child() -> None:
     llm, backend = toy_engine()
-    session, scheduler, stream = llm.session(), llm.scheduler(), llm.stream([5], 5)
+    session, scheduler, stream = llm.session(), llm.scheduler(), llm.stream([5], max_new_tokens=5)
     scheduler.add([5])
     next(stream)
     calls: Sequence[Callable[[], object]] = [
-        lambda: llm.generate([5], 5),
+        lambda: llm.generate([5], max_new_tokens=5),
         lambda: llm.logits([5]),
         lambda: session.generate([5]),
         lambda: next(stream),

@@ -16,7 +16,6 @@ import numpy as np
 from rich.progress import track
 
 from bitnet_numba.engine.engine import Engine
-from bitnet_numba.sampling import SamplingParams
 from bitnet_numba.text.chat_template import Message
 from tools.demo.world.conversation import QUESTION, STORY, Turn, conversation
 
@@ -87,8 +86,8 @@ def distinct_share(llm: Engine, seed: int, samples: int) -> float:
     stories = set()
     with llm.session() as session:
         for i in track(range(samples), "sampled stories", transient=True):
-            params = SamplingParams(temperature=TEMPERATURE, seed=seed + i)
-            stories.add(session.generate(prompt, params, MAX_STORY).text)
+            answer = session.generate(prompt, temperature=TEMPERATURE, seed=seed + i, max_new_tokens=MAX_STORY)
+            stories.add(answer.text)
     return len(stories) / samples
 
 
