@@ -9,7 +9,8 @@ import pytest
 
 from bitnet_numba.backends.cpu.backend import CpuPool
 from bitnet_numba.backends.protocol import NO_TOKEN
-from bitnet_numba.checkpoint.packed import PackedCheckpoint
+from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
+from bitnet_numba.engine.engine import DEMO
 from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.memory import DeviceView
 from bitnet_numba.packing import BLOCK_ROWS, packed_words
@@ -88,6 +89,13 @@ def test_streaming_read_counts_what_it_reads(threads: int, monkeypatch: pytest.M
     assert memory.ctypes.data <= own[0][0] and sum(own[-1]) <= memory.ctypes.data + memory.nbytes
 
 
+def small_pool(num_pages: int) -> CpuPool:
+    """Pages of the built-in model, full of zeros."""
+    pool = CpuPool(open_packed(DEMO).config, num_pages, np.dtype(np.uint16))
+    pool.memory[:] = 0
+    return pool
+
+
 class FakeModel:
     """Counts what it is asked for."""
 
@@ -98,8 +106,7 @@ class FakeModel:
         self.bytes, self.calls = page_bytes, list[tuple[str, int, list[int]]]()
 
     def new_pool(self, num_pages: int) -> CpuPool:
-        self.pool = CpuPool(num_pages, self.bytes)
-        self.pool.values[:] = 0
+        self.pool = small_pool(num_pages)
         return self.pool
 
     def page_bytes(self) -> int:
@@ -136,7 +143,7 @@ def fake(demo: PackedCheckpoint, monkeypatch: pytest.MonkeyPatch) -> tuple[cpu.M
 def test_a_window_of_decoding(fake: tuple[cpu.Measured, FakeModel], demo: PackedCheckpoint) -> None:
     """Steps begin at the context every time, and never pass the model's end; bytes are those of one step."""
     measured, model = fake
-    assert model.pool.values[-4096:].any(), "keys and values that nobody wrote are in the cache"
+    assert model.pool.memory[-4096:].any(), "keys and values that nobody wrote are in the cache"
     case = measured.decode(model, [128, 128])  # type: ignore[arg-type]
     case.window(), case.window()
     assert model.calls == 2 * [("step", 2, [128 + i] * 2) for i in range(cpu.STEPS)]
@@ -160,10 +167,9 @@ def test_a_window_of_a_prompt(fake: tuple[cpu.Measured, FakeModel]) -> None:
 
 def test_caches_are_written() -> None:
     """Memory that was never written would be one page of zeros that stays in the cache."""
-    pool = CpuPool(5, 1 << 20)
-    pool.values[:] = 0
+    pool = small_pool(5)
     cpu.fill(pool)
-    numbers = pool.values.view(np.uint16)
+    numbers = pool.memory.view(np.uint16)
     assert (numbers.reshape(-1, 8) != 0).any(1).all()
     assert np.isfinite((numbers.astype(np.uint32) << 16).view(np.float32)).all()
 

@@ -146,8 +146,8 @@ def pages_0_and_1(batch: HostBatch) -> np.ndarray:
     if isinstance(pool, ReferencePool):
         return pool.values[:2]
     assert isinstance(pool, CpuPool)
-    start = pool.address - pool._memory.ctypes.data
-    return pool._memory[start : start + 2 * pool._page_bytes]
+    start = pool.address - pool.memory.ctypes.data
+    return pool.memory[start : start + 2 * pool._page_bytes]
 
 
 def test_a_shared_beginning_is_read_and_not_computed_again(backend: HostBackend) -> None:

@@ -167,7 +167,7 @@ def fill(pool: CpuPool) -> None:
     """Writes bfloat16 numbers to all pages: what was never written lies in one page of zeros, and in the cache."""
     floats = np.random.default_rng(4).standard_normal(1 << 20, np.float32)
     numbers = (floats.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
-    halves = pool.values[: len(pool.values) // 2 * 2].view(np.uint16)
+    halves = pool.memory[: len(pool.memory) // 2 * 2].view(np.uint16)
     for first in range(0, len(halves), len(numbers)):
         part = halves[first : first + len(numbers)]
         part[:] = numbers[: len(part)]

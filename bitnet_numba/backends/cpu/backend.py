@@ -56,8 +56,8 @@ class CpuPool:
     def __init__(self, config: ModelConfig, num_pages: int, dtype: np.dtype[Any]):
         self._config, self._dtype = config, dtype
         self._page_bytes = config.num_layers * kv_cache.layer_bytes(dtype, config.num_kv_heads, config.head_dim)
-        self._memory = np.empty(num_pages * self._page_bytes + ALIGN, np.uint8)
-        self.address = aligned_address(self._memory)
+        self.memory = np.empty(num_pages * self._page_bytes + ALIGN, np.uint8)
+        self.address = aligned_address(self.memory)
 
     def cache(self, pages: Sequence[int], computed: int) -> CpuCache:
         """The cache of a sequence in these pages."""
@@ -66,8 +66,8 @@ class CpuPool:
     def store_nan(self, page: int, token: int) -> None:
         """Makes one token's keys and values NaN; see `kernels.cpu.kv_cache` for the layout."""
         c, words = self._config, self._dtype.itemsize // 2  # words of 32 bits to a pair of numbers
-        start = self.address - self._memory.ctypes.data + int(page) * self._page_bytes
-        layers = self._memory[start : start + self._page_bytes].view(np.uint32).reshape(c.num_layers, -1)
+        start = self.address - self.memory.ctypes.data + int(page) * self._page_bytes
+        layers = self.memory[start : start + self._page_bytes].view(np.uint32).reshape(c.num_layers, -1)
         keys = c.num_kv_heads * kv_cache.key_bytes(self._dtype, c.head_dim) // 4
         unit, lane = divmod(token, kv_cache.PAIRS)
         by_token = layers[:, :keys].reshape(c.num_layers, -1, PAGE_SIZE // kv_cache.PAIRS, words, kv_cache.PAIRS)
