@@ -1,7 +1,7 @@
 """BitNet b1.58 inference in pure Python: ternary weights, 8-bit activations, NumPy and Numba CUDA.
 
 import bitnet_numba as bn
-llm = bn.load()                     # the built-in model; or bn.load("a folder that tools/convert.py wrote")
+llm = bn.load()                     # the built-in model; or bn.load("owner/name") of the Hugging Face hub, or a folder
 print(llm.generate([{"role": "user", "content": "Tell me a story about a fox and a lantern."}]).text)
 """
 

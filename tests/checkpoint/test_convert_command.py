@@ -15,10 +15,11 @@ import pytest
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
 from bitnet_numba.checkpoint import install
+from bitnet_numba.checkpoint.convert import convert
 from bitnet_numba.checkpoint.install import replacing
 from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.checkpoint.safetensors_file import TensorFile
-from tools.convert import convert, main
+from tools.convert import main
 from tools.make_checkpoint import PRESETS, make_checkpoint
 
 TOOL = Path(__file__).parent.parent.parent / "tools" / "convert.py"
@@ -231,7 +232,7 @@ def test_downloads_show_bars_in_terminals_only(
         assert are_progress_bars_disabled()
         return str(source)
 
-    monkeypatch.setattr("tools.convert.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     try:
         assert main(["someone/tiny-bitnet", str(tmp_path / "out")]) == 0
     finally:
