@@ -6,9 +6,11 @@ owner--name/revision/origin.json    the commit that it was made from; its time i
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,10 +112,15 @@ def remove(stored: StoredModel) -> None:
         raise CheckpointError(f"{printable(str(folder), 400)} cannot be deleted: {why(error)}") from None
 
 
-def size_on_disk(folder: Path) -> int:
-    """Bytes of all files in a folder; links are not followed, what cannot be read is left out."""
-    total = 0
+def size_on_disk(folder: Path, seconds: float = math.inf) -> int | None:
+    """Bytes of all files in a folder; links are not followed, what cannot be read is left out.
+
+    None if that takes longer than so many seconds.
+    """
+    total, end = 0, time.monotonic() + seconds
     for path, _, names in os.walk(folder):
+        if time.monotonic() > end:
+            return None
         for name in names:
             with contextlib.suppress(OSError):
                 total += os.lstat(os.path.join(path, name)).st_size
@@ -130,7 +137,7 @@ def _stored(model: HubModel) -> StoredModel:
         with contextlib.suppress(OSError):
             last_used = path.stat().st_mtime
     commit = printable(commit, 64) if isinstance(commit, str) else None
-    return StoredModel(model, path, size_on_disk(path.parent), last_used, commit, path.is_dir())
+    return StoredModel(model, path, size_on_disk(path.parent) or 0, last_used, commit, path.is_dir())
 
 
 def _origin(model: HubModel) -> Path:

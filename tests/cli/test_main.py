@@ -26,8 +26,8 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["chta"], "unknown command 'chta'; did you mean chat?"),
         (["Convert", "a", "b"], "unknown command 'Convert'; did you mean convert?"),
-        (["zzz"], "unknown command 'zzz'; commands: chat, convert, models"),
-        (["\x1b[2J\n"], "unknown command '\\x1b[2J\\n'; commands: chat, convert, models"),
+        (["zzz"], "unknown command 'zzz'; commands: chat, convert, models, doctor"),
+        (["\x1b[2J\n"], "unknown command '\\x1b[2J\\n'; commands: chat, convert, models, doctor"),
         (["--verson"], "unknown option '--verson' (see --help)"),
     ],
 )
@@ -63,7 +63,7 @@ def test_starting_is_light() -> None:
         "cli.main(['--version']); cli.main(['no-such-command'])\n"
         "heavy = {'numpy', 'numba', 'jinja2', 'tokenizers', 'rich', 'prompt_toolkit', 'huggingface_hub'}\n"
         "found = heavy & set(sys.modules)\n"
-        "from bitnet_numba.cli import convert, models\n"
+        "from bitnet_numba.cli import convert, doctor, models\n"
         "found |= (heavy - {'numpy', 'jinja2', 'tokenizers'}) & set(sys.modules)\n"
         "sys.exit(', '.join(found) or 0)"
     )
