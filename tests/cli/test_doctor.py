@@ -141,6 +141,16 @@ def test_what_a_broken_numba_looks_like(tmp_path: Path, monkeypatch: pytest.Monk
     assert machine.guarded(machine.probe, "cpu") == {"problem": "libllvm is missing"}
 
 
+def test_an_install_in_which_nothing_can_be_imported(tmp_path: Path) -> None:
+    for name in ("numpy", "numba", "tokenizers", "huggingface_hub"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is broken')")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-m", "bitnet_numba", "doctor"], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "") and "Traceback" not in done.stdout
+    for text in ("CPU", "numpy is broken", "NOT on cpu: cannot start: ", "NOT on reference", "advice "):
+        assert text in done.stdout
+
+
 def test_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     found = machine.probe("cpu")
     assert "problem" not in found and found["instruction_sets"][-1] == "portable" and found["threads"] >= 1
