@@ -9,7 +9,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"  # the only place: pyproject.toml reads it from here
+__version__ = "0.2.0.dev0"  # the only place: pyproject.toml reads it from here
 
 _here = os.path.dirname(os.path.abspath(__file__))
 if not os.path.isdir(os.path.join(_here, "kernels")):

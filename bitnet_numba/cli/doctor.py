@@ -82,6 +82,8 @@ def describe(report: Facts) -> list[str]:
         lines.append(f"{title:11}{printable(str(text), 240)}")
 
     add("version", f"bitnet-numba {software.get('bitnet_numba', '?')}, Python {software.get('python', '?')}")
+    if "location" in software:
+        add("", f"in {software['location']}")
     add("system", software.get("system", "unknown"))
     versions = [f"{name} {version}" for name, version in software.get("packages", {}).items() if version]
     add("packages", ", ".join(versions))

@@ -50,6 +50,7 @@ def software() -> Facts:
     missing = [name for name, version in versions.items() if version is None and name not in OPTIONAL]
     found: Facts = {
         "bitnet_numba": bitnet_numba.__version__,
+        "location": str(Path(bitnet_numba.__file__).parent),
         "python": platform.python_version(),
         "executable": sys.executable,
         "system": platform.platform(),
