@@ -38,6 +38,8 @@ examples:
 def main(argv: list[str] | None = None) -> int:
     """The command line of a process; returns its exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if argv is None else argv
+    if len(arguments) > 1 and arguments[0] == "help":
+        arguments = [arguments[1], "--help"]
     try:
         with leaving_at_once(PROG):
             code = _special(arguments)

@@ -57,7 +57,8 @@ def _convert_once(model: HubModel, source: Path, target: Path) -> None:
     while not store.is_usable(model):
         try:
             with progress_bar(printable(str(model)), sys.stderr) as show:
-                convert(source, target, force=is_there(target), progress=show)  # what is there has another format
+                # What is there has another format.
+                report = convert(source, target, force=is_there(target), progress=show)
         except BeingWritten:
             _log.warning("another process is converting %s; waiting for it", printable(str(model)))
             wait_for_writer(target)
@@ -65,4 +66,4 @@ def _convert_once(model: HubModel, source: Path, target: Path) -> None:
             if not store.is_usable(model):  # else another process was faster
                 raise
         else:
-            store.record(model, source.name)
+            store.record(model, source.name, report.notes)

@@ -1,7 +1,7 @@
 """The cache folder of converted models.
 
 owner--name/revision/model/         a packed checkpoint
-owner--name/revision/origin.json    the commit that it was made from; its time is that of the last use
+owner--name/revision/origin.json    its commit, and what the conversion noted; touched at each use
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ class StoredModel:
     nbytes: int  # on the disk, with what killed conversions have left
     last_used: float | None  # seconds since 1970; None: unknown
     commit: str | None
+    notes: tuple[str, ...]  # of the conversion, such as keys that were ignored
     complete: bool  # False: only remains of a conversion that was killed
 
 
@@ -62,12 +63,12 @@ def is_usable(model: HubModel) -> bool:
     return isinstance(packed, dict) and packed.get("format") == FORMAT
 
 
-def record(model: HubModel, commit: str) -> None:
-    """Notes the commit that a model was made from; without that file, only the information is missing."""
+def record(model: HubModel, commit: str, notes: Sequence[str] = ()) -> None:
+    """Writes down the commit that a model was made from; without that file, only the information is missing."""
     path = _origin(model)
     with contextlib.suppress(OSError):
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".origin-", delete=False) as file:
-            json.dump({"commit": commit}, file)
+            json.dump({"commit": commit, "notes": list(notes)}, file)
         os.replace(file.name, path)
 
 
@@ -129,15 +130,17 @@ def size_on_disk(folder: Path, seconds: float = math.inf) -> int | None:
 
 def _stored(model: HubModel) -> StoredModel:
     path, origin = packed_folder(model), _origin(model)
-    last_used, commit = None, None
+    last_used, commit, notes = None, None, None
     with contextlib.suppress(OSError, BitNetError):
         last_used = origin.stat().st_mtime
-        commit = read_json(ModelFolder(origin.parent) / origin.name).get("commit")
+        noted = read_json(ModelFolder(origin.parent) / origin.name)
+        commit, notes = noted.get("commit"), noted.get("notes")
     if last_used is None:
         with contextlib.suppress(OSError):
             last_used = path.stat().st_mtime
     commit = printable(commit, 64) if isinstance(commit, str) else None
-    return StoredModel(model, path, size_on_disk(path.parent) or 0, last_used, commit, path.is_dir())
+    notes = tuple(printable(note, 400) for note in notes if isinstance(note, str)) if isinstance(notes, list) else ()
+    return StoredModel(model, path, size_on_disk(path.parent) or 0, last_used, commit, notes, path.is_dir())
 
 
 def _origin(model: HubModel) -> Path:

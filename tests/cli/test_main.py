@@ -38,9 +38,9 @@ def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_has_help_and_its_name(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, code in ((["--help"], 0), (["--no-such-option"], 2)):
+    for arguments, code in (([command, "--help"], 0), ([command, "--no-such-option"], 2), (["help", command], 0)):
         with pytest.raises(SystemExit) as leaving:
-            main([command, *arguments])
+            main(arguments)
         assert leaving.value.code == code
     out, err = capsys.readouterr()
     assert out.startswith(f"usage: bitnet-numba {command} ")

@@ -28,7 +28,7 @@ def stored(run: Run, tiny_packed: Path) -> Path:
     for revision in (None, "refs/pr/1"):
         model = hub_model("someone/tiny", revision)
         shutil.copytree(tiny_packed, store.packed_folder(model))
-        store.record(model, COMMIT)
+        store.record(model, COMMIT, ["config.json: a note"])
     return store.cache_folder()
 
 
@@ -69,6 +69,7 @@ def test_list_and_show(run: Run, stored: Path) -> None:
         "head": "bf16",
     }
     out = run("show", "someone/tiny", "--revision", "refs/pr/1")[1]
+    assert out.endswith("note         config.json: a note\n")
     assert COMMIT in out and str(stored / "someone--tiny" / "refs%2Fpr%2F1" / "model") in out
     (stored / "someone--tiny/main/model/model.safetensors").write_bytes(b"damaged")
     code, out, _ = run("show", "someone/tiny")

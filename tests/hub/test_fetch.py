@@ -13,13 +13,14 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from bitnet_numba.checkpoint.convert import convert
+from bitnet_numba.checkpoint.convert import Report, convert
 from bitnet_numba.checkpoint.install import replacing
 from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.engine.engine import load
 from bitnet_numba.errors import BitNetError, CheckpointError, RequestError
 from bitnet_numba.hub import download, fetch, store
 from bitnet_numba.hub.names import hub_model
+from tests.conftest import edit_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "someone/tiny-bitnet"
@@ -84,6 +85,14 @@ def test_the_last_use_is_noted(hub: list[dict[str, object]]) -> None:
     fetch.fetch(MODEL)
     (after,) = store.stored_models()
     assert before.last_used == 1e9 and after.last_used is not None and after.last_used > 1.5e9
+
+
+def test_what_the_conversion_noted_is_kept(hub: list[dict[str, object]], tmp_path: Path) -> None:
+    edit_config(tmp_path / "snapshots" / COMMIT, unheard_of=3)
+    fetch.fetch(MODEL)
+    assert any("unheard_of" in note for note in store.stored_models()[0].notes)
+    (store.packed_folder(MODEL).parent / "origin.json").write_text('{"commit": 3, "notes": {"a": 1}}')
+    assert store.stored_models()[0].notes == () and store.stored_models()[0].commit is None
 
 
 def test_another_format_is_converted_again(hub: list[dict[str, object]]) -> None:
@@ -172,9 +181,9 @@ def test_waits_for_another_process(
 def test_another_process_that_is_faster(hub: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch) -> None:
     """It has written the model between the look at the folder and the lock."""
 
-    def convert_twice(source: Path, target: Path, force: bool, progress: object) -> None:
+    def convert_twice(source: Path, target: Path, force: bool, progress: object) -> Report:
         convert(source, target)
-        convert(source, target, force=force)
+        return convert(source, target, force=force)
 
     monkeypatch.setattr(fetch, "convert", convert_twice)
     open_packed(fetch.fetch(MODEL))

@@ -46,6 +46,15 @@ def test_names_and_revisions_that_the_hub_has() -> None:
     assert all(hub_model(name) == hub_model(short) for short, (name, _) in KNOWN.items())
 
 
+@pytest.mark.parametrize(
+    "revision", ["", "..", "a/../../b", "/etc/passwd", "-x", "a b", "a\0", "\n", "a\\b", "a" * 201]
+)
+def test_what_is_no_revision(revision: str) -> None:
+    """Nor does it lead out of the cache of huggingface_hub, which makes paths of it, too."""
+    with pytest.raises(RequestError, match="is not a revision"):
+        hub_model("owner/name", revision)
+
+
 def test_a_short_name_that_is_nearly_right() -> None:
     with pytest.raises(RequestError, match="'2b4' is not the name of a model.*did you mean 2b4t"):
         hub_model("2b4")
