@@ -1,6 +1,5 @@
 """`bitnet-numba COMMAND ...`: finds the command and starts it. Nothing heavy is imported before it is known."""
 
-import difflib
 import sys
 
 import bitnet_numba
@@ -64,6 +63,8 @@ def _special(arguments: list[str]) -> int | None:
     if first.startswith("-"):
         complain(PROG, f"unknown option {shown(first)} (see --help)")
         return 2
+    import difflib
+
     near = difflib.get_close_matches(first.lower(), COMMANDS, 1, cutoff=0.5)
     advice = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
     complain(PROG, f"unknown command {shown(first)}; {advice}")

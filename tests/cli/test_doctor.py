@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import pytest
 
+import bitnet_numba
 from bitnet_numba.cli import doctor, machine, probe
 from bitnet_numba.cli.main import main
 
@@ -233,12 +234,8 @@ def test_packages_for_the_gpu_that_are_not_installed(monkeypatch: pytest.MonkeyP
     ]
 
 
-def test_from_another_folder(tmp_path: Path) -> None:
-    """The processes that it starts find the package wherever they are started."""
-    code = (
-        f"import sys; sys.path.append({str(Path(doctor.__file__).parents[2])!r})\n"
-        "from bitnet_numba.cli import machine\nprint(machine.answer('reference')['answer'])"
-    )
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+def test_its_processes_find_the_package_wherever_they_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "only_here.py").write_text("import sys; print(sys.argv[1:])")
+    monkeypatch.setattr(bitnet_numba, "__file__", str(tmp_path / "bitnet_numba" / "__init__.py"))
+    done = machine._child("only_here", ["--a", "b"], 60)
+    assert (done.returncode, done.stdout) == (0, "['--a', 'b']\n"), done.stderr

@@ -1,10 +1,12 @@
 """The command `bitnet-numba`: which command is started, how soon, and what is said of mistakes."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 import bitnet_numba
@@ -56,6 +58,27 @@ def test_chat_is_called_by_the_name_that_was_typed(
     assert err.startswith("bitnet-numba chat: someone/else is not a local folder") and err.count("\n") == 1
 
 
+def test_chat_with_a_model_of_the_hub(
+    tiny_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From Hugging Face's cache, which is said; what is asked for on standard output is the answer alone."""
+    monkeypatch.setenv("BITNET_NUMBA_MODELS", str(tmp_path / "models"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(tiny_source))
+    arguments = ["chat", "someone/tiny", "--backend", "reference", "--max-new-tokens", "3", "--json", "--prompt", "Hi"]
+    assert main([*arguments, "--revision", "v1"]) == 0
+    first, err = capsys.readouterr()
+    assert err.splitlines() == [
+        "bitnet-numba chat: someone/tiny (v1) is taken from the Hugging Face cache as it is: "
+        "offline (HF_HUB_OFFLINE is set)",
+        "converting someone/tiny (v1)",
+    ]
+    assert len(json.loads(first)["token_ids"]) <= 3
+    assert main([*arguments, "--revision", "v1"]) == 0
+    assert capsys.readouterr().err == "", "the second time, it is there"
+    assert main(["chat", str(tmp_path), "--revision", "v1", "--prompt", "Hi"]) == 2
+    assert capsys.readouterr().err == "bitnet-numba chat: a revision needs a hub id, not a folder\n"
+
+
 def test_starting_is_light() -> None:
     """What only prints, and finding out which command is meant, load no heavy library."""
     code = (
@@ -76,13 +99,14 @@ def test_ctrl_c_in_the_first_second() -> None:
     """While a command's libraries are imported, where an exception might be swallowed."""
     script = (
         "import os, signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "class Finder:\n def find_spec(self, name, *_):\n  if name == 'numpy':\n"
+        "class Finder:\n def find_spec(self, name, *_):\n  if name in ('numpy', 'difflib'):\n"
         "   try: os.kill(os.getpid(), signal.SIGINT)\n   except BaseException: pass\n"
         "sys.meta_path.insert(0, Finder())\nfrom bitnet_numba.cli.main import main\nsys.exit(main([sys.argv[1]]))"
     )
-    for command in ("chat", "convert", "models"):
+    for command in ("chat", "convert", "models", "unknown"):
         done = subprocess.run([sys.executable, "-c", script, command], capture_output=True, text=True, timeout=TIMEOUT)
-        expected = (130, "", f"bitnet-numba {command}: interrupted\n")
+        prog = "bitnet-numba" if command == "unknown" else f"bitnet-numba {command}"
+        expected = (130, "", f"{prog}: interrupted\n")
         assert (done.returncode, done.stdout, done.stderr) == expected
 
 
