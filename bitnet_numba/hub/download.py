@@ -1,7 +1,9 @@
 """Downloads from the Hugging Face hub, into the cache that huggingface_hub shares with other programs."""
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from bitnet_numba.errors import CheckpointError, one_line, printable
@@ -18,19 +20,17 @@ def download(model: HubModel) -> Path:
     """The Hugging Face folder of a model: downloaded, with progress on a terminal, or from the cache if the hub cannot
     be asked, which is logged. Its name is the commit. Raises CheckpointError."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
 
-    if sys.stderr is None or not sys.stderr.isatty():
-        disable_progress_bars()  # otherwise hundreds of lines
     reason = why_not_reachable(model)
     try:
-        folder = snapshot_download(
-            model.name,
-            revision=model.revision,
-            allow_patterns=NEEDED_FILES,
-            ignore_patterns=NOT_NEEDED,
-            local_files_only=reason is not None,
-        )
+        with _bars_on_terminals_only():
+            folder = snapshot_download(
+                model.name,
+                revision=model.revision,
+                allow_patterns=NEEDED_FILES,
+                ignore_patterns=NOT_NEEDED,
+                local_files_only=reason is not None,
+            )
     except Exception as error:  # the library's errors (network, disk, authorisation) have no common base
         raise CheckpointError(
             f"{printable(str(model))} is not a local folder and could not be downloaded: {reason or one_line(error)}"
@@ -57,3 +57,18 @@ def why_not_reachable(model: HubModel) -> str | None:
     except Exception as error:
         return f"the hub cannot be reached: {one_line(error)}"
     return None
+
+
+@contextlib.contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Inside, downloads show no progress where it would be hundreds of lines."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled() or (sys.stderr is not None and sys.stderr.isatty()):
+        yield
+        return
+    disable_progress_bars()  # for the whole process, which may have downloads of its own later
+    try:
+        yield
+    finally:
+        enable_progress_bars()

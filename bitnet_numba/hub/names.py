@@ -41,8 +41,8 @@ class HubModel(NamedTuple):
 
 
 def looks_like_hub_id(name: str) -> bool:
-    """Whether a name that is no local path has the form of a hub id."""
-    return "://" not in name and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    """Whether a name that is no local path has the form of a hub id; not that of a file which is missing."""
+    return "://" not in name and name.count("/") == 1 and not name.startswith((".", "/", "~")) and name[-5:] != ".gguf"
 
 
 def hub_model(name: str, revision: str | None = None) -> HubModel:

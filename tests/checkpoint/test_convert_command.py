@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from huggingface_hub.utils import are_progress_bars_disabled
 
 from bitnet_numba.checkpoint import install
 from bitnet_numba.checkpoint.convert import convert
@@ -233,10 +233,8 @@ def test_downloads_show_bars_in_terminals_only(
         return str(source)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    try:
-        assert main(["someone/tiny-bitnet", str(tmp_path / "out")]) == 0
-    finally:
-        enable_progress_bars()
+    assert main(["someone/tiny-bitnet", str(tmp_path / "out")]) == 0
+    assert not are_progress_bars_disabled(), "other downloads of the process are left alone"
     assert capsys.readouterr().out.startswith("converting someone/tiny-bitnet\n")
 
 

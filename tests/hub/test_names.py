@@ -73,6 +73,8 @@ def test_folders_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert find_model("owner/name") == Path("owner/name")
 
 
-@pytest.mark.parametrize("name", ["./a", "a/b/c", "/a/b", "~/a", "a", "https://example.org/a", "a:b//"])
+@pytest.mark.parametrize(
+    "name", ["./a", "a/b/c", "/a/b", "~/a", "a", "https://example.org/a", "a:b//", "models/x.gguf"]
+)
 def test_what_is_no_hub_id(name: str) -> None:
     assert not looks_like_hub_id(name)
