@@ -7,7 +7,8 @@ print(llm.generate([{"role": "user", "content": "Tell me a story about a fox and
 
 import importlib
 import os
-from typing import TYPE_CHECKING, Any
+
+TYPE_CHECKING = False  # type checkers know the name; importing typing would be most of what importing this costs
 
 __version__ = "0.2.0.dev0"  # the only place: pyproject.toml reads it from here
 
@@ -17,6 +18,8 @@ if not os.path.isdir(os.path.join(_here, "kernels")):
     __path__.append(os.path.dirname(_here))
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from bitnet_numba import errors as errors
     from bitnet_numba import packing as packing
     from bitnet_numba import quantize as quantize
@@ -48,7 +51,7 @@ _HOMES = {
 __all__ = ["__version__", *_MODULES, *_HOMES]  # noqa: PLE0604
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name in _MODULES:
         return importlib.import_module(f"bitnet_numba.{name}")
     if name in _HOMES:

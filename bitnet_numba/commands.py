@@ -1,6 +1,8 @@
-"""What command lines share: their start, messages of one line, and output that may be closed or full."""
+"""What command lines share: their start, messages of one line, and output that may be closed or full.
 
-import argparse
+Ctrl-C is told in one line from the moment at which this is imported, so it imports little.
+"""
+
 import contextlib
 import importlib
 import os
@@ -8,9 +10,13 @@ import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType
-from typing import NoReturn
 
 from bitnet_numba.errors import printable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any, NoReturn
 
 
 def start(prog: str, module: str, argv: list[str] | None) -> int:
@@ -35,17 +41,20 @@ def start(prog: str, module: str, argv: list[str] | None) -> int:
     return code
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+def make_parser(prog: str, **options: "Any") -> "argparse.ArgumentParser":
+    """An argparse.ArgumentParser, and a class for its subparsers, whose errors are one line."""
+    import argparse
 
-    def error(self, message: str) -> NoReturn:
-        """Says what is wrong with the arguments, and exits."""
-        complain(self.prog, f"{message} (see --help)")
-        sys.exit(2)
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> "NoReturn":
+            complain(self.prog, f"{message} (see --help)")
+            sys.exit(2)
 
-    def print_help(self, file: object = None) -> None:
-        """Prints the help where a full or closed standard output is dealt with."""
-        print(self.format_help(), end="", flush=True)
+        def print_help(self, file: object = None) -> None:
+            # Here, where a full or closed standard output is dealt with.
+            print(self.format_help(), end="", flush=True)
+
+    return Parser(prog=prog, **options)
 
 
 def output(prog: str, text: str) -> int:

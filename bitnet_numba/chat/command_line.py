@@ -20,7 +20,7 @@ from bitnet_numba.chat import PROG
 from bitnet_numba.chat.conversation import NO_TEMPLATE, Conversation, describe
 from bitnet_numba.chat.saved import well_formed
 from bitnet_numba.chat.terminal import clean, note
-from bitnet_numba.commands import Parser, complain, drop_output
+from bitnet_numba.commands import complain, drop_output, make_parser
 from bitnet_numba.engine.engine import BACKENDS, Engine, load
 from bitnet_numba.engine.request import read_options
 from bitnet_numba.errors import BitNetError, ContextFull, RequestError, one_line
@@ -37,7 +37,7 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "see
 
 def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The command line."""
-    parser = Parser(prog=prog, description="Talk to a BitNet model.")
+    parser = make_parser(prog, description="Talk to a BitNet model.")
     add = parser.add_argument
     add("checkpoint", nargs="?", metavar="CHECKPOINT", help=MODEL_HELP)
     add(

@@ -12,7 +12,7 @@ from pathlib import Path
 from bitnet_numba.checkpoint.convert import Report, convert
 from bitnet_numba.checkpoint.packed import EMBEDDING_DTYPES
 from bitnet_numba.checkpoint.progress import progress_bar, size_text
-from bitnet_numba.commands import Parser, complain, drop_output, ignore_ctrl_c
+from bitnet_numba.commands import complain, drop_output, ignore_ctrl_c, make_parser
 from bitnet_numba.errors import BitNetError, CheckpointError, printable
 from bitnet_numba.hub.download import download
 from bitnet_numba.hub.fetch import as_hub_model
@@ -20,7 +20,7 @@ from bitnet_numba.hub.fetch import as_hub_model
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """The command line."""
-    parser = Parser(prog=prog, description="Convert a Hugging Face BitNet checkpoint into the packed one that runs.")
+    parser = make_parser(prog, description="Convert a Hugging Face BitNet checkpoint into the packed one that runs.")
     add = parser.add_argument
     add("src", metavar="SRC", help="a Hugging Face model folder, or a hub id such as owner/name")
     add("dst", metavar="DST", help="folder to write")

@@ -8,14 +8,14 @@ from typing import Any
 from bitnet_numba.checkpoint.progress import size_text
 from bitnet_numba.cli import machine
 from bitnet_numba.cli.machine import Facts, guarded
-from bitnet_numba.commands import Parser, output
+from bitnet_numba.commands import make_parser, output
 from bitnet_numba.errors import printable
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """The command line."""
-    parser = Parser(
-        prog=prog,
+    parser = make_parser(
+        prog,
         description="Show what runs on this machine, how fast, and why not more. The exit code is 0 if anything runs. "
         "The first time, kernels are compiled, which takes up to some minutes.",
     )

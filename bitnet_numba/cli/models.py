@@ -9,7 +9,7 @@ from typing import Any
 
 from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.checkpoint.progress import size_text
-from bitnet_numba.commands import Parser, complain, output
+from bitnet_numba.commands import complain, make_parser, output
 from bitnet_numba.errors import BitNetError, CheckpointError, printable
 from bitnet_numba.hub import store
 from bitnet_numba.hub.names import KNOWN, hub_model
@@ -20,12 +20,12 @@ DOWNLOADS = "what was downloaded for it stays in the Hugging Face cache; the com
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """The command line."""
-    parser = Parser(
-        prog=prog,
+    parser = make_parser(
+        prog,
         description="Models that were named by hub id: downloaded, converted and kept in a cache folder, which is "
         "$BITNET_NUMBA_MODELS or, without that, bitnet-numba/models in your cache folder.",
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     listing = commands.add_parser("list", help="all models with size and last use")
     listing.add_argument("--known", action="store_true", help="well-known models of the hub and their short names")
     showing = commands.add_parser("show", help="where a model came from, and what it is")

@@ -94,6 +94,18 @@ def test_starting_is_light() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_next_to_nothing_is_imported_before_ctrl_c_is_handled() -> None:
+    root = Path(bitnet_numba.__file__).parent.parent
+    code = (
+        f"import sys; sys.path.append({str(root)!r})\n"
+        "import bitnet_numba.cli.main, bitnet_numba.chat.__main__\n"
+        "sys.exit(', '.join({'argparse', 'difflib', 're', 'typing'} & set(sys.modules)) or 0)"
+    )
+    # Without site, which imports whatever other packages ask it to.
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_ctrl_c_in_the_first_second() -> None:
     """While a command's libraries are imported, where an exception might be swallowed."""
