@@ -41,8 +41,9 @@ class HubModel(NamedTuple):
 
 
 def looks_like_hub_id(name: str) -> bool:
-    """Whether a name that is no local path has the form of a hub id; not that of a file which is missing."""
-    return "://" not in name and name.count("/") == 1 and not name.startswith((".", "/", "~")) and name[-5:] != ".gguf"
+    """Whether a name that is no local path is a hub id; not if it seems to be a file that is missing."""
+    parts = name.split("/")
+    return len(parts) == 2 and all(_is_part(part) for part in parts) and not name.endswith(".gguf")
 
 
 def hub_model(name: str, revision: str | None = None) -> HubModel:

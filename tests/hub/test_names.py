@@ -74,7 +74,7 @@ def test_folders_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["./a", "a/b/c", "/a/b", "~/a", "a", "https://example.org/a", "a:b//", "models/x.gguf"]
+    "name", ["./a", "a/b/c", "/a/b", "~/a", "a", "https://example.org/a", "a b/c", "a--b/c", "../a", "models/x.gguf"]
 )
 def test_what_is_no_hub_id(name: str) -> None:
     assert not looks_like_hub_id(name)
