@@ -68,8 +68,10 @@ def advice(report: Facts) -> list[str]:
         if not caches.get(name, {}).get("writable", True):
             what = "kernels are compiled at each start" if name == "kernels" else "models cannot be fetched by name"
             found.append(f"{what}: set {variable} to a folder that can be written")
-    if "reference" in runs:
+    if "problem" not in runs.get("reference", {"problem": ""}):
         found.append("only the slow NumPy backend is left: see the problem of the CPU above")
+    if all("problem" in facts for facts in runs.values()):
+        found.append("nothing runs: pip install --force-reinstall bitnet-numba  may mend it")
     return found
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import bitnet_numba
 from bitnet_numba.errors import one_line, printable
 
-PACKAGES = ("numpy", "numba", "llvmlite", "tokenizers", "huggingface_hub", "numba-cuda", "cuda-bindings")
-OPTIONAL = ("numba-cuda", "cuda-bindings")
+PACKAGES = ("numpy", "numba", "llvmlite", "tokenizers", "huggingface_hub", "numba-cuda", "cuda-bindings")  # shown
+REQUIRED = (*PACKAGES[:5], "safetensors", "jinja2", "rich", "prompt_toolkit")
 PROMPT = "Hello!"
 PROBE_SECONDS, ANSWER_SECONDS = 120, 900  # a first answer compiles kernels, on a slow machine for minutes
 READ_BYTES, PIECE_BYTES = 400_000_000, 2_000_000  # more than most processors cache; what a thread reads at a time
@@ -42,12 +42,8 @@ def guarded(look: Callable[..., Facts], *arguments: object) -> Facts:
 
 def software() -> Facts:
     """Versions of Python and of the packages that matter; None for one that is not installed."""
-    versions: dict[str, str | None] = {}
-    for name in PACKAGES:
-        versions[name] = None
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    missing = [name for name, version in versions.items() if version is None and name not in OPTIONAL]
+    versions = {name: _version(name) for name in PACKAGES}
+    missing = [name for name in REQUIRED if _version(name) is None]
     found: Facts = {
         "bitnet_numba": bitnet_numba.__version__,
         "location": str(Path(bitnet_numba.__file__).parent),
@@ -58,6 +54,13 @@ def software() -> Facts:
         "settings": {name: os.environ[name] for name in sorted(os.environ) if name.startswith("BITNET_NUMBA_")},
     }
     return found | ({"problem": f"not installed: {', '.join(missing)}"} if missing else {})
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def processor() -> Facts:
@@ -110,8 +113,16 @@ def bandwidth(threads: int, nbytes: int = READ_BYTES, seconds: float = 0.4) -> F
 
 def caches() -> Facts:
     """The cache folders: where they are, whether they can be written, their size."""
-    from bitnet_numba.hub.store import cache_folder, size_on_disk
-    from bitnet_numba.kernels.runtime import disk_cache
+
+    def kernels() -> Path:
+        from bitnet_numba.kernels.runtime import disk_cache
+
+        return disk_cache.folder()
+
+    def models() -> Path:
+        from bitnet_numba.hub.store import cache_folder
+
+        return cache_folder()
 
     def hugging_face() -> Path:
         from huggingface_hub import constants
@@ -122,11 +133,13 @@ def caches() -> Facts:
         return sum(path.stat().st_size for path in folder.glob("*") if path.is_file())  # models may be in it
 
     def of_all(folder: Path) -> int | None:
+        from bitnet_numba.hub.store import size_on_disk
+
         return size_on_disk(folder, seconds=1.0)
 
     return {
-        "kernels": guarded(_folder, disk_cache.folder, of_files),
-        "models": guarded(_folder, cache_folder, of_all),
+        "kernels": guarded(_folder, kernels, of_files),
+        "models": guarded(_folder, models, of_all),
         "hugging_face": guarded(_folder, hugging_face, of_all),
     }
 

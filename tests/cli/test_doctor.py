@@ -89,7 +89,10 @@ def test_everything_broken(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for piece in ("software", "processor", "bandwidth", "caches", "probe", "answer"):
         monkeypatch.setattr(machine, piece, fail)
     code, out, _ = run()
-    assert code == 1 and out.count("it is broken") >= 6 and "NOT on reference" in out
+    assert code == 1 and out.count("it is broken") >= 6 and "NOT on reference" in out and "nothing runs: " in out
+    monkeypatch.setattr(machine, "answer", lambda backend: ANSWER if backend == "reference" else fail())
+    code, out, _ = run()
+    assert code == 0 and "only the slow NumPy backend is left" in out and "nothing runs" not in out
 
 
 def test_missing_packages_are_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
