@@ -1,7 +1,7 @@
 """BitNet b1.58 inference in pure Python: ternary weights, 8-bit activations, NumPy and Numba CUDA.
 
 import bitnet_numba as bn
-llm = bn.load()                     # the built-in model; or bn.load("a folder that tools/convert.py wrote")
+llm = bn.load()                     # the built-in model; or bn.load("owner/name") of the Hugging Face hub, or a folder
 print(llm.chat("Tell me a story about a fox and a lantern.").text)
 
 Models       load, Engine (generate, stream, chat, generate_batch, agenerate, astream), Session, Scheduler
@@ -15,9 +15,10 @@ Also         Tokenizer, ModelConfig: of Engine.tokenizer and Engine.config; modu
 
 import importlib
 import os
-from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"  # the only place: pyproject.toml reads it from here
+TYPE_CHECKING = False  # type checkers know the name; importing typing would be most of what importing this costs
+
+__version__ = "0.2.0.dev0"  # the only place: pyproject.toml reads it from here
 
 _here = os.path.dirname(os.path.abspath(__file__))
 if not os.path.isdir(os.path.join(_here, "kernels")):
@@ -25,6 +26,8 @@ if not os.path.isdir(os.path.join(_here, "kernels")):
     __path__.append(os.path.dirname(_here))
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from bitnet_numba import errors as errors
     from bitnet_numba import packing as packing
     from bitnet_numba import quantize as quantize
@@ -84,7 +87,7 @@ _HOMES = {
 __all__ = ["__version__", *_MODULES, *_HOMES]  # noqa: PLE0604
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name in _MODULES:
         return importlib.import_module(f"bitnet_numba.{name}")
     if name in _HOMES:

@@ -51,7 +51,7 @@ class ModelFolder:
                 self._descriptors.append(self.fd)
                 found = os.fstat(self.fd)
         except FileNotFoundError:
-            raise CheckpointError(f"{self} does not exist{_hub_hint(os.fspath(path))}") from None
+            raise CheckpointError(f"{self} does not exist") from None
         except (OSError, ValueError) as error:  # ValueError: a null character in the path
             raise CheckpointError(f"{self} cannot be opened: {why(error)}") from None
         self._identity = found.st_dev, found.st_ino
@@ -178,11 +178,3 @@ def why(error: Exception) -> str:
 def _close_all(descriptors: list[int]) -> None:
     for fd in descriptors:
         os.close(fd)
-
-
-def _hub_hint(path: str) -> str:
-    """What to do about a path that looks like the id of a repository on the Hugging Face hub."""
-    owner, _, name = path.partition("/")
-    if not owner or not name or "/" in name or path.startswith((".", "~")):
-        return ""
-    return f"; for a model of the Hugging Face hub, run  python tools/convert.py {printable(path)} DST  first"

@@ -24,6 +24,7 @@ settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True
 settings.register_profile("nightly", deadline=None, max_examples=2000, suppress_health_check=_quiet)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub
 # Tests share the cores already.
 os.environ.setdefault("BITNET_NUMBA_COMPILERS", "1")
 

@@ -11,18 +11,21 @@ OPERATIONS = tuple(
 # From the ground up. A module may import from lower floors and from its own room; rooms of one floor are apart.
 FLOORS: list[tuple[str, ...]] = [
     tuple(f"bitnet_numba.{name}" for name in ("errors", "bfloat16", "packing", "quantize")),
-    ("bitnet_numba.model_folder", "bitnet_numba.config_keys", "bitnet_numba.module_patterns"),
+    ("bitnet_numba.commands", "bitnet_numba.model_folder", "bitnet_numba.config_keys", "bitnet_numba.module_patterns"),
     ("bitnet_numba.json_file",),
     ("bitnet_numba.config",),
     ("bitnet_numba.sampling",),
     ("bitnet_numba.text", "bitnet_numba.kernels.ptx"),
     ("bitnet_numba.checkpoint",),
+    ("bitnet_numba.hub",),
     ("bitnet_numba.reference", "bitnet_numba.kernels.runtime"),
     ("bitnet_numba.kernels.operands",),
     OPERATIONS,
     ("bitnet_numba.backends",),
     ("bitnet_numba.engine",),
     ("bitnet_numba.chat",),
+    ("bitnet_numba.cli",),
+    ("bitnet_numba.__main__",),
     ("tools",),
 ]
 

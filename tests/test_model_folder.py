@@ -106,11 +106,6 @@ def test_no_permission(tiny_packed: Path, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        (
-            "microsoft/bitnet-b1.58-2B-4T",
-            "microsoft/bitnet-b1.58-2B-4T does not exist; for a model of the Hugging Face hub, run  "
-            "python tools/convert.py microsoft/bitnet-b1.58-2B-4T DST  first",
-        ),
         ("nowhere/at/all", "nowhere/at/all does not exist"),
         ("loop", "loop cannot be opened: " + os.strerror(errno.ELOOP)),
         ("pipe", "pipe is not a folder"),

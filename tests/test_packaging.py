@@ -1,10 +1,16 @@
 """The wheel holds every module: pyproject.toml names its packages one by one, since two of them stand outside
 bitnet_numba/."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
+from importlib import metadata
 from pathlib import Path
+
+import pytest
 
 import bitnet_numba
 
@@ -58,3 +64,59 @@ def test_importing_a_package_is_light() -> None:
         "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=os.environ)
+
+
+def test_commands_lead_to_functions() -> None:
+    scripts = PYPROJECT["project"]["scripts"]
+    assert set(scripts) == {"bitnet-numba", "bitnet-chat"}
+    for name, target in scripts.items():
+        assert callable(metadata.EntryPoint(name, target, "console_scripts").load())
+
+
+BUILD = """
+import setuptools.build_meta as backend
+backend.build_sdist("dist")
+print(backend.build_wheel("dist"))
+"""
+try:
+    RELEASE = metadata.version("setuptools")
+except metadata.PackageNotFoundError:
+    RELEASE = "0"
+
+
+@pytest.mark.skipif(int(RELEASE.partition(".")[0]) < 77, reason=f"needs setuptools 77 to build; this is {RELEASE}")
+def test_a_wheel_runs_by_itself(tmp_path: Path) -> None:
+    """Built without a network, unpacked, and used from outside the repository, whose tools/ it lacks."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    for name in ("bitnet_numba", "kernels", "reference"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    built = subprocess.run([sys.executable, "-c", BUILD], cwd=source, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    assert "would be ignored" not in built.stderr
+    wheel = source / "dist" / built.stdout.splitlines()[-1]
+    assert len(list((source / "dist").glob("*.tar.gz"))) == 1
+    zipfile.ZipFile(wheel).extractall(site)
+    shutil.rmtree(source)
+
+    (information,) = site.glob("*.dist-info")
+    found = metadata.PathDistribution(information)
+    assert found.version == bitnet_numba.__version__
+    assert {"cuda12", "cuda13", "bench"} <= set(found.metadata.get_all("Provides-Extra") or [])
+    assert len(found.metadata.get_all("Classifier") or []) > 5 and found.metadata.get_all("Project-URL")
+    assert found.metadata["License-Expression"] == "MIT"
+
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-m", "bitnet_numba", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert run("--version") == f"bitnet-numba {bitnet_numba.__version__}\n"
+    assert run("chat", "--backend", "reference", "--prompt", "Hello!", "--temperature", "0").startswith("H")
+    report = json.loads(run("doctor", "--json"))
+    assert report["software"]["location"] == str(site / "bitnet_numba")
+    assert "problem" not in report["cpu"] and report["runs"]["cpu"]["tokens_per_second"] > 0

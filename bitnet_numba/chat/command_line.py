@@ -10,11 +10,9 @@ import contextlib
 import io
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from typing import NoReturn
 
 from rich.console import Console
 
@@ -22,28 +20,25 @@ from bitnet_numba.chat import PROG
 from bitnet_numba.chat.conversation import NO_TEMPLATE, Conversation, describe
 from bitnet_numba.chat.saved import well_formed
 from bitnet_numba.chat.terminal import clean, note
+from bitnet_numba.commands import complain, drop_output, make_parser
 from bitnet_numba.engine.engine import BACKENDS, Engine, load
 from bitnet_numba.errors import BitNetError, ContextFull, RequestError, one_line
+from bitnet_numba.hub.fetch import as_hub_model, fetch
 from bitnet_numba.sampling import SamplingParams
 
 DEFAULTS = SamplingParams(temperature=0.6, top_p=0.9)  # for models without a generation_config.json
+MODEL_HELP = (
+    "a model of the Hugging Face hub, such as owner/name, downloaded and converted when it is first used; a short name "
+    "that `bitnet-numba models list --known` shows; or a converted model folder (default: the built-in model)"
+)
 PARAMS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_new_tokens", "stop")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        note(f"{self.prog}: {message} (see --help)")
-        sys.exit(2)
-
-    def print_help(self, file: object = None) -> None:
-        print(self.format_help(), end="", flush=True)  # here, where a full or closed standard output is dealt with
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The command line."""
-    parser = _Parser(prog=PROG, description="Talk to a BitNet model.")
+    parser = make_parser(prog, description="Talk to a BitNet model.")
     add = parser.add_argument
-    add("checkpoint", nargs="?", metavar="CHECKPOINT", help="a converted model folder (default: the built-in model)")
+    add("checkpoint", nargs="?", metavar="CHECKPOINT", help=MODEL_HELP)
     add(
         "--prompt",
         action="append",
@@ -57,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--stats", action="store_true", help="show speed and memory after each answer")
     group = parser.add_argument_group("model")
     add = group.add_argument
+    add("--revision", metavar="R", help="branch, tag or commit of a model of the hub (default: main)")
     add(
         "--backend",
         choices=BACKENDS,
@@ -107,16 +103,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 for a user's mistake."""
+def run(argv: list[str] | None = None, prog: str = PROG) -> int:
+    """The command line; returns the exit code: 0, or 2 for a user's mistake. prog: what messages call the command."""
     if sys.stdout is None:
-        return _fail("standard output is closed")
+        return _fail(prog, "standard output is closed")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # characters that the terminal cannot encode
     advice = ""
     try:
-        parser = build_parser()
+        parser = build_parser(prog)
         args = parser.parse_args(argv)
         interactive = not args.prompt and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
         if interactive and args.json:
@@ -125,43 +121,47 @@ def run(argv: list[str] | None = None) -> int:
             parser.error("--system cannot be combined with --raw")
         given = {name: getattr(args, name) for name in PARAMS if getattr(args, name) is not None}
         SamplingParams(**given)  # mistakes are reported before the model is opened
-        with _warnings_in_a_line():
+        with _warnings_in_a_line(prog):
             engine = open_model(args)
             advice = "; " + shorten_advice(engine)
             params = replace(engine.sampling or DEFAULTS, **given)
-            prompts = args.prompt if args.prompt or interactive else [_read_stdin(args.raw, engine)]
+            prompts = args.prompt if args.prompt or interactive else [_read_stdin(args.raw, engine, prog)]
             conversation = Conversation(engine, params, args.system, args.raw)
             if interactive:
                 from bitnet_numba.chat.interactive import converse
 
                 converse(conversation, args.checkpoint, args.stats)
             else:
-                answer_all(conversation, prompts, args.json, args.stats)
+                answer_all(conversation, prompts, args.json, args.stats, prog)
     except ContextFull as error:
-        return _fail(f"{error}{advice}")
+        return _fail(prog, f"{error}{advice}")
     except BitNetError as error:
-        return _fail(str(error))
+        return _fail(prog, str(error))
     except MemoryError as error:
-        return _fail(f"memory is too short: {one_line(error)}; a smaller --context needs less")
+        return _fail(prog, f"memory is too short: {one_line(error)}; a smaller --context needs less")
     except BrokenPipeError:  # the reader has closed the pipe
-        _drop_output()
+        drop_output()
     except OSError as error:
-        _drop_output()
-        return _fail(f"input or output failed: {error.strerror or error}")
+        drop_output()
+        return _fail(prog, f"input or output failed: {error.strerror or error}")
     return 0
 
 
 class _Lines(logging.Handler):
     """Log records as lines on standard error."""
 
+    def __init__(self, prog: str):
+        super().__init__(logging.WARNING)
+        self._prog = prog
+
     def emit(self, record: logging.LogRecord) -> None:
-        note(f"{PROG}: {record.getMessage()}")
+        note(f"{self._prog}: {record.getMessage()}")
 
 
 @contextlib.contextmanager
-def _warnings_in_a_line() -> Iterator[None]:
+def _warnings_in_a_line(prog: str) -> Iterator[None]:
     """Inside, what the package warns of is printed as every other message is: it may quote a model's files."""
-    logger, handler = logging.getLogger("bitnet_numba"), _Lines(logging.WARNING)
+    logger, handler = logging.getLogger("bitnet_numba"), _Lines(prog)
     logger.addHandler(handler)
     try:
         yield
@@ -171,16 +171,20 @@ def _warnings_in_a_line() -> Iterator[None]:
 
 def open_model(args: argparse.Namespace) -> Engine:
     """Loads the model that the command line names, with a status line on a terminal."""
+    path, revision = args.checkpoint, args.revision
+    model = as_hub_model(path, revision) if path else None
+    if model is not None:  # before the status line, because a download shows its own
+        path, revision = fetch(model), None
     console = Console(stderr=True)
     waiting = console.status("loading the model ...") if console.is_terminal else contextlib.nullcontext()
     with waiting:
-        return load(args.checkpoint, args.backend, args.context, args.threads)
+        return load(path, args.backend, args.context, args.threads, revision)
 
 
-def answer_all(conversation: Conversation, prompts: list[str], as_json: bool, stats: bool) -> None:
+def answer_all(conversation: Conversation, prompts: list[str], as_json: bool, stats: bool, prog: str = PROG) -> None:
     """Prints the answers to prompts, one turn each."""
     if not conversation.raw and not conversation.engine.tokenizer.has_chat_template:
-        note(f"{PROG}: {NO_TEMPLATE}")
+        note(f"{prog}: {NO_TEMPLATE}")
     for prompt in prompts:
         prompt = well_formed(prompt)
         try:
@@ -204,7 +208,7 @@ def answer_all(conversation: Conversation, prompts: list[str], as_json: bool, st
         else:
             print(flush=True)
         if completion.finish_reason == "context":
-            note(f"{PROG}: the context is full; {shorten_advice(conversation.engine)}")
+            note(f"{prog}: the context is full; {shorten_advice(conversation.engine)}")
         if stats:
             note(describe(completion, conversation))
 
@@ -215,11 +219,11 @@ def shorten_advice(engine: Engine) -> str:
     return f"give a shorter prompt{',' if larger else ' or'} fewer of them{larger}"
 
 
-def _read_stdin(raw: bool, engine: Engine) -> str:
+def _read_stdin(raw: bool, engine: Engine, prog: str) -> str:
     if sys.stdin is None:
         raise RequestError("standard input is closed: give --prompt")
     if sys.stdin.isatty():  # only standard output leads elsewhere
-        note(f"{PROG}: type the prompt; Ctrl-D on a line of its own ends it")
+        note(f"{prog}: type the prompt; Ctrl-D on a line of its own ends it")
     limit = engine.context * engine.tokenizer.longest_token
     data = sys.stdin.buffer.read(limit + 1)
     if len(data) > limit:
@@ -231,12 +235,6 @@ def _read_stdin(raw: bool, engine: Engine) -> str:
     return text.removesuffix("\n") if raw else text.strip()
 
 
-def _fail(message: str) -> int:
-    note(f"{PROG}: {message}")
+def _fail(prog: str, message: str) -> int:
+    complain(prog, message)
     return 2
-
-
-def _drop_output() -> None:
-    """Discards buffered output, so that flushing it at exit does not fail again."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -39,6 +40,10 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux
 _MAX_NAME = 200  # bytes of a target's name in the names beside it; a name may have 255
 
 
+class BeingWritten(CheckpointError):
+    """Another process is writing the folder right now."""
+
+
 @contextlib.contextmanager
 def replacing(target: Path, check: Callable[[], object]) -> Iterator[Path]:
     """A new folder that takes the place of `target` at the end, or is deleted if anything fails.
@@ -46,7 +51,7 @@ def replacing(target: Path, check: Callable[[], object]) -> Iterator[Path]:
     At every moment `target` is the old folder or the new one, whole. A symbolic link is followed. `check` is called
     before the folder is created and again before it is put in place; it raises if `target` must not be replaced.
 
-    Raises CheckpointError if another process is replacing `target`.
+    Raises BeingWritten if another process is replacing `target`.
     """
     target = Path(os.path.realpath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +93,37 @@ def read_folder(path: str | os.PathLike[str], names: Iterable[str], read: Callab
     raise CheckpointError(f"{folder} is being replaced again and again")
 
 
+def delete(target: Path) -> None:
+    """Deletes a folder, and what killed conversions have left beside it. If this is killed, `target` is gone or whole.
+
+    Raises BeingWritten, or OSError.
+    """
+    target = Path(os.path.realpath(target))
+    with _locked(target):
+        if _exists(target):
+            os.rename(target, _beside(target, secrets.token_hex(4)))
+        _clear_up(target)
+        shutil.rmtree(_beside(target, "old"), ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)  # if that was put back
+
+
+def wait_for_writer(target: Path, seconds: float = 0.5) -> None:
+    """Returns when no other process is replacing a folder, which it looks at every so many seconds. Raises OSError."""
+    while True:
+        try:
+            with _locked(Path(os.path.realpath(target))):
+                return
+        except BeingWritten:
+            time.sleep(seconds)
+
+
+def is_there(path: str | os.PathLike[str]) -> bool:
+    """Whether there is an entry of this name, or one that a killed conversion has moved away."""
+    with contextlib.suppress(OSError, ValueError):
+        return _exists(Path(path)) or _exists(_beside(Path(os.path.realpath(path)), "old"))
+    return True  # what cannot be known is no name of something else
+
+
 def _open_folder(path: str | os.PathLike[str]) -> ModelFolder:
     try:
         return ModelFolder(path)
@@ -125,7 +161,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 @contextlib.contextmanager
 def _locked(target: Path) -> Iterator[bool]:
-    """Holds the target's lock; yields False where there are no locks. CheckpointError if another process holds it."""
+    """Holds the target's lock; yields False where there are no locks. BeingWritten if another process holds it."""
     if fcntl is None:
         yield False
         return
@@ -137,7 +173,7 @@ def _locked(target: Path) -> Iterator[bool]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 shown = printable(str(target), 400)
-                raise CheckpointError(f"another conversion is writing {shown} right now") from None
+                raise BeingWritten(f"another conversion is writing {shown} right now") from None
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise

@@ -1,4 +1,4 @@
-"""The packed checkpoint: the folder that `tools/convert.py` writes.
+"""The packed checkpoint: the folder that `bitnet-numba convert` writes.
 
 It holds config.json (the source's own plus the key "bitnet_numba"), model.safetensors, tokenizer.json,
 tokenizer_config.json and generation_config.json. Its tensors, for layer i and group g of `config.GROUPS`:
@@ -130,7 +130,7 @@ def open_packed(folder: str | os.PathLike[str] | ModelFolder) -> PackedCheckpoin
     raw = read_config(folder)
     packed = raw.get("bitnet_numba")
     if packed is None:
-        raise CheckpointError(f"{folder} is not a packed checkpoint: run  python tools/convert.py {folder} DST")
+        raise CheckpointError(f"{folder} is not a packed checkpoint: run  bitnet-numba convert {folder} DST")
     if not isinstance(packed, dict) or packed.get("format") != FORMAT or packed.get("head") not in EMBEDDING_DTYPES:
         raise CheckpointError(f"{folder} has a packed format that this version does not support: convert it again")
     config = ModelConfig.from_hf(raw)

@@ -39,6 +39,7 @@ from bitnet_numba.engine.scheduler import MAX_SEQUENCES, Scheduler
 from bitnet_numba.engine.session import Session, Stream, finite_arithmetic
 from bitnet_numba.engine.shared import SharedBackend
 from bitnet_numba.errors import BackendError, BitNetError, CheckpointError, RequestError, one_line, printable, shown
+from bitnet_numba.hub.fetch import find_model
 from bitnet_numba.model_folder import ModelFolder
 from bitnet_numba.sampling import SamplingOverrides, SamplingParams, read_sampling
 from bitnet_numba.text.chat_template import Message
@@ -317,13 +318,17 @@ def load(
     backend: str = "auto",
     context: int | None = None,
     threads: int | None = None,
+    revision: str | None = None,
 ) -> Engine:
-    """Opens a packed checkpoint.
+    """Opens a model.
 
-    path: a folder written by tools/convert.py; None opens the built-in model.
+    path: a folder that `bitnet-numba convert` wrote; or the name of a model of the Hugging Face hub ("owner/name", or a
+        short name such as "2b4t"), which is downloaded and converted when it is first used (see `hub.fetch`); None
+        opens the built-in model. An existing folder of that name comes first.
     backend: "cuda", "cpu", "reference" (plain NumPy, slow) or "auto": CUDA if it is usable, otherwise the CPU.
     context: maximum number of tokens, prompt and answer together; None: the model's own maximum.
     threads: of the CPU backend; None: one for each physical core that this process may use.
+    revision: branch, tag or commit of a model of the hub; None: its main branch.
 
     Raises BitNetError, with a message of one line, if the folder, a file or an argument is invalid.
     """
@@ -332,10 +337,13 @@ def load(
     if backend not in BACKENDS:
         raise BackendError(f"there is no backend {shown(backend)}: choose one of {', '.join(BACKENDS)}")
     if path is None and not DEMO.is_dir():
-        raise CheckpointError(
-            "this version has no built-in model: convert one with  python tools/convert.py SRC DST  and open DST"
-        )
-    folder = DEMO if path is None else read_folder(path)
+        raise CheckpointError("this version has no built-in model: name a folder, or a model of the Hugging Face hub")
+    if path is None and revision is not None:
+        raise RequestError("the built-in model has no revisions")
+    folder = DEMO
+    if path is not None:
+        given = read_folder(path)
+        folder = find_model(path if isinstance(path, str) else given, revision)
 
     def read(opened: ModelFolder) -> tuple[PackedCheckpoint, Tokenizer, SamplingParams | None]:
         checkpoint = open_packed(opened)

@@ -92,7 +92,7 @@ def test_bad_folders_give_one_line_and_exit_code_2(
 
     assert "does not exist" in refused(tmp_path / "none")
     assert "not a model folder" in refused(tmp_path)
-    assert "tools/convert.py" in refused(tiny_source)
+    assert "bitnet-numba convert" in refused(tiny_source)
     folder = Path(shutil.copytree(tiny_packed, tmp_path / "copy"))
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config["chat_template"] = "{{ ''.__class__.__mro__[1].__subclasses__() }}"

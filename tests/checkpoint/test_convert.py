@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 
 from bitnet_numba.bfloat16 import to_float32
+from bitnet_numba.checkpoint.convert import convert
 from bitnet_numba.checkpoint.huggingface import HuggingFaceCheckpoint
 from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.checkpoint.safetensors_file import TensorFile, TensorSpec, write_tensors
@@ -20,7 +21,7 @@ from bitnet_numba.quantize import ternarize
 from bitnet_numba.text.tokenizer import Tokenizer
 from tests.conftest import edit_config, mutate, rewrite
 from tests.strategies import byte_edits
-from tools.convert import convert, main
+from tools.convert import main
 from tools.make_checkpoint import PRESETS, make_checkpoint
 
 

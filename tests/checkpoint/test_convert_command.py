@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from huggingface_hub.utils import are_progress_bars_disabled
 
 from bitnet_numba.checkpoint import install
+from bitnet_numba.checkpoint.convert import convert
 from bitnet_numba.checkpoint.install import replacing
 from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.checkpoint.safetensors_file import TensorFile
-from tools.convert import convert, main
+from tools.convert import main
 from tools.make_checkpoint import PRESETS, make_checkpoint
 
 TOOL = Path(__file__).parent.parent.parent / "tools" / "convert.py"
@@ -231,11 +232,9 @@ def test_downloads_show_bars_in_terminals_only(
         assert are_progress_bars_disabled()
         return str(source)
 
-    monkeypatch.setattr("tools.convert.snapshot_download", snapshot_download)
-    try:
-        assert main(["someone/tiny-bitnet", str(tmp_path / "out")]) == 0
-    finally:
-        enable_progress_bars()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert main(["someone/tiny-bitnet", str(tmp_path / "out")]) == 0
+    assert not are_progress_bars_disabled(), "other downloads of the process are left alone"
     assert capsys.readouterr().out.startswith("converting someone/tiny-bitnet\n")
 
 

@@ -531,7 +531,7 @@ def test_loading_mistakes(
 ) -> None:
     with pytest.raises(BackendError, match="no backend 'tpu': choose one of auto, cuda, cpu, reference"):
         bn.load(tiny_packed, backend="tpu")
-    with pytest.raises(CheckpointError, match=r"not a packed checkpoint.*tools/convert\.py"):
+    with pytest.raises(CheckpointError, match=r"not a packed checkpoint.*bitnet-numba convert"):
         bn.load(tiny_source, backend="reference")
     with pytest.raises(CheckpointError, match="does not exist"):
         bn.load(tmp_path / "nowhere", backend="reference")
@@ -540,7 +540,7 @@ def test_loading_mistakes(
         with pytest.raises(RequestError, match="context must be between 1 and"):
             bn.load(tiny_packed, backend="reference", context=context)  # type: ignore[arg-type]
     monkeypatch.setattr(engine_module, "DEMO", tmp_path / "none")
-    with pytest.raises(CheckpointError, match=r"no built-in model.*tools/convert\.py"):
+    with pytest.raises(CheckpointError, match=r"no built-in model"):
         bn.load()
     folder = Path(shutil.copytree(tiny_packed, tmp_path / "copy"))
     (folder / "tokenizer.json").unlink()

@@ -1,0 +1,115 @@
+"""What command lines share: their start, messages of one line, and output that may be closed or full.
+
+Ctrl-C is told in one line from the moment at which this is imported, so it imports little.
+"""
+
+import contextlib
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+from bitnet_numba.errors import printable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any, NoReturn
+
+
+def start(prog: str, module: str, argv: list[str] | None) -> int:
+    """Imports `module` and returns its `run(argv, prog)`: the exit code; 2 if it cannot start, 130 after Ctrl-C.
+
+    prog: what messages and help call the command.
+    """
+    try:
+        try:
+            with leaving_at_once(prog):
+                run = importlib.import_module(module).run
+        except ImportError as error:  # of a compiled library: its reason is at the end of a long text
+            message, code = f"cannot start: {str(error).strip().rpartition(chr(10))[2]}", 2
+        else:
+            return int(run(argv, prog))
+    except KeyboardInterrupt:
+        ignore_ctrl_c()  # who presses it once more gets no traceback
+        message, code = "interrupted", 130
+    except MemoryError:
+        message, code = "cannot start: memory is too short", 2
+    complain(prog, message)
+    return code
+
+
+def make_parser(prog: str, **options: "Any") -> "argparse.ArgumentParser":
+    """An argparse.ArgumentParser, and a class for its subparsers, whose errors are one line."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> "NoReturn":
+            complain(self.prog, f"{message} (see --help)")
+            sys.exit(2)
+
+        def print_help(self, file: object = None) -> None:
+            # Here, where a full or closed standard output is dealt with.
+            print(self.format_help(), end="", flush=True)
+
+    return Parser(prog=prog, **options)
+
+
+def output(prog: str, text: str) -> int:
+    """Prints on standard output; returns the exit code: 0, or 2 if it is closed or full."""
+    if sys.stdout is None:
+        complain(prog, "standard output is closed")
+        return 2
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:  # the reader has closed the pipe
+        drop_output()
+    except OSError as error:
+        drop_output()
+        complain(prog, f"output failed: {error.strerror}")
+        return 2
+    return 0
+
+
+def drop_output() -> None:
+    """Discards buffered output, so that flushing it at exit does not fail again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def complain(prog: str, message: str) -> None:
+    """Prints one line on standard error, unless that is closed or full."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            print(f"{prog}: {printable(message, 1000)}", file=sys.stderr, flush=True)
+
+
+def ignore_ctrl_c() -> None:
+    """From now on, Ctrl-C does nothing."""
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def leaving_at_once(prog: str) -> Iterator[None]:
+    """Inside, Ctrl-C ends the process: an exception may be swallowed in the middle of an import, or become another."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, f"{prog}: interrupted\n".encode())
+        os._exit(130)
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as under nohup
+        yield
+        return
+    try:
+        signal.signal(signal.SIGINT, leave)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,69 @@
+"""The folder that a name means: a local one, or a model of the hub, downloaded and converted when it is first used."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from bitnet_numba.checkpoint.convert import convert
+from bitnet_numba.checkpoint.install import BeingWritten, is_there, wait_for_writer
+from bitnet_numba.checkpoint.progress import progress_bar
+from bitnet_numba.errors import CheckpointError, RequestError, printable
+from bitnet_numba.hub import store
+from bitnet_numba.hub.download import download
+from bitnet_numba.hub.names import KNOWN, HubModel, did_you_mean, hub_model, looks_like_hub_id
+
+_log = logging.getLogger("bitnet_numba")
+
+
+def find_model(name: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The packed folder that a user names; a string may be a hub id or a short name, for which `fetch` is called.
+
+    An existing local folder of that name comes first, and a pathlib.Path is always local. The folder need not exist.
+    Raises RequestError for a revision of a local folder, and what `fetch` raises.
+    """
+    model = as_hub_model(name, revision)
+    if model is not None:
+        return fetch(model)
+    if revision is not None:
+        raise RequestError("a revision needs a hub id, not a folder")
+    if isinstance(name, str) and os.sep not in name and not is_there(name) and did_you_mean(name):
+        raise CheckpointError(f"{printable(name)} does not exist{did_you_mean(name)}")
+    return Path(name)
+
+
+def as_hub_model(name: str | os.PathLike[str], revision: str | None = None) -> HubModel | None:
+    """The model of the hub that a user names; None if the name is that of a local folder."""
+    if not isinstance(name, str) or not (name in KNOWN or looks_like_hub_id(name)) or is_there(name):
+        return None
+    return hub_model(name, revision)
+
+
+def fetch(model: HubModel) -> Path:
+    """The packed folder of a model of the hub, which is downloaded and converted unless the cache holds it.
+
+    What the cache holds is used without asking the hub. Several processes may do this at once: one converts, the others
+    wait. Raises BitNetError.
+    """
+    target = store.packed_folder(model)
+    if not store.is_usable(model):
+        source = download(model)
+        _convert_once(model, source, target)
+    store.touch(model)
+    return target
+
+
+def _convert_once(model: HubModel, source: Path, target: Path) -> None:
+    while not store.is_usable(model):
+        try:
+            with progress_bar(printable(str(model)), sys.stderr) as show:
+                # What is there has another format.
+                report = convert(source, target, force=is_there(target), progress=show)
+        except BeingWritten:
+            _log.warning("another process is converting %s; waiting for it", printable(str(model)))
+            wait_for_writer(target)
+        except CheckpointError:
+            if not store.is_usable(model):  # else another process was faster
+                raise
+        else:
+            store.record(model, source.name, report.notes)
