@@ -1,6 +1,6 @@
-"""Converts a Hugging Face BitNet checkpoint into the packed checkpoint that bitnet_numba runs.
+"""Converts a Hugging Face BitNet checkpoint or a GGUF file into the packed checkpoint that bitnet_numba runs.
 
-    python tools/convert.py SRC DST [--head bf16|int8] [--force] [--revision R]
+    python tools/convert.py SRC DST [--head bf16|int8] [--force] [--revision R] [--i2s-layout x86|arm]
 
 The conversion itself is `bitnet_numba.checkpoint.convert`.
 """
@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bitnet_numba.checkpoint.convert import Report, convert
+from bitnet_numba.checkpoint.gguf_types import I2S_LAYOUTS
 from bitnet_numba.checkpoint.packed import EMBEDDING_DTYPES
 from bitnet_numba.errors import BitNetError, CheckpointError, one_line, printable
 
@@ -36,12 +37,12 @@ NEEDED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]  # of a
 
 
 def find_source(name: str, revision: str | None) -> Path:
-    """The folder that SRC names: itself, or the one that huggingface_hub downloads (or has cached) for a hub id."""
+    """The folder or GGUF file that SRC names, or the folder that huggingface_hub downloads (or has) for a hub id."""
     if not name or "://" in name:
-        raise CheckpointError("SRC must be a folder, or a hub id such as owner/name")
-    if os.path.exists(name) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError("SRC must be a folder, a GGUF file, or a hub id such as owner/name")
+    if os.path.exists(name) or name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
         if revision is not None:
-            raise CheckpointError("--revision needs a hub id, not a folder")
+            raise CheckpointError("--revision needs a hub id, not a folder or file")
         return Path(name)
     if not sys.stderr.isatty():
         disable_progress_bars()  # otherwise hundreds of lines
@@ -122,7 +123,9 @@ def main(argv: list[str] | None = None) -> int:
         if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
             signal.signal(signal.SIGINT, signal.default_int_handler)
         parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-        parser.add_argument("src", metavar="SRC", help="a Hugging Face model folder, or a hub id such as owner/name")
+        parser.add_argument(
+            "src", metavar="SRC", help="a Hugging Face model folder, a GGUF file, or a hub id such as owner/name"
+        )
         parser.add_argument("dst", metavar="DST", help="folder to write")
         parser.add_argument(
             "--head",
@@ -134,13 +137,18 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(
             "--revision", metavar="R", help="branch, tag or commit of the hub repository (default: main)"
         )
+        parser.add_argument(
+            "--i2s-layout",
+            choices=I2S_LAYOUTS,
+            help="where a GGUF file with tensors of type I2_S was made, which it does not say (default: x86)",
+        )
         args = parser.parse_args(argv)
         if not args.dst:
             raise CheckpointError("DST must be a folder to write")
         target, before = printable(args.dst, 400), identity(args.dst)
         source = find_source(args.src, args.revision)
         with progress_bar(printable(args.src, 400)) as show:
-            report = convert(source, Path(args.dst), args.head, args.force, show)
+            report = convert(source, Path(args.dst), args.head, args.force, show, args.i2s_layout)
         return print_report(report, target)
     except BitNetError as error:
         complain(str(error))

@@ -155,6 +155,15 @@ class GgufFile:
             self.tensors[name] = TensorInfo(kind, shape, first + offset, nbytes)
 
 
+def is_gguf(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a file at a path that begins as GGUF files do, whatever its name is."""
+    try:
+        with open(ModelFile.of(path).open(), "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except (OSError, CheckpointError):
+        return False
+
+
 class _Damage(Exception):
     """What is wrong with a file."""
 
