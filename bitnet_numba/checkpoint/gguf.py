@@ -39,6 +39,7 @@ _NAMES = {
 }
 T = TypeVar("T", bound=np.generic)
 _OF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf", re.DOTALL)
 _LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|output)|ffn_(gate|up|down))\.weight")
 
 
@@ -50,14 +51,16 @@ class GgufCheckpoint:
 
     def __init__(self, path: Path, i2s_layout: types.I2sLayout | None = None):
         """i2s_layout: of tensors of type I2_S; None is x86, and the only choice for a file without them."""
-        file = ModelFile.of(path)
-        self.folder = file.folder
-        self._files = [GgufFile(file, types.tensor_nbytes)]
-        self.name = str(file)
-        self.metadata: Mapping[str, Value] = self._files[0].metadata
+        files = open_parts(ModelFile.of(path))
+        self.folder, self.name = files[0].path.folder, str(files[0].path)
+        self.metadata: Mapping[str, Value] = files[0].metadata
         self._architecture = find_architecture(self.metadata, self.name)[1]
-        self._where: dict[str, GgufFile] = {name: one for one in self._files for name in one.tensors}
-        self._infos: dict[str, TensorInfo] = {name: one.tensors[name] for name, one in self._where.items()}
+        self._where: dict[str, GgufFile] = {}
+        for file in files:
+            for name in file.tensors:
+                if self._where.setdefault(name, file) is not file:
+                    raise self._error(name, f"is in {self._where[name].path.name} and in {file.path.name}")
+        self._infos: dict[str, TensorInfo] = {name: file.tensors[name] for name, file in self._where.items()}
         for name in self._infos:
             self._check_type(name)
         if i2s_layout and all(info.type != types.I2_S for info in self._infos.values()):
@@ -185,6 +188,32 @@ class Rows:
         if not np.isfinite(values).all():
             raise CheckpointError(f"{self._file.path}: tensor {printable(self._name)} holds NaN or infinity")
         return values.reshape(-1, self.shape[1])
+
+
+def open_parts(path: ModelFile) -> list[GgufFile]:
+    """The file at a path; all files in order if it is one of several that a model was split into.
+
+    Raises CheckpointError if one is missing, damaged, or of another model.
+    """
+    file = GgufFile(path, types.tensor_nbytes)
+    count = file.metadata.get("split.count", 1)
+    if type(count) is not int or count < 2:
+        return [file]
+    match = _PART.fullmatch(path.name)
+    if match is None or int(match[2]) != count:
+        raise CheckpointError(f"{path} is one of {count} files, but not named like NAME-00001-of-{count:05}.gguf")
+    files = []
+    for i in range(count):
+        part = GgufFile(path.folder / f"{match[1]}-{i + 1:05}-of-{count:05}.gguf", types.tensor_nbytes)
+        if part.metadata.get("split.count") != count or part.metadata.get("split.no") != i:
+            raise CheckpointError(f"{part.path} is not file {i + 1} of {count}, as its name says")
+        files.append(part)
+    total, found = files[0].metadata.get("split.tensors.count"), sum(len(part.tensors) for part in files)
+    if total not in (None, found):
+        raise CheckpointError(
+            f"{files[0].path}: the {count} files hold {found} tensors, not {printable(str(total), 20)}"
+        )
+    return files
 
 
 def gguf_name(name: str) -> str:

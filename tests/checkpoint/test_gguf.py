@@ -368,6 +368,49 @@ def test_an_embedding_of_type_i2s(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert np.array_equal(to_float32(np.asarray(open_packed(tmp_path / "out").tensor("embed.weight"))), t * 0.5)
 
 
+def split(folder: Path, count: int, **changes: Any) -> list[Path]:
+    """A small model in several files."""
+    metadata, tensors, _ = small_model()
+    names, paths = list(tensors), []
+    for i in range(count):
+        keys = {"split.no": np.uint16(i), "split.count": np.uint16(count), "split.tensors.count": len(names)} | changes
+        part = {name: tensors[name] for name in names[i::count]}
+        paths.append(folder / f"m-{i + 1:05}-of-{count:05}.gguf")
+        paths[-1].write_bytes(gguf(metadata | keys if i == 0 else keys, part))
+    return paths
+
+
+def test_split_files(tmp_path: Path) -> None:
+    convert(write(tmp_path / "whole.gguf"), tmp_path / "whole")
+    paths = split(tmp_path, 3)
+    for i in (0, 2):  # whichever is named
+        convert(paths[i], tmp_path / f"from-{i}")
+        one, other = open_packed(tmp_path / "whole"), open_packed(tmp_path / f"from-{i}")
+        assert all(np.array_equal(one.tensor(name), other.tensor(name)) for name in one.names)
+
+
+def test_split_files_that_do_not_belong_together(tmp_path: Path) -> None:
+    def refused(reason: str, path: Path) -> None:
+        with pytest.raises(CheckpointError, match=reason) as caught:
+            GgufCheckpoint(path)
+        assert "\n" not in str(caught.value)
+
+    first, second, third = split(tmp_path, 3)
+    third.unlink()
+    refused("m-00003-of-00003.gguf does not exist", first)
+    third.write_bytes(second.read_bytes())
+    refused("m-00003-of-00003.gguf is not file 3 of 3, as its name says", first)
+    _, tensors, _ = small_model()
+    keys = {"split.no": np.uint16(2), "split.count": np.uint16(3)}
+    third.write_bytes(gguf(keys, {}))
+    refused(r"the 3 files hold 14 tensors, not 20", first)
+    split(tmp_path, 3, **{"split.tensors.count": 21})
+    third.write_bytes(gguf(keys, dict(list(tensors.items())[1::3])))
+    refused("tensor .* is in m-00002-of-00003.gguf and in m-00003-of-00003.gguf", first)
+    first.rename(tmp_path / "renamed.gguf")
+    refused("renamed.gguf is one of 3 files, but not named like NAME-00001-of-00003.gguf", tmp_path / "renamed.gguf")
+
+
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(write(tmp_path / "m.gguf"))
     assert main([path, str(tmp_path / "out")]) == 0
