@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.checkpoint.gguf_file import TensorInfo, Value
+from bitnet_numba.checkpoint.gguf_file import Numbers, TensorInfo, Value
 from bitnet_numba.config_keys import Keys, is_off, shown
 from bitnet_numba.errors import CheckpointError, ConfigError, printable
 
@@ -32,15 +32,15 @@ ARCHITECTURES = {
     "llama": Architecture("LlamaForCausalLM", "llama", "silu", sub_norms=False, permuted=True),
 }
 # Keys of an architecture that are read, or that change nothing.
-_KNOWN = frozenset(
+KNOWN = frozenset(
     """block_count context_length embedding_length feed_forward_length vocab_size attention.head_count
     attention.head_count_kv attention.key_length attention.value_length attention.layer_norm_rms_epsilon
     rope.freq_base rope.dimension_count rope.scaling.type rope.scaling.factor rope.scaling.original_context_length
     rope.scaling.finetuned rope.scale_linear tensor_data_layout attention.causal""".split()
 )
-_ONE = frozenset(("logit_scale", "embedding_scale", "residual_scale", "rope.scaling.attn_factor"))
+MUST_BE_ONE = frozenset(("logit_scale", "embedding_scale", "residual_scale", "rope.scaling.attn_factor"))
 # Keys that would change the arithmetic unless they are off.
-_CHANGES = frozenset(
+MUST_BE_OFF = frozenset(
     """expert_count expert_used_count expert_shared_count attention.sliding_window attention.scale attention.clamp_kqv
     attention.max_alibi_bias attn_logit_softcapping final_logit_softcapping use_parallel_residual
     attention.layer_norm_epsilon attention.temperature_scale pooling_type""".split()
@@ -123,7 +123,7 @@ def shortest(value: float) -> float:
 
 def _refuse_other_arithmetic(keys: Keys) -> None:
     for key, value in keys.raw.items():
-        neutral = (key not in _CHANGES or is_off(value)) and (key not in _ONE or value in (0, 1))
+        neutral = (key not in MUST_BE_OFF or is_off(value)) and (key not in MUST_BE_ONE or value in (0, 1))
         if key == "attention.causal":
             neutral = value is True
         if key == "attention.sliding_window" and type(value) is int:
@@ -133,17 +133,13 @@ def _refuse_other_arithmetic(keys: Keys) -> None:
 
 
 def _notes(keys: Keys, prefix: str) -> list[str]:
-    known = _KNOWN | _CHANGES | _ONE
-    names = [key for key in keys.raw if key not in known and not _is_nothing(keys.raw[key])]
+    known = KNOWN | MUST_BE_OFF | MUST_BE_ONE
+    names = [key for key in keys.raw if key not in known and not is_off(keys.raw[key])]
     if not names:
         return []
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     listed = ", ".join(f"{printable(prefix + key, 60)} = {shown(keys.raw[key])}" for key in names[:10])
     return [f"unknown keys, without effect here: {listed}{more}"]
-
-
-def _is_nothing(value: Any) -> bool:
-    return not isinstance(value, np.ndarray) and is_off(value)
 
 
 def _rows(tensors: Mapping[str, TensorInfo], name: str, where: str) -> int:
@@ -155,11 +151,12 @@ def _rows(tensors: Mapping[str, TensorInfo], name: str, where: str) -> int:
 def _same_everywhere(keys: Keys, key: str, default: int | None = None) -> int:
     """An integer that may be given for each layer, if all layers have the same."""
     value = keys.get(key)
-    if not isinstance(value, np.ndarray):
+    if not isinstance(value, Numbers):
         return keys.integer(key, default)
-    if value.dtype.kind not in "iu" or not value.size or (value != value[0]).any():
+    of_layers = value.values
+    if of_layers.dtype.kind not in "iu" or not of_layers.size or (of_layers != of_layers[0]).any():
         raise ConfigError(f"{keys.where}: {key} differs from layer to layer, which is not supported")
-    return int(value[0])
+    return int(of_layers[0])
 
 
 def _head_dim(keys: Keys, tensors: Mapping[str, TensorInfo], heads: int) -> int:

@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 from bitnet_numba.errors import CheckpointError, printable
 from bitnet_numba.model_folder import FileError, ModelFile, refuse_lfs_pointer, why
 
-Value = bool | int | float | str | list[str] | NDArray[Any]  # of a key; arrays of numbers are NumPy arrays
-
 MAGIC = b"GGUF"
 ALIGNMENT = "general.alignment"
 STRING, ARRAY = 8, 9
@@ -41,6 +39,16 @@ _MAX_ITEMS = 1 << 22  # keys, strings and tensors of a header together
 _MAX_KEY = 1 << 16  # bytes of a key or of a tensor's name, as in llama.cpp
 _MAX_DIMENSIONS = 4
 _LARGEST = 1 << 62  # elements of a tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Numbers:
+    """An array of numbers as the value of a key. It equals nothing else, as NumPy's arrays do not."""
+
+    values: NDArray[Any]
+
+
+Value = bool | int | float | str | list[str] | Numbers  # of a key
 
 
 @dataclass(frozen=True)
@@ -227,7 +235,7 @@ class _Header:
             return [self.text(key) for _ in range(count)]
         if element in SCALARS:
             dtype = SCALARS[element]
-            return np.frombuffer(self.take(count * dtype.itemsize), dtype)
+            return Numbers(np.frombuffer(self.take(count * dtype.itemsize), dtype))
         raise _Damage(f"{key} is an array of the unsupported type {element}")
 
     def tensor(self, name: str) -> tuple[int, tuple[int, ...], int]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.checkpoint.gguf_file import Value
+from bitnet_numba.checkpoint.gguf_file import Numbers, Value
 from bitnet_numba.config_keys import shown
 from bitnet_numba.errors import TokenizerError
 from bitnet_numba.text.tiktoken import SPLIT_PATTERN
@@ -213,9 +213,10 @@ class _Vocabulary:
 
     def _numbers(self, key: str, kinds: str) -> NDArray[Any]:
         value = self._get(key)
-        if not isinstance(value, np.ndarray) or value.dtype.kind not in kinds or len(value) != len(self.tokens):
+        values = value.values if isinstance(value, Numbers) else np.zeros(0)
+        if values.dtype.kind not in kinds or len(values) != len(self.tokens):
             raise self._error(key, "is missing" if value is None else "is not one number for each token")
-        return value
+        return values
 
     def _boolean(self, key: str, default: bool) -> bool:
         value = self._get(key)

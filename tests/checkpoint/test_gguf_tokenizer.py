@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bitnet_numba.checkpoint.gguf_file import Numbers
 from bitnet_numba.checkpoint.gguf_tokenizer import write_tokenizer_files
 from bitnet_numba.errors import TokenizerError
 from bitnet_numba.text.tiktoken import byte_alphabet
@@ -14,9 +15,18 @@ from bitnet_numba.text.tokenizer import Tokenizer
 from tests.conftest import GOLDEN
 
 
+def as_read(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Keys as a file has them."""
+    return {
+        key if key.startswith("tokenizer.") else f"tokenizer.ggml.{key}": Numbers(of)
+        if isinstance(of, np.ndarray)
+        else of
+        for key, of in metadata.items()
+    }
+
+
 def build(folder: Path, metadata: dict[str, Any], trial: bool = False) -> Tokenizer:
-    keys = {key if key.startswith("tokenizer.") else f"tokenizer.ggml.{key}": of for key, of in metadata.items()}
-    write_tokenizer_files(keys, folder, "m.gguf")
+    write_tokenizer_files(as_read(metadata), folder, "m.gguf")
     return Tokenizer.open(folder, trial=trial)
 
 
@@ -117,8 +127,7 @@ def test_sentencepiece_joins_the_pair_of_the_best_score(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_refused(tmp_path: Path, metadata: dict[str, Any], reason: str) -> None:
-    keys = {key if key.startswith("tokenizer.") else f"tokenizer.ggml.{key}": of for key, of in metadata.items()}
     with pytest.raises(TokenizerError, match=reason) as caught:
-        write_tokenizer_files(keys, tmp_path, "m.gguf")
+        write_tokenizer_files(as_read(metadata), tmp_path, "m.gguf")
         Tokenizer.open(tmp_path, trial=True)
     assert "\n" not in str(caught.value)
