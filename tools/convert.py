@@ -17,6 +17,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import contextlib
 import io
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,24 +35,37 @@ from bitnet_numba.checkpoint.packed import EMBEDDING_DTYPES
 from bitnet_numba.errors import BitNetError, CheckpointError, one_line, printable
 
 NEEDED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]  # of a hub repository, to be downloaded
+PART = re.compile(r"-\d{5}(-of-\d{5}\.gguf)$")  # of a GGUF file that is one of several
 
 
 def find_source(name: str, revision: str | None) -> Path:
-    """The folder or GGUF file that SRC names, or the folder that huggingface_hub downloads (or has) for a hub id."""
+    """The folder or GGUF file that SRC names: itself, or what huggingface_hub downloads (or has cached)."""
     if not name or "://" in name:
         raise CheckpointError("SRC must be a folder, a GGUF file, or a hub id such as owner/name")
-    if os.path.exists(name) or name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(".gguf"):
+    parts = name.split("/", 2)
+    of_hub = len(parts) == (3 if name.endswith(".gguf") else 2)
+    if os.path.exists(name) or not of_hub or name.startswith((".", "/", "~")):
         if revision is not None:
             raise CheckpointError("--revision needs a hub id, not a folder or file")
         return Path(name)
     if not sys.stderr.isatty():
         disable_progress_bars()  # otherwise hundreds of lines
+    repository, file = "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
+    wanted = NEEDED_FILES if file is None else [PART.sub(r"-*\1", file)]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=NEEDED_FILES))
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the library's errors (network, authorisation, no such repository) have no common base
+        local = "folder" if file is None else "file"
         raise CheckpointError(
-            f"{printable(name)} is not a local folder and could not be downloaded: {one_line(error)}"
+            f"{printable(name)} is not a local {local} and could not be downloaded: {one_line(error)}"
         ) from None
+    if file is None and not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{printable(name)} has no config.json; for a GGUF file in it, name {printable(name)}/FILE.gguf"
+        )
+    if file is not None and not (folder / file).exists():
+        raise CheckpointError(f"{printable(repository)} has no file {printable(file)}")
+    return folder / (file or "")
 
 
 @contextlib.contextmanager

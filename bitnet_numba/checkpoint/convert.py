@@ -84,13 +84,13 @@ def convert(
         report = Report(checkpoint.count, checkpoint.nbytes, sum(spec.nbytes for spec in plan.values()))
         advance = counter(progress, report.bytes_after)
         with replacing(target, check) as folder:
-            write_tokenizer(checkpoint, folder)
+            notes = write_tokenizer(checkpoint, folder)
             raw = checkpoint.raw_config | {"bitnet_numba": {"format": FORMAT, "head": head}}
             (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
             with open(folder / "model.safetensors", "wb") as file:
                 write_tensors(file, plan, packed_tensors(checkpoint, head, report, advance), {"format": "np"}, advance)
             checkpoint.refuse_leftovers()
-            report.notes = checkpoint.notes
+            report.notes = notes + checkpoint.notes
             if checkpoint.folder.replaced():
                 raise CheckpointError(f"{checkpoint.folder} was replaced by another folder while it was converted")
     except OSError as error:
@@ -108,7 +108,12 @@ def open_source(source: Path, i2s_layout: I2sLayout | None = None) -> Source:
         return GgufCheckpoint(source, i2s_layout)
     if i2s_layout is not None:
         raise CheckpointError("the layout of I2_S tensors can be chosen for GGUF files only")
-    return HuggingFaceCheckpoint(source)
+    folder = ModelFolder(source)
+    if not (folder / "config.json").exists() and (files := sorted(source.glob("*.gguf"))):
+        raise CheckpointError(
+            f"{folder} has no config.json, but GGUF files: name one, such as {folder / files[0].name}"
+        )
+    return HuggingFaceCheckpoint(folder)
 
 
 def refuse_to_replace(source: Path, target: Path, force: bool) -> None:
@@ -247,15 +252,17 @@ def group_tensors(checkpoint: Source, layer: int, group: str, report: Report) ->
         yield f"{name}.bias", np.concatenate(biases)
 
 
-def write_tokenizer(checkpoint: Source, folder: Path) -> None:
-    """Writes the tokenizer's files, and checks that the result opens."""
+def write_tokenizer(checkpoint: Source, folder: Path) -> list[str]:
+    """Writes the tokenizer's files, and checks that the result opens. Returns notes for the user."""
+    notes: list[str] = []
     if isinstance(checkpoint, GgufCheckpoint):
         shown = checkpoint.name
-        write_tokenizer_files(checkpoint.metadata, folder, shown)
+        notes = write_tokenizer_files(checkpoint.metadata, folder, shown)
     else:
         shown = str(checkpoint.folder)
         copy_tokenizer(checkpoint.folder, folder)
     Tokenizer.open(ModelFolder(folder, shown=shown), checkpoint.config.vocab_size, trial=True)
+    return notes
 
 
 def copy_tokenizer(source: ModelFolder, folder: Path) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bitnet_numba.checkpoint.gguf_file import Numbers, Value
 from bitnet_numba.config_keys import shown
 from bitnet_numba.errors import TokenizerError
-from bitnet_numba.text.tiktoken import SPLIT_PATTERN
+from bitnet_numba.text.tiktoken import BOS, SPLIT_PATTERN
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens
 # Of the values of tokenizer.ggml.pre: whether whole words are looked up before merging, whether texts start
@@ -33,8 +33,8 @@ _SPACE = "\u2581"  # what sentencepiece writes for a space
 _MAX_SPLITS = 20_000_000  # of all tokens of a sentencepiece vocabulary; one of 262,144 tokens has two million
 
 
-def write_tokenizer_files(metadata: Mapping[str, Value], folder: Path, where: str) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and generation_config.json.
+def write_tokenizer_files(metadata: Mapping[str, Value], folder: Path, where: str) -> list[str]:
+    """Writes tokenizer.json, tokenizer_config.json and generation_config.json; returns notes for the user.
 
     where: names the file in messages. Raises TokenizerError, naming the key, for what is missing, damaged or not
     supported.
@@ -47,6 +47,7 @@ def write_tokenizer_files(metadata: Mapping[str, Value], folder: Path, where: st
     }
     for name, content in write.items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    return vocabulary.notes
 
 
 class _Vocabulary:
@@ -58,17 +59,11 @@ class _Vocabulary:
         if model not in ("gpt2", "llama"):
             raise self._error("model", f"= {shown(model)} is not supported (gpt2 or llama)")
         self.sentencepiece = model == "llama"
-        pre = self._get("pre")
-        self._pre: _Pre = (False, True, None, "")  # of sentencepiece
-        if isinstance(pre, str) and pre in PRE_TOKENIZERS and not self.sentencepiece:
-            self._pre = PRE_TOKENIZERS[pre]
-        elif not self.sentencepiece:
-            known = ", ".join(PRE_TOKENIZERS)
-            raise self._error(
-                "pre", f"= {shown(pre)} is not supported: how it finds words is not in the file ({known})"
-            )
+        self.notes: list[str] = []
         self.tokens = self._texts("tokens")
         self.types = self._numbers("token_type", "iu") if "token_type" in self else np.ones(len(self.tokens), np.int32)
+        self._drop_bos_before_special_tokens()
+        self._pre: _Pre = (False, True, None, "") if self.sentencepiece else self._pre_tokenizer()
         self.scores = self._numbers("scores", "f") if self.sentencepiece else np.zeros(0, np.float32)
         self.add_bos = self._boolean("add_bos_token", self._pre[1])
         self.bos = self._token("bos_token_id", 1 if self.sentencepiece else None)
@@ -78,6 +73,33 @@ class _Vocabulary:
         for i, token in enumerate(self.tokens):
             if self.types[i] != UNUSED and self._ids.setdefault(token, i) != i:
                 raise self._error("tokens", f"has {shown(token)} twice")
+
+    def _drop_bos_before_special_tokens(self) -> None:
+        """Some converters wrote special tokens as <|begin_of_text|><|eot_id|>: encoded, which adds bos, and decoded."""
+        bos = self._token("bos_token_id", None)
+        if bos is None or not self.tokens[bos]:
+            return
+        half = self.tokens[bos][: len(self.tokens[bos]) // 2]
+        start = half if half * 2 == self.tokens[bos] else self.tokens[bos]
+        changed = {
+            i: token[len(start) :]
+            for i, token in enumerate(self.tokens)
+            if self.types[i] == CONTROL and len(token) > len(start) and token.startswith(start)
+        }
+        if changed:
+            self.tokens = [changed.get(i, token) for i, token in enumerate(self.tokens)]
+            self.notes.append(f"{len(changed)} special tokens began with {shown(start)}, which was dropped")
+
+    def _pre_tokenizer(self) -> _Pre:
+        pre, start = self._get("pre"), self._text(self._token("bos_token_id", None))
+        if pre in (None, "default") and start == BOS:
+            # Microsoft's files of 2B4T do not say it, and bitnet.cpp then splits words in another way than in training.
+            pre = "llama-bpe"
+            self.notes.append(f"tokenizer.ggml.pre is missing: read as {pre}, since texts start with {BOS}")
+        if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
+            known = ", ".join(PRE_TOKENIZERS)
+            raise self._error("pre", f"= {shown(pre)} is not supported (one of {known})")
+        return PRE_TOKENIZERS[pre]
 
     def tokenizer(self) -> dict[str, Any]:
         """The content of tokenizer.json."""

@@ -19,6 +19,7 @@ from bitnet_numba.errors import BitNetError, CheckpointError, ConfigError
 from tests.conftest import mutate
 from tests.gguf_writer import Change, floats, gguf, set_keys, small_model, write
 from tests.strategies import byte_edits
+from tools.convert import main
 
 
 def drop(name: str) -> Change:
@@ -46,6 +47,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "partial rotation": (set_keys(llama__rope__dimension_count=16), "dimension_count = 16 is not supported"),
     "yarn": (set_keys(llama__rope__scaling__type="yarn"), "rope.scaling.type = 'yarn' is not supported"),
     "experts": (set_keys(llama__expert_count=8), "expert_count = 8 is not supported"),
+    "attention both ways": (set_keys(llama__attention__causal=False), "attention.causal = False is not supported"),
     "scaled logits": (set_keys(llama__logit_scale=0.5), "logit_scale = 0.5 is not supported"),
     "a window": (set_keys(llama__attention__sliding_window=100), "sliding_window = 100 is not supported"),
     "layers that differ": (
@@ -162,6 +164,34 @@ def test_split_files(tmp_path: Path) -> None:
         convert(paths[i], tmp_path / f"from-{i}")
         one, other = open_packed(tmp_path / "whole"), open_packed(tmp_path / f"from-{i}")
         assert all(np.array_equal(one.tensor(name), other.tensor(name)) for name in one.names)
+
+
+def test_files_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    repository = tmp_path / "snapshot"
+    repository.mkdir()
+    write(repository / "m.gguf")
+    split(repository, 2)
+    asked = []
+
+    def snapshot_download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, allow_patterns))
+        return str(repository)
+
+    monkeypatch.setattr("tools.convert.snapshot_download", snapshot_download)
+    assert main(["someone/tiny-gguf/m.gguf", str(tmp_path / "out"), "--revision", "v1"]) == 0
+    assert main(["someone/tiny-gguf/m-00001-of-00002.gguf", str(tmp_path / "parts")]) == 0
+    parts = ["m-*-of-00002.gguf"]
+    assert asked == [("someone/tiny-gguf", "v1", ["m.gguf"]), ("someone/tiny-gguf", None, parts)]
+    capsys.readouterr()
+    for source, reason in (
+        ("someone/tiny-gguf/n.gguf", "someone/tiny-gguf has no file n.gguf"),
+        ("someone/tiny-gguf", "has no config.json; for a GGUF file in it, name someone/tiny-gguf/FILE.gguf"),
+        (str(repository), "snapshot has no config.json, but GGUF files: name one, such as "),
+        ("none.gguf", "none.gguf does not exist"),
+    ):
+        assert main([source, str(tmp_path / "no")]) == 2
+        error = capsys.readouterr().err
+        assert reason in error and error.count("\n") == 1
 
 
 def test_split_files_that_do_not_belong_together(tmp_path: Path) -> None:

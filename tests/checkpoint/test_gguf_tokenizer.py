@@ -67,6 +67,14 @@ def test_ids_are_those_of_the_file_wherever_special_tokens_are(tmp_path: Path) -
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [259, 260]
 
 
+def test_whole_words_come_before_merges_in_llama3_only(tmp_path: Path) -> None:
+    metadata = byte_level()
+    metadata["tokens"] = [*metadata["tokens"][:258], "xyz", *metadata["tokens"][259:]]
+    metadata["merges"] = ["a b"]
+    assert build(tmp_path, metadata).encode("xyz") == [0, 258]
+    assert len(build(tmp_path, metadata | {"pre": "qwen2"}).encode("xyz")) == 3
+
+
 @pytest.mark.parametrize(
     "changes, bos",
     [
@@ -81,6 +89,31 @@ def test_bos(tmp_path: Path, changes: dict[str, Any], bos: int | None) -> None:
     tokenizer = build(tmp_path, byte_level(**changes))
     assert tokenizer.bos_id == bos
     assert tokenizer._backend.encode("a").ids[:-1] == ([] if bos is None else [bos])
+
+
+@pytest.mark.parametrize("pre", [None, "default"])
+def test_words_of_llama3_where_the_file_does_not_name_them(tmp_path: Path, pre: str | None) -> None:
+    """Microsoft's files of 2B4T have no tokenizer.ggml.pre."""
+    metadata = byte_level(pre=pre)
+    metadata["tokens"] = ["<|begin_of_text|>", *metadata["tokens"][1:]]
+    assert write_tokenizer_files(as_read(metadata), tmp_path, "m.gguf") == [
+        "tokenizer.ggml.pre is missing: read as llama-bpe, since texts start with <|begin_of_text|>"
+    ]
+    (tmp_path / "named").mkdir()
+    assert write_tokenizer_files(as_read(metadata | {"pre": "llama-bpe"}), tmp_path / "named", "m.gguf") == []
+    assert (tmp_path / "named" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("bos", ["<s>", "<s><s>"])
+def test_special_tokens_with_bos_before_them(tmp_path: Path, bos: str) -> None:
+    """As a converter of 2024 wrote those of Llama 3."""
+    metadata = byte_level()
+    metadata["tokens"] = [bos, *metadata["tokens"][1:259], "<s></s>", "<s><|end|>", *metadata["tokens"][261:]]
+    notes = write_tokenizer_files(as_read(metadata), tmp_path, "m.gguf")
+    assert notes == [f"{2 + (bos == '<s><s>')} special tokens began with '<s>', which was dropped"]
+    (tmp_path / "sound").mkdir()
+    assert write_tokenizer_files(as_read(byte_level()), tmp_path / "sound", "m.gguf") == []
+    assert (tmp_path / "sound" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
 
 
 def sentencepiece(**changes: Any) -> dict[str, Any]:
@@ -109,7 +142,8 @@ def test_sentencepiece_joins_the_pair_of_the_best_score(tmp_path: Path) -> None:
     [
         ({}, "tokenizer.ggml.model = null is not supported"),
         (byte_level(model="t5"), "tokenizer.ggml.model = 't5' is not supported"),
-        (byte_level(pre="mood\x1b"), r"tokenizer.ggml.pre = 'mood\\x1b' is not supported: how it finds words"),
+        (byte_level(pre="mood\x1b"), r"tokenizer.ggml.pre = 'mood\\x1b' is not supported .one of llama-bpe,"),
+        (byte_level(pre=None), "tokenizer.ggml.pre = null is not supported"),
         (byte_level(pre=["llama-bpe"]), r"tokenizer.ggml.pre = \['llama-bpe'\] is not supported"),
         (byte_level(tokens=5), "tokenizer.ggml.tokens is not a list of texts"),
         (byte_level(tokens=["a"] * 264), "tokenizer.ggml.tokens has 'a' twice"),
