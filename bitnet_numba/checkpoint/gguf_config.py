@@ -172,9 +172,10 @@ def _head_dim(keys: Keys, tensors: Mapping[str, TensorInfo], heads: int) -> int:
 
 
 def _rope_scaling(keys: Keys, factors: NDArray[np.float32] | None, head_dim: int) -> dict[str, Any] | None:
-    kind = keys.choice("rope.scaling.type", "none", ("none", "linear"))
-    factor = shortest(keys.number("rope.scaling.factor" if kind == "linear" else "rope.scale_linear", 1.0))
-    linear = {"rope_type": "linear", "factor": factor} if factor != 1 else None
+    kind = keys.choice("rope.scaling.type", "linear", ("none", "linear"))
+    old = "rope.scaling.factor" not in keys.raw
+    factor = shortest(keys.number("rope.scale_linear" if old else "rope.scaling.factor", 1.0))
+    linear = {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1 else None
     if factors is None or (factors == 1).all():
         return linear
     # The tensor holds what the config's numbers come to; all published models have the same ones beside the factor.

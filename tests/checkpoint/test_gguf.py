@@ -176,6 +176,9 @@ def test_rope_scaling_otherwise(tmp_path: Path) -> None:
     assert scaling("one", llama__rope__scaling__type="linear", llama__rope__scaling__factor=1.0) is None
     linear = scaling("two", llama__rope__scaling__type="linear", llama__rope__scaling__factor=4.0)
     assert linear == RopeScaling("linear", 4.0)
+    assert scaling("three", llama__rope__scaling__factor=4.0) == RopeScaling("linear", 4.0), "linear by default"
+    assert scaling("four", llama__rope__scale_linear=2.5) == RopeScaling("linear", 2.5)
+    assert scaling("five", llama__rope__scaling__type="none", llama__rope__scaling__factor=4.0) is None
 
     def ones(metadata: dict[str, Any], tensors: Tensors) -> None:
         tensors["rope_freqs.weight"] = (F32, (16,), floats(np.ones(16)))
