@@ -30,7 +30,7 @@ PRE_TOKENIZERS: dict[str, _Pre] = {
     "qwen2": (False, False, "NFC", SPLIT_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")),
 }
 _SPACE = "\u2581"  # what sentencepiece writes for a space
-_MAX_SPLITS = 20_000_000  # of all tokens of a sentencepiece vocabulary; one of 262,144 tokens has two million
+_MAX_SPLITS = 8_000_000  # of all tokens of a sentencepiece vocabulary; one of 262,144 tokens has two million
 
 
 def write_tokenizer_files(metadata: Mapping[str, Value], folder: Path, where: str) -> list[str]:

@@ -31,10 +31,10 @@ _OTHER_NAMES = {
 MISSING = {
     38: "its tiles depend on the kernels that it was made for; convert the model to I2_S",
     39: "its tiles depend on the kernels that it was made for; convert the model to I2_S",
-    42: "one scale for each group of columns is not supported",
-    135: "one scale for each row is not supported",
-    142: "one scale for each group of columns is not supported",
-    143: "one scale for each group of columns is not supported",
+    42: "it has a scale for each group of columns",
+    135: "it has a scale for each row",
+    142: "it has a scale for each group of columns",
+    143: "it has a scale for each group of columns",
 }
 
 
@@ -48,7 +48,7 @@ class _Type:
 
 def type_name(kind: int) -> str:
     """The name of a type, or its number."""
-    return "I2_S" if kind == I2_S else TYPES[kind].name if kind in TYPES else _OTHER_NAMES.get(kind, f"type {kind}")
+    return "I2_S" if kind == I2_S else TYPES[kind].name if kind in TYPES else _OTHER_NAMES.get(kind, str(kind))
 
 
 def tensor_nbytes(kind: int, shape: tuple[int, ...]) -> int | None:
