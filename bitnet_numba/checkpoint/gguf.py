@@ -120,8 +120,9 @@ class GgufCheckpoint:
         bias_values = self.take_floats(f"{module}.bias", (N,)) if bias else None
         factor = f"{name.removesuffix('.weight')}.scale"  # beside weights that are -1, 0 and 1
         if factor in self._infos:
-            m = m * self.take_floats(factor, self._infos[factor].shape).reshape(-1)[0]
-            if self._infos[factor].shape not in ((), (1,)) or not (np.isfinite(m) and m > 0):
+            with np.errstate(all="ignore"):
+                m = m * self.take_floats(factor, () if self._infos[factor].shape == () else (1,)).reshape(())[()]
+            if not (np.isfinite(m) and m > 0):
                 raise self._error(factor, "must be one positive number")
         t = t.reshape(N, K)
         if self._architecture.permuted and module.endswith(("q_proj", "k_proj")):

@@ -181,7 +181,8 @@ def _rope_scaling(keys: Keys, factors: NDArray[np.float32] | None, head_dim: int
     # The tensor holds what the config's numbers come to; all published models have the same ones beside the factor.
     scaling = {"rope_type": "llama3", "factor": shortest(float(factors.max())), **_LLAMA3}
     theta = keys.number("rope.freq_base", 10000.0)
-    if linear is not None or not np.allclose(factors, _llama3_factors(theta, head_dim, scaling), rtol=1e-4, atol=0):
+    expected = _llama3_factors(theta, head_dim, scaling)
+    if linear or factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4, atol=0):
         raise ConfigError(f"{keys.where}: the rotary factors in {ROPE_FACTORS} are not those of a Llama 3 model")
     return scaling
 

@@ -80,7 +80,8 @@ def row_nbytes(kind: int, columns: int) -> int:
 def dequantise(kind: int, data: Bytes) -> Floats:
     """The values of the blocks of any type except I2_S, float32 [n]."""
     block = TYPES[kind]
-    return block.decode(data.reshape(-1, block.nbytes)).reshape(-1)
+    with np.errstate(all="ignore"):  # a damaged scale may be infinity
+        return block.decode(data.reshape(-1, block.nbytes)).reshape(-1)
 
 
 def ternary(kind: int, data: Bytes, layout: I2sLayout = "x86") -> tuple[NDArray[np.int8], np.float32]:
@@ -114,7 +115,8 @@ def ternary(kind: int, data: Bytes, layout: I2sLayout = "x86") -> tuple[NDArray[
 
 def i2s_rows(codes: Bytes, scale: np.float32, layout: I2sLayout) -> Floats:
     """Rows of a tensor of type I2_S, float32 [n]."""
-    return (_i2s_codes(codes, layout).astype(np.float32) - 1) * scale
+    with np.errstate(all="ignore"):
+        return (_i2s_codes(codes, layout).astype(np.float32) - 1) * scale
 
 
 def i2s_scale(data: Bytes) -> np.float32:
@@ -135,7 +137,8 @@ def _signs(values: Floats) -> tuple[NDArray[np.int8], np.float32]:
 
 def _half(data: Bytes) -> Floats:
     """[n, 2 * m] bytes -> float32 [n, m]."""
-    return np.ascontiguousarray(data).view("<f2").astype(np.float32)
+    with np.errstate(all="ignore"):  # the cast of a NaN may complain
+        return np.ascontiguousarray(data).view("<f2").astype(np.float32)
 
 
 def _fields(data: Bytes, shifts: tuple[int, ...], mask: int) -> Bytes:

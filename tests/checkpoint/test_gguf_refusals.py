@@ -58,6 +58,33 @@ REFUSED: dict[str, tuple[Change, str]] = {
         lambda metadata, tensors: tensors.update({"rope_freqs.weight": (F32, (16,), floats(np.arange(1, 17)))}),
         "rotary factors in rope_freqs.weight are not those of a Llama 3 model",
     ),
+    "too few rotary factors": (
+        lambda metadata, tensors: tensors.update({"rope_freqs.weight": (F32, (3,), floats([1, 2, 3]))}),
+        "rotary factors in rope_freqs.weight are not those",
+    ),
+    "a scale beside the weights": (
+        lambda metadata, tensors: tensors.update({"blk.0.attn_q.scale": (F32, (1,), floats([-1]))}),
+        "blk.0.attn_q.scale must be one positive number",
+    ),
+    "a scale that is too large": (
+        lambda metadata, tensors: tensors.update(
+            {
+                "blk.0.attn_q.weight": (F32, (128, 128), floats([3e38] * 128 * 128)),
+                "blk.0.attn_q.scale": (F32, (), floats(3e38)),
+            }
+        ),
+        "blk.0.attn_q.scale must be one positive number",
+    ),
+    "scales beside the weights": (
+        lambda metadata, tensors: tensors.update({"blk.0.attn_q.scale": (F32, (128,), floats([1] * 128))}),
+        r"blk.0.attn_q.scale has shape \[128\], expected \[1\]",
+    ),
+    "infinity in the embedding": (
+        lambda metadata, tensors: tensors.update(
+            {"token_embd.weight": (8, (260, 128), (b"\0\x7c" + bytes(32)) * (260 * 4))}
+        ),
+        "token_embd.weight holds NaN or infinity",
+    ),
     "a missing tensor": (drop("blk.1.ffn_up.weight"), "tensor blk.1.ffn_up.weight is missing"),
     "no embedding": (drop("token_embd.weight"), "tensor token_embd.weight is missing"),
     "an unexpected tensor": (
