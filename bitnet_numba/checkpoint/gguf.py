@@ -145,7 +145,9 @@ class GgufCheckpoint:
             missing = f": {types.MISSING[kind]}" if kind in types.MISSING else ""
             raise self._error(name, f"has type {shown}, which is not supported{missing}")
         if _LINEAR.fullmatch(name) and kind not in types.TERNARY:
-            raise self._error(name, f"has type {shown}, so this is no BitNet model (I2_S, TQ1_0, TQ2_0 or floats)")
+            raise self._error(
+                name, f"has type {shown}, so this is no BitNet model (I2_S, TQ1_0, TQ2_0, Q4_0 or floats)"
+            )
 
     def _rope_factors(self) -> NDArray[np.float32] | None:
         if ROPE_FACTORS not in self._infos:

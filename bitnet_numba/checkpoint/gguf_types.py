@@ -18,7 +18,7 @@ I2S_LAYOUTS: tuple[I2sLayout, ...] = ("x86", "arm")
 
 F32, F16, Q4_0, Q8_0, Q4_K, Q6_K, BF16, TQ1_0, TQ2_0, I2_S = 0, 1, 2, 8, 12, 14, 30, 34, 35, 36
 FLOATS = (F32, F16, BF16)
-TERNARY = (I2_S, TQ1_0, TQ2_0, *FLOATS)  # types that can hold a ternary matrix with one scale
+TERNARY = (I2_S, TQ1_0, TQ2_0, Q4_0, *FLOATS)  # types that can hold a ternary matrix with one scale
 _I2S_SCALE = 4  # bytes of the scale after the codes of a tensor of type I2_S
 # Types that are not supported, so that messages can name them. 39 is also MXFP4, and 42 a type of an older fork.
 _OTHER_NAMES = {
@@ -99,6 +99,8 @@ def ternary(kind: int, data: Bytes, layout: I2sLayout = "x86") -> tuple[NDArray[
     elif kind == TQ2_0:
         blocks = data.reshape(-1, 66)
         codes, scales = _tq2_codes(blocks), _half(blocks[:, 64:])
+    elif kind == Q4_0:
+        codes, scales = _q4_0_codes(data.reshape(-1, 18))
     else:
         return _signs(dequantise(kind, data))
     if not (np.isfinite(scales).all() and (scales >= 0).all()):
@@ -167,6 +169,19 @@ def _tq1_codes(blocks: Bytes) -> Bytes:
 def _tq2_codes(blocks: Bytes) -> Bytes:
     """Two runs of 32 bytes, half. Byte p of a run holds weights p, 32 + p, 64 + p, 96 + p from the lowest bits up."""
     return _fields(blocks[:, :64].reshape(-1, 2, 32), (0, 2, 4, 6), 3).reshape(-1, 256)
+
+
+def _q4_0_codes(blocks: Bytes) -> tuple[Bytes, Floats]:
+    """Codes t + 1 and scales of ternary blocks of type Q4_0.
+
+    llama.cpp falls back to this type where 256 does not divide the columns. It sets d so that the first weight that is
+    not zero is -8 d; those of the other sign should be 8 d, but nibbles end at 7.
+    """
+    d, q = _half(blocks[:, :2]), _fields(blocks[:, 2:], (0, 4), 15).reshape(-1, 32)
+    if not np.isin(q, (0, 8, 15)).all():
+        raise ValueError("holds values that are not ternary weights times one scale")
+    t = np.sign(q.astype(np.int8) - np.int8(8)) * np.where(d < 0, np.int8(-1), np.int8(1))
+    return (t + np.int8(1)).view(np.uint8), np.abs(d) * 8
 
 
 def _bf16(blocks: Bytes) -> Floats:

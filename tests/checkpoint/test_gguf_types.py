@@ -52,6 +52,32 @@ def test_values_of_other_blocks(kind: int, recorded: dict[str, Any]) -> None:
         assert sha256(dequantise(kind, golden[f"blocks/{kind}"])) == recorded["blocks"][str(kind)]
 
 
+def q4_0(weights: np.ndarray) -> np.ndarray:
+    """Blocks of type Q4_0 as llama.cpp rounds them."""
+    blocks = b""
+    for row in weights.reshape(-1, 32):
+        d = row[np.abs(row).argmax()] / -8
+        q = np.minimum(15, np.floor(row / (d or 1) + 8.5)).astype(np.uint8)
+        blocks += np.float16(d).tobytes() + (q[:16] | q[16:] << 4).tobytes()
+    return np.frombuffer(blocks, np.uint8)
+
+
+def test_ternary_weights_in_q4_0(recorded: dict[str, Any]) -> None:
+    """Where 256 does not divide the columns, llama.cpp writes this type, which cannot hold both signs of a scale."""
+    t = np.random.default_rng(2).integers(-1, 2, 32 * 50)
+    t[32:64] = 0
+    found, scale = ternary(Q4_0, q4_0(t * 0.0625))
+    assert np.array_equal(found, t) and scale == np.float32(0.0625)
+    with np.load(FOLDER / "golden.npz") as golden:  # a file of llama.cpp: a scale for each group, so block by block
+        blocks = golden["blocks/2"].reshape(-1, 18)
+    signs = np.concatenate([ternary(Q4_0, block)[0] for block in blocks])
+    assert hashlib.sha256(signs.tobytes()).hexdigest() == recorded["blocks"]["2_signs"]
+    with pytest.raises(ValueError, match="several scales"):
+        ternary(Q4_0, blocks)
+    with pytest.raises(ValueError, match="not ternary weights"):
+        ternary(Q4_0, q4_0(np.linspace(-1, 1, 32)))
+
+
 def test_bfloat16() -> None:
     bits = np.array([0x3F80, 0xC010, 0x0001], "<u2").view(np.uint8)
     assert dequantise(types.BF16, bits).tolist() == [1.0, -2.25, 2.0**-133]
@@ -98,6 +124,7 @@ def test_blocks_of_zeros_have_no_scale() -> None:
         (TQ2_0, tq2_blocks((0.5, 0b11)), "unused code 3"),
         (TQ2_0, tq2_blocks((-0.5, 0b10)), "negative"),
         (TQ2_0, tq2_blocks((float("nan"), 0b10)), "NaN"),
+        (Q4_0, np.frombuffer(b"\x00\x7e" + bytes(16), np.uint8), "NaN"),
         (I2_S, np.append(np.full(32, 0b11, np.uint8), np.array([1], "<f4").view(np.uint8)), "unused code 3"),
         (I2_S, np.append(np.zeros(32, np.uint8), np.array([np.inf], "<f4").view(np.uint8)), "infinity"),
         (I2_S, np.append(np.zeros(32, np.uint8), np.array([-1], "<f4").view(np.uint8)), "negative"),
