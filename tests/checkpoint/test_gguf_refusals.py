@@ -221,6 +221,14 @@ def test_files_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         assert reason in error and error.count("\n") == 1
 
 
+def test_a_file_that_is_not_converted(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf")
+    with pytest.raises(
+        CheckpointError, match=r"m.gguf is not a folder; run  python tools/convert.py .*m.gguf DST  first"
+    ):
+        open_packed(path)
+
+
 def test_split_files_that_do_not_belong_together(tmp_path: Path) -> None:
     def refused(reason: str, path: Path) -> None:
         with pytest.raises(CheckpointError, match=reason) as caught:
