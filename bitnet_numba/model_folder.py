@@ -45,7 +45,7 @@ class ModelFolder:
         try:
             found = os.stat(path)
             if not stat.S_ISDIR(found.st_mode):
-                raise CheckpointError(f"{self} is not a folder")
+                raise CheckpointError(f"{self} is not a folder{_gguf_hint(str(self))}")
             if _RELATIVE:
                 self.fd = os.open(path, _OPEN_FOLDER)
                 self._descriptors.append(self.fd)
@@ -178,3 +178,8 @@ def why(error: Exception) -> str:
 def _close_all(descriptors: list[int]) -> None:
     for fd in descriptors:
         os.close(fd)
+
+
+def _gguf_hint(shown: str) -> str:
+    """What to do about a GGUF file where a model folder is wanted."""
+    return f"; run  bitnet-numba convert {shown} DST  first" if shown.lower().endswith(".gguf") else ""

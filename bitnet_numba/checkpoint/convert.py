@@ -1,4 +1,4 @@
-"""Converts a Hugging Face BitNet checkpoint into the packed checkpoint that bitnet_numba runs.
+"""Converts a Hugging Face BitNet checkpoint or a GGUF file into the packed checkpoint that bitnet_numba runs.
 
 Tensors are converted one at a time into a folder beside the target, which takes its place at the end (see `install`):
 if the conversion is interrupted, the target is as it was before.
@@ -14,6 +14,10 @@ from typing import Any
 import numpy as np
 
 from bitnet_numba.bfloat16 import from_float32, to_float32
+from bitnet_numba.checkpoint.gguf import GgufCheckpoint
+from bitnet_numba.checkpoint.gguf_file import is_gguf
+from bitnet_numba.checkpoint.gguf_tokenizer import write_tokenizer_files
+from bitnet_numba.checkpoint.gguf_types import I2sLayout
 from bitnet_numba.checkpoint.huggingface import HuggingFaceCheckpoint
 from bitnet_numba.checkpoint.install import replacing
 from bitnet_numba.checkpoint.packed import (
@@ -36,6 +40,7 @@ from bitnet_numba.text.tokenizer import Tokenizer, from_tiktoken
 ROWS_AT_A_TIME = 8192  # of embedding and LM head, checked and rounded in chunks to bound memory
 
 Named = tuple[str, np.ndarray]
+Source = HuggingFaceCheckpoint | GgufCheckpoint
 
 
 @dataclass
@@ -55,12 +60,14 @@ def convert(
     head: EmbeddingDtype = "bf16",
     force: bool = False,
     progress: Callable[[int, int], object] | None = None,
+    i2s_layout: I2sLayout | None = None,
 ) -> Report:
-    """Converts the Hugging Face folder `source` into the packed folder `target`.
+    """Converts the Hugging Face folder or the GGUF file `source` into the packed folder `target`.
 
     head: dtype of embedding and LM head.
     force: replace `target` if it is a packed checkpoint.
     progress: called as the work goes on with the bytes converted so far and the total, both of the new file.
+    i2s_layout: of a GGUF file's tensors of type I2_S, which does not say whether it was made on x86 (None) or on ARM.
 
     Raises BitNetError if anything is wrong with either folder, or if another process is writing `target`; `target` is
     then unchanged.
@@ -72,18 +79,18 @@ def convert(
     report = Report()
     try:
         check()
-        checkpoint = HuggingFaceCheckpoint(source)
+        checkpoint = open_source(source, i2s_layout)
         plan = packed_plan(checkpoint.config, head)
         report = Report(checkpoint.count, checkpoint.nbytes, sum(spec.nbytes for spec in plan.values()))
         advance = counter(progress, report.bytes_after)
         with replacing(target, check) as folder:
-            write_tokenizer(checkpoint.folder, folder, checkpoint.config.vocab_size)
+            notes = write_tokenizer(checkpoint, folder)
             raw = checkpoint.raw_config | {"bitnet_numba": {"format": FORMAT, "head": head}}
             (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
             with open(folder / "model.safetensors", "wb") as file:
                 write_tensors(file, plan, packed_tensors(checkpoint, head, report, advance), {"format": "np"}, advance)
             checkpoint.refuse_leftovers()
-            report.notes = checkpoint.notes
+            report.notes = notes + checkpoint.notes
             if checkpoint.folder.replaced():
                 raise CheckpointError(f"{checkpoint.folder} was replaced by another folder while it was converted")
     except OSError as error:
@@ -93,6 +100,20 @@ def convert(
         reason = f": {one_line(error)}" if str(error) else ""
         raise CheckpointError(f"not enough memory to convert {printable(str(source), 400)}{size}{reason}") from None
     return report
+
+
+def open_source(source: Path, i2s_layout: I2sLayout | None = None) -> Source:
+    """The checkpoint at a path: a GGUF file, or else a Hugging Face folder. Raises BitNetError if it is neither."""
+    if not os.path.isdir(source) and (source.suffix.lower() == ".gguf" or is_gguf(source)):
+        return GgufCheckpoint(source, i2s_layout)
+    if i2s_layout is not None:
+        raise CheckpointError("the layout of I2_S tensors can be chosen for GGUF files only")
+    folder = ModelFolder(source)
+    if not (folder / "config.json").exists() and (files := sorted(source.glob("*.gguf"))):
+        raise CheckpointError(
+            f"{folder} has no config.json, but GGUF files: name one, such as {folder / files[0].name}"
+        )
+    return HuggingFaceCheckpoint(folder)
 
 
 def refuse_to_replace(source: Path, target: Path, force: bool) -> None:
@@ -142,7 +163,7 @@ def counter(progress: Callable[[int, int], object] | None, total: int) -> Callab
 
 
 def packed_tensors(
-    checkpoint: HuggingFaceCheckpoint, head: EmbeddingDtype, report: Report, advance: Callable[[int], None]
+    checkpoint: Source, head: EmbeddingDtype, report: Report, advance: Callable[[int], None]
 ) -> Iterator[Named]:
     """All tensors of the packed checkpoint, in the order of `packed_plan`; `advance` gets the bytes that are ready."""
     config = checkpoint.config
@@ -158,7 +179,7 @@ def packed_tensors(
         yield name, array
 
 
-def norms_and_linears(checkpoint: HuggingFaceCheckpoint, report: Report) -> Iterator[Named]:
+def norms_and_linears(checkpoint: Source, report: Report) -> Iterator[Named]:
     """The tensors of the packed checkpoint after the rows of embedding and LM head."""
     config = checkpoint.config
     yield "norm.weight", checkpoint.take_floats("model.norm.weight", (config.hidden_size,))
@@ -175,7 +196,7 @@ def norms_and_linears(checkpoint: HuggingFaceCheckpoint, report: Report) -> Iter
 
 
 def row_tensors(
-    checkpoint: HuggingFaceCheckpoint, name: str, source: str, head: EmbeddingDtype, advance: Callable[[int], None]
+    checkpoint: Source, name: str, source: str, head: EmbeddingDtype, advance: Callable[[int], None]
 ) -> Iterator[Named]:
     """Embedding or LM head as bfloat16 rows, or as int8 rows with one scale absmax / 127 per row."""
     config = checkpoint.config
@@ -203,7 +224,7 @@ def row_tensors(
         yield f"{name}.scale", scales
 
 
-def group_tensors(checkpoint: HuggingFaceCheckpoint, layer: int, group: str, report: Report) -> Iterator[Named]:
+def group_tensors(checkpoint: Source, layer: int, group: str, report: Report) -> Iterator[Named]:
     """The linears of a group, joined into one matrix: words and scales, or dense rows."""
     config, name = checkpoint.config, f"layers.{layer}.{group}"
     segments, K = config.group_shape(group)
@@ -231,8 +252,21 @@ def group_tensors(checkpoint: HuggingFaceCheckpoint, layer: int, group: str, rep
         yield f"{name}.bias", np.concatenate(biases)
 
 
-def write_tokenizer(source: ModelFolder, folder: Path, vocab_size: int) -> None:
-    """Copies the tokenizer's files, or builds them from a tiktoken vocabulary; checks that the result opens."""
+def write_tokenizer(checkpoint: Source, folder: Path) -> list[str]:
+    """Writes the tokenizer's files, and checks that the result opens. Returns notes for the user."""
+    notes: list[str] = []
+    if isinstance(checkpoint, GgufCheckpoint):
+        shown = checkpoint.name
+        notes = write_tokenizer_files(checkpoint.metadata, folder, shown)
+    else:
+        shown = str(checkpoint.folder)
+        copy_tokenizer(checkpoint.folder, folder)
+    Tokenizer.open(ModelFolder(folder, shown=shown), checkpoint.config.vocab_size, trial=True)
+    return notes
+
+
+def copy_tokenizer(source: ModelFolder, folder: Path) -> None:
+    """Copies the tokenizer's files of a Hugging Face folder, or builds them from a tiktoken vocabulary."""
     copied = OPTIONAL_FILES
     if (source / "tokenizer.json").exists():
         copied = ["tokenizer.json", "tokenizer_config.json", *OPTIONAL_FILES]
@@ -246,7 +280,6 @@ def write_tokenizer(source: ModelFolder, folder: Path, vocab_size: int) -> None:
     default = source / f"{ADDITIONAL}/default.jinja"
     if default.exists() and not (folder / "chat_template.jinja").exists():
         copy(default, folder / "chat_template.jinja")  # what transformers takes of several
-    Tokenizer.open(ModelFolder(folder, shown=str(source)), vocab_size, trial=True)
 
 
 def copy(file: ModelFile, to: Path) -> None:

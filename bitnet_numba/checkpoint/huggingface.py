@@ -72,7 +72,7 @@ class HuggingFaceCheckpoint:
         except RecursionError:
             raise CheckpointError(f"{folder}: config.json is nested too deeply") from None
         self._notes = config_notes(self.raw_config)
-        self._rounding: dict[str, _Rounding] = {}
+        self._rounding: dict[str, Rounding] = {}
         self._files: dict[str, TensorFile] = {}
         for path in _tensor_files(self.folder):
             file = TensorFile(path)
@@ -105,7 +105,7 @@ class HuggingFaceCheckpoint:
 
     def note_rounding(self, name: str, values: NDArray[np.float32], bits: NDArray[Any]) -> None:
         """Adds to the notes what is lost where values are kept as bfloat16. Raises CheckpointError for overflow."""
-        self._rounding.setdefault(name, _Rounding()).add(name, values, to_float32(bits))
+        self._rounding.setdefault(name, Rounding()).add(name, values, to_float32(bits))
 
     def take_floats(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """A floating-point tensor, exactly converted to float32. CheckpointError for NaN and infinity."""
@@ -190,7 +190,7 @@ class HuggingFaceCheckpoint:
         return np.float32(value)
 
 
-class _Rounding:
+class Rounding:
     """What is lost of some values that are rounded, added up."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""`bitnet-numba convert SRC DST`: converts a Hugging Face BitNet checkpoint into the packed checkpoint that runs.
+"""`bitnet-numba convert SRC DST`: converts a BitNet checkpoint into the packed checkpoint that runs.
 
 The conversion itself is `bitnet_numba.checkpoint.convert`.
 """
@@ -10,23 +10,35 @@ import sys
 from pathlib import Path
 
 from bitnet_numba.checkpoint.convert import Report, convert
+from bitnet_numba.checkpoint.gguf_types import I2S_LAYOUTS
 from bitnet_numba.checkpoint.packed import EMBEDDING_DTYPES
 from bitnet_numba.checkpoint.progress import progress_bar, size_text
 from bitnet_numba.commands import complain, drop_output, ignore_ctrl_c, make_parser
 from bitnet_numba.errors import BitNetError, CheckpointError, printable
 from bitnet_numba.hub.download import download
 from bitnet_numba.hub.fetch import as_hub_model
+from bitnet_numba.hub.names import hub_model
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """The command line."""
-    parser = make_parser(prog, description="Convert a Hugging Face BitNet checkpoint into the packed one that runs.")
+    what = "Convert a Hugging Face BitNet checkpoint or a GGUF file into the packed checkpoint that runs."
+    parser = make_parser(prog, description=what)
     add = parser.add_argument
-    add("src", metavar="SRC", help="a Hugging Face model folder, or a hub id such as owner/name")
+    add(
+        "src",
+        metavar="SRC",
+        help="a Hugging Face model folder, a GGUF file, or of the hub owner/name or owner/name/FILE.gguf",
+    )
     add("dst", metavar="DST", help="folder to write")
     add("--head", choices=EMBEDDING_DTYPES, default="bf16", help="dtype of embedding and LM head (default: bf16)")
     add("--force", action="store_true", help="replace DST if it is a packed checkpoint")
     add("--revision", metavar="R", help="branch, tag or commit of the hub repository (default: main)")
+    add(
+        "--i2s-layout",
+        choices=I2S_LAYOUTS,
+        help="where a GGUF file with tensors of type I2_S was made, which it does not say (default: x86)",
+    )
     return parser
 
 
@@ -42,7 +54,7 @@ def run(argv: list[str] | None = None, prog: str = "bitnet-numba convert") -> in
         target, before = printable(args.dst, 400), identity(args.dst)
         source = find_source(args.src, args.revision)
         with progress_bar(printable(args.src, 400), sys.stdout) as show:
-            report = convert(source, Path(args.dst), args.head, args.force, show)
+            report = convert(source, Path(args.dst), args.head, args.force, show, args.i2s_layout)
         return print_report(report, target, prog)
     except BitNetError as error:
         complain(prog, str(error))
@@ -57,14 +69,17 @@ def run(argv: list[str] | None = None, prog: str = "bitnet-numba convert") -> in
 
 
 def find_source(name: str, revision: str | None) -> Path:
-    """The folder that SRC names: itself, or what is downloaded (or in the cache) for a hub id."""
+    """The folder or GGUF file that SRC names, or what is downloaded (or in the cache) for a hub id."""
     if not name or "://" in name:
-        raise CheckpointError("SRC must be a folder, or a hub id such as owner/name")
+        raise CheckpointError("SRC must be a folder, a GGUF file, or a hub id such as owner/name")
+    parts = name.split("/", 2)
+    if len(parts) == 3 and name.endswith(".gguf") and not name.startswith((".", "/", "~")) and not os.path.exists(name):
+        return download(hub_model("/".join(parts[:2]), revision), parts[2])
     model = as_hub_model(name, revision)
     if model is not None:
         return download(model)
     if revision is not None:
-        raise CheckpointError("--revision needs a hub id, not a folder")
+        raise CheckpointError("--revision needs a hub id, not a folder or file")
     return Path(name)
 
 

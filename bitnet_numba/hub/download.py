@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +13,14 @@ from bitnet_numba.hub.names import HubModel
 # What is needed of a repository. In a pattern, * stands for folders, too; weights are those of the top folder.
 NEEDED_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 NOT_NEEDED = ["*/*.safetensors"]
+PART = re.compile(r"-\d{5}(-of-\d{5}\.gguf)$")  # of a GGUF file that is one of several
 
 _log = logging.getLogger("bitnet_numba")
 
 
-def download(model: HubModel) -> Path:
-    """The Hugging Face folder of a model: downloaded, with progress on a terminal, or from the cache if the hub cannot
-    be asked, which is logged. Its name is the commit. Raises CheckpointError."""
+def download(model: HubModel, file: str | None = None) -> Path:
+    """The Hugging Face folder of a model, or a GGUF file in it: downloaded, with progress on a terminal, or from the
+    cache if the hub cannot be asked, which is logged. The folder's name is the commit. Raises CheckpointError."""
     from huggingface_hub import snapshot_download
 
     reason = why_not_reachable(model)
@@ -27,8 +29,8 @@ def download(model: HubModel) -> Path:
             folder = snapshot_download(
                 model.name,
                 revision=model.revision,
-                allow_patterns=NEEDED_FILES,
-                ignore_patterns=NOT_NEEDED,
+                allow_patterns=NEEDED_FILES if file is None else [PART.sub(r"-*\1", file)],
+                ignore_patterns=NOT_NEEDED if file is None else None,
                 local_files_only=reason is not None,
             )
     except Exception as error:  # the library's errors (network, disk, authorisation) have no common base
@@ -37,7 +39,12 @@ def download(model: HubModel) -> Path:
         ) from None
     if reason is not None:
         _log.warning("%s is taken from the Hugging Face cache as it is: %s", printable(str(model)), reason)
-    return Path(folder)
+    if file is None and not (Path(folder) / "config.json").exists():
+        name = printable(model.name)
+        raise CheckpointError(f"{name} has no config.json; for a GGUF file in it, convert {name}/FILE.gguf")
+    if file is not None and not (Path(folder) / file).exists():
+        raise CheckpointError(f"{printable(str(model))} has no file {printable(file)}")
+    return Path(folder) if file is None else Path(folder) / file
 
 
 def why_not_reachable(model: HubModel) -> str | None:

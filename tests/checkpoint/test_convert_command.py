@@ -42,8 +42,8 @@ def test_report(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["", "out"], "SRC must be a folder, or a hub id"),
-        (["https://example.org/owner/name", "out"], "SRC must be a folder, or a hub id"),
+        (["", "out"], "SRC must be a folder, a GGUF file, or a hub id"),
+        (["https://example.org/owner/name", "out"], "SRC must be a folder, a GGUF file, or a hub id"),
         (["source", ""], "DST must be a folder"),
     ],
 )

@@ -1,0 +1,236 @@
+"""GGUF files of BitNet models: finds every tensor of a model and reads it, whatever its type.
+
+Names, order of rows and hyperparameters are those of llama.cpp and bitnet.cpp. A GgufCheckpoint gives the same tensors
+as a HuggingFaceCheckpoint, by their names there.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet_numba.bfloat16 import to_float32
+from bitnet_numba.checkpoint import gguf_types as types
+from bitnet_numba.checkpoint.gguf_config import ROPE_FACTORS, find_architecture, hf_config
+from bitnet_numba.checkpoint.gguf_file import GgufFile, TensorInfo, Value
+from bitnet_numba.checkpoint.huggingface import Rounding, TernaryLinear
+from bitnet_numba.config import ModelConfig
+from bitnet_numba.errors import CheckpointError, printable
+from bitnet_numba.model_folder import ModelFile
+
+_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "attn_sub_norm": "attn_sub_norm",
+    "ffn_sub_norm": "ffn_sub_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+T = TypeVar("T", bound=np.generic)
+_OF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf", re.DOTALL)
+_LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|output)|ffn_(gate|up|down))\.weight")
+
+
+class GgufCheckpoint:
+    """An open GGUF file. Each `take_...` reads a tensor once; `refuse_leftovers` fails if one was not taken.
+
+    Raises CheckpointError or ConfigError, naming the file, key or tensor.
+    """
+
+    def __init__(self, path: Path, i2s_layout: types.I2sLayout | None = None):
+        """i2s_layout: of tensors of type I2_S; None is x86, and the only choice for a file without them."""
+        files = open_parts(ModelFile.of(path))
+        self.folder, self.name = files[0].path.folder, str(files[0].path)
+        self.metadata: Mapping[str, Value] = files[0].metadata
+        self._architecture = find_architecture(self.metadata, self.name)[1]
+        self._where: dict[str, GgufFile] = {}
+        for file in files:
+            for name in file.tensors:
+                if self._where.setdefault(name, file) is not file:
+                    raise self._error(name, f"is in {self._where[name].path.name} and in {file.path.name}")
+        self._infos: dict[str, TensorInfo] = {name: file.tensors[name] for name, file in self._where.items()}
+        for name in self._infos:
+            self._check_type(name)
+        if i2s_layout and all(info.type != types.I2_S for info in self._infos.values()):
+            raise CheckpointError(f"{self.name} has no tensors of type I2_S, so there is no layout of them to choose")
+        self._layout: types.I2sLayout = i2s_layout or "x86"
+        self._left = set(self._infos)
+        self._rounding: dict[str, Rounding] = {}
+        self.raw_config, self._notes = hf_config(self.metadata, self._infos, self._rope_factors(), self.name)
+        self.config = ModelConfig.from_hf(self.raw_config)
+        if self.config.num_layers > len(self._infos):
+            raise CheckpointError(f"{self.name}: too few tensors for {self.config.num_layers} layers")
+        self.nbytes = sum(info.nbytes or 0 for info in self._infos.values())
+
+    @property
+    def count(self) -> int:
+        """Number of tensors."""
+        return len(self._infos)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about this file and its conversion so far, a line each."""
+        return [*self._notes, *(f"{name}: {rounding}" for name, rounding in self._rounding.items() if rounding.changed)]
+
+    def note_rounding(self, name: str, values: NDArray[np.float32], bits: NDArray[Any]) -> None:
+        """Adds to the notes what is lost where values are kept as bfloat16. Raises CheckpointError for overflow."""
+        self._rounding.setdefault(gguf_name(name), Rounding()).add(gguf_name(name), values, to_float32(bits))
+
+    def take_floats(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """A tensor of floating-point numbers, exactly converted to float32. CheckpointError for NaN and infinity."""
+        name = gguf_name(name)
+        info = self._take(name, shape)
+        if info.type not in types.FLOATS:
+            raise self._error(name, f"has type {types.type_name(info.type)}, expected F32, F16 or BF16")
+        values = types.dequantise(info.type, self._where[name].read(name)).reshape(shape)
+        if not np.isfinite(values).all():
+            raise self._error(name, "holds NaN or infinity")
+        return values
+
+    def take_raw(self, name: str, shape: tuple[int, int]) -> tuple[str, "Rows"]:
+        """A matrix of any type as ("F32", values), of which rows can be read."""
+        name = gguf_name(name)
+        self._take(name, shape)
+        return "F32", Rows(self._where[name], name, self._layout)
+
+    def take_sub_norm(self, layer: int, name: str, size: int) -> NDArray[np.float32]:
+        """attn_sub_norm or ffn_sub_norm of a layer, float32 [size]."""
+        return self.take_floats(f"model.layers.{layer}.{name}.weight", (size,))
+
+    def take_linear(self, module: str, N: int, K: int, bias: bool) -> TernaryLinear:
+        """A quantised linear [N, K] by its full name in transformers."""
+        name = gguf_name(f"{module}.weight")
+        info = self._take(name, (N, K))
+        try:
+            t, m = types.ternary(info.type, self._where[name].read(name), self._layout)
+        except ValueError as error:
+            raise self._error(name, str(error)) from None
+        bias_values = self.take_floats(f"{module}.bias", (N,)) if bias else None
+        factor = f"{name.removesuffix('.weight')}.scale"  # beside weights that are -1, 0 and 1
+        if factor in self._infos:
+            with np.errstate(all="ignore"):
+                m = m * self.take_floats(factor, () if self._infos[factor].shape == () else (1,)).reshape(())[()]
+            if not (np.isfinite(m) and m > 0):
+                raise self._error(factor, "must be one positive number")
+        t = t.reshape(N, K)
+        if self._architecture.permuted and module.endswith(("q_proj", "k_proj")):
+            t = unpermute(t, N // self.config.head_dim)
+            bias_values = None if bias_values is None else unpermute(bias_values, N // self.config.head_dim)
+        return TernaryLinear(t, m, bias_values, None)
+
+    def refuse_leftovers(self) -> None:
+        """Raises CheckpointError if a tensor has not been taken."""
+        if self._left:
+            raise CheckpointError(f"{self.name}: unexpected tensor {printable(min(self._left))}")
+
+    def drop_if_equal(self, name: str, to: str) -> None:
+        """A file with a second copy of a tensor is one whose head is not tied, so there is nothing to drop."""
+
+    def _check_type(self, name: str) -> None:
+        kind = self._infos[name].type
+        shown = types.type_name(kind)
+        if self._infos[name].nbytes is None:
+            missing = f": {types.MISSING[kind]}" if kind in types.MISSING else ""
+            raise self._error(name, f"has type {shown}, which is not supported{missing}")
+        if _LINEAR.fullmatch(name) and kind not in types.TERNARY:
+            raise self._error(
+                name, f"has type {shown}, so this is no BitNet model (I2_S, TQ1_0, TQ2_0, Q4_0 or floats)"
+            )
+
+    def _rope_factors(self) -> NDArray[np.float32] | None:
+        if ROPE_FACTORS not in self._infos:
+            return None
+        return self.take_floats(ROPE_FACTORS, self._infos[ROPE_FACTORS].shape).reshape(-1)
+
+    def _take(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        if name not in self._infos:
+            raise CheckpointError(f"{self.name}: tensor {name} is missing")
+        if self._infos[name].shape != shape:
+            raise self._error(name, f"has shape {list(self._infos[name].shape)}, expected {list(shape)}")
+        self._left.discard(name)
+        return self._infos[name]
+
+    def _error(self, name: str, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.name}: tensor {printable(name)} {what}")
+
+
+class Rows:
+    """A matrix of a GGUF file, of which some rows are read at a time: `rows[start:stop]`, float32 [n, columns].
+
+    Raises CheckpointError if it cannot be read row by row, or holds NaN or infinity.
+    """
+
+    def __init__(self, file: GgufFile, name: str, layout: types.I2sLayout):
+        self._file, self._name, self._layout = file, name, layout
+        self._kind, self.shape = file.tensors[name].type, file.tensors[name].shape
+        try:
+            self._row = types.row_nbytes(self._kind, self.shape[1])
+        except ValueError as error:
+            raise CheckpointError(f"{file.path}: tensor {printable(name)} {error}") from None
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        start, stop, _ = rows.indices(self.shape[0])
+        data = self._file.read(self._name, start * self._row, (stop - start) * self._row)
+        if self._kind == types.I2_S:
+            scale = types.i2s_scale(self._file.read(self._name, self.shape[0] * self._row))
+            values = types.i2s_rows(data, scale, self._layout)
+        else:
+            values = types.dequantise(self._kind, data)
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{self._file.path}: tensor {printable(self._name)} holds NaN or infinity")
+        return values.reshape(-1, self.shape[1])
+
+
+def open_parts(path: ModelFile) -> list[GgufFile]:
+    """The file at a path; all files in order if it is one of several that a model was split into.
+
+    Raises CheckpointError if one is missing, damaged, or of another model.
+    """
+    file = GgufFile(path, types.tensor_nbytes)
+    count = file.metadata.get("split.count", 1)
+    if type(count) is not int or count < 2:
+        return [file]
+    match = _PART.fullmatch(path.name)
+    if match is None or int(match[2]) != count:
+        raise CheckpointError(f"{path} is one of {count} files, but not named like NAME-00001-of-{count:05}.gguf")
+    files = []
+    for i in range(count):
+        part = GgufFile(path.folder / f"{match[1]}-{i + 1:05}-of-{count:05}.gguf", types.tensor_nbytes)
+        if part.metadata.get("split.count") != count or part.metadata.get("split.no") != i:
+            raise CheckpointError(f"{part.path} is not file {i + 1} of {count}, as its name says")
+        files.append(part)
+    total, found = files[0].metadata.get("split.tensors.count"), sum(len(part.tensors) for part in files)
+    if total not in (None, found):
+        raise CheckpointError(
+            f"{files[0].path}: the {count} files hold {found} tensors, not {printable(str(total), 20)}"
+        )
+    return files
+
+
+def gguf_name(name: str) -> str:
+    """A tensor's name in GGUF files, of its name in transformers; other names as they are."""
+    module, _, part = name.rpartition(".")
+    layer = _OF_LAYER.fullmatch(module)
+    prefix, module = (f"blk.{layer[1]}.", layer[2]) if layer else ("", module)
+    return f"{prefix}{_NAMES[module]}.{part}" if module in _NAMES else name
+
+
+def unpermute(rows: NDArray[T], heads: int) -> NDArray[T]:
+    """Rows of q or k [N, ...] in the order of transformers, where dimensions i and i + head_dim / 2 rotate together.
+
+    Files of the architecture llama have these side by side.
+    """
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
