@@ -233,7 +233,7 @@ def test_too_large_a_context_says_what_would_fit(demo: PackedCheckpoint) -> None
 
 
 @needs_gpu
-def test_refuses_what_runs_on_the_reference_only(tmp_path: Path) -> None:
+def test_refuses_what_runs_on_the_cpu_only(tmp_path: Path) -> None:
     from bitnet_numba.backends.cuda.backend import CudaBackend
 
     spec, config = PRESETS["tiny-llama"]
@@ -241,7 +241,7 @@ def test_refuses_what_runs_on_the_reference_only(tmp_path: Path) -> None:
     convert(tmp_path / "source", tmp_path / "packed")
     with pytest.raises(BackendError, match="use_rms_norm"):
         CudaBackend(open_packed(tmp_path / "packed"))
-    assert bitnet_numba.load(tmp_path / "packed").backend == "reference"
+    assert bitnet_numba.load(tmp_path / "packed").backend == "cpu"
 
 
 @needs_gpu

@@ -25,9 +25,9 @@ def why_unsupported(checkpoint: PackedCheckpoint) -> str | None:
     """What the CUDA backend cannot run about a checkpoint, in a few words; None if it can run it."""
     config = checkpoint.config
     if config.linear_norm:
-        return "linears with a norm of their own (use_rms_norm) run on the reference backend only"
+        return "linears with a norm of their own (use_rms_norm) run on the CPU only"
     if any(name.endswith((".qkv.weight", ".o.weight", ".gate_up.weight", ".down.weight")) for name in checkpoint.names):
-        return "linears that are not quantised (modules_to_not_convert) run on the reference backend only"
+        return "linears that are not quantised (modules_to_not_convert) run on the CPU only"
     if config.hidden_size % BLOCK_COLS:
         return f"hidden_size {config.hidden_size} is not a multiple of {BLOCK_COLS}"
     if config.intermediate_size % BLOCK_ROWS:
