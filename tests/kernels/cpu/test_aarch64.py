@@ -31,7 +31,7 @@ JITCodeLibrary.get_pointer_to_function = lambda library, name: library._ensure_f
 JITCPUCodegen._add_module = lambda codegen, module: None
 JITCPUCodegen.set_env = lambda codegen, name, env: None
 
-from bitnet_numba.kernels.cpu import gemm, isa, lm_head, vec
+from bitnet_numba.kernels.cpu import gemm, gemv, isa, lm_head, vec
 
 def gemm_kernel(isa, words, K, q, q_stride, q_sums, M, acc, acc_stride, first, last, scratch):
     gemm.gemm(isa, words, K, q, q_stride, q_sums, M, acc, acc_stride, first, last, scratch)
@@ -39,10 +39,13 @@ def gemm_kernel(isa, words, K, q, q_stride, q_sums, M, acc, acc_stride, first, l
 def int8_kernel(isa, rows, K, scales, sums, x, x_stride, M, y, y_stride, first, last):
     lm_head.head_int8(isa, rows, K, scales, sums, x, x_stride, M, y, y_stride, first, last)
 
+def gemv_kernel(isa, words, K, q, q_sum, acc, first, last):
+    gemv.gemv(isa, words, K, q, q_sum, acc, first, last)
+
 for name in ("i8mm", "dotprod"):
-    for function in (gemm_kernel, int8_kernel):
+    for function, count in ((gemm_kernel, 11), (int8_kernel, 11), (gemv_kernel, 7)):
         kernel = njit(**vec.OPTIONS)(function)
-        kernel.compile((isa.InstructionSetType(name), *[types.int64] * 11))
+        kernel.compile((isa.InstructionSetType(name), *[types.int64] * count))
         print(*kernel.inspect_llvm().values(), end="\\0")
 """
 
@@ -52,7 +55,7 @@ def lowered() -> dict[tuple[str, str], str]:
     """LLVM IR of kernels, by instruction set and name."""
     done = subprocess.run([sys.executable, "-c", LOWER], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    kinds = [(isa, kernel) for isa in ("i8mm", "dotprod") for kernel in ("gemm", "head")]
+    kinds = [(isa, kernel) for isa in ("i8mm", "dotprod") for kernel in ("gemm", "head", "gemv")]
     return dict(zip(kinds, done.stdout.split("\0"), strict=False))
 
 
@@ -90,6 +93,9 @@ def inner_loops(lines: list[str]) -> list[list[str]]:
     [
         ("i8mm", "gemm", "neoverse-v1", "usdot", 16),  # four tokens by four registers of rows
         ("i8mm", "head", "neoverse-v1", "usdot", 48),  # two tokens by two rows by 64 columns by three planes
+        ("i8mm", "gemv", "neoverse-v1", "usdot", 8),  # four rows by 32 columns
+        ("dotprod", "gemv", "neoverse-n1", "sdot", 8),
+        ("dotprod", "gemv", "apple-m1", "sdot", 8),
         ("dotprod", "gemm", "neoverse-n1", "sdot", 16),
         ("dotprod", "gemm", "apple-m1", "sdot", 16),
         ("dotprod", "head", "apple-m1", "fmla", 16),  # two tokens by 32 columns
