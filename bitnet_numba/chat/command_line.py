@@ -23,7 +23,7 @@ from bitnet_numba.chat.terminal import clean, note
 from bitnet_numba.commands import complain, drop_output, make_parser
 from bitnet_numba.engine.engine import BACKENDS, Engine, load
 from bitnet_numba.errors import BitNetError, ContextFull, RequestError, one_line
-from bitnet_numba.hub.fetch import as_hub_model, fetch
+from bitnet_numba.hub.fetch import as_hub_model, find_model, is_gguf
 from bitnet_numba.sampling import SamplingParams
 
 DEFAULTS = SamplingParams(temperature=0.6, top_p=0.9)  # for models without a generation_config.json
@@ -172,9 +172,9 @@ def _warnings_in_a_line(prog: str) -> Iterator[None]:
 def open_model(args: argparse.Namespace) -> Engine:
     """Loads the model that the command line names, with a status line on a terminal."""
     path, revision = args.checkpoint, args.revision
-    model = as_hub_model(path, revision) if path else None
-    if model is not None:  # before the status line, because a download shows its own
-        path, revision = fetch(model), None
+    if path and (is_gguf(path) or as_hub_model(path, revision) is not None):
+        # Before the status line, because a download and a conversion show their own.
+        path, revision = find_model(path, revision), None
     console = Console(stderr=True)
     waiting = console.status("loading the model ...") if console.is_terminal else contextlib.nullcontext()
     with waiting:

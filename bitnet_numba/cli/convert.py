@@ -16,8 +16,7 @@ from bitnet_numba.checkpoint.progress import progress_bar, size_text
 from bitnet_numba.commands import complain, drop_output, ignore_ctrl_c, make_parser
 from bitnet_numba.errors import BitNetError, CheckpointError, printable
 from bitnet_numba.hub.download import download
-from bitnet_numba.hub.fetch import as_hub_model
-from bitnet_numba.hub.names import hub_model
+from bitnet_numba.hub.fetch import as_hub_model, find_gguf, is_gguf
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -72,9 +71,8 @@ def find_source(name: str, revision: str | None) -> Path:
     """The folder or GGUF file that SRC names, or what is downloaded (or in the cache) for a hub id."""
     if not name or "://" in name:
         raise CheckpointError("SRC must be a folder, a GGUF file, or a hub id such as owner/name")
-    parts = name.split("/", 2)
-    if len(parts) == 3 and name.endswith(".gguf") and not name.startswith((".", "/", "~")) and not os.path.exists(name):
-        return download(hub_model("/".join(parts[:2]), revision), parts[2])
+    if is_gguf(name):
+        return find_gguf(name, revision)
     model = as_hub_model(name, revision)
     if model is not None:
         return download(model)

@@ -323,8 +323,8 @@ def load(
     """Opens a model.
 
     path: a folder that `bitnet-numba convert` wrote; or the name of a model of the Hugging Face hub ("owner/name", or a
-        short name such as "2b4t"), which is downloaded and converted when it is first used (see `hub.fetch`); None
-        opens the built-in model. An existing folder of that name comes first.
+        short name such as "2b4t"), which is downloaded and converted when it is first used (see `hub.fetch`); or a GGUF
+        file, here or on the hub (owner/name/FILE.gguf); None opens the built-in model. What is here comes first.
     backend: "cuda", "cpu", "reference" (plain NumPy, slow) or "auto": CUDA if it is usable, otherwise the CPU.
     context: maximum number of tokens, prompt and answer together; None: the model's own maximum.
     threads: of the CPU backend; None: one for each physical core that this process may use.

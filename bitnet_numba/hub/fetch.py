@@ -1,7 +1,9 @@
-"""The folder that a name means: a local one, or a model of the hub, downloaded and converted when it is first used."""
+"""The folder that a name means: a local one, or a model of the hub or a GGUF file, converted when it is first used."""
 
+import hashlib
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -12,16 +14,20 @@ from bitnet_numba.errors import CheckpointError, RequestError, printable
 from bitnet_numba.hub import store
 from bitnet_numba.hub.download import download
 from bitnet_numba.hub.names import KNOWN, HubModel, did_you_mean, hub_model, looks_like_hub_id
+from bitnet_numba.model_folder import why
 
 _log = logging.getLogger("bitnet_numba")
 
 
 def find_model(name: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The packed folder that a user names; a string may be a hub id or a short name, for which `fetch` is called.
+    """The packed folder that a user names; a string may be a hub id or a short name, for which `fetch` is called, and
+    owner/name/FILE.gguf.
 
-    An existing local folder of that name comes first, and a pathlib.Path is always local. The folder need not exist.
-    Raises RequestError for a revision of a local folder, and what `fetch` raises.
+    An existing local folder or GGUF file of that name comes first, and a pathlib.Path is always local. The folder need
+    not exist. Raises RequestError for a revision of something local, and what `fetch` raises.
     """
+    if is_gguf(name):
+        return fetch_gguf(find_gguf(name, revision))
     model = as_hub_model(name, revision)
     if model is not None:
         return fetch(model)
@@ -39,6 +45,41 @@ def as_hub_model(name: str | os.PathLike[str], revision: str | None = None) -> H
     return hub_model(name, revision)
 
 
+def is_gguf(name: str | os.PathLike[str]) -> bool:
+    """Whether a name is that of a GGUF file, here or on the hub."""
+    path = os.fspath(name)
+    return isinstance(path, str) and path.lower().endswith(".gguf") and not os.path.isdir(path)
+
+
+def find_gguf(name: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The GGUF file at a path, or owner/name/FILE.gguf downloaded from the hub. Raises BitNetError."""
+    if isinstance(name, str) and not is_there(name):
+        owner, _, rest = name.partition("/")
+        repository, _, file = rest.partition("/")
+        if file and looks_like_hub_id(f"{owner}/{repository}"):
+            return download(hub_model(f"{owner}/{repository}", revision), file)
+    if revision is not None:
+        raise RequestError("a revision needs a hub id, not a file")
+    return Path(name)
+
+
+def fetch_gguf(file: Path) -> Path:
+    """The packed folder of a GGUF file, converted unless the cache holds it as it is now. Raises BitNetError."""
+    try:
+        found = file.stat()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{printable(str(file), 400)} cannot be opened: {why(error)}") from None
+    identity = f"{os.path.realpath(file)}\0{found.st_size}\0{found.st_mtime_ns}"
+    digest = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    name = re.sub(r"[^A-Za-z0-9_]+", "-", file.stem).strip("-")[:60].rstrip("-") or "model"
+    model = hub_model(f"gguf/{name}-{digest}")
+    target = store.packed_folder(model)
+    if not store.is_usable(model):
+        _convert_once(model, file, target, str(file))
+    store.touch(model)
+    return target
+
+
 def fetch(model: HubModel) -> Path:
     """The packed folder of a model of the hub, which is downloaded and converted unless the cache holds it.
 
@@ -48,19 +89,19 @@ def fetch(model: HubModel) -> Path:
     target = store.packed_folder(model)
     if not store.is_usable(model):
         source = download(model)
-        _convert_once(model, source, target)
+        _convert_once(model, source, target, str(model))
     store.touch(model)
     return target
 
 
-def _convert_once(model: HubModel, source: Path, target: Path) -> None:
+def _convert_once(model: HubModel, source: Path, target: Path, name: str) -> None:
     while not store.is_usable(model):
         try:
-            with progress_bar(printable(str(model)), sys.stderr) as show:
+            with progress_bar(printable(name, 400), sys.stderr) as show:
                 # What is there has another format.
                 report = convert(source, target, force=is_there(target), progress=show)
         except BeingWritten:
-            _log.warning("another process is converting %s; waiting for it", printable(str(model)))
+            _log.warning("another process is converting %s; waiting for it", printable(name, 400))
             wait_for_writer(target)
         except CheckpointError:
             if not store.is_usable(model):  # else another process was faster

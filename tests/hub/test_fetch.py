@@ -255,3 +255,38 @@ def test_where_models_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setattr(Path, "home", homeless)
     with pytest.raises(CheckpointError, match="set BITNET_NUMBA_MODELS"):
         store.cache_folder()
+
+
+def test_gguf_files_are_converted_once_and_again_when_they_change(tmp_path: Path, hub: list[dict[str, object]]) -> None:
+    golden = Path(__file__).parent.parent / "golden" / "gguf" / "bitnet-relu2-i2_s.gguf"
+    file = tmp_path / "odd name (1).gguf"
+    shutil.copyfile(golden, file)
+    convert(golden, tmp_path / "packed")
+    with load(tmp_path / "packed", "reference") as llm:
+        expected = llm.generate([1, 2, 3], max_new_tokens=4).token_ids
+    for _ in range(2):
+        for path in (file, str(file)):
+            with load(path, "reference") as llm:
+                assert llm.generate([1, 2, 3], max_new_tokens=4).token_ids == expected
+    (stored,) = store.stored_models()
+    assert stored.model.name.startswith("gguf/odd-name-1-") and stored.complete
+    os.utime(file, (1, 1))
+    load(file, "reference").close()
+    assert len(store.stored_models()) == 2 and not hub
+
+
+def test_gguf_files_of_the_hub(tmp_path: Path, hub: list[dict[str, object]]) -> None:
+    golden = Path(__file__).parent.parent / "golden" / "gguf" / "bitnet-relu2-i2_s.gguf"
+    shutil.copyfile(golden, tmp_path / "snapshots" / COMMIT / "m.gguf")
+    load(f"{NAME}/m.gguf", "reference", revision="v1").close()
+    assert hub[0]["revision"] == "v1" and hub[0]["allow_patterns"] == ["m.gguf"]
+    for name, reason in (
+        (f"{NAME}/n.gguf", "has no file n.gguf"),
+        ("none.gguf", "none.gguf cannot be opened: No such file"),
+        ("a\0.gguf", "path must be the name of a folder"),
+    ):
+        with pytest.raises(BitNetError, match=reason) as caught:
+            load(name, "reference")
+        assert str(caught.value).isprintable()
+    with pytest.raises(BitNetError, match="a revision needs a hub id"):
+        load(str(golden), "reference", revision="v1")
