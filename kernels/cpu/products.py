@@ -32,9 +32,12 @@ def meet(job, state, members):
 
 
 @njit(**OPTIONS)
-def inputs_of(job, member, members, K):
-    """Where prepared activations of K columns are: (int8 q [segments, M, stride], stride, bytes of a segment, float32 s
-    and int32 sums of q [segments, MAX_TOKENS], prepared float32 activations)."""
+def inputs_of(job, member):
+    """Where prepared activations are, of every product alike.
+
+    (int8 q [segments, M, stride], stride, bytes of a segment, float32 s and int32 sums of q [segments, MAX_TOKENS],
+    prepared float32 activations)
+    """
     if job.tokens == 1:
         base, tokens = job.own + member * job.own_stride, 1
     else:

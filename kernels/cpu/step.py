@@ -79,16 +79,14 @@ def forward(member, members, state, model, layers, job):
     for m in range(member, M, members):
         embed(model, load_i64(job.ids, 8 * m), job.x + 4 * m * hidden)
     barrier(state, members)
-    own = job.own + member * job.own_stride
+    own, inputs = job.own + member * job.own_stride, inputs_of(job, member)
     q_size, kv_size = model.heads * model.head_dim, model.kv_heads * model.head_dim
     for i in range(len(layers)):
         layer = layers[i]
         cache = job.cache + i * job.layer_stride
-        inputs = inputs_of(job, member, members, hidden)
         for m in tokens_of(job, member, members):
-            prepare(
-                4 * i + 0, model, layer.qkv, job.x + 4 * m * hidden, hidden, layer.input_norm, eps, own, job, inputs, m
-            )
+            x = job.x + 4 * m * hidden
+            prepare(4 * i, model, layer.qkv, x, hidden, layer.input_norm, eps, own, job, inputs, m)
         meet(job, state, members)
         qkv_rows(layer.qkv, q_size, kv_size, hidden, members, state, inputs, own, job)
         barrier(state, members)
@@ -96,14 +94,12 @@ def forward(member, members, state, model, layers, job):
         barrier(state, members)
         attend(members, state, model, cache, own, job)
         barrier(state, members)
-        inputs = inputs_of(job, member, members, q_size)
         for m in tokens_of(job, member, members):
             attn_out = gather(members, model, own, job, m)
             prepare(4 * i + 1, model, layer.o, attn_out, q_size, layer.attn_sub_norm, eps, own, job, inputs, m)
         meet(job, state, members)
         residual_rows(layer.o, hidden, q_size, members, state, inputs, own, job)
         barrier(state, members)
-        inputs = inputs_of(job, member, members, hidden)
         for m in tokens_of(job, member, members):
             x = job.x + 4 * m * hidden
             prepare(4 * i + 2, model, layer.gate_up, x, hidden, layer.post_attention_norm, eps, own, job, inputs, m)
@@ -111,7 +107,6 @@ def forward(member, members, state, model, layers, job):
         gated_rows(layer.gate_up, model, members, state, inputs, own, job)
         barrier(state, members)
         K = model.intermediate
-        inputs = inputs_of(job, member, members, K)
         for m in tokens_of(job, member, members):
             mlp_hidden = job.mlp_hidden + 4 * m * K
             prepare(4 * i + 3, model, layer.down, mlp_hidden, K, layer.ffn_sub_norm, eps, own, job, inputs, m)
@@ -224,7 +219,7 @@ def logits(member, members, state, model, job):
     """Final hidden states [M, hidden] -> logits [M, vocab]."""
     K, N, M = model.hidden, model.vocab, job.tokens
     padded_K = max(K, lm_head.MIN_COLUMNS)
-    planes = inputs_of(job, member, members, K)[5]
+    planes = inputs_of(job, member)[5]
     for m in tokens_of(job, member, members):
         x, prepared = job.final + 4 * m * K, planes + m * job.plane_stride
         if model.embed_int8:

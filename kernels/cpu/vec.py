@@ -261,54 +261,25 @@ def fma(typingctx, a, b, c):
     return a(a, b, c), codegen
 
 
-@intrinsic
-def to_floats(typingctx, v):
-    """Integer lanes as float32 lanes of the same values, rounded to nearest."""
+def _conversion(name: str, lane: str, meaning: str):
+    """op(v) -> as many lanes of another kind, by one LLVM instruction."""
 
-    def codegen(context, builder, sig, args):
-        return builder.sitofp(args[0], vector(v.n, "f32"))
+    @intrinsic
+    def op(typingctx, v):
+        def codegen(context, builder, sig, args):
+            return getattr(builder, name)(args[0], vector(v.n, lane))
 
-    return Vec(v.n, "f32")(v), codegen
+        return Vec(v.n, lane)(v), codegen
 
-
-@intrinsic
-def to_ints(typingctx, v):
-    """float32 lanes within int32's range as int32 lanes, towards zero."""
-
-    def codegen(context, builder, sig, args):
-        return builder.fptosi(args[0], vector(v.n, "i32"))
-
-    return Vec(v.n, "i32")(v), codegen
+    op.__doc__ = meaning
+    return op
 
 
-@intrinsic
-def to_bytes(typingctx, v):
-    """The low byte of int32 lanes."""
-
-    def codegen(context, builder, sig, args):
-        return builder.trunc(args[0], vector(v.n, "i8"))
-
-    return Vec(v.n, "i8")(v), codegen
-
-
-@intrinsic
-def as_floats(typingctx, v):
-    """The bits of int32 lanes as float32 lanes."""
-
-    def codegen(context, builder, sig, args):
-        return builder.bitcast(args[0], vector(v.n, "f32"))
-
-    return Vec(v.n, "f32")(v), codegen
-
-
-@intrinsic
-def as_ints(typingctx, v):
-    """The bits of float32 lanes as int32 lanes."""
-
-    def codegen(context, builder, sig, args):
-        return builder.bitcast(args[0], vector(v.n, "i32"))
-
-    return Vec(v.n, "i32")(v), codegen
+to_floats = _conversion("sitofp", "f32", "Integer lanes as float32 lanes of the same values, rounded to nearest.")
+to_ints = _conversion("fptosi", "i32", "float32 lanes within int32's range as int32 lanes, towards zero.")
+to_bytes = _conversion("trunc", "i8", "The low byte of int32 lanes.")
+as_floats = _conversion("bitcast", "f32", "The bits of int32 lanes as float32 lanes.")
+as_ints = _conversion("bitcast", "i32", "The bits of float32 lanes as int32 lanes.")
 
 
 @intrinsic

@@ -48,17 +48,16 @@ def load_kernels(needs: Needs) -> dict[str, int]:
     if config.DISABLE_JIT:
         raise BackendError("the CPU backend needs Numba's compiler: unset NUMBA_DISABLE_JIT, or ask for the reference")
     kernels = needs.kernels()
-    missing = sum(not kernel.is_cached for kernel in kernels.values()) + (not step.is_cached())
-    progress = CompileProgress("this CPU", missing)
+    missing = {name for name, kernel in kernels.items() if not kernel.is_cached}
+    step_missing = not step.is_cached()
+    progress = CompileProgress("this CPU", len(missing) + step_missing)
     addresses = {}
-    with _step_compiled_beside(missing > 1 and not step.is_cached()):
+    with _step_compiled_beside(bool(missing) and step_missing):
         for name, kernel in kernels.items():
-            new = not kernel.is_cached
             addresses[name] = kernel.address()
-            progress.advance(new)
-    new = not step.is_cached()
+            progress.advance(name in missing)
     step.compile_step()
-    progress.advance(new)
+    progress.advance(step_missing)
     progress.close()
     return addresses
 
