@@ -27,6 +27,7 @@ from bitnet_numba.text.chat_template import (
     read_ids,
     without_surrogates,
 )
+from bitnet_numba.text.guarded_encoder import GuardedEncoder
 from bitnet_numba.text.tiktoken import BOS, EOS, build_tokenizer, byte_alphabet
 from bitnet_numba.text.tokenizer_files import (
     eos_ids,
@@ -144,6 +145,19 @@ class Tokenizer:
 
     def _with_bos(self, ids: list[int], add_bos: bool = True) -> list[int]:
         return [self.bos_id, *ids] if add_bos and self.bos_id is not None and ids[:1] != [self.bos_id] else ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of a text in the middle of another one: without bos, and special tokens in it stay plain text."""
+        with library_errors("the tokenizer cannot encode this text"):
+            guarded, names = self._plain
+            found = [(*match.span(), True) for match in names.finditer(text)] if names.pattern else []
+            return guarded.encode(without_surrogates(text), found, continues=True)
+
+    @functools.cached_property
+    def _plain(self) -> tuple[GuardedEncoder, re.Pattern[str]]:
+        special = {self._added[i].content: i for i in sorted(self.special_ids)}
+        longest_first = sorted(special, key=len, reverse=True)
+        return GuardedEncoder(self._backend, special), re.compile("|".join(map(re.escape, longest_first)))
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of token ids. Ids without a token (padding of the embedding) decode to nothing.

@@ -1,0 +1,181 @@
+"""Answers of a given form: whatever is sampled from the allowed tokens has the form."""
+
+import json
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitnet_numba.engine.engine import DEMO
+from bitnet_numba.errors import RequestError
+from bitnet_numba.text import grammar
+from bitnet_numba.text.grammar import Grammar, GrammarCompiler
+from bitnet_numba.text.tokenizer import Tokenizer
+from tests.text.conftest import sentencepiece_like
+
+DEMO_TOKENIZER = Tokenizer.open(DEMO)
+COMPILER = GrammarCompiler(DEMO_TOKENIZER)
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}, "tags": {"enum": ["a", 1]}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def allowed(constraint: grammar.Constraint, vocabulary: int) -> np.ndarray:
+    """Ids that may come next."""
+    words = np.full(-(-vocabulary // 32) + 1, 0xFFFFFFFF, np.uint32)
+    constraint.allowed(words)
+    return np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
+
+
+def sampled(tokenizer: Tokenizer, compiler: GrammarCompiler, form: Grammar, seed: int, limit: int = 400) -> str | None:
+    """A random answer of the form; None if it was not complete after `limit` tokens."""
+    rng = np.random.default_rng(seed)
+    constraint, ids = compiler.constraint(form), []
+    for _ in range(limit):
+        choice = allowed(constraint, tokenizer.size)
+        assert choice.size and choice.max() < tokenizer.size
+        token = int(rng.choice(choice))
+        assert constraint.accept(token)
+        if token in tokenizer.stop_ids:
+            return tokenizer.decode(ids)
+        ids.append(token)
+        if constraint.finished:
+            return tokenizer.decode(ids)
+    return None
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 1 << 30))
+def test_sampled_answers_are_valid(seed: int) -> None:
+    text = sampled(DEMO_TOKENIZER, COMPILER, Grammar.json_schema(PERSON), seed)
+    if text is not None:
+        value = json.loads(text)
+        assert set(value) <= {"name", "age", "tags"} and isinstance(value["age"], int) and len(value["name"]) <= 12
+    text = sampled(DEMO_TOKENIZER, COMPILER, Grammar.regex(r"[a-f]{2,5}(-[0-9]+)?"), seed)
+    assert text is None or re.fullmatch(r"[a-f]{2,5}(-[0-9]+)?", text)
+    text = sampled(DEMO_TOKENIZER, COMPILER, Grammar.lark('start: "x" | "(" start ")"'), seed)
+    assert text is None or re.fullmatch(r"\(*x\)*", text)
+
+
+AWKWARD = ["yes", "no.", "a|b", "(c)", "d\n\\n", "é", "🐉", "-]^", "<|eot_id|>"]
+
+
+def test_choices_are_literal() -> None:
+    seen = {sampled(DEMO_TOKENIZER, COMPILER, Grammar.choice(AWKWARD), seed) for seed in range(80)}
+    assert seen == set(AWKWARD)
+
+
+def test_any_object_and_both_spellings_of_a_schema() -> None:
+    assert Grammar.json() == Grammar.json_schema('{"type": "object"}') != Grammar.json_schema(PERSON)
+    for seed in range(5):
+        text = sampled(DEMO_TOKENIZER, COMPILER, Grammar.json(), seed)
+        assert text is None or isinstance(json.loads(text), dict)
+
+
+def test_a_sentencepiece_vocabulary() -> None:
+    tokenizer = Tokenizer(sentencepiece_like())
+    compiler = GrammarCompiler(tokenizer)
+    for seed in range(5):
+        text = sampled(tokenizer, compiler, Grammar.choice(["{}", "no"]), seed)
+        assert text in ("{}", "no")
+    assert tokenizer.encode_plain("{}") != tokenizer.encode("{}", add_bos=False)  # no space before a first word
+
+
+def test_special_tokens_are_never_allowed_inside() -> None:
+    constraint = COMPILER.constraint(Grammar.regex(r"(?s:.*)"))
+    inside = set(allowed(constraint, DEMO_TOKENIZER.size).tolist()) - DEMO_TOKENIZER.stop_ids
+    assert not inside & DEMO_TOKENIZER.special_ids
+    special = next(iter(DEMO_TOKENIZER.special_ids))
+    assert not constraint.accept(special)
+    # In a plain text they are spelled.
+    text = "".join(DEMO_TOKENIZER.token_bytes(i).decode() for i in sorted(DEMO_TOKENIZER.special_ids))
+    assert not DEMO_TOKENIZER.special_ids & set(DEMO_TOKENIZER.encode_plain(text))
+    assert DEMO_TOKENIZER.decode(DEMO_TOKENIZER.encode_plain(text)) == text
+
+
+def test_a_model_without_a_token_that_ends_answers() -> None:
+    tokenizer = Tokenizer.open(DEMO)
+    tokenizer.stop_ids = frozenset()
+    assert sampled(tokenizer, GrammarCompiler(tokenizer), Grammar.choice(["yes"]), 0) == "yes"
+
+
+def test_answers_do_not_share_a_state() -> None:
+    one, other = (COMPILER.constraint(Grammar.choice(["ab", "cd"])) for _ in range(2))
+    first = DEMO_TOKENIZER.encode_plain("a")[0]
+    assert one.accept(first) and not one.accept(DEMO_TOKENIZER.encode_plain("c")[0])
+    assert first in allowed(other, DEMO_TOKENIZER.size)
+
+
+def deep(levels: int) -> Any:
+    schema: Any = True
+    for _ in range(levels):
+        schema = {"items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    ("make", "value", "reason"),
+    [
+        (Grammar.json_schema, {"type": "strnig"}, "strnig"),
+        (Grammar.json_schema, {"not": {}}, "Unimplemented keys"),
+        (Grammar.json_schema, {"$ref": "http://127.0.0.1/x"}, "does not fetch"),
+        (Grammar.json_schema, {"enum": []}, "Unsatisfiable"),
+        (Grammar.json_schema, "{", "must be JSON"),
+        (Grammar.json_schema, "[" * 60_000, "must be JSON"),
+        (Grammar.json_schema, 5, "must be an object"),
+        (Grammar.json_schema, {"a": {1, 2}}, "what JSON knows"),
+        (Grammar.json_schema, deep(5000), "64 levels"),
+        (Grammar.json_schema, {"description": "x" * 70_000}, "65,536 characters, not 70,0"),
+        (Grammar.regex, "(", "unclosed group"),
+        (Grammar.regex, "(" * 30_000 + ")" * 30_000, "invalid regex"),
+        (Grammar.regex, "a\ud800", "valid Unicode"),
+        (Grammar.regex, None, "must be a string, not None"),
+        (Grammar.choice, [], "must be a list"),
+        (Grammar.choice, "yes", "must be a list"),
+        (Grammar.choice, ["a", ""], "not empty"),
+        (Grammar.choice, ["a", 1], "must be a string"),
+        (Grammar.lark, "start: NOPE", "unknown name"),
+        (Grammar.lark, "start: " + "(" * 20_000 + ")" * 20_000, "deeply nested"),
+        (Grammar.lark, 'x: "a"', "start"),
+    ],
+)
+def test_what_is_no_grammar_is_refused_in_one_line(make: Any, value: Any, reason: str) -> None:
+    with pytest.raises(RequestError, match=reason) as caught:
+        make(value)
+    assert len(str(caught.value)) < 400 and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda: Grammar.regex("((a{1,100}){1,100}){1,100}"),
+        lambda: Grammar.regex("(a|aa)*(b|bb)*" * 200),
+        lambda: Grammar.lark("start: start start | 'a' | 'aa'".replace("'", '"')),
+        lambda: Grammar.json_schema({"type": "string", "pattern": "(.*a){30}"}),
+    ],
+)
+def test_what_explodes_is_bounded(form: Any) -> None:
+    """Refused, or used at a bounded cost; never more."""
+    try:
+        constraint = COMPILER.constraint(form())
+        for _ in range(5):
+            token = DEMO_TOKENIZER.encode_plain("a")[0]
+            if token not in allowed(constraint, DEMO_TOKENIZER.size) or not constraint.accept(token):
+                break
+    except RequestError as error:
+        assert str(error).isprintable()
+
+
+def test_compiled_grammars_are_kept_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "KEPT", 2)
+    compiler = GrammarCompiler(DEMO_TOKENIZER)
+    forms = [Grammar.choice([text]) for text in ("a", "b", "c")]
+    for form in (*forms[:2], forms[0], forms[2]):
+        compiler.constraint(form)
+    assert list(compiler._compiled) == [forms[0].source, forms[2].source]
