@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from bitnet_numba.engine.engine import DEMO
 from bitnet_numba.errors import RequestError
-from bitnet_numba.text import grammar
-from bitnet_numba.text.grammar import Grammar, GrammarCompiler
+from bitnet_numba.grammar import Grammar
+from bitnet_numba.text import constraint as constraints
+from bitnet_numba.text.constraint import Constraint, GrammarCompiler
 from bitnet_numba.text.tokenizer import Tokenizer
 from tests.text.conftest import sentencepiece_like
 
@@ -26,7 +27,7 @@ PERSON = {
 }
 
 
-def allowed(constraint: grammar.Constraint, vocabulary: int) -> np.ndarray:
+def allowed(constraint: Constraint, vocabulary: int) -> np.ndarray:
     """Ids that may come next."""
     words = np.full(-(-vocabulary // 32) + 1, 0xFFFFFFFF, np.uint32)
     constraint.allowed(words)
@@ -36,7 +37,7 @@ def allowed(constraint: grammar.Constraint, vocabulary: int) -> np.ndarray:
 def sampled(tokenizer: Tokenizer, compiler: GrammarCompiler, form: Grammar, seed: int, limit: int = 400) -> str | None:
     """A random answer of the form; None if it was not complete after `limit` tokens."""
     rng = np.random.default_rng(seed)
-    constraint, ids = compiler.constraint(form), []
+    constraint, ids = compiler.compile(form).constraint(), []
     for _ in range(limit):
         choice = allowed(constraint, tokenizer.size)
         assert choice.size and choice.max() < tokenizer.size
@@ -88,7 +89,7 @@ def test_a_sentencepiece_vocabulary() -> None:
 
 
 def test_special_tokens_are_never_allowed_inside() -> None:
-    constraint = COMPILER.constraint(Grammar.regex(r"(?s:.*)"))
+    constraint = COMPILER.compile(Grammar.regex(r"(?s:.*)")).constraint()
     inside = set(allowed(constraint, DEMO_TOKENIZER.size).tolist()) - DEMO_TOKENIZER.stop_ids
     assert not inside & DEMO_TOKENIZER.special_ids
     special = next(iter(DEMO_TOKENIZER.special_ids))
@@ -106,10 +107,19 @@ def test_a_model_without_a_token_that_ends_answers() -> None:
 
 
 def test_answers_do_not_share_a_state() -> None:
-    one, other = (COMPILER.constraint(Grammar.choice(["ab", "cd"])) for _ in range(2))
+    one, other = (COMPILER.compile(Grammar.choice(["ab", "cd"])).constraint() for _ in range(2))
     first = DEMO_TOKENIZER.encode_plain("a")[0]
     assert one.accept(first) and not one.accept(DEMO_TOKENIZER.encode_plain("c")[0])
     assert first in allowed(other, DEMO_TOKENIZER.size)
+
+
+def test_an_answer_that_has_begun() -> None:
+    form = COMPILER.compile(Grammar.choice(["yes", "yet"]))
+    ids = DEMO_TOKENIZER.encode_plain("ye")
+    begun, other = form.constraint(ids), form.constraint()
+    for token in ids:
+        other.accept(token)
+    assert np.array_equal(allowed(begun, DEMO_TOKENIZER.size), allowed(other, DEMO_TOKENIZER.size))
 
 
 def deep(levels: int) -> Any:
@@ -163,7 +173,7 @@ def test_what_is_no_grammar_is_refused_in_one_line(make: Any, value: Any, reason
 def test_what_explodes_is_bounded(form: Any) -> None:
     """Refused, or used at a bounded cost; never more."""
     try:
-        constraint = COMPILER.constraint(form())
+        constraint = COMPILER.compile(form()).constraint()
         for _ in range(5):
             token = DEMO_TOKENIZER.encode_plain("a")[0]
             if token not in allowed(constraint, DEMO_TOKENIZER.size) or not constraint.accept(token):
@@ -173,9 +183,9 @@ def test_what_explodes_is_bounded(form: Any) -> None:
 
 
 def test_compiled_grammars_are_kept_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar, "KEPT", 2)
+    monkeypatch.setattr(constraints, "KEPT", 2)
     compiler = GrammarCompiler(DEMO_TOKENIZER)
     forms = [Grammar.choice([text]) for text in ("a", "b", "c")]
     for form in (*forms[:2], forms[0], forms[2]):
-        compiler.constraint(form)
+        compiler.compile(form)
     assert list(compiler._compiled) == [forms[0].source, forms[2].source]

@@ -1,0 +1,141 @@
+"""The form that an answer must have: a JSON schema, a regular expression, one of several texts, or a grammar.
+
+It is checked here, but knows no tokens: see `text/constraint.py`. The `llguidance` library does the parsing.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bitnet_numba.errors import RequestError, printable, shown
+
+MAX_SOURCE = 64 * 1024  # characters of a schema, an expression or a grammar
+MAX_DEPTH = 64  # of values inside values
+# About 20 ms to compile and 15 ms a token at worst, and 30 MB. Errors leave out the parser's state.
+LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 50_000,
+    "max_lexer_states": 20_000,
+    "max_grammar_size": 100_000,
+    "verbose_errors": False,
+}
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """The form that an answer must have. Made by `json`, `json_schema`, `regex`, `choice` or `lark`.
+
+    The answer ends where the form ends. One that reaches `max_new_tokens` before is cut, with finish reason "length".
+    """
+
+    source: str = field(repr=False)  # in the library's own notation
+    kind: str
+
+    @classmethod
+    def json(cls) -> "Grammar":
+        """Any JSON object."""
+        return cls.json_schema({"type": "object"})
+
+    @classmethod
+    def json_schema(cls, schema: Any) -> "Grammar":
+        """JSON that is valid under a schema (a dict, a bool, or its text).
+
+        Raises RequestError for what is no schema, for keywords that cannot be enforced, and beyond 64 KiB or 64 levels.
+        """
+        if isinstance(schema, str):
+            _check_size("a JSON schema", schema)
+            try:
+                schema = json.loads(schema)
+            except (ValueError, RecursionError):
+                raise RequestError(f"a JSON schema must be JSON, not {shown(schema)}") from None
+        if not isinstance(schema, dict | bool):
+            raise RequestError(f"a JSON schema must be an object or a bool, not {shown(schema)}")
+        _check_depth(schema)
+        try:
+            text = json.dumps(schema)
+        except (TypeError, ValueError):
+            raise RequestError("a JSON schema must consist of what JSON knows") from None
+        _check_size("a JSON schema", text)
+        return cls._checked(library().LLMatcher.grammar_from_json_schema(text), "JSON schema")
+
+    @classmethod
+    def regex(cls, pattern: str) -> "Grammar":
+        """What a regular expression matches as a whole (Rust's dialect: no look-around, no back-references)."""
+        _check_text("a regular expression", pattern)
+        return cls._checked(library().LLMatcher.grammar_from_regex(pattern), "regular expression")
+
+    @classmethod
+    def choice(cls, texts: Sequence[str]) -> "Grammar":
+        """One of several texts."""
+        if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts or "" in texts:
+            raise RequestError(f"choices must be a list of texts that are not empty, not {shown(texts)}")
+        for text in texts:
+            _check_text("a choice", text)
+        rule = "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+        _check_size("a list of choices", rule)
+        return cls._checked(library().LLMatcher.grammar_from_lark(rule), "choice")
+
+    @classmethod
+    def lark(cls, grammar: str) -> "Grammar":
+        """A context-free grammar in Lark's notation, as far as llguidance understands it; its first rule is `start`."""
+        _check_text("a grammar", grammar)
+        return cls._checked(library().LLMatcher.grammar_from_lark(grammar), "grammar")
+
+    @classmethod
+    def _checked(cls, source: str, kind: str) -> "Grammar":
+        problem = library().LLMatcher.validate_grammar(source, limits=limits())
+        if problem and not problem.startswith("WARNING"):
+            raise RequestError(f"{kind}: {library_message(problem)}")
+        return cls(source, kind)
+
+
+def library() -> Any:
+    """llguidance, imported when it is first needed: it takes 20 ms."""
+    import llguidance
+
+    return llguidance
+
+
+def limits() -> Any:
+    """LIMITS as the library takes them."""
+    return library().LLParserLimits(**LIMITS)
+
+
+def library_message(text: str) -> str:
+    """One of the library's messages as a line."""
+    return printable(" ".join(text.split()), 300)
+
+
+def _check_text(what: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise RequestError(f"{what} must be a string, not {shown(text)}")
+    _check_size(what, text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"{what} must be valid Unicode") from None
+
+
+def _check_size(what: str, text: str) -> None:
+    if len(text) > MAX_SOURCE:
+        raise RequestError(f"{what} may have {MAX_SOURCE:,} characters, not {len(text):,}")
+
+
+def _check_depth(value: object) -> None:
+    """Raises RequestError for a JSON value nested too deeply, however deep it is."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            return
+        if len(level) > MAX_SOURCE:
+            break
+    raise RequestError(f"a JSON schema may be nested {MAX_DEPTH} levels deep, and have {MAX_SOURCE:,} characters")
+
+
+def _inside(value: object) -> Sequence[object]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list | tuple) else []
