@@ -1,10 +1,10 @@
 """Sampling of the next token: its definition.
 
-The steps, in order, as in transformers and vLLM: logit bias, presence and frequency penalty, repetition penalty,
-temperature, top-k, top-p, min-p, then one draw: the argmax of z + g over the kept tokens, with z = logit / temperature
-and g independent Gumbel noise. That is distributed as softmax(z) (the Gumbel-max trick, Gumbel 1954) and needs neither
-a sort nor a prefix sum, so a GPU can do it in any order. The noise is a pure function of (seed, position in the
-sequence, token id): the same seed gives the same tokens, whatever else is in the batch.
+The steps, in order, as in transformers and vLLM: logit bias, presence and frequency penalty, repetition penalty, a mask
+of the tokens that may come, temperature, top-k, top-p, min-p, then one draw: the argmax of z + g over the kept tokens,
+with z = logit / temperature and g independent Gumbel noise. That is distributed as softmax(z) (the Gumbel-max trick,
+Gumbel 1954) and needs neither a sort nor a prefix sum, so a GPU can do it in any order. The noise is a pure function of
+(seed, position in the sequence, token id): the same seed gives the same tokens, whatever else is in the batch.
 
 Log probabilities are of the model itself: log-softmax of its logits before any of these steps.
 """
@@ -42,16 +42,26 @@ class TokenLogprob(NamedTuple):
 
 
 def sample(
-    logits: NDArray[np.float32], history: Sequence[int], params: SamplingParams, prompt_length: int | None = None
+    logits: NDArray[np.float32],
+    history: Sequence[int],
+    params: SamplingParams,
+    prompt_length: int | None = None,
+    mask: NDArray[np.uint32] | None = None,
 ) -> int:
     """Samples the next token after `history` (all tokens so far, including the prompt) from logits, float32 [vocab].
 
     prompt_length: how many tokens of the history are the prompt; the others are the answer so far. None: all are.
+    mask: the tokens that may be chosen, uint32 [at least vocab / 32], bit i % 32 of word i // 32; None: all.
     `params.seed` must be set unless temperature is 0. Raises ValueError if a logit is NaN or the largest is infinite.
     """
     generated = () if prompt_length is None else history[prompt_length:]
     z = penalize(edit(logits, *logit_edits(params, generated)), history, params.repetition_penalty)
-    if not np.isfinite(z.max()):  # NaN if any of them is
+    if np.isnan(z).any():
+        raise ValueError("logits hold NaN or infinity")
+    if mask is not None:
+        allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")[: len(z)]
+        z = np.where(allowed, z, np.float32(-np.inf))
+    if not np.isfinite(z.max()):
         raise ValueError("logits hold NaN or infinity")
     if params.temperature == 0.0:
         return int(z.argmax())

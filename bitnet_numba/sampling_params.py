@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import TypedDict
 
 from bitnet_numba.errors import RequestError, shown
+from bitnet_numba.grammar import Grammar
 
 DEFAULT_MAX_NEW_TOKENS = 512
 MAX_LOGPROBS = 20
@@ -40,6 +41,8 @@ class SamplingParams:
     logprobs: also gives, for each token of the answer, its log probability and so many of the most likely tokens, 0 to
     20; None: neither. They are the model's own: log-softmax of its logits before bias, penalties and temperature.
     prompt_logprobs: the same for the tokens of the prompt but the first, which then is computed anew, and not reused.
+    grammar: the form that the answer must have, see `Grammar`; it ends where the form does, and never before, but for
+    stop strings, stop_token_ids and its length. Not together with min_tokens and ignore_eos.
     """
 
     temperature: float = 0.0
@@ -58,6 +61,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         # As Python's own numbers: NumPy's integers overflow in the generator, and a Fraction has no logarithm.
@@ -83,6 +87,11 @@ class SamplingParams:
                 object.__setattr__(self, name, _read_integer(name, given, rule, least, limit))
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos must be True or False, not {shown(self.ignore_eos)}")
+        if self.grammar is not None:
+            if not isinstance(self.grammar, Grammar):
+                raise RequestError(f"grammar must be a Grammar, not {shown(self.grammar)}")
+            if self.min_tokens or self.ignore_eos:
+                raise RequestError("a grammar says where the answer ends: leave out min_tokens and ignore_eos")
         if self.max_new_tokens is not None and self.min_tokens > self.max_new_tokens:
             raise RequestError(f"min_tokens is {self.min_tokens}, but max_new_tokens is {self.max_new_tokens}")
         object.__setattr__(self, "stop", read_stop(self.stop))
@@ -123,6 +132,7 @@ class SamplingOverrides(TypedDict, total=False):
     ignore_eos: bool
     logprobs: int | None
     prompt_logprobs: int | None
+    grammar: Grammar | None
 
 
 def read_stop(stop: object) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE
+from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE, Constraint
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError, one_line
 from bitnet_numba.sampling import TokenLogprob, token_logprobs
@@ -80,10 +80,11 @@ class HostModel(Protocol[C]):
         params: Sequence[SamplingParams],
         prompt_lengths: Sequence[int],
         logits: Floats | None = None,
+        masks: Sequence[NDArray[np.uint32] | None] | None = None,
     ) -> list[int]:
         """`sampling.sample` of the next token of each sequence [B, hidden]; NO_TOKEN where logits are NaN.
 
-        logits: float32 [B, vocab], which gets the model's logits, if it is given.
+        logits: float32 [B, vocab], which gets the model's logits, if it is given. masks: see `sampling.sample`.
         """
 
     def nbytes(self) -> int:
@@ -184,13 +185,15 @@ class HostContext(Generic[C]):
         """Appends tokens and returns the logits at each of them, float32 [M, vocab]."""
         return np.concatenate([self._model.logits(hidden) for hidden in self._extend(ids)])
 
-    def decode(self, ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
+    def decode(self, ids: Sequence[int], params: SamplingParams, constraint: Constraint | None = None) -> Iterator[int]:
         """Appends tokens (at least one), then yields sampled tokens, one per step, until the context is full."""
         prompt_length = len(self.ids) + len(ids)
         while True:
             for hidden in self._extend(ids):
                 last = hidden[-1:]
-            ((token, self._logprob),) = sample_rows(self._model, last, [self.ids], [params], [prompt_length])
+            ((token, self._logprob),) = sample_rows(
+                self._model, last, [self.ids], [params], [prompt_length], [constraint]
+            )
             if token == NO_TOKEN:
                 raise ValueError(BAD_LOGITS)
             yield token
@@ -237,16 +240,31 @@ def sample_rows(
     histories: Sequence[Sequence[int]],
     params: Sequence[SamplingParams],
     prompt_lengths: Sequence[int],
+    constraints: Sequence[Constraint | None],
 ) -> list[tuple[int, TokenLogprob | None]]:
     """The next token of each sequence, and its log probability if it is asked for."""
-    if all(own.logprobs is None for own in params):
-        return [(token, None) for token in model.sample(hidden, histories, params, prompt_lengths)]
-    logits = np.empty((len(hidden), model.config.vocab_size), np.float32)
-    tokens = model.sample(hidden, histories, params, prompt_lengths, logits)
+    vocab = model.config.vocab_size
+    masks = [None if constraint is None else mask_of(constraint, vocab) for constraint in constraints]
+    logits = None
+    if any(own.logprobs is not None for own in params):
+        logits = np.empty((len(hidden), vocab), np.float32)
+    tokens = model.sample(hidden, histories, params, prompt_lengths, logits, masks)
+    for constraint, token in zip(constraints, tokens, strict=True):
+        if constraint is not None and token != NO_TOKEN:
+            constraint.accept(token)
+    if logits is None:
+        return [(token, None) for token in tokens]
     return [
         (token, None if own.logprobs is None or token == NO_TOKEN else token_logprobs(row, [token], own.logprobs)[0])
         for row, token, own in zip(logits[:, None], tokens, params, strict=True)
     ]
+
+
+def mask_of(constraint: Constraint, vocab: int) -> NDArray[np.uint32]:
+    """The tokens that a constraint allows next, see `sampling.sample`."""
+    mask = np.empty(-(-vocab // 32), np.uint32)
+    constraint.allowed(mask)
+    return mask
 
 
 def finite(logits: Floats) -> Floats:
@@ -257,13 +275,16 @@ def finite(logits: Floats) -> Floats:
 
 
 class _Sequence(Generic[C]):
-    def __init__(self, ids: Sequence[int], params: SamplingParams, cache: C, prompt_length: int):
+    def __init__(
+        self, ids: Sequence[int], params: SamplingParams, cache: C, prompt_length: int, constraint: Constraint | None
+    ):
         self.ids = list(ids)  # those given at the start, and sampled tokens
         self.num_given = len(ids)
         self.prompt_length = prompt_length
         self.prompt_logprobs: list[TokenLogprob] = []
         self.logprob: TokenLogprob | None = None  # of the last token
         self.params = params
+        self.constraint = constraint
         self.cache = cache
         self.failure: str | None = None  # why it gets no more tokens
 
@@ -289,6 +310,7 @@ class HostBatch(Generic[C]):
         pages: Sequence[int],
         computed: int,
         prompt_length: int | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         """Starts a sequence in a slot."""
         if not 0 <= slot < self.max_sequences:
@@ -300,7 +322,7 @@ class HostBatch(Generic[C]):
         if computed and params.prompt_logprobs is not None:
             raise ValueError("a prompt that is scored must be computed as a whole")
         length = len(ids) if prompt_length is None else prompt_length
-        self._sequences[slot] = _Sequence(ids, params, self._pool.cache(pages, computed), length)
+        self._sequences[slot] = _Sequence(ids, params, self._pool.cache(pages, computed), length, constraint)
 
     def prefill(self, slot: int, count: int) -> None:
         """Computes the next tokens of a prompt; at its end, samples the first token."""
@@ -395,7 +417,8 @@ class HostBatch(Generic[C]):
         def compute(running: Sequence[_Sequence[C]]) -> list[tuple[int, TokenLogprob | None]]:
             rows = np.stack([hidden[where[id(s)]] for s in running])
             params, lengths = [s.params for s in running], [s.prompt_length for s in running]
-            return sample_rows(self._model, rows, [s.ids for s in running], params, lengths)
+            constraints = [s.constraint for s in running]
+            return sample_rows(self._model, rows, [s.ids for s in running], params, lengths, constraints)
 
         results = self._each(sequences, compute, 0)
         for i, s in enumerate(sequences):

@@ -10,6 +10,17 @@ from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.sampling_params import SamplingParams
 
 
+class Constraint(Protocol):
+    """Which tokens one answer may go on with, see `text.constraint.Constraint`. A backend asks for them when it samples
+    a token, and tells which it was."""
+
+    def allowed(self, out: NDArray[np.uint32]) -> None:
+        """Writes which tokens may come next, uint32 [at least vocab / 32], as `sampling.sample` reads them."""
+
+    def accept(self, token: int) -> bool:
+        """Goes on by a token; False if it is not allowed here."""
+
+
 class Context(Protocol):
     """One sequence: the KV cache of the tokens so far, up to `capacity`."""
 
@@ -25,14 +36,16 @@ class Context(Protocol):
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Appends tokens and returns the logits at each of them, float32 [T, vocab]."""
 
-    def decode(self, ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
+    def decode(self, ids: Sequence[int], params: SamplingParams, constraint: Constraint | None = None) -> Iterator[int]:
         """Appends tokens (at least one), then yields sampled tokens, one per step, until the context is full.
 
         Each token is `sampling.sample(logits, history, params, prompt_length)`, with all tokens before it as the
         history and, as the prompt, those that are there when this call has appended its own. `self.ids` grows as tokens
         are fed back: when the next one is requested, or, in an asynchronous backend, some steps ahead. After closing
         the iterator, `truncate` to what should stay. `params.seed` is set, and params.stop_token_ids are all tokens
-        that end the answer. params.prompt_logprobs means nothing here.
+        that end the answer. params.prompt_logprobs and params.grammar mean nothing here.
+
+        constraint: of the answer, if its form is given; the tokens yielded have been accepted.
         """
 
     def logprobs(self) -> TokenLogprob:
@@ -76,6 +89,7 @@ class Batch(Protocol):
         pages: Sequence[int],
         computed: int,
         prompt_length: int | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         """Starts a sequence in a slot.
 
@@ -86,6 +100,7 @@ class Batch(Protocol):
         written), and fewer than len(ids). The calls that compute them may still be queued. 0 with
         params.prompt_logprobs.
         prompt_length: how many of `ids` are the prompt, if the others are the answer so far; None: all are.
+        constraint: of the answer after `ids`, if its form is given.
         """
 
     def prefill(self, slot: int, count: int) -> None:

@@ -124,15 +124,17 @@ class ReferenceModel:
         params: Sequence[SamplingParams],
         prompt_lengths: Sequence[int],
         logits: Floats | None = None,
+        masks: Sequence[NDArray[np.uint32] | None] | None = None,
     ) -> list[int]:
-        """The next token of each sequence; NO_TOKEN where logits are NaN. logits: see `host.HostModel`."""
+        """The next token of each sequence; NO_TOKEN where logits are NaN. logits, masks: see `host.HostModel`."""
         tokens = []
         with np.errstate(all="ignore"):  # NO_TOKEN replaces NumPy's warnings
-            for i, (history, own, length) in enumerate(zip(histories, params, prompt_lengths, strict=True)):
+            rows = zip(histories, params, prompt_lengths, masks or [None] * len(hidden), strict=True)
+            for i, (history, own, length, mask) in enumerate(rows):
                 row = self.logits(hidden[i : i + 1])[0]
                 if logits is not None:
                     logits[i] = row
-                tokens.append(NO_TOKEN if np.isnan(row).any() else sample(row, history, own, length))
+                tokens.append(NO_TOKEN if np.isnan(row).any() else sample(row, history, own, length, mask))
         return tokens
 
     def nbytes(self) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from bitnet_numba.errors import ContextFull, RequestError, printable, shown
 from bitnet_numba.sampling_params import SamplingParams, read_stop
 from bitnet_numba.text.chat_template import Message
+from bitnet_numba.text.constraint import CompiledGrammar, Constraint
 from bitnet_numba.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Message]  # a text to continue, token ids, or chat messages
@@ -27,6 +28,11 @@ class Request:
     ids: list[int]
     params: SamplingParams  # with a seed, and all tokens that end the answer as stop_token_ids
     stop: tuple[str, ...]  # those of `params`, and those that the chat template needs
+    form: CompiledGrammar | None = None  # of the answer: `params.grammar` for the model's tokens
+
+    def constraint(self, answer: Sequence[int] = ()) -> Constraint | None:
+        """A new constraint for the rest of an answer, if its form is given."""
+        return None if self.form is None else self.form.constraint(answer)
 
     def several(self, count: int) -> "list[Request]":
         """Requests for `count` answers to this prompt: the first is this one, each later one has the next seed."""
@@ -91,7 +97,12 @@ def read_request(
             stop += tokenizer.chat_stop
             ends |= tokenizer.special_stops(tokenizer.chat_stop)
     ends = {token for token in ends if token < vocab_size}
-    return Request(ids, replace(params.with_seed(), stop_token_ids=ends), stop)
+    form = None
+    if params.grammar is not None:
+        if not ends & tokenizer.stop_ids:
+            raise RequestError("grammar: this model has no token that ends an answer")
+        form = tokenizer.grammars.compile(params.grammar)
+    return Request(ids, replace(params.with_seed(), stop_token_ids=ends), stop, form)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int, capacity: int, several: str) -> list[int]:

@@ -236,7 +236,7 @@ class Scheduler:
         s = _Sequence(request_id, request, slot, lease, lease.computed, builder, max_tokens)
         self._prefilling = self._running[request_id] = s
         try:
-            self._batch.start(slot, request.ids, params, lease.pages, lease.computed)
+            self._batch.start(slot, request.ids, params, lease.pages, lease.computed, constraint=request.constraint())
         except BackendError:  # as a whole
             raise
         except Exception as error:

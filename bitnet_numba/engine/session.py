@@ -197,7 +197,7 @@ class Session:
                 builder.prompt_logprobs = [None, *scored]
             elif self.pauses:
                 yield from prefill_in_parts(context, ids)
-            tokens = context.decode(ids[len(context.ids) :], params)
+            tokens = context.decode(ids[len(context.ids) :], params, request.constraint())
             try:
                 for token in finite_steps(tokens):
                     logprob = None if params.logprobs is None else context.logprobs()

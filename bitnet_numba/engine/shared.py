@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.backends.protocol import Backend, Batch, Context
+from bitnet_numba.backends.protocol import Backend, Batch, Constraint, Context
 from bitnet_numba.errors import BackendError, one_line
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.sampling_params import SamplingParams
@@ -154,9 +154,9 @@ class SharedContext(_Closing):
         with self._backend.turn():
             return self._inner.logits(ids)
 
-    def decode(self, ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
+    def decode(self, ids: Sequence[int], params: SamplingParams, constraint: Constraint | None = None) -> Iterator[int]:
         """Appends tokens, then yields sampled tokens; other threads get their turns between them."""
-        tokens = self._inner.decode(ids, params)
+        tokens = self._inner.decode(ids, params, constraint)
         try:
             while True:
                 with self._backend.turn():
@@ -195,10 +195,11 @@ class SharedBatch(_Closing):
         pages: Sequence[int],
         computed: int,
         prompt_length: int | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         """Starts a sequence in a slot."""
         with self._backend.turn():
-            self._inner.start(slot, ids, params, pages, computed, prompt_length)
+            self._inner.start(slot, ids, params, pages, computed, prompt_length, constraint)
 
     def prefill(self, slot: int, count: int) -> None:
         """Computes the next tokens of a prompt."""

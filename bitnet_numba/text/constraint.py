@@ -29,14 +29,14 @@ class Constraint:
 
     @property
     def finished(self) -> bool:
-        """Whether the form is complete and nothing can follow."""
+        """Whether the form is complete and nothing can follow but the end."""
         return bool(self._matcher.is_stopped())
 
     def allowed(self, out: NDArray[np.uint32]) -> None:
         """Writes which tokens may come next, uint32 [at least vocabulary / 32]: bit i % 32 of word i // 32.
 
-        An end-of-answer token is among them where the form is complete. Raises RequestError if the form turns out to
-        be too complex.
+        Tokens that end answers are among them where the form is complete, and alone where nothing else can follow.
+        Raises RequestError if the form turns out to be too complex.
         """
         out[:] = 0
         words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: -(-self._size // 32)]

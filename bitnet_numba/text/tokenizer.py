@@ -27,6 +27,7 @@ from bitnet_numba.text.chat_template import (
     read_ids,
     without_surrogates,
 )
+from bitnet_numba.text.constraint import GrammarCompiler
 from bitnet_numba.text.guarded_encoder import GuardedEncoder
 from bitnet_numba.text.tiktoken import BOS, EOS, build_tokenizer, byte_alphabet
 from bitnet_numba.text.tokenizer_files import (
@@ -152,6 +153,11 @@ class Tokenizer:
             guarded, names = self._plain
             found = [(*match.span(), True) for match in names.finditer(text)] if names.pattern else []
             return guarded.encode(without_surrogates(text), found, continues=True)
+
+    @functools.cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Compiles grammars for this tokenizer. Made when it is first needed: that takes up to a second."""
+        return GrammarCompiler(self)
 
     @functools.cached_property
     def _plain(self) -> tuple[GuardedEncoder, re.Pattern[str]]:

@@ -169,6 +169,16 @@ def penalize(logits, vocab, history, history_length, penalty, z):
 
 
 @njit(**vec.OPTIONS)
+def drop_masked(mask, vocab, z):
+    """z = -inf for tokens whose bit is 0."""
+    for first in range(0, vocab, 32):
+        word = np.int64(load_i32(mask, first // 8))
+        for i in range(min(32, vocab - first)):
+            if word >> i & 1 == 0:
+                store_f32(z, 4 * (first + i), np.float32(LOWEST))
+
+
+@njit(**vec.OPTIONS)
 def best_of_lanes(best, ids, scratch):
     """(largest value, the lowest id that has it) of 16 lanes. scratch: 128 bytes."""
     vec.store(scratch, 0, best)
@@ -333,21 +343,22 @@ def draw(z, vocab, min_z, position, key0, key1, scratch):
 
 
 @njit(**vec.OPTIONS)
-def sample(logits, vocab, history, history_length, settings, edits, num_edits, scratch):
+def sample(logits, vocab, history, history_length, settings, edits, num_edits, mask, scratch):
     """The next token, int64; NO_TOKEN if logits hold NaN or the largest is infinite.
 
     logits: float32 [vocab]. history: int64 [history_length], all tokens so far, including the prompt. settings: see
-    `pack_settings`. edits: float64 [num_edits, 3], see `pack_edits`; the logits are as before in the end. scratch:
-    scratch_bytes(vocab). All but the sizes are addresses.
+    `pack_settings`. edits: float64 [num_edits, 3], see `pack_edits`; the logits are as before in the end. mask: the
+    tokens that may be chosen, see `sampling.sample`, or 0. scratch: scratch_bytes(vocab). All but the sizes are
+    addresses.
     """
     edit_logits(logits, edits, num_edits)
-    token = choose(logits, vocab, history, history_length, settings, scratch)
+    token = choose(logits, vocab, history, history_length, settings, mask, scratch)
     restore_logits(logits, edits, num_edits)
     return token
 
 
 @njit(**vec.OPTIONS)
-def choose(logits, vocab, history, history_length, settings, scratch):
+def choose(logits, vocab, history, history_length, settings, mask, scratch):
     """`sample` of edited logits."""
     z, amounts = scratch, scratch + 4 * padded(vocab)
     candidates = amounts + 4 * padded(vocab)
@@ -357,6 +368,8 @@ def choose(logits, vocab, history, history_length, settings, scratch):
     penalty = load_f64(settings, 8 * PENALTY)
     if penalty != 1.0:
         penalize(logits, vocab, history, history_length, penalty, z)
+    if mask != 0:
+        drop_masked(mask, vocab, z)
     most, token = largest(z, vocab, histogram)
     temperature = load_f64(settings, 8 * TEMPERATURE)
     if np.isinf(most):

@@ -257,6 +257,7 @@ def logits(member, members, state, model, job):
                     job.settings + 8 * SETTINGS * m,
                     load_i64(job.edits, 8 * m),
                     load_i64(job.num_edits, 8 * m),
+                    load_i64(job.masks, 8 * m),
                     scratch,
                     job.sampled + 8 * m,
                 ),

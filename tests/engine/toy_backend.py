@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE
+from bitnet_numba.backends.host import mask_of
+from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE, Constraint
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.sampling import TokenLogprob, sample, token_logprobs
@@ -48,11 +49,17 @@ class ToyBackend:
         self.batches.append(ToyBatch(self, max_sequences, capacity, pages))
         return self.batches[-1]
 
-    def choose(self, ids: Sequence[int], prompt: int, params: SamplingParams) -> int:
+    def choose(
+        self, ids: Sequence[int], prompt: int, params: SamplingParams, constraint: Constraint | None = None
+    ) -> int:
         """The token after `ids`, of which the first `prompt` are the prompt."""
         if self.script:
             return self.script[(len(ids) - prompt) % len(self.script)]
-        return sample(self.logits(ids), ids, params, prompt)
+        mask = None if constraint is None else mask_of(constraint, VOCAB)
+        token = sample(self.logits(ids), ids, params, prompt, mask)
+        if constraint is not None:
+            assert constraint.accept(token)
+        return token
 
     def logprob(self, ids: Sequence[int], params: SamplingParams) -> TokenLogprob | None:
         """Of the last of `ids`, if the parameters ask for it."""
@@ -91,7 +98,7 @@ class ToyContext:
         self.feed(ids)
         return np.stack([toy_logits(self.ids[: i + 1]) for i in range(start, len(self.ids))])
 
-    def decode(self, ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
+    def decode(self, ids: Sequence[int], params: SamplingParams, constraint: Constraint | None = None) -> Iterator[int]:
         assert params.seed is not None
         self.backend.prefilled.append(len(ids))
         self.feed(ids)
@@ -102,7 +109,7 @@ class ToyContext:
             while len(chosen) <= min(given + self.backend.ahead, room):
                 if chosen:
                     self.feed(chosen[-1:])
-                chosen.append(self.backend.choose(self.ids, len(self.ids) - len(chosen), params))
+                chosen.append(self.backend.choose(self.ids, len(self.ids) - len(chosen), params, constraint))
             if given == self.backend.fail_after:
                 raise ValueError("a step failed")
             self.last = self.backend.logprob([*prompt, *chosen[: given + 1]], params)
@@ -128,6 +135,7 @@ class ToySequence:
     prompt: int  # tokens
     given: int  # tokens at the start: the prompt, and what there was of the answer
     params: SamplingParams
+    constraint: Constraint | None
     pages: list[int]
     fed: int
 
@@ -157,6 +165,7 @@ class ToyBatch:
         pages: Sequence[int],
         computed: int,
         prompt_length: int | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         assert not self.closed and 0 <= slot < self.max_sequences and params.seed is not None
         assert len(set(pages)) == len(pages) and len(pages) * self.page_size >= len(ids)
@@ -165,7 +174,7 @@ class ToyBatch:
             self.places[page] = [None] * self.page_size
         assert computed == 0 or params.prompt_logprobs is None
         length = len(ids) if prompt_length is None else prompt_length
-        self.sequences[slot] = ToySequence(list(ids), length, len(ids), params, list(pages), computed)
+        self.sequences[slot] = ToySequence(list(ids), length, len(ids), params, constraint, list(pages), computed)
         self.check(self.sequences[slot])
         self.log.append("start")
         self.started.append(list(ids))
@@ -231,7 +240,7 @@ class ToyBatch:
 
     def next_token(self, s: ToySequence) -> int:
         bad = self.backend.bad_token in s.ids
-        s.ids.append(NO_TOKEN if bad else self.backend.choose(s.ids, s.prompt, s.params))
+        s.ids.append(NO_TOKEN if bad else self.backend.choose(s.ids, s.prompt, s.params, s.constraint))
         return s.ids[-1]
 
 

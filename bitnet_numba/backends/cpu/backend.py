@@ -82,6 +82,7 @@ class _Sampling(NamedTuple):
     seen: Sequence[NDArray[np.int64]]  # the history, if that is looked at
     lengths: Sequence[int]  # of the histories
     edits: Sequence[NDArray[np.float64]]  # see `sampler.pack_edits`
+    masks: Sequence[NDArray[np.uint32] | None]  # see `sampling.sample`
 
 
 class CpuModel:
@@ -159,9 +160,10 @@ class CpuModel:
         params: Sequence[SamplingParams],
         prompt_lengths: Sequence[int],
         logits: Floats | None = None,
+        masks: Sequence[NDArray[np.uint32] | None] | None = None,
     ) -> list[int]:
-        """`sampling.sample` of the next token of each sequence; NO_TOKEN where logits are NaN. logits: see
-        `host.HostModel`."""
+        """`sampling.sample` of the next token of each sequence; NO_TOKEN where logits are NaN. logits,
+        masks: see `host.HostModel`."""
         tokens: list[int] = []
         for start in range(0, len(hidden), layout.MAX_TOKENS):
             part = slice(start, start + layout.MAX_TOKENS)
@@ -177,7 +179,8 @@ class CpuModel:
             ]
             lengths = [len(history) for history in histories[part]]
             out = None if logits is None else logits[part]
-            tokens += self._logits(hidden[part], out, _Sampling(settings, seen, lengths, edits))
+            own_masks = (masks or [None] * len(hidden))[part]
+            tokens += self._logits(hidden[part], out, _Sampling(settings, seen, lengths, edits, own_masks))
         return tokens
 
     def nbytes(self) -> int:
@@ -246,6 +249,7 @@ class CpuModel:
                 b.history_lengths[:M] = sampling.lengths
                 b.edits[:M] = [edits.ctypes.data for edits in sampling.edits]
                 b.num_edits[:M] = [len(edits) for edits in sampling.edits]
+                b.masks[:M] = [0 if mask is None else mask.ctypes.data for mask in sampling.masks]
             self._run()
             return b.sampled[:M].tolist() if sampling is not None else []
 

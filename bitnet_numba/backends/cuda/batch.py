@@ -8,7 +8,7 @@ import numpy as np
 from bitnet_numba.backends.cuda.context import Prefill, Runtime, refuse_extras
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size, pages_of
 from bitnet_numba.backends.cuda.steps import BatchSteps
-from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE
+from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE, Constraint
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels.attention import paged_decode
 from bitnet_numba.kernels.attention.kv_cache import PAGE
@@ -61,6 +61,7 @@ class CudaBatch:
         pages: Sequence[int],
         computed: int,
         prompt_length: int | None = None,
+        constraint: Constraint | None = None,
     ) -> None:
         """A new sequence takes a slot."""
         refuse_extras(params)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from bitnet_numba.backends.cuda.forward import MAX_TOKENS, CudaModel
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size, pages_of
 from bitnet_numba.backends.cuda.steps import DecodeBuffers, DecodeSteps, LMHead, PrefillSteps
+from bitnet_numba.backends.protocol import Constraint
 from bitnet_numba.errors import BackendError, RequestError
 from bitnet_numba.kernels.attention.decode import LONG_CONTEXT
 from bitnet_numba.kernels.runtime.device import CudaDevice
@@ -34,6 +35,8 @@ class Runtime:
 
 def refuse_extras(params: SamplingParams) -> None:
     """Raises RequestError for what the kernels cannot do."""
+    if params.grammar is not None:
+        raise RequestError("grammar is not on CUDA")
     if params.edits_logits or params.logprobs is not None or params.prompt_logprobs is not None:
         raise RequestError("penalties but for repetition_penalty, logit_bias, min_tokens and logprobs are not on CUDA")
 
@@ -112,7 +115,7 @@ class CudaContext:
         self.ids += ids
         return result
 
-    def decode(self, ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
+    def decode(self, ids: Sequence[int], params: SamplingParams, constraint: Constraint | None = None) -> Iterator[int]:
         """Appends tokens (at least one), then yields sampled tokens, one a step, until the context is full."""
         refuse_extras(params)
         self._start(ids)

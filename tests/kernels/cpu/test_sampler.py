@@ -13,12 +13,15 @@ from bitnet_numba.sampling import edit, gumbel_noise, kept_tokens, logit_edits, 
 from bitnet_numba.sampling_params import SamplingParams
 from tests.strategies import edited, logit_vectors, seeds
 
+NO_MASK = np.empty(0, np.uint32)
+
 
 @njit(error_model="numpy")
-def _sample(logits, history, settings, edits, scratch):
+def _sample(logits, history, settings, edits, mask, scratch):
+    masked = vec.address_of(mask) if len(mask) > 0 else 0
     return sampler.sample(
         *(vec.address_of(logits), len(logits), vec.address_of(history), len(history)),
-        *(vec.address_of(settings), vec.address_of(edits), len(edits) // sampler.EDIT, vec.address_of(scratch)),
+        *(vec.address_of(settings), vec.address_of(edits), len(edits) // sampler.EDIT, masked, vec.address_of(scratch)),
     )
 
 
@@ -32,18 +35,30 @@ def _noise(position, key0, key1, words, noise):
             vec.store(vec.address_of(noise), at, gumbel.gumbel(lanes))
 
 
-def sampled(logits: np.ndarray, history: list[int], params: SamplingParams, prompt_length: int = 0) -> int:
+def sampled(
+    logits: np.ndarray,
+    history: list[int],
+    params: SamplingParams,
+    prompt_length: int = 0,
+    mask: np.ndarray = NO_MASK,
+) -> int:
     """The token; scratch is poisoned and guarded, and the logits must stay as they are."""
     edits = sampler.pack_edits(params, history[prompt_length:]).reshape(-1)
     scratch = np.full(sampler.scratch_bytes(len(logits)) + 64, 0xFF, np.uint8)
     before = logits.copy()
-    token = _sample(logits, np.array(history, np.int64), sampler.pack_settings(params), edits, scratch)
+    token = _sample(logits, np.array(history, np.int64), sampler.pack_settings(params), edits, mask, scratch)
     np.testing.assert_array_equal(logits, before)
     assert (scratch[-64:] == 0xFF).all()
     return int(token)
 
 
-def allowed(logits: np.ndarray, history: list[int], params: SamplingParams, prompt_length: int = 0) -> set[int]:
+def allowed(
+    logits: np.ndarray,
+    history: list[int],
+    params: SamplingParams,
+    prompt_length: int = 0,
+    mask: np.ndarray = NO_MASK,
+) -> set[int]:
     """The tokens that the definition lets win: its own, and such as rounding may put in its place.
 
     log and exp may differ in the last bits: scores within 1e-5 of the best are as good, and where a probability within
@@ -51,6 +66,8 @@ def allowed(logits: np.ndarray, history: list[int], params: SamplingParams, prom
     """
     z = edit(logits, *logit_edits(params, history[prompt_length:]))
     z = penalize(z, history, np.float32(params.repetition_penalty))
+    if len(mask):
+        z = np.where(np.unpackbits(mask.view(np.uint8), bitorder="little")[: len(z)], z, np.float32(-np.inf))
     if params.temperature == 0:
         return {int(z.argmax())}
     z = scale(z, params.temperature)
@@ -85,6 +102,24 @@ def test_chooses_as_the_definition_does(logits: np.ndarray, history: list[int], 
 def test_edits_are_the_definition_s(data: st.DataObject, logits: np.ndarray, params: SamplingParams) -> None:
     params, history, prompt_length = data.draw(edited(params, len(logits)))
     assert sampled(logits, history, params, prompt_length) in allowed(logits, history, params, prompt_length)
+
+
+@given(data=st.data(), logits=logit_vectors(), params=parameters)
+def test_a_mask_is_the_definition_s(data: st.DataObject, logits: np.ndarray, params: SamplingParams) -> None:
+    params, history, prompt_length = data.draw(edited(replace(params, min_tokens=0), len(logits)))
+    chosen = data.draw(st.sets(st.integers(0, len(logits) - 1), min_size=1))
+    bits = np.zeros(-(-len(logits) // 32) * 32, np.uint8)
+    bits[list(chosen)] = 1
+    bits[len(logits) :] = data.draw(st.integers(0, 1))  # which mean nothing
+    mask = np.packbits(bits, bitorder="little").view(np.uint32)
+    token = sampled(logits, history, replace(params, min_tokens=0), prompt_length, mask)
+    assert token in chosen
+    assert token in allowed(logits, history, replace(params, min_tokens=0), prompt_length, mask)
+    everything = np.full(len(mask), 0xFFFFFFFF, np.uint32)
+    plain = sampled(logits, history, params, prompt_length)
+    assert sampled(logits, history, params, prompt_length, everything) == plain
+    if params.temperature == 0:
+        assert sampled(logits, history, params, prompt_length, np.zeros_like(mask)) == sampler.NO_TOKEN
 
 
 @pytest.mark.parametrize("params", [
