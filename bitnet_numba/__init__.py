@@ -5,7 +5,7 @@ llm = bn.load()                     # the built-in model; or bn.load("owner/name
 print(llm.chat("Tell me a story about a fox and a lantern.").text)
 
 Models       load, Engine (generate, stream, chat, generate_batch, agenerate, astream), Session, Scheduler
-Requests     Prompt, Message, SamplingParams
+Requests     Prompt, Message, SamplingParams, Grammar
 Answers      Completion, Stats, Stream, AsyncStream, Update
 Errors       BitNetError and its kinds: BackendError, CheckpointError, ConfigError, ContextFull, RequestError,
              TokenizerError
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from bitnet_numba.errors import ContextFull as ContextFull
     from bitnet_numba.errors import RequestError as RequestError
     from bitnet_numba.errors import TokenizerError as TokenizerError
+    from bitnet_numba.grammar import Grammar as Grammar
     from bitnet_numba.kernels.linear.operands import PackedLinear as PackedLinear
     from bitnet_numba.kernels.linear.w2a8 import pack_linear as pack_linear
     from bitnet_numba.kernels.linear.w2a8 import w2a8_linear as w2a8_linear
@@ -67,6 +68,7 @@ _HOMES = {
     "ConfigError": "errors",
     "ContextFull": "errors",
     "Engine": "engine.engine",
+    "Grammar": "grammar",
     "Message": "text.chat_template",
     "ModelConfig": "config",
     "PackedLinear": "kernels.linear.operands",
