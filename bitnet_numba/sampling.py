@@ -66,7 +66,7 @@ class SamplingParams:
             ("repetition_penalty", "between 0.001 and 1000", 1e-3, 1e3),
         ):
             given = getattr(self, name)
-            value = _as_float(given)
+            value = as_float(given)
             if value is None:
                 raise RequestError(f"{name} must be a number, not {shown(given)}")
             if not low <= value <= high:
@@ -130,7 +130,7 @@ def read_stop(stop: object) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _as_float(value: object) -> float | None:
+def as_float(value: object) -> float | None:
     """A real number of any type as a float, infinite if it is too large for one; None if it is none (bools are not)."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return None

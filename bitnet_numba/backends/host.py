@@ -30,6 +30,9 @@ class SequenceCache(Protocol):
     def append_nan(self, count: int) -> None:
         """Appends tokens whose keys and values are NaN in all layers."""
 
+    def extend(self, pages: Sequence[int]) -> None:
+        """Adds pages, if it is one of a `PagePool`."""
+
 
 C = TypeVar("C", bound=SequenceCache)
 C_co = TypeVar("C_co", bound=SequenceCache, covariant=True)
@@ -45,11 +48,13 @@ class PagePool(Protocol[C_co]):
 class HostModel(Protocol[C]):
     """What this backend needs of a model.
 
-    A token's numbers must depend on the tokens before it alone: not on how they were divided into calls, nor on other
-    sequences in a call. Numbers that are not finite become NaN, in the cache too, and are no error.
+    A token's numbers must depend on the tokens before it alone: not on other sequences in a call, nor on how they were
+    divided into calls, at ends of pages or, if it is `uniform`, anywhere. Numbers that are not finite become NaN, in
+    the cache too, and are no error.
     """
 
     config: ModelConfig
+    uniform: bool  # see `protocol.Batch`
 
     def new_cache(self, capacity: int) -> C:
         """The cache of one sequence of up to `capacity` tokens. Raises MemoryError."""
@@ -206,11 +211,13 @@ class HostContext(Generic[C]):
 
 
 class _Sequence(Generic[C]):
-    def __init__(self, ids: Sequence[int], params: SamplingParams, cache: C):
+    def __init__(self, ids: Sequence[int], params: SamplingParams, cache: C, pages: int, answered: int):
         self.ids = list(ids)  # prompt and sampled tokens
-        self.prompt_length = len(ids)
+        self.known = len(ids)  # of them, those that it was started with
         self.params = params
         self.cache = cache
+        self.room = pages * PAGE_SIZE  # tokens
+        self.ready = answered > 0 and cache.length == len(ids) - 1  # to be stepped
         self.failure: str | None = None  # why it gets no more tokens
 
 
@@ -221,12 +228,21 @@ class HostBatch(Generic[C]):
 
     def __init__(self, model: HostModel[C], max_sequences: int, capacity: int, num_pages: int):
         self.max_sequences, self.capacity, self.num_pages = max_sequences, capacity, num_pages
+        self.uniform = model.uniform
         self._model = model
         self._pool = model.new_pool(num_pages)
         self._sequences: dict[int, _Sequence[C]] = {}  # by slot
         self._results: deque[list[tuple[int, int]]] = deque()
 
-    def start(self, slot: int, ids: Sequence[int], params: SamplingParams, pages: Sequence[int], computed: int) -> None:
+    def start(
+        self,
+        slot: int,
+        ids: Sequence[int],
+        params: SamplingParams,
+        pages: Sequence[int],
+        computed: int,
+        answered: int = 0,
+    ) -> None:
         """Starts a sequence in a slot."""
         if not 0 <= slot < self.max_sequences:
             raise ValueError(f"there is no slot {slot}")
@@ -234,14 +250,22 @@ class HostBatch(Generic[C]):
             raise ValueError(f"a prompt of {len(ids)} tokens does not fit in pages {list(pages)}")
         if computed % PAGE_SIZE or not 0 <= computed < len(ids):
             raise ValueError(f"{computed} computed tokens of {len(ids)} must be full pages and leave at least one")
-        self._sequences[slot] = _Sequence(ids, params, self._pool.cache(pages, computed))
+        self._sequences[slot] = _Sequence(ids, params, self._pool.cache(pages, computed), len(pages), answered)
+
+    def extend(self, slot: int, pages: Sequence[int]) -> None:
+        """Adds pages to a sequence."""
+        if not all(0 <= page < self.num_pages for page in pages):
+            raise ValueError(f"there are no pages {list(pages)}")
+        s = self._sequences[slot]
+        s.cache.extend(pages)
+        s.room += len(pages) * PAGE_SIZE
 
     def prefill(self, slot: int, count: int) -> None:
         """Computes the next tokens of a prompt; at its end, samples the first token."""
         s = self._sequences[slot]
         end = s.cache.length + count
-        if count < 1 or end > s.prompt_length or (end < s.prompt_length and end % PAGE_SIZE):
-            raise ValueError(f"tokens {s.cache.length} to {end} of {s.prompt_length} end neither a page nor the prompt")
+        if count < 1 or end > s.known or (end < s.known and end % PAGE_SIZE):
+            raise ValueError(f"tokens {s.cache.length} to {end} of {s.known} end neither a page nor the prompt")
         start = s.cache.length
 
         def compute(_: Sequence[_Sequence[C]]) -> list[Floats]:
@@ -249,7 +273,8 @@ class HostBatch(Generic[C]):
             return [self._model.forward(s.ids[start:end], s.cache)[-1]]
 
         last = self._each([s], compute, end)
-        if end == s.prompt_length:
+        if end == s.known:
+            s.ready = True
             self._sample([s], last)
             self._results.append([(slot, s.ids[-1])])
 
@@ -257,8 +282,10 @@ class HostBatch(Generic[C]):
         """Samples one more token for each sequence."""
         sequences = [self._sequences[slot] for slot in slots]
         for slot, s in zip(slots, sequences, strict=True):
-            if len(s.ids) == s.prompt_length:
+            if not s.ready:
                 raise ValueError(f"the prompt of slot {slot} is not complete")
+            if len(s.ids) > s.room:
+                raise ValueError(f"slot {slot} has no page for token {len(s.ids) - 1}")
 
         def compute(running: Sequence[_Sequence[C]]) -> list[Floats]:
             for s in running:

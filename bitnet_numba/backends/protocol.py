@@ -51,32 +51,50 @@ class Batch(Protocol):
     limits stated here; an implementation may raise ValueError if it does not.
     """
 
+    uniform: bool  # whether `prefill` and `step` give a token the same keys, values and next token, bit for bit
+
     page_size: int  # tokens per page
     num_pages: int  # pages 0 .. num_pages - 1
     max_sequences: int  # slots 0 .. max_sequences - 1
     capacity: int  # maximum tokens of a sequence in the cache: its prompt and all sampled tokens but the last
 
-    def start(self, slot: int, ids: Sequence[int], params: SamplingParams, pages: Sequence[int], computed: int) -> None:
+    def start(
+        self,
+        slot: int,
+        ids: Sequence[int],
+        params: SamplingParams,
+        pages: Sequence[int],
+        computed: int,
+        answered: int = 0,
+    ) -> None:
         """Starts a sequence in a slot.
 
-        ids: the prompt, at least one token. All of it is history for the sampler, computed here or not.
+        ids: the prompt, at least one token, and what is known of its answer. All of it is history for the sampler,
+        computed here or not.
         params: how tokens are sampled, with the seed set.
-        pages: its pages in order, enough for all its tokens. Token i is in pages[i // page_size].
+        pages: its pages in order, enough for `ids`; `extend` adds those of later tokens. Token i is in
+        pages[i // page_size].
         computed: number of leading tokens that are already in these pages: full pages (which may be shared, and are not
         written), and fewer than len(ids). The calls that compute them may still be queued.
+        answered: how many of `ids`, at their end, belong to the answer: a sequence that is taken up again. If all but
+        the last of them are computed, `step` may feed that one at once, as after the call that sampled it.
         """
 
-    def prefill(self, slot: int, count: int) -> None:
-        """Computes the next `count` >= 1 tokens of a prompt, up to its end or to the end of a page.
+    def extend(self, slot: int, pages: Sequence[int]) -> None:
+        """Adds pages for later tokens to a sequence, after those that it has."""
 
-        If that completes the prompt, also samples the first token: one result.
+    def prefill(self, slot: int, count: int) -> None:
+        """Computes the next `count` >= 1 of the ids that a sequence was started with, up to their or a page's end.
+
+        If that completes them, also samples the next token: one result.
         """
 
     def step(self, slots: Sequence[int]) -> None:
         """Feeds each sequence its last sampled token and samples the next: one result per slot, in this order.
 
-        slots: distinct, at least one; their prompts are complete and they have room for one more token. Sequences in
-        other slots do not change. Stepping a sequence after NO_TOKEN has an undefined result, without effect on others.
+        slots: distinct, at least one; their prompts are complete and their pages have room for one more token.
+        Sequences in other slots do not change. Stepping a sequence after NO_TOKEN has an undefined result, without
+        effect on others.
         """
 
     def collect(self) -> list[tuple[int, int]]:

@@ -140,6 +140,42 @@ def test_paged_equals_contiguous(backend: HostBackend, calls: list[int], last: i
         np.testing.assert_array_equal(held[:, :, : len(ids)], whole.values)
 
 
+@given(st.integers(0, 2), st.integers(1, 150), st.integers(1, 40), st.floats(0, 1.5), st.integers(0, 9))
+@settings(max_examples=6)
+def test_taken_up_again_as_if_never_stopped(
+    backend: HostBackend, shared: int, length: int, done: int, temperature: float, seed: int
+) -> None:
+    """Of an answer, some tokens are known and some pages are still there: the rest is the same as before."""
+    prompt, params = prompt_of(length, seed), SamplingParams(temperature, seed=seed, repetition_penalty=1.2)
+    batch = backend.new_batch(2, 300)
+    held = -(-length // PAGE_SIZE)
+    batch.start(0, prompt, params, range(held), 0)
+    batch.prefill(0, length)
+    got: dict[int, list[int]] = {0: [], 1: []}
+    for fed in range(length, length + done + 2):
+        if fed == held * PAGE_SIZE:
+            batch.extend(0, [held])
+            held += 1
+        batch.step([0])
+    for _ in range(done + 3):
+        collect(batch, got)
+    known = [*prompt, *got[0][:done]]
+    computed = min(shared, (len(known) - 1) // PAGE_SIZE) * PAGE_SIZE
+    if not batch.uniform:  # steps again, from the end of the prompt or of the pages
+        known = known[: max(length, computed + 1)]
+    answered = len(known) - length
+    batch.start(1, known, params, [*range(computed // PAGE_SIZE), 7, 8, 9], computed, answered)
+    if batch.uniform or answered == 0:
+        batch.prefill(1, len(known) - computed)
+    else:
+        batch.step([1])
+    for _ in range(2):
+        batch.step([1])
+    for _ in range(3):
+        collect(batch, got)
+    assert got[1] == got[0][answered : answered + 3]
+
+
 def pages_0_and_1(batch: HostBatch) -> np.ndarray:
     """The bytes of keys and values there."""
     pool = batch._pool
