@@ -211,13 +211,13 @@ class HostContext(Generic[C]):
 
 
 class _Sequence(Generic[C]):
-    def __init__(self, ids: Sequence[int], params: SamplingParams, cache: C, pages: int, answered: int):
+    def __init__(self, ids: Sequence[int], params: SamplingParams, cache: C, pages: int, prompt_length: int):
         self.ids = list(ids)  # prompt and sampled tokens
-        self.known = len(ids)  # of them, those that it was started with
+        self.num_given = len(ids)  # of them, those that it was started with
         self.params = params
         self.cache = cache
         self.room = pages * PAGE_SIZE  # tokens
-        self.ready = answered > 0 and cache.length == len(ids) - 1  # to be stepped
+        self.ready = prompt_length <= cache.length == len(ids) - 1  # to be stepped
         self.failure: str | None = None  # why it gets no more tokens
 
 
@@ -241,7 +241,7 @@ class HostBatch(Generic[C]):
         params: SamplingParams,
         pages: Sequence[int],
         computed: int,
-        answered: int = 0,
+        prompt_length: int | None = None,
     ) -> None:
         """Starts a sequence in a slot."""
         if not 0 <= slot < self.max_sequences:
@@ -250,7 +250,8 @@ class HostBatch(Generic[C]):
             raise ValueError(f"a prompt of {len(ids)} tokens does not fit in pages {list(pages)}")
         if computed % PAGE_SIZE or not 0 <= computed < len(ids):
             raise ValueError(f"{computed} computed tokens of {len(ids)} must be full pages and leave at least one")
-        self._sequences[slot] = _Sequence(ids, params, self._pool.cache(pages, computed), len(pages), answered)
+        length = len(ids) if prompt_length is None else prompt_length
+        self._sequences[slot] = _Sequence(ids, params, self._pool.cache(pages, computed), len(pages), length)
 
     def extend(self, slot: int, pages: Sequence[int]) -> None:
         """Adds pages to a sequence."""
@@ -264,8 +265,8 @@ class HostBatch(Generic[C]):
         """Computes the next tokens of a prompt; at its end, samples the first token."""
         s = self._sequences[slot]
         end = s.cache.length + count
-        if count < 1 or end > s.known or (end < s.known and end % PAGE_SIZE):
-            raise ValueError(f"tokens {s.cache.length} to {end} of {s.known} end neither a page nor the prompt")
+        if count < 1 or end > s.num_given or (end < s.num_given and end % PAGE_SIZE):
+            raise ValueError(f"tokens {s.cache.length} to {end} of {s.num_given} end neither a page nor the prompt")
         start = s.cache.length
 
         def compute(_: Sequence[_Sequence[C]]) -> list[Floats]:
@@ -273,7 +274,7 @@ class HostBatch(Generic[C]):
             return [self._model.forward(s.ids[start:end], s.cache)[-1]]
 
         last = self._each([s], compute, end)
-        if end == s.known:
+        if end == s.num_given:
             s.ready = True
             self._sample([s], last)
             self._results.append([(slot, s.ids[-1])])

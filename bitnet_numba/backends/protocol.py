@@ -65,7 +65,7 @@ class Batch(Protocol):
         params: SamplingParams,
         pages: Sequence[int],
         computed: int,
-        answered: int = 0,
+        prompt_length: int | None = None,
     ) -> None:
         """Starts a sequence in a slot.
 
@@ -76,8 +76,9 @@ class Batch(Protocol):
         pages[i // page_size].
         computed: number of leading tokens that are already in these pages: full pages (which may be shared, and are not
         written), and fewer than len(ids). The calls that compute them may still be queued.
-        answered: how many of `ids`, at their end, belong to the answer: a sequence that is taken up again. If all but
-        the last of them are computed, `step` may feed that one at once, as after the call that sampled it.
+        prompt_length: how many of `ids` are the prompt, if the others are the answer so far: a sequence that is taken
+        up again. If all but the last of an answer's ids are computed, `step` may feed that one at once, as after the
+        call that sampled it. None: all are the prompt.
         """
 
     def extend(self, slot: int, pages: Sequence[int]) -> None:

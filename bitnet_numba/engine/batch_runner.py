@@ -67,7 +67,7 @@ class BatchRunner:
         if not s.ready:
             self.prefilling = s
         ids, lease = s.ids[: s.known], s.lease
-        self._batch.start(s.slot, ids, s.request.params, lease.pages, lease.computed, s.known - s.prompt_length)
+        self._batch.start(s.slot, ids, s.request.params, lease.pages, lease.computed, s.prompt_length)
 
     def prefill(self, budget: int) -> int:
         """Enqueues about `budget` tokens of the one that is prefilled: whole pages, or its rest; returns how many."""

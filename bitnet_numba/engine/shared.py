@@ -183,11 +183,11 @@ class SharedBatch(_Closing):
         params: SamplingParams,
         pages: Sequence[int],
         computed: int,
-        answered: int = 0,
+        prompt_length: int | None = None,
     ) -> None:
         """Starts a sequence in a slot."""
         with self._backend.turn():
-            self._inner.start(slot, ids, params, pages, computed, answered)
+            self._inner.start(slot, ids, params, pages, computed, prompt_length)
 
     def extend(self, slot: int, pages: Sequence[int]) -> None:
         """Adds pages to a sequence."""

@@ -164,7 +164,7 @@ def test_taken_up_again_as_if_never_stopped(
     if not batch.uniform:  # steps again, from the end of the prompt or of the pages
         known = known[: max(length, computed + 1)]
     answered = len(known) - length
-    batch.start(1, known, params, [*range(computed // PAGE_SIZE), 7, 8, 9], computed, answered)
+    batch.start(1, known, params, [*range(computed // PAGE_SIZE), 7, 8, 9], computed, length)
     if batch.uniform or answered == 0:
         batch.prefill(1, len(known) - computed)
     else:

@@ -135,15 +135,16 @@ class ToyBatch:
         params: SamplingParams,
         pages: Sequence[int],
         computed: int,
-        answered: int = 0,
+        prompt_length: int | None = None,
     ) -> None:
         assert not self.closed and 0 <= slot < self.max_sequences and params.seed is not None
         assert len(set(pages)) == len(pages) and len(pages) * self.page_size >= len(ids)
-        assert computed % self.page_size == 0 and 0 <= computed < len(ids) and 0 <= answered < len(ids)
+        assert computed % self.page_size == 0 and 0 <= computed < len(ids)
         for page in pages[computed // self.page_size :]:
             self.places[page] = [None] * self.page_size
-        prompt = len(ids) - answered
-        ready = answered > 0 and computed == len(ids) - 1
+        prompt = len(ids) if prompt_length is None else prompt_length
+        assert 1 <= prompt <= len(ids)
+        ready = prompt <= computed == len(ids) - 1
         self.sequences[slot] = ToySequence(list(ids), prompt, params, list(pages), computed, len(ids), ready)
         self.check(self.sequences[slot])
         self.log.append("start")

@@ -61,7 +61,7 @@ class CudaBatch:
         params: SamplingParams,
         pages: Sequence[int],
         computed: int,
-        answered: int = 0,
+        prompt_length: int | None = None,
     ) -> None:
         """A new sequence takes a slot."""
         fits = len(ids) <= len(pages) * PAGE and len(pages) <= self._state.block_table_stride
