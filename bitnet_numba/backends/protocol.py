@@ -6,7 +6,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling import TokenLogprob
+from bitnet_numba.sampling_params import SamplingParams
 
 
 class Context(Protocol):
@@ -27,9 +28,20 @@ class Context(Protocol):
     def decode(self, ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
         """Appends tokens (at least one), then yields sampled tokens, one per step, until the context is full.
 
-        Each token is `sampling.sample(logits, history, params)`, with all tokens before it as the history. `self.ids`
-        grows as tokens are fed back: when the next one is requested, or, in an asynchronous backend, some steps ahead.
-        After closing the iterator, `truncate` to what should stay. `params.seed` is set.
+        Each token is `sampling.sample(logits, history, params, prompt_length)`, with all tokens before it as the
+        history and, as the prompt, those that are there when this call has appended its own. `self.ids` grows as tokens
+        are fed back: when the next one is requested, or, in an asynchronous backend, some steps ahead. After closing
+        the iterator, `truncate` to what should stay. `params.seed` is set, and params.stop_token_ids are all tokens
+        that end the answer. params.prompt_logprobs means nothing here.
+        """
+
+    def logprobs(self) -> TokenLogprob:
+        """Of the token that `decode` has yielded last, whose params have `logprobs`."""
+
+    def score(self, ids: Sequence[int], top: int) -> list[TokenLogprob]:
+        """Appends all tokens but the last, and returns log probabilities of each but the first, given those before it.
+
+        ids: at least two. top: how many of the most likely tokens each comes with. Memory does not grow with T x vocab.
         """
 
     def close(self) -> None:
@@ -71,11 +83,12 @@ class Batch(Protocol):
 
         ids: the prompt, at least one token, and what is known of its answer. All of it is history for the sampler,
         computed here or not.
-        params: how tokens are sampled, with the seed set.
+        params: how tokens are sampled, with the seed set, and all tokens that end the answer as stop_token_ids.
         pages: its pages in order, enough for `ids`; `extend` adds those of later tokens. Token i is in
         pages[i // page_size].
         computed: number of leading tokens that are already in these pages: full pages (which may be shared, and are not
-        written), and fewer than len(ids). The calls that compute them may still be queued.
+        written), and fewer than len(ids). The calls that compute them may still be queued. 0 with
+        params.prompt_logprobs.
         prompt_length: how many of `ids` are the prompt, if the others are the answer so far: a sequence that is taken
         up again. If all but the last of an answer's ids are computed, `step` may feed that one at once, as after the
         call that sampled it. None: all are the prompt.
@@ -104,6 +117,14 @@ class Batch(Protocol):
         Returns its (slot, token) pairs; token is NO_TOKEN if it could not be computed. At most 2 * (max_sequences + 1)
         such calls may be uncollected, and at most three of one slot.
         """
+
+    def logprobs(self) -> list[TokenLogprob | None]:
+        """Of the tokens that the last `collect` returned, in its order; None where params have no `logprobs`, and for
+        NO_TOKEN. Called right after that `collect`."""
+
+    def prompt_logprobs(self, slot: int) -> list[TokenLogprob]:
+        """Of all tokens of a prompt but the first, if its params have `prompt_logprobs`; called right after the
+        `collect` that returned the slot's first token."""
 
     def failure(self, slot: int) -> str:
         """Why the sequence in a slot got NO_TOKEN, in one line; called right after the `collect` that returned it."""

@@ -12,10 +12,12 @@ computed again is the same, bit for bit, hence the answer is, too:
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from bitnet_numba.backends.protocol import Batch
 from bitnet_numba.engine.page_pool import PagePool
 from bitnet_numba.engine.sequence import Sequence
+from bitnet_numba.sampling import TokenLogprob
 
 
 class BatchRunner:
@@ -48,7 +50,9 @@ class BatchRunner:
         if not self._free_slots:
             return False
         tokens = min(len(s.ids) + 1, s.max_cached)
-        lease = self.pool.take(s.ids, tokens, s.options.cache_salt, self._growing())
+        # Log probabilities of the prompt are of all tokens: all have to be computed.
+        reuse = s.request.params.prompt_logprobs is None or len(s.ids) > s.prompt_length
+        lease = self.pool.take(s.ids, tokens, s.options.cache_salt, self._growing(), reuse)
         if lease is None:
             return False
         s.lease, s.slot = lease, self._free_slots.pop()
@@ -66,8 +70,10 @@ class BatchRunner:
         assert s.lease is not None
         if not s.ready:
             self.prefilling = s
-        ids, lease = s.ids[: s.known], s.lease
-        self._batch.start(s.slot, ids, s.request.params, lease.pages, lease.computed, s.prompt_length)
+        ids, lease, params = s.ids[: s.known], s.lease, s.request.params
+        if len(s.ids) > s.prompt_length:
+            params = replace(params, prompt_logprobs=None)  # they have been received
+        self._batch.start(s.slot, ids, params, lease.pages, lease.computed, s.prompt_length)
 
     def prefill(self, budget: int) -> int:
         """Enqueues about `budget` tokens of the one that is prefilled: whole pages, or its rest; returns how many."""
@@ -110,12 +116,20 @@ class BatchRunner:
             for s in live:
                 s.enqueued += 1
 
-    def collect(self, receive: Callable[[Sequence, int], None]) -> None:
-        """Calls `receive` with the sequence and the token of each result of the oldest call not collected."""
-        sequences = self._calls.popleft()
-        for (s, starts), (_, token) in zip(sequences, self._batch.collect(), strict=True):
+    def collect(self, receive: Callable[[Sequence, int, TokenLogprob | None], None]) -> None:
+        """Calls `receive` with the sequence, the token and its log probability, if the request asks for that, of each
+        result of the oldest call not collected."""
+        sequences, results = self._calls.popleft(), self._batch.collect()
+        logprobs: list[TokenLogprob | None] = [None] * len(results)
+        if any(s.request.params.logprobs is not None for s, _ in sequences):
+            logprobs = self._batch.logprobs()
+        for (s, starts), (_, token), logprob in zip(sequences, results, logprobs, strict=True):
             if s.starts == starts:
-                receive(s, token)
+                receive(s, token, logprob)
+
+    def prompt_logprobs(self, s: Sequence) -> list[TokenLogprob]:
+        """Of all tokens of a prompt but the first; called when its first token is received."""
+        return self._batch.prompt_logprobs(s.slot)
 
     def note_computed(self, s: Sequence) -> None:
         """Lets others share the pages that the answer's tokens received so far have filled."""

@@ -46,15 +46,17 @@ class PagePool:
         """Number of pages for `tokens` tokens."""
         return -(-tokens // self.page_size)
 
-    def take(self, ids: Sequence[int], tokens: int, salt: str = "", spare: int = 0) -> PageLease | None:
+    def take(
+        self, ids: Sequence[int], tokens: int, salt: str = "", spare: int = 0, reuse: bool = True
+    ) -> PageLease | None:
         """Pages for `tokens` tokens of a sequence that starts with `ids`; None if fewer than `spare` would stay free.
 
         The longest cached beginning of `ids` is shared; the lease's `computed` is its length, which is less than that
-        of `ids`: at least the last token has to be computed for its logits.
+        of `ids`: at least the last token has to be computed for its logits. reuse: False shares nothing.
         """
         node: _Node = salt
         shared: list[int] = []
-        for start in range(0, len(ids) - self.page_size, self.page_size):
+        for start in range(0, len(ids) - self.page_size if reuse else 0, self.page_size):
             cached = self._cache.get((node, tuple(ids[start : start + self.page_size])))
             if cached is None:
                 break

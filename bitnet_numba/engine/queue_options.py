@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from bitnet_numba.engine.request import as_integer
 from bitnet_numba.errors import RequestError, shown
-from bitnet_numba.sampling import as_float
+from bitnet_numba.sampling_params import as_float
 
 MAX_SECONDS = 1e9
 

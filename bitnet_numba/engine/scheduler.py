@@ -31,7 +31,8 @@ from bitnet_numba.errors import (
     one_line,
     shown,
 )
-from bitnet_numba.sampling import SamplingOverrides, SamplingParams
+from bitnet_numba.sampling import TokenLogprob
+from bitnet_numba.sampling_params import SamplingOverrides, SamplingParams
 from bitnet_numba.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -279,7 +280,7 @@ class Scheduler:
         self._end_late(updates)
         runner.step()
         for _ in range(uncollected):
-            runner.collect(lambda s, token: self._receive(s, token, updates))
+            runner.collect(lambda s, token, logprob: self._receive(s, token, logprob, updates))
 
     def _admit(self, updates: list[Update]) -> bool:
         """Starts the first of the waiting requests; False if there is none, or too few slots or pages are free."""
@@ -303,7 +304,7 @@ class Scheduler:
             updates.append(self._fail(s, one_line(error)))
         return True
 
-    def _receive(self, s: Sequence, token: int, updates: list[Update]) -> None:
+    def _receive(self, s: Sequence, token: int, logprob: TokenLogprob | None, updates: list[Update]) -> None:
         """Adds a sampled token to its sequence's answer."""
         if s.ended:
             return
@@ -317,16 +318,21 @@ class Scheduler:
                 # Its prompt shared pages of an answer, which have been computed as a prompt since: see `Batch.uniform`.
                 self._continue_as_prompt(s)
             return
+        builder = s.builder
+        assert builder is not None
+        if len(s.ids) == s.prompt_length and s.request.params.prompt_logprobs is not None:
+            builder.prompt_logprobs = [None, *self._runner.prompt_logprobs(s)]
         s.ids.append(token)
         self._runner.note_computed(s)
-        assert s.builder is not None
-        text = s.builder.push(token)
-        if s.builder.reason is None and s.received == s.max_tokens:
-            s.builder.reason = "context"
-        if s.builder.reason is not None:
+        text = builder.push(token, logprob)
+        if builder.reason is None and s.received == s.max_tokens:
+            builder.reason = "context"
+        if builder.reason is not None:
             updates.append(self._finish(s, text))
-        elif text:
-            updates.append(Update(s.id, text))
+            return
+        token_ids, logprobs = builder.released()
+        if text or token_ids:
+            updates.append(Update(s.id, text, None, None, token_ids, logprobs))
 
     def _continue_as_prompt(self, s: Sequence) -> None:
         """Starts a sequence again with what has been told of its answer as part of the prompt."""
@@ -345,7 +351,8 @@ class Scheduler:
         """Ends a request whose builder has a reason; `text` comes before what the builder held back."""
         assert s.builder is not None
         text += s.builder.finish()
-        return self._end(s)._replace(text=text)
+        token_ids, logprobs = s.builder.released()
+        return self._end(s)._replace(text=text, token_ids=token_ids, logprobs=logprobs)
 
     def _fail(self, s: Sequence, reason: str) -> Update:
         """Ends a request with an error; the others go on."""
@@ -367,7 +374,7 @@ class Scheduler:
         return builder.completion(s.prompt_length, s.reused, self._backend.memory())
 
     def _new_builder(self, s: Sequence) -> CompletionBuilder:
-        return CompletionBuilder(self._tokenizer, s.request.stop, s.request.params.max_new_tokens)
+        return CompletionBuilder(self._tokenizer, s.request)
 
     def _end_cancelled(self, updates: list[Update]) -> None:
         while self._cancelled:

@@ -1,5 +1,6 @@
 """A request on its way through a scheduler, and what is told of it."""
 
+from collections import abc
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from bitnet_numba.engine.page_pool import PageLease
 from bitnet_numba.engine.queue_options import QueueOptions
 from bitnet_numba.engine.request import Request
 from bitnet_numba.errors import BitNetError
+from bitnet_numba.sampling import TokenLogprob
 
 
 class Update(NamedTuple):
@@ -17,6 +19,8 @@ class Update(NamedTuple):
     text: str = ""  # follows the text of earlier updates
     completion: Completion | None = None
     error: BitNetError | None = None
+    token_ids: abc.Sequence[int] = ()  # those of `text`, after those of earlier updates; together, the completion's
+    logprobs: abc.Sequence[TokenLogprob] = ()  # of these, if SamplingParams.logprobs asks for them
 
 
 @dataclass(eq=False)

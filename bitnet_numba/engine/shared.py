@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from bitnet_numba.backends.protocol import Backend, Batch, Context
 from bitnet_numba.errors import BackendError, one_line
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling import TokenLogprob
+from bitnet_numba.sampling_params import SamplingParams
 
 MAX_IDLE = 2  # contexts kept for streams to come: they are expensive to create, but hold memory
 
@@ -166,6 +167,16 @@ class SharedContext(_Closing):
         finally:
             self._backend.clean_up(tokens.close)  # type: ignore[attr-defined]
 
+    def logprobs(self) -> TokenLogprob:
+        """Of the token that `decode` has yielded last."""
+        with self._backend.turn():
+            return self._inner.logprobs()
+
+    def score(self, ids: Sequence[int], top: int) -> list[TokenLogprob]:
+        """Appends all tokens but the last, and returns log probabilities of each but the first."""
+        with self._backend.turn():
+            return self._inner.score(ids, top)
+
 
 class SharedBatch(_Closing):
     """A batch behind its backend's lock, see `protocol.Batch`."""
@@ -208,6 +219,16 @@ class SharedBatch(_Closing):
         """Waits for the oldest uncollected call with results."""
         with self._backend.turn():
             return self._inner.collect()
+
+    def logprobs(self) -> list[TokenLogprob | None]:
+        """Of the tokens that the last `collect` returned."""
+        with self._backend.turn():
+            return self._inner.logprobs()
+
+    def prompt_logprobs(self, slot: int) -> list[TokenLogprob]:
+        """Of all tokens of a prompt but the first."""
+        with self._backend.turn():
+            return self._inner.prompt_logprobs(slot)
 
     def failure(self, slot: int) -> str:
         """Why a sequence got NO_TOKEN."""

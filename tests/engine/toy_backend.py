@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.engine.engine import Engine
-from bitnet_numba.sampling import SamplingParams, sample
+from bitnet_numba.sampling import TokenLogprob, sample, token_logprobs
+from bitnet_numba.sampling_params import SamplingParams
 from bitnet_numba.text.tokenizer import Tokenizer
 from tests.conftest import GOLDEN
 
@@ -53,7 +54,18 @@ class ToyBackend:
         if self.script:
             return self.script[(len(ids) - prompt) % len(self.script)]
         logits = self.logits(ids)
-        return sample(logits if self.uniform else np.roll(logits, hash(tuple(stepped)) % 7), ids, params)
+        return sample(logits if self.uniform else np.roll(logits, hash(tuple(stepped)) % 7), ids, params, prompt)
+
+    def logprob(self, ids: Sequence[int], params: SamplingParams) -> TokenLogprob | None:
+        """Of the last of `ids`, if the parameters ask for it."""
+        if params.logprobs is None or ids[-1] == NO_TOKEN:
+            return None
+        return self.score(ids, len(ids) - 1, params.logprobs)[0]
+
+    def score(self, ids: Sequence[int], start: int, top: int) -> list[TokenLogprob]:
+        """Of ids[start:], each given those before it."""
+        rows = np.stack([self.logits(ids[:i]) for i in range(start, len(ids))])
+        return token_logprobs(rows, ids[start:], top)
 
     def memory(self) -> dict[str, int]:
         return {"weights": 123}
@@ -64,6 +76,7 @@ class ToyContext:
         self.backend = backend
         self.capacity = capacity
         self.ids: list[int] = []
+        self.last: TokenLogprob | None = None
 
     def truncate(self, length: int) -> None:
         if not 0 <= length <= len(self.ids):
@@ -84,18 +97,30 @@ class ToyContext:
         assert params.seed is not None
         self.backend.prefilled.append(len(ids))
         self.feed(ids)
+        prompt = list(self.ids)
         chosen: list[int] = []
         room = self.capacity - len(self.ids)
         for given in range(room + 1):
             while len(chosen) <= min(given + self.backend.ahead, room):
                 if chosen:
                     self.feed(chosen[-1:])
-                prompt = len(self.ids) - len(chosen)
-                stepped = [False] * prompt + [True] * len(chosen)
-                chosen.append(self.backend.choose(self.ids, prompt, params, stepped))
+                length = len(self.ids) - len(chosen)
+                stepped = [False] * length + [True] * len(chosen)
+                chosen.append(self.backend.choose(self.ids, length, params, stepped))
             if given == self.backend.fail_after:
                 raise ValueError("a step failed")
+            self.last = self.backend.logprob([*prompt, *chosen[: given + 1]], params)
             yield chosen[given]
+
+    def logprobs(self) -> TokenLogprob:
+        assert self.last is not None
+        return self.last
+
+    def score(self, ids: Sequence[int], top: int) -> list[TokenLogprob]:
+        start = len(self.ids)
+        self.backend.prefilled.append(len(ids) - 1)
+        self.feed(ids[:-1])
+        return self.backend.score([*self.ids, ids[-1]], start + 1, top)
 
     def close(self) -> None:
         self.backend.open_contexts -= 1
@@ -105,10 +130,10 @@ class ToyContext:
 class ToySequence:
     ids: list[int]
     prompt: int  # tokens
+    given: int  # tokens at the start: the prompt, and what there was of the answer
     params: SamplingParams
     pages: list[int]
     fed: int
-    known: int  # tokens that it was started with
     ready: bool  # to be stepped
 
 
@@ -123,6 +148,8 @@ class ToyBatch:
         self.places: list[list[tuple[int, bool] | None]] = [[None] * self.page_size for _ in range(num_pages)]
         self.sequences: dict[int, ToySequence] = {}
         self.results: deque[list[tuple[int, int]]] = deque()
+        self.rows: deque[list[TokenLogprob | None]] = deque()  # log probabilities of `results`
+        self.collected: list[TokenLogprob | None] = []
         self.log: list[str] = []  # the names of the calls
         self.started: list[list[int]] = []  # the prompts in the order of their starts
         self.prefilled: list[int] = []  # tokens of each call
@@ -142,10 +169,11 @@ class ToyBatch:
         assert computed % self.page_size == 0 and 0 <= computed < len(ids)
         for page in pages[computed // self.page_size :]:
             self.places[page] = [None] * self.page_size
-        prompt = len(ids) if prompt_length is None else prompt_length
-        assert 1 <= prompt <= len(ids)
-        ready = prompt <= computed == len(ids) - 1
-        self.sequences[slot] = ToySequence(list(ids), prompt, params, list(pages), computed, len(ids), ready)
+        assert computed == 0 or params.prompt_logprobs is None
+        length = len(ids) if prompt_length is None else prompt_length
+        assert 1 <= length <= len(ids)
+        ready = length <= computed == len(ids) - 1
+        self.sequences[slot] = ToySequence(list(ids), length, len(ids), params, list(pages), computed, ready)
         self.check(self.sequences[slot])
         self.log.append("start")
         self.started.append(list(ids))
@@ -160,13 +188,14 @@ class ToyBatch:
     def prefill(self, slot: int, count: int) -> None:
         s = self.sequences[slot]
         end = s.fed + count
-        assert count >= 1 and end <= s.known and (end == s.known or end % self.page_size == 0)
+        assert count >= 1 and end <= s.given and (end == s.given or end % self.page_size == 0)
         self.prefilled.append(count)
         self.log.append("prefill")
         self.feed(s, count)
-        if end == s.known:
+        if end == s.given:
             s.ready = True
             self.results.append([(slot, self.next_token(s))])
+            self.rows.append([self.backend.logprob(s.ids, s.params)])
 
     def step(self, slots: Sequence[int]) -> None:
         assert slots and len(set(slots)) == len(slots)
@@ -180,11 +209,21 @@ class ToyBatch:
             self.feed(s, 1, True)
             results.append((slot, self.next_token(s)))
         self.results.append(results)
+        self.rows.append([self.backend.logprob(s.ids, s.params) for s in map(self.sequences.__getitem__, slots)])
         assert len(self.results) <= 2 * (self.max_sequences + 1)
 
     def collect(self) -> list[tuple[int, int]]:
         self.log.append("collect")
+        self.collected = self.rows.popleft()
         return self.results.popleft()
+
+    def logprobs(self) -> list[TokenLogprob | None]:
+        return self.collected
+
+    def prompt_logprobs(self, slot: int) -> list[TokenLogprob]:
+        s = self.sequences[slot]
+        assert s.params.prompt_logprobs is not None
+        return self.backend.score(s.ids[: s.given], 1, s.params.prompt_logprobs) if s.given > 1 else []
 
     def failure(self, slot: int) -> str:
         return f"{NOT_FINITE}: slot {slot} has a bad token"
