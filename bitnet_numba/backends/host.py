@@ -236,8 +236,14 @@ class HostBatch(Generic[C]):
             raise ValueError(f"{computed} computed tokens of {len(ids)} must be full pages and leave at least one")
         self._sequences[slot] = _Sequence(ids, params, self._pool.cache(pages, computed))
 
-    def prefill(self, slot: int, count: int) -> None:
-        """Computes the next tokens of a prompt; at its end, samples the first token."""
+    def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
+        """Computes the next tokens of prompts; at the end of each, samples the first token."""
+        first = [(slot, self._sequences[slot].ids[-1]) for slot, count in parts if self._prefill(slot, count)]
+        if first:
+            self._results.append(first)
+
+    def _prefill(self, slot: int, count: int) -> bool:
+        """Whether the prompt is complete, and its first token sampled."""
         s = self._sequences[slot]
         end = s.cache.length + count
         if count < 1 or end > s.prompt_length or (end < s.prompt_length and end % PAGE_SIZE):
@@ -249,9 +255,10 @@ class HostBatch(Generic[C]):
             return [self._model.forward(s.ids[start:end], s.cache)[-1]]
 
         last = self._each([s], compute, end)
-        if end == s.prompt_length:
-            self._sample([s], last)
-            self._results.append([(slot, s.ids[-1])])
+        if end < s.prompt_length:
+            return False
+        self._sample([s], last)
+        return True
 
     def step(self, slots: Sequence[int]) -> None:
         """Samples one more token for each sequence."""

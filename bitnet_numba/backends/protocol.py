@@ -63,13 +63,15 @@ class Batch(Protocol):
         params: how tokens are sampled, with the seed set.
         pages: its pages in order, enough for all its tokens. Token i is in pages[i // page_size].
         computed: number of leading tokens that are already in these pages: full pages (which may be shared, and are not
-        written), and fewer than len(ids). The calls that compute them may still be queued.
+        written), and fewer than len(ids). They may also be still to come, as long as they are computed before any token
+        of this sequence: by a call before, or by an earlier part of the same call.
         """
 
-    def prefill(self, slot: int, count: int) -> None:
-        """Computes the next `count` >= 1 tokens of a prompt, up to its end or to the end of a page.
+    def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
+        """Computes the next tokens of several prompts, as if one after the other.
 
-        If that completes the prompt, also samples the first token: one result.
+        parts: (slot, count): distinct slots, and how many tokens of each, at least one, up to the end of its prompt or
+        of a page. Where that completes prompts, also samples their first tokens: one result for each, in this order.
         """
 
     def step(self, slots: Sequence[int]) -> None:
@@ -80,7 +82,7 @@ class Batch(Protocol):
         """
 
     def collect(self) -> list[tuple[int, int]]:
-        """Waits for the oldest uncollected call with results (`prefill` that completed a prompt, or `step`).
+        """Waits for the oldest uncollected call with results (`prefill` that completed prompts, or `step`).
 
         Returns its (slot, token) pairs; token is NO_TOKEN if it could not be computed. At most 2 * (max_sequences + 1)
         such calls may be uncollected, and at most three of one slot.

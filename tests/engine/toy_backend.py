@@ -118,7 +118,7 @@ class ToyBatch:
         self.results: deque[list[tuple[int, int]]] = deque()
         self.log: list[str] = []  # the names of the calls
         self.started: list[list[int]] = []  # the prompts in the order of their starts
-        self.prefilled: list[int] = []  # tokens of each call
+        self.prefilled: list[int] = []  # tokens of each part of a call
         self.closed = False
 
     def start(self, slot: int, ids: Sequence[int], params: SamplingParams, pages: Sequence[int], computed: int) -> None:
@@ -128,19 +128,24 @@ class ToyBatch:
         for page in pages[computed // self.page_size :]:
             self.places[page] = [None] * self.page_size
         self.sequences[slot] = ToySequence(list(ids), len(ids), params, list(pages), computed)
-        self.check(self.sequences[slot])
         self.log.append("start")
         self.started.append(list(ids))
 
-    def prefill(self, slot: int, count: int) -> None:
-        s = self.sequences[slot]
-        end = s.fed + count
-        assert count >= 1 and end <= s.prompt and (end == s.prompt or end % self.page_size == 0)
-        self.prefilled.append(count)
+    def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
+        assert len({slot for slot, _ in parts}) == len(parts) > 0
         self.log.append("prefill")
-        self.feed(s, count)
-        if end == s.prompt:
-            self.results.append([(slot, self.next_token(s))])
+        results = []
+        for slot, count in parts:
+            s = self.sequences[slot]
+            end = s.fed + count
+            assert count >= 1 and end <= s.prompt and (end == s.prompt or end % self.page_size == 0)
+            self.prefilled.append(count)
+            self.check(s)
+            self.feed(s, count)
+            if end == s.prompt:
+                results.append((slot, self.next_token(s)))
+        if results:
+            self.results.append(results)
 
     def step(self, slots: Sequence[int]) -> None:
         assert slots and len(set(slots)) == len(slots)
