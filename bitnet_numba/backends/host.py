@@ -318,8 +318,14 @@ class HostBatch(Generic[C]):
         s.cache.extend(pages)
         s.room += len(pages) * PAGE_SIZE
 
-    def prefill(self, slot: int, count: int) -> None:
-        """Computes the next tokens of a prompt; at its end, samples the first token."""
+    def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
+        """Computes the next tokens of prompts; at the end of each, samples the first token."""
+        completed = [slot for slot, count in parts if self._prefill(slot, count)]
+        if completed:
+            self._note_results(completed)
+
+    def _prefill(self, slot: int, count: int) -> bool:
+        """Whether the prompt is complete, and its first token sampled."""
         s = self._sequences[slot]
         end = s.cache.length + count
         if count < 1 or end > s.num_given or (end < s.num_given and end % PAGE_SIZE):
@@ -334,10 +340,11 @@ class HostBatch(Generic[C]):
             return [hidden[-1]]
 
         last = self._each([s], compute, end)
-        if end == s.num_given:
-            s.ready = True
-            self._sample([s], last)
-            self._results.append(([(slot, s.ids[-1])], [s.logprob]))
+        if end < s.num_given:
+            return False
+        s.ready = True
+        self._sample([s], last)
+        return True
 
     def step(self, slots: Sequence[int]) -> None:
         """Samples one more token for each sequence."""
@@ -354,6 +361,10 @@ class HostBatch(Generic[C]):
             return list(self._model.step([s.ids[-1] for s in running], [s.cache for s in running]))
 
         self._sample(sequences, self._each(sequences, compute, None))
+        self._note_results(slots)
+
+    def _note_results(self, slots: Sequence[int]) -> None:
+        sequences = [self._sequences[slot] for slot in slots]
         tokens = [(slot, s.ids[-1]) for slot, s in zip(slots, sequences, strict=True)]
         self._results.append((tokens, [s.logprob for s in sequences]))
 

@@ -87,8 +87,8 @@ class Batch(Protocol):
         pages: its pages in order, enough for `ids`; `extend` adds those of later tokens. Token i is in
         pages[i // page_size].
         computed: number of leading tokens that are already in these pages: full pages (which may be shared, and are not
-        written), and fewer than len(ids). The calls that compute them may still be queued. 0 with
-        params.prompt_logprobs.
+        written), and fewer than len(ids). They may also be still to come, as long as they are computed before any token
+        of this sequence: by a call before, or by an earlier part of the same call. 0 with params.prompt_logprobs.
         prompt_length: how many of `ids` are the prompt, if the others are the answer so far: a sequence that is taken
         up again. If all but the last of an answer's ids are computed, `step` may feed that one at once, as after the
         call that sampled it. None: all are the prompt.
@@ -97,10 +97,11 @@ class Batch(Protocol):
     def extend(self, slot: int, pages: Sequence[int]) -> None:
         """Adds pages for later tokens to a sequence, after those that it has."""
 
-    def prefill(self, slot: int, count: int) -> None:
-        """Computes the next `count` >= 1 of the ids that a sequence was started with, up to their or a page's end.
+    def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
+        """Computes the next of the ids that several sequences were started with, as if one after the other.
 
-        If that completes them, also samples the next token: one result.
+        parts: (slot, count): distinct slots, and how many tokens of each, at least one, up to the end of its ids or of
+        a page. Where that completes ids, also samples the tokens after them: one result for each, in this order.
         """
 
     def step(self, slots: Sequence[int]) -> None:
@@ -112,7 +113,7 @@ class Batch(Protocol):
         """
 
     def collect(self) -> list[tuple[int, int]]:
-        """Waits for the oldest uncollected call with results (`prefill` that completed a prompt, or `step`).
+        """Waits for the oldest uncollected call with results (`prefill` that completed prompts, or `step`).
 
         Returns its (slot, token) pairs; token is NO_TOKEN if it could not be computed. At most 2 * (max_sequences + 1)
         such calls may be uncollected, and at most three of one slot.

@@ -75,20 +75,40 @@ class BatchRunner:
             params = replace(params, prompt_logprobs=None)  # they have been received
         self._batch.start(s.slot, ids, params, lease.pages, lease.computed, s.prompt_length)
 
-    def prefill(self, budget: int) -> int:
-        """Enqueues about `budget` tokens of the one that is prefilled: whole pages, or its rest; returns how many."""
-        s, page = self.prefilling, self.pool.page_size
-        assert s is not None and s.lease is not None
-        done = s.lease.computed
-        count = min(s.known - done, max(1, budget // page) * page)
-        self._batch.prefill(s.slot, count)
-        # The backend works in order: sequences started from now on can share these pages.
-        self.pool.mark_computed(s.lease, done + count)
-        if done + count == s.known:
+    def prefill(self, budget: int, admit: Callable[[], bool]) -> None:
+        """Enqueues about `budget` tokens of prompts, those of several sequences together, in the order of their starts.
+
+        admit: starts one more sequence; False if there is none to be started now.
+        """
+        parts: list[tuple[int, int]] = []
+        completed: list[Sequence] = []
+        while budget > 0 and (self.prefilling or admit()):
+            s = self.prefilling
+            if s is None:  # the one just admitted has failed, or has nothing to compute
+                continue
+            count = self._next_part(s, budget)
+            budget -= count
+            parts.append((s.slot, count))
+            if s.lease is not None and s.lease.computed < s.known:
+                break  # less than a page of the budget is left
             s.ready = True
             s.enqueued += 1
-            self._calls.append([(s, s.starts)])
+            completed.append(s)
             self.prefilling = None
+        if parts:
+            self._batch.prefill(parts)
+        if completed:
+            self._calls.append([(s, s.starts) for s in completed])
+
+    def _next_part(self, s: Sequence, budget: int) -> int:
+        """How many tokens of a prompt to compute next: the rest of it, or as many whole pages as `budget` allows."""
+        assert s.lease is not None
+        done, page = s.lease.computed, self.pool.page_size
+        count = s.known - done
+        if count > budget:
+            count = min(count, max(1, budget // page) * page)
+        # The backend works in order: sequences started from now on can share these pages.
+        self.pool.mark_computed(s.lease, done + count)
         return count
 
     def make_room(self) -> list[Sequence]:

@@ -179,9 +179,8 @@ class Scheduler:
     def cancel(self, request: int) -> None:
         """Ends a request; the next step reports the answer so far, as "interrupted".
 
-        One that has never run leaves the queue at once. Slot and pages of the others are freed by the step under way,
-        before it computes more of any prompt, or by the next one. Does nothing if the request has already ended or
-        never was. Raises RequestError if it is not a number.
+        One that has never run leaves the queue at once; slot and pages of the others are free when the next step
+        begins. Does nothing if the request has already ended or never was. Raises RequestError if it is not a number.
         """
         number = as_integer(request)
         if number is None:
@@ -271,12 +270,8 @@ class Scheduler:
         uncollected = runner.uncollected
         preempted = runner.make_room()
         self._wait_again(preempted)
-        budget = self._chunk
         # Whoever was preempted needs more than is free now, and comes first.
-        while budget > 0 and (runner.prefilling or (not preempted and self._admit(updates))):
-            if runner.prefilling:
-                budget -= runner.prefill(budget)
-            self._end_cancelled(updates)
+        runner.prefill(self._chunk, lambda: not preempted and self._admit(updates))
         self._end_late(updates)
         runner.step()
         for _ in range(uncollected):

@@ -205,10 +205,10 @@ class SharedBatch(_Closing):
         with self._backend.turn():
             self._inner.extend(slot, pages)
 
-    def prefill(self, slot: int, count: int) -> None:
-        """Computes the next tokens of a prompt."""
+    def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
+        """Computes the next tokens of several prompts."""
         with self._backend.turn():
-            self._inner.prefill(slot, count)
+            self._inner.prefill(parts)
 
     def step(self, slots: Sequence[int]) -> None:
         """Samples one more token for each sequence."""

@@ -181,26 +181,6 @@ def test_closing_wakes_and_answers() -> None:
     assert [update.request for update in updates if isinstance(update.error, SchedulerClosed)] == [0, 1]
 
 
-def test_a_request_cancelled_amid_a_round_frees_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rest of a long round goes to others: here, while another prompt is computed."""
-    llm, backend = toy_engine(tokens_of("a"), context=256)
-    scheduler = llm.scheduler(max_sequences=2, prefill_chunk=100)
-    batch = backend.batches[0]
-    for i in range(3):
-        scheduler.add([i] * 60, max_new_tokens=3)
-    prefill = batch.prefill
-
-    def prefill_and_cancel(slot: int, count: int) -> None:
-        prefill(slot, count)
-        if len(batch.prefilled) == 1:
-            scheduler.cancel(0)
-
-    monkeypatch.setattr(batch, "prefill", prefill_and_cancel)
-    updates = scheduler.step()
-    assert [(update.request, update.completion is not None) for update in updates] == [(0, True)]
-    assert batch.started == [[0] * 60, [1] * 60] and batch.prefilled == [60, 40]
-
-
 @pytest.mark.parametrize(
     "options",
     [{"priority": 1.5}, {"priority": True}, {"tenant": None}, {"cache_salt": 5}, {"timeout": -1}, {"timeout": "5"},

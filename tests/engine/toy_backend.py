@@ -152,7 +152,7 @@ class ToyBatch:
         self.collected: list[TokenLogprob | None] = []
         self.log: list[str] = []  # the names of the calls
         self.started: list[list[int]] = []  # the prompts in the order of their starts
-        self.prefilled: list[int] = []  # tokens of each call
+        self.prefilled: list[int] = []  # tokens of each part of a call
         self.closed = False
 
     def start(
@@ -174,7 +174,6 @@ class ToyBatch:
         assert 1 <= length <= len(ids)
         ready = length <= computed == len(ids) - 1
         self.sequences[slot] = ToySequence(list(ids), length, len(ids), params, list(pages), computed, ready)
-        self.check(self.sequences[slot])
         self.log.append("start")
         self.started.append(list(ids))
 
@@ -185,17 +184,24 @@ class ToyBatch:
             self.places[page] = [None] * self.page_size
         s.pages += pages
 
-    def prefill(self, slot: int, count: int) -> None:
-        s = self.sequences[slot]
-        end = s.fed + count
-        assert count >= 1 and end <= s.given and (end == s.given or end % self.page_size == 0)
-        self.prefilled.append(count)
+    def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
+        assert len({slot for slot, _ in parts}) == len(parts) > 0
         self.log.append("prefill")
-        self.feed(s, count)
-        if end == s.given:
-            s.ready = True
-            self.results.append([(slot, self.next_token(s))])
-            self.rows.append([self.backend.logprob(s.ids, s.params)])
+        results, rows = [], []
+        for slot, count in parts:
+            s = self.sequences[slot]
+            end = s.fed + count
+            assert count >= 1 and end <= s.given and (end == s.given or end % self.page_size == 0)
+            self.prefilled.append(count)
+            self.check(s)
+            self.feed(s, count)
+            if end == s.given:
+                s.ready = True
+                results.append((slot, self.next_token(s)))
+                rows.append(self.backend.logprob(s.ids, s.params))
+        if results:
+            self.results.append(results)
+            self.rows.append(rows)
 
     def step(self, slots: Sequence[int]) -> None:
         assert slots and len(set(slots)) == len(slots)
