@@ -2,6 +2,7 @@
 #   make chat      create the environment, install, chat with the built-in model
 #   make test      create the environment, install; lint, types and the whole test suite
 #   make gpu-test  the tests that need an NVIDIA GPU
+#   make slow-test the tests that take minutes and a package index
 #   make docs      the documentation as a site in build/site
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +15,7 @@ WORKERS = $(shell nvidia-smi --query-gpu=memory.total --format=csv,noheader,noun
 	awk '{n = int($$1 / 4000); print (n < 1 ? 1 : (n > 14 ? 14 : n))}')
 EXTRA := $(if $(CUDA),$(if $(filter 12,$(CUDA)),[cuda12],$(if $(filter 11,$(CUDA)),,[cuda13])),)
 
-.PHONY: chat test check tree docs env gpu-test clean
+.PHONY: chat test check tree docs env slow-test gpu-test clean
 
 chat: $(VENV)/.installed
 	@$(PY) -m bitnet_numba.chat $(CHECKPOINT)
@@ -24,7 +25,7 @@ env: $(VENV)/.test-installed
 # Two workers share the cores already: more threads for each one's matrix products would only wait for each other.
 test: export OPENBLAS_NUM_THREADS ?= 1
 test: env check
-	@$(PY) -m pytest -n 2 --dist worksteal -m "not simulated"
+	@$(PY) -m pytest -n 2 --dist worksteal -m "not simulated and not slow"
 	@NUMBA_ENABLE_CUDASIM=1 $(PY) -m pytest -n 2 --dist worksteal -m simulated
 
 check: env tree
@@ -41,6 +42,9 @@ tree:
 docs: $(VENV)/.docs-installed tree
 	@$(PY) -m mkdocs build --quiet --strict
 	@echo "Open build/site/index.html"
+
+slow-test: env
+	@$(PY) -m pytest -m slow
 
 gpu-test: env
 	@$(PY) -m pytest -m "gpu and not alone" -n $(or $(WORKERS),1)
