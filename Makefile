@@ -40,7 +40,7 @@ tree:
 	@ln -sfn ../../../kernels ../../../reference build/typecheck/bitnet_numba/
 
 docs: $(VENV)/.docs-installed tree
-	@$(PY) -m mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 	@echo "Open build/site/index.html"
 
 slow-test: env
