@@ -41,7 +41,8 @@ tree:
 
 docs: $(VENV)/.docs-installed tree
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
-	@echo "Open build/site/index.html"
+	@! grep -rE '<(script|link|img)[^>]+//[a-z]' build/site --include='*.html' || (echo "a page fetches from elsewhere"; exit 1)
+	@echo "Open build/site/index.html; for its search:  python3 -m http.server -d build/site"
 
 slow-test: env
 	@$(PY) -m pytest -m slow
