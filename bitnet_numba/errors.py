@@ -31,7 +31,7 @@ class ContextFull(RequestError):
 
 
 class BackendError(BitNetError):
-    """The requested backend cannot run on this machine."""
+    """A backend cannot run on this machine, has too little memory, or computed numbers that are not finite."""
 
 
 def printable(text: str, limit: int = 200) -> str:
