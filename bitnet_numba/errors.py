@@ -43,7 +43,7 @@ class QueueTimeout(BitNetError):
 
 
 class BackendError(BitNetError):
-    """The requested backend cannot run on this machine."""
+    """A backend cannot run on this machine, has too little memory, or computed numbers that are not finite."""
 
 
 def printable(text: str, limit: int = 200) -> str:

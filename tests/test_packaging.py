@@ -6,9 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,34 +75,64 @@ def test_commands_lead_to_functions() -> None:
         assert callable(metadata.EntryPoint(name, target, "console_scripts").load())
 
 
-BUILD = """
-import setuptools.build_meta as backend
-backend.build_sdist("dist")
-print(backend.build_wheel("dist"))
-"""
 try:
-    RELEASE = metadata.version("setuptools")
+    SETUPTOOLS_VERSION = metadata.version("setuptools")
 except metadata.PackageNotFoundError:
-    RELEASE = "0"
+    SETUPTOOLS_VERSION = "0"
+COPIED = ("bitnet_numba", "docs", "examples", "kernels", "reference", "tests", "tools")
 
 
-@pytest.mark.skipif(int(RELEASE.partition(".")[0]) < 77, reason=f"needs setuptools 77 to build; this is {RELEASE}")
-def test_a_wheel_runs_by_itself(tmp_path: Path) -> None:
-    """Built without a network, unpacked, and used from outside the repository, whose tools/ it lacks."""
-    source, site = tmp_path / "source", tmp_path / "site"
-    for name in ("bitnet_numba", "kernels", "reference"):
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built without a network, and unpacked."""
+    if int(SETUPTOOLS_VERSION.partition(".")[0]) < 77:
+        pytest.skip(f"needs setuptools 77 to build; this is {SETUPTOOLS_VERSION}")
+    folder = tmp_path_factory.mktemp("packaging")
+    source = folder / "source"
+    for name in COPIED:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    built = subprocess.run([sys.executable, "-c", BUILD], cwd=source, capture_output=True, text=True)
+    for path in ROOT.iterdir():
+        if path.is_file() and not path.name.startswith("."):
+            shutil.copy(path, source)
+    archive = build(source, "sdist")
+    with tarfile.open(archive) as tar:
+        if sys.version_info >= (3, 12):
+            tar.extractall(folder, filter="data")
+        else:
+            tar.extractall(folder)
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path) -> Path:
+    """Built of the sdist, as pip does it."""
+    return build(sdist, "wheel")
+
+
+def build(source: Path, kind: str) -> Path:
+    """An sdist or a wheel of a folder."""
+    code = f"import setuptools.build_meta as backend; print(backend.build_{kind}('dist'))"
+    built = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     assert "would be ignored" not in built.stderr
-    wheel = source / "dist" / built.stdout.splitlines()[-1]
-    assert len(list((source / "dist").glob("*.tar.gz"))) == 1
-    zipfile.ZipFile(wheel).extractall(site)
-    shutil.rmtree(source)
+    return source / "dist" / built.stdout.splitlines()[-1]
 
+
+def test_the_sdist_can_be_tested_and_documented(sdist: Path) -> None:
+    for folder in COPIED:
+        original = {path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file()}
+        missing = {path for path in original if not (sdist / path).exists() and "__pycache__" not in path.parts}
+        assert not missing
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "SECURITY.md", "mkdocs.yml"):
+        assert (sdist / name).exists(), name
+
+
+def test_a_wheel_runs_by_itself(wheel: Path, tmp_path: Path) -> None:
+    """Unpacked, and used from outside the repository, whose tools/ it lacks."""
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
     (information,) = site.glob("*.dist-info")
+    assert {path.name for path in site.iterdir()} == {"bitnet_numba", information.name}
     found = metadata.PathDistribution(information)
     assert found.version == bitnet_numba.__version__
     assert {"cuda12", "cuda13", "bench"} <= set(found.metadata.get_all("Provides-Extra") or [])
@@ -108,15 +140,53 @@ def test_a_wheel_runs_by_itself(tmp_path: Path) -> None:
     assert found.metadata["License-Expression"] == "MIT"
 
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
+    report = use(sys.executable, tmp_path, env)
+    assert report["software"]["location"] == str(site / "bitnet_numba")
+
+
+def use(python: str, folder: Path, env: dict[str, str]) -> Any:
+    """Asks what is installed for its version, an answer and what runs; returns the last."""
 
     def run(*arguments: str) -> str:
-        command = [sys.executable, "-m", "bitnet_numba", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        command = [python, "-m", "bitnet_numba", *arguments]
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     assert run("--version") == f"bitnet-numba {bitnet_numba.__version__}\n"
     assert run("chat", "--backend", "reference", "--prompt", "Hello!", "--temperature", "0").startswith("H")
     report = json.loads(run("doctor", "--json"))
-    assert report["software"]["location"] == str(site / "bitnet_numba")
     assert "problem" not in report["cpu"] and report["runs"]["cpu"]["tokens_per_second"] > 0
+    return report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("minor", [10, 11, 12, 13])
+def test_a_wheel_installs(wheel: Path, minor: int, tmp_path: Path) -> None:
+    """In a fresh environment of each Python that is here, with the dependencies that pip chooses today."""
+    python = find_python(minor)
+    if python is None:
+        pytest.skip(f"there is no Python 3.{minor} here")
+    fresh = tmp_path / "fresh"
+    subprocess.run([python, "-m", "venv", fresh], check=True)
+    inside = str(fresh / "bin" / "python")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env["BITNET_NUMBA_CACHE"] = str(tmp_path / "cache")
+    install = [inside, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", str(wheel)]
+    subprocess.run(install, check=True, env=env)
+    subprocess.run([inside, "-m", "pip", "check"], check=True, env=env, stdout=subprocess.DEVNULL)
+    use(inside, tmp_path, env)
+    everything = "import bitnet_numba as bn; [getattr(bn, name) for name in bn.__all__ if 'w2a8' not in name]"
+    subprocess.run([inside, "-W", "error", "-c", everything], check=True, env=env, cwd=tmp_path)
+
+
+def find_python(minor: int) -> str | None:
+    """Python 3.`minor`, on the path or of pyenv; None if there is none."""
+    name = f"python3.{minor}"
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    candidates = [shutil.which(name), *map(str, sorted(pyenv.glob(f"versions/3.{minor}.*/bin/{name}"), reverse=True))]
+    works = "import sys, ensurepip; sys.exit(sys.version_info[:2] != (3, " + str(minor) + "))"
+    for python in filter(None, candidates):
+        if subprocess.run([python, "-c", works], capture_output=True).returncode == 0:
+            return python
+    return None

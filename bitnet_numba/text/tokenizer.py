@@ -66,13 +66,15 @@ class Tokenizer:
         self._backend = backend
         named = named_tokens or {}
         self._added = backend.get_added_tokens_decoder()
+        # Ids of special tokens, which decoding skips.
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self._byte_level = is_byte_level(backend)
         self._bytes: dict[int, bytes] = {}
         self._byte_of = {character: byte for byte, character in enumerate(byte_alphabet())}
         self.size = max(backend.get_vocab_size(), 1 + max(self._added, default=-1))  # ids are below this
-        self.bos_id = self._find_bos(named.get("bos_token"), add_bos)
+        self.bos_id = self._find_bos(named.get("bos_token"), add_bos)  # of the token that texts start with; None: none
         self.has_chat_template = template is not None or refusal is not None
+        # Stop strings of chats: without a template, where the user's next turn would begin.
         self.chat_stop: tuple[str, ...] = () if self.has_chat_template else (PLAIN_STOP,)
         self._refusal = refusal
         self._chat: ChatEncoder | None = None
@@ -84,7 +86,7 @@ class Tokenizer:
         if self._refusal is not None:
             _log.warning("%s; chats will be refused, but raw text can be continued", self._refusal.rstrip("."))
         ends = {*stop_ids, self._id_of(named.get("eos_token")), self._chat.end_of_turn if self._chat else None}
-        self.stop_ids = frozenset(i for i in ends if i is not None)
+        self.stop_ids = frozenset(i for i in ends if i is not None)  # of tokens that end an answer
 
     @staticmethod
     def open(

@@ -110,11 +110,14 @@ def pack_linear(
     """Ternary weights, packed and uploaded: y = x @ (ternary * scale).T + bias, by `w2a8_linear`.
 
     ternary: int8 [N, K] of -1, 0 and 1, or a list of up to three such matrices, which are its segments (q, k and v in
-    one product: one read of x); scales: a positive number, or one for each segment; bias: [N]; in NumPy arrays or
-    arrays on a device. segments: of a single matrix, how many rows share a scale, in order, N in all; by default one,
-    N. device: by default that of the context current on this thread, else the first GPU. Packing runs on the host: 0.2
-    s for 35 million weights. Raises ValueError for weights, scales or segments that do not fit, BackendError without a
-    usable GPU.
+        one product: one read of x); a NumPy array or one on a device, as are scales and bias.
+    scales: a positive number, or one for each segment; kept as float32.
+    bias: [N], kept as float32, or None.
+    segments: of a single matrix, how many rows share a scale, in order, N in all; by default one, N.
+    device: by default that of the context current on this thread, else the first GPU.
+
+    Packing runs on the host: 0.2 s for 35 million weights. Raises ValueError for weights, scales or segments that do
+    not fit, BackendError without a usable GPU.
     """
     if isinstance(ternary, list | tuple):
         if segments is not None:

@@ -24,9 +24,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import cuda
+from numba import cuda, types  # numba.cuda.types are the same, but lack names where numba-cuda is not installed
 from numba.core import config
-from numba.cuda import types
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
 SHARED_ALIGN = None if SIMULATED else 16  # bytes; the simulator's arrays take no alignment

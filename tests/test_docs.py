@@ -1,0 +1,107 @@
+"""The documents: links lead somewhere, the API page is complete, and the Python in them runs."""
+
+import argparse
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import bitnet_numba
+from bitnet_numba.cli.main import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "kernels" / "README.md"]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def prose(page: Path) -> str:
+    """A page without its code."""
+    return FENCED.sub("", page.read_text())
+
+
+def anchors(page: Path) -> set[str]:
+    """What can stand behind # in a link to a page: headings as code hosts and the site name them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in LINK.findall(prose(page)):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_pages_of_the_site_link_to_nothing_outside_it() -> None:
+    for page in ROOT.glob("docs/*.md"):
+        assert not any(link.startswith("..") for link in LINK.findall(prose(page))), page
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = re.findall(r"^  - .+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(page.name for page in ROOT.glob("docs/*.md"))
+
+
+def test_the_api_page_has_everything_public() -> None:
+    documented = re.findall(r"^::: bitnet_numba\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    # The module errors stands there with its classes, each by itself.
+    assert sorted(documented) == sorted(set(bitnet_numba.__all__) - {"__version__", "errors"})
+
+
+def test_every_example_is_listed() -> None:
+    text = (ROOT / "docs" / "python.md").read_text()
+    listed = re.findall(r"^\| `(\w+\.py)` \|", text, re.MULTILINE)
+    assert sorted(listed) == sorted(path.name for path in ROOT.glob("examples/*.py"))
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/python.md"])
+def test_python_in_pages_runs(name: str) -> None:
+    namespace: dict[str, object] = {}
+    for language, code in FENCED.findall((ROOT / name).read_text()):
+        if language == "python" and "torch" not in code:
+            exec(compile(code, name, "exec"), namespace)
+    assert "bn" in namespace
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """The page and the words of each command line of `bitnet-numba` in the pages."""
+    found = []
+    for page in PAGES:
+        for language, code in FENCED.findall(page.read_text()):
+            for line in code.splitlines() if language != "python" else ():
+                words = shlex.split(line.removeprefix("$ "), comments=True)
+                if words[:1] == ["bitnet-numba"]:
+                    found.append((str(page.relative_to(ROOT)), words[1:]))
+    return found
+
+
+class Parsed(BaseException):
+    """A command line that has no mistake."""
+
+
+def test_command_lines_in_pages_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(*arguments: object) -> None:
+        parse(*arguments)  # type: ignore[arg-type]
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    for page, words in commands():
+        assert words[0] in COMMANDS, (page, words)
+        command = importlib.import_module(COMMANDS[words[0]][0])
+        try:
+            command.run(words[1:], "bitnet-numba")
+        except Parsed:
+            continue
+        except SystemExit:
+            pass
+        pytest.fail(f"{page}: bitnet-numba {shlex.join(words)}")
+    assert {words[0] for _, words in commands()} == set(COMMANDS)  # each has an example
