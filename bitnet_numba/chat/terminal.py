@@ -41,6 +41,11 @@ class WordWrap:
         self._gap = ""  # spaces after the last word
         self._word = ""
 
+    @property
+    def room(self) -> int:
+        """Columns that are left in the line."""
+        return self._width - self._column
+
     def push(self, text: str) -> str:
         """Adds text; returns what can be shown now."""
         out = []

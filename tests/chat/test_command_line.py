@@ -132,8 +132,13 @@ def test_a_model_says_how_to_sample_from_it(
 
 
 def test_a_model_says_how_long_its_answers_are(
-    run: Callable[..., tuple[int, str, str]], tiny_packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., tuple[int, str, str]],
+    tiny_packed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     model = Path(shutil.copytree(tiny_packed, tmp_path / "copy"))
     (model / "generation_config.json").write_text('{"do_sample": false, "max_new_tokens": 2}')
     flags = ("--prompt", "One?")
