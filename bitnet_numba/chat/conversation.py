@@ -42,7 +42,7 @@ class Conversation:
         self.last: Completion | None = None
         self.can_continue = False  # whether the last answer was cut
         self._text = ""  # raw: what was last asked
-        self._ids: list[int] = []  # raw: that and its continuation
+        self._ids: list[int] = []  # the last prompt and answer as the model has them; none after `load`
         self.session = engine.session()
         self.session.pauses = engine.backend != "cuda"  # a GPU has read a prompt before anyone can stop it
 
@@ -83,10 +83,15 @@ class Conversation:
         """As `ask`, for the rest of an answer that was cut, which is added to it."""
         if not self.can_continue:
             raise RequestError("there is no answer that was cut")
-        if self.raw:
-            return self._answer(self._read(self._ids, self.params), self._text, "continuing", self.params)
-        question = self.messages[-2]["content"]
-        return self._answer(self._fit(self.messages, self.params), question, "continuing", self.params)
+        return self._answer(self._rest(), self.question or "", "continuing", self.params)
+
+    def _rest(self) -> Request:
+        """The request for what follows the tokens of the last answer, if these are known and leave room."""
+        capacity = self.session.capacity
+        if self._ids and (self.raw or len(self._ids) + capacity // ANSWER_SHARE <= capacity):
+            request = self._read(self._ids, self.params)
+            return request if self.raw else replace(request, stop=request.stop + self.engine.tokenizer.chat_stop)
+        return self._fit(self.messages, self.params)
 
     def _ask(self, text: str, kind: Kind, params: SamplingParams) -> Iterator[str]:
         before = self.messages[:-2] if kind == "replacing" else self.messages
@@ -150,8 +155,9 @@ class Conversation:
         if completion.finish_reason == "interrupted" and not completion.text:
             return
         self.can_continue = completion.finish_reason != "stop"
+        self._ids = [*request.ids, *completion.token_ids]
         if self.raw:
-            self._text, self._ids = question, [*request.ids, *completion.token_ids]
+            self._text = question
             return
         # The generated ids, so that the next turn finds them in the context.
         answer: Message = {"role": "assistant", "content": completion.text, "token_ids": completion.token_ids}
@@ -179,7 +185,7 @@ class Conversation:
         """Removes all messages but the system message."""
         self.messages.clear()
         self.session.clear()
-        self.unread = 0
+        self.unread, self._ids = 0, []
         self.last, self.can_continue = None, False
 
     def save(self, path: Path) -> None:
