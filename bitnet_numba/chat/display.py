@@ -15,6 +15,7 @@ from rich.theme import Theme
 
 from bitnet_numba.chat.conversation import Conversation
 from bitnet_numba.chat.terminal import WordWrap, clean, interruptible, silent_keyboard
+from bitnet_numba.engine.session import PART
 
 MAX_WIDTH = 100  # columns; longer lines are hard to read
 STYLES = Theme({"markdown.code": "cyan"})  # rich's has a black background, whatever the terminal has
@@ -110,6 +111,9 @@ class Waiting:
         self._status: Status | None = console.status("") if console.is_terminal else None
 
     def start(self) -> None:
+        talk = self._conversation
+        if talk.prompt_tokens - talk.session.held > PART:
+            self._say(f"reading {talk.prompt_tokens:,} tokens")
         if self._status is not None:
             self._status.start()
 
@@ -144,7 +148,7 @@ def show_answer(display: Display, conversation: Conversation, pieces: Iterator[s
         else:
             view.stopping()
 
-    with silent_keyboard(), interruptible(told) as interrupted:
+    with silent_keyboard(), interruptible(told) as interrupt:
         waiting.start()
         try:
             for piece in pieces:
@@ -153,18 +157,19 @@ def show_answer(display: Display, conversation: Conversation, pieces: Iterator[s
                         waiting.stop()
                         view = display.new_view()
                     view.push(clean(piece))
-                elif not interrupted:
+                elif not interrupt.pressed:
                     waiting.progress()
-                if interrupted:
+                if interrupt.pressed:
                     break
         except KeyboardInterrupt:
-            interrupted.append(True)
+            pass  # the second one
         finally:
+            interrupt.ending = True
             waiting.stop()
             pieces.close()  # type: ignore[attr-defined]
             if view is not None:
                 view.finish()
-    return view is not None, bool(interrupted)
+    return view is not None, interrupt.pressed
 
 
 def write(text: str) -> None:

@@ -13,6 +13,7 @@ from bitnet_numba.chat.display import Display, View, Waiting, write
 from bitnet_numba.chat.files import decode_text, well_formed
 from bitnet_numba.chat.report import describe, forgotten
 from bitnet_numba.chat.terminal import clean, note
+from bitnet_numba.commands import drop_output
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.errors import ContextFull, RequestError
 
@@ -73,30 +74,42 @@ def answer_all(conversation: Conversation, prompts: list[str], output: Output) -
         output.note(NO_TEMPLATE)
     for prompt in prompts:
         prompt = well_formed(prompt)
-        unread = conversation.unread
-        pieces = conversation.ask(prompt)
-        if conversation.unread > unread:
-            output.note(forgotten((conversation.unread - unread) // 2))
-        waiting = Waiting(Console(stderr=True, quiet=output.quiet), conversation)
-        view: View | None = None if output.json else _new_view(conversation, output)
-        started = False
-        if not output.quiet:
-            waiting.start()
-        try:
-            for piece in pieces:
-                if not piece:
-                    waiting.progress()
-                    continue
-                if not started:
-                    waiting.stop()
-                    started = True
-                if view is not None:
-                    view.push(clean(piece) if sys.stdout.isatty() else piece)
-        finally:
+        _answer(conversation, prompt, output)
+        _report(conversation, prompt, output)
+
+
+def _answer(conversation: Conversation, prompt: str, output: Output) -> None:
+    unread = conversation.unread
+    pieces = conversation.ask(prompt)
+    if conversation.unread > unread:
+        output.note(forgotten((conversation.unread - unread) // 2))
+    waiting = Waiting(Console(stderr=True, force_terminal=False if output.quiet else None), conversation)
+    view: View | None = None if output.json else _new_view(conversation, output)
+    waiting.start()
+    try:
+        for piece in pieces:
+            if not piece:
+                waiting.progress()
+                continue
             waiting.stop()
             if view is not None:
-                view.finish()  # also after Ctrl-C: the message that follows has a line of its own
-        _report(conversation, prompt, output)
+                view.push(clean(piece) if sys.stdout.isatty() else piece)
+    except BaseException:  # Ctrl-C as well
+        waiting.stop()
+        _end_line(view)
+        raise
+    waiting.stop()
+    if view is not None:
+        view.finish()
+
+
+def _end_line(view: View | None) -> None:
+    """Gives the message that follows a line of its own, if standard output is still there."""
+    try:
+        if view is not None:
+            view.finish()
+    except OSError:
+        drop_output()
 
 
 def _new_view(conversation: Conversation, output: Output) -> View:

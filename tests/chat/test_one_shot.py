@@ -64,9 +64,10 @@ def test_long_silence_on_standard_input_is_told(monkeypatch: pytest.MonkeyPatch,
     write = screen.write
 
     def end_input(text: str) -> int:
-        if text != "\n":
+        length = write(text)
+        if text == "\n":
             os.close(writing)
-        return write(text)
+        return length
 
     monkeypatch.setattr(screen, "write", end_input)
     monkeypatch.setattr(sys, "stderr", screen)
