@@ -5,13 +5,8 @@ import argparse
 from bitnet_numba.chat import PROG
 from bitnet_numba.chat.options import DEFAULTS, OPTIONS, STOP
 from bitnet_numba.commands import make_parser
-from bitnet_numba.engine.engine import BACKENDS
+from bitnet_numba.model_options import add_model_options
 
-MODEL_HELP = (
-    "a model of the Hugging Face hub, such as owner/name, downloaded and converted when it is first used; a short name "
-    "that `bitnet-numba models list --known` shows; a GGUF file; or a converted model folder (default: the built-in "
-    "model)"
-)
 EPILOG = """examples:
   %(prog)s                                   talk to the built-in model
   %(prog)s 2b4t --system "Be brief."         talk to Microsoft's 2B-4T model
@@ -25,13 +20,13 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The command line."""
     parser = make_parser(
         prog,
-        description="Talk to a BitNet model: in a terminal, as a conversation; with --prompt, or with text on standard "
-        "input, one answer and no more.",
+        usage="%(prog)s [MODEL] [options]",
+        description="Talk to a BitNet model: a conversation in the terminal, or, with --prompt or with text on\n"
+        "standard input, one answer.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("checkpoint", nargs="?", metavar="MODEL", help=MODEL_HELP)
     add(
         "--prompt",
         action="append",
@@ -58,27 +53,7 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print each answer as one line of JSON, in ASCII; needs --prompt or a pipe")
     add("--stats", action="store_true", help="show speed and memory after each answer")
     add("--quiet", action="store_true", help="print answers and errors, no hints")
-    group = parser.add_argument_group("model")
-    add = group.add_argument
-    add("--revision", metavar="R", help="branch, tag or commit of a model of the hub (default: main)")
-    add(
-        "--backend",
-        choices=BACKENDS,
-        default="auto",
-        help="what runs the model (default: auto: CUDA if usable, otherwise the CPU)",
-    )
-    add(
-        "--threads",
-        type=int,
-        metavar="N",
-        help="threads of the CPU backend (default: one for each physical core)",
-    )
-    add(
-        "--context",
-        type=int,
-        metavar="N",
-        help="maximum tokens of the whole conversation (default: the model's maximum)",
-    )
+    add_model_options(parser)
     group = parser.add_argument_group("answers", "A model's generation_config.json overrides these defaults.")
     add = group.add_argument
     for option in OPTIONS:

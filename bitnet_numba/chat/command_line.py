@@ -12,17 +12,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
-from rich.console import Console
-
 from bitnet_numba.chat import PROG
 from bitnet_numba.chat.arguments import build_parser
 from bitnet_numba.chat.conversation import Conversation
 from bitnet_numba.chat.one_shot import Output, answer_all, gather_prompts, shorten_advice
 from bitnet_numba.chat.options import DEFAULTS, OPTIONS
 from bitnet_numba.commands import complain, drop_output
-from bitnet_numba.engine.engine import Engine, load
 from bitnet_numba.errors import BitNetError, ContextFull, one_line
-from bitnet_numba.hub.fetch import as_hub_model, find_model, is_gguf
+from bitnet_numba.model_options import open_model
 from bitnet_numba.sampling import SamplingParams
 
 
@@ -41,7 +38,7 @@ def run(argv: list[str] | None = None, prog: str = PROG) -> int:
         given = {name: getattr(args, name) for name in fields if getattr(args, name) not in (None, [])}
         SamplingParams(**given)  # mistakes are reported before the model is opened
         with _warnings_in_a_line(output):
-            engine = open_model(args)
+            engine = open_model(args, args.quiet)
             advice = "; " + shorten_advice(engine)
             params = replace(engine.sampling or DEFAULTS, **given)
             conversation = Conversation(engine, params, args.system, args.raw)
@@ -108,20 +105,6 @@ def _warnings_in_a_line(output: Output) -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
-
-
-def open_model(args: argparse.Namespace) -> Engine:
-    """Loads the model that the command line names, with a status line on a terminal."""
-    path, revision = args.checkpoint, args.revision
-    if path and (is_gguf(path) or as_hub_model(path, revision) is not None):
-        # Before the status line, because a download and a conversion show their own.
-        path, revision = find_model(path, revision), None
-    console = Console(stderr=True)
-    waiting = (
-        console.status("loading the model ...") if console.is_terminal and not args.quiet else contextlib.nullcontext()
-    )
-    with waiting:
-        return load(path, args.backend, args.context, args.threads, revision)
 
 
 def _fail(prog: str, message: str) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bitnet_numba import model_options
 from bitnet_numba.chat import command_line
 from bitnet_numba.chat.conversation import Conversation
 from bitnet_numba.engine.completion import Completion, Stats
@@ -296,7 +297,7 @@ def test_what_stops_the_start_is_told_in_one_line(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(command_line, "load", fail)
+    monkeypatch.setattr(model_options, "load", fail)
     assert run("--prompt", "x")[0] == code
     result = run("--prompt", "x")
     assert result[:2] == (code, "") and result[2].startswith(f"bitnet-chat: {message}") and result[2].count("\n") == 1
