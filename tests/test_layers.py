@@ -25,6 +25,7 @@ FLOORS: list[tuple[str, ...]] = [
     OPERATIONS,
     ("bitnet_numba.backends",),
     ("bitnet_numba.engine",),
+    ("bitnet_numba.model_options",),
     ("bitnet_numba.chat",),
     ("bitnet_numba.cli",),
     ("bitnet_numba.__main__",),

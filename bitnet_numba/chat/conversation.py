@@ -1,119 +1,204 @@
-"""A conversation with a model: its messages, a session whose context each turn extends, and lines that describe it."""
+"""A conversation with a model: its messages, and a session whose context each turn extends."""
 
+import bisect
+import secrets
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from bitnet_numba.chat.saved import read_conversation, well_formed, write_conversation
+from bitnet_numba.chat.files import well_formed
+from bitnet_numba.chat.saved import export_markdown, read_conversation, write_conversation
 from bitnet_numba.engine.completion import Completion
 from bitnet_numba.engine.engine import Engine
-from bitnet_numba.engine.request import Prompt
-from bitnet_numba.engine.session import Stream
-from bitnet_numba.errors import RequestError
+from bitnet_numba.engine.request import Prompt, Request, read_request
+from bitnet_numba.errors import ContextFull, RequestError
 from bitnet_numba.sampling_params import SamplingParams
 
 NO_TEMPLATE = "this model has no chat template: turns are plain 'User: ...', 'Assistant: ...'; see also --raw"
+# Of the context: what is kept free for an answer at most, and what is freed when old exchanges have to go. What stays
+# is computed anew then, so that is not to happen at every turn.
+ANSWER_SHARE = FREED_SHARE = 4
+
+Message = dict[str, Any]
+Kind = Literal["new", "replacing", "continuing"]
 
 
 class Conversation:
-    """Turns of user and assistant. In raw mode there are no turns: the model continues each text on its own."""
+    """Turns of user and assistant. In raw mode there are no turns: the model continues each text on its own.
+
+    When the context is full, the model no longer reads the oldest exchanges; they stay in `messages`.
+    """
 
     def __init__(self, engine: Engine, params: SamplingParams, system: str = "", raw: bool = False):
         self.engine = engine
         self.params = params
         self.system = well_formed(system)
         self.raw = raw
-        self.messages: list[dict[str, Any]] = []  # without the system message
+        self.messages: list[Message] = []  # without the system message
+        self.unread = 0  # of `messages`, from the first on: they do not fit the context any more
+        self.prompt_tokens = 0  # of the question that is being answered, with all that goes before it
         self.last: Completion | None = None
+        self.can_continue = False  # whether the last answer was cut
+        self._text = ""  # raw: what was last asked
+        self._ids: list[int] = []  # the last prompt and answer as the model has them; none after `load`
         self.session = engine.session()
         self.session.pauses = engine.backend != "cuda"  # a GPU has read a prompt before anyone can stop it
 
-    def ask(self, text: str) -> Iterator[str]:
+    @property
+    def question(self) -> str | None:
+        """What was asked last; None if nothing was."""
+        if self.raw:
+            return self._text or None
+        return str(self.messages[-2]["content"]) if self.messages else None
+
+    def ask(self, text: str, replacing: bool = False) -> Iterator[str]:
         """Yields the answer's text; at the end, sets `last` and adds question and answer to `messages`.
 
+        replacing: they take the place of the last question and answer.
+
         Also yields "" between the parts of a long prompt, where closing the iterator loses nothing. If it is closed
-        early, the text so far counts as the answer. Raises RequestError or ContextFull, and adds nothing, if the
-        question cannot be answered.
+        early, the text so far counts as the answer; if there is none, everything stays as it was. Raises RequestError
+        or ContextFull, and changes nothing, if the question cannot be answered.
         """
         text = well_formed(text)
-        prompt: Prompt = text
-        question = {"role": "user", "content": text}
-        if not self.raw:
-            if not text.strip():
-                raise RequestError("the prompt is empty")
-            system = [{"role": "system", "content": self.system}] if self.system else []
-            prompt = [*system, *self.messages, question]
-        stream = self.session.stream(prompt, self.params)
-        return self._answer(stream, question)
+        if self.raw:
+            return self._answer(self._read(text, self.params), text, "new", self.params)
+        if not text.strip():
+            raise RequestError("the prompt is empty")
+        return self._ask(text, "replacing" if replacing and self.messages else "new", self.params)
 
-    def _answer(self, stream: Stream, question: dict[str, Any]) -> Iterator[str]:
-        failed = False
-        try:
-            with closing(stream):
-                yield from stream
-        except Exception:
-            failed = True
-            raise
-        finally:
-            self.last = stream.completion
-            if self.last is not None and not failed and not self.raw:
-                self._remember(question, self.last)
+    def ask_again(self, other_seed: bool = False) -> Iterator[str]:
+        """As `ask`, for the last question; other_seed: with a random seed even if `params` has one."""
+        text = self.question
+        if text is None:
+            raise RequestError("there is no question yet")
+        params = replace(self.params, seed=secrets.randbits(32)) if other_seed else self.params
+        if self.raw:
+            return self._answer(self._read(text, params), text, "new", params)
+        return self._ask(text, "replacing", params)
 
-    def _remember(self, question: dict[str, Any], completion: Completion) -> None:
+    def go_on(self) -> Iterator[str]:
+        """As `ask`, for the rest of an answer that was cut, which is added to it."""
+        if not self.can_continue:
+            raise RequestError("there is no answer that was cut")
+        return self._answer(self._rest(), self.question or "", "continuing", self.params)
+
+    def _rest(self) -> Request:
+        """The request for what follows the tokens of the last answer, if these are known and leave room."""
+        capacity = self.session.capacity
+        if self._ids and (self.raw or len(self._ids) + capacity // ANSWER_SHARE <= capacity):
+            request = self._read(self._ids, self.params)
+            return request if self.raw else replace(request, stop=request.stop + self.engine.tokenizer.chat_stop)
+        return self._fit(self.messages, self.params)
+
+    def _ask(self, text: str, kind: Kind, params: SamplingParams) -> Iterator[str]:
+        before = self.messages[:-2] if kind == "replacing" else self.messages
+        request = self._fit([*before, {"role": "user", "content": text}], params)
+        return self._answer(request, text, kind, params)
+
+    def _read(self, prompt: Prompt, params: SamplingParams) -> Request:
+        engine = self.engine
+        return read_request(engine.tokenizer, engine.config.vocab_size, self.session.capacity, prompt, params)
+
+    def _fit(self, messages: list[Message], params: SamplingParams) -> Request:
+        """The request that these messages make, without as many of the oldest exchanges as have to go."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        capacity = self.session.capacity
+        room = min(params.max_new_tokens or capacity, capacity // ANSWER_SHARE)
+        last = (len(messages) - 1) // 2 * 2  # of the last question
+        start = min(self.unread, last)
+
+        def read(first: int) -> Request | None:
+            try:
+                return self._read([*system, *messages[first:]], params)
+            except ContextFull:
+                if first == last:
+                    raise
+                return None
+
+        def fits(request: Request | None, tokens: int) -> bool:
+            return request is not None and len(request.ids) + room <= tokens
+
+        request = read(start)
+        if start < last and not fits(request, capacity):
+            most = capacity - capacity // FREED_SHARE
+            firsts = range(start + 2, last, 2)
+            found = bisect.bisect_left(firsts, True, key=lambda first: fits(read(first), most))
+            start = firsts[found] if found < len(firsts) else last
+            request = read(start)
+        assert request is not None
+        self.unread = start
+        return request
+
+    def _answer(self, request: Request, question: str, kind: Kind, params: SamplingParams) -> Iterator[str]:
+        stream = self.session.stream_request(request)
+        self.prompt_tokens = len(request.ids)
+
+        def pieces() -> Iterator[str]:
+            failed = False
+            try:
+                with closing(stream):
+                    yield from stream
+            except Exception:
+                failed = True
+                raise
+            finally:
+                self.last = stream.completion
+                if self.last is not None and not failed:
+                    self._remember(request, question, kind, self.last)
+
+        return pieces()
+
+    def _remember(self, request: Request, question: str, kind: Kind, completion: Completion) -> None:
         if completion.finish_reason == "interrupted" and not completion.text:
             return
+        self.can_continue = completion.finish_reason != "stop"
+        self._ids = [*request.ids, *completion.token_ids]
+        if self.raw:
+            self._text = question
+            return
         # The generated ids, so that the next turn finds them in the context.
-        answer = {"role": "assistant", "content": completion.text, "token_ids": completion.token_ids}
-        self.messages += [question, answer]
+        answer: Message = {"role": "assistant", "content": completion.text, "token_ids": completion.token_ids}
+        if kind == "continuing":
+            begun = self.messages.pop()
+            answer["content"] = begun["content"] + completion.text
+            answer["token_ids"] = [*begun["token_ids"], *completion.token_ids] if "token_ids" in begun else None
+            self.messages.append(answer)
+            return
+        if kind == "replacing":
+            del self.messages[-2:]
+        self.messages += [{"role": "user", "content": question}, answer]
 
     def undo(self) -> str | None:
         """Removes the last question and answer; returns the question, or None if there is none."""
         if not self.messages:
             return None
+        self.can_continue = False
         del self.messages[-1]
-        return str(self.messages.pop()["content"])
+        question = str(self.messages.pop()["content"])
+        self.unread = min(self.unread, len(self.messages))
+        return question
 
     def reset(self) -> None:
         """Removes all messages but the system message."""
         self.messages.clear()
         self.session.clear()
-        self.last = None
+        self.unread, self._ids = 0, []
+        self.last, self.can_continue = None, False
 
     def save(self, path: Path) -> None:
         """Writes the conversation to a file, see `saved.write_conversation`. Raises RequestError if it cannot."""
         write_conversation(path, self.system, self.messages)
+
+    def export(self, path: Path, title: str) -> None:
+        """Writes the conversation as Markdown, see `saved.export_markdown`. Raises RequestError if it cannot."""
+        export_markdown(path, title, self.system, self.messages)
 
     def load(self, path: Path) -> None:
         """Continues a saved conversation. Raises RequestError, and changes nothing, if the file is not one."""
         system, messages = read_conversation(path)
         self.reset()
         self.system, self.messages = system, messages
-
-
-def sampling_line(params: SamplingParams) -> str:
-    """The sampling parameters in words."""
-    if params.temperature == 0:
-        line = "always the most likely token (temperature 0)"
-    else:
-        names = ("temperature", "top_p", "top_k", "min_p")
-        line = ", ".join(f"{name.replace('_', '-')} {getattr(params, name):g}" for name in names)
-    return f"{line}, repetition-penalty {params.repetition_penalty:g}"
-
-
-def describe(completion: Completion, conversation: Conversation) -> str:
-    """Speed, context and memory of an answer, in one line."""
-    stats, session = completion.stats, conversation.session
-    if not stats.generated_tokens:
-        return f"stopped before the answer began | context {session.held:,}/{session.capacity:,}"
-    prefill = f"prefill {stats.prompt_tokens - stats.reused_tokens:,} tokens"
-    if stats.reused_tokens:
-        prefill += f" (and {stats.reused_tokens:,} reused)"
-    decode = f"answer {stats.generated_tokens:,} tokens"
-    if stats.generated_tokens > 1:
-        decode += f", {stats.tokens_per_second:,.1f} tokens/s"
-    memory = ", ".join(f"{name.replace('_', ' ')} {size / 1e6:,.1f} MB" for name, size in stats.memory.items())
-    return (
-        f"{prefill}, {stats.prefill_tokens_per_second:,.1f} tokens/s | {decode} | "
-        f"context {session.held:,}/{session.capacity:,} | {memory}"
-    )
+        self.can_continue = bool(messages)  # the file does not say whether the last answer was cut

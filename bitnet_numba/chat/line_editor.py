@@ -1,4 +1,4 @@
-"""The line editor of the interactive chat: keys, completion of commands, and a history that cannot stop the chat."""
+"""The line editor of the interactive chat: keys, blocks of several lines, and a history that cannot stop the chat."""
 
 import contextlib
 import os
@@ -7,29 +7,31 @@ from pathlib import Path
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.buffer import Buffer
-from prompt_toolkit.completion import WordCompleter
+from prompt_toolkit.completion import Completer
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.input import Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import Output
 
-from bitnet_numba.chat.saved import well_formed
+from bitnet_numba.chat.attachments import is_open
+from bitnet_numba.chat.files import well_formed
 
 UNDO_CHARACTERS = 200  # kept per key
 
 
 def open_line_editor(
-    commands: Iterable[str], keyboard: Input | None = None, screen: Output | None = None
+    completer: Completer, keyboard: Input | None = None, screen: Output | None = None
 ) -> "PromptSession[str]":
-    """An editor that completes the names of commands; for the terminal if no other keyboard and screen are given."""
+    """An editor of lines, for the terminal if no other keyboard and screen are given."""
     editor: PromptSession[str] = PromptSession(
         history=open_history(),
-        completer=WordCompleter(list(commands), sentence=True),
+        completer=completer,
         complete_while_typing=True,
         key_bindings=_keys(),
         multiline=True,
         prompt_continuation="  ",
-        reserve_space_for_menu=4,
+        reserve_space_for_menu=6,
+        enable_open_in_editor=True,
         input=keyboard,
         output=screen,
     )
@@ -60,7 +62,11 @@ def _keys() -> KeyBindings:
 
     @keys.add("enter")
     def send(event: KeyPressEvent) -> None:
-        event.current_buffer.validate_and_handle()
+        buffer = event.current_buffer
+        if is_open(buffer.text):
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
 
     @keys.add("escape", "enter")
     def new_line(event: KeyPressEvent) -> None:

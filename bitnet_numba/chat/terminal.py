@@ -41,6 +41,11 @@ class WordWrap:
         self._gap = ""  # spaces after the last word
         self._word = ""
 
+    @property
+    def room(self) -> int:
+        """Columns that are left in the line."""
+        return self._width - self._column
+
     def push(self, text: str) -> str:
         """Adds text; returns what can be shown now."""
         out = []
@@ -75,23 +80,33 @@ class WordWrap:
         return text
 
 
+class Interrupt:
+    """Ctrl-C while `interruptible`."""
+
+    def __init__(self) -> None:
+        self.pressed = False
+        self.ending = False  # set it when what can be interrupted is over, and only what must be done is left
+
+
 @contextlib.contextmanager
-def interruptible(told: Callable[[], None] = lambda: None) -> Iterator[list[bool]]:
-    """Inside, the first Ctrl-C only makes the yielded list truthy and calls `told`; the next raises KeyboardInterrupt.
+def interruptible(told: Callable[[], None]) -> Iterator[Interrupt]:
+    """Inside, the first Ctrl-C is only noted and `told`; the next raises KeyboardInterrupt, unless all is ending.
 
     A step that is interrupted loses the context; one that runs to its end keeps it.
     """
-    interrupted: list[bool] = []
+    interrupt = Interrupt()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if interrupted:
+        if interrupt.ending:
+            return
+        if interrupt.pressed:
             raise KeyboardInterrupt
-        interrupted.append(True)
+        interrupt.pressed = True
         told()
 
     before = signal.signal(signal.SIGINT, handle)
     try:
-        yield interrupted
+        yield interrupt
     finally:
         signal.signal(signal.SIGINT, before)
 

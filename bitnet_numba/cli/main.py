@@ -13,6 +13,8 @@ COMMANDS = {
     "convert": ("bitnet_numba.cli.convert", "write a model of Hugging Face as a packed folder of your choice"),
     "models": ("bitnet_numba.cli.models", "list, show and delete the models that were downloaded by name"),
     "doctor": ("bitnet_numba.cli.doctor", "show what runs on this machine, how fast, and why not more"),
+    "bench": ("bitnet_numba.cli.bench", "measure how fast a model runs on this machine"),
+    "completion": ("bitnet_numba.cli.completion", "let your shell complete commands and options at the Tab key"),
 }
 COMMAND_LINES = "\n".join(f"  {name:10} {summary}" for name, (_, summary) in COMMANDS.items())
 HELP = f"""usage: {PROG} COMMAND ...

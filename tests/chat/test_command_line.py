@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bitnet_numba import model_options
 from bitnet_numba.chat import command_line
 from bitnet_numba.chat.conversation import Conversation
 from bitnet_numba.engine.completion import Completion, Stats
@@ -132,8 +133,13 @@ def test_a_model_says_how_to_sample_from_it(
 
 
 def test_a_model_says_how_long_its_answers_are(
-    run: Callable[..., tuple[int, str, str]], tiny_packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., tuple[int, str, str]],
+    tiny_packed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     model = Path(shutil.copytree(tiny_packed, tmp_path / "copy"))
     (model / "generation_config.json").write_text('{"do_sample": false, "max_new_tokens": 2}')
     flags = ("--prompt", "One?")
@@ -291,7 +297,7 @@ def test_what_stops_the_start_is_told_in_one_line(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(command_line, "load", fail)
+    monkeypatch.setattr(model_options, "load", fail)
     assert run("--prompt", "x")[0] == code
     result = run("--prompt", "x")
     assert result[:2] == (code, "") and result[2].startswith(f"bitnet-chat: {message}") and result[2].count("\n") == 1

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from prompt_toolkit.buffer import Buffer
+from prompt_toolkit.completion import DummyCompleter
 from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
@@ -46,10 +47,26 @@ def test_short_lines_are_undone_key_by_key() -> None:
 
 def test_the_editor_bounds_what_is_typed(state: Path) -> None:
     with create_pipe_input() as keyboard:
-        editor = open_line_editor([], keyboard, DummyOutput())
+        editor = open_line_editor(DummyCompleter(), keyboard, DummyOutput())
         keyboard.send_text("word " * 400 + "\x1b\rnext\r")
         assert editor.prompt("> ") == "word " * 400 + "\nnext"
         assert sum(len(text) for text, _ in editor.default_buffer._undo_stack) < 2000 * UNDO_CHARACTERS
+
+
+def test_enter_within_a_block_starts_a_line(state: Path) -> None:
+    with create_pipe_input() as keyboard:
+        editor = open_line_editor(DummyCompleter(), keyboard, DummyOutput())
+        keyboard.send_text('"""one\rtwo\r"""\r')
+        assert editor.prompt("> ") == '"""one\ntwo\n"""'
+        keyboard.send_text('"" is """ not a block\r')
+        assert editor.prompt("> ") == '"" is """ not a block'
+
+
+def test_pasted_lines_are_one_text_and_are_not_sent(state: Path) -> None:
+    with create_pipe_input() as keyboard:
+        editor = open_line_editor(DummyCompleter(), keyboard, DummyOutput())
+        keyboard.send_text("\x1b[200~one\rtwo\r\x1b[201~three\r")
+        assert editor.prompt("> ", default="zero ") == "zero one\ntwo\nthree"
 
 
 def test_what_was_typed_comes_back_at_the_next_start(state: Path) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from bitnet_numba.chat import saved
-from bitnet_numba.chat.interactive import Terminal
+from bitnet_numba.chat import files, saved
+from bitnet_numba.chat.interactive import handle
 from bitnet_numba.errors import RequestError
-from tests.chat.helpers import ask, toy_conversation
+from tests.chat.helpers import ask, toy_chat, toy_conversation
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX files")
 SAVED = b'{"bitnet_numba_chat": 1, "system": "", "messages": [%s]}'
@@ -100,14 +100,14 @@ def test_names_that_cannot_be_used_end_nothing(
     (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "pipe")
     before = sorted(tmp_path.iterdir())
-    terminal = Terminal(toy_conversation(), show_stats=False)
-    terminal.handle("One?")
+    chat = toy_chat()
+    handle(chat, "One?")
     for command in ("/save", "/load"):
         capsys.readouterr()
-        assert terminal.handle(f"{command} {name}")
+        assert handle(chat, f"{command} {name}")
         shown = capsys.readouterr().out
         assert re.search(reason, shown, re.IGNORECASE) and shown.count("\n") == 1
-        assert len(terminal.conversation.messages) == 2
+        assert len(chat.conversation.messages) == 2
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -134,7 +134,7 @@ def test_saving_touches_no_other_file(tmp_path: Path, monkeypatch: pytest.Monkey
         talk.save(tmp_path / name)
         talk.load(tmp_path / name)
     assert (tmp_path / "y.part").read_text() == "mine"
-    monkeypatch.setattr(saved.secrets, "token_hex", lambda _: "taken")
+    monkeypatch.setattr(files.secrets, "token_hex", lambda _: "taken")
     (tmp_path / ".bitnet-chat-taken").write_text("mine, too")
     with pytest.raises(RequestError, match="File exists"):
         talk.save(tmp_path / "x")
@@ -167,7 +167,7 @@ def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(saved.os, step, full)
+    monkeypatch.setattr(files.os, step, full)
     ask(talk, "One?")
     with pytest.raises(RequestError, match=r"chat.json cannot be written: No space left"):
         talk.save(path)
@@ -184,7 +184,7 @@ def test_surrogates_are_replaced_on_every_way_in(tmp_path: Path) -> None:
     assert json.loads(path.read_bytes())["messages"][1]["content"] == "c\udc80"
     talk.load(path)
     assert talk.messages[1]["content"] == "c\ufffd"
-    assert saved.well_formed("\ud83d\ude00 \U0001f600") == "\U0001f600 \U0001f600"
+    assert files.well_formed("\ud83d\ude00 \U0001f600") == "\U0001f600 \U0001f600"
 
 
 def test_a_file_too_large_is_not_read(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["chta"], "unknown command 'chta'; did you mean chat?"),
         (["Convert", "a", "b"], "unknown command 'Convert'; did you mean convert?"),
-        (["zzz"], "unknown command 'zzz'; commands: chat, convert, models, doctor"),
-        (["\x1b[2J\n"], "unknown command '\\x1b[2J\\n'; commands: chat, convert, models, doctor"),
+        (["zzz"], "unknown command 'zzz'; commands: chat, convert, models, doctor, bench, completion"),
+        (["\x1b[2J\n"], "unknown command '\\x1b[2J\\n'; commands: chat, convert, models, doctor, bench, completion"),
         (["--verson"], "unknown option '--verson' (see --help)"),
     ],
 )
@@ -64,6 +64,7 @@ def test_chat_with_a_model_of_the_hub(
     """From Hugging Face's cache, which is said; what is asked for on standard output is the answer alone."""
     monkeypatch.setenv("BITNET_NUMBA_MODELS", str(tmp_path / "models"))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(tiny_source))
+    monkeypatch.setattr(sys, "stdin", None)
     arguments = ["chat", "someone/tiny", "--backend", "reference", "--max-new-tokens", "3", "--json", "--prompt", "Hi"]
     assert main([*arguments, "--revision", "v1"]) == 0
     first, err = capsys.readouterr()

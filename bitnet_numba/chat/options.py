@@ -1,0 +1,74 @@
+"""How answers are generated, as options of the command line and as settings of /set."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bitnet_numba.errors import RequestError, printable
+from bitnet_numba.sampling_params import SamplingParams
+
+DEFAULTS = SamplingParams(temperature=0.6, top_p=0.9)  # for models without a generation_config.json
+
+
+@dataclass(frozen=True)
+class SamplingOption:
+    """An option of one value: `--NAME METAVAR` and `/set NAME VALUE`."""
+
+    name: str
+    metavar: str
+    kind: Callable[[str], float]
+    meaning: str
+    none: str = ""  # the word of /set for None, where that is a value
+
+    @property
+    def field(self) -> str:
+        """The field of SamplingParams."""
+        return self.name.replace("-", "_")
+
+
+OPTIONS = (
+    SamplingOption("temperature", "T", float, "how freely words are chosen: 0 always takes the most likely one"),
+    SamplingOption("top-p", "P", float, "sample from the smallest set of tokens with total probability P"),
+    SamplingOption("top-k", "K", int, "sample from the K most likely tokens; 0: from all"),
+    SamplingOption("min-p", "P", float, "drop tokens less likely than P times the most likely one"),
+    SamplingOption(
+        "repetition-penalty", "R", float, "values above 1 make tokens that have already occurred less likely"
+    ),
+    SamplingOption("seed", "N", int, "the same seed gives the same answers", "random"),
+    SamplingOption("max-new-tokens", "N", int, "maximum tokens per answer", "none"),
+)
+STOP = "end the answer before this text"
+ALIASES = {"length": "max-new-tokens"}  # of /set
+
+
+def changed(params: SamplingParams, name: str, text: str) -> SamplingParams:
+    """The parameters with a setting's value as a user typed it. Raises RequestError if it is not one."""
+    if name == "stop":
+        return replace(params, stop=() if text.lower() == "none" else (*params.stop, text))  # type: ignore[misc]
+    option = _option(name)
+    if option.none and text.lower() == option.none:
+        return _with(params, option.field, None)
+    try:
+        value = option.kind(text)
+    except ValueError:
+        words = f"{'a whole' if option.kind is int else 'a'} number"
+        words += f" or {option.none}" if option.none else ""
+        raise RequestError(f"{option.name} must be {words}, not {printable(text, 40)}") from None
+    return _with(params, option.field, value)
+
+
+def _with(params: SamplingParams, field: str, value: Any) -> SamplingParams:
+    return replace(params, **{field: value})
+
+
+def value_text(params: SamplingParams, name: str) -> str:
+    """A setting's value in words."""
+    if name == "stop":
+        return ", ".join(repr(text) for text in params.stop or ()) or "none"
+    option = _option(name)
+    value = getattr(params, option.field)
+    return option.none if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _option(name: str) -> SamplingOption:
+    return next(option for option in OPTIONS if option.name == ALIASES.get(name, name))

@@ -1,0 +1,50 @@
+"""What command lines that run a model share: the options that name it, and opening it."""
+
+import argparse
+import contextlib
+import sys
+
+from bitnet_numba.engine.engine import BACKENDS, Engine, load
+from bitnet_numba.hub.fetch import as_hub_model, find_model, is_gguf
+
+MODEL_HELP = (
+    "a model of the Hugging Face hub, such as owner/name, downloaded and converted when it is first used; a short name "
+    "that `bitnet-numba models list --known` shows; a GGUF file; or a converted model folder (default: the built-in "
+    "model)"
+)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds MODEL, --revision, --backend, --threads and --context."""
+    parser.add_argument("checkpoint", nargs="?", metavar="MODEL", help=MODEL_HELP)
+    add = parser.add_argument_group("model").add_argument
+    add("--revision", metavar="R", help="branch, tag or commit of a model of the hub (default: main)")
+    add(
+        "--backend",
+        choices=BACKENDS,
+        default="auto",
+        help="what runs the model (default: auto: CUDA if usable, otherwise the CPU)",
+    )
+    add("--threads", type=int, metavar="N", help="threads of the CPU backend (default: one for each physical core)")
+    add("--context", type=int, metavar="N", help="maximum tokens of question and answers (default: the model's)")
+
+
+def open_model(args: argparse.Namespace, quiet: bool = False) -> Engine:
+    """Loads the model that these options name; with a status line on a terminal, unless quiet.
+
+    Raises BitNetError if it cannot.
+    """
+    path, revision = args.checkpoint, args.revision
+    if path and (is_gguf(path) or as_hub_model(path, revision) is not None):
+        # Before the status line, because a download and a conversion show their own.
+        path, revision = find_model(path, revision), None
+    with _status("loading the model ...", quiet):
+        return load(path, args.backend, args.context, args.threads, revision)
+
+
+def _status(text: str, quiet: bool) -> contextlib.AbstractContextManager[object]:
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
+        return contextlib.nullcontext()
+    from rich.console import Console
+
+    return Console(stderr=True).status(text)
