@@ -6,7 +6,7 @@ print(llm.chat("Tell me a story about a fox and a lantern.").text)
 
 Models       load, Engine (generate, stream, chat, generate_batch, agenerate, astream), Session, Scheduler
 Requests     Prompt, Message, SamplingParams
-Answers      Completion, Stats, Stream, AsyncStream, Update
+Answers      Completion, Stats, Stream, AsyncStream, Update; TokenLogprob, Score (of Engine.score)
 Errors       BitNetError and its kinds: BackendError, CheckpointError, ConfigError, ContextFull, RequestError,
              TokenizerError
 Kernels      pack_linear, w2a8_linear, PackedLinear; modules quantize, packing
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from bitnet_numba.engine.request import Prompt as Prompt
     from bitnet_numba.engine.scheduler import Scheduler as Scheduler
     from bitnet_numba.engine.scheduler import Update as Update
+    from bitnet_numba.engine.scoring import Score as Score
     from bitnet_numba.engine.session import Session as Session
     from bitnet_numba.engine.session import Stream as Stream
     from bitnet_numba.errors import BackendError as BackendError
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from bitnet_numba.kernels.linear.operands import PackedLinear as PackedLinear
     from bitnet_numba.kernels.linear.w2a8 import pack_linear as pack_linear
     from bitnet_numba.kernels.linear.w2a8 import w2a8_linear as w2a8_linear
+    from bitnet_numba.sampling import TokenLogprob as TokenLogprob
     from bitnet_numba.sampling_params import SamplingParams as SamplingParams
     from bitnet_numba.text.chat_template import Message as Message
     from bitnet_numba.text.tokenizer import Tokenizer as Tokenizer
@@ -74,9 +76,11 @@ _HOMES = {
     "RequestError": "errors",
     "SamplingParams": "sampling_params",
     "Scheduler": "engine.scheduler",
+    "Score": "engine.scoring",
     "Session": "engine.session",
     "Stats": "engine.completion",
     "Stream": "engine.session",
+    "TokenLogprob": "sampling",
     "Tokenizer": "text.tokenizer",
     "TokenizerError": "errors",
     "Update": "engine.scheduler",
