@@ -53,6 +53,9 @@ class ToyBackend:
             return self.script[(len(ids) - prompt) % len(self.script)]
         return sample(self.logits(ids), ids, params)
 
+    def free_idle(self) -> None:
+        pass
+
     def memory(self) -> dict[str, int]:
         return {"weights": 123}
 
