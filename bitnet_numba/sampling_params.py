@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import TypedDict, cast
+from typing import Literal, TypedDict, cast
 
 from bitnet_numba.errors import RequestError, shown
 from bitnet_numba.grammar import Grammar
@@ -15,6 +15,7 @@ DEFAULT_MAX_NEW_TOKENS = 512
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024  # tokens
 MAX_STOP_TOKENS = 256
+Overflow = Literal["error", "roll"]
 LogitBias = Mapping[int, float] | Iterable[tuple[int, float]]
 
 
@@ -43,6 +44,9 @@ class SamplingParams:
     prompt_logprobs: the same for the tokens of the prompt but the first, which then is computed anew, and not reused.
     grammar: the form that the answer must have, see `Grammar`; it ends where the form does, and never before, but for
     stop strings, stop_token_ids and its length. Not together with min_tokens and ignore_eos.
+    overflow: what happens to a conversation that is too long for the context: "error" refuses it; "roll" leaves out
+    its oldest exchanges until it fits together with its answer, never the system message, and says how many messages
+    these were (`Completion.dropped_messages`). Other prompts have no messages: they are refused.
     """
 
     temperature: float = 0.0
@@ -62,6 +66,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    overflow: Overflow = "error"
 
     def __post_init__(self) -> None:
         # As Python's own numbers: NumPy's integers overflow in the generator, and a Fraction has no logarithm.
@@ -92,6 +97,8 @@ class SamplingParams:
                 raise RequestError(f"grammar must be a Grammar, not {shown(self.grammar)}")
             if self.min_tokens or self.ignore_eos:
                 raise RequestError("a grammar says where the answer ends: leave out min_tokens and ignore_eos")
+        if not isinstance(self.overflow, str) or self.overflow not in ("error", "roll"):
+            raise RequestError(f"overflow must be 'error' or 'roll', not {shown(self.overflow)}")
         if self.max_new_tokens is not None and self.min_tokens > self.max_new_tokens:
             raise RequestError(f"min_tokens is {self.min_tokens}, but max_new_tokens is {self.max_new_tokens}")
         object.__setattr__(self, "stop", read_stop(self.stop))
@@ -143,6 +150,7 @@ class SamplingOverrides(TypedDict, total=False):
     logprobs: int | None
     prompt_logprobs: int | None
     grammar: Grammar | None
+    overflow: Overflow
 
 
 def read_stop(stop: object) -> tuple[str, ...]:
