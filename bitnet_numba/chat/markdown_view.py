@@ -60,6 +60,14 @@ def split_blocks(text: str) -> list[str]:
     ]
 
 
+def end_of_code(text: str, height: int) -> str:
+    """A block of code with its last lines alone: colours of hundreds of lines, ten times a second, take a core."""
+    first, *lines = text.strip("\n").split("\n")
+    if len(lines) <= height or not first.startswith(("```", "~~~")):
+        return text
+    return "\n".join([first, *lines[-height:]])
+
+
 class _Block:
     """A rendered block of Markdown without empty lines around it, or its last lines."""
 
@@ -133,7 +141,8 @@ class MarkdownView:
             self._console.print(_Block(block, self._width))
 
     def _growing(self) -> RenderableType:
-        tail = _Block(self._tail, self._width, max(self._console.height - MARGIN, 1))
+        height = max(self._console.height - MARGIN, 1)
+        tail = _Block(end_of_code(self._tail, height), self._width, height)
         parts: list[RenderableType] = [*([Text("")] if self._printed else []), tail]
         if self._stopping:
             parts.append(Text("[stopping ...]", "dim"))

@@ -154,7 +154,7 @@ def describe(figures: dict[str, Any]) -> str:
     """The figures as lines of text."""
     cpu, gpu = figures["machine"]["cpu"], figures["machine"].get("gpu")
     sizes = figures["model"]["parameters"]
-    where = f"{cpu['name']}, {cpu['threads']} threads, {cpu['instruction_set']}"
+    where = f"{cpu['name']}, {cpu['threads']} thread{'' if cpu['threads'] == 1 else 's'}, {cpu['instruction_set']}"
     if gpu is not None:
         where = f"{gpu.get('name')}, driver {gpu.get('driver')}"
     lines = [

@@ -21,7 +21,10 @@ from bitnet_numba.hub.fetch import as_hub_model, find_gguf, is_gguf
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """The command line."""
-    what = "Convert a Hugging Face BitNet checkpoint or a GGUF file into the packed checkpoint that runs."
+    what = (
+        "Write a BitNet model, of Hugging Face or in a GGUF file, as a folder that every other command takes. A model "
+        "that is named by hub id or GGUF file needs none of this: it is converted when it is first used."
+    )
     parser = make_parser(prog, description=what)
     add = parser.add_argument
     add(

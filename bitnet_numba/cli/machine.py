@@ -18,7 +18,7 @@ import bitnet_numba
 from bitnet_numba.errors import one_line, printable
 
 PACKAGES = ("numpy", "numba", "llvmlite", "tokenizers", "huggingface_hub", "numba-cuda", "cuda-bindings")  # shown
-REQUIRED = (*PACKAGES[:5], "safetensors", "jinja2", "rich", "prompt_toolkit")
+REQUIRED = (*PACKAGES[:5], "safetensors", "jinja2", "rich", "markdown-it-py", "prompt_toolkit", "shtab")
 PROMPT = "Hello!"
 PROBE_SECONDS, ANSWER_SECONDS = 120, 900  # a first answer compiles kernels, on a slow machine for minutes
 READ_BYTES, PIECE_BYTES = 400_000_000, 2_000_000  # more than most processors cache; what a thread reads at a time

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from bitnet_numba.chat.markdown_view import MarkdownView, split_blocks
+from bitnet_numba.chat.markdown_view import MarkdownView, end_of_code, split_blocks
 
 ANSWER = """# A title
 
@@ -69,6 +69,14 @@ def test_pieces_give_what_the_whole_gives(cuts: list[int]) -> None:
 @given(st.text(alphabet="ab *`_#->|1.\n[](<&~", max_size=80), st.lists(st.integers(1, 12), max_size=20))
 def test_no_text_breaks_it(text: str, cuts: list[int]) -> None:
     assert show(text, cuts).endswith("\n")
+
+
+def test_of_long_code_only_the_end_is_drawn_again() -> None:
+    code = "```python\n" + "".join(f"{i}\n" for i in range(500))
+    assert end_of_code(code, 3) == "```python\n497\n498\n499"
+    assert end_of_code(code, 500) == code
+    prose = "word\n" * 500
+    assert end_of_code(prose, 3) == prose
 
 
 @pytest.mark.parametrize("height", [4, 50])
