@@ -77,7 +77,7 @@ def commands() -> list[tuple[str, list[str]]]:
         for language, code in FENCED.findall(page.read_text()):
             for line in code.splitlines() if language != "python" else ():
                 words = shlex.split(line.removeprefix("$ "), comments=True)
-                if words[:1] == ["bitnet-numba"]:
+                if words[:1] == ["bitnet-numba"] and len(words) > 1 and not words[1].isupper():
                     found.append((str(page.relative_to(ROOT)), words[1:]))
     return found
 
