@@ -64,7 +64,7 @@ class Conversation:
         """
         text = well_formed(text)
         if self.raw:
-            return self._answer(self._read(text, self.params), text, "new", self.params)
+            return self._answer(self._read(text, self.params), text, "new")
         if not text.strip():
             raise RequestError("the prompt is empty")
         return self._ask(text, "replacing" if replacing and self.messages else "new", self.params)
@@ -76,19 +76,18 @@ class Conversation:
             raise RequestError("there is no question yet")
         params = replace(self.params, seed=secrets.randbits(32)) if other_seed else self.params
         if self.raw:
-            return self._answer(self._read(text, params), text, "new", params)
+            return self._answer(self._read(text, params), text, "new")
         return self._ask(text, "replacing", params)
 
     def go_on(self) -> Iterator[str]:
         """As `ask`, for the rest of an answer that was cut, which is added to it."""
         if not self.can_continue:
             raise RequestError("there is no answer that was cut")
-        return self._answer(self._rest(), self.question or "", "continuing", self.params)
+        return self._answer(self._rest(), self.question or "", "continuing")
 
     def _rest(self) -> Request:
         """The request for what follows the tokens of the last answer, if these are known and leave room."""
-        capacity = self.session.capacity
-        if self._ids and (self.raw or len(self._ids) + capacity // ANSWER_SHARE <= capacity):
+        if self._ids and (self.raw or len(self._ids) + self._room(self.params) <= self.session.capacity):
             request = self._read(self._ids, self.params)
             return request if self.raw else replace(request, stop=request.stop + self.engine.tokenizer.chat_stop)
         return self._fit(self.messages, self.params)
@@ -96,17 +95,21 @@ class Conversation:
     def _ask(self, text: str, kind: Kind, params: SamplingParams) -> Iterator[str]:
         before = self.messages[:-2] if kind == "replacing" else self.messages
         request = self._fit([*before, {"role": "user", "content": text}], params)
-        return self._answer(request, text, kind, params)
+        return self._answer(request, text, kind)
 
     def _read(self, prompt: Prompt, params: SamplingParams) -> Request:
         engine = self.engine
         return read_request(engine.tokenizer, engine.config.vocab_size, self.session.capacity, prompt, params)
 
+    def _room(self, params: SamplingParams) -> int:
+        """Tokens of the context that are kept free for an answer."""
+        capacity = self.session.capacity
+        return min(params.max_new_tokens or capacity, capacity // ANSWER_SHARE)
+
     def _fit(self, messages: list[Message], params: SamplingParams) -> Request:
         """The request that these messages make, without as many of the oldest exchanges as have to go."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        capacity = self.session.capacity
-        room = min(params.max_new_tokens or capacity, capacity // ANSWER_SHARE)
+        capacity, room = self.session.capacity, self._room(params)
         last = (len(messages) - 1) // 2 * 2  # of the last question
         start = min(self.unread, last)
 
@@ -132,7 +135,7 @@ class Conversation:
         self.unread = start
         return request
 
-    def _answer(self, request: Request, question: str, kind: Kind, params: SamplingParams) -> Iterator[str]:
+    def _answer(self, request: Request, question: str, kind: Kind) -> Iterator[str]:
         stream = self.session.stream_request(request)
         self.prompt_tokens = len(request.ids)
 
