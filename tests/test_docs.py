@@ -1,15 +1,11 @@
 """The documents: links lead somewhere, the API page is complete, and the Python in them runs."""
 
-import argparse
-import importlib
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 
 import bitnet_numba
-from bitnet_numba.cli.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "kernels" / "README.md"]
@@ -68,40 +64,3 @@ def test_python_in_pages_runs(name: str) -> None:
         if language == "python" and "torch" not in code:
             exec(compile(code, name, "exec"), namespace)
     assert "bn" in namespace
-
-
-def commands() -> list[tuple[str, list[str]]]:
-    """The page and the words of each command line of `bitnet-numba` in the pages."""
-    found = []
-    for page in PAGES:
-        for language, code in FENCED.findall(page.read_text()):
-            for line in code.splitlines() if language != "python" else ():
-                words = shlex.split(line.removeprefix("$ "), comments=True)
-                if words[:1] == ["bitnet-numba"] and len(words) > 1 and not words[1].isupper():
-                    found.append((str(page.relative_to(ROOT)), words[1:]))
-    return found
-
-
-class Parsed(BaseException):
-    """A command line that has no mistake."""
-
-
-def test_command_lines_in_pages_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
-    parse = argparse.ArgumentParser.parse_args
-
-    def parse_and_stop(*arguments: object) -> None:
-        parse(*arguments)  # type: ignore[arg-type]
-        raise Parsed
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-    for page, words in commands():
-        assert words[0] in COMMANDS, (page, words)
-        command = importlib.import_module(COMMANDS[words[0]][0])
-        try:
-            command.run(words[1:], "bitnet-numba")
-        except Parsed:
-            continue
-        except SystemExit:
-            pass
-        pytest.fail(f"{page}: bitnet-numba {shlex.join(words)}")
-    assert {words[0] for _, words in commands()} == set(COMMANDS)  # each has an example

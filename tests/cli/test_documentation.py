@@ -26,10 +26,13 @@ def command_lines(page: Path) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/command-line.md"])
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md")))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_every_command_line_is_understood(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     lines = command_lines(ROOT / page)
-    assert len(lines) >= 4
+    assert len(lines) >= 4 or page not in ("README.md", "docs/command-line.md")
     parser = whole_parser()
     for words in lines:
         if words in ([], ["COMMAND", "--help"]):
