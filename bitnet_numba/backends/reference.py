@@ -15,7 +15,8 @@ from bitnet_numba.checkpoint.packed import PackedCheckpoint
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError
 from bitnet_numba.reference.model import Cache, Floats, Model
-from bitnet_numba.sampling import SamplingParams, sample
+from bitnet_numba.sampling import sample
+from bitnet_numba.sampling_params import SamplingParams
 
 # Memory that computing takes beside the cache and attention scores. Half of it is OpenBLAS's, which ends the process if
 # it cannot have it.
@@ -35,6 +36,10 @@ def reference_backend(checkpoint: PackedCheckpoint) -> "ReferenceBackend":
 class ContiguousCache(Cache):
     """Keys and values of one sequence, in memory of its own."""
 
+    def extend(self, pages: Sequence[int]) -> None:
+        """Refused: it has no pages."""
+        raise ValueError("a contiguous cache has no pages")
+
     def append_nan(self, count: int) -> None:
         """Appends tokens whose keys and values are NaN in all layers."""
         self.values[:, :, self.length : self.length + count] = np.nan
@@ -49,6 +54,10 @@ class PagedCache(Cache):
         self._pool = pool
         self._pages: NDArray[np.int64] = np.asarray(pages, np.int64)
         self.length = computed
+
+    def extend(self, pages: Sequence[int]) -> None:
+        """Adds pages."""
+        self._pages = np.append(self._pages, np.asarray(pages, np.int64))
 
     def append(self, layer: int, keys: Floats, values: Floats) -> tuple[Floats, Floats]:
         """Stores the next tokens' keys and values [M, G, D] of a layer; returns those of all tokens [T, G, D]."""
@@ -81,6 +90,8 @@ class ReferencePool:
 
 class ReferenceModel:
     """See `host.HostModel`."""
+
+    uniform = False  # BLAS rounds the sums of a product of one row differently
 
     def __init__(self, checkpoint: PackedCheckpoint):
         self.model = Model(checkpoint)
@@ -116,13 +127,22 @@ class ReferenceModel:
         """Logits of the next token: [M, hidden] -> [M, vocab]."""
         return self.model.logits(hidden)
 
-    def sample(self, hidden: Floats, histories: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[int]:
-        """The next token of each sequence; NO_TOKEN where logits are NaN."""
+    def sample(
+        self,
+        hidden: Floats,
+        histories: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        prompt_lengths: Sequence[int],
+        logits: Floats | None = None,
+    ) -> list[int]:
+        """The next token of each sequence; NO_TOKEN where logits are NaN. logits: see `host.HostModel`."""
         tokens = []
         with np.errstate(all="ignore"):  # NO_TOKEN replaces NumPy's warnings
-            for row, history, own in zip(hidden, histories, params, strict=True):
-                logits = self.logits(row[None])[0]
-                tokens.append(NO_TOKEN if np.isnan(logits).any() else sample(logits, history, own))
+            for i, (history, own, length) in enumerate(zip(histories, params, prompt_lengths, strict=True)):
+                row = self.logits(hidden[i : i + 1])[0]
+                if logits is not None:
+                    logits[i] = row
+                tokens.append(NO_TOKEN if np.isnan(row).any() else sample(row, history, own, length))
         return tokens
 
     def nbytes(self) -> int:

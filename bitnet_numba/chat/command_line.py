@@ -20,7 +20,7 @@ from bitnet_numba.chat.options import DEFAULTS, OPTIONS
 from bitnet_numba.commands import complain, drop_output
 from bitnet_numba.errors import BitNetError, ContextFull, one_line
 from bitnet_numba.model_options import open_model
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling_params import SamplingParams
 
 
 def run(argv: list[str] | None = None, prog: str = PROG) -> int:

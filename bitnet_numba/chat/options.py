@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bitnet_numba.errors import RequestError, printable
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling_params import SamplingParams
 
 DEFAULTS = SamplingParams(temperature=0.6, top_p=0.9)  # for models without a generation_config.json
 
@@ -34,6 +34,8 @@ OPTIONS = (
     SamplingOption(
         "repetition-penalty", "R", float, "values above 1 make tokens that have already occurred less likely"
     ),
+    SamplingOption("presence-penalty", "P", float, "above 0: tokens that the answer has already are less likely"),
+    SamplingOption("frequency-penalty", "P", float, "the same, for each time that the answer has them"),
     SamplingOption("seed", "N", int, "the same seed gives the same answers", "random"),
     SamplingOption("max-new-tokens", "N", int, "maximum tokens per answer", "none"),
 )

@@ -4,14 +4,15 @@ import difflib
 import operator
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 
+from bitnet_numba.engine.overflow import roll
 from bitnet_numba.errors import ContextFull, RequestError, printable, shown
-from bitnet_numba.sampling import SamplingParams, read_stop
+from bitnet_numba.sampling_params import SamplingParams, read_stop
 from bitnet_numba.text.chat_template import Message
 from bitnet_numba.text.tokenizer import Tokenizer
 
@@ -25,8 +26,15 @@ class Request:
     """A checked prompt and the parameters of its answer."""
 
     ids: list[int]
-    params: SamplingParams  # with a seed
+    params: SamplingParams  # with a seed, and all tokens that end the answer as stop_token_ids
     stop: tuple[str, ...]  # those of `params`, and those that the chat template needs
+    dropped_messages: int = 0  # of a conversation that was too long, see `overflow`
+
+    def several(self, count: int) -> "list[Request]":
+        """Requests for `count` answers to this prompt: the first is this one, each later one has the next seed."""
+        assert self.params.seed is not None
+        seeds = [(self.params.seed + i) % (1 << 64) for i in range(count)]
+        return [replace(self, params=replace(self.params, seed=seed)) for seed in seeds]
 
 
 def read_params(
@@ -54,7 +62,8 @@ def check_names(method: str, overrides: Mapping[str, object], others: Sequence[s
     known = [*PARAM_NAMES, *others]
     for name in overrides:
         if name not in known:
-            near = difflib.get_close_matches(name[:100], known, 1, 0.5)
+            near = [option for option in known if name.startswith(f"{option}_")]
+            near += difflib.get_close_matches(name[:100], known, 1, 0.5)
             advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
             raise RequestError(f"{method} has no option {printable(name, 40)}: {advice}")
 
@@ -71,16 +80,31 @@ def read_request(
 
     several: what the message advises who gives a list of prompts.
     """
-    ids = encode_prompt(tokenizer, prompt, vocab_size, capacity, several)
+    ids, dropped = encode_prompt(tokenizer, prompt, params, vocab_size, capacity, several)
+    for what, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", dict(params.logit_bias or ()))):
+        for token in tokens or ():
+            if token >= vocab_size:
+                raise RequestError(f"token {token} of {what} is not in the vocabulary of {vocab_size}")
     stop = read_stop(params.stop)
-    if not isinstance(prompt, str) and isinstance(prompt[0], Mapping):
-        stop += tokenizer.chat_stop
-    return Request(ids, params.with_seed(), stop)
+    ends = {*(params.stop_token_ids or ()), *tokenizer.special_stops(stop)}
+    if not params.ignore_eos:
+        ends |= tokenizer.stop_ids
+        if not isinstance(prompt, str) and isinstance(prompt[0], Mapping):
+            stop += tokenizer.chat_stop
+            ends |= tokenizer.special_stops(tokenizer.chat_stop)
+    ends = {token for token in ends if token < vocab_size}
+    return Request(ids, replace(params.with_seed(), stop_token_ids=ends), stop, dropped)
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int, capacity: int, several: str) -> list[int]:
-    """Token ids of any kind of prompt. Raises RequestError if it is empty or has ids outside the vocabulary, and
-    ContextFull if it has more than `capacity` tokens."""
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: Prompt, params: SamplingParams, vocab_size: int, capacity: int, several: str
+) -> tuple[list[int], int]:
+    """Token ids of any kind of prompt, and how many messages were left out of it (see `overflow`).
+
+    Raises RequestError if it is empty or has ids outside the vocabulary, and ContextFull if it has more than `capacity`
+    tokens.
+    """
+    dropped = 0
     if not is_list(prompt) and not isinstance(prompt, str):
         raise RequestError(f"a prompt must be a string, a list of token ids or a list of messages, not {shown(prompt)}")
     if len(prompt) == 0:
@@ -91,7 +115,17 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int, capacit
         messages = [_read_message(message, vocab_size) for message in prompt]  # type: ignore[arg-type]
         # As in transformers' pipelines: an answer that stands last is continued.
         started = isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant"
-        ids = tokenizer.encode_chat(messages, max_tokens=capacity, continue_final_message=started)
+
+        def encode(messages: Sequence[Message]) -> list[int]:
+            ids = tokenizer.encode_chat(messages, max_tokens=capacity, continue_final_message=started)
+            if len(ids) > capacity:
+                raise ContextFull(f"the prompt has {len(ids)} tokens, but the context holds {capacity}")
+            return ids
+
+        if params.overflow == "roll":
+            ids, dropped = roll(messages, encode, capacity, params.max_new_tokens)
+        else:
+            ids = encode(messages)
     elif isinstance(prompt[0], str) or is_list(prompt[0]):
         raise RequestError(
             f"a prompt is one text, one list of token ids or one conversation: for several prompts, {several}; "
@@ -101,7 +135,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int, capacit
         ids = prompt  # type: ignore[assignment]
     if len(ids) > capacity:  # before each is looked at: there may be any number of them
         raise ContextFull(f"the prompt has {len(ids)} tokens, but the context holds {capacity}")
-    return check_ids(ids, vocab_size)
+    return check_ids(ids, vocab_size), dropped
 
 
 def _read_message(message: Message, vocab_size: int) -> Message:

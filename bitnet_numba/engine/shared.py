@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from bitnet_numba.backends.protocol import Backend, Batch, Context
 from bitnet_numba.errors import BackendError, one_line
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling import TokenLogprob
+from bitnet_numba.sampling_params import SamplingParams
 
 MAX_IDLE = 2  # contexts kept for streams to come: they are expensive to create, but hold memory
 
@@ -99,12 +100,14 @@ class SharedBackend:
         self.clean_up(keep)
 
     def free_idle(self, for_good: bool = False) -> None:
-        """Frees the contexts that were given back; `for_good`: and those that will be."""
+        """Frees the contexts that were given back; `for_good`: and those that will be, and what the backend keeps."""
 
         def free() -> None:
             self._max_idle = 0 if for_good else self._max_idle
             while self._idle:
                 self._idle.pop().close()
+            if for_good:
+                self._inner.free_idle()
 
         self.clean_up(free)
 
@@ -166,6 +169,16 @@ class SharedContext(_Closing):
         finally:
             self._backend.clean_up(tokens.close)  # type: ignore[attr-defined]
 
+    def logprobs(self) -> TokenLogprob:
+        """Of the token that `decode` has yielded last."""
+        with self._backend.turn():
+            return self._inner.logprobs()
+
+    def score(self, ids: Sequence[int], top: int) -> list[TokenLogprob]:
+        """Appends all tokens but the last, and returns log probabilities of each but the first."""
+        with self._backend.turn():
+            return self._inner.score(ids, top)
+
 
 class SharedBatch(_Closing):
     """A batch behind its backend's lock, see `protocol.Batch`."""
@@ -173,18 +186,31 @@ class SharedBatch(_Closing):
     def __init__(self, backend: SharedBackend, inner: Batch):
         super().__init__(backend, inner)
         self._inner = inner
-        self.page_size, self.num_pages = inner.page_size, inner.num_pages
+        self.page_size, self.num_pages, self.uniform = inner.page_size, inner.num_pages, inner.uniform
         self.max_sequences, self.capacity = inner.max_sequences, inner.capacity
 
-    def start(self, slot: int, ids: Sequence[int], params: SamplingParams, pages: Sequence[int], computed: int) -> None:
+    def start(
+        self,
+        slot: int,
+        ids: Sequence[int],
+        params: SamplingParams,
+        pages: Sequence[int],
+        computed: int,
+        prompt_length: int | None = None,
+    ) -> None:
         """Starts a sequence in a slot."""
         with self._backend.turn():
-            self._inner.start(slot, ids, params, pages, computed)
+            self._inner.start(slot, ids, params, pages, computed, prompt_length)
 
-    def prefill(self, slot: int, count: int) -> None:
-        """Computes the next tokens of a prompt."""
+    def extend(self, slot: int, pages: Sequence[int]) -> None:
+        """Adds pages to a sequence."""
         with self._backend.turn():
-            self._inner.prefill(slot, count)
+            self._inner.extend(slot, pages)
+
+    def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
+        """Computes the next tokens of several prompts."""
+        with self._backend.turn():
+            self._inner.prefill(parts)
 
     def step(self, slots: Sequence[int]) -> None:
         """Samples one more token for each sequence."""
@@ -195,6 +221,16 @@ class SharedBatch(_Closing):
         """Waits for the oldest uncollected call with results."""
         with self._backend.turn():
             return self._inner.collect()
+
+    def logprobs(self) -> list[TokenLogprob | None]:
+        """Of the tokens that the last `collect` returned."""
+        with self._backend.turn():
+            return self._inner.logprobs()
+
+    def prompt_logprobs(self, slot: int) -> list[TokenLogprob]:
+        """Of all tokens of a prompt but the first."""
+        with self._backend.turn():
+            return self._inner.prompt_logprobs(slot)
 
     def failure(self, slot: int) -> str:
         """Why a sequence got NO_TOKEN."""

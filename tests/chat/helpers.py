@@ -7,7 +7,7 @@ from bitnet_numba.chat import display
 from bitnet_numba.chat.chat import Chat
 from bitnet_numba.chat.conversation import Conversation
 from bitnet_numba.chat.display import Display
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling_params import SamplingParams
 from tests.engine.toy_backend import tokens_of, toy_engine
 
 EOT = 1999

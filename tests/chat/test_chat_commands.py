@@ -11,7 +11,7 @@ from bitnet_numba.chat.chat import Chat
 from bitnet_numba.chat.chat_commands import COMMANDS, SETTINGS, find_command, offered
 from bitnet_numba.chat.interactive import handle
 from bitnet_numba.engine.engine import Engine
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling_params import SamplingParams
 from tests.chat.helpers import toy_chat, toy_conversation
 from tests.engine.toy_backend import toy_engine
 

@@ -7,7 +7,7 @@ import pytest
 
 from bitnet_numba.chat.conversation import Conversation
 from bitnet_numba.errors import ContextFull, RequestError
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling_params import SamplingParams
 from tests.chat.helpers import ask, toy_conversation
 from tests.engine.toy_backend import tokens_of, toy_engine
 

@@ -12,7 +12,7 @@ from bitnet_numba.chat.conversation import Conversation
 from bitnet_numba.chat.interactive import EXAMPLES, greet, handle, title_of
 from bitnet_numba.chat.report import describe
 from bitnet_numba.engine.session import PART
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling_params import SamplingParams
 from tests.chat.helpers import EOT, before_writing, toy_chat, toy_conversation
 from tests.engine.toy_backend import tokens_of, toy_engine
 

@@ -12,7 +12,7 @@ import pytest
 from bitnet_numba.chat import one_shot
 from bitnet_numba.chat.conversation import Conversation
 from bitnet_numba.chat.one_shot import Output, answer_all, gather_prompts
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling_params import SamplingParams
 from tests.chat.helpers import toy_conversation
 
 Run = Callable[..., tuple[int, str, str]]

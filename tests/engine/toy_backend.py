@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.engine.engine import Engine
-from bitnet_numba.sampling import SamplingParams, sample
+from bitnet_numba.sampling import TokenLogprob, sample, token_logprobs
+from bitnet_numba.sampling_params import SamplingParams
 from bitnet_numba.text.tokenizer import Tokenizer
 from tests.conftest import GOLDEN
 
@@ -35,6 +36,7 @@ class ToyBackend:
         self.open_contexts = 0
         self.logits: Callable[[Sequence[int]], NDArray[np.float32]] = toy_logits
         self.page_size = 4
+        self.uniform = True  # False: what follows a token depends on which tokens were computed as a prompt
         self.bad_token: int | None = None  # in a batch, sequences that hold it have logits of NaN
         self.batches: list[ToyBatch] = []  # all that were ever made
 
@@ -47,11 +49,26 @@ class ToyBackend:
         self.batches.append(ToyBatch(self, max_sequences, capacity, pages))
         return self.batches[-1]
 
-    def choose(self, ids: Sequence[int], prompt: int, params: SamplingParams) -> int:
-        """The token after `ids`, of which the first `prompt` are the prompt."""
+    def choose(self, ids: Sequence[int], prompt: int, params: SamplingParams, stepped: Sequence[bool]) -> int:
+        """The token after `ids`, of which the first `prompt` are the prompt. stepped: which were computed by steps."""
         if self.script:
             return self.script[(len(ids) - prompt) % len(self.script)]
-        return sample(self.logits(ids), ids, params)
+        logits = self.logits(ids)
+        return sample(logits if self.uniform else np.roll(logits, hash(tuple(stepped)) % 7), ids, params, prompt)
+
+    def logprob(self, ids: Sequence[int], params: SamplingParams) -> TokenLogprob | None:
+        """Of the last of `ids`, if the parameters ask for it."""
+        if params.logprobs is None or ids[-1] == NO_TOKEN:
+            return None
+        return self.score(ids, len(ids) - 1, params.logprobs)[0]
+
+    def score(self, ids: Sequence[int], start: int, top: int) -> list[TokenLogprob]:
+        """Of ids[start:], each given those before it."""
+        rows = np.stack([self.logits(ids[:i]) for i in range(start, len(ids))])
+        return token_logprobs(rows, ids[start:], top)
+
+    def free_idle(self) -> None:
+        pass
 
     def memory(self) -> dict[str, int]:
         return {"weights": 123}
@@ -62,6 +79,7 @@ class ToyContext:
         self.backend = backend
         self.capacity = capacity
         self.ids: list[int] = []
+        self.last: TokenLogprob | None = None
 
     def truncate(self, length: int) -> None:
         if not 0 <= length <= len(self.ids):
@@ -82,16 +100,30 @@ class ToyContext:
         assert params.seed is not None
         self.backend.prefilled.append(len(ids))
         self.feed(ids)
+        prompt = list(self.ids)
         chosen: list[int] = []
         room = self.capacity - len(self.ids)
         for given in range(room + 1):
             while len(chosen) <= min(given + self.backend.ahead, room):
                 if chosen:
                     self.feed(chosen[-1:])
-                chosen.append(self.backend.choose(self.ids, len(self.ids) - len(chosen), params))
+                length = len(self.ids) - len(chosen)
+                stepped = [False] * length + [True] * len(chosen)
+                chosen.append(self.backend.choose(self.ids, length, params, stepped))
             if given == self.backend.fail_after:
                 raise ValueError("a step failed")
+            self.last = self.backend.logprob([*prompt, *chosen[: given + 1]], params)
             yield chosen[given]
+
+    def logprobs(self) -> TokenLogprob:
+        assert self.last is not None
+        return self.last
+
+    def score(self, ids: Sequence[int], top: int) -> list[TokenLogprob]:
+        start = len(self.ids)
+        self.backend.prefilled.append(len(ids) - 1)
+        self.feed(ids[:-1])
+        return self.backend.score([*self.ids, ids[-1]], start + 1, top)
 
     def close(self) -> None:
         self.backend.open_contexts -= 1
@@ -101,9 +133,11 @@ class ToyContext:
 class ToySequence:
     ids: list[int]
     prompt: int  # tokens
+    given: int  # tokens at the start: the prompt, and what there was of the answer
     params: SamplingParams
     pages: list[int]
     fed: int
+    ready: bool  # to be stepped
 
 
 class ToyBatch:
@@ -111,36 +145,66 @@ class ToyBatch:
 
     def __init__(self, backend: ToyBackend, max_sequences: int, capacity: int, num_pages: int):
         self.backend = backend
-        self.page_size = backend.page_size
+        self.page_size, self.uniform = backend.page_size, backend.uniform
         self.max_sequences, self.capacity, self.num_pages = max_sequences, capacity, num_pages
-        self.places: list[list[int | None]] = [[None] * self.page_size for _ in range(num_pages)]
+        # The token of each place, and whether a step computed it
+        self.places: list[list[tuple[int, bool] | None]] = [[None] * self.page_size for _ in range(num_pages)]
         self.sequences: dict[int, ToySequence] = {}
         self.results: deque[list[tuple[int, int]]] = deque()
+        self.rows: deque[list[TokenLogprob | None]] = deque()  # log probabilities of `results`
+        self.collected: list[TokenLogprob | None] = []
         self.log: list[str] = []  # the names of the calls
         self.started: list[list[int]] = []  # the prompts in the order of their starts
-        self.prefilled: list[int] = []  # tokens of each call
+        self.prefilled: list[int] = []  # tokens of each part of a call
         self.closed = False
 
-    def start(self, slot: int, ids: Sequence[int], params: SamplingParams, pages: Sequence[int], computed: int) -> None:
+    def start(
+        self,
+        slot: int,
+        ids: Sequence[int],
+        params: SamplingParams,
+        pages: Sequence[int],
+        computed: int,
+        prompt_length: int | None = None,
+    ) -> None:
         assert not self.closed and 0 <= slot < self.max_sequences and params.seed is not None
         assert len(set(pages)) == len(pages) and len(pages) * self.page_size >= len(ids)
         assert computed % self.page_size == 0 and 0 <= computed < len(ids)
         for page in pages[computed // self.page_size :]:
             self.places[page] = [None] * self.page_size
-        self.sequences[slot] = ToySequence(list(ids), len(ids), params, list(pages), computed)
-        self.check(self.sequences[slot])
+        assert computed == 0 or params.prompt_logprobs is None
+        length = len(ids) if prompt_length is None else prompt_length
+        assert 1 <= length <= len(ids)
+        ready = length <= computed == len(ids) - 1
+        self.sequences[slot] = ToySequence(list(ids), length, len(ids), params, list(pages), computed, ready)
         self.log.append("start")
         self.started.append(list(ids))
 
-    def prefill(self, slot: int, count: int) -> None:
+    def extend(self, slot: int, pages: Sequence[int]) -> None:
         s = self.sequences[slot]
-        end = s.fed + count
-        assert count >= 1 and end <= s.prompt and (end == s.prompt or end % self.page_size == 0)
-        self.prefilled.append(count)
+        assert not set(pages) & set(s.pages) and len(s.pages) + len(pages) <= -(-self.capacity // self.page_size)
+        for page in pages:
+            self.places[page] = [None] * self.page_size
+        s.pages += pages
+
+    def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
+        assert len({slot for slot, _ in parts}) == len(parts) > 0
         self.log.append("prefill")
-        self.feed(s, count)
-        if end == s.prompt:
-            self.results.append([(slot, self.next_token(s))])
+        results, rows = [], []
+        for slot, count in parts:
+            s = self.sequences[slot]
+            end = s.fed + count
+            assert count >= 1 and end <= s.given and (end == s.given or end % self.page_size == 0)
+            self.prefilled.append(count)
+            self.check(s)
+            self.feed(s, count)
+            if end == s.given:
+                s.ready = True
+                results.append((slot, self.next_token(s)))
+                rows.append(self.backend.logprob(s.ids, s.params))
+        if results:
+            self.results.append(results)
+            self.rows.append(rows)
 
     def step(self, slots: Sequence[int]) -> None:
         assert slots and len(set(slots)) == len(slots)
@@ -148,17 +212,27 @@ class ToyBatch:
         results = []
         for slot in slots:
             s = self.sequences[slot]
-            assert s.fed == len(s.ids) - 1 and s.fed >= s.prompt
+            assert s.ready and s.fed == len(s.ids) - 1
             if s.fed - s.prompt == self.backend.fail_after:
                 raise ValueError("a step failed")
-            self.feed(s, 1)
+            self.feed(s, 1, True)
             results.append((slot, self.next_token(s)))
         self.results.append(results)
+        self.rows.append([self.backend.logprob(s.ids, s.params) for s in map(self.sequences.__getitem__, slots)])
         assert len(self.results) <= 2 * (self.max_sequences + 1)
 
     def collect(self) -> list[tuple[int, int]]:
         self.log.append("collect")
+        self.collected = self.rows.popleft()
         return self.results.popleft()
+
+    def logprobs(self) -> list[TokenLogprob | None]:
+        return self.collected
+
+    def prompt_logprobs(self, slot: int) -> list[TokenLogprob]:
+        s = self.sequences[slot]
+        assert s.params.prompt_logprobs is not None
+        return self.backend.score(s.ids[: s.given], 1, s.params.prompt_logprobs) if s.given > 1 else []
 
     def failure(self, slot: int) -> str:
         return f"{NOT_FINITE}: slot {slot} has a bad token"
@@ -167,22 +241,23 @@ class ToyBatch:
         assert not self.closed
         self.closed = True
 
-    def feed(self, s: ToySequence, count: int) -> None:
+    def feed(self, s: ToySequence, count: int, step: bool = False) -> None:
         for position in range(s.fed, s.fed + count):
             assert position < self.capacity
             page, place = s.pages[position // self.page_size], position % self.page_size
             assert self.places[page][place] is None, "a place was written twice"
-            self.places[page][place] = s.ids[position]
+            self.places[page][place] = s.ids[position], step
         s.fed += count
         self.check(s)
 
     def check(self, s: ToySequence) -> None:
-        held = [token for page in s.pages for token in self.places[page]]
-        assert held[: s.fed] == s.ids[: s.fed], "another sequence wrote into these pages"
+        tokens = [held[0] if held else None for page in s.pages for held in self.places[page]]
+        assert tokens[: s.fed] == s.ids[: s.fed], "another sequence wrote into these pages"
 
     def next_token(self, s: ToySequence) -> int:
         bad = self.backend.bad_token in s.ids
-        s.ids.append(NO_TOKEN if bad else self.backend.choose(s.ids, s.prompt, s.params))
+        stepped = [held[1] for page in s.pages for held in self.places[page] if held][: s.fed]
+        s.ids.append(NO_TOKEN if bad else self.backend.choose(s.ids, s.prompt, s.params, stepped))
         return s.ids[-1]
 
 

@@ -10,7 +10,7 @@ from bitnet_numba.kernels.linear import gemm, gemv, heuristics, quantize
 from bitnet_numba.kernels.lm_head import gemm_mma, gemm_simt, gemm_wgmma, split_norm
 from bitnet_numba.kernels.lm_head import gemv as head_gemv
 from bitnet_numba.kernels.runtime.spec import KernelSpec
-from bitnet_numba.kernels.sampling import batched, single
+from bitnet_numba.kernels.sampling import batched, edits, logprobs, single
 
 SMS = 132  # of an H200
 
@@ -59,7 +59,7 @@ def embedding(arch: int) -> list[KernelSpec]:
     """All there are."""
     many = [embed.embed_tokens_spec(arch, int8, prompt) for int8 in (False, True) for prompt in (False, True)]
     single_rows = [embed.embed_token_spec(arch, int8) for int8 in (False, True)]
-    return [*single_rows, *many, embed.finish_prompt_spec(arch), embed.advance_spec(arch)]
+    return [*single_rows, *many, embed.gather_last_spec(arch), embed.advance_spec(arch)]
 
 
 def lm_head_gemv(arch: int) -> list[KernelSpec]:
@@ -136,8 +136,8 @@ def linear_gemm(arch: int) -> list[KernelSpec]:
 
 
 def sampling(arch: int) -> list[KernelSpec]:
-    """Both."""
-    return [single.spec(arch), batched.spec(arch)]
+    """Both samplers, and what comes before and after."""
+    return [single.spec(arch), batched.spec(arch), edits.spec(arch), logprobs.spec(arch)]
 
 
 GROUPS: dict[str, Callable[[int], list[KernelSpec]]] = {
