@@ -1,5 +1,6 @@
 """Finds stop strings in text that arrives in pieces."""
 
+import re
 from collections.abc import Sequence
 
 
@@ -13,10 +14,14 @@ class StopStrings:
         self._stops = stops
         self._held = ""
         self.found = False
+        # Most pieces have no character that a stop string begins with.
+        self._begins = re.compile("|".join({re.escape(stop[0]) for stop in stops})).search if stops else None
+        self._prefixes = {stop[:length] for stop in stops for length in range(1, len(stop))}
+        self._longest = max(map(len, stops), default=0)
 
     def push(self, piece: str) -> str:
         """The text that can be shown now; after `found`, push no more."""
-        if not self._stops:
+        if self._begins is None or not (self._held or self._begins(piece)):
             return piece
         text = self._held + piece
         ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops if stop in text]
@@ -24,9 +29,8 @@ class StopStrings:
             self.found, self._held = True, ""
             return text[: min(ends)[1]]
         # The longest suffix that is a proper prefix of a stop string.
-        longest = max((len(stop) - 1 for stop in self._stops), default=0)
-        tails = (text[i:] for i in range(max(len(text) - longest, 0), len(text)))
-        self._held = next((tail for tail in tails if any(stop.startswith(tail) for stop in self._stops)), "")
+        first = max(len(text) - self._longest + 1, 0)
+        self._held = next((text[i:] for i in range(first, len(text)) if text[i:] in self._prefixes), "")
         return text[: len(text) - len(self._held)]
 
     def finish(self) -> str:
