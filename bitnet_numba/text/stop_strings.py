@@ -16,8 +16,7 @@ class StopStrings:
         self.found = False
         # Most pieces have no character that a stop string begins with.
         self._begins = re.compile("|".join({re.escape(stop[0]) for stop in stops})).search if stops else None
-        self._prefixes = {stop[:length] for stop in stops for length in range(1, len(stop))}
-        self._longest = max(map(len, stops), default=0)
+        self._longest = max((len(stop) for stop in stops), default=0)
 
     def push(self, piece: str) -> str:
         """The text that can be shown now; after `found`, push no more."""
@@ -29,8 +28,8 @@ class StopStrings:
             self.found, self._held = True, ""
             return text[: min(ends)[1]]
         # The longest suffix that is a proper prefix of a stop string.
-        first = max(len(text) - self._longest + 1, 0)
-        self._held = next((text[i:] for i in range(first, len(text)) if text[i:] in self._prefixes), "")
+        tails = (text[i:] for i in range(max(len(text) - self._longest + 1, 0), len(text)))
+        self._held = next((tail for tail in tails if any(stop.startswith(tail) for stop in self._stops)), "")
         return text[: len(text) - len(self._held)]
 
     def finish(self) -> str:
