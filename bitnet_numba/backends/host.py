@@ -153,6 +153,9 @@ class HostBackend(Generic[C]):
                 high = middle - 1
         return low
 
+    def free_idle(self) -> None:
+        """Nothing is kept."""
+
     def memory(self) -> dict[str, int]:
         """Memory in use, in bytes by purpose."""
         return {"weights": self.model.nbytes()}
@@ -306,8 +309,14 @@ class HostBatch(Generic[C]):
         length = len(ids) if prompt_length is None else prompt_length
         self._sequences[slot] = _Sequence(ids, params, self._pool.cache(pages, computed), length)
 
-    def prefill(self, slot: int, count: int) -> None:
-        """Computes the next tokens of a prompt; at its end, samples the first token."""
+    def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
+        """Computes the next tokens of prompts; at the end of each, samples the first token."""
+        slots = [slot for slot, count in parts if self._prefill(slot, count)]
+        if slots:
+            self._expect(slots)
+
+    def _prefill(self, slot: int, count: int) -> bool:
+        """Whether the prompt is complete, and its first token sampled."""
         s = self._sequences[slot]
         end = s.cache.length + count
         if count < 1 or end > s.num_given or (end < s.num_given and end % PAGE_SIZE):
@@ -322,9 +331,10 @@ class HostBatch(Generic[C]):
             return [hidden[-1]]
 
         last = self._each([s], compute, end)
-        if end == s.num_given:
-            self._sample([s], last)
-            self._results.append(([(slot, s.ids[-1])], [s.logprob]))
+        if end < s.num_given:
+            return False
+        self._sample([s], last)
+        return True
 
     def step(self, slots: Sequence[int]) -> None:
         """Samples one more token for each sequence."""
@@ -339,6 +349,11 @@ class HostBatch(Generic[C]):
             return list(self._model.step([s.ids[-1] for s in running], [s.cache for s in running]))
 
         self._sample(sequences, self._each(sequences, compute, None))
+        self._expect(slots)
+
+    def _expect(self, slots: Sequence[int]) -> None:
+        """Queues what was just sampled for these slots."""
+        sequences = [self._sequences[slot] for slot in slots]
         tokens = [(slot, s.ids[-1]) for slot, s in zip(slots, sequences, strict=True)]
         self._results.append((tokens, [s.logprob for s in sequences]))
 

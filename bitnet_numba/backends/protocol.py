@@ -84,15 +84,16 @@ class Batch(Protocol):
         params: how tokens are sampled, with the seed set, and all tokens that end the answer as stop_token_ids.
         pages: its pages in order, enough for all its tokens. Token i is in pages[i // page_size].
         computed: number of leading tokens that are already in these pages: full pages (which may be shared, and are not
-        written), and fewer than len(ids). The calls that compute them may still be queued. 0 with
-        params.prompt_logprobs.
+        written), and fewer than len(ids). They may also be still to come, as long as they are computed before any token
+        of this sequence: by a call before, or by an earlier part of the same call. 0 with params.prompt_logprobs.
         prompt_length: how many of `ids` are the prompt, if the others are the answer so far; None: all are.
         """
 
-    def prefill(self, slot: int, count: int) -> None:
-        """Computes the next `count` >= 1 tokens of a prompt, up to its end or to the end of a page.
+    def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
+        """Computes the next tokens of several prompts, as if one after the other.
 
-        If that completes the prompt, also samples the first token: one result.
+        parts: (slot, count): distinct slots, and how many tokens of each, at least one, up to the end of its prompt or
+        of a page. Where that completes prompts, also samples their first tokens: one result for each, in this order.
         """
 
     def step(self, slots: Sequence[int]) -> None:
@@ -103,7 +104,7 @@ class Batch(Protocol):
         """
 
     def collect(self) -> list[tuple[int, int]]:
-        """Waits for the oldest uncollected call with results (`prefill` that completed a prompt, or `step`).
+        """Waits for the oldest uncollected call with results (`prefill` that completed prompts, or `step`).
 
         Returns its (slot, token) pairs; token is NO_TOKEN if it could not be computed. At most 2 * (max_sequences + 1)
         such calls may be uncollected, and at most three of one slot.
@@ -143,5 +144,8 @@ class Backend(Protocol):
         Raises BackendError if memory is insufficient.
         """
 
+    def free_idle(self) -> None:
+        """Frees memory that is kept for contexts and batches to come. Keeping none is fine."""
+
     def memory(self) -> dict[str, int]:
-        """Memory in use, in bytes by purpose, e.g. {"weights": ..., "kv_cache": ...}."""
+        """Memory in use, in bytes by purpose, e.g. {"weights": ..., "kv_cache": ...}, with what is kept."""

@@ -206,9 +206,7 @@ class Scheduler:
 
     def _enqueue(self, updates: list[Update]) -> None:
         """Gives the backend the work of one round."""
-        budget = self._chunk
-        while budget > 0 and (self._prefilling or self._admit(updates)):
-            budget -= self._prefill(budget) if self._prefilling else 0
+        self._prefill(updates)
         live = [s for s in self._running.values() if 0 < s.enqueued < s.max_tokens]
         if live:
             self._batch.step([s.slot for s in live])
@@ -243,19 +241,36 @@ class Scheduler:
             self._fail(s, one_line(error), updates)
         return True
 
-    def _prefill(self, budget: int) -> int:
-        """Enqueues about `budget` prompt tokens: whole pages, or the rest of the prompt; returns how many."""
-        s = self._prefilling
-        assert s is not None
+    def _prefill(self, updates: list[Update]) -> None:
+        """Enqueues the tokens of prompts that this round computes, those of several prompts together."""
+        budget = self._chunk
+        parts: list[tuple[int, int]] = []
+        completed: list[_Sequence] = []
+        while budget > 0 and (self._prefilling or self._admit(updates)):
+            s = self._prefilling
+            if s is None:  # the request just admitted has failed
+                continue
+            count = self._next_part(s, budget)
+            budget -= count
+            parts.append((s.slot, count))
+            if s.lease.computed < len(s.request.ids):
+                break  # less than a page of the budget is left
+            s.enqueued = 1
+            completed.append(s)
+            self._prefilling = None
+        if parts:
+            self._batch.prefill(parts)
+        if completed:
+            self._calls.append(completed)
+
+    def _next_part(self, s: _Sequence, budget: int) -> int:
+        """How many tokens of a prompt to compute next: the rest of it, or as many whole pages as `budget` allows."""
         done, page = s.lease.computed, self._pool.page_size
-        count = min(len(s.request.ids) - done, max(1, budget // page) * page)
-        self._batch.prefill(s.slot, count)
+        count = len(s.request.ids) - done
+        if count > budget:
+            count = min(count, max(1, budget // page) * page)
         # The backend works in order: requests admitted from now on can share these pages.
         self._pool.mark_computed(s.lease, done + count)
-        if done + count == len(s.request.ids):
-            s.enqueued = 1
-            self._calls.append([s])
-            self._prefilling = None
         return count
 
     def _receive(self, s: _Sequence, token: int, logprob: TokenLogprob | None, updates: list[Update]) -> None:

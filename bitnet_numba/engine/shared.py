@@ -100,12 +100,14 @@ class SharedBackend:
         self.clean_up(keep)
 
     def free_idle(self, for_good: bool = False) -> None:
-        """Frees the contexts that were given back; `for_good`: and those that will be."""
+        """Frees the contexts that were given back; `for_good`: and those that will be, and what the backend keeps."""
 
         def free() -> None:
             self._max_idle = 0 if for_good else self._max_idle
             while self._idle:
                 self._idle.pop().close()
+            if for_good:
+                self._inner.free_idle()
 
         self.clean_up(free)
 
@@ -200,10 +202,10 @@ class SharedBatch(_Closing):
         with self._backend.turn():
             self._inner.start(slot, ids, params, pages, computed, prompt_length)
 
-    def prefill(self, slot: int, count: int) -> None:
-        """Computes the next tokens of a prompt."""
+    def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
+        """Computes the next tokens of several prompts."""
         with self._backend.turn():
-            self._inner.prefill(slot, count)
+            self._inner.prefill(parts)
 
     def step(self, slots: Sequence[int]) -> None:
         """Samples one more token for each sequence."""

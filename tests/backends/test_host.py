@@ -103,13 +103,14 @@ def test_in_company_as_alone(backend: HostBackend, asked: list[tuple[int, int, f
         batch.start(slot, prompt_of(length, seed), SamplingParams(temperature, seed=seed), own, 0)
         rest[slot] = length
     while rest:
-        slot = data.draw(st.sampled_from(sorted(rest)))
-        count = min(rest[slot], PAGE_SIZE * data.draw(st.integers(1, 3)))
-        batch.prefill(slot, count)
-        rest[slot] -= count
-        if rest[slot] == 0:
-            del rest[slot]
+        chosen = data.draw(st.lists(st.sampled_from(sorted(rest)), min_size=1, unique=True))
+        parts = [(slot, min(rest[slot], PAGE_SIZE * data.draw(st.integers(1, 3)))) for slot in chosen]
+        batch.prefill(parts)
+        for slot, count in parts:
+            rest[slot] -= count
+        if any(rest[slot] == 0 for slot in chosen):
             collect(batch, got)
+        rest = {slot: count for slot, count in rest.items() if count}
         if ready := [slot for slot in slots if 1 <= len(got[slot]) < 5]:
             batch.step(data.draw(st.permutations(ready)))
             collect(batch, got)
@@ -156,14 +157,14 @@ def test_a_shared_beginning_is_read_and_not_computed_again(backend: HostBackend)
     assert isinstance(batch, HostBatch)
     first, second = [*beginning, 5, 6], [*beginning, 7]
     batch.start(0, first, GREEDY, [0, 1, 2], 0)
-    batch.prefill(0, len(first))
+    batch.prefill([(0, len(first))])
     shared = pages_0_and_1(batch).copy()
     batch.start(1, second, GREEDY, [0, 1, 3], 2 * PAGE_SIZE)
     fed: list[int] = []
     forward = backend.model.forward
     backend.model.forward = lambda ids, cache: fed.append(len(ids)) or forward(ids, cache)  # type: ignore
     try:
-        batch.prefill(1, 1)
+        batch.prefill([(1, 1)])
     finally:
         backend.model.forward = forward  # type: ignore[method-assign]
     assert fed == [1]
@@ -192,7 +193,7 @@ def test_numbers_that_are_not_finite_stay_with_their_sequence(tiny_packed: Path)
         (2, broken, [0, 1, 4], 2 * PAGE_SIZE),
     ):
         batch.start(slot, ids, GREEDY, pages, computed)
-        batch.prefill(slot, len(ids) - computed)
+        batch.prefill([(slot, len(ids) - computed)])
     batch.step([2, 1, 0])
     got: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for _ in range(4):
@@ -274,7 +275,7 @@ def test_misuse_is_noticed(backend: HostBackend) -> None:
     batch.start(0, [5] * 70, GREEDY, [0, 1], 0)
     for count in (0, 5, 71):
         with pytest.raises(ValueError, match="end neither a page nor the prompt"):
-            batch.prefill(0, count)
+            batch.prefill([(0, count)])
     with pytest.raises(ValueError, match="prompt of slot 0 is not complete"):
         batch.step([0])
     batch.close()

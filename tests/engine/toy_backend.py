@@ -65,6 +65,9 @@ class ToyBackend:
         rows = np.stack([self.logits(ids[:i]) for i in range(start, len(ids))])
         return token_logprobs(rows, ids[start:], top)
 
+    def free_idle(self) -> None:
+        pass
+
     def memory(self) -> dict[str, int]:
         return {"weights": 123}
 
@@ -147,7 +150,7 @@ class ToyBatch:
         self.collected: list[TokenLogprob | None] = []
         self.log: list[str] = []  # the names of the calls
         self.started: list[list[int]] = []  # the prompts in the order of their starts
-        self.prefilled: list[int] = []  # tokens of each call
+        self.prefilled: list[int] = []  # tokens of each part of a call
         self.closed = False
 
     def start(
@@ -167,20 +170,26 @@ class ToyBatch:
         assert computed == 0 or params.prompt_logprobs is None
         length = len(ids) if prompt_length is None else prompt_length
         self.sequences[slot] = ToySequence(list(ids), length, len(ids), params, list(pages), computed)
-        self.check(self.sequences[slot])
         self.log.append("start")
         self.started.append(list(ids))
 
-    def prefill(self, slot: int, count: int) -> None:
-        s = self.sequences[slot]
-        end = s.fed + count
-        assert count >= 1 and end <= s.given and (end == s.given or end % self.page_size == 0)
-        self.prefilled.append(count)
+    def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
+        assert len({slot for slot, _ in parts}) == len(parts) > 0
         self.log.append("prefill")
-        self.feed(s, count)
-        if end == s.given:
-            self.results.append([(slot, self.next_token(s))])
-            self.rows.append([self.backend.logprob(s.ids, s.params)])
+        results, rows = [], []
+        for slot, count in parts:
+            s = self.sequences[slot]
+            end = s.fed + count
+            assert count >= 1 and end <= s.given and (end == s.given or end % self.page_size == 0)
+            self.prefilled.append(count)
+            self.check(s)
+            self.feed(s, count)
+            if end == s.given:
+                results.append((slot, self.next_token(s)))
+                rows.append(self.backend.logprob(s.ids, s.params))
+        if results:
+            self.results.append(results)
+            self.rows.append(rows)
 
     def step(self, slots: Sequence[int]) -> None:
         assert slots and len(set(slots)) == len(slots)

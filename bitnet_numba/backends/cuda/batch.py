@@ -1,25 +1,40 @@
 """Many sequences that decode together on the GPU, behind the engine's interface (see `backends.protocol.Batch`)."""
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bitnet_numba.backends.cuda.context import Prefill, Runtime, refuse_extras
-from bitnet_numba.backends.cuda.state import SequenceState, padded_size, pages_of
-from bitnet_numba.backends.cuda.steps import BatchSteps
+from bitnet_numba.backends.cuda.batch_memory import BatchMemory
+from bitnet_numba.backends.cuda.extras import wants_extras
+from bitnet_numba.backends.cuda.forward import MAX_TOKENS
+from bitnet_numba.backends.cuda.prompts import PromptPart
+from bitnet_numba.backends.cuda.state import padded_size
 from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE
-from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels.attention import paged_decode
 from bitnet_numba.kernels.attention.kv_cache import PAGE
-from bitnet_numba.kernels.attention.parts import HeadShape
-from bitnet_numba.kernels.runtime.driver import Event, Graph
-from bitnet_numba.kernels.runtime.memory import PinnedArray
 from bitnet_numba.kernels.sampling.parts import SETTINGS, pack_settings
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.sampling_params import SamplingParams
 
-MAX_SEQUENCES = 256
+
+class _ScoredPrompt:
+    """A prompt whose log probabilities are wanted: what there is of them."""
+
+    def __init__(self, ids: Sequence[int], top: int):
+        self._ids, self._top = ids, top
+        self.logprobs: list[TokenLogprob] = []
+        self.failed = False  # a logit was not finite
+
+    def add(self, memory: BatchMemory, slot: int, start: int, count: int) -> None:
+        """Adds those of the tokens after `count` tokens from `start` on, which are the rows of the pass just
+        enqueued."""
+        runtime, tokens = memory.runtime, self._ids[start + 1 : start + 1 + count]
+        try:
+            self.logprobs += memory.scorer().score(runtime.stream, runtime.uploads.write, slot, 0, tokens, self._top)
+        except ValueError:
+            self.failed = True
 
 
 class CudaBatch:
@@ -31,26 +46,21 @@ class CudaBatch:
 
     page_size = PAGE
 
-    def __init__(
-        self, runtime: Runtime, max_sequences: int, capacity: int, pages: int, on_close: Callable[[int], None]
-    ):
-        """on_close: called on close with the number of pages freed."""
-        self.num_pages, self.max_sequences, self.capacity = pages, max_sequences, capacity
-        self._runtime, self._on_close = runtime, on_close
-        self._state = SequenceState(runtime.device, runtime.model.config, capacity, max_sequences, pages)
-        self._steps = BatchSteps(runtime.model, self._state)
-        self._prefill = Prefill(runtime, self._state, self._steps.last)
-        self._graphs: dict[tuple[int, int], Graph] = {}
-        self._choose_first: Graph | None = None
-        self._num_fed = [0] * max_sequences  # tokens of each slot, those under way included
+    def __init__(self, memory: BatchMemory, max_sequences: int, pages: int, on_close: Callable[[BatchMemory], None]):
+        """memory: has at least these slots and pages. on_close: is given it on close, when no work is under way."""
+        self.num_pages, self.max_sequences, self.capacity = pages, max_sequences, memory.state.capacity
+        self._memory, self._on_close = memory, on_close
+        self._runtime, self._state = memory.runtime, memory.state
+        self._num_fed = np.zeros(max_sequences, np.int64)  # tokens of each slot, those under way included
         self._prompt_length = [0] * max_sequences
         self._slot_ids: list[int] = []  # of the last step
         self._splits: list[int] = []  # CTAs of each sequence of the last step
         self._num_blocks = 0  # of them together, as captured
-        max_uncollected = 2 * (max_sequences + 1)  # calls
-        self._results = PinnedArray(max_uncollected * max_sequences, np.int64)
-        self._events = [Event() for _ in range(max_uncollected)]
         self._pending: deque[tuple[int, list[int]]] = deque()  # which event, and the slots of its results
+        self._params: dict[int, SamplingParams] = {}  # of each slot's sequence
+        self._with_extras: set[int] = set()  # slots whose sequences ask for more (see `extras`)
+        self._scored: dict[int, _ScoredPrompt] = {}  # prompts whose log probabilities are wanted, by slot
+        self._collected: tuple[int, list[tuple[int, int]]] = 0, []  # the first place and the results of the last call
         self._num_calls = 0  # with results
 
     def start(
@@ -63,7 +73,6 @@ class CudaBatch:
         prompt_length: int | None = None,
     ) -> None:
         """A new sequence takes a slot."""
-        refuse_extras(params)
         fits = len(ids) <= len(pages) * PAGE and len(pages) <= self._state.block_table_stride
         if not 0 <= computed < len(ids) <= self.capacity or not fits:
             raise ValueError(f"{len(ids)} tokens, {computed} of them computed, do not fit {len(pages)} pages")
@@ -73,33 +82,55 @@ class CudaBatch:
         write(state.seen, state.seen_bits(ids), slot * state.seen_stride)
         write(state.block_table, pages, slot * state.block_table_stride)
         write(state.settings, pack_settings(params), slot * SETTINGS)
-        write(state.position, [computed], slot)
         self._num_fed[slot], self._prompt_length[slot] = computed, len(ids)
+        self._params[slot] = params
+        self._with_extras.discard(slot)
+        if wants_extras(params):
+            self._with_extras.add(slot)
+        if self._memory.steps.extras is not None or wants_extras(params):
+            # Of a sequence that asks for nothing, too: others of its steps may.
+            self._memory.extras().set_slot(write, slot, params, len(ids) if prompt_length is None else prompt_length)
+        self._scored.pop(slot, None)
+        if params.prompt_logprobs is not None:
+            self._scored[slot] = _ScoredPrompt(ids, params.prompt_logprobs)
 
-    def prefill(self, slot: int, count: int) -> None:
-        """Computes the next `count` tokens of a prompt; where that completes it, samples the first token."""
-        if not 1 <= count <= self._prompt_length[slot] - self._num_fed[slot]:
-            raise ValueError(f"{count} tokens are more than slot {slot}'s prompt still has")
+    def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
+        """Computes the next tokens of prompts, together; samples the first token of those that are then complete."""
+        for slot, count in parts:
+            if not 1 <= count <= self._prompt_length[slot] - self._num_fed[slot]:
+                raise ValueError(f"{count} tokens are more than slot {slot}'s prompt still has")
         self._runtime.device.activate()
-        self._num_fed[slot] += count
-        done = self._num_fed[slot] == self._prompt_length[slot]
-        self._prefill.feed(slot, count, keep_last=done)
-        self._slot_ids = []  # the prompt's slot has taken their place
-        if done:
-            if self._choose_first is None:
-                self._choose_first = self._runtime.stream.capture(self._steps.choose_first())
-            self._choose_first.replay(self._runtime.stream)
-            self._expect([slot])
+        completed: list[int] = []
+        for _, together in itertools.groupby(parts, lambda part: part if part[0] in self._scored else None):
+            self._feed(list(together), completed)
+        if completed:
+            self._expect(completed)
+
+    def _feed(self, parts: Sequence[tuple[int, int]], completed: list[int]) -> None:
+        """Enqueues the passes of some parts; adds the slots whose first tokens are sampled to `completed`."""
+        feed = [PromptPart(slot, int(self._num_fed[slot]), count) for slot, count in parts]
+        for slot, count in parts:
+            self._num_fed[slot] += count
+        slot, start, left = feed[0]
+        for ends in self._memory.prefill.feed(feed):
+            if slot in self._scored:  # which is fed alone
+                count = min(left, MAX_TOKENS)
+                self._scored[slot].add(self._memory, slot, start, count)
+                start, left = start + count, left - count
+            rows = {parts[i][0]: row for i, row in ends if self._complete(parts[i][0])}
+            if rows:
+                self._choose(list(rows), list(rows.values()), len(completed))
+                completed += rows
 
     def step(self, slots: Sequence[int]) -> None:
         """Feeds each sequence its last token and samples the next."""
         self._runtime.device.activate()
-        for slot in slots:
-            if self._num_fed[slot] == self.capacity:
-                raise ValueError(f"slot {slot} is full")
-            self._num_fed[slot] += 1
+        places = np.asarray(slots)
+        if (self._num_fed[places] == self.capacity).any():
+            raise ValueError(f"a slot of {list(slots)} is full")
+        self._num_fed[places] += 1
         num_tokens = padded_size(len(slots))
-        splits = [paged_decode.splits_needed(self._num_fed[slot]) for slot in slots]
+        splits = paged_decode.splits_needed(self._num_fed[places]).tolist()
         slot_ids = [*slots, *[-1] * (num_tokens - len(slots))]
         write = self._runtime.uploads.write
         if slot_ids != self._slot_ids:
@@ -108,63 +139,77 @@ class CudaBatch:
         if splits != self._splits:
             work_list = paged_decode.work_entries(splits)
             self._splits, self._num_blocks = splits, padded_size(len(work_list), num_tokens)
-            write(self._steps.work_list, work_list + [-1] * (self._num_blocks - len(work_list)))
-        key = num_tokens, self._num_blocks
-        if key not in self._graphs:
-            self._graphs[key] = self._runtime.stream.capture(self._steps.decode(*key))
-        self._graphs[key].replay(self._runtime.stream)
+            write(self._memory.steps.work_list, work_list + [-1] * (self._num_blocks - len(work_list)))
+        extras = not self._with_extras.isdisjoint(slots)
+        self._memory.step_graph(num_tokens, self._num_blocks, extras).replay(self._runtime.stream)
+        self._download(len(slots), 0, extras)
         self._expect(list(slots))
-
-    def _expect(self, slots: list[int]) -> None:
-        """Enqueues the copy of this pass's results to where `collect` finds them."""
-        if len(self._pending) == len(self._events):
-            raise ValueError(f"{len(self._pending)} results wait to be collected: there is no room for more")
-        place = self._num_calls % len(self._events)
-        self._num_calls += 1
-        start = 8 * place * self.max_sequences
-        self._runtime.stream.download(self._results, start, self._steps.chosen.address, 8 * len(slots))
-        self._events[place].record(self._runtime.stream)
-        self._pending.append((place, slots))
 
     def collect(self) -> list[tuple[int, int]]:
         """The (slot, token) pairs of the oldest call with results."""
         place, slots = self._pending.popleft()
         self._runtime.device.activate()
-        self._events[place].wait()
-        start = place * self.max_sequences
-        entries = self._results.host[start : start + len(slots)] & 0xFFFFFFFF
+        self._memory.events[place].wait()
+        start = place * self._state.slots
+        entries = self._memory.results.host[start : start + len(slots)] & 0xFFFFFFFF
         tokens = np.where(entries >> 31, NO_TOKEN, entries).tolist()
-        return list(zip(slots, tokens, strict=True))
+        if self._scored:
+            failed = [slot in self._scored and self._scored[slot].failed for slot in slots]
+            tokens = [NO_TOKEN if bad else token for token, bad in zip(tokens, failed, strict=True)]
+        results = list(zip(slots, tokens, strict=True))
+        self._collected = start, results
+        return results
 
     def logprobs(self) -> list[TokenLogprob | None]:
-        """Refused at the start."""
-        raise NotImplementedError
+        """Of the tokens that the last `collect` returned."""
+        first, results = self._collected
+        wanted = [None if token == NO_TOKEN else self._params[slot].logprobs for slot, token in results]
+        assert self._memory.records is not None
+        return self._memory.records.read(first, [token for _, token in results], wanted)
 
     def prompt_logprobs(self, slot: int) -> list[TokenLogprob]:
-        """Refused at the start."""
-        raise NotImplementedError
+        """Of all tokens of a prompt but the first."""
+        return self._scored[slot].logprobs
 
     def failure(self, slot: int) -> str:
         """Why a sequence got NO_TOKEN: nothing else makes the sampler return it."""
         return f"{NOT_FINITE}: logits hold NaN"
 
     def close(self) -> None:
-        """Frees everything."""
+        """Gives the memory back."""
         self._runtime.device.activate()
         self._runtime.stream.synchronize()
         self._pending.clear()
-        self._prefill.close()
-        for graph in (*self._graphs.values(), *([self._choose_first] if self._choose_first else [])):
-            graph.close()
-        self._steps.close()
-        self._state.close()
-        self._results.close()
-        self._on_close(self.num_pages)
+        self._on_close(self._memory)
 
+    def _complete(self, slot: int) -> bool:
+        return bool(self._num_fed[slot] == self._prompt_length[slot])
 
-def fixed_bytes(config: ModelConfig, max_sequences: int, capacity: int) -> int:
-    """Bytes of device memory that a batch takes beside its pages, except for a few small arrays."""
-    num_tokens = padded_size(max_sequences)
-    shape = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim)
-    scratch = 4 * sum(paged_decode.PagedScratch.sizes(num_tokens, pages_of(capacity) * PAGE, shape))
-    return scratch + 4 * num_tokens * (config.vocab_size + 2 * config.hidden_size + capacity)
+    def _choose(self, slots: list[int], rows: list[int], before: int) -> None:
+        """Samples for slots, from rows of the pass just enqueued; before: results that this call has already."""
+        num_tokens = padded_size(len(rows))
+        self._runtime.uploads.write(self._memory.steps.last_rows, rows + [-1] * (num_tokens - len(rows)))
+        extras = not self._with_extras.isdisjoint(slots)
+        self._memory.choose_graph(num_tokens, extras).replay(self._runtime.stream)
+        self._download(len(rows), before, extras)
+
+    def _place(self) -> int:
+        """Which event and results the call under way takes."""
+        return self._num_calls % len(self._memory.events)
+
+    def _download(self, count: int, before: int, extras: bool) -> None:
+        """Enqueues the copy of a sampler's results to where `collect` finds them."""
+        if len(self._pending) == len(self._memory.events):
+            raise ValueError(f"{len(self._pending)} results wait to be collected: there is no room for more")
+        first, stream = self._place() * self._state.slots + before, self._runtime.stream
+        stream.download(self._memory.results, 8 * first, self._memory.steps.chosen.address, 8 * count)
+        if extras:
+            assert self._memory.records is not None
+            self._memory.records.download(stream, self._memory.extras(), first, count)
+
+    def _expect(self, slots: list[int]) -> None:
+        """Notes the results of a call, whose copies are enqueued."""
+        place = self._place()
+        self._memory.events[place].record(self._runtime.stream)
+        self._pending.append((place, slots))
+        self._num_calls += 1
