@@ -1,7 +1,7 @@
 """Every kernel compiles for every architecture, without a GPU, into what its spec promises.
 
-Every kernel's first variant is compiled in `make test`, for architectures that differ in what kernels do; `make slow-test`
-has all variants, and the architectures between.
+`make test` compiles each kernel's first variant, for architectures that differ in what kernels do; `make slow-test` all
+variants, and for the architectures between, too.
 
 Checked in the PTX: no local memory (register arrays must stay in registers), as many dp4a and 16-byte loads as the spec
 says. Where ptxas is installed (wheel nvidia-cuda-nvcc): it accepts the PTX, and spills nothing within the launch
