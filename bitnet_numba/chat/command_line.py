@@ -17,6 +17,7 @@ from bitnet_numba.chat.arguments import build_parser
 from bitnet_numba.chat.conversation import Conversation
 from bitnet_numba.chat.one_shot import Output, answer_all, gather_prompts, shorten_advice
 from bitnet_numba.chat.options import DEFAULTS, OPTIONS
+from bitnet_numba.chat.terminal import silent_keyboard
 from bitnet_numba.commands import complain, drop_output
 from bitnet_numba.errors import BitNetError, ContextFull, one_line
 from bitnet_numba.model_options import open_model
@@ -38,7 +39,8 @@ def run(argv: list[str] | None = None, prog: str = PROG) -> int:
         given = {name: getattr(args, name) for name in fields if getattr(args, name) not in (None, [])}
         SamplingParams(**given)  # mistakes are reported before the model is opened
         with _warnings_in_a_line(output):
-            engine = open_model(args, args.quiet)
+            with silent_keyboard() if interactive else contextlib.nullcontext():
+                engine = open_model(args, args.quiet)
             advice = "; " + shorten_advice(engine)
             params = replace(engine.sampling or DEFAULTS, **given)
             conversation = Conversation(engine, params, args.system, args.raw)

@@ -1,6 +1,6 @@
 """A conversation with a model: its messages, and a session whose context each turn extends."""
 
-import bisect
+import contextlib
 import secrets
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,9 +17,9 @@ from bitnet_numba.errors import ContextFull, RequestError
 from bitnet_numba.sampling_params import SamplingParams
 
 NO_TEMPLATE = "this model has no chat template: turns are plain 'User: ...', 'Assistant: ...'; see also --raw"
-# Of the context: what is kept free for an answer at most, and what is freed when old exchanges have to go. What stays
-# is computed anew then, so that is not to happen at every turn.
-ANSWER_SHARE = FREED_SHARE = 4
+# Of the context, this part more than needed is freed when old exchanges have to go: what stays is computed anew then,
+# which is not to happen at every turn.
+FREED_SHARE = 4
 
 Message = dict[str, Any]
 Kind = Literal["new", "replacing", "continuing"]
@@ -87,7 +87,8 @@ class Conversation:
 
     def _rest(self) -> Request:
         """The request for what follows the tokens of the last answer, if these are known and leave room."""
-        if self._ids and (self.raw or len(self._ids) + self._room(self.params) <= self.session.capacity):
+        room = self.session.capacity // FREED_SHARE
+        if self._ids and (self.raw or len(self._ids) + room <= self.session.capacity):
             request = self._read(self._ids, self.params)
             return request if self.raw else replace(request, stop=request.stop + self.engine.tokenizer.chat_stop)
         return self._fit(self.messages, self.params)
@@ -97,42 +98,21 @@ class Conversation:
         request = self._fit([*before, {"role": "user", "content": text}], params)
         return self._answer(request, text, kind)
 
-    def _read(self, prompt: Prompt, params: SamplingParams) -> Request:
-        engine = self.engine
-        return read_request(engine.tokenizer, engine.config.vocab_size, self.session.capacity, prompt, params)
-
-    def _room(self, params: SamplingParams) -> int:
-        """Tokens of the context that are kept free for an answer."""
-        capacity = self.session.capacity
-        return min(params.max_new_tokens or capacity, capacity // ANSWER_SHARE)
+    def _read(self, prompt: Prompt, params: SamplingParams, capacity: int | None = None) -> Request:
+        tokenizer, vocab_size = self.engine.tokenizer, self.engine.config.vocab_size
+        return read_request(tokenizer, vocab_size, capacity or self.session.capacity, prompt, params)
 
     def _fit(self, messages: list[Message], params: SamplingParams) -> Request:
         """The request that these messages make, without as many of the oldest exchanges as have to go."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        capacity, room = self.session.capacity, self._room(params)
-        last = (len(messages) - 1) // 2 * 2  # of the last question
-        start = min(self.unread, last)
-
-        def read(first: int) -> Request | None:
-            try:
-                return self._read([*system, *messages[first:]], params)
-            except ContextFull:
-                if first == last:
-                    raise
-                return None
-
-        def fits(request: Request | None, tokens: int) -> bool:
-            return request is not None and len(request.ids) + room <= tokens
-
-        request = read(start)
-        if start < last and not fits(request, capacity):
-            most = capacity - capacity // FREED_SHARE
-            firsts = range(start + 2, last, 2)
-            found = bisect.bisect_left(firsts, True, key=lambda first: fits(read(first), most))
-            start = firsts[found] if found < len(firsts) else last
-            request = read(start)
-        assert request is not None
-        self.unread = start
+        start = min(self.unread, (len(messages) - 1) // 2 * 2)
+        turns, params = [*system, *messages[start:]], replace(params, overflow="roll")
+        capacity = self.session.capacity
+        request = self._read(turns, params, capacity)
+        if request.dropped_messages:
+            with contextlib.suppress(ContextFull):  # the last exchange alone needs more
+                request = self._read(turns, params, capacity - capacity // FREED_SHARE)
+        self.unread = start + request.dropped_messages
         return request
 
     def _answer(self, request: Request, question: str, kind: Kind) -> Iterator[str]:

@@ -34,6 +34,8 @@ OPTIONS = (
     SamplingOption(
         "repetition-penalty", "R", float, "values above 1 make tokens that have already occurred less likely"
     ),
+    SamplingOption("presence-penalty", "P", float, "above 0: tokens that the answer has already are less likely"),
+    SamplingOption("frequency-penalty", "P", float, "the same, for each time that the answer has them"),
     SamplingOption("seed", "N", int, "the same seed gives the same answers", "random"),
     SamplingOption("max-new-tokens", "N", int, "maximum tokens per answer", "none"),
 )

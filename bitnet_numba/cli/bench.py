@@ -90,7 +90,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     last: list[Stats] = []
 
     def write() -> float:
-        last[:] = [llm.generate(short, max_new_tokens=answer_tokens).stats]
+        last[:] = [llm.generate(short, max_new_tokens=answer_tokens, ignore_eos=True).stats]
         return last[0].tokens_per_second
 
     prompt, answer = _speeds(read, args.seconds, "prompts"), _speeds(write, args.seconds, "answers")

@@ -46,7 +46,8 @@ def whole_parser() -> argparse.ArgumentParser:
     for name, (module, summary) in COMMANDS.items():
         try:
             command = importlib.import_module(module).build_parser(f"{PROG} {name}")
-        except ImportError:  # of a command whose extra is not installed
+        except ImportError:  # its extra is not installed: the name is known all the same
+            commands.add_parser(name, help=summary, description=summary)
             continue
         _complete_paths(command)
         commands.add_parser(name, help=summary, description=summary, parents=[command], add_help=False)

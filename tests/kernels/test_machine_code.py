@@ -1,5 +1,8 @@
 """Every kernel compiles for every architecture, without a GPU, into what its spec promises.
 
+Every kernel's first variant is compiled in `make test`, for architectures that differ in what kernels do; `make slow-test`
+has all variants, and the architectures between.
+
 Checked in the PTX: no local memory (register arrays must stay in registers), as many dp4a and 16-byte loads as the spec
 says. Where ptxas is installed (wheel nvidia-cuda-nvcc): it accepts the PTX, and spills nothing within the launch
 bounds.
@@ -24,6 +27,7 @@ from tests.kernels.harness import ARCHITECTURES
 from tests.kernels.variants import GROUPS, variants
 
 FULL_ARCH = 90  # every variant is compiled for this architecture; for the others, the first of each kernel
+DISTINCT = (75, 80, 90, 120)  # the others choose as one of these does
 TENSOR_CORES = 80
 NO_PTXAS = "ptxas is not installed (pip install nvidia-cuda-nvcc)"
 KEPT_KERNELS = 8  # more than a group has that differ between architectures
@@ -131,13 +135,16 @@ def check_spec(spec: KernelSpec, arch: int, folder: Path) -> None:
     assert re.search(r"\b0 bytes stack frame", done.stderr), f"{spec.name} for sm_{arch}: {done.stderr}"
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=() if arch in DISTINCT else pytest.mark.slow) for arch in ARCHITECTURES]
+)
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_architecture(group: str, arch: int, tmp_path: Path) -> None:
     for spec in first_specs(group, arch):
         check_spec(spec, arch, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", other_specs())
 def test_every_spec(name: str, tmp_path: Path) -> None:
     check_spec(other_specs()[name], FULL_ARCH, tmp_path)
