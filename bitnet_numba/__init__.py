@@ -1,4 +1,4 @@
-"""BitNet b1.58 inference in pure Python: ternary weights, 8-bit activations, NumPy and Numba CUDA.
+"""BitNet b1.58 inference in pure Python: ternary weights, 8-bit activations, on CPUs and NVIDIA GPUs.
 
 import bitnet_numba as bn
 llm = bn.load()                     # the built-in model; or bn.load("owner/name") of the Hugging Face hub, or a folder

@@ -15,7 +15,7 @@ with bn.load(sys.argv[1] if len(sys.argv) > 1 else None) as llm, llm.scheduler(m
 
     texts = {ask(text): "" for text in ("Hello!", "Tell me a story about a bear.", "Tell me a story about an owl.")}
     rounds = 0
-    while scheduler.busy:
+    while scheduler.busy:  # (a server's thread waits instead: `while scheduler.wait():`)
         rounds += 1
         if rounds == 5:  # while the others are under way: one more, and one that nobody wants any longer
             texts[ask("Who are you?")] = ""

@@ -22,7 +22,7 @@ class Stats:
     generated_tokens: int  # including the stop token
     prefill_seconds: float  # time to the first token
     decode_seconds: float  # from the first token to the last
-    memory: dict[str, int]  # bytes by purpose, see `Backend.memory`
+    memory: dict[str, int]  # bytes by purpose, as `Engine.memory` has it
 
     @property
     def prefill_tokens_per_second(self) -> float:

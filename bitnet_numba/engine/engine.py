@@ -77,9 +77,9 @@ class Engine:
         context: int,
         sampling: SamplingParams | None = None,
     ):
-        self.config = config
+        self.config = config  # sizes and options of the model
         self.sampling = sampling  # what its generation_config.json recommends, the default of `chat`; None: nothing
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer  # text <-> token ids, and chat templates
         self.context = context  # tokens of prompt and answer together
         self._backend = SharedBackend(backend)
         self._lock = threading.RLock()  # guards the rest
@@ -117,7 +117,7 @@ class Engine:
         self._backend.free_idle(for_good=True)
 
     def memory(self) -> dict[str, int]:
-        """Memory in use, in bytes by purpose; see `Backend.memory`."""
+        """Memory in use, in bytes by purpose, such as {"weights": ..., "kv_cache": ...}; on a GPU, the device's."""
         self._check_open()
         return self._backend.memory()
 
@@ -155,7 +155,8 @@ class Engine:
 
         top: how many of the most likely tokens each comes with, up to 20.
         window: tokens that are looked at together; None: as many as the context holds, at most 2048.
-        stride: by how many tokens one window begins after another; None: half a window. See `scoring`.
+        stride: by how many tokens one window begins after another; None: half a window. So every token after the first
+            window is given at least window - stride tokens before it.
         progress: called now and then with the number of tokens done and of all.
 
         Takes memory for one window, however long the text. Raises RequestError for fewer than two tokens and for other
@@ -429,8 +430,8 @@ def load(
     """Opens a model.
 
     path: a folder that `bitnet-numba convert` wrote; or the name of a model of the Hugging Face hub ("owner/name", or a
-        short name such as "2b4t"), which is downloaded and converted when it is first used (see `hub.fetch`); or a GGUF
-        file, here or on the hub (owner/name/FILE.gguf); None opens the built-in model. What is here comes first.
+        short name such as "2b4t"), which is downloaded and converted when it is first used, and kept; or a GGUF file,
+        here or on the hub (owner/name/FILE.gguf); None opens the built-in model. What is here comes first.
     backend: "cuda", "cpu", "reference" (plain NumPy, slow) or "auto": CUDA if it is usable, otherwise the CPU.
     context: maximum number of tokens, prompt and answer together; None: the model's own maximum.
     threads: of the CPU backend; None: one for each physical core that this process may use.

@@ -56,7 +56,8 @@ class Scheduler:
     ):
         """context: maximum tokens of one prompt and its answer together.
         max_sequences: how many requests run at once.
-        tokens: KV cache capacity for all running requests, rounded up to pages; None: see `Backend.new_batch`.
+        tokens: KV cache capacity for all running requests, rounded up to pages; None: enough for all of them at full
+            context, or as much of that as memory allows, but at least one at full context.
         prefill_chunk: approximate number of prompt tokens computed per step.
         max_waiting: how many requests may wait, beside those that free slots are there for; None: any number.
         max_per_tenant: how many requests of one tenant run at once; None: any number.

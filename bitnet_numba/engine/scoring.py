@@ -26,7 +26,8 @@ MAX_WINDOW = 2048  # tokens, unless a caller says otherwise: far more changes a 
 class Score:
     """What a text was scored as.
 
-    logprobs: of each of token_ids, given those before it (see `scoring` for how many); None for the first.
+    token_ids: of the text, as the model sees it.
+    logprobs: of each of them, given those before it in its window (see `Engine.score`); None for the first.
     """
 
     token_ids: list[int]
