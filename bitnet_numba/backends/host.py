@@ -211,12 +211,16 @@ class HostContext(Generic[C]):
         assert self._logprob is not None
         return self._logprob
 
-    def score(self, ids: Sequence[int], top: int) -> list[TokenLogprob]:
-        """Appends all tokens but the last, and returns log probabilities of each but the first."""
+    def score(self, ids: Sequence[int], top: int, first: int = 1) -> list[TokenLogprob]:
+        """Appends all tokens but the last, and returns log probabilities of ids[first:]."""
         result: list[TokenLogprob] = []
+        target = 1  # of `ids`: the token after the next hidden state
         for hidden in self._extend(ids[:-1]):
-            targets = ids[len(result) + 1 : len(result) + 1 + len(hidden)]
-            result += token_logprobs(finite(self._model.logits(hidden)), targets, top)
+            targets = ids[max(first, target) : target + len(hidden)]
+            target += len(hidden)
+            if targets:
+                logits = finite(self._model.logits(hidden[-len(targets) :]))
+                result += token_logprobs(logits, targets, top)
         return result
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ COMMANDS = {
     "chat": ("bitnet_numba.chat.command_line", "talk to a model in the terminal, or answer a prompt and exit"),
     "convert": ("bitnet_numba.cli.convert", "write a model of Hugging Face as a packed folder of your choice"),
     "models": ("bitnet_numba.cli.models", "list, show and delete the models that were downloaded by name"),
+    "perplexity": ("bitnet_numba.cli.perplexity", "show how well a model predicts a text"),
     "doctor": ("bitnet_numba.cli.doctor", "show what runs on this machine, how fast, and why not more"),
 }
 COMMAND_LINES = "\n".join(f"  {name:10} {summary}" for name, (_, summary) in COMMANDS.items())

@@ -54,12 +54,12 @@ class EditArrays:
 def pack_edits(params: SamplingParams, prompt_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A slot's part of `EditArrays`."""
     listed, biases = np.zeros(MAX_LISTED, np.int32), np.zeros(MAX_LOGIT_BIAS, np.float32)
-    pairs, ends = tuple(params.logit_bias or ()), tuple(params.stop_token_ids or ())  # type: ignore[arg-type]
-    for i, (token, bias) in enumerate(pairs):
-        listed[i], biases[i] = token, bias
-    listed[MAX_LOGIT_BIAS : MAX_LOGIT_BIAS + len(ends)] = ends
+    num_biased, num_ends = len(params.biases), len(params.ends)
+    listed[:num_biased] = [token for token, _ in params.biases]
+    biases[:num_biased] = [bias for _, bias in params.biases]
+    listed[MAX_LOGIT_BIAS : MAX_LOGIT_BIAS + num_ends] = params.ends
     min_length = prompt_length + params.min_tokens
-    values = (params.presence_penalty, params.frequency_penalty, prompt_length, min_length, len(pairs), len(ends))
+    values = (params.presence_penalty, params.frequency_penalty, prompt_length, min_length, num_biased, num_ends)
     return np.array(values, np.float64), listed, biases
 
 

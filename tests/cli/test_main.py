@@ -28,8 +28,8 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["chta"], "unknown command 'chta'; did you mean chat?"),
         (["Convert", "a", "b"], "unknown command 'Convert'; did you mean convert?"),
-        (["zzz"], "unknown command 'zzz'; commands: chat, convert, models, doctor"),
-        (["\x1b[2J\n"], "unknown command '\\x1b[2J\\n'; commands: chat, convert, models, doctor"),
+        (["zzz"], "unknown command 'zzz'; commands: chat, convert, models, perplexity, doctor"),
+        (["\x1b[2J\n"], "unknown command '\\x1b[2J\\n'; commands: chat, convert, models, perplexity, doctor"),
         (["--verson"], "unknown option '--verson' (see --help)"),
     ],
 )

@@ -115,9 +115,9 @@ class CudaContext:
         """Refused by `decode`."""
         raise NotImplementedError
 
-    def score(self, ids: Sequence[int], top: int) -> list[TokenLogprob]:
-        """Appends all tokens but the last, and returns log probabilities of each but the first."""
-        return token_logprobs(self.logits(ids[:-1]), ids[1:], top)
+    def score(self, ids: Sequence[int], top: int, first: int = 1) -> list[TokenLogprob]:
+        """Appends all tokens but the last, and returns log probabilities of ids[first:]."""
+        return token_logprobs(self.logits(ids[:-1])[first - 1 :], ids[first:], top)
 
     def close(self) -> None:
         """Frees the cache and the captured steps."""
