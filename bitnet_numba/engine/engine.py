@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "cuda", "cpu", "reference")
 MAX_THREADS = 1024
+BATCH_PREFILL = 2048  # prompt tokens a round of `generate_batch`, where nobody waits for the next piece of an answer
 DEMO = Path(__file__).parent.parent / "demo"  # the built-in model
 
 User = TypeVar("User", Session, Scheduler)
@@ -340,7 +341,7 @@ class Engine:
     def _answer_together(self, requests: Sequence[Request], max_sequences: int = 64) -> list[Completion]:
         """The answers to several requests, up to `max_sequences` at once."""
         completions: dict[int, Completion] = {}
-        with self.scheduler(min(max_sequences, len(requests))) as scheduler:
+        with self.scheduler(min(max_sequences, len(requests)), prefill_chunk=BATCH_PREFILL) as scheduler:
             ids = []
             for i, request in enumerate(requests):
                 with _naming_prompt(i):
