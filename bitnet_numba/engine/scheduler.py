@@ -262,7 +262,8 @@ class Scheduler:
         if len(s.ids) == s.prompt_length and s.request.params.prompt_logprobs is not None:
             builder.prompt_logprobs = [None, *self._runner.prompt_logprobs(s)]
         s.ids.append(token)
-        self._runner.note_computed(s)
+        if len(s.ids) % self._runner.pool.page_size == 0:
+            self._runner.note_computed(s)
         text = builder.push(token, logprob)
         if builder.reason is None and s.received == s.max_tokens:
             builder.reason = "context"

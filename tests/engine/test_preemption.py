@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitnet_numba.engine.batch_runner import BatchRunner
@@ -74,6 +74,7 @@ prompts = st.builds(
 
 
 @pytest.mark.parametrize("uniform", [True, False])
+@settings(max_examples=25)
 @given(
     asked=st.lists(
         st.fixed_dictionaries({"prompt": prompts, "params": sampling, "max_new_tokens": st.integers(1, 40)}),
