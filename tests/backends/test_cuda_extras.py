@@ -1,5 +1,6 @@
 """Edits of logits and log probabilities on CUDA: the definition's, alone and in company; nothing where nobody asks."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,17 @@ def check_answer(
         record = told[i]
         assert (record is None) == (params.logprobs is None)
         if record is not None:
-            (expected,) = token_logprobs(row[None], [token], params.logprobs or 0)
-            assert record.token_id == token and len(record.top) == params.logprobs
-            assert abs(record.logprob - expected.logprob) < 0.2 * row.std()
-            values = [value for _, value in record.top]
-            assert values == sorted(values, reverse=True)
-            np.testing.assert_allclose(values, [value for _, value in expected.top], rtol=0, atol=0.2 * row.std())
+            check_records([record], row[None], [token], params.logprobs or 0)
+
+
+def check_records(records: list[TokenLogprob], logits: np.ndarray, tokens: list[int], top: int) -> None:
+    """Records are those of the logits, float32 [tokens, vocab], as far as these are the same."""
+    for found, wanted, row in zip(records, token_logprobs(logits, tokens, top), logits, strict=True):
+        assert found.token_id == wanted.token_id and len(found.top) == top
+        values = [value for _, value in found.top]
+        assert values == sorted(values, reverse=True)
+        expected = [wanted.logprob, *(value for _, value in wanted.top)]
+        np.testing.assert_allclose([found.logprob, *values], expected, rtol=0, atol=0.2 * row.std())
 
 
 def answers(
@@ -96,10 +102,7 @@ def check_batch(backend: Any, prompts: list[list[int]], params: list[SamplingPar
         check_answer(logits, prompt, tokens, told, own)
         assert (of_prompt == []) == (own.prompt_logprobs is None)
         if of_prompt:
-            expected = token_logprobs(logits[: len(prompt) - 1], prompt[1:], 2)
-            assert [each.token_id for each in of_prompt] == prompt[1:]
-            found, wanted = ([each.logprob for each in some] for some in (of_prompt, expected))
-            np.testing.assert_allclose(found, wanted, rtol=0, atol=0.2 * logits.std())
+            check_records(of_prompt, logits[: len(prompt) - 1], prompt[1:], 2)
             context.truncate(0)
             assert context.score(prompt, 2, 2) == of_prompt[1:]
 
@@ -135,8 +138,18 @@ def test_simulated_extras(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setattr(paged_decode, "threads_for", lambda *arguments: 64)
     for module in (batched, edits, logprobs):
         monkeypatch.setattr(module, "spec", partial(module.spec, threads=64))
-    check_batch(backend, [[5, 250], [9, 4, 4]], [EDITED, SCORED], 2)
-    check_context(backend, [5], [EDITED], 1)
+    prompt, params = [5, 250], replace(EDITED, prompt_logprobs=2)
+    batch = backend.new_batch(1, 16)
+    ((tokens, told, of_prompt),) = answers(batch, [prompt], [params], [[0]], 2)
+    context = backend.new_context(16)
+    logits = context.logits([*prompt, tokens[0]])
+    check_answer(logits, prompt, tokens, told, params)
+    check_records(of_prompt, logits[:1], prompt[1:], 2)
+    context.truncate(2)  # and by the kernels for one sequence
+    steps = context.decode(tokens[:1], params)
+    token = next(steps)
+    check_answer(logits, [*prompt, tokens[0]], [token], [context.logprobs()], params)
+    steps.close()
 
 
 def test_nothing_is_launched_that_nobody_asks_for() -> None:
