@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from bitnet_numba.backends.cuda.batch_memory import BatchMemory
-from bitnet_numba.backends.cuda.extras import wants_extras
+from bitnet_numba.backends.cuda.extras import NOTHING, Asked, asked_by
 from bitnet_numba.backends.cuda.forward import MAX_TOKENS
 from bitnet_numba.backends.cuda.prompts import PromptPart
 from bitnet_numba.backends.cuda.state import padded_size
@@ -60,7 +60,7 @@ class CudaBatch:
         self._num_blocks = 0  # of them together, as captured
         self._pending: deque[tuple[int, list[int]]] = deque()  # which event, and the slots of its results
         self._params: dict[int, SamplingParams] = {}  # of each slot's sequence
-        self._with_extras: set[int] = set()  # slots whose sequences ask for more (see `extras`)
+        self._asking: set[int] = set()  # slots whose sequences ask for more (see `extras`)
         self._scored: dict[int, _ScoredPrompt] = {}  # prompts whose log probabilities are wanted, by slot
         self._collected: tuple[int, list[tuple[int, int]]] = 0, []  # the first place and the results of the last call
         self._num_calls = 0  # with results
@@ -90,10 +90,10 @@ class CudaBatch:
         write(state.position, [computed], slot)
         self._num_fed[slot], self._num_given[slot], self._num_pages[slot] = computed, len(ids), len(pages)
         self._params[slot] = params
-        self._with_extras.discard(slot)
-        if wants_extras(params):
-            self._with_extras.add(slot)
-        if self._memory.steps.extras is not None or wants_extras(params):
+        self._asking.discard(slot)
+        if any(asked_by([params])):
+            self._asking.add(slot)
+        if self._memory.steps.extras is not None or slot in self._asking:
             # Of a sequence that asks for nothing, too: others of its steps may.
             self._memory.extras().set_slot(write, slot, params, len(ids) if prompt_length is None else prompt_length)
         self._scored.pop(slot, None)
@@ -157,9 +157,9 @@ class CudaBatch:
             work_list = paged_decode.work_entries(splits)
             self._splits, self._num_blocks = splits, padded_size(len(work_list), num_tokens)
             write(self._memory.steps.work_list, work_list + [-1] * (self._num_blocks - len(work_list)))
-        extras = not self._with_extras.isdisjoint(slots)
-        self._memory.step_graph(num_tokens, self._num_blocks, extras).replay(self._runtime.stream)
-        self._download(len(slots), 0, extras)
+        asked = self._asked(slots)
+        self._memory.step_graph(num_tokens, self._num_blocks, asked).replay(self._runtime.stream)
+        self._download(len(slots), 0, asked)
         self._expect(list(slots))
 
     def collect(self) -> list[tuple[int, int]]:
@@ -199,6 +199,11 @@ class CudaBatch:
         self._pending.clear()
         self._on_close(self._memory)
 
+    def _asked(self, slots: Sequence[int]) -> Asked:
+        """What sequences ask for beside their tokens."""
+        asking = self._asking.intersection(slots)
+        return asked_by(self._params[slot] for slot in asking) if asking else NOTHING
+
     def _complete(self, slot: int) -> bool:
         return bool(self._num_fed[slot] == self._num_given[slot])
 
@@ -206,21 +211,21 @@ class CudaBatch:
         """Samples for slots, from rows of the pass just enqueued; before: results that this call has already."""
         num_tokens = padded_size(len(rows))
         self._runtime.uploads.write(self._memory.steps.last_rows, rows + [-1] * (num_tokens - len(rows)))
-        extras = not self._with_extras.isdisjoint(slots)
-        self._memory.choose_graph(num_tokens, extras).replay(self._runtime.stream)
-        self._download(len(rows), before, extras)
+        asked = self._asked(slots)
+        self._memory.choose_graph(num_tokens, asked).replay(self._runtime.stream)
+        self._download(len(rows), before, asked)
 
     def _place(self) -> int:
         """Which event and results the call under way takes."""
         return self._num_calls % len(self._memory.events)
 
-    def _download(self, count: int, before: int, extras: bool) -> None:
+    def _download(self, count: int, before: int, asked: Asked) -> None:
         """Enqueues the copy of a sampler's results to where `collect` finds them."""
         if len(self._pending) == len(self._memory.events):
             raise ValueError(f"{len(self._pending)} results wait to be collected: there is no room for more")
         first, stream = self._place() * self._state.slots + before, self._runtime.stream
         stream.download(self._memory.results, 8 * first, self._memory.steps.chosen.address, 8 * count)
-        if extras:
+        if asked.logprobs:
             assert self._memory.records is not None
             self._memory.records.download(stream, self._memory.extras(), first, count)
 

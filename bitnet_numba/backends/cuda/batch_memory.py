@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bitnet_numba.backends.cuda.extras import Extras, PromptScorer, Records
+from bitnet_numba.backends.cuda.extras import Asked, Extras, PromptScorer, Records
 from bitnet_numba.backends.cuda.prompts import Prefill
 from bitnet_numba.backends.cuda.runtime import Runtime
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size, page_bytes, pages_of
@@ -26,8 +26,8 @@ class BatchMemory:
         self.state = SequenceState(runtime.device, runtime.model.config, capacity, slots, pages)
         self.steps = BatchSteps(runtime.model, self.state)
         self.prefill = Prefill(runtime, self.state)
-        self._step_graphs: dict[tuple[int, int, bool], Graph] = {}
-        self._choose_graphs: dict[tuple[int, bool], Graph] = {}
+        self._step_graphs: dict[tuple[int, int, Asked], Graph] = {}
+        self._choose_graphs: dict[tuple[int, Asked], Graph] = {}
         self._scorer: PromptScorer | None = None
         self.records: Records | None = None  # of the results that are not collected
         max_uncollected = 2 * (slots + 1)  # calls
@@ -56,16 +56,16 @@ class BatchMemory:
             self._scorer = PromptScorer(self.runtime.model, self.state)
         return self._scorer
 
-    def step_graph(self, num_tokens: int, num_blocks: int, extras: bool) -> Graph:
+    def step_graph(self, num_tokens: int, num_blocks: int, asked: Asked) -> Graph:
         """See `BatchSteps.decode`."""
-        key = num_tokens, num_blocks, extras
+        key = num_tokens, num_blocks, asked
         if key not in self._step_graphs:
             self._step_graphs[key] = self.runtime.stream.capture(self.steps.decode(*key))
         return self._step_graphs[key]
 
-    def choose_graph(self, num_tokens: int, extras: bool) -> Graph:
+    def choose_graph(self, num_tokens: int, asked: Asked) -> Graph:
         """See `BatchSteps.choose`."""
-        key = num_tokens, extras
+        key = num_tokens, asked
         if key not in self._choose_graphs:
             self._choose_graphs[key] = self.runtime.stream.capture(self.steps.choose(*key))
         return self._choose_graphs[key]

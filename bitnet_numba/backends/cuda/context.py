@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.backends.cuda.extras import Extras, PromptScorer, Records, wants_extras
+from bitnet_numba.backends.cuda.extras import NOTHING, Asked, Extras, PromptScorer, Records, asked_by
 from bitnet_numba.backends.cuda.forward import MAX_TOKENS
 from bitnet_numba.backends.cuda.lm_head import LMHead
 from bitnet_numba.backends.cuda.prompts import Prefill, PromptPart
@@ -38,7 +38,7 @@ class CudaContext:
         self._ring = PinnedArray(RING_SIZE, np.int64)
         self._steps = DecodeSteps(runtime.model, runtime.decode_buffers, self._state, self._ring)
         self._prefill = Prefill(runtime, self._state)
-        self._graphs: dict[tuple[str, bool, bool], Graph] = {}
+        self._graphs: dict[tuple[str, bool, Asked], Graph] = {}
         self._records: Records | None = None  # of tokens, by position; see `extras`
         self._last: tuple[int, int, int] | None = None  # position and token yielded last, and most likely ones wanted
         self._events = [Event(timing=False) for _ in range(STEPS_AHEAD + 1)]  # ends of steps under way, by position
@@ -82,26 +82,26 @@ class CudaContext:
             raise RequestError("grammar is not on CUDA")
         self._start(ids)
         self._state.settings.write(pack_settings(params))
-        extras = wants_extras(params)
-        if extras:
+        asked = asked_by([params])
+        if any(asked):
             self._open_extras().set_slot(self._runtime.uploads.write, 0, params, len(self.ids) + len(ids))
         top = min(params.logprobs or 0, self._runtime.model.config.vocab_size)
         if len(ids) == 1:
-            self._replay("decode", len(self.ids), extras)
+            self._replay("decode", len(self.ids), asked)
         else:
             write, last = self._runtime.uploads.write, len(self.ids) + len(ids) - 1
             for ends in self._prefill.feed([PromptPart(0, len(self.ids), len(ids))]):
                 for _, row in ends:
                     write(self._runtime.decode_buffers.last_row, [row])
             write(self._state.position, [last])
-            self._replay("choose", last, extras)
+            self._replay("choose", last, asked)
         self.ids += ids
         known = launched = len(self.ids)  # tokens fed for certain; positions whose step is under way or done
         try:
             while True:
                 # The steps after this one are queued before its token is read: the device never waits for the host.
                 while launched < min(self.capacity, known + STEPS_AHEAD):
-                    self._replay("decode", launched, extras)
+                    self._replay("decode", launched, asked)
                     launched += 1
                 token = self._token(known)
                 self._last = known, token, top
@@ -174,12 +174,14 @@ class CudaContext:
         self._ring.host[:] = -1  # an earlier answer's entries may be for the same positions
         self._state.position.write(np.array([len(self.ids)], np.int32))
 
-    def _replay(self, kind: str, position: int, extras: bool = False) -> None:
+    def _replay(self, kind: str, position: int, asked: Asked = NOTHING) -> None:
         """Enqueues the step of a kind (a method of DecodeSteps) whose last token fed is at a position."""
-        key = kind, position >= LONG_CONTEXT, extras
+        key = kind, position >= LONG_CONTEXT, asked
         if key not in self._graphs:
             launches = getattr(self._steps, kind)
-            self._graphs[key] = self._runtime.stream.capture(launches(key[1], True) if extras else launches(key[1]))
+            self._graphs[key] = self._runtime.stream.capture(
+                launches(key[1], asked) if any(asked) else launches(key[1])
+            )
         self._graphs[key].replay(self._runtime.stream)
         self._events[(position + 1) % len(self._events)].record(self._runtime.stream)
 

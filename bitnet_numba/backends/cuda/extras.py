@@ -1,14 +1,15 @@
 """What sampling needs on the device for requests that ask for more: edits of logits, and log probabilities.
 
-A step in which one sequence asks for any of it has two launches more, around the sampler:
+A step in which a sequence asks for it has one launch more before the sampler, one after it, or both:
 
     logits ──> edit_logits ──> edited ──> sampler ──> token
        └──────────────────────────────────────────────> logprobs ──> records
 
-Other steps have neither, and what is here is allocated by the first request that needs it.
+Other steps have neither, and what is here is allocated by the first request that asks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +30,21 @@ MAX_SCORED = 128  # tokens of a prompt whose logits are computed at a time
 Write = Callable[..., None]  # see `Uploads.write`
 
 
-def wants_extras(params: SamplingParams) -> bool:
-    """Whether a request needs what is here to sample."""
-    return params.edits_logits or params.logprobs is not None
+class Asked(NamedTuple):
+    """What of it a request asks for, or the requests of a step."""
+
+    edits: bool = False
+    logprobs: bool = False
+
+
+NOTHING = Asked()
+
+
+def asked_by(each: Iterable[SamplingParams]) -> Asked:
+    """What some requests ask for together."""
+    all_of_them = list(each)
+    edits, logprobs = (own.edits_logits for own in all_of_them), (own.logprobs is not None for own in all_of_them)
+    return Asked(any(edits), any(logprobs))
 
 
 class Extras:
@@ -49,7 +62,7 @@ class Extras:
             device.zeros(slots * MAX_LOGIT_BIAS, np.float32),
         )
         self._wanted = device.array(np.full(slots, NONE, np.int32))
-        self.edited = device.empty(rows * model.config.vocab_size, np.float32)
+        self._edited = device.empty(rows * model.config.vocab_size, np.float32)
         self.ids: DeviceArray | PinnedArray
         self.values: DeviceArray | PinnedArray
         if ring is None:
@@ -65,25 +78,39 @@ class Extras:
         write(self._edits.biases, biases, slot * MAX_LOGIT_BIAS)
         write(self._wanted, [NONE if params.logprobs is None else params.logprobs], slot)
 
-    def edit(self, logits: DeviceArray, slot_positions: DeviceArray, num_rows: int) -> Launch:
-        """Rows of logits to `edited`."""
-        model = self._model
-        return edit_logits(
-            model.device, logits, model.config.vocab_size, self._state.arrays, slot_positions, self._edits, self.edited,
-            num_rows,
-        )  # fmt: skip
+    def around(
+        self,
+        sampler: Callable[[DeviceArray], Launch],
+        asked: Asked,
+        logits: DeviceArray,
+        slot_positions: DeviceArray,
+        ahead: int,
+        num_rows: int,
+    ) -> list[Launch]:
+        """A sampler, whose logits are given to it, and what is asked for around it.
 
-    def tell(self, logits: DeviceArray, slot_positions: DeviceArray, ahead: int, num_rows: int) -> Launch:
-        """Records of the tokens just sampled; ahead: how far they are from the positions of slot_positions."""
-        model = self._model
-        return logprobs(
-            model.device, logits, model.config.vocab_size, self._state.arrays, slot_positions, ahead, self._wanted,
-            self.ids, self.values, num_rows, self._ring_size,
-        )  # fmt: skip
+        ahead: how far the tokens that it has chosen are from the positions of slot_positions.
+        """
+        device, vocab, sequences = self._model.device, self._model.config.vocab_size, self._state.arrays
+        if not asked.edits:
+            launches = [sampler(logits)]
+        else:
+            launches = [
+                edit_logits(device, logits, vocab, sequences, slot_positions, self._edits, self._edited, num_rows),
+                sampler(self._edited),
+            ]
+        if asked.logprobs:
+            launches.append(
+                logprobs(
+                    device, logits, vocab, sequences, slot_positions, ahead, self._wanted, self.ids, self.values,
+                    num_rows, self._ring_size,
+                )
+            )  # fmt: skip
+        return launches
 
     def close(self) -> None:
         """Frees the memory."""
-        own = [self._edits.settings, self._edits.listed, self._edits.biases, self._wanted, self.edited]
+        own = [self._edits.settings, self._edits.listed, self._edits.biases, self._wanted, self._edited]
         for array in own if self._ring_size else [*own, self.ids, self.values]:
             array.close()
 

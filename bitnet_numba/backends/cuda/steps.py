@@ -5,7 +5,7 @@ None of this needs a device to be built, so that a dry run can ask for every lau
 
 import numpy as np
 
-from bitnet_numba.backends.cuda.extras import Extras
+from bitnet_numba.backends.cuda.extras import NOTHING, Asked, Extras
 from bitnet_numba.backends.cuda.forward import BatchPass, CudaModel, DecodePass, SharedContexts
 from bitnet_numba.backends.cuda.lm_head import LMHead
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size, pages_of
@@ -47,18 +47,18 @@ class DecodeSteps:
         """Feeds a token and computes its logits."""
         return [*self.forward(long), self.lm_head(), embedding.advance(self._model.device, self._state.position)]
 
-    def decode(self, long: bool, extras: bool = False) -> list[Launch]:
-        """Feeds a token and samples the next; `extras`: with what `extras` adds."""
-        return [*self.forward(long), self.lm_head(), *self.sampler(extras)]
+    def decode(self, long: bool, asked: Asked = NOTHING) -> list[Launch]:
+        """Feeds a token and samples the next; asked: of what `extras` adds."""
+        return [*self.forward(long), self.lm_head(), *self.sampler(asked)]
 
-    def choose(self, long: bool, extras: bool = False) -> list[Launch]:
+    def choose(self, long: bool, asked: Asked = NOTHING) -> list[Launch]:
         """Samples the token after a prompt, from row `last_row` of the pass before."""
         model, buffers, b = self._model, self._buffers, self._model.buffers
         last = embedding.gather_last(
             model.device, buffers.last_row, b.h, b.slot_positions, model.token_buffers.h, buffers.last_slot_position,
             1, model.config.hidden_size,
         )  # fmt: skip
-        return [last, self.lm_head(), *self.sampler(extras)]
+        return [last, self.lm_head(), *self.sampler(asked)]
 
     def forward(self, long: bool) -> list[Launch]:
         """The forward pass of a token."""
@@ -71,21 +71,17 @@ class DecodeSteps:
             model.device, model.weights.lm_head, model.token_buffers.h, model.weights.final_norm, self._buffers.logits
         )
 
-    def sampler(self, extras: bool) -> list[Launch]:
+    def sampler(self, asked: Asked) -> list[Launch]:
         """Samples from the logits."""
-        state, logits = self._state, self._buffers.logits
-        if not extras or self.extras is None:
-            return [self._sampler(logits)]
-        # The sampler moves the state's position on, which is then the chosen token's.
-        return [
-            self.extras.edit(logits, state.slot_position, 1),
-            self._sampler(self.extras.edited),
-            self.extras.tell(logits, state.slot_position, 0, 1),
-        ]
+        model, buffers, state = self._model, self._buffers, self._state
 
-    def _sampler(self, logits: DeviceArray) -> Launch:
-        model, buffers = self._model, self._buffers
-        return sample(model.device, logits, model.config.vocab_size, self._state.arrays, buffers.sampler, self._ring)
+        def sample_from(logits: DeviceArray) -> Launch:
+            return sample(model.device, logits, model.config.vocab_size, state.arrays, buffers.sampler, self._ring)
+
+        if self.extras is None:
+            return [sample_from(buffers.logits)]
+        # The sampler moves the state's position on, which is then the chosen token's.
+        return self.extras.around(sample_from, asked, buffers.logits, state.slot_position, ahead=0, num_rows=1)
 
 
 class BatchSteps:
@@ -106,16 +102,16 @@ class BatchSteps:
         self.chosen = device.empty(self.max_tokens, np.int64)
         self.extras: Extras | None = None  # of requests that ask for more; set before the first of them
 
-    def decode(self, num_tokens: int, num_blocks: int, extras: bool = False) -> list[Launch]:
-        """Feeds a token of each sequence and samples the next; num_blocks: entries of the work list; `extras`: with
-        what `extras` adds."""
+    def decode(self, num_tokens: int, num_blocks: int, asked: Asked = NOTHING) -> list[Launch]:
+        """Feeds a token of each sequence and samples the next; num_blocks: entries of the work list; asked: of what
+        `extras` adds."""
         buffers = self._model.buffers
         contexts = SharedContexts(self.work_list, num_blocks, self._scratch)
         forward = BatchPass(self._model, self._state, num_tokens, contexts).launches()
         head = self._lm_head.launches(num_tokens, buffers.h)
-        return [*forward, *head, *self._sampler(num_tokens, buffers.slot_positions, extras)]
+        return [*forward, *head, *self._sampler(num_tokens, buffers.slot_positions, asked)]
 
-    def choose(self, num_tokens: int, extras: bool = False) -> list[Launch]:
+    def choose(self, num_tokens: int, asked: Asked = NOTHING) -> list[Launch]:
         """Samples the tokens after prompts that the pass before has completed, from its rows `last_rows` (-1: none)."""
         model, b = self._model, self._model.buffers
         last = embedding.gather_last(
@@ -123,23 +119,20 @@ class BatchSteps:
             model.config.hidden_size,
         )  # fmt: skip
         head = self._lm_head.launches(num_tokens, self._last)
-        return [last, *head, *self._sampler(num_tokens, self._last_slot_positions, extras)]
+        return [last, *head, *self._sampler(num_tokens, self._last_slot_positions, asked)]
 
-    def _sampler(self, num_tokens: int, slot_positions: DeviceArray, extras: bool) -> list[Launch]:
-        logits = self._lm_head.logits
-        if not extras or self.extras is None:
-            return [self._sample_from(logits, num_tokens, slot_positions)]
-        return [
-            self.extras.edit(logits, slot_positions, num_tokens),
-            self._sample_from(self.extras.edited, num_tokens, slot_positions),
-            self.extras.tell(logits, slot_positions, 1, num_tokens),
-        ]
+    def _sampler(self, num_tokens: int, slot_positions: DeviceArray, asked: Asked) -> list[Launch]:
+        model, head = self._model, self._lm_head
 
-    def _sample_from(self, logits: DeviceArray, num_tokens: int, slot_positions: DeviceArray) -> Launch:
-        model = self._model
-        return sample_batch(
-            model.device, logits, model.config.vocab_size, self._state.arrays, slot_positions, self.chosen, num_tokens
-        )
+        def sample_from(logits: DeviceArray) -> Launch:
+            return sample_batch(
+                model.device, logits, model.config.vocab_size, self._state.arrays, slot_positions, self.chosen,
+                num_tokens,
+            )  # fmt: skip
+
+        if self.extras is None:
+            return [sample_from(head.logits)]
+        return self.extras.around(sample_from, asked, head.logits, slot_positions, 1, num_tokens)
 
     def close(self) -> None:
         """Frees the memory."""
