@@ -243,7 +243,7 @@ class Scheduler:
             budget -= computed
 
     def _prefill_together(self, budget: int, updates: list[Update]) -> int:
-        """One call for about `budget` tokens of one or several prompts; how many tokens, 0 if there is nothing to do."""
+        """One call for about `budget` tokens of prompts; returns how many tokens, 0 if there is nothing to do."""
         parts: list[tuple[int, int]] = []
         completed: list[_Sequence] = []
         left = budget
