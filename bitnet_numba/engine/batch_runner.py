@@ -19,6 +19,9 @@ from bitnet_numba.engine.page_pool import PagePool
 from bitnet_numba.engine.sequence import Sequence
 from bitnet_numba.sampling import TokenLogprob
 
+# Tokens of prompts that are computed by one call: with what is left free between prompts, they are a pass of CUDA.
+CALL_TOKENS = 1920
+
 
 class BatchRunner:
     """Runs sequences in a batch, for one thread at a time."""
@@ -82,14 +85,20 @@ class BatchRunner:
 
         admit: starts one more sequence; False if there is none to be started now.
         """
+        while budget > 0 and (computed := self._prefill_together(min(budget, CALL_TOKENS), admit)):
+            budget -= computed
+
+    def _prefill_together(self, budget: int, admit: Callable[[], bool]) -> int:
+        """One call for about `budget` tokens of prompts; returns how many tokens, 0 if there is nothing to do."""
         parts: list[tuple[int, int]] = []
         completed: list[Sequence] = []
-        while budget > 0 and (self.prefilling or admit()):
+        left = budget
+        while left > 0 and (self.prefilling or admit()):
             s = self.prefilling
             if s is None:  # the one just admitted has failed, or has nothing to compute
                 continue
-            count = self._next_part(s, budget)
-            budget -= count
+            count = self._next_part(s, left)
+            left -= count
             parts.append((s.slot, count))
             if s.lease is not None and s.lease.computed < s.known:
                 break  # less than a page of the budget is left
@@ -101,6 +110,7 @@ class BatchRunner:
             self._batch.prefill(parts)
         if completed:
             self._note_call(completed)
+        return budget - left
 
     def _next_part(self, s: Sequence, budget: int) -> int:
         """How many tokens of a prompt to compute next: the rest of it, or as many whole pages as `budget` allows."""

@@ -15,11 +15,13 @@ from bitnet_numba.engine.request import Request, read_request
 from bitnet_numba.engine.scheduler import Scheduler
 from bitnet_numba.engine.sequence import Update
 from bitnet_numba.errors import QueueFull, QueueTimeout, SchedulerClosed
+from bitnet_numba.grammar import Grammar
 from bitnet_numba.sampling_params import SamplingParams
 
 SEQUENCES, WAITING, PER_TENANT = 6, 20, 4
 TENANTS, SALTS = ("a", "b", "c"), ("", "x")
 KINDS = {"step": 60, "add": 26, "cancel": 5, "time": 6, "close": 0.01, "fail": 0.01}  # how often, in comparison
+FORM = Grammar.regex(r"[a-z]{1,9}( [a-z]{1,9}){0,20}\.")  # of some answers
 
 
 @dataclass
@@ -80,6 +82,7 @@ class Soak:
             seed=pick.randrange(1 << 20),
             max_new_tokens=pick.choice((1, 5, 20, 60)),
             stop=pick.choice(((), (), (), "e", ("th", "a "))),
+            grammar=pick.choice((None,) * 9 + (FORM,)),
         )
         kind = pick.random()
         if kind < 0.05:

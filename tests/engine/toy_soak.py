@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
+from bitnet_numba.backends.host import mask_of
+from bitnet_numba.backends.protocol import Constraint
 from bitnet_numba.engine.completion import Completion, CompletionBuilder
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.request import Request
 from bitnet_numba.sampling_params import SamplingParams
 from tests.engine.soak import Soak
-from tests.engine.toy_backend import CONFIG, TOKENIZER, ToyBackend
+from tests.engine.toy_backend import CONFIG, TOKENIZER, VOCAB, ToyBackend
 
 CONTEXT, TOKENS, EOT = 96, 112, 1999
 
@@ -17,24 +21,36 @@ class QuickBackend(ToyBackend):
 
     failing = False
 
-    def choose(self, ids: Sequence[int], prompt: int, params: SamplingParams, stepped: Sequence[bool]) -> int:
+    def choose(
+        self,
+        ids: Sequence[int],
+        prompt: int,
+        params: SamplingParams,
+        stepped: Sequence[bool],
+        constraint: Constraint | None = None,
+    ) -> int:
         if self.failing:
             self.failing = False
             raise ValueError("a step failed")
-        return next_token(ids, params)
+        return next_token(ids, params, constraint)
 
 
-def next_token(ids: Sequence[int], params: SamplingParams) -> int:
+def next_token(ids: Sequence[int], params: SamplingParams, constraint: Constraint | None) -> int:
     assert params.seed is not None
     mixed = (len(ids) * 7919 + ids[-1] * 104729 + sum(ids[-8:]) * 31 + params.seed * (params.temperature > 0)) % 1900
-    return EOT if mixed % 31 == 0 else mixed
+    if constraint is None:
+        return EOT if mixed % 31 == 0 else mixed
+    allowed = np.flatnonzero(np.unpackbits(mask_of(constraint, VOCAB).view(np.uint8), bitorder="little"))
+    token = int(allowed[mixed % len(allowed)])
+    assert constraint.accept(token)
+    return token
 
 
 def alone(request: Request) -> Completion:
     """The completion of a request, without any backend."""
-    builder, ids = CompletionBuilder(TOKENIZER, request), list(request.ids)
+    builder, ids, constraint = CompletionBuilder(TOKENIZER, request), list(request.ids), request.constraint()
     while builder.reason is None:
-        token = next_token(ids, request.params)
+        token = next_token(ids, request.params, constraint)
         builder.push(token)
         if builder.reason is None and len(ids) == CONTEXT:
             builder.reason = "context"
