@@ -327,9 +327,9 @@ class HostBatch(Generic[C]):
 
     def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
         """Computes the next tokens of prompts; at the end of each, samples the first token."""
-        completed = [slot for slot, count in parts if self._prefill(slot, count)]
-        if completed:
-            self._note_results(completed)
+        slots = [slot for slot, count in parts if self._prefill(slot, count)]
+        if slots:
+            self._expect(slots)
 
     def _prefill(self, slot: int, count: int) -> bool:
         """Whether the prompt is complete, and its first token sampled."""
@@ -368,9 +368,10 @@ class HostBatch(Generic[C]):
             return list(self._model.step([s.ids[-1] for s in running], [s.cache for s in running]))
 
         self._sample(sequences, self._each(sequences, compute, None))
-        self._note_results(slots)
+        self._expect(slots)
 
-    def _note_results(self, slots: Sequence[int]) -> None:
+    def _expect(self, slots: Sequence[int]) -> None:
+        """Queues what was just sampled for these slots."""
         sequences = [self._sequences[slot] for slot in slots]
         tokens = [(slot, s.ids[-1]) for slot, s in zip(slots, sequences, strict=True)]
         self._results.append((tokens, [s.logprob for s in sequences]))
