@@ -76,19 +76,20 @@ class BatchRunner:
             params = replace(params, prompt_logprobs=None)  # they have been received
         self._batch.start(s.slot, ids, params, lease.pages, lease.computed, s.prompt_length)
 
-    def prefill(self, budget: int, admit: Callable[[], bool]) -> None:
-        """Enqueues about `budget` tokens of prompts, those of several sequences together, in the order of their starts.
+    def prefill(self, budget: int, admit: Callable[[], bool]) -> int:
+        """Makes one call for about `budget` tokens of prompts, in the order of their starts; returns how many tokens.
 
         admit: starts one more sequence; False if there is none to be started now.
         """
         parts: list[tuple[int, int]] = []
         completed: list[Sequence] = []
-        while budget > 0 and (self.prefilling or admit()):
+        left = budget
+        while left > 0 and (self.prefilling or admit()):
             s = self.prefilling
             if s is None:  # the one just admitted has failed, or has nothing to compute
                 continue
-            count = self._next_part(s, budget)
-            budget -= count
+            count = self._next_part(s, left)
+            left -= count
             parts.append((s.slot, count))
             if s.lease is not None and s.lease.computed < s.known:
                 break  # less than a page of the budget is left
@@ -100,6 +101,7 @@ class BatchRunner:
             self._batch.prefill(parts)
         if completed:
             self._note_call(completed)
+        return budget - left
 
     def _next_part(self, s: Sequence, budget: int) -> int:
         """How many tokens of a prompt to compute next: the rest of it, or as many whole pages as `budget` allows."""

@@ -119,7 +119,7 @@ def measure_stalls(llm: Engine, prompts: list[list[int]], sizes: Sizes) -> dict[
     Half of the requests come at once, the others one in each round.
     """
     params = SamplingParams(max_new_tokens=sizes.mixed_answer)
-    rounds = []
+    rounds: list[float] = []
     with llm.scheduler(sizes.mixed_sequences) as scheduler:
         late = list(prompts)
         for _ in range(len(prompts) // 2):
