@@ -220,9 +220,8 @@ class Scheduler:
         uncollected = runner.uncollected
         preempted = runner.make_room()
         self._queue.put_back(preempted)
-        self._prefill(
-            updates, admit=not preempted
-        )  # whoever was preempted comes first, and there is no room for it now
+        # Whoever was preempted comes first, and there is no room for it now.
+        self._prefill(updates, admit=not preempted)
         self._end_late(updates)
         runner.step()
         for _ in range(uncollected):
