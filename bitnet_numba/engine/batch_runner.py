@@ -19,9 +19,6 @@ from bitnet_numba.engine.page_pool import PagePool
 from bitnet_numba.engine.sequence import Sequence
 from bitnet_numba.sampling import TokenLogprob
 
-# Tokens of prompts that are computed by one call: with what is left free between prompts, they are a pass of CUDA.
-CALL_TOKENS = 1920
-
 
 class BatchRunner:
     """Runs sequences in a batch, for one thread at a time."""
@@ -80,16 +77,11 @@ class BatchRunner:
         constraint = s.request.constraint(ids[s.prompt_length :])
         self._batch.start(s.slot, ids, params, lease.pages, lease.computed, s.prompt_length, constraint)
 
-    def prefill(self, budget: int, admit: Callable[[], bool]) -> None:
-        """Enqueues about `budget` tokens of prompts, those of several sequences together, in the order of their starts.
+    def prefill(self, budget: int, admit: Callable[[], bool]) -> int:
+        """Makes one call for about `budget` tokens of prompts, in the order of their starts; returns how many tokens.
 
         admit: starts one more sequence; False if there is none to be started now.
         """
-        while budget > 0 and (computed := self._prefill_together(min(budget, CALL_TOKENS), admit)):
-            budget -= computed
-
-    def _prefill_together(self, budget: int, admit: Callable[[], bool]) -> int:
-        """One call for about `budget` tokens of prompts; returns how many tokens, 0 if there is nothing to do."""
         parts: list[tuple[int, int]] = []
         completed: list[Sequence] = []
         left = budget

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 MAX_SEQUENCES = 1 << 16
 MAX_TOKENS = 1 << 40  # more than any memory holds; the backend tells how many fit
+# Tokens of prompts that are computed by one call: with what is left free between prompts, they are a pass of CUDA.
+CALL_TOKENS = 1920
 PREFILL_CHUNK = 480  # tokens of prompts a round: running answers then stall for 4 ms at most (2B4T, H200)
 
 
@@ -151,8 +153,9 @@ class Scheduler:
     def cancel(self, request: int) -> None:
         """Ends a request; the next step reports the answer so far, as "interrupted".
 
-        One that has never run leaves the queue at once; slot and pages of the others are free when the next step
-        begins. Does nothing if the request has already ended or never was. Raises RequestError if it is not a number.
+        One that has never run leaves the queue at once. Slot and pages of the others are freed by the step under way,
+        between two calls for prompts, or by the next one. Does nothing if the request has already ended or never was.
+        Raises RequestError if it is not a number.
         """
         number = as_integer(request)
         if number is None:
@@ -214,16 +217,26 @@ class Scheduler:
 
     def _run_round(self, updates: list[Update]) -> None:
         runner = self._runner
-        updates += [self._end(s) for s in self._queue.take_cancelled()]
+        self._end_cancelled(updates)
         uncollected = runner.uncollected
         preempted = runner.make_room()
         self._queue.put_back(preempted)
-        # Whoever was preempted needs more than is free now, and comes first.
-        runner.prefill(self._chunk, lambda: not preempted and self._admit(updates))
+        # Whoever was preempted comes first, and there is no room for it now.
+        self._prefill(updates, admit=not preempted)
         self._end_late(updates)
         runner.step()
         for _ in range(uncollected):
             runner.collect(lambda s, token, logprob: self._receive(s, token, logprob, updates))
+
+    def _prefill(self, updates: list[Update], admit: bool) -> None:
+        """Enqueues the tokens of prompts that this round computes; `admit`: starts requests that wait, too."""
+        budget = self._chunk
+        while budget > 0:
+            count = self._runner.prefill(min(budget, CALL_TOKENS), lambda: admit and self._admit(updates))
+            if count == 0:
+                break
+            budget -= count
+            self._end_cancelled(updates)  # while a long round goes on
 
     def _admit(self, updates: list[Update]) -> bool:
         """Starts the first of the waiting requests; False if there is none, or too few slots or pages are free."""
@@ -308,6 +321,9 @@ class Scheduler:
 
     def _new_builder(self, s: Sequence) -> CompletionBuilder:
         return CompletionBuilder(self._tokenizer, s.request)
+
+    def _end_cancelled(self, updates: list[Update]) -> None:
+        updates += [self._end(s) for s in self._queue.take_cancelled()]
 
     def _end_late(self, updates: list[Update]) -> None:
         """Ends the requests that have no more time."""
