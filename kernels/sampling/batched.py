@@ -28,6 +28,7 @@ What stays in the kernel's body (summing bins, finding the digit) changes the ma
 """
 
 from collections.abc import Callable
+from functools import cache
 
 from numba import cuda
 from numba.cuda import types
@@ -432,6 +433,7 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
     return sample_batch
 
 
+@cache
 def spec(arch: int, threads: int = THREADS, max_candidates: int = MAX_CANDIDATES) -> KernelSpec:
     """The variant; `threads` and `max_candidates` differ in tests only."""
     f32, f64, i32, i64 = (types.CPointer(kind) for kind in (types.float32, types.float64, types.int32, types.int64))
