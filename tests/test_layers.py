@@ -23,7 +23,7 @@ FLOORS: list[tuple[str, ...]] = [
     OPERATIONS,
     ("bitnet_numba.backends",),
     ("bitnet_numba.engine",),
-    ("bitnet_numba.chat",),
+    ("bitnet_numba.chat", "bitnet_numba.server"),
     ("bitnet_numba.cli",),
     ("bitnet_numba.__main__",),
     ("tools",),

@@ -1,0 +1,98 @@
+"""POST /v1/chat/completions."""
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from bitnet_numba.engine.completion import Completion
+from bitnet_numba.server.exchange import Exchange
+from bitnet_numba.server.generation import (
+    FINISH_REASONS,
+    number_of_choices,
+    read_prompts,
+    respond,
+    sampling_params,
+    usage,
+)
+from bitnet_numba.server.schemas import ChatBody, ChatMessage
+from bitnet_numba.server.service import Service
+
+# OpenAI's newer name of the system role; templates know the older one.
+ROLE_NAMES = {"developer": "system"}
+
+
+async def chat_completions(service: Service, exchange: Exchange, body: ChatBody) -> None:
+    """Answers a conversation."""
+    body.refuse_unsupported()
+    engine = service.engine
+    n = number_of_choices(body)
+    limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    params = sampling_params(body, engine, limit)
+    messages = [as_message(message) for message in body.messages]
+    with_usage = bool(body.stream_options and body.stream_options.include_usage)
+    form = ChatForm(f"chatcmpl-{exchange.request_id}", service.check_model(body.model), with_usage)
+    await respond(
+        service,
+        exchange,
+        lambda: read_prompts(engine, [messages], params, n),
+        n,
+        n,
+        form,
+        bool(body.stream),
+        "messages",
+    )
+
+
+def as_message(message: ChatMessage) -> dict[str, Any]:
+    """A message as chat templates take it."""
+    given = {key: value for key, value in message.model_dump().items() if value is not None}
+    # Token ids would be taken for the model's own, which a client cannot know.
+    given.pop("token_ids", None)
+    return {**given, "role": ROLE_NAMES.get(message.role, message.role), "content": message.content}
+
+
+class ChatForm:
+    """Answers as chat completions and their chunks. What chunks have in common is written once."""
+
+    def __init__(self, id: str, model: str, with_usage: bool):
+        self._base = {"id": id, "created": int(time.time()), "model": model}
+        self._with_usage = with_usage
+        head = json.dumps({**self._base, "object": "chat.completion.chunk"})[:-1]
+        # With usage asked for, every chunk but the last has it as null.
+        self._tail = ', "usage": null}\n\n' if with_usage else "}\n\n"
+        self._head = f"data: {head}, "
+
+    def whole(self, completions: Sequence[Completion], n: int) -> dict[str, Any]:
+        """A chat.completion."""
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": completion.text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": FINISH_REASONS[completion.finish_reason],
+            }
+            for index, completion in enumerate(completions)
+        ]
+        return {**self._base, "object": "chat.completion", "choices": choices, "usage": usage(completions, n)}
+
+    def opening(self, index: int) -> str:
+        """The role comes first."""
+        return self._chunk(index, '{"role": "assistant", "content": ""}', "null")
+
+    def text(self, index: int, text: str) -> str:
+        """More content."""
+        return self._chunk(index, f'{{"content": {json.dumps(text)}}}', "null")
+
+    def finish(self, index: int, completion: Completion) -> str:
+        """The finish reason, alone."""
+        return self._chunk(index, "{}", f'"{FINISH_REASONS[completion.finish_reason]}"')
+
+    def closing(self, completions: Sequence[Completion], n: int) -> str:
+        """The usage if it was asked for, and the end."""
+        last = f'{self._head}"choices": [], "usage": {json.dumps(usage(completions, n))}}}\n\n'
+        return (last if self._with_usage else "") + "data: [DONE]\n\n"
+
+    def _chunk(self, index: int, delta: str, reason: str) -> str:
+        choice = f'{{"index": {index}, "delta": {delta}, "logprobs": null, "finish_reason": {reason}}}'
+        return f'{self._head}"choices": [{choice}]{self._tail}'

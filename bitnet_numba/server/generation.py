@@ -1,0 +1,159 @@
+"""What the endpoints that generate have in common: sampling parameters, prompts, whole answers and streams."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from bitnet_numba.engine.completion import Completion
+from bitnet_numba.engine.engine import Engine
+from bitnet_numba.engine.request import Prompt, Request, read_request
+from bitnet_numba.errors import RequestError
+from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.server.answers import Answers
+from bitnet_numba.server.errors import ApiError, from_request_error
+from bitnet_numba.server.exchange import Exchange
+from bitnet_numba.server.schemas import SamplingBody
+from bitnet_numba.server.service import Service
+
+OPENAI_DEFAULT = SamplingParams(temperature=1.0, max_new_tokens=None)
+SEEDS = 1 << 64
+# Why an answer ended -> OpenAI's finish_reason.
+FINISH_REASONS = {"stop": "stop", "length": "length", "context": "length"}
+
+
+def sampling_params(body: SamplingBody, engine: Engine, max_tokens: int | None) -> SamplingParams:
+    """What a body asks for, on top of what the model's folder recommends. Raises ApiError, naming a wrong field.
+
+    max_tokens: None: until the model stops or the context is full.
+    """
+    default = replace(engine.sampling or OPENAI_DEFAULT, max_new_tokens=None)
+    given: dict[str, Any] = {
+        name: value
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "stop")
+        if (value := getattr(body, name)) is not None
+    }
+    if body.top_k is not None:
+        given["top_k"] = max(body.top_k, 0)  # vLLM's clients write -1 for all
+    if body.seed is not None:
+        given["seed"] = body.seed % SEEDS  # OpenAI's may be negative
+    for name, value in given.items():
+        check(name, name, value)
+    if max_tokens is not None:
+        check("max_tokens", "max_new_tokens", max_tokens)
+        given["max_new_tokens"] = max_tokens
+    return replace(default, **given)
+
+
+def check(field: str, name: str, value: Any) -> None:
+    """Raises ApiError, naming the request's field, if SamplingParams does not take a value of `name`."""
+    try:
+        replace(OPENAI_DEFAULT, **{name: value})
+    except RequestError as error:
+        raise from_request_error(RequestError(str(error).replace(name, field)), field) from None
+
+
+def number_of_choices(body: SamplingBody) -> int:
+    """Answers that are wanted for each prompt. Raises ApiError if there are none."""
+    n = 1 if body.n is None else body.n
+    if n < 1:
+        raise ApiError(400, f"n must be 1 or more, not {n}", param="n", code="invalid_value")
+    return n
+
+
+def read_prompts(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, n: int) -> list[Request]:
+    """`n` requests for each prompt, whose seeds count upwards."""
+    requests = []
+    for prompt in prompts:
+        first = read_request(
+            engine.tokenizer, engine.config.vocab_size, engine.context, prompt, params, "give a list of prompts"
+        )
+        seed = first.params.seed
+        assert seed is not None  # read_request gives one to each
+        for choice in range(n):
+            requests.append(replace(first, params=replace(first.params, seed=(seed + choice) % SEEDS)))
+    return requests
+
+
+def usage(completions: Sequence[Completion], n: int) -> dict[str, Any]:
+    """OpenAI's count of tokens; a prompt counts once, however many answers it has."""
+    prompt = sum(completion.stats.prompt_tokens for completion in completions[::n])
+    cached = sum(completion.stats.reused_tokens for completion in completions[::n])
+    generated = sum(completion.stats.generated_tokens for completion in completions)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+class Form(Protocol):
+    """The form of an endpoint's answers."""
+
+    def whole(self, completions: Sequence[Completion], n: int) -> dict[str, Any]:
+        """The content of a response that is not streamed."""
+
+    def opening(self, index: int) -> str:
+        """The events with which an answer begins; may be empty."""
+
+    def text(self, index: int, text: str) -> str:
+        """The event of new text."""
+
+    def finish(self, index: int, completion: Completion) -> str:
+        """The event of an answer's end."""
+
+    def closing(self, completions: Sequence[Completion], n: int) -> str:
+        """The events after all answers."""
+
+
+async def respond(
+    service: Service,
+    exchange: Exchange,
+    make: Callable[[], list[Request]],
+    count: int,
+    n: int,
+    form: Form,
+    stream: bool,
+    param: str,
+) -> None:
+    """Generates `count` answers, `n` for each prompt, and sends them. `make` and `param` as for `Service.answering`."""
+    began = time.perf_counter()
+    async with service.answering(exchange, count, make, param) as answers:
+        if stream:
+            completions = await _stream(service, exchange, answers, n, form, began)
+        else:
+            completions = await answers.completions()
+            await exchange.json(form.whole(completions, n))
+    seconds = time.perf_counter() - began
+    for completion in completions:
+        service.metrics.answered(completion.stats, seconds)
+    exchange.note_usage(usage(completions, n))
+
+
+async def _stream(
+    service: Service, exchange: Exchange, answers: Answers, n: int, form: Form, began: float
+) -> list[Completion]:
+    count = len(answers.requests)
+    done: dict[int, Completion] = {}
+    changes = await answers.changes()  # an answer that fails at once is an error with a status of its own
+    service.metrics.first_text(time.perf_counter() - began)
+    await exchange.start_events()
+    events = [form.opening(index) for index in range(count)]
+    while True:
+        for index, (text, completion) in changes.items():
+            if text:
+                events.append(form.text(index, text))
+            if completion is not None:
+                events.append(form.finish(index, completion))
+                done[index] = completion
+        if answers.ended:
+            break
+        if events:
+            await exchange.event("".join(events).encode("utf-8"))
+        events, changes = [], await answers.changes()
+    completions = [done[index] for index in range(count)]
+    events.append(form.closing(completions, n))
+    await exchange.event("".join(events).encode("utf-8"))
+    await exchange.end_events()
+    return completions

@@ -1,0 +1,160 @@
+"""Requests as pydantic reads them. Unknown fields are ignored, and null is the same as an absent field.
+
+Fields that this server knows but does not support are listed with the values that change nothing; anything else in them
+is refused by name (`refuse_unsupported`).
+"""
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+
+from bitnet_numba.server.errors import unsupported
+
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Tokens = list[StrictInt]
+Stop = StrictStr | list[StrictStr]
+
+
+class Body(BaseModel):
+    """What all bodies have in common."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=(), defer_build=True)
+
+    # Field -> values that mean nothing, besides null and absence.
+    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    model: StrictStr | None = None
+
+    def refuse_unsupported(self) -> None:
+        """Raises ApiError for a field that this server would have to ignore."""
+        for name, neutral in self.NEUTRAL.items():
+            value = getattr(self, name)
+            if value is not None and not any(value == other and type(value) is type(other) for other in neutral):
+                raise unsupported(name)
+
+
+class StreamOptions(BaseModel):
+    """Options of a stream."""
+
+    include_usage: StrictBool | None = None
+
+
+class SamplingBody(Body):
+    """How an answer is sampled: OpenAI's fields, and those that vLLM and llama.cpp have besides."""
+
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: StrictInt | None = None
+    min_p: Number | None = None
+    repetition_penalty: Number | None = None
+    seed: StrictInt | None = None
+    max_tokens: StrictInt | None = None
+    stop: Stop | None = None
+    n: StrictInt | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    logit_bias: dict[str, Number] | None = None
+    stop_token_ids: Tokens | None = None
+    min_tokens: StrictInt | None = None
+    ignore_eos: StrictBool | None = None
+
+    SAMPLING_NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "presence_penalty": (0.0,),
+        "frequency_penalty": (0.0,),
+        "logit_bias": ({},),
+        "stop_token_ids": ([],),
+        "min_tokens": (0,),
+        "ignore_eos": (False,),
+    }
+
+
+class ChatMessage(BaseModel):
+    """A message. Further fields reach the chat template, as "name" may."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: StrictStr
+    content: StrictStr | list[dict[str, Any]] | None = None
+
+
+class ChatBody(SamplingBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: StrictInt | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: StrictInt | None = None
+    response_format: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+    function_call: Any = None
+    modalities: list[StrictStr] | None = None
+    audio: dict[str, Any] | None = None
+    web_search_options: dict[str, Any] | None = None
+
+    NEUTRAL = {
+        **SamplingBody.SAMPLING_NEUTRAL,
+        "logprobs": (False,),
+        "top_logprobs": (0,),
+        "response_format": ({"type": "text"},),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        "audio": (),
+        "web_search_options": (),
+    }
+
+
+class CompletionBody(SamplingBody):
+    """POST /v1/completions."""
+
+    prompt: StrictStr | Tokens | list[StrictStr] | list[Tokens]
+    echo: StrictBool | None = None
+    logprobs: StrictInt | None = None
+    best_of: StrictInt | None = None
+    suffix: StrictStr | None = None
+    response_format: dict[str, Any] | None = None
+
+    NEUTRAL = {
+        **SamplingBody.SAMPLING_NEUTRAL,
+        "logprobs": (),
+        "best_of": (1,),
+        "suffix": ("",),
+        "response_format": ({"type": "text"},),
+    }
+
+
+class TokenizeBody(Body):
+    """POST /tokenize: of a prompt, or of messages."""
+
+    prompt: StrictStr | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: StrictBool | None = None
+    add_generation_prompt: StrictBool | None = None
+    return_token_strs: StrictBool | None = None
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    tokens: Tokens
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every error."""
+
+    error: ErrorDetail
