@@ -59,8 +59,9 @@ def busy(message: str, code: str, retry_after: int = 1) -> ApiError:
 def from_validation(error: ValidationError) -> ApiError:
     """What pydantic found first in a body, with the path of the field."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    # Names of a union's members stand in the location, too; they are no part of the path.
-    path = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or str(part).isidentifier())
+    # A union's members stand in the location, too, as str or list[str]; they are no part of the path.
+    parts = [str(part) for part in first["loc"] if isinstance(part, int) or (part.isidentifier() and part != "str")]
+    path = ".".join(parts)
     message = f"{path}: {first['msg']}" if path else first["msg"]
     code = "invalid_json" if first["type"] == "json_invalid" else "invalid_value"
     return ApiError(400, message, param=path or None, code=code)
