@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from bitnet_numba.kernels.linear.operands import PackedLinear as PackedLinear
     from bitnet_numba.kernels.linear.w2a8 import pack_linear as pack_linear
     from bitnet_numba.kernels.linear.w2a8 import w2a8_linear as w2a8_linear
-    from bitnet_numba.sampling import SamplingParams as SamplingParams
+    from bitnet_numba.sampling_params import SamplingParams as SamplingParams
     from bitnet_numba.text.chat_template import Message as Message
     from bitnet_numba.text.tokenizer import Tokenizer as Tokenizer
 
@@ -72,7 +72,7 @@ _HOMES = {
     "PackedLinear": "kernels.linear.operands",
     "Prompt": "engine.request",
     "RequestError": "errors",
-    "SamplingParams": "sampling",
+    "SamplingParams": "sampling_params",
     "Scheduler": "engine.scheduler",
     "Session": "engine.session",
     "Stats": "engine.completion",

@@ -1,21 +1,19 @@
-"""Sampling of the next token: its definition, and the parameters that callers give for an answer.
+"""Sampling of the next token: its definition.
 
-The steps, in order, as in transformers: repetition penalty, temperature, top-k, top-p, min-p, then one draw: the argmax
-of z + g over the kept tokens, with z = logit / temperature and g independent Gumbel noise. That is distributed as
-softmax(z) (the Gumbel-max trick, Gumbel 1954) and needs neither a sort nor a prefix sum, so a GPU can do it in any
-order. The noise is a pure function of (seed, position in the sequence, token id): the same seed gives the same tokens,
-whatever else is in the batch.
+The steps, in order, as in transformers and vLLM: logit bias, presence and frequency penalty, repetition penalty,
+temperature, top-k, top-p, min-p, then one draw: the argmax of z + g over the kept tokens, with z = logit / temperature
+and g independent Gumbel noise. That is distributed as softmax(z) (the Gumbel-max trick, Gumbel 1954) and needs neither
+a sort nor a prefix sum, so a GPU can do it in any order. The noise is a pure function of (seed, position in the
+sequence, token id): the same seed gives the same tokens, whatever else is in the batch.
+
+Log probabilities are of the model itself: log-softmax of its logits before any of these steps.
 """
 
 import logging
 import math
-import secrets
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from numbers import Integral, Real
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +21,7 @@ from numpy.typing import NDArray
 from bitnet_numba.errors import CheckpointError, RequestError, shown
 from bitnet_numba.json_file import read_json
 from bitnet_numba.model_folder import ModelFolder
+from bitnet_numba.sampling_params import SamplingParams
 
 _log = logging.getLogger("bitnet_numba")
 
@@ -32,120 +31,26 @@ PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 # Temperatures outside are taken as these: float32 would make them 0 or infinity.
 MIN_TEMPERATURE, MAX_TEMPERATURE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-DEFAULT_MAX_NEW_TOKENS = 512
 
 
-@dataclass(frozen=True, repr=False)
-class SamplingParams:
-    """How an answer is generated. Raises RequestError, naming the value, if one is invalid.
+class TokenLogprob(NamedTuple):
+    """The log probability of a token, given those before it, and what was most likely in its place."""
 
-    temperature 0 takes the most likely token (of equally likely ones, the lowest id). top_k 0, top_p 1, min_p 0 and
-    repetition_penalty 1 have no effect. seed None: a new random seed for each request. They are applied in this order:
-    repetition_penalty, temperature, top_k, top_p, min_p.
-
-    max_new_tokens: maximum tokens of the answer, 512 unless given; None: until the model stops. A full context ends
-    every answer.
-    stop: one string or several; the answer ends before the first to appear. Kept as a tuple.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    max_new_tokens: int | None = DEFAULT_MAX_NEW_TOKENS
-    stop: str | Iterable[str] | None = ()
-
-    def __post_init__(self) -> None:
-        # As Python's own numbers: NumPy's integers overflow in the generator, and a Fraction has no logarithm.
-        for name, rule, low, high in (
-            ("temperature", "a finite number of at least 0", 0.0, sys.float_info.max),
-            ("top_p", "above 0 and at most 1", math.ulp(0.0), 1.0),
-            ("min_p", "between 0 and 1", 0.0, 1.0),
-            ("repetition_penalty", "between 0.001 and 1000", 1e-3, 1e3),
-        ):
-            given = getattr(self, name)
-            value = _as_float(given)
-            if value is None:
-                raise RequestError(f"{name} must be a number, not {shown(given)}")
-            if not low <= value <= high:
-                raise RequestError(f"{name} must be {rule}, not {shown(given)}")
-            object.__setattr__(self, name, value)
-        for name, rule, least, limit in (
-            ("top_k", "0 or more", 0, math.inf),
-            ("seed", "between 0 and 2^64 - 1", 0, 1 << 64),
-            ("max_new_tokens", "1 or more", 1, math.inf),
-        ):
-            given = getattr(self, name)
-            if name != "top_k" and given is None:
-                continue
-            if not isinstance(given, Integral) or isinstance(given, bool):
-                raise RequestError(f"{name} must be an integer, not {shown(given)}")
-            if not least <= int(given) < limit:
-                raise RequestError(f"{name} must be {rule}, not {shown(given)}")
-            object.__setattr__(self, name, int(given))
-        object.__setattr__(self, "stop", read_stop(self.stop))
-
-    def __repr__(self) -> str:
-        """As Python writes it, without what has its default value."""
-        values = ((field.name, getattr(self, field.name), field.default) for field in fields(self))
-        return f"SamplingParams({', '.join(f'{name}={v!r}' for name, v, default in values if v != default)})"
-
-    def with_seed(self) -> "SamplingParams":
-        """These parameters with a seed: their own, or a new random one."""
-        return self if self.seed is not None else replace(self, seed=secrets.randbits(64))
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]  # (id, log probability), the most likely first, of equally likely ones the lowest id
 
 
-class SamplingOverrides(TypedDict, total=False):
-    """The fields of `SamplingParams`, as keywords of a call."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-    seed: int | None
-    max_new_tokens: int | None
-    stop: str | Iterable[str] | None
-
-
-def read_stop(stop: object) -> tuple[str, ...]:
-    """Stop strings: one, several, or none. Raises RequestError for anything else, and for an empty one."""
-    if stop is None:
-        return ()
-    if isinstance(stop, str):
-        stop = (stop,)
-    if isinstance(stop, bytes | bytearray | memoryview | Mapping) or not isinstance(stop, Iterable):
-        raise RequestError(f"stop must be a string or a list of strings, not {shown(stop)}")
-    stops = []
-    try:
-        texts = iter(stop)
-    except TypeError:  # an array without dimensions
-        raise RequestError(f"stop must be a string or a list of strings, not {shown(stop)}") from None
-    for text in texts:
-        if not isinstance(text, str) or not text:
-            raise RequestError(f"a stop string must be a non-empty string, not {shown(text)}")
-        stops.append(str(text))
-    return tuple(stops)
-
-
-def _as_float(value: object) -> float | None:
-    """A real number of any type as a float, infinite if it is too large for one; None if it is none (bools are not)."""
-    if not isinstance(value, Real) or isinstance(value, bool):
-        return None
-    try:
-        return float(value)
-    except OverflowError:  # an integer or a fraction: their sizes have no limit
-        return math.inf
-
-
-def sample(logits: NDArray[np.float32], history: Sequence[int], params: SamplingParams) -> int:
+def sample(
+    logits: NDArray[np.float32], history: Sequence[int], params: SamplingParams, prompt_length: int | None = None
+) -> int:
     """Samples the next token after `history` (all tokens so far, including the prompt) from logits, float32 [vocab].
 
+    prompt_length: how many tokens of the history are the prompt; the others are the answer so far. None: all are.
     `params.seed` must be set unless temperature is 0. Raises ValueError if a logit is NaN or the largest is infinite.
     """
-    z = penalize(logits, history, params.repetition_penalty)
+    generated = () if prompt_length is None else history[prompt_length:]
+    z = penalize(edit(logits, *logit_edits(params, generated)), history, params.repetition_penalty)
     if not np.isfinite(z.max()):  # NaN if any of them is
         raise ValueError("logits hold NaN or infinity")
     if params.temperature == 0.0:
@@ -155,6 +60,63 @@ def sample(logits: NDArray[np.float32], history: Sequence[int], params: Sampling
     z = scale(z, params.temperature)
     ids = kept_tokens(z, params)
     return int(ids[(z[ids] + gumbel_noise(params.seed, len(history), ids)).argmax()])
+
+
+def logit_edits(params: SamplingParams, generated: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """What is added to the logits of which tokens, given the answer so far: ids [n], all different, and float32 [n].
+
+    For a token that the answer has c times: (bias - presence_penalty) - frequency_penalty * c, each operation rounded
+    to float32; the penalties only if c > 0. Of an answer with fewer than min_tokens, the tokens of stop_token_ids,
+    which are all those that would end it, get -inf.
+    """
+    if not params.edits_logits:
+        return np.empty(0, np.int64), np.empty(0, np.float32)
+    biased = np.array([token for token, _ in params.logit_bias], np.int64)  # type: ignore[union-attr, misc]
+    counted = generated if params.presence_penalty or params.frequency_penalty else ()
+    repeated, counts = np.unique(np.asarray(counted, np.int64), return_counts=True)
+    ids = np.union1d(biased, repeated)
+    deltas = np.zeros(len(ids), np.float32)
+    deltas[np.searchsorted(ids, biased)] = [bias for _, bias in params.logit_bias]  # type: ignore[union-attr, misc]
+    at = np.searchsorted(ids, repeated)
+    deltas[at] -= np.float32(params.presence_penalty)
+    deltas[at] -= np.float32(params.frequency_penalty) * counts.astype(np.float32)
+    if len(generated) < params.min_tokens:
+        ends = np.array(params.stop_token_ids, np.int64)
+        others = ~np.isin(ids, ends)
+        ids = np.concatenate([ids[others], ends])
+        deltas = np.concatenate([deltas[others], np.full(len(ends), -np.inf, np.float32)])
+    return ids, deltas
+
+
+def edit(logits: NDArray[np.float32], ids: NDArray[np.int64], deltas: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Adds deltas [n] to the logits of different tokens [n]: float32 [vocab] -> float32 [vocab]."""
+    if len(ids) == 0:
+        return logits
+    z = logits.copy()
+    z[ids] += deltas
+    return z
+
+
+def token_logprobs(logits: NDArray[np.float32], tokens: Sequence[int], top: int) -> list[TokenLogprob]:
+    """Log probabilities of a token after each row of logits, float32 [M, vocab], and of the `top` most likely ones."""
+    largest = logits.max(axis=1, keepdims=True)
+    sums = np.exp(logits - largest).sum(axis=1, dtype=np.float64)
+    shift = largest[:, 0] + np.log(sums)
+    result = []
+    for row, token, less in zip(logits, tokens, shift, strict=True):
+        best: list[tuple[int, float]] = []
+        if top:
+            ids = most_likely(row, top)
+            best = list(zip(ids.tolist(), (row[ids] - less).tolist(), strict=True))
+        result.append(TokenLogprob(int(token), float(row[token] - less), best))
+    return result
+
+
+def most_likely(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """The ids of the largest logits [vocab], the largest first; of equal ones the lowest id."""
+    least = np.partition(logits, max(0, len(logits) - count))[max(0, len(logits) - count)]
+    ids = np.flatnonzero(logits >= least)  # more than `count` if some are equal
+    return ids[np.argsort(-logits[ids], kind="stable")[:count]]
 
 
 def penalize(logits: NDArray[np.float32], history: Sequence[int], penalty: float) -> NDArray[np.float32]:

@@ -1,10 +1,12 @@
 """Hypothesis strategies that several test files use, or that stand for a kind of input: token ids, sampling parameters,
 logits, JSON values and damaged bytes."""
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import strategies as st
 
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling_params import SamplingParams
 
 seeds = st.integers(0, 2**64 - 1)
 # Token ids of the recorded tokenizer without its special tokens, so that none ends an answer.
@@ -36,3 +38,21 @@ def logit_vectors(draw: st.DrawFn, most: int = 200) -> np.ndarray:
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     z = rng.normal(0, draw(st.sampled_from([0.1, 1.0, 5.0, 30.0])), draw(st.integers(1, most)))
     return (np.round(z) if draw(st.booleans()) else z).astype(np.float32)
+
+
+@st.composite
+def edited(draw: st.DrawFn, params: SamplingParams, vocab: int) -> tuple[SamplingParams, list[int], int]:
+    """Parameters with bias, penalties and tokens that may not come yet, a history, and how much of it is the prompt."""
+    ids = st.integers(0, vocab - 1)
+    history = draw(st.lists(ids, min_size=1, max_size=30))
+    penalties = st.sampled_from([0.0, 0.0, 0.3, -1.5, 2.0])
+    params = replace(
+        params,
+        logit_bias=draw(st.dictionaries(ids, st.floats(-100, 100, width=32), max_size=5)),
+        presence_penalty=draw(penalties),
+        frequency_penalty=draw(penalties),
+        stop_token_ids=draw(st.lists(ids, max_size=vocab // 2)),
+        min_tokens=draw(st.sampled_from([0, 5, 1000])),
+        max_new_tokens=None,
+    )
+    return params, history, draw(st.integers(1, len(history)))

@@ -14,6 +14,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("bitnet_numba.commands", "bitnet_numba.model_folder", "bitnet_numba.config_keys", "bitnet_numba.module_patterns"),
     ("bitnet_numba.json_file",),
     ("bitnet_numba.config",),
+    ("bitnet_numba.sampling_params",),
     ("bitnet_numba.sampling",),
     ("bitnet_numba.text", "bitnet_numba.kernels.ptx"),
     ("bitnet_numba.checkpoint",),

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError, one_line
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling import TokenLogprob, token_logprobs
+from bitnet_numba.sampling_params import SamplingParams
 
 PAGE_SIZE = 64  # tokens
 POOL_BYTES = 1 << 30  # limit of a batch's KV cache, unless a number of tokens is asked for
@@ -72,8 +73,18 @@ class HostModel(Protocol[C]):
     def logits(self, hidden: Floats) -> Floats:
         """Logits of the next token: float32 [M, hidden] -> [M, vocab]."""
 
-    def sample(self, hidden: Floats, histories: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[int]:
-        """`sampling.sample` of the next token of each sequence [B, hidden]; NO_TOKEN where logits are NaN."""
+    def sample(
+        self,
+        hidden: Floats,
+        histories: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        prompt_lengths: Sequence[int],
+        logits: Floats | None = None,
+    ) -> list[int]:
+        """`sampling.sample` of the next token of each sequence [B, hidden]; NO_TOKEN where logits are NaN.
+
+        logits: float32 [B, vocab], which gets the model's logits, if it is given.
+        """
 
     def nbytes(self) -> int:
         """Bytes of all weights."""
@@ -160,6 +171,7 @@ class HostContext(Generic[C]):
         self.ids: list[int] = []
         self._model = model
         self._cache = model.new_cache(capacity)
+        self._logprob: TokenLogprob | None = None
 
     def truncate(self, length: int) -> None:
         """Removes all tokens from position `length` on."""
@@ -174,16 +186,30 @@ class HostContext(Generic[C]):
 
     def decode(self, ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
         """Appends tokens (at least one), then yields sampled tokens, one per step, until the context is full."""
+        prompt_length = len(self.ids) + len(ids)
         while True:
             for hidden in self._extend(ids):
                 last = hidden[-1:]
-            (token,) = self._model.sample(last, [self.ids], [params])
+            ((token, self._logprob),) = sample_rows(self._model, last, [self.ids], [params], [prompt_length])
             if token == NO_TOKEN:
                 raise ValueError(BAD_LOGITS)
             yield token
             if len(self.ids) == self.capacity:
                 return
             ids = [token]
+
+    def logprobs(self) -> TokenLogprob:
+        """Of the token that `decode` has yielded last."""
+        assert self._logprob is not None
+        return self._logprob
+
+    def score(self, ids: Sequence[int], top: int) -> list[TokenLogprob]:
+        """Appends all tokens but the last, and returns log probabilities of each but the first."""
+        result: list[TokenLogprob] = []
+        for hidden in self._extend(ids[:-1]):
+            targets = ids[len(result) + 1 : len(result) + 1 + len(hidden)]
+            result += token_logprobs(finite(self._model.logits(hidden)), targets, top)
+        return result
 
     def close(self) -> None:
         """Frees the cache."""
@@ -205,10 +231,38 @@ class HostContext(Generic[C]):
             yield hidden
 
 
+def sample_rows(
+    model: HostModel[C],
+    hidden: Floats,
+    histories: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams],
+    prompt_lengths: Sequence[int],
+) -> list[tuple[int, TokenLogprob | None]]:
+    """The next token of each sequence, and its log probability if it is asked for."""
+    if all(own.logprobs is None for own in params):
+        return [(token, None) for token in model.sample(hidden, histories, params, prompt_lengths)]
+    logits = np.empty((len(hidden), model.config.vocab_size), np.float32)
+    tokens = model.sample(hidden, histories, params, prompt_lengths, logits)
+    return [
+        (token, None if own.logprobs is None or token == NO_TOKEN else token_logprobs(row, [token], own.logprobs)[0])
+        for row, token, own in zip(logits[:, None], tokens, params, strict=True)
+    ]
+
+
+def finite(logits: Floats) -> Floats:
+    """The logits. Raises ValueError if they hold NaN or infinity."""
+    if not np.isfinite(logits).all():
+        raise ValueError(BAD_LOGITS)
+    return logits
+
+
 class _Sequence(Generic[C]):
-    def __init__(self, ids: Sequence[int], params: SamplingParams, cache: C):
-        self.ids = list(ids)  # prompt and sampled tokens
-        self.prompt_length = len(ids)
+    def __init__(self, ids: Sequence[int], params: SamplingParams, cache: C, prompt_length: int):
+        self.ids = list(ids)  # those given at the start, and sampled tokens
+        self.num_given = len(ids)
+        self.prompt_length = prompt_length
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self.logprob: TokenLogprob | None = None  # of the last token
         self.params = params
         self.cache = cache
         self.failure: str | None = None  # why it gets no more tokens
@@ -224,9 +278,18 @@ class HostBatch(Generic[C]):
         self._model = model
         self._pool = model.new_pool(num_pages)
         self._sequences: dict[int, _Sequence[C]] = {}  # by slot
-        self._results: deque[list[tuple[int, int]]] = deque()
+        self._results: deque[tuple[list[tuple[int, int]], list[TokenLogprob | None]]] = deque()
+        self._logprobs: list[TokenLogprob | None] = []  # of the call collected last
 
-    def start(self, slot: int, ids: Sequence[int], params: SamplingParams, pages: Sequence[int], computed: int) -> None:
+    def start(
+        self,
+        slot: int,
+        ids: Sequence[int],
+        params: SamplingParams,
+        pages: Sequence[int],
+        computed: int,
+        prompt_length: int | None = None,
+    ) -> None:
         """Starts a sequence in a slot."""
         if not 0 <= slot < self.max_sequences:
             raise ValueError(f"there is no slot {slot}")
@@ -234,30 +297,36 @@ class HostBatch(Generic[C]):
             raise ValueError(f"a prompt of {len(ids)} tokens does not fit in pages {list(pages)}")
         if computed % PAGE_SIZE or not 0 <= computed < len(ids):
             raise ValueError(f"{computed} computed tokens of {len(ids)} must be full pages and leave at least one")
-        self._sequences[slot] = _Sequence(ids, params, self._pool.cache(pages, computed))
+        if computed and params.prompt_logprobs is not None:
+            raise ValueError("a prompt that is scored must be computed as a whole")
+        length = len(ids) if prompt_length is None else prompt_length
+        self._sequences[slot] = _Sequence(ids, params, self._pool.cache(pages, computed), length)
 
     def prefill(self, slot: int, count: int) -> None:
         """Computes the next tokens of a prompt; at its end, samples the first token."""
         s = self._sequences[slot]
         end = s.cache.length + count
-        if count < 1 or end > s.prompt_length or (end < s.prompt_length and end % PAGE_SIZE):
-            raise ValueError(f"tokens {s.cache.length} to {end} of {s.prompt_length} end neither a page nor the prompt")
+        if count < 1 or end > s.num_given or (end < s.num_given and end % PAGE_SIZE):
+            raise ValueError(f"tokens {s.cache.length} to {end} of {s.num_given} end neither a page nor the prompt")
         start = s.cache.length
 
         def compute(_: Sequence[_Sequence[C]]) -> list[Floats]:
             s.cache.length = start
-            return [self._model.forward(s.ids[start:end], s.cache)[-1]]
+            hidden = self._model.forward(s.ids[start:end], s.cache)
+            if s.params.prompt_logprobs is not None:
+                self._score(s, hidden[: s.num_given - 1 - start], start)
+            return [hidden[-1]]
 
         last = self._each([s], compute, end)
-        if end == s.prompt_length:
+        if end == s.num_given:
             self._sample([s], last)
-            self._results.append([(slot, s.ids[-1])])
+            self._results.append(([(slot, s.ids[-1])], [s.logprob]))
 
     def step(self, slots: Sequence[int]) -> None:
         """Samples one more token for each sequence."""
         sequences = [self._sequences[slot] for slot in slots]
         for slot, s in zip(slots, sequences, strict=True):
-            if len(s.ids) == s.prompt_length:
+            if len(s.ids) == s.num_given:
                 raise ValueError(f"the prompt of slot {slot} is not complete")
 
         def compute(running: Sequence[_Sequence[C]]) -> list[Floats]:
@@ -266,11 +335,21 @@ class HostBatch(Generic[C]):
             return list(self._model.step([s.ids[-1] for s in running], [s.cache for s in running]))
 
         self._sample(sequences, self._each(sequences, compute, None))
-        self._results.append([(slot, s.ids[-1]) for slot, s in zip(slots, sequences, strict=True)])
+        tokens = [(slot, s.ids[-1]) for slot, s in zip(slots, sequences, strict=True)]
+        self._results.append((tokens, [s.logprob for s in sequences]))
 
     def collect(self) -> list[tuple[int, int]]:
         """The results of the oldest call not collected yet."""
-        return self._results.popleft()
+        tokens, self._logprobs = self._results.popleft()
+        return tokens
+
+    def logprobs(self) -> list[TokenLogprob | None]:
+        """Of the tokens that the last `collect` returned."""
+        return self._logprobs
+
+    def prompt_logprobs(self, slot: int) -> list[TokenLogprob]:
+        """Of all tokens of a prompt but the first."""
+        return self._sequences[slot].prompt_logprobs
 
     def failure(self, slot: int) -> str:
         """Why the sequence in a slot got NO_TOKEN."""
@@ -313,16 +392,26 @@ class HostBatch(Generic[C]):
         """Appends a sampled token to each sequence; NO_TOKEN to those that have failed, or do now."""
         where = {id(s): i for i, s in enumerate(sequences)}
 
-        def compute(running: Sequence[_Sequence[C]]) -> list[int]:
+        def compute(running: Sequence[_Sequence[C]]) -> list[tuple[int, TokenLogprob | None]]:
             rows = np.stack([hidden[where[id(s)]] for s in running])
-            return self._model.sample(rows, [s.ids for s in running], [s.params for s in running])
+            params, lengths = [s.params for s in running], [s.prompt_length for s in running]
+            return sample_rows(self._model, rows, [s.ids for s in running], params, lengths)
 
-        tokens = self._each(sequences, compute, 0)
+        results = self._each(sequences, compute, 0)
         for i, s in enumerate(sequences):
-            token = tokens.get(i, NO_TOKEN)
+            token, s.logprob = results.get(i, (NO_TOKEN, None))
             if token == NO_TOKEN and s.failure is None:
                 s.failure = f"{NOT_FINITE}: {BAD_LOGITS}"
             s.ids.append(token)
+
+    def _score(self, s: _Sequence[C], hidden: Floats, start: int) -> None:
+        """Notes the log probabilities of the prompt's tokens after those at `start` and following positions."""
+        assert s.params.prompt_logprobs is not None
+        del s.prompt_logprobs[start:]  # of an earlier attempt
+        for first in range(0, len(hidden), PAGE_SIZE):
+            part = hidden[first : first + PAGE_SIZE]
+            targets = s.ids[start + first + 1 : start + first + 1 + len(part)]
+            s.prompt_logprobs += token_logprobs(finite(self._model.logits(part)), targets, s.params.prompt_logprobs)
 
 
 def _fail(s: _Sequence[C], error: Exception) -> None:

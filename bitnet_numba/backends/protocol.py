@@ -6,7 +6,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling import TokenLogprob
+from bitnet_numba.sampling_params import SamplingParams
 
 
 class Context(Protocol):
@@ -27,9 +28,20 @@ class Context(Protocol):
     def decode(self, ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
         """Appends tokens (at least one), then yields sampled tokens, one per step, until the context is full.
 
-        Each token is `sampling.sample(logits, history, params)`, with all tokens before it as the history. `self.ids`
-        grows as tokens are fed back: when the next one is requested, or, in an asynchronous backend, some steps ahead.
-        After closing the iterator, `truncate` to what should stay. `params.seed` is set.
+        Each token is `sampling.sample(logits, history, params, prompt_length)`, with all tokens before it as the
+        history and, as the prompt, those that are there when this call has appended its own. `self.ids` grows as tokens
+        are fed back: when the next one is requested, or, in an asynchronous backend, some steps ahead. After closing
+        the iterator, `truncate` to what should stay. `params.seed` is set, and params.stop_token_ids are all tokens
+        that end the answer. params.prompt_logprobs means nothing here.
+        """
+
+    def logprobs(self) -> TokenLogprob:
+        """Of the token that `decode` has yielded last, whose params have `logprobs`."""
+
+    def score(self, ids: Sequence[int], top: int) -> list[TokenLogprob]:
+        """Appends all tokens but the last, and returns log probabilities of each but the first, given those before it.
+
+        ids: at least two. top: how many of the most likely tokens each comes with. Memory does not grow with T x vocab.
         """
 
     def close(self) -> None:
@@ -56,14 +68,24 @@ class Batch(Protocol):
     max_sequences: int  # slots 0 .. max_sequences - 1
     capacity: int  # maximum tokens of a sequence in the cache: its prompt and all sampled tokens but the last
 
-    def start(self, slot: int, ids: Sequence[int], params: SamplingParams, pages: Sequence[int], computed: int) -> None:
+    def start(
+        self,
+        slot: int,
+        ids: Sequence[int],
+        params: SamplingParams,
+        pages: Sequence[int],
+        computed: int,
+        prompt_length: int | None = None,
+    ) -> None:
         """Starts a sequence in a slot.
 
         ids: the prompt, at least one token. All of it is history for the sampler, computed here or not.
-        params: how tokens are sampled, with the seed set.
+        params: how tokens are sampled, with the seed set, and all tokens that end the answer as stop_token_ids.
         pages: its pages in order, enough for all its tokens. Token i is in pages[i // page_size].
         computed: number of leading tokens that are already in these pages: full pages (which may be shared, and are not
-        written), and fewer than len(ids). The calls that compute them may still be queued.
+        written), and fewer than len(ids). The calls that compute them may still be queued. 0 with
+        params.prompt_logprobs.
+        prompt_length: how many of `ids` are the prompt, if the others are the answer so far; None: all are.
         """
 
     def prefill(self, slot: int, count: int) -> None:
@@ -85,6 +107,14 @@ class Batch(Protocol):
         Returns its (slot, token) pairs; token is NO_TOKEN if it could not be computed. At most 2 * (max_sequences + 1)
         such calls may be uncollected, and at most three of one slot.
         """
+
+    def logprobs(self) -> list[TokenLogprob | None]:
+        """Of the tokens that the last `collect` returned, in its order; None where params have no `logprobs`, and for
+        NO_TOKEN. Called right after that `collect`."""
+
+    def prompt_logprobs(self, slot: int) -> list[TokenLogprob]:
+        """Of all tokens of a prompt but the first, if its params have `prompt_logprobs`; called right after the
+        `collect` that returned the slot's first token."""
 
     def failure(self, slot: int) -> str:
         """Why the sequence in a slot got NO_TOKEN, in one line; called right after the `collect` that returned it."""

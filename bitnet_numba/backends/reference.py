@@ -15,7 +15,8 @@ from bitnet_numba.checkpoint.packed import PackedCheckpoint
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError
 from bitnet_numba.reference.model import Cache, Floats, Model
-from bitnet_numba.sampling import SamplingParams, sample
+from bitnet_numba.sampling import sample
+from bitnet_numba.sampling_params import SamplingParams
 
 # Memory that computing takes beside the cache and attention scores. Half of it is OpenBLAS's, which ends the process if
 # it cannot have it.
@@ -116,13 +117,22 @@ class ReferenceModel:
         """Logits of the next token: [M, hidden] -> [M, vocab]."""
         return self.model.logits(hidden)
 
-    def sample(self, hidden: Floats, histories: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[int]:
-        """The next token of each sequence; NO_TOKEN where logits are NaN."""
+    def sample(
+        self,
+        hidden: Floats,
+        histories: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        prompt_lengths: Sequence[int],
+        logits: Floats | None = None,
+    ) -> list[int]:
+        """The next token of each sequence; NO_TOKEN where logits are NaN. logits: see `host.HostModel`."""
         tokens = []
         with np.errstate(all="ignore"):  # NO_TOKEN replaces NumPy's warnings
-            for row, history, own in zip(hidden, histories, params, strict=True):
-                logits = self.logits(row[None])[0]
-                tokens.append(NO_TOKEN if np.isnan(logits).any() else sample(logits, history, own))
+            for i, (history, own, length) in enumerate(zip(histories, params, prompt_lengths, strict=True)):
+                row = self.logits(hidden[i : i + 1])[0]
+                if logits is not None:
+                    logits[i] = row
+                tokens.append(NO_TOKEN if np.isnan(row).any() else sample(row, history, own, length))
         return tokens
 
     def nbytes(self) -> int:

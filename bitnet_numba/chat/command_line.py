@@ -24,7 +24,7 @@ from bitnet_numba.commands import complain, drop_output, make_parser
 from bitnet_numba.engine.engine import BACKENDS, Engine, load
 from bitnet_numba.errors import BitNetError, ContextFull, RequestError, one_line
 from bitnet_numba.hub.fetch import as_hub_model, find_model, is_gguf
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling_params import SamplingParams
 
 DEFAULTS = SamplingParams(temperature=0.6, top_p=0.9)  # for models without a generation_config.json
 MODEL_HELP = (

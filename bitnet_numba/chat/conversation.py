@@ -11,7 +11,7 @@ from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.request import Prompt
 from bitnet_numba.engine.session import Stream
 from bitnet_numba.errors import RequestError
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling_params import SamplingParams
 
 NO_TEMPLATE = "this model has no chat template: turns are plain 'User: ...', 'Assistant: ...'; see also --raw"
 

@@ -1,11 +1,12 @@
 """Completions: sampled tokens in, text and finish reason out. The same for one sequence and for batches."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any, Literal
 
+from bitnet_numba.engine.request import Request
 from bitnet_numba.errors import shown
+from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.text.stop_strings import StopStrings
 from bitnet_numba.text.tokenizer import StreamDecoder, Tokenizer
 
@@ -47,16 +48,25 @@ class Completion:
     the context is full; "interrupted": the stream was closed or the request cancelled.
     token_ids: without the stop token. If a stop string begins inside a token, `text` ends inside that token and the
     ids end before it; otherwise `text` is exactly their decoding.
+    logprobs: of each of token_ids; None unless SamplingParams.logprobs asks for them.
+    prompt_logprobs: of each token of the prompt, None for the first; None unless prompt_logprobs asks for them.
     """
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
     stats: Stats
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, those of `stats` as a dictionary, of types that `json.dumps` takes."""
-        return asdict(self)
+        """All fields, those of `stats` and of log probabilities as dictionaries, of types that `json.dumps` takes."""
+        values = asdict(self)
+        for name in ("logprobs", "prompt_logprobs"):
+            given = getattr(self, name)
+            if given is not None:
+                values[name] = [None if each is None else each._asdict() for each in given]
+        return values
 
     def __repr__(self) -> str:
         return f"<Completion: {shown(self.text)}, {len(self.token_ids)} tokens, {self.finish_reason}>"
@@ -68,23 +78,31 @@ class CompletionBuilder:
     A completion that is taken before `finish` counts as interrupted. Timing starts at construction.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), max_new_tokens: int | None = None):
-        """stop: strings before which the answer ends. max_new_tokens: None for no limit."""
+    def __init__(self, tokenizer: Tokenizer, request: Request):
+        params = request.params
         self.reason: FinishReason | None = None  # why generation ends; None while it goes on
-        self._stop_ids = tokenizer.stop_ids | tokenizer.special_stops(stop)
-        self._decoder, self._matcher = StreamDecoder(tokenizer), StopStrings(stop)
-        self._max_new_tokens = max_new_tokens
+        self.prompt_logprobs: list[TokenLogprob | None] | None = None
+        self._stop_ids = frozenset(params.stop_token_ids or ())
+        self._min_tokens = params.min_tokens
+        self._decoder, self._matcher = StreamDecoder(tokenizer), StopStrings(request.stop)
+        self._max_new_tokens = params.max_new_tokens
         self._finished = False
         self._ids: list[int] = []  # without the stop token
+        self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []  # of `_ids`
         # By number of tokens: the number of characters decoded so far; None if the last character is unfinished.
         self._ends: list[int | None] = [0]
         self._decoded = 0  # characters
         self._shown: list[str] = []
+        self._num_shown = 0  # characters
+        self._num_released = 0  # tokens that `released` has returned
         self._started_at = self._first_at = self._last_at = perf_counter()
         self._count = 0  # tokens, including the stop token
 
-    def push(self, token: int) -> str:
-        """Adds a token; returns the text that can be shown now, which may be empty."""
+    def push(self, token: int, logprob: TokenLogprob | None = None) -> str:
+        """Adds a token; returns the text that can be shown now, which may be empty.
+
+        logprob: the token's, if the request asks for it.
+        """
         self._last_at = perf_counter()
         if self._count == 0:
             self._first_at = self._last_at
@@ -93,12 +111,13 @@ class CompletionBuilder:
             self.reason = "stop"
             return ""
         self._ids.append(token)
+        if self._logprobs is not None and logprob is not None:
+            self._logprobs.append(logprob)
         piece = self._decoder.push(token)
         self._decoded += len(piece)
         self._ends.append(None if self._decoder.pending else self._decoded)
-        safe = self._matcher.push(piece)
-        if safe:
-            self._shown.append(safe)
+        safe = self._matcher.push(piece) if len(self._ids) > self._min_tokens else piece
+        self._show(safe)
         if self._matcher.found:
             self.reason = "stop"
         elif len(self._ids) == self._max_new_tokens:
@@ -109,15 +128,41 @@ class CompletionBuilder:
         """The text that was held back as the possible start of a stop string; may be empty."""
         self._finished = True
         rest = "" if self._matcher.found else self._matcher.push(self._decoder.finish()) + self._matcher.finish()
-        if rest:
-            self._shown.append(rest)
+        self._show(rest)
         return rest
+
+    def released(self) -> tuple[list[int], list[TokenLogprob]]:
+        """The tokens whose text has been shown since the last call, and their log probabilities, if they were asked
+        for. Together, those of all calls are the completion's."""
+        start, self._num_released = self._num_released, self._tokens_shown()
+        if start == self._num_released:
+            return [], []
+        part = slice(start, self._num_released)
+        return self._ids[part], [] if self._logprobs is None else self._logprobs[part]
+
+    def _show(self, text: str) -> None:
+        if text:
+            self._shown.append(text)
+            self._num_shown += len(text)
+
+    def _tokens_shown(self) -> int:
+        """How many tokens have been shown whole."""
+        if self.reason and self._finished and not self._matcher.found:
+            return len(self._ids)
+        last = self._num_released
+        for count in range(last + 1, len(self._ends)):
+            end = self._ends[count]
+            if end is not None:
+                if end > self._num_shown:
+                    break
+                last = count
+        return last
 
     def completion(self, prompt_tokens: int, reused_tokens: int, memory: dict[str, int]) -> Completion:
         """The completion so far. An interrupted one leaves out held-back text and the tokens it belongs to."""
-        text, ids = "".join(self._shown), self._ids
         reason: FinishReason = self.reason if self.reason and self._finished else "interrupted"
-        if self._matcher.found or reason == "interrupted":
-            ids = ids[: max(count for count, end in enumerate(self._ends) if end is not None and end <= len(text))]
+        count = self._tokens_shown()
+        logprobs = None if self._logprobs is None else self._logprobs[:count]
         seconds = self._first_at - self._started_at, self._last_at - self._first_at
-        return Completion(text, ids, reason, Stats(prompt_tokens, reused_tokens, self._count, *seconds, memory))
+        stats = Stats(prompt_tokens, reused_tokens, self._count, *seconds, memory)
+        return Completion("".join(self._shown), self._ids[:count], reason, stats, logprobs, self.prompt_logprobs)

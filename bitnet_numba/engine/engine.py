@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,8 @@ from bitnet_numba.engine.shared import SharedBackend
 from bitnet_numba.errors import BackendError, BitNetError, CheckpointError, RequestError, one_line, printable, shown
 from bitnet_numba.hub.fetch import find_model
 from bitnet_numba.model_folder import ModelFolder
-from bitnet_numba.sampling import SamplingOverrides, SamplingParams, read_sampling
+from bitnet_numba.sampling import read_sampling
+from bitnet_numba.sampling_params import SamplingOverrides, SamplingParams
 from bitnet_numba.text.chat_template import Message
 from bitnet_numba.text.tokenizer import Tokenizer
 
@@ -143,11 +144,42 @@ class Engine:
         self._check_open()
         return self._remember(self._new_session(self._backend.take_context(self.context)))
 
+    @overload
     def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, **overrides: "Unpack[SamplingOverrides]"
-    ) -> Completion:
-        """The answer to a prompt; arguments and errors as for `stream`."""
-        return self._stream(prompt, read_params("generate", params, overrides)).result()
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        n: None = None,
+        **overrides: "Unpack[SamplingOverrides]",
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, n: int, **overrides: "Unpack[SamplingOverrides]"
+    ) -> list[Completion]: ...
+
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        n: int | None = None,
+        **overrides: "Unpack[SamplingOverrides]",
+    ) -> Completion | list[Completion]:
+        """The answer to a prompt; arguments and errors as for `stream`.
+
+        n: gives a list of so many answers, which are computed together; the first is the one without `n`, and each
+        later one has the next seed. Their prompt is computed once, but for its last page.
+        """
+        check_names("generate", overrides, ["n"])
+        checked = read_params("generate", params, overrides)
+        if n is None:
+            return self._stream(prompt, checked).result()
+        count = positive_integer("n", n, MAX_SEQUENCES)
+        self._check_open()
+        request = read_request(self.tokenizer, self.config.vocab_size, self.context, prompt, checked)
+        return self._answer_together(request.several(count))
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, **overrides: "Unpack[SamplingOverrides]"
@@ -241,8 +273,10 @@ class Engine:
             with _naming_prompt(i):
                 own = read_params(method, own, same)
                 requests.append(read_request(self.tokenizer, vocab, self.context, prompt, own, several))
-        if not requests:
-            return []
+        return self._answer_together(requests, max_sequences) if requests else []
+
+    def _answer_together(self, requests: Sequence[Request], max_sequences: int = 64) -> list[Completion]:
+        """The answers to several requests, up to `max_sequences` at once."""
         completions: dict[int, Completion] = {}
         with self.scheduler(min(max_sequences, len(requests))) as scheduler:
             ids = []

@@ -45,15 +45,15 @@ class PagePool:
         """Number of pages for `tokens` tokens."""
         return -(-tokens // self.page_size)
 
-    def take(self, ids: Sequence[int], tokens: int) -> PageLease | None:
+    def take(self, ids: Sequence[int], tokens: int, reuse: bool = True) -> PageLease | None:
         """Pages for a sequence of up to `tokens` tokens that starts with the prompt `ids`; None if too few are free.
 
         The longest cached prefix of the prompt is shared; the lease's `computed` is its length, which is less than the
-        prompt's: at least the last token has to be computed for its logits.
+        prompt's: at least the last token has to be computed for its logits. reuse: False shares nothing.
         """
         node = _ROOT
         shared: list[int] = []
-        for start in range(0, len(ids) - self.page_size, self.page_size):
+        for start in range(0, len(ids) - self.page_size if reuse else 0, self.page_size):
             cached = self._cache.get((node, tuple(ids[start : start + self.page_size])))
             if cached is None:
                 break

@@ -4,14 +4,14 @@ import difflib
 import operator
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 
 from bitnet_numba.errors import ContextFull, RequestError, printable, shown
-from bitnet_numba.sampling import SamplingParams, read_stop
+from bitnet_numba.sampling_params import SamplingParams, read_stop
 from bitnet_numba.text.chat_template import Message
 from bitnet_numba.text.tokenizer import Tokenizer
 
@@ -25,8 +25,14 @@ class Request:
     """A checked prompt and the parameters of its answer."""
 
     ids: list[int]
-    params: SamplingParams  # with a seed
+    params: SamplingParams  # with a seed, and all tokens that end the answer as stop_token_ids
     stop: tuple[str, ...]  # those of `params`, and those that the chat template needs
+
+    def several(self, count: int) -> "list[Request]":
+        """Requests for `count` answers to this prompt: the first is this one, each later one has the next seed."""
+        assert self.params.seed is not None
+        seeds = [(self.params.seed + i) % (1 << 64) for i in range(count)]
+        return [replace(self, params=replace(self.params, seed=seed)) for seed in seeds]
 
 
 def read_params(
@@ -54,7 +60,8 @@ def check_names(method: str, overrides: Mapping[str, object], others: Sequence[s
     known = [*PARAM_NAMES, *others]
     for name in overrides:
         if name not in known:
-            near = difflib.get_close_matches(name[:100], known, 1, 0.5)
+            near = [option for option in known if name.startswith(f"{option}_")]
+            near += difflib.get_close_matches(name[:100], known, 1, 0.5)
             advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
             raise RequestError(f"{method} has no option {printable(name, 40)}: {advice}")
 
@@ -72,10 +79,19 @@ def read_request(
     several: what the message advises who gives a list of prompts.
     """
     ids = encode_prompt(tokenizer, prompt, vocab_size, capacity, several)
+    for what, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", dict(params.logit_bias or ()))):
+        for token in tokens or ():
+            if token >= vocab_size:
+                raise RequestError(f"token {token} of {what} is not in the vocabulary of {vocab_size}")
     stop = read_stop(params.stop)
-    if not isinstance(prompt, str) and isinstance(prompt[0], Mapping):
-        stop += tokenizer.chat_stop
-    return Request(ids, params.with_seed(), stop)
+    ends = {*(params.stop_token_ids or ()), *tokenizer.special_stops(stop)}
+    if not params.ignore_eos:
+        ends |= tokenizer.stop_ids
+        if not isinstance(prompt, str) and isinstance(prompt[0], Mapping):
+            stop += tokenizer.chat_stop
+            ends |= tokenizer.special_stops(tokenizer.chat_stop)
+    ends = {token for token in ends if token < vocab_size}
+    return Request(ids, replace(params.with_seed(), stop_token_ids=ends), stop)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int, capacity: int, several: str) -> list[int]:

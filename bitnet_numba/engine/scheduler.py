@@ -8,6 +8,7 @@ work, so the device never waits for the host. Hence a sequence computes one toke
 
 import threading
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,7 +17,8 @@ from bitnet_numba.engine.completion import Completion, CompletionBuilder
 from bitnet_numba.engine.page_pool import PageLease, PagePool
 from bitnet_numba.engine.request import Prompt, Request, as_integer, positive_integer, read_params, read_request
 from bitnet_numba.errors import BackendError, RequestError, one_line, shown
-from bitnet_numba.sampling import SamplingOverrides, SamplingParams
+from bitnet_numba.sampling import TokenLogprob
+from bitnet_numba.sampling_params import SamplingOverrides, SamplingParams
 from bitnet_numba.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ class Update(NamedTuple):
     text: str = ""  # follows the text of earlier updates
     completion: Completion | None = None
     error: BackendError | None = None
+    token_ids: Sequence[int] = ()  # those of `text`, after those of earlier updates; together, the completion's
+    logprobs: Sequence[TokenLogprob] = ()  # of these, if SamplingParams.logprobs asks for them
 
 
 @dataclass(eq=False)
@@ -174,9 +178,13 @@ class Scheduler:
                 self._enqueue(updates)
                 for _ in range(uncollected):
                     sequences = self._calls.popleft()
-                    for sequence, (_, token) in zip(sequences, self._batch.collect(), strict=True):
+                    results = self._batch.collect()
+                    logprobs: Sequence[TokenLogprob | None] = [None] * len(results)
+                    if any(s.request.params.logprobs is not None for s in sequences):
+                        logprobs = self._batch.logprobs()
+                    for sequence, (_, token), logprob in zip(sequences, results, logprobs, strict=True):
                         if not sequence.ended:
-                            self._receive(sequence, token, updates)
+                            self._receive(sequence, token, logprob, updates)
                 return updates
             except BaseException:
                 self.close()
@@ -217,12 +225,13 @@ class Scheduler:
                 return False
             request_id, request = next(iter(self._waiting.items()))
             max_cached = self._max_cached(request)
-            lease = self._pool.take(request.ids, max_cached)
+            reuse = request.params.prompt_logprobs is None  # which are of all tokens: all have to be computed
+            lease = self._pool.take(request.ids, max_cached, reuse)
             if lease is None:
                 return False
             del self._waiting[request_id]
         params, slot = request.params, self._free_slots.pop()
-        builder = CompletionBuilder(self._tokenizer, request.stop, params.max_new_tokens)
+        builder = CompletionBuilder(self._tokenizer, request)
         max_tokens = max_cached - len(request.ids) + 1
         s = _Sequence(request_id, request, slot, lease, lease.computed, builder, max_tokens)
         self._prefilling = self._running[request_id] = s
@@ -249,21 +258,25 @@ class Scheduler:
             self._prefilling = None
         return count
 
-    def _receive(self, s: _Sequence, token: int, updates: list[Update]) -> None:
+    def _receive(self, s: _Sequence, token: int, logprob: TokenLogprob | None, updates: list[Update]) -> None:
         """Adds a sampled token to its sequence's answer."""
         if token == NO_TOKEN:
             self._fail(s, self._batch.failure(s.slot), updates)
             return
         builder = s.builder
-        text = builder.push(token)
+        if s.collected == 0 and s.request.params.prompt_logprobs is not None:
+            builder.prompt_logprobs = [None, *self._batch.prompt_logprobs(s.slot)]
+        text = builder.push(token, logprob)
         s.collected += 1
         if builder.reason is None and s.collected == s.max_tokens:
             builder.reason = "context"
         if builder.reason is not None:
             text += builder.finish()
-            updates.append(Update(s.id, text, self._end(s)))
-        elif text:
-            updates.append(Update(s.id, text))
+            updates.append(Update(s.id, text, self._end(s), None, *builder.released()))
+            return
+        token_ids, logprobs = builder.released()
+        if text or token_ids:
+            updates.append(Update(s.id, text, None, None, token_ids, logprobs))
 
     def _fail(self, s: _Sequence, reason: str, updates: list[Update]) -> None:
         """Ends a request with an error; the others go on."""
@@ -291,7 +304,7 @@ class Scheduler:
             if sequence is not None:
                 updates.append(Update(request_id, completion=self._end(sequence)))
             elif request is not None:
-                empty = CompletionBuilder(self._tokenizer)
+                empty = CompletionBuilder(self._tokenizer, request)
                 completion = empty.completion(len(request.ids), 0, self._backend.memory())
                 updates.append(Update(request_id, completion=completion))
         return updates

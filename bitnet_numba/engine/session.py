@@ -12,7 +12,7 @@ from bitnet_numba.backends.protocol import NOT_FINITE, Backend, Context
 from bitnet_numba.engine.completion import Completion, CompletionBuilder
 from bitnet_numba.engine.request import Prompt, Request, read_params, read_request
 from bitnet_numba.errors import BackendError, RequestError
-from bitnet_numba.sampling import SamplingOverrides, SamplingParams
+from bitnet_numba.sampling_params import SamplingOverrides, SamplingParams
 from bitnet_numba.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -187,16 +187,21 @@ class Session:
             self._busy = True
         ids, params = request.ids, request.params
         # At least the last token is computed: the first new token is sampled from its logits.
-        reused = common_prefix(context.ids, ids[:-1])
-        builder = CompletionBuilder(self._tokenizer, request.stop, params.max_new_tokens)
+        reused = common_prefix(context.ids, ids[:-1]) if params.prompt_logprobs is None else 0
+        builder = CompletionBuilder(self._tokenizer, request)
         try:
             context.truncate(reused)
-            if self.pauses:
+            if params.prompt_logprobs is not None:
+                with finite_arithmetic():
+                    scored = context.score(ids, params.prompt_logprobs) if len(ids) > 1 else []
+                builder.prompt_logprobs = [None, *scored]
+            elif self.pauses:
                 yield from prefill_in_parts(context, ids)
             tokens = context.decode(ids[len(context.ids) :], params)
             try:
                 for token in finite_steps(tokens):
-                    if piece := builder.push(token):
+                    logprob = None if params.logprobs is None else context.logprobs()
+                    if piece := builder.push(token, logprob):
                         yield piece
                     if builder.reason:
                         break

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from bitnet_numba.backends.protocol import Backend, Batch, Context
 from bitnet_numba.errors import BackendError, one_line
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling import TokenLogprob
+from bitnet_numba.sampling_params import SamplingParams
 
 MAX_IDLE = 2  # contexts kept for streams to come: they are expensive to create, but hold memory
 
@@ -166,6 +167,16 @@ class SharedContext(_Closing):
         finally:
             self._backend.clean_up(tokens.close)  # type: ignore[attr-defined]
 
+    def logprobs(self) -> TokenLogprob:
+        """Of the token that `decode` has yielded last."""
+        with self._backend.turn():
+            return self._inner.logprobs()
+
+    def score(self, ids: Sequence[int], top: int) -> list[TokenLogprob]:
+        """Appends all tokens but the last, and returns log probabilities of each but the first."""
+        with self._backend.turn():
+            return self._inner.score(ids, top)
+
 
 class SharedBatch(_Closing):
     """A batch behind its backend's lock, see `protocol.Batch`."""
@@ -176,10 +187,18 @@ class SharedBatch(_Closing):
         self.page_size, self.num_pages = inner.page_size, inner.num_pages
         self.max_sequences, self.capacity = inner.max_sequences, inner.capacity
 
-    def start(self, slot: int, ids: Sequence[int], params: SamplingParams, pages: Sequence[int], computed: int) -> None:
+    def start(
+        self,
+        slot: int,
+        ids: Sequence[int],
+        params: SamplingParams,
+        pages: Sequence[int],
+        computed: int,
+        prompt_length: int | None = None,
+    ) -> None:
         """Starts a sequence in a slot."""
         with self._backend.turn():
-            self._inner.start(slot, ids, params, pages, computed)
+            self._inner.start(slot, ids, params, pages, computed, prompt_length)
 
     def prefill(self, slot: int, count: int) -> None:
         """Computes the next tokens of a prompt."""
@@ -195,6 +214,16 @@ class SharedBatch(_Closing):
         """Waits for the oldest uncollected call with results."""
         with self._backend.turn():
             return self._inner.collect()
+
+    def logprobs(self) -> list[TokenLogprob | None]:
+        """Of the tokens that the last `collect` returned."""
+        with self._backend.turn():
+            return self._inner.logprobs()
+
+    def prompt_logprobs(self, slot: int) -> list[TokenLogprob]:
+        """Of all tokens of a prompt but the first."""
+        with self._backend.turn():
+            return self._inner.prompt_logprobs(slot)
 
     def failure(self, slot: int) -> str:
         """Why a sequence got NO_TOKEN."""

@@ -100,8 +100,9 @@ def build_attend(isa: InstructionSet, dtype: np.dtype[Any], heads: tuple[int, ..
 def build_sample() -> Callable[..., None]:
     """See `sampler.sample`; the token goes to an address, as int64."""
 
-    def kernel(logits, vocab, history, history_length, settings, scratch, token):
-        store_i64(token, 0, sampler.sample(logits, vocab, history, history_length, settings, scratch))
+    def kernel(logits, vocab, history, history_length, settings, edits, num_edits, scratch, token):
+        chosen = sampler.sample(logits, vocab, history, history_length, settings, edits, num_edits, scratch)
+        store_i64(token, 0, chosen)
 
     return kernel
 

@@ -59,8 +59,9 @@ JOB = np.dtype(
         for name in ("own", "own_stride", "h", "acc", "y", "unpacked", "scratch", "own_partials", "sampler")
     ]
     # Sampling after logits, if `settings` is not 0: of each token float64 settings (see `sampler.pack_settings`), the
-    # address of its history (int64) and how long that is; and the tokens sampled, int64.
-    + [(name, _INT) for name in ("settings", "histories", "history_lengths", "sampled")]
+    # address of its history (int64) and how long that is, the address of its edits (float64, see `sampler.pack_edits`)
+    # and how many there are; and the tokens sampled, int64.
+    + [(name, _INT) for name in ("settings", "histories", "history_lengths", "edits", "num_edits", "sampled")]
     # For checking, or 0: all int8 activations of a pass, [4 * layers, SEGMENTS, MAX_TOKENS, q_stride].
     + [("record", _INT)]
     + [("kernels", KERNELS)]

@@ -43,7 +43,8 @@ load_i8, load_u16 = _load(vec.LANES["i8"], types.int8), _load(vec.LANES["i16"], 
 load_i32, load_i64 = _load(vec.I32, types.int32), _load(ir.IntType(64), types.int64)
 load_f32, load_f64 = _load(vec.LANES["f32"], types.float32), _load(F64, types.float64)
 store_i8, store_i32 = _store(vec.LANES["i8"], types.int8), _store(vec.I32, types.int32)
-store_i64, store_f32 = _store(ir.IntType(64), types.int64), _store(vec.LANES["f32"], types.float32)
+store_i64 = _store(ir.IntType(64), types.int64)
+store_f32, store_f64 = _store(vec.LANES["f32"], types.float32), _store(F64, types.float64)
 
 
 @intrinsic

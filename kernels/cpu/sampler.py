@@ -11,6 +11,7 @@ possible noise cannot win.
 """
 
 import math as host_math
+from collections.abc import Sequence
 
 import numpy as np
 from llvmlite import ir
@@ -19,8 +20,18 @@ from numba.extending import intrinsic, register_jitable
 
 from bitnet_numba.kernels.cpu import math, vec
 from bitnet_numba.kernels.cpu.gumbel import LARGEST_NOISE, gumbel, random_words
-from bitnet_numba.kernels.cpu.memory import load_f32, load_f64, load_i32, load_i64, store_f32, store_i32, store_i64
-from bitnet_numba.sampling import MAX_TEMPERATURE, MIN_TEMPERATURE, SamplingParams
+from bitnet_numba.kernels.cpu.memory import (
+    load_f32,
+    load_f64,
+    load_i32,
+    load_i64,
+    store_f32,
+    store_f64,
+    store_i32,
+    store_i64,
+)
+from bitnet_numba.sampling import MAX_TEMPERATURE, MIN_TEMPERATURE, logit_edits
+from bitnet_numba.sampling_params import SamplingParams
 
 NO_TOKEN = -1  # in place of a token when logits hold NaN
 MAX_VOCAB = 1 << 23  # sums of probabilities fit 63 bits
@@ -34,6 +45,10 @@ LOWEST = -np.inf
 # Settings, float64.
 TEMPERATURE, TOP_P, PENALTY, MIN_Z, TOP_K, SEED_LOW, SEED_HIGH = range(7)
 SETTINGS = 7
+# An edit of a logit, float64: token id, what is added, and room for the logit that was there.
+EDIT_TOKEN, EDIT_DELTA, EDIT_KEPT = range(3)
+EDIT = 3
+NO_EDITS = np.empty((0, EDIT))
 
 
 def pack_settings(params: SamplingParams) -> np.ndarray:
@@ -43,6 +58,12 @@ def pack_settings(params: SamplingParams) -> np.ndarray:
     min_z = host_math.log(params.min_p) if params.min_p > 0 else LOWEST
     values = (temperature, params.top_p, params.repetition_penalty, min_z, min(params.top_k, MAX_VOCAB))
     return np.array([*values, seed & 0xFFFFFFFF, seed >> 32], np.float64)
+
+
+def pack_edits(params: SamplingParams, generated: Sequence[int]) -> np.ndarray:
+    """`sampling.logit_edits` as `sample` reads them, float64 [n, 3]."""
+    ids, deltas = logit_edits(params, generated)
+    return np.column_stack([ids, deltas, np.zeros(len(ids))]).astype(np.float64)
 
 
 @register_jitable
@@ -98,6 +119,24 @@ def load_every_fourth(typingctx, address, offset, first):
 
 
 # ---- Logits -> z ----------------------------------------------------------------------------------------------------
+
+
+@njit(**vec.OPTIONS)
+def edit_logits(logits, edits, num_edits):
+    """Adds to the logits of single tokens, all different."""
+    for at in range(0, 8 * EDIT * num_edits, 8 * EDIT):
+        token = 4 * np.int64(load_f64(edits, at + 8 * EDIT_TOKEN))
+        x = load_f32(logits, token)
+        store_f64(edits, at + 8 * EDIT_KEPT, np.float64(x))
+        store_f32(logits, token, x + np.float32(load_f64(edits, at + 8 * EDIT_DELTA)))
+
+
+@njit(**vec.OPTIONS)
+def restore_logits(logits, edits, num_edits):
+    """Puts the edited logits back."""
+    for at in range(0, 8 * EDIT * num_edits, 8 * EDIT):
+        token = 4 * np.int64(load_f64(edits, at + 8 * EDIT_TOKEN))
+        store_f32(logits, token, np.float32(load_f64(edits, at + 8 * EDIT_KEPT)))
 
 
 @njit(**vec.OPTIONS)
@@ -294,12 +333,22 @@ def draw(z, vocab, min_z, position, key0, key1, scratch):
 
 
 @njit(**vec.OPTIONS)
-def sample(logits, vocab, history, history_length, settings, scratch):
+def sample(logits, vocab, history, history_length, settings, edits, num_edits, scratch):
     """The next token, int64; NO_TOKEN if logits hold NaN or the largest is infinite.
 
     logits: float32 [vocab]. history: int64 [history_length], all tokens so far, including the prompt. settings: see
-    `pack_settings`. scratch: scratch_bytes(vocab). All but the sizes are addresses.
+    `pack_settings`. edits: float64 [num_edits, 3], see `pack_edits`; the logits are as before in the end. scratch:
+    scratch_bytes(vocab). All but the sizes are addresses.
     """
+    edit_logits(logits, edits, num_edits)
+    token = choose(logits, vocab, history, history_length, settings, scratch)
+    restore_logits(logits, edits, num_edits)
+    return token
+
+
+@njit(**vec.OPTIONS)
+def choose(logits, vocab, history, history_length, settings, scratch):
+    """`sample` of edited logits."""
     z, amounts = scratch, scratch + 4 * padded(vocab)
     candidates = amounts + 4 * padded(vocab)
     histogram = candidates + 4 * padded(vocab)

@@ -255,6 +255,8 @@ def logits(member, members, state, model, job):
                     load_i64(job.histories, 8 * m),
                     load_i64(job.history_lengths, 8 * m),
                     job.settings + 8 * SETTINGS * m,
+                    load_i64(job.edits, 8 * m),
+                    load_i64(job.num_edits, 8 * m),
                     scratch,
                     job.sampled + 8 * m,
                 ),

@@ -139,7 +139,7 @@ def test_tokens_do_not_depend_on_the_number_of_threads(
     np.testing.assert_array_equal(hidden_of(other, ids[:9], 1), hidden_of(model, ids[:9], 1))
     params = [SamplingParams(temperature, seed=5) for temperature in (0.0, 1.0, 0.7)]
     hidden = hidden_of(model, ids, 64)[-3:]
-    assert other.sample(hidden, [ids] * 3, params) == model.sample(hidden, [ids] * 3, params)
+    assert other.sample(hidden, [ids] * 3, params, [2] * 3) == model.sample(hidden, [ids] * 3, params, [2] * 3)
 
 
 def test_long_contexts_split_over_threads_give_the_same_bits(packed: PackedCheckpoint, closing: list[CpuModel]) -> None:
@@ -164,7 +164,7 @@ def test_logits_and_sampling_in_turn(model: CpuModel, packed: PackedCheckpoint, 
     logits = model.logits(hidden)
     for _ in range(40):
         np.testing.assert_array_equal(late.logits(hidden), logits)
-        assert late.sample(hidden, [[1]] * 3, params) == logits.argmax(1).tolist()
+        assert late.sample(hidden, [[1]] * 3, params, [1] * 3) == logits.argmax(1).tolist()
 
 
 def test_many_sequences_at_once_are_as_alone(model: CpuModel) -> None:
@@ -188,8 +188,8 @@ def test_numbers_that_are_not_finite_end_in_no_token(packed: PackedCheckpoint, c
     rows[77] = 0x7F80  # infinity in bfloat16
     model._weights.model["embed"] = rows.ctypes.data  # the head keeps its own
     cache = model.new_cache(100)
-    good = model.sample(model.forward([5, 6], cache)[-1:], [[5, 6]], [SamplingParams()])
-    bad = model.sample(model.forward([77, 8], cache)[-1:], [[5, 6, 77, 8]], [SamplingParams(1.0, seed=1)])
+    good = model.sample(model.forward([5, 6], cache)[-1:], [[5, 6]], [SamplingParams()], [2])
+    bad = model.sample(model.forward([77, 8], cache)[-1:], [[5, 6, 77, 8]], [SamplingParams(1.0, seed=1)], [4])
     assert good != [NO_TOKEN] and bad == [NO_TOKEN]
     cache.length = 2  # what failed is forgotten
     assert np.isfinite(model.forward([8], cache)).all()

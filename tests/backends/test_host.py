@@ -217,10 +217,10 @@ def test_whatever_one_sequence_raises_ends_it_alone(
     prompts = [prompt_of(length, seed) for seed, length in enumerate((9, 2 * PAGE_SIZE + 5, 40))]
     want = [alone(backend, prompt, SamplingParams(1.0, seed=7), 6) for prompt in prompts]
 
-    def sample_or_fail(hidden: np.ndarray, histories: list[list[int]], params: list[SamplingParams]) -> list[int]:
+    def sample_or_fail(hidden: np.ndarray, histories: list, params: list[SamplingParams], lengths: list) -> list[int]:
         if any(own.seed == 8 for own in params):
             raise error
-        return sample(hidden, histories, params)
+        return sample(hidden, histories, params, lengths)
 
     def forward_or_fail(ids: list[int], cache: SequenceCache) -> np.ndarray:
         if ids[0] == prompts[1][0]:

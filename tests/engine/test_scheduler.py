@@ -97,8 +97,9 @@ def test_every_request_is_answered_as_if_alone(
     for number, request in enumerate(asked):
         own = [update for update in updates if update.request == number]
         *before, last = own
-        assert last.completion is not None and all(u.completion is None and u.text for u in before)
+        assert last.completion is not None and all(u.completion is None and (u.text or u.token_ids) for u in before)
         assert "".join(update.text for update in own) == last.completion.text
+        assert [token for update in own for token in update.token_ids] == last.completion.token_ids
         expected = alone(llm, request)
         if last.completion.finish_reason == "interrupted":
             assert number in cancelled

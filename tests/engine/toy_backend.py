@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.engine.engine import Engine
-from bitnet_numba.sampling import SamplingParams, sample
+from bitnet_numba.sampling import TokenLogprob, sample, token_logprobs
+from bitnet_numba.sampling_params import SamplingParams
 from bitnet_numba.text.tokenizer import Tokenizer
 from tests.conftest import GOLDEN
 
@@ -51,7 +52,18 @@ class ToyBackend:
         """The token after `ids`, of which the first `prompt` are the prompt."""
         if self.script:
             return self.script[(len(ids) - prompt) % len(self.script)]
-        return sample(self.logits(ids), ids, params)
+        return sample(self.logits(ids), ids, params, prompt)
+
+    def logprob(self, ids: Sequence[int], params: SamplingParams) -> TokenLogprob | None:
+        """Of the last of `ids`, if the parameters ask for it."""
+        if params.logprobs is None or ids[-1] == NO_TOKEN:
+            return None
+        return self.score(ids, len(ids) - 1, params.logprobs)[0]
+
+    def score(self, ids: Sequence[int], start: int, top: int) -> list[TokenLogprob]:
+        """Of ids[start:], each given those before it."""
+        rows = np.stack([self.logits(ids[:i]) for i in range(start, len(ids))])
+        return token_logprobs(rows, ids[start:], top)
 
     def memory(self) -> dict[str, int]:
         return {"weights": 123}
@@ -62,6 +74,7 @@ class ToyContext:
         self.backend = backend
         self.capacity = capacity
         self.ids: list[int] = []
+        self.last: TokenLogprob | None = None
 
     def truncate(self, length: int) -> None:
         if not 0 <= length <= len(self.ids):
@@ -82,6 +95,7 @@ class ToyContext:
         assert params.seed is not None
         self.backend.prefilled.append(len(ids))
         self.feed(ids)
+        prompt = list(self.ids)
         chosen: list[int] = []
         room = self.capacity - len(self.ids)
         for given in range(room + 1):
@@ -91,7 +105,18 @@ class ToyContext:
                 chosen.append(self.backend.choose(self.ids, len(self.ids) - len(chosen), params))
             if given == self.backend.fail_after:
                 raise ValueError("a step failed")
+            self.last = self.backend.logprob([*prompt, *chosen[: given + 1]], params)
             yield chosen[given]
+
+    def logprobs(self) -> TokenLogprob:
+        assert self.last is not None
+        return self.last
+
+    def score(self, ids: Sequence[int], top: int) -> list[TokenLogprob]:
+        start = len(self.ids)
+        self.backend.prefilled.append(len(ids) - 1)
+        self.feed(ids[:-1])
+        return self.backend.score([*self.ids, ids[-1]], start + 1, top)
 
     def close(self) -> None:
         self.backend.open_contexts -= 1
@@ -101,6 +126,7 @@ class ToyContext:
 class ToySequence:
     ids: list[int]
     prompt: int  # tokens
+    given: int  # tokens at the start: the prompt, and what there was of the answer
     params: SamplingParams
     pages: list[int]
     fed: int
@@ -116,18 +142,30 @@ class ToyBatch:
         self.places: list[list[int | None]] = [[None] * self.page_size for _ in range(num_pages)]
         self.sequences: dict[int, ToySequence] = {}
         self.results: deque[list[tuple[int, int]]] = deque()
+        self.rows: deque[list[TokenLogprob | None]] = deque()  # log probabilities of `results`
+        self.collected: list[TokenLogprob | None] = []
         self.log: list[str] = []  # the names of the calls
         self.started: list[list[int]] = []  # the prompts in the order of their starts
         self.prefilled: list[int] = []  # tokens of each call
         self.closed = False
 
-    def start(self, slot: int, ids: Sequence[int], params: SamplingParams, pages: Sequence[int], computed: int) -> None:
+    def start(
+        self,
+        slot: int,
+        ids: Sequence[int],
+        params: SamplingParams,
+        pages: Sequence[int],
+        computed: int,
+        prompt_length: int | None = None,
+    ) -> None:
         assert not self.closed and 0 <= slot < self.max_sequences and params.seed is not None
         assert len(set(pages)) == len(pages) and len(pages) * self.page_size >= len(ids)
         assert computed % self.page_size == 0 and 0 <= computed < len(ids)
         for page in pages[computed // self.page_size :]:
             self.places[page] = [None] * self.page_size
-        self.sequences[slot] = ToySequence(list(ids), len(ids), params, list(pages), computed)
+        assert computed == 0 or params.prompt_logprobs is None
+        length = len(ids) if prompt_length is None else prompt_length
+        self.sequences[slot] = ToySequence(list(ids), length, len(ids), params, list(pages), computed)
         self.check(self.sequences[slot])
         self.log.append("start")
         self.started.append(list(ids))
@@ -135,12 +173,13 @@ class ToyBatch:
     def prefill(self, slot: int, count: int) -> None:
         s = self.sequences[slot]
         end = s.fed + count
-        assert count >= 1 and end <= s.prompt and (end == s.prompt or end % self.page_size == 0)
+        assert count >= 1 and end <= s.given and (end == s.given or end % self.page_size == 0)
         self.prefilled.append(count)
         self.log.append("prefill")
         self.feed(s, count)
-        if end == s.prompt:
+        if end == s.given:
             self.results.append([(slot, self.next_token(s))])
+            self.rows.append([self.backend.logprob(s.ids, s.params)])
 
     def step(self, slots: Sequence[int]) -> None:
         assert slots and len(set(slots)) == len(slots)
@@ -148,17 +187,27 @@ class ToyBatch:
         results = []
         for slot in slots:
             s = self.sequences[slot]
-            assert s.fed == len(s.ids) - 1 and s.fed >= s.prompt
+            assert s.fed == len(s.ids) - 1 and s.fed >= s.given
             if s.fed - s.prompt == self.backend.fail_after:
                 raise ValueError("a step failed")
             self.feed(s, 1)
             results.append((slot, self.next_token(s)))
         self.results.append(results)
+        self.rows.append([self.backend.logprob(s.ids, s.params) for s in map(self.sequences.__getitem__, slots)])
         assert len(self.results) <= 2 * (self.max_sequences + 1)
 
     def collect(self) -> list[tuple[int, int]]:
         self.log.append("collect")
+        self.collected = self.rows.popleft()
         return self.results.popleft()
+
+    def logprobs(self) -> list[TokenLogprob | None]:
+        return self.collected
+
+    def prompt_logprobs(self, slot: int) -> list[TokenLogprob]:
+        s = self.sequences[slot]
+        assert s.params.prompt_logprobs is not None
+        return self.backend.score(s.ids[: s.given], 1, s.params.prompt_logprobs) if s.given > 1 else []
 
     def failure(self, slot: int) -> str:
         return f"{NOT_FINITE}: slot {slot} has a bad token"

@@ -128,7 +128,7 @@ class Measured:
                 step = perf_counter()
                 hidden = model.step(tokens, caches)
                 in_layers += perf_counter() - step
-                tokens = model.sample(hidden, histories, params)
+                tokens = model.sample(hidden, histories, params, [1] * len(caches))
             seconds = perf_counter() - begin
             check(tokens)
             case.layers.append(in_layers / STEPS)
@@ -151,7 +151,7 @@ class Measured:
             for first in range(0, length, PAGE_SIZE):
                 hidden = model.forward(ids[first : first + PAGE_SIZE], cache)
                 times.append(perf_counter())
-            check(model.sample(hidden[-1:], [ids], [self.greedy]))
+            check(model.sample(hidden[-1:], [ids], [self.greedy], [length]))
             times.append(perf_counter())
             return np.diff(times).tolist()
 

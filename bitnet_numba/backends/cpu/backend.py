@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.cpu import attention, isa, kv_cache, layout, sampler, step
 from bitnet_numba.kernels.cpu.team import Team
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling_params import SamplingParams
 
 KVDtype = Literal["bfloat16", "float32"]
 PATIENCE = 2.0  # seconds that the end of the process waits for a pass
@@ -73,6 +73,15 @@ class CpuPool:
         by_token = layers[:, :keys].reshape(c.num_layers, -1, PAGE_SIZE // kv_cache.PAIRS, words, kv_cache.PAIRS)
         by_token[:, :, unit, :, lane] = NAN_BITS
         layers[:, keys:].reshape(c.num_layers, c.num_kv_heads, PAGE_SIZE, -1)[:, :, token] = NAN_BITS
+
+
+class _Sampling(NamedTuple):
+    """What is sampled from the logits of each of up to MAX_TOKENS tokens."""
+
+    settings: NDArray[np.float64]  # see `sampler.pack_settings`
+    seen: Sequence[NDArray[np.int64]]  # the history, if that is looked at
+    lengths: Sequence[int]  # of the histories
+    edits: Sequence[NDArray[np.float64]]  # see `sampler.pack_edits`
 
 
 class CpuModel:
@@ -143,8 +152,16 @@ class CpuModel:
             self._logits(hidden[start : start + layout.MAX_TOKENS], out[start : start + layout.MAX_TOKENS])
         return out
 
-    def sample(self, hidden: Floats, histories: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> list[int]:
-        """`sampling.sample` of the next token of each sequence; NO_TOKEN where logits are NaN."""
+    def sample(
+        self,
+        hidden: Floats,
+        histories: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        prompt_lengths: Sequence[int],
+        logits: Floats | None = None,
+    ) -> list[int]:
+        """`sampling.sample` of the next token of each sequence; NO_TOKEN where logits are NaN. logits: see
+        `host.HostModel`."""
         tokens: list[int] = []
         for start in range(0, len(hidden), layout.MAX_TOKENS):
             part = slice(start, start + layout.MAX_TOKENS)
@@ -154,8 +171,13 @@ class CpuModel:
                 np.array(history if own.repetition_penalty != 1.0 else (), np.int64)
                 for history, own in zip(histories[part], params[part], strict=True)
             ]
+            edits = [
+                sampler.pack_edits(own, history[length:]) if own.edits_logits else sampler.NO_EDITS
+                for history, own, length in zip(histories[part], params[part], prompt_lengths[part], strict=True)
+            ]
             lengths = [len(history) for history in histories[part]]
-            tokens += self._logits(hidden[part], None, (settings, seen, lengths))
+            out = None if logits is None else logits[part]
+            tokens += self._logits(hidden[part], out, _Sampling(settings, seen, lengths, edits))
         return tokens
 
     def nbytes(self) -> int:
@@ -207,7 +229,7 @@ class CpuModel:
         self,
         hidden: Floats,
         out: Floats | None,
-        sampling: tuple[Floats, Sequence[NDArray[np.int64]], Sequence[int]] | None = None,
+        sampling: "_Sampling | None" = None,
     ) -> list[int]:
         """Logits of up to MAX_TOKENS hidden states to `out`, if that is given, and the tokens sampled from them."""
         M, b = len(hidden), self._buffers
@@ -219,9 +241,11 @@ class CpuModel:
             job["kind"], job["tokens"], job["settings"] = layout.LOGITS, M, 0
             job["logits"], job["logits_stride"] = out.ctypes.data, out.shape[1]
             if sampling is not None:
-                settings, seen, lengths = sampling
-                job["settings"] = settings.ctypes.data
-                b.histories[:M], b.history_lengths[:M] = [ids.ctypes.data for ids in seen], lengths
+                job["settings"] = sampling.settings.ctypes.data
+                b.histories[:M] = [ids.ctypes.data for ids in sampling.seen]
+                b.history_lengths[:M] = sampling.lengths
+                b.edits[:M] = [edits.ctypes.data for edits in sampling.edits]
+                b.num_edits[:M] = [len(edits) for edits in sampling.edits]
             self._run()
             return b.sampled[:M].tolist() if sampling is not None else []
 

@@ -23,6 +23,7 @@ class Buffers:
         M, q_size, longest = layout.MAX_TOKENS, c.q_size, max(c.hidden_size, c.q_size, c.intermediate_size)
         self.ids, self.positions, self.tables = (np.zeros(M, np.int64) for _ in range(3))
         self.histories, self.history_lengths, self.sampled = (np.zeros(M, np.int64) for _ in range(3))
+        self.edits, self.num_edits = (np.zeros(M, np.int64) for _ in range(2))
         self._logits = np.empty((0, c.vocab_size), np.float32)
         self.job = np.zeros(1, layout.JOB)
         job = self.job[0]
@@ -30,7 +31,8 @@ class Buffers:
         for name, address in kernels.items():
             if name != "row_sums":  # which is called once, when weights are loaded
                 job["kernels"][name] = address
-        for name in ("ids", "positions", "tables", "histories", "history_lengths", "sampled"):
+        of_tokens = ("ids", "positions", "tables", "histories", "history_lengths", "edits", "num_edits", "sampled")
+        for name in of_tokens:
             job[name] = getattr(self, name).ctypes.data
         self.final = self._take("final", (M, c.hidden_size))
         self._take("x", (M, c.hidden_size))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bitnet_numba.backends.cuda.context import Prefill, Runtime
+from bitnet_numba.backends.cuda.context import Prefill, Runtime, refuse_extras
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size, pages_of
 from bitnet_numba.backends.cuda.steps import BatchSteps
 from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE
@@ -16,7 +16,8 @@ from bitnet_numba.kernels.attention.parts import HeadShape
 from bitnet_numba.kernels.runtime.driver import Event, Graph
 from bitnet_numba.kernels.runtime.memory import PinnedArray
 from bitnet_numba.kernels.sampling.parts import SETTINGS, pack_settings
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling import TokenLogprob
+from bitnet_numba.sampling_params import SamplingParams
 
 MAX_SEQUENCES = 256
 
@@ -52,8 +53,17 @@ class CudaBatch:
         self._pending: deque[tuple[int, list[int]]] = deque()  # which event, and the slots of its results
         self._num_calls = 0  # with results
 
-    def start(self, slot: int, ids: Sequence[int], params: SamplingParams, pages: Sequence[int], computed: int) -> None:
+    def start(
+        self,
+        slot: int,
+        ids: Sequence[int],
+        params: SamplingParams,
+        pages: Sequence[int],
+        computed: int,
+        prompt_length: int | None = None,
+    ) -> None:
         """A new sequence takes a slot."""
+        refuse_extras(params)
         fits = len(ids) <= len(pages) * PAGE and len(pages) <= self._state.block_table_stride
         if not 0 <= computed < len(ids) <= self.capacity or not fits:
             raise ValueError(f"{len(ids)} tokens, {computed} of them computed, do not fit {len(pages)} pages")
@@ -125,6 +135,14 @@ class CudaBatch:
         entries = self._results.host[start : start + len(slots)] & 0xFFFFFFFF
         tokens = np.where(entries >> 31, NO_TOKEN, entries).tolist()
         return list(zip(slots, tokens, strict=True))
+
+    def logprobs(self) -> list[TokenLogprob | None]:
+        """Refused at the start."""
+        raise NotImplementedError
+
+    def prompt_logprobs(self, slot: int) -> list[TokenLogprob]:
+        """Refused at the start."""
+        raise NotImplementedError
 
     def failure(self, slot: int) -> str:
         """Why a sequence got NO_TOKEN: nothing else makes the sampler return it."""

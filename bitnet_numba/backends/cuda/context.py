@@ -8,13 +8,14 @@ from numpy.typing import NDArray
 from bitnet_numba.backends.cuda.forward import MAX_TOKENS, CudaModel
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size, pages_of
 from bitnet_numba.backends.cuda.steps import DecodeBuffers, DecodeSteps, LMHead, PrefillSteps
-from bitnet_numba.errors import BackendError
+from bitnet_numba.errors import BackendError, RequestError
 from bitnet_numba.kernels.attention.decode import LONG_CONTEXT
 from bitnet_numba.kernels.runtime.device import CudaDevice
 from bitnet_numba.kernels.runtime.driver import Graph, Stream
 from bitnet_numba.kernels.runtime.memory import DeviceArray, PinnedArray, Uploads
 from bitnet_numba.kernels.sampling.parts import pack_settings
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling import TokenLogprob, token_logprobs
+from bitnet_numba.sampling_params import SamplingParams
 
 RING_SIZE = 64  # sampled tokens that the host may be behind
 STEPS_AHEAD = 2  # steps in flight while the host deals with a token
@@ -29,6 +30,12 @@ class Runtime:
         self.device, self.model, self.stream = device, model, stream
         self.uploads = Uploads(stream)
         self.decode_buffers = DecodeBuffers(model)
+
+
+def refuse_extras(params: SamplingParams) -> None:
+    """Raises RequestError for what the kernels cannot do."""
+    if params.edits_logits or params.logprobs is not None or params.prompt_logprobs is not None:
+        raise RequestError("penalties but for repetition_penalty, logit_bias, min_tokens and logprobs are not on CUDA")
 
 
 class Prefill:
@@ -107,6 +114,7 @@ class CudaContext:
 
     def decode(self, ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
         """Appends tokens (at least one), then yields sampled tokens, one a step, until the context is full."""
+        refuse_extras(params)
         self._start(ids)
         self._state.settings.write(pack_settings(params))
         if len(ids) == 1:
@@ -134,6 +142,14 @@ class CudaContext:
             # What was fed ahead stays in the cache until it is cut or overwritten.
             for position in range(known, launched):
                 self.ids.append(self._token(position))
+
+    def logprobs(self) -> TokenLogprob:
+        """Refused by `decode`."""
+        raise NotImplementedError
+
+    def score(self, ids: Sequence[int], top: int) -> list[TokenLogprob]:
+        """Appends all tokens but the last, and returns log probabilities of each but the first."""
+        return token_logprobs(self.logits(ids[:-1]), ids[1:], top)
 
     def close(self) -> None:
         """Frees the cache and the captured steps."""

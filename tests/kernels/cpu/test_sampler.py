@@ -9,15 +9,16 @@ from hypothesis import strategies as st
 from numba import njit
 
 from bitnet_numba.kernels.cpu import gumbel, sampler, vec
-from bitnet_numba.sampling import SamplingParams, gumbel_noise, kept_tokens, penalize, philox, scale
-from tests.strategies import logit_vectors, seeds
+from bitnet_numba.sampling import edit, gumbel_noise, kept_tokens, logit_edits, penalize, philox, scale
+from bitnet_numba.sampling_params import SamplingParams
+from tests.strategies import edited, logit_vectors, seeds
 
 
 @njit(error_model="numpy")
-def _sample(logits, history, settings, scratch):
+def _sample(logits, history, settings, edits, scratch):
     return sampler.sample(
         *(vec.address_of(logits), len(logits), vec.address_of(history), len(history)),
-        *(vec.address_of(settings), vec.address_of(scratch)),
+        *(vec.address_of(settings), vec.address_of(edits), len(edits) // sampler.EDIT, vec.address_of(scratch)),
     )
 
 
@@ -31,23 +32,25 @@ def _noise(position, key0, key1, words, noise):
             vec.store(vec.address_of(noise), at, gumbel.gumbel(lanes))
 
 
-def sampled(logits: np.ndarray, history: list[int], params: SamplingParams) -> int:
+def sampled(logits: np.ndarray, history: list[int], params: SamplingParams, prompt_length: int = 0) -> int:
     """The token; scratch is poisoned and guarded, and the logits must stay as they are."""
+    edits = sampler.pack_edits(params, history[prompt_length:]).reshape(-1)
     scratch = np.full(sampler.scratch_bytes(len(logits)) + 64, 0xFF, np.uint8)
     before = logits.copy()
-    token = _sample(logits, np.array(history, np.int64), sampler.pack_settings(params), scratch)
+    token = _sample(logits, np.array(history, np.int64), sampler.pack_settings(params), edits, scratch)
     np.testing.assert_array_equal(logits, before)
     assert (scratch[-64:] == 0xFF).all()
     return int(token)
 
 
-def allowed(logits: np.ndarray, history: list[int], params: SamplingParams) -> set[int]:
+def allowed(logits: np.ndarray, history: list[int], params: SamplingParams, prompt_length: int = 0) -> set[int]:
     """The tokens that the definition lets win: its own, and such as rounding may put in its place.
 
     log and exp may differ in the last bits: scores within 1e-5 of the best are as good, and where a probability within
     1e-6 of top_p decides what is kept, the token may be drawn from either set.
     """
-    z = penalize(logits, history, np.float32(params.repetition_penalty))
+    z = edit(logits, *logit_edits(params, history[prompt_length:]))
+    z = penalize(z, history, np.float32(params.repetition_penalty))
     if params.temperature == 0:
         return {int(z.argmax())}
     z = scale(z, params.temperature)
@@ -76,6 +79,12 @@ parameters = st.builds(
 def test_chooses_as_the_definition_does(logits: np.ndarray, history: list[int], params: SamplingParams) -> None:
     history = [token % len(logits) for token in history]
     assert sampled(logits, history, params) in allowed(logits, history, params)
+
+
+@given(data=st.data(), logits=logit_vectors(), params=parameters)
+def test_edits_are_the_definition_s(data: st.DataObject, logits: np.ndarray, params: SamplingParams) -> None:
+    params, history, prompt_length = data.draw(edited(params, len(logits)))
+    assert sampled(logits, history, params, prompt_length) in allowed(logits, history, params, prompt_length)
 
 
 @pytest.mark.parametrize("params", [
