@@ -3,12 +3,25 @@
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from bitnet_numba.engine.completion import Completion
 from bitnet_numba.engine.request import Request
 from bitnet_numba.engine.scheduler import Update
 from bitnet_numba.errors import BitNetError
+from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.server.errors import ApiError, busy
+
+
+class News(NamedTuple):
+    """What is new of one answer."""
+
+    text: str  # follows the text before
+    logprobs: Sequence[TokenLogprob]  # likewise, if they were asked for
+    completion: Completion | None  # the whole answer, once it has ended
+
+
+NOTHING = News("", (), None)
 
 
 class Answers:
@@ -42,17 +55,14 @@ class Answers:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def changes(self) -> dict[int, tuple[str, Completion | None]]:
-        """Waits for something new: by answer, the text that follows, and the completion of one that has ended.
-
-        Raises ApiError if an answer has failed.
-        """
+    async def changes(self) -> dict[int, News]:
+        """Waits for something new; by answer. Raises ApiError if an answer has failed."""
         while not self._updates:
             if self.error is not None:
                 raise self.error
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        found: dict[int, tuple[str, Completion | None]] = {}
+        found: dict[int, News] = {}
         while self._updates:
             index, update = self._updates.popleft()
             if self.error is not None:
@@ -61,8 +71,8 @@ class Answers:
                 raise busy(str(update), "engine_failed")
             if update.error is not None:
                 raise ApiError(500, str(update.error), code="answer_failed")
-            before = found[index][0] if index in found else ""
-            found[index] = before + update.text, update.completion
+            text, logprobs, _ = found.get(index, NOTHING)
+            found[index] = News(text + update.text, [*logprobs, *update.logprobs], update.completion)
             self._open -= update.completion is not None
         return found
 
@@ -70,9 +80,9 @@ class Answers:
         """Waits for all of them, in order. Raises ApiError if one has failed."""
         done: dict[int, Completion] = {}
         while not self.ended:
-            for index, (_, completion) in (await self.changes()).items():
-                if completion is not None:
-                    done[index] = completion
+            for index, news in (await self.changes()).items():
+                if news.completion is not None:
+                    done[index] = news.completion
         return [done[index] for index in range(len(self.requests))]
 
     def fail(self, error: ApiError) -> None:

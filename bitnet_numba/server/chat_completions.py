@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from bitnet_numba.engine.completion import Completion
+from bitnet_numba.engine.request import Request
+from bitnet_numba.sampling import TokenLogprob
+from bitnet_numba.server.errors import ApiError
 from bitnet_numba.server.exchange import Exchange
 from bitnet_numba.server.generation import (
     FINISH_REASONS,
@@ -17,6 +20,7 @@ from bitnet_numba.server.generation import (
 )
 from bitnet_numba.server.schemas import ChatBody, ChatMessage
 from bitnet_numba.server.service import Service
+from bitnet_numba.text.tokenizer import Tokenizer
 
 # OpenAI's newer name of the system role; templates know the older one.
 ROLE_NAMES = {"developer": "system"}
@@ -28,10 +32,12 @@ async def chat_completions(service: Service, exchange: Exchange, body: ChatBody)
     engine = service.engine
     n = number_of_choices(body)
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    params = sampling_params(body, engine, limit)
+    if body.top_logprobs and not body.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs", param="top_logprobs", code="invalid_value")
+    params = sampling_params(body, engine, limit, (body.top_logprobs or 0) if body.logprobs else None)
     messages = [as_message(message) for message in body.messages]
     with_usage = bool(body.stream_options and body.stream_options.include_usage)
-    form = ChatForm(f"chatcmpl-{exchange.request_id}", service.check_model(body.model), with_usage)
+    form = ChatForm(f"chatcmpl-{exchange.request_id}", service.check_model(body.model), with_usage, engine.tokenizer)
     await respond(
         service,
         exchange,
@@ -55,7 +61,8 @@ def as_message(message: ChatMessage) -> dict[str, Any]:
 class ChatForm:
     """Answers as chat completions and their chunks. What chunks have in common is written once."""
 
-    def __init__(self, id: str, model: str, with_usage: bool):
+    def __init__(self, id: str, model: str, with_usage: bool, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
         self._base = {"id": id, "created": int(time.time()), "model": model}
         self._with_usage = with_usage
         head = json.dumps({**self._base, "object": "chat.completion.chunk"})[:-1]
@@ -63,13 +70,13 @@ class ChatForm:
         self._tail = ', "usage": null}\n\n' if with_usage else "}\n\n"
         self._head = f"data: {head}, "
 
-    def whole(self, completions: Sequence[Completion], n: int) -> dict[str, Any]:
+    def whole(self, requests: Sequence[Request], completions: Sequence[Completion], n: int) -> dict[str, Any]:
         """A chat.completion."""
         choices = [
             {
                 "index": index,
                 "message": {"role": "assistant", "content": completion.text, "refusal": None},
-                "logprobs": None,
+                "logprobs": self._logprobs(completion.logprobs),
                 "finish_reason": FINISH_REASONS[completion.finish_reason],
             }
             for index, completion in enumerate(completions)
@@ -78,21 +85,35 @@ class ChatForm:
 
     def opening(self, index: int) -> str:
         """The role comes first."""
-        return self._chunk(index, '{"role": "assistant", "content": ""}', "null")
+        return self._chunk(index, '{"role": "assistant", "content": ""}')
 
-    def text(self, index: int, text: str) -> str:
+    def text(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> str:
         """More content."""
-        return self._chunk(index, f'{{"content": {json.dumps(text)}}}', "null")
+        delta = f'{{"content": {json.dumps(text)}}}'
+        return self._chunk(index, delta, json.dumps(self._logprobs(logprobs)) if logprobs else "null")
 
     def finish(self, index: int, completion: Completion) -> str:
         """The finish reason, alone."""
-        return self._chunk(index, "{}", f'"{FINISH_REASONS[completion.finish_reason]}"')
+        return self._chunk(index, "{}", reason=f'"{FINISH_REASONS[completion.finish_reason]}"')
 
     def closing(self, completions: Sequence[Completion], n: int) -> str:
         """The usage if it was asked for, and the end."""
         last = f'{self._head}"choices": [], "usage": {json.dumps(usage(completions, n))}}}\n\n'
         return (last if self._with_usage else "") + "data: [DONE]\n\n"
 
-    def _chunk(self, index: int, delta: str, reason: str) -> str:
-        choice = f'{{"index": {index}, "delta": {delta}, "logprobs": null, "finish_reason": {reason}}}'
+    def _chunk(self, index: int, delta: str, logprobs: str = "null", reason: str = "null") -> str:
+        choice = f'{{"index": {index}, "delta": {delta}, "logprobs": {logprobs}, "finish_reason": {reason}}}'
         return f'{self._head}"choices": [{choice}]{self._tail}'
+
+    def _logprobs(self, found: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+        if found is None:
+            return None
+        content = [
+            {**self._token(token, logprob), "top_logprobs": [self._token(*other) for other in top]}
+            for token, logprob, top in found
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._tokenizer.decode([token], skip_special=False)
+        return {"token": text, "logprob": logprob, "bytes": list(self._tokenizer.token_bytes(token))}

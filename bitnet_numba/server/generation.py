@@ -9,7 +9,8 @@ from bitnet_numba.engine.completion import Completion
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.request import Prompt, Request, read_request
 from bitnet_numba.errors import RequestError
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling import TokenLogprob
+from bitnet_numba.sampling_params import SamplingParams
 from bitnet_numba.server.answers import Answers
 from bitnet_numba.server.errors import ApiError, from_request_error
 from bitnet_numba.server.exchange import Exchange
@@ -18,21 +19,32 @@ from bitnet_numba.server.service import Service
 
 OPENAI_DEFAULT = SamplingParams(temperature=1.0, max_new_tokens=None)
 SEEDS = 1 << 64
+# Fields that are those of SamplingParams, by the same names.
+PARAMS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "stop",
+    "stop_token_ids",
+    "min_tokens",
+    "ignore_eos",
+)
 # Why an answer ended -> OpenAI's finish_reason.
 FINISH_REASONS = {"stop": "stop", "length": "length", "context": "length"}
 
 
-def sampling_params(body: SamplingBody, engine: Engine, max_tokens: int | None) -> SamplingParams:
+def sampling_params(
+    body: SamplingBody, engine: Engine, max_tokens: int | None, logprobs: int | None = None, of_prompt: bool = False
+) -> SamplingParams:
     """What a body asks for, on top of what the model's folder recommends. Raises ApiError, naming a wrong field.
 
-    max_tokens: None: until the model stops or the context is full.
+    max_tokens: None: until the model stops or the context is full. logprobs: None: none. of_prompt: the prompt's, too.
     """
-    default = replace(engine.sampling or OPENAI_DEFAULT, max_new_tokens=None)
-    given: dict[str, Any] = {
-        name: value
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "stop")
-        if (value := getattr(body, name)) is not None
-    }
+    given = {name: value for name in PARAMS if (value := getattr(body, name)) is not None}
     if body.top_k is not None:
         given["top_k"] = max(body.top_k, 0)  # vLLM's clients write -1 for all
     if body.seed is not None:
@@ -41,8 +53,13 @@ def sampling_params(body: SamplingBody, engine: Engine, max_tokens: int | None) 
         check(name, name, value)
     if max_tokens is not None:
         check("max_tokens", "max_new_tokens", max_tokens)
-        given["max_new_tokens"] = max_tokens
-    return replace(default, **given)
+    if logprobs is not None:
+        check("top_logprobs" if hasattr(body, "top_logprobs") else "logprobs", "logprobs", logprobs)
+    default = replace(engine.sampling or OPENAI_DEFAULT, max_new_tokens=max_tokens)
+    try:
+        return replace(default, logprobs=logprobs, prompt_logprobs=logprobs if of_prompt else None, **given)
+    except RequestError as error:
+        raise from_request_error(RequestError(str(error).replace("max_new", "max")), "min_tokens") from None
 
 
 def check(field: str, name: str, value: Any) -> None:
@@ -63,15 +80,10 @@ def number_of_choices(body: SamplingBody) -> int:
 
 def read_prompts(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, n: int) -> list[Request]:
     """`n` requests for each prompt, whose seeds count upwards."""
+    vocab, several = engine.config.vocab_size, "give a list of prompts"
     requests = []
     for prompt in prompts:
-        first = read_request(
-            engine.tokenizer, engine.config.vocab_size, engine.context, prompt, params, "give a list of prompts"
-        )
-        seed = first.params.seed
-        assert seed is not None  # read_request gives one to each
-        for choice in range(n):
-            requests.append(replace(first, params=replace(first.params, seed=(seed + choice) % SEEDS)))
+        requests += read_request(engine.tokenizer, vocab, engine.context, prompt, params, several).several(n)
     return requests
 
 
@@ -91,14 +103,14 @@ def usage(completions: Sequence[Completion], n: int) -> dict[str, Any]:
 class Form(Protocol):
     """The form of an endpoint's answers."""
 
-    def whole(self, completions: Sequence[Completion], n: int) -> dict[str, Any]:
+    def whole(self, requests: Sequence[Request], completions: Sequence[Completion], n: int) -> dict[str, Any]:
         """The content of a response that is not streamed."""
 
     def opening(self, index: int) -> str:
         """The events with which an answer begins; may be empty."""
 
-    def text(self, index: int, text: str) -> str:
-        """The event of new text."""
+    def text(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> str:
+        """The event of new text, or of new tokens that have no text yet."""
 
     def finish(self, index: int, completion: Completion) -> str:
         """The event of an answer's end."""
@@ -124,7 +136,7 @@ async def respond(
             completions = await _stream(service, exchange, answers, n, form, began)
         else:
             completions = await answers.completions()
-            await exchange.json(form.whole(completions, n))
+            await exchange.json(form.whole(answers.requests, completions, n))
     seconds = time.perf_counter() - began
     for completion in completions:
         service.metrics.answered(completion.stats, seconds)
@@ -141,9 +153,9 @@ async def _stream(
     await exchange.start_events()
     events = [form.opening(index) for index in range(count)]
     while True:
-        for index, (text, completion) in changes.items():
-            if text:
-                events.append(form.text(index, text))
+        for index, (text, logprobs, completion) in changes.items():
+            if text or logprobs:
+                events.append(form.text(index, text, logprobs))
             if completion is not None:
                 events.append(form.finish(index, completion))
                 done[index] = completion

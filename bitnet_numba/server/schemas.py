@@ -60,15 +60,6 @@ class SamplingBody(Body):
     min_tokens: StrictInt | None = None
     ignore_eos: StrictBool | None = None
 
-    SAMPLING_NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "presence_penalty": (0.0,),
-        "frequency_penalty": (0.0,),
-        "logit_bias": ({},),
-        "stop_token_ids": ([],),
-        "min_tokens": (0,),
-        "ignore_eos": (False,),
-    }
-
 
 class ChatMessage(BaseModel):
     """A message. Further fields reach the chat template, as "name" may."""
@@ -96,9 +87,6 @@ class ChatBody(SamplingBody):
     web_search_options: dict[str, Any] | None = None
 
     NEUTRAL = {
-        **SamplingBody.SAMPLING_NEUTRAL,
-        "logprobs": (False,),
-        "top_logprobs": (0,),
         "response_format": ({"type": "text"},),
         "tools": ([],),
         "tool_choice": ("none", "auto"),
@@ -121,8 +109,6 @@ class CompletionBody(SamplingBody):
     response_format: dict[str, Any] | None = None
 
     NEUTRAL = {
-        **SamplingBody.SAMPLING_NEUTRAL,
-        "logprobs": (),
         "best_of": (1,),
         "suffix": ("",),
         "response_format": ({"type": "text"},),

@@ -123,3 +123,36 @@ def test_the_model_has_more_than_one_name(server: Running) -> None:
     assert server.client.get("/v1/models/bitnet-demo").json()["max_model_len"] == 1024
     for response in (server.post(PATH, {**BODY, "model": "other"}), server.client.get("/v1/models/other")):
         assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
+
+
+def test_logprobs_are_the_engines(server: Running, built_in: Engine) -> None:
+    expected = built_in.chat(STORY, seed=3, max_new_tokens=20, temperature=0.8, logprobs=4)
+    body = {**BODY, "max_tokens": 20, "logprobs": True, "top_logprobs": 4}
+    content = ChatCompletion.model_validate(server.post(PATH, body).json()).choices[0].logprobs.content
+    assert expected.logprobs is not None and len(content) == len(expected.logprobs)
+    for found, (token, logprob, top) in zip(content, expected.logprobs, strict=True):
+        assert bytes(found.bytes) == built_in.tokenizer.token_bytes(token) and found.logprob == logprob
+        assert [other.logprob for other in found.top_logprobs] == [logprob for _, logprob in top]
+    events = server.events(PATH, body)[:-1]
+    streamed = [event["choices"][0]["logprobs"] for event in events]
+    joined = [token for logprobs in streamed if logprobs for token in logprobs["content"]]
+    assert joined == [token.model_dump() for token in content]
+    bare = server.post(PATH, {**BODY, "max_tokens": 20, "logprobs": True}).json()["choices"][0]["logprobs"]["content"]
+    assert [token["logprob"] for token in bare] == [token.logprob for token in content]
+    assert all(token["top_logprobs"] == [] for token in bare)
+
+
+def test_sampling_fields_have_their_effect(server: Running, built_in: Engine) -> None:
+    first = built_in.tokenizer.encode_chat(STORY)
+    greedy = {"messages": STORY, "temperature": 0, "max_tokens": 30}
+    (token, *_) = built_in.generate(first, max_new_tokens=3).token_ids
+    for fields, params in (
+        ({"logit_bias": {str(token): -100}}, {"logit_bias": {token: -100}}),
+        ({"presence_penalty": 1.5, "frequency_penalty": 0.5}, {"presence_penalty": 1.5, "frequency_penalty": 0.5}),
+        ({"repetition_penalty": 1.3}, {"repetition_penalty": 1.3}),
+        ({"stop_token_ids": [token]}, {"stop_token_ids": [token]}),
+        ({"ignore_eos": True, "min_tokens": 30}, {"ignore_eos": True, "min_tokens": 30}),
+        ({"top_k": 1, "temperature": 2, "seed": -1}, {}),
+    ):
+        expected = built_in.chat(STORY, **{"temperature": 0, "max_new_tokens": 30, **params})
+        assert server.post(PATH, {**greedy, **fields}).json()["choices"][0]["message"]["content"] == expected.text

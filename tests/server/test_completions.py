@@ -54,3 +54,25 @@ def test_tokens_there_and_back(server: Running, built_in: Engine) -> None:
     chat = [{"role": "user", "content": "Hi"}]
     found = server.post("/tokenize", {"messages": chat}).json()
     assert found["tokens"] == built_in.tokenizer.encode_chat(chat) and found["max_model_len"] == 1024
+
+
+def test_logprobs_of_an_answer_and_its_prompt(server: Running, built_in: Engine) -> None:
+    body = {**BODY, "max_tokens": 4, "logprobs": 2, "temperature": 0}
+    params = {"max_new_tokens": 4, "logprobs": 2, "prompt_logprobs": 2}
+    expected = built_in.generate("Once upon a time", **params)
+    assert expected.prompt_logprobs is not None and expected.logprobs is not None
+    answer = Completion.model_validate(server.post(PATH, body).json()).choices[0]
+    assert answer.logprobs.token_logprobs == [entry.logprob for entry in expected.logprobs]
+    assert answer.logprobs.text_offset[0] == 0 and "".join(answer.logprobs.tokens) == answer.text
+    with_prompt = server.post(PATH, {**body, "echo": True}).json()["choices"][0]
+    found = with_prompt["logprobs"]
+    wanted = [None if entry is None else entry.logprob for entry in [*expected.prompt_logprobs, *expected.logprobs]]
+    assert found["token_logprobs"] == wanted and found["top_logprobs"][0] is None
+    assert found["tokens"][0] == "<|begin_of_text|>" and "".join(found["tokens"][1:]) == with_prompt["text"]
+    for token, place, logprob, top in zip(
+        found["tokens"], found["text_offset"], found["token_logprobs"], found["top_logprobs"], strict=True
+    ):
+        if logprob is not None:  # as the first token's is
+            assert with_prompt["text"].startswith(token, place) and top[token] == logprob and len(top) in (2, 3)
+    streamed = [event["choices"][0]["logprobs"] for event in server.events(PATH, body)[:-1]]
+    assert [place for one in streamed if one for place in one["text_offset"]] == answer.logprobs.text_offset

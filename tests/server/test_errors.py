@@ -27,14 +27,6 @@ def error_of(running: Running, path: str, content: Any, status: int = 400) -> di
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("logprobs", True),
-        ("top_logprobs", 3),
-        ("logit_bias", {"5": 1}),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -1),
-        ("stop_token_ids", [3]),
-        ("min_tokens", 2),
-        ("ignore_eos", True),
         ("response_format", {"type": "json_object"}),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
@@ -51,7 +43,7 @@ def test_what_is_not_supported_is_refused_by_name(server: Running, field: str, v
     assert server.post(CHAT, {**HELLO, field: neutral}).status_code == 200
 
 
-@pytest.mark.parametrize("field, value", [("logprobs", 1), ("best_of", 2), ("suffix", "x")])
+@pytest.mark.parametrize("field, value", [("best_of", 2), ("suffix", "x")])
 def test_the_same_for_texts(server: Running, field: str, value: Any) -> None:
     assert error_of(server, TEXT, {**ONCE, field: value})["param"] == field
     neutral = next(iter(CompletionBody.NEUTRAL[field]), None)
@@ -77,6 +69,16 @@ def test_the_same_for_texts(server: Running, field: str, value: Any) -> None:
         ("stop", [""]),
         ("stop", {"a": 1}),
         ("stream", "yes"),
+        ("logprobs", 3),
+        ("top_logprobs", 3),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {"x": 1}),
+        ("logit_bias", [1]),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", "x"),
+        ("stop_token_ids", [-1]),
+        ("min_tokens", 3),
+        ("ignore_eos", 1),
         ("stream_options", [1]),
         ("messages", []),
         ("messages", None),
@@ -115,6 +117,12 @@ def test_prompts_that_are_none(server: Running) -> None:
     assert error_of(server, "/tokenize", {})["param"] == "prompt"
     assert error_of(server, "/tokenize", {"messages": []})["param"] == "messages"
     assert error_of(server, "/detokenize", {"tokens": [1 << 70]})["param"] == "tokens"
+
+
+def test_logprobs_have_a_limit(server: Running) -> None:
+    assert error_of(server, CHAT, {**HELLO, "logprobs": True, "top_logprobs": 21})["param"] == "top_logprobs"
+    assert error_of(server, TEXT, {**ONCE, "logprobs": 21})["param"] == "logprobs"
+    assert error_of(server, TEXT, {**ONCE, "logprobs": 1, "echo": True, "stream": True})["param"] == "echo"
 
 
 def test_bodies_that_are_no_json(server: Running) -> None:

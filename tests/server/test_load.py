@@ -115,7 +115,7 @@ def test_a_stream_ends_when_nobody_reads(slow: tuple[Running, ToyBackend]) -> No
 
 
 def test_answers_have_a_deadline() -> None:
-    with serving(lambda: slow_engine([]), answer_timeout=0.1) as running:
+    with serving(lambda: slow_engine([]), answer_timeout=0.4) as running:
         response = running.post(CHAT, body(max_tokens=3000))
         assert response.status_code == 504 and response.json()["error"]["code"] == "timeout"
         events = running.events(CHAT, body(max_tokens=3000))
