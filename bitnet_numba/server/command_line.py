@@ -1,9 +1,11 @@
 """`bitnet-numba serve [MODEL]`: an HTTP server with OpenAI's interface, and a page to talk to."""
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -92,13 +94,12 @@ def run(argv: list[str] | None = None, prog: str = PROG) -> int:
         return 2
     try:
         settings = read_settings(args)
-        logging.basicConfig(level=logging.INFO, format=f"{prog}: %(message)s", stream=sys.stderr)
-        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
-        path, revision = args.model, args.revision
-        if path and (is_gguf(path) or as_hub_model(path, revision) is not None):
-            path, revision = find_model(path, revision), None  # a download shows its progress, and Ctrl-C ends it
-        load_model = partial(load, path, args.backend, args.context, args.threads, revision)
-        return serve(settings, args.host, args.port, load_model)
+        with _log_on_standard_error(prog):
+            path, revision = args.model, args.revision
+            if path and (is_gguf(path) or as_hub_model(path, revision) is not None):
+                path, revision = find_model(path, revision), None  # a download shows its progress, and Ctrl-C ends it
+            load_model = partial(load, path, args.backend, args.context, args.threads, revision)
+            return serve(settings, args.host, args.port, load_model)
     except BitNetError as error:
         complain(prog, str(error))
     except MemoryError:
@@ -106,6 +107,22 @@ def run(argv: list[str] | None = None, prog: str = PROG) -> int:
     except OSError as error:
         complain(prog, one_line(error))
     return 2
+
+
+@contextlib.contextmanager
+def _log_on_standard_error(prog: str) -> Iterator[None]:
+    """Inside, what the package logs is printed; uvicorn's own words are not, for the package says the same."""
+    logger, handler = logging.getLogger("bitnet_numba"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"{prog}: %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def read_settings(args: argparse.Namespace) -> Settings:

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
+import os
 import socket
 from collections.abc import AsyncIterator, Callable
 
@@ -60,7 +62,9 @@ def listen(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
+        # create_server adds the address to the text of some errors.
+        number: int = getattr(error, "errno", None) or 0
+        reason = os.strerror(number) if number in errno.errorcode else one_line(error)
         raise RequestError(f"cannot listen on {printable(host, 80)} port {port}: {reason}") from None
 
 

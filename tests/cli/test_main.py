@@ -28,8 +28,8 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["chta"], "unknown command 'chta'; did you mean chat?"),
         (["Convert", "a", "b"], "unknown command 'Convert'; did you mean convert?"),
-        (["zzz"], "unknown command 'zzz'; commands: chat, convert, models, doctor"),
-        (["\x1b[2J\n"], "unknown command '\\x1b[2J\\n'; commands: chat, convert, models, doctor"),
+        (["zzz"], f"unknown command 'zzz'; commands: {', '.join(COMMANDS)}"),
+        (["\x1b[2J\n"], f"unknown command '\\x1b[2J\\n'; commands: {', '.join(COMMANDS)}"),
         (["--verson"], "unknown option '--verson' (see --help)"),
     ],
 )
