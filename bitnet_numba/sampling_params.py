@@ -183,7 +183,7 @@ def _read_logit_bias(given: object) -> tuple[tuple[int, float], ...]:
 
 
 def _read_float(name: str, given: object, rule: str, low: float, high: float) -> float:
-    value = _as_float(given)
+    value = as_float(given)
     if value is None:
         raise RequestError(f"{name} must be a number, not {shown(given)}")
     if not low <= value <= high:
@@ -199,7 +199,7 @@ def _read_integer(name: str, given: object, rule: str, least: int, limit: float)
     return int(given)
 
 
-def _as_float(value: object) -> float | None:
+def as_float(value: object) -> float | None:
     """A real number of any type as a float, infinite if it is too large for one; None if it is none (bools are not)."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return None

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from bitnet_numba.engine.completion import Completion
 from bitnet_numba.engine.request import MODEL_CLOSED, Request
 from bitnet_numba.engine.scheduler import Scheduler
-from bitnet_numba.errors import BackendError, RequestError
+from bitnet_numba.errors import BackendError, RequestError, SchedulerClosed
 
 
 class _Answer:
@@ -116,25 +116,16 @@ class AsyncWorker:
         for answer in self._answers.values():
             if answer.dropped and answer.number is not None:
                 self._scheduler.cancel(answer.number)
-        try:
-            updates = self._scheduler.step()
-        except BaseException as error:  # which has closed the scheduler
-            if isinstance(error, RequestError):
-                error = RequestError(MODEL_CLOSED)
-            left, self._answers, self._scheduler = list(self._answers.values()), {}, None
-            for answer in left:
-                answer.end(error=error)
-                answer.wake()
-            return
         changed = []
-        for update in updates:
+        for update in self._scheduler.step():
             answer = self._answers[update.request]
             changed.append(answer)
             if update.text:
                 answer.pieces.append(update.text)
             if update.completion is not None or update.error is not None:
                 del self._answers[update.request]
-                answer.end(update.completion, update.error)
+                closed = isinstance(update.error, SchedulerClosed)  # with the model
+                answer.end(update.completion, RequestError(MODEL_CLOSED) if closed else update.error)
         self._close_if_idle()
         for answer in changed:
             answer.wake()

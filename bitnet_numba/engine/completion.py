@@ -10,7 +10,7 @@ from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.text.stop_strings import StopStrings
 from bitnet_numba.text.tokenizer import StreamDecoder, Tokenizer
 
-FinishReason = Literal["stop", "length", "context", "interrupted"]
+FinishReason = Literal["stop", "length", "context", "timeout", "interrupted"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,7 +45,8 @@ class Completion:
     """A finished answer.
 
     finish_reason: "stop": a stop token or stop string was generated; "length": max_new_tokens was reached; "context":
-    the context is full; "interrupted": the stream was closed or the request cancelled.
+    the context is full; "timeout": a scheduler's request had no more time; "interrupted": the stream was closed or the
+    request cancelled.
     token_ids: without the stop token. If a stop string begins inside a token, `text` ends inside that token and the
     ids end before it; otherwise `text` is exactly their decoding.
     logprobs: of each of token_ids; None unless SamplingParams.logprobs asks for them.

@@ -244,8 +244,7 @@ class Engine:
         """The answers to several prompts, in the order of the prompts, computed as a batch.
 
         params: for all prompts, or a list with one for each; None is greedy. `overrides` go before all of them.
-        max_sequences: how many run at once; the others wait. KV cache is reserved for max_new_tokens of each, so a
-        small number lets more prompts run at once.
+        max_sequences: how many run at once; the others wait.
 
         Raises RequestError or ContextFull, naming the prompt's index, before anything is computed; BackendError if
         memory is insufficient or a prompt produces numbers that are not finite.
@@ -286,18 +285,27 @@ class Engine:
             while scheduler.busy:
                 for update in scheduler.step():
                     if update.error is not None:
-                        raise BackendError(f"prompt {ids.index(update.request)}: {update.error}")
+                        with _naming_prompt(ids.index(update.request)):
+                            raise update.error
                     if update.completion is not None:
                         completions[update.request] = update.completion
         return [completions[i] for i in ids]
 
-    def scheduler(self, max_sequences: int = 64, tokens: int | None = None, prefill_chunk: int = 1024) -> Scheduler:
+    def scheduler(
+        self,
+        max_sequences: int = 64,
+        tokens: int | None = None,
+        prefill_chunk: int = 1024,
+        max_waiting: int | None = None,
+        max_per_tenant: int | None = None,
+    ) -> Scheduler:
         """Continuous batching: requests can be added and cancelled at any time. Arguments as for `Scheduler`."""
         self._check_open()
         self._backend.free_idle()  # the batch may need their memory
         scheduler = Scheduler(
-            self._backend, self.tokenizer, self.config.vocab_size, self.context, max_sequences, tokens, prefill_chunk
-        )
+            self._backend, self.tokenizer, self.config.vocab_size, self.context, max_sequences, tokens, prefill_chunk,
+            max_waiting, max_per_tenant,
+        )  # fmt: skip
         return self._remember(scheduler)
 
     def _stream(self, prompt: Prompt, params: SamplingParams) -> Stream:

@@ -184,7 +184,7 @@ class SharedBatch(_Closing):
     def __init__(self, backend: SharedBackend, inner: Batch):
         super().__init__(backend, inner)
         self._inner = inner
-        self.page_size, self.num_pages = inner.page_size, inner.num_pages
+        self.page_size, self.num_pages, self.uniform = inner.page_size, inner.num_pages, inner.uniform
         self.max_sequences, self.capacity = inner.max_sequences, inner.capacity
 
     def start(
@@ -200,10 +200,15 @@ class SharedBatch(_Closing):
         with self._backend.turn():
             self._inner.start(slot, ids, params, pages, computed, prompt_length)
 
-    def prefill(self, slot: int, count: int) -> None:
-        """Computes the next tokens of a prompt."""
+    def extend(self, slot: int, pages: Sequence[int]) -> None:
+        """Adds pages to a sequence."""
         with self._backend.turn():
-            self._inner.prefill(slot, count)
+            self._inner.extend(slot, pages)
+
+    def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
+        """Computes the next tokens of several prompts."""
+        with self._backend.turn():
+            self._inner.prefill(parts)
 
     def step(self, slots: Sequence[int]) -> None:
         """Samples one more token for each sequence."""

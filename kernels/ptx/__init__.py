@@ -41,6 +41,7 @@ from bitnet_numba.kernels.ptx.math import (
     udiv,
 )
 from bitnet_numba.kernels.ptx.memory import (
+    atomic_add_f32,
     atomic_add_release,
     atomic_add_wide,
     atomic_fetch_add,

@@ -11,7 +11,15 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
-from bitnet_numba.kernels.ptx.base import SIMULATED, device_function, element_address, instruction, int32, uint32
+from bitnet_numba.kernels.ptx.base import (
+    SIMULATED,
+    device_function,
+    element_address,
+    float32,
+    instruction,
+    int32,
+    uint32,
+)
 
 
 def _four(p: Any, i: Any) -> tuple:
@@ -179,6 +187,12 @@ def atomic_max_wide(p: Any, i: Any, value: Any) -> None:
 def atomic_add_wide(p: Any, i: Any, value: Any) -> None:
     """p[i] += value, int64. Any architecture."""
     p[int(i)] = int(p[int(i)]) + int(value)
+
+
+@instruction("red.global.add.f32 [$0], $1;", "", "pf", effects=True)
+def atomic_add_f32(p: Any, i: Any, value: Any) -> None:
+    """p[i] += value, float32: exact, so the same in any order, for whole numbers up to 2^24. Any architecture."""
+    p[int(i)] = float32(float32(p[int(i)]) + float32(value))
 
 
 # ---- Order between blocks ------------------------------------------------------------------------------------------

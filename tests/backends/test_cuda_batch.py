@@ -37,7 +37,7 @@ def answer(
     tokens: dict[int, list[int]] = {slot: [] for slot in prompts}
     for slot, ids in prompts.items():
         batch.start(slot, ids, params_of(len(ids)), pages[slot], 0)
-        batch.prefill(slot, len(ids))
+        batch.prefill([(slot, len(ids))])
     for step in range(count - 1):
         batch.step(list(prompts))
         collect(batch, tokens, len(prompts) if step == 0 else 1)
@@ -103,7 +103,7 @@ def test_a_shared_beginning_is_computed_once(demo: PackedCheckpoint) -> None:
     ids = random_ids(demo, 150, 5)
     expected = answer(batch, {0: ids}, 20, {0: [4, 2, 0, 7]})[0]
     batch.start(1, ids, params_of(len(ids)), [4, 2, 1, 3], 128)
-    batch.prefill(1, 22)
+    batch.prefill([(1, 22)])
     tokens: dict[int, list[int]] = {1: []}
     collect(batch, tokens, 1)
     for _ in range(19):
@@ -125,7 +125,7 @@ def test_numbers_that_are_none_stay_with_their_sequence(demo: PackedCheckpoint) 
     expected = answer(batch, prompts, 10, pages)
     for slot, ids in prompts.items():
         batch.start(slot, ids, params_of(len(ids)), pages[slot], 0)
-        batch.prefill(slot, len(ids))
+        batch.prefill([(slot, len(ids))])
         batch.collect()
     backend.stream.synchronize()
     state = batch._state

@@ -193,9 +193,14 @@ def test_simulated_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         batch = backend.new_batch(len(prompts), 16)
         for slot, ids in enumerate(prompts):
             batch.start(slot, ids, params, pages[slot], 0)
-            batch.prefill(slot, len(ids))
+            batch.prefill([(slot, len(ids))])
         batch.step(list(range(len(prompts))))
         tokens.append([batch.collect() for _ in range(len(prompts) + 1)])
+        if len(prompts) == 1:  # taken up again with the token that is known of the answer, which a step feeds
+            (_, answer), (_, second) = tokens[-1][0][0], tokens[-1][1][0]
+            batch.start(0, [7, answer], params, pages[0], 1, 1)
+            batch.step([0])
+            assert batch.collect() == [(0, second)]
         batch.close()
     (_, first), (_, alone) = tokens[0][0][0], tokens[1][0][0]
     assert tokens[0][1] == [(1, alone)]

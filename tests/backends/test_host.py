@@ -105,7 +105,7 @@ def test_in_company_as_alone(backend: HostBackend, asked: list[tuple[int, int, f
     while rest:
         slot = data.draw(st.sampled_from(sorted(rest)))
         count = min(rest[slot], PAGE_SIZE * data.draw(st.integers(1, 3)))
-        batch.prefill(slot, count)
+        batch.prefill([(slot, count)])
         rest[slot] -= count
         if rest[slot] == 0:
             del rest[slot]
@@ -140,6 +140,42 @@ def test_paged_equals_contiguous(backend: HostBackend, calls: list[int], last: i
         np.testing.assert_array_equal(held[:, :, : len(ids)], whole.values)
 
 
+@given(st.integers(0, 2), st.integers(1, 150), st.integers(1, 40), st.floats(0, 1.5), st.integers(0, 9))
+@settings(max_examples=6)
+def test_taken_up_again_as_if_never_stopped(
+    backend: HostBackend, shared: int, length: int, done: int, temperature: float, seed: int
+) -> None:
+    """Of an answer, some tokens are known and some pages are still there: the rest is the same as before."""
+    prompt, params = prompt_of(length, seed), SamplingParams(temperature, seed=seed, repetition_penalty=1.2)
+    batch = backend.new_batch(2, 300)
+    held = -(-length // PAGE_SIZE)
+    batch.start(0, prompt, params, range(held), 0)
+    batch.prefill([(0, length)])
+    got: dict[int, list[int]] = {0: [], 1: []}
+    for fed in range(length, length + done + 2):
+        if fed == held * PAGE_SIZE:
+            batch.extend(0, [held])
+            held += 1
+        batch.step([0])
+    for _ in range(done + 3):
+        collect(batch, got)
+    known = [*prompt, *got[0][:done]]
+    computed = min(shared, (len(known) - 1) // PAGE_SIZE) * PAGE_SIZE
+    if not batch.uniform:  # steps again, from the end of the prompt or of the pages
+        known = known[: max(length, computed + 1)]
+    answered = len(known) - length
+    batch.start(1, known, params, [*range(computed // PAGE_SIZE), 7, 8, 9], computed, length)
+    if batch.uniform or answered == 0:
+        batch.prefill([(1, len(known) - computed)])
+    else:
+        batch.step([1])
+    for _ in range(2):
+        batch.step([1])
+    for _ in range(3):
+        collect(batch, got)
+    assert got[1] == got[0][answered : answered + 3]
+
+
 def pages_0_and_1(batch: HostBatch) -> np.ndarray:
     """The bytes of keys and values there."""
     pool = batch._pool
@@ -156,14 +192,14 @@ def test_a_shared_beginning_is_read_and_not_computed_again(backend: HostBackend)
     assert isinstance(batch, HostBatch)
     first, second = [*beginning, 5, 6], [*beginning, 7]
     batch.start(0, first, GREEDY, [0, 1, 2], 0)
-    batch.prefill(0, len(first))
+    batch.prefill([(0, len(first))])
     shared = pages_0_and_1(batch).copy()
     batch.start(1, second, GREEDY, [0, 1, 3], 2 * PAGE_SIZE)
     fed: list[int] = []
     forward = backend.model.forward
     backend.model.forward = lambda ids, cache: fed.append(len(ids)) or forward(ids, cache)  # type: ignore
     try:
-        batch.prefill(1, 1)
+        batch.prefill([(1, 1)])
     finally:
         backend.model.forward = forward  # type: ignore[method-assign]
     assert fed == [1]
@@ -192,7 +228,7 @@ def test_numbers_that_are_not_finite_stay_with_their_sequence(tiny_packed: Path)
         (2, broken, [0, 1, 4], 2 * PAGE_SIZE),
     ):
         batch.start(slot, ids, GREEDY, pages, computed)
-        batch.prefill(slot, len(ids) - computed)
+        batch.prefill([(slot, len(ids) - computed)])
     batch.step([2, 1, 0])
     got: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for _ in range(4):
@@ -274,7 +310,7 @@ def test_misuse_is_noticed(backend: HostBackend) -> None:
     batch.start(0, [5] * 70, GREEDY, [0, 1], 0)
     for count in (0, 5, 71):
         with pytest.raises(ValueError, match="end neither a page nor the prompt"):
-            batch.prefill(0, count)
+            batch.prefill([(0, count)])
     with pytest.raises(ValueError, match="prompt of slot 0 is not complete"):
         batch.step([0])
     batch.close()

@@ -350,6 +350,8 @@ def test_a_closed_model_says_so() -> None:
             call()
     with pytest.raises(RequestError, match="this session is closed"):
         session.generate("x")
+    (update,) = scheduler.step()
+    assert str(update.error) == "this scheduler is closed"
     with pytest.raises(RequestError, match="this scheduler is closed"):
         scheduler.step()
     assert backend.batches[0].closed and not scheduler.busy

@@ -10,7 +10,7 @@ from bitnet_numba.kernels.linear import gemm, gemv, heuristics, quantize
 from bitnet_numba.kernels.lm_head import gemm_mma, gemm_simt, gemm_wgmma, split_norm
 from bitnet_numba.kernels.lm_head import gemv as head_gemv
 from bitnet_numba.kernels.runtime.spec import KernelSpec
-from bitnet_numba.kernels.sampling import batched, single
+from bitnet_numba.kernels.sampling import batched, edits, logprobs, single
 
 SMS = 132  # of an H200
 
@@ -136,8 +136,8 @@ def linear_gemm(arch: int) -> list[KernelSpec]:
 
 
 def sampling(arch: int) -> list[KernelSpec]:
-    """Both."""
-    return [single.spec(arch), batched.spec(arch)]
+    """Both samplers, and what comes before and after."""
+    return [single.spec(arch), batched.spec(arch), edits.spec(arch), logprobs.spec(arch)]
 
 
 GROUPS: dict[str, Callable[[int], list[KernelSpec]]] = {

@@ -142,7 +142,7 @@ def step_of_batch(backend: CudaBackend, contexts: list[int]) -> dict[str, Any]:
         own = range(pages, pages + -(-(context + STEPS) // batch.page_size))
         pages = own.stop
         batch.start(slot, ids, GREEDY, own, 0)
-        batch.prefill(slot, prompt)
+        batch.prefill([(slot, prompt)])
     for _ in range(size):
         batch.collect()
     slots = list(range(size))

@@ -30,6 +30,7 @@ class CudaBatch:
     """
 
     page_size = PAGE
+    uniform = False  # prompts and steps have different kernels, which round differently
 
     def __init__(
         self, runtime: Runtime, max_sequences: int, capacity: int, pages: int, on_close: Callable[[int], None]
@@ -43,7 +44,8 @@ class CudaBatch:
         self._graphs: dict[tuple[int, int], Graph] = {}
         self._choose_first: Graph | None = None
         self._num_fed = [0] * max_sequences  # tokens of each slot, those under way included
-        self._prompt_length = [0] * max_sequences
+        self._num_known = [0] * max_sequences  # tokens that each slot was started with
+        self._num_pages = [0] * max_sequences
         self._slot_ids: list[int] = []  # of the last step
         self._splits: list[int] = []  # CTAs of each sequence of the last step
         self._num_blocks = 0  # of them together, as captured
@@ -74,15 +76,26 @@ class CudaBatch:
         write(state.block_table, pages, slot * state.block_table_stride)
         write(state.settings, pack_settings(params), slot * SETTINGS)
         write(state.position, [computed], slot)
-        self._num_fed[slot], self._prompt_length[slot] = computed, len(ids)
+        self._num_fed[slot], self._num_known[slot], self._num_pages[slot] = computed, len(ids), len(pages)
+
+    def extend(self, slot: int, pages: Sequence[int]) -> None:
+        """Adds pages to a slot's row of the block table, for calls that are enqueued from now on."""
+        held = self._num_pages[slot]
+        if held + len(pages) > self._state.block_table_stride:
+            raise ValueError(f"slot {slot} has {held} pages: {len(pages)} more are beyond its capacity")
+        self._runtime.device.activate()
+        self._runtime.uploads.write(
+            self._state.block_table, pages, slot * self._state.block_table_stride + held
+        )  # fmt: skip
+        self._num_pages[slot] = held + len(pages)
 
     def prefill(self, slot: int, count: int) -> None:
         """Computes the next `count` tokens of a prompt; where that completes it, samples the first token."""
-        if not 1 <= count <= self._prompt_length[slot] - self._num_fed[slot]:
+        if not 1 <= count <= self._num_known[slot] - self._num_fed[slot]:
             raise ValueError(f"{count} tokens are more than slot {slot}'s prompt still has")
         self._runtime.device.activate()
         self._num_fed[slot] += count
-        done = self._num_fed[slot] == self._prompt_length[slot]
+        done = self._num_fed[slot] == self._num_known[slot]
         self._prefill.feed(slot, count, keep_last=done)
         self._slot_ids = []  # the prompt's slot has taken their place
         if done:
@@ -97,6 +110,8 @@ class CudaBatch:
         for slot in slots:
             if self._num_fed[slot] == self.capacity:
                 raise ValueError(f"slot {slot} is full")
+            if self._num_fed[slot] == self._num_pages[slot] * PAGE:
+                raise ValueError(f"slot {slot} has no page for token {self._num_fed[slot]}")
             self._num_fed[slot] += 1
         num_tokens = padded_size(len(slots))
         splits = [paged_decode.splits_needed(self._num_fed[slot]) for slot in slots]

@@ -1,0 +1,195 @@
+"""Edits of logits before sampling: bias, presence and frequency penalty, tokens that may not come yet.
+
+What `bitnet_numba.sampling.logit_edits` adds, to a copy of each row of logits float32 [num_rows, vocab_size]: the
+samplers read the copy, and log probabilities are of what the model said.
+
+    grid: a block a row; a row's settings, lists and tokens are its slot's
+    1. copies the row
+    2. counts the tokens of the answer so far (tokens[prompt length .. position]): their places in the copy become 0,
+       then 1 is added for each time that a token comes (whole numbers: exact in any order)
+    3. logit + ((bias - presence) - frequency * count) for tokens of the answer. Who finds a token's bit in a bit set in
+       shared memory unset is the one thread that does so for this token, and nobody else touches its place any more
+    4. logit + bias for biased tokens that are not in the answer
+    5. -inf for the tokens that end an answer, while it is shorter than it has to be
+
+Nothing is kept from step to step, so whatever becomes of a sequence between two steps, the edits are right.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+
+from bitnet_numba.kernels import ptx
+from bitnet_numba.kernels.operands import SequenceArrays, checked
+from bitnet_numba.kernels.ptx.base import device_function, float32, int32, int64
+from bitnet_numba.kernels.runtime.device import Device
+from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.memory import DeviceArray
+from bitnet_numba.kernels.runtime.spec import KernelSpec
+from bitnet_numba.kernels.sampling.parts import MAX_VOCAB
+from bitnet_numba.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKENS, SamplingParams
+
+THREADS = 1024
+WORDS = MAX_VOCAB // 32  # 32 KB of shared memory
+
+# Settings, float64, and lists of a slot. Lists: biased tokens by rising ids, then those that end an answer.
+PRESENCE, FREQUENCY, PROMPT_LENGTH, MIN_LENGTH, NUM_BIASED, NUM_ENDS = range(6)
+SETTINGS = 6
+MAX_LISTED = MAX_LOGIT_BIAS + MAX_STOP_TOKENS
+
+
+@dataclass(frozen=True)
+class EditArrays:
+    """What is done to the logits of each slot's sequence."""
+
+    settings: Any  # float64 [slots, SETTINGS]
+    listed: Any  # int32 [slots, MAX_LISTED]: tokens with a bias, and from MAX_LOGIT_BIAS on those that end an answer
+    biases: Any  # float32 [slots, MAX_LOGIT_BIAS]
+
+
+def pack_edits(params: SamplingParams, prompt_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A slot's part of `EditArrays`."""
+    listed, biases = np.zeros(MAX_LISTED, np.int32), np.zeros(MAX_LOGIT_BIAS, np.float32)
+    pairs, ends = tuple(params.logit_bias or ()), tuple(params.stop_token_ids or ())  # type: ignore[arg-type]
+    for i, (token, bias) in enumerate(pairs):
+        listed[i], biases[i] = token, bias
+    listed[MAX_LOGIT_BIAS : MAX_LOGIT_BIAS + len(ends)] = ends
+    min_length = prompt_length + params.min_tokens
+    values = (params.presence_penalty, params.frequency_penalty, prompt_length, min_length, len(pairs), len(ends))
+    return np.array(values, np.float64), listed, biases
+
+
+@device_function
+def find(listed, first, count, token):
+    """The place of a token in a rising list, or -1."""
+    low, high = int32(0), int32(count)
+    while low < high:
+        middle = int32((low + high) // 2)
+        if listed[first + middle] < token:
+            low = int32(middle + 1)
+        else:
+            high = middle
+    if low < count and listed[first + low] == token:
+        return low
+    return int32(-1)
+
+
+def make_edit_logits(arch: int, threads: int = THREADS) -> Callable[..., None]:
+    """The kernel."""
+    wait = ptx.pdl_wait(arch)
+
+    def edit_logits(logits, vocab_size, slot_positions, tokens, tokens_stride, settings, listed, biases, edited):
+        seen_s = cuda.shared.array(WORDS, int32)
+        tid = int32(cuda.threadIdx.x)
+        row = int32(cuda.blockIdx.x)
+        wait()
+        slot = slot_positions[2 * row]
+        if slot < 0:
+            return
+        length = int32(slot_positions[2 * row + 1] + 1)
+        setting = int64(slot) * SETTINGS
+        presence, frequency = float32(settings[setting + PRESENCE]), float32(settings[setting + FREQUENCY])
+        prompt_length = int32(settings[setting + PROMPT_LENGTH])
+        num_biased, num_ends = int32(settings[setting + NUM_BIASED]), int32(settings[setting + NUM_ENDS])
+        count = int32(0)  # tokens of the answer, where they matter
+        if presence != float32(0) or frequency != float32(0):
+            count = max(int32(0), int32(length - prompt_length))
+        x_rd = int64(row) * vocab_size
+        tokens_rd = int64(slot) * tokens_stride + prompt_length
+        listed_rd, biases_rd = int64(slot) * MAX_LISTED, int64(slot) * MAX_LOGIT_BIAS
+
+        # 1. The copy.
+        for token in range(tid, vocab_size, threads):
+            edited[x_rd + token] = logits[x_rd + token]
+        if count > 0 or num_biased > 0:
+            for word in range(tid, (vocab_size + 31) // 32, threads):
+                seen_s[word] = int32(0)
+        cuda.syncthreads()
+
+        # 2. Counts.
+        for i in range(tid, count, threads):
+            edited[x_rd + tokens[tokens_rd + i]] = float32(0)
+        cuda.syncthreads()
+        for i in range(tid, count, threads):
+            ptx.atomic_add_f32(edited, x_rd + tokens[tokens_rd + i], float32(1))
+        cuda.syncthreads()
+
+        # 3. Tokens of the answer.
+        for i in range(tid, count, threads):
+            token = tokens[tokens_rd + i]
+            bit = int32(int32(1) << (token & 31))
+            if cuda.atomic.or_(seen_s, token >> 5, bit) & bit == 0:
+                place = find(listed, listed_rd, num_biased, token)
+                delta = biases[biases_rd + place] if place >= 0 else float32(0)
+                delta = ptx.add_rn(delta, -presence)
+                delta = ptx.add_rn(delta, -ptx.mul_rn(frequency, edited[x_rd + token]))
+                edited[x_rd + token] = ptx.add_rn(logits[x_rd + token], delta)
+        cuda.syncthreads()
+
+        # 4. Biased tokens that are not in the answer.
+        for i in range(tid, num_biased, threads):
+            token = listed[listed_rd + i]
+            if seen_s[token >> 5] >> (token & 31) & 1 == 0:
+                edited[x_rd + token] = ptx.add_rn(logits[x_rd + token], biases[biases_rd + i])
+        cuda.syncthreads()
+
+        # 5. Tokens that may not come yet.
+        if length < int32(settings[setting + MIN_LENGTH]):
+            for i in range(tid, num_ends, threads):
+                token = listed[listed_rd + MAX_LOGIT_BIAS + i]
+                edited[x_rd + token] = ptx.add_rn(logits[x_rd + token], float32(-np.inf))
+
+    return edit_logits
+
+
+def spec(arch: int, threads: int = THREADS) -> KernelSpec:
+    """The variant; `threads` differs in tests only."""
+    f32, f64, i32 = (types.CPointer(kind) for kind in (types.float32, types.float64, types.int32))
+    signature = (f32, types.int32, i32, i32, types.int32, f64, i32, f32, f32)
+    return KernelSpec(f"edit_logits[{threads}]", make_edit_logits(arch, threads), signature, threads)
+
+
+def edit_logits(
+    device: Device,
+    logits: DeviceArray,
+    vocab_size: int,
+    sequences: SequenceArrays,
+    slot_positions: DeviceArray,
+    edits: EditArrays,
+    edited: DeviceArray,
+    num_rows: int,
+    *,
+    use_pdl: bool = True,
+) -> Launch:
+    """The launch that copies rows of logits to `edited`, with the edits of each row's slot.
+
+    logits, edited float32 [num_rows, vocab_size]; slot_positions int32 [num_rows, 2]: a row's slot (-1: the row is
+    skipped) and the position that it fed. Raises ValueError in one line for a vocabulary that is too large, no rows,
+    and operands of other types or smaller sizes.
+    """
+    if num_rows < 1 or not 1 <= vocab_size <= MAX_VOCAB:
+        raise ValueError(
+            f"edit_logits: at least one row and 1 to {MAX_VOCAB} tokens are needed, not {num_rows} x {vocab_size}"
+        )
+    problem = f"a batch of {num_rows} rows of {vocab_size}"
+    (position,) = checked("edit_logits", problem, position=(sequences.position, 1, "int32"))
+    slots, size = position.size, num_rows * vocab_size
+    logits, slot_positions, tokens, settings, listed, biases, edited = checked(
+        "edit_logits",
+        problem,
+        logits=(logits, size, "float32"),
+        slot_positions=(slot_positions, 2 * num_rows, "int32"),
+        tokens=(sequences.tokens, slots * sequences.tokens_stride, "int32"),
+        settings=(edits.settings, slots * SETTINGS, "float64"),
+        listed=(edits.listed, slots * MAX_LISTED, "int32"),
+        biases=(edits.biases, slots * MAX_LOGIT_BIAS, "float32"),
+        edited=(edited, size, "float32"),
+    )
+    arguments = (
+        logits, vocab_size, slot_positions, tokens, sequences.tokens_stride, settings, listed, biases, edited
+    )  # fmt: skip
+    return device.launch(spec(device.arch), num_rows, arguments, use_pdl)
