@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from bitnet_numba.engine.completion import Completion
 from bitnet_numba.engine.request import Request
-from bitnet_numba.engine.scheduler import Update
-from bitnet_numba.errors import BitNetError
+from bitnet_numba.engine.sequence import Update
+from bitnet_numba.errors import BitNetError, QueueTimeout, SchedulerClosed
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.server.errors import ApiError, busy
 
@@ -36,7 +36,8 @@ class Answers:
         self.announced = False  # whether the loop has been told of updates that it has not looked at yet
         self.started = False  # whether there has been any update
         self.error: ApiError | None = None  # why they were ended before their time
-        self._updates: deque[tuple[int, Update | BitNetError]] = deque()
+        self._failed = False  # whether the backend has
+        self._updates: deque[tuple[int, Update]] = deque()
         self._open = len(requests)
         self._waiter: asyncio.Future[None] | None = None
 
@@ -45,8 +46,9 @@ class Answers:
         """Whether every answer has ended, and its end has been taken."""
         return self._open == 0
 
-    def put(self, index: int, update: Update | BitNetError) -> None:
-        """Adds what is new for an answer; BitNetError: it has ended with that, as all others do."""
+    def put(self, index: int, update: Update, failed: bool = False) -> None:
+        """Adds what is new for an answer. failed: it has ended because the backend has failed, or was closed."""
+        self._failed = self._failed or failed
         self._updates.append((index, update))
         self.started = True
 
@@ -67,10 +69,8 @@ class Answers:
             index, update = self._updates.popleft()
             if self.error is not None:
                 raise self.error
-            if isinstance(update, BitNetError):
-                raise busy(str(update), "engine_failed")
             if update.error is not None:
-                raise ApiError(500, str(update.error), code="answer_failed")
+                raise self._as_api_error(update.error)
             text, logprobs, _ = found.get(index, NOTHING)
             found[index] = News(text + update.text, [*logprobs, *update.logprobs], update.completion)
             self._open -= update.completion is not None
@@ -90,3 +90,12 @@ class Answers:
         if self.error is None:
             self.error = error
         self.wake()
+
+    def _as_api_error(self, error: BitNetError) -> ApiError:
+        if isinstance(error, QueueTimeout):
+            return busy(str(error), "queue_timeout", retry_after=5)
+        if isinstance(error, SchedulerClosed):
+            return busy("the server is shutting down", "shutting_down")
+        if self._failed:
+            return busy(str(error), "engine_failed")
+        return ApiError(500, str(error), code="answer_failed")

@@ -35,27 +35,30 @@ async def chat_completions(service: Service, exchange: Exchange, body: ChatBody)
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs", param="top_logprobs", code="invalid_value")
     params = sampling_params(body, engine, limit, (body.top_logprobs or 0) if body.logprobs else None)
-    messages = [as_message(message) for message in body.messages]
     with_usage = bool(body.stream_options and body.stream_options.include_usage)
     form = ChatForm(f"chatcmpl-{exchange.request_id}", service.check_model(body.model), with_usage, engine.tokenizer)
-    await respond(
-        service,
-        exchange,
-        lambda: read_prompts(engine, [messages], params, n),
-        n,
-        n,
-        form,
-        bool(body.stream),
-        "messages",
-    )
+
+    def make() -> list[Request]:
+        return read_prompts(engine, [as_messages(body.messages, engine.tokenizer)], params, n)
+
+    await respond(service, exchange, body, make, n, form, "messages")
 
 
-def as_message(message: ChatMessage) -> dict[str, Any]:
-    """A message as chat templates take it."""
-    given = {key: value for key, value in message.model_dump().items() if value is not None}
-    # Token ids would be taken for the model's own, which a client cannot know.
-    given.pop("token_ids", None)
-    return {**given, "role": ROLE_NAMES.get(message.role, message.role), "content": message.content}
+def as_messages(messages: Sequence[ChatMessage], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Messages as the engine takes them.
+
+    An answer is encoded by itself, as the model generated it, and not together with the space that a template may write
+    before it: so the next turn of a conversation finds the pages of this one in the cache.
+    """
+    read = []
+    for message in messages:
+        given = {key: value for key, value in message.model_dump().items() if value is not None}
+        given.pop("token_ids", None)  # not the model's own: a client cannot know them
+        given |= {"role": ROLE_NAMES.get(message.role, message.role), "content": message.content}
+        if message.role == "assistant" and isinstance(message.content, str):
+            given["token_ids"] = tokenizer.encode(message.content, add_bos=False)
+        read.append(given)
+    return read
 
 
 class ChatForm:

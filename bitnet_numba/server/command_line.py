@@ -45,6 +45,8 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     add("--max-sequences", type=int, default=DEFAULTS.max_sequences, metavar="N", help=_default("answers at a time"))
     add("--kv-tokens", type=int, metavar="N", help="KV cache for so many tokens (default: as the backend chooses)")
     add("--max-waiting", type=int, default=DEFAULTS.max_waiting, metavar="N", help=_default("more get status 429"))
+    add("--max-per-key", type=int, metavar="N", help="answers of one API key at a time (default: any number)")
+    add("--queue-timeout", type=float, default=DEFAULTS.queue_timeout, metavar="S", help=_default("for a turn"))
     add("--answer-timeout", type=float, default=DEFAULTS.answer_timeout, metavar="S", help=_default("of one request"))
     add("--drain-timeout", type=float, default=DEFAULTS.drain_timeout, metavar="S", help=_default("after SIGTERM"))
     add("--coalesce-ms", type=float, default=DEFAULTS.coalesce * 1e3, metavar="MS", help=_default("text an event has"))
@@ -129,10 +131,10 @@ def read_settings(args: argparse.Namespace) -> Settings:
     """The settings of a command line. Raises RequestError, naming the option, if one is invalid."""
     for option, most in (("port", 65535), ("max_waiting", 1 << 20)):
         _check_number(option, getattr(args, option), 0, most)
-    for option in ("max_sequences", "kv_tokens", "max_body"):
+    for option in ("max_sequences", "kv_tokens", "max_per_key", "max_body"):
         if getattr(args, option) is not None:
             _check_number(option, getattr(args, option), 1, 1 << 40)
-    for option in ("answer_timeout", "drain_timeout", "receive_timeout", "coalesce_ms"):
+    for option in ("queue_timeout", "answer_timeout", "drain_timeout", "receive_timeout", "coalesce_ms"):
         _check_number(option, getattr(args, option), 0, 1e9)
     hosts = args.allow_host
     if not hosts and args.host in ("localhost", "127.0.0.1", "::1"):
@@ -145,6 +147,8 @@ def read_settings(args: argparse.Namespace) -> Settings:
         max_sequences=args.max_sequences,
         tokens=args.kv_tokens,
         max_waiting=args.max_waiting,
+        max_per_key=args.max_per_key,
+        queue_timeout=args.queue_timeout,
         answer_timeout=args.answer_timeout,
         drain_timeout=args.drain_timeout,
         receive_timeout=args.receive_timeout,

@@ -38,16 +38,8 @@ async def completions(service: Service, exchange: Exchange, body: CompletionBody
     with_usage = bool(body.stream_options and body.stream_options.include_usage)
     id, model = f"cmpl-{exchange.request_id}", service.check_model(body.model)
     form = CompletionForm(id, model, with_usage, engine.tokenizer, prompts if echo else None, n)
-    await respond(
-        service,
-        exchange,
-        lambda: read_prompts(engine, prompts, params, n),
-        len(prompts) * n,
-        n,
-        form,
-        bool(body.stream),
-        "prompt",
-    )
+    count = len(prompts) * n
+    await respond(service, exchange, body, lambda: read_prompts(engine, prompts, params, n), count, form, "prompt")
 
 
 def list_prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:

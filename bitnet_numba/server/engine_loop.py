@@ -10,13 +10,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from bitnet_numba.engine.queue_options import QueueOptions
 from bitnet_numba.engine.request import Request
-from bitnet_numba.engine.scheduler import Scheduler, Update
-from bitnet_numba.errors import BackendError, BitNetError, one_line
+from bitnet_numba.engine.scheduler import Scheduler
+from bitnet_numba.engine.sequence import Update
+from bitnet_numba.errors import BitNetError, SchedulerClosed, one_line
 from bitnet_numba.server.answers import Answers
 
 _log = logging.getLogger("bitnet_numba.server")
-CLOSED = "the server is shutting down"
 
 
 class EngineLoop:
@@ -29,12 +30,12 @@ class EngineLoop:
         """
         self._loop, self._open_scheduler, self._coalesce = loop, open_scheduler, coalesce
         self._scheduler = open_scheduler()
-        self._work = threading.Condition()  # guards the rest, which `open` and the thread share
+        self._lock = threading.Lock()  # guards the next two, and what they have to do with the scheduler
         self._answers: dict[int, tuple[Answers, int]] = {}  # by number in the scheduler: whose, and which of them
         self._closed = False
         self._changed: deque[Answers] = deque()  # which the loop will be told of with the next flush
         self._flush_planned = False
-        self._flushed_at = self._loop.time()
+        self._flushed_at = loop.time()
         self._thread = threading.Thread(target=self._run, name="bitnet_numba engine", daemon=True)
         self._thread.start()
 
@@ -44,24 +45,17 @@ class EngineLoop:
         return self._scheduler.running
 
     @property
-    def waiting(self) -> int:
-        """Answers that have none yet."""
-        return self._scheduler.waiting
-
-    @property
     def alive(self) -> bool:
         """Whether the thread runs; it ends only when it is closed, or if the backend cannot be used any more."""
         return self._thread.is_alive()
 
-    def open(self, requests: Sequence[Request]) -> Answers:
-        """Starts answers; from any thread. Raises RequestError if one can never fit, and BackendError once closed."""
-        with self._work:
-            if self._closed:
-                raise BackendError(CLOSED)
+    def open(self, requests: Sequence[Request], options: QueueOptions) -> Answers:
+        """Starts answers; from any thread. Raises RequestError if one can never fit, SchedulerClosed once closed."""
+        with self._lock:
             numbers: list[int] = []
             try:
                 for request in requests:
-                    numbers.append(self._scheduler.add_request(request))
+                    numbers.append(self._scheduler.add_request(request, options))
             except BitNetError:
                 for number in numbers:
                     self._scheduler.cancel(number)
@@ -69,66 +63,53 @@ class EngineLoop:
             answers = Answers(requests, numbers)
             for index, number in enumerate(numbers):
                 self._answers[number] = answers, index
-            self._work.notify()
         return answers
 
     def cancel(self, answers: Answers) -> None:
         """Ends answers that nobody wants any more, before the next step; from any thread."""
-        with self._work:
+        with self._lock:
             for number in answers.numbers:
                 found = self._answers.get(number)
                 if found is not None and found[0] is answers:  # of another, if the scheduler is a new one
                     del self._answers[number]
                     self._scheduler.cancel(number)
-            self._work.notify()
 
     def close(self) -> None:
         """Ends the thread after the step under way; answers that are open get an error."""
-        with self._work:
+        with self._lock:
             self._closed = True
-            self._work.notify()
+        self._scheduler.close()
         self._thread.join()
 
     def _run(self) -> None:
         while True:
-            with self._work:
-                while not self._scheduler.busy and not self._closed:
-                    self._work.wait()
-                if self._closed:
+            while self._scheduler.wait():
+                try:
+                    updates = self._scheduler.step()
+                except SchedulerClosed:  # by `close`, which had nothing to tell
                     break
-            try:
-                updates = self._scheduler.step()
-            except Exception as error:  # which has closed the scheduler
-                _log.error("the backend failed: %s", one_line(error))
-                if not self._start_again(BackendError(f"the backend failed: {one_line(error)}")):
-                    return
-            else:
                 self._deliver(updates)
-        self._scheduler.close()
-        self._fail_all(BackendError(CLOSED))
+            if not self._start_again():
+                return
 
-    def _start_again(self, error: BackendError) -> bool:
-        """Ends what is open with an error and opens another scheduler; False if there is none to be had."""
-        with self._work:
-            self._fail_all(error)
+    def _start_again(self) -> bool:
+        """Opens another scheduler in place of one whose backend has failed; False if that is not wanted, or fails."""
+        with self._lock:
+            if self._closed:
+                return False
             try:
                 self._scheduler = self._open_scheduler()
-            except Exception as again:
-                _log.error("the backend cannot be used any more: %s", one_line(again))
-                self._closed = True
+            except Exception as error:
+                _log.error("the backend cannot be used any more: %s", one_line(error))
                 return False
         return True
 
-    def _fail_all(self, error: BackendError) -> None:
-        with self._work:
-            left, self._answers = self._answers, {}
-        for answers, index in left.values():
-            answers.put(index, error)
-            self._tell_now(answers)
-
     def _deliver(self, updates: list[Update]) -> None:
         plan = False
-        with self._work:
+        failed = self._scheduler.closed  # then, all that were open have ended with the same error
+        if failed and updates:
+            _log.error("%s", updates[-1].error)
+        with self._lock:
             for update in updates:
                 last = update.completion is not None or update.error is not None
                 found = self._answers.pop(update.request, None) if last else self._answers.get(update.request)
@@ -136,19 +117,15 @@ class EngineLoop:
                     continue
                 answers, index = found
                 first = not answers.started
-                answers.put(index, update)
+                answers.put(index, update, failed)
                 if last or first:
-                    self._tell_now(answers)
+                    self._loop.call_soon_threadsafe(answers.wake)
                 elif not answers.announced:
                     answers.announced = plan = True
                     self._changed.append(answers)
         if plan and not self._flush_planned:
             self._flush_planned = True
             self._loop.call_soon_threadsafe(self._plan_flush)
-
-    def _tell_now(self, answers: Answers) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(answers.wake)
 
     def _plan_flush(self) -> None:
         self._loop.call_at(self._flushed_at + self._coalesce, self._flush)

@@ -46,6 +46,11 @@ class Exchange:
         """By which logs and clients call this request."""
         return str(self.scope["state"]["request_id"])
 
+    @property
+    def tenant(self) -> str:
+        """Whose key it has, in a form that tells nothing of the key; empty if no keys are asked for."""
+        return str(self.scope["state"].get("tenant", ""))
+
     def note_usage(self, usage: Mapping[str, Any]) -> None:
         """Tokens of the answer, for the log."""
         self.scope["state"]["usage"] = usage

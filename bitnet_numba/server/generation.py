@@ -122,17 +122,17 @@ class Form(Protocol):
 async def respond(
     service: Service,
     exchange: Exchange,
+    body: SamplingBody,
     make: Callable[[], list[Request]],
     count: int,
-    n: int,
     form: Form,
-    stream: bool,
     param: str,
 ) -> None:
-    """Generates `count` answers, `n` for each prompt, and sends them. `make` and `param` as for `Service.answering`."""
+    """Generates `count` answers and sends them, whole or as a stream. `make` and `param` as for `Service.answering`."""
+    n, priority, salt = number_of_choices(body), body.priority or 0, body.cache_salt or ""
     began = time.perf_counter()
-    async with service.answering(exchange, count, make, param) as answers:
-        if stream:
+    async with service.answering(exchange, count, make, param, priority, salt) as answers:
+        if body.stream:
             completions = await _stream(service, exchange, answers, n, form, began)
         else:
             completions = await answers.completions()

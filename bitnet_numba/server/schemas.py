@@ -59,6 +59,8 @@ class SamplingBody(Body):
     stop_token_ids: Tokens | None = None
     min_tokens: StrictInt | None = None
     ignore_eos: StrictBool | None = None
+    priority: Annotated[StrictInt, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
+    cache_salt: StrictStr | None = None
 
 
 class ChatMessage(BaseModel):

@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from bitnet_numba.engine.engine import Engine
+from bitnet_numba.engine.queue_options import QueueOptions
 from bitnet_numba.engine.request import Request
 from bitnet_numba.engine.scheduler import Scheduler
-from bitnet_numba.errors import BackendError, BitNetError, RequestError
+from bitnet_numba.errors import BitNetError, RequestError, SchedulerClosed
 from bitnet_numba.server.answers import Answers
 from bitnet_numba.server.engine_loop import EngineLoop
 from bitnet_numba.server.errors import ApiError, busy, from_request_error
@@ -50,7 +51,12 @@ class Service:
                 engine = load()
 
                 def open_scheduler() -> Scheduler:
-                    return engine.scheduler(settings.max_sequences, settings.tokens, settings.prefill_chunk)
+                    return engine.scheduler(
+                        settings.max_sequences,
+                        settings.tokens,
+                        settings.prefill_chunk,
+                        max_per_tenant=settings.max_per_key,
+                    )
 
                 result = engine, EngineLoop(loop, open_scheduler, settings.coalesce)
             except BaseException as error:
@@ -116,11 +122,18 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def answering(
-        self, exchange: Exchange, count: int, make: Callable[[], list[Request]], param: str
+        self,
+        exchange: Exchange,
+        count: int,
+        make: Callable[[], list[Request]],
+        param: str,
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> AsyncIterator[Answers]:
         """Starts `count` answers and ends them with the block, or when the client has left, or when time is over.
 
-        make: reads the prompts. Raises ApiError if they are invalid, or if there is no room for more.
+        make: reads the prompts. priority: lower ones first. cache_salt: computed pages are shared only where it is the
+        same, and the key, too. Raises ApiError if the prompts are invalid, or if there is no room for more.
         """
         settings = self.settings
         engine_loop = self._admit(count)
@@ -129,11 +142,13 @@ class Service:
         try:
             requests = await self.in_encoder(make, param)
             try:
-                answers = engine_loop.open(requests)
+                tenant = exchange.tenant
+                options = QueueOptions(priority, tenant, f"{tenant} {cache_salt}", settings.queue_timeout)
+                answers = engine_loop.open(requests, options)
+            except SchedulerClosed:
+                raise busy("the server is shutting down", "shutting_down") from None
             except RequestError as error:
                 raise from_request_error(error, "max_tokens") from None
-            except BackendError as error:
-                raise busy(str(error), "shutting_down") from None
             opened = answers
             late = ApiError(504, f"the answer took more than {settings.answer_timeout:g} s", code="timeout")
 

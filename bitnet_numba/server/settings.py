@@ -15,6 +15,8 @@ class Settings:
     tokens: int | None = None  # of the KV cache; None: as the backend chooses
     prefill_chunk: int = 1024  # prompt tokens computed in one step
     max_waiting: int = 256  # answers that wait for their turn; more are refused with 429
+    max_per_key: int | None = None  # answers of one key that run together; the others wait
+    queue_timeout: float = 60.0  # an answer that has not been started by then is given up
     max_choices: int = 128  # prompts x n of one request
     answer_timeout: float = 600.0  # from a request's arrival to its answer's end
     drain_timeout: float = 30.0  # from SIGTERM to the end of what is under way

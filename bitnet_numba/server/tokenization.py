@@ -4,7 +4,7 @@ from typing import Any
 
 from bitnet_numba.engine.request import check_ids
 from bitnet_numba.errors import BitNetError, RequestError
-from bitnet_numba.server.chat_completions import as_message
+from bitnet_numba.server.chat_completions import as_messages
 from bitnet_numba.server.errors import ApiError, from_request_error
 from bitnet_numba.server.exchange import Exchange
 from bitnet_numba.server.schemas import DetokenizeBody, TokenizeBody
@@ -23,7 +23,7 @@ async def tokenize(service: Service, exchange: Exchange, body: TokenizeBody) -> 
             return engine.tokenizer.encode(body.prompt, body.add_special_tokens is not False, engine.context)
         if not body.messages:
             raise RequestError("messages: the conversation is empty")
-        messages = [as_message(message) for message in body.messages]
+        messages = as_messages(body.messages, engine.tokenizer)
         return engine.tokenizer.encode_chat(messages, body.add_generation_prompt is not False, engine.context)
 
     ids = await service.in_encoder(encode, "messages" if body.prompt is None else "prompt")

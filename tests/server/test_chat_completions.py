@@ -156,3 +156,13 @@ def test_sampling_fields_have_their_effect(server: Running, built_in: Engine) ->
     ):
         expected = built_in.chat(STORY, **{"temperature": 0, "max_new_tokens": 30, **params})
         assert server.post(PATH, {**greedy, **fields}).json()["choices"][0]["message"]["content"] == expected.text
+
+
+def test_a_second_turn_finds_its_cache_unless_it_is_salted(server: Running) -> None:
+    def cached(salt: str, messages: list) -> int:
+        usage = server.post(PATH, {**BODY, "messages": messages, "cache_salt": salt, "max_tokens": 400}).json()["usage"]
+        return usage["prompt_tokens_details"]["cached_tokens"]
+
+    answer = server.post(PATH, {**BODY, "cache_salt": "a", "max_tokens": 400}).json()["choices"][0]["message"]
+    second = [*STORY, {"role": "assistant", "content": answer["content"]}, {"role": "user", "content": "And then?"}]
+    assert cached("b", second) == 0 < cached("a", second)

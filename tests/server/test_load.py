@@ -123,6 +123,40 @@ def test_answers_have_a_deadline() -> None:
         running.wait_until(lambda: free(running))
 
 
+def test_who_waits_too_long_is_told() -> None:
+    with serving(lambda: slow_engine([]), max_sequences=1, queue_timeout=0.1) as running, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(running.post, CHAT, body(max_tokens=300))
+        running.wait_until(lambda: running.service.running == 1)
+        response = running.post(CHAT, body(max_tokens=5))
+        assert response.status_code == 503 and response.json()["error"]["code"] == "queue_timeout"
+        assert response.headers["retry-after"] and first.result().status_code == 200
+
+
+def test_priority_and_keys_share_the_slots() -> None:
+    keys = ("key-a", "key-b")
+    with (
+        serving(lambda: slow_engine([]), max_sequences=2, max_per_key=1, api_keys=keys) as running,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        ended: list[str] = []
+
+        def ask(name: str, key: str, **fields: Any) -> None:
+            headers = {"authorization": f"Bearer {key}"}
+            assert running.post(CHAT, body(**fields), headers=headers).status_code == 200
+            ended.append(name)
+
+        jobs = [pool.submit(ask, "long", keys[0], max_tokens=200)]
+        running.wait_until(lambda: running.service.running == 1)
+        jobs.append(pool.submit(ask, "later", keys[0], max_tokens=5))
+        running.wait_until(lambda: running.service.open == 2)
+        jobs.append(pool.submit(ask, "first", keys[0], max_tokens=5, priority=-1))
+        running.wait_until(lambda: running.service.open == 3)
+        jobs.append(pool.submit(ask, "other key", keys[1], max_tokens=5))
+        for job in jobs:
+            job.result(20)
+        assert ended == ["other key", "long", "first", "later"]
+
+
 def test_a_backend_that_fails_ends_what_is_open_and_nothing_else(slow: tuple[Running, ToyBackend]) -> None:
     running, backend = slow
     backend.fail_after = 5
