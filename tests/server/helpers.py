@@ -82,7 +82,8 @@ def serving(load: Callable[[], Engine], wait: bool = True, **settings: Any) -> I
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30.0, trust_env=False) as client:
             running = Running(port, service, server, thread, client)
-            running.wait_until(lambda: server.started and (not wait or service.status == "ok"))
+            # The first load of a machine compiles kernels.
+            running.wait_until(lambda: server.started and (not wait or service.status == "ok"), 300.0)
             yield running
     finally:
         server.should_exit = True
