@@ -8,11 +8,11 @@ here. A few kilobytes: the launch is all latency, so one thread a column is the 
 sampler's result, so there is nothing to load before `pdl_wait`.
 
     embed_token     one token of one sequence
-    embed_tokens    a pass of many tokens: a prompt's, or one of each of many sequences. Also tells the kernels that
-                    follow which slot and position each is (`slot_positions`). A pass of fixed size may have tokens to
-                    spare: they have slot -1, and zeros for an embedding
-    finish_prompt   ends a pass over a prompt: moves the slot's position on, and copies the last token's hidden state,
-                    the only one that the LM head and the sampler need
+    embed_tokens    a pass of many tokens. `slot_positions` tells the kernels that follow which slot and position each
+                    is: written here where the tokens are the next ones of many sequences, given for those of prompts.
+                    A pass of fixed size may have tokens to spare: they have slot -1, and zeros for an embedding
+    gather_last     ends passes over prompts: copies the hidden states of the prompts' last tokens, the only ones that
+                    the LM head and the sampler need, and the tokens' slots and positions
     advance         ends a step without a sampler: moves the position on by one
 
     grid            x: columns, THREADS to a block      y (embed_tokens): tokens
@@ -65,26 +65,23 @@ def make_embed_token(arch: int, int8: bool, threads: int = THREADS) -> Callable[
 
 
 def make_embed_tokens(arch: int, int8: bool, prompt: bool, threads: int = THREADS) -> Callable[..., None]:
-    """The kernel for bfloat16 or int8 rows; `prompt`: the tokens are neighbours in one slot."""
+    """The kernel for bfloat16 or int8 rows; `prompt`: `slot_positions` is given."""
     wait, trigger = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
     element = int8_element if int8 else bf16_element
     PROMPT = prompt
 
     def embed_tokens(
-        rows, scale, tokens, tokens_stride, position, slot_ids, count, seen, seen_stride, h, slot_positions, columns
+        rows, scale, tokens, tokens_stride, position, slot_ids, seen, seen_stride, h, slot_positions, columns
     ):
         trigger()
         wait()
         m = int32(cuda.blockIdx.y)
         j = int32(cuda.blockIdx.x * threads + cuda.threadIdx.x)
-        if PROMPT:
-            slot = slot_ids[0] if m < count[0] else int32(-1)
-        else:
-            slot = slot_ids[m]
+        slot = slot_positions[2 * m] if PROMPT else slot_ids[m]
         pos = int32(0)
         value = float32(0)
         if slot >= 0:
-            pos = int32(position[slot] + m) if PROMPT else position[slot]
+            pos = slot_positions[2 * m + 1] if PROMPT else position[slot]
             token = tokens[int64(slot) * tokens_stride + pos]
             if j < columns:
                 value = element(rows, scale, token, columns, j)
@@ -92,31 +89,30 @@ def make_embed_tokens(arch: int, int8: bool, prompt: bool, threads: int = THREAD
                 ptx.atomic_or(seen, int64(slot) * seen_stride + (token >> 5), int32(1) << (token & 31))
         if j < columns:
             h[int64(m) * columns + j] = value
-        if j == 0:
+        if j == 0 and not PROMPT:
             slot_positions[2 * m] = max(slot, int32(-1))
             slot_positions[2 * m + 1] = pos
 
     return embed_tokens
 
 
-def make_finish_prompt(arch: int, threads: int = THREADS) -> Callable[..., None]:
-    """The kernel that ends a pass over a prompt."""
+def make_gather_last(arch: int, threads: int = THREADS) -> Callable[..., None]:
+    """The kernel that ends passes over prompts."""
     wait, trigger = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
 
-    def finish_prompt(count, slot_ids, position, keep, h, last, slot_positions, columns):
+    def gather_last(row_ids, h, slot_positions, last, last_slot_positions, columns):
         trigger()
         wait()
-        fed = count[0]
+        i = int32(cuda.blockIdx.y)
         j = int32(cuda.blockIdx.x * threads + cuda.threadIdx.x)
-        if fed > 0:
-            if j < columns:
-                last[j] = h[int64(fed - 1) * columns + j]
-            if j == 0:
-                slot = slot_ids[0]
-                position[slot] = int32(position[slot] + fed - keep)
-                slot_positions[0], slot_positions[1] = slot, position[slot]
+        row = row_ids[i]
+        if row >= 0 and j < columns:
+            last[int64(i) * columns + j] = h[int64(row) * columns + j]
+        if j == 0:
+            last_slot_positions[2 * i] = slot_positions[2 * row] if row >= 0 else int32(-1)
+            last_slot_positions[2 * i + 1] = slot_positions[2 * row + 1] if row >= 0 else int32(0)
 
-    return finish_prompt
+    return gather_last
 
 
 def make_advance(arch: int) -> Callable[..., None]:
@@ -145,15 +141,15 @@ def embed_tokens_spec(arch: int, int8: bool, prompt: bool, threads: int = THREAD
     i32, f32 = types.CPointer(types.int32), types.CPointer(types.float32)
     rows = types.CPointer(types.int8 if int8 else types.uint16)
     name = f"embed_tokens[{'int8' if int8 else 'bf16'}, {'prompt' if prompt else 'decode'}, {threads}]"
-    signature = (rows, f32, i32, types.int32, i32, i32, i32, i32, types.int32, f32, i32, types.int32)
+    signature = (rows, f32, i32, types.int32, i32, i32, i32, types.int32, f32, i32, types.int32)
     return KernelSpec(name, make_embed_tokens(arch, int8, prompt, threads), signature, threads)
 
 
-def finish_prompt_spec(arch: int, threads: int = THREADS) -> KernelSpec:
+def gather_last_spec(arch: int, threads: int = THREADS) -> KernelSpec:
     """The variant; `threads` differs in tests only."""
     i32, f32 = types.CPointer(types.int32), types.CPointer(types.float32)
-    signature = (i32, i32, i32, types.int32, f32, f32, i32, types.int32)
-    return KernelSpec(f"finish_prompt[{threads}]", make_finish_prompt(arch, threads), signature, threads)
+    signature = (i32, f32, i32, f32, i32, types.int32)
+    return KernelSpec(f"gather_last[{threads}]", make_gather_last(arch, threads), signature, threads)
 
 
 def advance_spec(arch: int) -> KernelSpec:
@@ -193,8 +189,7 @@ def embed_tokens(
     device: Device,
     table: EmbeddingTable,
     sequences: SequenceArrays,
-    slot_ids: DeviceArray,
-    count: DeviceArray | None,
+    slot_ids: DeviceArray | None,
     h: DeviceArray,
     slot_positions: DeviceArray,
     num_tokens: int,
@@ -203,76 +198,70 @@ def embed_tokens(
 ) -> Launch:
     """The launch that looks up the tokens of a pass of `num_tokens`, and sets their bits in `seen`.
 
-    With count, int32 [1], the pass is a prompt's: token m < count[0] is that of slot slot_ids[0] at position[slot] + m,
-    and the others are to spare. Without, token m is that of slot slot_ids[m] at its position, or to spare if the slot
-    is -1. slot_ids int32 [num_tokens], of a prompt [1]; h float32 [num_tokens, columns]; slot_positions int32
-    [num_tokens, 2] becomes slot (-1 to spare) and position of each. Raises ValueError in one line for operands of other
-    types or smaller sizes.
+    slot_ids: int32 [num_tokens], where the pass feeds the next token of each of these slots, at the slot's position (or
+    none if the slot is -1): slot_positions, int32 [num_tokens, 2], becomes slot (-1: to spare) and position of each.
+    None: slot_positions says which tokens of which slots these are; of slot -1, they are to spare. h float32
+    [num_tokens, columns]. Raises ValueError in one line for operands of other types or smaller sizes.
     """
     columns, problem = table.columns, f"a pass of {num_tokens} tokens with rows of {table.columns}"
-    prompt, seen_words = count is not None, -(-table.vocab_size // 32)
+    prompt, seen_words = slot_ids is None, -(-table.vocab_size // 32)
     (position,) = checked("embed_tokens", problem, position=(sequences.position, 1, "int32"))
     slots = position.size
     if num_tokens < 1:
         raise ValueError(f"embed_tokens: at least one token is needed, not {num_tokens}")
     if sequences.seen_stride < seen_words:
         raise ValueError(f"embed_tokens: seen has {sequences.seen_stride} words a slot, {seen_words} are needed")
-    rows, scale, tokens, slot_ids, count, seen, h, slot_positions = checked(
+    rows, scale, tokens, slot_ids, seen, h, slot_positions = checked(
         "embed_tokens",
         problem,
         **table.sizes(),
         tokens=(sequences.tokens, slots * sequences.tokens_stride, "int32"),
-        slot_ids=(slot_ids, 1 if prompt else num_tokens, "int32"),
-        count=(count, 1, "int32"),
+        slot_ids=(slot_ids, num_tokens, "int32"),
         seen=(sequences.seen, slots * sequences.seen_stride, "int32"),
         h=(h, num_tokens * columns, "float32"),
         slot_positions=(slot_positions, 2 * num_tokens, "int32"),
     )
-    # Scales of bfloat16 rows and the count of a decode pass are not read: any address serves.
+    # Scales of bfloat16 rows and the slots of a pass over prompts are not read: any address serves.
     arguments = (
-        rows, scale if table.int8 else h, tokens, sequences.tokens_stride, position, slot_ids,
-        count if prompt else slot_ids, seen, sequences.seen_stride, h, slot_positions, columns,
+        rows, scale if table.int8 else h, tokens, sequences.tokens_stride, position,
+        slot_positions if prompt else slot_ids, seen, sequences.seen_stride, h, slot_positions, columns,
     )  # fmt: skip
     spec = embed_tokens_spec(device.arch, table.int8, prompt)
     return device.launch(spec, (column_blocks(columns), num_tokens), arguments, use_pdl)
 
 
-def finish_prompt(
+def gather_last(
     device: Device,
-    count: DeviceArray,
-    slot_ids: DeviceArray,
-    position: DeviceArray,
-    keep: int,
+    row_ids: DeviceArray,
     h: DeviceArray,
-    last: DeviceArray,
     slot_positions: DeviceArray,
+    last: DeviceArray,
+    last_slot_positions: DeviceArray,
+    num_rows: int,
     columns: int,
     *,
     use_pdl: bool = True,
 ) -> Launch:
-    """The launch that ends a pass over a prompt: position[slot_ids[0]] += count[0] - keep, last = h[count[0] - 1].
+    """The launch that copies rows of a pass: last[i] = h[row_ids[i]], and the same of slot_positions. Where the row is
+    -1, nothing is copied and the slot becomes -1.
 
-    keep: 1 if a sampler follows, which moves the position on by one itself; else 0. count, slot_ids int32 [1]; position
-    int32 [slots]; h float32 [tokens of the pass, columns]; last float32 [columns]; slot_positions int32 [1, 2] becomes
-    the slot and its new position, as `sample_batch` takes them. Raises ValueError in one line for another `keep` and
-    for operands of other types or smaller sizes.
+    row_ids int32 [num_rows]; h float32 [tokens of the pass, columns]; slot_positions int32 [tokens of the pass, 2];
+    last float32 [num_rows, columns]; last_slot_positions int32 [num_rows, 2], as `sample_batch` takes it. Raises
+    ValueError in one line unless there is a row, and for operands of other types or smaller sizes.
     """
-    if keep not in (0, 1):
-        raise ValueError(f"finish_prompt: keep must be 0 or 1, not {keep}")
-    count, slot_ids, position, h, last, slot_positions = checked(
-        "finish_prompt",
-        f"a prompt with rows of {columns}",
-        count=(count, 1, "int32"),
-        slot_ids=(slot_ids, 1, "int32"),
-        position=(position, 1, "int32"),
+    if num_rows < 1:
+        raise ValueError(f"gather_last: at least one row is needed, not {num_rows}")
+    row_ids, h, slot_positions, last, last_slot_positions = checked(
+        "gather_last",
+        f"{num_rows} rows of {columns}",
+        row_ids=(row_ids, num_rows, "int32"),
         h=(h, columns, "float32"),
-        last=(last, columns, "float32"),
         slot_positions=(slot_positions, 2, "int32"),
+        last=(last, num_rows * columns, "float32"),
+        last_slot_positions=(last_slot_positions, 2 * num_rows, "int32"),
     )
-    if h.size % columns:
-        raise ValueError(f"finish_prompt: h holds {h.size} elements, not whole rows of {columns}")
-    arguments = (count, slot_ids, position, keep, h, last, slot_positions, columns)
-    return device.launch(finish_prompt_spec(device.arch), column_blocks(columns), arguments, use_pdl)
+    arguments = (row_ids, h, slot_positions, last, last_slot_positions, columns)
+    return device.launch(gather_last_spec(device.arch), (column_blocks(columns), num_rows), arguments, use_pdl)
 
 
 def advance(device: Device, position: DeviceArray, *, use_pdl: bool = True) -> Launch:

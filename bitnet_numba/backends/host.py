@@ -158,6 +158,9 @@ class HostBackend(Generic[C]):
                 high = middle - 1
         return low
 
+    def free_idle(self) -> None:
+        """Nothing is kept."""
+
     def memory(self) -> dict[str, int]:
         """Memory in use, in bytes by purpose."""
         return {"weights": self.model.nbytes()}

@@ -153,5 +153,8 @@ class Backend(Protocol):
         Raises BackendError if memory is insufficient.
         """
 
+    def free_idle(self) -> None:
+        """Frees memory that is kept for contexts and batches to come. Keeping none is fine."""
+
     def memory(self) -> dict[str, int]:
-        """Memory in use, in bytes by purpose, e.g. {"weights": ..., "kv_cache": ...}."""
+        """Memory in use, in bytes by purpose, e.g. {"weights": ..., "kv_cache": ...}, with what is kept."""

@@ -9,28 +9,17 @@ Hence a sequence computes one token more than it needs; it is dropped.
 
 import contextlib
 import threading
-from collections import Counter, deque
-from time import monotonic
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from bitnet_numba.backends.protocol import NO_TOKEN, Backend
 from bitnet_numba.engine.batch_runner import BatchRunner
 from bitnet_numba.engine.completion import Completion, CompletionBuilder
-from bitnet_numba.engine.deadlines import Deadlines
 from bitnet_numba.engine.queue_options import QueueOptions
 from bitnet_numba.engine.request import Prompt, Request, as_integer, positive_integer, read_params, read_request
+from bitnet_numba.engine.request_queue import CLOSED, RequestQueue
 from bitnet_numba.engine.sequence import Sequence, Update
-from bitnet_numba.engine.waiting_queue import WaitingQueue
-from bitnet_numba.errors import (
-    BackendError,
-    BitNetError,
-    QueueFull,
-    QueueTimeout,
-    RequestError,
-    SchedulerClosed,
-    one_line,
-    shown,
-)
+from bitnet_numba.errors import BackendError, BitNetError, QueueTimeout, RequestError, SchedulerClosed, one_line, shown
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.sampling_params import SamplingOverrides, SamplingParams
 from bitnet_numba.text.tokenizer import Tokenizer
@@ -40,8 +29,6 @@ if TYPE_CHECKING:
 
 MAX_SEQUENCES = 1 << 16
 MAX_TOKENS = 1 << 40  # more than any memory holds; the backend tells how many fit
-CLOSED = "this scheduler is closed"
-DRAINING = "this scheduler finishes what it has, and takes no more requests"
 
 
 class Scheduler:
@@ -78,7 +65,7 @@ class Scheduler:
         """
         max_sequences = positive_integer("max_sequences", max_sequences, MAX_SEQUENCES)
         tokens = None if tokens is None else positive_integer("tokens", tokens, MAX_TOKENS)
-        self._max_waiting = None if max_waiting is None else positive_integer("max_waiting", max_waiting)
+        max_waiting = None if max_waiting is None else positive_integer("max_waiting", max_waiting)
         self._max_per_tenant = None if max_per_tenant is None else positive_integer("max_per_tenant", max_per_tenant)
         self._chunk = positive_integer("prefill_chunk", prefill_chunk)
         self._backend, self._tokenizer = backend, tokenizer
@@ -87,15 +74,8 @@ class Scheduler:
         self._replayed = not batch.uniform
         self._runner = BatchRunner(batch)
         self._stepping = threading.RLock()  # held by `step` and `close`
-        # Guards the rest; notified when `wait` may have to return.
-        self._changed = threading.Condition()
-        self._num_added = 0  # requests so far; ids count from 0
-        self._open: dict[int, Sequence] = {}  # by id; without those whose last update is in `_last_updates`
-        self._waiting = WaitingQueue()  # those without a slot
-        self._deadlines = Deadlines()
-        self._cancelled: deque[Sequence] = deque()  # that `step` has to end
-        self._last_updates: list[Update] = []  # of requests that have ended outside of `step`, for the next one
-        self._draining = self._closing = self._closed = False
+        self._queue = RequestQueue(max_waiting)
+        self._closing = False
 
     @property
     def running(self) -> int:
@@ -105,20 +85,20 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Number of requests that have no slot: not yet, or not at the moment."""
-        return len(self._waiting)
+        return self._queue.waiting
 
     @property
     def busy(self) -> bool:
         """Whether `step` has anything to do or to tell; after `close`, until it has told how open requests ended."""
-        return bool(self._open or self._last_updates)
+        return self._queue.busy
 
     @property
     def closed(self) -> bool:
         """Whether it has been closed, by `close` or by a failure of the backend."""
-        return self._closed
+        return self._queue.closed
 
     def __repr__(self) -> str:
-        return f"<Scheduler: {'closed' if self._closed else f'{self.running} running, {self.waiting} waiting'}>"
+        return f"<Scheduler: {'closed' if self.closed else f'{self.running} running, {self.waiting} waiting'}>"
 
     def __enter__(self) -> "Scheduler":
         return self
@@ -163,18 +143,7 @@ class Scheduler:
                 f"the prompt and its answer may take {tokens} tokens, but the batch has room for "
                 f"{pool.num_pages * pool.page_size}: ask for fewer with max_new_tokens"
             )
-        with self._changed:
-            if self._closed or self._draining:
-                raise SchedulerClosed(CLOSED if self._closed else DRAINING)
-            if self._max_waiting is not None and len(self._waiting) >= self._max_waiting + self._runner.free_slots:
-                raise QueueFull(f"{len(self._waiting)} requests are waiting already: try again later")
-            s = Sequence(self._num_added, request, options, tokens, replayed=self._replayed)
-            self._num_added += 1
-            self._open[s.id] = s
-            self._waiting.put(s)
-            self._deadlines.add(s, monotonic())
-            self._changed.notify_all()
-        return s.id
+        return self._queue.add(request, options, tokens, self._replayed, self._runner.free_slots)
 
     def cancel(self, request: int) -> None:
         """Ends a request; the next step reports the answer so far, as "interrupted".
@@ -185,29 +154,18 @@ class Scheduler:
         number = as_integer(request)
         if number is None:
             raise RequestError(f"request must be a number that add returned, not {shown(request)}")
-        with self._changed:
-            s = self._open.get(number)
-            if s is None:
-                return
-            if s.builder is None and s in self._waiting:
-                self._last_updates.append(self._end(s))
-            else:
-                self._cancelled.append(s)
+        self._queue.cancel(number, self._completion)
 
     def drain(self) -> None:
         """Accepts no more requests; those that have been accepted go on to their ends. Then `wait` returns False."""
-        with self._changed:
-            self._draining = True
-            self._changed.notify_all()
+        self._queue.drain()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Sleeps until `step` has something to do or to tell, and returns True.
 
         False: nothing came within `timeout` seconds, or nothing will come, after `close` or `drain`.
         """
-        with self._changed:
-            self._changed.wait_for(lambda: self.busy or self._draining or self._closed, timeout)
-            return self.busy
+        return self._queue.wait(timeout)
 
     def step(self) -> list[Update]:
         """Runs one round and returns what the last one produced, usually one update for each running request.
@@ -221,10 +179,10 @@ class Scheduler:
                 raise RequestError("another thread steps this scheduler: one thread runs it")
             self._stepping.acquire()
         try:
-            if self._closed and not self._last_updates:
+            if not self.busy and self.closed:
                 raise SchedulerClosed(CLOSED)
-            updates = self._take_last_updates()
-            if not self._closed:
+            updates = self._queue.take_updates()
+            if not self.closed:
                 try:
                     self._run_round(updates)
                 except Exception as failure:
@@ -233,10 +191,10 @@ class Scheduler:
                     with contextlib.suppress(Exception):  # of a device that does not work any more
                         self._end_all(error)
                 except BaseException:
-                    self._last_updates += updates
+                    self._queue.add_updates(updates)
                     self.close()
                     raise
-            return updates + self._take_last_updates()
+            return updates + self._queue.take_updates()
         finally:
             self._stepping.release()
 
@@ -244,32 +202,19 @@ class Scheduler:
         """Ends open requests, which the next step tells, and frees the batch. A step of another thread ends first."""
         self._closing = True
         with self._stepping:
-            if not self._closed:
+            if not self.closed:
                 self._end_all(SchedulerClosed(CLOSED))
 
-    def _take_last_updates(self) -> list[Update]:
-        with self._changed:
-            taken, self._last_updates = self._last_updates, []
-            return taken
-
     def _end_all(self, error: BitNetError) -> None:
-        with self._changed:
-            self._closed = True
-            self._last_updates += [Update(s.id, error=error) for s in self._open.values()]
-            for s in self._open.values():
-                s.ended = True
-            self._open.clear()
-            self._waiting.clear()
-            self._cancelled.clear()
-            self._changed.notify_all()
+        self._queue.close(error)
         self._runner.close()
 
     def _run_round(self, updates: list[Update]) -> None:
         runner = self._runner
-        self._end_cancelled(updates)
+        updates += [self._end(s) for s in self._queue.take_cancelled()]
         uncollected = runner.uncollected
         preempted = runner.make_room()
-        self._wait_again(preempted)
+        self._queue.put_back(preempted)
         # Whoever was preempted needs more than is free now, and comes first.
         runner.prefill(self._chunk, lambda: not preempted and self._admit(updates))
         self._end_late(updates)
@@ -283,14 +228,12 @@ class Scheduler:
         if self._max_per_tenant is not None:
             counts = Counter(s.options.tenant for s in self._runner.running.values())
             full = {tenant for tenant, count in counts.items() if count >= self._max_per_tenant}
-        with self._changed:
-            s = self._waiting.first(full)
-            if s is None or not self._runner.reserve(s):
-                return False
-            self._waiting.remove(s)
-            if s.builder is None:
-                s.builder = self._new_builder(s)
-                s.reused = s.lease.computed if s.lease else 0
+        s = self._queue.take(full, self._runner.reserve)
+        if s is None:
+            return False
+        if s.builder is None:
+            s.builder = self._new_builder(s)
+            s.reused = s.lease.computed if s.lease else 0
         try:
             self._runner.start(s)
         except BackendError:  # as a whole
@@ -335,12 +278,7 @@ class Scheduler:
         s.replayed = False
         if s.lease is not None:
             self._runner.leave(s)
-            self._wait_again([s])
-
-    def _wait_again(self, sequences: list[Sequence]) -> None:
-        with self._changed:
-            for s in sequences:
-                self._waiting.put(s)
+            self._queue.put_back([s])
 
     def _finish(self, s: Sequence, text: str = "") -> Update:
         """Ends a request whose builder has a reason; `text` comes before what the builder held back."""
@@ -356,11 +294,7 @@ class Scheduler:
 
     def _end(self, s: Sequence) -> Update:
         """Frees what a request holds; its last update, with the answer so far."""
-        with self._changed:
-            s.ended = True
-            del self._open[s.id]
-            if s in self._waiting:
-                self._waiting.remove(s)
+        self._queue.end(s)
         self._runner.leave(s)
         return Update(s.id, completion=self._completion(s))
 
@@ -371,17 +305,9 @@ class Scheduler:
     def _new_builder(self, s: Sequence) -> CompletionBuilder:
         return CompletionBuilder(self._tokenizer, s.request)
 
-    def _end_cancelled(self, updates: list[Update]) -> None:
-        while self._cancelled:
-            s = self._cancelled.popleft()
-            if not s.ended:
-                updates.append(self._end(s))
-
     def _end_late(self, updates: list[Update]) -> None:
         """Ends the requests that have no more time."""
-        with self._changed:
-            due = self._deadlines.pop(monotonic())
-        for s, for_waiting in due:
+        for s, for_waiting in self._queue.take_late():
             if s.ended:  # by the other deadline
                 continue
             if not for_waiting:

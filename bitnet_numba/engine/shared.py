@@ -100,12 +100,14 @@ class SharedBackend:
         self.clean_up(keep)
 
     def free_idle(self, for_good: bool = False) -> None:
-        """Frees the contexts that were given back; `for_good`: and those that will be."""
+        """Frees the contexts that were given back; `for_good`: and those that will be, and what the backend keeps."""
 
         def free() -> None:
             self._max_idle = 0 if for_good else self._max_idle
             while self._idle:
                 self._idle.pop().close()
+            if for_good:
+                self._inner.free_idle()
 
         self.clean_up(free)
 

@@ -49,8 +49,10 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 from numba import cuda
 from numba.cuda import types
+from numpy.typing import NDArray
 
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.attention.kv_cache import PAGE, PASS_SIGNATURE, LayerCache, pass_arguments, token_words
@@ -103,9 +105,9 @@ def fits(arch: int, head_dim: int) -> bool:
     return arch >= MIN_ARCH and head_dim % 2 == 0 and 2 <= head_dim <= MMA_MAX_HEAD_DIM
 
 
-def splits_needed(tokens: int) -> int:
-    """Splits of a context of so many tokens (the new one included)."""
-    split_tokens = max(MIN_SPLIT_TOKENS, -(-tokens // (MAX_SPLITS * SPLIT_STEP)) * SPLIT_STEP)
+def splits_needed(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Splits of contexts of so many tokens (the new one included)."""
+    split_tokens = np.maximum(MIN_SPLIT_TOKENS, -(-tokens // (MAX_SPLITS * SPLIT_STEP)) * SPLIT_STEP)
     return -(-tokens // split_tokens)
 
 

@@ -76,6 +76,14 @@ def block_shape(group: int, warps: int = MAX_WARPS) -> tuple[int, int]:
     return heads, max(1, warps // heads)
 
 
+def block_tokens(arch: int, head_dim: int, group: int) -> int:
+    """Tokens of a pass that a block takes. They must be neighbours in one slot, so a prompt's first row in a pass is a
+    multiple of this."""
+    wgmma = prefill_wgmma.fits(arch, head_dim)
+    _, tiles = prefill_wgmma.block_shape(group, prefill_wgmma.WARPS) if wgmma else block_shape(group)
+    return tiles * WARP_TOKENS
+
+
 def value_parts(head_dim: int) -> int:
     """Blocks that share a head's output dimensions."""
     return 1 if head_dim <= WHOLE_HEAD_DIM else 2
@@ -386,11 +394,12 @@ def prefill_attention(
     *,
     use_pdl: bool = True,
 ) -> Launch:
-    """Causal attention of consecutive tokens of one slot: out = softmax(q . K / sqrt(head_dim)) . V.
+    """Causal attention of tokens of prompts: out = softmax(q . K / sqrt(head_dim)) . V.
 
     qkv float32 [num_tokens, shape.qkv_size]; rope: the angles of every position; slot_positions int32 [num_tokens, 2]:
-    (slot, start), (slot, start + 1), ..., then (-1, anything) for tokens that are not used; cache: holds every token up
-    to the last one's; out float32 [num_tokens, shape.out_size], which is not written for unused tokens.
+    in each `block_tokens` (slot, start), (slot, start + 1), ..., then (-1, anything) for tokens that are not used;
+    cache: holds every token up to the last one's; out float32 [num_tokens, shape.out_size], which is not written for
+    unused tokens.
     The kernel is prefill_wgmma's where that fits. Raises ValueError if an operand is too small or of another dtype, or
     where `fits` is False.
     """

@@ -124,8 +124,10 @@ class Graph:
 class Event:
     """A point in a stream's work that the host can wait for, and that time is measured between."""
 
-    def __init__(self) -> None:
-        self.handle = driver_call("cuEventCreate", 0)
+    def __init__(self, timing: bool = True):
+        """timing: time is measured, and waiting takes a core; else the host sleeps while it waits."""
+        # CU_EVENT_DEFAULT, or CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING
+        self.handle = driver_call("cuEventCreate", 0 if timing else 1 | 2)
 
     def record(self, stream: Stream) -> None:
         """Marks the point after all work enqueued so far."""

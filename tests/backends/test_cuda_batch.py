@@ -37,10 +37,10 @@ def answer(
     tokens: dict[int, list[int]] = {slot: [] for slot in prompts}
     for slot, ids in prompts.items():
         batch.start(slot, ids, params_of(len(ids)), pages[slot], 0)
-        batch.prefill([(slot, len(ids))])
-    for step in range(count - 1):
+    batch.prefill([(slot, len(ids)) for slot, ids in prompts.items()])
+    for _ in range(count - 1):
         batch.step(list(prompts))
-        collect(batch, tokens, len(prompts) if step == 0 else 1)
+        collect(batch, tokens, 1)
     collect(batch, tokens, 1)
     return tokens
 
@@ -55,11 +55,12 @@ def collect(batch: Batch, tokens: dict[int, list[int]], calls: int) -> None:
 @needs_gpu
 def test_prompts_cut_anyhow_give_the_same_bits(demo: PackedCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     from bitnet_numba.backends.cuda import context as cuda_context
+    from bitnet_numba.backends.cuda import prompts
 
     ids = random_ids(demo, 300, 1)
     whole = backend_of(demo).new_context(300).logits(ids)
     monkeypatch.setattr(cuda_context, "MAX_SCORED", 23)
-    monkeypatch.setattr(cuda_context, "MAX_TOKENS", 32)
+    monkeypatch.setattr(prompts, "MAX_TOKENS", 32)
     cut = backend_of(demo).new_context(300)
     rng, start, parts = np.random.default_rng(2), 0, []
     while start < len(ids):
@@ -195,6 +196,9 @@ def test_a_batch_gives_its_memory_back(demo: PackedCheckpoint) -> None:
         )
         batch.close()
         if turn == 1:
-            free = backend.device.memory_info()[0]
-    assert backend.memory()["kv_cache"] == 0
+            free, kept = backend.device.memory_info()[0], backend.memory()["kv_cache"]
+    assert backend.memory()["kv_cache"] == kept, "the last batch's is kept for the next"
     assert backend.device.memory_info()[0] >= free - (4 << 20)
+    backend.free_idle()
+    assert backend.memory()["kv_cache"] == 0
+    assert backend.device.memory_info()[0] >= free + kept

@@ -97,7 +97,7 @@ class SimulatedDevice(CudaDevice):
 
 def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     """A CudaBackend over host memory and the simulator."""
-    from bitnet_numba.backends.cuda import backend, context
+    from bitnet_numba.backends.cuda import backend, context, prompts
     from bitnet_numba.kernels.attention import decode as attention
     from bitnet_numba.kernels.attention import prefill_wgmma
     from bitnet_numba.kernels.linear import gemm, quantize
@@ -127,13 +127,12 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     monkeypatch.setattr(backend, "usable_device", lambda: SimulatedDevice(memory))
     monkeypatch.setattr(backend, "load_specs", lambda *arguments: None)
     monkeypatch.setattr(driver.Stream, "capture", lambda self, launches: Replayed(launches))
-    monkeypatch.setattr(driver.Stream, "idle", lambda self: True)
     monkeypatch.setattr(single, "MAX_BLOCKS", 1)  # blocks run one after the other: none may wait for another
     monkeypatch.setattr(attention, "SHORT", attention.SHORT._replace(threads=64, unroll=2))  # fewer threads, for speed
     monkeypatch.setattr(prefill_wgmma, "WARPS", 4)
     monkeypatch.setattr(prefill_wgmma, "KEYS", 16)
     monkeypatch.setattr(context, "STEPS_AHEAD", 1)
-    monkeypatch.setattr(context, "MIN_PREFILL", 2)
+    monkeypatch.setattr(prompts, "MIN_TOKENS", 2)
     monkeypatch.setattr(gemm, "choose_tile", lambda *arguments: Tile(8, 1, 4, 1, 0, 2, scheme="wgmma"))
     monkeypatch.setattr(gemv, "spec", partial(gemv.spec, threads=128))
     monkeypatch.setattr(gemm_mma, "spec", partial(gemm_mma.spec, threads=64))
@@ -193,20 +192,19 @@ def test_simulated_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         batch = backend.new_batch(len(prompts), 16)
         for slot, ids in enumerate(prompts):
             batch.start(slot, ids, params, pages[slot], 0)
-            batch.prefill([(slot, len(ids))])
+        batch.prefill([(slot, len(ids)) for slot, ids in enumerate(prompts)])
         batch.step(list(range(len(prompts))))
-        tokens.append([batch.collect() for _ in range(len(prompts) + 1)])
+        tokens.append([batch.collect() for _ in range(2)])
         if len(prompts) == 1:  # taken up again with the token that is known of the answer, which a step feeds
-            (_, answer), (_, second) = tokens[-1][0][0], tokens[-1][1][0]
+            ((_, answer),), ((_, second),) = tokens[-1]
             batch.start(0, [7, answer], params, pages[0], 1, 1)
             batch.step([0])
             assert batch.collect() == [(0, second)]
         batch.close()
-    (_, first), (_, alone) = tokens[0][0][0], tokens[1][0][0]
-    assert tokens[0][1] == [(1, alone)]
-    assert tokens[0][2][1] == (1, tokens[1][1][0][1])
+    together, alone = tokens
+    assert [results[1] for results in together] == [(1, results[0][1]) for results in alone]
 
     context = backend.new_context(16)
     steps = context.decode([5, 250], params)
-    assert [next(steps), next(steps)] == [first, tokens[0][2][0][1]]
+    assert [next(steps), next(steps)] == [results[0][1] for results in together]
     steps.close()

@@ -20,7 +20,7 @@ def test_processes_compile_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(warmup, "MIN_SHARE", 3)
     config = open_packed(DEMO).config
     needs = warmup.Needs(config, "int8", ArchSpec(90, 132))
-    quick = ("advance", "append", "embed", "finish_prompt", "quantize")  # to compile
+    quick = ("advance", "append", "embed", "gather_last", "quantize")  # to compile
     specs = [spec for spec in needs.specs() if spec.name.startswith(quick)]
     assert len(specs) >= 7
     compiler.machine_code(specs[3], 90)

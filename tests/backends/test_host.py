@@ -103,13 +103,14 @@ def test_in_company_as_alone(backend: HostBackend, asked: list[tuple[int, int, f
         batch.start(slot, prompt_of(length, seed), SamplingParams(temperature, seed=seed), own, 0)
         rest[slot] = length
     while rest:
-        slot = data.draw(st.sampled_from(sorted(rest)))
-        count = min(rest[slot], PAGE_SIZE * data.draw(st.integers(1, 3)))
-        batch.prefill([(slot, count)])
-        rest[slot] -= count
-        if rest[slot] == 0:
-            del rest[slot]
+        chosen = data.draw(st.lists(st.sampled_from(sorted(rest)), min_size=1, unique=True))
+        parts = [(slot, min(rest[slot], PAGE_SIZE * data.draw(st.integers(1, 3)))) for slot in chosen]
+        batch.prefill(parts)
+        for slot, count in parts:
+            rest[slot] -= count
+        if any(rest[slot] == 0 for slot in chosen):
             collect(batch, got)
+        rest = {slot: count for slot, count in rest.items() if count}
         if ready := [slot for slot in slots if 1 <= len(got[slot]) < 5]:
             batch.step(data.draw(st.permutations(ready)))
             collect(batch, got)

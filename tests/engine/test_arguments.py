@@ -108,6 +108,7 @@ FIELDS = {
     "repetition_penalty": [*NUMBERS, 0, 1e300],
     "seed": [*INTEGERS, 1 << 64, LONG],
     "stop": STOPS,
+    "overflow": [*ODD, None, "", "Roll", "rolling", ["roll"], 1],
 }
 # All calls check the fields in one place, so one call is tried with every value, and the others with a few.
 FEW = {name: [object(), *values[-2:]] for name, values in FIELDS.items()}

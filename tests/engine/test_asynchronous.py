@@ -230,6 +230,25 @@ def test_mistakes_and_failures_are_each_tasks_own() -> None:
     assert nothing_is_left(llm, backend)
 
 
+def test_deadlines_end_an_answer_and_a_wait() -> None:
+    llm, backend = toy_engine(context=4096)
+    gate = Gate(backend, after=5)
+
+    async def main() -> None:
+        task = asyncio.create_task(llm.agenerate([5], max_new_tokens=None, timeout=0.01))
+        while not gate.reached.is_set():
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.02)
+        gate.opened.set()
+        completion = await task
+        assert completion.finish_reason == "timeout" and 3 <= len(completion.token_ids) <= 6
+        with pytest.raises(RequestError, match="timeout must be a number of seconds"):
+            llm.astream([5], timeout=-1)
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    assert nothing_is_left(llm, backend)
+
+
 def test_closing_the_model_ends_answers_under_way() -> None:
     llm, backend = toy_engine(tokens_of("a"), context=4096)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitnet_numba.engine import scheduler as scheduler_module
+from bitnet_numba.engine import request_queue
 from bitnet_numba.engine.deadlines import Deadlines
 from bitnet_numba.engine.queue_options import QueueOptions
 from bitnet_numba.engine.request import Request
@@ -32,7 +32,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(scheduler_module, "monotonic", clock)
+    monkeypatch.setattr(request_queue, "monotonic", clock)
     return clock
 
 

@@ -67,6 +67,9 @@ class ToyBackend:
         rows = np.stack([self.logits(ids[:i]) for i in range(start, len(ids))])
         return token_logprobs(rows, ids[start:], top)
 
+    def free_idle(self) -> None:
+        pass
+
     def memory(self) -> dict[str, int]:
         return {"weights": 123}
 

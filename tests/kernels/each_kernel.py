@@ -31,7 +31,7 @@ from tests.kernels.lm_head.test_gemm import check_lm_head
 from tests.kernels.lm_head.test_gemm_wgmma import check_lm_head_wgmma
 from tests.kernels.lm_head.test_gemv import check_lm_head_gemv
 from tests.kernels.sampling.test_sampling import choose, choose_batch
-from tests.kernels.test_embedding import check_advance, check_embed_token, check_embed_tokens, check_finish_prompt
+from tests.kernels.test_embedding import check_advance, check_embed_token, check_embed_tokens, check_gather_last
 
 
 def main(tool: str) -> None:
@@ -60,7 +60,7 @@ def main(tool: str) -> None:
             check_lm_head(320, 50, tokens, int8, 11, 2, arch())
         check_lm_head(320, 50, 9, int8, 12, 2, 75)
     check_advance(embed.advance_spec(arch()), 7)
-    check_finish_prompt(embed.finish_prompt_spec(arch()), 256, 5, 300, 1, 13)
+    check_gather_last(embed.gather_last_spec(arch()), 256, 5, 3, 300, 13)
     for long in (False, True):
         spec = decode_spec(arch(), 64, 4, long)
         grid = (3, decode_grid(1, HeadShape(8, 2, 64), long)[1])

@@ -17,8 +17,8 @@ from bitnet_numba.kernels.embedding import (
     embed_token_spec,
     embed_tokens,
     embed_tokens_spec,
-    finish_prompt,
-    finish_prompt_spec,
+    gather_last,
+    gather_last_spec,
 )
 from bitnet_numba.kernels.operands import EmbeddingTable, SequenceArrays
 from bitnet_numba.kernels.runtime.device import DryRunDevice
@@ -66,19 +66,15 @@ def check_embed_tokens(
     tokens = rng.integers(0, vocab, (sequences, stride)).astype(np.int32)
     position = rng.integers(0, 8, sequences).astype(np.int32)
     slot_ids = rng.permutation(sequences)[:num_tokens].astype(np.int32)
-    count = int(rng.integers(1, num_tokens + 1))
+    slot_ids[rng.random(num_tokens) < 0.3] = -1
+    expected = [(int(slot), int(position[slot])) if slot >= 0 else (-1, 0) for slot in slot_ids]
+    given_positions = np.array(expected, np.int32).reshape(-1) if prompt else None
     if prompt:
-        slot_ids[1:] = -9  # nobody may read these
-        expected = [
-            (int(slot_ids[0]), int(position[slot_ids[0]]) + m) if m < count else (-1, 0) for m in range(num_tokens)
-        ]
-    else:
-        slot_ids[rng.random(num_tokens) < 0.3] = -1
-        expected = [(int(slot), int(position[slot])) if slot >= 0 else (-1, 0) for slot in slot_ids]
+        slot_ids[:], position[:] = -9, -9  # nobody may read these
     before = (rng.integers(-(2**31), 2**31, (sequences, words)) & rng.integers(-(2**31), 2**31)).astype(np.int32)
     seen, h = Out(before.size, np.int32, before), Out(num_tokens * columns, np.float32)
-    slot_positions, fed = Out(2 * num_tokens, np.int32), np.array([count], np.int32)
-    arguments = [rows, scale, tokens, stride, position, slot_ids, fed, seen, words, h, slot_positions, columns]
+    slot_positions = Out(2 * num_tokens, np.int32, given_positions)
+    arguments = [rows, scale, tokens, stride, position, slot_ids, seen, words, h, slot_positions, columns]
     run(spec, (column_blocks(columns, threads), num_tokens), arguments)
     after = before.view(np.uint32).copy()
     rows_of_h = np.zeros((num_tokens, columns), np.float32)
@@ -92,20 +88,20 @@ def check_embed_tokens(
     assert np.array_equal(seen.array.view(np.uint32), after.reshape(-1))
 
 
-def check_finish_prompt(spec: KernelSpec, threads: int, num_tokens: int, columns: int, keep: int, seed: int) -> None:
-    """The last real token's row is copied, and one position moves."""
+def check_gather_last(spec: KernelSpec, threads: int, num_tokens: int, num_rows: int, columns: int, seed: int) -> None:
+    """Rows are copied with their slots and positions; of row -1 nothing is."""
     rng = np.random.default_rng(seed)
     h = rng.standard_normal((num_tokens, columns)).astype(np.float32)
-    start = rng.integers(0, 100, 5).astype(np.int32)
-    count, slot = int(rng.integers(1, num_tokens + 1)), int(rng.integers(5))
-    position, last, slot_positions = Out(5, np.int32, start), Out(columns, np.float32), Out(2, np.int32)
-    fed, slot_ids = np.array([count], np.int32), np.array([slot, -1], np.int32)
-    arguments = [fed, slot_ids, position, keep, h, last, slot_positions, columns]
-    run(spec, column_blocks(columns, threads), arguments)
-    start[slot] += count - keep
-    assert np.array_equal(position.array, start)
-    assert last.array.tobytes() == h[count - 1].tobytes()
-    assert slot_positions.array.tolist() == [slot, start[slot]]
+    slot_positions = rng.integers(0, 100, (num_tokens, 2)).astype(np.int32)
+    row_ids = rng.integers(-1, num_tokens, num_rows).astype(np.int32)
+    before = rng.standard_normal((num_rows, columns)).astype(np.float32)
+    last, last_slot_positions = Out(before.size, np.float32, before), Out(2 * num_rows, np.int32)
+    arguments = [row_ids, h, slot_positions, last, last_slot_positions, columns]
+    run(spec, (column_blocks(columns, threads), num_rows), arguments)
+    taken = row_ids >= 0
+    assert last.array.tobytes() == np.where(taken[:, None], h[row_ids], before).tobytes()
+    expected = np.where(taken[:, None], slot_positions[row_ids], np.array([-1, 0]))
+    assert np.array_equal(last_slot_positions.array.reshape(num_rows, 2), expected)
 
 
 def check_advance(spec: KernelSpec, start: int) -> None:
@@ -130,7 +126,7 @@ def test_simulated_embed_token(int8: bool, vocab: int, columns: int, seed: int) 
 )  # fmt: skip
 def test_simulated_embed_tokens(int8: bool, prompt: bool, num_tokens: int, vocab: int, columns: int, seed: int) -> None:
     check_embed_tokens(embed_tokens_spec(arch(), int8, prompt, 32), 32, int8, prompt, num_tokens, vocab, columns, seed)
-    check_finish_prompt(finish_prompt_spec(arch(), 32), 32, num_tokens, columns, seed % 2, seed)
+    check_gather_last(gather_last_spec(arch(), 32), 32, num_tokens, 1 + seed % 3, columns, seed)
 
 
 @simulated
@@ -154,7 +150,7 @@ def test_embed_token_on_gpu(int8: bool, vocab: int, columns: int, seed: int) -> 
 )  # fmt: skip
 def test_embed_tokens_on_gpu(int8: bool, prompt: bool, num_tokens: int, vocab: int, columns: int, seed: int) -> None:
     check_embed_tokens(embed_tokens_spec(arch(), int8, prompt), THREADS, int8, prompt, num_tokens, vocab, columns, seed)
-    check_finish_prompt(finish_prompt_spec(arch()), THREADS, num_tokens, columns, seed % 2, seed)
+    check_gather_last(gather_last_spec(arch()), THREADS, num_tokens, 1 + seed % 130, columns, seed)
 
 
 @needs_gpu
@@ -169,52 +165,49 @@ def test_launchers_refuse_operands(int8: bool) -> None:
     device = DryRunDevice(90, 132)
     scale = device.empty(50, np.float32) if int8 else None
     table = EmbeddingTable(device.empty(50 * 64, np.int8 if int8 else np.uint16), scale, 50, 64)
-    words, slots, count = device.empty(2 * 9, np.int32), device.empty(2, np.int32), device.empty(1, np.int32)
+    words, slots = device.empty(2 * 9, np.int32), device.empty(2, np.int32)
     sequences = SequenceArrays(words, 9, slots, device.empty(4, np.int32), 2, None)
     h, positions = device.empty(2 * 64, np.float32), device.empty(4, np.int32)
     dtype = "int8" if int8 else "bf16"
 
     assert embed_token(device, table, sequences, h).name == f"embed_token[{dtype}, 256]"
-    assert (
-        embed_tokens(device, table, sequences, slots, None, h, positions, 2).name
-        == f"embed_tokens[{dtype}, decode, 256]"
-    )
-    assert embed_tokens(device, table, sequences, count, count, h, positions, 2).name.endswith("prompt, 256]")
+    assert embed_tokens(device, table, sequences, slots, h, positions, 2).name == f"embed_tokens[{dtype}, decode, 256]"
+    assert embed_tokens(device, table, sequences, None, h, positions, 2).name.endswith("prompt, 256]")
     short = device.empty(0, np.int32)
     for name in ("tokens", "position", "seen"):
         wrong = dataclasses.replace(sequences, **{name: short})
         with pytest.raises(ValueError, match=f"embed_token: {name} holds 0 elements, a table of 50 rows of 64 takes"):
             embed_token(device, table, wrong, h)
         with pytest.raises(ValueError, match=f"embed_tokens: {name} holds 0 elements, a pass of 2 tokens"):
-            embed_tokens(device, table, wrong, slots, None, h, positions, 2)
+            embed_tokens(device, table, wrong, slots, h, positions, 2)
     for arguments, message in (
-        ((slots, None, h, positions, 0), "at least one token is needed, not 0"),
-        ((slots, None, h, positions, 3), "slot_ids holds 2 elements, .* takes 3"),
-        ((slots, count, h, positions, 3), "h holds 128 elements, .* takes 192"),
-        ((slots, count, h, count, 2), "slot_positions holds 1 elements, .* takes 4"),
-        ((slots, short, h, positions, 2), "count holds 0 elements, .* takes 1"),
+        ((slots, h, positions, 0), "at least one token is needed, not 0"),
+        ((slots, h, positions, 3), "slot_ids holds 2 elements, .* takes 3"),
+        ((None, h, positions, 3), "h holds 128 elements, .* takes 192"),
+        ((None, h, slots, 2), "slot_positions holds 2 elements, .* takes 4"),
     ):
         with pytest.raises(ValueError, match=f"embed_tokens: {message}"):
             embed_tokens(device, table, sequences, *arguments)
     with pytest.raises(ValueError, match="embed_tokens: seen has 1 words a slot, 2 are needed"):
-        embed_tokens(device, table, dataclasses.replace(sequences, seen_stride=1), slots, None, h, positions, 2)
+        embed_tokens(device, table, dataclasses.replace(sequences, seen_stride=1), slots, h, positions, 2)
     with pytest.raises(ValueError, match="embed_token: rows must be"):
         embed_token(device, dataclasses.replace(table, rows=device.empty(50 * 64, np.float32)), sequences, h)
 
 
 def test_ends_of_a_pass_refuse_operands() -> None:
     device = DryRunDevice(90, 132)
-    one, two, h, last = (device.empty(n, t) for n, t in ((1, "int32"), (2, "int32"), (192, "float32"), (64, "float32")))
-    assert finish_prompt(device, one, one, one, 1, h, last, two, 64).name == "finish_prompt[256]"
+    sizes = ((1, "int32"), (2, "int32"), (192, "float32"), (64, "float32"))
+    one, two, h, last = (device.empty(n, t) for n, t in sizes)
+    assert gather_last(device, one, h, two, last, two, 1, 64).name == "gather_last[256]"
     assert advance(device, one).name == "advance"
     for arguments, message in (
-        ((one, one, one, 2, h, last, two, 64), "keep must be 0 or 1, not 2"),
-        ((one, one, one, 1, h, last, one, 64), "slot_positions holds 1 elements"),
-        ((one, one, one, 1, h, one, two, 64), "last must be float32, not int32"),
-        ((one, one, one, 1, h, last, two, 96), "last holds 64 elements, a prompt with rows of 96 takes 96"),
-        ((one, one, one, 1, device.empty(100, "float32"), last, two, 64), "h holds 100 elements, not whole rows of 64"),
+        ((one, h, two, last, two, 0, 64), "at least one row is needed, not 0"),
+        ((one, h, two, last, two, 2, 64), "row_ids holds 1 elements, 2 rows of 64 takes 2"),
+        ((one, h, two, last, one, 1, 64), "last_slot_positions holds 1 elements"),
+        ((one, h, two, one, two, 1, 64), "last must be float32, not int32"),
+        ((one, h, two, last, two, 1, 96), "last holds 64 elements, 1 rows of 96 takes 96"),
     ):
-        with pytest.raises(ValueError, match=f"finish_prompt: {message}"):
-            finish_prompt(device, *arguments)
+        with pytest.raises(ValueError, match=f"gather_last: {message}"):
+            gather_last(device, *arguments)
     with pytest.raises(ValueError, match="advance: position must be int32, not float32"):
         advance(device, last)

@@ -59,7 +59,7 @@ def embedding(arch: int) -> list[KernelSpec]:
     """All there are."""
     many = [embed.embed_tokens_spec(arch, int8, prompt) for int8 in (False, True) for prompt in (False, True)]
     single_rows = [embed.embed_token_spec(arch, int8) for int8 in (False, True)]
-    return [*single_rows, *many, embed.finish_prompt_spec(arch), embed.advance_spec(arch)]
+    return [*single_rows, *many, embed.gather_last_spec(arch), embed.advance_spec(arch)]
 
 
 def lm_head_gemv(arch: int) -> list[KernelSpec]:

@@ -1,9 +1,11 @@
 """The CUDA backend behind the engine's interface (see `backends.protocol`): a model on one NVIDIA GPU."""
 
-from bitnet_numba.backends.cuda.batch import MAX_SEQUENCES, CudaBatch, fixed_bytes
+from bitnet_numba.backends.cuda.batch import CudaBatch
+from bitnet_numba.backends.cuda.batch_memory import BatchMemory, fixed_bytes
 from bitnet_numba.backends.cuda.buffers import Buffers
-from bitnet_numba.backends.cuda.context import CudaContext, Runtime
+from bitnet_numba.backends.cuda.context import CudaContext
 from bitnet_numba.backends.cuda.forward import MAX_TOKENS, CudaModel
+from bitnet_numba.backends.cuda.runtime import Runtime
 from bitnet_numba.backends.cuda.state import page_bytes, pages_of
 from bitnet_numba.backends.cuda.warmup import load_specs
 from bitnet_numba.backends.cuda.weights import Weights, why_unsupported
@@ -13,8 +15,10 @@ from bitnet_numba.kernels.attention.kv_cache import PAGE
 from bitnet_numba.kernels.runtime.device import usable_device
 from bitnet_numba.kernels.runtime.driver import Stream
 
+MAX_SEQUENCES = 256  # of a batch
 RESERVE = 64 << 20  # bytes of device memory left to the driver: graphs, kernels
 BATCH_RESERVE = 4 * RESERVE  # a batch may come to have dozens of graphs
+KEPT_SHARE = 4  # memory of a batch that has ended is kept for the next if it is at most this part of the device's
 
 
 def why_unusable() -> str | None:
@@ -48,12 +52,16 @@ class CudaBackend:
         self.model = CudaModel(self.config, self.device, self.weights, *buffers)
         self._runtime = Runtime(self.device, self.model, self.stream)
         self._kv_cache = 0
+        self._kept: BatchMemory | None = None
 
     def new_context(self, capacity: int) -> CudaContext:
         """An empty context for up to `capacity` tokens. Raises BackendError when memory does not suffice."""
         self.device.activate()
         needed = pages_of(capacity) * page_bytes(self.config)
         free, _ = self.device.memory_info()
+        if needed > free - RESERVE and self._kept is not None:
+            self.free_idle()
+            free, _ = self.device.memory_info()
         if needed > free - RESERVE:
             fits = max(0, (free - RESERVE) // page_bytes(self.config) * PAGE)
             raise BackendError(
@@ -68,26 +76,61 @@ class CudaBackend:
         if max_sequences > MAX_SEQUENCES:
             raise BackendError(f"at most {MAX_SEQUENCES} sequences decode together on CUDA, not {max_sequences}")
         self.device.activate()
+        least = pages_of(capacity)
+        wanted = max_sequences * least if tokens is None else pages_of(tokens)
+        memory = self._take_kept(max_sequences, capacity, wanted) or self._new_batch_memory(
+            max_sequences, capacity, wanted, wanted if tokens is not None else least
+        )
+        self._kv_cache += memory.cache_bytes
+        return CudaBatch(memory, max_sequences, min(wanted, memory.pages), self._keep)
+
+    def _take_kept(self, max_sequences: int, capacity: int, pages: int) -> BatchMemory | None:
+        """The memory that is kept, if it serves a batch of this size; if not, it is freed."""
+        kept = self._kept
+        if kept is not None and not kept.fits(max_sequences, capacity, pages):
+            self.free_idle()
+            return None
+        self._kept = None
+        return kept
+
+    def _new_batch_memory(self, max_sequences: int, capacity: int, wanted: int, least: int) -> BatchMemory:
+        """New memory with as many pages as are wanted and fit, but at least `least`."""
         free, _ = self.device.memory_info()
-        free -= BATCH_RESERVE + fixed_bytes(self.config, max_sequences, capacity)
-        fit, least = max(0, free // page_bytes(self.config)), pages_of(capacity)
-        pages = max(least, min(max_sequences * least, fit)) if tokens is None else pages_of(tokens)
-        if pages > fit:
-            needed = pages * page_bytes(self.config) / 1e9
+        free = max(0, free - BATCH_RESERVE - fixed_bytes(self.config, max_sequences, capacity))
+        fit = free // page_bytes(self.config)
+        if fit < least:
+            needed = least * page_bytes(self.config) / 1e9
             raise BackendError(
-                f"a batch of {pages * PAGE} tokens takes {needed:.2f} GB of device memory and "
-                f"{max(0, free) / 1e9:.2f} GB are free: {fit * PAGE} tokens would fit"
+                f"a batch of {least * PAGE} tokens takes {needed:.2f} GB of device memory and "
+                f"{free / 1e9:.2f} GB are free: {fit * PAGE} tokens would fit"
             )
         load_specs(self.config, self._embedding_dtype, self.device, max_sequences)
-        self._kv_cache += pages * page_bytes(self.config)
-        return CudaBatch(self._runtime, max_sequences, capacity, pages, self._release)
+        return BatchMemory(self._runtime, max_sequences, capacity, min(wanted, fit))
+
+    def free_idle(self) -> None:
+        """Frees the memory that is kept for a next batch."""
+        if self._kept is not None:
+            self.device.activate()
+            self._kept.close()
+            self._kept = None
 
     def memory(self) -> dict[str, int]:
         """Bytes of device memory in use by purpose."""
         model = self.model
         activations = model.token_buffers.nbytes() + model.buffers.nbytes() + self._runtime.decode_buffers.nbytes()
-        return {"weights": self.weights.nbytes, "kv_cache": self._kv_cache, "activations": activations}
+        kept = 0 if self._kept is None else self._kept.cache_bytes
+        return {"weights": self.weights.nbytes, "kv_cache": self._kv_cache + kept, "activations": activations}
 
     def _release(self, pages: int) -> None:
-        """Called with the number of pages of keys and values freed."""
+        """Called with the number of pages of keys and values that a context has freed."""
         self._kv_cache -= pages * page_bytes(self.config)
+
+    def _keep(self, memory: BatchMemory) -> None:
+        """Takes the memory of a batch that is closed, for the next one, unless it is much."""
+        self._kv_cache -= memory.cache_bytes
+        self.free_idle()
+        _, total = self.device.memory_info()
+        if memory.cache_bytes <= total // KEPT_SHARE:
+            self._kept = memory
+        else:
+            memory.close()

@@ -5,21 +5,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bitnet_numba.backends.cuda.context import Prefill, Runtime, refuse_extras
-from bitnet_numba.backends.cuda.state import SequenceState, padded_size, pages_of
-from bitnet_numba.backends.cuda.steps import BatchSteps
+from bitnet_numba.backends.cuda.batch_memory import BatchMemory
+from bitnet_numba.backends.cuda.context import refuse_extras
+from bitnet_numba.backends.cuda.prompts import PromptPart
+from bitnet_numba.backends.cuda.state import padded_size
 from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE
-from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels.attention import paged_decode
 from bitnet_numba.kernels.attention.kv_cache import PAGE
-from bitnet_numba.kernels.attention.parts import HeadShape
-from bitnet_numba.kernels.runtime.driver import Event, Graph
-from bitnet_numba.kernels.runtime.memory import PinnedArray
 from bitnet_numba.kernels.sampling.parts import SETTINGS, pack_settings
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.sampling_params import SamplingParams
-
-MAX_SEQUENCES = 256
 
 
 class CudaBatch:
@@ -32,26 +27,16 @@ class CudaBatch:
     page_size = PAGE
     uniform = False  # prompts and steps have different kernels, which round differently
 
-    def __init__(
-        self, runtime: Runtime, max_sequences: int, capacity: int, pages: int, on_close: Callable[[int], None]
-    ):
-        """on_close: called on close with the number of pages freed."""
-        self.num_pages, self.max_sequences, self.capacity = pages, max_sequences, capacity
-        self._runtime, self._on_close = runtime, on_close
-        self._state = SequenceState(runtime.device, runtime.model.config, capacity, max_sequences, pages)
-        self._steps = BatchSteps(runtime.model, self._state)
-        self._prefill = Prefill(runtime, self._state, self._steps.last)
-        self._graphs: dict[tuple[int, int], Graph] = {}
-        self._choose_first: Graph | None = None
-        self._num_fed = [0] * max_sequences  # tokens of each slot, those under way included
-        self._num_known = [0] * max_sequences  # tokens that each slot was started with
-        self._num_pages = [0] * max_sequences
+    def __init__(self, memory: BatchMemory, max_sequences: int, pages: int, on_close: Callable[[BatchMemory], None]):
+        """memory: has at least these slots and pages. on_close: is given it on close, when no work is under way."""
+        self.num_pages, self.max_sequences, self.capacity = pages, max_sequences, memory.state.capacity
+        self._memory, self._on_close = memory, on_close
+        self._runtime, self._state = memory.runtime, memory.state
+        # Of each slot: tokens, those under way included; tokens that it was started with; pages
+        self._num_fed, self._num_given, self._num_pages = (np.zeros(max_sequences, np.int64) for _ in range(3))
         self._slot_ids: list[int] = []  # of the last step
         self._splits: list[int] = []  # CTAs of each sequence of the last step
         self._num_blocks = 0  # of them together, as captured
-        max_uncollected = 2 * (max_sequences + 1)  # calls
-        self._results = PinnedArray(max_uncollected * max_sequences, np.int64)
-        self._events = [Event() for _ in range(max_uncollected)]
         self._pending: deque[tuple[int, list[int]]] = deque()  # which event, and the slots of its results
         self._num_calls = 0  # with results
 
@@ -76,45 +61,46 @@ class CudaBatch:
         write(state.block_table, pages, slot * state.block_table_stride)
         write(state.settings, pack_settings(params), slot * SETTINGS)
         write(state.position, [computed], slot)
-        self._num_fed[slot], self._num_known[slot], self._num_pages[slot] = computed, len(ids), len(pages)
+        self._num_fed[slot], self._num_given[slot], self._num_pages[slot] = computed, len(ids), len(pages)
 
     def extend(self, slot: int, pages: Sequence[int]) -> None:
         """Adds pages to a slot's row of the block table, for calls that are enqueued from now on."""
-        held = self._num_pages[slot]
-        if held + len(pages) > self._state.block_table_stride:
+        held, stride = int(self._num_pages[slot]), self._state.block_table_stride
+        if held + len(pages) > stride:
             raise ValueError(f"slot {slot} has {held} pages: {len(pages)} more are beyond its capacity")
         self._runtime.device.activate()
-        self._runtime.uploads.write(
-            self._state.block_table, pages, slot * self._state.block_table_stride + held
-        )  # fmt: skip
-        self._num_pages[slot] = held + len(pages)
+        self._runtime.uploads.write(self._state.block_table, pages, slot * stride + held)
+        self._num_pages[slot] += len(pages)
 
-    def prefill(self, slot: int, count: int) -> None:
-        """Computes the next `count` tokens of a prompt; where that completes it, samples the first token."""
-        if not 1 <= count <= self._num_known[slot] - self._num_fed[slot]:
-            raise ValueError(f"{count} tokens are more than slot {slot}'s prompt still has")
+    def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
+        """Computes the next tokens of prompts, together; samples the first token of those that are then complete."""
+        for slot, count in parts:
+            if not 1 <= count <= self._num_given[slot] - self._num_fed[slot]:
+                raise ValueError(f"{count} tokens are more than slot {slot}'s prompt still has")
         self._runtime.device.activate()
-        self._num_fed[slot] += count
-        done = self._num_fed[slot] == self._num_known[slot]
-        self._prefill.feed(slot, count, keep_last=done)
-        self._slot_ids = []  # the prompt's slot has taken their place
-        if done:
-            if self._choose_first is None:
-                self._choose_first = self._runtime.stream.capture(self._steps.choose_first())
-            self._choose_first.replay(self._runtime.stream)
-            self._expect([slot])
+        passes = self._memory.prefill.feed([PromptPart(slot, int(self._num_fed[slot]), count) for slot, count in parts])
+        for slot, count in parts:
+            self._num_fed[slot] += count
+        completed: list[int] = []
+        for ends in passes:
+            rows = {parts[i][0]: row for i, row in ends if self._complete(parts[i][0])}
+            if rows:
+                self._choose(list(rows.values()), len(completed))
+                completed += rows
+        if completed:
+            self._expect(completed)
 
     def step(self, slots: Sequence[int]) -> None:
         """Feeds each sequence its last token and samples the next."""
         self._runtime.device.activate()
-        for slot in slots:
-            if self._num_fed[slot] == self.capacity:
-                raise ValueError(f"slot {slot} is full")
-            if self._num_fed[slot] == self._num_pages[slot] * PAGE:
-                raise ValueError(f"slot {slot} has no page for token {self._num_fed[slot]}")
-            self._num_fed[slot] += 1
+        places = np.asarray(slots)
+        if (self._num_fed[places] == self.capacity).any():
+            raise ValueError(f"a slot of {list(slots)} is full")
+        if (self._num_fed[places] == self._num_pages[places] * PAGE).any():
+            raise ValueError(f"a slot of {list(slots)} has no page for its next token")
+        self._num_fed[places] += 1
         num_tokens = padded_size(len(slots))
-        splits = [paged_decode.splits_needed(self._num_fed[slot]) for slot in slots]
+        splits = paged_decode.splits_needed(self._num_fed[places]).tolist()
         slot_ids = [*slots, *[-1] * (num_tokens - len(slots))]
         write = self._runtime.uploads.write
         if slot_ids != self._slot_ids:
@@ -123,31 +109,18 @@ class CudaBatch:
         if splits != self._splits:
             work_list = paged_decode.work_entries(splits)
             self._splits, self._num_blocks = splits, padded_size(len(work_list), num_tokens)
-            write(self._steps.work_list, work_list + [-1] * (self._num_blocks - len(work_list)))
-        key = num_tokens, self._num_blocks
-        if key not in self._graphs:
-            self._graphs[key] = self._runtime.stream.capture(self._steps.decode(*key))
-        self._graphs[key].replay(self._runtime.stream)
+            write(self._memory.steps.work_list, work_list + [-1] * (self._num_blocks - len(work_list)))
+        self._memory.step_graph(num_tokens, self._num_blocks).replay(self._runtime.stream)
+        self._download(len(slots), 0)
         self._expect(list(slots))
-
-    def _expect(self, slots: list[int]) -> None:
-        """Enqueues the copy of this pass's results to where `collect` finds them."""
-        if len(self._pending) == len(self._events):
-            raise ValueError(f"{len(self._pending)} results wait to be collected: there is no room for more")
-        place = self._num_calls % len(self._events)
-        self._num_calls += 1
-        start = 8 * place * self.max_sequences
-        self._runtime.stream.download(self._results, start, self._steps.chosen.address, 8 * len(slots))
-        self._events[place].record(self._runtime.stream)
-        self._pending.append((place, slots))
 
     def collect(self) -> list[tuple[int, int]]:
         """The (slot, token) pairs of the oldest call with results."""
         place, slots = self._pending.popleft()
         self._runtime.device.activate()
-        self._events[place].wait()
-        start = place * self.max_sequences
-        entries = self._results.host[start : start + len(slots)] & 0xFFFFFFFF
+        self._memory.events[place].wait()
+        start = place * self._state.slots
+        entries = self._memory.results.host[start : start + len(slots)] & 0xFFFFFFFF
         tokens = np.where(entries >> 31, NO_TOKEN, entries).tolist()
         return list(zip(slots, tokens, strict=True))
 
@@ -164,22 +137,36 @@ class CudaBatch:
         return f"{NOT_FINITE}: logits hold NaN"
 
     def close(self) -> None:
-        """Frees everything."""
+        """Gives the memory back."""
         self._runtime.device.activate()
         self._runtime.stream.synchronize()
         self._pending.clear()
-        self._prefill.close()
-        for graph in (*self._graphs.values(), *([self._choose_first] if self._choose_first else [])):
-            graph.close()
-        self._steps.close()
-        self._state.close()
-        self._results.close()
-        self._on_close(self.num_pages)
+        self._on_close(self._memory)
 
+    def _complete(self, slot: int) -> bool:
+        return bool(self._num_fed[slot] == self._num_given[slot])
 
-def fixed_bytes(config: ModelConfig, max_sequences: int, capacity: int) -> int:
-    """Bytes of device memory that a batch takes beside its pages, except for a few small arrays."""
-    num_tokens = padded_size(max_sequences)
-    shape = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim)
-    scratch = 4 * sum(paged_decode.PagedScratch.sizes(num_tokens, pages_of(capacity) * PAGE, shape))
-    return scratch + 4 * num_tokens * (config.vocab_size + 2 * config.hidden_size + capacity)
+    def _choose(self, rows: list[int], before: int) -> None:
+        """Samples from rows of the pass just enqueued; before: results that this call has already."""
+        num_tokens = padded_size(len(rows))
+        self._runtime.uploads.write(self._memory.steps.last_rows, rows + [-1] * (num_tokens - len(rows)))
+        self._memory.choose_graph(num_tokens).replay(self._runtime.stream)
+        self._download(len(rows), before)
+
+    def _place(self) -> int:
+        """Which event and results the call under way takes."""
+        return self._num_calls % len(self._memory.events)
+
+    def _download(self, count: int, before: int) -> None:
+        """Enqueues the copy of a sampler's results to where `collect` finds them."""
+        if len(self._pending) == len(self._memory.events):
+            raise ValueError(f"{len(self._pending)} results wait to be collected: there is no room for more")
+        start = 8 * (self._place() * self._state.slots + before)
+        self._runtime.stream.download(self._memory.results, start, self._memory.steps.chosen.address, 8 * count)
+
+    def _expect(self, slots: list[int]) -> None:
+        """Notes the results of a call, whose copies are enqueued."""
+        place = self._place()
+        self._memory.events[place].record(self._runtime.stream)
+        self._pending.append((place, slots))
+        self._num_calls += 1

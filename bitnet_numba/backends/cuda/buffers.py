@@ -16,7 +16,7 @@ class Buffers:
     [max_tokens, q]. mlp_hidden float32 [max_tokens, intermediate]. Each ends with zeros up to a multiple of 32
     elements, which GEMV reads. quantized: the input of the next GEMM (of more than one token). slot_positions int32
     [max_tokens, 2]: which slot and position each token is, -1 for none. num_real int32 [1]: how many tokens of a
-    prompt's padded pass are real.
+    padded pass over prompts there are, up to the last real one.
     """
 
     def __init__(self, device: Device, config: ModelConfig, max_tokens: int):

@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.backends.cuda.forward import MAX_TOKENS, CudaModel
-from bitnet_numba.backends.cuda.state import SequenceState, padded_size, pages_of
-from bitnet_numba.backends.cuda.steps import DecodeBuffers, DecodeSteps, LMHead, PrefillSteps
+from bitnet_numba.backends.cuda.prompts import Prefill, PromptPart
+from bitnet_numba.backends.cuda.runtime import Runtime
+from bitnet_numba.backends.cuda.state import SequenceState, pages_of
+from bitnet_numba.backends.cuda.steps import DecodeSteps, LMHead
 from bitnet_numba.errors import BackendError, RequestError
 from bitnet_numba.kernels.attention.decode import LONG_CONTEXT
-from bitnet_numba.kernels.runtime.device import CudaDevice
-from bitnet_numba.kernels.runtime.driver import Graph, Stream
-from bitnet_numba.kernels.runtime.memory import DeviceArray, PinnedArray, Uploads
+from bitnet_numba.kernels.runtime.driver import Event, Graph
+from bitnet_numba.kernels.runtime.memory import PinnedArray
 from bitnet_numba.kernels.sampling.parts import pack_settings
 from bitnet_numba.sampling import TokenLogprob, token_logprobs
 from bitnet_numba.sampling_params import SamplingParams
@@ -20,50 +20,12 @@ from bitnet_numba.sampling_params import SamplingParams
 RING_SIZE = 64  # sampled tokens that the host may be behind
 STEPS_AHEAD = 2  # steps in flight while the host deals with a token
 MAX_SCORED = 128  # tokens whose logits are computed at a time
-MIN_PREFILL = 16  # tokens of the smallest captured pass over a prompt
-
-
-class Runtime:
-    """What contexts and batches of a backend share: the model, and a stream for all work on it."""
-
-    def __init__(self, device: CudaDevice, model: CudaModel, stream: Stream):
-        self.device, self.model, self.stream = device, model, stream
-        self.uploads = Uploads(stream)
-        self.decode_buffers = DecodeBuffers(model)
 
 
 def refuse_extras(params: SamplingParams) -> None:
     """Raises RequestError for what the kernels cannot do."""
     if params.edits_logits or params.logprobs is not None or params.prompt_logprobs is not None:
         raise RequestError("penalties but for repetition_penalty, logit_bias, min_tokens and logprobs are not on CUDA")
-
-
-class Prefill:
-    """Feeds prompts of some sequences, by passes that are captured for powers of two of tokens when first needed."""
-
-    def __init__(self, runtime: Runtime, state: SequenceState, last: DeviceArray):
-        """last: float32 [hidden], see `PrefillSteps`."""
-        self._runtime, self._state = runtime, state
-        self._steps = PrefillSteps(runtime.model, state, last)
-        self._graphs: dict[tuple[int, bool], Graph] = {}
-
-    def feed(self, slot: int, count: int, keep_last: bool = False) -> None:
-        """Feeds a slot's next `count` tokens; `keep_last`, of the last of them, as in `PrefillSteps.prefill`."""
-        uploads, stream = self._runtime.uploads, self._runtime.stream
-        uploads.write(self._state.slot_ids, [slot])
-        while count:
-            num_tokens = min(count, MAX_TOKENS)
-            count -= num_tokens
-            uploads.write(self._runtime.model.buffers.num_real, [num_tokens])
-            key = padded_size(num_tokens, MIN_PREFILL), keep_last and not count
-            if key not in self._graphs:
-                self._graphs[key] = stream.capture(self._steps.prefill(*key))
-            self._graphs[key].replay(stream)
-
-    def close(self) -> None:
-        """Frees the captured passes."""
-        for graph in self._graphs.values():
-            graph.close()
 
 
 class CudaContext:
@@ -77,8 +39,9 @@ class CudaContext:
         self._state = SequenceState(runtime.device, runtime.model.config, capacity)
         self._ring = PinnedArray(RING_SIZE, np.int64)
         self._steps = DecodeSteps(runtime.model, runtime.decode_buffers, self._state, self._ring)
-        self._prefill = Prefill(runtime, self._state, runtime.model.token_buffers.h)
+        self._prefill = Prefill(runtime, self._state)
         self._graphs: dict[tuple[str, bool], Graph] = {}
+        self._events = [Event(timing=False) for _ in range(STEPS_AHEAD + 1)]  # ends of steps under way, by position
 
     def truncate(self, length: int) -> None:
         """Forgets every token from position `length` on."""
@@ -103,8 +66,9 @@ class CudaContext:
             lm_head = LMHead(runtime.model, min(len(ids), MAX_SCORED))
             for start in range(0, len(ids), MAX_SCORED):
                 part = result[start : start + MAX_SCORED]
-                self._prefill.feed(0, len(part))
-                for launch in lm_head.launches(len(part)):
+                for _ in self._prefill.feed([PromptPart(0, len(self.ids) + start, len(part))]):
+                    pass  # one pass
+                for launch in lm_head.launches(len(part), runtime.model.buffers.h):
                     launch(runtime.stream.handle)
                 runtime.stream.synchronize()
                 lm_head.logits.read_into(part)
@@ -120,8 +84,12 @@ class CudaContext:
         if len(ids) == 1:
             self._replay("decode", len(self.ids))
         else:
-            self._prefill.feed(0, len(ids), keep_last=True)
-            self._replay("choose", len(self.ids))
+            write, last = self._runtime.uploads.write, len(self.ids) + len(ids) - 1
+            for ends in self._prefill.feed([PromptPart(0, len(self.ids), len(ids))]):
+                for _, row in ends:
+                    write(self._runtime.decode_buffers.last_row, [row])
+            write(self._state.position, [last])
+            self._replay("choose", last)
         self.ids += ids
         known = launched = len(self.ids)  # tokens fed for certain; positions whose step is under way or done
         try:
@@ -172,21 +140,19 @@ class CudaContext:
         self._state.position.write(np.array([len(self.ids)], np.int32))
 
     def _replay(self, kind: str, position: int) -> None:
-        """Enqueues the step of a kind (a method of DecodeSteps) that feeds the token at a position."""
+        """Enqueues the step of a kind (a method of DecodeSteps) whose last token fed is at a position."""
         key = kind, position >= LONG_CONTEXT
         if key not in self._graphs:
             self._graphs[key] = self._runtime.stream.capture(getattr(self._steps, kind)(key[1]))
         self._graphs[key].replay(self._runtime.stream)
+        self._events[(position + 1) % len(self._events)].record(self._runtime.stream)
 
     def _token(self, position: int) -> int:
         """The token chosen for a position, once the device has written it to the ring."""
-        ring, place = self._ring.host, position % RING_SIZE
-        while True:
-            entry = int(ring[place])
-            if entry >> 32 == position:
-                break
-            if self._runtime.stream.idle() and int(ring[place]) >> 32 != position:
-                raise BackendError("a decode step ended without a token")
+        self._events[position % len(self._events)].wait()
+        entry = int(self._ring.host[position % RING_SIZE])
+        if entry >> 32 != position:
+            raise BackendError("a decode step ended without a token")
         token = entry & 0xFFFFFFFF
         if token >> 31:
             raise ValueError("logits hold NaN")

@@ -10,7 +10,7 @@
 `ForwardPass` has the layer loop; its subclasses choose the kernels:
 
     DecodePass       one token of one sequence: GEMV, which norms and quantises in every block
-    PrefillPass      tokens of one prompt: norm and quantisation in a launch of their own, then GEMM
+    PrefillPass      tokens of prompts: norm and quantisation in a launch of their own, then GEMM
     BatchPass        the next token of each of many sequences: as PrefillPass, with attention over pages
 
 What a launch works on is read from device memory (tokens, positions, how many are real), so a pass is captured once,
@@ -150,12 +150,11 @@ class _GemmPass(ForwardPass):
             ),
         ]  # fmt: skip
 
-    def _embed(self, num_real: DeviceArray | None) -> Launch:
+    def _embed(self, slot_ids: DeviceArray | None) -> Launch:
         model, state, b = self.model, self.state, self.buffers
         return embedding.embed_tokens(
-            model.device, model.weights.embedding, state.arrays, state.slot_ids, num_real, b.h, b.slot_positions,
-            self.num_tokens,
-        )  # fmt: skip
+            model.device, model.weights.embedding, state.arrays, slot_ids, b.h, b.slot_positions, self.num_tokens
+        )
 
     def _append_and_attend(self, layer: int, by_tensor_cores: bool) -> list[Launch]:
         """Stores the tokens' keys and values before attention reads them: tokens attend to others of their pass."""
@@ -169,13 +168,13 @@ class _GemmPass(ForwardPass):
 
 
 class PrefillPass(_GemmPass):
-    """Tokens of one prompt; the last ones of a padded pass are not real."""
+    """Tokens of one or several prompts, those that `slot_positions` says (see `prompts`)."""
 
     def __init__(self, model: CudaModel, state: SequenceState, num_tokens: int):
         super().__init__(model, state, num_tokens, model.buffers.num_real)
 
     def embed(self) -> Launch:
-        return self._embed(self.buffers.num_real)
+        return self._embed(None)
 
     def attention(self, layer: int) -> list[Launch]:
         return self._append_and_attend(layer, prefill.fits(self.model.device.arch, self.model.heads.head_dim))
@@ -199,7 +198,7 @@ class BatchPass(_GemmPass):
         self._contexts = contexts
 
     def embed(self) -> Launch:
-        return self._embed(None)
+        return self._embed(self.state.slot_ids)
 
     def attention(self, layer: int) -> list[Launch]:
         model, state, b, contexts = self.model, self.state, self.buffers, self._contexts

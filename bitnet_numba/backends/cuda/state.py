@@ -7,7 +7,7 @@ Everything that changes from step to step lies here, in device memory, so that a
     seen         [slots, vocabulary / 32]    a bit for every token that was fed
     settings     [slots, SETTINGS]           see `sampling.parts`
     block_table  [slots, capacity / PAGE]    the pages of a slot's keys and values, in order (drawn in `kv_cache`)
-    slot_ids     [slots, padded]             which slot each token of the next pass belongs to (of a prompt: the first)
+    slot_ids     [slots, padded]             the slots whose next tokens a step feeds, -1 for none
 """
 
 from collections.abc import Sequence

@@ -5,7 +5,7 @@ None of this needs a device to be built, so that a dry run can ask for every lau
 
 import numpy as np
 
-from bitnet_numba.backends.cuda.forward import BatchPass, CudaModel, DecodePass, PrefillPass, SharedContexts
+from bitnet_numba.backends.cuda.forward import BatchPass, CudaModel, DecodePass, SharedContexts
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size, pages_of
 from bitnet_numba.kernels import embedding
 from bitnet_numba.kernels.attention.decode import DecodeScratch
@@ -20,21 +20,20 @@ from bitnet_numba.kernels.sampling.single import SamplerScratch, sample
 
 
 class LMHead:
-    """Final norm and logits of the tokens that a pass has left in the model's buffers, always by the same kernel, so
-    that a token's logits are the same bits for every number of tokens."""
+    """Final norm and logits of several tokens, always by the same kernel, so that a token's logits are the same bits
+    for every number of tokens."""
 
     def __init__(self, model: CudaModel, max_tokens: int):
         self._model = model
         self._split = model.device.empty(split_words(model.device, model.weights.lm_head, max_tokens), np.int32)
         self.logits = model.device.empty(max_tokens * model.config.vocab_size, np.float32)  # [max_tokens, vocabulary]
 
-    def launches(self, num_tokens: int) -> list[Launch]:
-        """Of the first `num_tokens`."""
+    def launches(self, num_tokens: int, h: DeviceArray) -> list[Launch]:
+        """Of the first `num_tokens` rows of h, float32 [at least num_tokens, hidden]."""
         model = self._model
         return lm_head_gemm(
-            model.device, model.weights.lm_head, model.buffers.h, model.weights.final_norm, self._split, self.logits,
-            num_tokens,
-        )  # fmt: skip
+            model.device, model.weights.lm_head, h, model.weights.final_norm, self._split, self.logits, num_tokens
+        )
 
     def close(self) -> None:
         """Frees the memory."""
@@ -49,6 +48,8 @@ class DecodeBuffers:
         self.attention = DecodeScratch.allocate(model.device, model.heads)
         self.sampler = SamplerScratch.allocate(model.device)
         self.logits = model.device.zeros(model.config.vocab_size, np.float32)
+        self.last_row = model.device.zeros(1, np.int32)  # of a pass over a prompt: the last token's
+        self.last_slot_position = model.device.zeros(2, np.int32)
 
     def nbytes(self) -> int:
         """Bytes of device memory."""
@@ -71,8 +72,13 @@ class DecodeSteps:
         return [*self.forward(long), self.lm_head(), self.sampler()]
 
     def choose(self, long: bool) -> list[Launch]:
-        """Samples the token after a prompt, whose last token's row a prefill has left in the model's token buffers."""
-        return [self.lm_head(), self.sampler()]
+        """Samples the token after a prompt, from row `last_row` of the pass before."""
+        model, buffers, b = self._model, self._buffers, self._model.buffers
+        last = embedding.gather_last(
+            model.device, buffers.last_row, b.h, b.slot_positions, model.token_buffers.h, buffers.last_slot_position,
+            1, model.config.hidden_size,
+        )  # fmt: skip
+        return [last, self.lm_head(), self.sampler()]
 
     def forward(self, long: bool) -> list[Launch]:
         """The forward pass of a token."""
@@ -93,27 +99,6 @@ class DecodeSteps:
         )
 
 
-class PrefillSteps:
-    """Passes over prompts."""
-
-    def __init__(self, model: CudaModel, state: SequenceState, last: DeviceArray):
-        """last: float32 [hidden], where the row whose logits choose the next token is left."""
-        self._model, self._state, self._last = model, state, last
-
-    def prefill(self, num_tokens: int, keep_last: bool) -> list[Launch]:
-        """A pass of up to so many tokens.
-
-        keep_last: the slot's position stays that of the last token fed, as samplers want it, and slot_positions[0]
-        says so; else it becomes that of the next token.
-        """
-        model, state, b = self._model, self._state, self._model.buffers
-        end = embedding.finish_prompt(
-            model.device, b.num_real, state.slot_ids, state.position, int(keep_last), b.h, self._last,
-            b.slot_positions, model.config.hidden_size,
-        )  # fmt: skip
-        return [*PrefillPass(model, state, num_tokens).launches(), end]
-
-
 class BatchSteps:
     """The steps of many sequences."""
 
@@ -125,32 +110,40 @@ class BatchSteps:
         self._scratch = PagedScratch.allocate(device, self.max_tokens, tokens, model.heads)
         self.work_list = device.empty(padded_size(self.max_tokens * max_splits_of(tokens)), np.int32)
         self._lm_head = LMHead(model, self.max_tokens)
-        self.last = device.empty(config.hidden_size, np.float32)  # of a prompt: the row that chooses the next token
+        # Of prompts that end: rows of the pass, and what is copied of them.
+        self.last_rows = device.empty(self.max_tokens, np.int32)
+        self._last = device.empty(self.max_tokens * config.hidden_size, np.float32)
+        self._last_slot_positions = device.empty(2 * self.max_tokens, np.int32)
         self.chosen = device.empty(self.max_tokens, np.int64)
 
     def decode(self, num_tokens: int, num_blocks: int) -> list[Launch]:
         """Feeds a token of each sequence and samples the next; num_blocks: entries of the work list."""
+        buffers = self._model.buffers
         contexts = SharedContexts(self.work_list, num_blocks, self._scratch)
         forward = BatchPass(self._model, self._state, num_tokens, contexts).launches()
-        return [*forward, *self._lm_head.launches(num_tokens), self._sampler(num_tokens)]
+        head = self._lm_head.launches(num_tokens, buffers.h)
+        return [*forward, *head, self._sampler(num_tokens, buffers.slot_positions)]
 
-    def choose_first(self) -> list[Launch]:
-        """Samples the first token after a prompt from `last`; always by the same kernels."""
-        model = self._model
-        logits = lm_head_gemv(
-            model.device, model.weights.lm_head, self.last, model.weights.final_norm, self._lm_head.logits
-        )
-        return [logits, self._sampler(1)]
+    def choose(self, num_tokens: int) -> list[Launch]:
+        """Samples the tokens after prompts that the pass before has completed, from its rows `last_rows` (-1: none)."""
+        model, b = self._model, self._model.buffers
+        last = embedding.gather_last(
+            model.device, self.last_rows, b.h, b.slot_positions, self._last, self._last_slot_positions, num_tokens,
+            model.config.hidden_size,
+        )  # fmt: skip
+        head = self._lm_head.launches(num_tokens, self._last)
+        return [last, *head, self._sampler(num_tokens, self._last_slot_positions)]
 
-    def _sampler(self, num_tokens: int) -> Launch:
+    def _sampler(self, num_tokens: int, slot_positions: DeviceArray) -> Launch:
         model = self._model
         return sample_batch(
-            model.device, self._lm_head.logits, model.config.vocab_size, self._state.arrays,
-            model.buffers.slot_positions, self.chosen, num_tokens,
+            model.device, self._lm_head.logits, model.config.vocab_size, self._state.arrays, slot_positions,
+            self.chosen, num_tokens,
         )  # fmt: skip
 
     def close(self) -> None:
         """Frees the memory."""
-        for array in (*self._scratch.arrays, self.work_list, self.last, self.chosen):
+        arrays = self.work_list, self.last_rows, self._last, self._last_slot_positions, self.chosen
+        for array in (*self._scratch.arrays, *arrays):
             array.close()
         self._lm_head.close()

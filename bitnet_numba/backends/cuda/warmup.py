@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bitnet_numba.backends.cuda.context import MIN_PREFILL
-from bitnet_numba.backends.cuda.forward import MAX_TOKENS, CudaModel
+from bitnet_numba.backends.cuda.forward import MAX_TOKENS, CudaModel, PrefillPass
+from bitnet_numba.backends.cuda.prompts import MIN_TOKENS
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size
-from bitnet_numba.backends.cuda.steps import BatchSteps, DecodeBuffers, DecodeSteps, PrefillSteps
+from bitnet_numba.backends.cuda.steps import BatchSteps, DecodeBuffers, DecodeSteps
 from bitnet_numba.backends.progress import CompileProgress
 from bitnet_numba.checkpoint.packed import EmbeddingDtype
 from bitnet_numba.config import ModelConfig
@@ -73,9 +73,9 @@ def _dry_run_context(model: CudaModel) -> None:
     for long in (False, True):
         steps.decode(long)
         steps.score(long)
-    prefill = PrefillSteps(model, state, model.token_buffers.h)
-    for num_tokens in _powers_of_two(MIN_PREFILL, MAX_TOKENS):
-        prefill.prefill(num_tokens, keep_last=True)
+        steps.choose(long)
+    for num_tokens in _powers_of_two(MIN_TOKENS, MAX_TOKENS):
+        PrefillPass(model, state, num_tokens).launches()
 
 
 def _dry_run_batch(model: CudaModel, max_sequences: int) -> None:
@@ -84,6 +84,7 @@ def _dry_run_batch(model: CudaModel, max_sequences: int) -> None:
     state = SequenceState(model.device, model.config, capacity, max_sequences, pages=1)
     steps = BatchSteps(model, state)
     for num_tokens in _powers_of_two(1, padded_size(max_sequences)):
+        steps.choose(num_tokens)
         for num_blocks in _powers_of_two(num_tokens, steps.work_list.size):
             steps.decode(num_tokens, num_blocks)
 

@@ -313,9 +313,10 @@ def test_launch_checks_its_operands() -> None:
 
 
 def test_splits() -> None:
-    assert [splits_needed(n) for n in (1, 512, 513, 4096, 16384, 16385, 20000, 32768)] == [1, 1, 2, 8, 32, 29, 32, 32]
+    tokens = np.array([1, 512, 513, 4096, 16384, 16385, 20000, 32768])
+    assert splits_needed(tokens).tolist() == [1, 1, 2, 8, 32, 29, 32, 32]
     for n in range(1, 40000, 37):
-        assert splits_needed(n) <= max_splits_of(n)
+        assert splits_needed(np.array([n])) <= max_splits_of(n)
 
 
 def test_what_fits() -> None:

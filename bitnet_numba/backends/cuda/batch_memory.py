@@ -1,0 +1,71 @@
+"""What a batch has on the device, and the graphs captured over it: all that can outlive the batch."""
+
+import numpy as np
+
+from bitnet_numba.backends.cuda.prompts import Prefill
+from bitnet_numba.backends.cuda.runtime import Runtime
+from bitnet_numba.backends.cuda.state import SequenceState, padded_size, page_bytes, pages_of
+from bitnet_numba.backends.cuda.steps import BatchSteps
+from bitnet_numba.config import ModelConfig
+from bitnet_numba.kernels.attention import paged_decode
+from bitnet_numba.kernels.attention.kv_cache import PAGE
+from bitnet_numba.kernels.attention.parts import HeadShape
+from bitnet_numba.kernels.runtime.driver import Event, Graph
+from bitnet_numba.kernels.runtime.memory import PinnedArray
+
+
+class BatchMemory:
+    """State, buffers, results and graphs of a batch of up to `slots` sequences with `pages` pages.
+
+    Graphs hold addresses. So a batch that takes the memory of one before needs to capture nothing again.
+    """
+
+    def __init__(self, runtime: Runtime, slots: int, capacity: int, pages: int):
+        self.runtime, self.pages = runtime, pages
+        self.state = SequenceState(runtime.device, runtime.model.config, capacity, slots, pages)
+        self.steps = BatchSteps(runtime.model, self.state)
+        self.prefill = Prefill(runtime, self.state)
+        self._step_graphs: dict[tuple[int, int], Graph] = {}
+        self._choose_graphs: dict[int, Graph] = {}
+        max_uncollected = 2 * (slots + 1)  # calls
+        self.results = PinnedArray(max_uncollected * slots, np.int64)
+        self.events = [Event(timing=False) for _ in range(max_uncollected)]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values."""
+        return self.pages * page_bytes(self.runtime.model.config)
+
+    def fits(self, slots: int, capacity: int, pages: int) -> bool:
+        """Whether a batch of this size can use it."""
+        return slots <= self.state.slots and capacity == self.state.capacity and pages <= self.pages
+
+    def step_graph(self, num_tokens: int, num_blocks: int) -> Graph:
+        """See `BatchSteps.decode`."""
+        key = num_tokens, num_blocks
+        if key not in self._step_graphs:
+            self._step_graphs[key] = self.runtime.stream.capture(self.steps.decode(*key))
+        return self._step_graphs[key]
+
+    def choose_graph(self, num_tokens: int) -> Graph:
+        """See `BatchSteps.choose`."""
+        if num_tokens not in self._choose_graphs:
+            self._choose_graphs[num_tokens] = self.runtime.stream.capture(self.steps.choose(num_tokens))
+        return self._choose_graphs[num_tokens]
+
+    def close(self) -> None:
+        """Frees everything; no work on it may be under way."""
+        self.prefill.close()
+        for graph in (*self._step_graphs.values(), *self._choose_graphs.values()):
+            graph.close()
+        self.steps.close()
+        self.state.close()
+        self.results.close()
+
+
+def fixed_bytes(config: ModelConfig, slots: int, capacity: int) -> int:
+    """Bytes of device memory that a batch takes beside its pages, except for a few small arrays."""
+    num_tokens = padded_size(slots)
+    shape = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim)
+    scratch = 4 * sum(paged_decode.PagedScratch.sizes(num_tokens, pages_of(capacity) * PAGE, shape))
+    return scratch + 4 * num_tokens * (config.vocab_size + 3 * config.hidden_size + capacity)

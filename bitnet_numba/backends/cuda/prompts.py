@@ -1,0 +1,87 @@
+"""Prompts on the GPU: their tokens go through the model in passes, those of several prompts together.
+
+    rows of a pass    | prompt a: 0 .. 99 | - | prompt b: 0 .. 63 | prompt c: 0 .. |    slot and position of each row:
+                      0                   ^   128                 192                   `slot_positions`; slot -1: none
+
+Attention takes a prompt's tokens in blocks, so each prompt begins at a multiple of a block's rows (see
+`prefill.block_tokens`). The ternary products take all rows alike.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet_numba.backends.cuda.forward import MAX_TOKENS, PrefillPass
+from bitnet_numba.backends.cuda.runtime import Runtime
+from bitnet_numba.backends.cuda.state import SequenceState, padded_size
+from bitnet_numba.kernels.attention import prefill
+from bitnet_numba.kernels.runtime.driver import Graph
+
+MIN_TOKENS = 16  # rows of the smallest captured pass
+
+
+class PromptPart(NamedTuple):
+    """Tokens start .. start + num_tokens - 1 of the sequence in a slot."""
+
+    slot: int
+    start: int
+    num_tokens: int
+
+
+class PromptPass(NamedTuple):
+    """What one pass computes."""
+
+    slot_positions: NDArray[np.int32]  # [rows, 2]
+    ends: list[tuple[int, int]]  # for each part whose last token is in this pass: (its index, the token's row)
+
+
+def plan_passes(parts: Sequence[PromptPart], block: int, max_rows: int) -> Iterator[PromptPass]:
+    """The passes, of up to `max_rows` rows, that compute all parts in order; each begins at a multiple of `block`."""
+    rows = np.full((max_rows, 2), -1, np.int32)
+    used = 0
+    ends: list[tuple[int, int]] = []
+    for i, (slot, start, left) in enumerate(parts):
+        while left:
+            first = -(-used // block) * block
+            if first >= max_rows:
+                yield PromptPass(rows[:used].copy(), ends)
+                rows[:used], used, ends, first = -1, 0, [], 0
+            fit = min(left, max_rows - first)
+            rows[first : first + fit, 0] = slot
+            rows[first : first + fit, 1] = np.arange(start, start + fit)
+            used, start, left = first + fit, start + fit, left - fit
+        ends.append((i, used - 1))
+    if used:
+        yield PromptPass(rows[:used].copy(), ends)
+
+
+class Prefill:
+    """Feeds prompts of some sequences, by passes that are captured for powers of two of rows when first needed."""
+
+    def __init__(self, runtime: Runtime, state: SequenceState):
+        self._runtime, self._state = runtime, state
+        heads = runtime.model.heads
+        self._block = prefill.block_tokens(runtime.device.arch, heads.head_dim, heads.group)
+        self._graphs: dict[int, Graph] = {}
+
+    def feed(self, parts: Sequence[PromptPart]) -> Iterator[list[tuple[int, int]]]:
+        """Enqueues the passes over the parts; yields each one's `ends` while its rows are in the model's buffers."""
+        runtime, b = self._runtime, self._runtime.model.buffers
+        for slot_positions, ends in plan_passes(parts, self._block, MAX_TOKENS):
+            num_rows = len(slot_positions)
+            padded = padded_size(num_rows, MIN_TOKENS)
+            spare = np.full((padded - num_rows, 2), -1, np.int32)
+            runtime.uploads.write(b.slot_positions, np.concatenate([slot_positions, spare]))
+            runtime.uploads.write(b.num_real, [num_rows])
+            if padded not in self._graphs:
+                launches = PrefillPass(runtime.model, self._state, padded).launches()
+                self._graphs[padded] = runtime.stream.capture(launches)
+            self._graphs[padded].replay(runtime.stream)
+            yield ends
+
+    def close(self) -> None:
+        """Frees the captured passes."""
+        for graph in self._graphs.values():
+            graph.close()
