@@ -22,7 +22,8 @@ from bitnet_numba.server.exchange import ClientLeft, Exchange, dump
 from bitnet_numba.server.gate import Gate, KeyCheck
 from bitnet_numba.server.information import health, metrics, model, models, openapi
 from bitnet_numba.server.page import page
-from bitnet_numba.server.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from bitnet_numba.server.responses import responses
+from bitnet_numba.server.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, ResponseBody, TokenizeBody
 from bitnet_numba.server.service import Service
 from bitnet_numba.server.tokenization import detokenize, tokenize
 
@@ -34,6 +35,7 @@ Getter = Callable[[Service, Exchange], Awaitable[None]]
 POSTS: dict[str, tuple[type[Body], Poster]] = {
     "/v1/chat/completions": (ChatBody, chat_completions),
     "/v1/completions": (CompletionBody, completions),
+    "/v1/responses": (ResponseBody, responses),
     "/tokenize": (TokenizeBody, tokenize),
     "/detokenize": (DetokenizeBody, detokenize),
 }

@@ -10,14 +10,8 @@ from bitnet_numba.engine.request import Request
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.server.errors import ApiError
 from bitnet_numba.server.exchange import Exchange
-from bitnet_numba.server.generation import (
-    FINISH_REASONS,
-    number_of_choices,
-    read_prompts,
-    respond,
-    sampling_params,
-    usage,
-)
+from bitnet_numba.server.generation import FINISH_REASONS, read_prompts, respond, usage
+from bitnet_numba.server.sampling_fields import number_of_choices, sampling_params
 from bitnet_numba.server.schemas import ChatBody, ChatMessage
 from bitnet_numba.server.service import Service
 from bitnet_numba.text.tokenizer import Tokenizer
@@ -30,13 +24,11 @@ async def chat_completions(service: Service, exchange: Exchange, body: ChatBody)
     """Answers a conversation."""
     body.refuse_unsupported()
     engine = service.engine
-    n = number_of_choices(body)
-    limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs", param="top_logprobs", code="invalid_value")
-    params = sampling_params(body, engine, limit, (body.top_logprobs or 0) if body.logprobs else None)
-    with_usage = bool(body.stream_options and body.stream_options.include_usage)
-    form = ChatForm(f"chatcmpl-{exchange.request_id}", service.check_model(body.model), with_usage, engine.tokenizer)
+    params, n = sampling_params(body, engine), number_of_choices(body)
+    id, model = f"chatcmpl-{exchange.request_id}", service.check_model(body.model)
+    form = ChatForm(id, model, body.with_usage, engine.tokenizer)
 
     def make() -> list[Request]:
         return read_prompts(engine, [as_messages(body.messages, engine.tokenizer)], params, n)
@@ -51,12 +43,15 @@ def as_messages(messages: Sequence[ChatMessage], tokenizer: Tokenizer) -> list[d
     before it: so the next turn of a conversation finds the pages of this one in the cache.
     """
     read = []
-    for message in messages:
+    for number, message in enumerate(messages, 1):
         given = {key: value for key, value in message.model_dump().items() if value is not None}
         given.pop("token_ids", None)  # not the model's own: a client cannot know them
-        given |= {"role": ROLE_NAMES.get(message.role, message.role), "content": message.content}
-        if message.role == "assistant" and isinstance(message.content, str):
-            given["token_ids"] = tokenizer.encode(message.content, add_bos=False)
+        content = message.content
+        if isinstance(content, list) and len(content) == 1 and isinstance(content[0].get("text"), str):
+            content = content[0]["text"] if content[0].get("type", "text") == "text" else content
+        given |= {"role": ROLE_NAMES.get(message.role, message.role), "content": content}
+        if message.role == "assistant" and isinstance(content, str) and number < len(messages):
+            given["token_ids"] = tokenizer.encode(content, add_bos=False)
         read.append(given)
     return read
 

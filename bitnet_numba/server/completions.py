@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from bitnet_numba.engine.completion import Completion
@@ -10,19 +11,11 @@ from bitnet_numba.engine.request import Request
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.server.errors import ApiError
 from bitnet_numba.server.exchange import Exchange
-from bitnet_numba.server.generation import (
-    FINISH_REASONS,
-    number_of_choices,
-    read_prompts,
-    respond,
-    sampling_params,
-    usage,
-)
+from bitnet_numba.server.generation import FINISH_REASONS, read_prompts, respond, usage
+from bitnet_numba.server.sampling_fields import number_of_choices, sampling_params
 from bitnet_numba.server.schemas import CompletionBody
 from bitnet_numba.server.service import Service
 from bitnet_numba.text.tokenizer import StreamDecoder, Tokenizer
-
-DEFAULT_MAX_TOKENS = 16  # as in OpenAI's interface
 
 
 async def completions(service: Service, exchange: Exchange, body: CompletionBody) -> None:
@@ -30,14 +23,14 @@ async def completions(service: Service, exchange: Exchange, body: CompletionBody
     body.refuse_unsupported()
     engine = service.engine
     n, echo = number_of_choices(body), bool(body.echo)
-    limit = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    params = sampling_params(body, engine, limit, body.logprobs, echo)
+    params = sampling_params(body, engine)
+    if echo:
+        params = replace(params, prompt_logprobs=params.logprobs)
     if echo and body.stream and body.logprobs is not None:
         raise ApiError(400, "echo: a stream has no logprobs of its prompt", param="echo", code="unsupported_parameter")
     prompts = list_prompts(body.prompt)
-    with_usage = bool(body.stream_options and body.stream_options.include_usage)
     id, model = f"cmpl-{exchange.request_id}", service.check_model(body.model)
-    form = CompletionForm(id, model, with_usage, engine.tokenizer, prompts if echo else None, n)
+    form = CompletionForm(id, model, body.with_usage, engine.tokenizer, prompts if echo else None, n)
     count = len(prompts) * n
     await respond(service, exchange, body, lambda: read_prompts(engine, prompts, params, n), count, form, "prompt")
 

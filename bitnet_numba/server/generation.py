@@ -2,80 +2,21 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 from bitnet_numba.engine.completion import Completion
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.request import Prompt, Request, read_request
-from bitnet_numba.errors import RequestError
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.sampling_params import SamplingParams
 from bitnet_numba.server.answers import Answers
-from bitnet_numba.server.errors import ApiError, from_request_error
 from bitnet_numba.server.exchange import Exchange
+from bitnet_numba.server.sampling_fields import number_of_choices
 from bitnet_numba.server.schemas import SamplingBody
 from bitnet_numba.server.service import Service
 
-OPENAI_DEFAULT = SamplingParams(temperature=1.0, max_new_tokens=None)
-SEEDS = 1 << 64
-# Fields that are those of SamplingParams, by the same names.
-PARAMS = (
-    "temperature",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "stop",
-    "stop_token_ids",
-    "min_tokens",
-    "ignore_eos",
-)
 # Why an answer ended -> OpenAI's finish_reason.
 FINISH_REASONS = {"stop": "stop", "length": "length", "context": "length"}
-
-
-def sampling_params(
-    body: SamplingBody, engine: Engine, max_tokens: int | None, logprobs: int | None = None, of_prompt: bool = False
-) -> SamplingParams:
-    """What a body asks for, on top of what the model's folder recommends. Raises ApiError, naming a wrong field.
-
-    max_tokens: None: until the model stops or the context is full. logprobs: None: none. of_prompt: the prompt's, too.
-    """
-    given = {name: value for name in PARAMS if (value := getattr(body, name)) is not None}
-    if body.top_k is not None:
-        given["top_k"] = max(body.top_k, 0)  # vLLM's clients write -1 for all
-    if body.seed is not None:
-        given["seed"] = body.seed % SEEDS  # OpenAI's may be negative
-    for name, value in given.items():
-        check(name, name, value)
-    if max_tokens is not None:
-        check("max_tokens", "max_new_tokens", max_tokens)
-    if logprobs is not None:
-        check("top_logprobs" if hasattr(body, "top_logprobs") else "logprobs", "logprobs", logprobs)
-    default = replace(engine.sampling or OPENAI_DEFAULT, max_new_tokens=max_tokens)
-    try:
-        return replace(default, logprobs=logprobs, prompt_logprobs=logprobs if of_prompt else None, **given)
-    except RequestError as error:
-        raise from_request_error(RequestError(str(error).replace("max_new", "max")), "min_tokens") from None
-
-
-def check(field: str, name: str, value: Any) -> None:
-    """Raises ApiError, naming the request's field, if SamplingParams does not take a value of `name`."""
-    try:
-        replace(OPENAI_DEFAULT, **{name: value})
-    except RequestError as error:
-        raise from_request_error(RequestError(str(error).replace(name, field)), field) from None
-
-
-def number_of_choices(body: SamplingBody) -> int:
-    """Answers that are wanted for each prompt. Raises ApiError if there are none."""
-    n = 1 if body.n is None else body.n
-    if n < 1:
-        raise ApiError(400, f"n must be 1 or more, not {n}", param="n", code="invalid_value")
-    return n
 
 
 def read_prompts(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, n: int) -> list[Request]:
@@ -90,13 +31,16 @@ def read_prompts(engine: Engine, prompts: Sequence[Prompt], params: SamplingPara
 def usage(completions: Sequence[Completion], n: int) -> dict[str, Any]:
     """OpenAI's count of tokens; a prompt counts once, however many answers it has."""
     prompt = sum(completion.stats.prompt_tokens for completion in completions[::n])
-    cached = sum(completion.stats.reused_tokens for completion in completions[::n])
+    details = {"cached_tokens": sum(completion.stats.reused_tokens for completion in completions[::n])}
+    dropped = completions[0].dropped_messages
+    if dropped:  # by truncation
+        details["dropped_messages"] = dropped
     generated = sum(completion.stats.generated_tokens for completion in completions)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens_details": details,
     }
 
 

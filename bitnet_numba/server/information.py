@@ -5,9 +5,9 @@ from typing import Any
 from bitnet_numba import __version__
 from bitnet_numba.server.errors import ApiError
 from bitnet_numba.server.exchange import Exchange
-from bitnet_numba.server.generation import OPENAI_DEFAULT
 from bitnet_numba.server.metrics import CONTENT_TYPE
 from bitnet_numba.server.openapi import document
+from bitnet_numba.server.sampling_fields import OPENAI_DEFAULT
 from bitnet_numba.server.service import Service
 
 

@@ -11,12 +11,14 @@ from bitnet_numba.server.schemas import (
     CompletionBody,
     DetokenizeBody,
     ErrorBody,
+    ResponseBody,
     TokenizeBody,
 )
 
 _POSTS: dict[str, tuple[type[Body], str]] = {
     "/v1/chat/completions": (ChatBody, "answers a conversation"),
     "/v1/completions": (CompletionBody, "continues texts"),
+    "/v1/responses": (ResponseBody, "answers a text or a conversation"),
     "/tokenize": (TokenizeBody, "the token ids of a prompt"),
     "/detokenize": (DetokenizeBody, "the text of token ids"),
 }

@@ -4,7 +4,7 @@ Fields that this server knows but does not support are listed with the values th
 is refused by name (`refuse_unsupported`).
 """
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
@@ -13,6 +13,7 @@ from bitnet_numba.server.errors import unsupported
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Tokens = list[StrictInt]
 Stop = StrictStr | list[StrictStr]
+DEFAULT_MAX_TOKENS = 16  # of a text completion, as in OpenAI's interface
 
 
 class Body(BaseModel):
@@ -61,6 +62,20 @@ class SamplingBody(Body):
     ignore_eos: StrictBool | None = None
     priority: Annotated[StrictInt, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
     cache_salt: StrictStr | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+
+    def limit(self) -> tuple[str, int | None]:
+        """The field that limits the answer's tokens, and its value; None: there is no limit."""
+        return "max_tokens", self.max_tokens
+
+    def logprob_count(self) -> tuple[str, int | None]:
+        """The field that asks for log probabilities, and of how many likely tokens; None: of none at all."""
+        return "logprobs", None
+
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with the number of tokens."""
+        return bool(self.stream_options and self.stream_options.include_usage)
 
 
 class ChatMessage(BaseModel):
@@ -99,6 +114,16 @@ class ChatBody(SamplingBody):
         "web_search_options": (),
     }
 
+    def limit(self) -> tuple[str, int | None]:
+        """Under its newer name, if that is given."""
+        if self.max_completion_tokens is None:
+            return super().limit()
+        return "max_completion_tokens", self.max_completion_tokens
+
+    def logprob_count(self) -> tuple[str, int | None]:
+        """None unless `logprobs` is true."""
+        return "top_logprobs", (self.top_logprobs or 0) if self.logprobs else None
+
 
 class CompletionBody(SamplingBody):
     """POST /v1/completions."""
@@ -115,6 +140,64 @@ class CompletionBody(SamplingBody):
         "suffix": ("",),
         "response_format": ({"type": "text"},),
     }
+
+    def limit(self) -> tuple[str, int | None]:
+        """A few tokens, unless it is given."""
+        return "max_tokens", DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+
+    def logprob_count(self) -> tuple[str, int | None]:
+        """The one field says both."""
+        return "logprobs", self.logprobs
+
+
+class ResponseText(BaseModel):
+    """The form of a response's text."""
+
+    format: dict[str, Any] | None = None
+
+
+class InputItem(BaseModel):
+    """A message of the input; only these items are supported."""
+
+    type: StrictStr = "message"
+    role: StrictStr | None = None
+    content: StrictStr | list[dict[str, Any]] | None = None
+
+
+class ResponseBody(SamplingBody):
+    """POST /v1/responses."""
+
+    input: StrictStr | Annotated[list[InputItem], Field(min_length=1)]
+    instructions: StrictStr | None = None
+    max_output_tokens: StrictInt | None = None
+    metadata: dict[str, Any] | None = None
+    text: ResponseText | None = None
+    store: StrictBool | None = None
+    background: StrictBool | None = None
+    previous_response_id: StrictStr | None = None
+    conversation: Any = None
+    prompt: Any = None
+    include: list[Any] | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    top_logprobs: StrictInt | None = None
+
+    NEUTRAL = {
+        "store": (False,),
+        "background": (False,),
+        "previous_response_id": (),
+        "conversation": (),
+        "prompt": (),
+        "include": ([],),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "top_logprobs": (0,),
+        "n": (1,),
+    }
+
+    def limit(self) -> tuple[str, int | None]:
+        """Under the name that responses have."""
+        return "max_output_tokens", self.max_output_tokens
 
 
 class TokenizeBody(Body):

@@ -125,6 +125,13 @@ def test_the_model_has_more_than_one_name(server: Running) -> None:
         assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
 
 
+def test_an_answer_that_stands_last_is_continued(server: Running, built_in: Engine) -> None:
+    messages = [*STORY, {"role": "assistant", "content": "Once upon a time"}]
+    expected = built_in.chat(messages, temperature=0, max_new_tokens=10).text
+    body = {"messages": messages, "temperature": 0, "max_tokens": 10}
+    assert server.post(PATH, body).json()["choices"][0]["message"]["content"] == expected
+
+
 def test_logprobs_are_the_engines(server: Running, built_in: Engine) -> None:
     expected = built_in.chat(STORY, seed=3, max_new_tokens=20, temperature=0.8, logprobs=4)
     body = {**BODY, "max_tokens": 20, "logprobs": True, "top_logprobs": 4}

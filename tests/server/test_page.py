@@ -91,6 +91,15 @@ def test_talk(page: Page) -> None:
 
 
 @in_browser
+def test_a_conversation_that_is_too_long_goes_on(page: Page) -> None:
+    turns = [{"role": role, "content": "fox " * 150} for _ in range(6) for role in ("user", "assistant")]
+    page.evaluate("turns => { chat.messages.push(...turns); showAll(); }", turns)
+    say(page, STORY)
+    wait_for_answers(page, 7)
+    expect(page.locator(".message:last-child .status")).to_contain_text(re.compile(r"without the \d+ oldest messages"))
+
+
+@in_browser
 def test_stop_and_edit(page: Page) -> None:
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("System prompt").fill("Tell stories.")

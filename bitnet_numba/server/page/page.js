@@ -194,7 +194,11 @@ async function generate(path, body, onText, textOf) {
 }
 
 function noteOf(found) {
-  if (found.usage) return speed(found.usage.completion_tokens, found.last / 1000);
+  if (found.usage) {
+    const dropped = found.usage.prompt_tokens_details?.dropped_messages;
+    const note = speed(found.usage.completion_tokens, found.last / 1000);
+    return dropped ? `${note} · without the ${dropped} oldest messages` : note;
+  }
   return found.stopped ? "stopped" : "broken off";
 }
 
@@ -216,7 +220,7 @@ async function answer() {
     showContent(target, message);
     follow();
   };
-  const found = await generate("v1/chat/completions", { messages: sent }, (text) => {
+  const found = await generate("v1/chat/completions", { messages: sent, truncation: "auto" }, (text) => {
     message.content += text;
     if (!planned) planned = Boolean(requestAnimationFrame(draw));
   }, (choice) => choice.delta.content);
