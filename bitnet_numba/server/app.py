@@ -107,9 +107,11 @@ def create_app(service: Service, lifespan: Callable[[], "contextlib.AbstractAsyn
             expose_headers=["x-request-id"],
         )
         middleware.insert(1, cors)
-    return Starlette(
+    app = Starlette(
         routes=routes, middleware=middleware, lifespan=around, exception_handlers={HTTPException: _http_error}
     )
+    app.router.redirect_slashes = False
+    return app
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

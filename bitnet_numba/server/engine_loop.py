@@ -18,6 +18,7 @@ from bitnet_numba.errors import BitNetError, SchedulerClosed, one_line
 from bitnet_numba.server.answers import Answers
 
 _log = logging.getLogger("bitnet_numba.server")
+CLOSED = "no more answers are generated"
 
 
 class EngineLoop:
@@ -52,6 +53,8 @@ class EngineLoop:
     def open(self, requests: Sequence[Request], options: QueueOptions) -> Answers:
         """Starts answers; from any thread. Raises RequestError if one can never fit, SchedulerClosed once closed."""
         with self._lock:
+            if self._closed:
+                raise SchedulerClosed(CLOSED)
             numbers: list[int] = []
             try:
                 for request in requests:
@@ -82,15 +85,31 @@ class EngineLoop:
         self._thread.join()
 
     def _run(self) -> None:
-        while True:
-            while self._scheduler.wait():
-                try:
-                    updates = self._scheduler.step()
-                except SchedulerClosed:  # by `close`, which had nothing to tell
-                    break
-                self._deliver(updates)
-            if not self._start_again():
+        try:
+            self._step_while_open()
+            while self._start_again():
+                self._step_while_open()
+        except Exception:  # a mistake of ours
+            _log.exception("the engine's thread has failed")
+        finally:
+            self._closed = True
+            self._scheduler.close()
+            self._end_all(SchedulerClosed(CLOSED))
+
+    def _step_while_open(self) -> None:
+        while self._scheduler.wait():
+            try:
+                updates = self._scheduler.step()
+            except SchedulerClosed:  # by `close`, which had nothing to tell
                 return
+            self._deliver(updates)
+
+    def _end_all(self, error: BitNetError) -> None:
+        with self._lock:
+            left, self._answers = self._answers, {}
+            for number, (answers, index) in left.items():
+                answers.put(index, Update(number, error=error))
+                self._loop.call_soon_threadsafe(answers.wake)
 
     def _start_again(self) -> bool:
         """Opens another scheduler in place of one whose backend has failed; False if that is not wanted, or fails."""

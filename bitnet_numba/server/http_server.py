@@ -94,7 +94,9 @@ class Protocol(HttpToolsProtocol):
 
     def _header_late(self) -> None:
         self._header_timer = None
-        if not self.transport.is_closing():
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._start_header_timer()  # something came while an answer is under way, which is not to be cut off
+        elif not self.transport.is_closing():
             self._refuse(408, "the header did not arrive in time")
 
     def _refuse(self, status: int, message: str) -> None:

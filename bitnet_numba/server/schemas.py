@@ -12,7 +12,9 @@ from bitnet_numba.server.errors import unsupported
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Tokens = list[StrictInt]
-Stop = StrictStr | list[StrictStr]
+# Every new text is searched for them, which holds up all other answers.
+StopString = Annotated[StrictStr, Field(max_length=1000)]
+Stop = StopString | Annotated[list[StopString], Field(max_length=16)]
 DEFAULT_MAX_TOKENS = 16  # of a text completion, as in OpenAI's interface
 
 

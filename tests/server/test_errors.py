@@ -68,6 +68,8 @@ def test_the_same_for_texts(server: Running, field: str, value: Any) -> None:
         ("seed", 1.5),
         ("stop", [""]),
         ("stop", {"a": 1}),
+        ("stop", ["a"] * 17),
+        ("stop", "a" * 1001),
         ("stream", "yes"),
         ("logprobs", 3),
         ("top_logprobs", 3),

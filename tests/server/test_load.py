@@ -273,6 +273,25 @@ def test_slow_senders_are_cut_off() -> None:
         assert not running.server.server_state.connections or running.client.get("/health").status_code == 200
 
 
+def test_a_stray_line_does_not_cut_off_an_answer() -> None:
+    with serving(lambda: slow_engine([]), receive_timeout=0.1) as running:
+        content = json.dumps(body(max_tokens=150)).encode()
+        head = HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(content)
+        connection = connect(running, head + content)
+        connection.sendall(b"\r\n")
+        assert b'"completion_tokens":150' in read_all(connection)
+
+
+def test_a_mistake_in_the_engines_thread_leaves_nobody_waiting(slow: tuple[Running, ToyBackend]) -> None:
+    running, _ = slow
+    loop = running.service._engine_loop
+    assert loop is not None
+    loop._deliver = None  # type: ignore[assignment, method-assign]
+    response = running.post(CHAT, body(max_tokens=50))
+    assert response.status_code == 503 and running.client.get("/health").json()["status"] == "failed"
+    assert running.post(CHAT, body(max_tokens=50)).json()["error"]["code"] == "engine_failed"
+
+
 def test_headers_have_a_limit(slow: tuple[Running, ToyBackend]) -> None:
     running, _ = slow
     for header in (b"X-Large: " + b"x" * 200_000, b"X: y\r\n" * 40_000):
