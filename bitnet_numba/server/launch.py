@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable
 
 from bitnet_numba.engine.engine import Engine
@@ -17,12 +18,16 @@ from bitnet_numba.server.settings import Settings
 
 _log = logging.getLogger("bitnet_numba.server")
 BACKLOG = 2048  # connections that wait to be accepted
+# How long a thread of Python keeps the interpreter from another, in seconds. With the usual 5 ms, the engine would wait
+# for so long after each step while text is sent to many clients.
+SWITCH_INTERVAL = 0.0005
 FILES = 65536  # connections and more, if the system allows so many
 
 
 def serve(settings: Settings, host: str, port: int, load_model: Callable[[], Engine]) -> int:
     """Listens, loads the model, and serves until a signal ends it; returns the exit code."""
     _allow_many_files()
+    sys.setswitchinterval(SWITCH_INTERVAL)
     listener = listen(host, port)
     address = listener.getsockname()
     shown = f"[{address[0]}]" if listener.family == socket.AF_INET6 else address[0]
