@@ -44,12 +44,30 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     add = group.add_argument
     add("--max-sequences", type=int, default=DEFAULTS.max_sequences, metavar="N", help=_default("answers at a time"))
     add("--kv-tokens", type=int, metavar="N", help="KV cache for so many tokens (default: as the backend chooses)")
-    add("--max-waiting", type=int, default=DEFAULTS.max_waiting, metavar="N", help=_default("more get status 429"))
+    add(
+        "--max-waiting",
+        type=int,
+        default=DEFAULTS.max_waiting,
+        metavar="N",
+        help=_default("answers that wait; more get status 429"),
+    )
     add("--max-per-key", type=int, metavar="N", help="answers of one API key at a time (default: any number)")
-    add("--queue-timeout", type=float, default=DEFAULTS.queue_timeout, metavar="S", help=_default("for a turn"))
+    add(
+        "--queue-timeout",
+        type=float,
+        default=DEFAULTS.queue_timeout,
+        metavar="S",
+        help=_default("an answer waits for its turn"),
+    )
     add("--answer-timeout", type=float, default=DEFAULTS.answer_timeout, metavar="S", help=_default("of one request"))
     add("--drain-timeout", type=float, default=DEFAULTS.drain_timeout, metavar="S", help=_default("after SIGTERM"))
-    add("--coalesce-ms", type=float, default=DEFAULTS.coalesce * 1e3, metavar="MS", help=_default("text an event has"))
+    add(
+        "--coalesce-ms",
+        type=float,
+        default=DEFAULTS.coalesce * 1e3,
+        metavar="MS",
+        help=_default("text is collected for an event"),
+    )
     group = parser.add_argument_group("security")
     add = group.add_argument
     add("--api-key-file", type=Path, metavar="FILE", help=f"a key a line, besides those in {KEYS_VARIABLE}")
@@ -140,7 +158,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
     if not hosts and args.host in ("localhost", "127.0.0.1", "::1"):
         hosts = LOOPBACK  # a page of another site may give its own name this machine's address
     return Settings(
-        models=tuple(args.name) or (printable(args.model, 200) if args.model else BUILT_IN,),
+        models=tuple(args.name) or (model_name(args.model),),
         api_keys=read_keys(args.api_key_file),
         allowed_hosts=tuple(host.lower() for host in hosts),
         cors_origins=tuple(origin.rstrip("/") for origin in args.cors_origin),
@@ -156,6 +174,13 @@ def read_settings(args: argparse.Namespace) -> Settings:
         coalesce=args.coalesce_ms / 1e3,
         log_requests=args.log_requests,
     )
+
+
+def model_name(model: str | None) -> str:
+    """What requests call a model, unless an option says so: as the operator did, but a folder without its path."""
+    if model is None:
+        return BUILT_IN
+    return printable(Path(model).resolve().name if Path(model).is_dir() else model, 200)
 
 
 def _check_number(option: str, value: float, least: float, most: float) -> None:

@@ -113,15 +113,16 @@ class EngineLoop:
 
     def _start_again(self) -> bool:
         """Opens another scheduler in place of one whose backend has failed; False if that is not wanted, or fails."""
+        if self._closed:
+            return False
+        try:
+            scheduler = self._open_scheduler()
+        except Exception as error:
+            _log.error("the backend cannot be used any more: %s", one_line(error))
+            return False
         with self._lock:
-            if self._closed:
-                return False
-            try:
-                self._scheduler = self._open_scheduler()
-            except Exception as error:
-                _log.error("the backend cannot be used any more: %s", one_line(error))
-                return False
-        return True
+            self._scheduler = scheduler
+            return not self._closed
 
     def _deliver(self, updates: list[Update]) -> None:
         plan = False

@@ -146,7 +146,7 @@ class Service:
                 options = QueueOptions(priority, tenant, f"{tenant} {cache_salt}", settings.queue_timeout)
                 answers = engine_loop.open(requests, options)
             except SchedulerClosed:
-                raise busy("the server is shutting down", "shutting_down") from None
+                raise busy("the model is not ready for requests", "unavailable") from None
             except RequestError as error:
                 raise from_request_error(error, "max_tokens") from None
             opened = answers

@@ -30,6 +30,7 @@ def test_the_defaults_are_those_of_the_settings() -> None:
         assert getattr(own, name) == getattr(Settings(), name)
     assert settings_of("owner/name").models == ("owner/name",)
     assert settings_of("owner/name", "--name", "a", "--name", "b").models == ("a", "b")
+    assert settings_of(str(ROOT / "tests" / "server")).models == ("server",)
     assert settings_of("--host", "0.0.0.0").allowed_hosts == ()
     assert settings_of("--host", "0.0.0.0", "--allow-host", "A.example").allowed_hosts == ("a.example",)
 
