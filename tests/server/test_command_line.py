@@ -87,7 +87,8 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_life_of_a_process(number: int) -> None:
     command = [sys.executable, "-m", "bitnet_numba.server", "--port", "0", "--backend", "reference", "--log-requests"]
-    with subprocess.Popen(command, cwd=ROOT, env=os.environ, stderr=subprocess.PIPE, text=True) as process:
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ, stderr=subprocess.PIPE, text=True)
+    try:
         assert process.stderr is not None
         lines = [process.stderr.readline()]
         found = re.search(r"http://[\d.:]+", lines[0])
@@ -95,10 +96,12 @@ def test_the_life_of_a_process(number: int) -> None:
         lines.append(process.stderr.readline())
         assert f"{BUILT_IN} answers at {found[0]} (reference, context 1024)" in lines[1]
         prompt = {"prompt": "A secret", "max_tokens": 2}
-        answer = httpx.post(f"{found[0]}/v1/completions", json=prompt, trust_env=False)
+        answer = httpx.post(f"{found[0]}/v1/completions", json=prompt, trust_env=False, timeout=60)
         assert answer.status_code == 200
         process.send_signal(number)
-        rest = process.stderr.read()
-        assert process.wait(20) == 0
+        _, rest = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0 and "Traceback" not in rest
     assert "POST /v1/completions 200 " in rest and answer.headers["x-request-id"] in rest and "secret" not in rest
-    assert "Traceback" not in rest
