@@ -1,5 +1,6 @@
 # A fresh clone needs only Python 3.10+, make, and a package index that pip can reach.
 #   make chat      create the environment, install, chat with the built-in model
+#   make serve     the same for the server: a page to talk to, and OpenAI's interface
 #   make test      create the environment, install; lint, types and the whole test suite
 #   make gpu-test  the tests that need an NVIDIA GPU
 #   make slow-test the tests that take minutes and a package index
@@ -15,10 +16,13 @@ WORKERS = $(shell nvidia-smi --query-gpu=memory.total --format=csv,noheader,noun
 	awk '{n = int($$1 / 4000); print (n < 1 ? 1 : (n > 14 ? 14 : n))}')
 EXTRA := $(if $(CUDA),$(if $(filter 12,$(CUDA)),[cuda12],$(if $(filter 11,$(CUDA)),,[cuda13])),)
 
-.PHONY: chat test check tree docs env slow-test gpu-test clean
+.PHONY: chat serve test check tree docs env slow-test gpu-test clean
 
 chat: $(VENV)/.installed
 	@$(PY) -m bitnet_numba.chat $(CHECKPOINT)
+
+serve: $(VENV)/.serve-installed
+	@$(PY) -m bitnet_numba serve $(CHECKPOINT)
 
 env: $(VENV)/.test-installed
 
@@ -61,10 +65,15 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml
 	@$(PIP) -e '.$(EXTRA)'
 	@touch $@
 
+$(VENV)/.serve-installed: $(VENV)/.installed
+	@echo "Installing bitnet-numba[serve] ..."
+	@$(PIP) -e '.[serve]'
+	@touch $@
+
 $(VENV)/.test-installed: $(VENV)/bin/python pyproject.toml
 	@echo "Installing bitnet-numba[test] ..."
 	@$(PIP) -e '.[test]'
-	@touch $@ $(VENV)/.installed
+	@touch $(VENV)/.installed $(VENV)/.serve-installed $@
 
 $(VENV)/.docs-installed: $(VENV)/bin/python pyproject.toml
 	@echo "Installing bitnet-numba[docs] ..."

@@ -26,7 +26,7 @@ FLOORS: list[tuple[str, ...]] = [
     ("bitnet_numba.backends",),
     ("bitnet_numba.engine",),
     ("bitnet_numba.model_options",),
-    ("bitnet_numba.chat",),
+    ("bitnet_numba.chat", "bitnet_numba.server"),
     ("bitnet_numba.cli",),
     ("bitnet_numba.__main__",),
     ("tools",),

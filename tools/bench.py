@@ -3,6 +3,7 @@
     python tools/bench.py kernels|decode|prefill|batch|load|all [--json FILE] [--plot DIR]      the CUDA backend
     python tools/bench.py cpu [CHECKPOINT ...] [--isa NAME,NAME|all] [--threads N,N] [--parts PART,PART] [--seconds S]
     python tools/bench.py engine [CHECKPOINT] [--backend NAME] [--small]     answers end to end, on any backend
+    python tools/bench.py serve [MODEL] [--clients N,N | --rate R] ...           the HTTP server, see serve --help
     python tools/bench.py packing                    needs no GPU
     python tools/bench.py table --json FILE          the Markdown of an earlier run, as in docs/benchmarks.md
 
@@ -197,6 +198,11 @@ def seconds(text: str) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; exit code 2 for a user's mistake."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["serve"]:
+        from tools.benchmarks import serve
+
+        return serve.main(arguments[1:])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )  # fmt: skip

@@ -10,6 +10,7 @@ from bitnet_numba.errors import shown
 # Command -> the module that has its `run(argv, prog)`, and what it does.
 COMMANDS = {
     "chat": ("bitnet_numba.chat.command_line", "talk to a model in the terminal, or answer a prompt and exit"),
+    "serve": ("bitnet_numba.server.command_line", "serve a model over HTTP, as OpenAI does, and a page to talk to it"),
     "convert": ("bitnet_numba.cli.convert", "write a model of Hugging Face as a packed folder of your choice"),
     "models": ("bitnet_numba.cli.models", "list, show and delete the models that were downloaded by name"),
     "perplexity": ("bitnet_numba.cli.perplexity", "show how well a model predicts a text"),
@@ -32,6 +33,7 @@ options:
 examples:
   {PROG} chat                       talk to the small model that is built in
   {PROG} chat 2b4t                  download Microsoft's 2B-4T model (1.2 GB) once, and talk to it
+  {PROG} serve 2b4t                 the same model at http://127.0.0.1:8000, for browsers and OpenAI's clients
   {PROG} chat owner/name            the same with any BitNet model of the Hugging Face hub
   {PROG} models list --known        well-known models and their short names
 """

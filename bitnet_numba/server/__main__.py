@@ -1,0 +1,15 @@
+"""`python -m bitnet_numba.server`: starts the command line. Ctrl-C gets its line while that is imported, too."""
+
+import sys
+
+from bitnet_numba.commands import start
+from bitnet_numba.server import PROG
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line of a process; returns its exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    return start(PROG, "bitnet_numba.server.command_line", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

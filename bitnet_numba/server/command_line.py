@@ -1,0 +1,204 @@
+"""`bitnet-numba serve [MODEL]`: an HTTP server with OpenAI's interface, and a page to talk to."""
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from bitnet_numba.commands import complain, make_parser
+from bitnet_numba.engine.engine import BACKENDS, load
+from bitnet_numba.errors import BitNetError, RequestError, one_line, printable
+from bitnet_numba.hub.fetch import as_hub_model, find_model, is_gguf
+from bitnet_numba.server import PROG
+from bitnet_numba.server.settings import Settings
+
+KEYS_VARIABLE = "BITNET_NUMBA_API_KEYS"
+DEFAULTS = Settings()
+MODEL_HELP = (
+    "a model of the Hugging Face hub, such as owner/name, downloaded and converted when it is first used; a short name "
+    "that `bitnet-numba models list --known` shows; a GGUF file; or a converted folder (default: the built-in model)"
+)
+BUILT_IN = "bitnet-demo"
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+
+
+def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """The command line."""
+    parser = make_parser(prog, description="Serve a BitNet model over HTTP, with OpenAI's interface and a page at /.")
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)")
+    add("--port", type=int, default=8000, metavar="N", help="default: %(default)s; 0: any that is free")
+    add("--name", action="append", default=[], metavar="NAME", help="what requests call the model; may be repeated")
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--revision", metavar="R", help="branch, tag or commit of a model of the hub (default: main)")
+    add("--backend", choices=BACKENDS, default="auto", help="what runs the model (default: auto: CUDA if usable)")
+    add("--threads", type=int, metavar="N", help="threads of the CPU backend (default: one for each physical core)")
+    add("--context", type=int, metavar="N", help="maximum tokens of a prompt and its answer (default: the model's)")
+    group = parser.add_argument_group("load")
+    add = group.add_argument
+    add("--max-sequences", type=int, default=DEFAULTS.max_sequences, metavar="N", help=_default("answers at a time"))
+    add("--kv-tokens", type=int, metavar="N", help="KV cache for so many tokens (default: as the backend chooses)")
+    add(
+        "--max-waiting",
+        type=int,
+        default=DEFAULTS.max_waiting,
+        metavar="N",
+        help=_default("answers that wait; more get status 429"),
+    )
+    add("--max-per-key", type=int, metavar="N", help="answers of one API key at a time (default: any number)")
+    add(
+        "--queue-timeout",
+        type=float,
+        default=DEFAULTS.queue_timeout,
+        metavar="S",
+        help=_default("an answer waits for its turn"),
+    )
+    add("--answer-timeout", type=float, default=DEFAULTS.answer_timeout, metavar="S", help=_default("of one request"))
+    add("--drain-timeout", type=float, default=DEFAULTS.drain_timeout, metavar="S", help=_default("after SIGTERM"))
+    add(
+        "--coalesce-ms",
+        type=float,
+        default=DEFAULTS.coalesce * 1e3,
+        metavar="MS",
+        help=_default("text is collected for an event"),
+    )
+    group = parser.add_argument_group("security")
+    add = group.add_argument
+    add("--api-key-file", type=Path, metavar="FILE", help=f"a key a line, besides those in {KEYS_VARIABLE}")
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="Host that requests may name (default: on loopback its names, otherwise any)",
+    )
+    add(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="of other sites whose pages may ask (default: none)",
+    )
+    add("--max-body", type=int, default=DEFAULTS.max_body, metavar="BYTES", help=_default("of a request"))
+    add(
+        "--receive-timeout",
+        type=float,
+        default=DEFAULTS.receive_timeout,
+        metavar="S",
+        help=_default("for a request to arrive"),
+    )
+    group = parser.add_argument_group("logs")
+    add = group.add_argument
+    add("--log-requests", action="store_true", help="a line for each request on standard error, without its content")
+    return parser
+
+
+def _default(meaning: str) -> str:
+    return f"{meaning} (default: %(default)g)"
+
+
+def run(argv: list[str] | None = None, prog: str = PROG) -> int:
+    """The command line; returns the exit code: 0, or 2 for a user's mistake."""
+    parser = build_parser(prog)
+    args = parser.parse_args(argv)
+    try:
+        from bitnet_numba.server.launch import serve
+    except ImportError as error:
+        complain(prog, f"{one_line(error)}: install the extra serve, as in  pip install 'bitnet-numba[serve]'")
+        return 2
+    try:
+        settings = read_settings(args)
+        with _log_on_standard_error(prog):
+            path, revision = args.model, args.revision
+            if path and (is_gguf(path) or as_hub_model(path, revision) is not None):
+                path, revision = find_model(path, revision), None  # a download shows its progress, and Ctrl-C ends it
+            load_model = partial(load, path, args.backend, args.context, args.threads, revision)
+            return serve(settings, args.host, args.port, load_model)
+    except BitNetError as error:
+        complain(prog, str(error))
+    except MemoryError:
+        complain(prog, "memory is too short; a smaller --context or --kv-tokens needs less")
+    except OSError as error:
+        complain(prog, one_line(error))
+    return 2
+
+
+@contextlib.contextmanager
+def _log_on_standard_error(prog: str) -> Iterator[None]:
+    """Inside, what the package logs is printed; uvicorn's own words are not, for the package says the same."""
+    logger, handler = logging.getLogger("bitnet_numba"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter(f"{prog}: %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def read_settings(args: argparse.Namespace) -> Settings:
+    """The settings of a command line. Raises RequestError, naming the option, if one is invalid."""
+    for option, most in (("port", 65535), ("max_waiting", 1 << 20)):
+        _check_number(option, getattr(args, option), 0, most)
+    for option in ("max_sequences", "kv_tokens", "max_per_key", "max_body"):
+        if getattr(args, option) is not None:
+            _check_number(option, getattr(args, option), 1, 1 << 40)
+    for option in ("queue_timeout", "answer_timeout", "drain_timeout", "receive_timeout", "coalesce_ms"):
+        _check_number(option, getattr(args, option), 0, 1e9)
+    hosts = args.allow_host
+    if not hosts and args.host in ("localhost", "127.0.0.1", "::1"):
+        hosts = LOOPBACK  # a page of another site may give its own name this machine's address
+    return Settings(
+        models=tuple(args.name) or (model_name(args.model),),
+        api_keys=read_keys(args.api_key_file),
+        allowed_hosts=tuple(host.lower() for host in hosts),
+        cors_origins=tuple(origin.rstrip("/") for origin in args.cors_origin),
+        max_sequences=args.max_sequences,
+        tokens=args.kv_tokens,
+        max_waiting=args.max_waiting,
+        max_per_key=args.max_per_key,
+        queue_timeout=args.queue_timeout,
+        answer_timeout=args.answer_timeout,
+        drain_timeout=args.drain_timeout,
+        receive_timeout=args.receive_timeout,
+        max_body=args.max_body,
+        coalesce=args.coalesce_ms / 1e3,
+        log_requests=args.log_requests,
+    )
+
+
+def model_name(model: str | None) -> str:
+    """What requests call a model, unless an option says so: as the operator did, but a folder without its path."""
+    if model is None:
+        return BUILT_IN
+    return printable(Path(model).resolve().name if Path(model).is_dir() else model, 200)
+
+
+def _check_number(option: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        name = option.replace("_", "-")
+        raise RequestError(f"--{name} must be between {least:g} and {most:g}, not {value:g}")
+
+
+def read_keys(file: Path | None) -> tuple[str, ...]:
+    """The API keys of a file and of the environment. Raises RequestError if the file has none or cannot be read."""
+    keys = os.environ.get(KEYS_VARIABLE, "").split()
+    if file is None:
+        return tuple(keys)
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"--api-key-file {printable(str(file))} cannot be read: {one_line(error)}") from None
+    found = [line for line in lines if line and not line.startswith("#")]
+    if not found:
+        raise RequestError(f"--api-key-file {printable(str(file))} has no key, which would let anybody in")
+    return (*keys, *found)

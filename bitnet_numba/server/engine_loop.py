@@ -1,0 +1,158 @@
+"""The thread that runs the model: one scheduler, stepped as long as it has requests.
+
+The event loop is told of new text at most once per `coalesce` seconds, and at once of an answer's beginning and end: to
+wake it for each token would cost more than all else that the server does.
+"""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from bitnet_numba.engine.queue_options import QueueOptions
+from bitnet_numba.engine.request import Request
+from bitnet_numba.engine.scheduler import Scheduler
+from bitnet_numba.engine.sequence import Update
+from bitnet_numba.errors import BitNetError, SchedulerClosed, one_line
+from bitnet_numba.server.answers import Answers
+
+_log = logging.getLogger("bitnet_numba.server")
+CLOSED = "no more answers are generated"
+
+
+class EngineLoop:
+    """Runs requests. `close` ends the thread, and with it every answer that is open."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, open_scheduler: Callable[[], Scheduler], coalesce: float):
+        """loop: in which answers are awaited. open_scheduler: called again after a failure of the backend.
+
+        Raises BackendError if there is too little memory.
+        """
+        self._loop, self._open_scheduler, self._coalesce = loop, open_scheduler, coalesce
+        self._scheduler = open_scheduler()
+        self._lock = threading.Lock()  # guards the next two, and what they have to do with the scheduler
+        self._answers: dict[int, tuple[Answers, int]] = {}  # by number in the scheduler: whose, and which of them
+        self._closed = False
+        self._changed: deque[Answers] = deque()  # which the loop will be told of with the next flush
+        self._flush_planned = False
+        self._flushed_at = loop.time()
+        self._thread = threading.Thread(target=self._run, name="bitnet_numba engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> int:
+        """Answers that have a slot."""
+        return self._scheduler.running
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs; it ends only when it is closed, or if the backend cannot be used any more."""
+        return self._thread.is_alive()
+
+    def open(self, requests: Sequence[Request], options: QueueOptions) -> Answers:
+        """Starts answers; from any thread. Raises RequestError if one can never fit, SchedulerClosed once closed."""
+        with self._lock:
+            if self._closed:
+                raise SchedulerClosed(CLOSED)
+            numbers: list[int] = []
+            try:
+                for request in requests:
+                    numbers.append(self._scheduler.add_request(request, options))
+            except BitNetError:
+                for number in numbers:
+                    self._scheduler.cancel(number)
+                raise
+            answers = Answers(requests, numbers)
+            for index, number in enumerate(numbers):
+                self._answers[number] = answers, index
+        return answers
+
+    def cancel(self, answers: Answers) -> None:
+        """Ends answers that nobody wants any more, before the next step; from any thread."""
+        with self._lock:
+            for number in answers.numbers:
+                found = self._answers.get(number)
+                if found is not None and found[0] is answers:  # of another, if the scheduler is a new one
+                    del self._answers[number]
+                    self._scheduler.cancel(number)
+
+    def close(self) -> None:
+        """Ends the thread after the step under way; answers that are open get an error."""
+        with self._lock:
+            self._closed = True
+        self._scheduler.close()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._step_while_open()
+            while self._start_again():
+                self._step_while_open()
+        except Exception:  # a mistake of ours
+            _log.exception("the engine's thread has failed")
+        finally:
+            self._closed = True
+            self._scheduler.close()
+            self._end_all(SchedulerClosed(CLOSED))
+
+    def _step_while_open(self) -> None:
+        while self._scheduler.wait():
+            try:
+                updates = self._scheduler.step()
+            except SchedulerClosed:  # by `close`, which had nothing to tell
+                return
+            self._deliver(updates)
+
+    def _end_all(self, error: BitNetError) -> None:
+        with self._lock:
+            left, self._answers = self._answers, {}
+            for number, (answers, index) in left.items():
+                answers.put(index, Update(number, error=error))
+                self._loop.call_soon_threadsafe(answers.wake)
+
+    def _start_again(self) -> bool:
+        """Opens another scheduler in place of one whose backend has failed; False if that is not wanted, or fails."""
+        if self._closed:
+            return False
+        try:
+            scheduler = self._open_scheduler()
+        except Exception as error:
+            _log.error("the backend cannot be used any more: %s", one_line(error))
+            return False
+        with self._lock:
+            self._scheduler = scheduler
+            return not self._closed
+
+    def _deliver(self, updates: list[Update]) -> None:
+        plan = False
+        failed = self._scheduler.closed  # then, all that were open have ended with the same error
+        if failed and updates:
+            _log.error("%s", updates[-1].error)
+        with self._lock:
+            for update in updates:
+                last = update.completion is not None or update.error is not None
+                found = self._answers.pop(update.request, None) if last else self._answers.get(update.request)
+                if found is None:  # cancelled
+                    continue
+                answers, index = found
+                first = not answers.started
+                answers.put(index, update, failed)
+                if last or first:
+                    self._loop.call_soon_threadsafe(answers.wake)
+                elif not answers.announced:
+                    answers.announced = plan = True
+                    self._changed.append(answers)
+        if plan and not self._flush_planned:
+            self._flush_planned = True
+            self._loop.call_soon_threadsafe(self._plan_flush)
+
+    def _plan_flush(self) -> None:
+        self._loop.call_at(self._flushed_at + self._coalesce, self._flush)
+
+    def _flush(self) -> None:
+        self._flush_planned, self._flushed_at = False, self._loop.time()
+        while self._changed:
+            answers = self._changed.popleft()
+            answers.announced = False  # before it looks: what comes from now on is announced again
+            answers.wake()

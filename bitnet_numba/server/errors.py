@@ -1,0 +1,73 @@
+"""Errors of the interface, in the form that OpenAI's clients read."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from bitnet_numba.errors import ContextFull, RequestError, printable
+
+# Status -> the error's type.
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+MAX_MESSAGE = 1000  # characters
+
+
+class ApiError(Exception):
+    """An answer that is an error."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        """param: the field of the request that is wrong. code: for programs. headers: of the response, besides."""
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+
+    def content(self) -> dict[str, Any]:
+        """The body of the response."""
+        default = "server_error" if self.status >= 500 else "invalid_request_error"
+        error = {
+            "message": printable(self.message, MAX_MESSAGE),
+            "type": TYPES.get(self.status, default),
+            "param": self.param,
+            "code": self.code,
+        }
+        return {"error": error}
+
+
+def unsupported(field: str, why: str = "this server does not support it") -> ApiError:
+    """The refusal of a field, which is never ignored where it would change the answer."""
+    return ApiError(400, f"{field}: {why}", param=field, code="unsupported_parameter")
+
+
+def busy(message: str, code: str, retry_after: int = 1) -> ApiError:
+    """503: later, or elsewhere."""
+    return ApiError(503, message, code=code, headers={"retry-after": str(retry_after)})
+
+
+def from_validation(error: ValidationError) -> ApiError:
+    """What pydantic found first in a body, with the path of the field."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    # A union's members stand in the location, too, as str or list[str]; they are no part of the path.
+    parts = [str(part) for part in first["loc"] if isinstance(part, int) or (part.isidentifier() and part != "str")]
+    path = ".".join(parts)
+    message = f"{path}: {first['msg']}" if path else first["msg"]
+    code = "invalid_json" if first["type"] == "json_invalid" else "invalid_value"
+    return ApiError(400, message, param=path or None, code=code)
+
+
+def from_request_error(error: RequestError, param: str | None = None) -> ApiError:
+    """A prompt or an option that the engine refuses."""
+    code = "context_length_exceeded" if isinstance(error, ContextFull) else "invalid_value"
+    return ApiError(400, str(error), param=param, code=code)

@@ -1,0 +1,86 @@
+"""Starts a server: listens at once, loads the model meanwhile, and serves until a signal ends it."""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+
+from bitnet_numba.engine.engine import Engine
+from bitnet_numba.errors import RequestError, one_line, printable
+from bitnet_numba.server.app import create_app
+from bitnet_numba.server.http_server import make_server
+from bitnet_numba.server.service import Service
+from bitnet_numba.server.settings import Settings
+
+_log = logging.getLogger("bitnet_numba.server")
+BACKLOG = 2048  # connections that wait to be accepted
+# How long a thread of Python keeps the interpreter from another, in seconds. With the usual 5 ms, the engine would wait
+# for so long after each step while text is sent to many clients.
+SWITCH_INTERVAL = 0.0005
+FILES = 65536  # connections and more, if the system allows so many
+
+
+def serve(settings: Settings, host: str, port: int, load_model: Callable[[], Engine]) -> int:
+    """Listens, loads the model, and serves until a signal ends it; returns the exit code."""
+    _allow_many_files()
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    listener = listen(host, port)
+    address = listener.getsockname()
+    shown = f"[{address[0]}]" if listener.family == socket.AF_INET6 else address[0]
+    url = f"http://{shown}:{address[1]}"
+    service = Service(settings)
+    failure: BaseException | None = None
+
+    async def start() -> None:
+        nonlocal failure
+        try:
+            await service.start(load_model)
+        except Exception as error:
+            failure, server.should_exit = error, True
+            return
+        engine = service.engine
+        _log.info("%s answers at %s (%s, context %d)", settings.models[0], url, engine.backend, engine.context)
+
+    @contextlib.asynccontextmanager
+    async def lifespan() -> AsyncIterator[None]:
+        task = asyncio.get_running_loop().create_task(start())
+        try:
+            yield
+        finally:
+            task.cancel()
+
+    server = make_server(create_app(service, lifespan), service)
+    _log.info("listening on %s, loading the model ...", url)
+    server.run(sockets=[listener])
+    if failure is not None:
+        raise failure
+    return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises RequestError, naming the address, if there is none to be had."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except (OSError, UnicodeError) as error:
+        # create_server adds the address to the text of some errors.
+        number: int = getattr(error, "errno", None) or 0
+        reason = os.strerror(number) if number in errno.errorcode else one_line(error)
+        raise RequestError(f"cannot listen on {printable(host, 80)} port {port}: {reason}") from None
+
+
+def _allow_many_files() -> None:
+    """Raises the limit of open files, which is the one of connections, as far as this process may."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,233 @@
+"""Requests as pydantic reads them. Unknown fields are ignored, and null is the same as an absent field.
+
+Fields that this server knows but does not support are listed with the values that change nothing; anything else in them
+is refused by name (`refuse_unsupported`).
+"""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+
+from bitnet_numba.server.errors import unsupported
+
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Tokens = list[StrictInt]
+# Every new text is searched for them, which holds up all other answers.
+StopString = Annotated[StrictStr, Field(max_length=1000)]
+Stop = StopString | Annotated[list[StopString], Field(max_length=16)]
+DEFAULT_MAX_TOKENS = 16  # of a text completion, as in OpenAI's interface
+
+
+class Body(BaseModel):
+    """What all bodies have in common."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=(), defer_build=True)
+
+    # Field -> values that mean nothing, besides null and absence.
+    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    model: StrictStr | None = None
+
+    def refuse_unsupported(self) -> None:
+        """Raises ApiError for a field that this server would have to ignore."""
+        for name, neutral in self.NEUTRAL.items():
+            value = getattr(self, name)
+            if value is not None and not any(value == other and type(value) is type(other) for other in neutral):
+                raise unsupported(name)
+
+
+class StreamOptions(BaseModel):
+    """Options of a stream."""
+
+    include_usage: StrictBool | None = None
+
+
+class SamplingBody(Body):
+    """How an answer is sampled: OpenAI's fields, and those that vLLM and llama.cpp have besides."""
+
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: StrictInt | None = None
+    min_p: Number | None = None
+    repetition_penalty: Number | None = None
+    seed: StrictInt | None = None
+    max_tokens: StrictInt | None = None
+    stop: Stop | None = None
+    n: StrictInt | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    logit_bias: dict[str, Number] | None = None
+    stop_token_ids: Tokens | None = None
+    min_tokens: StrictInt | None = None
+    ignore_eos: StrictBool | None = None
+    priority: Annotated[StrictInt, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
+    cache_salt: StrictStr | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+
+    def limit(self) -> tuple[str, int | None]:
+        """The field that limits the answer's tokens, and its value; None: there is no limit."""
+        return "max_tokens", self.max_tokens
+
+    def logprob_count(self) -> tuple[str, int | None]:
+        """The field that asks for log probabilities, and of how many likely tokens; None: of none at all."""
+        return "logprobs", None
+
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream ends with the number of tokens."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatMessage(BaseModel):
+    """A message. Further fields reach the chat template, as "name" may."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: StrictStr
+    content: StrictStr | list[dict[str, Any]] | None = None
+
+
+class ChatBody(SamplingBody):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: StrictInt | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: StrictInt | None = None
+    response_format: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+    function_call: Any = None
+    modalities: list[StrictStr] | None = None
+    audio: dict[str, Any] | None = None
+    web_search_options: dict[str, Any] | None = None
+
+    NEUTRAL = {
+        "response_format": ({"type": "text"},),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        "audio": (),
+        "web_search_options": (),
+    }
+
+    def limit(self) -> tuple[str, int | None]:
+        """Under its newer name, if that is given."""
+        if self.max_completion_tokens is None:
+            return super().limit()
+        return "max_completion_tokens", self.max_completion_tokens
+
+    def logprob_count(self) -> tuple[str, int | None]:
+        """None unless `logprobs` is true."""
+        return "top_logprobs", (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionBody(SamplingBody):
+    """POST /v1/completions."""
+
+    prompt: StrictStr | Tokens | list[StrictStr] | list[Tokens]
+    echo: StrictBool | None = None
+    logprobs: StrictInt | None = None
+    best_of: StrictInt | None = None
+    suffix: StrictStr | None = None
+    response_format: dict[str, Any] | None = None
+
+    NEUTRAL = {
+        "best_of": (1,),
+        "suffix": ("",),
+        "response_format": ({"type": "text"},),
+    }
+
+    def limit(self) -> tuple[str, int | None]:
+        """A few tokens, unless it is given."""
+        return "max_tokens", DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+
+    def logprob_count(self) -> tuple[str, int | None]:
+        """The one field says both."""
+        return "logprobs", self.logprobs
+
+
+class ResponseText(BaseModel):
+    """The form of a response's text."""
+
+    format: dict[str, Any] | None = None
+
+
+class InputItem(BaseModel):
+    """A message of the input; only these items are supported."""
+
+    type: StrictStr = "message"
+    role: StrictStr | None = None
+    content: StrictStr | list[dict[str, Any]] | None = None
+
+
+class ResponseBody(SamplingBody):
+    """POST /v1/responses."""
+
+    input: StrictStr | Annotated[list[InputItem], Field(min_length=1)]
+    instructions: StrictStr | None = None
+    max_output_tokens: StrictInt | None = None
+    metadata: dict[str, Any] | None = None
+    text: ResponseText | None = None
+    store: StrictBool | None = None
+    background: StrictBool | None = None
+    previous_response_id: StrictStr | None = None
+    conversation: Any = None
+    prompt: Any = None
+    include: list[Any] | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    top_logprobs: StrictInt | None = None
+
+    NEUTRAL = {
+        "store": (False,),
+        "background": (False,),
+        "previous_response_id": (),
+        "conversation": (),
+        "prompt": (),
+        "include": ([],),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "top_logprobs": (0,),
+        "n": (1,),
+    }
+
+    def limit(self) -> tuple[str, int | None]:
+        """Under the name that responses have."""
+        return "max_output_tokens", self.max_output_tokens
+
+
+class TokenizeBody(Body):
+    """POST /tokenize: of a prompt, or of messages."""
+
+    prompt: StrictStr | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: StrictBool | None = None
+    add_generation_prompt: StrictBool | None = None
+    return_token_strs: StrictBool | None = None
+
+
+class DetokenizeBody(Body):
+    """POST /detokenize."""
+
+    tokens: Tokens
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every error."""
+
+    error: ErrorDetail

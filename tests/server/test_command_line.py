@@ -1,0 +1,107 @@
+"""`bitnet-numba serve`: options, keys, mistakes, and the life of a process."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from bitnet_numba.errors import RequestError
+from bitnet_numba.server.command_line import BUILT_IN, KEYS_VARIABLE, build_parser, read_keys, read_settings, run
+from bitnet_numba.server.settings import Settings
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def settings_of(*arguments: str) -> Settings:
+    """The settings of a command line."""
+    return read_settings(build_parser().parse_args(arguments))
+
+
+def test_the_defaults_are_those_of_the_settings() -> None:
+    own = settings_of()
+    assert own.models == (BUILT_IN,) and "localhost" in own.allowed_hosts and "127.0.0.1" in own.allowed_hosts
+    for name in ("max_sequences", "max_waiting", "answer_timeout", "drain_timeout", "max_body", "coalesce", "tokens"):
+        assert getattr(own, name) == getattr(Settings(), name)
+    assert settings_of("owner/name").models == ("owner/name",)
+    assert settings_of("owner/name", "--name", "a", "--name", "b").models == ("a", "b")
+    assert settings_of(str(ROOT / "tests" / "server")).models == ("server",)
+    assert settings_of("--host", "0.0.0.0").allowed_hosts == ()
+    assert settings_of("--host", "0.0.0.0", "--allow-host", "A.example").allowed_hosts == ("a.example",)
+
+
+def test_keys_come_from_a_file_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
+    assert read_keys(None) == ()
+    file = tmp_path / "keys"
+    file.write_text("# of the team\n one \n\ntwo\n")
+    assert read_keys(file) == ("one", "two")
+    monkeypatch.setenv(KEYS_VARIABLE, "three four")
+    assert read_keys(file) == ("three", "four", "one", "two")
+    file.write_text("# none\n")
+    for bad in (file, tmp_path / "missing", tmp_path):
+        with pytest.raises(RequestError, match="--api-key-file"):
+            read_keys(bad)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--port", "70000"], "--port must be between 0 and 65535, not 70000"),
+        (["--max-waiting", "-1"], "--max-waiting must be"),
+        (["--max-sequences", "0"], "--max-sequences must be"),
+        (["--answer-timeout", "nan"], "--answer-timeout must be"),
+        (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
+        (["./no-such-folder"], "no-such-folder"),
+        (["--backend", "reference", "--threads", "2"], "threads are an option of the CPU backend"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*arguments, *([] if "--port" in arguments else ["--port", "0"])], "serve") == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("serve: ") and message in last
+
+
+def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert run(["--port", str(port)], "serve") == 2
+    assert capsys.readouterr().err == f"serve: cannot listen on 127.0.0.1 port {port}: Address already in use\n"
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in [name for name in sys.modules if name.startswith("bitnet_numba.server.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "starlette.applications", None)
+    from bitnet_numba.server.command_line import run as run_anew
+
+    assert run_anew([], "serve") == 2
+    assert "pip install 'bitnet-numba[serve]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_life_of_a_process(number: int) -> None:
+    command = [sys.executable, "-m", "bitnet_numba.server", "--port", "0", "--backend", "reference", "--log-requests"]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        lines = [process.stderr.readline()]
+        found = re.search(r"http://[\d.:]+", lines[0])
+        assert found, lines
+        lines.append(process.stderr.readline())
+        assert f"{BUILT_IN} answers at {found[0]} (reference, context 1024)" in lines[1]
+        prompt = {"prompt": "A secret", "max_tokens": 2}
+        answer = httpx.post(f"{found[0]}/v1/completions", json=prompt, trust_env=False, timeout=60)
+        assert answer.status_code == 200
+        process.send_signal(number)
+        _, rest = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0 and "Traceback" not in rest
+    assert "POST /v1/completions 200 " in rest and answer.headers["x-request-id"] in rest and "secret" not in rest

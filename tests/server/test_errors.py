@@ -1,0 +1,163 @@
+"""Whatever a client sends, the answer is an error in OpenAI's form that names the field, and the server goes on."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bitnet_numba.server.schemas import ChatBody, CompletionBody
+from tests.server.helpers import Running
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+ONCE: dict[str, Any] = {"prompt": "Once", "max_tokens": 2}
+
+
+def error_of(running: Running, path: str, content: Any, status: int = 400) -> dict[str, Any]:
+    """The error of a request that has to be refused."""
+    response = running.post(path, content)
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and "\n" not in error["message"]
+    return error
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("response_format", {"type": "json_object"}),
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("tool_choice", "required"),
+        ("functions", [{}]),
+        ("modalities", ["text", "audio"]),
+        ("audio", {"voice": "x"}),
+        ("web_search_options", {}),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(server: Running, field: str, value: Any) -> None:
+    error = error_of(server, CHAT, {**HELLO, field: value})
+    assert error["param"] == field and error["message"].startswith(field) and error["code"] == "unsupported_parameter"
+    neutral = next(iter(ChatBody.NEUTRAL[field]), None)
+    assert server.post(CHAT, {**HELLO, field: neutral}).status_code == 200
+
+
+@pytest.mark.parametrize("field, value", [("best_of", 2), ("suffix", "x")])
+def test_the_same_for_texts(server: Running, field: str, value: Any) -> None:
+    assert error_of(server, TEXT, {**ONCE, field: value})["param"] == field
+    neutral = next(iter(CompletionBody.NEUTRAL[field]), None)
+    assert server.post(TEXT, {**ONCE, field: neutral}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("temperature", -1),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("top_p", 0),
+        ("top_p", 1.5),
+        ("min_p", 2),
+        ("max_tokens", 0),
+        ("max_tokens", 1.5),
+        ("max_completion_tokens", -3),
+        ("n", 0),
+        ("n", 10**6),
+        ("n", "2"),
+        ("seed", 1.5),
+        ("stop", [""]),
+        ("stop", {"a": 1}),
+        ("stop", ["a"] * 17),
+        ("stop", "a" * 1001),
+        ("stream", "yes"),
+        ("logprobs", 3),
+        ("top_logprobs", 3),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {"x": 1}),
+        ("logit_bias", [1]),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", "x"),
+        ("stop_token_ids", [-1]),
+        ("min_tokens", 3),
+        ("ignore_eos", 1),
+        ("stream_options", [1]),
+        ("messages", []),
+        ("messages", None),
+        ("messages", "Hi"),
+    ],
+)
+def test_wrong_values_are_named(server: Running, field: str, value: Any) -> None:
+    error = error_of(server, CHAT, {**HELLO, field: value})
+    assert error["param"] in (field, "max_tokens" if field == "max_completion_tokens" else field)
+    assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "message, param",
+    [
+        ({"role": "user"}, "messages"),
+        ({"content": "Hi"}, "messages.0.role"),
+        ({"role": "wizard", "content": "Hi"}, "messages"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}, "messages"),
+        ({"role": "user", "content": 5}, "messages.0.content"),
+        ({"role": "tool", "content": "5"}, "messages"),
+        ("Hi", "messages.0"),
+    ],
+)
+def test_wrong_messages_are_named(server: Running, message: Any, param: str) -> None:
+    assert error_of(server, CHAT, {**HELLO, "messages": [message]})["param"].startswith(param)
+
+
+def test_prompts_that_are_none(server: Running) -> None:
+    assert error_of(server, TEXT, {**ONCE, "prompt": [4096]})["message"].startswith("token id 4096")
+    for prompt in ("", [], [""], [[]], [1, "x"], [[1], "x"], [-1], [True], None, {}, [1.5]):
+        assert error_of(server, TEXT, {**ONCE, "prompt": prompt})["param"].startswith("prompt")
+    error = error_of(server, TEXT, {**ONCE, "prompt": "fox " * 3000})
+    assert error["code"] == "context_length_exceeded" and error["param"] == "prompt"
+    assert error_of(server, CHAT, {"messages": [{"role": "user", "content": "fox " * 3000}]})["param"] == "messages"
+    assert error_of(server, "/tokenize", {})["param"] == "prompt"
+    assert error_of(server, "/tokenize", {"messages": []})["param"] == "messages"
+    assert error_of(server, "/detokenize", {"tokens": [1 << 70]})["param"] == "tokens"
+
+
+def test_logprobs_have_a_limit(server: Running) -> None:
+    assert error_of(server, CHAT, {**HELLO, "logprobs": True, "top_logprobs": 21})["param"] == "top_logprobs"
+    assert error_of(server, TEXT, {**ONCE, "logprobs": 21})["param"] == "logprobs"
+    assert error_of(server, TEXT, {**ONCE, "logprobs": 1, "echo": True, "stream": True})["param"] == "echo"
+
+
+def test_bodies_that_are_no_json(server: Running) -> None:
+    deep = b'{"messages": ' + b"[" * 100_000
+    for body in (b"", b"{", b"[]", b"null", b"\xff\xfe", b'"x"', deep, b'{"messages": [{"role": "\\ud800"}]}'):
+        response = server.client.post(CHAT, content=body)
+        assert response.status_code == 400 and "\n" not in response.json()["error"]["message"]
+
+
+def test_paths_and_methods(server: Running) -> None:
+    for method, path, status in (
+        ("GET", CHAT, 405),
+        ("PUT", "/health", 405),
+        ("GET", "/nothing", 404),
+        ("POST", "/", 405),
+    ):
+        response = server.client.request(method, path)
+        assert response.status_code == status and path in response.json()["error"]["message"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60)
+@given(st.dictionaries(st.sampled_from(sorted(ChatBody.model_fields)), JSON, max_size=4), st.booleans())
+def test_any_json_is_answered(server: Running, fields: dict[str, Any], messages: bool) -> None:
+    """With an answer or a 4xx: nothing that a client sends is the server's fault."""
+    body = {**HELLO, **fields, **(HELLO if messages else {}), "max_completion_tokens": 2}
+    response = server.client.post(CHAT, content=json.dumps(body))
+    assert response.status_code in (200, 400, 404)
+    if response.status_code != 200:
+        assert response.json()["error"]["message"]

@@ -1,0 +1,347 @@
+"""Many requests, clients that leave or dawdle, a backend that fails, and the server's end."""
+
+import asyncio
+import json
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from bitnet_numba.engine.engine import Engine
+from tests.engine.toy_backend import ToyBackend, tokens_of, toy_engine
+from tests.server.helpers import Running, read_events, serving
+
+CHAT = "/v1/chat/completions"
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+SLOW = 0.002  # seconds that a step of the toy model takes
+
+
+def body(**fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0, **fields}
+
+
+def slow_engine(backends: list[ToyBackend]) -> Engine:
+    """A model that answers " fox fox fox ..." and takes its time; its backend is added to the list."""
+    engine, backend = toy_engine(tokens_of(" fox"), context=4096)
+    choose = backend.choose
+
+    def slowly(*arguments: Any) -> int:
+        time.sleep(SLOW)
+        return choose(*arguments)
+
+    backend.choose = slowly  # type: ignore[method-assign]
+    backends.append(backend)
+    return engine
+
+
+@pytest.fixture
+def slow() -> Iterator[tuple[Running, ToyBackend]]:
+    """Two answers at a time and two that wait."""
+    backends: list[ToyBackend] = []
+    with serving(lambda: slow_engine(backends), max_sequences=2, max_waiting=2, drain_timeout=5.0) as running:
+        yield running, backends[0]
+
+
+def free(running: Running) -> bool:
+    """Whether nothing is open or runs."""
+    return running.service.open == 0 and running.service.running == 0
+
+
+def test_all_of_a_crowd_are_answered() -> None:
+    def load() -> Engine:
+        return toy_engine(tokens_of(" fox"))[0]
+
+    with serving(load, max_sequences=4, max_waiting=8) as running:
+
+        async def ask(number: int) -> bytes:
+            content = json.dumps(body(max_tokens=5, stream=number % 2 == 0)).encode()
+            reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+            writer.write(HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(content) + content)
+            answer = await reader.read()
+            writer.close()
+            return answer
+
+        async def crowd() -> list[bytes]:
+            return await asyncio.gather(*[ask(number) for number in range(400)])
+
+        answers = asyncio.run(asyncio.wait_for(crowd(), 60))
+        ok = [answer for answer in answers if answer.startswith(b"HTTP/1.1 200")]
+        refused = [answer for answer in answers if answer.startswith(b"HTTP/1.1 429")]
+        assert len(ok) + len(refused) == 400 and len(ok) >= 12 and refused
+        assert all(b'"code":"queue_full"' in answer and b"retry-after: " in answer for answer in refused)
+        assert all(answer.endswith((b"data: [DONE]\n\n\r\n0\r\n\r\n", b"}}}")) for answer in ok)
+        assert free(running)
+        assert running.post(CHAT, body(max_tokens=5)).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("before", [0, 2])  # answers that run already, so that this one waits
+def test_who_leaves_frees_the_place(slow: tuple[Running, ToyBackend], stream: bool, before: int) -> None:
+    running, backend = slow
+
+    async def leave() -> None:
+        async with httpx.AsyncClient(base_url=running.url, timeout=60, trust_env=False) as client:
+            tasks = [
+                asyncio.create_task(client.post(CHAT, json=body(max_tokens=3000, stream=stream)))
+                for _ in range(before + 1)
+            ]
+            while running.service.open < before + 1 or running.service.running < min(before + 1, 2):
+                await asyncio.sleep(0.005)
+            tasks[-1].cancel()
+            while running.service.open > before:
+                await asyncio.sleep(0.005)
+            for task in tasks:
+                task.cancel()
+
+    asyncio.run(asyncio.wait_for(leave(), 10))
+    running.wait_until(lambda: free(running))
+    steps = len(backend.batches[-1].log)
+    time.sleep(10 * SLOW)
+    assert len(backend.batches[-1].log) == steps, "it goes on"
+
+
+def test_a_stream_ends_when_nobody_reads(slow: tuple[Running, ToyBackend]) -> None:
+    running, _ = slow
+    with running.client.stream("POST", CHAT, json=body(max_tokens=3000, stream=True)) as response:
+        next(response.iter_text())
+        assert running.service.running == 1
+    running.wait_until(lambda: free(running))
+
+
+def test_answers_have_a_deadline() -> None:
+    with serving(lambda: slow_engine([]), answer_timeout=0.4) as running:
+        response = running.post(CHAT, body(max_tokens=3000))
+        assert response.status_code == 504 and response.json()["error"]["code"] == "timeout"
+        events = running.events(CHAT, body(max_tokens=3000))
+        assert events[-1]["error"]["code"] == "timeout" and "[DONE]" not in events
+        running.wait_until(lambda: free(running))
+
+
+def test_who_waits_too_long_is_told() -> None:
+    with serving(lambda: slow_engine([]), max_sequences=1, queue_timeout=0.1) as running, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(running.post, CHAT, body(max_tokens=300))
+        running.wait_until(lambda: running.service.running == 1)
+        response = running.post(CHAT, body(max_tokens=5))
+        assert response.status_code == 503 and response.json()["error"]["code"] == "queue_timeout"
+        assert response.headers["retry-after"] and first.result().status_code == 200
+
+
+def test_priority_and_keys_share_the_slots() -> None:
+    keys = ("key-a", "key-b")
+    with (
+        serving(lambda: slow_engine([]), max_sequences=2, max_per_key=1, api_keys=keys) as running,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        ended: list[str] = []
+
+        def ask(name: str, key: str, **fields: Any) -> None:
+            headers = {"authorization": f"Bearer {key}"}
+            assert running.post(CHAT, body(**fields), headers=headers).status_code == 200
+            ended.append(name)
+
+        jobs = [pool.submit(ask, "long", keys[0], max_tokens=200)]
+        running.wait_until(lambda: running.service.running == 1)
+        jobs.append(pool.submit(ask, "later", keys[0], max_tokens=5))
+        running.wait_until(lambda: running.service.open == 2)
+        jobs.append(pool.submit(ask, "first", keys[0], max_tokens=5, priority=-1))
+        running.wait_until(lambda: running.service.open == 3)
+        jobs.append(pool.submit(ask, "other key", keys[1], max_tokens=5))
+        for job in jobs:
+            job.result(20)
+        assert ended == ["other key", "long", "first", "later"]
+
+
+def test_a_backend_that_fails_ends_what_is_open_and_nothing_else(slow: tuple[Running, ToyBackend]) -> None:
+    running, backend = slow
+    backend.fail_after = 5
+    response = running.post(CHAT, body(max_tokens=50))
+    assert response.status_code == 503 and "a step failed" in response.json()["error"]["message"]
+    backend.fail_after = 40
+    events = running.events(CHAT, body(max_tokens=50))
+    assert events[-1]["error"]["code"] == "engine_failed" and len(events) > 2
+    backend.fail_after = None
+    assert running.post(CHAT, body(max_tokens=5)).status_code == 200
+    assert free(running) and running.client.get("/health").status_code == 200
+
+
+def test_a_request_that_fails_ends_alone(slow: tuple[Running, ToyBackend]) -> None:
+    running, backend = slow
+    backend.bad_token = tokens_of("#")[0]
+    with ThreadPoolExecutor(2) as pool:
+        bad = pool.submit(running.post, "/v1/completions", {"prompt": "#", "max_tokens": 9, "temperature": 0})
+        good = pool.submit(running.post, "/v1/completions", {"prompt": "an owl", "max_tokens": 9, "temperature": 0})
+        assert (bad.result().status_code, good.result().status_code) == (500, 200)
+
+
+def test_a_backend_that_cannot_be_used_any_more() -> None:
+    engine, backend = toy_engine(tokens_of(" fox"))
+    with serving(lambda: engine) as running:
+        backend.fail_after = 2
+        backend.new_batch = None  # type: ignore[assignment, method-assign]
+        assert running.post(CHAT, body(max_tokens=9)).status_code == 503
+        running.wait_until(lambda: running.service.status == "failed")
+        assert running.client.get("/health").json()["status"] == "failed"
+        assert running.post(CHAT, body(max_tokens=9)).status_code == 503
+
+
+def test_health_tells_that_the_model_is_being_loaded() -> None:
+    loaded = threading.Event()
+
+    def load() -> Engine:
+        assert loaded.wait(10)
+        return toy_engine(tokens_of(" fox"))[0]
+
+    with serving(load, wait=False) as running:
+        assert running.client.get("/health").status_code == 503
+        for response in (running.post(CHAT, body()), running.client.get("/v1/models")):
+            assert response.status_code == 503 and response.headers["retry-after"]
+        loaded.set()
+        running.wait_until(lambda: running.client.get("/health").status_code == 200)
+
+
+def test_draining_finishes_what_is_open(slow: tuple[Running, ToyBackend]) -> None:
+    running, _ = slow
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(running.post, CHAT, body(max_tokens=100))
+        running.wait_until(lambda: running.service.running == 1)
+        running.server.handle_exit(signal.SIGTERM, None)
+        assert running.client.get("/health").status_code == 503
+        late = running.post(CHAT, body(max_tokens=5))
+        assert late.status_code == 503 and late.headers["retry-after"]
+        assert answer.result().json()["usage"]["completion_tokens"] == 100
+    running.thread.join(10)
+    assert not running.thread.is_alive()
+
+
+def test_draining_takes_no_longer_than_it_may() -> None:
+    with serving(lambda: slow_engine([]), drain_timeout=0.1) as running, ThreadPoolExecutor(1) as pool:
+        events = pool.submit(running.events, CHAT, body(max_tokens=3000))
+        running.wait_until(lambda: running.service.running == 1)
+        time.sleep(0.05)
+        running.server.handle_exit(signal.SIGTERM, None)
+        assert "shutting down" in events.result(10)[-1]["error"]["message"]
+        running.thread.join(10)
+        assert not running.thread.is_alive()
+
+
+def test_bodies_that_are_too_large(slow: tuple[Running, ToyBackend]) -> None:
+    running, _ = slow
+    large = b"x" * (64 << 20)
+    response = running.client.post(CHAT, content=large)
+    assert response.status_code == 413 and response.json()["error"]["code"] == "body_too_large"
+    pieces = (large[:65536] for _ in range(200))  # of a length that is not told before
+    assert running.client.post(CHAT, content=pieces).status_code == 413
+
+
+def connect(running: Running, data: bytes) -> socket.socket:
+    """A connection on which this has been sent."""
+    connection = socket.create_connection(("127.0.0.1", running.port), timeout=10)
+    connection.sendall(data)
+    return connection
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """What comes until the server closes."""
+    data = b""
+    with connection:
+        while piece := connection.recv(65536):
+            data += piece
+    return data
+
+
+def test_slow_senders_are_cut_off() -> None:
+    with serving(lambda: toy_engine(tokens_of(" fox"))[0], receive_timeout=0.3) as running:
+        halves = [b"", b"GET", HEAD, HEAD + b"Content-Length: 50\r\n\r\n{"]
+        connections = [connect(running, half) for half in halves]
+        after = connect(running, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert after.recv(65536).startswith(b"HTTP/1.1 200")
+        after.sendall(HEAD)  # half a request on a connection that has had one
+        for connection in (*connections, after):
+            assert read_all(connection).startswith(b"HTTP/1.1 408")
+        dripping = connect(running, HEAD)
+        with pytest.raises(OSError):  # a byte now and then does not help
+            for _ in range(100):
+                dripping.sendall(b"x")
+                time.sleep(0.02)
+        dripping.close()
+        assert not running.server.server_state.connections or running.client.get("/health").status_code == 200
+
+
+def test_a_stray_line_does_not_cut_off_an_answer() -> None:
+    with serving(lambda: slow_engine([]), receive_timeout=0.1) as running:
+        content = json.dumps(body(max_tokens=150)).encode()
+        head = HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(content)
+        connection = connect(running, head + content)
+        connection.sendall(b"\r\n")
+        assert b'"completion_tokens":150' in read_all(connection)
+
+
+def test_a_mistake_in_the_engines_thread_leaves_nobody_waiting(slow: tuple[Running, ToyBackend]) -> None:
+    running, _ = slow
+    loop = running.service._engine_loop
+    assert loop is not None
+    loop._deliver = None  # type: ignore[assignment, method-assign]
+    response = running.post(CHAT, body(max_tokens=50))
+    assert response.status_code == 503 and running.client.get("/health").json()["status"] == "failed"
+    assert running.post(CHAT, body(max_tokens=50)).json()["error"]["code"] == "engine_failed"
+
+
+def test_headers_have_a_limit(slow: tuple[Running, ToyBackend]) -> None:
+    running, _ = slow
+    for header in (b"X-Large: " + b"x" * 200_000, b"X: y\r\n" * 40_000):
+        connection = connect(running, HEAD)
+        with connection:
+            try:
+                connection.sendall(header)
+                assert connection.recv(65536).startswith(b"HTTP/1.1 431")
+            except ConnectionError:  # it was closed while the rest came
+                pass
+    assert running.client.get("/health").status_code == 200
+
+
+def test_half_requests_and_churn_leave_nothing(slow: tuple[Running, ToyBackend]) -> None:
+    running, _ = slow
+    request = (
+        b'Content-Length: 80\r\n\r\n{"messages": [{"role": "user", "content": "Hi"}], "stream": true, "n": 1}         '
+    )
+    whole = HEAD + request
+    for i in range(300):
+        connection = connect(running, whole[: (i * 7) % len(whole) + 1])
+        if i % 3 == 0:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")  # a reset, no farewell
+        connection.close()
+    running.wait_until(lambda: free(running))
+    running.wait_until(lambda: len(running.server.server_state.connections) <= 1)
+    assert running.post(CHAT, body(max_tokens=5)).status_code == 200
+
+
+def test_pipelined_requests_are_answered_in_order(slow: tuple[Running, ToyBackend]) -> None:
+    running, _ = slow
+    ask = b"GET /%s HTTP/1.1\r\nHost: localhost\r\n%s\r\n"
+    data = read_all(connect(running, ask % (b"health", b"") + ask % (b"nothing", b"Connection: close\r\n")))
+    assert data.index(b"HTTP/1.1 200") < data.index(b"HTTP/1.1 404")
+
+
+def test_streams_are_coalesced() -> None:
+    for coalesce, most, least in ((0.1, 8, 2), (0.0, 1000, 40)):
+        with serving(lambda: slow_engine([]), coalesce=coalesce) as running:
+            events = running.events(CHAT, body(max_tokens=100))
+            assert least <= len(events) - 3 <= most, len(events)  # less role, finish and [DONE]
+
+
+def test_the_metrics_count(slow: tuple[Running, ToyBackend]) -> None:
+    running, _ = slow
+    running.events(CHAT, body(max_tokens=7))
+    lines = running.client.get("/metrics").text.splitlines()
+    assert "bitnet_numba_generated_tokens_total 7.0" in lines and "bitnet_numba_answers_running 0.0" in lines
+    assert 'bitnet_numba_requests_total{path="/v1/chat/completions",status="200"} 1.0' in lines
+
+
+def test_read_events() -> None:
+    assert read_events('data: {"a": 1}\n\ndata: [DONE]\n\n') == [{"a": 1}, "[DONE]"]
