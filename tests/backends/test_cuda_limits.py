@@ -16,7 +16,7 @@ def reason(name: str, quantization: dict[str, Any] | None = None, **changes: Any
     raw = PRESETS[name][1] | {"quantization_config": QUANTIZATION["online"] | (quantization or {})} | changes
     config = ModelConfig.from_hf(raw)
     return why_unsupported(
-        cast(PackedCheckpoint, SimpleNamespace(config=config, names=list(packed_plan(config, "bf16"))))
+        cast(PackedCheckpoint, SimpleNamespace(config=config, names=list(packed_plan(config, "bf16", "bf16"))))
     )
 
 

@@ -10,7 +10,7 @@ from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels.cpu import attention, layout, lm_head, sampler
 from bitnet_numba.kernels.cpu.gemm import SCRATCH_ROWS
 from bitnet_numba.packing import BLOCK_ROWS, padded_shape
-from bitnet_numba.reference.model import rope_tables
+from bitnet_numba.reference.rope import rope_tables
 
 ALIGN = 64  # bytes of a cache line
 
