@@ -151,6 +151,10 @@ def open_packed(folder: str | os.PathLike[str] | ModelFolder) -> PackedCheckpoin
         raise CheckpointError(f"{folder} is not a packed checkpoint: run  bitnet-numba convert {folder} DST")
     embed, head = _row_formats(folder, packed)
     config = ModelConfig.from_hf(raw)
+    if config.tied:
+        head = embed
+    if "ternary" in (embed, head) and not config.group_scales:
+        raise CheckpointError(f"{folder}: config.json is damaged: only models with group scales have ternary rows")
     file = TensorFile(folder / "model.safetensors")
     # A damaged config may ask for millions of layers: compare the numbers before building the plan.
     if config.num_layers > len(file.specs):

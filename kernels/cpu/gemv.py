@@ -161,7 +161,7 @@ def gemv_4_lanes(isa, words, K, q, q_sum, acc, first, last):
 
 
 @njit(**OPTIONS)
-def _sixteen_columns(low, high, w, k, offset):
+def sixteen_columns(low, high, w, k, offset):
     """8 rows x 16 columns into 16-bit sums: codes * 1 into `low`, codes * 4 into `high`, at most 6144 more a call."""
     up = lshr(w, 4)
     pairs0, pairs2 = pairs_avx2(and_(w, FIELD0), broadcast_i32x8(k, offset)), broadcast_i32x8(k, offset + 8)
@@ -183,10 +183,10 @@ def gemv_avx2(isa, words, K, q, q_sum, acc, first, last):
         for start in range(0, col_blocks, 2):
             low, high, low2, high2 = zero_i32x8(), zero_i32x8(), zero_i32x8(), zero_i32x8()
             for _block in range(min(2, col_blocks - start)):
-                low, high = _sixteen_columns(low, high, load_i32x8(p, 0), k, 0)
-                low2, high2 = _sixteen_columns(low2, high2, load_i32x8(p, 64), k, 0)
-                low, high = _sixteen_columns(low, high, load_i32x8(p, 32), k, 16)
-                low2, high2 = _sixteen_columns(low2, high2, load_i32x8(p, 96), k, 16)
+                low, high = sixteen_columns(low, high, load_i32x8(p, 0), k, 0)
+                low2, high2 = sixteen_columns(low2, high2, load_i32x8(p, 64), k, 0)
+                low, high = sixteen_columns(low, high, load_i32x8(p, 32), k, 16)
+                low2, high2 = sixteen_columns(low2, high2, load_i32x8(p, 96), k, 16)
                 p += BLOCK_BYTES
                 k += BLOCK_COLS
             a, a4 = widen16(a, low), widen16(a4, high)
