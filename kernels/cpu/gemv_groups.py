@@ -8,9 +8,12 @@ A group takes 32 dot products of 16 rows with 16 lanes, and what is done once fo
 the four sums of fields joined, offset, conversion, scales, a product and a sum.
 """
 
+from llvmlite import ir
 from numba import njit
-from numba.extending import overload
+from numba.core import types
+from numba.extending import intrinsic, overload
 
+from bitnet_numba.kernels.cpu import vec
 from bitnet_numba.kernels.cpu.dot import dot4, widen16
 from bitnet_numba.kernels.cpu.gemv import (
     BLOCK_BYTES,
@@ -18,10 +21,12 @@ from bitnet_numba.kernels.cpu.gemv import (
     FIELD1,
     FIELD2,
     FIELD3,
+    dot_tokens,
     one_sum,
     sixteen_columns,
+    zero_tokens,
 )
-from bitnet_numba.kernels.cpu.memory import load_i32, prefetch
+from bitnet_numba.kernels.cpu.memory import load_at, load_i32, prefetch
 from bitnet_numba.kernels.cpu.vec import (
     OPTIONS,
     add,
@@ -56,8 +61,8 @@ LINES = (0,) * (GROUP_BYTES // 64)
 AHEAD = 8192
 
 
-# Up to so many tokens, reading the weights for each is as fast as unpacking them.
-FEW = 2
+# Up to so many tokens `gemv_groups_tokens` is as fast as the GEMM or faster.
+FEW = {"vnni512": 64, "vnni256": 24, "avx2": 4, "i8mm": 4, "dotprod": 4, "portable": 64}
 
 
 @njit(**OPTIONS)
@@ -183,12 +188,94 @@ def sums_avx2(isa, p, q, columns):
     return join(add(a, ashr(a4, 2)), add(b, ashr(b4, 2)))
 
 
-@njit(**OPTIONS)
-def gemv_groups_tokens(isa, words, scales, K, q, q_stride, d, q_sums, groups, M, y, y_stride, first, last):
-    """As `gemv_groups`, for M tokens one by one: the second finds the weights in the cache.
+# ---- A few tokens ---------------------------------------------------------------------------------------------------
 
-    q: address of int8 [M, q_stride]. d, q_sums: addresses of [M, groups]. y: address of float32 [M, y_stride].
+
+@intrinsic
+def add_group(typingctx, totals, sums, m, d, q_sums, stride):
+    """totals[t] + (sums[t] - offset) * (m * d) of a group; d and q_sums of token t lie t * stride bytes on."""
+
+    def codegen(context, builder, sig, args):
+        out, sums, m, d, q_sums, stride = args
+        for t in range(totals.count):
+            q_sum = load_at(builder, q_sums, 0, vec.I32)
+            offset = vec.splat_of(builder, builder.mul(q_sum, vec.I32(CODE_OFFSET)), m.type.count)
+            acc = builder.sitofp(builder.sub(builder.extract_value(sums, t), offset), m.type)
+            step = vec.splat_of(builder, load_at(builder, d, 0, m.type.element), m.type.count)
+            value = builder.fmul(acc, builder.fmul(m, step))
+            out = builder.insert_value(out, builder.fadd(builder.extract_value(out, t), value), t)
+            d, q_sums = builder.add(d, stride), builder.add(q_sums, stride)
+        return out
+
+    return totals(totals, sums, m, types.intp, types.intp, types.intp), codegen
+
+
+@intrinsic
+def as_float_zeros(typingctx, zero):
+    """As many zeros of float32 lanes."""
+    floats = types.UniTuple(vec.Vec(16, "f32"), zero.count)
+
+    def codegen(context, builder, sig, args):
+        return ir.Constant(context.get_value_type(floats), None)
+
+    return floats(zero), codegen
+
+
+@njit(**OPTIONS)
+def tile(isa, zero, words, scales, K, q, q_stride, d, q_sums, stride, y, y_stride, first, last):
+    """All row-blocks times as many tokens as `zero` has sums, which share a reading of the weights."""
+    groups = (K + GROUP_COLS - 1) // GROUP_COLS
+    p, m = words + first * (K // BLOCK_COLS) * BLOCK_BYTES, scales + first * groups * SCALE_BYTES
+    for _row_block in range(first, last):
+        totals = as_float_zeros(zero)
+        for g in range(groups):
+            sums = zero
+            for k in range(q + g * GROUP_COLS, q + min((g + 1) * GROUP_COLS, K), BLOCK_COLS):
+                for half in range(2):
+                    w = join(load_i32x8(p, 32 * half), load_i32x8(p, 64 + 32 * half))
+                    at = k + 16 * half
+                    sums = dot_tokens(isa, sums, and_(w, FIELD0), at, q_stride)
+                    sums = dot_tokens(isa, sums, and_(lshr(w, 2), FIELD0), at + 4, q_stride)
+                    sums = dot_tokens(isa, sums, and_(lshr(w, 4), FIELD0), at + 8, q_stride)
+                    sums = dot_tokens(isa, sums, and_(lshr(w, 6), FIELD0), at + 12, q_stride)
+                p += BLOCK_BYTES
+            totals = add_group(totals, sums, load_f16x16(m, 0), d + 4 * g, q_sums + 4 * g, 4 * stride)
+            m += SCALE_BYTES
+        for t in range(len(totals)):
+            store(y, 4 * t * y_stride, totals[t])
+        y += 4 * BLOCK_ROWS
+
+
+def gemv_groups_tokens(isa, words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last):
+    """As `gemv_groups`, for M tokens; fast for a few, see FEW.
+
+    q: address of int8 [M, q_stride]. d, q_sums: addresses of [M, stride]. y: address of float32 [M, y_stride].
     """
-    for m in range(M):
-        at = 4 * m * groups
-        gemv_groups(isa, words, scales, K, q + m * q_stride, d + at, q_sums + at, y + 4 * m * y_stride, first, last)
+    raise NotImplementedError("only compiled functions can call this")
+
+
+@overload(gemv_groups_tokens)
+def _gemv_groups_tokens(isa, words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last):
+    def in_tiles(isa, words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last):
+        m = 0
+        while m < M:
+            x, s, c, to = q + m * q_stride, d + 4 * m * stride, q_sums + 4 * m * stride, y + 4 * m * y_stride
+            if M - m >= 8:
+                tile(isa, zero_tokens(8), words, scales, K, x, q_stride, s, c, stride, to, y_stride, first, last)
+                m += 8
+            elif M - m >= 4:
+                tile(isa, zero_tokens(4), words, scales, K, x, q_stride, s, c, stride, to, y_stride, first, last)
+                m += 4
+            elif M - m >= 2:
+                tile(isa, zero_tokens(2), words, scales, K, x, q_stride, s, c, stride, to, y_stride, first, last)
+                m += 2
+            else:
+                gemv_groups(isa, words, scales, K, x, s, c, to, first, last)
+                m += 1
+
+    def one_by_one(isa, words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last):
+        for m in range(M):  # the second token finds the weights in the cache
+            at = 4 * m * stride
+            gemv_groups(isa, words, scales, K, q + m * q_stride, d + at, q_sums + at, y + 4 * m * y_stride, first, last)
+
+    return in_tiles if isa.isa == "vnni512" else one_by_one

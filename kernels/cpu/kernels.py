@@ -52,19 +52,24 @@ def build_gemv_groups(isa: InstructionSet) -> Callable[..., None]:
 
 def build_gemm_groups(isa: InstructionSet) -> Callable[..., None]:
     """See `gemv_groups.gemv_groups_tokens` and `gemm_groups.gemm_groups`."""
-    few = gemv_groups.FEW
+    few = gemv_groups.FEW[isa.name]
 
-    def kernel(words, scales, K, q, q_stride, d, q_sums, groups, M, y, y_stride, first, last, scratch):
+    def for_few(words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last, scratch):
+        gemv_groups.gemv_groups_tokens(
+            isa, words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last
+        )  # fmt: skip
+
+    def for_any(words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last, scratch):
         if M <= few:
             gemv_groups.gemv_groups_tokens(
-                isa, words, scales, K, q, q_stride, d, q_sums, groups, M, y, y_stride, first, last
-            )
+                isa, words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last
+            )  # fmt: skip
         else:
             gemm_groups.gemm_groups(
-                isa, words, scales, K, q, q_stride, d, q_sums, groups, M, y, y_stride, first, last, scratch
+                isa, words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last, scratch
             )
 
-    return kernel
+    return for_few if few >= MAX_TOKENS else for_any
 
 
 def build_float_rows(isa: InstructionSet, row_format: str) -> Callable[..., None]:
