@@ -38,7 +38,7 @@ def test_2b4t() -> None:
 def test_presets(name: str) -> None:
     _, raw = PRESETS[name]
     config = ModelConfig.from_hf(raw | {"quantization_config": {"quant_method": "bitnet"}})
-    assert config.sub_norms == (raw["architectures"] != ["LlamaForCausalLM"])
+    assert config.sub_norms == (raw["architectures"] not in (["LlamaForCausalLM"], ["Qwen3ForCausalLM"]))
     assert config.head_dim == raw.get("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
 
 

@@ -18,7 +18,6 @@ from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
 from bitnet_numba.checkpoint.safetensors_file import TensorFile, TensorSpec, write_tensors
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import CheckpointError
-from bitnet_numba.quantize import quantize_groups
 from bitnet_numba.reference import model as reference
 from bitnet_numba.reference.model import Cache, Model
 from bitnet_numba.text.tokenizer import Tokenizer
@@ -63,9 +62,7 @@ def test_the_config_is_that_of_the_folder(converted: tuple[str, PackedCheckpoint
     expected = ModelConfig.from_hf(RECORDED[name]["config"])
     assert expected.group_scales
     assert replace(packed.config, weight_format="floats") == expected
-    assert (packed.embed, packed.head) == (("bf16", "bf16") if name == "trilm" else ("ternary", "ternary")) or (
-        name == "trilm" and packed.embed == "f16"
-    )
+    assert packed.embed == packed.head == ("f16" if name == "trilm" else "ternary")
 
 
 def errors(name: str, packed: PackedCheckpoint) -> list[tuple[float, float]]:
@@ -198,12 +195,34 @@ def test_older_files_have_128_weights_in_a_block_of_q2_0(tmp_path: Path) -> None
     assert types.kind_and_nbytes(types.Q2_0, shape, 256 * 2 * 34 + 31) == (types.PQ2_0, 256 * 2 * 34)
 
 
-def test_activations_are_rounded_by_groups() -> None:
-    x = np.random.default_rng(0).standard_normal((3, 300)).astype(np.float32)
-    x[:, 128:256] *= 100
-    q, d = quantize_groups(x)
-    assert q.shape == (3, 300) and d.shape == (3, 3)
-    steps = np.repeat(d, 128, axis=1)[:, :300]
-    assert (np.abs(q * steps - x) <= steps * 0.5001).all() and (
-        np.abs(q.reshape(3, -1)[:, 128:256]).max(axis=1) == 127
-    ).all()
+def edit_packed(folder: Path, **changes: Any) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    raw["bitnet_numba"] |= changes
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+def test_formats_of_rows_that_a_folder_cannot_have(tmp_path: Path, tiny_packed: Path) -> None:
+    shutil.copytree(tiny_packed, tmp_path / "packed")
+    edit_packed(tmp_path / "packed", format=1)  # of older versions: one format for both
+    assert open_packed(tmp_path / "packed").embed == "bf16"
+    for changes, reason in (
+        ({"format": 2, "embed": "ternary", "head": "ternary"}, "only models with group scales have ternary rows"),
+        ({"embed": "f64"}, "a packed format that this version does not support"),
+        ({"embed": ["bf16"]}, "a packed format that this version does not support"),
+        ({"format": 3}, "a packed format that this version does not support"),
+    ):
+        edit_packed(tmp_path / "packed", **changes)
+        with pytest.raises(CheckpointError, match=reason):
+            open_packed(tmp_path / "packed")
+
+
+def test_damaged_group_scales(tmp_path: Path) -> None:
+    convert(FOLDER / "qwen3-tied", tmp_path / "out")
+    file = TensorFile(tmp_path / "out" / "model.safetensors")
+    arrays = {name: file.read(name) for name in file.specs}
+    for value in (-1, np.nan):
+        arrays["layers.0.o.scales"][3] = value
+        with open(tmp_path / "out" / "model.safetensors", "wb") as out:
+            write_tensors(out, file.specs, arrays.items(), {})
+        with pytest.raises(CheckpointError, match="layers.0.o.scales holds (NaN|a scale that is not positive)"):
+            open_packed(tmp_path / "out")
