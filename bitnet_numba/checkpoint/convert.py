@@ -38,6 +38,10 @@ from bitnet_numba.packing import pack_scales, pack_ternary
 from bitnet_numba.text.chat_template import ADDITIONAL
 from bitnet_numba.text.tokenizer import Tokenizer, from_tiktoken
 
+GROUPS_FOUND = (
+    "the linears were found to be ternary times a scale for each row and 128 columns; activations will be int8 with a "
+    "scale for each 128 columns"
+)
 Source = HuggingFaceCheckpoint | GgufCheckpoint
 
 
@@ -93,7 +97,7 @@ def convert(
                     file, plan, packed_tensors(checkpoint, tables, report, advance), {"format": "np"}, advance
                 )
             checkpoint.refuse_leftovers()
-            report.notes = notes + checkpoint.notes
+            report.notes = notes + checkpoint.notes + ([GROUPS_FOUND] if checkpoint.config.group_scales else [])
             if checkpoint.folder.replaced():
                 raise CheckpointError(f"{checkpoint.folder} was replaced by another folder while it was converted")
     except OSError as error:

@@ -135,7 +135,7 @@ class GgufCheckpoint:
         return {name: info for name, info in self._infos.items() if _LINEAR.fullmatch(name)}
 
     def _has_group_scales(self) -> bool:
-        """Whether a linear has more than one scale."""
+        """Whether a linear has more than one scale, or may have: what is not ternary is refused when it is read."""
         linears = self._linears()
         if any(info.type in types.GROUPED and info.type != types.IQ2_BN for info in linears.values()):
             return True
@@ -144,7 +144,7 @@ class GgufCheckpoint:
                 try:
                     types.ternary(info.type, self._where[name].read(name), columns=info.shape[1])
                 except ValueError as error:
-                    if str(error) == types.SEVERAL_SCALES:
+                    if str(error) in (types.SEVERAL_SCALES, types.NOT_ONE_SCALE):
                         return True
         return False
 

@@ -21,6 +21,7 @@ Q2_0, IQ2_BN, PQ2_0, PTQ1_0 = 42, 135, 142, 143
 FLOATS = (F32, F16, BF16)
 GROUPED = (Q2_0, IQ2_BN, PQ2_0, PTQ1_0)  # ternary types of models with many scales
 TERNARY = (I2_S, TQ1_0, TQ2_0, Q4_0, *GROUPED, *FLOATS)  # types that can hold a ternary matrix
+NOT_ONE_SCALE = "holds values that are not ternary weights times one scale"
 SEVERAL_SCALES = "has several scales, which is not supported"
 _I2S_SCALE = 4  # bytes of the scale after the codes of a tensor of type I2_S
 # Types that are not supported, so that messages can name them. 39 is also MXFP4.
@@ -170,7 +171,7 @@ def _signs(values: Floats) -> tuple[NDArray[np.int8], np.float32]:
     sizes = np.abs(values)
     scale = np.float32(sizes.max())
     if not ((sizes == scale) | (sizes == 0)).all():
-        raise ValueError("holds values that are not ternary weights times one scale")
+        raise ValueError(NOT_ONE_SCALE)
     return np.sign(values).astype(np.int8), scale if scale > 0 else np.float32(1)
 
 
@@ -216,7 +217,7 @@ def _q4_0_codes(blocks: Bytes) -> tuple[Bytes, Floats]:
     """
     d, q = _half(blocks[:, :2]), _fields(blocks[:, 2:], (0, 4), 15).reshape(-1, 32)
     if not np.isin(q, (0, 8, 15)).all():
-        raise ValueError("holds values that are not ternary weights times one scale")
+        raise ValueError(NOT_ONE_SCALE)
     t = np.sign(q.astype(np.int8) - np.int8(8)) * np.where(d < 0, np.int8(-1), np.int8(1))
     return (t + np.int8(1)).view(np.uint8), np.abs(d) * 8
 

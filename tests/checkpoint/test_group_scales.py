@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bitnet_numba.checkpoint import gguf_types as types
-from bitnet_numba.checkpoint.convert import convert
+from bitnet_numba.checkpoint.convert import GROUPS_FOUND, convert
 from bitnet_numba.checkpoint.gguf_file import GgufFile
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
 from bitnet_numba.checkpoint.safetensors_file import TensorFile, TensorSpec, write_tensors
@@ -22,6 +22,7 @@ from bitnet_numba.reference import model as reference
 from bitnet_numba.reference.model import Cache, Model
 from bitnet_numba.text.tokenizer import Tokenizer
 from tests.conftest import GOLDEN
+from tests.gguf_writer import Tensors, small_model, write
 
 FOLDER = GOLDEN / "groups"
 RECORDED: dict[str, Any] = json.loads((FOLDER / "recorded.json").read_text())
@@ -134,7 +135,7 @@ def write_folder(folder: Path, arrays: dict[str, np.ndarray], dtype: str) -> Non
 def test_a_folder_of_floats(tmp_path: Path, dtype: str) -> None:
     """Weights that are found to be ternary: the same words and scales as of the same model in another format."""
     write_floats(FOLDER / "qwen3-tied", tmp_path / "source", dtype)
-    assert convert(tmp_path / "source", tmp_path / "floats").notes == []
+    assert convert(tmp_path / "source", tmp_path / "floats").notes == [GROUPS_FOUND]
     convert(FOLDER / "qwen3-tied", tmp_path / "mlx")
     floats, mlx = open_packed(tmp_path / "floats"), open_packed(tmp_path / "mlx")
     assert floats.names == mlx.names
@@ -171,7 +172,7 @@ def test_scales_that_float16_rounds(tmp_path: Path, scale: float, note: str) -> 
     arrays[name] = np.sign(arrays[name]) * np.float32(scale)
     write_folder(tmp_path / "source", arrays, "F32")
     notes = convert(tmp_path / "source", tmp_path / "out").notes
-    assert len(notes) == bool(note) and all(found.startswith(note) for found in notes)
+    assert len(notes) == bool(note) + 1 and all(found.startswith(note) for found in notes[:-1])
 
 
 @pytest.mark.parametrize("scale", [1e6, 1e-9])
@@ -184,7 +185,7 @@ def test_scales_beyond_float16(tmp_path: Path, scale: float) -> None:
 
 
 def test_repacked_files_are_told_from_the_model(tmp_path: Path) -> None:
-    (note,) = convert(FOLDER / "trilm-tq1_0.gguf", tmp_path / "out").notes
+    note, _ = convert(FOLDER / "trilm-tq1_0.gguf", tmp_path / "out").notes
     assert note.startswith("TQ1_0 has one scale for 256 columns")
 
 
@@ -193,6 +194,29 @@ def test_older_files_have_128_weights_in_a_block_of_q2_0(tmp_path: Path) -> None
     assert types.kind_and_nbytes(types.Q2_0, shape, 256 * 4 * 18) == (types.Q2_0, 256 * 4 * 18)
     assert types.kind_and_nbytes(types.Q2_0, shape, 256 * 2 * 34) == (types.PQ2_0, 256 * 2 * 34)
     assert types.kind_and_nbytes(types.Q2_0, shape, 256 * 2 * 34 + 31) == (types.PQ2_0, 256 * 2 * 34)
+
+
+@pytest.mark.parametrize("kind", [types.F16, types.F32, types.IQ2_BN])
+def test_a_scale_for_each_row_in_other_types(tmp_path: Path, kind: int) -> None:
+    """Rows of q move to where transformers has them, and their scales with them."""
+    t = small_model()[2]["blk.0.attn_q"]
+    scales = np.arange(1, 129, dtype=np.float32)[:, None] / 64
+
+    def change(_: dict[str, Any], tensors: Tensors) -> None:
+        if kind == types.IQ2_BN:
+            runs = (t + 1).astype(np.uint8).reshape(128, 2, 4, 16)
+            codes = runs[:, :, 0] | runs[:, :, 1] << 2 | runs[:, :, 2] << 4 | runs[:, :, 3] << 6
+            data = np.concatenate([scales.view(np.uint8), codes.reshape(128, -1)], axis=1).tobytes()
+        else:
+            data = (t * scales).astype("<f2" if kind == types.F16 else "<f4").tobytes()
+        tensors["blk.0.attn_q.weight"] = (kind, t.shape, data)
+
+    convert(write(tmp_path / "m.gguf", change=change), tmp_path / "out")
+    packed = open_packed(tmp_path / "out")
+    order = np.arange(128).reshape(4, 16, 2).swapaxes(1, 2).reshape(-1)
+    assert packed.config.group_scales
+    assert np.array_equal(packed.ternary("layers.0.qkv.words", 256, 128)[:128], t[order])
+    assert np.array_equal(packed.group_scales("layers.0.qkv.scales", 256, 128)[:128], scales[order])
 
 
 def edit_packed(folder: Path, **changes: Any) -> None:
