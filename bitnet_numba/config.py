@@ -18,7 +18,7 @@ from bitnet_numba.config_keys import (
 from bitnet_numba.errors import ConfigError
 from bitnet_numba.module_patterns import check_patterns, names_module
 
-WeightFormat = Literal["online", "offline", "bitlinear"]
+WeightFormat = Literal["online", "offline", "bitlinear", "floats", "mlx"]
 Activation = Literal["relu2", "silu"]
 
 # Linears of a layer that read the same input are stored as one matrix of several segments, with one scale each.
@@ -43,7 +43,8 @@ _LIMITS = {
     "max_context": 1 << 24,
 }
 
-_ARCHITECTURE_OF_TYPE = {"bitnet": "BitNetForCausalLM", "llama": "LlamaForCausalLM"}
+_ARCHITECTURE_OF_TYPE = {"bitnet": "BitNetForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+PLAIN_CLASSES = ("LlamaForCausalLM", "Qwen3ForCausalLM")  # of models that are not BitNet, too
 _ACTIVATIONS: dict[str, Activation] = {"relu2": "relu2", "silu": "silu", "swish": "silu"}
 
 
@@ -51,11 +52,14 @@ _ACTIVATIONS: dict[str, Activation] = {"relu2": "relu2", "silu": "silu", "swish"
 class RopeScaling:
     """Scaling of rotary frequencies for longer contexts; `linear` uses only `factor`."""
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "llama3", "yarn"]
     factor: float
-    low_freq_factor: float = 1.0
+    low_freq_factor: float = 1.0  # of llama3
     high_freq_factor: float = 4.0
-    original_context: int = 8192
+    original_context: int = 8192  # of llama3 and yarn
+    beta_fast: float = 32.0  # of yarn
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0  # of yarn: by what cosines and sines are multiplied
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class ModelConfig:
     activation: Activation
     sub_norms: bool  # BitNet: RMSNorm before o_proj and down_proj
     tied: bool  # the LM head is the embedding
+    qk_norm: bool = False  # Qwen3: RMSNorm of each query and key head before rotation
     attention_bias: bool = False  # on q, k, v and o
     mlp_bias: bool = False  # on gate, up and down
     rope_scaling: RopeScaling | None = None
@@ -96,6 +101,11 @@ class ModelConfig:
         for name in ("rms_norm_eps", "linear_norm_eps", "rope_theta"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ConfigError(f"config: {name} = {getattr(self, name)} must be a positive number")
+
+    @property
+    def group_scales(self) -> bool:
+        """Whether weights have a scale for each row and 128 columns, and activations one for each token and 128."""
+        return self.weight_format in ("floats", "mlx")
 
     @property
     def q_size(self) -> int:
@@ -162,8 +172,8 @@ def _from_hf(raw: Mapping[str, Any]) -> ModelConfig:
 
     heads = keys.integer("num_attention_heads", default["num_attention_heads"])
     hidden = keys.integer("hidden_size", default["hidden_size"])
-    if keys.get("head_dim") is not None:
-        head_dim = keys.integer("head_dim")
+    if keys.get("head_dim", default["head_dim"]) is not None:
+        head_dim = keys.integer("head_dim", default["head_dim"])
     elif heads < 1 or hidden % heads:
         raise ConfigError(
             f"config.json: hidden_size {shown(hidden)} is not a multiple of num_attention_heads {shown(heads)}"
@@ -174,7 +184,7 @@ def _from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     if "num_key_value_heads" in raw:  # null means as many as query heads, whatever the class
         kv_heads = heads if raw["num_key_value_heads"] is None else keys.integer("num_key_value_heads")
     theta, scaling = _rope(keys, default)
-    weight_format, linear_norm, linear_norm_eps, dense = _quantization(keys, architecture == "BitnetForCausalLM")
+    weight_format, linear_norm, linear_norm_eps, dense = _quantization(keys, architecture)
     config = ModelConfig(
         vocab_size=keys.integer("vocab_size", default["vocab_size"]),
         hidden_size=hidden,
@@ -188,7 +198,8 @@ def _from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         rope_theta=theta,
         rope_scaling=scaling,
         activation=_ACTIVATIONS[keys.choice("hidden_act", default["hidden_act"], tuple(_ACTIVATIONS))],
-        sub_norms=architecture != "LlamaForCausalLM",
+        sub_norms=architecture not in PLAIN_CLASSES,
+        qk_norm=architecture == "Qwen3ForCausalLM",
         tied=keys.boolean("tie_word_embeddings", False),
         attention_bias=keys.boolean("attention_bias", False),
         # The other classes' feed-forward has no bias, whatever is written.
@@ -230,7 +241,7 @@ def _rope(keys: Keys, default: dict[str, Any]) -> tuple[float, RopeScaling | Non
     if any(isinstance(value, Mapping) for value in rope.raw.values()):
         raise ConfigError(f"{rope.where}: rotary embedding that differs from layer to layer is not supported")
     theta = (keys if rope.get("rope_theta") is None else rope).number("rope_theta", default["rope_theta"])
-    kind = rope.choice("rope_type", rope.get("type", "default"), ("default", "linear", "llama3"))
+    kind = rope.choice("rope_type", rope.get("type", "default"), ("default", "linear", "llama3", "yarn"))
     if kind == "default":
         return theta, None
     if kind == "linear":
@@ -239,22 +250,49 @@ def _rope(keys: Keys, default: dict[str, Any]) -> tuple[float, RopeScaling | Non
         "original_max_position_embeddings", keys.get("max_position_embeddings", default["max_position_embeddings"])
     )
     elsewhere = keys.get("original_max_position_embeddings", original)  # versions differ in which of the two they read
+    if not (1 <= original <= _LIMITS["max_context"] and original == elsewhere):
+        raise ConfigError(f"{rope.where}: the original context and the rest contradict each other")
+    if kind == "yarn":
+        if theta <= 1:
+            raise ConfigError(f"{rope.where}: rope_theta = {theta:g} is not above 1, as yarn needs it")
+        return theta, _yarn(rope, original)
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-    if not (low < high and 1 <= original <= _LIMITS["max_context"] and original == elsewhere):
+    if not low < high:
         raise ConfigError(f"{rope.where}: the llama3 factors contradict each other")
     return theta, RopeScaling("llama3", rope.number("factor"), low, high, original)
+
+
+def _yarn(rope: Keys, original: int) -> RopeScaling:
+    """YaRN (Peng et al., 2023) with the defaults of transformers."""
+    for key, supported in (("mscale", None), ("mscale_all_dim", None), ("truncate", True)):
+        if rope.get(key, supported) != supported:
+            raise ConfigError(f"{rope.where}: {key} = {shown(rope.get(key))} is not supported")
+    factor = rope.number("factor")
+    fast = 32.0 if rope.get("beta_fast") is None else rope.number("beta_fast")
+    slow = 1.0 if rope.get("beta_slow") is None else rope.number("beta_slow")
+    if fast < slow:
+        raise ConfigError(f"{rope.where}: beta_fast = {fast:g} is below beta_slow = {slow:g}")
+    attention = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    if rope.get("attention_factor") is not None:
+        attention = rope.number("attention_factor")
+    return RopeScaling("yarn", factor, 1.0, 4.0, original, fast, slow, attention)
 
 
 def _rope_key(keys: Keys) -> str:
     return "rope_scaling" if keys.get("rope_scaling") else "rope_parameters"
 
 
-def _quantization(keys: Keys, first_release: bool) -> tuple[WeightFormat, bool, float, tuple[str, ...] | None]:
+def _quantization(keys: Keys, architecture: str) -> tuple[WeightFormat, bool, float, tuple[str, ...] | None]:
     """Weight format, linear_norm, its epsilon and modules_to_not_convert, from quantization_config."""
-    if keys.get("quantization_config") is None:
-        if first_release:
+    given = keys.get("quantization_config", keys.get("quantization"))
+    if given is None:
+        if architecture == "BitnetForCausalLM":
             return "online", False, 1e-6, None
+        if architecture in PLAIN_CLASSES:
+            return "floats", False, 1e-6, None  # which must be found to be ternary
         raise ConfigError("config.json: no quantization_config, so this is not a BitNet checkpoint")
+    if isinstance(given, Mapping) and "group_size" in given and "quant_method" not in given:
+        return _mlx(Keys(given, "config.json: quantization_config"), architecture), False, 1e-6, None
     quantization = Keys(keys.get("quantization_config"), "config.json: quantization_config")
     quantization.choice("quant_method", "bitnet", ("bitnet",))
     if quantization.get("bits", 2) not in (1, 1.58, 2):
@@ -271,3 +309,14 @@ def _quantization(keys: Keys, first_release: bool) -> tuple[WeightFormat, bool, 
         1e-6 if quantization.get("rms_norm_eps") is None else quantization.number("rms_norm_eps"),
         None if dense is None else check_patterns(dense, f"{quantization.where}: modules_to_not_convert"),
     )
+
+
+def _mlx(quantization: Keys, architecture: str) -> WeightFormat:
+    """Checks the quantisation of a folder of MLX: two bits for every weight."""
+    quantization.choice("mode", "affine", ("affine",))
+    unknown = [key for key in quantization.raw if key not in ("bits", "group_size", "mode")]
+    if quantization.get("bits") != 2 or quantization.get("group_size") not in (32, 64, 128) or unknown:
+        raise ConfigError(f"{quantization.where} = {shown(dict(quantization.raw))} is not supported: bits must be 2")
+    if architecture not in PLAIN_CLASSES:
+        raise ConfigError(f"{quantization.where}: MLX folders of {architecture} are not supported")
+    return "mlx"

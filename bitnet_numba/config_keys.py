@@ -33,18 +33,21 @@ HARMLESS = frozenset(
 QUANTIZATION_HARMLESS = frozenset(("bits", "is_bitnet_config", "activation"))
 USED = frozenset(
     """attention_bias bits head_dim hidden_act hidden_size input_bits intermediate_size max_position_embeddings mlp_bias
-    num_attention_heads num_hidden_layers num_key_value_heads quantization_config rms_norm_eps rope_parameters
-    rope_scaling rope_theta tie_word_embeddings vocab_size weight_bits""".split()
+    num_attention_heads num_hidden_layers num_key_value_heads quantization quantization_config rms_norm_eps
+    rope_parameters rope_scaling rope_theta tie_word_embeddings vocab_size weight_bits""".split()
 )
 QUANTIZATION_USED = frozenset(
-    "quant_method linear_class quantization_mode use_rms_norm rms_norm_eps modules_to_not_convert".split()
+    """quant_method linear_class quantization_mode use_rms_norm rms_norm_eps modules_to_not_convert group_size
+    mode""".split()
 )
 ROPE_USED = frozenset(
-    "rope_theta rope_type type factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
+    """rope_theta rope_type type factor low_freq_factor high_freq_factor original_max_position_embeddings beta_fast
+    beta_slow attention_factor mscale mscale_all_dim truncate""".split()
 )
 
 # What absent keys mean depends on the class, as in transformers.
 _LLAMA = {
+    "head_dim": None,  # hidden_size / num_attention_heads
     "hidden_act": "silu",
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -57,6 +60,7 @@ _LLAMA = {
     "vocab_size": 32000,
 }
 _BITNET = {
+    "head_dim": None,
     "hidden_act": "relu2",
     "hidden_size": 2560,
     "intermediate_size": 6912,
@@ -68,10 +72,24 @@ _BITNET = {
     "rope_theta": 500000.0,
     "vocab_size": 128256,
 }
+_QWEN3 = {
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "vocab_size": 151936,
+}
 CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
     "BitNetForCausalLM": _BITNET,
     "BitnetForCausalLM": _LLAMA,  # the first release
     "LlamaForCausalLM": _LLAMA,
+    "Qwen3ForCausalLM": _QWEN3,
 }
 
 Raw = Mapping[str, Any]

@@ -26,6 +26,10 @@ The codes stay unsigned in the dot product; with q the int8 activations,
     sum(q * w) = sum(q * code) - CODE_OFFSET * sum(q)
 
 N is padded to a multiple of 16 and K to a multiple of 32 with w = 0; the true sizes are stored elsewhere.
+
+Some models have a scale for each row and group of 128 columns. These are float16 [N, K / 128], stored like the words:
+row-blocks outermost, then groups along K, then the 16 rows of the block; so what a row-block needs next is 32 bytes.
+Rows of padding have the scale 0.
 """
 
 import numpy as np
@@ -39,6 +43,7 @@ CODE_BITS = 2
 CODES_PER_BYTE = 4  # also the number of shifts that yield all codes of a word
 CODE_MASK = 0x03030303  # one code in each of four bytes
 ZERO_WORD = 0xAAAAAAAA  # sixteen codes of w = 0
+GROUP_COLS = 128  # columns that share a scale, in models that have one for each row and group; the last may be shorter
 
 # Axes of a packed matrix as an array of words; a permutation of them turns storage order into row-major order.
 _STORED = ("row_block", "col_block", "row_half", "col_half", "row")
@@ -57,6 +62,37 @@ def packed_words(N: int, K: int) -> int:
     """Number of int32 words of a ternary [N, K] matrix, including padding."""
     padded_N, padded_K = padded_shape(N, K)
     return padded_N * padded_K // WORD_CODES
+
+
+def num_groups(K: int) -> int:
+    """Groups of columns of a matrix with group scales."""
+    return -(-K // GROUP_COLS)
+
+
+def packed_scales(N: int, K: int) -> int:
+    """Number of group scales of a ternary [N, K] matrix, including those of padded rows."""
+    return padded_shape(N, K)[0] * num_groups(K)
+
+
+def pack_scales(scales: NDArray[np.float16]) -> NDArray[np.float16]:
+    """Group scales float16 [N, groups] in storage order: [padded N * groups].
+
+    Raises ValueError for another dtype or rank, or an empty matrix.
+    """
+    if not isinstance(scales, np.ndarray) or scales.dtype != np.float16 or scales.ndim != 2:
+        raise ValueError("group scales must be a float16 matrix [N, groups]")
+    N, groups = scales.shape
+    padded = np.zeros((padded_shape(N, groups)[0], groups), np.float16)
+    padded[:N] = scales
+    return padded.reshape(-1, BLOCK_ROWS, groups).transpose(0, 2, 1).reshape(-1)
+
+
+def unpack_scales(scales: NDArray[np.float16], N: int, K: int) -> NDArray[np.float16]:
+    """The group scales [N, groups] of a ternary [N, K] matrix, from storage order. ValueError for another length."""
+    if scales.dtype != np.float16 or scales.shape != (packed_scales(N, K),):
+        raise ValueError(f"a {N} x {K} matrix has {packed_scales(N, K)} group scales in float16, not {scales.shape}")
+    blocks = scales.reshape(-1, num_groups(K), BLOCK_ROWS).transpose(0, 2, 1)
+    return np.ascontiguousarray(blocks.reshape(-1, num_groups(K))[:N])
 
 
 def pack_ternary(w: NDArray[np.int8]) -> NDArray[np.int32]:

@@ -7,6 +7,8 @@ of float32 operations that the published checkpoints were trained with.
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_numba.packing import GROUP_COLS, num_groups
+
 EPSILON = np.float32(1e-5)  # lower limit of absmean and absmax, so that all-zero input stays finite
 INT8_MAX = np.float32(127)
 INT8_MIN = np.float32(-128)
@@ -53,3 +55,32 @@ def quantize_activations(x: NDArray[np.floating]) -> tuple[NDArray[np.int8], NDA
     s = (ONE / np.maximum(absmax, EPSILON)) * INT8_MAX  # reciprocal first, as in the published models' code
     q = np.rint(x * s)
     return np.clip(q, INT8_MIN, INT8_MAX, out=q).astype(np.int8), s
+
+
+def quantize_groups(x: NDArray[np.floating]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """`quantize_activations` of each group of 128 columns by itself, for weights with group scales.
+
+    Takes activations [M, K] (computed in float32), returns q int8 [M, K] and steps d = 1 / s float32 [M, groups]; x is
+    about q * d. Raises ValueError for K = 0, NaN or infinity.
+    """
+    M, K = x.shape
+    padded = np.zeros((M, num_groups(K) * GROUP_COLS), np.float32)
+    padded[:, :K] = x
+    q, s = quantize_activations(padded.reshape(M, num_groups(K), -1))
+    return np.ascontiguousarray(q.reshape(padded.shape)[:, :K]), ONE / s[..., 0]
+
+
+def find_group_scales(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]] | None:
+    """Weights that are ternary times a scale for each row and group of 128 columns, taken apart.
+
+    Takes float32 [N, K], returns t int8 [N, K] and the scales float32 [N, groups], 0 for a group of zeros, so that
+    t * scale is every value exactly; None if the weights are not of this kind, or not finite.
+    """
+    N, K = values.shape
+    padded = np.zeros((N, num_groups(K) * GROUP_COLS), np.float32)
+    np.abs(values, out=padded[:, :K])
+    sizes = padded.reshape(N, num_groups(K), -1)
+    scales: NDArray[np.float32] = sizes.max(axis=2)
+    if not np.isfinite(scales).all() or not ((sizes == scales[..., None]) | (sizes == 0)).all():
+        return None
+    return np.sign(values).astype(np.int8), scales

@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_numba.bfloat16 import to_float32
-from bitnet_numba.checkpoint.packed import PackedCheckpoint, group_is_ternary
+from bitnet_numba.checkpoint.packed import PackedCheckpoint, RowFormat, group_is_ternary
 from bitnet_numba.config import GROUPS, ModelConfig
-from bitnet_numba.quantize import quantize_activations
+from bitnet_numba.packing import GROUP_COLS
+from bitnet_numba.quantize import quantize_activations, quantize_groups
+from bitnet_numba.reference.rope import rope_tables
 
 Floats = NDArray[np.float32]
 Append = Callable[[Floats, Floats], tuple[Floats, Floats]]
@@ -49,10 +51,10 @@ class Model:
     def __init__(self, checkpoint: PackedCheckpoint):
         config = checkpoint.config
         self.config = config
-        self.embedding = Rows.load(checkpoint, "embed")
+        self.embedding = load_rows(checkpoint, "embed", checkpoint.embed)
         self.layers = [Layer(checkpoint, i) for i in range(config.num_layers)]
         self.norm = np.array(checkpoint.tensor("norm.weight"))
-        self.head = self.embedding if config.tied else Rows.load(checkpoint, "head")
+        self.head = self.embedding if config.tied else load_rows(checkpoint, "head", checkpoint.head)
 
     def forward(self, ids: NDArray[np.int64], cache: Cache) -> Floats:
         """Appends tokens [M] to the cache and returns their final hidden states, float32 [M, hidden]."""
@@ -75,10 +77,10 @@ class Model:
             for layer in self.layers
             for linear in (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
         ]
-        ternary = sum(
-            linear.t.nbytes if isinstance(linear, TernaryLinear) else linear.rows.stored.nbytes for linear in linears
+        rows = self.embedding.nbytes + (0 if self.config.tied else self.head.nbytes)
+        return rows + sum(
+            linear.rows.nbytes if isinstance(linear, DenseLinear) else linear.t.nbytes for linear in linears
         )
-        return ternary + self.embedding.stored.nbytes + (0 if self.config.tied else self.head.stored.nbytes)
 
 
 class Layer:
@@ -93,6 +95,8 @@ class Layer:
         self.input_norm, self.post_attention_norm = norm("input_norm"), norm("post_attention_norm")
         if config.sub_norms:
             self.attn_sub_norm, self.ffn_sub_norm = norm("attn_sub_norm"), norm("ffn_sub_norm")
+        if config.qk_norm:
+            self.q_norm, self.k_norm = norm("q_norm"), norm("k_norm")
         self.q, self.k, self.v = load_linears(checkpoint, i, "qkv")
         (self.o,) = load_linears(checkpoint, i, "o")
         self.gate, self.up = load_linears(checkpoint, i, "gate_up")
@@ -107,8 +111,11 @@ class Layer:
     def attention(self, x: Floats, cos: Floats, sin: Floats, append: Append) -> Floats:
         """Grouped-query causal attention [M, hidden] -> [M, hidden]."""
         config, M = self.config, len(x)
-        q = rotate(self.q(x).reshape(M, config.num_heads, config.head_dim), cos, sin)  # [M, hidden] -> [M, H, D]
-        k = rotate(self.k(x).reshape(M, config.num_kv_heads, config.head_dim), cos, sin)  # [M, G, D]
+        q = self.q(x).reshape(M, config.num_heads, config.head_dim)  # [M, hidden] -> [M, H, D]
+        k = self.k(x).reshape(M, config.num_kv_heads, config.head_dim)  # [M, G, D]
+        if config.qk_norm:
+            q, k = (rms_norm(q, self.q_norm, config.rms_norm_eps), rms_norm(k, self.k_norm, config.rms_norm_eps))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         v = self.v(x).reshape(M, config.num_kv_heads, config.head_dim)
         keys, values = append(k, v)  # [M, G, D] -> [T, G, D]
         attn_out: Floats = attend(q, keys, values).reshape(M, config.q_size)  # [M, H, D] -> [M, H * D]
@@ -130,24 +137,6 @@ def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     """weight * x / sqrt(mean(x^2) + eps) over the last axis (Zhang and Sennrich, 2019)."""
     variance: Floats = np.mean(x * x, axis=-1, keepdims=True, dtype=np.float32)
     return weight * (x * (ONE / np.sqrt(variance + np.float32(eps))))
-
-
-def rope_tables(config: ModelConfig, positions: NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """Rotary embedding's cosines and sines, float32 [M, D]: the angles of the first half, twice (Su et al., 2021)."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies: Floats = ONE / np.float32(config.rope_theta) ** exponents  # [D / 2]
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.kind == "linear":
-        frequencies = frequencies / np.float32(scaling.factor)
-    elif scaling is not None:
-        # Llama 3.1: low frequencies are divided by the factor, high ones kept, those between interpolated.
-        rotations = np.float32(scaling.original_context) * frequencies / np.float32(2 * np.pi)
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept: Floats = np.clip((rotations - np.float32(low)) / np.float32(high - low), 0, 1)
-        frequencies = (ONE - kept) * frequencies / np.float32(scaling.factor) + kept * frequencies
-    angles = positions.astype(np.float32)[:, None] * frequencies  # [M, D / 2]
-    angles = np.concatenate([angles, angles], axis=-1)  # [M, D]
-    return np.cos(angles), np.sin(angles)
 
 
 def rotate(x: Floats, cos: Floats, sin: Floats) -> Floats:
@@ -205,6 +194,27 @@ class TernaryLinear:
 
 
 @dataclass(frozen=True)
+class GroupedLinear:
+    """The same with a scale m for each row and 128 columns, and int8 activations with a step d for each token and 128:
+
+    y = sum over groups g of (q . t over the columns of g) * (m_g * d_g) + bias, in float32, from the first group on.
+    """
+
+    t: NDArray[np.int8]  # [N, K] in {-1, 0, 1}
+    m: Floats  # [N, groups]
+    bias: Floats | None  # [N]
+
+    def __call__(self, x: Floats) -> Floats:
+        """[M, K] -> [M, N]"""
+        q, d = quantize_groups(x)  # [M, K], [M, groups]
+        y = np.zeros((len(x), len(self.t)), np.float32)
+        for g in range(self.m.shape[1]):
+            columns = slice(GROUP_COLS * g, GROUP_COLS * (g + 1))
+            y += integer_product(q[:, columns], self.t[:, columns]) * (self.m[:, g] * d[:, g, None])
+        return y if self.bias is None else y + self.bias
+
+
+@dataclass(frozen=True)
 class DenseLinear:
     """y = x . w + bias: a linear that is not quantised."""
 
@@ -219,16 +229,15 @@ class DenseLinear:
 
 @dataclass(frozen=True)
 class Rows:
-    """A matrix of bfloat16 or scaled int8 rows: embedding, LM head or dense linear, in the dtype of the file."""
+    """A matrix of floating-point or scaled int8 rows: embedding, LM head or dense linear, in the dtype of the file."""
 
-    stored: NDArray[Any]  # [N, K], uint16 bit patterns or int8
+    stored: NDArray[Any]  # [N, K], uint16 bit patterns of bfloat16, float16, float32 or int8
     scale: Floats | None  # [N], for int8
 
-    @staticmethod
-    def load(checkpoint: PackedCheckpoint, name: str) -> "Rows":
-        """The rows called `name` in a packed checkpoint, left in the mapped file."""
-        scale = np.array(checkpoint.tensor(f"{name}.scale")) if checkpoint.head == "int8" else None
-        return Rows(checkpoint.tensor(f"{name}.weight"), scale)
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrix."""
+        return self.stored.nbytes
 
     def look_up(self, ids: NDArray[np.int64]) -> Floats:
         """Rows by number: [M] -> [M, K]"""
@@ -243,8 +252,39 @@ class Rows:
         return y if self.scale is None else y * self.scale
 
 
+@dataclass(frozen=True)
+class TernaryRows:
+    """Ternary rows with group scales: embedding, or LM head."""
+
+    linear: GroupedLinear
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrix."""
+        return self.linear.t.nbytes
+
+    def look_up(self, ids: NDArray[np.int64]) -> Floats:
+        """Rows by number: [M] -> [M, K]"""
+        t, m = self.linear.t[ids], np.repeat(self.linear.m[ids], GROUP_COLS, axis=1)
+        return t * m[:, : t.shape[1]]
+
+    def product(self, x: Floats) -> Floats:
+        """[M, K] -> [M, N], of activations in int8 as for any ternary linear"""
+        return self.linear(x)
+
+
+def load_rows(checkpoint: PackedCheckpoint, name: str, row_format: RowFormat) -> Rows | TernaryRows:
+    """Embedding or LM head, left in the mapped file unless it is ternary."""
+    if row_format == "ternary":
+        shape = (checkpoint.config.vocab_size, checkpoint.config.hidden_size)
+        t, m = checkpoint.ternary(f"{name}.words", *shape), checkpoint.group_scales(f"{name}.scales", *shape)
+        return TernaryRows(GroupedLinear(t, m, None))
+    scale = np.array(checkpoint.tensor(f"{name}.scale")) if row_format == "int8" else None
+    return Rows(checkpoint.tensor(f"{name}.weight"), scale)
+
+
 def widen(stored: NDArray[Any]) -> Floats:
-    """bfloat16 bit patterns or int8 as float32, exactly."""
+    """bfloat16 bit patterns, float16, float32 or int8 as float32, exactly."""
     return to_float32(stored) if stored.dtype == np.uint16 else stored.astype(np.float32)
 
 
@@ -269,7 +309,10 @@ def tiles(N: int, K: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, N, step)]
 
 
-def load_linears(checkpoint: PackedCheckpoint, layer: int, group: str) -> list[TernaryLinear | DenseLinear]:
+Linear = TernaryLinear | GroupedLinear | DenseLinear
+
+
+def load_linears(checkpoint: PackedCheckpoint, layer: int, group: str) -> list[Linear]:
     """The linears of a group (see `config.GROUPS`), split from the one matrix they are stored as."""
     config, name = checkpoint.config, f"layers.{layer}.{group}"
     segments, K = config.group_shape(group)
@@ -277,15 +320,18 @@ def load_linears(checkpoint: PackedCheckpoint, layer: int, group: str) -> list[T
     ternary = group_is_ternary(config, layer, group)
     if ternary:
         t = checkpoint.ternary(f"{name}.words", sum(segments), K)
-        scales = checkpoint.tensor(f"{name}.scales")
+        grouped = config.group_scales
+        scales = checkpoint.group_scales(f"{name}.scales", *t.shape) if grouped else checkpoint.tensor(f"{name}.scales")
         norms = np.array(checkpoint.tensor(f"{name}.norms")) if config.linear_norm else None
-    linears: list[TernaryLinear | DenseLinear] = []
+    linears: list[Linear] = []
     start = 0
     for i in range(len(GROUPS[group])):
         rows = slice(start, start + segments[i])
         start = rows.stop
         part_of_bias = None if bias is None else bias[rows]
-        if ternary:
+        if ternary and config.group_scales:
+            linears.append(GroupedLinear(t[rows], scales[rows], part_of_bias))
+        elif ternary:
             norm = None if norms is None else norms[i]
             linears.append(TernaryLinear(t[rows], np.float32(scales[i]), part_of_bias, norm, config.linear_norm_eps))
         else:

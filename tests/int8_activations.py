@@ -9,14 +9,15 @@ all machines. So the int8 values of one model, recorded, are put in place of the
 - every int8 value that differs is a flip of its own, no consequence of another, and must lie within BAND of its border.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.quantize import quantize_activations
+from bitnet_numba.packing import GROUP_COLS
+from bitnet_numba.quantize import quantize_activations, quantize_groups
 from bitnet_numba.reference import model as reference
 
 # A value is at most 127 steps of its int8 grid, so one float32 rounding moves it by at most 127 * 2^-24 of a step.
@@ -31,6 +32,8 @@ LAYER = ("qkv", "qkv", "qkv", "o", "gate_up", "gate_up", "down")
 GROUPS = tuple(dict.fromkeys(LAYER))
 
 Int8 = NDArray[np.int8]
+Floats = NDArray[np.float32]
+Quantize = Callable[[Floats], tuple[Int8, Floats]]
 
 
 def per_linear(groups: Sequence[Int8]) -> list[Int8]:
@@ -49,13 +52,30 @@ def collected() -> Iterator[list[Int8]]:
     """Fills a list with the int8 inputs [T, K] of all linears, in order, of the one forward call made meanwhile."""
     calls: list[Int8] = []
 
-    def quantize(x: NDArray[np.float32]) -> tuple[Int8, NDArray[np.float32]]:
-        q, s = quantize_activations(x)
+    def collect(definition: Quantize, x: Floats) -> tuple[Int8, Floats]:
+        q, s = definition(x)
         calls.append(q)
         return q, s
 
-    with mock.patch.object(reference, "quantize_activations", quantize):
+    with _replaced(collect):
         yield calls
+
+
+@contextmanager
+def _replaced(quantize: Callable[[Quantize, Floats], tuple[Int8, Floats]]) -> Iterator[None]:
+    """Puts `quantize`, given the definition, in the place of both definitions in the reference."""
+    with (
+        mock.patch.object(reference, "quantize_activations", lambda x: quantize(quantize_activations, x)),
+        mock.patch.object(reference, "quantize_groups", lambda x: quantize(quantize_groups, x)),
+    ):
+        yield
+
+
+def _in_steps(definition: Quantize, x: Floats, s: Floats) -> NDArray[np.float64]:
+    """Activations in steps of their int8 grid, before they are rounded."""
+    if definition is quantize_groups:
+        return x / np.repeat(s.astype(np.float64), GROUP_COLS, axis=1)[:, : x.shape[1]]
+    return x.astype(np.float64) * s
 
 
 @contextmanager
@@ -67,14 +87,14 @@ def imposed(linears: Sequence[Int8]) -> Iterator[None]:
     """
     done, turn = 0, 0  # tokens of past forward calls; linears of this one
 
-    def quantize(x: NDArray[np.float32]) -> tuple[Int8, NDArray[np.float32]]:
+    def quantize(definition: Quantize, x: Floats) -> tuple[Int8, Floats]:
         nonlocal done, turn
-        own, s = quantize_activations(x)
+        own, s = definition(x)
         q = linears[turn][done : done + len(x)]
         assert q.shape == own.shape, f"linear {turn}: {own.shape} where {q.shape} was recorded"
         if (flipped := own != q).any():
             assert (np.abs(own.astype(int) - q) <= 1).all(), f"linear {turn}: off by more than one"
-            value, border = (x.astype(np.float64) * s)[flipped], ((own.astype(float) + q) / 2)[flipped]
+            value, border = _in_steps(definition, x, s)[flipped], ((own.astype(float) + q) / 2)[flipped]
             worst = np.abs(value - border).argmax()
             assert abs(value[worst] - border[worst]) <= BAND, (
                 f"linear {turn}: {value[worst]} was rounded to {q[flipped][worst]} by the other model"
@@ -84,7 +104,7 @@ def imposed(linears: Sequence[Int8]) -> Iterator[None]:
             done, turn = done + len(x), 0
         return q, s
 
-    with mock.patch.object(reference, "quantize_activations", quantize):
+    with _replaced(quantize):
         yield
     assert turn == 0 and done == len(linears[0]), f"{done} of {len(linears[0])} tokens were computed"
 

@@ -38,7 +38,7 @@ def test_2b4t() -> None:
 def test_presets(name: str) -> None:
     _, raw = PRESETS[name]
     config = ModelConfig.from_hf(raw | {"quantization_config": {"quant_method": "bitnet"}})
-    assert config.sub_norms == (raw["architectures"] != ["LlamaForCausalLM"])
+    assert config.sub_norms == (raw["architectures"] not in (["LlamaForCausalLM"], ["Qwen3ForCausalLM"]))
     assert config.head_dim == raw.get("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
 
 
@@ -165,11 +165,11 @@ def test_harmless_keys_pass_in_silence(changes: dict[str, Any]) -> None:
 
 
 def test_unknown_keys_are_noted() -> None:
-    changes: dict[str, Any] = {"mood": "fine", "rope_scaling": LLAMA3_ROPE | {"beta_fast": 3}}
+    changes: dict[str, Any] = {"mood": "fine", "rope_scaling": LLAMA3_ROPE | {"attn_scale": 3}}
     changes |= {"x" * 500: [[[1] * 999] * 9] * 9, "\x1b[31m": "a\nb", "quantization_config": OFFLINE | {"group": 128}}
     read(**changes)
     (note,) = config_notes(BASE | changes)
-    assert "mood = 'fine'" in note and "rope_scaling: beta_fast = 3" in note and "group = 128" in note
+    assert "mood = 'fine'" in note and "rope_scaling: attn_scale = 3" in note and "group = 128" in note
     assert len(note) < 400 and note.isprintable()
     (note,) = config_notes(BASE | {f"key{i}": i + 1 for i in range(50)})
     assert note.endswith("key9 = 10 and 40 more")
@@ -229,7 +229,9 @@ def test_sizes_that_no_backend_computes_exactly() -> None:
         ({"quantization_config": OFFLINE | {"quantization_mode": "x"}}, "quantization_mode"),
         ({"quantization_config": OFFLINE | {"modules_to_not_convert": "lm_head"}}, "must be a list"),
         ({"quantization_config": OFFLINE | {"modules_to_not_convert": ["("]}}, "not a module name or pattern"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope_type = 'yarn'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "mscale": 1}}, "mscale = 1 is not supported"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": 1, "beta_slow": 2}}, "beta_fast = 1 is below"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2}}, "rope_type = 'longrope'"),
         ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
         ({"rope_scaling": {"type": "linear", "factor": -1}}, "factor = -1 must be a positive"),
         (
@@ -294,3 +296,56 @@ def test_fuzzed_values(
             segments, K = config.group_shape(group)
             assert min(segments) >= 1 and 1 <= K <= MAX_COLUMNS
         assert all(note.isprintable() and len(note) < 2000 for note in config_notes(raw))
+
+
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 256,
+    "head_dim": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+}
+
+
+def test_qwen3() -> None:
+    """Norms of queries and keys, heads of any size; without quantization_config, weights are found to be ternary."""
+    config = ModelConfig.from_hf(QWEN3)
+    assert config.qk_norm and not config.sub_norms and config.tied and not config.attention_bias
+    assert (config.q_size, config.kv_size, config.group_scales) == (128, 64, True)
+    defaults = class_alone("Qwen3ForCausalLM")
+    assert (defaults.head_dim, defaults.num_kv_heads, defaults.max_context) == (128, 32, 32768)
+    assert not class_alone("LlamaForCausalLM").group_scales and not class_alone("LlamaForCausalLM").qk_norm
+
+
+def test_yarn() -> None:
+    """As transformers reads it; see test_model for what it computes."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16384}
+    found = ModelConfig.from_hf(QWEN3 | {"rope_scaling": scaling}).rope_scaling
+    assert found == RopeScaling("yarn", 4.0, 1.0, 4.0, 16384, 32.0, 1.0, 0.1 * math.log(4) + 1)
+    scaling |= {"beta_fast": 16, "beta_slow": 2, "attention_factor": 1.5, "truncate": True}
+    found = ModelConfig.from_hf(QWEN3 | {"rope_scaling": scaling}).rope_scaling
+    assert found == RopeScaling("yarn", 4.0, 1.0, 4.0, 16384, 16.0, 2.0, 1.5)
+    with pytest.raises(ConfigError, match="rope_theta = 1 is not above 1"):
+        ModelConfig.from_hf(QWEN3 | {"rope_scaling": scaling, "rope_theta": 1})
+
+
+@pytest.mark.parametrize(
+    ("quantization", "reason"),
+    [
+        ({"group_size": 128, "bits": 4}, "bits must be 2"),
+        ({"group_size": 16, "bits": 2}, "bits must be 2"),
+        ({"group_size": 128, "bits": 2, "mode": "mxfp4"}, "mode = 'mxfp4' is not supported"),
+        ({"group_size": 128, "bits": 2, "model.layers.0.mlp.up_proj": {"bits": 8}}, "is not supported"),
+    ],
+)
+def test_mlx(quantization: dict[str, Any], reason: str) -> None:
+    good = {"group_size": 64, "bits": 2, "mode": "affine"}
+    assert ModelConfig.from_hf(QWEN3 | {"quantization": good, "quantization_config": good}).weight_format == "mlx"
+    assert ModelConfig.from_hf(QWEN3 | {"quantization": good}).group_scales
+    with pytest.raises(ConfigError, match=reason):
+        ModelConfig.from_hf(QWEN3 | {"quantization": quantization})
+    with pytest.raises(ConfigError, match="of BitNetForCausalLM are not supported"):
+        ModelConfig.from_hf(BASE | {"quantization_config": good})

@@ -61,6 +61,6 @@ def test_every_example_is_listed() -> None:
 def test_python_in_pages_runs(name: str) -> None:
     namespace: dict[str, object] = {}
     for language, code in FENCED.findall((ROOT / name).read_text()):
-        if language == "python" and not re.search(r"^(import torch|from openai)", code, re.MULTILINE):
+        if language == "python" and "torch" not in code and "openai" not in code:  # which need more than this package
             exec(compile(code, name, "exec"), namespace)
     assert "bn" in namespace

@@ -10,8 +10,14 @@ OPERATIONS = tuple(
 )
 # From the ground up. A module may import from lower floors and from its own room; rooms of one floor are apart.
 FLOORS: list[tuple[str, ...]] = [
-    tuple(f"bitnet_numba.{name}" for name in ("errors", "bfloat16", "packing", "quantize")),
-    ("bitnet_numba.commands", "bitnet_numba.model_folder", "bitnet_numba.config_keys", "bitnet_numba.module_patterns"),
+    tuple(f"bitnet_numba.{name}" for name in ("errors", "bfloat16", "packing")),
+    (
+        "bitnet_numba.quantize",
+        "bitnet_numba.commands",
+        "bitnet_numba.model_folder",
+        "bitnet_numba.config_keys",
+        "bitnet_numba.module_patterns",
+    ),
     ("bitnet_numba.json_file",),
     ("bitnet_numba.config",),
     ("bitnet_numba.grammar",),

@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitnet_numba import packing
-from bitnet_numba.packing import pack_ternary, packed_words, padded_shape, unpack_ternary
+from bitnet_numba.packing import (
+    num_groups,
+    pack_scales,
+    pack_ternary,
+    packed_scales,
+    packed_words,
+    padded_shape,
+    unpack_scales,
+    unpack_ternary,
+)
 from tests.conftest import GOLDEN
 
 sizes = st.integers(1, 70)
@@ -148,3 +157,25 @@ def test_padded_shape() -> None:
     assert padded_shape(1, 1) == (16, 32)
     assert padded_shape(16, 32) == (16, 32)
     assert padded_shape(17, 33) == (32, 64)
+
+
+@given(sizes, st.integers(1, 600), st.integers(0, 99))
+def test_group_scales_lie_where_the_description_says(N: int, K: int, seed: int) -> None:
+    """Row-blocks outermost, then groups of 128 columns, then 16 rows; rows of padding have 0."""
+    groups = (K + 127) // 128
+    scales = np.random.default_rng(seed).uniform(0.1, 2, (N, groups)).astype(np.float16)
+    packed = pack_scales(scales)
+    assert num_groups(K) == groups and len(packed) == packed_scales(N, K)
+    for i, scale in enumerate(packed):
+        row, group = 16 * (i // (16 * groups)) + i % 16, i // 16 % groups
+        assert scale == (scales[row, group] if row < N else 0)
+    assert np.array_equal(unpack_scales(packed, N, K), scales)
+
+
+def test_bad_group_scales() -> None:
+    with pytest.raises(ValueError, match="must be a float16 matrix"):
+        pack_scales(np.ones((2, 2), np.float32))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must be a float16 matrix"):
+        pack_scales(np.ones(2, np.float16))
+    with pytest.raises(ValueError, match="a 17 x 129 matrix has 64 group scales"):
+        unpack_scales(np.ones(32, np.float16), 17, 129)

@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 from bitnet_numba import quantize
 from bitnet_numba.bfloat16 import from_float32, to_float32
 from bitnet_numba.checkpoint.safetensors_file import TensorFile
-from bitnet_numba.quantize import absmean_scale, quantize_activations, ternarize
+from bitnet_numba.quantize import absmean_scale, find_group_scales, quantize_activations, quantize_groups, ternarize
 from tests.conftest import GOLDEN, GoldenCase
 
 finite = st.floats(-(2.0**60), 2.0**60, width=32, allow_subnormal=True)
@@ -171,3 +171,43 @@ def test_bfloat16_rounds_to_nearest(x: np.ndarray) -> None:
             other = np.abs(neighbour - x)
         assert not (other < error).any()
         assert (bits[other == error] % 2 == 0).all()
+
+
+@given(st.integers(1, 4), st.integers(1, 400), st.integers(0, 99))
+def test_groups_are_quantised_by_themselves(M: int, K: int, seed: int) -> None:
+    """Each 128 columns as a token of their own, the last ones too; d = 1 / s."""
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((M, K)) * 10.0 ** rng.integers(-3, 4, K)).astype(np.float32)
+    q, d = quantize_groups(x)
+    assert q.shape == (M, K) and d.shape == (M, -(-K // 128))
+    for g in range(d.shape[1]):
+        columns = slice(128 * g, 128 * (g + 1))
+        own, s = quantize_activations(x[:, columns])
+        assert np.array_equal(q[:, columns], own) and np.array_equal(d[:, g, None], np.float32(1) / s)
+
+
+@given(st.integers(1, 5), st.integers(1, 300), st.integers(0, 99))
+def test_group_scales_are_found(N: int, K: int, seed: int) -> None:
+    """What was put together is taken apart; one value that is no multiple is noticed."""
+    rng = np.random.default_rng(seed)
+    t = rng.integers(-1, 2, (N, K)).astype(np.int8)
+    t[0, : min(K, 128)] = 0  # a group without a scale
+    scales = rng.uniform(0.01, 2, (N, -(-K // 128))).astype(np.float32)
+    of_columns = np.repeat(scales, 128, axis=1)[:, :K]
+    found = find_group_scales(t * of_columns)
+    assert found is not None
+    assert np.array_equal(found[0], t)
+    assert np.array_equal(np.repeat(found[1], 128, axis=1)[:, :K] * t, t * of_columns)
+    assert found[1][0, 0] == 0
+    values = t * of_columns
+    row, column = rng.integers(N), rng.integers(K)
+    largest = np.abs(values[row, column // 128 * 128 : column // 128 * 128 + 128]).max()
+    values[row, column] = largest / 3 if np.count_nonzero(values[row, column // 128 * 128 :][:128]) > 1 else np.nan
+    assert find_group_scales(values) is None or np.count_nonzero(t[row]) < 3
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_no_group_scales_of_what_is_not_finite(value: float) -> None:
+    values = np.ones((2, 200), np.float32)
+    values[1, 150] = value
+    assert find_group_scales(values) is None

@@ -26,13 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from bitnet_numba.checkpoint.packed import EMBEDDING_DTYPES, open_packed
+from bitnet_numba.checkpoint.packed import RowFormat, open_packed
 from bitnet_numba.engine.engine import BACKENDS, MAX_THREADS
 from bitnet_numba.errors import BitNetError, printable
 from bitnet_numba.packing import pack_ternary, unpack_ternary
 from tools.benchmarks.table import CPU_PARTS, table
 
 ROOT = Path(__file__).resolve().parent.parent
+HEADS: tuple[RowFormat, ...] = ("bf16", "int8")
 
 
 def environment() -> dict[str, Any]:
@@ -80,8 +81,8 @@ def measure(what: str) -> dict[str, Any]:
         figures["products"] = many_tokens.measure_products()
     bandwidth = figures.get("kernels", {}).get("bandwidth_GB/s")
     with tempfile.TemporaryDirectory() as folder:
-        folders = {head: Path(folder) / head for head in EMBEDDING_DTYPES}
-        for head in EMBEDDING_DTYPES if what in ("decode", "all") else ("bf16",):
+        folders = {head: Path(folder) / head for head in HEADS}
+        for head in HEADS if what in ("decode", "all") else ("bf16",):
             write_random_packed(folders[head], head)
         if what in ("decode", "all"):
             bandwidth = bandwidth or kernels.measure_bandwidth(usable_device(), Stream())
@@ -114,7 +115,7 @@ def measure_on_cpu(args: argparse.Namespace) -> dict[str, Any]:
         if len(folders) < len(args.checkpoint):  # of the same name: their paths tell them apart
             folders = {printable(str(folder), 80): folder for folder in args.checkpoint}
         if not folders and args.parts != ["demo"]:
-            for head in EMBEDDING_DTYPES:
+            for head in HEADS:
                 folders[f"2b4t-{head}"] = Path(temporary) / head
                 write_random_packed(folders[f"2b4t-{head}"], head)
         environment = {"device": cpu_name(), "cores": default_threads(), **software("numba", "llvmlite", "numpy")}

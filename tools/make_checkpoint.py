@@ -1,6 +1,6 @@
 """Writes a random Hugging Face checkpoint of any supported class, for tests and benchmarks.
 
-    python tools/make_checkpoint.py --preset 2b-4t [--format online|offline|bitlinear] [--seed S] DST
+    python tools/make_checkpoint.py --preset 2b-4t [--format online|offline|bitlinear|floats] [--seed S] DST
 
 The sizes are those of the published models; weights and tokenizer are random, so the model generates nonsense.
 """
@@ -22,12 +22,12 @@ from bitnet_numba.config import GROUPS, ModelConfig
 from bitnet_numba.errors import BitNetError, CheckpointError
 from bitnet_numba.text.chat_template import BITNET_TEMPLATE
 
-WEIGHT_FORMATS = ("online", "offline", "bitlinear")
+WEIGHT_FORMATS = ("online", "offline", "bitlinear", "floats")
 QUANTIZATION = {
     "online": {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"},
     "offline": {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"},
     "bitlinear": {"quant_method": "bitnet", "modules_to_not_convert": None},
-}
+}  # of floats: none
 MASTER_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -50,15 +50,16 @@ def preset(
     context: int,
     **more: Any,
 ) -> tuple[str, dict[str, Any]]:
-    """The weight format and the config.json of a model; kind is bitnet, 1bitllm or llama."""
+    """The weight format and the config.json of a model; kind is bitnet, 1bitllm, llama or qwen3."""
     architecture, activation = {
         "bitnet": ("BitNetForCausalLM", "relu2"),
         "1bitllm": ("BitnetForCausalLM", "silu"),
         "llama": ("LlamaForCausalLM", "silu"),
+        "qwen3": ("Qwen3ForCausalLM", "silu"),
     }[kind]
     config = {
         "architectures": [architecture],
-        "model_type": "bitnet" if kind == "bitnet" else "llama",
+        "model_type": kind if kind in ("bitnet", "qwen3") else "llama",
         "hidden_act": activation,
         "hidden_size": hidden,
         "num_hidden_layers": layers,
@@ -74,6 +75,8 @@ def preset(
     return weight_format, config | more
 
 
+QWEN3 = {"head_dim": 128, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "use_sliding_window": False}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16384}
 FALCON3 = {"head_dim": 256, "rope_theta": 1000042.0, "rms_norm_eps": 1e-6}
 PRESETS = {
     "tiny": preset("bitnet", "online", 256, 2, 8, 2, 640, 2048, 512, rope_theta=500000.0),
@@ -100,6 +103,11 @@ PRESETS = {
     "falcon3-1b": preset("llama", "bitlinear", 2048, 18, 8, 4, 8192, 131072, 8192, **FALCON3),
     "falcon3-3b": preset("llama", "bitlinear", 3072, 22, 12, 4, 9216, 131072, 32768, **FALCON3),
     "falcon3-7b": preset("llama", "bitlinear", 3072, 28, 12, 4, 23040, 131072, 32768, **FALCON3),
+    "bonsai-1.7b": preset("qwen3", "floats", 2048, 28, 16, 8, 6144, 151669, 32768, **QWEN3),
+    "bonsai-4b": preset("qwen3", "floats", 2560, 36, 32, 8, 9728, 151669, 32768, **QWEN3),
+    "bonsai-8b": preset(
+        "qwen3", "floats", 4096, 36, 32, 8, 12288, 151669, 65536, rope_scaling=YARN, tie_word_embeddings=False, **QWEN3
+    ),
     "falcon3-10b": preset("llama", "bitlinear", 3072, 40, 12, 4, 23040, 131072, 32768, **FALCON3),
 }
 
@@ -113,8 +121,9 @@ def make_checkpoint(
     """
     if folder.exists():
         raise CheckpointError(f"{folder} already exists")
-    quantization = QUANTIZATION[weight_format] | raw_config.get("quantization_config", {})
-    raw = raw_config | {"quantization_config": quantization, "torch_dtype": "bfloat16"}
+    raw = raw_config | {"torch_dtype": "bfloat16"}
+    if weight_format != "floats":
+        raw["quantization_config"] = QUANTIZATION[weight_format] | raw_config.get("quantization_config", {})
     end = raw["vocab_size"] - len(SPECIAL_TOKENS)
     raw |= {"bos_token_id": end, "eos_token_id": end + 1}
     config = ModelConfig.from_hf(raw)
@@ -151,11 +160,14 @@ def source_plan(config: ModelConfig, weight_format: str, dtype: str, first_spell
         if config.sub_norms:
             plan[f"{prefix}.self_attn.{sub_norms[0]}.weight"] = TensorSpec(dtype, (config.q_size,))
             plan[f"{prefix}.mlp.{sub_norms[1]}.weight"] = TensorSpec(dtype, (config.intermediate_size,))
+        if config.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                plan[f"{prefix}.self_attn.{name}.weight"] = TensorSpec(dtype, (config.head_dim,))
         for group, modules in GROUPS.items():
             segments, K = config.group_shape(group)
             for module, N in zip(modules, segments, strict=True):
                 name = f"{prefix}.{module}"
-                if not config.is_ternary(name) or weight_format == "online":
+                if not config.is_ternary(name) or weight_format in ("online", "floats"):
                     plan[f"{name}.weight"] = TensorSpec(dtype, (N, K))
                 else:
                     plan[f"{name}.weight"] = TensorSpec("U8", (N // 4, K))
@@ -184,6 +196,8 @@ def random_tensors(
             values = np.full(spec.shape, absmean if weight_format == "offline" else 1 / absmean, np.float32)
         elif name.endswith("norm.weight") or "layernorm" in name or "_ln." in name:
             values = rng.uniform(0.5, 1.5, spec.shape).astype(np.float32)
+        elif weight_format == "floats":
+            values = ternary_floats(spec.shape, rng)
         else:
             values = rng.standard_normal(spec.shape, np.float32)
             values *= np.float32(0.02 * rng.uniform(0.6, 1.6))
@@ -191,6 +205,13 @@ def random_tensors(
             yield name, from_float32(values)
         else:
             yield name, values.astype(np.float16 if spec.dtype == "F16" else np.float32)
+
+
+def ternary_floats(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Random ternary weights times a scale for each row and 128 columns, float32; every dtype holds them exactly."""
+    N, K = shape
+    scales = rng.integers(128, 256, (N, -(-K // 128))).astype(np.float32) * np.float32(2.0**-13)
+    return rng.integers(-1, 2, shape, np.int8) * np.repeat(scales, 128, axis=1)[:, :K]
 
 
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>")

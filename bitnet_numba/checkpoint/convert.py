@@ -24,22 +24,24 @@ from bitnet_numba.checkpoint.packed import (
     FORMAT,
     OPTIONAL_FILES,
     PACKED_FILES,
-    EmbeddingDtype,
+    RowFormat,
     group_is_ternary,
     packed_plan,
     read_config,
 )
+from bitnet_numba.checkpoint.rows import HeadFormat, Named, Rows, row_format, row_tensors
 from bitnet_numba.checkpoint.safetensors_file import write_tensors
 from bitnet_numba.config import GROUPS
 from bitnet_numba.errors import CheckpointError, one_line, printable
 from bitnet_numba.model_folder import FileError, ModelFile, ModelFolder, why
-from bitnet_numba.packing import pack_ternary
+from bitnet_numba.packing import pack_scales, pack_ternary
 from bitnet_numba.text.chat_template import ADDITIONAL
 from bitnet_numba.text.tokenizer import Tokenizer, from_tiktoken
 
-ROWS_AT_A_TIME = 8192  # of embedding and LM head, checked and rounded in chunks to bound memory
-
-Named = tuple[str, np.ndarray]
+GROUPS_FOUND = (
+    "the linears were found to be ternary times a scale for each row and 128 columns; activations will be int8 with a "
+    "scale for each 128 columns"
+)
 Source = HuggingFaceCheckpoint | GgufCheckpoint
 
 
@@ -57,14 +59,14 @@ class Report:
 def convert(
     source: Path,
     target: Path,
-    head: EmbeddingDtype = "bf16",
+    head: HeadFormat = "source",
     force: bool = False,
     progress: Callable[[int, int], object] | None = None,
     i2s_layout: I2sLayout | None = None,
 ) -> Report:
     """Converts the Hugging Face folder or the GGUF file `source` into the packed folder `target`.
 
-    head: dtype of embedding and LM head.
+    head: format of embedding and LM head; "source" keeps them as they are.
     force: replace `target` if it is a packed checkpoint.
     progress: called as the work goes on with the bytes converted so far and the total, both of the new file.
     i2s_layout: of a GGUF file's tensors of type I2_S, which does not say whether it was made on x86 (None) or on ARM.
@@ -80,17 +82,22 @@ def convert(
     try:
         check()
         checkpoint = open_source(source, i2s_layout)
-        plan = packed_plan(checkpoint.config, head)
+        tables = take_tables(checkpoint, head)
+        formats = {name: kept_as for name, (_, kept_as) in tables.items()}
+        formats.setdefault("head", formats["embed"])
+        plan = packed_plan(checkpoint.config, formats["embed"], formats["head"])
         report = Report(checkpoint.count, checkpoint.nbytes, sum(spec.nbytes for spec in plan.values()))
         advance = counter(progress, report.bytes_after)
         with replacing(target, check) as folder:
             notes = write_tokenizer(checkpoint, folder)
-            raw = checkpoint.raw_config | {"bitnet_numba": {"format": FORMAT, "head": head}}
+            raw = checkpoint.raw_config | {"bitnet_numba": {"format": FORMAT, **formats}}
             (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
             with open(folder / "model.safetensors", "wb") as file:
-                write_tensors(file, plan, packed_tensors(checkpoint, head, report, advance), {"format": "np"}, advance)
+                write_tensors(
+                    file, plan, packed_tensors(checkpoint, tables, report, advance), {"format": "np"}, advance
+                )
             checkpoint.refuse_leftovers()
-            report.notes = notes + checkpoint.notes
+            report.notes = notes + checkpoint.notes + ([GROUPS_FOUND] if checkpoint.config.group_scales else [])
             if checkpoint.folder.replaced():
                 raise CheckpointError(f"{checkpoint.folder} was replaced by another folder while it was converted")
     except OSError as error:
@@ -162,18 +169,29 @@ def counter(progress: Callable[[int, int], object] | None, total: int) -> Callab
     return advance
 
 
-def packed_tensors(
-    checkpoint: Source, head: EmbeddingDtype, report: Report, advance: Callable[[int], None]
-) -> Iterator[Named]:
-    """All tensors of the packed checkpoint, in the order of `packed_plan`; `advance` gets the bytes that are ready."""
+Tables = dict[str, tuple[Rows, RowFormat]]
+
+
+def take_tables(checkpoint: Source, head: HeadFormat) -> Tables:
+    """The rows of "embed" and "head", unless these are tied, and the format in which they will be kept."""
     config = checkpoint.config
-    yield from row_tensors(checkpoint, "embed", "model.embed_tokens.weight", head, advance)
+    shape = (config.vocab_size, config.hidden_size)
+    rows = {"embed": checkpoint.take_rows("model.embed_tokens.weight", shape)}
     if config.tied:
         checkpoint.drop_if_equal("lm_head.weight", "model.embed_tokens.weight")
     elif not config.is_ternary("lm_head"):
-        yield from row_tensors(checkpoint, "head", "lm_head.weight", head, advance)
+        rows["head"] = checkpoint.take_rows("lm_head.weight", shape)
     else:
         raise CheckpointError("config.json: a quantised lm_head (modules_to_not_convert without it) is not supported")
+    return {name: (of, row_format(of, head, config.group_scales)) for name, of in rows.items()}
+
+
+def packed_tensors(
+    checkpoint: Source, tables: Tables, report: Report, advance: Callable[[int], None]
+) -> Iterator[Named]:
+    """All tensors of the packed checkpoint, in the order of `packed_plan`; `advance` gets the bytes that are ready."""
+    for name, (rows, kept_as) in tables.items():
+        yield from row_tensors(checkpoint, name, rows, kept_as, advance)
     for name, array in norms_and_linears(checkpoint, report):
         advance(array.nbytes)
         yield name, array
@@ -191,37 +209,12 @@ def norms_and_linears(checkpoint: Source, report: Report) -> Iterator[Named]:
         if config.sub_norms:
             for name, size in (("attn_sub_norm", config.q_size), ("ffn_sub_norm", config.intermediate_size)):
                 yield f"layers.{i}.{name}.weight", checkpoint.take_sub_norm(i, name, size)
+        if config.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                weight = checkpoint.take_floats(f"{prefix}.self_attn.{name}.weight", (config.head_dim,))
+                yield f"layers.{i}.{name}.weight", weight
         for group in GROUPS:
             yield from group_tensors(checkpoint, i, group, report)
-
-
-def row_tensors(
-    checkpoint: Source, name: str, source: str, head: EmbeddingDtype, advance: Callable[[int], None]
-) -> Iterator[Named]:
-    """Embedding or LM head as bfloat16 rows, or as int8 rows with one scale absmax / 127 per row."""
-    config = checkpoint.config
-    dtype, stored = checkpoint.take_raw(source, (config.vocab_size, config.hidden_size))
-    out = np.empty(stored.shape, np.int8) if head == "int8" else np.empty(stored.shape, np.uint16)
-    scales = np.empty(config.vocab_size, np.float32)
-    for start in range(0, config.vocab_size, ROWS_AT_A_TIME):
-        rows = slice(start, start + ROWS_AT_A_TIME)
-        values = to_float32(stored[rows]) if dtype == "BF16" else stored[rows].astype(np.float32)
-        if not np.isfinite(values).all():
-            raise CheckpointError(f"tensor {source} holds NaN or infinity")
-        if head == "int8":
-            scales[rows] = np.abs(values).max(axis=1) / np.float32(127)
-            safe = np.where(scales[rows] >= np.finfo(np.float32).tiny, scales[rows], np.float32(1))
-            out[rows] = np.clip(np.rint(values / safe[:, None]), -127, 127)
-            scales[rows] = safe
-        else:
-            out[rows] = from_float32(values)
-            if dtype != "BF16":
-                checkpoint.note_rounding(source, values, out[rows])
-        advance(out[rows].nbytes)
-    yield f"{name}.weight", out
-    if head == "int8":
-        advance(scales.nbytes)
-        yield f"{name}.scale", scales
 
 
 def group_tensors(checkpoint: Source, layer: int, group: str, report: Report) -> Iterator[Named]:
@@ -230,12 +223,17 @@ def group_tensors(checkpoint: Source, layer: int, group: str, report: Report) ->
     segments, K = config.group_shape(group)
     modules = [f"model.layers.{layer}.{module}" for module in GROUPS[group]]
     has_bias = config.group_bias(group)
-    if group_is_ternary(config, layer, group):
+    if config.group_scales:
+        groups = [checkpoint.take_groups(m, N, K, has_bias) for m, N in zip(modules, segments, strict=True)]
+        for module, part in zip(GROUPS[group], groups, strict=True):
+            count_zeros(report, module, part.t)
+        yield f"{name}.words", pack_ternary(np.concatenate([part.t for part in groups]))
+        yield f"{name}.scales", pack_scales(np.concatenate([part.scales for part in groups]))
+        biases = [part.bias for part in groups if part.bias is not None]
+    elif group_is_ternary(config, layer, group):
         linears = [checkpoint.take_linear(m, N, K, has_bias) for m, N in zip(modules, segments, strict=True)]
         for module, linear in zip(GROUPS[group], linears, strict=True):
-            count = report.zeros.setdefault(module.split(".")[1], [0, 0])
-            count[0] += linear.t.size - int(np.count_nonzero(linear.t))
-            count[1] += linear.t.size
+            count_zeros(report, module, linear.t)
         yield f"{name}.words", pack_ternary(np.concatenate([linear.t for linear in linears]))
         yield f"{name}.scales", np.array([linear.m for linear in linears], np.float32)
         if config.linear_norm:
@@ -245,11 +243,18 @@ def group_tensors(checkpoint: Source, layer: int, group: str, report: Report) ->
         parts = [checkpoint.take_floats(f"{m}.weight", (N, K)) for m, N in zip(modules, segments, strict=True)]
         rows = np.concatenate(parts)
         bits = from_float32(rows)
-        checkpoint.note_rounding("linears that are not quantised", rows, bits)
+        checkpoint.note_rounding("linears that are not quantised", rows, to_float32(bits), "bfloat16")
         yield f"{name}.weight", bits
         biases = [checkpoint.take_floats(f"{m}.bias", (N,)) for m, N in zip(modules, segments, strict=True) if has_bias]
     if has_bias:
         yield f"{name}.bias", np.concatenate(biases)
+
+
+def count_zeros(report: Report, module: str, t: np.ndarray) -> None:
+    """Adds a module's weights to the statistics of its kind."""
+    count = report.zeros.setdefault(module.split(".")[1], [0, 0])
+    count[0] += t.size - int(np.count_nonzero(t))
+    count[1] += t.size
 
 
 def write_tokenizer(checkpoint: Source, folder: Path) -> list[str]:

@@ -7,17 +7,17 @@ as a HuggingFaceCheckpoint, by their names there.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.bfloat16 import to_float32
 from bitnet_numba.checkpoint import gguf_types as types
 from bitnet_numba.checkpoint.gguf_config import ROPE_FACTORS, find_architecture, hf_config
 from bitnet_numba.checkpoint.gguf_file import GgufFile, TensorInfo, Value
-from bitnet_numba.checkpoint.huggingface import Rounding, TernaryLinear
-from bitnet_numba.config import ModelConfig
+from bitnet_numba.checkpoint.huggingface import GroupLinear, Rounding, TernaryLinear
+from bitnet_numba.checkpoint.rows import group_ternary
+from bitnet_numba.config import PLAIN_CLASSES, ModelConfig
 from bitnet_numba.errors import CheckpointError, printable
 from bitnet_numba.model_folder import ModelFile
 
@@ -29,6 +29,8 @@ _NAMES = {
     "post_attention_layernorm": "ffn_norm",
     "attn_sub_norm": "attn_sub_norm",
     "ffn_sub_norm": "ffn_sub_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -68,7 +70,16 @@ class GgufCheckpoint:
         self._layout: types.I2sLayout = i2s_layout or "x86"
         self._left = set(self._infos)
         self._rounding: dict[str, Rounding] = {}
-        self.raw_config, self._notes = hf_config(self.metadata, self._infos, self._rope_factors(), self.name)
+        grouped = self._architecture.hf_class in PLAIN_CLASSES and self._has_group_scales()
+        self.raw_config, self._notes = hf_config(self.metadata, self._infos, self._rope_factors(), grouped, self.name)
+        if grouped and (
+            repacked := sorted({info.type for info in self._linears().values()} & {types.TQ1_0, types.TQ2_0})
+        ):
+            names = ", ".join(map(types.type_name, repacked))
+            self._notes.append(
+                f"{names} has one scale for 256 columns: of a model that had one for 128, as Ternary-Bonsai, this file "
+                "holds other weights"
+            )
         self.config = ModelConfig.from_hf(self.raw_config)
         if self.config.num_layers > len(self._infos):
             raise CheckpointError(f"{self.name}: too few tensors for {self.config.num_layers} layers")
@@ -84,9 +95,9 @@ class GgufCheckpoint:
         """What the user should know about this file and its conversion so far, a line each."""
         return [*self._notes, *(f"{name}: {rounding}" for name, rounding in self._rounding.items() if rounding.changed)]
 
-    def note_rounding(self, name: str, values: NDArray[np.float32], bits: NDArray[Any]) -> None:
-        """Adds to the notes what is lost where values are kept as bfloat16. Raises CheckpointError for overflow."""
-        self._rounding.setdefault(gguf_name(name), Rounding()).add(gguf_name(name), values, to_float32(bits))
+    def note_rounding(self, name: str, values: NDArray[np.float32], kept: NDArray[np.float32], dtype: str) -> None:
+        """Adds to the notes what is lost of values that are kept in a dtype. Raises CheckpointError for overflow."""
+        self._rounding.setdefault(name, Rounding(dtype)).add(name, values, kept)
 
     def take_floats(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """A tensor of floating-point numbers, exactly converted to float32. CheckpointError for NaN and infinity."""
@@ -99,11 +110,43 @@ class GgufCheckpoint:
             raise self._error(name, "holds NaN or infinity")
         return values
 
-    def take_raw(self, name: str, shape: tuple[int, int]) -> tuple[str, "Rows"]:
-        """A matrix of any type as ("F32", values), of which rows can be read."""
+    def take_rows(self, name: str, shape: tuple[int, int]) -> "GgufRows":
+        """A matrix of any type, of which rows can be read."""
         name = gguf_name(name)
         self._take(name, shape)
-        return "F32", Rows(self._where[name], name, self._layout)
+        return GgufRows(self._where[name], name, self._layout)
+
+    def take_groups(self, module: str, N: int, K: int, bias: bool) -> GroupLinear:
+        """A ternary linear [N, K] with group scales by its full name in transformers."""
+        name = gguf_name(f"{module}.weight")
+        self._take(name, (N, K))
+        t, scales = group_ternary(GgufRows(self._where[name], name, self._layout, ternary=True), self)
+        bias_values = self.take_floats(f"{module}.bias", (N,)) if bias else None
+        if self._is_permuted(module):
+            heads = N // self.config.head_dim
+            t, scales = unpermute(t, heads), unpermute(scales, heads)
+            bias_values = None if bias_values is None else unpermute(bias_values, heads)
+        return GroupLinear(t, scales, bias_values)
+
+    def _is_permuted(self, module: str) -> bool:
+        return self._architecture.permuted and module.endswith(("q_proj", "k_proj"))
+
+    def _linears(self) -> dict[str, TensorInfo]:
+        return {name: info for name, info in self._infos.items() if _LINEAR.fullmatch(name)}
+
+    def _has_group_scales(self) -> bool:
+        """Whether a linear has more than one scale, or may have: what is not ternary is refused when it is read."""
+        linears = self._linears()
+        if any(info.type in types.GROUPED and info.type != types.IQ2_BN for info in linears.values()):
+            return True
+        for name, info in linears.items():
+            if info.type != types.I2_S and len(info.shape) == 2:
+                try:
+                    types.ternary(info.type, self._where[name].read(name), columns=info.shape[1])
+                except ValueError as error:
+                    if str(error) in (types.SEVERAL_SCALES, types.NOT_ONE_SCALE):
+                        return True
+        return False
 
     def take_sub_norm(self, layer: int, name: str, size: int) -> NDArray[np.float32]:
         """attn_sub_norm or ffn_sub_norm of a layer, float32 [size]."""
@@ -114,7 +157,7 @@ class GgufCheckpoint:
         name = gguf_name(f"{module}.weight")
         info = self._take(name, (N, K))
         try:
-            t, m = types.ternary(info.type, self._where[name].read(name), self._layout)
+            t, m = types.ternary(info.type, self._where[name].read(name), self._layout, K)
         except ValueError as error:
             raise self._error(name, str(error)) from None
         bias_values = self.take_floats(f"{module}.bias", (N,)) if bias else None
@@ -125,7 +168,7 @@ class GgufCheckpoint:
             if not (np.isfinite(m) and m > 0):
                 raise self._error(factor, "must be one positive number")
         t = t.reshape(N, K)
-        if self._architecture.permuted and module.endswith(("q_proj", "k_proj")):
+        if self._is_permuted(module):
             t = unpermute(t, N // self.config.head_dim)
             bias_values = None if bias_values is None else unpermute(bias_values, N // self.config.head_dim)
         return TernaryLinear(t, m, bias_values, None)
@@ -145,9 +188,7 @@ class GgufCheckpoint:
             missing = f": {types.MISSING[kind]}" if kind in types.MISSING else ""
             raise self._error(name, f"has type {shown}, which is not supported{missing}")
         if _LINEAR.fullmatch(name) and kind not in types.TERNARY:
-            raise self._error(
-                name, f"has type {shown}, so this is no BitNet model (I2_S, TQ1_0, TQ2_0, Q4_0 or floats)"
-            )
+            raise self._error(name, f"has type {shown}, so this is no ternary model")
 
     def _rope_factors(self) -> NDArray[np.float32] | None:
         if ROPE_FACTORS not in self._infos:
@@ -166,31 +207,46 @@ class GgufCheckpoint:
         return CheckpointError(f"{self.name}: tensor {printable(name)} {what}")
 
 
-class Rows:
-    """A matrix of a GGUF file, of which some rows are read at a time: `rows[start:stop]`, float32 [n, columns].
+class GgufRows:
+    """A matrix of a GGUF file, of which some rows are read at a time; see `rows.Rows`.
 
-    Raises CheckpointError if it cannot be read row by row, or holds NaN or infinity.
+    Raises CheckpointError if it cannot be read row by row.
     """
 
-    def __init__(self, file: GgufFile, name: str, layout: types.I2sLayout):
-        self._file, self._name, self._layout = file, name, layout
+    def __init__(self, file: GgufFile, name: str, layout: types.I2sLayout, ternary: bool = False):
+        """ternary: whether it holds ternary weights, which Q4_0 cannot hold exactly."""
+        self._file, self._layout, self._ternary = file, layout, ternary
+        self.name, self.where = name, f"{file.path}: tensor {printable(name)}"
         self._kind, self.shape = file.tensors[name].type, file.tensors[name].shape
+        self.dtype = types.type_name(self._kind) if self._kind in types.FLOATS else ""
         try:
             self._row = types.row_nbytes(self._kind, self.shape[1])
         except ValueError as error:
-            raise CheckpointError(f"{file.path}: tensor {printable(name)} {error}") from None
+            raise self._error(str(error)) from None
 
-    def __getitem__(self, rows: slice) -> NDArray[Any]:
+    def __getitem__(self, rows: slice) -> NDArray[np.float32]:
         start, stop, _ = rows.indices(self.shape[0])
-        data = self._file.read(self._name, start * self._row, (stop - start) * self._row)
-        if self._kind == types.I2_S:
-            scale = types.i2s_scale(self._file.read(self._name, self.shape[0] * self._row))
-            values = types.i2s_rows(data, scale, self._layout)
-        else:
-            values = types.dequantise(self._kind, data)
+        data = self._file.read(self.name, start * self._row, (stop - start) * self._row)
+        try:
+            values = self._values(data)
+        except ValueError as error:
+            raise self._error(str(error)) from None
         if not np.isfinite(values).all():
-            raise CheckpointError(f"{self._file.path}: tensor {printable(self._name)} holds NaN or infinity")
+            raise self._error("holds NaN or infinity")
         return values.reshape(-1, self.shape[1])
+
+    def _values(self, data: NDArray[np.uint8]) -> NDArray[np.float32]:
+        if self._kind == types.I2_S:
+            scale = types.i2s_scale(self._file.read(self.name, self.shape[0] * self._row))
+            return types.i2s_rows(data, scale, self._layout)
+        if self._kind == types.IQ2_BN:
+            return types.iq2_bn_rows(data, self.shape[1])
+        if self._kind == types.Q4_0 and self._ternary:
+            return types.q4_0_ternary(data)
+        return types.dequantise(self._kind, data)
+
+    def _error(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.where} {what}")
 
 
 def open_parts(path: ModelFile) -> list[GgufFile]:
@@ -198,7 +254,7 @@ def open_parts(path: ModelFile) -> list[GgufFile]:
 
     Raises CheckpointError if one is missing, damaged, or of another model.
     """
-    file = GgufFile(path, types.tensor_nbytes)
+    file = GgufFile(path, types.kind_and_nbytes)
     count = file.metadata.get("split.count", 1)
     if type(count) is not int or count < 2:
         return [file]
@@ -207,7 +263,7 @@ def open_parts(path: ModelFile) -> list[GgufFile]:
         raise CheckpointError(f"{path} is one of {count} files, but not named like NAME-00001-of-{count:05}.gguf")
     files = []
     for i in range(count):
-        part = GgufFile(path.folder / f"{match[1]}-{i + 1:05}-of-{count:05}.gguf", types.tensor_nbytes)
+        part = GgufFile(path.folder / f"{match[1]}-{i + 1:05}-of-{count:05}.gguf", types.kind_and_nbytes)
         if part.metadata.get("split.count") != count or part.metadata.get("split.no") != i:
             raise CheckpointError(f"{part.path} is not file {i + 1} of {count}, as its name says")
         files.append(part)

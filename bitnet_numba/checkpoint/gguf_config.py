@@ -30,13 +30,15 @@ ARCHITECTURES = {
     "bitnet-b1.58": _BITNET,
     "bitnet-25": _BITNET,
     "llama": Architecture("LlamaForCausalLM", "llama", "silu", sub_norms=False, permuted=True),
+    "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", "silu", sub_norms=False, permuted=False),
 }
 # Keys of an architecture that are read, or that change nothing.
 KNOWN = frozenset(
     """block_count context_length embedding_length feed_forward_length vocab_size attention.head_count
     attention.head_count_kv attention.key_length attention.value_length attention.layer_norm_rms_epsilon
-    rope.freq_base rope.dimension_count rope.scaling.type rope.scaling.factor rope.scaling.original_context_length
-    rope.scaling.finetuned rope.scale_linear tensor_data_layout attention.causal""".split()
+    rope.freq_base rope.dimension_count rope.scaling.type rope.scaling.factor
+    rope.scaling.original_context_length rope.scaling.finetuned rope.scaling.yarn_beta_fast
+    rope.scaling.yarn_beta_slow rope.scale_linear tensor_data_layout attention.causal""".split()
 )
 MUST_BE_ONE = frozenset(("logit_scale", "embedding_scale", "residual_scale", "rope.scaling.attn_factor"))
 # Keys that would change the arithmetic unless they are off.
@@ -68,11 +70,13 @@ def hf_config(
     metadata: Mapping[str, Value],
     tensors: Mapping[str, TensorInfo],
     rope_factors: NDArray[np.float32] | None,
+    group_scales: bool,
     where: str,
 ) -> tuple[dict[str, Any], list[str]]:
     """config.json as transformers would write it, and notes for the user.
 
-    rope_factors: the divisors of the rotary frequencies that the file holds as a tensor. `where` names the file.
+    rope_factors: the divisors of the rotary frequencies that the file holds as a tensor. group_scales: whether weights
+    have many scales, as in models that are not BitNet. `where` names the file.
 
     Raises CheckpointError or ConfigError for what is missing or not supported.
     """
@@ -103,12 +107,13 @@ def hf_config(
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
-        "quantization_config": {
+    }
+    if not group_scales:
+        config["quantization_config"] = {
             "quant_method": "bitnet",
             "linear_class": "autobitlinear",
             "quantization_mode": "offline",
-        },
-    }
+        }
     for ours in ("bos_token_id", "eos_token_id"):
         token = metadata.get(f"tokenizer.ggml.{ours}")
         if type(token) is int:
@@ -172,10 +177,17 @@ def _head_dim(keys: Keys, tensors: Mapping[str, TensorInfo], heads: int) -> int:
 
 
 def _rope_scaling(keys: Keys, factors: NDArray[np.float32] | None, head_dim: int) -> dict[str, Any] | None:
-    kind = keys.choice("rope.scaling.type", "linear", ("none", "linear"))
+    kind = keys.choice("rope.scaling.type", "linear", ("none", "linear", "yarn"))
     old = "rope.scaling.factor" not in keys.raw
     factor = shortest(keys.number("rope.scale_linear" if old else "rope.scaling.factor", 1.0))
     linear = {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1 else None
+    if kind == "yarn" and factors is None:
+        yarn = {"rope_type": "yarn", "factor": factor}
+        yarn["original_max_position_embeddings"] = keys.integer("rope.scaling.original_context_length")
+        for beta in ("beta_fast", "beta_slow"):
+            if f"rope.scaling.yarn_{beta}" in keys.raw:
+                yarn[beta] = shortest(keys.number(f"rope.scaling.yarn_{beta}"))
+        return yarn
     if factors is None or (factors == 1).all():
         return linear
     # The tensor holds what the config's numbers come to; all published models have the same ones beside the factor.

@@ -64,6 +64,9 @@ class TensorInfo:
     nbytes: int | None
 
 
+SizeOf = Callable[[int, tuple[int, ...], int], tuple[int, int | None]]
+
+
 class GgufFile:
     """An open GGUF file: the header is checked on opening, tensors are read on demand.
 
@@ -71,9 +74,9 @@ class GgufFile:
     for a missing, truncated or damaged file.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | ModelFile, size_of: Callable[[int, tuple[int, ...]], int | None]):
-        """size_of: the bytes of a tensor of a GGML type and shape; None if they are not known; ValueError, with the
-        reason, if no tensor of this type can have this shape."""
+    def __init__(self, path: str | os.PathLike[str] | ModelFile, size_of: SizeOf):
+        """size_of: the type and bytes of a tensor of a GGML type and shape, with so many bytes up to the next one; None
+        if its bytes are not known; ValueError, with the reason, if no tensor of this type can have this shape."""
         self.path = ModelFile.of(path)
         self.metadata: dict[str, Value] = {}
         self.tensors: dict[str, TensorInfo] = {}
@@ -109,7 +112,7 @@ class GgufFile:
         """The open file as a file object, which leaves it open when it is closed."""
         return open(self._fd, "rb", closefd=False)
 
-    def _read_header(self, header: "_Header", size_of: Callable[[int, tuple[int, ...]], int | None]) -> None:
+    def _read_header(self, header: "_Header", size_of: SizeOf) -> None:
         magic = header.take(4)
         if magic != MAGIC:
             refuse_lfs_pointer(magic + header.take(60))
@@ -139,7 +142,7 @@ class GgufFile:
         self,
         infos: dict[str, tuple[int, tuple[int, ...], int]],
         header: "_Header",
-        size_of: Callable[[int, tuple[int, ...]], int | None],
+        size_of: SizeOf,
     ) -> None:
         """Finds each tensor in the file, and that it is in the file and shares no byte with another."""
         alignment = self.metadata.get(ALIGNMENT, 32)
@@ -147,12 +150,14 @@ class GgufFile:
             raise _Damage(f"{ALIGNMENT} is not a power of two")
         first = -(-header.position // alignment) * alignment
         end, last = first, ""
-        for name, (kind, shape, offset) in sorted(infos.items(), key=lambda item: item[1][2]):
+        in_order = sorted(infos.items(), key=lambda item: item[1][2])
+        ends = [offset for _, (_, _, offset) in in_order[1:]] + [header.size - first]
+        for (name, (kind, shape, offset)), next_offset in zip(in_order, ends, strict=False):
             shown = printable(name)
             if offset % alignment:
                 raise _Damage(f"tensor {shown} is not aligned to {alignment} bytes")
             try:
-                nbytes = size_of(kind, shape)
+                kind, nbytes = size_of(kind, shape, next_offset - offset)
             except ValueError as error:
                 raise _Damage(f"tensor {shown} {error}") from None
             if first + offset < end:

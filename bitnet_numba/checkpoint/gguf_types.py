@@ -17,24 +17,23 @@ I2sLayout = Literal["x86", "arm"]
 I2S_LAYOUTS: tuple[I2sLayout, ...] = ("x86", "arm")
 
 F32, F16, Q4_0, Q8_0, Q4_K, Q6_K, BF16, TQ1_0, TQ2_0, I2_S = 0, 1, 2, 8, 12, 14, 30, 34, 35, 36
+Q2_0, IQ2_BN, PQ2_0, PTQ1_0 = 42, 135, 142, 143
 FLOATS = (F32, F16, BF16)
-TERNARY = (I2_S, TQ1_0, TQ2_0, Q4_0, *FLOATS)  # types that can hold a ternary matrix with one scale
+GROUPED = (Q2_0, IQ2_BN, PQ2_0, PTQ1_0)  # ternary types of models with many scales
+TERNARY = (I2_S, TQ1_0, TQ2_0, Q4_0, *GROUPED, *FLOATS)  # types that can hold a ternary matrix
+NOT_ONE_SCALE = "holds values that are not ternary weights times one scale"
+SEVERAL_SCALES = "has several scales, which is not supported"
 _I2S_SCALE = 4  # bytes of the scale after the codes of a tensor of type I2_S
-# Types that are not supported, so that messages can name them. 39 is also MXFP4, and 42 a type of an older fork.
+# Types that are not supported, so that messages can name them. 39 is also MXFP4.
 _OTHER_NAMES = {
     3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 13: "Q5_K", 15: "Q8_K", 16: "IQ2_XXS",
     17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16",
-    26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 37: "I8_S", 38: "TL1", 39: "TL2 or MXFP4", 40: "NVFP4", 42: "Q2_0",
-    135: "IQ2_BN", 142: "PQ2_0", 143: "PTQ1_0",
+    26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 37: "I8_S", 38: "TL1", 39: "TL2 or MXFP4", 40: "NVFP4",
 }  # fmt: skip
 # Of these, what is missing.
 MISSING = {
     38: "its tiles depend on the kernels that it was made for; convert the model to I2_S",
     39: "its tiles depend on the kernels that it was made for; convert the model to I2_S",
-    42: "it has a scale for each group of columns",
-    135: "it has a scale for each row",
-    142: "it has a scale for each group of columns",
-    143: "it has a scale for each group of columns",
 }
 
 
@@ -48,11 +47,22 @@ class _Type:
 
 def type_name(kind: int) -> str:
     """The name of a type, or its number."""
-    return "I2_S" if kind == I2_S else TYPES[kind].name if kind in TYPES else _OTHER_NAMES.get(kind, str(kind))
+    if kind in (I2_S, IQ2_BN):
+        return "I2_S" if kind == I2_S else "IQ2_BN"
+    return TYPES[kind].name if kind in TYPES else _OTHER_NAMES.get(kind, str(kind))
 
 
-def tensor_nbytes(kind: int, shape: tuple[int, ...]) -> int | None:
-    """Bytes of a tensor; None for a type that is not supported. ValueError for a shape that the type cannot have."""
+def kind_and_nbytes(kind: int, shape: tuple[int, ...], room: int) -> tuple[int, int | None]:
+    """A tensor's type and bytes; None for a type that is not supported. ValueError if the type cannot have this shape.
+
+    room: bytes up to the next tensor. Older files have PQ2_0 under the number of Q2_0, which is larger.
+    """
+    if kind == Q2_0 and shape and shape[-1] % TYPES[PQ2_0].weights == 0 and room < _nbytes(Q2_0, shape):  # type: ignore[operator]
+        kind = PQ2_0
+    return kind, _nbytes(kind, shape)
+
+
+def _nbytes(kind: int, shape: tuple[int, ...]) -> int | None:
     elements = 1
     for size in shape:
         elements *= size
@@ -60,6 +70,9 @@ def tensor_nbytes(kind: int, shape: tuple[int, ...]) -> int | None:
         if elements % 128:
             raise ValueError(f"of type I2_S has {elements} elements, not a multiple of 128")
         return elements // 4 + _I2S_SCALE
+    if kind == IQ2_BN:
+        columns = shape[-1] if shape else 1
+        return elements // columns * row_nbytes(kind, columns)
     if kind not in TYPES:
         return None
     block = TYPES[kind]
@@ -74,21 +87,44 @@ def row_nbytes(kind: int, columns: int) -> int:
         if columns % 128:
             raise ValueError(f"of type I2_S has {columns} columns, not a multiple of 128")
         return columns // 4
+    if kind == IQ2_BN:
+        if columns % 64:
+            raise ValueError(f"of type IQ2_BN has {columns} columns, not a multiple of 64")
+        return 4 + columns // 4
     return columns // TYPES[kind].weights * TYPES[kind].nbytes
 
 
 def dequantise(kind: int, data: Bytes) -> Floats:
-    """The values of the blocks of any type except I2_S, float32 [n]."""
+    """The values of the blocks of any type except I2_S and IQ2_BN, float32 [n]."""
     block = TYPES[kind]
     with np.errstate(all="ignore"):  # a damaged scale may be infinity
         return block.decode(data.reshape(-1, block.nbytes)).reshape(-1)
 
 
-def ternary(kind: int, data: Bytes, layout: I2sLayout = "x86") -> tuple[NDArray[np.int8], np.float32]:
+def iq2_bn_rows(data: Bytes, columns: int) -> Floats:
+    """Rows of a tensor of type IQ2_BN, float32 [n, columns]: a float32 scale, then two bits for each weight.
+
+    Byte p of a run of 16 holds weights p, 16 + p, 32 + p, 48 + p from the lowest bits up.
+    """
+    rows = data.reshape(-1, row_nbytes(IQ2_BN, columns))
+    scales = np.ascontiguousarray(rows[:, :4]).view("<f4")
+    codes = _fields(rows[:, 4:].reshape(len(rows), -1, 16), (0, 2, 4, 6), 3).reshape(len(rows), -1)
+    with np.errstate(all="ignore"):
+        return (codes.astype(np.float32) - 1) * scales
+
+
+def q4_0_ternary(data: Bytes) -> Floats:
+    """The values that blocks of type Q4_0 stand for if these are ternary weights, float32 [n]; see `_q4_0_codes`."""
+    codes, scales = _q4_0_codes(data.reshape(-1, 18))
+    return ((codes.astype(np.float32) - 1) * scales).reshape(-1)
+
+
+def ternary(kind: int, data: Bytes, layout: I2sLayout = "x86", columns: int = 0) -> tuple[NDArray[np.int8], np.float32]:
     """The weights of a whole tensor as int8 [n] of -1, 0, 1, and their scale (1 if all are zero).
 
-    layout: of I2_S, that of files made on x86 or on ARM. Raises ValueError, with the reason, if the values are not
-    ternary weights times one positive scale.
+    layout: of I2_S, that of files made on x86 or on ARM. columns: of the matrix, which IQ2_BN needs.
+
+    Raises ValueError, with the reason, if the values are not ternary weights times one positive scale.
     """
     if kind == I2_S:
         codes = _i2s_codes(data[:-_I2S_SCALE], layout)
@@ -101,6 +137,8 @@ def ternary(kind: int, data: Bytes, layout: I2sLayout = "x86") -> tuple[NDArray[
         codes, scales = _tq2_codes(blocks), _half(blocks[:, 64:])
     elif kind == Q4_0:
         codes, scales = _q4_0_codes(data.reshape(-1, 18))
+    elif kind == IQ2_BN:
+        return _signs(iq2_bn_rows(data, columns).reshape(-1))
     else:
         return _signs(dequantise(kind, data))
     if not (np.isfinite(scales).all() and (scales >= 0).all()):
@@ -111,7 +149,7 @@ def ternary(kind: int, data: Bytes, layout: I2sLayout = "x86") -> tuple[NDArray[
     t[scales.reshape(-1) == 0] = 0
     used = scales.reshape(-1)[t.any(axis=1)]
     if (used != used[:1]).any():
-        raise ValueError("has several scales, which is not supported")
+        raise ValueError(SEVERAL_SCALES)
     return t.reshape(-1), np.float32(used[0] if used.size else 1)
 
 
@@ -133,7 +171,7 @@ def _signs(values: Floats) -> tuple[NDArray[np.int8], np.float32]:
     sizes = np.abs(values)
     scale = np.float32(sizes.max())
     if not ((sizes == scale) | (sizes == 0)).all():
-        raise ValueError("holds values that are not ternary weights times one scale")
+        raise ValueError(NOT_ONE_SCALE)
     return np.sign(values).astype(np.int8), scale if scale > 0 else np.float32(1)
 
 
@@ -179,7 +217,7 @@ def _q4_0_codes(blocks: Bytes) -> tuple[Bytes, Floats]:
     """
     d, q = _half(blocks[:, :2]), _fields(blocks[:, 2:], (0, 4), 15).reshape(-1, 32)
     if not np.isin(q, (0, 8, 15)).all():
-        raise ValueError("holds values that are not ternary weights times one scale")
+        raise ValueError(NOT_ONE_SCALE)
     t = np.sign(q.astype(np.int8) - np.int8(8)) * np.where(d < 0, np.int8(-1), np.int8(1))
     return (t + np.int8(1)).view(np.uint8), np.abs(d) * 8
 
@@ -197,6 +235,18 @@ def _q4_0(blocks: Bytes) -> Floats:
 def _q8_0(blocks: Bytes) -> Floats:
     """half, 32 int8."""
     return blocks[:, 2:].view(np.int8).astype(np.float32) * _half(blocks[:, :2])
+
+
+def _pairs(codes: Bytes, d: Floats) -> Floats:
+    """Two bits for each weight: weight e in bits 2 * (e % 4) of byte e / 4."""
+    fields = _fields(codes, (0, 2, 4, 6), 3).swapaxes(1, 2).reshape(len(codes), -1)
+    return (fields.astype(np.float32) - 1) * d
+
+
+def _ptq1_0(blocks: Bytes) -> Floats:
+    """16 bytes of five weights, 8 of five, 2 of four, half."""
+    parts = [_digits(blocks[:, :16], 5), _digits(blocks[:, 16:24], 5), _digits(blocks[:, 24:26], 4)]
+    return (np.concatenate(parts, 1).astype(np.float32) - 1) * _half(blocks[:, 26:])
 
 
 def _q4_k(blocks: Bytes) -> Floats:
@@ -227,4 +277,7 @@ TYPES = {
     Q6_K: _Type("Q6_K", 256, 210, _q6_k),
     TQ1_0: _Type("TQ1_0", 256, 54, lambda blocks: (_tq1_codes(blocks).astype(np.float32) - 1) * _half(blocks[:, 52:])),
     TQ2_0: _Type("TQ2_0", 256, 66, lambda blocks: (_tq2_codes(blocks).astype(np.float32) - 1) * _half(blocks[:, 64:])),
+    Q2_0: _Type("Q2_0", 64, 18, lambda blocks: _pairs(blocks[:, 2:], _half(blocks[:, :2]))),
+    PQ2_0: _Type("PQ2_0", 128, 34, lambda blocks: _pairs(blocks[:, 2:], _half(blocks[:, :2]))),
+    PTQ1_0: _Type("PTQ1_0", 128, 28, _ptq1_0),
 }

@@ -8,6 +8,11 @@ m such that y = sum(q * t) * m / s:
                 or, as some versions of transformers save it, the same unpacked to floats
     bitlinear   packed uint8 and weight_scale = 1 / absmean: m = 1 / weight_scale
 
+and two of models that are not BitNet, whose weights have a scale for each row and 128 columns (`take_groups`):
+
+    floats      floats that must be found to be ternary times a scale
+    mlx         two-bit codes, scales and biases of MLX, which must be found to be that, too
+
 Packed uint8 is [out / 4, in], in planes along the output rows: bits 2i, 2i + 1 of byte [r, c] hold t + 1 of row
 i * out / 4 + r.
 """
@@ -24,6 +29,7 @@ from numpy.typing import NDArray
 
 from bitnet_numba.bfloat16 import to_float32
 from bitnet_numba.checkpoint.packed import read_config
+from bitnet_numba.checkpoint.rows import FloatRows, MlxRows, Rows, group_ternary
 from bitnet_numba.checkpoint.safetensors_file import DTYPES, TensorFile, TensorSpec
 from bitnet_numba.config import ModelConfig, config_notes
 from bitnet_numba.errors import CheckpointError, printable
@@ -53,6 +59,15 @@ class TernaryLinear:
     m: np.float32
     bias: NDArray[np.float32] | None
     norm: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True)
+class GroupLinear:
+    """A ternary linear with group scales: t int8 [N, K], scales float16 [N, groups], bias float32 [N] or None."""
+
+    t: NDArray[np.int8]
+    scales: NDArray[np.float16]
+    bias: NDArray[np.float32] | None
 
 
 class HuggingFaceCheckpoint:
@@ -103,18 +118,26 @@ class HuggingFaceCheckpoint:
         """What the user should know about this checkpoint and its conversion so far, a line each."""
         return [*self._notes, *(f"{name}: {rounding}" for name, rounding in self._rounding.items() if rounding.changed)]
 
-    def note_rounding(self, name: str, values: NDArray[np.float32], bits: NDArray[Any]) -> None:
-        """Adds to the notes what is lost where values are kept as bfloat16. Raises CheckpointError for overflow."""
-        self._rounding.setdefault(name, Rounding()).add(name, values, to_float32(bits))
+    def note_rounding(self, name: str, values: NDArray[np.float32], kept: NDArray[np.float32], dtype: str) -> None:
+        """Adds to the notes what is lost of values that are kept in a dtype. Raises CheckpointError for overflow."""
+        self._rounding.setdefault(name, Rounding(dtype)).add(name, values, kept)
 
     def take_floats(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """A floating-point tensor, exactly converted to float32. CheckpointError for NaN and infinity."""
         return _as_float32(*self._take(name, shape, _FLOATS), name)
 
-    def take_raw(self, name: str, shape: tuple[int, ...]) -> tuple[str, NDArray[Any]]:
-        """A floating-point tensor as (safetensors dtype, values); bfloat16 as uint16 bit patterns."""
-        dtype, values = self._take(name, shape, _FLOATS)
-        return dtype, values
+    def take_rows(self, name: str, shape: tuple[int, int]) -> Rows:
+        """A matrix of floats, or of what MLX makes of floats, of which rows can be read."""
+        module = self._stored_as.get(name, name).removesuffix(".weight")
+        if self.config.weight_format == "mlx" and f"{module}.scales" in self._files:
+            return self._take_mlx(module, shape)
+        stored, spec = self._find(name, shape, _FLOATS)
+        return FloatRows(stored, spec.dtype, self._files[stored].map(stored))
+
+    def take_groups(self, module: str, N: int, K: int, bias: bool) -> GroupLinear:
+        """A ternary linear [N, K] with group scales by its full module name."""
+        t, scales = group_ternary(self.take_rows(f"{module}.weight", (N, K)), self)
+        return GroupLinear(t, scales, self.take_floats(f"{module}.bias", (N,)) if bias else None)
 
     def take_sub_norm(self, layer: int, name: str, size: int) -> NDArray[np.float32]:
         """attn_sub_norm or ffn_sub_norm of a layer, by either of its names, float32 [size]."""
@@ -173,6 +196,20 @@ class HuggingFaceCheckpoint:
         return self._files[name].specs[name]
 
     def _take(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> tuple[str, NDArray[Any]]:
+        name, spec = self._find(name, shape, dtypes)
+        return spec.dtype, self._files[name].read(name)
+
+    def _take_mlx(self, module: str, shape: tuple[int, int]) -> MlxRows:
+        N, K = shape
+        columns = (self.raw_config.get("quantization_config") or self.raw_config["quantization"])["group_size"]
+        if K % columns:
+            raise CheckpointError(f"tensor {module}.weight: {K} columns are not whole groups of {columns}")
+        words = self._take(f"{module}.weight", (N, K // 16), ("U32",))[1]
+        scales, biases = (self.take_floats(f"{module}.{part}", (N, K // columns)) for part in ("scales", "biases"))
+        return MlxRows(f"{module}.weight", words, scales, biases)
+
+    def _find(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> tuple[str, TensorSpec]:
+        """The name under which a tensor is stored, and its checked spec; it counts as taken."""
         name = self._stored_as.get(name, name)
         spec = self._spec(name)
         if spec.dtype not in dtypes:
@@ -180,7 +217,7 @@ class HuggingFaceCheckpoint:
         if spec.shape != shape:
             raise CheckpointError(f"tensor {name} has shape {list(spec.shape)}, expected {list(shape)}")
         self._left.discard(name)
-        return spec.dtype, self._files[name].read(name)
+        return name, spec
 
     def _take_scale(self, name: str) -> np.float32:
         shape: tuple[int, ...] = () if self._spec(name).shape == () else (1,)
@@ -193,13 +230,14 @@ class HuggingFaceCheckpoint:
 class Rounding:
     """What is lost of some values that are rounded, added up."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: str) -> None:
+        self._dtype = dtype
         self.count = self.changed = 0
         self._error = self._size = 0.0  # sums of squares
 
     def add(self, name: str, values: NDArray[np.float32], rounded: NDArray[np.float32]) -> None:
         if not np.isfinite(rounded).all():
-            raise CheckpointError(f"{name}: {np.abs(values).max()} is too large for bfloat16")
+            raise CheckpointError(f"{name}: {np.abs(values).max()} is too large for {self._dtype}")
         error = rounded - values
         self.count += values.size
         self.changed += int(np.count_nonzero(error))
@@ -208,7 +246,7 @@ class Rounding:
 
     def __str__(self) -> str:
         rms = math.sqrt(self._error / self._size)
-        return f"kept as bfloat16, which rounds {self.changed / self.count:.1%} of the values; rms error {rms:.2%}"
+        return f"kept as {self._dtype}, which rounds {self.changed / self.count:.1%} of the values; rms error {rms:.2%}"
 
 
 def _sum_of_squares(values: NDArray[np.float32]) -> float:

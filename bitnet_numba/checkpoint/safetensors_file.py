@@ -22,6 +22,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
     "I32": np.dtype("<i4"),
+    "U32": np.dtype("<u4"),
     "I8": np.dtype("i1"),
     "U8": np.dtype("u1"),
 }

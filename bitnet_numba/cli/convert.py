@@ -11,8 +11,8 @@ from pathlib import Path
 
 from bitnet_numba.checkpoint.convert import Report, convert
 from bitnet_numba.checkpoint.gguf_types import I2S_LAYOUTS
-from bitnet_numba.checkpoint.packed import EMBEDDING_DTYPES
 from bitnet_numba.checkpoint.progress import progress_bar, size_text
+from bitnet_numba.checkpoint.rows import HEAD_FORMATS
 from bitnet_numba.commands import complain, drop_output, ignore_ctrl_c, make_parser
 from bitnet_numba.errors import BitNetError, CheckpointError, printable
 from bitnet_numba.hub.download import download
@@ -33,7 +33,12 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         help="a Hugging Face model folder, a GGUF file, or of the hub owner/name or owner/name/FILE.gguf",
     )
     add("dst", metavar="DST", help="folder to write")
-    add("--head", choices=EMBEDDING_DTYPES, default="bf16", help="dtype of embedding and LM head (default: bf16)")
+    add(
+        "--head",
+        choices=HEAD_FORMATS,
+        default="source",
+        help="format of embedding and LM head (default: source, which keeps them as they are)",
+    )
     add("--force", action="store_true", help="replace DST if it is a packed checkpoint")
     add("--revision", metavar="R", help="branch, tag or commit of the hub repository (default: main)")
     add(

@@ -29,8 +29,7 @@ def cpu() -> dict[str, Any]:
     except BackendError as error:  # $BITNET_NUMBA_ISA asks for one that is not there
         return found | {"problem": one_line(error)}
     checkpoint = open_packed(DEMO)
-    group_size = checkpoint.config.num_heads // checkpoint.config.num_kv_heads
-    kernels = Needs(found["instruction_set"], "uint16", group_size, checkpoint.head == "int8").kernels().values()
+    kernels = Needs.of(checkpoint, found["instruction_set"]).kernels().values()
     found["kernels"] = len(kernels) + 1
     found["kernels_cached"] = sum(kernel.is_cached for kernel in kernels) + step.is_cached()
     return found

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitnet_numba.checkpoint.install import delete
-from bitnet_numba.checkpoint.packed import FORMAT, read_config
+from bitnet_numba.checkpoint.packed import FORMATS, read_config
 from bitnet_numba.errors import BitNetError, CheckpointError, printable
 from bitnet_numba.hub.names import HubModel, from_folders
 from bitnet_numba.json_file import read_json
@@ -55,12 +55,12 @@ def packed_folder(model: HubModel) -> Path:
 
 
 def is_usable(model: HubModel) -> bool:
-    """Whether the cache holds a model, in the packed format of this version."""
+    """Whether the cache holds a model, in a packed format that this version reads."""
     try:
         packed = read_config(ModelFolder(packed_folder(model))).get("bitnet_numba")
     except BitNetError:
         return False
-    return isinstance(packed, dict) and packed.get("format") == FORMAT
+    return isinstance(packed, dict) and packed.get("format") in FORMATS
 
 
 def record(model: HubModel, commit: str, notes: Sequence[str] = ()) -> None:

@@ -161,7 +161,7 @@ def gemv_4_lanes(isa, words, K, q, q_sum, acc, first, last):
 
 
 @njit(**OPTIONS)
-def _sixteen_columns(low, high, w, k, offset):
+def sixteen_columns(low, high, w, k, offset):
     """8 rows x 16 columns into 16-bit sums: codes * 1 into `low`, codes * 4 into `high`, at most 6144 more a call."""
     up = lshr(w, 4)
     pairs0, pairs2 = pairs_avx2(and_(w, FIELD0), broadcast_i32x8(k, offset)), broadcast_i32x8(k, offset + 8)
@@ -183,10 +183,10 @@ def gemv_avx2(isa, words, K, q, q_sum, acc, first, last):
         for start in range(0, col_blocks, 2):
             low, high, low2, high2 = zero_i32x8(), zero_i32x8(), zero_i32x8(), zero_i32x8()
             for _block in range(min(2, col_blocks - start)):
-                low, high = _sixteen_columns(low, high, load_i32x8(p, 0), k, 0)
-                low2, high2 = _sixteen_columns(low2, high2, load_i32x8(p, 64), k, 0)
-                low, high = _sixteen_columns(low, high, load_i32x8(p, 32), k, 16)
-                low2, high2 = _sixteen_columns(low2, high2, load_i32x8(p, 96), k, 16)
+                low, high = sixteen_columns(low, high, load_i32x8(p, 0), k, 0)
+                low2, high2 = sixteen_columns(low2, high2, load_i32x8(p, 64), k, 0)
+                low, high = sixteen_columns(low, high, load_i32x8(p, 32), k, 16)
+                low2, high2 = sixteen_columns(low2, high2, load_i32x8(p, 96), k, 16)
                 p += BLOCK_BYTES
                 k += BLOCK_COLS
             a, a4 = widen16(a, low), widen16(a4, high)
@@ -200,7 +200,7 @@ def gemv_avx2(isa, words, K, q, q_sum, acc, first, last):
 
 
 @intrinsic
-def _dot_tokens(typingctx, isa, sums, codes, q, q_stride):
+def dot_tokens(typingctx, isa, sums, codes, q, q_stride):
     """sums[t] + the products of four columns of all rows with four bytes of token t, q_stride bytes apart."""
 
     def codegen(context, builder, sig, args):
@@ -216,7 +216,7 @@ def _dot_tokens(typingctx, isa, sums, codes, q, q_stride):
 
 
 @intrinsic(prefer_literal=True)
-def _zero_tokens(typingctx, tokens):
+def zero_tokens(typingctx, tokens):
     """Sums of so many tokens, all 0."""
     zero = types.UniTuple(Vec(16, "i32"), tokens.literal_value)
 
@@ -237,10 +237,10 @@ def _tile(isa, zero, words, K, q, q_stride, q_sums, acc, acc_stride, first, last
             for half in range(2):
                 w = join(load_i32x8(p, 32 * half), load_i32x8(p, 64 + 32 * half))
                 at = k + 16 * half
-                sums = _dot_tokens(isa, sums, and_(w, FIELD0), at, q_stride)
-                sums = _dot_tokens(isa, sums, and_(lshr(w, 2), FIELD0), at + 4, q_stride)
-                sums = _dot_tokens(isa, sums, and_(lshr(w, 4), FIELD0), at + 8, q_stride)
-                sums = _dot_tokens(isa, sums, and_(lshr(w, 6), FIELD0), at + 12, q_stride)
+                sums = dot_tokens(isa, sums, and_(w, FIELD0), at, q_stride)
+                sums = dot_tokens(isa, sums, and_(lshr(w, 2), FIELD0), at + 4, q_stride)
+                sums = dot_tokens(isa, sums, and_(lshr(w, 4), FIELD0), at + 8, q_stride)
+                sums = dot_tokens(isa, sums, and_(lshr(w, 6), FIELD0), at + 12, q_stride)
             p += BLOCK_BYTES
         for t in range(len(sums)):
             store(acc, 4 * t * acc_stride, sub(sums[t], splat_i32x16(CODE_OFFSET * load_i32(q_sums, 4 * t))))
@@ -262,15 +262,15 @@ def _gemv_tokens(isa, words, K, q, q_stride, q_sums, M, acc, acc_stride, first, 
         while M - m >= 4:
             at, sums, out = q + m * q_stride, q_sums + 4 * m, acc + 4 * m * acc_stride
             if M - m >= 8:
-                _tile(isa, _zero_tokens(8), words, K, at, q_stride, sums, out, acc_stride, first, last)
+                _tile(isa, zero_tokens(8), words, K, at, q_stride, sums, out, acc_stride, first, last)
                 m += 8
             else:
-                _tile(isa, _zero_tokens(4), words, K, at, q_stride, sums, out, acc_stride, first, last)
+                _tile(isa, zero_tokens(4), words, K, at, q_stride, sums, out, acc_stride, first, last)
                 m += 4
         while m < M:
             at, sums, out = q + m * q_stride, q_sums + 4 * m, acc + 4 * m * acc_stride
             if M - m >= 2:
-                _tile(isa, _zero_tokens(2), words, K, at, q_stride, sums, out, acc_stride, first, last)
+                _tile(isa, zero_tokens(2), words, K, at, q_stride, sums, out, acc_stride, first, last)
                 m += 2
             else:
                 gemv(isa, words, K, at, load_i32(sums, 0), out, first, last)

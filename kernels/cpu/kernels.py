@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bitnet_numba.kernels.cpu import attention, gemm, gemv, kv_cache, lm_head, sampler
+from bitnet_numba.kernels.cpu import attention, gemm, gemm_groups, gemv, gemv_groups, kv_cache, lm_head, sampler
 from bitnet_numba.kernels.cpu.compiler import Kernel
 from bitnet_numba.kernels.cpu.isa import InstructionSet
 from bitnet_numba.kernels.cpu.layout import MAX_TOKENS
@@ -41,11 +41,48 @@ def build_gemm(isa: InstructionSet) -> Callable[..., None]:
     return for_few if few >= MAX_TOKENS else for_any
 
 
-def build_bf16_rows(isa: InstructionSet) -> Callable[..., None]:
-    """See `lm_head.head_bf16`."""
+def build_gemv_groups(isa: InstructionSet) -> Callable[..., None]:
+    """See `gemv_groups.gemv_groups`."""
+
+    def kernel(words, scales, K, q, d, q_sums, y, first, last):
+        gemv_groups.gemv_groups(isa, words, scales, K, q, d, q_sums, y, first, last)
+
+    return kernel
+
+
+def build_gemm_groups(isa: InstructionSet) -> Callable[..., None]:
+    """See `gemv_groups.gemv_groups_tokens` and `gemm_groups.gemm_groups`."""
+    few = gemv_groups.FEW[isa.name]
+
+    def for_few(words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last, scratch):
+        gemv_groups.gemv_groups_tokens(
+            isa, words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last
+        )  # fmt: skip
+
+    def for_any(words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last, scratch):
+        if M <= few:
+            gemv_groups.gemv_groups_tokens(
+                isa, words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last
+            )  # fmt: skip
+        else:
+            gemm_groups.gemm_groups(
+                isa, words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last, scratch
+            )
+
+    return for_few if few >= MAX_TOKENS else for_any
+
+
+def build_float_rows(isa: InstructionSet, row_format: str) -> Callable[..., None]:
+    """The product of `lm_head` for rows of "bf16", "f16" or "f32".
+
+    Rows first .. last - 1 at address `rows`, K columns each, at least MIN_COLUMNS, times the activations of M tokens at
+    address x, prepared for this format, x_stride bytes a token. y: address of float32 [M, y_stride]; columns first ..
+    last - 1 are written.
+    """
+    product = lm_head.FLOAT_ROWS[row_format]
 
     def kernel(rows, K, x, x_stride, M, y, y_stride, first, last):
-        lm_head.head_bf16(isa, rows, K, x, x_stride, M, y, y_stride, first, last)
+        product(isa, rows, K, 0, 0, x, x_stride, M, y, y_stride, first, last)
 
     return kernel
 
@@ -113,21 +150,27 @@ def shared(build: Callable[..., Any], *constants: Any) -> Kernel:
     return Kernel(build, *constants)
 
 
-def kernels_for(isa: InstructionSet, dtype: np.dtype[Any], heads: tuple[int, ...], int8: bool) -> dict[str, Kernel]:
+def kernels_for(
+    isa: InstructionSet, dtype: np.dtype[Any], heads: tuple[int, ...], head: str, group_scales: bool
+) -> dict[str, Kernel]:
     """The kernels of a model by their names in `layout.KERNELS`, and "row_sums": not compiled yet.
 
-    dtype: of the KV cache, uint16 for bfloat16 or float32. heads: see `attention.head_tile`. int8: whether embedding
-    and LM head are.
+    dtype: of the KV cache, uint16 for bfloat16 or float32. heads: see `attention.head_tile`. head: format of the LM
+    head's rows, one of `layout.ROW_FORMATS`. group_scales: whether linears have them.
     """
-    kernels = {
-        "gemv": shared(build_gemv, isa),
-        "gemm": shared(build_gemm, isa),
-        "bf16_rows": shared(build_bf16_rows, isa),
+    if group_scales:
+        products = {"gemv_groups": shared(build_gemv_groups, isa), "gemm_groups": shared(build_gemm_groups, isa)}
+    else:
+        products = {"gemv": shared(build_gemv, isa), "gemm": shared(build_gemm, isa)}
+    kernels = products | {
+        "bf16_rows": shared(build_float_rows, isa, "bf16"),
         "store_kv": shared(build_store_kv, dtype),
         "attend": shared(build_attend, isa, dtype, heads),
         "sample": shared(build_sample),
     }
-    if int8:
+    if head in ("f16", "f32"):
+        kernels["float_rows"] = shared(build_float_rows, isa, head)
+    if head == "int8":
         kernels["int8_rows"] = shared(build_int8_rows, isa)
         kernels["prepare_int8"] = shared(build_prepare_int8, isa)
         kernels["row_sums"] = shared(build_row_sums, isa)

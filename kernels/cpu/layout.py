@@ -9,6 +9,8 @@ MIN_ROWS, MAX_ROWS = 32, 256  # of a piece
 HEAD_ROWS = 256  # of the LM head in a piece
 FORWARD, LOGITS = 1, 2  # kinds of jobs
 RELU2, SILU = 0, 1
+BF16, F16, F32, INT8, TERNARY = range(5)
+ROW_FORMATS = {"bf16": BF16, "f16": F16, "f32": F32, "int8": INT8, "ternary": TERNARY}
 
 _INT, _FLOAT = np.int64, np.float64
 # A linear: addresses, 0 for what it does not have.
@@ -18,6 +20,7 @@ LINEAR = np.dtype(
         ("words", _INT),  # packed ternary weights; or else
         ("rows", _INT),  # bfloat16 [N, K]
         ("scales", _INT),  # float32 [segments]
+        ("group_scales", _INT),  # or float16, of each row and 128 columns, in storage order
         ("bias", _INT),  # float32 [N]
         ("norms", _INT),  # float32 [segments, K]: each linear's own RMSNorm
     ]
@@ -26,21 +29,39 @@ LINEAR = np.dtype(
 KERNELS = np.dtype(
     [
         (name, _INT)
-        for name in ("gemv", "gemm", "bf16_rows", "int8_rows", "prepare_int8", "store_kv", "attend", "sample")
+        for name in (
+            "gemv",
+            "gemm",
+            "gemv_groups",
+            "gemm_groups",
+            "bf16_rows",
+            "float_rows",
+            "int8_rows",
+            "prepare_int8",
+            "store_kv",
+            "attend",
+            "sample",
+        )
     ]
 )
 LAYER = np.dtype(
-    [(name, _INT) for name in ("input_norm", "post_attention_norm", "attn_sub_norm", "ffn_sub_norm")]  # float32, or 0
+    # float32, or 0
+    [
+        (name, _INT)
+        for name in ("input_norm", "post_attention_norm", "attn_sub_norm", "ffn_sub_norm", "q_norm", "k_norm")
+    ]
     + [(name, LINEAR) for name in ("qkv", "o", "gate_up", "down")]
 )
 MODEL = np.dtype(
-    [(name, _INT) for name in ("hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab", "activation")]
+    [
+        (name, _INT)
+        for name in ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab", "activation")
+    ]
     + [("eps", _FLOAT), ("linear_eps", _FLOAT)]
     + [("norm", _INT)]  # the last one, float32 [hidden]
-    + [
-        (name, _INT) for name in ("embed", "embed_scale", "head", "head_scale", "head_sums")
-    ]  # bf16, or int8 with scales
-    + [("embed_int8", _INT)]
+    # Rows in a format of ROW_FORMATS; float32 scales of int8 rows; int32 sums of int8 rows of the head.
+    + [("embed", _INT), ("embed_scale", _INT), ("embed_format", _INT)]
+    + [("head_format", _INT), ("head_scale", _INT), ("head_sums", _INT), ("head", LINEAR)]
 )
 JOB = np.dtype(
     [("kind", _INT), ("tokens", _INT)]
@@ -53,6 +74,7 @@ JOB = np.dtype(
     + [("splits", _INT), ("partials", _INT)]  # of the longest context; partial outputs of attention
     # Quantised and prepared activations: MAX_TOKENS tokens that all share, or one token for each member.
     + [(name, _INT) for name in ("q_stride", "plane_stride", "shared")]
+    + [("scale_bytes", _INT), ("groups", _INT)]  # of the scales of all segments and tokens; groups of a token at most
     # Each member's own memory, and where in it are what.
     + [
         (name, _INT)
@@ -62,7 +84,8 @@ JOB = np.dtype(
     # address of its history (int64) and how long that is, the address of its edits (float64, see `sampler.pack_edits`)
     # and how many there are, the address of its mask (see `sampling.sample`) or 0; and the tokens sampled, int64.
     + [(name, _INT) for name in ("settings", "histories", "history_lengths", "edits", "num_edits", "masks", "sampled")]
-    # For checking, or 0: all int8 activations of a pass, [4 * layers, SEGMENTS, MAX_TOKENS, q_stride].
+    # For checking, or 0: all int8 activations of a pass, [4 * layers + 1, SEGMENTS, MAX_TOKENS, q_stride]; the last are
+    # those of a ternary LM head.
     + [("record", _INT)]
     + [("kernels", KERNELS)]
 )

@@ -1,10 +1,11 @@
-"""Logits: rows of bfloat16 or scaled int8 times float32 activations. Also linears that are not quantised.
+"""Logits: rows of floats or scaled int8 times float32 activations. Also linears that are not quantised.
 
 A thread reads its rows one after the other, as one stream, and multiplies each by all tokens. `prepare_...` brings a
 token's activations into the order in which rows are read, so that no row has to be shuffled:
 
     bfloat16      32 columns a step: an int32 lane holds two columns, of which << 16 makes the even one a float32 and
                   & 0xffff0000 the odd one. Activations: 16 even columns, then 16 odd ones. Two sums of 16 lanes.
+    float16, 32   32 columns a step: two loads of 16, converted to float32. Two sums of 16 lanes.
     int8, float   32 columns a step, converted to float32. Two sums of 16 lanes.
     int8, fixed   64 columns a step, where a dot product takes unsigned bytes (vnni512, vnni256, i8mm). Activations of
                   24 bits, x = unit * (65536 * high + 256 * middle + low - 2^23): three dot products with the row as it
@@ -17,8 +18,8 @@ will do from MIN_COLUMNS on.
 A token's logits have the same bits whatever the other tokens are: a tile of rows and tokens (`row_tiles`) only lets
 several sums share what is loaded.
 
-Precision: bfloat16 and int8 are exact in float32, so the errors are those of sums of float32. In fixed point a column
-is off by unit / 2 at most, 2^-24 of the largest, as float32's rounding of that column is; the sum is exact.
+Precision: bfloat16, float16 and int8 are exact in float32, so the errors are those of sums of float32. In fixed point
+a column is off by unit / 2 at most, 2^-24 of the largest, as float32's rounding of that column is; the sum is exact.
 """
 
 import numpy as np
@@ -28,14 +29,15 @@ from numba.extending import overload
 from bitnet_numba.kernels.cpu import vec
 from bitnet_numba.kernels.cpu.dot import dot4
 from bitnet_numba.kernels.cpu.memory import load_f32, load_i8, store_f32, store_i8, store_i32
-from bitnet_numba.kernels.cpu.row_tiles import BF16, INT8, INT8_FIXED, PLANES, ZERO, row_product
+from bitnet_numba.kernels.cpu.row_tiles import BF16, F16, F32_ROWS, INT8, INT8_FIXED, PLANES, ZERO, row_product
 from bitnet_numba.kernels.cpu.vec import OPTIONS
 
 MIN_COLUMNS = 64  # rows with fewer columns are padded with zeros when they are loaded
 FIXED = ("vnni512", "vnni256", "i8mm")  # instruction sets that multiply int8 rows in fixed point
 # What the largest activation becomes in fixed point: below 2^23 by more than the rounding of the quotient.
 LARGEST = 2.0**23 - 8
-rows_bf16, rows_int8, rows_int8_fixed = row_product(BF16), row_product(INT8), row_product(INT8_FIXED)
+rows_int8, rows_int8_fixed = row_product(INT8), row_product(INT8_FIXED)
+FLOAT_ROWS = {"bf16": row_product(BF16), "f16": row_product(F16), "f32": row_product(F32_ROWS)}
 
 
 def prepared_bytes(K: int) -> int:
@@ -45,7 +47,7 @@ def prepared_bytes(K: int) -> int:
 
 @njit(**OPTIONS)
 def prepare_bf16(x, K, prepared):
-    """Brings float32 [K] at address x into the order of `head_bf16`, at `prepared`."""
+    """Brings float32 [K] at address x into the order of bfloat16 rows, at `prepared`."""
     for step in range(steps_of(K, 32)):
         first = min(32 * step, max(K, MIN_COLUMNS) - 32)
         for i in range(32):
@@ -66,7 +68,7 @@ def _prepare_int8(isa, x, K, prepared):
 
 @njit(**OPTIONS)
 def prepare_float(x, K, prepared):
-    """Blocks of 32 columns in their order; the last one ends at the last column."""
+    """For rows of float16, float32, or int8: blocks of 32 columns in order; the last one ends at the last column."""
     for step in range(steps_of(K, 32)):
         first = min(32 * step, max(K, MIN_COLUMNS) - 32)
         for i in range(32):
@@ -121,23 +123,6 @@ def row_sums(isa, rows, K, sums, first, last):
         for k in range(K // 64 * 64, K):
             total += load_i8(p, k)
         store_i32(sums, 4 * n, total)
-
-
-def head_bf16(isa, rows, K, x, x_stride, M, y, y_stride, first, last):
-    """Rows first .. last - 1 of a bfloat16 matrix times the activations of M tokens.
-
-    isa: InstructionSet. rows: address of bfloat16 [N, K], K at least MIN_COLUMNS. x: address of the activations from
-    `prepare_bf16`, x_stride bytes a token. y: address of float32 [M, y_stride]; columns first .. last - 1 are written.
-    """
-    raise NotImplementedError("only compiled functions can call this")
-
-
-@overload(head_bf16)
-def _head_bf16(isa, rows, K, x, x_stride, M, y, y_stride, first, last):
-    def kernel(isa, rows, K, x, x_stride, M, y, y_stride, first, last):
-        rows_bf16(isa, rows, K, 0, 0, x, x_stride, M, y, y_stride, first, last)
-
-    return kernel
 
 
 def head_int8(isa, rows, K, scales, sums, x, x_stride, M, y, y_stride, first, last):

@@ -6,7 +6,7 @@ Reductions run in 16 lanes and four sums of each, added up in a fixed order: a t
 import numpy as np
 from numba import njit
 
-from bitnet_numba.kernels.cpu.memory import load_f32, store_f32, store_i8
+from bitnet_numba.kernels.cpu.memory import load_f32, store_f32, store_i8, store_i32
 from bitnet_numba.kernels.cpu.vec import (
     OPTIONS,
     absolute,
@@ -28,7 +28,7 @@ from bitnet_numba.kernels.cpu.vec import (
     zero_f32x16,
     zero_i32x16,
 )
-from bitnet_numba.packing import BLOCK_COLS
+from bitnet_numba.packing import BLOCK_COLS, GROUP_COLS
 from bitnet_numba.quantize import EPSILON, INT8_MAX
 
 LANES = 16
@@ -101,6 +101,16 @@ def quantize(x, n, q):
     for i in range(n, -(-n // BLOCK_COLS) * BLOCK_COLS):
         store_i8(q, i, 0)
     return s, q_sum
+
+
+@njit(**OPTIONS)
+def quantize_groups(x, n, q, d, sums):
+    """`quantize` of each 128 columns: steps d = 1 / s, float32 [groups], and sums of q, int32 [groups]."""
+    for g in range(-(-n // GROUP_COLS)):
+        start = g * GROUP_COLS
+        s, q_sum = quantize(x + 4 * start, min(GROUP_COLS, n - start), q + start)
+        store_f32(d, 4 * g, ONE / s)
+        store_i32(sums, 4 * g, q_sum)
 
 
 @njit(**OPTIONS)

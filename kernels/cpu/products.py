@@ -36,7 +36,7 @@ def inputs_of(job, member):
     """Where prepared activations are, of every product alike.
 
     (int8 q [segments, M, stride], stride, bytes of a segment, float32 s and int32 sums of q [segments, MAX_TOKENS],
-    prepared float32 activations)
+    prepared float32 activations); where weights have group scales, steps in place of s, and both [M, job.groups].
     """
     if job.tokens == 1:
         base, tokens = job.own + member * job.own_stride, 1
@@ -44,8 +44,8 @@ def inputs_of(job, member):
         base, tokens = job.shared, MAX_TOKENS
     segment = tokens * job.q_stride
     s = base + SEGMENTS * segment
-    sums = s + 4 * SEGMENTS * MAX_TOKENS
-    return base, job.q_stride, segment, s, sums, sums + 4 * SEGMENTS * MAX_TOKENS
+    sums = s + job.scale_bytes
+    return base, job.q_stride, segment, s, sums, sums + job.scale_bytes
 
 
 @njit(**OPTIONS)
@@ -62,6 +62,11 @@ def prepare(place, model, linear, x, K, weight, eps, own, job, inputs, m):
     if linear.words == 0:
         lm_head.prepare_bf16(h, K, planes + m * job.plane_stride)
         return
+    if linear.group_scales != 0:
+        at = 4 * m * job.groups
+        norm.quantize_groups(h, K, q + m * q_stride, s + at, sums + at)
+        record(place, 0, K, q + m * q_stride, job, m)
+        return
     for i in range(linear.segments if linear.norms != 0 else 1):
         source = h
         if linear.norms != 0:
@@ -70,10 +75,16 @@ def prepare(place, model, linear, x, K, weight, eps, own, job, inputs, m):
         scale, q_sum = norm.quantize(source, K, q + i * segment + m * q_stride)
         store_f32(s, 4 * (i * MAX_TOKENS + m), scale)
         store_i32(sums, 4 * (i * MAX_TOKENS + m), q_sum)
-        if job.record != 0:
-            at = job.record + ((place * SEGMENTS + i) * MAX_TOKENS + m) * q_stride
-            for k in range(K):
-                store_i8(at, k, load_i8(q + i * segment + m * q_stride, k))
+        record(place, i, K, q + i * segment + m * q_stride, job, m)
+
+
+@njit(**OPTIONS)
+def record(place, segment, K, q, job, m):
+    """Copies int8 activations [K] to where they are recorded, if they are."""
+    if job.record != 0:
+        at = job.record + ((place * SEGMENTS + segment) * MAX_TOKENS + m) * job.q_stride
+        for k in range(K):
+            store_i8(at, k, load_i8(q, k))
 
 
 # ---- Regions of rows ------------------------------------------------------------------------------------------------
@@ -104,6 +115,9 @@ def product(linear, segment, K, first, last, inputs, own, job, y):
                     at = y + 4 * (m * MAX_ROWS + n)
                     store_f32(at, 0, load_f32(at, 0) + load_f32(linear.bias, 4 * (first + n)))
         return
+    if linear.group_scales != 0:
+        group_product(linear, K, first, last, inputs, own, job, y)
+        return
     own_norm = segment if linear.norms != 0 else 0
     q, s, sums = q + own_norm * segment_bytes, s + 4 * own_norm * MAX_TOKENS, sums + 4 * own_norm * MAX_TOKENS
     padded_K = (K + 31) // 32 * 32
@@ -123,6 +137,34 @@ def product(linear, segment, K, first, last, inputs, own, job, y):
     for m in range(M):
         scale = load_f32(s, 4 * m)
         norm.dequantize_rows(acc + 4 * m * acc_stride, last - first, m_scale, scale, bias, y + 4 * m * MAX_ROWS)
+
+
+@njit(**OPTIONS)
+def group_product(linear, K, first, last, inputs, own, job, y):
+    """`product` of a linear with group scales."""
+    q, q_stride, _, d, sums, _ = inputs
+    padded_K = (K + 31) // 32 * 32
+    first_block, last_block = first // BLOCK_ROWS, (last + BLOCK_ROWS - 1) // BLOCK_ROWS
+    out, stride = own + job.acc, MAX_ROWS + 2 * BLOCK_ROWS
+    if job.tokens == 1:
+        call(
+            job.kernels.gemv_groups,
+            (linear.words, linear.group_scales, padded_K, q, d, sums, out, first_block, last_block),
+        )
+    else:
+        call(
+            job.kernels.gemm_groups,
+            (
+                linear.words, linear.group_scales, padded_K, q, q_stride, d, sums, job.groups, job.tokens, out, stride,
+                first_block, last_block, own + job.unpacked,
+            ),
+        )  # fmt: skip
+    out += 4 * (first - first_block * BLOCK_ROWS)
+    for m in range(job.tokens):
+        to = y + 4 * m * MAX_ROWS
+        copy(out + 4 * m * stride, last - first, to)
+        if linear.bias != 0:
+            add(linear.bias + 4 * first, last - first, to)
 
 
 @njit(inline="always", **OPTIONS)

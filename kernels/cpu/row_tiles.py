@@ -184,6 +184,16 @@ def _fixed_step(typingctx, isa, sums, row, row_stride, x, x_stride):
     return sums(isa, sums, row, row_stride, x, x_stride), codegen
 
 
+def _from_f16(builder, row):
+    """Columns 0-15 and 16-31, as float32."""
+    return [vec.emit_halves(builder, row, offset, 16, signed=True) for offset in (0, 32)]
+
+
+def _from_f32(builder, row):
+    """Columns 0-15 and 16-31."""
+    return [load_at(builder, row, offset, FLOATS) for offset in (0, 64)]
+
+
 def _sum(builder, v):
     """The sum of all lanes, halves onto halves."""
     n = v.type.count
@@ -243,6 +253,8 @@ def _float_format(column_bytes: int, widen: Any, result: Any) -> RowFormat:
 
 
 BF16 = _float_format(2, _from_bf16, _float_sum)
+F16 = _float_format(2, _from_f16, _float_sum)
+F32_ROWS = _float_format(4, _from_f32, _float_sum)
 INT8 = _float_format(1, _from_int8, _float_result)
 INT8_FIXED = RowFormat(
     column_bytes=1,

@@ -18,15 +18,17 @@ from typing import Any
 import numpy as np
 from numba import njit, typeof, types
 
-from bitnet_numba.kernels.cpu import attention, kv_cache, lm_head, norm
+from bitnet_numba.kernels.cpu import attention, embedding, kv_cache, lm_head, norm
 from bitnet_numba.kernels.cpu.compiler import call, entry
-from bitnet_numba.kernels.cpu.layout import FORWARD, HEAD_ROWS, JOB, LAYER, MODEL
-from bitnet_numba.kernels.cpu.memory import load_f32, load_i8, load_i64, load_u16, store_f32, store_i32
+from bitnet_numba.kernels.cpu.layout import BF16, FORWARD, HEAD_ROWS, INT8, JOB, LAYER, MAX_ROWS, MODEL, TERNARY
+from bitnet_numba.kernels.cpu.memory import load_i64
 from bitnet_numba.kernels.cpu.products import (
+    copy,
     gated_rows,
     inputs_of,
     meet,
     prepare,
+    product,
     qkv_rows,
     residual_rows,
     tokens_of,
@@ -77,7 +79,7 @@ def forward(member, members, state, model, layers, job):
     """All layers."""
     M, hidden, eps = job.tokens, model.hidden, np.float32(model.eps)
     for m in range(member, M, members):
-        embed(model, load_i64(job.ids, 8 * m), job.x + 4 * m * hidden)
+        embedding.row(model, load_i64(job.ids, 8 * m), job.x + 4 * m * hidden)
     barrier(state, members)
     own, inputs = job.own + member * job.own_stride, inputs_of(job, member)
     q_size, kv_size = model.heads * model.head_dim, model.kv_heads * model.head_dim
@@ -90,7 +92,7 @@ def forward(member, members, state, model, layers, job):
         meet(job, state, members)
         qkv_rows(layer.qkv, q_size, kv_size, hidden, members, state, inputs, own, job)
         barrier(state, members)
-        rotate_and_store(member, members, model, cache, job)
+        rotate_and_store(member, members, model, layer, cache, job)
         barrier(state, members)
         attend(members, state, model, cache, own, job)
         barrier(state, members)
@@ -118,26 +120,13 @@ def forward(member, members, state, model, layers, job):
     barrier(state, members)
 
 
-@njit(**OPTIONS)
-def embed(model, token, x):
-    """A token's row of the embedding, float32 [hidden] to address x."""
-    K = model.hidden
-    if model.embed_int8:
-        row, scale = model.embed + token * K, load_f32(model.embed_scale, 4 * token)
-        for i in range(K):
-            store_f32(x, 4 * i, np.float32(load_i8(row, i)) * scale)
-    else:
-        row = model.embed + token * K * 2
-        for i in range(K):
-            store_i32(x, 4 * i, load_u16(row, 2 * i) << 16)
-
-
 # ---- Attention ------------------------------------------------------------------------------------------------------
 
 
 @njit(inline="always", **OPTIONS)
-def rotate_and_store(member, members, model, cache, job):
-    """Rotates q and k of all tokens, and writes k and v to the cache: a member's share of (token, kv head)."""
+def rotate_and_store(member, members, model, layer, cache, job):
+    """Normalises (if the model does) and rotates q and k of all tokens, and writes k and v to the cache: a member's
+    share of (token, kv head)."""
     D, G, H = model.head_dim, model.kv_heads, model.heads
     N = (H + 2 * G) * D
     for i in range(member, job.tokens * G, members):
@@ -147,8 +136,12 @@ def rotate_and_store(member, members, model, cache, job):
         cos, sin = job.cos + 2 * position * D, job.sin + 2 * position * D
         row = job.qkv + 4 * m * N
         for h in range(g * (H // G), (g + 1) * (H // G)):
+            if layer.q_norm != 0:
+                norm.rms_norm(row + 4 * h * D, layer.q_norm, D, np.float32(model.eps), row + 4 * h * D)
             kv_cache.rotate(row + 4 * h * D, row + 4 * h * D, D, cos, sin)
         k, v = row + 4 * (H + g) * D, row + 4 * (H + G + g) * D
+        if layer.k_norm != 0:
+            norm.rms_norm(k, layer.k_norm, D, np.float32(model.eps), k)
         kv_cache.rotate(k, k, D, cos, sin)
         call(job.kernels.store_kv, (cache, job.page_stride, table, G, g, D, position, k, v))
 
@@ -219,13 +212,18 @@ def logits(member, members, state, model, job):
     """Final hidden states [M, hidden] -> logits [M, vocab]."""
     K, N, M = model.hidden, model.vocab, job.tokens
     padded_K = max(K, lm_head.MIN_COLUMNS)
-    planes = inputs_of(job, member)[5]
+    inputs, own, rows = inputs_of(job, member), job.own + member * job.own_stride, model.head.rows
+    planes = inputs[5]
     for m in tokens_of(job, member, members):
         x, prepared = job.final + 4 * m * K, planes + m * job.plane_stride
-        if model.embed_int8:
+        if model.head_format == TERNARY:
+            prepare(4 * model.layers, model, model.head, x, K, 0, np.float32(0), own, job, inputs, m)
+        elif model.head_format == INT8:
             call(job.kernels.prepare_int8, (x, K, prepared))
-        else:
+        elif model.head_format == BF16:
             lm_head.prepare_bf16(x, K, prepared)
+        else:
+            lm_head.prepare_float(x, K, prepared)
     meet(job, state, members)
     while True:
         first = take(state) * HEAD_ROWS
@@ -233,14 +231,18 @@ def logits(member, members, state, model, job):
             break
         last = min(first + HEAD_ROWS, N)
         x_stride, out, y_stride = job.plane_stride, job.logits, job.logits_stride
-        if model.embed_int8:
+        if model.head_format == TERNARY:
+            y = own + job.y
+            product(model.head, np.int64(0), K, first, last, inputs, own, job, y)
+            for m in range(M):
+                copy(y + 4 * m * MAX_ROWS, last - first, out + 4 * (m * y_stride + first))
+        elif model.head_format == INT8:
             scales, sums = model.head_scale, model.head_sums
-            call(
-                job.kernels.int8_rows,
-                (model.head, padded_K, scales, sums, planes, x_stride, M, out, y_stride, first, last),
-            )
+            call(job.kernels.int8_rows, (rows, padded_K, scales, sums, planes, x_stride, M, out, y_stride, first, last))
+        elif model.head_format == BF16:
+            call(job.kernels.bf16_rows, (rows, padded_K, planes, x_stride, M, out, y_stride, first, last))
         else:
-            call(job.kernels.bf16_rows, (model.head, padded_K, planes, x_stride, M, out, y_stride, first, last))
+            call(job.kernels.float_rows, (rows, padded_K, planes, x_stride, M, out, y_stride, first, last))
     # Read before the barrier: if it is the job's last, the host may already write the next job behind it.
     settings = job.settings
     barrier(state, members)

@@ -28,6 +28,7 @@ LANES = {
 }
 DTYPES = {"i8": np.int8, "i16": np.int16, "i32": np.int32, "f32": np.float32}
 I32 = ir.IntType(32)
+HALF_UNIT = 2.0**112  # of float16's exponent in the place of float32's
 # How functions of kernels/cpu are compiled that Python does not call. Division by zero is as in NumPy: inf or NaN.
 OPTIONS = {
     "nogil": True,
@@ -105,6 +106,33 @@ def _load(n: int, lane: str):
         return Vec(n, lane)(address, offset), codegen
 
     return load
+
+
+def emit_halves(builder, address, offset: int, n: int, signed: bool = False):
+    """The LLVM value of n finite float16 numbers in memory, none of them negative unless `signed`, as float32 lanes.
+
+    Exponent and mantissa are shifted into place, and the difference of the exponents' biases is multiplied away, which
+    is exact: so no CPU needs an instruction for float16.
+    """
+    at = builder.inttoptr(builder.add(address, address.type(offset)), vector(n, "i16").as_pointer())
+    widen = builder.sext if signed else builder.zext
+    bits = widen(builder.load(at, align=1), vector(n, "i32"))
+    bits = builder.shl(bits, ir.Constant(bits.type, [13] * n))
+    if signed:
+        bits = builder.and_(bits, ir.Constant(bits.type, [0x8FFFFFFF] * n))
+    floats = builder.bitcast(bits, vector(n, "f32"))
+    return builder.fmul(floats, ir.Constant(floats.type, [HALF_UNIT] * n))
+
+
+@intrinsic(prefer_literal=True)
+def load_f16x16(typingctx, address, offset):
+    """load(address, literal offset) -> 16 float16 numbers that are not negative, as float32 lanes."""
+
+    def codegen(context, builder, sig, args):
+        at = context.cast(builder, args[0], sig.args[0], types.intp)
+        return emit_halves(builder, at, offset.literal_value, 16)
+
+    return Vec(16, "f32")(address, offset), codegen
 
 
 def _broadcast(n: int, lane: str):

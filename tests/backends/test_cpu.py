@@ -24,6 +24,8 @@ from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.cpu import isa, layout
 from bitnet_numba.reference.model import Cache, Model
 from bitnet_numba.sampling import SamplingParams
+from tests.checkpoint.test_group_scales import FOLDER as GROUPS
+from tests.checkpoint.test_group_scales import SOURCES
 from tests.conftest import GoldenCase
 from tests.int8_activations import check_logits, imposed, per_linear, recorded_groups
 from tests.reference.test_model import VARIANTS
@@ -35,7 +37,7 @@ SEGMENTS = (3, 1, 2, 1)  # linears of each group
 def recorded(model: CpuModel, ids: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
     """Logits of a prompt of up to MAX_TOKENS tokens, and the int8 inputs of all linears, in order."""
     c, job = model.config, model._buffers.job[0]
-    shape = (4 * c.num_layers, layout.SEGMENTS, layout.MAX_TOKENS, int(job["q_stride"]))
+    shape = (4 * c.num_layers + 1, layout.SEGMENTS, layout.MAX_TOKENS, int(job["q_stride"]))
     record = np.zeros(shape, np.int8)
     job["record"] = record.ctypes.data
     logits = model.logits(model.forward(ids.tolist(), model.new_cache(len(ids))))
@@ -49,6 +51,8 @@ def recorded(model: CpuModel, ids: np.ndarray) -> tuple[np.ndarray, list[np.ndar
             own = bool(layer[group]["norms"])
             for segment in range(SEGMENTS[place % 4]):
                 linears.append(record[place, segment if own else 0, : len(ids), : widths[place % 4]])
+    if model._weights.model[0]["head"]["words"]:
+        linears.append(record[-1, 0, : len(ids), : c.hidden_size])
     return logits, linears
 
 
@@ -81,6 +85,44 @@ def test_every_supported_class_agrees_with_the_reference(
     closing.append(model := CpuModel(checkpoint, 2, kv_dtype="float32"))
     for length in (1, 40):
         check_against_reference(model, checkpoint, np.random.default_rng(length).integers(0, 2000, length))
+
+
+@pytest.mark.parametrize("file", SOURCES)
+def test_models_with_group_scales_agree_with_the_reference(file: str, tmp_path: Path, closing: list[CpuModel]) -> None:
+    """Qwen3 blocks, with YaRN and tied, embedding and head ternary; TriLM. A token's bits do not depend on others."""
+    convert(GROUPS / file, tmp_path / "packed")
+    checkpoint = open_packed(tmp_path / "packed")
+    closing.append(model := CpuModel(checkpoint, 2, kv_dtype="float32"))
+    for length in (1, 2, 40):
+        check_against_reference(model, checkpoint, np.random.default_rng(length).integers(0, 260, length))
+    ids = np.random.default_rng(9).integers(0, 260, 9).tolist()
+    one_by_one, whole = hidden_of(model, ids, 1), hidden_of(model, ids, 9)
+    np.testing.assert_array_equal(one_by_one, whole)
+    np.testing.assert_array_equal(model.logits(whole), np.concatenate([model.logits(h[None]) for h in whole]))
+
+
+@pytest.mark.parametrize("name", isa.available()[1:])
+def test_group_scales_on_every_instruction_set(name: str, tmp_path: Path, closing: list[CpuModel]) -> None:
+    convert(GROUPS / "qwen3-q2_0.gguf", tmp_path / "packed")
+    models = [CpuModel(open_packed(tmp_path / "packed"), 2, each) for each in (None, name)]
+    closing += models
+    ids = np.random.default_rng(1).integers(0, 260, 20).tolist()
+    one, other = (hidden_of(model, ids, 20) for model in models)
+    np.testing.assert_array_equal(other, one)
+    np.testing.assert_array_equal(models[1].logits(one), models[0].logits(one))
+
+
+@pytest.mark.parametrize(("dtype", "kept_as"), [("fp16", "f16"), ("fp32", "f32")])
+def test_rows_of_other_floats_agree_with_the_reference(
+    dtype: str, kept_as: str, tmp_path: Path, closing: list[CpuModel]
+) -> None:
+    for i, changes in enumerate(({}, {"hidden_size": 136, "tie_word_embeddings": False})):  # not whole steps of columns
+        make_checkpoint(tmp_path / f"{i}", PRESETS["tiny-1bitllm"][1] | changes, "online", seed=3, dtype=dtype)
+        convert(tmp_path / f"{i}", tmp_path / f"packed{i}")
+        checkpoint = open_packed(tmp_path / f"packed{i}")
+        assert checkpoint.embed == checkpoint.head == kept_as
+        closing.append(model := CpuModel(checkpoint, 2, kv_dtype="float32"))
+        check_against_reference(model, checkpoint, np.random.default_rng(i).integers(0, 2000, 7))
 
 
 @pytest.mark.golden

@@ -59,14 +59,17 @@ def test_tensors(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_other_masters(dtype: str, tmp_path: Path) -> None:
-    """fp16 and fp32 masters, in three shards."""
+    """fp16 and fp32 masters, in three shards: embedding and head stay as they are, or become bfloat16."""
     make_checkpoint(tmp_path / "source", PRESETS["tiny-1bitllm"][1], "online", seed=1, dtype=dtype, shards=3)
     convert(tmp_path / "source", tmp_path / "out")
     packed, source = open_packed(tmp_path / "out"), HuggingFaceCheckpoint(tmp_path / "source")
     linear = source.take_linear("model.layers.0.self_attn.o_proj", 192, 192, False)
     assert np.array_equal(packed.ternary("layers.0.o.words", 192, 192), linear.t)
     embedding = source.take_floats("model.embed_tokens.weight", (2002, 192))
-    rounded = to_float32(np.asarray(packed.tensor("embed.weight")))
+    assert packed.embed == packed.head == {"fp16": "f16", "fp32": "f32"}[dtype]
+    assert np.array_equal(packed.tensor("embed.weight"), embedding)
+    convert(tmp_path / "source", tmp_path / "bf16", head="bf16")
+    rounded = to_float32(np.asarray(open_packed(tmp_path / "bf16").tensor("embed.weight")))
     assert np.abs(rounded - embedding).max() <= np.abs(embedding).max() * 2.0**-8
     assert (np.abs(rounded - embedding) <= np.abs(embedding) * 2.0**-8).all()
 

@@ -201,7 +201,7 @@ def test_int8_rows(tmp_path: Path) -> None:
 
 
 def test_an_embedding_of_type_i2s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitnet_numba.checkpoint.convert.ROWS_AT_A_TIME", 100)
+    monkeypatch.setattr("bitnet_numba.checkpoint.rows.ROWS_AT_A_TIME", 100)
     t = np.random.default_rng(1).integers(-1, 2, (VOCAB, HIDDEN))
     path = write(
         tmp_path / "m.gguf",

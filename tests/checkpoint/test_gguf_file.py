@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bitnet_numba.checkpoint import gguf_file
 from bitnet_numba.checkpoint.gguf_file import GgufFile, Numbers, TensorInfo
-from bitnet_numba.checkpoint.gguf_types import F32, TQ2_0, tensor_nbytes
+from bitnet_numba.checkpoint.gguf_types import F32, TQ2_0, kind_and_nbytes
 from bitnet_numba.errors import CheckpointError
 from tests.conftest import mutate
 from tests.gguf_writer import gguf, info, string, value, whole
@@ -24,7 +24,7 @@ HUGE = 1 << 63
 
 def open_bytes(folder: Path, data: bytes) -> GgufFile:
     (folder / "model.gguf").write_bytes(data)
-    return GgufFile(folder / "model.gguf", tensor_nbytes)
+    return GgufFile(folder / "model.gguf", kind_and_nbytes)
 
 
 def floats(*values: float) -> bytes:
@@ -52,7 +52,7 @@ def test_everything_is_read(tmp_path: Path, version: int) -> None:
     others = {"text": "grün ▁", "none": "", "texts": ["a", "", "é"], "numbers": np.array([1.5, -2], np.float32)}
     tensors = {
         "first": (F32, (2, 3), floats(1, 2, 3, 4, 5, 6)),
-        "unknown": (42, (5, 7), b"x" * 17),
+        "unknown": (99, (5, 7), b"x" * 17),
         "last": (F32, (1,), floats(7)),
     }
     data = gguf(scalars | others | {"general.alignment": 64}, tensors, version, alignment=64)
@@ -149,7 +149,7 @@ def test_a_string_bomb_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     os.truncate(tmp_path / "model.gguf", 1 << 31)
     before = time.process_time()
     with pytest.raises(CheckpointError, match="header has more than 10,000 parts"):
-        GgufFile(tmp_path / "model.gguf", tensor_nbytes)
+        GgufFile(tmp_path / "model.gguf", kind_and_nbytes)
     assert time.process_time() - before < 10
 
 
@@ -158,22 +158,22 @@ def test_a_header_of_gigabytes_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(start)
     os.truncate(tmp_path / "model.gguf", 1 << 31)
     with pytest.raises(CheckpointError, match="header is larger than 100 MB"):
-        GgufFile(tmp_path / "model.gguf", tensor_nbytes)
+        GgufFile(tmp_path / "model.gguf", kind_and_nbytes)
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="model.gguf does not exist"):
-        GgufFile(tmp_path / "model.gguf", tensor_nbytes)
+        GgufFile(tmp_path / "model.gguf", kind_and_nbytes)
     (tmp_path / "model.gguf").mkdir()
     with pytest.raises(CheckpointError, match="cannot be read: it is not a regular file"):
-        GgufFile(tmp_path / "model.gguf", tensor_nbytes)
+        GgufFile(tmp_path / "model.gguf", kind_and_nbytes)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
 def test_a_pipe_does_not_hold_it_up(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.gguf")
     with pytest.raises(CheckpointError, match="cannot be read: it is not a regular file"):
-        GgufFile(tmp_path / "model.gguf", tensor_nbytes)
+        GgufFile(tmp_path / "model.gguf", kind_and_nbytes)
 
 
 def test_a_file_that_becomes_shorter(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_any_damage_is_an_error_or_another_file(
     data = mutate(ALL_KINDS, edits, len(ALL_KINDS))
     path.write_bytes(data[: int(len(data) * min(1, 2 * cut))])
     try:
-        file = GgufFile(path, tensor_nbytes)
+        file = GgufFile(path, kind_and_nbytes)
     except CheckpointError as error:
         assert "\n" not in str(error)
         return

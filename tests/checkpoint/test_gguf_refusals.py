@@ -31,7 +31,7 @@ def retype(name: str, kind: int) -> Change:
 
 
 REFUSED: dict[str, tuple[Change, str]] = {
-    "another architecture": (set_keys(general__architecture="qwen3"), "architecture 'qwen3' is not supported"),
+    "another architecture": (set_keys(general__architecture="qwen35"), "architecture 'qwen35' is not supported"),
     "no architecture": (drop("general.architecture"), "architecture null is not supported"),
     "an adapter": (set_keys(general__type="adapter"), "holds no model: general.type = 'adapter'"),
     "rotated weights": (
@@ -45,7 +45,8 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "no heads": (set_keys(llama__attention__head_count=0), "do not fit 0 heads"),
     "other heads": (set_keys(llama__attention__key_length=64), "key_length = 64 is not supported, since heads have 32"),
     "partial rotation": (set_keys(llama__rope__dimension_count=16), "dimension_count = 16 is not supported"),
-    "yarn": (set_keys(llama__rope__scaling__type="yarn"), "rope.scaling.type = 'yarn' is not supported"),
+    "longrope": (set_keys(llama__rope__scaling__type="longrope"), "rope.scaling.type = 'longrope' is not supported"),
+    "yarn of what": (set_keys(llama__rope__scaling__type="yarn"), "rope.scaling.original_context_length is missing"),
     "experts": (set_keys(llama__expert_count=8), "expert_count = 8 is not supported"),
     "attention both ways": (set_keys(llama__attention__causal=False), "attention.causal = False is not supported"),
     "scaled logits": (set_keys(llama__logit_scale=0.5), "logit_scale = 0.5 is not supported"),
@@ -95,15 +96,19 @@ REFUSED: dict[str, tuple[Change, str]] = {
         lambda metadata, tensors: tensors.update({"output_norm.weight": (F32, (64,), floats(np.ones(64)))}),
         r"output_norm.weight has shape \[64\], expected \[128\]",
     ),
-    "Q2_0": (retype("blk.0.attn_q.weight", 42), "type Q2_0, .*: it has a scale for each group of columns"),
-    "PTQ1_0": (retype("blk.0.attn_q.weight", 143), "type PTQ1_0, .*: it has a scale for each group of columns"),
-    "IQ2_BN": (retype("blk.0.attn_q.weight", 135), "type IQ2_BN, .*: it has a scale for each row"),
+    "too few bytes": (retype("blk.0.attn_q.weight", 42), "tensors blk.0.attn_q.weight and .* overlap"),
+    "a code beyond ternary": (
+        lambda metadata, tensors: tensors.update(
+            {"blk.0.attn_q.weight": (42, (128, 128), (b"\x00\x3c" + b"\x1b" * 16) * 256)}
+        ),
+        "blk.0.attn_q.weight is not ternary weights times a scale for each row and 128 columns",
+    ),
     "TL1": (retype("blk.0.attn_q.weight", 38), "type TL1, .*: its tiles depend"),
     "TL2": (retype("blk.0.attn_q.weight", 39), "type TL2 or MXFP4, .*: its tiles depend"),
     "an unknown type": (retype("token_embd.weight", 999), "token_embd.weight has type 999, which is not supported$"),
-    "no BitNet model": (
+    "no ternary model": (
         lambda metadata, tensors: tensors.update({"blk.0.attn_q.weight": (8, (128, 128), bytes(128 * 4 * 34))}),
-        "blk.0.attn_q.weight has type Q8_0, so this is no BitNet model",
+        "blk.0.attn_q.weight has type Q8_0, so this is no ternary model",
     ),
     "not a number": (
         lambda metadata, tensors: tensors.update({"output_norm.weight": (F32, (128,), floats([np.nan] * 128))}),
@@ -154,7 +159,7 @@ def test_a_value_of_any_type_is_read_or_refused(tmp_path: Path, key: str) -> Non
             if key.startswith("tokenizer."):
                 write_tokenizer_files(metadata, tmp_path, "m.gguf")
             else:
-                ModelConfig.from_hf(hf_config(metadata, INFOS, None, "m.gguf")[0])
+                ModelConfig.from_hf(hf_config(metadata, INFOS, None, False, "m.gguf")[0])
         except BitNetError as error:
             assert str(error).isprintable() and len(str(error)) < 400, value
 

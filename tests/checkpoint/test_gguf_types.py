@@ -29,7 +29,7 @@ def sha256(values: np.ndarray) -> str:
 @pytest.mark.parametrize("name", FILES)
 def test_values_of_every_tensor(name: str, recorded: dict[str, Any]) -> None:
     """F32, F16, Q4_K, Q6_K, I2_S, TQ1_0, TQ2_0; ternary tensors both as floats and as weights and a scale."""
-    file = GgufFile(FOLDER / f"{name}.gguf", types.tensor_nbytes)
+    file = GgufFile(FOLDER / f"{name}.gguf", types.kind_and_nbytes)
     assert file.tensors.keys() == recorded[name]["tensors"].keys()
     kinds = set()
     for tensor, info in file.tensors.items():

@@ -176,10 +176,10 @@ def test_offline_floats_that_are_not_ternary(offline: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_what_bfloat16_loses_is_reported(tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitnet_numba.checkpoint.convert.ROWS_AT_A_TIME", 500)
+    monkeypatch.setattr("bitnet_numba.checkpoint.rows.ROWS_AT_A_TIME", 500)
     _, raw = PRESETS["tiny-1bitllm"]
     make_checkpoint(tmp_path / "source", raw, "online", seed=1, dtype=dtype)
-    report = convert(tmp_path / "source", tmp_path / "out")
+    report = convert(tmp_path / "source", tmp_path / "out", head="bf16")
     exact = HuggingFaceCheckpoint(tmp_path / "source").take_floats(EMBEDDING, (2002, 192)).astype(np.float64)
     kept = to_float32(np.asarray(open_packed(tmp_path / "out").tensor("embed.weight")))
     changed, rms = (kept != exact).mean(), np.sqrt(((kept - exact) ** 2).sum() / (exact**2).sum())
@@ -188,6 +188,8 @@ def test_what_bfloat16_loses_is_reported(tmp_path: Path, dtype: str, monkeypatch
     ]
     assert changed > 0.8 and 0.001 < rms < 0.003
     assert convert(tmp_path / "source", tmp_path / "int8", head="int8").notes == []
+    assert convert(tmp_path / "source", tmp_path / "as-it-is").notes == []
+    assert np.array_equal(open_packed(tmp_path / "as-it-is").tensor("embed.weight"), exact.astype(np.float32))
 
 
 def test_what_linears_lose_that_are_not_quantised(tmp_path: Path) -> None:
@@ -195,7 +197,7 @@ def test_what_linears_lose_that_are_not_quantised(tmp_path: Path) -> None:
     quantization = {"quantization_config": {"modules_to_not_convert": ["lm_head", "down_proj"]}}
     make_checkpoint(tmp_path / "source", raw | quantization, "online", seed=1, dtype="fp32")
     notes = convert(tmp_path / "source", tmp_path / "out").notes
-    assert len(notes) == 2 and notes[1].startswith("linears that are not quantised: kept as bfloat16, which rounds ")
+    assert len(notes) == 1 and notes[0].startswith("linears that are not quantised: kept as bfloat16, which rounds ")
 
 
 def test_nothing_is_lost_of_bfloat16(source: Path, tmp_path: Path) -> None:
@@ -217,7 +219,7 @@ def test_values_beyond_bfloat16(source: Path, tmp_path: Path) -> None:
 
     rewrite(source / "model.safetensors", grow)
     with pytest.raises(CheckpointError, match=r"model.embed_tokens.weight: 3.40\d+e\+38 is too large for bfloat16"):
-        convert(source, tmp_path / "out")
+        convert(source, tmp_path / "out", head="bf16")
 
 
 TYPES = [("I64", 8), ("I16", 2), ("BOOL", 1), ("F8_E4M3", 1), ("U16", 2), ("F64", 8)]

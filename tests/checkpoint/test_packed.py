@@ -86,7 +86,7 @@ def test_writer_refuses_other_tensors(given_: dict[str, np.ndarray]) -> None:
 def test_opens(packed: Path) -> None:
     checkpoint = open_packed(packed)
     assert checkpoint.head == "bf16" and checkpoint.config.hidden_size == 256
-    assert checkpoint.names == list(packed_plan(checkpoint.config, "bf16"))
+    assert checkpoint.names == list(packed_plan(checkpoint.config, "bf16", "bf16"))
     assert checkpoint.nbytes() < (packed / "model.safetensors").stat().st_size
     assert checkpoint.ternary("layers.0.o.words", 256, 256).shape == (256, 256)
 

@@ -403,7 +403,7 @@ def test_weights_that_leave_the_finite_numbers_are_told_in_one_line(tiny_packed:
         checkpoint = open_packed(folder)
         tensors = {name: np.array(checkpoint.tensor(name)) for name in checkpoint.names}
         tensors[name][:] = 3e38
-        plan = packed_plan(checkpoint.config, checkpoint.head)
+        plan = packed_plan(checkpoint.config, checkpoint.embed, checkpoint.head)
         with open(tmp_path / "changed", "wb") as out:
             write_tensors(out, plan, tensors.items(), metadata)
         (tmp_path / "changed").replace(folder / "model.safetensors")

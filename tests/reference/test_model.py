@@ -18,6 +18,7 @@ from bitnet_numba.checkpoint.convert import convert
 from bitnet_numba.checkpoint.huggingface import HuggingFaceCheckpoint
 from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.config import ModelConfig
+from bitnet_numba.quantize import quantize_groups
 from bitnet_numba.reference import model as ref
 from bitnet_numba.reference.model import Cache, Model
 from tests.conftest import GoldenCase
@@ -204,6 +205,40 @@ def test_rope_llama3_scaling() -> None:
     assert np.allclose(angles[short], plain[short], rtol=1e-4)
     blended = ~(long | short)
     assert (angles[blended] < plain[blended]).all() and (angles[blended] > plain[blended] / 32).all()
+
+
+def test_yarn() -> None:
+    """Against the formula of transformers, `_compute_yarn_parameters`, in float64."""
+    theta, D, factor, original = 1e6, 64, 4.0, 16384
+    scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    config = config_with(rope_scaling=scaling, rope_theta=theta, head_dim=D)
+    plain = theta ** -(np.arange(0, D, 2) / D)
+    first, last = (D * np.log(original / (turns * 2 * np.pi)) / (2 * np.log(theta)) for turns in (32, 1))
+    ramp = np.clip((np.arange(D // 2) - np.floor(first)) / (np.ceil(last) - np.floor(first)), 0, 1)
+    frequencies = plain / factor * ramp + plain * (1 - ramp)
+    assert (ramp == 0).any() and (ramp == 1).any() and ((0 < ramp) & (ramp < 1)).any()
+    positions = np.array([0, 1, 7, 300])
+    cos, sin = ref.rope_tables(config, positions)
+    angles = positions[:, None] * np.concatenate([frequencies, frequencies])
+    factor_of_attention = 0.1 * np.log(factor) + 1
+    assert np.abs(cos - np.cos(angles) * factor_of_attention).max() < 1e-4  # angles of 300 in float32
+    assert np.abs(sin - np.sin(angles) * factor_of_attention).max() < 1e-4
+
+
+@given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 300), st.booleans(), st.integers(0, 99))
+def test_a_linear_with_group_scales(M: int, N: int, K: int, bias: bool, seed: int) -> None:
+    """Against the same activations and weights in float64: float32 rounds each of the few steps of a group."""
+    rng = np.random.default_rng(seed)
+    groups = -(-K // 128)
+    t, m = rng.integers(-1, 2, (N, K)).astype(np.int8), rng.uniform(0.01, 2, (N, groups)).astype(np.float32)
+    x, b = rng.standard_normal((M, K)).astype(np.float32), rng.standard_normal(N).astype(np.float32) if bias else None
+    y = ref.GroupedLinear(t, m, b)(x)
+    q, d = quantize_groups(x)
+    columns = np.arange(K) // 128
+    exact = (q * d.astype(float)[:, columns]) @ (t * m[:, columns]).T
+    size = (abs(q.astype(int)) * d.astype(float)[:, columns]) @ (abs(t) * m[:, columns]).T
+    tolerance = (groups + 3) * 2.0**-23 * (size + (0 if b is None else abs(b)))
+    assert (np.abs(y - (exact if b is None else exact + b)) <= tolerance).all()
 
 
 VARIANTS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from bitnet_numba.checkpoint.packed import FORMAT, EmbeddingDtype, packed_plan
+from bitnet_numba.checkpoint.packed import FORMAT, RowFormat, packed_plan
 from bitnet_numba.checkpoint.safetensors_file import write_tensors
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.text.tiktoken import byte_alphabet
@@ -40,13 +40,14 @@ def write_random_tokenizer(folder: Path, vocab_size: int) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def write_random_packed(folder: Path, head: EmbeddingDtype) -> None:
+def write_random_packed(folder: Path, head: RowFormat) -> None:
     """A packed 2B4T of random weights, made directly, without the way through a Hugging Face checkpoint."""
     _, raw = PRESETS["2b-4t"]
-    raw = raw | {"quantization_config": QUANTIZATION["offline"], "bitnet_numba": {"format": FORMAT, "head": head}}
+    packed = {"format": FORMAT, "embed": head, "head": head}
+    raw = raw | {"quantization_config": QUANTIZATION["offline"], "bitnet_numba": packed}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(raw))
-    plan_ = packed_plan(ModelConfig.from_hf(raw), head)
+    plan_ = packed_plan(ModelConfig.from_hf(raw), head, head)
     words = random_words(1 << 22)
     rng = np.random.default_rng(1)
     halves = (rng.standard_normal(1 << 22).astype(np.float32) * np.float32(0.02)).view(np.uint32) >> np.uint32(16)

@@ -108,7 +108,7 @@ class CpuModel:
         self.isa = isa.choose(instruction_set)
         self._dtype = np.dtype(np.uint16 if kv_dtype == "bfloat16" else np.float32)
         self._layer_bytes = kv_cache.layer_bytes(self._dtype, c.num_kv_heads, c.head_dim)
-        needs = Needs(self.isa.name, self._dtype.name, c.num_heads // c.num_kv_heads, checkpoint.head == "int8")
+        needs = Needs.of(checkpoint, self.isa.name, self._dtype.name)
         kernels = load_kernels(needs)
         self._weights = Weights(checkpoint, kernels.get("row_sums"))
         self._buffers = Buffers(c, self.threads, kernels)

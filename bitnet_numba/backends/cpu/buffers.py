@@ -9,8 +9,8 @@ from bitnet_numba.backends.host import Floats
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels.cpu import attention, layout, lm_head, sampler
 from bitnet_numba.kernels.cpu.gemm import SCRATCH_ROWS
-from bitnet_numba.packing import BLOCK_ROWS, padded_shape
-from bitnet_numba.reference.model import rope_tables
+from bitnet_numba.packing import BLOCK_ROWS, num_groups, padded_shape
+from bitnet_numba.reference.rope import rope_tables
 
 ALIGN = 64  # bytes of a cache line
 
@@ -41,12 +41,14 @@ class Buffers:
         self._take("mlp_hidden", (M, c.intermediate_size))
         job["q_stride"] = padded_shape(1, longest)[1]
         job["plane_stride"] = lm_head.prepared_bytes(longest)
-        inputs = layout.SEGMENTS * job["q_stride"] + 8 * layout.SEGMENTS * M
-        self._take("shared", (M * (inputs + job["plane_stride"]),), np.uint8)
+        job["groups"] = num_groups(longest) if c.group_scales else 0
+        job["scale_bytes"] = 4 * M * max(layout.SEGMENTS, int(job["groups"]))
+        inputs = layout.SEGMENTS * job["q_stride"] + job["plane_stride"]  # of one token, beside its scales
+        self._take("shared", (M * inputs + 2 * job["scale_bytes"],), np.uint8)
         self._members = members
         # Of a member's own: one token's inputs, then what follows, each from a cache line on.
         self._sizes = {
-            "inputs": inputs + job["plane_stride"],
+            "inputs": inputs + 2 * job["scale_bytes"],
             "h": 4 * 3 * (longest + 32),
             "acc": 4 * M * (layout.MAX_ROWS + 2 * BLOCK_ROWS) + ALIGN,
             "y": 4 * 2 * M * layout.MAX_ROWS + ALIGN,

@@ -15,6 +15,7 @@ import numpy as np
 from numba import config
 
 from bitnet_numba.backends.progress import CompileProgress
+from bitnet_numba.checkpoint.packed import PackedCheckpoint, RowFormat
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.cpu import attention, isa, step
 from bitnet_numba.kernels.cpu.kernels import Kernel, kernels_for
@@ -35,12 +36,21 @@ class Needs(NamedTuple):
     instruction_set: str
     kv_dtype: str  # "uint16" for bfloat16, or "float32"
     group_size: int  # query heads to a kv head
-    int8: bool  # embedding and LM head
+    head: RowFormat  # of the LM head's rows
+    group_scales: bool  # of linears
+
+    @staticmethod
+    def of(checkpoint: PackedCheckpoint, instruction_set: str, kv_dtype: str = "uint16") -> "Needs":
+        """What a checkpoint's model needs."""
+        c = checkpoint.config
+        return Needs(instruction_set, kv_dtype, c.num_heads // c.num_kv_heads, checkpoint.head, c.group_scales)
 
     def kernels(self) -> dict[str, Kernel]:
         """The kernels, not compiled yet."""
         heads = attention.head_tile(self.group_size)
-        return kernels_for(isa.InstructionSet(self.instruction_set), np.dtype(self.kv_dtype), heads, self.int8)
+        return kernels_for(
+            isa.InstructionSet(self.instruction_set), np.dtype(self.kv_dtype), heads, self.head, self.group_scales
+        )
 
 
 def load_kernels(needs: Needs) -> dict[str, int]:

@@ -21,6 +21,7 @@ class Weights:
         self.nbytes = checkpoint.nbytes()
         self.model = np.zeros(1, layout.MODEL)
         m = self.model[0]
+        m["layers"] = c.num_layers
         m["hidden"], m["intermediate"], m["vocab"] = c.hidden_size, c.intermediate_size, c.vocab_size
         m["heads"], m["kv_heads"], m["head_dim"] = c.num_heads, c.num_kv_heads, c.head_dim
         m["activation"] = layout.SILU if c.activation == "silu" else layout.RELU2
@@ -34,6 +35,9 @@ class Weights:
             if c.sub_norms:
                 layer["attn_sub_norm"] = self._address(f"layers.{i}.attn_sub_norm.weight")
                 layer["ffn_sub_norm"] = self._address(f"layers.{i}.ffn_sub_norm.weight")
+            if c.qk_norm:
+                layer["q_norm"] = self._address(f"layers.{i}.q_norm.weight")
+                layer["k_norm"] = self._address(f"layers.{i}.k_norm.weight")
             for group in GROUPS:
                 self._linear(layer[group], i, group)
 
@@ -42,7 +46,7 @@ class Weights:
         linear["segments"] = len(GROUPS[group])
         if group_is_ternary(self.config, layer, group):
             linear["words"] = self._address(f"{name}.words")
-            linear["scales"] = self._address(f"{name}.scales")
+            linear["group_scales" if self.config.group_scales else "scales"] = self._address(f"{name}.scales")
             if self.config.linear_norm:
                 linear["norms"] = self._address(f"{name}.norms")
         else:
@@ -51,19 +55,28 @@ class Weights:
             linear["bias"] = self._address(f"{name}.bias")
 
     def _rows(self, m: Any, row_sums: int | None) -> None:
-        names = ("embed", "embed") if self.config.tied else ("embed", "head")
-        is_int8 = self._checkpoint.head == "int8"
-        m["embed_int8"] = is_int8
-        for name, key in zip(names, ("embed", "head"), strict=True):
-            rows = self._checkpoint.tensor(f"{name}.weight")
-            if key == "head":
-                rows = _with_min_columns(rows)
-            m[key] = self._keep(rows)
-            if is_int8:
-                m[f"{key}_scale"] = self._address(f"{name}.scale")
+        head = "embed" if self.config.tied else "head"
+        embed_format, head_format = self._checkpoint.embed, self._checkpoint.head
+        m["embed_format"], m["head_format"] = layout.ROW_FORMATS[embed_format], layout.ROW_FORMATS[head_format]
+        if embed_format == "ternary":
+            m["embed"], m["embed_scale"] = self._address("embed.words"), self._address("embed.scales")
+        else:
+            m["embed"] = self._address("embed.weight")
+        if embed_format == "int8":
+            m["embed_scale"] = self._address("embed.scale")
+        m["head"]["segments"] = 1
+        if head_format == "ternary":
+            m["head"]["words"], m["head"]["group_scales"] = (
+                self._address(f"{head}.{of}") for of in ("words", "scales")
+            )
+            return
+        rows = _with_min_columns(self._checkpoint.tensor(f"{head}.weight"))
+        m["head"]["rows"] = self._keep(rows)
+        if head_format == "int8":
+            m["head_scale"] = self._address(f"{head}.scale")
         if row_sums is not None:
             sums = np.empty(self.config.vocab_size, np.int32)
-            _call(row_sums, int(m["head"]), rows.shape[1], sums.ctypes.data, 0, len(sums))
+            _call(row_sums, int(m["head"]["rows"]), rows.shape[1], sums.ctypes.data, 0, len(sums))
             m["head_sums"] = self._keep(sums)
 
     def _address(self, name: str) -> int:

@@ -8,7 +8,7 @@ from bitnet_numba.backends.cuda.forward import MAX_TOKENS, CudaModel
 from bitnet_numba.backends.cuda.runtime import Runtime
 from bitnet_numba.backends.cuda.state import page_bytes, pages_of
 from bitnet_numba.backends.cuda.warmup import load_specs
-from bitnet_numba.backends.cuda.weights import Weights, why_unsupported
+from bitnet_numba.backends.cuda.weights import Weights, embedding_dtype, why_unsupported
 from bitnet_numba.checkpoint.packed import PackedCheckpoint
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention.kv_cache import PAGE
@@ -42,7 +42,7 @@ class CudaBackend:
             raise BackendError(f"CUDA cannot run this model: {reason}")
         self.device = usable_device()
         self.device.activate()
-        self.config, self._embedding_dtype = checkpoint.config, checkpoint.head
+        self.config, self._embedding_dtype = checkpoint.config, embedding_dtype(checkpoint)
         load_specs(self.config, self._embedding_dtype, self.device)
         self.stream = Stream()
         # Buffers first, so that what is left for the weights is known, and told in one line if it does not suffice.

@@ -25,8 +25,7 @@ from dataclasses import dataclass
 
 from bitnet_numba.backends.cuda.buffers import Buffers
 from bitnet_numba.backends.cuda.state import SequenceState
-from bitnet_numba.backends.cuda.weights import Weights
-from bitnet_numba.checkpoint.packed import EmbeddingDtype
+from bitnet_numba.backends.cuda.weights import EmbeddingDtype, Weights
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels import embedding
 from bitnet_numba.kernels.attention import decode, kv_cache, paged_decode, paged_simt, prefill

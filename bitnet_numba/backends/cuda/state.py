@@ -22,7 +22,7 @@ from bitnet_numba.kernels.operands import SequenceArrays
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.memory import DeviceView
 from bitnet_numba.kernels.sampling import parts
-from bitnet_numba.reference.model import rope_tables  # the one definition of the rotary frequencies
+from bitnet_numba.reference.rope import rope_tables  # the one definition of the rotary frequencies
 
 
 class SequenceState:

@@ -23,8 +23,8 @@ from bitnet_numba.backends.cuda.forward import MAX_TOKENS, CudaModel, PrefillPas
 from bitnet_numba.backends.cuda.prompts import MIN_TOKENS
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size
 from bitnet_numba.backends.cuda.steps import BatchSteps, DecodeBuffers, DecodeSteps
+from bitnet_numba.backends.cuda.weights import EmbeddingDtype
 from bitnet_numba.backends.progress import CompileProgress
-from bitnet_numba.checkpoint.packed import EmbeddingDtype
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention.kv_cache import PAGE

@@ -1,10 +1,13 @@
 """A checkpoint's tensors in device memory: one slab, filled from the mapped file through page-locked buffers."""
 
 from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from bitnet_numba.checkpoint.packed import EmbeddingDtype, PackedCheckpoint, packed_plan
+from bitnet_numba.bfloat16 import from_float32
+from bitnet_numba.checkpoint.packed import PackedCheckpoint, packed_plan
 from bitnet_numba.checkpoint.safetensors_file import DTYPES
 from bitnet_numba.config import GROUPS, ModelConfig
 from bitnet_numba.errors import BackendError
@@ -19,11 +22,17 @@ from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS
 
 ALIGN = 256  # bytes: every tensor starts at a multiple of this
 STAGING = 32 << 20  # bytes of each of two page-locked buffers
+ROWS_AT_A_TIME = 8192  # of rows that are rounded
+EmbeddingDtype = Literal["bf16", "int8"]  # of embedding and LM head on the device
 
 
 def why_unsupported(checkpoint: PackedCheckpoint) -> str | None:
     """What the CUDA backend cannot run about a checkpoint, in a few words; None if it can run it."""
     config = checkpoint.config
+    if config.group_scales:
+        return "weights with a scale for each row and 128 columns run on the CPU only"
+    if config.qk_norm:
+        return "queries and keys with a norm of their own run on the CPU only"
     if config.linear_norm:
         return "linears with a norm of their own (use_rms_norm) run on the CPU only"
     if any(name.endswith((".qkv.weight", ".o.weight", ".gate_up.weight", ".down.weight")) for name in checkpoint.names):
@@ -40,6 +49,23 @@ def why_unsupported(checkpoint: PackedCheckpoint) -> str | None:
     if config.vocab_size > MAX_VOCAB:
         return f"a vocabulary of {config.vocab_size} is over {MAX_VOCAB}"
     return None
+
+
+def embedding_dtype(checkpoint: PackedCheckpoint) -> EmbeddingDtype:
+    """The dtype of a checkpoint's embedding and LM head on the device: float16 and float32 are rounded to bfloat16."""
+    return "int8" if checkpoint.embed == "int8" else "bf16"
+
+
+def _on_device(checkpoint: PackedCheckpoint, name: str) -> NDArray[Any]:
+    """A tensor as it is uploaded."""
+    tensor = checkpoint.tensor(name)
+    if name not in ("embed.weight", "head.weight") or tensor.dtype.kind != "f":
+        return tensor
+    rounded = np.empty(tensor.shape, np.uint16)
+    for start in range(0, len(tensor), ROWS_AT_A_TIME):
+        rows = slice(start, start + ROWS_AT_A_TIME)
+        rounded[rows] = from_float32(np.asarray(tensor[rows], np.float32))
+    return rounded
 
 
 def _padded(size: int) -> int:
@@ -71,8 +97,9 @@ class Weights:
         size = 0
         for name in checkpoint.names:
             tensor = checkpoint.tensor(name)
+            itemsize = min(tensor.itemsize, 2) if name in ("embed.weight", "head.weight") else tensor.itemsize
             offsets[name] = size
-            size += -(-_padded(tensor.size) * tensor.itemsize // ALIGN) * ALIGN
+            size += -(-_padded(tensor.size) * itemsize // ALIGN) * ALIGN
         if size > free:
             raise BackendError(
                 f"the weights take {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB of device memory are free"
@@ -82,7 +109,7 @@ class Weights:
         staging = [(PinnedArray(STAGING, np.uint8), Event()) for _ in range(2)]
         copies = 0
         for name in checkpoint.names:
-            tensor = checkpoint.tensor(name)
+            tensor = _on_device(checkpoint, name)
             tensors[name] = DeviceView(slab.address + offsets[name], _padded(tensor.size), tensor.dtype)
             data = tensor.reshape(-1).view(np.uint8)
             for start in range(0, len(data), STAGING):
@@ -100,9 +127,9 @@ class Weights:
         return Weights(checkpoint.config, tensors, slab)
 
     @staticmethod
-    def shapes_only(config: ModelConfig, embedding_dtype: EmbeddingDtype) -> "Weights":
+    def shapes_only(config: ModelConfig, dtype: EmbeddingDtype) -> "Weights":
         """Weights without memory, for a dry run."""
-        plan = packed_plan(config, embedding_dtype)
+        plan = packed_plan(config, dtype, dtype)
         return Weights(
             config,
             {

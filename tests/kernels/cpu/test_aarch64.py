@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 TRIPLE = "aarch64-unknown-linux-gnu"
+KERNELS = ("gemm", "head", "gemv", "gemv_groups", "gemm_groups")
 LABEL = re.compile(r"^(\.L\w+):")
 BRANCH = re.compile(r"^\t(?:b|b\.\w+|cbn?z|tbn?z)\t(?:.*, )?(\.L\w+)$")
 
@@ -31,7 +32,7 @@ JITCodeLibrary.get_pointer_to_function = lambda library, name: library._ensure_f
 JITCPUCodegen._add_module = lambda codegen, module: None
 JITCPUCodegen.set_env = lambda codegen, name, env: None
 
-from bitnet_numba.kernels.cpu import gemm, gemv, isa, lm_head, vec
+from bitnet_numba.kernels.cpu import gemm, gemm_groups, gemv, gemv_groups, isa, lm_head, vec
 
 def gemm_kernel(isa, words, K, q, q_stride, q_sums, M, acc, acc_stride, first, last, scratch):
     gemm.gemm(isa, words, K, q, q_stride, q_sums, M, acc, acc_stride, first, last, scratch)
@@ -42,8 +43,18 @@ def int8_kernel(isa, rows, K, scales, sums, x, x_stride, M, y, y_stride, first, 
 def gemv_kernel(isa, words, K, q, q_sum, acc, first, last):
     gemv.gemv(isa, words, K, q, q_sum, acc, first, last)
 
+def gemv_groups_kernel(isa, words, scales, K, q, d, q_sums, y, first, last):
+    gemv_groups.gemv_groups(isa, words, scales, K, q, d, q_sums, y, first, last)
+
+def gemm_groups_kernel(isa, words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last, scratch):
+    gemm_groups.gemm_groups(
+        isa, words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last, scratch
+    )
+
 for name in ("i8mm", "dotprod"):
-    for function, count in ((gemm_kernel, 11), (int8_kernel, 11), (gemv_kernel, 7)):
+    for function, count in (
+        (gemm_kernel, 11), (int8_kernel, 11), (gemv_kernel, 7), (gemv_groups_kernel, 9), (gemm_groups_kernel, 14)
+    ):
         kernel = njit(**vec.OPTIONS)(function)
         kernel.compile((isa.InstructionSetType(name), *[types.int64] * count))
         print(*kernel.inspect_llvm().values(), end="\\0")
@@ -55,7 +66,7 @@ def lowered() -> dict[tuple[str, str], str]:
     """LLVM IR of kernels, by instruction set and name."""
     done = subprocess.run([sys.executable, "-c", LOWER], cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    kinds = [(isa, kernel) for isa in ("i8mm", "dotprod") for kernel in ("gemm", "head", "gemv")]
+    kinds = [(isa, kernel) for isa in ("i8mm", "dotprod") for kernel in KERNELS]
     return dict(zip(kinds, done.stdout.split("\0"), strict=False))
 
 
@@ -99,6 +110,10 @@ def inner_loops(lines: list[str]) -> list[list[str]]:
         ("dotprod", "gemm", "neoverse-n1", "sdot", 16),
         ("dotprod", "gemm", "apple-m1", "sdot", 16),
         ("dotprod", "head", "apple-m1", "fmla", 16),  # two tokens by 32 columns
+        ("i8mm", "gemv_groups", "neoverse-v1", "usdot", 8),
+        ("dotprod", "gemv_groups", "apple-m1", "sdot", 8),
+        ("i8mm", "gemm_groups", "neoverse-v1", "usdot", 16),
+        ("dotprod", "gemm_groups", "apple-m1", "sdot", 16),
     ],
 )
 def test_inner_loops(isa, kernel, cpu, instruction, most):

@@ -1,4 +1,4 @@
-"""Logits on the CPU: bfloat16 and int8 rows, every instruction set, against float64 within a bound that is derived.
+"""Logits on the CPU: rows of floats and int8, every instruction set, against float64 within a bound that is derived.
 
 A sum of products in float32 is off by at most n * 2^-24 * sum |w x|, where no product goes through more than n
 roundings (Higham, 4.4). A row is summed in 32 lanes: n = K / 32 + 1 fused steps, 5 additions of lanes, and the scale.
@@ -24,12 +24,15 @@ HALF_ULP = 2.0**-24
 
 
 @njit
-def run_bf16(isa, rows, x, prepared, y, first, last):
-    K = x.shape[1]
+def prepare_all(prepare, x, prepared):
     for m in range(len(x)):
-        lm_head.prepare_bf16(address_of(x) + 4 * K * m, K, address_of(prepared[m]))
-    lm_head.head_bf16(
-        isa, address_of(rows), rows.shape[1], address_of(prepared), prepared.shape[1], len(x),
+        prepare(address_of(x) + 4 * x.shape[1] * m, x.shape[1], address_of(prepared[m]))
+
+
+@njit
+def run_floats(isa, product, rows, x, prepared, y, first, last):
+    product(
+        isa, address_of(rows), rows.shape[1], 0, 0, address_of(prepared), prepared.shape[1], len(x),
         address_of(y), y.shape[1], first, last,
     )  # fmt: skip
 
@@ -47,14 +50,18 @@ def run_int8(isa, rows, scales, sums, x, prepared, y, first, last):
 
 
 def logits(name: str, rows: np.ndarray, scales: np.ndarray | None, x: np.ndarray, first: int, last: int) -> np.ndarray:
-    """float32 [M, last - first] of rows [N, K] (uint16 bit patterns or int8) and x [M, K]."""
+    """float32 [M, last - first] of rows [N, K] (floats, bfloat16 as bit patterns, or int8) and x [M, K]."""
     N, M = len(rows), len(x)
     # What is not written must not be used: NaN as float32, and the largest of planes.
     prepared = np.full((M + 1, lm_head.prepared_bytes(x.shape[1])), 0xFF, np.uint8)
     y = np.full((M + 1, N + 3), POISON)
     chosen = isa.choose(name)
     if scales is None:
-        run_bf16(chosen, rows, x, prepared[:M], y[:M], first, last)
+        name = {2: "bf16", 4: "f32"}[rows.itemsize] if rows.dtype != np.float16 else "f16"
+        prepare = lm_head.prepare_bf16 if name == "bf16" else lm_head.prepare_float
+        prepare_all(prepare, x, prepared[:M])
+        stored = rows.view(np.uint16) if name == "f16" else rows
+        run_floats(chosen, lm_head.FLOAT_ROWS[name], stored, x, prepared[:M], y[:M], first, last)
     else:
         sums = np.full(N, -77, np.int32)
         run_int8(chosen, rows, scales, sums, x, prepared[:M], y[:M], first, last)
@@ -102,14 +109,17 @@ def activations(rng: np.random.Generator, M: int, K: int) -> np.ndarray:
 @pytest.mark.parametrize("name", isa.available())
 @given(products())
 @settings(max_examples=30)
-def test_bfloat16_rows(name, sizes):
+def test_float_rows(name, sizes):
     M, N, K, seed, first, last = sizes
     rng = np.random.default_rng(seed)
-    rows, x = from_float32(rng.standard_normal((N, K)).astype(np.float32)), activations(rng, M, K)
-    result = logits(name, rows, None, x, first, last)
-    check(name, to_float32(rows)[first:last], None, x, result)
-    for m in range(M):
-        np.testing.assert_array_equal(logits(name, rows, None, x[m : m + 1], first, last)[0], result[m])
+    values, x = rng.standard_normal((N, K)).astype(np.float32), activations(rng, M, K)
+    values *= 2.0 ** rng.integers(-20, 3, (N, 1)).astype(np.float32)  # some are subnormal in float16
+    for rows in (from_float32(values), values.astype(np.float16), values):
+        result = logits(name, rows, None, x, first, last)
+        exact = to_float32(rows) if rows.dtype == np.uint16 else rows.astype(np.float32)
+        check(name, exact[first:last], None, x, result)
+        for m in range(M):
+            np.testing.assert_array_equal(logits(name, rows, None, x[m : m + 1], first, last)[0], result[m])
 
 
 @pytest.mark.parametrize("name", isa.available())
@@ -128,10 +138,11 @@ def test_int8_rows(name, sizes):
 
 def test_floats_have_the_same_bits_for_every_instruction_set():
     rng = np.random.default_rng(3)
-    rows, x = from_float32(rng.standard_normal((24, 321)).astype(np.float32)), activations(rng, 5, 321)
-    results = [logits(name, rows, None, x, 0, 24) for name in isa.available() if name != "portable"]
-    for result in results[1:]:
-        np.testing.assert_array_equal(result, results[0])
+    values, x = rng.standard_normal((24, 321)).astype(np.float32), activations(rng, 5, 321)
+    for rows in (from_float32(values), values.astype(np.float16), values):
+        results = [logits(name, rows, None, x, 0, 24) for name in isa.available() if name != "portable"]
+        for result in results[1:]:
+            np.testing.assert_array_equal(result, results[0])
 
 
 @pytest.mark.parametrize("name", isa.available())
@@ -175,5 +186,8 @@ def test_nothing_is_read_beyond_the_last_row(name, K):
     x, scales = activations(rng, 3, K), np.full(5, 0.5, np.float32)
     rows = end_of_memory(rng.integers(-128, 128, (5, K), dtype=np.int8))
     check(name, rows, scales, x, logits(name, rows, scales, x, 0, 5))
-    rows = end_of_memory(from_float32(rng.standard_normal((5, K)).astype(np.float32)))
+    values = rng.standard_normal((5, K)).astype(np.float32)
+    rows = end_of_memory(from_float32(values))
     check(name, to_float32(rows), None, x, logits(name, rows, None, x, 0, 5))
+    for rows in (end_of_memory(values), end_of_memory(values.astype(np.float16))):
+        check(name, rows.astype(np.float32), None, x, logits(name, rows, None, x, 0, 5))

@@ -238,3 +238,19 @@ def test_an_old_cpu_computes_the_same():
         [sys.executable, "-c", OLD_CPU], cwd=ROOT, env=os.environ | target, text=True, capture_output=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@njit(error_model="numpy")
+def halves(a, out):
+    vec.store(out, 0, vec.load_f16x16(a, 2))
+
+
+def test_float16_numbers_are_read_exactly():
+    """All that are finite and not negative, at odd addresses."""
+    bits = np.arange(0x7C00, dtype=np.uint16)
+    out = np.zeros(16, np.float32)
+    for start in range(0, len(bits), 16):
+        memory, at = odd(np.concatenate([[0x3C00], bits[start : start + 16]]).astype(np.uint16))
+        halves(at, out.ctypes.data)
+        assert len(memory)
+        np.testing.assert_array_equal(out, bits[start : start + 16].view(np.float16).astype(np.float32))
