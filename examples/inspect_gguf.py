@@ -8,10 +8,10 @@ import sys
 
 import bitnet_numba as bn
 from bitnet_numba.checkpoint.gguf_file import GgufFile, Numbers
-from bitnet_numba.checkpoint.gguf_types import tensor_nbytes, type_name
+from bitnet_numba.checkpoint.gguf_types import kind_and_nbytes, type_name
 
 try:
-    file = GgufFile(sys.argv[1], tensor_nbytes)
+    file = GgufFile(sys.argv[1], kind_and_nbytes)
 except bn.CheckpointError as error:  # a damaged file is refused with one line
     sys.exit(str(error))
 
