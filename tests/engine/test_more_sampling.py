@@ -178,9 +178,10 @@ def test_the_built_in_model_tells_log_softmax_of_its_logits(backend: str) -> Non
     for found, wanted in zip([*alone.prompt_logprobs, *alone.logprobs], expected, strict=True):
         assert (found is None) == (wanted is None)
         if found is not None and wanted is not None:
-            # Whether these logits came from one pass or from many: the same bits on the CPU, and the last ones differ
-            # in the reference, whose matrix products add in another order.
-            assert found.token_id == wanted.token_id and found.logprob == pytest.approx(wanted.logprob, abs=0.05)
-            np.testing.assert_allclose([v for _, v in found.top], [v for _, v in wanted.top], rtol=0, atol=0.05)
+            assert found.token_id == wanted.token_id
+            # Computed in other passes: the same bits on the CPU; in the reference, other last bits, and so flips.
+            atol = 1e-5 if backend == "cpu" else 0.3 * logits.std()
+            values = ([each.logprob, *(value for _, value in each.top)] for each in (found, wanted))
+            np.testing.assert_allclose(*values, rtol=0, atol=atol)
     assert llm.generate(prompt, params, logprobs=None).token_ids == alone.token_ids
     assert start == alone.stats.prompt_tokens
