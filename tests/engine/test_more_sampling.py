@@ -170,7 +170,10 @@ def test_the_built_in_model_tells_log_softmax_of_its_logits(backend: str) -> Non
     )  # fmt: skip
     prompt = "This is the story of Runa, a dragon."
     alone, *together = [llm.generate(prompt, params), *llm.generate(prompt, params, n=2)]
-    assert together[0].token_ids == alone.token_ids
+    in_company, _ = llm.generate_batch([prompt, "Once upon a time"], [params, SamplingParams(max_new_tokens=9)])
+    assert together[0].token_ids == in_company.token_ids == alone.token_ids
+    if backend == "cpu":  # to the bit
+        assert told(together[0]) == told(in_company) == told(alone)
     ids = [*llm.tokenizer.encode(prompt), *alone.token_ids]
     logits, start = llm.logits(ids), len(ids) - len(alone.token_ids)
     expected = [None, *token_logprobs(logits[:-1], ids[1:], 5)]
