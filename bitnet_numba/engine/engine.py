@@ -35,7 +35,7 @@ from bitnet_numba.engine.request import (
     read_params,
     read_request,
 )
-from bitnet_numba.engine.scheduler import MAX_SEQUENCES, Scheduler
+from bitnet_numba.engine.scheduler import MAX_SEQUENCES, PREFILL_CHUNK, Scheduler
 from bitnet_numba.engine.scoring import MAX_WINDOW, Score, score_windows
 from bitnet_numba.engine.session import Session, Stream, finite_arithmetic
 from bitnet_numba.engine.shared import SharedBackend
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "cuda", "cpu", "reference")
 MAX_THREADS = 1024
-BATCH_PREFILL = 2048  # prompt tokens a round of `generate_batch`, where nobody waits for the next piece of an answer
+ALL_PROMPTS = 1 << 40  # prompt tokens a round of `generate_batch`: nobody waits for the next piece of an answer there
 DEMO = Path(__file__).parent.parent / "demo"  # the built-in model
 
 User = TypeVar("User", Session, Scheduler)
@@ -319,7 +319,7 @@ class Engine:
     def _answer_together(self, requests: Sequence[Request], max_sequences: int = 64) -> list[Completion]:
         """The answers to several requests, up to `max_sequences` at once."""
         completions: dict[int, Completion] = {}
-        with self.scheduler(min(max_sequences, len(requests)), prefill_chunk=BATCH_PREFILL) as scheduler:
+        with self.scheduler(min(max_sequences, len(requests)), prefill_chunk=ALL_PROMPTS) as scheduler:
             ids = []
             for i, request in enumerate(requests):
                 with _naming_prompt(i):
@@ -332,7 +332,9 @@ class Engine:
                         completions[update.request] = update.completion
         return [completions[i] for i in ids]
 
-    def scheduler(self, max_sequences: int = 64, tokens: int | None = None, prefill_chunk: int = 1024) -> Scheduler:
+    def scheduler(
+        self, max_sequences: int = 64, tokens: int | None = None, prefill_chunk: int = PREFILL_CHUNK
+    ) -> Scheduler:
         """Continuous batching: requests can be added and cancelled at any time. Arguments as for `Scheduler`."""
         self._check_open()
         self._backend.free_idle()  # the batch may need their memory
