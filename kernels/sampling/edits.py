@@ -17,6 +17,7 @@ Nothing is kept from step to step, so whatever becomes of a sequence between two
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -154,6 +155,7 @@ def make_edit_logits(arch: int, threads: int = THREADS) -> Callable[..., None]:
     return edit_logits
 
 
+@cache
 def spec(arch: int, threads: int = THREADS) -> KernelSpec:
     """The variant; `threads` differs in tests only."""
     f32, f64, i32 = (types.CPointer(kind) for kind in (types.float32, types.float64, types.int32))

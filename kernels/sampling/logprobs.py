@@ -13,6 +13,7 @@ a host which polls page-locked memory sees when a record is complete.
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 from numba import cuda
 from numba.cuda import types
@@ -131,6 +132,7 @@ def make_logprobs(arch: int, threads: int = THREADS) -> Callable[..., None]:
     return logprobs
 
 
+@cache
 def spec(arch: int, threads: int = THREADS) -> KernelSpec:
     """The variant; `threads` differs in tests only."""
     f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
