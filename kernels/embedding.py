@@ -19,6 +19,7 @@ sampler's result, so there is nothing to load before `pdl_wait`.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 from numba import cuda
 from numba.cuda import types
@@ -127,6 +128,7 @@ def make_advance(arch: int) -> Callable[..., None]:
     return advance
 
 
+@cache
 def embed_token_spec(arch: int, int8: bool, threads: int = THREADS) -> KernelSpec:
     """The variant; `threads` differs in tests only."""
     i32, f32 = types.CPointer(types.int32), types.CPointer(types.float32)
@@ -136,6 +138,7 @@ def embed_token_spec(arch: int, int8: bool, threads: int = THREADS) -> KernelSpe
     return KernelSpec(name, make_embed_token(arch, int8, threads), signature, threads)
 
 
+@cache
 def embed_tokens_spec(arch: int, int8: bool, prompt: bool, threads: int = THREADS) -> KernelSpec:
     """The variant; `threads` differs in tests only."""
     i32, f32 = types.CPointer(types.int32), types.CPointer(types.float32)
@@ -145,6 +148,7 @@ def embed_tokens_spec(arch: int, int8: bool, prompt: bool, threads: int = THREAD
     return KernelSpec(name, make_embed_tokens(arch, int8, prompt, threads), signature, threads)
 
 
+@cache
 def gather_last_spec(arch: int, threads: int = THREADS) -> KernelSpec:
     """The variant; `threads` differs in tests only."""
     i32, f32 = types.CPointer(types.int32), types.CPointer(types.float32)
@@ -152,6 +156,7 @@ def gather_last_spec(arch: int, threads: int = THREADS) -> KernelSpec:
     return KernelSpec(f"gather_last[{threads}]", make_gather_last(arch, threads), signature, threads)
 
 
+@cache
 def advance_spec(arch: int) -> KernelSpec:
     """The variant: one warp."""
     return KernelSpec("advance", make_advance(arch), (types.CPointer(types.int32),), WARP)

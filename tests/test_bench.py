@@ -14,8 +14,9 @@ from bitnet_numba.engine.engine import DEMO
 from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.memory import DeviceView
 from bitnet_numba.packing import BLOCK_ROWS, packed_words
+from tests.engine.toy_backend import toy_engine
 from tools import bench
-from tools.benchmarks import cpu, kernels
+from tools.benchmarks import cpu, engine, kernels
 from tools.benchmarks.cpu_read import StreamingRead, read_sum
 from tools.benchmarks.table import ladder_table, table
 
@@ -245,3 +246,24 @@ def test_mistakes_on_the_command_line(
         code = error.code  # type: ignore[assignment]
     shown = capsys.readouterr()
     assert code == 2 and message in shown.err and shown.out == ""
+
+
+def test_engine_answers_what_is_asked_and_has_a_line_for_each_case() -> None:
+    llm, _ = toy_engine()
+    sizes = engine.Sizes(3, 5, 4, 6, (2, 9), 3, 2)
+    figures = engine.measure_engine(llm, sizes)
+    assert [row["tokens"] for row in figures["rows"]] == [3 * 4, 3 * 4, 6 * 3, 4]
+    assert all(row["device_s"] is None for row in figures["rows"]), "there is no GPU"
+    assert figures["stalls"]["longest_ms"] >= figures["stalls"]["median_ms"]
+    figures["environment"] = {"device": "toy", "python": "3", "commit": "unknown"}
+    lines = [line for line in table({"engine": figures}).splitlines() if line.startswith("|")]
+    assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {row['case']}" for row in figures["rows"]]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["engine", "a", "b"], ["batch", "a"], ["cpu", "--small"], ["engine", "--isa", "x"]]
+)
+def test_options_of_another_part_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(arguments)
+    assert stopped.value.code == 2 and f"{arguments[0]} takes" in capsys.readouterr().err

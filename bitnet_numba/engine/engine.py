@@ -363,7 +363,11 @@ class Engine:
         max_waiting: int | None = None,
         max_per_tenant: int | None = None,
     ) -> Scheduler:
-        """Continuous batching: requests can be added and cancelled at any time. Arguments as for `Scheduler`."""
+        """Continuous batching: requests can be added and cancelled at any time. Arguments as for `Scheduler`.
+
+        On a GPU, its memory is kept for the next batch, unless that is over a quarter of the GPU's, or is needed
+        otherwise; `close` frees it.
+        """
         self._check_open()
         self._backend.free_idle()  # the batch may need their memory
         scheduler = Scheduler(

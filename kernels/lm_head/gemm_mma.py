@@ -24,6 +24,7 @@ and each load would have to be copied.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 from numba import cuda
 from numba.cuda import types
@@ -214,6 +215,7 @@ def make_lm_head_mma(
     return lm_head_mma
 
 
+@cache
 def spec(
     arch: int,
     K: int,

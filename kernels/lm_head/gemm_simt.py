@@ -6,6 +6,7 @@ lane           16 bytes of the row at a time, times the same columns of eight to
 """
 
 from collections.abc import Callable
+from functools import cache
 
 from numba import cuda
 from numba.cuda import types
@@ -71,6 +72,7 @@ def make_lm_head_simt(arch: int, K: int, int8: bool, threads: int = THREADS) -> 
     return lm_head_simt
 
 
+@cache
 def spec(arch: int, K: int, int8: bool, threads: int = THREADS) -> KernelSpec:
     """The variant for rows of K columns; `threads` differs in tests only.
 

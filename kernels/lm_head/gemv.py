@@ -15,6 +15,7 @@ counts is loads in flight: a warp loads its next row while it multiplies the pre
 """
 
 from collections.abc import Callable
+from functools import cache
 
 from numba import cuda
 from numba.cuda import types
@@ -150,6 +151,7 @@ def make_lm_head_gemv(
     return lm_head_gemv
 
 
+@cache
 def spec(arch: int, K: int, int8: bool, threads: int = THREADS, max_loads: int = MAX_LOADS) -> KernelSpec:
     """The variant for rows of K columns; `threads` and `max_loads` differ in tests only.
 

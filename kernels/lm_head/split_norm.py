@@ -26,6 +26,7 @@ layout "simt"   [group of 8, load, column of a lane's 16 bytes, token / 4, lane,
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Literal
 
 from numba import cuda
@@ -163,6 +164,7 @@ def make_split_norm(arch: int, K: int, layout: Layout, int8: bool, threads: int 
     return split_norm
 
 
+@cache
 def spec(arch: int, K: int, layout: Layout, int8: bool, threads: int = THREADS) -> KernelSpec:
     """The variant for rows of K columns; `threads` differs in tests only.
 

@@ -1,6 +1,6 @@
 """Sampling for a batch: the next token of every row of logits float32 [num_rows, vocab_size], in one launch.
 
-    grid: a block a row, 512 threads; a row's settings, position and seen tokens are its slot's
+    grid: a block a row, 768 threads; a row's settings, position and seen tokens are its slot's
     1. largest logit, lowest id first; at temperature 0 that is all
     2. top-p alone: the cut is looked for in a window of z (see `window`)
        else top-k, then top-p: radix select over keys (see `parts`), with one coarse pass before
@@ -28,6 +28,7 @@ What stays in the kernel's body (summing bins, finding the digit) changes the ma
 """
 
 from collections.abc import Callable
+from functools import cache
 
 from numba import cuda
 from numba.cuda import types
@@ -42,7 +43,7 @@ from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.kernels.sampling import parts, window
 from bitnet_numba.kernels.sampling.parts import BINS, DIGIT_BITS, ID_BITS, LOWEST, MAX_VOCAB, NAN_TOKEN, SETTINGS
 
-THREADS = 512  # 1024 would have too few registers
+THREADS = 768  # the most whose registers suffice
 MAX_CANDIDATES = 4096  # 32 KB of shared memory
 LIMB_BITS = 14  # of a probability's 40 bits; 2^18 tokens' sum of one limb fits 32 bits
 LIMBS = 3
@@ -50,7 +51,8 @@ COARSE_BINS_PER_Z = float32(-32.0)  # z is at most 0
 MAX_NOISE = float32(16.7)  # no noise is larger
 # The likeliest token's noise is above -2.82: a z under this cannot win.
 MIN_WINNING_Z = float32(-19.5)
-REACH_FACTOR, REACH_MARGIN = float32(1.01), float32(2.0**-23)  # for what rounding may take from a token's reach
+REACH_MARGIN = float32(0.02)  # more than rounding takes from a token's reach, as the exponent of 2
+NEAR = float32(2.0 - 2.0**-21)  # 2 less what rounding takes from `nearness`
 
 
 @device_function
@@ -59,9 +61,16 @@ def coarse_bin(z):
     return int32(BINS - 1 - max(int32(0), min(int32(BINS - 1), ptx.round_to_int(ptx.mul_rn(z, COARSE_BINS_PER_Z)))))
 
 
+@device_function
+def nearness(x, word, largest, log2_scale, offset):
+    """Above NEAR if a token may win: 1 + u + 2^((x - largest) * log2_scale + offset), of u without its half."""
+    one_and_u = ptx.bits_to_float(uint32(uint32(word >> uint32(9)) | uint32(0x3F800000)))
+    return one_and_u + ptx.exp2_approx((x - largest) * log2_scale + offset)
+
+
 def loads_in_flight(threads: int) -> int:
     """Loads of a thread in flight where it computes much with each; twice as many where little."""
-    return 4 if threads == 1024 else 8
+    return 6 if threads > 512 else 8
 
 
 def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = MAX_CANDIDATES) -> Callable[..., None]:
@@ -70,7 +79,7 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
     LOADS = loads_in_flight(threads)
     MAX_LOADS = 2 * LOADS
     add_masses, list_window = window.make_window(threads, max_candidates, LOADS)
-    WARPS, BINS_EACH, LIMB_BINS = threads // WARP, BINS // threads, LIMBS * BINS
+    WARPS, BINS_EACH, LIMB_BINS = threads // WARP, -(-BINS // threads), LIMBS * BINS
     LIMB, TWO_LIMBS = (1 << LIMB_BITS) - 1, (1 << 2 * LIMB_BITS) - 1
 
     @device_function
@@ -203,29 +212,34 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
         logits, seen, x_rd, seen_rd, vocab_size, has_penalty, penalty = source
         x_r, _ = loads
         largest, inverse, temperature = scale
+        log2_scale = inverse * window.LOG2_E
+        offset = REACH_MARGIN - bound * window.LOG2_E
         best = int64(0)
         for quad in range(first, end, threads):
             ptx.no_unroll()
             for j in range(4):
                 token = int32(quad * 4 + j)
                 x_r[j] = logits[x_rd + token] if token < vocab_size else LOWEST
-            word = seen[seen_rd + (quad >> 3)] if has_penalty else int32(0)
-            top = LOWEST
-            for j in range(4):
-                x_r[j] = parts.penalized(x_r[j], word, int32(quad * 4 + j), penalty)
-                top = max(top, x_r[j])
+            if has_penalty:
+                word = seen[seen_rd + (quad >> 3)]
+                for j in range(4):
+                    x_r[j] = parts.penalized(x_r[j], word, int32(quad * 4 + j), penalty)
+            top = max(max(x_r[0], x_r[1]), max(x_r[2], x_r[3]))
             if (top - largest) * inverse > bound - MAX_NOISE:
                 c0, c1, c2, c3 = parts.random_words(quad, pos + 1, key0, key1)
+                near = float32(0)
                 for j in range(4):
-                    token = int32(quad * 4 + j)
-                    bits = parts.chosen_word(c0, c1, c2, c3, j)
-                    reach = ptx.exp2_approx(((x_r[j] - largest) * inverse - bound) * window.LOG2_E)
-                    # 2 - (1 + u), of u without its half
-                    left = float32(2) - ptx.bits_to_float(uint32(bits >> uint32(9)) | uint32(0x3F800000))
-                    if left < reach * REACH_FACTOR + REACH_MARGIN and token < vocab_size:
-                        z = parts.shifted(x_r[j], largest, temperature)
-                        if z >= min_z and parts.key_of(z, token) >= cut:
-                            best = max(best, parts.key_of(ptx.add_rn(z, parts.gumbel(bits)), token))
+                    near = max(
+                        near, nearness(x_r[j], parts.chosen_word(c0, c1, c2, c3, j), largest, log2_scale, offset)
+                    )
+                if near > NEAR:
+                    for j in range(4):
+                        token = int32(quad * 4 + j)
+                        bits = parts.chosen_word(c0, c1, c2, c3, j)
+                        if token < vocab_size and nearness(x_r[j], bits, largest, log2_scale, offset) > NEAR:
+                            z = parts.shifted(x_r[j], largest, temperature)
+                            if z >= min_z and parts.key_of(z, token) >= cut:
+                                best = max(best, parts.key_of(ptx.add_rn(z, parts.gumbel(bits)), token))
         return best
 
     def sample_batch(
@@ -283,6 +297,7 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
                 wanted = target > 0 and target < vocab_size
                 if stage == 1:
                     target, wanted = int64(0), settings[setting + parts.TOP_P] < 1.0
+                prefix, shift = int64(0), int32(32 + ID_BITS)
                 windowed = False
                 if stage == 1 and wanted and cut == 0:  # no top-k
                     # The window: after it, candidates are its tokens, and the target is what those above leave of it.
@@ -299,14 +314,16 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
                         cuda.syncthreads()
                         own = int64(0)
                         for j in range(BINS_EACH):
-                            own += int64(bins_s[BINS_EACH * tid + j])
+                            if BINS_EACH * tid + j < BINS:
+                                own += int64(bins_s[BINS_EACH * tid + j])
                         running, total = parts.running_sums(own, sums_s, warp, lane, WARPS)
                         about = int64(top_p * float(1 << window.MASS_BITS))
                         for j in range(BINS_EACH):
-                            after = running + int64(bins_s[BINS_EACH * tid + j])
-                            if running < about and about <= after:
-                                found_s[0] = BINS_EACH * tid + j
-                            running = after
+                            if BINS_EACH * tid + j < BINS:
+                                after = running + int64(bins_s[BINS_EACH * tid + j])
+                                if running < about and about <= after:
+                                    found_s[0] = BINS_EACH * tid + j
+                                running = after
                         cuda.syncthreads()
                         cut_bin = int32(found_s[0])
                         if cut_bin >= 0:
@@ -324,9 +341,14 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
                             windowed = length_s[0] <= max_candidates and 0 < left and left <= total
                             if windowed:
                                 num_candidates, target = length_s[0], left
+                                # The first digits are the same for all in the window.
+                                first_key = parts.key_of(low, int32(MAX_VOCAB - 1))
+                                last_key = parts.key_of(min(high, float32(0)), int32(0))
+                                while first_key >> (shift - DIGIT_BITS) == last_key >> (shift - DIGIT_BITS):
+                                    shift = int32(shift - DIGIT_BITS)
+                                prefix = first_key >> shift
                     cuda.syncthreads()  # everyone has read what the passes clear
                 coarse = num_candidates < 0
-                prefix, shift = int64(0), int32(32 + ID_BITS)
                 whole = False
                 while wanted and shift > 0 and not whole:
                     if not coarse:
@@ -344,9 +366,11 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
                     own = int64(0)
                     for j in range(BINS_EACH):
                         digit = BINS - 1 - BINS_EACH * tid - j
-                        low, high = int64(uint32(bins_s[digit])), int64(uint32(bins_s[digit + BINS]))
-                        bins_r[j] = low + (high << LIMB_BITS)
-                        bins_r[j] += int64(uint32(bins_s[digit + 2 * BINS])) << 2 * LIMB_BITS
+                        bins_r[j] = int64(0)
+                        if digit >= 0:
+                            low, high = int64(uint32(bins_s[digit])), int64(uint32(bins_s[digit + BINS]))
+                            bins_r[j] = low + (high << LIMB_BITS)
+                            bins_r[j] += int64(uint32(bins_s[digit + 2 * BINS])) << 2 * LIMB_BITS
                         own += bins_r[j]
                     running, total = parts.running_sums(own, sums_s, warp, lane, WARPS)
                     if stage == 1 and target == 0:
@@ -409,6 +433,7 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
     return sample_batch
 
 
+@cache
 def spec(arch: int, threads: int = THREADS, max_candidates: int = MAX_CANDIDATES) -> KernelSpec:
     """The variant; `threads` and `max_candidates` differ in tests only."""
     f32, f64, i32, i64 = (types.CPointer(kind) for kind in (types.float32, types.float64, types.int32, types.int64))

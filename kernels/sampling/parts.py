@@ -56,7 +56,7 @@ def pack_settings(params: SamplingParams) -> np.ndarray:
 @device_function
 def penalized(x, word, token, penalty):
     """A logit after the repetition penalty; word: the one of `seen` with the token's bit, or 0 without a penalty."""
-    if word >> (token & 31) & 1:
+    if uint32(word) >> uint32(token & 31) & uint32(1):
         x = ptx.div_rn(x, penalty) if x > float32(0) else ptx.mul_rn(x, penalty)
     return x
 

@@ -20,6 +20,7 @@ as a function.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from numba import cuda
 from numba.cuda import types
@@ -276,6 +277,7 @@ def make_sample(arch: int, threads: int = THREADS, block_tokens: int = BLOCK_TOK
     return sample
 
 
+@cache
 def spec(arch: int, threads: int = THREADS, block_tokens: int = BLOCK_TOKENS) -> KernelSpec:
     """The variant; `threads` and `block_tokens` differ in tests only."""
     f32, f64, i32, i64 = (types.CPointer(kind) for kind in (types.float32, types.float64, types.int32, types.int64))

@@ -36,10 +36,17 @@ SMALL = Sizes(8, 32, 32, 12, (5, 90), 20, 8)
 
 
 def measure_engine(llm: Engine, sizes: Sizes) -> dict[str, Any]:
-    """All cases."""
+    """All cases. No token of an answer ends it: all are of the same length."""
+    stop_ids, llm.tokenizer.stop_ids = llm.tokenizer.stop_ids, frozenset()
+    try:
+        return measure_cases(llm, sizes)
+    finally:
+        llm.tokenizer.stop_ids = stop_ids
+
+
+def measure_cases(llm: Engine, sizes: Sizes) -> dict[str, Any]:
+    """See `measure_engine`."""
     vocab = llm.config.vocab_size
-    # No token of an answer ends it: all are of the same length.
-    llm.tokenizer.stop_ids = frozenset()
     prompts = [random_ids(vocab, sizes.prompt, seed) for seed in range(sizes.requests)]
     lengths = np.random.default_rng(7).integers(*sizes.mixed_prompts, sizes.mixed, endpoint=True)
     mixed = [random_ids(vocab, int(length), seed) for seed, length in enumerate(lengths)]

@@ -53,6 +53,7 @@ class CudaBackend:
         self._runtime = Runtime(self.device, self.model, self.stream)
         self._kv_cache = 0
         self._kept: BatchMemory | None = None
+        self._loaded_for = 0  # sequences of the largest batch whose kernels are loaded
 
     def new_context(self, capacity: int) -> CudaContext:
         """An empty context for up to `capacity` tokens. Raises BackendError when memory does not suffice."""
@@ -104,7 +105,9 @@ class CudaBackend:
                 f"a batch of {least * PAGE} tokens takes {needed:.2f} GB of device memory and "
                 f"{free / 1e9:.2f} GB are free: {fit * PAGE} tokens would fit"
             )
-        load_specs(self.config, self._embedding_dtype, self.device, max_sequences)
+        if max_sequences > self._loaded_for:
+            load_specs(self.config, self._embedding_dtype, self.device, max_sequences)
+            self._loaded_for = max_sequences
         return BatchMemory(self._runtime, max_sequences, capacity, min(wanted, fit))
 
     def free_idle(self) -> None:

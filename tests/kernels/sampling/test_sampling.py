@@ -176,9 +176,23 @@ def test_simulated_sample(case: Case) -> None:
 
 @simulated
 @settings(max_examples=12)
-@given(rows=batches(max_vocab=70, rows=2), max_candidates=st.sampled_from([2, 20, 128]))
-def test_simulated_sample_batch(rows: list[Case | None], max_candidates: int) -> None:
-    check_sample_batch(rows, batched.spec(arch(), 32, max_candidates))
+@given(
+    rows=batches(max_vocab=70, rows=2),
+    max_candidates=st.sampled_from([2, 20, 128]),
+    threads=st.sampled_from([32, 96]),  # of 96, some have no bins of a histogram
+)
+def test_simulated_sample_batch(rows: list[Case | None], max_candidates: int, threads: int) -> None:
+    check_sample_batch(rows, batched.spec(arch(), threads, max_candidates))
+
+
+@simulated
+@settings(max_examples=6)
+@given(seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([0.1, 1.0, 3.0]), top_p=st.sampled_from([0.3, 0.9, 0.99]))
+def test_simulated_top_p_of_flat_logits(seed: int, spread: float, top_p: float) -> None:
+    """More tokens are kept than can be listed: the cut is found in a window of z."""
+    logits = (np.random.default_rng(seed).standard_normal(500) * spread).astype(np.float32)
+    params = SamplingParams(temperature=0.8, top_p=top_p, seed=seed)
+    check_sample_batch([(logits, [5, 7], params)], batched.spec(arch(), 32, 20))
 
 
 @simulated
