@@ -6,7 +6,7 @@ print(llm.chat("Tell me a story about a fox and a lantern.").text)
 
 Models       load, Engine (generate, stream, chat, generate_batch, agenerate, astream), Session, Scheduler
 Requests     Prompt, Message, SamplingParams
-Answers      Completion, Stats, Stream, AsyncStream, Update
+Answers      Completion, Stats, Stream, AsyncStream, Update; TokenLogprob, Score (of Engine.score)
 Errors       BitNetError and its kinds: BackendError, CheckpointError, ConfigError, ContextFull, QueueFull,
              QueueTimeout, RequestError, SchedulerClosed, TokenizerError
 Kernels      pack_linear, w2a8_linear, PackedLinear; modules quantize, packing
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from bitnet_numba.engine.engine import load as load
     from bitnet_numba.engine.request import Prompt as Prompt
     from bitnet_numba.engine.scheduler import Scheduler as Scheduler
+    from bitnet_numba.engine.scoring import Score as Score
     from bitnet_numba.engine.sequence import Update as Update
     from bitnet_numba.engine.session import Session as Session
     from bitnet_numba.engine.session import Stream as Stream
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from bitnet_numba.kernels.linear.operands import PackedLinear as PackedLinear
     from bitnet_numba.kernels.linear.w2a8 import pack_linear as pack_linear
     from bitnet_numba.kernels.linear.w2a8 import w2a8_linear as w2a8_linear
+    from bitnet_numba.sampling import TokenLogprob as TokenLogprob
     from bitnet_numba.sampling_params import SamplingParams as SamplingParams
     from bitnet_numba.text.chat_template import Message as Message
     from bitnet_numba.text.tokenizer import Tokenizer as Tokenizer
@@ -80,9 +82,11 @@ _HOMES = {
     "SamplingParams": "sampling_params",
     "Scheduler": "engine.scheduler",
     "SchedulerClosed": "errors",
+    "Score": "engine.scoring",
     "Session": "engine.session",
     "Stats": "engine.completion",
     "Stream": "engine.session",
+    "TokenLogprob": "sampling",
     "Tokenizer": "text.tokenizer",
     "TokenizerError": "errors",
     "Update": "engine.sequence",

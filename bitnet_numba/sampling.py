@@ -71,17 +71,17 @@ def logit_edits(params: SamplingParams, generated: Sequence[int]) -> tuple[NDArr
     """
     if not params.edits_logits:
         return np.empty(0, np.int64), np.empty(0, np.float32)
-    biased = np.array([token for token, _ in params.logit_bias], np.int64)  # type: ignore[union-attr, misc]
+    biased = np.array([token for token, _ in params.biases], np.int64)
     counted = generated if params.presence_penalty or params.frequency_penalty else ()
     repeated, counts = np.unique(np.asarray(counted, np.int64), return_counts=True)
     ids = np.union1d(biased, repeated)
     deltas = np.zeros(len(ids), np.float32)
-    deltas[np.searchsorted(ids, biased)] = [bias for _, bias in params.logit_bias]  # type: ignore[union-attr, misc]
+    deltas[np.searchsorted(ids, biased)] = [bias for _, bias in params.biases]
     at = np.searchsorted(ids, repeated)
     deltas[at] -= np.float32(params.presence_penalty)
     deltas[at] -= np.float32(params.frequency_penalty) * counts.astype(np.float32)
     if len(generated) < params.min_tokens:
-        ends = np.array(params.stop_token_ids, np.int64)
+        ends = np.array(params.ends, np.int64)
         others = ~np.isin(ids, ends)
         ids = np.concatenate([ids[others], ends])
         deltas = np.concatenate([deltas[others], np.full(len(ends), -np.inf, np.float32)])

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, cast
 
 from bitnet_numba.errors import RequestError, shown
 
@@ -105,6 +105,16 @@ class SamplingParams:
     def edits_logits(self) -> bool:
         """Whether logits are changed before they are sampled from, by more than repetition_penalty."""
         return bool(self.logit_bias or self.presence_penalty or self.frequency_penalty or self.min_tokens)
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """logit_bias, as it is kept."""
+        return cast("tuple[tuple[int, float], ...]", self.logit_bias)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """stop_token_ids, as they are kept."""
+        return cast("tuple[int, ...]", self.stop_token_ids)
 
     def with_seed(self) -> "SamplingParams":
         """These parameters with a seed: their own, or a new random one."""

@@ -126,8 +126,8 @@ class FakeModel:
         cache.length += len(ids)
         return np.zeros((len(ids), 4), np.float32)
 
-    def sample(self, hidden: np.ndarray, histories: Any, params: Any) -> list[int]:
-        assert len(hidden) == len(histories) == len(params)
+    def sample(self, hidden: np.ndarray, histories: Any, params: Any, prompt_lengths: Any) -> list[int]:
+        assert len(hidden) == len(histories) == len(params) == len(prompt_lengths)
         return [self.token] * len(hidden)
 
 

@@ -3,6 +3,7 @@
     python tools/bench.py kernels|decode|prefill|batch|load|all [--json FILE] [--plot DIR]      the CUDA backend
     python tools/bench.py cpu [CHECKPOINT ...] [--isa NAME,NAME|all] [--threads N,N] [--parts PART,PART] [--seconds S]
     python tools/bench.py serve [MODEL] [--clients N,N | --rate R] ...           the HTTP server, see serve --help
+    python tools/bench.py engine [CHECKPOINT] [--backend NAME] [--small]     answers end to end, on any backend
     python tools/bench.py packing                    needs no GPU
     python tools/bench.py table --json FILE          the Markdown of an earlier run, as in docs/benchmarks.md
 
@@ -25,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from bitnet_numba.checkpoint.packed import EMBEDDING_DTYPES
-from bitnet_numba.engine.engine import MAX_THREADS
+from bitnet_numba.checkpoint.packed import EMBEDDING_DTYPES, open_packed
+from bitnet_numba.engine.engine import BACKENDS, MAX_THREADS
 from bitnet_numba.errors import BitNetError, printable
 from bitnet_numba.packing import pack_ternary, unpack_ternary
 from tools.benchmarks.table import CPU_PARTS, table
@@ -72,7 +73,6 @@ def measure(what: str) -> dict[str, Any]:
     if what == "kernels":
         return figures
     from bitnet_numba.backends.cuda.backend import CudaBackend
-    from bitnet_numba.checkpoint.packed import open_packed
     from tools.benchmarks import decode, many_tokens
     from tools.benchmarks.inputs import write_random_packed
 
@@ -126,6 +126,24 @@ def measure_on_cpu(args: argparse.Namespace) -> dict[str, Any]:
         parts = args.parts or CPU_PARTS
         figures = measure_cpu(folders, isas, sorted(set(threads)), parts, args.seconds, save)
     return {"cpu": {"environment": environment, **figures}}
+
+
+def measure_end_to_end(args: argparse.Namespace) -> dict[str, Any]:
+    """The figures of the engine, of a checkpoint or of 2B4T with random weights."""
+    from bitnet_numba.engine.engine import load
+    from tools.benchmarks import engine
+    from tools.benchmarks.inputs import write_random_packed, write_random_tokenizer
+
+    sizes = engine.SMALL if args.small else engine.FULL
+    context = max(sizes.mixed_prompts[1] + sizes.mixed_answer, sizes.prompt + sizes.answer)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.checkpoint[0] if args.checkpoint else Path(temporary) / "2b4t"
+        if not args.checkpoint:
+            write_random_packed(folder, "bf16")
+            write_random_tokenizer(folder, open_packed(folder).config.vocab_size)
+        llm = load(folder, args.backend or "auto", context)
+        device = environment() if llm.backend == "cuda" else {"device": cpu_name(), **software("numba", "numpy")}
+        return {"engine": {"environment": device, **engine.measure_engine(llm, sizes)}}
 
 
 def write_json(path: Path, figures: dict[str, Any]) -> None:
@@ -190,12 +208,19 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument(
         "what",
-        choices=("kernels", "decode", "prefill", "batch", "load", "all", "cpu", "packing", "table"),
-        help="what to measure; cpu: the CPU backend; table: print the tables of an earlier run",
+        choices=("kernels", "decode", "prefill", "batch", "load", "all", "engine", "cpu", "packing", "table"),
+        help="what to measure; engine: answers end to end; cpu: the CPU backend; table: print the tables of an earlier "
+        "run",
     )
     parser.add_argument(
-        "checkpoint", nargs="*", type=Path, help="cpu: packed checkpoints (default: 2B4T of random weights, both heads)"
+        "checkpoint",
+        nargs="*",
+        type=Path,
+        help="cpu, engine: packed checkpoints, one for the engine (default: 2B4T of random weights, for the CPU with "
+        "both heads)",
     )
+    parser.add_argument("--backend", choices=BACKENDS, help="engine: default auto")
+    parser.add_argument("--small", action="store_true", help="engine: few and short requests, for slow backends")
     cpu = parser.add_argument_group("cpu")
     cpu.add_argument(
         "--isa", metavar="NAME,NAME", help="instruction sets, or all: those of this machine (default: the best)"
@@ -216,8 +241,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write PNG charts to this folder; needs matplotlib")
     args = parser.parse_intermixed_args(argv)
-    if args.what != "cpu" and (args.checkpoint or args.isa or args.threads or args.parts):
-        parser.error(f"{args.what} takes no checkpoint, --isa, --threads or --parts: they are for cpu")
+    if args.what != "cpu" and (args.isa or args.threads or args.parts):
+        parser.error(f"{args.what} takes no --isa, --threads or --parts: they are for cpu")
+    if args.what != "engine" and (args.backend or args.small):
+        parser.error(f"{args.what} takes no --backend or --small: they are for engine")
+    if len(args.checkpoint) > {"cpu": sys.maxsize, "engine": 1}.get(args.what, 0):
+        parser.error(f"{args.what} takes {'one' if args.what == 'engine' else 'no'} checkpoint")
     if args.what == "packing" and args.plot:
         parser.error("packing has no charts")
     try:
@@ -226,7 +255,8 @@ def main(argv: list[str] | None = None) -> int:
                 parser.error("table needs --json FILE")
             figures = json.loads(args.json.read_text())
         else:
-            measured = measure_on_cpu(args) if args.what == "cpu" else measure(args.what)
+            runs = {"cpu": measure_on_cpu, "engine": measure_end_to_end}
+            measured = runs[args.what](args) if args.what in runs else measure(args.what)
             figures = json.loads(json.dumps(measured))  # keys as they are in the file
     except (BitNetError, OSError, json.JSONDecodeError) as error:
         print(f"bench.py: {error}", file=sys.stderr)

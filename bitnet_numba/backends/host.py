@@ -211,12 +211,16 @@ class HostContext(Generic[C]):
         assert self._logprob is not None
         return self._logprob
 
-    def score(self, ids: Sequence[int], top: int) -> list[TokenLogprob]:
-        """Appends all tokens but the last, and returns log probabilities of each but the first."""
+    def score(self, ids: Sequence[int], top: int, first: int = 1) -> list[TokenLogprob]:
+        """Appends all tokens but the last, and returns log probabilities of ids[first:]."""
         result: list[TokenLogprob] = []
+        target = 1  # of `ids`: the token after the next hidden state
         for hidden in self._extend(ids[:-1]):
-            targets = ids[len(result) + 1 : len(result) + 1 + len(hidden)]
-            result += token_logprobs(finite(self._model.logits(hidden)), targets, top)
+            targets = ids[max(first, target) : target + len(hidden)]
+            target += len(hidden)
+            if targets:
+                logits = finite(self._model.logits(hidden[-len(targets) :]))
+                result += token_logprobs(logits, targets, top)
         return result
 
     def close(self) -> None:
@@ -323,9 +327,9 @@ class HostBatch(Generic[C]):
 
     def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
         """Computes the next tokens of prompts; at the end of each, samples the first token."""
-        completed = [slot for slot, count in parts if self._prefill(slot, count)]
-        if completed:
-            self._note_results(completed)
+        slots = [slot for slot, count in parts if self._prefill(slot, count)]
+        if slots:
+            self._expect(slots)
 
     def _prefill(self, slot: int, count: int) -> bool:
         """Whether the prompt is complete, and its first token sampled."""
@@ -364,9 +368,10 @@ class HostBatch(Generic[C]):
             return list(self._model.step([s.ids[-1] for s in running], [s.cache for s in running]))
 
         self._sample(sequences, self._each(sequences, compute, None))
-        self._note_results(slots)
+        self._expect(slots)
 
-    def _note_results(self, slots: Sequence[int]) -> None:
+    def _expect(self, slots: Sequence[int]) -> None:
+        """Queues what was just sampled for these slots."""
         sequences = [self._sequences[slot] for slot in slots]
         tokens = [(slot, s.ids[-1]) for slot, s in zip(slots, sequences, strict=True)]
         self._results.append((tokens, [s.logprob for s in sequences]))

@@ -38,10 +38,11 @@ class Context(Protocol):
     def logprobs(self) -> TokenLogprob:
         """Of the token that `decode` has yielded last, whose params have `logprobs`."""
 
-    def score(self, ids: Sequence[int], top: int) -> list[TokenLogprob]:
-        """Appends all tokens but the last, and returns log probabilities of each but the first, given those before it.
+    def score(self, ids: Sequence[int], top: int, first: int = 1) -> list[TokenLogprob]:
+        """Appends all tokens but the last, and returns log probabilities of ids[first:], given those before them.
 
-        ids: at least two. top: how many of the most likely tokens each comes with. Memory does not grow with T x vocab.
+        1 <= first < len(ids). top: how many of the most likely tokens each comes with. Takes memory for the logits of
+        some tokens only. Raises ValueError if a logit is not finite.
         """
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ COMMANDS = {
     "serve": ("bitnet_numba.server.command_line", "serve a model over HTTP, as OpenAI does, and a page to talk to it"),
     "convert": ("bitnet_numba.cli.convert", "write a model of Hugging Face as a packed folder of your choice"),
     "models": ("bitnet_numba.cli.models", "list, show and delete the models that were downloaded by name"),
+    "perplexity": ("bitnet_numba.cli.perplexity", "show how well a model predicts a text"),
     "doctor": ("bitnet_numba.cli.doctor", "show what runs on this machine, how fast, and why not more"),
 }
 COMMAND_LINES = "\n".join(f"  {name:10} {summary}" for name, (_, summary) in COMMANDS.items())

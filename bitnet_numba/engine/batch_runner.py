@@ -30,7 +30,7 @@ class BatchRunner:
         self.prefilling: Sequence | None = None  # the running sequence that is being prefilled, one at a time
         self._free_slots = list(range(batch.max_sequences - 1, -1, -1))
         # Each call's sequences, and how often each had been started when it was made
-        self._calls: deque[list[tuple[Sequence, int]]] = deque()
+        self._calls: deque[tuple[list[Sequence], list[int]]] = deque()
 
     @property
     def free_slots(self) -> int:
@@ -56,6 +56,7 @@ class BatchRunner:
         if lease is None:
             return False
         s.lease, s.slot = lease, self._free_slots.pop()
+        s.room = len(lease.pages) * self.pool.page_size
         s.starts += 1
         s.known = len(s.ids)
         if s.replayed:
@@ -75,19 +76,20 @@ class BatchRunner:
             params = replace(params, prompt_logprobs=None)  # they have been received
         self._batch.start(s.slot, ids, params, lease.pages, lease.computed, s.prompt_length)
 
-    def prefill(self, budget: int, admit: Callable[[], bool]) -> None:
-        """Enqueues about `budget` tokens of prompts, those of several sequences together, in the order of their starts.
+    def prefill(self, budget: int, admit: Callable[[], bool]) -> int:
+        """Makes one call for about `budget` tokens of prompts, in the order of their starts; returns how many tokens.
 
         admit: starts one more sequence; False if there is none to be started now.
         """
         parts: list[tuple[int, int]] = []
         completed: list[Sequence] = []
-        while budget > 0 and (self.prefilling or admit()):
+        left = budget
+        while left > 0 and (self.prefilling or admit()):
             s = self.prefilling
             if s is None:  # the one just admitted has failed, or has nothing to compute
                 continue
-            count = self._next_part(s, budget)
-            budget -= count
+            count = self._next_part(s, left)
+            left -= count
             parts.append((s.slot, count))
             if s.lease is not None and s.lease.computed < s.known:
                 break  # less than a page of the budget is left
@@ -98,7 +100,8 @@ class BatchRunner:
         if parts:
             self._batch.prefill(parts)
         if completed:
-            self._calls.append([(s, s.starts) for s in completed])
+            self._note_call(completed)
+        return budget - left
 
     def _next_part(self, s: Sequence, budget: int) -> int:
         """How many tokens of a prompt to compute next: the rest of it, or as many whole pages as `budget` allows."""
@@ -114,13 +117,13 @@ class BatchRunner:
     def make_room(self) -> list[Sequence]:
         """Gives each sequence that can be stepped the page for its next token; returns those preempted for that."""
         preempted: list[Sequence] = []
-        pages_for = self.pool.pages_for
-        growing = [s for s in self._steppable() if s.lease and pages_for(_next_length(s)) > len(s.lease.pages)]
+        growing = [s for s in self._steppable() if s.prompt_length + s.enqueued > s.room]
         for s in sorted(growing, key=lambda s: s.order):
             while s.lease is not None:
                 page = self.pool.grow(s.lease)
                 if page is not None:
                     self._batch.extend(s.slot, [page])
+                    s.room += self.pool.page_size
                     break
                 last = max(self.running.values(), key=lambda s: s.order)
                 self.leave(last)
@@ -132,19 +135,19 @@ class BatchRunner:
         live = self._steppable()
         if live:
             self._batch.step([s.slot for s in live])
-            self._calls.append([(s, s.starts) for s in live])
+            self._note_call(live)
             for s in live:
                 s.enqueued += 1
 
     def collect(self, receive: Callable[[Sequence, int, TokenLogprob | None], None]) -> None:
         """Calls `receive` with the sequence, the token and its log probability, if the request asks for that, of each
         result of the oldest call not collected."""
-        sequences, results = self._calls.popleft(), self._batch.collect()
+        (sequences, starts), results = self._calls.popleft(), self._batch.collect()
         logprobs: list[TokenLogprob | None] = [None] * len(results)
-        if any(s.request.params.logprobs is not None for s, _ in sequences):
+        if any([s.request.params.logprobs is not None for s in sequences]):  # a list is quicker than a generator
             logprobs = self._batch.logprobs()
-        for (s, starts), (_, token), logprob in zip(sequences, results, logprobs, strict=True):
-            if s.starts == starts:
+        for s, start, (_, token), logprob in zip(sequences, starts, results, logprobs, strict=True):
+            if s.starts == start:
                 receive(s, token, logprob)
 
     def prompt_logprobs(self, s: Sequence) -> list[TokenLogprob]:
@@ -180,15 +183,12 @@ class BatchRunner:
         self.prefilling = None
         self._batch.close()
 
+    def _note_call(self, sequences: list[Sequence]) -> None:
+        self._calls.append((sequences, [s.starts for s in sequences]))
+
     def _steppable(self) -> list[Sequence]:
         return [s for s in self.running.values() if s.ready and s.enqueued < s.max_tokens]
 
     def _growing(self) -> int:
         """How many running sequences may need more pages than they have."""
-        pages_for = self.pool.pages_for
-        return sum(s.lease is not None and pages_for(s.max_cached) > len(s.lease.pages) for s in self.running.values())
-
-
-def _next_length(s: Sequence) -> int:
-    """Tokens in the cache after the sequence's next step."""
-    return s.prompt_length + s.enqueued
+        return sum(s.max_cached > s.room for s in self.running.values())

@@ -86,7 +86,7 @@ class CompletionBuilder:
         params = request.params
         self.reason: FinishReason | None = None  # why generation ends; None while it goes on
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
-        self._stop_ids = frozenset(params.stop_token_ids or ())
+        self._stop_ids = frozenset(params.ends)
         self._min_tokens, self._dropped_messages = params.min_tokens, request.dropped_messages
         self._decoder, self._matcher = StreamDecoder(tokenizer), StopStrings(request.stop)
         self._max_new_tokens = params.max_new_tokens

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, overload
 
@@ -36,14 +36,15 @@ from bitnet_numba.engine.request import (
     read_params,
     read_request,
 )
-from bitnet_numba.engine.scheduler import MAX_SEQUENCES, Scheduler
+from bitnet_numba.engine.scheduler import MAX_SEQUENCES, PREFILL_CHUNK, Scheduler
+from bitnet_numba.engine.scoring import MAX_WINDOW, Score, score_windows
 from bitnet_numba.engine.session import Session, Stream, finite_arithmetic
 from bitnet_numba.engine.shared import SharedBackend
 from bitnet_numba.errors import BackendError, BitNetError, CheckpointError, RequestError, one_line, printable, shown
 from bitnet_numba.hub.fetch import find_model
 from bitnet_numba.model_folder import ModelFolder
 from bitnet_numba.sampling import read_sampling
-from bitnet_numba.sampling_params import SamplingOverrides, SamplingParams
+from bitnet_numba.sampling_params import MAX_LOGPROBS, SamplingOverrides, SamplingParams
 from bitnet_numba.text.chat_template import Message
 from bitnet_numba.text.tokenizer import Tokenizer
 
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "cuda", "cpu", "reference")
 MAX_THREADS = 1024
+ALL_PROMPTS = 1 << 40  # prompt tokens a round of `generate_batch`: nobody waits for the next piece of an answer there
 DEMO = Path(__file__).parent.parent / "demo"  # the built-in model
 
 User = TypeVar("User", Session, Scheduler)
@@ -137,6 +139,45 @@ class Engine:
                 if not np.isfinite(logits).all():
                     raise ValueError("logits hold NaN or infinity")
                 return logits
+        finally:
+            context.close()
+
+    def score(
+        self,
+        text: str | Sequence[int],
+        top: int = 0,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Score:
+        """How likely the model finds a text, or token ids: the log probability of each token, and the perplexity.
+
+        top: how many of the most likely tokens each comes with, up to 20.
+        window: tokens that are looked at together; None: as many as the context holds, at most 2048.
+        stride: by how many tokens one window begins after another; None: half a window. See `scoring`.
+        progress: called now and then with the number of tokens done and of all.
+
+        Takes memory for one window, however long the text. Raises RequestError for fewer than two tokens and for other
+        arguments that are wrong, and BackendError if a number is not finite.
+        """
+        self._check_open()
+        count = as_integer(top)
+        if count is None or not 0 <= count <= MAX_LOGPROBS:
+            raise RequestError(f"top must be between 0 and {MAX_LOGPROBS}, not {shown(top)}")
+        if not isinstance(text, str) and not is_list(text):
+            raise RequestError(f"score takes a text or token ids, not {shown(text)}")
+        ids = check_ids(self.tokenizer.encode(text) if isinstance(text, str) else text, self.config.vocab_size)
+        if len(ids) < 2:
+            raise RequestError("one token alone cannot be scored: each is, given those before it")
+        window = positive_integer("window", min(self.context, MAX_WINDOW) if window is None else window, self.context)
+        if window < 2:
+            raise RequestError("window must be at least 2")
+        stride = positive_integer("stride", window // 2 if stride is None else stride, window - 1)
+        context = self._backend.new_context(min(window, len(ids)))
+        try:
+            with finite_arithmetic():
+                return Score(ids, score_windows(context, ids, count, window, stride, progress))
         finally:
             context.close()
 
@@ -300,7 +341,7 @@ class Engine:
     def _answer_together(self, requests: Sequence[Request], max_sequences: int = 64) -> list[Completion]:
         """The answers to several requests, up to `max_sequences` at once."""
         completions: dict[int, Completion] = {}
-        with self.scheduler(min(max_sequences, len(requests))) as scheduler:
+        with self.scheduler(min(max_sequences, len(requests)), prefill_chunk=ALL_PROMPTS) as scheduler:
             ids = []
             for i, request in enumerate(requests):
                 with _naming_prompt(i):
@@ -318,7 +359,7 @@ class Engine:
         self,
         max_sequences: int = 64,
         tokens: int | None = None,
-        prefill_chunk: int = 1024,
+        prefill_chunk: int = PREFILL_CHUNK,
         max_waiting: int | None = None,
         max_per_tenant: int | None = None,
     ) -> Scheduler:

@@ -81,12 +81,12 @@ def read_request(
     several: what the message advises who gives a list of prompts.
     """
     ids, dropped = encode_prompt(tokenizer, prompt, params, vocab_size, capacity, several)
-    for what, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", dict(params.logit_bias or ()))):
-        for token in tokens or ():
+    for what, tokens in (("stop_token_ids", params.ends), ("logit_bias", [token for token, _ in params.biases])):
+        for token in tokens:
             if token >= vocab_size:
-                raise RequestError(f"token {token} of {what} is not in the vocabulary of {vocab_size}")
+                raise RequestError(f"token {shown(token)} of {what} is not in the vocabulary of {vocab_size}")
     stop = read_stop(params.stop)
-    ends = {*(params.stop_token_ids or ()), *tokenizer.special_stops(stop)}
+    ends = {*params.ends, *tokenizer.special_stops(stop)}
     if not params.ignore_eos:
         ends |= tokenizer.stop_ids
         if not isinstance(prompt, str) and isinstance(prompt[0], Mapping):

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 MAX_SEQUENCES = 1 << 16
 MAX_TOKENS = 1 << 40  # more than any memory holds; the backend tells how many fit
+# Tokens of prompts that are computed by one call: with what is left free between prompts, they are a pass of CUDA.
+CALL_TOKENS = 1920
+PREFILL_CHUNK = 480  # tokens of prompts a round: running answers then stall for 4 ms at most (2B4T, H200)
 
 
 class Scheduler:
@@ -50,14 +53,15 @@ class Scheduler:
         context: int,
         max_sequences: int = 64,
         tokens: int | None = None,
-        prefill_chunk: int = 1024,
+        prefill_chunk: int = PREFILL_CHUNK,
         max_waiting: int | None = None,
         max_per_tenant: int | None = None,
     ):
         """context: maximum tokens of one prompt and its answer together.
         max_sequences: how many requests run at once.
         tokens: KV cache capacity for all running requests, rounded up to pages; None: see `Backend.new_batch`.
-        prefill_chunk: approximate number of prompt tokens computed per step.
+        prefill_chunk: approximate number of prompt tokens computed per step. More is faster in all, but running answers
+        wait for them.
         max_waiting: how many requests may wait, beside those that free slots are there for; None: any number.
         max_per_tenant: how many requests of one tenant run at once; None: any number.
 
@@ -148,8 +152,9 @@ class Scheduler:
     def cancel(self, request: int) -> None:
         """Ends a request; the next step reports the answer so far, as "interrupted".
 
-        One that has never run leaves the queue at once; slot and pages of the others are free when the next step
-        begins. Does nothing if the request has already ended or never was. Raises RequestError if it is not a number.
+        One that has never run leaves the queue at once. Slot and pages of the others are freed by the step under way,
+        between two calls for prompts, or by the next one. Does nothing if the request has already ended or never was.
+        Raises RequestError if it is not a number.
         """
         number = as_integer(request)
         if number is None:
@@ -211,16 +216,26 @@ class Scheduler:
 
     def _run_round(self, updates: list[Update]) -> None:
         runner = self._runner
-        updates += [self._end(s) for s in self._queue.take_cancelled()]
+        self._end_cancelled(updates)
         uncollected = runner.uncollected
         preempted = runner.make_room()
         self._queue.put_back(preempted)
-        # Whoever was preempted needs more than is free now, and comes first.
-        runner.prefill(self._chunk, lambda: not preempted and self._admit(updates))
+        # Whoever was preempted comes first, and there is no room for it now.
+        self._prefill(updates, admit=not preempted)
         self._end_late(updates)
         runner.step()
         for _ in range(uncollected):
             runner.collect(lambda s, token, logprob: self._receive(s, token, logprob, updates))
+
+    def _prefill(self, updates: list[Update], admit: bool) -> None:
+        """Enqueues the tokens of prompts that this round computes; `admit`: starts requests that wait, too."""
+        budget = self._chunk
+        while budget > 0:
+            count = self._runner.prefill(min(budget, CALL_TOKENS), lambda: admit and self._admit(updates))
+            if count == 0:
+                break
+            budget -= count
+            self._end_cancelled(updates)  # while a long round goes on
 
     def _admit(self, updates: list[Update]) -> bool:
         """Starts the first of the waiting requests; False if there is none, or too few slots or pages are free."""
@@ -261,7 +276,8 @@ class Scheduler:
         if len(s.ids) == s.prompt_length and s.request.params.prompt_logprobs is not None:
             builder.prompt_logprobs = [None, *self._runner.prompt_logprobs(s)]
         s.ids.append(token)
-        self._runner.note_computed(s)
+        if len(s.ids) % self._runner.pool.page_size == 0:
+            self._runner.note_computed(s)
         text = builder.push(token, logprob)
         if builder.reason is None and s.received == s.max_tokens:
             builder.reason = "context"
@@ -304,6 +320,9 @@ class Scheduler:
 
     def _new_builder(self, s: Sequence) -> CompletionBuilder:
         return CompletionBuilder(self._tokenizer, s.request)
+
+    def _end_cancelled(self, updates: list[Update]) -> None:
+        updates += [self._end(s) for s in self._queue.take_cancelled()]
 
     def _end_late(self, updates: list[Update]) -> None:
         """Ends the requests that have no more time."""

@@ -35,6 +35,9 @@ class Sequence:
     options: QueueOptions
     max_cached: int  # most tokens that it puts into the KV cache: its prompt and its answer but for the last token
     ids: list[int] = field(init=False)  # the prompt and the tokens of the answer that have been received
+    prompt_length: int = field(init=False)
+    max_tokens: int = field(init=False)  # of the answer until it is as long as allowed or the context is full
+    order: tuple[int, int] = field(init=False)  # who comes first: the lower
     builder: CompletionBuilder | None = None  # None: it has never been started
     reused: int = 0  # leading prompt tokens that were in the prefix cache when it was first started
     ended: bool = False
@@ -43,6 +46,7 @@ class Sequence:
     starts: int = 0  # how often that was
     slot: int = -1
     lease: PageLease | None = None  # None while it has no slot
+    room: int = 0  # tokens that its pages hold
     known: int = 0  # leading tokens of `ids` that it was started with
     ready: bool = False  # whether these have been enqueued, so that it can be stepped
     enqueued: int = 0  # tokens of the answer that the backend knows or has been asked for
@@ -50,18 +54,6 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.ids = list(self.request.ids)
-
-    @property
-    def prompt_length(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.ids)
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens of the answer until it is as long as allowed or the context is full."""
-        return self.max_cached - self.prompt_length + 1
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """Who comes first: the lower."""
-        return self.options.priority, self.id
+        self.prompt_length = len(self.ids)
+        self.max_tokens = self.max_cached - self.prompt_length + 1
+        self.order = self.options.priority, self.id

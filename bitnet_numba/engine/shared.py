@@ -174,10 +174,10 @@ class SharedContext(_Closing):
         with self._backend.turn():
             return self._inner.logprobs()
 
-    def score(self, ids: Sequence[int], top: int) -> list[TokenLogprob]:
-        """Appends all tokens but the last, and returns log probabilities of each but the first."""
+    def score(self, ids: Sequence[int], top: int, first: int = 1) -> list[TokenLogprob]:
+        """Appends all tokens but the last, and returns log probabilities of ids[first:]."""
         with self._backend.turn():
-            return self._inner.score(ids, top)
+            return self._inner.score(ids, top, first)
 
 
 class SharedBatch(_Closing):

@@ -1,5 +1,6 @@
 """Finds stop strings in text that arrives in pieces."""
 
+import re
 from collections.abc import Sequence
 
 
@@ -13,10 +14,13 @@ class StopStrings:
         self._stops = stops
         self._held = ""
         self.found = False
+        # Most pieces have no character that a stop string begins with.
+        self._begins = re.compile("|".join({re.escape(stop[0]) for stop in stops})).search if stops else None
+        self._longest = max((len(stop) for stop in stops), default=0)
 
     def push(self, piece: str) -> str:
         """The text that can be shown now; after `found`, push no more."""
-        if not self._stops:
+        if self._begins is None or not (self._held or self._begins(piece)):
             return piece
         text = self._held + piece
         ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops if stop in text]
@@ -24,8 +28,7 @@ class StopStrings:
             self.found, self._held = True, ""
             return text[: min(ends)[1]]
         # The longest suffix that is a proper prefix of a stop string.
-        longest = max((len(stop) - 1 for stop in self._stops), default=0)
-        tails = (text[i:] for i in range(max(len(text) - longest, 0), len(text)))
+        tails = (text[i:] for i in range(max(len(text) - self._longest + 1, 0), len(text)))
         self._held = next((tail for tail in tails if any(stop.startswith(tail) for stop in self._stops)), "")
         return text[: len(text) - len(self._held)]
 

@@ -1,27 +1,30 @@
 """Sampling for a batch: the next token of every row of logits float32 [num_rows, vocab_size], in one launch.
 
-    grid: a block a row, 1024 threads; a row's settings, position and seen tokens are its slot's
+    grid: a block a row, 512 threads; a row's settings, position and seen tokens are its slot's
     1. largest logit, lowest id first; at temperature 0 that is all
-    2. top-k, then top-p: radix select over keys (see `parts`), with one coarse pass before
+    2. top-p alone: the cut is looked for in a window of z (see `window`)
+       else top-k, then top-p: radix select over keys (see `parts`), with one coarse pass before
          coarse pass   a histogram over z itself, 1024 bins 1/32 wide, shows in which bin the cut lies. The tokens from
                        the highest z down to that bin's end become candidates: z and id, in shared memory
          exact passes  10 bits of the key each, over the candidates alone. Too many for shared memory: over all logits
     3. largest z + Gumbel noise of what is kept
 
-A row's logits do not fit shared memory, so z is computed again from them wherever it is needed: for most settings in
-three passes (largest, coarse, candidates) and for greedy rows in one. Loads go out four or eight at a time: a block
-alone on its SM has nothing else to hide their latency. The coarse pass has bins of z instead of the key's first digit
-(sign and exponent), which is the same for most tokens: additions to one word of shared memory take turns.
+A row's logits do not fit shared memory, so z is computed again from them wherever it is needed. Loads go out four or
+eight at a time: a block alone on its SM has nothing else to hide their latency. The coarse pass has bins of z instead
+of the key's first digit (sign and exponent), which is the same for most tokens: additions to one word of shared memory
+take turns.
 
 Where only a coarse bin is asked for, a product with 1 / temperature stands for the division; candidates reach one bin
-further down, so that equal z on both sides of a bin's border do not matter. Tokens whose z is too low to win with any
-noise are given none.
+further down, so that equal z on both sides of a bin's border do not matter.
 
-Sums are integers, so neither the order of candidates nor the coarse bins change a choice: it is the token that `single`
+Noise costs two logarithms, so tokens that cannot win are given none. The likeliest token is always kept, and then the
+best of the first tokens is known: a token wins against that only if its uniform number u is above exp(-exp(z - bound)),
+and hence 1 - u below exp(z - bound), which an approximate power of two tells.
+
+Sums are integers, so neither the order of candidates nor the bins change a choice: it is the token that `single`
 chooses.
 
-What stays in the kernel's body (summing bins, finding the digit, noise for all logits) changes the machine code as a
-function.
+What stays in the kernel's body (summing bins, finding the digit) changes the machine code as a function.
 """
 
 from collections.abc import Callable
@@ -36,17 +39,18 @@ from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
-from bitnet_numba.kernels.sampling import parts
+from bitnet_numba.kernels.sampling import parts, window
 from bitnet_numba.kernels.sampling.parts import BINS, DIGIT_BITS, ID_BITS, LOWEST, MAX_VOCAB, NAN_TOKEN, SETTINGS
 
-THREADS = 1024
+THREADS = 512  # 1024 would have too few registers
 MAX_CANDIDATES = 4096  # 32 KB of shared memory
 LIMB_BITS = 14  # of a probability's 40 bits; 2^18 tokens' sum of one limb fits 32 bits
 LIMBS = 3
 COARSE_BINS_PER_Z = float32(-32.0)  # z is at most 0
-LOADS, MAX_LOADS = 4, 8  # loads of a thread in flight
-# The likeliest token's noise is above -2.82 and no noise above 16.64: a z under -19.5 cannot win.
+MAX_NOISE = float32(16.7)  # no noise is larger
+# The likeliest token's noise is above -2.82: a z under this cannot win.
 MIN_WINNING_Z = float32(-19.5)
+REACH_FACTOR, REACH_MARGIN = float32(1.01), float32(2.0**-23)  # for what rounding may take from a token's reach
 
 
 @device_function
@@ -55,18 +59,28 @@ def coarse_bin(z):
     return int32(BINS - 1 - max(int32(0), min(int32(BINS - 1), ptx.round_to_int(ptx.mul_rn(z, COARSE_BINS_PER_Z)))))
 
 
+def loads_in_flight(threads: int) -> int:
+    """Loads of a thread in flight where it computes much with each; twice as many where little."""
+    return 4 if threads == 1024 else 8
+
+
 def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = MAX_CANDIDATES) -> Callable[..., None]:
     """The kernel; `threads` at most 1024."""
     wait = ptx.pdl_wait(arch)
+    LOADS = loads_in_flight(threads)
+    MAX_LOADS = 2 * LOADS
+    add_masses, list_window = window.make_window(threads, max_candidates, LOADS)
     WARPS, BINS_EACH, LIMB_BINS = threads // WARP, BINS // threads, LIMBS * BINS
     LIMB, TWO_LIMBS = (1 << LIMB_BITS) - 1, (1 << 2 * LIMB_BITS) - 1
 
     @device_function
-    def find_best(loads, source, tid):
-        """The thread's (largest logit after the penalty, its token, whether one is NaN)."""
+    def find_best(loads, source, log2_scale, tid):
+        """The thread's (largest logit after the penalty, its token, whether one is NaN, mass, reference): if log2_scale
+        is not 0, mass is the sum of 2^((x - reference) * log2_scale) over its tokens, roughly."""
         logits, seen, x_rd, seen_rd, vocab_size, has_penalty, penalty = source
         x_r, seen_r = loads
         top, top_id, has_nan = LOWEST, int32(vocab_size), int32(0)
+        mass, reference = float32(0), LOWEST
         for first in range(tid, vocab_size, threads * MAX_LOADS):
             for u in range(MAX_LOADS):
                 token = int32(first + u * threads)
@@ -76,11 +90,17 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
                 token = int32(first + u * threads)
                 if token < vocab_size:
                     x = parts.penalized(x_r[u], seen_r[u], token, penalty)
+                    x_r[u] = x
                     if x != x:
                         has_nan = int32(1)
                     if x > top or top_id == vocab_size:
                         top, top_id = x, token
-        return top, top_id, has_nan
+            if log2_scale != float32(0):
+                if first == tid:
+                    reference = top if top > LOWEST else float32(0)
+                for u in range(MAX_LOADS):
+                    mass += ptx.exp2_approx((x_r[u] - reference) * log2_scale)
+        return top, top_id, has_nan, mass, reference
 
     @device_function
     def add_probability(bins_s, z, digit):
@@ -176,6 +196,38 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
                 best = max(best, parts.key_of(x, id_s[i]))
         return best
 
+    @device_function
+    def noise_of_tokens(loads, source, scale, bound, cut, min_z, pos, key0, key1, first, end):
+        """The thread's best key after noise, of tokens that are kept and may reach `bound`: of every `threads`-th four
+        of the tokens 4 first .. 4 end - 1."""
+        logits, seen, x_rd, seen_rd, vocab_size, has_penalty, penalty = source
+        x_r, _ = loads
+        largest, inverse, temperature = scale
+        best = int64(0)
+        for quad in range(first, end, threads):
+            ptx.no_unroll()
+            for j in range(4):
+                token = int32(quad * 4 + j)
+                x_r[j] = logits[x_rd + token] if token < vocab_size else LOWEST
+            word = seen[seen_rd + (quad >> 3)] if has_penalty else int32(0)
+            top = LOWEST
+            for j in range(4):
+                x_r[j] = parts.penalized(x_r[j], word, int32(quad * 4 + j), penalty)
+                top = max(top, x_r[j])
+            if (top - largest) * inverse > bound - MAX_NOISE:
+                c0, c1, c2, c3 = parts.random_words(quad, pos + 1, key0, key1)
+                for j in range(4):
+                    token = int32(quad * 4 + j)
+                    bits = parts.chosen_word(c0, c1, c2, c3, j)
+                    reach = ptx.exp2_approx(((x_r[j] - largest) * inverse - bound) * window.LOG2_E)
+                    # 2 - (1 + u), of u without its half
+                    left = float32(2) - ptx.bits_to_float(uint32(bits >> uint32(9)) | uint32(0x3F800000))
+                    if left < reach * REACH_FACTOR + REACH_MARGIN and token < vocab_size:
+                        z = parts.shifted(x_r[j], largest, temperature)
+                        if z >= min_z and parts.key_of(z, token) >= cut:
+                            best = max(best, parts.key_of(ptx.add_rn(z, parts.gumbel(bits)), token))
+        return best
+
     def sample_batch(
         logits, vocab_size, settings, slot_positions, tokens, tokens_stride, seen, seen_stride, position, chosen
     ):
@@ -197,27 +249,32 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
         slot = slot_positions[2 * row]
         if slot < 0:
             return
-        pos = slot_positions[2 * row + 1]
-        setting = int64(slot) * SETTINGS
-        seen_rd = int64(slot) * seen_stride
-        x_rd = int64(row) * vocab_size
+        setting, seen_rd, x_rd = int32(slot * SETTINGS), int32(slot * seen_stride), int32(row * vocab_size)
         temperature = max(float32(settings[setting + parts.TEMPERATURE]), parts.MIN_TEMPERATURE)
         penalty = float32(settings[setting + parts.PENALTY])
         has_penalty = penalty != float32(1)
         source = logits, seen, x_rd, seen_rd, vocab_size, has_penalty, penalty
         loads, candidates = (x_r, seen_r), (z_s, id_s)
 
+        sampled = settings[setting + parts.TEMPERATURE] != 0.0
+        inverse = ptx.div_rn(float32(1), temperature)  # a product with it is cheaper than z and nearly z
+        log2_scale = inverse * window.LOG2_E
+
         # 1. The largest logit after the penalty.
-        top, top_id, has_nan = find_best(loads, source, tid)
+        needs_mass = sampled and settings[setting + parts.TOP_P] < 1.0
+        top, top_id, has_nan, mass, reference = find_best(loads, source, log2_scale if needs_mass else float32(0), tid)
         has_nan = cuda.syncthreads_or(has_nan)
         best = parts.block_best(
             parts.key_of(top, top_id) if top_id < vocab_size else int64(0), keys_s, warp, lane, WARPS
         )
 
-        if settings[setting + parts.TEMPERATURE] != 0.0 and not has_nan:
+        if sampled and not has_nan:
             largest = parts.unordered(uint32(best >> ID_BITS))
-            inverse = ptx.div_rn(float32(1), temperature)  # a product with it is cheaper than z and nearly z
             scale = largest, inverse, temperature
+            _, total = parts.running_sums(
+                window.mass_share(mass, reference, largest, log2_scale), sums_s, warp, lane, WARPS
+            )
+            row_mass = float32(float(total) / window.MASS_UNIT)
             # 2. The cuts of top-k (stage 0) and top-p (stage 1).
             cut = int64(0)
             num_candidates = int32(-1)  # -1 while there is no list of them
@@ -225,8 +282,49 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
                 target = int64(settings[setting + parts.TOP_K])
                 wanted = target > 0 and target < vocab_size
                 if stage == 1:
-                    wanted = settings[setting + parts.TOP_P] < 1.0
-                    target = int64(0)
+                    target, wanted = int64(0), settings[setting + parts.TOP_P] < 1.0
+                windowed = False
+                if stage == 1 and wanted and cut == 0:  # no top-k
+                    # The window: after it, candidates are its tokens, and the target is what those above leave of it.
+                    for i in range(tid, BINS, threads):
+                        bins_s[i] = int32(0)
+                    if tid == 0:
+                        found_s[0] = int64(-1)
+                        length_s[0] = int32(0)
+                    cuda.syncthreads()
+                    if row_mass < window.MAX_MASS:
+                        top_p = settings[setting + parts.TOP_P]
+                        per_z = window.bins_per_z(top_p, row_mass, vocab_size)
+                        add_masses(bins_s, loads, source, largest, log2_scale, row_mass, inverse * per_z, tid)
+                        cuda.syncthreads()
+                        own = int64(0)
+                        for j in range(BINS_EACH):
+                            own += int64(bins_s[BINS_EACH * tid + j])
+                        running, total = parts.running_sums(own, sums_s, warp, lane, WARPS)
+                        about = int64(top_p * float(1 << window.MASS_BITS))
+                        for j in range(BINS_EACH):
+                            after = running + int64(bins_s[BINS_EACH * tid + j])
+                            if running < about and about <= after:
+                                found_s[0] = BINS_EACH * tid + j
+                            running = after
+                        cuda.syncthreads()
+                        cut_bin = int32(found_s[0])
+                        if cut_bin >= 0:
+                            low, high = float32(-(cut_bin + 2)) / per_z, float32(1 - cut_bin) / per_z
+                            total, above = list_window(candidates, length_s, loads, source, scale, low, high, tid)
+                            _, total = parts.running_sums(total, sums_s, warp, lane, WARPS)
+                            cuda.syncthreads()
+                            _, above = parts.running_sums(above, sums_s, warp, lane, WARPS)
+                            left = parts.top_p_target(top_p, total) - above
+                            cuda.syncthreads()
+                            own = int64(0)
+                            for i in range(tid, min(length_s[0], int32(max_candidates)), threads):
+                                own += parts.probability(z_s[i])
+                            _, total = parts.running_sums(own, sums_s, warp, lane, WARPS)  # in the window
+                            windowed = length_s[0] <= max_candidates and 0 < left and left <= total
+                            if windowed:
+                                num_candidates, target = length_s[0], left
+                    cuda.syncthreads()  # everyone has read what the passes clear
                 coarse = num_candidates < 0
                 prefix, shift = int64(0), int32(32 + ID_BITS)
                 whole = False
@@ -274,38 +372,35 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
                     cuda.syncthreads()  # everyone has read what the next pass clears
                 if wanted:
                     cut = prefix << shift
+                if windowed:  # they are not all that is kept
+                    num_candidates = int32(-1)
 
-            # 3. Noise.
+            # 3. Noise. The position is loaded where it is needed: registers are short before.
+            pos = slot_positions[2 * row + 1]
             min_z = max(float32(settings[setting + parts.MIN_Z]), MIN_WINNING_Z)
             key0, key1 = uint32(settings[setting + parts.SEED_LOW]), uint32(settings[setting + parts.SEED_HIGH])
-            best = int64(0)
             if num_candidates >= 0:
                 best = noise_of_candidates(z_s, id_s, num_candidates, min_z, cut, pos, key0, key1, tid)
             else:
-                for quad in range(tid, (vocab_size + 3) // 4, threads):
-                    kept = int32(0)
-                    for j in range(4):
-                        token = int32(quad * 4 + j)
-                        x_r[j] = logits[x_rd + token] if token < vocab_size else LOWEST
-                    word = seen[seen_rd + (quad >> 3)] if has_penalty else int32(0)
-                    for j in range(4):
-                        token = int32(quad * 4 + j)
-                        x = parts.penalized(x_r[j], word, token, penalty)
-                        if ptx.mul_rn(ptx.add_rn(x, -largest), inverse) >= float32(-20) and token < vocab_size:
-                            x_r[j] = parts.shifted(x, largest, temperature)
-                            if x_r[j] >= min_z and parts.key_of(x_r[j], token) >= cut:
-                                kept = int32(kept | 1 << j)
-                    if kept:
-                        c0, c1, c2, c3 = parts.random_words(quad, pos + 1, key0, key1)
-                        for j in range(4):
-                            if kept >> j & 1:
-                                x = ptx.add_rn(x_r[j], parts.gumbel(parts.chosen_word(c0, c1, c2, c3, j)))
-                                best = max(best, parts.key_of(x, quad * 4 + j))
+                # Asked for again: kept till here, it would take registers that the passes need.
+                likeliest = int32(parts.token_of(parts.best_of_warps(keys_s, lane, WARPS)))
+                quads = int32((vocab_size + 3) // 4)
+                c0, c1, c2, c3 = parts.random_words(likeliest >> 2, pos + 1, key0, key1)
+                bound = parts.gumbel(parts.chosen_word(c0, c1, c2, c3, likeliest & 3))  # its z is 0
+                first_quads = min(int32(threads), quads)
+                best = noise_of_tokens(loads, source, scale, bound, cut, min_z, pos, key0, key1, tid, first_quads)
+                cuda.syncthreads()  # everyone has read the largest
+                best = parts.block_best(best, keys_s, warp, lane, WARPS)
+                if best > 0:
+                    bound = max(bound, parts.unordered(uint32(best >> ID_BITS)))
+                rest = noise_of_tokens(loads, source, scale, bound, cut, min_z, pos, key0, key1, tid + threads, quads)
+                best = max(best, rest)
             cuda.syncthreads()
             best = parts.block_best(best, keys_s, warp, lane, WARPS)
 
         if tid == 0:
             token = int64(NAN_TOKEN) if has_nan else parts.token_of(best)
+            slot, pos = slot_positions[2 * row], slot_positions[2 * row + 1]
             tokens[int64(slot) * tokens_stride + pos + 1] = int32(max(token, int64(0)))
             position[slot] = int32(pos + 1)
             chosen[row] = int64(int64(pos + 1) << 32) | (token & 0xFFFFFFFF)
@@ -345,6 +440,8 @@ def sample_batch(
         raise ValueError(
             f"sample_batch: at least one row and 1 to {MAX_VOCAB} tokens are needed, not {num_rows} x {vocab_size}"
         )
+    if num_rows * vocab_size >= 1 << 31:
+        raise ValueError(f"sample_batch: {num_rows} x {vocab_size} logits are more than 2^31 - 1")
     problem = f"a batch of {num_rows} rows of {vocab_size}"
     (position,) = checked("sample_batch", problem, position=(sequences.position, 1, "int32"))
     slots, seen_words = position.size, -(-vocab_size // 32)

@@ -35,6 +35,7 @@ from bitnet_numba.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKENS, Sampli
 
 THREADS = 1024
 WORDS = MAX_VOCAB // 32  # 32 KB of shared memory
+LOADS = 8  # of a thread in flight
 
 # Settings, float64, and lists of a slot. Lists: biased tokens by rising ids, then those that end an answer.
 PRESENCE, FREQUENCY, PROMPT_LENGTH, MIN_LENGTH, NUM_BIASED, NUM_ENDS = range(6)
@@ -54,12 +55,12 @@ class EditArrays:
 def pack_edits(params: SamplingParams, prompt_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A slot's part of `EditArrays`."""
     listed, biases = np.zeros(MAX_LISTED, np.int32), np.zeros(MAX_LOGIT_BIAS, np.float32)
-    pairs, ends = tuple(params.logit_bias or ()), tuple(params.stop_token_ids or ())  # type: ignore[arg-type]
-    for i, (token, bias) in enumerate(pairs):
-        listed[i], biases[i] = token, bias
-    listed[MAX_LOGIT_BIAS : MAX_LOGIT_BIAS + len(ends)] = ends
+    num_biased, num_ends = len(params.biases), len(params.ends)
+    listed[:num_biased] = [token for token, _ in params.biases]
+    biases[:num_biased] = [bias for _, bias in params.biases]
+    listed[MAX_LOGIT_BIAS : MAX_LOGIT_BIAS + num_ends] = params.ends
     min_length = prompt_length + params.min_tokens
-    values = (params.presence_penalty, params.frequency_penalty, prompt_length, min_length, len(pairs), len(ends))
+    values = (params.presence_penalty, params.frequency_penalty, prompt_length, min_length, num_biased, num_ends)
     return np.array(values, np.float64), listed, biases
 
 
@@ -84,6 +85,7 @@ def make_edit_logits(arch: int, threads: int = THREADS) -> Callable[..., None]:
 
     def edit_logits(logits, vocab_size, slot_positions, tokens, tokens_stride, settings, listed, biases, edited):
         seen_s = cuda.shared.array(WORDS, int32)
+        x_r = cuda.local.array(LOADS, float32)
         tid = int32(cuda.threadIdx.x)
         row = int32(cuda.blockIdx.x)
         wait()
@@ -103,8 +105,14 @@ def make_edit_logits(arch: int, threads: int = THREADS) -> Callable[..., None]:
         listed_rd, biases_rd = int64(slot) * MAX_LISTED, int64(slot) * MAX_LOGIT_BIAS
 
         # 1. The copy.
-        for token in range(tid, vocab_size, threads):
-            edited[x_rd + token] = logits[x_rd + token]
+        for first in range(tid, vocab_size, threads * LOADS):
+            for u in range(LOADS):
+                token = int32(first + u * threads)
+                x_r[u] = logits[x_rd + token] if token < vocab_size else float32(0)
+            for u in range(LOADS):
+                token = int32(first + u * threads)
+                if token < vocab_size:
+                    edited[x_rd + token] = x_r[u]
         if count > 0 or num_biased > 0:
             for word in range(tid, (vocab_size + 31) // 32, threads):
                 seen_s[word] = int32(0)

@@ -31,6 +31,7 @@ from bitnet_numba.sampling_params import MAX_LOGPROBS
 THREADS = 1024
 RECORD = 1 + MAX_LOGPROBS
 MAX_LISTED = MAX_LOGPROBS * (MAX_VOCAB // THREADS)  # 40 KB of shared memory
+LOADS = 8  # of a thread in flight
 NONE = -1  # in place of how many of the most likely tokens are wanted: no record
 
 
@@ -44,6 +45,7 @@ def make_logprobs(arch: int, threads: int = THREADS) -> Callable[..., None]:
         keys_s = ptx.pointer(cuda.shared.array(WARPS, int64))
         sums_s = ptx.pointer(cuda.shared.array(WARPS, float32))
         length_s = cuda.shared.array(1, int32)
+        x_r = cuda.local.array(LOADS, float32)
         tid = int32(cuda.threadIdx.x)
         warp, lane = int32(tid // WARP), int32(tid % WARP)
         row = int32(cuda.blockIdx.x)
@@ -60,10 +62,14 @@ def make_logprobs(arch: int, threads: int = THREADS) -> Callable[..., None]:
 
         # 1. The largest.
         top, top_id = LOWEST, int32(vocab_size)
-        for token in range(tid, vocab_size, threads):
-            x = logits[x_rd + token]
-            if x > top or top_id == vocab_size:
-                top, top_id = x, int32(token)
+        for first in range(tid, vocab_size, threads * LOADS):
+            for u in range(LOADS):
+                token = int32(first + u * threads)
+                x_r[u] = logits[x_rd + token] if token < vocab_size else LOWEST
+            for u in range(LOADS):
+                token = int32(first + u * threads)
+                if token < vocab_size and (x_r[u] > top or top_id == vocab_size):
+                    top, top_id = x_r[u], token
         own = parts.key_of(top, top_id) if top_id < vocab_size else int64(0)
         best = parts.block_best(own, keys_s, warp, lane, WARPS)
         largest = parts.unordered(uint32(best >> ID_BITS))
@@ -81,14 +87,19 @@ def make_logprobs(arch: int, threads: int = THREADS) -> Callable[..., None]:
 
         # 2. The sum, and the list.
         total = float32(0)
-        for token in range(tid, vocab_size, threads):
-            x = logits[x_rd + token]
-            total = float32(total + float32(math.exp(ptx.add_rn(x, -largest))))
-            key = parts.key_of(x, int32(token))
-            if k > 0 and key >= least:
-                wr = cuda.atomic.add(length_s, 0, int32(1))
-                if wr < MAX_LISTED:
-                    listed_s[wr] = key
+        for first in range(tid, vocab_size, threads * LOADS):
+            for u in range(LOADS):
+                token = int32(first + u * threads)
+                x_r[u] = logits[x_rd + token] if token < vocab_size else LOWEST
+            for u in range(LOADS):
+                token = int32(first + u * threads)
+                if token < vocab_size:
+                    total = float32(total + float32(math.exp(ptx.add_rn(x_r[u], -largest))))
+                    key = parts.key_of(x_r[u], token)
+                    if k > 0 and key >= least:
+                        wr = cuda.atomic.add(length_s, 0, int32(1))
+                        if wr < MAX_LISTED:
+                            listed_s[wr] = key
         total = ptx.warp_sum(total)
         if lane == 0:
             sums_s[warp] = total

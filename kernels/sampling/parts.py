@@ -97,6 +97,15 @@ def token_of(key):
 
 
 @device_function
+def best_of_warps(keys_s, lane, warps):
+    """What `block_best` returned, from what it left in shared memory."""
+    key = keys_s[lane] if lane < warps else int64(0)
+    for step in range(5):
+        key = max(key, ptx.shuffle_xor(key, 1 << step))
+    return key
+
+
+@device_function
 def block_best(key, keys_s, warp, lane, warps):
     """The largest key of a block's threads, in every thread. keys_s: shared int64 [warps]."""
     for step in range(5):
@@ -104,10 +113,7 @@ def block_best(key, keys_s, warp, lane, warps):
     if lane == 0:
         keys_s[warp] = key
     cuda.syncthreads()
-    key = keys_s[lane] if lane < warps else int64(0)
-    for step in range(5):
-        key = max(key, ptx.shuffle_xor(key, 1 << step))
-    return key
+    return best_of_warps(keys_s, lane, warps)
 
 
 # ---- Cuts -----------------------------------------------------------------------------------------------------------

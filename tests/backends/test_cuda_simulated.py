@@ -201,6 +201,14 @@ def test_simulated_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
             batch.step([0])
             assert batch.collect() == [(0, second)]
         batch.close()
+    batch = backend.new_batch(1, 130)
+    batch.start(0, [5], params, [2], 0)
+    batch.extend(0, [0])
+    batch.extend(0, [1])
+    assert batch._state.block_table.read().tolist()[:3] == [2, 0, 1]
+    with pytest.raises(ValueError, match="slot 0 has 3 pages: 1 more are beyond its capacity"):
+        batch.extend(0, [3])
+    batch.close()
     together, alone = tokens
     assert [results[1] for results in together] == [(1, results[0][1]) for results in alone]
 

@@ -117,6 +117,8 @@ SCHEDULER = {
     "max_sequences": [*COUNTS, HUGE, LONG],
     "tokens": [*COUNTS, HUGE, LONG],
     "prefill_chunk": [*COUNTS, None],
+    "max_waiting": COUNTS,
+    "max_per_tenant": COUNTS,
 }
 BATCH = {
     "prompts": [

@@ -1,9 +1,10 @@
 """Sequences take pages as they need them, and lose them to those before them: their answers stay what they were."""
 
+import dataclasses
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitnet_numba.engine.batch_runner import BatchRunner
@@ -61,6 +62,7 @@ def check(llm: Engine, backend: ToyBackend, scheduler: Scheduler, asked: list[di
             want.text, want.token_ids, want.finish_reason,
         )  # fmt: skip
         assert completion.stats.generated_tokens == want.stats.generated_tokens
+        assert (completion.logprobs, completion.prompt_logprobs) == (want.logprobs, want.prompt_logprobs)
     batch, runner = backend.batches[0], scheduler._runner
     assert (scheduler.running, scheduler.waiting) == (0, 0)
     assert runner.pool.free == batch.num_pages and runner.free_slots == batch.max_sequences
@@ -73,10 +75,22 @@ prompts = st.builds(
 )
 
 
+all_params = st.builds(
+    dataclasses.replace,
+    sampling,
+    presence_penalty=st.sampled_from([0.0, 1.5]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, 0.7]),
+    min_tokens=st.integers(0, 1),
+    logprobs=st.sampled_from([None, None, 2]),
+    prompt_logprobs=st.sampled_from([None, None, None, 1]),
+)
+
+
 @pytest.mark.parametrize("uniform", [True, False])
+@settings(max_examples=25)
 @given(
     asked=st.lists(
-        st.fixed_dictionaries({"prompt": prompts, "params": sampling, "max_new_tokens": st.integers(1, 40)}),
+        st.fixed_dictionaries({"prompt": prompts, "params": all_params, "max_new_tokens": st.integers(1, 40)}),
         min_size=2,
         max_size=8,
     ),

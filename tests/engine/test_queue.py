@@ -1,6 +1,7 @@
 """Waiting: how many may, for how long, in which order, and what wakes whoever runs the scheduler."""
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitnet_numba.engine import request_queue
+from bitnet_numba.engine import scheduler as scheduler_module
 from bitnet_numba.engine.deadlines import Deadlines
 from bitnet_numba.engine.queue_options import QueueOptions
 from bitnet_numba.engine.request import Request
 from bitnet_numba.engine.scheduler import Scheduler
-from bitnet_numba.engine.sequence import Sequence, Update
+from bitnet_numba.engine.sequence import Sequence as Scheduled
+from bitnet_numba.engine.sequence import Update
 from bitnet_numba.engine.waiting_queue import WaitingQueue
 from bitnet_numba.errors import QueueFull, QueueTimeout, RequestError, SchedulerClosed
 from bitnet_numba.sampling import SamplingParams
@@ -43,8 +46,8 @@ def run(scheduler: Scheduler) -> list[Update]:
     return updates
 
 
-def sequence(number: int, **options: Any) -> Sequence:
-    return Sequence(number, Request([1], SamplingParams(seed=0), ()), QueueOptions(**options), 5)
+def sequence(number: int, **options: Any) -> Scheduled:
+    return Scheduled(number, Request([1], SamplingParams(seed=0), ()), QueueOptions(**options), 5)
 
 
 def test_a_full_queue_refuses() -> None:
@@ -179,6 +182,26 @@ def test_closing_wakes_and_answers() -> None:
     thread.join(60)
     assert not thread.is_alive() and scheduler.closed
     assert [update.request for update in updates if isinstance(update.error, SchedulerClosed)] == [0, 1]
+
+
+def test_a_request_cancelled_amid_a_round_frees_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest of a long round goes to others: here, while another prompt is computed."""
+    llm, backend = toy_engine(tokens_of("a"), context=256)
+    monkeypatch.setattr(scheduler_module, "CALL_TOKENS", 40)
+    scheduler = llm.scheduler(max_sequences=1, prefill_chunk=80)
+    batch = backend.batches[0]
+    for i in range(2):
+        scheduler.add([i] * 60, max_new_tokens=3)
+    prefill = batch.prefill
+
+    def prefill_and_cancel(parts: Sequence[tuple[int, int]]) -> None:
+        prefill(parts)
+        scheduler.cancel(0)
+
+    monkeypatch.setattr(batch, "prefill", prefill_and_cancel)
+    updates = scheduler.step()
+    assert [(update.request, update.completion is not None) for update in updates] == [(0, True)]
+    assert batch.started == [[0] * 60, [1] * 60] and batch.prefilled == [40, 40]
 
 
 @pytest.mark.parametrize(

@@ -262,6 +262,31 @@ def test_a_common_beginning_is_computed_once() -> None:
     assert run(scheduler)[-1].completion.stats.reused_tokens == 28  # type: ignore[union-attr]
 
 
+def test_a_second_turn_finds_all_that_the_first_computed() -> None:
+    llm, backend = engine()
+    scheduler = llm.scheduler(max_sequences=2)
+    scheduler.add(BEGINNING[:9], SamplingParams(0.9, seed=1), max_new_tokens=20)
+    first = run(scheduler)[-1].completion
+    assert first is not None and len(first.token_ids) == 20
+    turn = [*BEGINNING[:9], *first.token_ids, 7, 8]
+    scheduler.add(turn, max_new_tokens=5)
+    second = run(scheduler)[-1].completion
+    assert second is not None and second.stats.reused_tokens == 28  # all full pages of 4; the last token is not fed
+    assert same_answer(second, alone(llm, {"prompt": turn, "max_new_tokens": 5}))
+
+
+def test_tenants_with_different_salts_share_nothing() -> None:
+    llm, backend = engine(tokens_of("a"))
+    scheduler = llm.scheduler(max_sequences=4)
+    reused = {}
+    for salt in ("", "x", "y", "x", ""):
+        number = scheduler.add(BEGINNING, max_new_tokens=3, cache_salt=salt)
+        completion = run(scheduler)[-1].completion
+        assert completion is not None
+        reused[number] = completion.stats.reused_tokens
+    assert list(reused.values()) == [0, 0, 0, 28, 28]
+
+
 # What goes wrong
 
 

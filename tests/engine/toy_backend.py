@@ -119,11 +119,12 @@ class ToyContext:
         assert self.last is not None
         return self.last
 
-    def score(self, ids: Sequence[int], top: int) -> list[TokenLogprob]:
+    def score(self, ids: Sequence[int], top: int, first: int = 1) -> list[TokenLogprob]:
+        assert 1 <= first < len(ids)
         start = len(self.ids)
         self.backend.prefilled.append(len(ids) - 1)
         self.feed(ids[:-1])
-        return self.backend.score([*self.ids, ids[-1]], start + 1, top)
+        return self.backend.score([*self.ids, ids[-1]], start + first, top)
 
     def close(self) -> None:
         self.backend.open_contexts -= 1

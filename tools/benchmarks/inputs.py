@@ -1,14 +1,17 @@
 """Random models, weights and prompts to measure with, for every backend."""
 
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 
 from bitnet_numba.checkpoint.packed import FORMAT, EmbeddingDtype, packed_plan
 from bitnet_numba.checkpoint.safetensors_file import write_tensors
 from bitnet_numba.config import ModelConfig
+from bitnet_numba.text.tiktoken import byte_alphabet
 from tools.make_checkpoint import PRESETS, QUANTIZATION
 
 
@@ -22,6 +25,19 @@ def random_words(count: int, seed: int = 0) -> np.ndarray:
 def random_ids(vocab_size: int, count: int, seed: int) -> list[int]:
     """Tokens of a prompt."""
     return np.random.default_rng(seed).integers(0, vocab_size, count).tolist()
+
+
+def write_random_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A byte-level tokenizer whose tokens are words of random letters, as long as those of real ones."""
+    letters, rng = "abcdefghijklmnopqrstuvwxyz", random.Random(8)
+    words = dict.fromkeys(byte_alphabet())
+    while len(words) < vocab_size:
+        # Half of them begin with a space.
+        words[rng.choice(("", "\u0120")) + "".join(rng.choices(letters, k=rng.randint(3, 7)))] = None
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({word: i for i, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def write_random_packed(folder: Path, head: EmbeddingDtype) -> None:

@@ -97,6 +97,22 @@ def cpu_tables(cpu: dict[str, Any]) -> list[str]:
     return lines
 
 
+def engine_tables(engine: dict[str, Any]) -> list[str]:
+    """Answers end to end, and the rounds of a scheduler."""
+    env, stalls = engine["environment"], engine["stalls"]
+    lines = [f"{env['device']}, Python {env['python']}; commit {env['commit']}.", "", "## Answers end to end"]
+    lines += ["", "The first run of the process, and the best of those after it; what of one core the host took; and "
+              "what part of the time the device was at work:"]  # fmt: skip
+    lines += head_of("", "first, s", "s", "tokens/s", "core", "device")
+    for r in engine["rows"]:
+        device = f"{r['device_s'] / r['s']:.0%}" if r["device_s"] else "---"
+        figures = [f"{r['first_s']:.3f}", f"{r['s']:.3f}", f"{r['tokens/s']:.0f}"]
+        lines.append(row(r["case"], *figures, f"{r['host_share']:.0%}", device))
+    lines += ["", f"Rounds while prompts of any length come in: {stalls['median_ms']:.2f} ms, the longest of "
+              f"{stalls['rounds']} {stalls['longest_ms']:.2f}."]  # fmt: skip
+    return lines
+
+
 def load_text(load: list[float | None]) -> str:
     """The load average before and after."""
     if None in load:
@@ -107,6 +123,7 @@ def load_text(load: list[float | None]) -> str:
 def table(figures: dict[str, Any]) -> str:
     """The Markdown of a run."""
     lines = cpu_tables(figures["cpu"]) if "cpu" in figures else []
+    lines += engine_tables(figures["engine"]) if "engine" in figures else []
     if "environment" in figures:
         env = figures["environment"]
         versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())

@@ -1,12 +1,14 @@
 """Many sequences that decode together on the GPU, behind the engine's interface (see `backends.protocol.Batch`)."""
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from bitnet_numba.backends.cuda.batch_memory import BatchMemory
-from bitnet_numba.backends.cuda.context import refuse_extras
+from bitnet_numba.backends.cuda.extras import NOTHING, Asked, asked_by
+from bitnet_numba.backends.cuda.forward import MAX_TOKENS
 from bitnet_numba.backends.cuda.prompts import PromptPart
 from bitnet_numba.backends.cuda.state import padded_size
 from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE
@@ -15,6 +17,24 @@ from bitnet_numba.kernels.attention.kv_cache import PAGE
 from bitnet_numba.kernels.sampling.parts import SETTINGS, pack_settings
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.sampling_params import SamplingParams
+
+
+class _ScoredPrompt:
+    """A prompt whose log probabilities are wanted: what there is of them."""
+
+    def __init__(self, ids: Sequence[int], top: int):
+        self._ids, self._top = ids, top
+        self.logprobs: list[TokenLogprob] = []
+        self.failed = False  # a logit was not finite
+
+    def add(self, memory: BatchMemory, slot: int, start: int, count: int) -> None:
+        """Adds those of the tokens after `count` tokens from `start` on, which are the rows of the pass just
+        enqueued."""
+        runtime, tokens = memory.runtime, self._ids[start + 1 : start + 1 + count]
+        try:
+            self.logprobs += memory.scorer().score(runtime.stream, runtime.uploads.write, slot, 0, tokens, self._top)
+        except ValueError:
+            self.failed = True
 
 
 class CudaBatch:
@@ -38,6 +58,10 @@ class CudaBatch:
         self._splits: list[int] = []  # CTAs of each sequence of the last step
         self._num_blocks = 0  # of them together, as captured
         self._pending: deque[tuple[int, list[int]]] = deque()  # which event, and the slots of its results
+        self._params: dict[int, SamplingParams] = {}  # of each slot's sequence
+        self._asking: set[int] = set()  # slots whose sequences ask for more (see `extras`)
+        self._scored: dict[int, _ScoredPrompt] = {}  # prompts whose log probabilities are wanted, by slot
+        self._collected: tuple[int, list[tuple[int, int]]] = 0, []  # the first place and the results of the last call
         self._num_calls = 0  # with results
 
     def start(
@@ -50,7 +74,6 @@ class CudaBatch:
         prompt_length: int | None = None,
     ) -> None:
         """A new sequence takes a slot."""
-        refuse_extras(params)
         fits = len(ids) <= len(pages) * PAGE and len(pages) <= self._state.block_table_stride
         if not 0 <= computed < len(ids) <= self.capacity or not fits:
             raise ValueError(f"{len(ids)} tokens, {computed} of them computed, do not fit {len(pages)} pages")
@@ -62,6 +85,16 @@ class CudaBatch:
         write(state.settings, pack_settings(params), slot * SETTINGS)
         write(state.position, [computed], slot)
         self._num_fed[slot], self._num_given[slot], self._num_pages[slot] = computed, len(ids), len(pages)
+        self._params[slot] = params
+        self._asking.discard(slot)
+        if any(asked_by([params])):
+            self._asking.add(slot)
+        if self._memory.steps.extras is not None or slot in self._asking:
+            # Of a sequence that asks for nothing, too: others of its steps may.
+            self._memory.extras().set_slot(write, slot, params, len(ids) if prompt_length is None else prompt_length)
+        self._scored.pop(slot, None)
+        if params.prompt_logprobs is not None:
+            self._scored[slot] = _ScoredPrompt(ids, params.prompt_logprobs)
 
     def extend(self, slot: int, pages: Sequence[int]) -> None:
         """Adds pages to a slot's row of the block table, for calls that are enqueued from now on."""
@@ -78,17 +111,27 @@ class CudaBatch:
             if not 1 <= count <= self._num_given[slot] - self._num_fed[slot]:
                 raise ValueError(f"{count} tokens are more than slot {slot}'s prompt still has")
         self._runtime.device.activate()
-        passes = self._memory.prefill.feed([PromptPart(slot, int(self._num_fed[slot]), count) for slot, count in parts])
-        for slot, count in parts:
-            self._num_fed[slot] += count
         completed: list[int] = []
-        for ends in passes:
-            rows = {parts[i][0]: row for i, row in ends if self._complete(parts[i][0])}
-            if rows:
-                self._choose(list(rows.values()), len(completed))
-                completed += rows
+        for _, together in itertools.groupby(parts, lambda part: part if part[0] in self._scored else None):
+            self._feed(list(together), completed)
         if completed:
             self._expect(completed)
+
+    def _feed(self, parts: Sequence[tuple[int, int]], completed: list[int]) -> None:
+        """Enqueues the passes of some parts; adds the slots whose first tokens are sampled to `completed`."""
+        feed = [PromptPart(slot, int(self._num_fed[slot]), count) for slot, count in parts]
+        for slot, count in parts:
+            self._num_fed[slot] += count
+        slot, start, left = feed[0]
+        for ends in self._memory.prefill.feed(feed):
+            if slot in self._scored:  # which is fed alone
+                count = min(left, MAX_TOKENS)
+                self._scored[slot].add(self._memory, slot, start, count)
+                start, left = start + count, left - count
+            rows = {parts[i][0]: row for i, row in ends if self._complete(parts[i][0])}
+            if rows:
+                self._choose(list(rows), list(rows.values()), len(completed))
+                completed += rows
 
     def step(self, slots: Sequence[int]) -> None:
         """Feeds each sequence its last token and samples the next."""
@@ -110,8 +153,9 @@ class CudaBatch:
             work_list = paged_decode.work_entries(splits)
             self._splits, self._num_blocks = splits, padded_size(len(work_list), num_tokens)
             write(self._memory.steps.work_list, work_list + [-1] * (self._num_blocks - len(work_list)))
-        self._memory.step_graph(num_tokens, self._num_blocks).replay(self._runtime.stream)
-        self._download(len(slots), 0)
+        asked = self._asked(slots)
+        self._memory.step_graph(num_tokens, self._num_blocks, asked).replay(self._runtime.stream)
+        self._download(len(slots), 0, asked)
         self._expect(list(slots))
 
     def collect(self) -> list[tuple[int, int]]:
@@ -122,15 +166,23 @@ class CudaBatch:
         start = place * self._state.slots
         entries = self._memory.results.host[start : start + len(slots)] & 0xFFFFFFFF
         tokens = np.where(entries >> 31, NO_TOKEN, entries).tolist()
-        return list(zip(slots, tokens, strict=True))
+        if self._scored:
+            failed = [slot in self._scored and self._scored[slot].failed for slot in slots]
+            tokens = [NO_TOKEN if bad else token for token, bad in zip(tokens, failed, strict=True)]
+        results = list(zip(slots, tokens, strict=True))
+        self._collected = start, results
+        return results
 
     def logprobs(self) -> list[TokenLogprob | None]:
-        """Refused at the start."""
-        raise NotImplementedError
+        """Of the tokens that the last `collect` returned."""
+        first, results = self._collected
+        wanted = [None if token == NO_TOKEN else self._params[slot].logprobs for slot, token in results]
+        assert self._memory.records is not None
+        return self._memory.records.read(first, [token for _, token in results], wanted)
 
     def prompt_logprobs(self, slot: int) -> list[TokenLogprob]:
-        """Refused at the start."""
-        raise NotImplementedError
+        """Of all tokens of a prompt but the first."""
+        return self._scored[slot].logprobs
 
     def failure(self, slot: int) -> str:
         """Why a sequence got NO_TOKEN: nothing else makes the sampler return it."""
@@ -143,26 +195,35 @@ class CudaBatch:
         self._pending.clear()
         self._on_close(self._memory)
 
+    def _asked(self, slots: Sequence[int]) -> Asked:
+        """What sequences ask for beside their tokens."""
+        asking = self._asking.intersection(slots)
+        return asked_by(self._params[slot] for slot in asking) if asking else NOTHING
+
     def _complete(self, slot: int) -> bool:
         return bool(self._num_fed[slot] == self._num_given[slot])
 
-    def _choose(self, rows: list[int], before: int) -> None:
-        """Samples from rows of the pass just enqueued; before: results that this call has already."""
+    def _choose(self, slots: list[int], rows: list[int], before: int) -> None:
+        """Samples for slots, from rows of the pass just enqueued; before: results that this call has already."""
         num_tokens = padded_size(len(rows))
         self._runtime.uploads.write(self._memory.steps.last_rows, rows + [-1] * (num_tokens - len(rows)))
-        self._memory.choose_graph(num_tokens).replay(self._runtime.stream)
-        self._download(len(rows), before)
+        asked = self._asked(slots)
+        self._memory.choose_graph(num_tokens, asked).replay(self._runtime.stream)
+        self._download(len(rows), before, asked)
 
     def _place(self) -> int:
         """Which event and results the call under way takes."""
         return self._num_calls % len(self._memory.events)
 
-    def _download(self, count: int, before: int) -> None:
+    def _download(self, count: int, before: int, asked: Asked) -> None:
         """Enqueues the copy of a sampler's results to where `collect` finds them."""
         if len(self._pending) == len(self._memory.events):
             raise ValueError(f"{len(self._pending)} results wait to be collected: there is no room for more")
-        start = 8 * (self._place() * self._state.slots + before)
-        self._runtime.stream.download(self._memory.results, start, self._memory.steps.chosen.address, 8 * count)
+        first, stream = self._place() * self._state.slots + before, self._runtime.stream
+        stream.download(self._memory.results, 8 * first, self._memory.steps.chosen.address, 8 * count)
+        if asked.logprobs:
+            assert self._memory.records is not None
+            self._memory.records.download(stream, self._memory.extras(), first, count)
 
     def _expect(self, slots: list[int]) -> None:
         """Notes the results of a call, whose copies are enqueued."""

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from bitnet_numba.backends.cuda.extras import Asked, Extras, PromptScorer, Records
 from bitnet_numba.backends.cuda.prompts import Prefill
 from bitnet_numba.backends.cuda.runtime import Runtime
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size, page_bytes, pages_of
@@ -25,8 +26,10 @@ class BatchMemory:
         self.state = SequenceState(runtime.device, runtime.model.config, capacity, slots, pages)
         self.steps = BatchSteps(runtime.model, self.state)
         self.prefill = Prefill(runtime, self.state)
-        self._step_graphs: dict[tuple[int, int], Graph] = {}
-        self._choose_graphs: dict[int, Graph] = {}
+        self._step_graphs: dict[tuple[int, int, Asked], Graph] = {}
+        self._choose_graphs: dict[tuple[int, Asked], Graph] = {}
+        self._scorer: PromptScorer | None = None
+        self.records: Records | None = None  # of the results that are not collected
         max_uncollected = 2 * (slots + 1)  # calls
         self.results = PinnedArray(max_uncollected * slots, np.int64)
         self.events = [Event(timing=False) for _ in range(max_uncollected)]
@@ -40,18 +43,32 @@ class BatchMemory:
         """Whether a batch of this size can use it."""
         return slots <= self.state.slots and capacity == self.state.capacity and pages <= self.pages
 
-    def step_graph(self, num_tokens: int, num_blocks: int) -> Graph:
+    def extras(self) -> Extras:
+        """What requests that ask for more share; allocated by the first, as are `records`."""
+        if self.steps.extras is None:
+            self.records = Records(len(self.events) * self.state.slots)
+            self.steps.extras = Extras(self.runtime.model, self.state, self.steps.max_tokens)
+        return self.steps.extras
+
+    def scorer(self) -> PromptScorer:
+        """For prompts whose log probabilities are wanted; allocated by the first."""
+        if self._scorer is None:
+            self._scorer = PromptScorer(self.runtime.model, self.state)
+        return self._scorer
+
+    def step_graph(self, num_tokens: int, num_blocks: int, asked: Asked) -> Graph:
         """See `BatchSteps.decode`."""
-        key = num_tokens, num_blocks
+        key = num_tokens, num_blocks, asked
         if key not in self._step_graphs:
             self._step_graphs[key] = self.runtime.stream.capture(self.steps.decode(*key))
         return self._step_graphs[key]
 
-    def choose_graph(self, num_tokens: int) -> Graph:
+    def choose_graph(self, num_tokens: int, asked: Asked) -> Graph:
         """See `BatchSteps.choose`."""
-        if num_tokens not in self._choose_graphs:
-            self._choose_graphs[num_tokens] = self.runtime.stream.capture(self.steps.choose(num_tokens))
-        return self._choose_graphs[num_tokens]
+        key = num_tokens, asked
+        if key not in self._choose_graphs:
+            self._choose_graphs[key] = self.runtime.stream.capture(self.steps.choose(*key))
+        return self._choose_graphs[key]
 
     def close(self) -> None:
         """Frees everything; no work on it may be under way."""
@@ -61,6 +78,9 @@ class BatchMemory:
         self.steps.close()
         self.state.close()
         self.results.close()
+        for more in (self.steps.extras, self.records, self._scorer):
+            if more is not None:
+                more.close()
 
 
 def fixed_bytes(config: ModelConfig, slots: int, capacity: int) -> int:

@@ -5,27 +5,24 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_numba.backends.cuda.extras import NOTHING, Asked, Extras, PromptScorer, Records, asked_by
+from bitnet_numba.backends.cuda.forward import MAX_TOKENS
+from bitnet_numba.backends.cuda.lm_head import LMHead
 from bitnet_numba.backends.cuda.prompts import Prefill, PromptPart
 from bitnet_numba.backends.cuda.runtime import Runtime
 from bitnet_numba.backends.cuda.state import SequenceState, pages_of
-from bitnet_numba.backends.cuda.steps import DecodeSteps, LMHead
-from bitnet_numba.errors import BackendError, RequestError
+from bitnet_numba.backends.cuda.steps import DecodeSteps
+from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention.decode import LONG_CONTEXT
 from bitnet_numba.kernels.runtime.driver import Event, Graph
 from bitnet_numba.kernels.runtime.memory import PinnedArray
 from bitnet_numba.kernels.sampling.parts import pack_settings
-from bitnet_numba.sampling import TokenLogprob, token_logprobs
+from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.sampling_params import SamplingParams
 
 RING_SIZE = 64  # sampled tokens that the host may be behind
 STEPS_AHEAD = 2  # steps in flight while the host deals with a token
 MAX_SCORED = 128  # tokens whose logits are computed at a time
-
-
-def refuse_extras(params: SamplingParams) -> None:
-    """Raises RequestError for what the kernels cannot do."""
-    if params.edits_logits or params.logprobs is not None or params.prompt_logprobs is not None:
-        raise RequestError("penalties but for repetition_penalty, logit_bias, min_tokens and logprobs are not on CUDA")
 
 
 class CudaContext:
@@ -40,7 +37,9 @@ class CudaContext:
         self._ring = PinnedArray(RING_SIZE, np.int64)
         self._steps = DecodeSteps(runtime.model, runtime.decode_buffers, self._state, self._ring)
         self._prefill = Prefill(runtime, self._state)
-        self._graphs: dict[tuple[str, bool], Graph] = {}
+        self._graphs: dict[tuple[str, bool, Asked], Graph] = {}
+        self._records: Records | None = None  # of tokens, by position; see `extras`
+        self._last: tuple[int, int, int] | None = None  # position and token yielded last, and most likely ones wanted
         self._events = [Event(timing=False) for _ in range(STEPS_AHEAD + 1)]  # ends of steps under way, by position
 
     def truncate(self, length: int) -> None:
@@ -78,27 +77,31 @@ class CudaContext:
 
     def decode(self, ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
         """Appends tokens (at least one), then yields sampled tokens, one a step, until the context is full."""
-        refuse_extras(params)
         self._start(ids)
         self._state.settings.write(pack_settings(params))
+        asked = asked_by([params])
+        if any(asked):
+            self._open_extras().set_slot(self._runtime.uploads.write, 0, params, len(self.ids) + len(ids))
+        top = min(params.logprobs or 0, self._runtime.model.config.vocab_size)
         if len(ids) == 1:
-            self._replay("decode", len(self.ids))
+            self._replay("decode", len(self.ids), asked)
         else:
             write, last = self._runtime.uploads.write, len(self.ids) + len(ids) - 1
             for ends in self._prefill.feed([PromptPart(0, len(self.ids), len(ids))]):
                 for _, row in ends:
                     write(self._runtime.decode_buffers.last_row, [row])
             write(self._state.position, [last])
-            self._replay("choose", last)
+            self._replay("choose", last, asked)
         self.ids += ids
         known = launched = len(self.ids)  # tokens fed for certain; positions whose step is under way or done
         try:
             while True:
                 # The steps after this one are queued before its token is read: the device never waits for the host.
                 while launched < min(self.capacity, known + STEPS_AHEAD):
-                    self._replay("decode", launched)
+                    self._replay("decode", launched, asked)
                     launched += 1
                 token = self._token(known)
+                self._last = known, token, top
                 yield token
                 if known == self.capacity:
                     return
@@ -112,12 +115,38 @@ class CudaContext:
                 self.ids.append(self._token(position))
 
     def logprobs(self) -> TokenLogprob:
-        """Refused by `decode`."""
-        raise NotImplementedError
+        """Of the token that `decode` has yielded last."""
+        assert self._records is not None and self._last is not None
+        position, token, top = self._last
+        (found,) = self._records.read(position % RING_SIZE, [token], [top])
+        assert found is not None
+        return found
 
-    def score(self, ids: Sequence[int], top: int) -> list[TokenLogprob]:
-        """Appends all tokens but the last, and returns log probabilities of each but the first."""
-        return token_logprobs(self.logits(ids[:-1]), ids[1:], top)
+    def score(self, ids: Sequence[int], top: int, first: int = 1) -> list[TokenLogprob]:
+        """Appends all tokens but the last, and returns log probabilities of ids[first:]."""
+        fed = ids[:-1]
+        self._start(fed)
+        self._state.tokens.write(np.asarray(ids[-1:], np.int32), len(self.ids) + len(fed))
+        runtime, result, start = self._runtime, list[TokenLogprob](), 0
+        scorer = PromptScorer(runtime.model, self._state)
+        try:
+            for _ in self._prefill.feed([PromptPart(0, len(self.ids), len(fed))]):
+                count = min(len(fed) - start, MAX_TOKENS)
+                skipped = min(max(0, first - 1 - start), count)
+                tokens = ids[start + skipped + 1 : start + count + 1]
+                result += scorer.score(runtime.stream, runtime.uploads.write, 0, skipped, tokens, top)
+                start += count
+        finally:
+            runtime.stream.synchronize()
+            scorer.close()
+        self.ids += fed
+        return result
+
+    def _open_extras(self) -> Extras:
+        if self._steps.extras is None:
+            self._records = Records(RING_SIZE)
+            self._steps.extras = Extras(self._runtime.model, self._state, 1, self._records)
+        return self._steps.extras
 
     def close(self) -> None:
         """Frees the cache and the captured steps."""
@@ -128,6 +157,9 @@ class CudaContext:
         self._prefill.close()
         self._state.close()
         self._ring.close()
+        for more in (self._steps.extras, self._records):
+            if more is not None:
+                more.close()
         self._on_close(pages_of(self.capacity))
 
     def _start(self, ids: Sequence[int]) -> None:
@@ -139,11 +171,14 @@ class CudaContext:
         self._ring.host[:] = -1  # an earlier answer's entries may be for the same positions
         self._state.position.write(np.array([len(self.ids)], np.int32))
 
-    def _replay(self, kind: str, position: int) -> None:
+    def _replay(self, kind: str, position: int, asked: Asked = NOTHING) -> None:
         """Enqueues the step of a kind (a method of DecodeSteps) whose last token fed is at a position."""
-        key = kind, position >= LONG_CONTEXT
+        key = kind, position >= LONG_CONTEXT, asked
         if key not in self._graphs:
-            self._graphs[key] = self._runtime.stream.capture(getattr(self._steps, kind)(key[1]))
+            launches = getattr(self._steps, kind)
+            self._graphs[key] = self._runtime.stream.capture(
+                launches(key[1], asked) if any(asked) else launches(key[1])
+            )
         self._graphs[key].replay(self._runtime.stream)
         self._events[(position + 1) % len(self._events)].record(self._runtime.stream)
 

@@ -43,7 +43,10 @@ class SequenceState:
         self.seen_stride = -(-config.vocab_size // 32)
         self.cache = device.zeros(2 * config.num_layers * self.layer_words, np.int32)  # [layers, 2, layer_words]
         self.tokens = device.zeros(slots * self.tokens_stride, np.int32)
-        self.position = device.zeros(slots, np.int32)
+        self._positions = device.zeros(1 + slots, np.int32)
+        self.position = DeviceView(self._positions.address + 4, slots, np.int32)
+        # Of one slot: as the kernels for many sequences take it, slot 0 and its position.
+        self.slot_position = DeviceView(self._positions.address, 2, np.int32)
         self.seen = device.zeros(slots * self.seen_stride, np.int32)
         self.settings = device.zeros(slots * parts.SETTINGS, np.float64)
         self.block_table = device.array(np.arange(slots * self.block_table_stride, dtype=np.int32))
@@ -74,7 +77,7 @@ class SequenceState:
     def close(self) -> None:
         """Frees the memory."""
         for array in (
-            self.cache, self.tokens, self.position, self.seen, self.settings, self.block_table, self.slot_ids,
+            self.cache, self.tokens, self._positions, self.seen, self.settings, self.block_table, self.slot_ids,
             self.rope.cos, self.rope.sin,
         ):  # fmt: skip
             array.close()

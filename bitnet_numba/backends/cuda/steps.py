@@ -5,40 +5,19 @@ None of this needs a device to be built, so that a dry run can ask for every lau
 
 import numpy as np
 
+from bitnet_numba.backends.cuda.extras import NOTHING, Asked, Extras
 from bitnet_numba.backends.cuda.forward import BatchPass, CudaModel, DecodePass, SharedContexts
+from bitnet_numba.backends.cuda.lm_head import LMHead
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size, pages_of
 from bitnet_numba.kernels import embedding
 from bitnet_numba.kernels.attention.decode import DecodeScratch
 from bitnet_numba.kernels.attention.kv_cache import PAGE
 from bitnet_numba.kernels.attention.paged_decode import PagedScratch, max_splits_of
-from bitnet_numba.kernels.lm_head.gemm import lm_head_gemm, split_words
 from bitnet_numba.kernels.lm_head.gemv import lm_head_gemv
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import DeviceArray, PinnedArray
 from bitnet_numba.kernels.sampling.batched import sample_batch
 from bitnet_numba.kernels.sampling.single import SamplerScratch, sample
-
-
-class LMHead:
-    """Final norm and logits of several tokens, always by the same kernel, so that a token's logits are the same bits
-    for every number of tokens."""
-
-    def __init__(self, model: CudaModel, max_tokens: int):
-        self._model = model
-        self._split = model.device.empty(split_words(model.device, model.weights.lm_head, max_tokens), np.int32)
-        self.logits = model.device.empty(max_tokens * model.config.vocab_size, np.float32)  # [max_tokens, vocabulary]
-
-    def launches(self, num_tokens: int, h: DeviceArray) -> list[Launch]:
-        """Of the first `num_tokens` rows of h, float32 [at least num_tokens, hidden]."""
-        model = self._model
-        return lm_head_gemm(
-            model.device, model.weights.lm_head, h, model.weights.final_norm, self._split, self.logits, num_tokens
-        )
-
-    def close(self) -> None:
-        """Frees the memory."""
-        self._split.close()
-        self.logits.close()
 
 
 class DecodeBuffers:
@@ -62,23 +41,24 @@ class DecodeSteps:
     def __init__(self, model: CudaModel, buffers: DecodeBuffers, state: SequenceState, ring: DeviceArray | PinnedArray):
         """ring: where the sampler tells the host which tokens it chose (see `sampling.single`)."""
         self._model, self._buffers, self._state, self._ring = model, buffers, state, ring
+        self.extras: Extras | None = None  # of requests that ask for more; set before the first of them
 
     def score(self, long: bool) -> list[Launch]:
         """Feeds a token and computes its logits."""
         return [*self.forward(long), self.lm_head(), embedding.advance(self._model.device, self._state.position)]
 
-    def decode(self, long: bool) -> list[Launch]:
-        """Feeds a token and samples the next."""
-        return [*self.forward(long), self.lm_head(), self.sampler()]
+    def decode(self, long: bool, asked: Asked = NOTHING) -> list[Launch]:
+        """Feeds a token and samples the next; asked: of what `extras` adds."""
+        return [*self.forward(long), self.lm_head(), *self.sampler(asked)]
 
-    def choose(self, long: bool) -> list[Launch]:
+    def choose(self, long: bool, asked: Asked = NOTHING) -> list[Launch]:
         """Samples the token after a prompt, from row `last_row` of the pass before."""
         model, buffers, b = self._model, self._buffers, self._model.buffers
         last = embedding.gather_last(
             model.device, buffers.last_row, b.h, b.slot_positions, model.token_buffers.h, buffers.last_slot_position,
             1, model.config.hidden_size,
         )  # fmt: skip
-        return [last, self.lm_head(), self.sampler()]
+        return [last, self.lm_head(), *self.sampler(asked)]
 
     def forward(self, long: bool) -> list[Launch]:
         """The forward pass of a token."""
@@ -91,12 +71,17 @@ class DecodeSteps:
             model.device, model.weights.lm_head, model.token_buffers.h, model.weights.final_norm, self._buffers.logits
         )
 
-    def sampler(self) -> Launch:
+    def sampler(self, asked: Asked) -> list[Launch]:
         """Samples from the logits."""
-        model, buffers = self._model, self._buffers
-        return sample(
-            model.device, buffers.logits, model.config.vocab_size, self._state.arrays, buffers.sampler, self._ring
-        )
+        model, buffers, state = self._model, self._buffers, self._state
+
+        def sample_from(logits: DeviceArray) -> Launch:
+            return sample(model.device, logits, model.config.vocab_size, state.arrays, buffers.sampler, self._ring)
+
+        if self.extras is None:
+            return [sample_from(buffers.logits)]
+        # The sampler moves the state's position on, which is then the chosen token's.
+        return self.extras.around(sample_from, asked, buffers.logits, state.slot_position, ahead=0, num_rows=1)
 
 
 class BatchSteps:
@@ -115,16 +100,18 @@ class BatchSteps:
         self._last = device.empty(self.max_tokens * config.hidden_size, np.float32)
         self._last_slot_positions = device.empty(2 * self.max_tokens, np.int32)
         self.chosen = device.empty(self.max_tokens, np.int64)
+        self.extras: Extras | None = None  # of requests that ask for more; set before the first of them
 
-    def decode(self, num_tokens: int, num_blocks: int) -> list[Launch]:
-        """Feeds a token of each sequence and samples the next; num_blocks: entries of the work list."""
+    def decode(self, num_tokens: int, num_blocks: int, asked: Asked = NOTHING) -> list[Launch]:
+        """Feeds a token of each sequence and samples the next; num_blocks: entries of the work list; asked: of what
+        `extras` adds."""
         buffers = self._model.buffers
         contexts = SharedContexts(self.work_list, num_blocks, self._scratch)
         forward = BatchPass(self._model, self._state, num_tokens, contexts).launches()
         head = self._lm_head.launches(num_tokens, buffers.h)
-        return [*forward, *head, self._sampler(num_tokens, buffers.slot_positions)]
+        return [*forward, *head, *self._sampler(num_tokens, buffers.slot_positions, asked)]
 
-    def choose(self, num_tokens: int) -> list[Launch]:
+    def choose(self, num_tokens: int, asked: Asked = NOTHING) -> list[Launch]:
         """Samples the tokens after prompts that the pass before has completed, from its rows `last_rows` (-1: none)."""
         model, b = self._model, self._model.buffers
         last = embedding.gather_last(
@@ -132,14 +119,20 @@ class BatchSteps:
             model.config.hidden_size,
         )  # fmt: skip
         head = self._lm_head.launches(num_tokens, self._last)
-        return [last, *head, self._sampler(num_tokens, self._last_slot_positions)]
+        return [last, *head, *self._sampler(num_tokens, self._last_slot_positions, asked)]
 
-    def _sampler(self, num_tokens: int, slot_positions: DeviceArray) -> Launch:
-        model = self._model
-        return sample_batch(
-            model.device, self._lm_head.logits, model.config.vocab_size, self._state.arrays, slot_positions,
-            self.chosen, num_tokens,
-        )  # fmt: skip
+    def _sampler(self, num_tokens: int, slot_positions: DeviceArray, asked: Asked) -> list[Launch]:
+        model, head = self._model, self._lm_head
+
+        def sample_from(logits: DeviceArray) -> Launch:
+            return sample_batch(
+                model.device, logits, model.config.vocab_size, self._state.arrays, slot_positions, self.chosen,
+                num_tokens,
+            )  # fmt: skip
+
+        if self.extras is None:
+            return [sample_from(head.logits)]
+        return self.extras.around(sample_from, asked, head.logits, slot_positions, 1, num_tokens)
 
     def close(self) -> None:
         """Frees the memory."""

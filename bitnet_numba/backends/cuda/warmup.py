@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bitnet_numba.backends.cuda.extras import Asked, Extras
 from bitnet_numba.backends.cuda.forward import MAX_TOKENS, CudaModel, PrefillPass
 from bitnet_numba.backends.cuda.prompts import MIN_TOKENS
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size
@@ -70,8 +71,9 @@ def _dry_run_context(model: CudaModel) -> None:
     device = model.device
     state = SequenceState(device, model.config, PAGE)
     steps = DecodeSteps(model, DecodeBuffers(model), state, device.empty(1, np.int64))
+    steps.extras = Extras(model, state, 1)
     for long in (False, True):
-        steps.decode(long)
+        steps.decode(long, Asked(edits=True, logprobs=True))
         steps.score(long)
         steps.choose(long)
     for num_tokens in _powers_of_two(MIN_TOKENS, MAX_TOKENS):

@@ -1,0 +1,227 @@
+"""Edits of logits and log probabilities on CUDA: the definition's, alone and in company; nothing where nobody asks."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import bitnet_numba
+from bitnet_numba.backends.protocol import Batch
+from bitnet_numba.checkpoint.packed import PackedCheckpoint
+from bitnet_numba.kernels.runtime.device import DryRunDevice
+from bitnet_numba.sampling import TokenLogprob, edit, logit_edits, penalize, token_logprobs
+from bitnet_numba.sampling_params import SamplingParams
+from tests.backends.test_cuda import random_ids
+from tests.kernels.harness import needs_gpu, simulated
+
+PAGES = [[4, 1], [0, 3], [5, 2]]
+PLAIN = SamplingParams(0.8, seed=5)
+EDITED = SamplingParams(
+    presence_penalty=1.5,
+    frequency_penalty=-0.25,
+    logit_bias={7: 2.0, 9: -100.0},
+    repetition_penalty=1.1,
+    stop_token_ids=[1, 2, 3],
+    min_tokens=20,
+    logprobs=3,
+)
+SCORED = SamplingParams(temperature=1.0, seed=9, top_k=30, logprobs=20, prompt_logprobs=2)
+
+
+def check_answer(
+    logits: np.ndarray,
+    prompt: list[int],
+    tokens: list[int],
+    told: list[TokenLogprob | None],
+    params: SamplingParams,
+) -> None:
+    """Tokens and records are the definition's, given the logits after each token of prompt and answer.
+
+    The logits come from other kernels than those that sampled, so they differ in their last bits, and by a flip of an
+    int8 activation here and there: tolerances as for a bfloat16 path against itself.
+    """
+    ids, behind = [*prompt, *tokens], []
+    for i, token in enumerate(tokens):
+        row = logits[len(prompt) - 1 + i]
+        if params.temperature == 0:
+            before = ids[: len(prompt) + i]
+            z = penalize(edit(row, *logit_edits(params, before[len(prompt) :])), before, params.repetition_penalty)
+            behind.append((z.max() - z[token]) / row.std())
+        record = told[i]
+        assert (record is None) == (params.logprobs is None)
+        if record is not None:
+            check_records([record], row[None], [token], params.logprobs or 0)
+    assert np.mean(np.array(behind) <= 0.3) > 0.9 or not behind, behind
+
+
+def check_records(records: list[TokenLogprob], logits: np.ndarray, tokens: list[int], top: int) -> None:
+    """Records are those of the logits, float32 [tokens, vocab], as far as these are the same."""
+    for found, wanted, row in zip(records, token_logprobs(logits, tokens, top), logits, strict=True):
+        assert found.token_id == wanted.token_id and len(found.top) == top
+        values = [value for _, value in found.top]
+        assert values == sorted(values, reverse=True)
+        expected = [wanted.logprob, *(value for _, value in wanted.top)]
+        np.testing.assert_allclose([found.logprob, *values], expected, rtol=0, atol=0.2 * row.std())
+
+
+def answers(
+    batch: Batch, prompts: list[list[int]], params: list[SamplingParams], pages: list[list[int]], count: int
+) -> list[tuple[list[int], list[TokenLogprob | None], list[TokenLogprob]]]:
+    """Tokens, their records and those of the prompt, of sequences that decode together."""
+    slots = range(len(prompts))
+    for slot in slots:
+        batch.start(slot, prompts[slot], params[slot], pages[slot], 0)
+    batch.prefill([(slot, len(prompts[slot])) for slot in slots])
+    tokens: list[list[int]] = [[] for _ in slots]
+    told: list[list[TokenLogprob | None]] = [[] for _ in slots]
+    of_prompts: list[list[TokenLogprob]] = [[] for _ in slots]
+    for call in range(count):
+        if call < count - 1:
+            batch.step(list(slots))  # a step ahead of what is collected
+        results = batch.collect()
+        wanted = any(own.logprobs is not None for own in params)
+        records = batch.logprobs() if wanted else [None] * len(results)
+        for (slot, token), record in zip(results, records, strict=True):
+            tokens[slot].append(token)
+            told[slot].append(record)
+            if call == 0 and params[slot].prompt_logprobs is not None:
+                of_prompts[slot] = batch.prompt_logprobs(slot)
+    return list(zip(tokens, told, of_prompts, strict=True))
+
+
+def check_batch(backend: Any, prompts: list[list[int]], params: list[SamplingParams], count: int) -> None:
+    """Sequences that decode together, with parameters of their own."""
+    context = backend.new_context(200)
+    batch = backend.new_batch(3, 200)
+    together = answers(batch, prompts, params, PAGES, count)
+    batch.close()
+    for prompt, own, (tokens, told, of_prompt) in zip(prompts, params, together, strict=True):
+        context.truncate(0)
+        logits = context.logits([*prompt, *tokens[:-1]])
+        check_answer(logits, prompt, tokens, told, own)
+        assert (of_prompt == []) == (own.prompt_logprobs is None)
+        if of_prompt:
+            check_records(of_prompt, logits[: len(prompt) - 1], prompt[1:], 2)
+            context.truncate(0)
+            assert context.score(prompt, 2, 2) == of_prompt[1:]
+
+
+def check_context(backend: Any, prompt: list[int], each: list[SamplingParams], count: int) -> None:
+    """One sequence alone, by the kernels for one."""
+    context, other = backend.new_context(200), backend.new_context(200)
+    for params in each:
+        context.truncate(0)
+        other.truncate(0)
+        steps = context.decode(prompt, params)
+        tokens, told = [], []
+        for _ in range(count):
+            tokens.append(next(steps))
+            told.append(None if params.logprobs is None else context.logprobs())
+        steps.close()
+        check_answer(other.logits([*prompt, *tokens[:-1]]), prompt, tokens, told, params)
+
+
+@simulated
+def test_simulated_extras(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from bitnet_numba.checkpoint.convert import convert
+    from bitnet_numba.checkpoint.packed import open_packed
+    from bitnet_numba.kernels.attention import paged_decode
+    from bitnet_numba.kernels.sampling import batched, edits, logprobs
+    from tests.backends.test_cuda_simulated import CONFIG, simulated_backend
+    from tools.make_checkpoint import PRESETS, make_checkpoint
+
+    spec, config = PRESETS["tiny"]
+    make_checkpoint(tmp_path / "source", config | CONFIG, spec, seed=3)
+    convert(tmp_path / "source", tmp_path / "packed", head="bf16")
+    backend = simulated_backend(monkeypatch, open_packed(tmp_path / "packed"))
+    monkeypatch.setattr(paged_decode, "threads_for", lambda *arguments: 64)
+    for module in (batched, edits, logprobs):
+        monkeypatch.setattr(module, "spec", partial(module.spec, threads=64))
+    prompt, params = [5, 250], replace(EDITED, prompt_logprobs=2)
+    batch = backend.new_batch(1, 16)
+    ((tokens, told, of_prompt),) = answers(batch, [prompt], [params], [[0]], 2)
+    context = backend.new_context(16)
+    logits = context.logits([*prompt, tokens[0]])
+    check_answer(logits, prompt, tokens, told, params)
+    check_records(of_prompt, logits[:1], prompt[1:], 2)
+    context.truncate(2)  # and by the kernels for one sequence
+    steps = context.decode(tokens[:1], params)
+    token = next(steps)
+    check_answer(logits, [*prompt, tokens[0]], [token], [context.logprobs()], params)
+    steps.close()
+
+
+def test_nothing_is_launched_that_nobody_asks_for() -> None:
+    from bitnet_numba.backends.cuda.extras import Asked, Extras
+    from bitnet_numba.backends.cuda.forward import CudaModel
+    from bitnet_numba.backends.cuda.state import SequenceState
+    from bitnet_numba.backends.cuda.steps import BatchSteps, DecodeBuffers, DecodeSteps
+    from bitnet_numba.checkpoint.packed import open_packed
+    from bitnet_numba.engine.engine import DEMO
+
+    config, device = open_packed(DEMO).config, DryRunDevice(90, 132)
+    model = CudaModel.dry_run(config, "int8", device)
+    batch = BatchSteps(model, SequenceState(device, config, 64, 8, pages=8))
+    one = SequenceState(device, config, 64)
+    single = DecodeSteps(model, DecodeBuffers(model), one, device.empty(1, np.int64))
+    for steps, decode in ((batch, partial(batch.decode, 8, 8)), (single, partial(single.decode, False))):
+        plain = [launch.name for launch in decode()]
+        steps.extras = Extras(model, one, 8)
+        assert [launch.name for launch in decode()] == plain
+        *before, sampler = plain
+        for asked, first, last in (
+            (Asked(edits=True), ["edit_logits[1024]"], []),
+            (Asked(logprobs=True), [], ["logprobs[1024]"]),
+            (Asked(True, True), ["edit_logits[1024]"], ["logprobs[1024]"]),
+        ):
+            assert [launch.name for launch in decode(asked)] == [*before, *first, sampler, *last]
+
+
+def cuda_backend(checkpoint: PackedCheckpoint) -> Any:
+    from bitnet_numba.backends.cuda.backend import CudaBackend
+
+    return CudaBackend(checkpoint)
+
+
+@needs_gpu
+def test_batch_on_gpu(demo: PackedCheckpoint) -> None:
+    backend, prompts = cuda_backend(demo), [random_ids(demo, length, length) for length in (30, 1, 90)]
+    params = [EDITED, PLAIN, SCORED]
+    check_batch(backend, prompts, params, 40)
+    batch = backend.new_batch(3, 200)
+    together = answers(batch, prompts, params, PAGES, 40)
+    for prompt, own, found in zip(prompts, params, together, strict=True):
+        alone = backend.new_batch(1, 200)
+        assert answers(alone, [prompt], [own], [[1, 0]], 40) == [found]
+        alone.close()
+
+
+@needs_gpu
+def test_context_on_gpu(demo: PackedCheckpoint) -> None:
+    backend = cuda_backend(demo)
+    for length in (1, 40):
+        check_context(backend, random_ids(demo, length, length), [EDITED, PLAIN, SCORED], 40)
+
+
+@needs_gpu
+def test_engine_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions, schedulers and scores give what they give on the reference, but for flips."""
+    llm, reference = bitnet_numba.load(), bitnet_numba.load(backend="reference")
+    assert llm.backend == "cuda"
+    asked = {"max_new_tokens": 40, "logprobs": 5, "prompt_logprobs": 5, "presence_penalty": 0.5, "min_tokens": 10}
+    story = "This is the story of Runa, a dragon."
+    one, many = llm.generate(story, **asked), llm.generate(story, **asked, n=3)
+    want = reference.generate(story, **asked)
+    for found in (one, *many):
+        assert found.logprobs is not None and found.prompt_logprobs is not None
+        assert len(found.logprobs) == len(found.token_ids) and len(found.prompt_logprobs) == found.stats.prompt_tokens
+        assert want.logprobs is not None
+        shared = next((i for i, (a, b) in enumerate(zip(found.token_ids, want.token_ids, strict=False)) if a != b), 10)
+        for a, b in zip(found.logprobs[:shared], want.logprobs[:shared], strict=True):
+            assert abs(a.logprob - b.logprob) < 0.5
+    assert many[0].text == many[1].text
+    text = "Once upon a time, there was a dog. " * 40
+    assert llm.score(text).perplexity == pytest.approx(reference.score(text).perplexity, rel=0.05)

@@ -1,0 +1,136 @@
+"""What tools/bench.py measures of the engine end to end: answers per second beside the device's own time for them, how
+long running answers stall while prompts come in, and what of a core the host takes; as plain dictionaries."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from statistics import median
+from time import perf_counter, process_time
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bitnet_numba.engine.engine import Engine
+from bitnet_numba.sampling import SamplingParams
+from tools.benchmarks.inputs import random_ids
+
+STOPS = ("\nUser:", "</s>")
+SAMPLED = SamplingParams(temperature=0.8, top_p=0.95, seed=1, stop=STOPS)
+REPEATS = 3  # runs of each case, the first of the process beside them
+
+
+class Sizes(NamedTuple):
+    """How much is asked for."""
+
+    requests: int = 128  # of one length
+    prompt: int = 128
+    answer: int = 256
+    mixed: int = 400  # requests of any length
+    mixed_prompts: tuple[int, int] = (20, 900)
+    mixed_answer: int = 200
+    mixed_sequences: int = 256  # at once
+
+
+FULL = Sizes()
+SMALL = Sizes(8, 32, 32, 12, (5, 90), 20, 8)
+
+
+def measure_engine(llm: Engine, sizes: Sizes) -> dict[str, Any]:
+    """All cases."""
+    vocab = llm.config.vocab_size
+    # No token of an answer ends it: all are of the same length.
+    llm.tokenizer.stop_ids = frozenset()
+    prompts = [random_ids(vocab, sizes.prompt, seed) for seed in range(sizes.requests)]
+    lengths = np.random.default_rng(7).integers(*sizes.mixed_prompts, sizes.mixed, endpoint=True)
+    mixed = [random_ids(vocab, int(length), seed) for seed, length in enumerate(lengths)]
+
+    def batch(params: SamplingParams) -> Callable[[], int]:
+        params = replace(params, max_new_tokens=sizes.answer)
+        return lambda: count(llm.generate_batch(prompts, params, max_sequences=sizes.requests))
+
+    def of_any_length() -> int:
+        params = SamplingParams(max_new_tokens=sizes.mixed_answer)
+        return count(llm.generate_batch(mixed, params, max_sequences=sizes.mixed_sequences))
+
+    def one() -> int:
+        return count([llm.generate(prompts[0], max_new_tokens=sizes.answer)])
+
+    low, high = sizes.mixed_prompts
+    cases = {
+        f"{sizes.requests} x ({sizes.prompt} in, {sizes.answer} out), greedy": batch(SamplingParams()),
+        "the same, temperature, top-p, two stop strings": batch(SAMPLED),
+        f"{sizes.mixed} of {low} to {high} in, {sizes.mixed_answer} out": of_any_length,
+        f"one of {sizes.prompt} in, {sizes.answer} out": one,
+    }
+    rows = [{"case": name, **measure_case(run)} for name, run in cases.items()]
+    return {"backend": llm.backend, "rows": rows, "stalls": measure_stalls(llm, mixed, sizes)}
+
+
+def count(completions: list[Any]) -> int:
+    """Tokens of answers."""
+    return sum(completion.stats.generated_tokens for completion in completions)
+
+
+def measure_case(run: Callable[[], int]) -> dict[str, Any]:
+    """Seconds of the first run and of the best one after it, with the host's share of a core and the device's time."""
+    times = []
+    for _ in range(1 + REPEATS):
+        start, cpu = perf_counter(), process_time()
+        tokens = run()
+        seconds = perf_counter() - start
+        times.append((seconds, (process_time() - cpu) / seconds))
+    best, host = min(times[1:])
+    with device_time() as busy:
+        run()
+    return {
+        "tokens": tokens, "first_s": times[0][0], "s": best, "tokens/s": tokens / best, "host_share": host,
+        "device_s": sum(busy) if busy else None,
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def device_time() -> Iterator[list[float]]:
+    """Fills the list with the device's seconds for each graph replayed meanwhile; leaves it empty without a GPU."""
+    from bitnet_numba.kernels.runtime.driver import Event, Graph, Stream
+
+    pairs: list[tuple[Event, Event]] = []
+    replay = Graph.replay
+
+    def timed(self: Graph, stream: Stream) -> None:
+        pairs.append((Event(), Event()))
+        pairs[-1][0].record(stream)
+        replay(self, stream)
+        pairs[-1][1].record(stream)
+
+    seconds: list[float] = []
+    Graph.replay = timed  # type: ignore[method-assign]
+    try:
+        yield seconds
+    finally:
+        Graph.replay = replay  # type: ignore[method-assign]
+    for before, after in pairs:
+        after.wait()
+        seconds.append(after.microseconds_since(before) / 1e6)
+
+
+def measure_stalls(llm: Engine, prompts: list[list[int]], sizes: Sizes) -> dict[str, Any]:
+    """Rounds of a scheduler with requests of any length: how long answers wait for their next token at most.
+
+    Half of the requests come at once, the others one in each round.
+    """
+    params = SamplingParams(max_new_tokens=sizes.mixed_answer)
+    rounds: list[float] = []
+    with llm.scheduler(sizes.mixed_sequences) as scheduler:
+        late = list(prompts)
+        for _ in range(len(prompts) // 2):
+            scheduler.add(late.pop(), params)
+        last = None  # when tokens last came
+        while scheduler.busy:
+            if late:
+                scheduler.add(late.pop(), params)
+            answered = bool(scheduler.step())
+            now = perf_counter()
+            if answered and last is not None:
+                rounds.append((now - last) * 1e3)
+            last = now if answered else None
+    return {"rounds": len(rounds), "median_ms": median(rounds), "longest_ms": max(rounds)}
