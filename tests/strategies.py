@@ -18,6 +18,9 @@ sampling = st.builds(
     top_k=st.sampled_from([0, 40]),
     min_p=st.sampled_from([0.0, 0.05]),
     repetition_penalty=st.sampled_from([1.0, 1.3]),
+    presence_penalty=st.sampled_from([0.0, 0.0, 0.8]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, -0.4]),
+    logit_bias=st.sampled_from([(), (), ((3, 1.5), (40, -100.0))]),
     seed=seeds,
 )
 json_values = st.recursive(

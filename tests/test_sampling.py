@@ -13,15 +13,19 @@ from bitnet_numba.sampling import (
     PHILOX_MULTIPLIERS,
     PHILOX_ROUNDS,
     PHILOX_WEYL,
-    SamplingParams,
+    edit,
     gumbel_noise,
     kept_tokens,
+    logit_edits,
+    most_likely,
     penalize,
     philox,
     sample,
     scale,
+    token_logprobs,
 )
-from tests.strategies import logit_vectors, seeds
+from bitnet_numba.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKENS, SamplingParams
+from tests.strategies import edited, logit_vectors, seeds
 
 
 def softmax(z: np.ndarray) -> np.ndarray:
@@ -95,6 +99,74 @@ def test_repetition_penalty_steers_a_greedy_choice() -> None:
     assert sample(logits, [0], SamplingParams()) == 0
     assert sample(logits, [0], SamplingParams(repetition_penalty=1.2)) == 1
     assert sample(logits, [], SamplingParams(repetition_penalty=1.2)) == 0
+
+
+@given(data=st.data(), logits=logit_vectors())
+def test_edits_are_those_of_a_plain_loop(data: st.DataObject, logits: np.ndarray) -> None:
+    """Over the answer alone, whatever the prompt has."""
+    params, history, prompt_length = data.draw(edited(SamplingParams(), len(logits)))
+    answer = history[prompt_length:]
+    before = logits.copy()
+    z = edit(logits, *logit_edits(params, answer))
+    np.testing.assert_array_equal(logits, before)
+    for token in range(len(logits)):
+        delta = np.float32(dict(params.biases).get(token, 0.0))
+        if token in answer:
+            delta = delta - np.float32(params.presence_penalty)
+            delta = delta - np.float32(params.frequency_penalty) * np.float32(answer.count(token))
+        if len(answer) < params.min_tokens and token in params.ends:
+            delta = np.float32(-np.inf)
+        assert z[token] == logits[token] + delta
+    assert sample(logits, history, params, prompt_length) == int(penalize(z, history, 1.0).argmax())
+
+
+@given(logits=logit_vectors(), history=st.lists(st.integers(0, 10_000), min_size=1, max_size=30), seed=seeds)
+def test_neutral_values_edit_nothing(logits: np.ndarray, history: list[int], seed: int) -> None:
+    history = [token % len(logits) for token in history]
+    plain = SamplingParams(0.9, seed=seed)
+    neutral = SamplingParams(
+        0.9,
+        seed=seed,
+        presence_penalty=0,
+        frequency_penalty=0,
+        logit_bias={0: 0.0},
+        stop_token_ids=[0],
+        min_tokens=len(history) - 1,
+        ignore_eos=True,
+        logprobs=20,
+        prompt_logprobs=0,
+    )
+    assert sample(logits, history, neutral, 1) == sample(logits, history, plain, 1) == sample(logits, history, plain)
+
+
+def test_penalties_and_bias_steer_a_greedy_choice() -> None:
+    logits = np.array([2.0, 1.9, 1.0], np.float32)
+    for params, history, prompt_length, token in (
+        (SamplingParams(presence_penalty=0.5), [1, 0], 1, 1),
+        (SamplingParams(presence_penalty=0.5), [1, 0], 2, 0),  # it is the prompt's
+        (SamplingParams(presence_penalty=-0.5), [1, 1], 1, 1),
+        (SamplingParams(frequency_penalty=0.5), [1, 0, 0, 1], 1, 1),
+        (SamplingParams(frequency_penalty=0.5), [1, 0, 0, 0, 1, 1], 1, 2),
+        (SamplingParams(logit_bias={2: 1.5}), [1], 1, 2),
+        (SamplingParams(logit_bias={0: -100, 1: -100}), [1], 1, 2),
+        (SamplingParams(logit_bias={0: 1.0}, repetition_penalty=2.0), [0], 1, 1),  # the bias comes first
+        (SamplingParams(stop_token_ids=[0], min_tokens=2), [1, 1], 1, 1),
+        (SamplingParams(stop_token_ids=[0], min_tokens=2), [1, 1, 1], 1, 0),
+    ):
+        assert sample(logits, history, params, prompt_length) == token, params
+
+
+@given(logits=logit_vectors(), data=st.data())
+def test_log_probabilities_are_log_softmax(logits: np.ndarray, data: st.DataObject) -> None:
+    token, top = data.draw(st.integers(0, len(logits) - 1)), data.draw(st.integers(0, 20))
+    (told,) = token_logprobs(logits[None], [token], top)
+    expected = np.log(softmax(logits), where=softmax(logits) > 0, out=np.full(len(logits), -np.inf))
+    # float32 differences of up to 400, to 2^-24 of that; probabilities below 1e-300 have no logarithm here.
+    assert told.logprob == pytest.approx(expected[token], abs=1e-4)
+    assert told.token_id == token and len(told.top) == min(top, len(logits))
+    ranked = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:top]
+    assert [i for i, _ in told.top] == ranked == (most_likely(logits, top).tolist() if top else [])
+    np.testing.assert_allclose([value for _, value in told.top], expected[ranked], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +293,29 @@ def test_philox_equals_its_definition(seed: int, counters: list[int], position: 
         ({"seed": -1}, "seed must be between"),
         ({"seed": 2**64}, "seed must be between"),
         ({"seed": "x"}, "seed must be an integer"),
+        ({"presence_penalty": 2.1}, "presence_penalty must be between -2 and 2, not 2.1"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty must be between -2 and 2"),
+        ({"frequency_penalty": None}, "frequency_penalty must be a number"),
+        ({"logit_bias": 5}, "logit_bias must give a number for each token id, not 5"),
+        ({"logit_bias": "ab"}, "logit_bias must give a number for each token id, not 'ab'"),
+        ({"logit_bias": [5]}, "logit_bias must give a number for each token id, not 5"),
+        ({"logit_bias": {"x": 1}}, "a token id of logit_bias must be an integer, not 'x'"),
+        ({"logit_bias": {-1: 1}}, "a token id of logit_bias must be 0 or more, not -1"),
+        ({"logit_bias": {1: 101}}, "a value of logit_bias must be between -100 and 100, not 101"),
+        ({"logit_bias": {1: "x"}}, "a value of logit_bias must be a number, not 'x'"),
+        ({"logit_bias": {1: 1, "1": 1}}, "logit_bias has token 1 twice"),
+        ({"logit_bias": dict.fromkeys(range(MAX_LOGIT_BIAS + 1), 1)}, "logit_bias may have at most 1024 tokens"),
+        ({"stop_token_ids": 5}, "stop_token_ids must be a list of token ids, not 5"),
+        ({"stop_token_ids": "5"}, "stop_token_ids must be a list of token ids, not '5'"),
+        ({"stop_token_ids": [1.5]}, "a stop token id must be an integer, not 1.5"),
+        ({"stop_token_ids": [-1]}, "a stop token id must be 0 or more, not -1"),
+        ({"stop_token_ids": range(MAX_STOP_TOKENS + 1)}, "stop_token_ids may be at most 256"),
+        ({"min_tokens": -1}, "min_tokens must be 0 or more"),
+        ({"min_tokens": 600}, "min_tokens is 600, but max_new_tokens is 512"),
+        ({"ignore_eos": 1}, "ignore_eos must be True or False, not 1"),
+        ({"logprobs": 21}, "logprobs must be between 0 and 20, not 21"),
+        ({"logprobs": True}, "logprobs must be an integer, not True"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs must be between 0 and 20, not -1"),
     ],
     ids=shown,
 )
@@ -297,6 +392,14 @@ def test_the_steps_come_in_the_order_of_transformers(seed: int) -> None:
     )
     z = scale(penalize(logits, history, params.repetition_penalty), params.temperature)
     assert set(kept_tokens(z, params).tolist()) == filtered_as_transformers_does(logits, history, params)
+
+
+def test_what_is_kept_can_be_given_again() -> None:
+    params = SamplingParams(logit_bias={"7": 1, 3: -2.5}, stop_token_ids=np.array([5, 2, 5]))
+    assert params.biases == ((3, -2.5), (7, 1.0)) and params.ends == (2, 5)
+    assert SamplingParams(logit_bias=params.logit_bias, stop_token_ids=params.stop_token_ids) == params
+    assert eval(repr(params)) == params and hash(params) == hash(eval(repr(params)))
+    assert SamplingParams(logit_bias=None, stop_token_ids=None) == SamplingParams()
 
 
 def test_numpy_numbers() -> None:

@@ -121,7 +121,9 @@ class CompletionBuilder:
         self._decoded += len(piece)
         self._ends.append(None if self._decoder.pending else self._decoded)
         safe = self._matcher.push(piece) if len(self._ids) > self._min_tokens else piece
-        self._show(safe)
+        if safe:
+            self._shown.append(safe)
+            self._num_shown += len(safe)
         if self._matcher.found:
             self.reason = "stop"
         elif len(self._ids) == self._max_new_tokens:
@@ -132,25 +134,22 @@ class CompletionBuilder:
         """The text that was held back as the possible start of a stop string; may be empty."""
         self._finished = True
         rest = "" if self._matcher.found else self._matcher.push(self._decoder.finish()) + self._matcher.finish()
-        self._show(rest)
+        self._shown.append(rest)
+        self._num_shown += len(rest)
         return rest
 
     def released(self) -> tuple[list[int], list[TokenLogprob]]:
         """The tokens whose text has been shown since the last call, and their log probabilities, if they were asked
         for. Together, those of all calls are the completion's."""
         start, self._num_released = self._num_released, self._tokens_shown()
-        if start == self._num_released:
-            return [], []
-        part = slice(start, self._num_released)
-        return self._ids[part], [] if self._logprobs is None else self._logprobs[part]
-
-    def _show(self, text: str) -> None:
-        if text:
-            self._shown.append(text)
-            self._num_shown += len(text)
+        ids = self._ids[start : self._num_released]
+        return ids, [] if self._logprobs is None else self._logprobs[start : self._num_released]
 
     def _tokens_shown(self) -> int:
         """How many tokens have been shown whole."""
+        end = self._ends[-1]
+        if end is not None and end <= self._num_shown:  # as nearly always
+            return len(self._ids)
         if self.reason and self._finished and not self._matcher.found:
             return len(self._ids)
         last = self._num_released

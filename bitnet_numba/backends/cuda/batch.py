@@ -12,6 +12,7 @@ from bitnet_numba.backends.cuda.forward import MAX_TOKENS
 from bitnet_numba.backends.cuda.prompts import PromptPart
 from bitnet_numba.backends.cuda.state import padded_size
 from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE
+from bitnet_numba.errors import BackendError, RequestError
 from bitnet_numba.kernels.attention import paged_decode
 from bitnet_numba.kernels.attention.kv_cache import PAGE
 from bitnet_numba.kernels.sampling.parts import SETTINGS, pack_settings
@@ -89,9 +90,16 @@ class CudaBatch:
         self._asking.discard(slot)
         if any(asked_by([params])):
             self._asking.add(slot)
-        if self._memory.steps.extras is not None or slot in self._asking:
-            # Of a sequence that asks for nothing, too: others of its steps may.
-            self._memory.extras().set_slot(write, slot, params, len(ids) if prompt_length is None else prompt_length)
+        try:
+            if self._memory.steps.extras is not None or slot in self._asking:
+                # Of a sequence that asks for nothing, too: others of its steps may.
+                length = len(ids) if prompt_length is None else prompt_length
+                self._memory.extras().set_slot(write, slot, params, length)
+            if params.prompt_logprobs is not None:
+                self._memory.scorer()
+        except BackendError as error:  # what it takes is allocated by the first that asks; this one ends alone
+            self._asking.discard(slot)
+            raise RequestError(f"penalties, bias or log probabilities cannot be computed: {error}") from None
         self._scored.pop(slot, None)
         if params.prompt_logprobs is not None:
             self._scored[slot] = _ScoredPrompt(ids, params.prompt_logprobs)
