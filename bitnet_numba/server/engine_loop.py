@@ -9,6 +9,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from time import monotonic
 
 from bitnet_numba.engine.queue_options import QueueOptions
 from bitnet_numba.engine.request import Request
@@ -37,6 +38,7 @@ class EngineLoop:
         self._changed: deque[Answers] = deque()  # which the loop will be told of with the next flush
         self._flush_planned = False
         self._flushed_at = loop.time()
+        self._stepped_at = monotonic()  # when a step ended, or the first request came after a pause
         self._thread = threading.Thread(target=self._run, name="bitnet_numba engine", daemon=True)
         self._thread.start()
 
@@ -49,6 +51,11 @@ class EngineLoop:
     def alive(self) -> bool:
         """Whether the thread runs; it ends only when it is closed, or if the backend cannot be used any more."""
         return self._thread.is_alive()
+
+    @property
+    def silent_for(self) -> float:
+        """Seconds since a step has ended although there is work; 0 if there is none."""
+        return monotonic() - self._stepped_at if self._scheduler.busy else 0.0
 
     def open(self, requests: Sequence[Request], options: QueueOptions) -> Answers:
         """Starts answers; from any thread. Raises RequestError if one can never fit, SchedulerClosed once closed."""
@@ -63,6 +70,8 @@ class EngineLoop:
                 for number in numbers:
                     self._scheduler.cancel(number)
                 raise
+            if not self._answers:
+                self._stepped_at = monotonic()
             answers = Answers(requests, numbers)
             for index, number in enumerate(numbers):
                 self._answers[number] = answers, index
@@ -97,11 +106,12 @@ class EngineLoop:
             self._end_all(SchedulerClosed(CLOSED))
 
     def _step_while_open(self) -> None:
-        while self._scheduler.wait():
+        while not self._closed and self._scheduler.wait():
             try:
                 updates = self._scheduler.step()
             except SchedulerClosed:  # by `close`, which had nothing to tell
                 return
+            self._stepped_at = monotonic()
             self._deliver(updates)
 
     def _end_all(self, error: BitNetError) -> None:

@@ -12,7 +12,7 @@ from bitnet_numba.server.service import Service
 
 
 async def health(service: Service, exchange: Exchange) -> None:
-    """200 if answers are generated, 503 while the model is loaded, after SIGTERM, and once the backend has failed."""
+    """200 if answers are generated, otherwise 503: see `Service.status`."""
     status = service.status
     content = {"status": status, "running": service.running, "waiting": max(service.open - service.running, 0)}
     await exchange.json(content, 200 if status == "ok" else 503)

@@ -83,12 +83,14 @@ class Service:
 
     @property
     def status(self) -> str:
-        """ok, loading, draining or failed."""
+        """ok, loading, draining, failed, or hanging: there is work, but no step has ended for a long time."""
         if self.draining:
             return "draining"
         if self._engine_loop is None:
             return "loading"
-        return "ok" if self._engine_loop.alive else "failed"
+        if not self._engine_loop.alive:
+            return "failed"
+        return "hanging" if self._engine_loop.silent_for > self.settings.hang_timeout else "ok"
 
     @property
     def running(self) -> int:

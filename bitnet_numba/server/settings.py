@@ -19,6 +19,7 @@ class Settings:
     queue_timeout: float = 60.0  # an answer that has not been started by then is given up
     max_choices: int = 128  # prompts x n of one request
     answer_timeout: float = 600.0  # from a request's arrival to its answer's end
+    hang_timeout: float = 180.0  # a step that takes longer is a failure; the first ones may compile kernels
     drain_timeout: float = 30.0  # from SIGTERM to the end of what is under way
     receive_timeout: float = 30.0  # for a request's header, and again for its body
     max_body: int = 4 << 20

@@ -89,3 +89,9 @@ def serving(load: Callable[[], Engine], wait: bool = True, **settings: Any) -> I
         server.should_exit = True
         thread.join(20.0)
         assert not thread.is_alive(), "the server did not end"
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with listen("127.0.0.1", 0) as listener:
+        return int(listener.getsockname()[1])

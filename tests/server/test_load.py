@@ -179,6 +179,25 @@ def test_a_request_that_fails_ends_alone(slow: tuple[Running, ToyBackend]) -> No
         assert (bad.result().status_code, good.result().status_code) == (500, 200)
 
 
+def test_a_step_that_hangs_is_told() -> None:
+    backends: list[ToyBackend] = []
+    with serving(lambda: slow_engine(backends), hang_timeout=0.2) as running, ThreadPoolExecutor(1) as pool:
+        assert running.post(CHAT, body(max_tokens=50)).status_code == 200
+        time.sleep(0.3)
+        assert running.client.get("/health").status_code == 200, "it has nothing to do"
+        goes_on, choose = threading.Event(), backends[0].choose
+
+        def hang(*arguments: Any) -> int:
+            goes_on.wait(10)
+            return choose(*arguments)
+
+        backends[0].choose = hang  # type: ignore[method-assign]
+        answer = pool.submit(running.post, CHAT, body(max_tokens=5))
+        running.wait_until(lambda: running.client.get("/health").json()["status"] == "hanging")
+        goes_on.set()
+        assert answer.result().status_code == 200 and running.client.get("/health").status_code == 200
+
+
 def test_a_backend_that_cannot_be_used_any_more() -> None:
     engine, backend = toy_engine(tokens_of(" fox"))
     with serving(lambda: engine) as running:
