@@ -16,6 +16,7 @@ from numba.extending import intrinsic, overload
 from bitnet_numba.kernels.cpu import vec
 from bitnet_numba.kernels.cpu.dot import dot4, widen16
 from bitnet_numba.kernels.cpu.gemv import (
+    AHEAD,
     BLOCK_BYTES,
     FIELD0,
     FIELD1,
@@ -26,7 +27,7 @@ from bitnet_numba.kernels.cpu.gemv import (
     sixteen_columns,
     zero_tokens,
 )
-from bitnet_numba.kernels.cpu.memory import load_at, load_i32, prefetch
+from bitnet_numba.kernels.cpu.memory import load_at, prefetch
 from bitnet_numba.kernels.cpu.vec import (
     OPTIONS,
     add,
@@ -42,23 +43,18 @@ from bitnet_numba.kernels.cpu.vec import (
     load_i32x8,
     lshr,
     mul,
-    splat_i32x16,
     store,
-    sub,
     to_floats,
     zero_f32x16,
     zero_i32x4,
     zero_i32x8,
     zero_i32x16,
 )
-from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_OFFSET, GROUP_COLS
+from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, GROUP_COLS
 
 SCALE_BYTES = 2 * BLOCK_ROWS  # of a row-block and group
 GROUP_BYTES = GROUP_COLS // BLOCK_COLS * BLOCK_BYTES  # of the words of a row-block and group
-LINES = (0,) * (GROUP_BYTES // 64)
-# Bytes from the words in use to those that are asked for: with the scales as a second stream, hardware alone falls
-# behind (30 % slower; 10 % with half as much).
-AHEAD = 8192
+LINES = (0,) * (GROUP_BYTES // 64)  # as in `gemv`, but of a group
 
 
 # Up to so many tokens `gemv_groups_tokens` is as fast as the GEMM or faster.
@@ -66,12 +62,13 @@ FEW = {"vnni512": 64, "vnni256": 24, "avx2": 4, "i8mm": 4, "dotprod": 4, "portab
 
 
 @njit(**OPTIONS)
-def gemv_groups(isa, words, scales, K, q, d, q_sums, y, first, last):
+def gemv_groups(isa, words, scales, K, q, d, offsets, y, first, last):
     """Row-blocks first .. last - 1 of a packed matrix with group scales times one token's activations.
 
     isa: InstructionSet. words: address of int32 words. scales: address of the float16 scales in storage order. K:
-    columns, a multiple of 32. q: address of int8 [K], 0 in padded columns. d, q_sums: addresses of their steps, float32
-    [groups], and sums, int32 [groups]. y: address of float32 [16 * (last - first)], written.
+    columns, a multiple of 32. q: address of int8 [K], 0 in padded columns. d, offsets: addresses of the groups' steps,
+    float32 [groups], and of -CODE_OFFSET * their sums, int32 [groups]. y: address of float32 [16 * (last - first)],
+    written.
     """
     groups, whole = (K + GROUP_COLS - 1) // GROUP_COLS, K // GROUP_COLS
     p, m = words + first * (K // BLOCK_COLS) * BLOCK_BYTES, scales + first * groups * SCALE_BYTES
@@ -79,11 +76,11 @@ def gemv_groups(isa, words, scales, K, q, d, q_sums, y, first, last):
         total = zero_f32x16()
         for g in range(whole):
             prefetch(p + AHEAD, LINES)
-            total = scaled(total, group_sums(isa, p, q + g * GROUP_COLS, GROUP_COLS), m, d, q_sums, g)
+            total = scaled(total, group_sums(isa, p, q + g * GROUP_COLS, GROUP_COLS), m, d, offsets, g)
             p += GROUP_BYTES
             m += SCALE_BYTES
         if whole < groups:
-            total = scaled(total, group_sums(isa, p, q + whole * GROUP_COLS, K % GROUP_COLS), m, d, q_sums, whole)
+            total = scaled(total, group_sums(isa, p, q + whole * GROUP_COLS, K % GROUP_COLS), m, d, offsets, whole)
             p += K % GROUP_COLS // BLOCK_COLS * BLOCK_BYTES
             m += SCALE_BYTES
         store(y, 0, total)
@@ -91,9 +88,9 @@ def gemv_groups(isa, words, scales, K, q, d, q_sums, y, first, last):
 
 
 @njit(**OPTIONS)
-def scaled(total, sums, m, d, q_sums, g):
-    """total + (sums - offset) * (m * d) of group g."""
-    acc = sub(sums, splat_i32x16(CODE_OFFSET * load_i32(q_sums, 4 * g)))
+def scaled(total, sums, m, d, offsets, g):
+    """total + (sums + offset) * (m * d) of group g."""
+    acc = add(sums, broadcast_i32x16(offsets, 4 * g))
     return add(total, mul(to_floats(acc), mul(load_f16x16(m, 0), broadcast_f32x16(d, 4 * g))))
 
 
@@ -192,19 +189,18 @@ def sums_avx2(isa, p, q, columns):
 
 
 @intrinsic
-def add_group(typingctx, totals, sums, m, d, q_sums, stride):
-    """totals[t] + (sums[t] - offset) * (m * d) of a group; d and q_sums of token t lie t * stride bytes on."""
+def add_group(typingctx, totals, sums, m, d, offsets, stride):
+    """totals[t] + (sums[t] + offset) * (m * d) of a group; d and offset of token t lie t * stride bytes on."""
 
     def codegen(context, builder, sig, args):
-        out, sums, m, d, q_sums, stride = args
+        out, sums, m, d, offsets, stride = args
         for t in range(totals.count):
-            q_sum = load_at(builder, q_sums, 0, vec.I32)
-            offset = vec.splat_of(builder, builder.mul(q_sum, vec.I32(CODE_OFFSET)), m.type.count)
-            acc = builder.sitofp(builder.sub(builder.extract_value(sums, t), offset), m.type)
+            offset = vec.splat_of(builder, load_at(builder, offsets, 0, vec.I32), m.type.count)
+            acc = builder.sitofp(builder.add(builder.extract_value(sums, t), offset), m.type)
             step = vec.splat_of(builder, load_at(builder, d, 0, m.type.element), m.type.count)
             value = builder.fmul(acc, builder.fmul(m, step))
             out = builder.insert_value(out, builder.fadd(builder.extract_value(out, t), value), t)
-            d, q_sums = builder.add(d, stride), builder.add(q_sums, stride)
+            d, offsets = builder.add(d, stride), builder.add(offsets, stride)
         return out
 
     return totals(totals, sums, m, types.intp, types.intp, types.intp), codegen
@@ -222,7 +218,7 @@ def as_float_zeros(typingctx, zero):
 
 
 @njit(**OPTIONS)
-def tile(isa, zero, words, scales, K, q, q_stride, d, q_sums, stride, y, y_stride, first, last):
+def tile(isa, zero, words, scales, K, q, q_stride, d, offsets, stride, y, y_stride, first, last):
     """All row-blocks times as many tokens as `zero` has sums, which share a reading of the weights."""
     groups = (K + GROUP_COLS - 1) // GROUP_COLS
     p, m = words + first * (K // BLOCK_COLS) * BLOCK_BYTES, scales + first * groups * SCALE_BYTES
@@ -239,27 +235,27 @@ def tile(isa, zero, words, scales, K, q, q_stride, d, q_sums, stride, y, y_strid
                     sums = dot_tokens(isa, sums, and_(lshr(w, 4), FIELD0), at + 8, q_stride)
                     sums = dot_tokens(isa, sums, and_(lshr(w, 6), FIELD0), at + 12, q_stride)
                 p += BLOCK_BYTES
-            totals = add_group(totals, sums, load_f16x16(m, 0), d + 4 * g, q_sums + 4 * g, 4 * stride)
+            totals = add_group(totals, sums, load_f16x16(m, 0), d + 4 * g, offsets + 4 * g, 4 * stride)
             m += SCALE_BYTES
         for t in range(len(totals)):
             store(y, 4 * t * y_stride, totals[t])
         y += 4 * BLOCK_ROWS
 
 
-def gemv_groups_tokens(isa, words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last):
+def gemv_groups_tokens(isa, words, scales, K, q, q_stride, d, offsets, stride, M, y, y_stride, first, last):
     """As `gemv_groups`, for M tokens; fast for a few, see FEW.
 
-    q: address of int8 [M, q_stride]. d, q_sums: addresses of [M, stride]. y: address of float32 [M, y_stride].
+    q: address of int8 [M, q_stride]. d, offsets: addresses of [M, stride]. y: address of float32 [M, y_stride].
     """
     raise NotImplementedError("only compiled functions can call this")
 
 
 @overload(gemv_groups_tokens)
-def _gemv_groups_tokens(isa, words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last):
-    def in_tiles(isa, words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last):
+def _gemv_groups_tokens(isa, words, scales, K, q, q_stride, d, offsets, stride, M, y, y_stride, first, last):
+    def in_tiles(isa, words, scales, K, q, q_stride, d, offsets, stride, M, y, y_stride, first, last):
         m = 0
         while m < M:
-            x, s, c, to = q + m * q_stride, d + 4 * m * stride, q_sums + 4 * m * stride, y + 4 * m * y_stride
+            x, s, c, to = q + m * q_stride, d + 4 * m * stride, offsets + 4 * m * stride, y + 4 * m * y_stride
             if M - m >= 8:
                 tile(isa, zero_tokens(8), words, scales, K, x, q_stride, s, c, stride, to, y_stride, first, last)
                 m += 8
@@ -273,9 +269,11 @@ def _gemv_groups_tokens(isa, words, scales, K, q, q_stride, d, q_sums, stride, M
                 gemv_groups(isa, words, scales, K, x, s, c, to, first, last)
                 m += 1
 
-    def one_by_one(isa, words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last):
+    def one_by_one(isa, words, scales, K, q, q_stride, d, offsets, stride, M, y, y_stride, first, last):
         for m in range(M):  # the second token finds the weights in the cache
             at = 4 * m * stride
-            gemv_groups(isa, words, scales, K, q + m * q_stride, d + at, q_sums + at, y + 4 * m * y_stride, first, last)
+            gemv_groups(
+                isa, words, scales, K, q + m * q_stride, d + at, offsets + at, y + 4 * m * y_stride, first, last
+            )
 
     return in_tiles if isa.isa == "vnni512" else one_by_one

@@ -93,6 +93,20 @@ define <8 x i32> @f(<8 x i32> %a, <8 x i32> %b) {
 }"""
 
 
+_HALVES = """
+define <8 x float> @f(<8 x half>* %p) {
+  %halves = load <8 x half>, <8 x half>* %p
+  %floats = fpext <8 x half> %halves to <8 x float>
+  ret <8 x float> %floats
+}"""
+
+
+@cache
+def converts_halves() -> bool:
+    """Whether Numba's target has an instruction from float16 to float32 (F16C, NEON)."""
+    return any(name in line for line in _assembly(_HALVES).splitlines() for name in ("vcvtph2ps", "fcvtl"))
+
+
 @cache
 def available() -> tuple[str, ...]:
     """The instruction sets that Numba's target has, best first. "portable" is always the last."""

@@ -44,8 +44,8 @@ def build_gemm(isa: InstructionSet) -> Callable[..., None]:
 def build_gemv_groups(isa: InstructionSet) -> Callable[..., None]:
     """See `gemv_groups.gemv_groups`."""
 
-    def kernel(words, scales, K, q, d, q_sums, y, first, last):
-        gemv_groups.gemv_groups(isa, words, scales, K, q, d, q_sums, y, first, last)
+    def kernel(words, scales, K, q, d, offsets, y, first, last):
+        gemv_groups.gemv_groups(isa, words, scales, K, q, d, offsets, y, first, last)
 
     return kernel
 
@@ -54,19 +54,19 @@ def build_gemm_groups(isa: InstructionSet) -> Callable[..., None]:
     """See `gemv_groups.gemv_groups_tokens` and `gemm_groups.gemm_groups`."""
     few = gemv_groups.FEW[isa.name]
 
-    def for_few(words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last, scratch):
+    def for_few(words, scales, K, q, q_stride, d, offsets, stride, M, y, y_stride, first, last, scratch):
         gemv_groups.gemv_groups_tokens(
-            isa, words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last
+            isa, words, scales, K, q, q_stride, d, offsets, stride, M, y, y_stride, first, last
         )  # fmt: skip
 
-    def for_any(words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last, scratch):
+    def for_any(words, scales, K, q, q_stride, d, offsets, stride, M, y, y_stride, first, last, scratch):
         if M <= few:
             gemv_groups.gemv_groups_tokens(
-                isa, words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last
+                isa, words, scales, K, q, q_stride, d, offsets, stride, M, y, y_stride, first, last
             )  # fmt: skip
         else:
             gemm_groups.gemm_groups(
-                isa, words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last, scratch
+                isa, words, scales, K, q, q_stride, d, offsets, stride, M, y, y_stride, first, last, scratch
             )
 
     return for_few if few >= MAX_TOKENS else for_any

@@ -28,7 +28,7 @@ from bitnet_numba.kernels.cpu.vec import (
     zero_f32x16,
     zero_i32x16,
 )
-from bitnet_numba.packing import BLOCK_COLS, GROUP_COLS
+from bitnet_numba.packing import BLOCK_COLS, CODE_OFFSET, GROUP_COLS
 from bitnet_numba.quantize import EPSILON, INT8_MAX
 
 LANES = 16
@@ -104,13 +104,13 @@ def quantize(x, n, q):
 
 
 @njit(**OPTIONS)
-def quantize_groups(x, n, q, d, sums):
-    """`quantize` of each 128 columns: steps d = 1 / s, float32 [groups], and sums of q, int32 [groups]."""
+def quantize_groups(x, n, q, d, offsets):
+    """`quantize` of each 128 columns: steps d = 1 / s, float32 [groups], and -CODE_OFFSET * the sums of q, int32."""
     for g in range(-(-n // GROUP_COLS)):
         start = g * GROUP_COLS
         s, q_sum = quantize(x + 4 * start, min(GROUP_COLS, n - start), q + start)
         store_f32(d, 4 * g, ONE / s)
-        store_i32(sums, 4 * g, q_sum)
+        store_i32(offsets, 4 * g, -CODE_OFFSET * q_sum)
 
 
 @njit(**OPTIONS)

@@ -36,7 +36,8 @@ def inputs_of(job, member):
     """Where prepared activations are, of every product alike.
 
     (int8 q [segments, M, stride], stride, bytes of a segment, float32 s and int32 sums of q [segments, MAX_TOKENS],
-    prepared float32 activations); where weights have group scales, steps in place of s, and both [M, job.groups].
+    prepared float32 activations). Where weights have group scales, steps stand in place of s and offsets in place of
+    sums, both [M, job.groups]; see `norm.quantize_groups`.
     """
     if job.tokens == 1:
         base, tokens = job.own + member * job.own_stride, 1
@@ -142,21 +143,21 @@ def product(linear, segment, K, first, last, inputs, own, job, y):
 @njit(**OPTIONS)
 def group_product(linear, K, first, last, inputs, own, job, y):
     """`product` of a linear with group scales."""
-    q, q_stride, _, d, sums, _ = inputs
+    q, q_stride, _, d, offsets, _ = inputs
     padded_K = (K + 31) // 32 * 32
     first_block, last_block = first // BLOCK_ROWS, (last + BLOCK_ROWS - 1) // BLOCK_ROWS
     out, stride = own + job.acc, MAX_ROWS + 2 * BLOCK_ROWS
     if job.tokens == 1:
         call(
             job.kernels.gemv_groups,
-            (linear.words, linear.group_scales, padded_K, q, d, sums, out, first_block, last_block),
+            (linear.words, linear.group_scales, padded_K, q, d, offsets, out, first_block, last_block),
         )
     else:
         call(
             job.kernels.gemm_groups,
             (
-                linear.words, linear.group_scales, padded_K, q, q_stride, d, sums, job.groups, job.tokens, out, stride,
-                first_block, last_block, own + job.unpacked,
+                linear.words, linear.group_scales, padded_K, q, q_stride, d, offsets, job.groups, job.tokens, out,
+                stride, first_block, last_block, own + job.unpacked,
             ),
         )  # fmt: skip
     out += 4 * (first - first_block * BLOCK_ROWS)

@@ -186,7 +186,7 @@ def _fixed_step(typingctx, isa, sums, row, row_stride, x, x_stride):
 
 def _from_f16(builder, row):
     """Columns 0-15 and 16-31, as float32."""
-    return [vec.emit_halves(builder, row, offset, 16, signed=True) for offset in (0, 32)]
+    return [vec.emit_halves(builder, row, offset, 16) for offset in (0, 32)]
 
 
 def _from_f32(builder, row):

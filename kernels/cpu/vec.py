@@ -19,6 +19,8 @@ from numba.core import cgutils, types
 from numba.core.datamodel import models, register_default
 from numba.extending import intrinsic
 
+from bitnet_numba.kernels.cpu.isa import converts_halves
+
 LANES = {
     "i8": ir.IntType(8),
     "i16": ir.IntType(16),
@@ -108,25 +110,25 @@ def _load(n: int, lane: str):
     return load
 
 
-def emit_halves(builder, address, offset: int, n: int, signed: bool = False):
-    """The LLVM value of n finite float16 numbers in memory, none of them negative unless `signed`, as float32 lanes.
+def emit_halves(builder, address, offset: int, n: int):
+    """The LLVM value of n finite float16 numbers in memory as float32 lanes.
 
-    Exponent and mantissa are shifted into place, and the difference of the exponents' biases is multiplied away, which
-    is exact: so no CPU needs an instruction for float16.
+    On a CPU without an instruction for it, exponent and mantissa are shifted into place, and the difference of the
+    exponents' biases is multiplied away, which is exact.
     """
     at = builder.inttoptr(builder.add(address, address.type(offset)), vector(n, "i16").as_pointer())
-    widen = builder.sext if signed else builder.zext
-    bits = widen(builder.load(at, align=1), vector(n, "i32"))
-    bits = builder.shl(bits, ir.Constant(bits.type, [13] * n))
-    if signed:
-        bits = builder.and_(bits, ir.Constant(bits.type, [0x8FFFFFFF] * n))
+    stored = builder.load(at, align=1)
+    if converts_halves():
+        return builder.fpext(builder.bitcast(stored, ir.VectorType(ir.HalfType(), n)), vector(n, "f32"))
+    bits = builder.shl(builder.sext(stored, vector(n, "i32")), ir.Constant(vector(n, "i32"), [13] * n))
+    bits = builder.and_(bits, ir.Constant(bits.type, [0x8FFFFFFF] * n))
     floats = builder.bitcast(bits, vector(n, "f32"))
     return builder.fmul(floats, ir.Constant(floats.type, [HALF_UNIT] * n))
 
 
 @intrinsic(prefer_literal=True)
 def load_f16x16(typingctx, address, offset):
-    """load(address, literal offset) -> 16 float16 numbers that are not negative, as float32 lanes."""
+    """load(address, literal offset) -> 16 finite float16 numbers as float32 lanes."""
 
     def codegen(context, builder, sig, args):
         at = context.cast(builder, args[0], sig.args[0], types.intp)

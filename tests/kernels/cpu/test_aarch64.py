@@ -43,12 +43,12 @@ def int8_kernel(isa, rows, K, scales, sums, x, x_stride, M, y, y_stride, first, 
 def gemv_kernel(isa, words, K, q, q_sum, acc, first, last):
     gemv.gemv(isa, words, K, q, q_sum, acc, first, last)
 
-def gemv_groups_kernel(isa, words, scales, K, q, d, q_sums, y, first, last):
-    gemv_groups.gemv_groups(isa, words, scales, K, q, d, q_sums, y, first, last)
+def gemv_groups_kernel(isa, words, scales, K, q, d, offsets, y, first, last):
+    gemv_groups.gemv_groups(isa, words, scales, K, q, d, offsets, y, first, last)
 
-def gemm_groups_kernel(isa, words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last, scratch):
+def gemm_groups_kernel(isa, words, scales, K, q, q_stride, d, offsets, stride, M, y, y_stride, first, last, scratch):
     gemm_groups.gemm_groups(
-        isa, words, scales, K, q, q_stride, d, q_sums, stride, M, y, y_stride, first, last, scratch
+        isa, words, scales, K, q, q_stride, d, offsets, stride, M, y, y_stride, first, last, scratch
     )
 
 for name in ("i8mm", "dotprod"):

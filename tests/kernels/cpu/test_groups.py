@@ -13,7 +13,7 @@ from bitnet_numba.kernels.cpu.gemm import SCRATCH_ROWS
 from bitnet_numba.kernels.cpu.gemm_groups import gemm_groups
 from bitnet_numba.kernels.cpu.gemv_groups import gemv_groups_tokens
 from bitnet_numba.kernels.cpu.vec import address_of
-from bitnet_numba.packing import num_groups, pack_scales, pack_ternary
+from bitnet_numba.packing import CODE_OFFSET, num_groups, pack_scales, pack_ternary
 from tests.kernels.cpu.memory import end_of_memory
 
 GUARD = 64  # bytes around what is written
@@ -21,17 +21,17 @@ POISON = np.float32(-1e30)
 
 
 @njit
-def run_gemv(isa, words, scales, K, q, d, sums, y, first, last, scratch):
+def run_gemv(isa, words, scales, K, q, d, offsets, y, first, last, scratch):
     gemv_groups_tokens(
-        isa, address_of(words), address_of(scales), K, address_of(q), q.shape[1], address_of(d), address_of(sums),
+        isa, address_of(words), address_of(scales), K, address_of(q), q.shape[1], address_of(d), address_of(offsets),
         d.shape[1], len(q), address_of(y), y.shape[1], first, last,
     )  # fmt: skip
 
 
 @njit
-def run_gemm(isa, words, scales, K, q, d, sums, y, first, last, scratch):
+def run_gemm(isa, words, scales, K, q, d, offsets, y, first, last, scratch):
     gemm_groups(
-        isa, address_of(words), address_of(scales), K, address_of(q), q.shape[1], address_of(d), address_of(sums),
+        isa, address_of(words), address_of(scales), K, address_of(q), q.shape[1], address_of(d), address_of(offsets),
         d.shape[1], len(q), address_of(y), y.shape[1], first, last, address_of(scratch) + GUARD,
     )  # fmt: skip
 
@@ -66,10 +66,10 @@ def product(
     padded_K, rows, groups = -(-K // 32) * 32, 16 * (last - first), num_groups(K)
     padded = np.full((M, padded_K + spare), 77, np.int8)  # beyond padded_K, nothing may be read
     padded[:, :K], padded[:, K:padded_K] = q, 0
-    steps, sums = np.full((M, groups + spare), np.nan, np.float32), np.full((M, groups + spare), 1 << 30, np.int32)
+    steps, offsets = np.full((M, groups + spare), np.nan, np.float32), np.full((M, groups + spare), 1 << 30, np.int32)
     steps[:, :groups] = d
     for g in range(groups):
-        sums[:, g] = q[:, 128 * g : 128 * (g + 1)].sum(1, dtype=np.int32)
+        offsets[:, g] = -CODE_OFFSET * q[:, 128 * g : 128 * (g + 1)].sum(1, dtype=np.int32)
     y = np.full((M + 1, rows + spare), POISON)
     scratch = np.full(SCRATCH_ROWS * padded_K + 2 * GUARD, 0xEE, np.uint8)
     KERNELS[kernel](
@@ -79,7 +79,7 @@ def product(
         padded_K,
         padded,
         steps,
-        sums,
+        offsets,
         y[:M],
         first,
         last,
@@ -129,6 +129,6 @@ def test_nothing_is_read_beyond_words_and_scales(kernel, name, blocks):
     w, m, q, d = random_operands(3, 16 * blocks, 160, 1)
     words, scales = end_of_memory(pack_ternary(w)), end_of_memory(pack_scales(m).view(np.uint16))
     y, scratch = np.full((3, 16 * blocks), POISON), np.empty(SCRATCH_ROWS * 160 + 2 * GUARD, np.uint8)
-    sums = np.stack([q[:, :128].sum(1, dtype=np.int32), q[:, 128:].sum(1, dtype=np.int32)], 1)
-    KERNELS[kernel](isa.choose(name), words, scales, 160, q, d, sums, y, 0, blocks, scratch)
+    offsets = -CODE_OFFSET * np.stack([q[:, :128].sum(1, dtype=np.int32), q[:, 128:].sum(1, dtype=np.int32)], 1)
+    KERNELS[kernel](isa.choose(name), words, scales, 160, q, d, offsets, y, 0, blocks, scratch)
     np.testing.assert_array_equal(y, expected_of(w, m, q, d))

@@ -240,14 +240,19 @@ def test_an_old_cpu_computes_the_same():
     assert done.returncode == 0, done.stderr
 
 
-@njit(error_model="numpy")
-def halves(a, out):
-    vec.store(out, 0, vec.load_f16x16(a, 2))
+@pytest.mark.parametrize("by_instruction", [True, False])
+def test_float16_numbers_are_read_exactly(by_instruction, monkeypatch):
+    """All that are finite, at odd addresses, with the machine's instruction (if it has one) and without."""
+    if by_instruction and not isa.converts_halves():
+        pytest.skip("this machine has no instruction for it")
+    monkeypatch.setattr(vec, "converts_halves", lambda: by_instruction)
 
+    @njit(error_model="numpy")
+    def halves(a, out):
+        vec.store(out, 0, vec.load_f16x16(a, 2))
 
-def test_float16_numbers_are_read_exactly():
-    """All that are finite and not negative, at odd addresses."""
     bits = np.arange(0x7C00, dtype=np.uint16)
+    bits = np.concatenate([bits, bits | 0x8000])
     out = np.zeros(16, np.float32)
     for start in range(0, len(bits), 16):
         memory, at = odd(np.concatenate([[0x3C00], bits[start : start + 16]]).astype(np.uint16))
