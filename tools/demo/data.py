@@ -93,7 +93,7 @@ def encode_conversation(tokenizer: Tokenizer, rng: Random, turns: Iterator[Turn]
         if len(ids) + len(asked) + len(answered) + 1 > CONTEXT + 1:
             break
         ids += asked + answered + [EOT]
-        said += [0] * len(asked) + [1] * (len(answered) + 1)
+        said += [0] * len(asked) + [int(turn.learned)] * (len(answered) + 1)
     return ids, said
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-CONTEXT = 1024
+CONTEXT = 2048
 VOCAB = 4096
 BOS, END, EOT = VOCAB - 10, VOCAB - 9, VOCAB - 1  # the special tokens end the vocabulary
 EPS = 1e-5
