@@ -49,16 +49,19 @@ class Turn:
         return bool(re.fullmatch(self.pattern, reply)) if self.pattern else reply == self.assistant
 
 
-def _typed(rng: Random, turn: Turn, form: str = "") -> Turn:
+def as_typed(rng: Random, turn: Turn, form: str = "") -> Turn:
+    """`turn` as a user types it; see `keyboard.typed`."""
     user, form = typed(rng, turn.user, form)
     return replace(turn, user=user, form=form)
 
 
-def _asked(question: Question) -> Turn:
+def asked(question: Question) -> Turn:
+    """The turn in which a question is put."""
     return Turn(question.text, question.answer, QUESTION, question.key, question.kind, pattern=question.pattern)
 
 
-def _said(exchange: Exchange) -> Turn:
+def said(exchange: Exchange) -> Turn:
+    """The turn of a bit of talk."""
     return Turn(exchange.said, exchange.reply, OTHER, topic=exchange.kind, pattern=exchange.pattern)
 
 
@@ -80,11 +83,11 @@ class Conversation:
         if draw < 0.05:
             yield self._introduction()
         elif draw < 0.12:
-            yield self._early_question()
+            yield self.early_question()
         elif draw < 0.25:
-            yield _said(talk.small_talk(rng, before_a_story=True))
+            yield said(talk.small_talk(rng, before_a_story=True))
         elif draw < 0.3:
-            yield _said(talk.outside(rng))
+            yield said(talk.outside(rng))
 
     def story_turn(self, request: Request | None = None, text: str = "") -> Turn:
         """A request (`request` in the words `text`, or a new one) and its story."""
@@ -105,49 +108,62 @@ class Conversation:
         rng = self.rng
         if chance(rng, 0.06):
             name = ASKED.name(rng, "", self.names)
-            return _asked(questions.ask_for_stranger(rng, self.stories[-1], name))
+            return asked(questions.ask_for_stranger(rng, self.stories[-1], name))
         if not (len(self.stories) > 1 and chance(rng, 0.06)):
-            return _asked(questions.ask_any(rng, self.stories[-1]))
+            return asked(questions.ask_any(rng, self.stories[-1]))
+        if chance(rng, 0.3):
+            return self.look_back()
         story = pick(rng, self.stories[:-1])
         while True:
             question = questions.ask_any(rng, story)
             if story.slots["h"] in question.text or story.slots["f"] in question.text:
-                return replace(_asked(question), key="earlier")
+                return replace(asked(question), key="earlier")
+
+    def look_back(self) -> Turn:
+        """What the first story or the one before the latest was about."""
+        rng = self.rng
+        first = len(self.stories) > 2 and chance(rng, 0.5)
+        which = "first story" if first else "[story before|previous story|story before this one]"
+        story = self.stories[0] if first else self.stories[-2]
+        text = expand(f"What was the {which} about?", rng, {})
+        return Turn(" ".join(text.split()), story.slots["SUM"], QUESTION, "earlier", "sentence")
 
     def questions_about_a_story(self, number: int) -> Iterator[Turn]:
         rng = self.rng
-        asked: set[str] = set()
+        keys: set[str] = set()
         while number > 0:
             turn = self.question_turn()
-            if turn.key in asked:
+            if turn.key in keys:
                 continue
-            asked.add(turn.key)
+            keys.add(turn.key)
             number -= 1
             yield turn
             if turn.key == "longer":
                 self.stories[-1] = self.stories[-1].longer()
-            elif chance(rng, 0.06) and turn.key not in ("earlier", "why", "stranger", *questions.RETELLING):
-                yield _asked(questions.reason(rng, self.stories[-1], turn.key))
+            elif turn.key not in ("earlier", "stranger", *questions.RETELLING):
+                why = questions.reason(rng, self.stories[-1], turn.key)
+                if chance(rng, 0.03 if why.answer == questions.UNKNOWN else 0.3):
+                    yield asked(why)
             if chance(rng, 0.04):
-                yield _said(talk.outside(rng))
+                yield said(talk.outside(rng))
 
     def asides(self) -> Iterator[Turn]:
         """Talk between the stories; an offer of another one is often accepted."""
         rng = self.rng
         draw = rng.random()
         if draw < 0.25:
-            turn = _said(talk.small_talk(rng) if draw < 0.14 else talk.outside(rng))
+            turn = said(talk.small_talk(rng) if draw < 0.14 else talk.outside(rng))
             yield turn
             if _OFFER.search(turn.assistant) and chance(rng, 0.4):
                 yield from self._answer_to_an_offer(turn.assistant)
         elif draw < 0.32 and self.user_name:
-            said = pick(rng, ["What is my name?", "Do you know my name?", "Who am I?", "What's my name?", "My name?"])
-            yield Turn(said, f"Your name is {self.user_name}.", OTHER, topic="small talk")
+            text = pick(rng, ["What is my name?", "Do you know my name?", "Who am I?", "What's my name?", "My name?"])
+            yield Turn(text, f"Your name is {self.user_name}.", OTHER, topic="small talk")
 
     def _answer_to_an_offer(self, offer: str) -> Iterator[Turn]:
         rng = self.rng
         if chance(rng, 0.25):
-            yield _said(talk.declined(rng))
+            yield said(talk.declined(rng))
             return
         offered = _OFFERED.search(offer)
         request = Request()
@@ -155,7 +171,7 @@ class Conversation:
             request = Request(hero=Figure(kind=offered[1])) if offered[1] in KNOWN.animals else Request(thing=offered[1])
         yield self.story_turn(request, talk.accepted(rng))
 
-    def _early_question(self) -> Turn:
+    def early_question(self) -> Turn:
         rng = self.rng
         story = tell(rng, Request(), None, self.evaluation)
         question = questions.ask_any(rng, story)
@@ -164,9 +180,9 @@ class Conversation:
     def _introduction(self) -> Turn:
         rng = self.rng
         self.user_name = ASKED.name(rng, "", set())
-        said = expand(SHARED["INTRODUCTION"], rng, {"n": self.user_name})
+        text = expand(SHARED["INTRODUCTION"], rng, {"n": self.user_name})
         reply = f"Nice to meet you, {self.user_name}! What should the story be about?"
-        return Turn(said, reply, OTHER, topic="small talk")
+        return Turn(text, reply, OTHER, topic="small talk")
 
 
 def conversation(rng: Random, evaluation: bool = False, unseen: bool = False) -> Iterator[Turn]:
@@ -176,12 +192,12 @@ def conversation(rng: Random, evaluation: bool = False, unseen: bool = False) ->
     """
     talked = Conversation(rng, evaluation, unseen)
     for turn in () if evaluation else talked.first_turns():
-        yield _typed(rng, turn)
+        yield as_typed(rng, turn)
     while True:
         if talked.stories or not evaluation:
             for turn in talked.asides():
-                yield _typed(rng, turn)
-        yield _typed(rng, talked.story_turn())
+                yield as_typed(rng, turn)
+        yield as_typed(rng, talked.story_turn())
         number = 2 if evaluation else int(rng.random() * MOST_QUESTIONS)
         for turn in talked.questions_about_a_story(number):
-            yield _typed(rng, turn)
+            yield as_typed(rng, turn)

@@ -96,7 +96,7 @@ KNOWN = Pool(
     nouns.ANIMALS, THINGS, nouns.FOODS, list(nouns.PLACES), words.FEMALE_NAMES, words.MALE_NAMES
 )  # fmt: skip
 ASKED = Pool(
-    nouns.ANIMALS, THINGS, nouns.FOODS, list(nouns.PLACES), words.FEMALE_NAMES, words.MALE_NAMES, coined=0.1
+    nouns.ANIMALS, THINGS, nouns.FOODS, list(nouns.PLACES), words.FEMALE_NAMES, words.MALE_NAMES, coined=0.15
 )  # fmt: skip
 STRANGE = Pool(
     nouns.ANIMALS, THINGS, nouns.FOODS, list(nouns.PLACES), words.FEMALE_NAMES, words.MALE_NAMES, coined=0.6

@@ -1,4 +1,4 @@
-"""The nouns of the text world: who and what may appear in a story, where it may happen, and which words training lacks.
+"""The nouns of the text world: who and what may appear in a story, and where it may happen.
 
 The training lists hold the commonest animals, toys, vehicles, foods and places of children's books. The lists named
 `UNSEEN_...` hold words as ordinary which no training text contains: the evaluation tells stories about those, too.
@@ -79,7 +79,7 @@ doughnut, jam tart, pot of soup, bowl of porridge, jar of honey, chestnut, walnu
 banana, cupcake, sausage, potato, radish, birthday cake, chocolate cake, apple pie, carrot cake, ice cream, ice cream
 cone, lollipop, chocolate bar, candy cane, marshmallow, gumdrop, jelly bean, jelly, milkshake, pizza, hamburger, burger,
 hot dog, taco, burrito, noodle, bowl of spaghetti, bowl of rice, bowl of cereal, omelette, boiled egg, piece of toast,
-bagel, croissant, scone, brownie, cinnamon roll, cheesecake, popcorn, peanut, hazelnut, almond, pineapple, mango,
+bagel, croissant, scone, brownie, cinnamon roll, cheesecake, bag of popcorn, peanut, hazelnut, almond, pineapple, mango,
 coconut, kiwi fruit, grape, raspberry, blueberry, blackberry, gooseberry, apricot, fig, date, lime, grapefruit,
 watermelon, avocado, tomato, cucumber, cabbage, lettuce, cauliflower, onion, leek, bean, pea, corn cob, beetroot,
 pepper, cup of tea, cup of cocoa, glass of milk, glass of lemonade, pot of jam, dumpling, pickle""")

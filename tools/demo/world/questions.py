@@ -22,8 +22,8 @@ KINDS = ("names", "yes or no", "colour", "number", "wish", "reason", "who", "whe
 _NUMBERS = ("age", "siblings", "count", "price", "days", "tries")
 _PEOPLE = frozenset(PEOPLE)
 _OPTIONAL = {"home": "home", "hobby": "hobby", "moral": "moral", "age": "age", "siblings": "siblings",
-             "favourite": "favourite", "wish": "dream", "is_learned": "moral", "is_home": "home", "is_hobby": "hobby",
-             "is_siblings": "siblings", "is_wish": "dream"}  # fmt: skip
+             "favourite": "favourite", "wish": "dream", "is_moral": "moral", "is_home": "home", "is_hobby": "hobby",
+             "is_siblings": "siblings", "is_wish": "dream", "is_age": "age", "is_favourite": "favourite"}  # fmt: skip
 _ABOUT_NAMES = re.compile("(is_)?(kind|who|name|hero|friend|cast|count)")
 _SPOKEN_OF = {"h": ["the hero", "the main character"], "f": ["the friend"]}
 
@@ -42,7 +42,7 @@ def kind_of(fact: Fact) -> str:
     key, question = fact.key, fact.question.lstrip("[")
     if key in RETELLING:
         return key
-    if fact.answer == UNKNOWN or key == "unsaid":
+    if fact.answer in (UNKNOWN, "{UNKNOWN}"):
         return "not said"
     if key == "sum":
         return "sentence"
@@ -88,13 +88,16 @@ def _adapted(fact: Fact, story: Story) -> Fact | None:
     if key == "find_none" and any(own.key.startswith("find") for own in story.plot.facts):
         return None
     unknown = key in _OPTIONAL and _OPTIONAL[key] not in used and f"{{{_OPTIONAL[key]}}}" in fact.answer
-    unknown |= key in ("look",) and not slots["o_look"]
+    if (key == "other_trait" and slots["other_trait"] in story.text) or (key == "is_trait" and not slots["h_trait"]):
+        return None
+    unknown |= key == "like" and not slots["h_trait"]
+    unknown |= key == "look" and not slots["o_look"]
     unknown |= key in ("colour", "is_colour") and slots["o_look"] not in words.COLOURS
     if unknown:
         if key == "is_colour":
             question = f"Was the {{o}} {pick(Random(story.text), words.COLOURS)}?"
             return replace(fact, question=question, answer=UNKNOWN, varied=None)
-        return replace(fact, answer=UNKNOWN, varied=None) if not key.startswith("is_") else None
+        return replace(fact, answer=UNKNOWN, varied=None)
     if key.startswith("kind_") and slots[f"{key[-1]}_kind"] in _PEOPLE:
         return replace(fact, question=fact.question.replace("What kind of [animal|creature] was", "What was"))
     return fact

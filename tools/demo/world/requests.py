@@ -64,11 +64,21 @@ def draw_request(rng: Random, taken_names: set[str], evaluation: bool = False, p
     return request
 
 
+def _with_article(rng: Random, noun: str) -> str:
+    """A noun as a topic: mostly with "a", now and then with another word before it or in the plural."""
+    draw = rng.random()
+    if draw < 0.9:
+        return article(noun)
+    if draw < 0.95:
+        return f"{pick(rng, ['the', 'my', 'some', 'one'])} {noun}"
+    return plural(noun)
+
+
 def _figure_phrase(rng: Random, figure: Figure) -> str:
     if not figure.kind:
         return figure.name
-    if figure == Figure(kind=figure.kind) and chance(rng, 0.06):
-        return plural(figure.kind)
+    if figure == Figure(kind=figure.kind):
+        return _with_article(rng, figure.kind)
     phrase = article(f"{figure.trait} {figure.kind}".strip())
     if not figure.name:
         return phrase
@@ -83,7 +93,7 @@ def phrase(rng: Random, request: Request) -> str:
         his = "her" if is_female(request.hero.name, request.hero.kind) else "his"
         topics[1] = f"{his} {request.friend.kind}"
     if request.thing:
-        topics.append(article(f"{request.look} {request.thing}".strip()))
+        topics.append(_with_article(rng, request.thing) if not request.look else article(f"{request.look} {request.thing}"))
     if request.gift:
         topics.append(article(request.gift))
     if request.theme:
@@ -96,6 +106,11 @@ def phrase(rng: Random, request: Request) -> str:
             scene = f" {PLACES.get(request.place, 'in')} the {request.place}"
         else:
             topics.append(f"[the|the|{article(request.place).split()[0]}] {request.place}")
+    if len(topics) == 1 and not request.long and chance(rng, 0.05) and topics[0] == article(request.hero.kind):
+        return expand(f"[Tell me|I want|Please tell me|I would like|Give me|] {topics[0]} story", rng, {}).strip() + "."
+    if request.hero.kind and request.thing and chance(rng, 0.02):
+        wanted = ", ".join(request.mentions())
+        return expand(f"[Tell me|Write|Make] a story with [these words|the words|the following words]: {wanted}", rng, {})
     if not topics:
         return expand(SHARED["ANY_STORY"], rng, {}) + "."
     if len(topics) == 2 and request.thing and chance(rng, 0.15):

@@ -89,6 +89,7 @@ def _figure_slots(
         f"{short}he": he,
         f"{short}him": him,
         f"{short}his": his,
+        f"{prefix}_trait": trait,
     }
 
 
@@ -138,6 +139,7 @@ def _scene_slots(rng: Random, request: Request, pool: Pool) -> dict[str, str]:
         "feel": pick(rng, words.GLAD), "age": pick(rng, words.AGES), "siblings": siblings,
         "sibling_kind": siblings.split()[1].removesuffix("s") + "s", "favourite": pick(rng, words.COLOURS),
         "dream": pick(rng, words.DREAMS), "e_a": article(pick(rng, nouns.FOODS)),
+        "other_trait": pick(rng, words.TRAITS),
     }  # fmt: skip
 
 
