@@ -21,9 +21,9 @@ UNSEEN = frozenset(
     nouns.UNSEEN_ANIMALS + nouns.UNSEEN_THINGS + nouns.UNSEEN_FOODS + list(nouns.UNSEEN_PLACES)
     + [name.lower() for name in nouns.UNSEEN_FEMALE_NAMES + nouns.UNSEEN_MALE_NAMES]
 )  # fmt: skip
-_NOUNS = nouns.ANIMALS + PEOPLE + THINGS + nouns.FOODS + list(nouns.PLACES)
-_TAKEN = frozenset(_NOUNS + [name.lower() for name in words.FEMALE_NAMES + words.MALE_NAMES]) | UNSEEN
-_HALVES = [noun for noun in _NOUNS if noun.isalpha() and len(noun) > 4]
+NOUNS = frozenset(nouns.ANIMALS + PEOPLE + THINGS + nouns.FOODS + list(nouns.PLACES))
+_TAKEN = NOUNS | frozenset([name.lower() for name in words.FEMALE_NAMES + words.MALE_NAMES]) | UNSEEN
+_HALVES = [noun for noun in sorted(NOUNS) if noun.isalpha() and len(noun) > 4]
 
 _ONSETS = """b bl br c ch cl cr d dr f fl fr g gl gr h j k kl kn kr l m n p pl pr qu r s sc sh sk sl sm sn sp st str sw
 t th tr tw v w wh wr y z""".split()

@@ -6,7 +6,7 @@ from dataclasses import replace
 from random import Random
 
 from tools.demo.world import words
-from tools.demo.world.draw import ASKED, FOODS, PLACES, Pool, is_female
+from tools.demo.world.draw import ASKED, FOODS, NOUNS, PLACES, Pool, is_female
 from tools.demo.world.grammar import article, capitalise, chance, expand, pick, plural
 from tools.demo.world.plots import PLOTS, SHARED
 from tools.demo.world.stories import Figure, Request, held_out
@@ -71,7 +71,7 @@ def _with_article(rng: Random, noun: str) -> str:
         return article(noun)
     if draw < 0.95:
         return f"{pick(rng, ['the', 'my', 'some', 'one'])} {noun}"
-    return plural(noun)
+    return plural(noun) if noun in NOUNS else article(noun)
 
 
 def _figure_phrase(rng: Random, figure: Figure) -> str:
