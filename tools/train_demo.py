@@ -26,8 +26,8 @@ except ImportError:
     sys.exit(2)
 
 from tools.demo.data import train_tokenizer
-from tools.demo.model import BitNet, Size, read_folder, write_folder
 from tools.demo.judge_training import evaluate
+from tools.demo.model import BitNet, Size, read_folder, write_folder
 from tools.demo.train import train
 
 

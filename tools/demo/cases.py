@@ -1,7 +1,7 @@
 """What the model is judged by: questions of every kind and requests in every form, about stories it has never seen.
 
-Half of the stories are about a pair of hero and thing that is held out from training, the other half hold names, animals,
-things, foods and places that no training text has.
+Half of the stories are about a pair of hero and thing that is held out from training, the other half hold names,
+animals, things, foods and places that no training text has.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def question_cases(per_group: int, seed: int, groups: tuple[str, ...] = GROUPS) 
     for group in groups:
         drawn, wanted = 0, len(cases) + per_group
         while len(cases) < wanted:
-            rng = Random(seed + 100_000 * GROUPS.index(group) + drawn)
+            rng = Random(seed + 1_000_000 * GROUPS.index(group) + drawn)
             case = _question(group, rng, unseen=drawn % 2 == 1)
             drawn += 1
             if case is not None:

@@ -19,7 +19,8 @@ from tools.demo.world import nouns
 from tools.demo.world.conversation import QUESTION, Turn, conversation
 from tools.demo.world.draw import THINGS
 
-# Stories have most of the tokens, and most of their loss is the choice among plots and words. Answers are what can be right.
+# Stories have most of the tokens, and most of their loss is the choice among plots and words. Answers are what can be
+# right.
 ANSWER_WEIGHT, SHORT = 2, 64
 
 SPECIAL_TOKENS = [

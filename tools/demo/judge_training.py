@@ -15,21 +15,21 @@ from tools.demo.data import encode_conversation, make_rows
 from tools.demo.model import CONTEXT, END, EOT, BitNet
 
 EVALUATION_SEED = 1 << 40  # far from every training seed
-SAMPLING = {"temperature": 0.9, "top_p": 0.95}  # the model's own defaults
+SAMPLING = {"temperature": 1.0, "min_p": 0.1}  # the model's own defaults
 
 
-def _chosen(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """One token for each row of logits [B, V]: the likeliest at temperature 0, otherwise one of the nucleus."""
+def _chosen(logits: torch.Tensor, temperature: float, min_p: float) -> torch.Tensor:
+    """One token for each row of logits [B, V]: the likeliest at temperature 0, otherwise drawn as min_p says."""
     if temperature == 0:
         return logits.argmax(-1)
-    probability, order = torch.softmax(logits / temperature, -1).sort(-1, descending=True)
-    probability[probability.cumsum(-1) - probability >= top_p] = 0
-    return order.gather(-1, torch.multinomial(probability, 1))[:, 0]
+    probability = torch.softmax(logits / temperature, -1)
+    probability[probability < min_p * probability.amax(-1, keepdim=True)] = 0
+    return torch.multinomial(probability, 1)[:, 0]
 
 
 @torch.no_grad()
 def generate(
-    model: BitNet, prompts: list[list[int]], new_tokens: int, temperature: float = 0.0, top_p: float = 1.0
+    model: BitNet, prompts: list[list[int]], new_tokens: int, temperature: float = 0.0, min_p: float = 0.0
 ) -> list[list[int]]:
     """Replies to a batch of prompts, without a cache: simple, and quick enough for an evaluation."""
     device = model.embed_tokens.device
@@ -41,7 +41,7 @@ def generate(
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     while not done.all() and int(at.max()) < min(ids.shape[1], CONTEXT):
         hidden = model(ids[:, : int(at.max())])
-        token = _chosen(model.head(hidden[rows, at - 1]).float(), temperature, top_p)
+        token = _chosen(model.head(hidden[rows, at - 1]).float(), temperature, min_p)
         ids[rows, at] = torch.where(done, ids[rows, at], token)
         at = at + (~done).long()
         done |= (token == EOT) | (token == END) | (at - lengths >= new_tokens)

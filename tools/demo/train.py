@@ -20,6 +20,7 @@ from torch import nn
 from tools.demo.data import make_rows, start_worker
 from tools.demo.model import BitNet
 
+
 @dataclass(frozen=True)
 class Schedule:
     """Learning rate and weight decay as functions of the share of the training that is done."""

@@ -12,9 +12,9 @@ from random import Random
 
 from tools.demo.world import questions, talk
 from tools.demo.world.draw import ASKED, KNOWN, NEVER_SEEN, STRANGE, Pool
-from tools.demo.world.grammar import capitalise, chance, expand, pick
+from tools.demo.world.grammar import chance, expand, pick
 from tools.demo.world.keyboard import PLAIN, typed
-from tools.demo.world.plots import PLOTS, SHARED
+from tools.demo.world.plots import SHARED
 from tools.demo.world.questions import Question
 from tools.demo.world.requests import draw_request, phrase
 from tools.demo.world.stories import Figure, Request, Story, tell
@@ -30,7 +30,7 @@ _OFFERED = re.compile(r"a story about an? ([^?]*)\?$")
 class Turn:
     """One exchange. `key` names the question and `topic` its kind (of `questions.KINDS`); `form` is how it was typed.
 
-    `mentions` are the words that a story must contain. `pattern` matches every right reply where more than one is right.
+    `mentions` are the words that a story must contain. `pattern` matches every right reply where there are several.
     `learned` is False for a story that is only read: its words are not those of a storyteller.
     """
 
@@ -155,12 +155,13 @@ class Conversation:
             turn = said(talk.small_talk(rng) if draw < 0.14 else talk.outside(rng))
             yield turn
             if _OFFER.search(turn.assistant) and chance(rng, 0.4):
-                yield from self._answer_to_an_offer(turn.assistant)
+                yield from self.answer_to_an_offer(turn.assistant)
         elif draw < 0.32 and self.user_name:
             text = pick(rng, ["What is my name?", "Do you know my name?", "Who am I?", "What's my name?", "My name?"])
             yield Turn(text, f"Your name is {self.user_name}.", OTHER, topic="small talk")
 
-    def _answer_to_an_offer(self, offer: str) -> Iterator[Turn]:
+    def answer_to_an_offer(self, offer: str) -> Iterator[Turn]:
+        """Yes and the story, or no."""
         rng = self.rng
         if chance(rng, 0.25):
             yield said(talk.declined(rng))
@@ -168,7 +169,9 @@ class Conversation:
         offered = _OFFERED.search(offer)
         request = Request()
         if offered:
-            request = Request(hero=Figure(kind=offered[1])) if offered[1] in KNOWN.animals else Request(thing=offered[1])
+            request = (
+                Request(hero=Figure(kind=offered[1])) if offered[1] in KNOWN.animals else Request(thing=offered[1])
+            )
         yield self.story_turn(request, talk.accepted(rng))
 
     def early_question(self) -> Turn:

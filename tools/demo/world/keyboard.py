@@ -12,15 +12,24 @@ PLAIN, CAPITALS, ERRORS, LINES = "plain", "capitals", "typing errors", "several 
 FORMS = (PLAIN, CAPITALS, ERRORS, LINES)
 
 _OPENERS = frozenset(
-    "What Where Who How Why Tell Can Could Would May Was Were Which A An Another Do Does Did Is One Whose Make Give Let "
-    "Write Invent Then When In Again Repeat Continue Shorter Longer".split()
+    "What Where Who How Why Tell Can Could Would May Was Were Which A An Another Do Does Did Is One Whose Make Give "
+    "Let Write Invent Then When In Again Repeat Continue Shorter Longer".split()
 )
 _NEIGHBOURS = {
     a: row[max(0, i - 1) : i] + row[i + 1 : i + 2]
     for row in ("qwertyuiop", "asdfghjkl", "zxcvbnm")
     for i, a in enumerate(row)
 }
-_BEFORE = ["Hello!", "Hi,", "Hi there!", "Please:", "I have a question.", "One question:", "Hello, storyteller!", "Okay."]
+_BEFORE = [
+    "Hello!",
+    "Hi,",
+    "Hi there!",
+    "Please:",
+    "I have a question.",
+    "One question:",
+    "Hello, storyteller!",
+    "Okay.",
+]
 _AFTER = ["Thank you!", "Thanks.", "Please.", "Thank you in advance!", "I am curious."]
 
 

@@ -36,7 +36,10 @@ _TEXTS = " ".join(
     re.sub(r"\{\w+\}", " ", file.read_text(encoding="utf-8")) for file in sorted(Path(__file__).parent.glob("*.txt"))
 )
 WORDS = frozenset(
-    words_of(_LISTS) | words_of(_TEXTS) | words_of(" ".join(plural(noun) for noun in nouns.ANIMALS)) | {"an", "young", "she", "her", "he", "him", "his"}
+    words_of(_LISTS)
+    | words_of(_TEXTS)
+    | words_of(" ".join(plural(noun) for noun in nouns.ANIMALS))
+    | {"an", "young", "she", "her", "he", "him", "his"}
 )
 MISTYPED = frozenset(word for word in WORDS - _NAMES if len(word) > 3 and word.isalpha())
 

@@ -1,10 +1,10 @@
 """The plots, read from `plots.txt` beside this file.
 
 A plot is a header, the text of its stories as a template, and the questions which that text answers, as
-`key: question => answer`; of these, `sum` tells the story in a sentence, `because` is a clause that says why its end is a
-glad one, and `why_x` is the reason of what `x` answers. Sections are separated by lines of four equals signs, paragraphs
-by a blank line; a line that begins with spaces goes on with the one before. `questions.txt` holds the questions that can
-be asked of any story, `unsaid.txt` those that none answers.
+`key: question => answer`; of these, `sum` tells the story in a sentence, `because` is a clause that says why its end is
+a glad one, and `why_x` is the reason of what `x` answers. Sections are separated by lines of four equals signs,
+paragraphs by a blank line; a line that begins with spaces goes on with the one before. `questions.txt` holds the
+questions that can be asked of any story, `unsaid.txt` those that none answers.
 
 `key: question => answer ~ slot` is a question for yes or no. Asked with the story's own value of the slot the answer is
 "Yes, ...", with another value "No, ..."; the rest is the answer given here, which is true either way.

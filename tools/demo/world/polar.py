@@ -7,15 +7,16 @@ from random import Random
 
 from tools.demo.world import nouns, words
 from tools.demo.world.draw import KNOWN, PLACES
-from tools.demo.world.grammar import article, chance, expand, pick
+from tools.demo.world.grammar import article, chance, pick
 from tools.demo.world.plots import Fact
 from tools.demo.world.stories import Story
 
 PAST_TO_BASE = dict(
     pair.split("/")
     for pair in words.items("""found/find, lost/lose, took/take, gave/give, got/get, went/go, brought/bring, heard/hear,
-    wished/wish, ate/eat, had/have, learned/learn, tried/try, helped/help, used/use, worked/work, met/meet, traded/trade,
-    shared/share, hid/hide, lived/live, cost/cost, saved/save, opened/open, carried/carry, taught/teach, won/win,
+    wished/wish, ate/eat, had/have, learned/learn, tried/try, helped/help, used/use, worked/work, met/meet,
+    traded/trade, shared/share, hid/hide, lived/live, cost/cost, saved/save, opened/open, carried/carry, taught/teach,
+    won/win,
     wanted/want, broke/break, liked/like, showed/show""")
 )
 _STATEMENT = re.compile(r"(\{[hfx]\}|They|It|The \{o\}) (\w+)( along)? (.*\{(\w+)\}.*)\.")

@@ -18,7 +18,20 @@ WHY = "[Why|Why was that|Why is that|But why|And why|Why so|How come|Why did tha
 # Every request to tell a story otherwise is a kind of its own.
 LATER = r"[^\n]{40,}"  # matches what happened later, which the model may invent
 RETELLING = ("again", "shorter", "longer", "next", "sentence")
-KINDS = ("names", "yes or no", "colour", "number", "wish", "reason", "who", "where", "when", "what", "not said", *RETELLING)
+KINDS = (
+    "names",
+    "yes or no",
+    "colour",
+    "number",
+    "wish",
+    "reason",
+    "who",
+    "where",
+    "when",
+    "what",
+    "not said",
+    *RETELLING,
+)
 _NUMBERS = ("age", "siblings", "count", "price", "days", "tries")
 _PEOPLE = frozenset(PEOPLE)
 _OPTIONAL = {"home": "home", "hobby": "hobby", "moral": "moral", "age": "age", "siblings": "siblings",
@@ -124,7 +137,7 @@ def _with_pronoun(rng: Random, question: str, story: Story) -> str:
         if others or f"{{{figure}}}" not in question or (figure == "f" and same) or not chance(rng, 0.25):
             continue
         question = question.replace(f"{{{figure}}}'s", f"{{{short}his}}")
-        return re.sub(r"\b(did|was|does|is|could|Did|Was|Does|Is|Could) \{%s\}" % figure, rf"\1 {{{short}he}}", question)
+        return re.sub(rf"\b([Dd]id|[Ww]as|[Dd]oes|[Ii]s|[Cc]ould) {{{figure}}}", rf"\1 {{{short}he}}", question)
     return question
 
 

@@ -93,7 +93,9 @@ def phrase(rng: Random, request: Request) -> str:
         his = "her" if is_female(request.hero.name, request.hero.kind) else "his"
         topics[1] = f"{his} {request.friend.kind}"
     if request.thing:
-        topics.append(_with_article(rng, request.thing) if not request.look else article(f"{request.look} {request.thing}"))
+        topics.append(
+            _with_article(rng, request.thing) if not request.look else article(f"{request.look} {request.thing}")
+        )
     if request.gift:
         topics.append(article(request.gift))
     if request.theme:
@@ -110,7 +112,9 @@ def phrase(rng: Random, request: Request) -> str:
         return expand(f"[Tell me|I want|Please tell me|I would like|Give me|] {topics[0]} story", rng, {}).strip() + "."
     if request.hero.kind and request.thing and chance(rng, 0.02):
         wanted = ", ".join(request.mentions())
-        return expand(f"[Tell me|Write|Make] a story with [these words|the words|the following words]: {wanted}", rng, {})
+        return expand(
+            f"[Tell me|Write|Make] a story with [these words|the words|the following words]: {wanted}", rng, {}
+        )
     if not topics:
         return expand(SHARED["ANY_STORY"], rng, {}) + "."
     if len(topics) == 2 and request.thing and chance(rng, 0.15):

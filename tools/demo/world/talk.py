@@ -91,15 +91,15 @@ SMALL_TALK, OUTSIDE = _read()
 _ABOUT_A_STORY = ("[Thank you|I am glad that you liked", "[I am sorry|I am sorry to hear that you did not like")
 _DECLINED = "[No|No, thank you|No, thanks|Not now|Maybe later|No thanks, not today|Nope|Not yet|Later][.|!|]"
 _ACCEPTED = (
-    "[Yes|Yes, please|Sure|Okay|Ok|Yes please|Of course|Please do|Yes, I would like that|Go ahead|Yeah|Yep|Why not|Yes, "
-    "tell me]"
+    "[Yes|Yes, please|Sure|Okay|Ok|Yes please|Of course|Please do|Yes, I would like that|Go ahead|Yeah|Yep|Why not|"
+    "Yes, tell me]"
 )
 
 
 def _exchange(rng: Random, said: str, reply: str, kind: str, mark: str = "") -> Exchange:
     slots = _slots(rng)
     asked = " ".join(expand(said, rng, slots).split()) + mark
-    return Exchange(asked, expand(reply, rng, slots), pattern(reply, slots, free={"example"}), kind)
+    return Exchange(asked, expand(reply, rng, slots), pattern(reply, slots, free={"example", "a_food"}), kind)
 
 
 def small_talk(rng: Random, before_a_story: bool = False) -> Exchange:

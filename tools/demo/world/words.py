@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from tools.demo.world.nouns import items
 
 FEMALE_NAMES = """Ada Alma Anna Bella Bea Cara Carla Celia Clara Cora Daisy Dora Edith Ella Elsa Emma Enid Erin Eva
@@ -190,8 +189,8 @@ MORALS = {
 
 # What a story may say about its hero, and otherwise does not.
 AGES = items("three, four, five, six, seven, eight, nine, ten, twelve, a hundred")
-SIBLINGS = items("""two brothers, three brothers, four brothers, five brothers, two sisters, three sisters, four sisters,
-five sisters, one brother, one sister, six brothers, seven sisters""")
-DREAMS = items("""see the sea, fly to the moon, meet a king, find a treasure, climb the highest mountain, sail around the
-world, ride a dragon, sing on a stage, build a tree house, travel by train, see the snow, learn to fly, write a book, dance
-at a ball, catch a star, have a garden""")
+SIBLINGS = items("""two brothers, three brothers, four brothers, five brothers, two sisters, three sisters, four
+sisters, five sisters, one brother, one sister, six brothers, seven sisters""")
+DREAMS = items("""see the sea, fly to the moon, meet a king, find a treasure, climb the highest mountain, sail around
+the world, ride a dragon, sing on a stage, build a tree house, travel by train, see the snow, learn to fly, write
+a book, dance at a ball, catch a star, have a garden""")
