@@ -114,10 +114,14 @@ def _text_of(entry: object) -> str | None:
 def eos_ids(folder: ModelFolder, size: int) -> frozenset[int]:
     """The ids that end an answer: those of generation_config.json, otherwise those of config.json.
 
-    Ids outside the vocabulary of `size` tokens are ignored with a warning.
+    Ids outside the vocabulary of `size` tokens are ignored with a warning, and so is a file that is damaged.
     """
     for name in ("generation_config.json", "config.json"):
-        value = read_object(folder / name).get("eos_token_id")
+        try:
+            value = read_object(folder / name).get("eos_token_id")
+        except TokenizerError as error:
+            _log.warning("%s; ignored", error)
+            continue
         if value is not None:
             return _known_ids(value, size, name)
     return frozenset()

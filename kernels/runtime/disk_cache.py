@@ -53,6 +53,11 @@ def write(path: Path, data: bytes) -> None:
     """Writes an entry whole or not at all; without a cache that can be written, it is compiled again next time."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(data)
-        os.replace(file.name, path)
+        descriptor, unfinished = tempfile.mkstemp(dir=path.parent)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(data)
+            os.replace(unfinished, path)
+        except BaseException:  # a full disk, or Ctrl-C
+            os.unlink(unfinished)
+            raise

@@ -25,6 +25,9 @@ def test_processes_compile_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_
     assert len(specs) >= 7
     compiler.machine_code(specs[3], 90)
     counts: list[int] = []
+    (tmp_path / "bitnet_numba").mkdir()  # a stranger of the same name, where the user happens to be
+    (tmp_path / "bitnet_numba" / "__init__.py").write_text("raise SystemExit")
+    monkeypatch.chdir(tmp_path)
     warmup.compile_together(needs, specs, counts.append)
     assert all(compiler.is_cached(spec, 90) for spec in specs)
     assert len(list((tmp_path / "cache").iterdir())) == len(specs), "only what was asked for"

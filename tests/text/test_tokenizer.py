@@ -257,8 +257,21 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(folder: Path) -> None:
     assert Tokenizer.open(FOLDER, 1991).encode("x") == TOKENIZER.encode("x")
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+DAMAGED = [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_generation_config_is_ignored_and_told(
+    folder: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "generation_config.json").write_bytes(content)
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert Tokenizer.open(folder).stop_ids == {7, EOS, EOT}
+    assert len(caplog.messages) == 1 and "generation_config.json" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", DAMAGED)
 def test_damaged_files_are_named(folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
     with pytest.raises(TokenizerError, match=name) as caught:

@@ -35,6 +35,13 @@ from bitnet_numba.kernels.runtime.spec import ArchSpec, KernelSpec
 
 MIN_SHARE = 4  # kernels; starting a process takes as long as compiling two
 POLL = 0.1  # seconds
+# What each process does.
+COMPILE_SHARE = """
+import sys
+sys.path[:] = sys.argv[1:]
+from bitnet_numba.backends.cuda import warmup
+warmup.compile_share()
+"""
 MAX_CONTEXT = 8192  # tokens of a dry run's sequences; longer contexts take the same kernels
 
 
@@ -111,7 +118,8 @@ def compile_together(needs: Needs, specs: list[KernelSpec], progress: Callable[[
     try:
         for i in range(count):
             with contextlib.suppress(OSError):  # what this one would have made is compiled here, later
-                command = [sys.executable, "-m", "bitnet_numba.backends.cuda.warmup"]
+                # With this process's own path, and without the folder that it happens to run in, which -m would search.
+                command = [sys.executable, "-c", COMPILE_SHARE, *sys.path]
                 nowhere = subprocess.DEVNULL
                 processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere))
                 pipe = processes[-1].stdin
@@ -143,10 +151,3 @@ def compile_share() -> None:
     for spec in needs.specs():
         if spec.name in names:
             machine_code(spec, needs.target.arch)
-
-
-if __name__ == "__main__":
-    # Under its own name, since what arrives by pickle is of the module that its sender imported.
-    from bitnet_numba.backends.cuda import warmup
-
-    warmup.compile_share()

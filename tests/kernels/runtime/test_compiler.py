@@ -1,6 +1,7 @@
 """Machine code needs no device; the disk cache has one entry for each spec, architecture and state of the source."""
 
 import ast
+import errno
 import importlib
 import os
 import shutil
@@ -49,6 +50,15 @@ def test_a_cache_that_is_a_file_is_no_error(tmp_path: Path, monkeypatch: pytest.
     assert not disk_cache.is_writable()
     for _ in range(2):
         assert compiler.machine_code(advance_spec(90), 90)[1]
+
+
+def test_a_full_disk_is_no_error_and_keeps_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*names: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(disk_cache.os, "replace", full)
+    assert compiler.machine_code(advance_spec(90), 90)[1]
+    assert list(cache.iterdir()) == []
 
 
 def test_what_does_not_assemble_gives_one_line() -> None:
