@@ -150,7 +150,7 @@ def test_a_window_of_decoding(fake: tuple[cpu.Measured, FakeModel], demo: Packed
     assert model.calls == 2 * [("step", 2, [128 + i] * 2) for i in range(cpu.STEPS)]
     assert case.labels["bytes"] == demo.nbytes() + 2 * 128 * 4  # tied: the embedding is the head
     model.calls.clear()
-    measured.decode(model, [1024]).window()  # type: ignore[arg-type]
+    measured.decode(model, [demo.config.max_context]).window()  # type: ignore[arg-type]
     assert model.calls[-1] == ("step", 1, [demo.config.max_context - 1])
     model.token = NO_TOKEN
     with pytest.raises(AssertionError, match="NaN"):

@@ -1,6 +1,6 @@
-"""Evaluate a model of the text world (default: the built-in model) on stories it has never seen.
+"""Evaluate a model of the text world (default: the built-in model) on what it has never seen.
 
-    python tools/eval_demo.py --backend reference -n 500
+    python tools/eval_demo.py --backend reference --stories 1000
 
 `tools/demo/evaluate.py` describes what is measured.
 """
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bitnet_numba.engine.engine import BACKENDS, load
 from bitnet_numba.errors import BitNetError
-from tools.demo.evaluate import THRESHOLDS, judge, report
+from tools.demo.evaluate import below, judge, report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,8 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("checkpoint", nargs="?", help="a packed checkpoint (default: the built-in model)")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what runs the model")
-    parser.add_argument("-n", "--number", type=int, default=500, help="number of stories, with two questions each")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the stories")
+    parser.add_argument("-n", "--number", type=int, default=100, help="number of questions of each kind")
+    parser.add_argument("--stories", type=int, default=1000, help="number of stories told on request")
+    parser.add_argument("--seed", type=int, default=0, help="seed of questions and stories")
     parser.add_argument("--samples", type=int, default=100, help="number of stories sampled for one request")
     parser.add_argument(
         "--conversations",
@@ -36,8 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--against", metavar="FOLDER", help="second checkpoint, to compare its perplexity")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     args = parser.parse_args(argv)
-    if min(args.number, args.samples, args.conversations) < 1 or args.seed < 0:
-        parser.error("-n, --samples and --conversations must be at least 1, --seed at least 0")
+    if min(args.number, args.stories, args.samples, args.conversations) < 1 or args.seed < 0:
+        parser.error("-n, --stories, --samples and --conversations must be at least 1, --seed at least 0")
     try:
         llm = load(args.checkpoint, args.backend)
         other = load(args.against, args.backend) if args.against else None
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     print(report(llm, figures))
     if args.json:
         args.json.write_text(json.dumps({"backend": llm.backend, **figures}, indent=1) + "\n")
-    missed = [name for name, threshold in THRESHOLDS.items() if figures[name] < threshold]
+    missed = below(figures)
     if missed:
         print(f"below the threshold: {', '.join(missed)}", file=sys.stderr)
     return 1 if missed else 0

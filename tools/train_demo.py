@@ -26,8 +26,9 @@ except ImportError:
     sys.exit(2)
 
 from tools.demo.data import train_tokenizer
+from tools.demo.judge_training import evaluate
 from tools.demo.model import BitNet, Size, read_folder, write_folder
-from tools.demo.train import evaluate, train
+from tools.demo.train import train
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="Hugging Face folder to write")
     parser.add_argument("--minutes", type=float, help="training time, from the first step on; or use --steps")
     parser.add_argument("--steps", type=int, help="number of training steps; or use --minutes")
-    parser.add_argument("--rows", type=int, default=128, help="conversations of 1024 tokens per step")
+    parser.add_argument("--rows", type=int, default=64, help="conversations of 2048 tokens per step")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=1, help="seed of data and initial weights")
     parser.add_argument("--layers", type=int, default=Size.layers)
@@ -50,9 +51,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--save-every", type=float, default=300, help="seconds between saved states; 0: never")
     parser.add_argument("--resume", action="store_true", help="continue from FOLDER/state.pt")
     parser.add_argument("--init", type=Path, help="start from the weights of this Hugging Face folder")
-    parser.add_argument(
-        "--evaluate", type=int, default=500, help="number of held-out stories for the final evaluation; 0: none"
-    )
+    parser.add_argument("--evaluate", type=int, default=100, help="held-out questions of each kind at the end; 0: none")
+    parser.add_argument("--stories", type=int, default=1000, help="stories told at the end, for the same evaluation")
     args = parser.parse_args()
     if not (args.minutes or args.steps):
         parser.error("--minutes or --steps is required")
@@ -89,8 +89,9 @@ def main() -> None:
     read_folder(model, folder)  # what is evaluated is what was written
     report = {"settings": {k: str(v) for k, v in vars(args).items()} | asdict(size), "curve": curve}
     if args.evaluate:
-        report["evaluation"] = evaluate(model, Tokenizer.from_file(str(folder / "tokenizer.json")), args.evaluate)
-        print(json.dumps(report["evaluation"]), flush=True)
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        report["evaluation"] = evaluate(model, tokenizer, args.evaluate, args.stories)
+        print(json.dumps(report["evaluation"], indent=1), flush=True)
     (folder / "training.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -8,23 +8,17 @@ from random import Random
 
 import pytest
 
-from tools.demo.world import words
-from tools.demo.world.conversation import QUESTION, STORY, conversation, draw_request, phrase, typed
-from tools.demo.world.grammar import article, capitalise, expand, parse, slots_of
+from tools.demo.world import nouns, words
+from tools.demo.world.conversation import QUESTION, STORY, Conversation, conversation
+from tools.demo.world.draw import NEVER_SEEN, NOUNS, UNSEEN, coin_word
+from tools.demo.world.grammar import article, capitalise, expand, parse, pattern, plural, slots_of
+from tools.demo.world.lexicon import WORDS, invented, words_of
 from tools.demo.world.plots import PLOTS
+from tools.demo.world.requests import draw_request, phrase
 from tools.demo.world.stories import Figure, Request, Story, held_out, tell
 from tools.demo.world.talk import outside, small_talk
 
-STORIES_PER_PLOT = 60
-# Words that an answer may add to those of the story: the glue of a short sentence.
-GLUE = set(
-    """it was the a an of and to did not find anything because by in on at had have has been were lived felt liked
-    learned they story does say there is nobody called this helped belonged cost for with who worked winner prize
-    made out what used his her he she along took talked jokes told asked riddles played counted drew cheer wanted
-    share cry heard saw worked hard saved brought home gave back got helping from contest found new know anybody
-    others lost way hid storm friends wished traded well again repair lonely opened him them days times went gone
-    want met ate""".split()
-)
+STORIES_PER_PLOT = 30
 
 
 def stories(plot: str, count: int = STORIES_PER_PLOT) -> list[Story]:
@@ -54,10 +48,18 @@ def test_articles_and_capitals() -> None:
 
 
 def test_the_world_is_rich() -> None:
-    nouns = set(words.ANIMALS + words.PEOPLE + words.WOMEN + words.MEN + words.PLAIN_THINGS + words.FOODS) | set(
-        words.PLACES
-    )
-    assert len(nouns) > 300
+    assert len(nouns.ANIMALS) > 250 and len(nouns.PLACES) > 100 and len(NOUNS) > 850
+    for ordinary in (
+        "dog",
+        "T-rex",
+        "toy car",
+        "fire engine",
+        "hot air balloon",
+        "pizza",
+        "playground",
+        "train station",
+    ):
+        assert ordinary in NOUNS
     assert len(set(words.FEMALE_NAMES) | set(words.MALE_NAMES)) > 150
     assert not set(words.FEMALE_NAMES) & set(words.MALE_NAMES)
     assert len(PLOTS) >= 8
@@ -80,47 +82,22 @@ def test_stories_are_grammatical(plot: str) -> None:
             )
         assert text.endswith((".", "!")), text
         assert 60 <= len(text.split()) <= 260, text
-
-
-@pytest.mark.parametrize("plot", [plot.name for plot in PLOTS])
-def test_answers_follow_from_the_story(plot: str) -> None:
-    for i, story in enumerate(stories(plot)):
-        heard = set(re.findall(r"[\w']+", story.text.lower()))
-        assert len({fact.key for fact in story.facts}) == len(story.facts)
-        for key in [fact.key for fact in story.facts]:
-            question = story.ask(Random(i), key)
-            assert not re.search(r"[\[\]{}|]|  ", question.text + question.answer)
-            told = {word.removesuffix("'s") for word in re.findall(r"[\w']+", question.answer.lower())}
-            unknown = told - heard - {word.removesuffix("'s") for word in heard} - GLUE
-            assert not unknown, f"{unknown} of {question.answer!r} not in: {story.text}"
-
-
-@pytest.mark.parametrize("plot", [plot.name for plot in PLOTS])
-def test_a_question_has_one_answer(plot: str) -> None:
-    for i, story in enumerate(stories(plot, 20)):
-        answers: dict[str, str] = {}
-        for key in [fact.key for fact in story.facts]:
-            for j in range(30):
-                question = story.ask(Random(100 * i + j), key)
-                assert answers.setdefault(question.text, question.answer) == question.answer, (question, story.text)
-
-
-def test_every_story_says_what_was_found_and_where_they_went() -> None:
-    for plot in PLOTS:
-        for story in stories(plot.name, 3):
-            assert {"find", "go", "who_h", "cast", "sum", "feel_end"} <= {fact.key for fact in story.facts}
+        assert not invented(text), text
 
 
 def test_requests_are_honoured() -> None:
-    for seed in range(1500):
+    for seed in range(600):
         rng = Random(seed)
         request = draw_request(rng, set(), evaluation=seed % 2 == 0)
         story = tell(rng, request, evaluation=seed % 2 == 0)
         asked = phrase(rng, request)
         for word in request.mentions():
             assert word in story.text, (word, asked, story.text)
-        for word in [request.hero.kind, request.friend.kind, request.thing, request.gift, request.place, request.theme]:
-            assert word in asked.lower(), (word, asked)
+        for noun in [request.hero.kind, request.friend.kind, request.third.kind, request.thing, request.gift]:
+            assert noun.lower() in asked.lower() or plural(noun).lower() in asked.lower(), (noun, asked)
+        for word in (request.place, request.theme, request.hero.name):
+            assert word in asked, (word, asked)
+        assert not request.long or len(story.text.split("\n")) > 3
 
 
 def test_unknown_things_are_taken_as_they_come() -> None:
@@ -128,16 +105,50 @@ def test_unknown_things_are_taken_as_they_come() -> None:
     assert "zorbel" in story.text and "quixatron" in story.text
 
 
+def test_plurals() -> None:
+    assert [plural(n) for n in ("dog", "fox", "mouse", "fairy", "monkey", "snowman", "sheep", "wolf", "finch")] == [
+        "dogs", "foxes", "mice", "fairies", "monkeys", "snowmen", "sheep", "wolves", "finches"
+    ]  # fmt: skip
+
+
+def test_patterns_match_every_expansion() -> None:
+    template, slots = "[Hi|Hello[| there]], {who}! {free}", {"who": "[Ann|Bo]", "free": "x"}
+    matching = re.compile(pattern(template, slots, free={"free"}))
+    for seed in range(50):
+        assert matching.fullmatch(expand(template, Random(seed), slots))
+    assert not matching.fullmatch("Hi, Cleo! x") and matching.fullmatch("Hi, Bo! anything")
+
+
+def test_coined_words_are_new() -> None:
+    coined = [coin_word(Random(seed)) for seed in range(500)]
+    assert len(set(coined)) > 450
+    assert not set(coined) & (NOUNS | UNSEEN)
+
+
+def test_training_knows_no_unseen_word() -> None:
+    assert not WORDS & {word for word in UNSEEN if " " not in word}
+    for seed in range(150):
+        for turn in itertools.islice(conversation(Random(seed)), 12):
+            assert not words_of(f"{turn.user} {turn.assistant}") & UNSEEN, turn
+
+
+def test_a_story_of_unseen_words() -> None:
+    story = tell(Random(1), draw_request(Random(1), set(), True, NEVER_SEEN), evaluation=True, pool=NEVER_SEEN)
+    assert story.slots["o"] in UNSEEN and story.slots["h"].lower() in UNSEEN
+    turns = list(itertools.islice(conversation(Random(2), evaluation=True, unseen=True), 3))
+    assert not turns[0].learned and invented(turns[0].assistant)
+
+
 def test_held_out_pairs_stay_out_of_training() -> None:
     kept = 0
-    for seed in range(1500):
+    for seed in range(600):
         evaluation = seed % 3 == 0
         rng = Random(seed)
         request = draw_request(rng, set(), evaluation)
         story = tell(rng, request, evaluation=evaluation)
         assert held_out(story.slots["h_kind"], story.slots["o"]) == evaluation, (request, story.text)
         kept += evaluation
-    assert kept == 500
+    assert kept == 200
 
 
 def test_names_are_not_used_twice_in_a_conversation() -> None:
@@ -168,22 +179,32 @@ def test_a_question_comes_after_a_story() -> None:
             assert turn.kind != QUESTION or told or turn.key == "early"
 
 
+def test_an_accepted_offer_is_kept() -> None:
+    kinds = set()
+    for seed in range(60):
+        talked = Conversation(Random(seed), evaluation=False, unseen=False)
+        (turn,) = talked.answer_to_an_offer("I like owls, too! Shall I tell you a story about an owl?")
+        kinds.add(turn.kind)
+        assert "owl" in turn.assistant if turn.kind == STORY else turn.assistant.startswith("All right!")
+    assert len(kinds) == 2
+
+
 def test_evaluation_asks_two_questions_per_story() -> None:
     for seed in range(50):
-        turns = itertools.islice(conversation(Random(seed), evaluation=True), 30)
-        kinds = "".join({"story": "s", "question": "q"}.get(turn.kind, "") for turn in turns)
-        assert re.fullmatch(r"(sqq)+(s?q?)", kinds), kinds
-
-
-def test_typing_changes_only_the_look() -> None:
-    for seed in range(300):
-        text = typed(Random(seed), "What did Mira find?")
-        assert "what did mira find" in text.lower()
+        turns = list(itertools.islice(conversation(Random(seed), evaluation=True), 30))
+        asked = [
+            sum(turn.kind == QUESTION for turn in group)
+            for first, group in itertools.groupby(turns, lambda t: t.kind == STORY)
+            if not first
+        ]
+        assert turns[0].kind == STORY and all(2 <= number <= 4 for number in asked[:-1])
 
 
 def test_small_talk_and_outside_requests_are_answered() -> None:
-    for seed in range(1500):
-        said, reply = small_talk(Random(seed))
-        assert said and reply and not re.search(r"[\[\]{}|]|  ", reply)
-        said, reply = outside(Random(seed))
-        assert said == said.strip() and "stories" in reply and "Tell me a story about" in reply
+    for seed in range(800):
+        exchange = small_talk(Random(seed))
+        assert exchange.said and re.fullmatch(exchange.pattern, exchange.reply)
+        assert not re.search(r"[\[\]{}|]|  ", exchange.reply)
+        exchange = outside(Random(seed))
+        assert exchange.said == exchange.said.strip() and re.fullmatch(exchange.pattern, exchange.reply)
+        assert "stories" in exchange.reply and "Tell me a story about" in exchange.reply

@@ -324,10 +324,10 @@ def test_with_too_little_memory_a_smaller_context_is_named() -> None:
     three = {"max_new_tokens": 3}
     for call in (llm.session, lambda: llm.generate("x", **three), lambda: list(llm.stream("x", **three))):
         line = refused(call)
-        fits = re.search(r"a context of 1024 tokens takes 0.0\\d GB of memory.*: --context (\\d+) would fit", line)
-    assert re.search(r"a batch of 65536 tokens takes .* GB of memory.*: \\d+ tokens would fit", refused(llm.scheduler))
+        fits = re.search(r"a context of 2048 tokens takes 0.\\d+ GB of memory.*: --context (\\d+) would fit", line)
+    assert re.search(r"a batch of \\d+ tokens takes .* GB of memory.*: \\d+ tokens would fit", refused(llm.scheduler))
     llm.context = int(fits[1])
-    assert 0 < llm.context < 1024 and llm.context % 64 == 0
+    assert 0 < llm.context < 2048 and llm.context % 64 == 0
     assert llm.generate([5] * (llm.context - 9)).stats.generated_tokens
     """
     # OpenBLAS makes itself at home at the first product; with one thread, so that its buffers are few.

@@ -1,14 +1,14 @@
-"""Evaluates a model of the text world on stories it has never seen.
+"""Evaluates a model of the text world on stories, questions and requests that it has never seen; see `cases.py`.
 
-For each of N conversations about held-out pairs of hero and thing: the model tells the story that is asked for, and
-answers two questions about a story of the world, whose right answers are known, in later turns of one conversation.
-Then: the perplexity of held-out replies, and how many of the stories sampled for one and the same request differ.
+The model answers questions of every kind about stories of the world, whose right answers are known, and tells the
+stories that are asked for. Then: the perplexity of held-out replies, and how many of the stories sampled for one and
+the same request differ.
 """
 
 import argparse
 import sys
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
+from dataclasses import replace
 from random import Random
 from time import perf_counter
 
@@ -17,12 +17,14 @@ from rich.progress import track
 
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.text.chat_template import Message
-from tools.demo.world.conversation import QUESTION, STORY, Turn, conversation
+from tools.demo.cases import Case, exact_shares, invented_words, question_cases, request_cases
+from tools.demo.world.conversation import conversation
 
 FIRST_SEED = 1 << 41  # seeds from here on were never used in training
 SAMPLED_REQUEST = "Tell me a story about a dog and a kite."
 TEMPERATURE = 0.8
-MAX_STORY, MAX_ANSWER = 400, 60  # tokens
+MAX_STORY = 400  # tokens
+AT_ONCE = 16  # prompts
 THRESHOLDS = {"exact": 0.97, "honoured": 0.95, "distinct": 1.0}
 
 
@@ -30,32 +32,33 @@ def message(role: str, text: str) -> Message:
     return {"role": role, "content": text}
 
 
-def turns_of(seed: int) -> Iterator[Turn]:
-    """A story about a held-out pair and two questions about it, with whatever is said between."""
-    questions = 0
-    for turn in conversation(Random(seed), evaluation=True):
-        yield turn
-        questions += turn.kind == QUESTION
-        if questions == 2:
-            return
+def messages(case: Case) -> list[Message]:
+    """A case as the model is asked: with the world's own earlier replies, which decide what is right."""
+    said = [m for turn in case.before for m in (message("user", turn.user), message("assistant", turn.assistant))]
+    return [*said, message("user", case.turn.user)]
 
 
-def converse(llm: Engine, seed: int) -> tuple[bool, list[tuple[Turn, str]]]:
-    """Whether the model's own story holds what was asked for, and its answer to each question."""
-    said: list[Message] = []
-    honoured = False
-    answers = []
-    with llm.session() as session:
-        for turn in turns_of(seed):
-            said.append(message("user", turn.user))
-            if turn.kind == STORY:
-                story = session.generate(said, max_new_tokens=MAX_STORY)
-                honoured = story.finish_reason == "stop" and all(word in story.text for word in turn.mentions)
-            elif turn.kind == QUESTION:
-                answers.append((turn, session.generate(said, max_new_tokens=MAX_ANSWER).text))
-            # The conversation goes on with the world's own reply: it decides which answers are right.
-            said.append(message("assistant", turn.assistant))
-    return honoured, answers
+def answers(llm: Engine, cases: list[Case]) -> list[tuple[Case, str]]:
+    """The model's greedy answer in each case."""
+    told = []
+    for i in track(range(0, len(cases), AT_ONCE), "questions", transient=True):
+        part = cases[i : i + AT_ONCE]
+        limit = max(len(llm.tokenizer.encode(case.turn.assistant)) for case in part) + 24
+        completions = llm.generate_batch([messages(case) for case in part], max_new_tokens=limit)
+        told += [(case, completion.text) for case, completion in zip(part, completions, strict=True)]
+    return told
+
+
+def stories(llm: Engine, cases: list[Case], seed: int) -> list[tuple[Case, str]]:
+    """A story for each request, sampled as the model's folder recommends; "" where it did not end."""
+    assert llm.sampling is not None
+    told = []
+    for i in track(range(0, len(cases), AT_ONCE), "stories", transient=True):
+        part = cases[i : i + AT_ONCE]
+        params = [replace(llm.sampling, max_new_tokens=MAX_STORY, seed=seed + i + j) for j in range(len(part))]
+        completions = llm.generate_batch([messages(case) for case in part], params)
+        told += [(c, a.text if a.finish_reason == "stop" else "") for c, a in zip(part, completions, strict=True)]
+    return told
 
 
 def perplexity(llm: Engine, seed: int, conversations: int) -> float:
@@ -91,22 +94,30 @@ def distinct_share(llm: Engine, seed: int, samples: int) -> float:
     return len(stories) / samples
 
 
-def judge(llm: Engine, other: Engine | None, args: argparse.Namespace) -> dict[str, float]:
-    """All figures, and the wrong answers on standard error."""
+def judge(llm: Engine, other: Engine | None, args: argparse.Namespace) -> dict[str, object]:
+    """All figures; what went wrong is printed on standard error."""
     started = perf_counter()
-    honoured, right = 0, Counter[bool]()
-    for i in track(range(args.number), "stories and questions", transient=True):
-        told, answers = converse(llm, FIRST_SEED + args.seed * 1_000_000 + i)
-        honoured += told
-        for turn, answer in answers:
-            right[answer == turn.assistant] += 1
-            if answer != turn.assistant:
-                print(f"  {turn.user!r}: {answer[:100]!r}, not {turn.assistant!r}", file=sys.stderr)
-    figures = {
-        "stories": args.number,
-        "questions": right.total(),
-        "exact": right[True] / right.total(),
-        "honoured": honoured / args.number,
+    first = FIRST_SEED + args.seed * 100_000_000
+    answered = answers(llm, question_cases(args.number, first))
+    for case, reply in answered:
+        if not case.turn.right(reply):
+            print(f"  {case.group}: {case.turn.user!r}: {reply!r}, not {case.turn.assistant!r}", file=sys.stderr)
+    told = stories(llm, request_cases(args.stories, first + 50_000_000), args.seed * 1_000_000)
+    missed: dict[str, list[bool]] = defaultdict(list)
+    inventing = 0
+    for case, reply in told:
+        lacking = [word for word in case.turn.mentions if word not in reply]
+        missed[f"{case.group}, {'known' if case.turn.learned else 'unseen'} words"].append(bool(lacking))
+        invented = sorted(invented_words(case, reply))
+        inventing += bool(invented)
+        if lacking or invented:
+            print(f"  {case.turn.user!r}: lacks {lacking}, invents {invented}: {reply!r}", file=sys.stderr)
+    figures: dict[str, object] = {
+        "number": args.number,
+        "exact": exact_shares(answered),
+        "stories": args.stories,
+        "honoured": {group: 1 - sum(lacking) / len(lacking) for group, lacking in sorted(missed.items())},
+        "inventing": inventing,
         "distinct": distinct_share(llm, args.seed * 1_000_000, args.samples),
         "samples": args.samples,
         "perplexity": perplexity(llm, FIRST_SEED - 1_000_000, args.conversations),
@@ -117,14 +128,27 @@ def judge(llm: Engine, other: Engine | None, args: argparse.Namespace) -> dict[s
     return figures
 
 
-def report(llm: Engine, figures: dict[str, float]) -> str:
-    lines = [
-        f"backend                                   {llm.backend}",
-        f"questions answered exactly right          {figures['exact']:.1%} of {figures['questions']:.0f}",
-        f"stories that mention what was asked for   {figures['honoured']:.1%} of {figures['stories']:.0f}",
-        f"different stories at temperature {TEMPERATURE}      {figures['distinct']:.0%} of {figures['samples']:.0f}",
-        f"perplexity of held-out replies            {figures['perplexity']:.5f}",
+def below(figures: dict) -> list[str]:
+    """What misses its threshold."""
+    return [
+        *(group for group, share in figures["exact"].items() if share < THRESHOLDS["exact"]),
+        *(group for group, share in figures["honoured"].items() if share < THRESHOLDS["honoured"]),
+        *(["different stories"] if figures["distinct"] < THRESHOLDS["distinct"] else []),
+        *(["invented words"] if figures["inventing"] else []),
     ]
+
+
+def report(llm: Engine, figures: dict) -> str:
+    lines = [f"backend                                   {llm.backend}"]
+    lines.append(f"answered exactly right, of {figures['number']} each")
+    lines += [f"    {group:38s}{share:.1%}" for group, share in figures["exact"].items()]
+    lines.append(f"stories that mention what was asked for, of {figures['stories']} in all")
+    lines += [f"    {group:38s}{share:.1%}" for group, share in figures["honoured"].items()]
+    lines.append(f"stories with an invented word             {figures['inventing']} of {figures['stories']}")
+    lines.append(
+        f"different stories at temperature {TEMPERATURE}      {figures['distinct']:.0%} of {figures['samples']}"
+    )
+    lines.append(f"perplexity of held-out replies            {figures['perplexity']:.5f}")
     if "perplexity_against" in figures:
         change = figures["perplexity"] / figures["perplexity_against"] - 1
         lines.append(f"    of the other checkpoint               {figures['perplexity_against']:.5f} ({change:+.4%})")

@@ -8,6 +8,8 @@ import importlib.util
 import json
 from pathlib import Path
 
+from tools.demo.model import CONTEXT
+
 
 def plot(runs: list[dict], image: Path) -> None:
     """Loss per assistant token (left, logarithmic) and learning rate (right) over the tokens seen in all runs."""
@@ -19,7 +21,7 @@ def plot(runs: list[dict], image: Path) -> None:
     tokens: list[float] = []
     for run in runs:
         before = tokens[-1] if tokens else 0.0
-        tokens += [before + point["step"] * int(run["settings"]["rows"]) * 1024 / 1e6 for point in run["curve"]]
+        tokens += [before + point["step"] * int(run["settings"]["rows"]) * CONTEXT / 1e6 for point in run["curve"]]
     curve = [point for run in runs for point in run["curve"]]
     loss = [point["loss"] for point in curve]
     floor = min(loss)
@@ -27,11 +29,11 @@ def plot(runs: list[dict], image: Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 4.5), dpi=120)
     axis.plot(tokens, loss, color="tab:blue")
     axis.set_yscale("log")
-    ticks = [0.45, 0.5, 0.6, 0.8, 1, 2, 4]
+    ticks = [0.3, 0.4, 0.5, 0.6, 0.8, 1, 2, 4]
     axis.set_yticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()
     axis.set_xlabel("million tokens, each conversation seen once")
-    axis.set_ylabel("loss per assistant token (nats)", color="tab:blue")
+    axis.set_ylabel("weighted loss per assistant token (nats)", color="tab:blue")
     axis.annotate(f"{loss[-1]:.3f}", (tokens[-1], loss[-1]), xytext=(-140, 10), textcoords="offset points")
     axis.set_ylim(floor * 0.97, max(loss) * 1.1)
     axis.grid(alpha=0.3)

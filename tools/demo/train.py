@@ -1,4 +1,4 @@
-"""Quantisation-aware training of the demo model from scratch, and what it is judged by at the end."""
+"""Quantisation-aware training of the demo model from scratch."""
 
 from __future__ import annotations
 
@@ -12,18 +12,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import nn
 
-from tools.demo.data import encode_conversation, make_rows, start_worker
-from tools.demo.model import CONTEXT, END, EOT, BitNet
-from tools.demo.world.conversation import QUESTION, STORY, Turn, conversation
-
-EVALUATION_SEED = 1 << 40  # far from every training seed
+from tools.demo.data import make_rows, start_worker
+from tools.demo.model import BitNet
 
 
 @dataclass(frozen=True)
@@ -140,77 +135,3 @@ def _save_state(
     }
     torch.save(state, path.with_suffix(".tmp"))
     path.with_suffix(".tmp").replace(path)
-
-
-@torch.no_grad()
-def generate(model: BitNet, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    """Greedy replies to a batch of prompts, without a cache: simple, and quick enough for an evaluation."""
-    device = model.embed_tokens.device
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    ids = torch.full((len(prompts), int(lengths.max()) + new_tokens), END, device=device)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt, device=device)
-    at, rows = lengths.clone(), torch.arange(len(prompts), device=device)
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    while not done.all() and int(at.max()) < min(ids.shape[1], CONTEXT):
-        hidden = model(ids[:, : int(at.max())])
-        token = model.head(hidden[rows, at - 1]).argmax(-1)
-        ids[rows, at] = torch.where(done, ids[rows, at], token)
-        at = at + (~done).long()
-        done |= (token == EOT) | (token == END) | (at - lengths >= new_tokens)
-    return [ids[i, lengths[i] : at[i]].tolist() for i in range(len(prompts))]
-
-
-def evaluate(model: BitNet, tokenizer: Tokenizer, stories: int, batch: int = 100) -> dict[str, float]:
-    """Exact matches of answers about held-out stories, requests honoured by stories of the model's own, perplexity."""
-    questions, requests = [], []
-    for i in range(stories):
-        rng = Random(EVALUATION_SEED + i)
-        seen: list[Turn] = []
-        for turn in conversation(rng, evaluation=True):
-            prompt, _ = encode_conversation(tokenizer, Random(0), iter(seen))
-            prompt = prompt + tokenizer.encode(f"User: {turn.user}<|eot_id|>Assistant: ", add_special_tokens=False).ids
-            if turn.kind == STORY and not seen:
-                requests.append((prompt, turn))
-            if turn.kind == QUESTION and any(t.kind == STORY for t in seen):
-                questions.append((prompt, turn))
-            if turn.kind == STORY and any(t.kind == STORY for t in seen):
-                break
-            seen.append(turn)
-
-    def replies(cases: list[tuple[list[int], Turn]], new_tokens: int) -> Iterator[tuple[Turn, str]]:
-        cases = sorted(cases, key=lambda case: len(case[0]))
-        for start in range(0, len(cases), batch):
-            part = cases[start : start + batch]
-            for (_, turn), ids in zip(part, generate(model, [c[0] for c in part], new_tokens), strict=True):
-                yield turn, tokenizer.decode(ids)
-
-    wrong = [(turn, text) for turn, text in replies(questions, 40) if text != turn.assistant]
-    for turn, text in wrong[:25]:
-        print(f"  {turn.key:9s} {turn.user!r}: {text!r}, not {turn.assistant!r}")
-    told = list(replies(requests[: max(1, stories // 5)], 320))
-    missing = [(turn, text) for turn, text in told if not all(word in text for word in turn.mentions)]
-    for turn, text in missing[:5]:
-        print(f"  missing of {turn.mentions}: {text!r}")
-    for turn, text in told[:3]:
-        print(f"  {turn.user}\n{text}\n")
-
-    ids, weights = make_rows((EVALUATION_SEED + 1_000_000, 64, True), tokenizer)
-    device = model.embed_tokens.device
-    perplexity = {}
-    for int8_rows in (False, True):
-        model.int8_rows = int8_rows
-        with torch.no_grad():
-            losses = [
-                model.loss(torch.from_numpy(ids[i : i + 8].astype(np.int64)).to(device),
-                           torch.from_numpy(weights[i : i + 8]).to(device)).item()
-                for i in range(0, len(ids), 8)
-            ]  # fmt: skip
-        perplexity[int8_rows] = math.exp(sum(losses) / len(losses))
-    return {
-        "questions": len(questions),
-        "exact": 1 - len(wrong) / len(questions),
-        "honoured": 1 - len(missing) / len(told),
-        "perplexity": perplexity[False],
-        "perplexity_int8": perplexity[True],
-    }

@@ -5,216 +5,202 @@ A conversation is an endless stream of turns. Whoever reads it stops when its co
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from random import Random
 
-from tools.demo.world import talk, words
-from tools.demo.world.grammar import article, capitalise, chance, expand, pick
-from tools.demo.world.plots import PLOTS, SHARED
-from tools.demo.world.stories import (
-    Figure,
-    Request,
-    Story,
-    coin_word,
-    draw_kind,
-    draw_name,
-    draw_thing,
-    held_out,
-    tell,
-)
+from tools.demo.world import questions, talk
+from tools.demo.world.draw import ASKED, KNOWN, NEVER_SEEN, STRANGE, Pool
+from tools.demo.world.grammar import chance, expand, pick
+from tools.demo.world.keyboard import PLAIN, typed
+from tools.demo.world.plots import SHARED
+from tools.demo.world.questions import Question
+from tools.demo.world.requests import draw_request, phrase
+from tools.demo.world.stories import Figure, Request, Story, tell
+from tools.demo.world.talk import Exchange
 
 STORY, QUESTION, OTHER = "story", "question", "other"
+MOST_QUESTIONS = 9
+_OFFER = re.compile(r"(Would you like|Shall I tell|Shall I try)[^.?]*\?$")
+_OFFERED = re.compile(r"a story about an? ([^?]*)\?$")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One exchange. `key` names the kind of question; `mentions` are the words that a story must contain."""
+    """One exchange. `key` names the question and `topic` its kind (of `questions.KINDS`); `form` is how it was typed.
+
+    `mentions` are the words that a story must contain. `pattern` matches every right reply where there are several.
+    `learned` is False for a story that is only read: its words are not those of a storyteller.
+    """
 
     user: str
     assistant: str
     kind: str
     key: str = ""
+    topic: str = ""
+    form: str = PLAIN
     mentions: tuple[str, ...] = ()
+    pattern: str = ""
+    learned: bool = True
+
+    def right(self, reply: str) -> bool:
+        """Whether `reply` is a right one."""
+        return bool(re.fullmatch(self.pattern, reply)) if self.pattern else reply == self.assistant
 
 
-_OPENERS = frozenset(
-    "What Where Who How Why Tell Can Could Would May Was Which A An Another Do One Whose Make Give Let Write Invent "
-    "Then".split()
-)
+def as_typed(rng: Random, turn: Turn, form: str = "") -> Turn:
+    """`turn` as a user types it; see `keyboard.typed`."""
+    user, form = typed(rng, turn.user, form)
+    return replace(turn, user=user, form=form)
 
 
-def typed(rng: Random, text: str) -> str:
-    """`text` as people type it: often without capitals or the mark at the end, sometimes with a word before it."""
-    if chance(rng, 0.06):
-        before = pick(rng, ["So", "Okay", "And", "Hey", "Well", "Now", "Hmm", "Listen", "One more thing"])
-        text = f"{before}, {text[0].lower() + text[1:] if text.split()[0] in _OPENERS else text}"
-    if chance(rng, 0.3):
-        text = text.lower()
-    if chance(rng, 0.3):
-        text = text.rstrip(".?!")
-    elif chance(rng, 0.04):
-        text += " please" if text[-1].isalnum() else ""
-    return text or "?"
+def asked(question: Question) -> Turn:
+    """The turn in which a question is put."""
+    return Turn(question.text, question.answer, QUESTION, question.key, question.kind, pattern=question.pattern)
 
 
-def draw_request(rng: Random, taken_names: set[str], evaluation: bool = False) -> Request:
-    """A random request. With `evaluation` it names a hero and a thing that are held out as a pair."""
-    plot = pick(rng, PLOTS)
-    wants = {"hero"} if chance(rng, 0.75) else set()
-    if chance(rng, 0.65) or evaluation:
-        wants |= {"thing"}
-    for part, share in (("friend", 0.25), ("place", 0.15), ("theme", 0.08), ("gift", 0.08), ("plot", 0.08)):
-        if len(wants) < 3 and chance(rng, share):
-            wants.add(part)
-    if evaluation:
-        wants = {"hero", "thing"} | ({"place"} & wants)
-
-    request = Request()
-    while True:
-        kind, thing = draw_kind(rng), draw_thing(rng)
-        if held_out(kind, thing) == evaluation:
-            break
-    if "hero" in wants:
-        hero = Figure(kind=kind, trait=pick(rng, words.TRAITS) if chance(rng, 0.12) else "")
-        if chance(rng, 0.15):
-            hero = replace(hero, name=draw_name(rng, kind, taken_names))
-        elif chance(rng, 0.1) and not evaluation:
-            hero = Figure(name=draw_name(rng, "", taken_names))
-        request = replace(request, hero=hero)
-    if "friend" in wants:
-        friend = kind
-        while friend == kind:
-            friend = draw_kind(rng)
-        name = draw_name(rng, friend, taken_names | {request.hero.name}) if chance(rng, 0.2) else ""
-        request = replace(request, friend=Figure(kind=friend, name=name))
-    if "thing" in wants:
-        look = pick(rng, words.COLOURS + words.LOOKS) if chance(rng, 0.12) else ""
-        request = replace(request, thing=thing, look=look)
-    if "gift" in wants:
-        gift = thing
-        while gift == thing:
-            gift = draw_thing(rng)
-        request = replace(request, gift=gift)
-    if "place" in wants:
-        request = replace(request, place=pick(rng, list(words.PLACES)))
-    if "theme" in wants:
-        request = replace(request, theme=pick(rng, list(words.MORALS)))
-    if "plot" in wants and not (request.thing or request.gift):
-        request = replace(request, plot=plot.name)
-    return request
+def said(exchange: Exchange) -> Turn:
+    """The turn of a bit of talk."""
+    return Turn(exchange.said, exchange.reply, OTHER, topic=exchange.kind, pattern=exchange.pattern)
 
 
-def _figure_phrase(rng: Random, figure: Figure) -> str:
-    if not figure.kind:
-        return figure.name
-    phrase = article(f"{figure.trait} {figure.kind}".strip())
-    return f"{phrase} [called|named] {figure.name}" if figure.name else phrase
+class Conversation:
+    """What has been said so far, and what may come next."""
 
+    def __init__(self, rng: Random, evaluation: bool, unseen: bool):
+        self.rng = rng
+        self.evaluation = evaluation
+        self.asked_pool: Pool = NEVER_SEEN if unseen else KNOWN if evaluation else ASKED
+        self.names: set[str] = set()
+        self.stories: list[Story] = []
+        self.user_name = ""
 
-def phrase(rng: Random, request: Request) -> str:
-    """The request in a user's words."""
-    topics = [_figure_phrase(rng, figure) for figure in (request.hero, request.friend) if figure != Figure()]
-    if request.thing:
-        topics.append(article(f"{request.look} {request.thing}".strip()))
-    if request.gift:
-        topics.append(article(request.gift))
-    if request.theme:
-        topics.append(request.theme)
-    if request.plot:
-        topics.append(next(plot.topic for plot in PLOTS if plot.name == request.plot))
-    scene = ""
-    if request.place:
-        if topics and chance(rng, 0.6):
-            scene = f" {words.PLACES[request.place]} the {request.place}"
-        else:
-            topics.append(f"[the|the|{article(request.place).split()[0]}] {request.place}")
-    if not topics:
-        return expand(SHARED["ANY_STORY"], rng, {}) + "."
-    if len(topics) == 2 and request.thing and chance(rng, 0.15):
-        alone = request.hero != Figure() and request.friend == Figure() and request.thing in topics[1]
-        topic = f"{topics[0]} [with|who finds|who has] {topics[1]}" if alone else " and ".join(topics)
-    elif chance(rng, 0.05):
-        topic = ", ".join(topics)
-    else:
-        topic = " and ".join([", ".join(topics[:-1]), topics[-1]] if len(topics) > 1 else topics)
-    topic += scene
-    about = "[about|about|about|about|with|of]" if not request.plot and not request.theme else "about"
-    text = capitalise(expand(SHARED["REQUEST"], rng, {"about": f"{about} {topic}", "topic": topic}))
-    return text + ("?" if text.split()[0] in ("Can", "Could", "Would", "May", "Do", "How", "What") else ".")
+    def first_turns(self) -> Iterator[Turn]:
+        """What some users say before they ask for a story."""
+        rng = self.rng
+        draw = rng.random()
+        if draw < 0.05:
+            yield self._introduction()
+        elif draw < 0.12:
+            yield self.early_question()
+        elif draw < 0.25:
+            yield said(talk.small_talk(rng, before_a_story=True))
+        elif draw < 0.3:
+            yield said(talk.outside(rng))
 
+    def story_turn(self, request: Request | None = None, text: str = "") -> Turn:
+        """A request (`request` in the words `text`, or a new one) and its story."""
+        rng = self.rng
+        unseen = self.asked_pool is NEVER_SEEN
+        if request is None:
+            request = draw_request(rng, self.names, self.evaluation, self.asked_pool)
+            text = phrase(rng, request)
+        strange = not self.evaluation and chance(rng, 0.2)
+        pool = NEVER_SEEN if unseen else STRANGE if strange else KNOWN
+        story = tell(rng, request, self.names, self.evaluation, pool)
+        self.stories.append(story)
+        mentions = tuple(request.mentions())
+        return Turn(text, story.text, STORY, story.plot.name, mentions=mentions, learned=not (strange or unseen))
 
-def _question_turn(rng: Random, stories: list[Story]) -> Turn:
-    """A question about the latest story, now and then about an earlier one whose people it names."""
-    earlier = len(stories) > 1 and chance(rng, 0.08)
-    story = pick(rng, stories[:-1]) if earlier else stories[-1]
-    question = story.ask(rng)
-    while earlier and not (story.slots["h"] in question.text or story.slots["f"] in question.text):
-        question = story.ask(rng)
-    return Turn(typed(rng, question.text), question.answer, QUESTION, "earlier" if earlier else question.key)
+    def question_turn(self) -> Turn:
+        """A question about the latest story, now and then about an earlier one whose people it names."""
+        rng = self.rng
+        if chance(rng, 0.06):
+            name = ASKED.name(rng, "", self.names)
+            return asked(questions.ask_for_stranger(rng, self.stories[-1], name))
+        if not (len(self.stories) > 1 and chance(rng, 0.06)):
+            return asked(questions.ask_any(rng, self.stories[-1]))
+        if chance(rng, 0.3):
+            return self.look_back()
+        story = pick(rng, self.stories[:-1])
+        while True:
+            question = questions.ask_any(rng, story)
+            if story.slots["h"] in question.text or story.slots["f"] in question.text:
+                return replace(asked(question), key="earlier")
 
+    def look_back(self) -> Turn:
+        """What the first story or the one before the latest was about."""
+        rng = self.rng
+        first = len(self.stories) > 2 and chance(rng, 0.5)
+        which = "first story" if first else "[story before|previous story|story before this one]"
+        story = self.stories[0] if first else self.stories[-2]
+        text = expand(f"What was the {which} about?", rng, {})
+        return Turn(" ".join(text.split()), story.slots["SUM"], QUESTION, "earlier", "sentence")
 
-def _stranger_turn(rng: Random, taken_names: set[str]) -> Turn:
-    """A question about somebody who is in no story."""
-    name = draw_name(rng, "", taken_names)
-    text = expand(SHARED["STRANGER"], rng, {"n": name})
-    return Turn(typed(rng, text), f"There is nobody called {name} in this story.", QUESTION, "stranger")
-
-
-def _early_question(rng: Random) -> Turn:
-    names = {"n": draw_name(rng, "", set()), "m": draw_name(rng, "", set())}
-    text = expand(SHARED["EARLY"], rng, names)
-    return Turn(typed(rng, text), talk.NO_STORY_YET, QUESTION, "early")
-
-
-def _introduction(rng: Random) -> tuple[Turn, str]:
-    name = coin_word(rng).capitalize() if chance(rng, 0.2) else draw_name(rng, "", set())
-    said = expand(SHARED["INTRODUCTION"], rng, {"n": name})
-    reply = expand("Nice to meet you, {n}! What should the story be about?", rng, {"n": name})
-    return Turn(typed(rng, said), reply, OTHER), name
-
-
-def _aside(rng: Random, exchange: tuple[str, str]) -> Turn:
-    said, reply = exchange
-    return Turn(typed(rng, said), reply, OTHER)
-
-
-def conversation(rng: Random, evaluation: bool = False) -> Iterator[Turn]:
-    """An endless conversation. With `evaluation` every story is about a held-out pair, and two questions follow."""
-    taken_names: set[str] = set()
-    stories: list[Story] = []
-    user_name = ""
-    if not evaluation and chance(rng, 0.3):
-        if chance(rng, 0.15):
-            turn, user_name = _introduction(rng)
+    def questions_about_a_story(self, number: int) -> Iterator[Turn]:
+        rng = self.rng
+        keys: set[str] = set()
+        while number > 0:
+            turn = self.question_turn()
+            if turn.key in keys:
+                continue
+            keys.add(turn.key)
+            number -= 1
             yield turn
-        elif chance(rng, 0.15):
-            yield _early_question(rng)
-        else:
-            said, reply = talk.small_talk(rng)
-            if reply.startswith("That is the end") or reply.startswith("Thank you"):
-                said, reply = talk.outside(rng)
-            yield _aside(rng, (said, reply))
-    while True:
-        aside = rng.random()
-        if stories or not evaluation:
-            if aside < 0.14:
-                yield _aside(rng, talk.small_talk(rng))
-            elif aside < 0.28:
-                yield _aside(rng, talk.outside(rng))
-            elif user_name and aside < 0.35:
-                said = pick(rng, ["What is my name?", "Do you know my name?", "Who am I?", "What's my name?"])
-                yield Turn(typed(rng, said), f"Your name is {user_name}.", OTHER)
-        request = draw_request(rng, taken_names, evaluation)
-        story = tell(rng, request, taken_names, evaluation)
-        stories.append(story)
-        yield Turn(typed(rng, phrase(rng, request)), story.text, STORY, story.plot.name, tuple(request.mentions()))
-        asked: set[str] = set()
-        for _ in range(2 if evaluation else int(rng.random() * 6)):
-            turn = _stranger_turn(rng, taken_names) if chance(rng, 0.04) else _question_turn(rng, stories)
-            while turn.key in asked:
-                turn = _question_turn(rng, stories)
-            asked.add(turn.key)
+            if turn.key == "longer":
+                self.stories[-1] = self.stories[-1].longer()
+            elif turn.key not in ("earlier", "stranger", *questions.RETELLING):
+                why = questions.reason(rng, self.stories[-1], turn.key)
+                if chance(rng, 0.03 if why.answer == questions.UNKNOWN else 0.3):
+                    yield asked(why)
+            if chance(rng, 0.04):
+                yield said(talk.outside(rng))
+
+    def asides(self) -> Iterator[Turn]:
+        """Talk between the stories; an offer of another one is often accepted."""
+        rng = self.rng
+        draw = rng.random()
+        if draw < 0.25:
+            turn = said(talk.small_talk(rng) if draw < 0.14 else talk.outside(rng))
             yield turn
-            if chance(rng, 0.05):
-                yield _aside(rng, talk.outside(rng))
+            if _OFFER.search(turn.assistant) and chance(rng, 0.4):
+                yield from self.answer_to_an_offer(turn.assistant)
+        elif draw < 0.32 and self.user_name:
+            text = pick(rng, ["What is my name?", "Do you know my name?", "Who am I?", "What's my name?", "My name?"])
+            yield Turn(text, f"Your name is {self.user_name}.", OTHER, topic="small talk")
+
+    def answer_to_an_offer(self, offer: str) -> Iterator[Turn]:
+        """Yes and the story, or no."""
+        rng = self.rng
+        if chance(rng, 0.25):
+            yield said(talk.declined(rng))
+            return
+        offered = _OFFERED.search(offer)
+        request = Request()
+        if offered:
+            request = (
+                Request(hero=Figure(kind=offered[1])) if offered[1] in KNOWN.animals else Request(thing=offered[1])
+            )
+        yield self.story_turn(request, talk.accepted(rng))
+
+    def early_question(self) -> Turn:
+        rng = self.rng
+        story = tell(rng, Request(), None, self.evaluation)
+        question = questions.ask_any(rng, story)
+        return Turn(question.text, talk.NO_STORY_YET, QUESTION, "early", "not said")
+
+    def _introduction(self) -> Turn:
+        rng = self.rng
+        self.user_name = ASKED.name(rng, "", set())
+        text = expand(SHARED["INTRODUCTION"], rng, {"n": self.user_name})
+        reply = f"Nice to meet you, {self.user_name}! What should the story be about?"
+        return Turn(text, reply, OTHER, topic="small talk")
+
+
+def conversation(rng: Random, evaluation: bool = False, unseen: bool = False) -> Iterator[Turn]:
+    """An endless conversation. With `evaluation` every story is about a held-out pair, and two questions follow.
+
+    With `unseen`, too, the words of the story are such that no training text contains them.
+    """
+    talked = Conversation(rng, evaluation, unseen)
+    for turn in () if evaluation else talked.first_turns():
+        yield as_typed(rng, turn)
+    while True:
+        if talked.stories or not evaluation:
+            for turn in talked.asides():
+                yield as_typed(rng, turn)
+        yield as_typed(rng, talked.story_turn())
+        number = 2 if evaluation else int(rng.random() * MOST_QUESTIONS)
+        for turn in talked.questions_about_a_story(number):
+            yield as_typed(rng, turn)

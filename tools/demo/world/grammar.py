@@ -7,7 +7,7 @@ value is text, or another template that is expanded in its place.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import cache
 from random import Random
 from typing import TypeVar
@@ -20,7 +20,7 @@ Part = "str | Slot | list[tuple[Part, ...]]"
 
 _TOKEN = re.compile(r"[\[\]|]|\{\w+\}|[^\[\]|{}]+")
 _SENTENCE_START = re.compile(r'(^|[.!?] |\n)("?)([a-z])')
-_AN = re.compile(r"(?!uni|use|one|eu)[aeiou]|hour|honest", re.IGNORECASE)
+_AN = re.compile(r"(?!uni|use|one|eu|uku|ewe)[aeiou]|hour|honest", re.IGNORECASE)
 
 
 def pick(rng: Random, items: Sequence[T]) -> T:
@@ -40,6 +40,43 @@ def article(noun: str) -> str:
 def capitalise(text: str) -> str:
     """Upper-case the first letter of every sentence, also where the sentence opens with a quotation mark."""
     return _SENTENCE_START.sub(lambda m: m[1] + m[2] + m[3].upper(), text)
+
+
+_PLURALS = {"mouse": "mice", "goose": "geese", "wolf": "wolves", "calf": "calves", "elf": "elves", "dwarf": "dwarves",
+            "child": "children", "loaf of bread": "loaves of bread", "leaf": "leaves", "scarf": "scarves"}  # fmt: skip
+_UNCHANGED = frozenset("sheep deer moose elk salmon trout squid shrimp bison reindeer octopus platypus ox carp".split())
+
+
+def plural(noun: str) -> str:
+    """The plural of a noun of the world."""
+    if noun in _UNCHANGED:
+        return noun
+    if noun in _PLURALS:
+        return _PLURALS[noun]
+    if noun.endswith("man"):
+        return noun[:-3] + "men"
+    if re.search("(s|x|z|ch|sh)$", noun):
+        return noun + "es"
+    return noun[:-1] + "ies" if re.search("[^aeiou]y$", noun) else noun + "s"
+
+
+def pattern(template: str, slots: Mapping[str, str], free: Set[str] = frozenset()) -> str:
+    """A regular expression that matches every expansion of `template`, whatever the slots in `free` hold."""
+
+    def walk(parts: tuple) -> str:
+        out = ""
+        for part in parts:
+            if isinstance(part, str):
+                out += re.escape(part)
+            elif isinstance(part, list):
+                out += "(?:" + "|".join(walk(alternative) for alternative in part) + ")"
+            elif part[0] in free:
+                out += ".+"
+            else:
+                out += walk(parse(slots[part[0]]))
+        return out
+
+    return walk(parse(template))
 
 
 @cache

@@ -1,8 +1,13 @@
 """The plots, read from `plots.txt` beside this file.
 
 A plot is a header, the text of its stories as a template, and the questions which that text answers, as
-`key: question => answer`. Sections are separated by lines of four equals signs, paragraphs by a blank line; a line that
-begins with spaces goes on with the one before. The section "facts" holds the questions that any story answers.
+`key: question => answer`; of these, `sum` tells the story in a sentence, `because` is a clause that says why its end is
+a glad one, and `why_x` is the reason of what `x` answers. Sections are separated by lines of four equals signs,
+paragraphs by a blank line; a line that begins with spaces goes on with the one before. `questions.txt` holds the
+questions that can be asked of any story, `unsaid.txt` those that none answers.
+
+`key: question => answer ~ slot` is a question for yes or no. Asked with the story's own value of the slot the answer is
+"Yes, ...", with another value "No, ..."; the rest is the answer given here, which is true either way.
 
 Slots: `h` the hero's name, `h_a` "a shy young fox", `he`, `him`, `his` the pronouns; `f`, `f_a`, `fhe`, ... the same
 for the friend and `x`, ... for a third one; `o_a` "a red kite", `o_full` "red kite", `o` "kite"; `g_a`, `g_full`, `g`
@@ -17,15 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.demo.world import words
-
-THING, FOOD = "thing", "food"
+from tools.demo.world.draw import FOOD, THING
 
 
 @dataclass(frozen=True)
 class Fact:
     key: str
-    question: str  # a template; empty where the question is one that every story answers
+    question: str  # a template; empty for the clauses `sum` and `because`
     answer: str
+    varied: str | None = None  # of a question for yes or no: the slot in which a wrong value may stand, or ""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Plot:
     topic: str  # how a user may ask for it: "a story about ..."
     text: str
     facts: tuple[Fact, ...]
+    clauses: dict[str, str]
     things: tuple[str, ...]  # classes of things that may stand in the slot `o`
     gifts: tuple[str, ...]  # and in the slot `g`; empty where the plot has no second thing
     slots: dict[str, list]
@@ -49,13 +55,15 @@ def _parse_facts(text: str) -> tuple[Fact, ...]:
     for entry in re.split(r"\n(?! )", text.strip()):
         left, answer = join_lines(entry).split(" => ")
         key, _, question = left.partition(": ")
-        facts.append(Fact(key, question, answer))
+        answer, tilde, varied = answer.partition(" ~")
+        facts.append(Fact(key, question, answer, varied.strip() if tilde else None))
     return tuple(facts)
 
 
 def _parse_plot(section: str) -> Plot:
     header, rest = section.split("\n\n", 1)
     text, facts = rest.rsplit("\n\n", 1)
+    parsed = _parse_facts(facts)
     lines = dict(line.split(": ", 1) for line in header.split("\n"))
     title = next(key for key in lines if key.startswith("plot "))
     slots = dict(item.split("=") for item in lines.get("slots", "").split(", ") if item)
@@ -63,26 +71,29 @@ def _parse_plot(section: str) -> Plot:
         name=title.removeprefix("plot "),
         topic=lines[title],
         text="\n\n".join(join_lines(paragraph) for paragraph in text.split("\n\n")),
-        facts=_parse_facts(facts),
+        facts=tuple(fact for fact in parsed if fact.question),
+        clauses={fact.key: fact.answer for fact in parsed if not fact.question},
         things=tuple(lines.get("things", f"{THING}, {FOOD}").split(", ")),
         gifts=tuple(lines.get("gifts", f"{THING}, {FOOD}").split(", ")) if "{g" in text else (),
         slots={name: getattr(words, source) for name, source in slots.items()},
     )
 
 
-def _read() -> tuple[dict[str, str], tuple[Fact, ...], list[Plot]]:
-    shared: dict[str, str] = {}
-    facts: tuple[Fact, ...] = ()
+def _text(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _read() -> tuple[dict[str, str], list[Plot]]:
+    shared = {"UNSAID": join_lines(_text("unsaid.txt"))}
     plots: list[Plot] = []
-    for section in Path(__file__).with_name("plots.txt").read_text(encoding="utf-8").split("\n\n====\n\n"):
+    for section in _text("plots.txt").split("\n\n====\n\n"):
         title, text = section.split("\n", 1)
-        if title == "facts":
-            facts = _parse_facts(text)
-        elif title.startswith("shared "):
+        if title.startswith("shared "):
             shared[title.removeprefix("shared ")] = join_lines(text)
         else:
             plots.append(_parse_plot(section.strip()))
-    return shared, facts, plots
+    return shared, plots
 
 
-SHARED, COMMON_FACTS, PLOTS = _read()
+COMMON_FACTS = _parse_facts(_text("questions.txt"))
+SHARED, PLOTS = _read()

@@ -1,27 +1,20 @@
-"""A request for a story, the story that honours it, and the questions that the story answers."""
+"""A request for a story, and the story that honours it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from random import Random
 from zlib import crc32
 
-from tools.demo.world import words
+from tools.demo.world import nouns, words
+from tools.demo.world.draw import FOOD, FOODS, KNOWN, PEOPLE, PLACES, THING, Pool, is_female
 from tools.demo.world.grammar import article, capitalise, chance, expand, pick
-from tools.demo.world.plots import COMMON_FACTS, FOOD, PLOTS, SHARED, THING, Fact, Plot
+from tools.demo.world.plots import PLOTS, SHARED, Plot
 
 HELD_OUT_SHARE = 16  # one (hero, thing) pair in so many is kept for evaluation
-
-THINGS = words.PLAIN_THINGS + words.LIGHTS + list(words.LOUD) + words.LONG
-PEOPLE = words.PEOPLE + words.WOMEN + words.MEN
-_FOODS = frozenset(words.FOODS)
-_ANIMALS = frozenset(words.ANIMALS)
-_PEOPLE = frozenset(PEOPLE)
-
-SUMMARY_QUESTION = (
-    "[What was the story about?|What happened in the story?|[Can|Could] you sum up the story?|Sum it up, please.]"
-)
 WHEN = ["one {weather} {daytime}", "one {weather} {daytime}", "on a {weather} {daytime}"]
+_PEOPLE = frozenset(PEOPLE)
+_PLAIN = frozenset(noun for noun in nouns.PLAIN_THINGS + nouns.LONG if " " not in noun)  # things of any look
 
 
 def held_out(hero: str, thing: str) -> bool:
@@ -44,95 +37,49 @@ class Request:
 
     hero: Figure = Figure()
     friend: Figure = Figure()
+    third: Figure = Figure()
     thing: str = ""
     look: str = ""
     gift: str = ""
     place: str = ""
     theme: str = ""
     plot: str = ""
+    long: bool = False
 
     def mentions(self) -> list[str]:
         """Words that a story which honours the request must contain."""
-        wanted = [self.hero.kind, self.hero.name, self.hero.trait, self.friend.kind, self.friend.name]
+        wanted = [self.hero.kind, self.hero.name, self.hero.trait, self.friend.kind, self.friend.name, self.third.kind]
         wanted += [f"{self.look} {self.thing}".strip(), self.gift, self.place, self.theme]
         return [word for word in wanted if word]
 
 
 @dataclass(frozen=True)
-class Question:
-    key: str
-    text: str
-    answer: str
-
-
-@dataclass
 class Story:
+    """A story, what stands in the slots of its plot, and which slots its text uses."""
+
     plot: Plot
     text: str
     slots: dict[str, str]
-    facts: list[Fact] = field(default_factory=list)
+    used: frozenset[str]
 
-    def ask(self, rng: Random, key: str | None = None) -> Question:
-        """A question about the story (one of the given key, if any) with its answer."""
-        fact = pick(rng, [fact for fact in self.facts if key in (None, fact.key)])
-        slots, question = self.slots, fact.question
-        if chance(rng, 0.25) and fact.key not in ("kind_h", "kind_f", "who_h", "who_f", "cast"):
-            slots = slots | {"h": f"the {slots['h_kind']}", "f": f"the {slots['f_kind']}"}
-        if chance(rng, 0.2) and "did {h} " in question and slots["he"] != slots["fhe"]:
-            question = question.replace("did {h} ", "did {he} ")
-        asked, answered = expand(question, rng, slots), expand(fact.answer, rng, self.slots)
-        return Question(fact.key, capitalise(asked), capitalise(answered))
-
-
-def coin_word(rng: Random) -> str:
-    """A noun that nobody has heard before."""
-    return "".join(pick(rng, words.SYLLABLES) for _ in range(1 + int(rng.random() * 2))) + pick(
-        rng, words.SYLLABLE_ENDS
-    )
-
-
-def draw_thing(rng: Random, classes: tuple[str, ...] = (THING, FOOD)) -> str:
-    if FOOD in classes and (THING not in classes or chance(rng, 0.2)):
-        return pick(rng, words.FOODS)
-    if chance(rng, 0.08):
-        return coin_word(rng) if chance(rng, 0.3) else pick(rng, words.RARE_THINGS)
-    return pick(rng, THINGS)
-
-
-def draw_kind(rng: Random) -> str:
-    if chance(rng, 0.02):
-        return coin_word(rng)
-    return pick(rng, words.ANIMALS) if chance(rng, 0.6) else pick(rng, PEOPLE)
-
-
-def draw_name(rng: Random, kind: str, taken: set[str]) -> str:
-    """A name that suits the kind and does not occur in `taken`."""
-    while True:
-        if chance(rng, 0.03):
-            name = coin_word(rng).capitalize()
-        elif kind in words.WOMEN or (kind not in words.MEN and chance(rng, 0.5)):
-            name = pick(rng, words.FEMALE_NAMES)
-        else:
-            name = pick(rng, words.MALE_NAMES)
-        if name not in taken:
-            return name
+    def longer(self) -> Story:
+        """The same story with what happened later."""
+        text = f"{self.text}\n{self.slots['EPILOGUE']}"
+        return replace(self, text=text, slots=self.slots | {"TEXT": text})
 
 
 def _figure_slots(
-    rng: Random, prefix: str, figure: Figure, taken_names: set[str], taken_kinds: set[str]
+    rng: Random, prefix: str, figure: Figure, pool: Pool, taken_names: set[str], taken_kinds: set[str]
 ) -> dict[str, str]:
     kind = figure.kind
     while not kind or (not figure.kind and kind in taken_kinds):
-        kind = draw_kind(rng)
-    name = figure.name or draw_name(rng, kind, taken_names)
-    female = kind in words.WOMEN or (kind not in words.MEN and name in words.FEMALE_NAMES)
-    if kind not in words.WOMEN + words.MEN and name not in words.FEMALE_NAMES + words.MALE_NAMES:
-        female = name[-1] in "aei"
+        kind = pool.kind(rng)
+    name = figure.name or pool.name(rng, kind, taken_names)
     trait = figure.trait or (pick(rng, words.TRAITS) if chance(rng, 0.6) else "")
     size = pick(rng, ["young", "little", "small"]) if kind not in _PEOPLE and chance(rng, 0.4) else ""
     taken_names.add(name)
     taken_kinds.add(kind)
-    he, him, his = ("she", "her", "her") if female else ("he", "him", "his")
+    he, him, his = ("she", "her", "her") if is_female(name, kind) else ("he", "him", "his")
     short = "" if prefix == "h" else prefix
     return {
         prefix: name,
@@ -142,13 +89,14 @@ def _figure_slots(
         f"{short}he": he,
         f"{short}him": him,
         f"{short}his": his,
+        f"{prefix}_trait": trait,
     }
 
 
 def _thing_slots(rng: Random, slot: str, noun: str, look: str | None) -> dict[str, str]:
     if look is None:
-        looks = words.FOOD_LOOKS if noun in _FOODS else words.COLOURS if chance(rng, 0.5) else words.LOOKS
-        look = pick(rng, looks) if noun not in words.RARE_THINGS and chance(rng, 0.55) else ""
+        looks = words.FOOD_LOOKS if noun in FOODS else words.COLOURS if chance(rng, 0.7) else words.LOOKS
+        look = pick(rng, looks) if (noun in _PLAIN or noun in FOODS) and chance(rng, 0.7) else ""
     full = f"{look} {noun}".strip()
     return {slot: noun, f"{slot}_full": full, f"{slot}_a": article(full), f"{slot}_look": look}
 
@@ -157,50 +105,81 @@ def _choose_plot(rng: Random, request: Request) -> Plot:
     def suits(plot: Plot) -> bool:
         return (
             request.plot in ("", plot.name)
-            and (not request.thing or (FOOD if request.thing in _FOODS else THING) in plot.things)
-            and (not request.gift or (FOOD if request.gift in _FOODS else THING) in plot.gifts)
+            and (not request.thing or (FOOD if request.thing in FOODS else THING) in plot.things)
+            and (not request.gift or (FOOD if request.gift in FOODS else THING) in plot.gifts)
         )
 
     return pick(rng, [plot for plot in PLOTS if suits(plot)])
 
 
-def tell(rng: Random, request: Request, taken_names: set[str] | None = None, evaluation: bool = False) -> Story:
+def _third_slots(rng: Random, plot: Plot, request: Request) -> dict[str, str]:
+    """A third figure comes along at the end if one was asked for, and now and then otherwise."""
+    comes = "{x}" not in plot.text and (request.third != Figure() or chance(rng, 0.06))
+    return {"THIRD": SHARED["THIRD_COMES"] if comes else ""}
+
+
+def _scene_slots(rng: Random, request: Request, pool: Pool) -> dict[str, str]:
+    place = request.place or pool.place(rng)
+    look = pick(rng, words.PLACE_LOOKS) if chance(rng, 0.35) else ""
+    full_place = f"the {look} {place}" if look else f"the {place}"
+    theme = request.theme or pick(rng, list(words.MORALS))
+    weather, daytime = pick(rng, words.WEATHER), pick(rng, words.DAYTIMES)
+    later_weather = weather
+    while later_weather == weather:
+        later_weather = pick(rng, words.WEATHER)
+    hobby = pick(rng, words.HOBBIES)
+    hobby_2 = hobby
+    while hobby_2 == hobby:
+        hobby_2 = pick(rng, words.HOBBIES)
+    siblings = pick(rng, words.SIBLINGS)
+    return {
+        "p_in": f"{PLACES.get(place, 'in')} {full_place}", "p_to": f"to {full_place}", "moral": words.MORALS[theme],
+        "weather": weather, "daytime": daytime, "when": pick(rng, WHEN), "weather_day": article(f"{weather} {daytime}"),
+        "later_weather": later_weather, "home": pick(rng, words.HOMES), "hobby": hobby, "hobby_2": hobby_2,
+        "feel": pick(rng, words.GLAD), "age": pick(rng, words.AGES), "siblings": siblings,
+        "sibling_kind": siblings.split()[1].removesuffix("s") + "s", "favourite": pick(rng, words.COLOURS),
+        "dream": pick(rng, words.DREAMS), "e_a": article(pick(rng, nouns.FOODS)),
+        "other_trait": pick(rng, words.TRAITS),
+    }  # fmt: skip
+
+
+def tell(
+    rng: Random,
+    request: Request,
+    taken_names: set[str] | None = None,
+    evaluation: bool = False,
+    pool: Pool = KNOWN,
+) -> Story:
     """A story that honours `request`. Names in `taken_names` are avoided, those of the story are added to it.
 
-    Where the teller chooses hero or thing, the pair is one of those held out if and only if `evaluation`.
+    Where the teller chooses hero or thing, both come from `pool`, and the pair is one of those held out if and only if
+    `evaluation`.
     """
     taken_names = set() if taken_names is None else taken_names
     taken_names.update(name for name in (request.hero.name, request.friend.name) if name)
     plot = _choose_plot(rng, request)
-    kinds = {kind for kind in (request.hero.kind, request.friend.kind) if kind}
+    kinds = {figure.kind for figure in (request.hero, request.friend, request.third) if figure.kind}
     hero, thing = request.hero, request.thing
     while not (hero.kind and thing):
-        kind = hero.kind or draw_kind(rng)
-        drawn = request.thing or draw_thing(rng, plot.things)
-        if held_out(kind, drawn) == evaluation and kind != request.friend.kind and drawn != request.gift:
+        kind = hero.kind or pool.kind(rng)
+        drawn = request.thing or pool.thing(rng, plot.things)
+        if held_out(kind, drawn) == evaluation and kind not in kinds - {hero.kind} and drawn != request.gift:
             hero, thing = replace(hero, kind=kind), drawn
     slots = dict(SHARED)
-    slots |= _figure_slots(rng, "h", hero, taken_names, kinds)
-    slots |= _figure_slots(rng, "f", request.friend, taken_names, kinds)
-    slots |= _figure_slots(rng, "x", Figure(), taken_names, kinds)
+    slots |= _figure_slots(rng, "h", hero, pool, taken_names, kinds)
+    slots |= _figure_slots(rng, "f", request.friend, pool, taken_names, kinds)
+    slots |= _figure_slots(rng, "x", request.third, pool, taken_names, kinds)
 
     gift = request.gift
     while not gift or gift == thing:
-        gift = draw_thing(rng, plot.gifts or (THING,))
+        gift = pool.thing(rng, plot.gifts or (THING,))
     slots |= _thing_slots(rng, "o", thing, request.look or None)
     slots |= _thing_slots(rng, "g", gift, None)
-
-    place = request.place or pick(rng, list(words.PLACES))
-    look = pick(rng, words.PLACE_LOOKS) if chance(rng, 0.35) else ""
-    full_place = f"the {look} {place}" if look else f"the {place}"
-    theme = request.theme or pick(rng, list(words.MORALS))
-    slots |= {"p_in": f"{words.PLACES[place]} {full_place}", "p_to": f"to {full_place}", "moral": words.MORALS[theme]}
+    slots |= _scene_slots(rng, request, pool) | _third_slots(rng, plot, request)
     if request.theme:
         slots["CLOSE"] = slots["LESSON"]
-    slots |= {"weather": pick(rng, words.WEATHER), "daytime": pick(rng, words.DAYTIMES), "when": pick(rng, WHEN)}
-    slots |= {"home": pick(rng, words.HOMES), "hobby": pick(rng, words.HOBBIES), "feel": pick(rng, words.GLAD)}
     use = _use(thing)
-    slots |= {"verb": words.LOUD.get(thing, ""), "PULL": SHARED[f"PULL_{use}"], "SIGNAL": SHARED[f"SIGNAL_{use}"]}
+    slots |= {"verb": nouns.LOUD.get(thing, ""), "PULL": SHARED[f"PULL_{use}"], "SIGNAL": SHARED[f"SIGNAL_{use}"]}
     slots["NOTICE"] = SHARED["NOTICE_loud" if use == "loud" else "NOTICE_other"]
     for name, options in plot.slots.items():
         option = pick(rng, options)
@@ -212,28 +191,19 @@ def tell(rng: Random, request: Request, taken_names: set[str] | None = None, eva
     used: set[str] = set()
     paragraphs = [" ".join(expand(p, rng, slots, used).split()) for p in plot.text.split("\n\n")]
     text = capitalise("\n".join(paragraphs))
-    return Story(plot, text, slots, _facts(plot, slots, used))
+    slots["EPILOGUE"] = capitalise(" ".join(expand(SHARED["EPILOGUE"], rng, slots).split()))
+    slots["TEXT"] = text
+    for clause, words_of_it in plot.clauses.items():
+        slots[clause] = expand(words_of_it, rng, slots)
+    slots["SUM"] = capitalise(slots["sum"])
+    told = Story(plot, text, slots, frozenset(used))
+    return told.longer() if request.long else told
 
 
 def _use(thing: str) -> str:
     """How a thing helps someone in trouble."""
-    if thing in words.LIGHTS:
+    if thing in nouns.LIGHTS:
         return "light"
-    if thing in words.LOUD:
+    if thing in nouns.LOUD:
         return "loud"
-    return "long" if thing in words.LONG else "other"
-
-
-def _facts(plot: Plot, slots: dict[str, str], used: set[str]) -> list[Fact]:
-    """The questions that this story answers: those of its plot, and the common ones whose slots its text holds."""
-    facts = [replace(fact, question=fact.question or SUMMARY_QUESTION) for fact in plot.facts]
-    own = {fact.key for fact in plot.facts}
-    for fact in COMMON_FACTS:
-        if fact.key in own or (fact.key in ("home", "hobby", "moral", "weather") and fact.key not in used):
-            continue
-        if fact.key == "colour" and slots["o_look"] not in words.COLOURS:
-            fact = replace(fact, answer="The story does not say.")
-        if fact.key in ("kind_h", "kind_f") and slots[f"{fact.key[-1]}_kind"] in _PEOPLE:
-            fact = replace(fact, question=fact.question.replace("What kind of [animal|creature] was", "What was"))
-        facts.append(fact)
-    return facts
+    return "long" if thing in nouns.LONG else "other"

@@ -7,13 +7,14 @@ as templates in lower case; a line that begins with spaces goes on with the one 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
-from tools.demo.world import words
-from tools.demo.world.grammar import article, capitalise, expand, pick
+from tools.demo.world import nouns, words
+from tools.demo.world.draw import ASKED, KNOWN, PEOPLE, THINGS, coin_word
+from tools.demo.world.grammar import article, capitalise, expand, pattern, pick, plural
 from tools.demo.world.plots import join_lines
-from tools.demo.world.stories import PEOPLE, THINGS, coin_word
 
 MODEL_NAME = "Trit"
 
@@ -36,11 +37,12 @@ NO_STORY_YET = "I have not told you a story yet. What should it be about?"
 
 
 def example_request(rng: Random) -> str:
-    return f"Tell me a story about {article(pick(rng, words.ANIMALS))} and {article(pick(rng, THINGS))}."
+    return f"Tell me a story about {article(pick(rng, nouns.ANIMALS))} and {article(pick(rng, THINGS))}."
 
 
 def _slots(rng: Random) -> dict[str, str]:
-    thing, kind = pick(rng, THINGS + words.FOODS), pick(rng, words.ANIMALS)
+    thing, kind = KNOWN.thing(rng), pick(rng, nouns.ANIMALS)
+    food = pick(rng, nouns.FOODS)
     return {
         "model": MODEL_NAME,
         "CAN": CAN,
@@ -51,16 +53,28 @@ def _slots(rng: Random) -> dict[str, str]:
         "year": str(1000 + int(1030 * rng.random())),
         "thing": thing,
         "a_thing": article(thing),
-        "rare": pick(rng, words.RARE_THINGS),
+        "food": food,
+        "a_food": article(food),
         "kind": kind,
+        "kinds": plural(kind),
         "a_kind": article(kind),
         "person": pick(rng, PEOPLE),
-        "name": pick(rng, words.MALE_NAMES),
+        "name": ASKED.name(rng, "", set()),
         "colour": pick(rng, words.COLOURS),
         "country": pick(rng, COUNTRIES),
         "famous": pick(rng, FAMOUS),
         "junk": coin_word(rng),
     }
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What a user says and a reply; `pattern` matches every right reply."""
+
+    said: str
+    reply: str
+    pattern: str
+    kind: str
 
 
 def _read() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -74,18 +88,41 @@ def _read() -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
 
 
 SMALL_TALK, OUTSIDE = _read()
+_ABOUT_A_STORY = ("[Thank you|I am glad that you liked", "[I am sorry|I am sorry to hear that you did not like")
+_DECLINED = "[No|No, thank you|No, thanks|Not now|Maybe later|No thanks, not today|Nope|Not yet|Later][.|!|]"
+_ACCEPTED = (
+    "[Yes|Yes, please|Sure|Okay|Ok|Yes please|Of course|Please do|Yes, I would like that|Go ahead|Yeah|Yep|Why not|"
+    "Yes, tell me]"
+)
 
 
-def small_talk(rng: Random) -> tuple[str, str]:
-    """Something friendly that a user may say, and the reply."""
-    said, reply = pick(rng, SMALL_TALK)
+def _exchange(rng: Random, said: str, reply: str, kind: str, mark: str = "") -> Exchange:
     slots = _slots(rng)
-    return capitalise(expand(said, rng, slots)), expand(reply, rng, slots)
+    asked = " ".join(expand(said, rng, slots).split()) + mark
+    return Exchange(asked, expand(reply, rng, slots), pattern(reply, slots, free={"example", "a_food"}), kind)
 
 
-def outside(rng: Random) -> tuple[str, str]:
+def small_talk(rng: Random, before_a_story: bool = False) -> Exchange:
+    """Something friendly that a user may say, and the reply."""
+    while True:
+        said, reply = pick(rng, SMALL_TALK)
+        if not (before_a_story and reply.startswith(_ABOUT_A_STORY)):
+            exchange = _exchange(rng, said, reply, "small talk")
+            return replace(exchange, said=capitalise(exchange.said))
+
+
+def outside(rng: Random) -> Exchange:
     """A request from outside the text world, and a friendly answer that says what the model can do."""
     said, sorry = pick(rng, OUTSIDE)
-    slots = _slots(rng)
     mark = pick(rng, ["", "", ".", "?"]) if sorry != UNCLEAR else ""
-    return " ".join(expand(said, rng, slots).split()) + mark, expand(sorry + " {CAN} {TRY}", rng, slots)
+    return _exchange(rng, said, sorry + " {CAN} {TRY}", "outside", mark)
+
+
+def declined(rng: Random) -> Exchange:
+    """A "no" to the offer of a story."""
+    return _exchange(rng, _DECLINED, "All right! Just say when you would like a story.", "small talk")
+
+
+def accepted(rng: Random) -> str:
+    """A "yes" to the offer of a story."""
+    return expand(_ACCEPTED, rng, {}) + pick(rng, ["", ".", "!"])

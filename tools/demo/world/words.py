@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-
-def items(text: str) -> list[str]:
-    """The entries of a comma-separated list."""
-    return [item.strip() for item in " ".join(text.split()).split(",") if item.strip()]
-
+from tools.demo.world.nouns import items
 
 FEMALE_NAMES = """Ada Alma Anna Bella Bea Cara Carla Celia Clara Cora Daisy Dora Edith Ella Elsa Emma Enid Erin Eva
 Faye Fern Flora Freya Gemma Gina Greta Hanna Hazel Heidi Ida Ina Iona Ivy Jana June Kaia Kira Lara Lena Lila Lily
@@ -19,22 +15,6 @@ Karl Kim Kurt Leo Levi Liam Linus Luka Luke Magnus Mark Martin Max Milo Ned Nico
 Paul Peter Pip Quentin Ralf Remy Rolf Rory Rufus Sam Simon Sven Ted Theo Tim Toby Tom Tony Udo Viktor Walter Yuri
 Zack""".split()
 
-ANIMALS = items("""fox, owl, rabbit, bear, dog, cat, mouse, hedgehog, squirrel, badger, otter, beaver, frog, toad,
-duck, goose, swan, hen, rooster, crow, sparrow, robin, pigeon, parrot, penguin, seal, turtle, tortoise, snail,
-lizard, mole, deer, fawn, elk, moose, wolf, lion, tiger, leopard, panda, monkey, elephant, giraffe, zebra, camel,
-donkey, horse, pony, cow, calf, sheep, lamb, goat, pig, piglet, llama, kangaroo, koala, raccoon, skunk, ferret,
-hamster, puppy, kitten, duckling, chick, bat, ant, bee, beetle, butterfly, cricket, spider, crab, dragon, unicorn,
-dinosaur, hare, weasel, stork, heron, peacock, eagle, gorilla, hippo, rhino, buffalo, ostrich, pelican, raven,
-woodpecker, hummingbird, caterpillar""")
-
-PEOPLE = items("""baker, farmer, sailor, knight, tailor, painter, gardener, teacher, doctor, miller, shepherd,
-shoemaker, pilot, cook, carpenter, clockmaker, musician, dancer, singer, juggler, clown, pirate, robot, giant,
-fairy, elf, gnome, dwarf, librarian, woodcutter, blacksmith, beekeeper, captain, student, traveller, astronaut,
-firefighter, nurse, inventor, weaver, potter, toymaker, gatekeeper, ferryman, innkeeper, explorer, scientist, poet,
-magician, troll""")
-WOMEN = items("girl, queen, princess, witch, grandmother, milkmaid, mermaid, duchess")
-MEN = items("boy, king, prince, wizard, grandfather, fisherman, postman, snowman")
-
 TRAITS = items("""brave, shy, curious, gentle, clever, cheerful, sleepy, grumpy, lazy, kind, proud, lonely, quiet,
 silly, patient, careful, honest, friendly, playful, polite, stubborn, dreamy, generous, helpful, hungry, lively,
 loyal, merry, nervous, noisy, restless, serious, thoughtful, tidy, timid, wise, bold, busy, calm, forgetful,
@@ -46,38 +26,6 @@ relieved, merry, pleased, lucky, very happy, very proud, full of joy""")
 SAD = items("sad, worried, unhappy, upset, miserable, troubled, gloomy, downhearted")
 AFRAID = items("afraid, frightened, scared, nervous, anxious, alarmed")
 
-# Things one can carry. The ones below with a use of their own help in their own way when someone is in trouble.
-LIGHTS = items("lantern, lamp, candle, torch")
-LOUD = {"drum": "beat", "bell": "rang", "whistle": "blew", "horn": "blew", "trumpet": "blew", "flute": "played",
-        "fiddle": "played", "tambourine": "shook", "rattle": "shook", "harp": "played", "gong": "struck",
-        "trombone": "blew", "guitar": "played"}  # fmt: skip
-LONG = items("rope, ribbon, scarf, blanket, ladder, stick, net, broom, belt, fishing rod, shawl, branch, rake, oar")
-PLAIN_THINGS = items("""kite, flag, balloon, mirror, umbrella, mask, key, ball, book, map, compass, hat, coat,
-mitten, boot, basket, cup, spoon, teapot, clock, coin, ring, crown, shell, feather, button, pebble, marble, star,
-doll, puppet, teddy bear, toy train, toy boat, rocking horse, spinning top, music box, paintbrush, pencil, notebook,
-letter, postcard, parcel, box, jar, bottle, bucket, watering can, shovel, hammer, wheel, cart, wagon, sled, pillow,
-quilt, bag, backpack, purse, necklace, bracelet, pearl, gem, jewel, acorn, seed, flower, rose, sunflower, leaf,
-pinecone, telescope, camera, magnifying glass, snow globe, kettle, pan, plate, comb, brush, needle, thimble,
-cushion, chair, stool, bicycle, scooter, boat, raft, puzzle, card, picture, painting, statue, vase, wreath, garland,
-locket, medal, stone, crystal, helmet, shield, sword, cape, cloak, glove, sock, slipper, apron, tent, toolbox,
-ruler, magnet, robot toy, paper plane, windmill, birdhouse, flowerpot, suitcase, trunk, barrel, anchor, hourglass,
-calendar, newspaper, diary, chalkboard, sponge""")
-FOODS = items("""apple, pear, plum, peach, orange, lemon, cherry, strawberry, melon, pumpkin, carrot, turnip, pie,
-cake, honey cake, muffin, cookie, pancake, bun, loaf of bread, sandwich, pretzel, waffle, pudding, cheese, biscuit,
-doughnut, jam tart, gingerbread man, pot of soup, bowl of porridge, jar of honey, chestnut, walnut, mushroom,
-banana, cupcake, sausage, potato, radish""")
-# Things from beyond the story world: seldom drawn, so that the model learns to take a new word as it comes.
-RARE_THINGS = items("""spaceship, volcano, computer, rocket, helicopter, submarine, tractor, laptop, telephone,
-piano, violin, motorbike, airplane, skateboard, television, refrigerator, toaster, microscope, dinosaur bone,
-football, basketball, tennis racket, snowboard, surfboard, parachute, satellite, iceberg, rainbow, cloud, moonbeam,
-snowflake, pizza, hamburger, ice cream, lollipop, milkshake, chocolate bar, burrito, pineapple, coconut, avocado,
-watermelon, cactus, bonsai tree, mailbox, treadmill, typewriter, elevator, escalator, train, bus, truck, car, taxi,
-ship, canoe, hot air balloon, zeppelin, tunnel, pyramid, igloo, skyscraper, castle gate, throne, wand, potion,
-spellbook, magic carpet, treasure chest, cannon, catapult, bow, arrow, spear, boomerang, yo-yo, slingshot,
-trampoline, swing, seesaw, tricycle, unicycle, wheelbarrow, chimney, window, door, bathtub, toothbrush, soap bubble,
-towel, mop, vacuum cleaner, stapler, eraser, crayon, sticker, dictionary, encyclopedia, violin case, accordion,
-banjo, saxophone, tuba, xylophone, microphone, headphone, keyboard""")
-
 COLOURS = items("red, blue, green, yellow, white, black, brown, purple, orange, pink, grey, golden, silver")
 LOOKS = items("""tiny, little, big, old, new, shiny, wooden, striped, spotted, pretty, strange, heavy, round, painted,
 beautiful, dusty, simple, fine, unusual, enormous""")
@@ -85,21 +33,17 @@ FOOD_LOOKS = items(
     "big, small, sweet, fresh, warm, round, tasty, juicy, golden, special, delicious, enormous, ordinary"
 )
 
-# Place and the preposition that goes with it.
-PLACES = dict(
-    line.rsplit(":", 1)
-    for line in items("""forest:in, woods:in, meadow:in, garden:in, hill:on, mountain:on, river:by, lake:by,
-    pond:by, sea:by, beach:at, harbour:at, island:on, castle:at, tower:at, mill:at, market:at, village square:in,
-    town:in, bridge:at, cave:at, orchard:in, farm:on, field:in, barn:in, waterfall:by, valley:in, desert:in,
-    jungle:in, swamp:in, park:in, playground:on, school:at, library:in, bakery:at, museum:in, lighthouse:at, train
-    station:at, well:by, cliff:on, glade:in, vineyard:in, zoo:at, fair:at, circus:at, palace:at, stable:in,
-    greenhouse:in, stream:by, canal:by, theatre:at, workshop:in, crossroads:at, ruins:at, maze:in, snowy plain:on""")
-)
 PLACE_LOOKS = items("old, quiet, green, wide, sunny, distant, misty, little, great, hidden, beautiful, famous, windy")
 
 WEATHER = items("""windy, sunny, rainy, snowy, foggy, cloudy, frosty, warm, chilly, stormy, bright, misty, cold, hot,
 golden, grey, clear, mild""")
 DAYTIMES = items("morning, afternoon, evening, day")
+# Kinds of weather that nobody would call by each other's names: a wrong one for yes-or-no questions.
+OTHER_WEATHER = {
+    "windy": "sunny", "sunny": "rainy", "rainy": "sunny", "snowy": "hot", "foggy": "sunny", "cloudy": "sunny",
+    "frosty": "hot", "warm": "snowy", "chilly": "hot", "stormy": "sunny", "bright": "foggy", "misty": "sunny",
+    "cold": "hot", "hot": "snowy", "golden": "rainy", "grey": "sunny", "clear": "foggy", "mild": "snowy",
+}  # fmt: skip
 
 HOMES = items("""in a small house by the river, under an old oak tree, in a cosy cottage, at the edge of the woods,
 on top of a green hill, in a house with a red door, at the end of a long lane, near a mill, in a tiny hut by the
@@ -243,6 +187,10 @@ MORALS = {
     "giving": "giving is nicer than getting",
 }
 
-SYLLABLES = "ba bo bri da do dra fa fi flo ga gli go ka ki kra la lo lu ma mi mo na ni no pa po pli ra ri ro sa si " \
-    "sno ta ti tro va ve vo wa wi za ze zo".split()  # fmt: skip
-SYLLABLE_ENDS = "b d g k l lt m mp n ng nk p r rf sh st t th x zz".split()
+# What a story may say about its hero, and otherwise does not.
+AGES = items("three, four, five, six, seven, eight, nine, ten, twelve, a hundred")
+SIBLINGS = items("""two brothers, three brothers, four brothers, five brothers, two sisters, three sisters, four
+sisters, five sisters, one brother, one sister, six brothers, seven sisters""")
+DREAMS = items("""see the sea, fly to the moon, meet a king, find a treasure, climb the highest mountain, sail around
+the world, ride a dragon, sing on a stage, build a tree house, travel by train, see the snow, learn to fly, write
+a book, dance at a ball, catch a star, have a garden""")

@@ -1,0 +1,107 @@
+"""Draws words for a story: from the lists of the world, coined ones that nobody has heard before, or unseen ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from tools.demo.world import nouns, words
+from tools.demo.world.grammar import chance, pick
+
+THING, FOOD = "thing", "food"
+
+TOOLS = nouns.LIGHTS + list(nouns.LOUD) + nouns.LONG  # things that help in their own way
+THINGS = nouns.PLAIN_THINGS + TOOLS + nouns.TOYS_AND_VEHICLES
+PEOPLE = nouns.PEOPLE + nouns.WOMEN + nouns.MEN
+PLACES = nouns.PLACES | nouns.UNSEEN_PLACES
+FOODS = frozenset(nouns.FOODS + nouns.UNSEEN_FOODS)
+FEMALE_NAMES = frozenset(words.FEMALE_NAMES + nouns.UNSEEN_FEMALE_NAMES)
+MALE_NAMES = frozenset(words.MALE_NAMES + nouns.UNSEEN_MALE_NAMES)
+UNSEEN = frozenset(
+    nouns.UNSEEN_ANIMALS + nouns.UNSEEN_THINGS + nouns.UNSEEN_FOODS + list(nouns.UNSEEN_PLACES)
+    + [name.lower() for name in nouns.UNSEEN_FEMALE_NAMES + nouns.UNSEEN_MALE_NAMES]
+)  # fmt: skip
+NOUNS = frozenset(nouns.ANIMALS + PEOPLE + THINGS + nouns.FOODS + list(nouns.PLACES))
+_TAKEN = NOUNS | frozenset([name.lower() for name in words.FEMALE_NAMES + words.MALE_NAMES]) | UNSEEN
+_HALVES = [noun for noun in sorted(NOUNS) if noun.isalpha() and len(noun) > 4]
+
+_ONSETS = """b bl br c ch cl cr d dr f fl fr g gl gr h j k kl kn kr l m n p pl pr qu r s sc sh sk sl sm sn sp st str sw
+t th tr tw v w wh wr y z""".split()
+_VOWELS = "a a a e e e i i i o o o u u ai ay ea ee ie oa oo ou ow y".split()
+_CODAS = """b ck d ff g k l ll lt m mp n nd ng nk nt p r rd rf rk rm rn rt s sh ss st t th x zz bble er et in is le on
+or us ix ox""".split()
+
+
+def coin_word(rng: Random) -> str:
+    """A word that nobody has heard before: new syllables, or the halves of two nouns."""
+    while True:
+        if chance(rng, 0.4):
+            left, right = pick(rng, _HALVES), pick(rng, _HALVES)
+            word = left[: 2 + int(rng.random() * (len(left) - 3))] + right[2 + int(rng.random() * (len(right) - 4)) :]
+        else:
+            syllables = [pick(rng, _ONSETS) + pick(rng, _VOWELS) for _ in range(1 + int(rng.random() * 3))]
+            word = "".join(syllables) + (pick(rng, _CODAS) if len(syllables) == 1 or chance(rng, 0.6) else "")
+        if word not in _TAKEN and 3 <= len(word) <= 12:
+            return word
+
+
+def is_female(name: str, kind: str) -> bool:
+    """Whether a story says "she" of somebody."""
+    if kind in nouns.WOMEN or kind in nouns.MEN:
+        return kind in nouns.WOMEN
+    return name in FEMALE_NAMES or (name not in MALE_NAMES and name.endswith(("a", "e", "i")))
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Lists to draw from; `coined` is the share of words that are new instead."""
+
+    animals: list[str]
+    things: list[str]
+    foods: list[str]
+    places: list[str]
+    female_names: list[str]
+    male_names: list[str]
+    coined: float = 0.0
+
+    def thing(self, rng: Random, classes: tuple[str, ...] = (THING, FOOD)) -> str:
+        if FOOD in classes and (THING not in classes or chance(rng, 0.2)):
+            return pick(rng, self.foods)
+        if chance(rng, self.coined):
+            return coin_word(rng)
+        return pick(rng, TOOLS if chance(rng, 0.12) and self.things is THINGS else self.things)
+
+    def kind(self, rng: Random) -> str:
+        if chance(rng, self.coined):
+            return coin_word(rng)
+        return pick(rng, self.animals) if chance(rng, 0.7) else pick(rng, PEOPLE)
+
+    def place(self, rng: Random) -> str:
+        return coin_word(rng) if chance(rng, self.coined / 2) else pick(rng, self.places)
+
+    def name(self, rng: Random, kind: str, taken: set[str]) -> str:
+        """A name that suits the kind and does not occur in `taken`."""
+        while True:
+            if chance(rng, self.coined):
+                name = coin_word(rng).capitalize()
+            elif kind in nouns.WOMEN or (kind not in nouns.MEN and chance(rng, 0.5)):
+                name = pick(rng, self.female_names)
+            else:
+                name = pick(rng, self.male_names)
+            if name not in taken:
+                return name
+
+
+KNOWN = Pool(
+    nouns.ANIMALS, THINGS, nouns.FOODS, list(nouns.PLACES), words.FEMALE_NAMES, words.MALE_NAMES
+)  # fmt: skip
+ASKED = Pool(
+    nouns.ANIMALS, THINGS, nouns.FOODS, list(nouns.PLACES), words.FEMALE_NAMES, words.MALE_NAMES, coined=0.15
+)  # fmt: skip
+STRANGE = Pool(
+    nouns.ANIMALS, THINGS, nouns.FOODS, list(nouns.PLACES), words.FEMALE_NAMES, words.MALE_NAMES, coined=0.6
+)  # fmt: skip
+NEVER_SEEN = Pool(
+    nouns.UNSEEN_ANIMALS, nouns.UNSEEN_THINGS, nouns.UNSEEN_FOODS, list(nouns.UNSEEN_PLACES),
+    nouns.UNSEEN_FEMALE_NAMES, nouns.UNSEEN_MALE_NAMES,
+)  # fmt: skip
