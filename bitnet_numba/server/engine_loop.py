@@ -95,9 +95,15 @@ class EngineLoop:
 
     def _run(self) -> None:
         try:
-            self._step_while_open()
-            while self._start_again():
-                self._step_while_open()
+            while not self._closed and self._scheduler.wait():
+                updates = self._scheduler.step()
+                self._stepped_at = monotonic()
+                if not self._scheduler.closed:
+                    self._deliver(updates, self._answers)
+                elif not self._start_again(updates):
+                    break
+        except SchedulerClosed:  # by `close`, which had nothing to tell
+            pass
         except Exception:  # a mistake of ours
             _log.exception("the engine's thread has failed")
         finally:
@@ -105,14 +111,23 @@ class EngineLoop:
             self._scheduler.close()
             self._end_all(SchedulerClosed(CLOSED))
 
-    def _step_while_open(self) -> None:
-        while not self._closed and self._scheduler.wait():
+    def _start_again(self, updates: list[Update]) -> bool:
+        """Opens another scheduler in place of one that has closed; False if none is wanted, or to be had.
+
+        The last updates of the old one are told only then, so that who asks again finds the new one.
+        """
+        scheduler: Scheduler | None = None
+        if not self._closed:
+            _log.error("%s", updates[-1].error if updates else "the backend failed")
             try:
-                updates = self._scheduler.step()
-            except SchedulerClosed:  # by `close`, which had nothing to tell
-                return
-            self._stepped_at = monotonic()
-            self._deliver(updates)
+                scheduler = self._open_scheduler()
+            except Exception as error:
+                _log.error("the backend cannot be used any more: %s", one_line(error))
+        with self._lock:
+            answers, self._answers = self._answers, {}
+            self._scheduler = scheduler or self._scheduler
+        self._deliver(updates, answers, failed=True)
+        return scheduler is not None
 
     def _end_all(self, error: BitNetError) -> None:
         with self._lock:
@@ -121,28 +136,15 @@ class EngineLoop:
                 answers.put(index, Update(number, error=error))
                 self._loop.call_soon_threadsafe(answers.wake)
 
-    def _start_again(self) -> bool:
-        """Opens another scheduler in place of one whose backend has failed; False if that is not wanted, or fails."""
-        if self._closed:
-            return False
-        try:
-            scheduler = self._open_scheduler()
-        except Exception as error:
-            _log.error("the backend cannot be used any more: %s", one_line(error))
-            return False
-        with self._lock:
-            self._scheduler = scheduler
-            return not self._closed
-
-    def _deliver(self, updates: list[Update]) -> None:
+    def _deliver(
+        self, updates: list[Update], open_answers: dict[int, tuple[Answers, int]], failed: bool = False
+    ) -> None:
+        """Gives updates to whom they are for. failed: the backend has, so that they all are the same error."""
         plan = False
-        failed = self._scheduler.closed  # then, all that were open have ended with the same error
-        if failed and updates:
-            _log.error("%s", updates[-1].error)
         with self._lock:
             for update in updates:
                 last = update.completion is not None or update.error is not None
-                found = self._answers.pop(update.request, None) if last else self._answers.get(update.request)
+                found = open_answers.pop(update.request, None) if last else open_answers.get(update.request)
                 if found is None:  # cancelled
                     continue
                 answers, index = found

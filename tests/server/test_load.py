@@ -110,7 +110,7 @@ def test_a_stream_ends_when_nobody_reads(slow: tuple[Running, ToyBackend]) -> No
     running, _ = slow
     with running.client.stream("POST", CHAT, json=body(max_tokens=3000, stream=True)) as response:
         next(response.iter_text())
-        assert running.service.running == 1
+        running.wait_until(lambda: running.service.running == 1)
     running.wait_until(lambda: free(running))
 
 
