@@ -140,9 +140,12 @@ class GgufCheckpoint:
         if any(info.type in types.GROUPED and info.type != types.IQ2_BN for info in linears.values()):
             return True
         for name, info in linears.items():
-            if info.type != types.I2_S and len(info.shape) == 2:
+            if info.type == types.I2_S:
+                continue
+            data = self._where[name].read(name)
+            if len(info.shape) == 2 and types.may_have_several_scales(info.type, data):
                 try:
-                    types.ternary(info.type, self._where[name].read(name), columns=info.shape[1])
+                    types.ternary(info.type, data, columns=info.shape[1])
                 except ValueError as error:
                     if str(error) in (types.SEVERAL_SCALES, types.NOT_ONE_SCALE):
                         return True

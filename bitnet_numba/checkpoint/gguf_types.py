@@ -153,6 +153,14 @@ def ternary(kind: int, data: Bytes, layout: I2sLayout = "x86", columns: int = 0)
     return t.reshape(-1), np.float32(used[0] if used.size else 1)
 
 
+def may_have_several_scales(kind: int, data: Bytes) -> bool:
+    """Whether a tensor of a type other than I2_S may have more than one scale; cheap for TQ1_0 and TQ2_0."""
+    if kind not in (TQ1_0, TQ2_0):
+        return True
+    scales = data.reshape(-1, TYPES[kind].nbytes)[:, -2:].copy().view("<u2")
+    return len(np.unique(scales[scales != 0])) > 1
+
+
 def i2s_rows(codes: Bytes, scale: np.float32, layout: I2sLayout) -> Floats:
     """Rows of a tensor of type I2_S, float32 [n]."""
     with np.errstate(all="ignore"):

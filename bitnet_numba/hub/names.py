@@ -10,6 +10,9 @@ from bitnet_numba.errors import RequestError, printable, shown
 # Short name -> hub id, and the size of the packed checkpoint, about.
 KNOWN = {
     "2b4t": ("microsoft/bitnet-b1.58-2B-4T", "1.2 GB"),
+    "bonsai-1.7b": ("prism-ml/Ternary-Bonsai-1.7B-mlx-2bit", "0.5 GB"),
+    "bonsai-4b": ("prism-ml/Ternary-Bonsai-4B-mlx-2bit", "1.1 GB"),
+    "bonsai-8b": ("prism-ml/Ternary-Bonsai-8B-mlx-2bit", "2.2 GB"),
     "falcon-e-1b": ("tiiuae/Falcon-E-1B-Instruct", "0.6 GB"),
     "falcon-e-3b": ("tiiuae/Falcon-E-3B-Instruct", "1.0 GB"),
     "falcon3-1b": ("tiiuae/Falcon3-1B-Instruct-1.58bit", "1.4 GB"),

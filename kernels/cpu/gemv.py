@@ -49,8 +49,8 @@ from bitnet_numba.kernels.cpu.vec import (
 from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_MASK, CODE_OFFSET
 
 BLOCK_BYTES = BLOCK_ROWS * BLOCK_COLS // 4
-# Bytes from the words in use to those that are asked for, a block at a time. Left to itself, hardware reads 10 to 25 %
-# less with one thread, and 10 % with two; half as far ahead, half of that is lost.
+# Bytes from the words in use to those that are asked for, a block at a time: without that, 10 to 25 % less is read with
+# one thread, and 10 % with two, when other programs run; see docs/performance-notes.md.
 AHEAD = 8192
 LINES = (0,) * (BLOCK_BYTES // 64)
 # Up to so many tokens `gemv_tokens` is as fast as the GEMM or faster: unpacking a row costs the GEMM as much as several
