@@ -7,8 +7,8 @@ print(llm.chat("Tell me a story about a fox and a lantern.").text)
 Models       load, Engine (generate, stream, chat, generate_batch, agenerate, astream), Session, Scheduler
 Requests     Prompt, Message, SamplingParams
 Answers      Completion, Stats, Stream, AsyncStream, Update; TokenLogprob, Score (of Engine.score)
-Errors       BitNetError and its kinds: BackendError, CheckpointError, ConfigError, ContextFull, RequestError,
-             TokenizerError
+Errors       BitNetError and its kinds: BackendError, CheckpointError, ConfigError, ContextFull, QueueFull,
+             QueueTimeout, RequestError, SchedulerClosed, TokenizerError
 Kernels      pack_linear, w2a8_linear, PackedLinear; modules quantize, packing
 Also         Tokenizer, ModelConfig: of Engine.tokenizer and Engine.config; module errors; __version__
 """
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from bitnet_numba.engine.engine import load as load
     from bitnet_numba.engine.request import Prompt as Prompt
     from bitnet_numba.engine.scheduler import Scheduler as Scheduler
-    from bitnet_numba.engine.scheduler import Update as Update
     from bitnet_numba.engine.scoring import Score as Score
+    from bitnet_numba.engine.sequence import Update as Update
     from bitnet_numba.engine.session import Session as Session
     from bitnet_numba.engine.session import Stream as Stream
     from bitnet_numba.errors import BackendError as BackendError
@@ -48,7 +48,10 @@ if TYPE_CHECKING:
     from bitnet_numba.errors import CheckpointError as CheckpointError
     from bitnet_numba.errors import ConfigError as ConfigError
     from bitnet_numba.errors import ContextFull as ContextFull
+    from bitnet_numba.errors import QueueFull as QueueFull
+    from bitnet_numba.errors import QueueTimeout as QueueTimeout
     from bitnet_numba.errors import RequestError as RequestError
+    from bitnet_numba.errors import SchedulerClosed as SchedulerClosed
     from bitnet_numba.errors import TokenizerError as TokenizerError
     from bitnet_numba.kernels.linear.operands import PackedLinear as PackedLinear
     from bitnet_numba.kernels.linear.w2a8 import pack_linear as pack_linear
@@ -73,9 +76,12 @@ _HOMES = {
     "ModelConfig": "config",
     "PackedLinear": "kernels.linear.operands",
     "Prompt": "engine.request",
+    "QueueFull": "errors",
+    "QueueTimeout": "errors",
     "RequestError": "errors",
     "SamplingParams": "sampling_params",
     "Scheduler": "engine.scheduler",
+    "SchedulerClosed": "errors",
     "Score": "engine.scoring",
     "Session": "engine.session",
     "Stats": "engine.completion",
@@ -83,7 +89,7 @@ _HOMES = {
     "TokenLogprob": "sampling",
     "Tokenizer": "text.tokenizer",
     "TokenizerError": "errors",
-    "Update": "engine.scheduler",
+    "Update": "engine.sequence",
     "load": "engine.engine",
     "pack_linear": "kernels.linear.w2a8",
     "w2a8_linear": "kernels.linear.w2a8",

@@ -30,6 +30,18 @@ class ContextFull(RequestError):
     """The prompt does not fit into the context."""
 
 
+class SchedulerClosed(RequestError):
+    """The scheduler takes no requests any more: it has been closed, or is told to finish what it has."""
+
+
+class QueueFull(BitNetError):
+    """As many requests wait as a scheduler lets wait: the same one may be accepted later."""
+
+
+class QueueTimeout(BitNetError):
+    """A request has waited for as long as it was to wait, and has not been started."""
+
+
 class BackendError(BitNetError):
     """The requested backend cannot run on this machine."""
 

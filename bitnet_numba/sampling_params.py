@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import TypedDict, cast
+from typing import Literal, TypedDict, cast
 
 from bitnet_numba.errors import RequestError, shown
 
@@ -14,6 +14,7 @@ DEFAULT_MAX_NEW_TOKENS = 512
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024  # tokens
 MAX_STOP_TOKENS = 256
+Overflow = Literal["error", "roll"]
 LogitBias = Mapping[int, float] | Iterable[tuple[int, float]]
 
 
@@ -40,6 +41,9 @@ class SamplingParams:
     logprobs: also gives, for each token of the answer, its log probability and so many of the most likely tokens, 0 to
     20; None: neither. They are the model's own: log-softmax of its logits before bias, penalties and temperature.
     prompt_logprobs: the same for the tokens of the prompt but the first, which then is computed anew, and not reused.
+    overflow: what happens to a conversation that is too long for the context: "error" refuses it; "roll" leaves out
+    its oldest exchanges until it fits together with its answer, never the system message, and says how many messages
+    these were (`Completion.dropped_messages`). Other prompts have no messages: they are refused.
     """
 
     temperature: float = 0.0
@@ -58,6 +62,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    overflow: Overflow = "error"
 
     def __post_init__(self) -> None:
         # As Python's own numbers: NumPy's integers overflow in the generator, and a Fraction has no logarithm.
@@ -83,6 +88,8 @@ class SamplingParams:
                 object.__setattr__(self, name, _read_integer(name, given, rule, least, limit))
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos must be True or False, not {shown(self.ignore_eos)}")
+        if not isinstance(self.overflow, str) or self.overflow not in ("error", "roll"):
+            raise RequestError(f"overflow must be 'error' or 'roll', not {shown(self.overflow)}")
         if self.max_new_tokens is not None and self.min_tokens > self.max_new_tokens:
             raise RequestError(f"min_tokens is {self.min_tokens}, but max_new_tokens is {self.max_new_tokens}")
         object.__setattr__(self, "stop", read_stop(self.stop))
@@ -133,6 +140,7 @@ class SamplingOverrides(TypedDict, total=False):
     ignore_eos: bool
     logprobs: int | None
     prompt_logprobs: int | None
+    overflow: Overflow
 
 
 def read_stop(stop: object) -> tuple[str, ...]:
@@ -193,7 +201,7 @@ def _read_logit_bias(given: object) -> tuple[tuple[int, float], ...]:
 
 
 def _read_float(name: str, given: object, rule: str, low: float, high: float) -> float:
-    value = _as_float(given)
+    value = as_float(given)
     if value is None:
         raise RequestError(f"{name} must be a number, not {shown(given)}")
     if not low <= value <= high:
@@ -209,7 +217,7 @@ def _read_integer(name: str, given: object, rule: str, least: int, limit: float)
     return int(given)
 
 
-def _as_float(value: object) -> float | None:
+def as_float(value: object) -> float | None:
     """A real number of any type as a float, infinite if it is too large for one; None if it is none (bools are not)."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return None

@@ -31,6 +31,9 @@ class SequenceCache(Protocol):
     def append_nan(self, count: int) -> None:
         """Appends tokens whose keys and values are NaN in all layers."""
 
+    def extend(self, pages: Sequence[int]) -> None:
+        """Adds pages, if it is one of a `PagePool`."""
+
 
 C = TypeVar("C", bound=SequenceCache)
 C_co = TypeVar("C_co", bound=SequenceCache, covariant=True)
@@ -46,11 +49,13 @@ class PagePool(Protocol[C_co]):
 class HostModel(Protocol[C]):
     """What this backend needs of a model.
 
-    A token's numbers must depend on the tokens before it alone: not on how they were divided into calls, nor on other
-    sequences in a call. Numbers that are not finite become NaN, in the cache too, and are no error.
+    A token's numbers must depend on the tokens before it alone: not on other sequences in a call, nor on how they were
+    divided into calls, at ends of pages or, if it is `uniform`, anywhere. Numbers that are not finite become NaN, in
+    the cache too, and are no error.
     """
 
     config: ModelConfig
+    uniform: bool  # see `protocol.Batch`
 
     def new_cache(self, capacity: int) -> C:
         """The cache of one sequence of up to `capacity` tokens. Raises MemoryError."""
@@ -264,7 +269,7 @@ def finite(logits: Floats) -> Floats:
 
 
 class _Sequence(Generic[C]):
-    def __init__(self, ids: Sequence[int], params: SamplingParams, cache: C, prompt_length: int):
+    def __init__(self, ids: Sequence[int], params: SamplingParams, cache: C, pages: int, prompt_length: int):
         self.ids = list(ids)  # those given at the start, and sampled tokens
         self.num_given = len(ids)
         self.prompt_length = prompt_length
@@ -272,6 +277,8 @@ class _Sequence(Generic[C]):
         self.logprob: TokenLogprob | None = None  # of the last token
         self.params = params
         self.cache = cache
+        self.room = pages * PAGE_SIZE  # tokens
+        self.ready = prompt_length <= cache.length == len(ids) - 1  # to be stepped
         self.failure: str | None = None  # why it gets no more tokens
 
 
@@ -282,6 +289,7 @@ class HostBatch(Generic[C]):
 
     def __init__(self, model: HostModel[C], max_sequences: int, capacity: int, num_pages: int):
         self.max_sequences, self.capacity, self.num_pages = max_sequences, capacity, num_pages
+        self.uniform = model.uniform
         self._model = model
         self._pool = model.new_pool(num_pages)
         self._sequences: dict[int, _Sequence[C]] = {}  # by slot
@@ -307,7 +315,15 @@ class HostBatch(Generic[C]):
         if computed and params.prompt_logprobs is not None:
             raise ValueError("a prompt that is scored must be computed as a whole")
         length = len(ids) if prompt_length is None else prompt_length
-        self._sequences[slot] = _Sequence(ids, params, self._pool.cache(pages, computed), length)
+        self._sequences[slot] = _Sequence(ids, params, self._pool.cache(pages, computed), len(pages), length)
+
+    def extend(self, slot: int, pages: Sequence[int]) -> None:
+        """Adds pages to a sequence."""
+        if not all(0 <= page < self.num_pages for page in pages):
+            raise ValueError(f"there are no pages {list(pages)}")
+        s = self._sequences[slot]
+        s.cache.extend(pages)
+        s.room += len(pages) * PAGE_SIZE
 
     def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
         """Computes the next tokens of prompts; at the end of each, samples the first token."""
@@ -333,6 +349,7 @@ class HostBatch(Generic[C]):
         last = self._each([s], compute, end)
         if end < s.num_given:
             return False
+        s.ready = True
         self._sample([s], last)
         return True
 
@@ -340,8 +357,10 @@ class HostBatch(Generic[C]):
         """Samples one more token for each sequence."""
         sequences = [self._sequences[slot] for slot in slots]
         for slot, s in zip(slots, sequences, strict=True):
-            if len(s.ids) == s.num_given:
+            if not s.ready:
                 raise ValueError(f"the prompt of slot {slot} is not complete")
+            if len(s.ids) > s.room:
+                raise ValueError(f"slot {slot} has no page for token {len(s.ids) - 1}")
 
         def compute(running: Sequence[_Sequence[C]]) -> list[Floats]:
             for s in running:

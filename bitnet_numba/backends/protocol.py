@@ -64,6 +64,8 @@ class Batch(Protocol):
     limits stated here; an implementation may raise ValueError if it does not.
     """
 
+    uniform: bool  # whether `prefill` and `step` give a token the same keys, values and next token, bit for bit
+
     page_size: int  # tokens per page
     num_pages: int  # pages 0 .. num_pages - 1
     max_sequences: int  # slots 0 .. max_sequences - 1
@@ -80,27 +82,35 @@ class Batch(Protocol):
     ) -> None:
         """Starts a sequence in a slot.
 
-        ids: the prompt, at least one token. All of it is history for the sampler, computed here or not.
+        ids: the prompt, at least one token, and what is known of its answer. All of it is history for the sampler,
+        computed here or not.
         params: how tokens are sampled, with the seed set, and all tokens that end the answer as stop_token_ids.
-        pages: its pages in order, enough for all its tokens. Token i is in pages[i // page_size].
+        pages: its pages in order, enough for `ids`; `extend` adds those of later tokens. Token i is in
+        pages[i // page_size].
         computed: number of leading tokens that are already in these pages: full pages (which may be shared, and are not
         written), and fewer than len(ids). They may also be still to come, as long as they are computed before any token
         of this sequence: by a call before, or by an earlier part of the same call. 0 with params.prompt_logprobs.
-        prompt_length: how many of `ids` are the prompt, if the others are the answer so far; None: all are.
+        prompt_length: how many of `ids` are the prompt, if the others are the answer so far: a sequence that is taken
+        up again. If all but the last of an answer's ids are computed, `step` may feed that one at once, as after the
+        call that sampled it. None: all are the prompt.
         """
 
-    def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
-        """Computes the next tokens of several prompts, as if one after the other.
+    def extend(self, slot: int, pages: Sequence[int]) -> None:
+        """Adds pages for later tokens to a sequence, after those that it has."""
 
-        parts: (slot, count): distinct slots, and how many tokens of each, at least one, up to the end of its prompt or
-        of a page. Where that completes prompts, also samples their first tokens: one result for each, in this order.
+    def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
+        """Computes the next of the ids that several sequences were started with, as if one after the other.
+
+        parts: (slot, count): distinct slots, and how many tokens of each, at least one, up to the end of its ids or of
+        a page. Where that completes ids, also samples the tokens after them: one result for each, in this order.
         """
 
     def step(self, slots: Sequence[int]) -> None:
         """Feeds each sequence its last sampled token and samples the next: one result per slot, in this order.
 
-        slots: distinct, at least one; their prompts are complete and they have room for one more token. Sequences in
-        other slots do not change. Stepping a sequence after NO_TOKEN has an undefined result, without effect on others.
+        slots: distinct, at least one; their prompts are complete and their pages have room for one more token.
+        Sequences in other slots do not change. Stepping a sequence after NO_TOKEN has an undefined result, without
+        effect on others.
         """
 
     def collect(self) -> list[tuple[int, int]]:

@@ -36,6 +36,10 @@ def reference_backend(checkpoint: PackedCheckpoint) -> "ReferenceBackend":
 class ContiguousCache(Cache):
     """Keys and values of one sequence, in memory of its own."""
 
+    def extend(self, pages: Sequence[int]) -> None:
+        """Refused: it has no pages."""
+        raise ValueError("a contiguous cache has no pages")
+
     def append_nan(self, count: int) -> None:
         """Appends tokens whose keys and values are NaN in all layers."""
         self.values[:, :, self.length : self.length + count] = np.nan
@@ -50,6 +54,10 @@ class PagedCache(Cache):
         self._pool = pool
         self._pages: NDArray[np.int64] = np.asarray(pages, np.int64)
         self.length = computed
+
+    def extend(self, pages: Sequence[int]) -> None:
+        """Adds pages."""
+        self._pages = np.append(self._pages, np.asarray(pages, np.int64))
 
     def append(self, layer: int, keys: Floats, values: Floats) -> tuple[Floats, Floats]:
         """Stores the next tokens' keys and values [M, G, D] of a layer; returns those of all tokens [T, G, D]."""
@@ -82,6 +90,8 @@ class ReferencePool:
 
 class ReferenceModel:
     """See `host.HostModel`."""
+
+    uniform = False  # BLAS rounds the sums of a product of one row differently
 
     def __init__(self, checkpoint: PackedCheckpoint):
         self.model = Model(checkpoint)

@@ -12,16 +12,17 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from bitnet_numba.engine.completion import Completion
+from bitnet_numba.engine.queue_options import QueueOptions
 from bitnet_numba.engine.request import MODEL_CLOSED, Request
 from bitnet_numba.engine.scheduler import Scheduler
-from bitnet_numba.errors import BackendError, RequestError
+from bitnet_numba.errors import BackendError, RequestError, SchedulerClosed
 
 
 class _Answer:
     """What the worker knows of one request, and has found out for it."""
 
-    def __init__(self, open_scheduler: Callable[[], Scheduler], read: Callable[[], Request]):
-        self.open_scheduler, self.read = open_scheduler, read
+    def __init__(self, open_scheduler: Callable[[], Scheduler], read: Callable[[], Request], options: QueueOptions):
+        self.open_scheduler, self.read, self.options = open_scheduler, read, options
         self.number: int | None = None  # in the scheduler, once it has been added
         self.dropped = False  # nobody wants the rest of it
         self.pieces: deque[str] = deque()  # text that has not been taken
@@ -83,7 +84,7 @@ class AsyncWorker:
                 request = answer.read()
                 if self._scheduler is None:
                     self._scheduler = answer.open_scheduler()
-                answer.number = self._scheduler.add_request(request)
+                answer.number = self._scheduler.add_request(request, answer.options)
                 self._answers[answer.number] = answer
             except BaseException as error:
                 answer.end(error=error)
@@ -116,25 +117,16 @@ class AsyncWorker:
         for answer in self._answers.values():
             if answer.dropped and answer.number is not None:
                 self._scheduler.cancel(answer.number)
-        try:
-            updates = self._scheduler.step()
-        except BaseException as error:  # which has closed the scheduler
-            if isinstance(error, RequestError):
-                error = RequestError(MODEL_CLOSED)
-            left, self._answers, self._scheduler = list(self._answers.values()), {}, None
-            for answer in left:
-                answer.end(error=error)
-                answer.wake()
-            return
         changed = []
-        for update in updates:
+        for update in self._scheduler.step():
             answer = self._answers[update.request]
             changed.append(answer)
             if update.text:
                 answer.pieces.append(update.text)
             if update.completion is not None or update.error is not None:
                 del self._answers[update.request]
-                answer.end(update.completion, update.error)
+                closed = isinstance(update.error, SchedulerClosed)  # with the model
+                answer.end(update.completion, RequestError(MODEL_CLOSED) if closed else update.error)
         self._close_if_idle()
         for answer in changed:
             answer.wake()
@@ -152,10 +144,16 @@ class AsyncStream(AsyncIterator[str]):
     cancelled, when it is closed, or when nothing refers to it any more.
     """
 
-    def __init__(self, worker: AsyncWorker, open_scheduler: Callable[[], Scheduler], read: Callable[[], Request]):
+    def __init__(
+        self,
+        worker: AsyncWorker,
+        open_scheduler: Callable[[], Scheduler],
+        read: Callable[[], Request],
+        options: QueueOptions,
+    ):
         """read: makes the request, in the worker's thread: a long text takes a while to encode."""
         self._worker = worker
-        self._answer = _Answer(open_scheduler, read)
+        self._answer = _Answer(open_scheduler, read, options)
         self._loop: asyncio.AbstractEventLoop | None = None  # in which it was started
         self._busy = False
 

@@ -10,7 +10,7 @@ from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.text.stop_strings import StopStrings
 from bitnet_numba.text.tokenizer import StreamDecoder, Tokenizer
 
-FinishReason = Literal["stop", "length", "context", "interrupted"]
+FinishReason = Literal["stop", "length", "context", "timeout", "interrupted"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,11 +45,14 @@ class Completion:
     """A finished answer.
 
     finish_reason: "stop": a stop token or stop string was generated; "length": max_new_tokens was reached; "context":
-    the context is full; "interrupted": the stream was closed or the request cancelled.
+    the context is full; "timeout": a scheduler's request had no more time; "interrupted": the stream was closed or the
+    request cancelled.
     token_ids: without the stop token. If a stop string begins inside a token, `text` ends inside that token and the
     ids end before it; otherwise `text` is exactly their decoding.
     logprobs: of each of token_ids; None unless SamplingParams.logprobs asks for them.
     prompt_logprobs: of each token of the prompt, None for the first; None unless prompt_logprobs asks for them.
+    dropped_messages: how many messages were left out of the prompt (see `SamplingParams.overflow`): the oldest ones
+    after the system message.
     """
 
     text: str
@@ -58,6 +61,7 @@ class Completion:
     stats: Stats
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    dropped_messages: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, those of `stats` and of log probabilities as dictionaries, of types that `json.dumps` takes."""
@@ -83,7 +87,7 @@ class CompletionBuilder:
         self.reason: FinishReason | None = None  # why generation ends; None while it goes on
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
         self._stop_ids = frozenset(params.ends)
-        self._min_tokens = params.min_tokens
+        self._min_tokens, self._dropped_messages = params.min_tokens, request.dropped_messages
         self._decoder, self._matcher = StreamDecoder(tokenizer), StopStrings(request.stop)
         self._max_new_tokens = params.max_new_tokens
         self._finished = False
@@ -164,4 +168,5 @@ class CompletionBuilder:
         logprobs = None if self._logprobs is None else self._logprobs[:count]
         seconds = self._first_at - self._started_at, self._last_at - self._first_at
         stats = Stats(prompt_tokens, reused_tokens, self._count, *seconds, memory)
-        return Completion("".join(self._shown), self._ids[:count], reason, stats, logprobs, self.prompt_logprobs)
+        text, ids, dropped = "".join(self._shown), self._ids[:count], self._dropped_messages
+        return Completion(text, ids, reason, stats, logprobs, self.prompt_logprobs, dropped)

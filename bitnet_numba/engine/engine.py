@@ -22,6 +22,7 @@ from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed, read_p
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.engine.asynchronous import AsyncStream, AsyncWorker
 from bitnet_numba.engine.completion import Completion
+from bitnet_numba.engine.queue_options import QueueOptions
 from bitnet_numba.engine.request import (
     MODEL_CLOSED,
     Prompt,
@@ -257,22 +258,44 @@ class Engine:
         return self._stream(messages, checked).result()
 
     async def agenerate(
-        self, prompt: Prompt, params: SamplingParams | None = None, **overrides: "Unpack[SamplingOverrides]"
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        queue_timeout: float | None = None,
+        timeout: float | None = None,
+        **overrides: "Unpack[SamplingOverrides]",
     ) -> Completion:
         """`generate` for asyncio; see `astream`."""
         checked = read_params("agenerate", params, overrides)
-        return await self._astream(prompt, checked, "call agenerate for each").result()
+        options = QueueOptions(priority, "", cache_salt, queue_timeout, timeout)
+        return await self._astream(prompt, checked, options, "call agenerate for each").result()
 
     def astream(
-        self, prompt: Prompt, params: SamplingParams | None = None, **overrides: "Unpack[SamplingOverrides]"
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        queue_timeout: float | None = None,
+        timeout: float | None = None,
+        **overrides: "Unpack[SamplingOverrides]",
     ) -> AsyncStream:
         """`stream` for asyncio: `async for piece in llm.astream(prompt): ...`.
+
+        priority, cache_salt, queue_timeout, timeout: see `QueueOptions`; the times count from the first piece that is
+        asked for.
 
         A worker thread computes, so the event loop is never held up. Requests under way at the same time share one
         scheduler (see `scheduler`), which has memory only while there are any. A task that is cancelled ends its
         answer after the step under way. Invalid parameters raise immediately, an invalid prompt at the first piece.
         """
-        return self._astream(prompt, read_params("astream", params, overrides), "call astream for each")
+        checked = read_params("astream", params, overrides)
+        options = QueueOptions(priority, "", cache_salt, queue_timeout, timeout)
+        return self._astream(prompt, checked, options, "call astream for each")
 
     def generate_batch(
         self,
@@ -285,8 +308,7 @@ class Engine:
         """The answers to several prompts, in the order of the prompts, computed as a batch.
 
         params: for all prompts, or a list with one for each; None is greedy. `overrides` go before all of them.
-        max_sequences: how many run at once; the others wait. KV cache is reserved for max_new_tokens of each, so a
-        small number lets more prompts run at once.
+        max_sequences: how many run at once; the others wait.
 
         Raises RequestError or ContextFull, naming the prompt's index, before anything is computed; BackendError if
         memory is insufficient or a prompt produces numbers that are not finite.
@@ -327,20 +349,31 @@ class Engine:
             while scheduler.busy:
                 for update in scheduler.step():
                     if update.error is not None:
-                        raise BackendError(f"prompt {ids.index(update.request)}: {update.error}")
+                        with _naming_prompt(ids.index(update.request)):
+                            raise update.error
                     if update.completion is not None:
                         completions[update.request] = update.completion
         return [completions[i] for i in ids]
 
     def scheduler(
-        self, max_sequences: int = 64, tokens: int | None = None, prefill_chunk: int = PREFILL_CHUNK
+        self,
+        max_sequences: int = 64,
+        tokens: int | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+        max_waiting: int | None = None,
+        max_per_tenant: int | None = None,
     ) -> Scheduler:
-        """Continuous batching: requests can be added and cancelled at any time. Arguments as for `Scheduler`."""
+        """Continuous batching: requests can be added and cancelled at any time. Arguments as for `Scheduler`.
+
+        On a GPU, its memory is kept for the next batch, unless that is over a quarter of the GPU's, or is needed
+        otherwise; `close` frees it.
+        """
         self._check_open()
         self._backend.free_idle()  # the batch may need their memory
         scheduler = Scheduler(
-            self._backend, self.tokenizer, self.config.vocab_size, self.context, max_sequences, tokens, prefill_chunk
-        )
+            self._backend, self.tokenizer, self.config.vocab_size, self.context, max_sequences, tokens, prefill_chunk,
+            max_waiting, max_per_tenant,
+        )  # fmt: skip
         return self._remember(scheduler)
 
     def _stream(self, prompt: Prompt, params: SamplingParams) -> Stream:
@@ -355,14 +388,14 @@ class Engine:
 
         return session.stream_request(request, ended)
 
-    def _astream(self, prompt: Prompt, params: SamplingParams, several: str) -> AsyncStream:
+    def _astream(self, prompt: Prompt, params: SamplingParams, options: QueueOptions, several: str) -> AsyncStream:
         self._check_open()
 
         def read() -> Request:
             self._check_open()
             return read_request(self.tokenizer, self.config.vocab_size, self.context, prompt, params, several)
 
-        return AsyncStream(self._async_worker, self.scheduler, read)
+        return AsyncStream(self._async_worker, self.scheduler, read, options)
 
     def _new_session(self, context: Context | None = None) -> Session:
         size = self.config.vocab_size

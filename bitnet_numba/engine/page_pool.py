@@ -1,17 +1,18 @@
-"""Pages of a batch's KV cache: reference counts, and a prefix cache over full pages of prompts.
+"""Pages of a batch's KV cache: reference counts, and a prefix cache over full pages of prompts and answers.
 
-A sequence takes all pages that it may need before it starts, so it cannot run out of memory later. Full pages of
-prompts are shared: a cached page is keyed by the cached page before it and by its own tokens, so a chain of cached
-pages is a prompt prefix (tokens are compared, not only hashed). Cached pages are never written again. After their
-sequences have ended they stay cached until the pages are needed, and are evicted in LRU order.
+A sequence takes pages for what is known of it, and one more whenever its next token needs one. Full pages are shared: a
+cached page is keyed by the cached page before it and by its own tokens, so a chain of cached pages is a beginning of
+some sequence (tokens are compared, not only hashed). The first page of a chain is keyed by a salt instead: sequences
+with different salts share nothing. Cached pages are never written again. After their sequences have ended they stay
+cached until the pages are needed, and are evicted in LRU order.
 """
 
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_ROOT = 0  # the node before the first page of every prompt
-_Key = tuple[int | None, tuple[int, ...]]  # node before, tokens of the page
+_Node = int | str  # a cached page; or a salt, which stands before the first page of a sequence
+_Key = tuple[_Node, tuple[int, ...]]  # node before, tokens of the page
 
 
 @dataclass
@@ -19,9 +20,9 @@ class PageLease:
     """The pages of one sequence, in order."""
 
     pages: list[int]
-    ids: Sequence[int]  # the prompt
-    computed: int  # leading prompt tokens whose keys and values are in the pages
-    last_node: int | None  # prefix-cache node of the last full computed page; None: later pages are not cached
+    ids: Sequence[int]  # the tokens known so far; the caller may append to them
+    computed: int  # leading tokens whose keys and values are in the pages
+    last_node: _Node  # prefix-cache node of the last full computed page
 
 
 class PagePool:
@@ -34,7 +35,7 @@ class PagePool:
         self._ref_counts = [0] * num_pages
         self._cache: dict[_Key, tuple[int, int]] = {}  # -> (own node, page); a node's number is never reused
         self._key_of: dict[int, _Key] = {}  # page -> key, for cached pages
-        self._last_node = _ROOT
+        self._last_node = 0
 
     @property
     def free(self) -> int:
@@ -45,13 +46,15 @@ class PagePool:
         """Number of pages for `tokens` tokens."""
         return -(-tokens // self.page_size)
 
-    def take(self, ids: Sequence[int], tokens: int, reuse: bool = True) -> PageLease | None:
-        """Pages for a sequence of up to `tokens` tokens that starts with the prompt `ids`; None if too few are free.
+    def take(
+        self, ids: Sequence[int], tokens: int, salt: str = "", spare: int = 0, reuse: bool = True
+    ) -> PageLease | None:
+        """Pages for `tokens` tokens of a sequence that starts with `ids`; None if fewer than `spare` would stay free.
 
-        The longest cached prefix of the prompt is shared; the lease's `computed` is its length, which is less than the
-        prompt's: at least the last token has to be computed for its logits. reuse: False shares nothing.
+        The longest cached beginning of `ids` is shared; the lease's `computed` is its length, which is less than that
+        of `ids`: at least the last token has to be computed for its logits. reuse: False shares nothing.
         """
-        node = _ROOT
+        node: _Node = salt
         shared: list[int] = []
         for start in range(0, len(ids) - self.page_size if reuse else 0, self.page_size):
             cached = self._cache.get((node, tuple(ids[start : start + self.page_size])))
@@ -60,7 +63,7 @@ class PagePool:
             node, page = cached
             shared.append(page)
         own = self.pages_for(tokens) - len(shared)
-        if own > self.free - sum(page in self._evictable for page in shared):
+        if own + spare > self.free - sum(page in self._evictable for page in shared):
             return None
         for page in shared:
             self._evictable.pop(page, None)
@@ -68,19 +71,24 @@ class PagePool:
         pages = shared + [self._take_one() for _ in range(own)]
         return PageLease(pages, ids, len(shared) * self.page_size, node)
 
+    def grow(self, lease: PageLease) -> int | None:
+        """Adds a page to a lease and returns it; None if none is free."""
+        if not self.free:
+            return None
+        lease.pages.append(self._take_one())
+        return lease.pages[-1]
+
     def mark_computed(self, lease: PageLease, tokens: int) -> None:
-        """The prompt's first `tokens` tokens have been computed: their full pages can be shared from now on."""
+        """The first `tokens` tokens of `lease.ids` have been computed: their full pages can be shared from now on."""
         for i in range(lease.computed // self.page_size, tokens // self.page_size):
             key = lease.last_node, tuple(lease.ids[i * self.page_size : (i + 1) * self.page_size])
-            if lease.last_node is None or key in self._cache:
-                # Another sequence computed the same page at the same time. The pages after it are not cached either:
-                # the page before them could be evicted while this sequence still runs.
-                lease.last_node = None
-                break
-            self._last_node += 1
-            self._cache[key] = self._last_node, lease.pages[i]
-            self._key_of[lease.pages[i]] = key
-            lease.last_node = self._last_node
+            if key not in self._cache:
+                self._last_node += 1
+                self._cache[key] = self._last_node, lease.pages[i]
+                self._key_of[lease.pages[i]] = key
+            # Otherwise another sequence has computed the same page at the same time. The pages after it are cached
+            # behind that one; should it be evicted first, they are not found any more, and are evicted in time.
+            lease.last_node = self._cache[key][0]
         lease.computed = tokens
 
     def release(self, lease: PageLease) -> None:
@@ -95,13 +103,23 @@ class PagePool:
                     self._free.append(page)
         lease.pages = []
 
-    def forget(self, lease: PageLease, start: int) -> None:
-        """Takes a lease's pages from token `start` on out of the prefix cache: computing them may have failed."""
-        for page in lease.pages[start // self.page_size :]:
-            key = self._key_of.pop(page, None)
-            if key is not None:
-                del self._cache[key]  # pages cached after it are not found any more, and are evicted in time
-        lease.last_node = None
+    def forget(self, ids: Sequence[int], start: int, salt: str = "") -> None:
+        """Takes the pages of a sequence from token `start` on out of the prefix cache: computing them may have failed.
+
+        Pages cached after those are not found any more, and are evicted in time.
+        """
+        node: _Node = salt
+        for first in range(0, len(ids), self.page_size):
+            key = node, tuple(ids[first : first + self.page_size])
+            cached = self._cache.get(key)
+            if cached is None:
+                return
+            node, page = cached
+            if first >= start // self.page_size * self.page_size:
+                del self._cache[key], self._key_of[page]
+                if page in self._evictable:
+                    del self._evictable[page]
+                    self._free.append(page)
 
     def _take_one(self) -> int:
         if self._free:

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+from bitnet_numba.engine.overflow import roll
 from bitnet_numba.errors import ContextFull, RequestError, printable, shown
 from bitnet_numba.sampling_params import SamplingParams, read_stop
 from bitnet_numba.text.chat_template import Message
@@ -27,6 +28,7 @@ class Request:
     ids: list[int]
     params: SamplingParams  # with a seed, and all tokens that end the answer as stop_token_ids
     stop: tuple[str, ...]  # those of `params`, and those that the chat template needs
+    dropped_messages: int = 0  # of a conversation that was too long, see `overflow`
 
     def several(self, count: int) -> "list[Request]":
         """Requests for `count` answers to this prompt: the first is this one, each later one has the next seed."""
@@ -78,7 +80,7 @@ def read_request(
 
     several: what the message advises who gives a list of prompts.
     """
-    ids = encode_prompt(tokenizer, prompt, vocab_size, capacity, several)
+    ids, dropped = encode_prompt(tokenizer, prompt, params, vocab_size, capacity, several)
     for what, tokens in (("stop_token_ids", params.ends), ("logit_bias", [token for token, _ in params.biases])):
         for token in tokens:
             if token >= vocab_size:
@@ -91,12 +93,18 @@ def read_request(
             stop += tokenizer.chat_stop
             ends |= tokenizer.special_stops(tokenizer.chat_stop)
     ends = {token for token in ends if token < vocab_size}
-    return Request(ids, replace(params.with_seed(), stop_token_ids=ends), stop)
+    return Request(ids, replace(params.with_seed(), stop_token_ids=ends), stop, dropped)
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int, capacity: int, several: str) -> list[int]:
-    """Token ids of any kind of prompt. Raises RequestError if it is empty or has ids outside the vocabulary, and
-    ContextFull if it has more than `capacity` tokens."""
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: Prompt, params: SamplingParams, vocab_size: int, capacity: int, several: str
+) -> tuple[list[int], int]:
+    """Token ids of any kind of prompt, and how many messages were left out of it (see `overflow`).
+
+    Raises RequestError if it is empty or has ids outside the vocabulary, and ContextFull if it has more than `capacity`
+    tokens.
+    """
+    dropped = 0
     if not is_list(prompt) and not isinstance(prompt, str):
         raise RequestError(f"a prompt must be a string, a list of token ids or a list of messages, not {shown(prompt)}")
     if len(prompt) == 0:
@@ -107,7 +115,17 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int, capacit
         messages = [_read_message(message, vocab_size) for message in prompt]  # type: ignore[arg-type]
         # As in transformers' pipelines: an answer that stands last is continued.
         started = isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant"
-        ids = tokenizer.encode_chat(messages, max_tokens=capacity, continue_final_message=started)
+
+        def encode(messages: Sequence[Message]) -> list[int]:
+            ids = tokenizer.encode_chat(messages, max_tokens=capacity, continue_final_message=started)
+            if len(ids) > capacity:
+                raise ContextFull(f"the prompt has {len(ids)} tokens, but the context holds {capacity}")
+            return ids
+
+        if params.overflow == "roll":
+            ids, dropped = roll(messages, encode, capacity, params.max_new_tokens)
+        else:
+            ids = encode(messages)
     elif isinstance(prompt[0], str) or is_list(prompt[0]):
         raise RequestError(
             f"a prompt is one text, one list of token ids or one conversation: for several prompts, {several}; "
@@ -117,7 +135,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int, capacit
         ids = prompt  # type: ignore[assignment]
     if len(ids) > capacity:  # before each is looked at: there may be any number of them
         raise ContextFull(f"the prompt has {len(ids)} tokens, but the context holds {capacity}")
-    return check_ids(ids, vocab_size)
+    return check_ids(ids, vocab_size), dropped
 
 
 def _read_message(message: Message, vocab_size: int) -> Message:

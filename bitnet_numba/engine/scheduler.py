@@ -1,22 +1,25 @@
 """Continuous batching: admits requests to one batch, and streams each one's text as it is generated.
 
-Each `step` is one round. Waiting requests are admitted in order while they fit, and their prompts are computed, up to
-`prefill_chunk` tokens a round so that running answers continue between the chunks of a long prompt; then every running
-answer gets one token. The results of a round are collected in the next `step`, after the backend has been given new
-work, so the device never waits for the host. Hence a sequence computes one token more than it needs; it is dropped.
+Each `step` is one round. Running answers get the pages for their next tokens (see `batch_runner`). Waiting requests are
+admitted in order while they fit, and their prompts are computed, up to `prefill_chunk` tokens a round so that running
+answers continue between the chunks of a long prompt; then every running answer gets one token. The results of a round
+are collected in the next `step`, after the backend has been given new work, so the device never waits for the host.
+Hence a sequence computes one token more than it needs; it is dropped.
 """
 
+import contextlib
 import threading
-from collections import OrderedDict, deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections import Counter
+from typing import TYPE_CHECKING
 
 from bitnet_numba.backends.protocol import NO_TOKEN, Backend
+from bitnet_numba.engine.batch_runner import BatchRunner
 from bitnet_numba.engine.completion import Completion, CompletionBuilder
-from bitnet_numba.engine.page_pool import PageLease, PagePool
+from bitnet_numba.engine.queue_options import QueueOptions
 from bitnet_numba.engine.request import Prompt, Request, as_integer, positive_integer, read_params, read_request
-from bitnet_numba.errors import BackendError, RequestError, one_line, shown
+from bitnet_numba.engine.request_queue import CLOSED, RequestQueue
+from bitnet_numba.engine.sequence import Sequence, Update
+from bitnet_numba.errors import BackendError, BitNetError, QueueTimeout, RequestError, SchedulerClosed, one_line, shown
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.sampling_params import SamplingOverrides, SamplingParams
 from bitnet_numba.text.tokenizer import Tokenizer
@@ -29,41 +32,17 @@ MAX_TOKENS = 1 << 40  # more than any memory holds; the backend tells how many f
 # Tokens of prompts that are computed by one call: with what is left free between prompts, they are a pass of CUDA.
 CALL_TOKENS = 1920
 PREFILL_CHUNK = 480  # tokens of prompts a round: running answers then stall for 4 ms at most (2B4T, H200)
-CLOSED = "this scheduler is closed"
-
-
-class Update(NamedTuple):
-    """What is new for one request. Its last update has either a completion or an error."""
-
-    request: int  # the id that `add` returned
-    text: str = ""  # follows the text of earlier updates
-    completion: Completion | None = None
-    error: BackendError | None = None
-    token_ids: Sequence[int] = ()  # those of `text`, after those of earlier updates; together, the completion's
-    logprobs: Sequence[TokenLogprob] = ()  # of these, if SamplingParams.logprobs asks for them
-
-
-@dataclass(eq=False)
-class _Sequence:
-    """A request that has a slot."""
-
-    id: int
-    request: Request
-    slot: int
-    lease: PageLease
-    reused: int  # leading prompt tokens that another sequence has computed
-    builder: CompletionBuilder
-    max_tokens: int  # tokens of the answer until it is as long as allowed or the context is full
-    enqueued: int = 0  # tokens of the answer that the backend has been asked for
-    collected: int = 0  # of these, tokens received
-    ended: bool = False
 
 
 class Scheduler:
-    """Runs requests together; those that do not fit wait, first come, first served.
+    """Runs requests together; those that do not fit wait, by priority, then first come, first served.
 
-    `add`, `cancel` and `close` may be called at any time from any thread, `step` by one thread at a time. An answer
-    does not depend on the other requests, and one that fails ends alone.
+    `add`, `cancel`, `drain`, `wait` and `close` may be called at any time from any thread, `step` by one thread at a
+    time. An answer does not depend on the other requests, and one that fails ends alone.
+
+        while scheduler.wait():
+            for update in scheduler.step():
+                ...
     """
 
     def __init__(
@@ -75,50 +54,55 @@ class Scheduler:
         max_sequences: int = 64,
         tokens: int | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
+        max_waiting: int | None = None,
+        max_per_tenant: int | None = None,
     ):
         """context: maximum tokens of one prompt and its answer together.
         max_sequences: how many requests run at once.
         tokens: KV cache capacity for all running requests, rounded up to pages; None: see `Backend.new_batch`.
         prefill_chunk: approximate number of prompt tokens computed per step. More is faster in all, but running answers
         wait for them.
+        max_waiting: how many requests may wait, beside those that free slots are there for; None: any number.
+        max_per_tenant: how many requests of one tenant run at once; None: any number.
 
         Raises RequestError if a limit is not a positive integer, BackendError if memory is insufficient.
         """
         max_sequences = positive_integer("max_sequences", max_sequences, MAX_SEQUENCES)
         tokens = None if tokens is None else positive_integer("tokens", tokens, MAX_TOKENS)
+        max_waiting = None if max_waiting is None else positive_integer("max_waiting", max_waiting)
+        self._max_per_tenant = None if max_per_tenant is None else positive_integer("max_per_tenant", max_per_tenant)
+        self._chunk = positive_integer("prefill_chunk", prefill_chunk)
         self._backend, self._tokenizer = backend, tokenizer
         self._vocab_size, self._context = vocab_size, context
-        self._chunk = positive_integer("prefill_chunk", prefill_chunk)
-        self._batch = backend.new_batch(max_sequences, context, tokens)
-        self._pool = PagePool(self._batch.num_pages, self._batch.page_size)
-        self._free_slots = list(range(self._batch.max_sequences - 1, -1, -1))
-        self._num_added = 0  # requests so far; ids count from 0
-        self._waiting: OrderedDict[int, Request] = OrderedDict()  # by id, in order of arrival
-        self._lock = threading.Lock()  # guards what `add` and `cancel` touch: _num_added, _waiting, _cancelled, _closed
+        batch = backend.new_batch(max_sequences, context, tokens)
+        self._replayed = not batch.uniform
+        self._runner = BatchRunner(batch)
         self._stepping = threading.RLock()  # held by `step` and `close`
-        self._cancelled: deque[int] = deque()
-        self._prefilling: _Sequence | None = None  # the running sequence whose prompt is being computed, one at a time
-        self._running: dict[int, _Sequence] = {}  # by id
-        self._calls: deque[list[_Sequence]] = deque()  # sequences of each call whose results are not collected yet
-        self._closed = False
+        self._queue = RequestQueue(max_waiting)
+        self._closing = False
 
     @property
     def running(self) -> int:
         """Number of requests that have a slot."""
-        return len(self._running)
+        return len(self._runner.running)
 
     @property
     def waiting(self) -> int:
-        """Number of requests that have no slot yet."""
-        return len(self._waiting)
+        """Number of requests that have no slot: not yet, or not at the moment."""
+        return self._queue.waiting
 
     @property
     def busy(self) -> bool:
-        """Whether `step` has anything to do; never after `close`."""
-        return bool(self._running or self._waiting or self._cancelled)
+        """Whether `step` has anything to do or to tell; after `close`, until it has told how open requests ended."""
+        return self._queue.busy
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has been closed, by `close` or by a failure of the backend."""
+        return self._queue.closed
 
     def __repr__(self) -> str:
-        return f"<Scheduler: {'closed' if self._closed else f'{self.running} running, {self.waiting} waiting'}>"
+        return f"<Scheduler: {'closed' if self.closed else f'{self.running} running, {self.waiting} waiting'}>"
 
     def __enter__(self) -> "Scheduler":
         return self
@@ -127,213 +111,231 @@ class Scheduler:
         self.close()
 
     def add(
-        self, prompt: Prompt, params: SamplingParams | None = None, **overrides: "Unpack[SamplingOverrides]"
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        tenant: str = "",
+        cache_salt: str = "",
+        queue_timeout: float | None = None,
+        timeout: float | None = None,
+        **overrides: "Unpack[SamplingOverrides]",
     ) -> int:
-        """Adds a request, with the arguments of `Engine.stream`; returns its id, which its updates carry.
+        """Adds a request; returns its id, which its updates carry.
 
-        Raises RequestError or ContextFull immediately if the request is invalid or could never fit.
+        prompt, params, overrides: as for `Engine.stream`. The others are fields of `QueueOptions`.
+
+        Raises RequestError or ContextFull immediately if the request is invalid or could never fit, QueueFull if as
+        many wait as may, SchedulerClosed after `close` or `drain`.
         """
         checked = read_params("add", params, overrides)
+        options = QueueOptions(priority, tenant, cache_salt, queue_timeout, timeout)
         vocab, several = self._vocab_size, "add each of them"
-        return self.add_request(read_request(self._tokenizer, vocab, self._context, prompt, checked, several))
+        return self.add_request(read_request(self._tokenizer, vocab, self._context, prompt, checked, several), options)
 
-    def add_request(self, request: Request) -> int:
-        """Adds a request that `read_request` made for this context size. Raises RequestError if it could never fit."""
+    def add_request(self, request: Request, options: QueueOptions | None = None) -> int:
+        """Adds a request that `read_request` made for this context size; errors as for `add`."""
+        options = options or QueueOptions()
         if not isinstance(request, Request):
             raise RequestError(f"a request must be one that read_request made, not {shown(request)}")
-        tokens = self._max_cached(request)
-        if self._pool.pages_for(tokens) > self._pool.num_pages:
+        if not isinstance(options, QueueOptions):
+            raise RequestError(f"options of a request must be QueueOptions, not {shown(options)}")
+        tokens, pool = self._max_cached(request), self._runner.pool
+        if pool.pages_for(tokens) > pool.num_pages:
             raise RequestError(
                 f"the prompt and its answer may take {tokens} tokens, but the batch has room for "
-                f"{self._pool.num_pages * self._pool.page_size}: ask for fewer with max_new_tokens"
+                f"{pool.num_pages * pool.page_size}: ask for fewer with max_new_tokens"
             )
-        with self._lock:
-            if self._closed:
-                raise RequestError(CLOSED)
-            request_id, self._num_added = self._num_added, self._num_added + 1
-            self._waiting[request_id] = request
-        return request_id
+        return self._queue.add(request, options, tokens, self._replayed, self._runner.free_slots)
 
     def cancel(self, request: int) -> None:
-        """Ends a request: the next step frees its pages and reports the answer so far, as "interrupted".
+        """Ends a request; the next step reports the answer so far, as "interrupted".
 
-        Does nothing if the request has already ended or never was. Raises RequestError if it is not a number.
+        One that has never run leaves the queue at once. Slot and pages of the others are freed by the step under way,
+        between two calls for prompts, or by the next one. Does nothing if the request has already ended or never was.
+        Raises RequestError if it is not a number.
         """
         number = as_integer(request)
         if number is None:
             raise RequestError(f"request must be a number that add returned, not {shown(request)}")
-        with self._lock:
-            if not self._closed and 0 <= number < self._num_added:
-                self._cancelled.append(number)
+        self._queue.cancel(number, self._completion)
+
+    def drain(self) -> None:
+        """Accepts no more requests; those that have been accepted go on to their ends. Then `wait` returns False."""
+        self._queue.drain()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Sleeps until `step` has something to do or to tell, and returns True.
+
+        False: nothing came within `timeout` seconds, or nothing will come, after `close` or `drain`.
+        """
+        return self._queue.wait(timeout)
 
     def step(self) -> list[Update]:
         """Runs one round and returns what the last one produced, usually one update for each running request.
 
-        Raises BackendError, and closes the scheduler, if the backend fails as a whole.
+        If the backend fails as a whole, every open request ends with the error, and the scheduler is closed: another
+        one can take its place. After `close`, the next step tells that the requests which were open have ended with
+        SchedulerClosed; the one after it raises that.
         """
         if not self._stepping.acquire(blocking=False):
-            raise RequestError("another thread steps or closes this scheduler: one thread runs it")
+            if not self._closing:
+                raise RequestError("another thread steps this scheduler: one thread runs it")
+            self._stepping.acquire()
         try:
-            if self._closed:
-                raise RequestError(CLOSED)
-            try:
-                updates = self._end_cancelled()
-                uncollected = len(self._calls)
-                self._enqueue(updates)
-                for _ in range(uncollected):
-                    sequences = self._calls.popleft()
-                    results = self._batch.collect()
-                    logprobs: Sequence[TokenLogprob | None] = [None] * len(results)
-                    if any(s.request.params.logprobs is not None for s in sequences):
-                        logprobs = self._batch.logprobs()
-                    for sequence, (_, token), logprob in zip(sequences, results, logprobs, strict=True):
-                        if not sequence.ended:
-                            self._receive(sequence, token, logprob, updates)
-                return updates
-            except BaseException:
-                self.close()
-                raise
+            if not self.busy and self.closed:
+                raise SchedulerClosed(CLOSED)
+            updates = self._queue.take_updates()
+            if not self.closed:
+                try:
+                    self._run_round(updates)
+                except Exception as failure:
+                    error = failure if isinstance(failure, BackendError) else BackendError(one_line(failure))
+                    error.__cause__ = failure if error is not failure else failure.__cause__
+                    with contextlib.suppress(Exception):  # of a device that does not work any more
+                        self._end_all(error)
+                except BaseException:
+                    self._queue.add_updates(updates)
+                    self.close()
+                    raise
+            return updates + self._queue.take_updates()
         finally:
             self._stepping.release()
 
     def close(self) -> None:
-        """Frees the batch and drops requests that have not ended. A step of another thread ends first."""
+        """Ends open requests, which the next step tells, and frees the batch. A step of another thread ends first."""
+        self._closing = True
         with self._stepping:
-            with self._lock:
-                if self._closed:
-                    return
-                self._closed = True
-                self._waiting.clear()
-                self._cancelled.clear()
-            self._running.clear()
-            self._batch.close()
+            if not self.closed:
+                self._end_all(SchedulerClosed(CLOSED))
 
-    def _enqueue(self, updates: list[Update]) -> None:
-        """Gives the backend the work of one round."""
-        self._prefill(updates)
-        live = [s for s in self._running.values() if 0 < s.enqueued < s.max_tokens]
-        if live:
-            self._batch.step([s.slot for s in live])
-            self._calls.append(live)
-            for s in live:
-                s.enqueued += 1
+    def _end_all(self, error: BitNetError) -> None:
+        self._queue.close(error)
+        self._runner.close()
+
+    def _run_round(self, updates: list[Update]) -> None:
+        runner = self._runner
+        self._end_cancelled(updates)
+        uncollected = runner.uncollected
+        preempted = runner.make_room()
+        self._queue.put_back(preempted)
+        # Whoever was preempted comes first, and there is no room for it now.
+        self._prefill(updates, admit=not preempted)
+        self._end_late(updates)
+        runner.step()
+        for _ in range(uncollected):
+            runner.collect(lambda s, token, logprob: self._receive(s, token, logprob, updates))
+
+    def _prefill(self, updates: list[Update], admit: bool) -> None:
+        """Enqueues the tokens of prompts that this round computes; `admit`: starts requests that wait, too."""
+        budget = self._chunk
+        while budget > 0:
+            count = self._runner.prefill(min(budget, CALL_TOKENS), lambda: admit and self._admit(updates))
+            if count == 0:
+                break
+            budget -= count
+            self._end_cancelled(updates)  # while a long round goes on
 
     def _admit(self, updates: list[Update]) -> bool:
-        """Starts the request that has waited longest; False if there is none, or too few slots or pages are free."""
-        if not self._free_slots:
+        """Starts the first of the waiting requests; False if there is none, or too few slots or pages are free."""
+        full: set[str] = set()
+        if self._max_per_tenant is not None:
+            counts = Counter(s.options.tenant for s in self._runner.running.values())
+            full = {tenant for tenant, count in counts.items() if count >= self._max_per_tenant}
+        s = self._queue.take(full, self._runner.reserve)
+        if s is None:
             return False
-        with self._lock:
-            if not self._waiting:
-                return False
-            request_id, request = next(iter(self._waiting.items()))
-            max_cached = self._max_cached(request)
-            reuse = request.params.prompt_logprobs is None  # which are of all tokens: all have to be computed
-            lease = self._pool.take(request.ids, max_cached, reuse)
-            if lease is None:
-                return False
-            del self._waiting[request_id]
-        params, slot = request.params, self._free_slots.pop()
-        builder = CompletionBuilder(self._tokenizer, request)
-        max_tokens = max_cached - len(request.ids) + 1
-        s = _Sequence(request_id, request, slot, lease, lease.computed, builder, max_tokens)
-        self._prefilling = self._running[request_id] = s
+        if s.builder is None:
+            s.builder = self._new_builder(s)
+            s.reused = s.lease.computed if s.lease else 0
         try:
-            self._batch.start(slot, request.ids, params, lease.pages, lease.computed)
+            self._runner.start(s)
         except BackendError:  # as a whole
             raise
         except Exception as error:
-            self._fail(s, one_line(error), updates)
+            updates.append(self._fail(s, one_line(error)))
         return True
 
-    def _prefill(self, updates: list[Update]) -> None:
-        """Enqueues the tokens of prompts that this round computes."""
-        budget = self._chunk
-        while budget > 0 and (computed := self._prefill_together(min(budget, CALL_TOKENS), updates)):
-            budget -= computed
-
-    def _prefill_together(self, budget: int, updates: list[Update]) -> int:
-        """One call for about `budget` tokens of prompts; returns how many tokens, 0 if there is nothing to do."""
-        parts: list[tuple[int, int]] = []
-        completed: list[_Sequence] = []
-        left = budget
-        while left > 0 and (self._prefilling or self._admit(updates)):
-            s = self._prefilling
-            if s is None:  # the request just admitted has failed
-                continue
-            count = self._next_part(s, left)
-            left -= count
-            parts.append((s.slot, count))
-            if s.lease.computed < len(s.request.ids):
-                break  # less than a page of the budget is left
-            s.enqueued = 1
-            completed.append(s)
-            self._prefilling = None
-        if parts:
-            self._batch.prefill(parts)
-        if completed:
-            self._calls.append(completed)
-        return budget - left
-
-    def _next_part(self, s: _Sequence, budget: int) -> int:
-        """How many tokens of a prompt to compute next: the rest of it, or as many whole pages as `budget` allows."""
-        done, page = s.lease.computed, self._pool.page_size
-        count = len(s.request.ids) - done
-        if count > budget:
-            count = min(count, max(1, budget // page) * page)
-        # The backend works in order: requests admitted from now on can share these pages.
-        self._pool.mark_computed(s.lease, done + count)
-        return count
-
-    def _receive(self, s: _Sequence, token: int, logprob: TokenLogprob | None, updates: list[Update]) -> None:
+    def _receive(self, s: Sequence, token: int, logprob: TokenLogprob | None, updates: list[Update]) -> None:
         """Adds a sampled token to its sequence's answer."""
+        if s.ended:
+            return
         if token == NO_TOKEN:
-            self._fail(s, self._batch.failure(s.slot), updates)
+            updates.append(self._fail(s, self._runner.failure(s)))
+            return
+        place = s.prompt_length + s.received
+        s.received += 1
+        if place < len(s.ids):
+            if token != s.ids[place]:
+                # Its prompt shared pages of an answer, which have been computed as a prompt since: see `Batch.uniform`.
+                self._continue_as_prompt(s)
             return
         builder = s.builder
-        if s.collected == 0 and s.request.params.prompt_logprobs is not None:
-            builder.prompt_logprobs = [None, *self._batch.prompt_logprobs(s.slot)]
+        assert builder is not None
+        if len(s.ids) == s.prompt_length and s.request.params.prompt_logprobs is not None:
+            builder.prompt_logprobs = [None, *self._runner.prompt_logprobs(s)]
+        s.ids.append(token)
+        if len(s.ids) % self._runner.pool.page_size == 0:
+            self._runner.note_computed(s)
         text = builder.push(token, logprob)
-        s.collected += 1
-        if builder.reason is None and s.collected == s.max_tokens:
+        if builder.reason is None and s.received == s.max_tokens:
             builder.reason = "context"
         if builder.reason is not None:
-            text += builder.finish()
-            updates.append(Update(s.id, text, self._end(s), None, *builder.released()))
+            updates.append(self._finish(s, text))
             return
         token_ids, logprobs = builder.released()
         if text or token_ids:
             updates.append(Update(s.id, text, None, None, token_ids, logprobs))
 
-    def _fail(self, s: _Sequence, reason: str, updates: list[Update]) -> None:
+    def _continue_as_prompt(self, s: Sequence) -> None:
+        """Starts a sequence again with what has been told of its answer as part of the prompt."""
+        s.starts += 1  # what it has been enqueued for is not wanted
+        s.replayed = False
+        if s.lease is not None:
+            self._runner.leave(s)
+            self._queue.put_back([s])
+
+    def _finish(self, s: Sequence, text: str = "") -> Update:
+        """Ends a request whose builder has a reason; `text` comes before what the builder held back."""
+        assert s.builder is not None
+        text += s.builder.finish()
+        token_ids, logprobs = s.builder.released()
+        return self._end(s)._replace(text=text, token_ids=token_ids, logprobs=logprobs)
+
+    def _fail(self, s: Sequence, reason: str) -> Update:
         """Ends a request with an error; the others go on."""
-        self._pool.forget(s.lease, s.reused)
-        self._end(s)
-        updates.append(Update(s.id, error=BackendError(reason)))
+        self._runner.pool.forget(s.ids, s.reused, s.options.cache_salt)
+        return self._end(s)._replace(completion=None, error=BackendError(reason))
 
-    def _end(self, s: _Sequence) -> Completion:
-        """Frees slot and pages. The backend works in order, so what is enqueued for them runs before their next use."""
-        s.ended = True
-        del self._running[s.id]
-        if self._prefilling is s:
-            self._prefilling = None
-        self._free_slots.append(s.slot)
-        self._pool.release(s.lease)
-        return s.builder.completion(len(s.request.ids), s.reused, self._backend.memory())
+    def _end(self, s: Sequence) -> Update:
+        """Frees what a request holds; its last update, with the answer so far."""
+        self._queue.end(s)
+        self._runner.leave(s)
+        return Update(s.id, completion=self._completion(s))
 
-    def _end_cancelled(self) -> list[Update]:
-        updates = []
-        while self._cancelled:
-            request_id = self._cancelled.popleft()
-            sequence = self._running.get(request_id)
-            with self._lock:
-                request = self._waiting.pop(request_id, None)
-            if sequence is not None:
-                updates.append(Update(request_id, completion=self._end(sequence)))
-            elif request is not None:
-                empty = CompletionBuilder(self._tokenizer, request)
-                completion = empty.completion(len(request.ids), 0, self._backend.memory())
-                updates.append(Update(request_id, completion=completion))
-        return updates
+    def _completion(self, s: Sequence) -> Completion:
+        builder = s.builder or self._new_builder(s)
+        return builder.completion(s.prompt_length, s.reused, self._backend.memory())
+
+    def _new_builder(self, s: Sequence) -> CompletionBuilder:
+        return CompletionBuilder(self._tokenizer, s.request)
+
+    def _end_cancelled(self, updates: list[Update]) -> None:
+        updates += [self._end(s) for s in self._queue.take_cancelled()]
+
+    def _end_late(self, updates: list[Update]) -> None:
+        """Ends the requests that have no more time."""
+        for s, for_waiting in self._queue.take_late():
+            if s.ended:  # by the other deadline
+                continue
+            if not for_waiting:
+                s.builder = s.builder or self._new_builder(s)
+                s.builder.reason = "timeout"
+                updates.append(self._finish(s))
+            elif s.builder is None:
+                error = QueueTimeout(f"the request was not started within {s.options.queue_timeout:g} seconds")
+                updates.append(self._end(s)._replace(completion=None, error=error))
 
     def _max_cached(self, request: Request) -> int:
         """Most tokens that a request puts into the KV cache: its prompt and its answer but for the last token."""

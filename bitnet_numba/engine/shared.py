@@ -186,7 +186,7 @@ class SharedBatch(_Closing):
     def __init__(self, backend: SharedBackend, inner: Batch):
         super().__init__(backend, inner)
         self._inner = inner
-        self.page_size, self.num_pages = inner.page_size, inner.num_pages
+        self.page_size, self.num_pages, self.uniform = inner.page_size, inner.num_pages, inner.uniform
         self.max_sequences, self.capacity = inner.max_sequences, inner.capacity
 
     def start(
@@ -201,6 +201,11 @@ class SharedBatch(_Closing):
         """Starts a sequence in a slot."""
         with self._backend.turn():
             self._inner.start(slot, ids, params, pages, computed, prompt_length)
+
+    def extend(self, slot: int, pages: Sequence[int]) -> None:
+        """Adds pages to a sequence."""
+        with self._backend.turn():
+            self._inner.extend(slot, pages)
 
     def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
         """Computes the next tokens of several prompts."""

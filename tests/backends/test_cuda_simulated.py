@@ -195,7 +195,20 @@ def test_simulated_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         batch.prefill([(slot, len(ids)) for slot, ids in enumerate(prompts)])
         batch.step(list(range(len(prompts))))
         tokens.append([batch.collect() for _ in range(2)])
+        if len(prompts) == 1:  # taken up again with the token that is known of the answer, which a step feeds
+            ((_, answer),), ((_, second),) = tokens[-1]
+            batch.start(0, [7, answer], params, pages[0], 1, 1)
+            batch.step([0])
+            assert batch.collect() == [(0, second)]
         batch.close()
+    batch = backend.new_batch(1, 130)
+    batch.start(0, [5], params, [2], 0)
+    batch.extend(0, [0])
+    batch.extend(0, [1])
+    assert batch._state.block_table.read().tolist()[:3] == [2, 0, 1]
+    with pytest.raises(ValueError, match="slot 0 has 3 pages: 1 more are beyond its capacity"):
+        batch.extend(0, [3])
+    batch.close()
     together, alone = tokens
     assert [results[1] for results in together] == [(1, results[0][1]) for results in alone]
 

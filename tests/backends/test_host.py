@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from bitnet_numba.backends.host import PAGE_SIZE, HostBackend, HostBatch, Sequen
 from bitnet_numba.backends.protocol import NO_TOKEN, Batch
 from bitnet_numba.backends.reference import ContiguousCache, ReferencePool, reference_backend
 from bitnet_numba.checkpoint.packed import open_packed
+from bitnet_numba.engine.batch_runner import BatchRunner
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.errors import BackendError
 from bitnet_numba.reference.model import Rows
@@ -141,6 +143,42 @@ def test_paged_equals_contiguous(backend: HostBackend, calls: list[int], last: i
         np.testing.assert_array_equal(held[:, :, : len(ids)], whole.values)
 
 
+@given(st.integers(0, 2), st.integers(1, 150), st.integers(1, 40), st.floats(0, 1.5), st.integers(0, 9))
+@settings(max_examples=6)
+def test_taken_up_again_as_if_never_stopped(
+    backend: HostBackend, shared: int, length: int, done: int, temperature: float, seed: int
+) -> None:
+    """Of an answer, some tokens are known and some pages are still there: the rest is the same as before."""
+    prompt, params = prompt_of(length, seed), SamplingParams(temperature, seed=seed, repetition_penalty=1.2)
+    batch = backend.new_batch(2, 300)
+    held = -(-length // PAGE_SIZE)
+    batch.start(0, prompt, params, range(held), 0)
+    batch.prefill([(0, length)])
+    got: dict[int, list[int]] = {0: [], 1: []}
+    for fed in range(length, length + done + 2):
+        if fed == held * PAGE_SIZE:
+            batch.extend(0, [held])
+            held += 1
+        batch.step([0])
+    for _ in range(done + 3):
+        collect(batch, got)
+    known = [*prompt, *got[0][:done]]
+    computed = min(shared, (len(known) - 1) // PAGE_SIZE) * PAGE_SIZE
+    if not batch.uniform:  # steps again, from the end of the prompt or of the pages
+        known = known[: max(length, computed + 1)]
+    answered = len(known) - length
+    batch.start(1, known, params, [*range(computed // PAGE_SIZE), 7, 8, 9], computed, length)
+    if batch.uniform or answered == 0:
+        batch.prefill([(1, len(known) - computed)])
+    else:
+        batch.step([1])
+    for _ in range(2):
+        batch.step([1])
+    for _ in range(3):
+        collect(batch, got)
+    assert got[1] == got[0][answered : answered + 3]
+
+
 def pages_0_and_1(batch: HostBatch) -> np.ndarray:
     """The bytes of keys and values there."""
     pool = batch._pool
@@ -241,6 +279,27 @@ def test_whatever_one_sequence_raises_ends_it_alone(
         ended = {update.request: update.completion for update in updates if update.completion}
         assert {number: completion.token_ids for number, completion in ended.items()} == {0: want[0], 2: want[2]}
         assert [str(update.error) for update in updates if update.request == 1] == [message]
+
+
+def test_answers_do_not_depend_on_preemptions(backend: HostBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four answers that fill more pages than there are: all but the first lose theirs, and go on as they would have."""
+    llm = Engine(backend, TOKENIZER, backend.model.config, 3 * PAGE_SIZE)
+    asked = [(prompt_of(length, length), SamplingParams(0.9, seed=length)) for length in (50, 20, 60, 70)]
+    given: list[int] = []
+    leave = BatchRunner.leave
+    monkeypatch.setattr(BatchRunner, "leave", lambda runner, s: given.append(s.id) or leave(runner, s))
+    # Special tokens must not end an answer: all are to be long.
+    options: dict[str, Any] = {"max_new_tokens": 2 * PAGE_SIZE - 10, "ignore_eos": True}
+    with llm.scheduler(4, 5 * PAGE_SIZE) as scheduler:
+        for prompt, params in asked:
+            scheduler.add(prompt, params, **options)
+        ended = {}
+        while scheduler.busy:
+            ended |= {update.request: update.completion for update in scheduler.step() if update.completion}
+        assert scheduler._runner.pool.free == 5
+    assert len(given) > 4 and given.count(0) == 1
+    for number, (prompt, params) in enumerate(asked):
+        assert ended[number].token_ids == llm.generate(prompt, params, **options).token_ids
 
 
 def test_room_follows_what_is_asked_for(backend: HostBackend, monkeypatch: pytest.MonkeyPatch) -> None:

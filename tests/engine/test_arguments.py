@@ -108,6 +108,7 @@ FIELDS = {
     "repetition_penalty": [*NUMBERS, 0, 1e300],
     "seed": [*INTEGERS, 1 << 64, LONG],
     "stop": STOPS,
+    "overflow": [*ODD, None, "", "Roll", "rolling", ["roll"], 1],
 }
 # All calls check the fields in one place, so one call is tried with every value, and the others with a few.
 FEW = {name: [object(), *values[-2:]] for name, values in FIELDS.items()}
@@ -116,6 +117,8 @@ SCHEDULER = {
     "max_sequences": [*COUNTS, HUGE, LONG],
     "tokens": [*COUNTS, HUGE, LONG],
     "prefill_chunk": [*COUNTS, None],
+    "max_waiting": COUNTS,
+    "max_per_tenant": COUNTS,
 }
 BATCH = {
     "prompts": [
@@ -350,6 +353,8 @@ def test_a_closed_model_says_so() -> None:
             call()
     with pytest.raises(RequestError, match="this session is closed"):
         session.generate("x")
+    (update,) = scheduler.step()
+    assert str(update.error) == "this scheduler is closed"
     with pytest.raises(RequestError, match="this scheduler is closed"):
         scheduler.step()
     assert backend.batches[0].closed and not scheduler.busy

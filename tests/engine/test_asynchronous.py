@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from bitnet_numba.engine import request_queue
 from bitnet_numba.engine.asynchronous import AsyncStream
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.errors import BackendError, ContextFull, RequestError
@@ -227,6 +228,27 @@ def test_mistakes_and_failures_are_each_tasks_own() -> None:
         assert (await llm.agenerate([5], max_new_tokens=9)).text == want
 
     asyncio.run(main())
+    assert nothing_is_left(llm, backend)
+
+
+def test_deadlines_end_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, backend = toy_engine(context=4096)
+    gate = Gate(backend, after=5)
+    now = [0.0]
+    monkeypatch.setattr(request_queue, "monotonic", lambda: now[0])
+
+    async def main() -> None:
+        task = asyncio.create_task(llm.agenerate([5], max_new_tokens=None, timeout=3))
+        while not gate.reached.is_set():
+            await asyncio.sleep(0.001)
+        now[0] = 4.0
+        gate.opened.set()
+        completion = await task
+        assert completion.finish_reason == "timeout" and 3 <= len(completion.token_ids) <= 6
+        with pytest.raises(RequestError, match="timeout must be a number of seconds"):
+            llm.astream([5], timeout=-1)
+
+    asyncio.run(asyncio.wait_for(main(), 60))
     assert nothing_is_left(llm, backend)
 
 

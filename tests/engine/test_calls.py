@@ -140,7 +140,8 @@ def test_the_keywords_of_calls_are_the_fields() -> None:
     assert list(SamplingOverrides.__annotations__) == list(values_of(SamplingParams()))
     public = [getattr(bn.Engine, name) for name in ("generate", "stream", "chat", "agenerate", "astream")]
     for call in [*public, bn.Session.generate, bn.Session.stream, bn.Scheduler.add]:
-        _, prompt, given, *_, overrides = inspect.signature(call).parameters.values()
+        _, prompt, given, *named, overrides = inspect.signature(call).parameters.values()
+        assert all(each.kind == each.KEYWORD_ONLY for each in named)
         assert (given.name, given.default, overrides.kind) == ("params", None, inspect.Parameter.VAR_KEYWORD)
 
 

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from bitnet_numba.engine.completion import Completion
 from bitnet_numba.engine.engine import Engine
-from bitnet_numba.engine.scheduler import Scheduler, Update
-from bitnet_numba.errors import BackendError, ContextFull, RequestError
+from bitnet_numba.engine.scheduler import Scheduler
+from bitnet_numba.engine.sequence import Update
+from bitnet_numba.errors import BackendError, ContextFull, RequestError, SchedulerClosed
 from bitnet_numba.sampling import SamplingParams
 from tests.engine.toy_backend import TOKENIZER, VOCAB, ToyBackend, tokens_of, toy_engine, toy_logits
 from tests.strategies import sampling, some_ids
@@ -71,12 +72,15 @@ def same_answer(one: Completion, other: Completion) -> bool:
     st.integers(1, 5),
     st.sampled_from([None, 60, 100]),
     st.sampled_from([1, 8, 100]),
+    st.booleans(),
 )
 def test_every_request_is_answered_as_if_alone(
-    events: list[dict[str, Any] | int | None], max_sequences: int, tokens: int | None, chunk: int
+    events: list[dict[str, Any] | int | None], max_sequences: int, tokens: int | None, chunk: int, uniform: bool
 ) -> None:
-    """Events: a request comes, or (None) a step, or (a number) the request of that number is cancelled."""
+    """Events: a request comes, or (None) a step, or (a number) the request of that number is cancelled. With few tokens
+    some are preempted."""
     llm, backend = engine()
+    backend.uniform = uniform
     scheduler = llm.scheduler(max_sequences, tokens, chunk)
     batch = backend.batches[0]
     asked: list[dict[str, Any]] = []
@@ -110,9 +114,9 @@ def test_every_request_is_answered_as_if_alone(
     assert len({update.request for update in updates}) == len(asked)
     # Nothing is left behind, and nothing was computed twice or for nobody.
     assert (scheduler.running, scheduler.waiting, scheduler.busy) == (0, 0, False)
-    assert scheduler._pool.free == batch.num_pages and len(scheduler._free_slots) == max_sequences
+    assert scheduler._runner.pool.free == batch.num_pages and scheduler._runner.free_slots == max_sequences
     ended = [update.completion.stats for update in updates if update.completion]
-    if not cancelled:
+    if not cancelled and tokens is None:
         assert sum(batch.prefilled) == sum(stats.prompt_tokens - stats.reused_tokens for stats in ended)
         assert batch.started == [request["prompt"] for request in asked]  # first come, first served
     scheduler.close()
@@ -125,7 +129,7 @@ def test_every_request_is_answered_as_if_alone(
 def test_those_that_do_not_fit_wait_their_turn() -> None:
     llm, backend = engine(tokens_of("a"))
     scheduler = llm.scheduler(max_sequences=3, tokens=40)
-    big = scheduler.add([5] * 20, max_new_tokens=5)  # 24 tokens: 6 pages of 10
+    big = scheduler.add([5] * 20, max_new_tokens=5)  # 6 pages of 10
     also_big = scheduler.add([6] * 20, max_new_tokens=5)
     small = scheduler.add([7], max_new_tokens=1)  # would fit, but came later
     scheduler.step()
@@ -155,8 +159,8 @@ def test_a_cancelled_request_makes_room_in_the_same_step() -> None:
     assert len(backend.batches[0].started) == 2 and scheduler.running == 1
     completion = run(scheduler)[-1].completion
     assert completion is not None and len(completion.token_ids) == 9
-    scheduler.cancel(second)
-    assert scheduler.busy and scheduler.step() == []
+    scheduler.cancel(second)  # it has ended
+    assert not scheduler.busy and scheduler.step() == []
 
 
 def test_a_request_cancelled_amid_its_prompt_frees_its_room() -> None:
@@ -170,7 +174,7 @@ def test_a_request_cancelled_amid_its_prompt_frees_its_room() -> None:
     (update,) = scheduler.step()
     assert update.completion is not None and update.completion.finish_reason == "interrupted"
     assert (update.completion.text, update.completion.token_ids) == ("", [])
-    assert scheduler._pool.free == batch.num_pages and sum(batch.prefilled) == 40
+    assert scheduler._runner.pool.free == batch.num_pages and sum(batch.prefilled) == 40
     scheduler.add(list(range(50)), max_new_tokens=3)  # what had been computed is still of use
     completion = run(scheduler)[-1].completion
     assert completion is not None and completion.stats.reused_tokens == 40
@@ -258,6 +262,31 @@ def test_a_common_beginning_is_computed_once() -> None:
     assert run(scheduler)[-1].completion.stats.reused_tokens == 28  # type: ignore[union-attr]
 
 
+def test_a_second_turn_finds_all_that_the_first_computed() -> None:
+    llm, backend = engine()
+    scheduler = llm.scheduler(max_sequences=2)
+    scheduler.add(BEGINNING[:9], SamplingParams(0.9, seed=1), max_new_tokens=20)
+    first = run(scheduler)[-1].completion
+    assert first is not None and len(first.token_ids) == 20
+    turn = [*BEGINNING[:9], *first.token_ids, 7, 8]
+    scheduler.add(turn, max_new_tokens=5)
+    second = run(scheduler)[-1].completion
+    assert second is not None and second.stats.reused_tokens == 28  # all full pages of 4; the last token is not fed
+    assert same_answer(second, alone(llm, {"prompt": turn, "max_new_tokens": 5}))
+
+
+def test_tenants_with_different_salts_share_nothing() -> None:
+    llm, backend = engine(tokens_of("a"))
+    scheduler = llm.scheduler(max_sequences=4)
+    reused = {}
+    for salt in ("", "x", "y", "x", ""):
+        number = scheduler.add(BEGINNING, max_new_tokens=3, cache_salt=salt)
+        completion = run(scheduler)[-1].completion
+        assert completion is not None
+        reused[number] = completion.stats.reused_tokens
+    assert list(reused.values()) == [0, 0, 0, 28, 28]
+
+
 # What goes wrong
 
 
@@ -275,7 +304,7 @@ def test_numbers_that_are_not_finite_end_one_request_alone() -> None:
     for number, ids in ((0, [5, 6]), (2, [7])):
         completion = next(u.completion for u in updates if u.request == number and u.completion)
         assert same_answer(completion, alone(llm, {"prompt": ids, "params": params, "max_new_tokens": 9}))
-    assert scheduler._pool.free == backend.batches[0].num_pages
+    assert scheduler._runner.pool.free == backend.batches[0].num_pages
     backend.bad_token = 1234
     with pytest.raises(BackendError, match="prompt 1: the model's weights produce numbers that are not finite"):
         llm.generate_batch([[5], [1234]])
@@ -285,11 +314,17 @@ def test_numbers_that_are_not_finite_end_one_request_alone() -> None:
 def test_a_backend_that_fails_closes_the_scheduler() -> None:
     llm, backend = engine(tokens_of("a"))
     backend.fail_after = 2
-    scheduler = llm.scheduler()
-    scheduler.add([5])
-    with pytest.raises(ValueError, match="a step failed"):
-        run(scheduler)
-    assert backend.batches[0].closed and not scheduler.busy
+    scheduler = llm.scheduler(max_sequences=2)
+    for i in (5, 6, 7):
+        scheduler.add([i])
+    scheduler.step()
+    assert scheduler.waiting == 1
+    *before, first, second, third = run(scheduler)
+    assert {update.request for update in before} == {0, 1} and "".join(update.text for update in before) == "aaaa"
+    for number, update in enumerate((first, second, third)):
+        assert update.request == number and str(update.error) == "a step failed"
+        assert isinstance(update.error, BackendError) and isinstance(update.error.__cause__, ValueError)
+    assert backend.batches[0].closed and scheduler.closed and not scheduler.busy
     with pytest.raises(RequestError, match="this scheduler is closed"):
         scheduler.step()
     with pytest.raises(RequestError, match="this scheduler is closed"):
@@ -321,10 +356,16 @@ def test_a_closed_scheduler_is_not_busy() -> None:
     for _ in range(3):
         scheduler.add([5])
     scheduler.step()
+    scheduler.cancel(1)
     scheduler.cancel(0)
     scheduler.close()
-    scheduler.cancel(1)
-    assert (scheduler.busy, scheduler.running, scheduler.waiting) == (False, 0, 0)
+    scheduler.cancel(2)
+    assert (scheduler.busy, scheduler.running, scheduler.waiting) == (True, 0, 0)
+    updates = run(scheduler)
+    assert [(update.request, type(update.error)) for update in updates] == [
+        (1, type(None)), (0, SchedulerClosed), (2, SchedulerClosed),
+    ]  # fmt: skip
+    assert not scheduler.busy and not scheduler.wait()
 
 
 def test_a_request_that_cannot_start_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +389,7 @@ def test_a_request_that_cannot_start_ends_alone(monkeypatch: pytest.MonkeyPatch)
     for number in (0, 2, 5):
         completion = next(u.completion for u in updates if u.request == number and u.completion)
         assert same_answer(completion, alone(llm, {"prompt": asked[number], "max_new_tokens": 9}))
-    assert scheduler._pool.free == batch.num_pages and len(scheduler._free_slots) == 2
+    assert scheduler._runner.pool.free == batch.num_pages and scheduler._runner.free_slots == 2
 
 
 def test_pages_of_a_failed_request_are_not_used_again() -> None:
@@ -362,7 +403,7 @@ def test_pages_of_a_failed_request_are_not_used_again() -> None:
     scheduler.add(BEGINNING, max_new_tokens=2)
     completion = run(scheduler)[-1].completion
     assert completion is not None and completion.stats.reused_tokens == 8  # what the first one computed
-    assert scheduler._pool.free == backend.batches[0].num_pages
+    assert scheduler._runner.pool.free == backend.batches[0].num_pages
 
 
 def test_requests_may_come_from_any_thread() -> None:

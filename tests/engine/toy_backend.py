@@ -36,6 +36,7 @@ class ToyBackend:
         self.open_contexts = 0
         self.logits: Callable[[Sequence[int]], NDArray[np.float32]] = toy_logits
         self.page_size = 4
+        self.uniform = True  # False: what follows a token depends on which tokens were computed as a prompt
         self.bad_token: int | None = None  # in a batch, sequences that hold it have logits of NaN
         self.batches: list[ToyBatch] = []  # all that were ever made
 
@@ -48,11 +49,12 @@ class ToyBackend:
         self.batches.append(ToyBatch(self, max_sequences, capacity, pages))
         return self.batches[-1]
 
-    def choose(self, ids: Sequence[int], prompt: int, params: SamplingParams) -> int:
-        """The token after `ids`, of which the first `prompt` are the prompt."""
+    def choose(self, ids: Sequence[int], prompt: int, params: SamplingParams, stepped: Sequence[bool]) -> int:
+        """The token after `ids`, of which the first `prompt` are the prompt. stepped: which were computed by steps."""
         if self.script:
             return self.script[(len(ids) - prompt) % len(self.script)]
-        return sample(self.logits(ids), ids, params, prompt)
+        logits = self.logits(ids)
+        return sample(logits if self.uniform else np.roll(logits, hash(tuple(stepped)) % 7), ids, params, prompt)
 
     def logprob(self, ids: Sequence[int], params: SamplingParams) -> TokenLogprob | None:
         """Of the last of `ids`, if the parameters ask for it."""
@@ -105,7 +107,9 @@ class ToyContext:
             while len(chosen) <= min(given + self.backend.ahead, room):
                 if chosen:
                     self.feed(chosen[-1:])
-                chosen.append(self.backend.choose(self.ids, len(self.ids) - len(chosen), params))
+                length = len(self.ids) - len(chosen)
+                stepped = [False] * length + [True] * len(chosen)
+                chosen.append(self.backend.choose(self.ids, length, params, stepped))
             if given == self.backend.fail_after:
                 raise ValueError("a step failed")
             self.last = self.backend.logprob([*prompt, *chosen[: given + 1]], params)
@@ -134,6 +138,7 @@ class ToySequence:
     params: SamplingParams
     pages: list[int]
     fed: int
+    ready: bool  # to be stepped
 
 
 class ToyBatch:
@@ -141,9 +146,10 @@ class ToyBatch:
 
     def __init__(self, backend: ToyBackend, max_sequences: int, capacity: int, num_pages: int):
         self.backend = backend
-        self.page_size = backend.page_size
+        self.page_size, self.uniform = backend.page_size, backend.uniform
         self.max_sequences, self.capacity, self.num_pages = max_sequences, capacity, num_pages
-        self.places: list[list[int | None]] = [[None] * self.page_size for _ in range(num_pages)]
+        # The token of each place, and whether a step computed it
+        self.places: list[list[tuple[int, bool] | None]] = [[None] * self.page_size for _ in range(num_pages)]
         self.sequences: dict[int, ToySequence] = {}
         self.results: deque[list[tuple[int, int]]] = deque()
         self.rows: deque[list[TokenLogprob | None]] = deque()  # log probabilities of `results`
@@ -169,9 +175,18 @@ class ToyBatch:
             self.places[page] = [None] * self.page_size
         assert computed == 0 or params.prompt_logprobs is None
         length = len(ids) if prompt_length is None else prompt_length
-        self.sequences[slot] = ToySequence(list(ids), length, len(ids), params, list(pages), computed)
+        assert 1 <= length <= len(ids)
+        ready = length <= computed == len(ids) - 1
+        self.sequences[slot] = ToySequence(list(ids), length, len(ids), params, list(pages), computed, ready)
         self.log.append("start")
         self.started.append(list(ids))
+
+    def extend(self, slot: int, pages: Sequence[int]) -> None:
+        s = self.sequences[slot]
+        assert not set(pages) & set(s.pages) and len(s.pages) + len(pages) <= -(-self.capacity // self.page_size)
+        for page in pages:
+            self.places[page] = [None] * self.page_size
+        s.pages += pages
 
     def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
         assert len({slot for slot, _ in parts}) == len(parts) > 0
@@ -185,6 +200,7 @@ class ToyBatch:
             self.check(s)
             self.feed(s, count)
             if end == s.given:
+                s.ready = True
                 results.append((slot, self.next_token(s)))
                 rows.append(self.backend.logprob(s.ids, s.params))
         if results:
@@ -197,10 +213,10 @@ class ToyBatch:
         results = []
         for slot in slots:
             s = self.sequences[slot]
-            assert s.fed == len(s.ids) - 1 and s.fed >= s.given
+            assert s.ready and s.fed == len(s.ids) - 1
             if s.fed - s.prompt == self.backend.fail_after:
                 raise ValueError("a step failed")
-            self.feed(s, 1)
+            self.feed(s, 1, True)
             results.append((slot, self.next_token(s)))
         self.results.append(results)
         self.rows.append([self.backend.logprob(s.ids, s.params) for s in map(self.sequences.__getitem__, slots)])
@@ -226,22 +242,23 @@ class ToyBatch:
         assert not self.closed
         self.closed = True
 
-    def feed(self, s: ToySequence, count: int) -> None:
+    def feed(self, s: ToySequence, count: int, step: bool = False) -> None:
         for position in range(s.fed, s.fed + count):
             assert position < self.capacity
             page, place = s.pages[position // self.page_size], position % self.page_size
             assert self.places[page][place] is None, "a place was written twice"
-            self.places[page][place] = s.ids[position]
+            self.places[page][place] = s.ids[position], step
         s.fed += count
         self.check(s)
 
     def check(self, s: ToySequence) -> None:
-        held = [token for page in s.pages for token in self.places[page]]
-        assert held[: s.fed] == s.ids[: s.fed], "another sequence wrote into these pages"
+        tokens = [held[0] if held else None for page in s.pages for held in self.places[page]]
+        assert tokens[: s.fed] == s.ids[: s.fed], "another sequence wrote into these pages"
 
     def next_token(self, s: ToySequence) -> int:
         bad = self.backend.bad_token in s.ids
-        s.ids.append(NO_TOKEN if bad else self.backend.choose(s.ids, s.prompt, s.params))
+        stepped = [held[1] for page in s.pages for held in self.places[page] if held][: s.fed]
+        s.ids.append(NO_TOKEN if bad else self.backend.choose(s.ids, s.prompt, s.params, stepped))
         return s.ids[-1]
 
 

@@ -43,6 +43,10 @@ class CpuCache:
         self.table = np.array(pages, np.int32)
         self.length = computed
 
+    def extend(self, pages: Sequence[int]) -> None:
+        """Adds pages."""
+        self.table = np.append(self.table, np.array(pages, np.int32))
+
     def append_nan(self, count: int) -> None:
         """Appends tokens whose keys and values are NaN in all layers."""
         for position in range(self.length, self.length + count):
@@ -86,6 +90,8 @@ class _Sampling(NamedTuple):
 
 class CpuModel:
     """See `host.HostModel`. Calls from several threads run one after the other."""
+
+    uniform = True
 
     def __init__(
         self,

@@ -46,14 +46,15 @@ class CudaBatch:
     """
 
     page_size = PAGE
+    uniform = False  # prompts and steps have different kernels, which round differently
 
     def __init__(self, memory: BatchMemory, max_sequences: int, pages: int, on_close: Callable[[BatchMemory], None]):
         """memory: has at least these slots and pages. on_close: is given it on close, when no work is under way."""
         self.num_pages, self.max_sequences, self.capacity = pages, max_sequences, memory.state.capacity
         self._memory, self._on_close = memory, on_close
         self._runtime, self._state = memory.runtime, memory.state
-        self._num_fed = np.zeros(max_sequences, np.int64)  # tokens of each slot, those under way included
-        self._prompt_length = [0] * max_sequences
+        # Of each slot: tokens, those under way included; tokens that it was started with; pages
+        self._num_fed, self._num_given, self._num_pages = (np.zeros(max_sequences, np.int64) for _ in range(3))
         self._slot_ids: list[int] = []  # of the last step
         self._splits: list[int] = []  # CTAs of each sequence of the last step
         self._num_blocks = 0  # of them together, as captured
@@ -83,7 +84,8 @@ class CudaBatch:
         write(state.seen, state.seen_bits(ids), slot * state.seen_stride)
         write(state.block_table, pages, slot * state.block_table_stride)
         write(state.settings, pack_settings(params), slot * SETTINGS)
-        self._num_fed[slot], self._prompt_length[slot] = computed, len(ids)
+        write(state.position, [computed], slot)
+        self._num_fed[slot], self._num_given[slot], self._num_pages[slot] = computed, len(ids), len(pages)
         self._params[slot] = params
         self._asking.discard(slot)
         if any(asked_by([params])):
@@ -102,10 +104,19 @@ class CudaBatch:
         if params.prompt_logprobs is not None:
             self._scored[slot] = _ScoredPrompt(ids, params.prompt_logprobs)
 
+    def extend(self, slot: int, pages: Sequence[int]) -> None:
+        """Adds pages to a slot's row of the block table, for calls that are enqueued from now on."""
+        held, stride = int(self._num_pages[slot]), self._state.block_table_stride
+        if held + len(pages) > stride:
+            raise ValueError(f"slot {slot} has {held} pages: {len(pages)} more are beyond its capacity")
+        self._runtime.device.activate()
+        self._runtime.uploads.write(self._state.block_table, pages, slot * stride + held)
+        self._num_pages[slot] += len(pages)
+
     def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
         """Computes the next tokens of prompts, together; samples the first token of those that are then complete."""
         for slot, count in parts:
-            if not 1 <= count <= self._prompt_length[slot] - self._num_fed[slot]:
+            if not 1 <= count <= self._num_given[slot] - self._num_fed[slot]:
                 raise ValueError(f"{count} tokens are more than slot {slot}'s prompt still has")
         self._runtime.device.activate()
         completed: list[int] = []
@@ -136,6 +147,8 @@ class CudaBatch:
         places = np.asarray(slots)
         if (self._num_fed[places] == self.capacity).any():
             raise ValueError(f"a slot of {list(slots)} is full")
+        if (self._num_fed[places] == self._num_pages[places] * PAGE).any():
+            raise ValueError(f"a slot of {list(slots)} has no page for its next token")
         self._num_fed[places] += 1
         num_tokens = padded_size(len(slots))
         splits = paged_decode.splits_needed(self._num_fed[places]).tolist()
@@ -196,7 +209,7 @@ class CudaBatch:
         return asked_by(self._params[slot] for slot in asking) if asking else NOTHING
 
     def _complete(self, slot: int) -> bool:
-        return bool(self._num_fed[slot] == self._prompt_length[slot])
+        return bool(self._num_fed[slot] == self._num_given[slot])
 
     def _choose(self, slots: list[int], rows: list[int], before: int) -> None:
         """Samples for slots, from rows of the pass just enqueued; before: results that this call has already."""

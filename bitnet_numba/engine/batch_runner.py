@@ -1,0 +1,194 @@
+"""The sequences of one batch: their slots and pages, and the calls whose results have not been collected.
+
+A sequence gets pages for the tokens that are known of it when it is started, and one more whenever its next token needs
+one. If none is free, the sequence that comes last (see `Sequence.order`) is preempted: it loses its slot and pages, and
+is later started again. So the first one always goes on, and no number of sequences can block each other. What is
+computed again is the same, bit for bit, hence the answer is, too:
+
+- Where `Batch.uniform`, the answer's tokens are computed as part of the prompt, in large pieces.
+- Elsewhere they are replayed: each is sampled again by the calls that sampled it before, and the result dropped. Pages
+  that are still in the prefix cache are skipped in both cases.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+
+from bitnet_numba.backends.protocol import Batch
+from bitnet_numba.engine.page_pool import PagePool
+from bitnet_numba.engine.sequence import Sequence
+from bitnet_numba.sampling import TokenLogprob
+
+
+class BatchRunner:
+    """Runs sequences in a batch, for one thread at a time."""
+
+    def __init__(self, batch: Batch):
+        self._batch = batch
+        self.pool = PagePool(batch.num_pages, batch.page_size)
+        self.running: dict[int, Sequence] = {}  # by id
+        self.prefilling: Sequence | None = None  # the running sequence that is being prefilled, one at a time
+        self._free_slots = list(range(batch.max_sequences - 1, -1, -1))
+        # Each call's sequences, and how often each had been started when it was made
+        self._calls: deque[tuple[list[Sequence], list[int]]] = deque()
+
+    @property
+    def free_slots(self) -> int:
+        """How many more sequences there are slots for."""
+        return len(self._free_slots)
+
+    @property
+    def uncollected(self) -> int:
+        """Number of calls whose results have not been collected."""
+        return len(self._calls)
+
+    def reserve(self, s: Sequence) -> bool:
+        """Gives a sequence a slot and pages; False if too few are free.
+
+        A page is left for every running sequence that may need more, lest the new one be preempted at once.
+        """
+        if not self._free_slots:
+            return False
+        tokens = min(len(s.ids) + 1, s.max_cached)
+        # Log probabilities of the prompt are of all tokens: all have to be computed.
+        reuse = s.request.params.prompt_logprobs is None or len(s.ids) > s.prompt_length
+        lease = self.pool.take(s.ids, tokens, s.options.cache_salt, self._growing(), reuse)
+        if lease is None:
+            return False
+        s.lease, s.slot = lease, self._free_slots.pop()
+        s.room = len(lease.pages) * self.pool.page_size
+        s.starts += 1
+        s.known = len(s.ids)
+        if s.replayed:
+            s.known = max(s.prompt_length, lease.computed + 1)
+        s.enqueued = s.received = s.known - s.prompt_length
+        s.ready = s.replayed and s.received > 0
+        self.running[s.id] = s
+        return True
+
+    def start(self, s: Sequence) -> None:
+        """Starts a sequence that has just got its slot."""
+        assert s.lease is not None
+        if not s.ready:
+            self.prefilling = s
+        ids, lease, params = s.ids[: s.known], s.lease, s.request.params
+        if len(s.ids) > s.prompt_length:
+            params = replace(params, prompt_logprobs=None)  # they have been received
+        self._batch.start(s.slot, ids, params, lease.pages, lease.computed, s.prompt_length)
+
+    def prefill(self, budget: int, admit: Callable[[], bool]) -> int:
+        """Makes one call for about `budget` tokens of prompts, in the order of their starts; returns how many tokens.
+
+        admit: starts one more sequence; False if there is none to be started now.
+        """
+        parts: list[tuple[int, int]] = []
+        completed: list[Sequence] = []
+        left = budget
+        while left > 0 and (self.prefilling or admit()):
+            s = self.prefilling
+            if s is None:  # the one just admitted has failed, or has nothing to compute
+                continue
+            count = self._next_part(s, left)
+            left -= count
+            parts.append((s.slot, count))
+            if s.lease is not None and s.lease.computed < s.known:
+                break  # less than a page of the budget is left
+            s.ready = True
+            s.enqueued += 1
+            completed.append(s)
+            self.prefilling = None
+        if parts:
+            self._batch.prefill(parts)
+        if completed:
+            self._note_call(completed)
+        return budget - left
+
+    def _next_part(self, s: Sequence, budget: int) -> int:
+        """How many tokens of a prompt to compute next: the rest of it, or as many whole pages as `budget` allows."""
+        assert s.lease is not None
+        done, page = s.lease.computed, self.pool.page_size
+        count = s.known - done
+        if count > budget:
+            count = min(count, max(1, budget // page) * page)
+        # The backend works in order: sequences started from now on can share these pages.
+        self.pool.mark_computed(s.lease, done + count)
+        return count
+
+    def make_room(self) -> list[Sequence]:
+        """Gives each sequence that can be stepped the page for its next token; returns those preempted for that."""
+        preempted: list[Sequence] = []
+        growing = [s for s in self._steppable() if s.prompt_length + s.enqueued > s.room]
+        for s in sorted(growing, key=lambda s: s.order):
+            while s.lease is not None:
+                page = self.pool.grow(s.lease)
+                if page is not None:
+                    self._batch.extend(s.slot, [page])
+                    s.room += self.pool.page_size
+                    break
+                last = max(self.running.values(), key=lambda s: s.order)
+                self.leave(last)
+                preempted.append(last)
+        return preempted
+
+    def step(self) -> None:
+        """Enqueues the next token of every sequence that can be stepped."""
+        live = self._steppable()
+        if live:
+            self._batch.step([s.slot for s in live])
+            self._note_call(live)
+            for s in live:
+                s.enqueued += 1
+
+    def collect(self, receive: Callable[[Sequence, int, TokenLogprob | None], None]) -> None:
+        """Calls `receive` with the sequence, the token and its log probability, if the request asks for that, of each
+        result of the oldest call not collected."""
+        (sequences, starts), results = self._calls.popleft(), self._batch.collect()
+        logprobs: list[TokenLogprob | None] = [None] * len(results)
+        if any([s.request.params.logprobs is not None for s in sequences]):  # a list is quicker than a generator
+            logprobs = self._batch.logprobs()
+        for s, start, (_, token), logprob in zip(sequences, starts, results, logprobs, strict=True):
+            if s.starts == start:
+                receive(s, token, logprob)
+
+    def prompt_logprobs(self, s: Sequence) -> list[TokenLogprob]:
+        """Of all tokens of a prompt but the first; called when its first token is received."""
+        return self._batch.prompt_logprobs(s.slot)
+
+    def note_computed(self, s: Sequence) -> None:
+        """Lets others share the pages that the answer's tokens received so far have filled."""
+        if s.lease is not None and s.ready:
+            computed = min(len(s.ids), s.prompt_length + s.enqueued - 1)
+            if computed // self.pool.page_size > s.lease.computed // self.pool.page_size:
+                self.pool.mark_computed(s.lease, computed)
+
+    def failure(self, s: Sequence) -> str:
+        """Why a sequence got NO_TOKEN; called right after."""
+        return self._batch.failure(s.slot)
+
+    def leave(self, s: Sequence) -> None:
+        """Frees a sequence's slot and pages. What is enqueued for them runs before their next use, in order."""
+        if s.lease is None:
+            return
+        self.pool.release(s.lease)
+        s.lease = None
+        self._free_slots.append(s.slot)
+        del self.running[s.id]
+        if self.prefilling is s:
+            self.prefilling = None
+
+    def close(self) -> None:
+        """Frees the batch."""
+        self.running.clear()
+        self._calls.clear()
+        self.prefilling = None
+        self._batch.close()
+
+    def _note_call(self, sequences: list[Sequence]) -> None:
+        self._calls.append((sequences, [s.starts for s in sequences]))
+
+    def _steppable(self) -> list[Sequence]:
+        return [s for s in self.running.values() if s.ready and s.enqueued < s.max_tokens]
+
+    def _growing(self) -> int:
+        """How many running sequences may need more pages than they have."""
+        return sum(s.max_cached > s.room for s in self.running.values())

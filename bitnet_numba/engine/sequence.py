@@ -1,0 +1,59 @@
+"""A request on its way through a scheduler, and what is told of it."""
+
+from collections import abc
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from bitnet_numba.engine.completion import Completion, CompletionBuilder
+from bitnet_numba.engine.page_pool import PageLease
+from bitnet_numba.engine.queue_options import QueueOptions
+from bitnet_numba.engine.request import Request
+from bitnet_numba.errors import BitNetError
+from bitnet_numba.sampling import TokenLogprob
+
+
+class Update(NamedTuple):
+    """What is new for one request. Its last update has either a completion or an error."""
+
+    request: int  # the id that `add` returned
+    text: str = ""  # follows the text of earlier updates
+    completion: Completion | None = None
+    error: BitNetError | None = None
+    token_ids: abc.Sequence[int] = ()  # those of `text`, after those of earlier updates; together, the completion's
+    logprobs: abc.Sequence[TokenLogprob] = ()  # of these, if SamplingParams.logprobs asks for them
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request that a scheduler has accepted, until its last update.
+
+    It may be started several times: when its pages are needed by others it loses them and waits again.
+    """
+
+    id: int
+    request: Request
+    options: QueueOptions
+    max_cached: int  # most tokens that it puts into the KV cache: its prompt and its answer but for the last token
+    ids: list[int] = field(init=False)  # the prompt and the tokens of the answer that have been received
+    prompt_length: int = field(init=False)
+    max_tokens: int = field(init=False)  # of the answer until it is as long as allowed or the context is full
+    order: tuple[int, int] = field(init=False)  # who comes first: the lower
+    builder: CompletionBuilder | None = None  # None: it has never been started
+    reused: int = 0  # leading prompt tokens that were in the prefix cache when it was first started
+    ended: bool = False
+    replayed: bool = False  # whether computing its answer's tokens again as a prompt is not the same, see `BatchRunner`
+    # Since it was last started:
+    starts: int = 0  # how often that was
+    slot: int = -1
+    lease: PageLease | None = None  # None while it has no slot
+    room: int = 0  # tokens that its pages hold
+    known: int = 0  # leading tokens of `ids` that it was started with
+    ready: bool = False  # whether these have been enqueued, so that it can be stepped
+    enqueued: int = 0  # tokens of the answer that the backend knows or has been asked for
+    received: int = 0  # of these, tokens known at the start or received
+
+    def __post_init__(self) -> None:
+        self.ids = list(self.request.ids)
+        self.prompt_length = len(self.ids)
+        self.max_tokens = self.max_cached - self.prompt_length + 1
+        self.order = self.options.priority, self.id
