@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bitnet_numba.engine.engine import Engine
-from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling_params import SamplingParams
 from tools.benchmarks.inputs import random_ids
 
 STOPS = ("\nUser:", "</s>")
@@ -66,6 +66,7 @@ def measure_cases(llm: Engine, sizes: Sizes) -> dict[str, Any]:
     cases = {
         f"{sizes.requests} x ({sizes.prompt} in, {sizes.answer} out), greedy": batch(SamplingParams()),
         "the same, temperature, top-p, two stop strings": batch(SAMPLED),
+        "the same, and log probabilities of 5 tokens": batch(replace(SAMPLED, logprobs=5)),
         f"{sizes.mixed} of {low} to {high} in, {sizes.mixed_answer} out": of_any_length,
         f"one of {sizes.prompt} in, {sizes.answer} out": one,
     }
