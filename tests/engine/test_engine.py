@@ -52,7 +52,7 @@ def test_generation_is_the_sampler_over_the_logits(
     completion = llm.generate(ids, params, max_new_tokens=count)
     history = list(ids)
     for _ in range(count):
-        history.append(sample(toy_logits(history), history, params))
+        history.append(sample(toy_logits(history), history, params, len(ids)))
         if history[-1] in TOKENIZER.stop_ids:
             break
     stopped = history[-1] in TOKENIZER.stop_ids
