@@ -47,8 +47,8 @@ SPOILERS: list[tuple[Callable[[Path], object], str]] = [
     (sparse, "it is larger than 100 MB"),
 ]
 CONVERTED = ["config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"]
-CONVERTED += ["tokenizer.model", "generation_config.json", "special_tokens_map.json", "chat_template.jinja"]
-LOADED = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+CONVERTED += ["tokenizer.model", "special_tokens_map.json", "chat_template.jinja"]
+LOADED = ["config.json", "tokenizer.json", "tokenizer_config.json"]
 
 
 @pytest.mark.parametrize(("spoil", "reason"), SPOILERS)
@@ -70,6 +70,18 @@ def test_files_that_are_none(
             assert str(caught.value).startswith(f"{folder / name} cannot be read: {reason}")
             shutil.rmtree(folder)
             assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("spoil", "reason"), SPOILERS)
+def test_a_generation_config_that_is_none_is_ignored(
+    tiny_packed: Path, tmp_path: Path, spoil: Callable[[Path], object], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(tiny_packed, tmp_path / "model"))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    spoil(folder / "generation_config.json")
+    assert load(folder, "reference").sampling is None
+    told = f"{folder / 'generation_config.json'} cannot be read: {reason}"
+    assert any(message.startswith(told) for message in caplog.messages), caplog.messages
 
 
 @pytest.mark.parametrize(("spoil", "reason"), SPOILERS)

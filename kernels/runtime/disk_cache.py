@@ -11,7 +11,7 @@ from pathlib import Path
 
 KERNELS = Path(__file__).parent.parent  # the folder kernels/
 # The modules elsewhere that kernels take constants from, which are compiled into them.
-CONSTANTS = ("bitnet_numba.packing", "bitnet_numba.quantize", "bitnet_numba.sampling")
+CONSTANTS = ("bitnet_numba.packing", "bitnet_numba.quantize", "bitnet_numba.sampling", "bitnet_numba.sampling_params")
 COMPILERS = ("numba", "numba-cuda", "llvmlite", "cuda-bindings", "nvidia-nvvm", "nvidia-nvjitlink")  # distributions
 
 

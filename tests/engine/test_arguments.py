@@ -262,7 +262,7 @@ def test_numbers_of_all_types_are_numbers() -> None:
         got = llm.generate(np.array([5], np.uint16), params)  # type: ignore[arg-type]
         assert got.token_ids == want.token_ids
     for prompt in ((5,), range(5, 6)):
-        assert llm.generate(prompt, max_new_tokens=3, temperature=1).finish_reason == "length"
+        assert llm.generate(prompt, max_new_tokens=3, temperature=1, seed=1).finish_reason == "length"
     assert (
         llm.generate([5], max_new_tokens=HUGE, seed=(1 << 64) - 1, top_k=HUGE, temperature=1e300).finish_reason
         != "interrupted"

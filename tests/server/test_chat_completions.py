@@ -117,10 +117,10 @@ def test_stop_strings(server: Running) -> None:
     assert answer["message"]["content"] == text[: text.index(word)] and answer["finish_reason"] == "stop"
 
 
-def test_the_model_has_more_than_one_name(server: Running) -> None:
+def test_the_model_has_more_than_one_name(server: Running, built_in: Engine) -> None:
     assert server.post(PATH, {**BODY, "model": "gpt-4o-mini"}).json()["model"] == "gpt-4o-mini"
     assert [entry["id"] for entry in server.client.get("/v1/models").json()["data"]] == ["bitnet-demo", "gpt-4o-mini"]
-    assert server.client.get("/v1/models/bitnet-demo").json()["max_model_len"] == 1024
+    assert server.client.get("/v1/models/bitnet-demo").json()["max_model_len"] == built_in.context
     for response in (server.post(PATH, {**BODY, "model": "other"}), server.client.get("/v1/models/other")):
         assert response.status_code == 404 and response.json()["error"]["code"] == "model_not_found"
 

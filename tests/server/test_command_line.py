@@ -94,7 +94,7 @@ def test_the_life_of_a_process(number: int) -> None:
         found = re.search(r"http://[\d.:]+", lines[0])
         assert found, lines
         lines.append(process.stderr.readline())
-        assert f"{BUILT_IN} answers at {found[0]} (reference, context 1024)" in lines[1]
+        assert f"{BUILT_IN} answers at {found[0]} (reference, context 2048)" in lines[1]
         prompt = {"prompt": "A secret", "max_tokens": 2}
         answer = httpx.post(f"{found[0]}/v1/completions", json=prompt, trust_env=False, timeout=60)
         assert answer.status_code == 200

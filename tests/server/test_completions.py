@@ -53,7 +53,7 @@ def test_tokens_there_and_back(server: Running, built_in: Engine) -> None:
     assert server.post("/detokenize", {"tokens": []}).json() == {"prompt": ""}
     chat = [{"role": "user", "content": "Hi"}]
     found = server.post("/tokenize", {"messages": chat}).json()
-    assert found["tokens"] == built_in.tokenizer.encode_chat(chat) and found["max_model_len"] == 1024
+    assert found["tokens"] == built_in.tokenizer.encode_chat(chat) and found["max_model_len"] == built_in.context
 
 
 def test_logprobs_of_an_answer_and_its_prompt(server: Running, built_in: Engine) -> None:

@@ -83,7 +83,7 @@ def test_talk(page: Page) -> None:
     (story,) = wait_for_answers(page, 1)
     assert "fox" in story.lower() and len(story) > 100
     expect(page.locator(".message.assistant .status")).to_have_text(re.compile(r"[\d.]+ tokens/s · \d+ tokens"))
-    expect(page.locator("#context-text")).to_have_text(re.compile(r"[1-9]\d* of 1,024 tokens of context"))
+    expect(page.locator("#context-text")).to_have_text(re.compile(r"[1-9]\d* of 2,048 tokens of context"))
     say(page, "Hello!")
     assert wait_for_answers(page, 2)[0] == story
     page.get_by_role("button", name="Regenerate").click()
@@ -142,7 +142,7 @@ def test_reload_switch_and_delete(page: Page) -> None:
 @in_browser
 def test_sampling_and_raw_text(page: Page) -> None:
     page.get_by_role("button", name="Settings").click()
-    expect(page.get_by_label("Temperature")).to_have_attribute("placeholder", "0.9")
+    expect(page.get_by_label("Temperature")).to_have_attribute("placeholder", "1")
     page.get_by_label("Temperature").fill("0")
     page.get_by_label("Maximum tokens").fill("5")
     page.get_by_label("Maximum tokens").blur()

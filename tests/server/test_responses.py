@@ -76,7 +76,7 @@ def test_what_is_refused(server: Running, fields: dict, param: str) -> None:
 
 def test_long_conversations_lose_their_beginning_if_that_is_asked(server: Running) -> None:
     turns = [
-        {"role": role, "content": f"{number} " + "fox " * 60} for number in range(12) for role in ("user", "assistant")
+        {"role": role, "content": f"{number} " + "fox " * 120} for number in range(12) for role in ("user", "assistant")
     ]
     long = {**BODY, "input": [*turns, {"role": "user", "content": TEXT}]}
     assert server.post(PATH, long).json()["error"]["code"] == "context_length_exceeded"
