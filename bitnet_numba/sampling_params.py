@@ -35,7 +35,8 @@ class SamplingParams:
     max_new_tokens: maximum tokens of the answer, 512 unless given; None: until the model stops. A full context ends
     every answer.
     stop: one string or several; the answer ends before the first to appear. Kept as a tuple.
-    stop_token_ids: tokens that end the answer, up to 256, besides those of the model; not part of it. Kept as a tuple.
+    stop_token_ids: tokens that end the answer, besides those of the model, up to 256 with these; not part of it. Kept
+    as a tuple.
     min_tokens: the answer does not end before it has so many tokens: those that would end it cannot be chosen, and stop
     strings are looked for only in the text after them.
     ignore_eos: the tokens with which the model ends an answer do not end it; they are sampled and kept like others.
