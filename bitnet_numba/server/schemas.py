@@ -80,6 +80,65 @@ class SamplingBody(Body):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
+class JsonSchema(BaseModel):
+    """A schema that an answer must be valid under. strict: it is refused if a part of it cannot be enforced."""
+
+    name: StrictStr | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: StrictBool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """The form that an answer must have."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class CalledFunction(BaseModel):
+    """What a call calls. arguments: JSON."""
+
+    name: StrictStr
+    arguments: StrictStr
+
+
+class ToolCall(BaseModel):
+    """A call of a function, in an answer."""
+
+    id: StrictStr | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ToolFunction(BaseModel):
+    """A function that the model may call. parameters: a JSON schema; None: it has none. strict: see `JsonSchema`."""
+
+    name: Annotated[StrictStr, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    description: StrictStr | None = None
+    parameters: dict[str, Any] | None = None
+    strict: StrictBool | None = None
+
+
+class Tool(BaseModel):
+    """A tool; only functions are supported."""
+
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class FunctionName(BaseModel):
+    """The name of a function."""
+
+    name: StrictStr
+
+
+class NamedTool(BaseModel):
+    """The function that has to be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 class ChatMessage(BaseModel):
     """A message. Further fields reach the chat template, as "name" may."""
 
@@ -87,6 +146,7 @@ class ChatMessage(BaseModel):
 
     role: StrictStr
     content: StrictStr | list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatBody(SamplingBody):
@@ -96,9 +156,10 @@ class ChatBody(SamplingBody):
     max_completion_tokens: StrictInt | None = None
     logprobs: StrictBool | None = None
     top_logprobs: StrictInt | None = None
-    response_format: dict[str, Any] | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: StrictBool | None = None
     functions: list[Any] | None = None
     function_call: Any = None
     modalities: list[StrictStr] | None = None
@@ -106,9 +167,6 @@ class ChatBody(SamplingBody):
     web_search_options: dict[str, Any] | None = None
 
     NEUTRAL = {
-        "response_format": ({"type": "text"},),
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
@@ -135,13 +193,9 @@ class CompletionBody(SamplingBody):
     logprobs: StrictInt | None = None
     best_of: StrictInt | None = None
     suffix: StrictStr | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
 
-    NEUTRAL = {
-        "best_of": (1,),
-        "suffix": ("",),
-        "response_format": ({"type": "text"},),
-    }
+    NEUTRAL = {"best_of": (1,), "suffix": ("",)}
 
     def limit(self) -> tuple[str, int | None]:
         """A few tokens, unless it is given."""
@@ -152,10 +206,16 @@ class CompletionBody(SamplingBody):
         return "logprobs", self.logprobs
 
 
+class TextFormat(JsonSchema):
+    """The form that a response's text must have: a schema and what is said of it stand beside the type."""
+
+    type: Literal["text", "json_object", "json_schema"]
+
+
 class ResponseText(BaseModel):
     """The form of a response's text."""
 
-    format: dict[str, Any] | None = None
+    format: TextFormat | None = None
 
 
 class InputItem(BaseModel):
