@@ -30,7 +30,7 @@ def for_template(
     messages: Sequence[Message], tools: Tools | None, template: ChatTemplate
 ) -> tuple[Sequence[Message], Any]:
     """Messages and tools as a template takes them. Raises RequestError for calls that are not in OpenAI's form."""
-    if isinstance(messages, str | bytes | Mapping) or not all(isinstance(message, Mapping) for message in messages):
+    if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
         return messages, None  # refused by whoever reads them
     if template.takes_tools:
         return [_with_objects(message) for message in messages], _plain_json(tools)

@@ -77,6 +77,12 @@ def test_any_object_and_both_spellings_of_a_schema() -> None:
     for seed in range(5):
         text = sampled(DEMO_TOKENIZER, COMPILER, Grammar.json(), seed)
         assert text is None or isinstance(json.loads(text), dict)
+    assert sampled(DEMO_TOKENIZER, COMPILER, Grammar.json_schema({"const": {"a": [1, {}]}}), 0) == '{"a": [1, {}]}'
+
+
+def test_what_cannot_be_enforced_is_ignored_if_that_is_asked() -> None:
+    form = Grammar.json_schema({"enum": [1, 2], "not": {"const": 1}}, lenient=True)
+    assert {sampled(DEMO_TOKENIZER, COMPILER, form, seed) for seed in range(20)} == {"1", "2"}
 
 
 def test_a_sentencepiece_vocabulary() -> None:
