@@ -90,6 +90,18 @@ def test_a_model_that_may_call_or_not(server: Running) -> None:
     assert server.post(PATH, bias).json()["choices"][0]["message"]["content"] is None  # a call has begun
 
 
+def test_several_choices_with_logprobs(server: Running) -> None:
+    body = {**BODY, "tool_choice": "required", "n": 2, "logprobs": True, "parallel_tool_calls": False}
+    whole = server.post(PATH, body).json()["choices"]
+    events = server.events(PATH, body)[:-1]
+    for index, choice in enumerate(whole):
+        own = [{"choices": [c for c in event["choices"] if c["index"] == index]} for event in events]
+        chunks = [{**event, **mine} for event, mine in zip(events, own, strict=True)]
+        assert calls_of(streamed(chunks)) == calls_of(choice)
+        found = [c["logprobs"]["content"] for event in own for c in event["choices"] if c["logprobs"]]
+        assert sum(found, []) == choice["logprobs"]["content"]
+
+
 def test_none_is_as_without_tools(server: Running) -> None:
     without = server.post(PATH, {**BODY, "tools": None}).json()
     for same in ({"tool_choice": "none"}, {"tools": []}):
