@@ -101,3 +101,12 @@ def test_a_body_that_is_read_may_take_its_time() -> None:
                 connection.sendall(bytes([byte]))
                 time.sleep(0.02)
             assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_who_leaves_within_the_body_is_no_mistake_of_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    with serving(lambda: toy_engine(tokens_of(" fox"))[0]) as running:
+        with socket.create_connection(("127.0.0.1", running.port), timeout=10) as connection:
+            connection.sendall(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50\r\n\r\n{")
+            running.wait_until(lambda: bool(running.server.server_state.tasks))
+        running.wait_until(lambda: 'path="/tokenize",status="499"' in running.client.get("/metrics").text)
+    assert "ClientLeft" not in caplog.text
