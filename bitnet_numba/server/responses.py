@@ -11,7 +11,7 @@ from bitnet_numba.grammar import Grammar
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.sampling_params import SamplingParams
 from bitnet_numba.server.chat_completions import as_messages
-from bitnet_numba.server.errors import unsupported
+from bitnet_numba.server.errors import ApiError, unsupported
 from bitnet_numba.server.exchange import Exchange
 from bitnet_numba.server.generation import read_prompts, respond, usage
 from bitnet_numba.server.response_format import constrained, read_schema
@@ -25,6 +25,8 @@ TEXT_PARTS = ("input_text", "output_text", "text")
 async def responses(service: Service, exchange: Exchange, body: ResponseBody) -> None:
     """Answers a text or a conversation."""
     body.refuse_unsupported()
+    if not all(isinstance(value, str) for value in (body.metadata or {}).values()):
+        raise ApiError(400, "metadata: its values must be strings", param="metadata", code="invalid_value")
     engine = service.engine
     params, messages = sampling_params(body, engine), list_messages(body)
     form = ResponseForm(exchange.request_id, service.check_model(body.model), body, params)
