@@ -12,8 +12,8 @@ from bitnet_numba.errors import RequestError, printable, shown
 
 MAX_SOURCE = 64 * 1024  # characters of a schema, an expression or a grammar
 MAX_DEPTH = 64  # of values inside values
-# Between the parts of JSON: none, a space, or a new line with its indentation. Without a limit, a model that has nothing
-# to say may go on with blanks until its length ends the answer.
+# Between the parts of JSON: nothing, a space, or a new line with its indentation. Without a limit, a model that has
+# nothing to say may go on with blanks until its length ends the answer.
 JSON_WHITESPACE = r"( |\n {0,32})"
 # About 20 ms to compile and 15 ms a token at worst, and 30 MB. Errors leave out the parser's state.
 LIMITS: dict[str, Any] = {
@@ -43,8 +43,9 @@ class Grammar:
 
     @classmethod
     def json_schema(cls, schema: Any) -> "Grammar":
-        """JSON that is valid under a schema (a dict, a bool, or its text); between its parts at most a space, or a new line
-        and its indentation.
+        """JSON that is valid under a schema (a dict, a bool, or its text).
+
+        Between its parts is at most a space, or a new line and its indentation.
 
         Raises RequestError for what is no schema, for keywords that cannot be enforced, and beyond 64 KiB or 64 levels.
         """

@@ -64,6 +64,15 @@ def test_sampled_answers_are_valid(seed: int) -> None:
     assert text is None or re.fullmatch(r"\(*x\)*", text)
 
 
+@pytest.mark.parametrize(
+    ("text", "is_allowed"), [('{"a": 1,\n        "b": 2}', True), ("{  ", False), ("{\n\n", False), ("{\t", False)]
+)
+def test_whitespace_in_json_is_bounded(text: str, is_allowed: bool) -> None:
+    """A model that has nothing to say would go on with blanks until its length ends the answer."""
+    constraint = COMPILER.compile(Grammar.json()).constraint()
+    assert all(constraint.accept(token) for token in DEMO_TOKENIZER.encode(text, add_bos=False)) == is_allowed
+
+
 AWKWARD = ["yes", "no.", "a|b", "(c)", "d\n\\n", "é", "🐉", "-]^", "<|eot_id|>"]
 
 
