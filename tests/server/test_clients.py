@@ -6,7 +6,8 @@ from typing import Any
 import openai
 import pytest
 
-from bitnet_numba.engine.engine import DEMO, Engine
+from bitnet_numba.engine.engine import Engine
+from bitnet_numba.engine.loading import DEMO
 from tests.server.helpers import Running
 
 # What others' code warns of is not ours to mend.

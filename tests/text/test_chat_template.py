@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitnet_numba.engine.engine import DEMO
+from bitnet_numba.engine.loading import DEMO
 from bitnet_numba.errors import RequestError, TokenizerError
 from bitnet_numba.text import chat_template
 from bitnet_numba.text.chat_template import BITNET_TEMPLATE, PUBLISHED_BITNET_TEMPLATE, ChatTemplate

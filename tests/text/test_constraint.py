@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitnet_numba.engine.engine import DEMO
+from bitnet_numba.engine.loading import DEMO
 from bitnet_numba.errors import RequestError
 from bitnet_numba.grammar import Grammar
 from bitnet_numba.text import constraint as constraints
@@ -62,6 +62,16 @@ def test_sampled_answers_are_valid(seed: int) -> None:
     assert text is None or re.fullmatch(r"[a-f]{2,5}(-[0-9]+)?", text)
     text = sampled(DEMO_TOKENIZER, COMPILER, Grammar.lark('start: "x" | "(" start ")"'), seed)
     assert text is None or re.fullmatch(r"\(*x\)*", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_allowed"),
+    [('{"a": 1, "b": [2, 3]}', True), ('{"a": 1,\n "b": 2}', False), ("{ ", False), ("{\n", False), ("{\t", False)],
+)
+def test_whitespace_in_json_is_given(text: str, is_allowed: bool) -> None:
+    """A model that has nothing to say would go on with blanks until its length ends the answer."""
+    constraint = COMPILER.compile(Grammar.json()).constraint()
+    assert all(constraint.accept(token) for token in DEMO_TOKENIZER.encode(text, add_bos=False)) == is_allowed
 
 
 AWKWARD = ["yes", "no.", "a|b", "(c)", "d\n\\n", "é", "🐉", "-]^", "<|eot_id|>"]
