@@ -269,6 +269,19 @@ class ResponseBody(SamplingBody):
         return "max_output_tokens", self.max_output_tokens
 
 
+class EmbeddingBody(Body):
+    """POST /v1/embeddings."""
+
+    input: (
+        StrictStr
+        | Tokens
+        | Annotated[list[StrictStr], Field(max_length=2048)]
+        | Annotated[list[Tokens], Field(max_length=2048)]
+    )
+    dimensions: StrictInt | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+
+
 class TokenizeBody(Body):
     """POST /tokenize: of a prompt, or of messages."""
 
