@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from bitnet_numba.engine.completion import Completion as Completion
     from bitnet_numba.engine.completion import Stats as Stats
     from bitnet_numba.engine.engine import Engine as Engine
-    from bitnet_numba.engine.engine import load as load
+    from bitnet_numba.engine.loading import load as load
     from bitnet_numba.engine.request import Prompt as Prompt
     from bitnet_numba.engine.scheduler import Scheduler as Scheduler
     from bitnet_numba.engine.scoring import Score as Score
@@ -92,7 +92,7 @@ _HOMES = {
     "Tokenizer": "text.tokenizer",
     "TokenizerError": "errors",
     "Update": "engine.sequence",
-    "load": "engine.engine",
+    "load": "engine.loading",
     "pack_linear": "kernels.linear.w2a8",
     "w2a8_linear": "kernels.linear.w2a8",
 }

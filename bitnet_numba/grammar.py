@@ -21,6 +21,8 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
+# White space between values is given, not chosen: a small model may go on with line ends for ever.
+ONE_LINE: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,15 @@ class Grammar:
 
     @classmethod
     def json(cls) -> "Grammar":
-        """Any JSON object."""
+        """Any JSON object, in one line."""
         return cls.json_schema({"type": "object"})
 
     @classmethod
-    def json_schema(cls, schema: Any) -> "Grammar":
-        """JSON that is valid under a schema (a dict, a bool, or its text).
+    def json_schema(cls, schema: Any, lenient: bool = False) -> "Grammar":
+        """JSON that is valid under a schema (a dict, a bool, or its text), in one line.
 
-        Raises RequestError for what is no schema, for keywords that cannot be enforced, and beyond 64 KiB or 64 levels.
+        lenient: keywords that cannot be enforced are ignored. Raises RequestError for what is no schema, for such
+        keywords otherwise, and beyond 64 KiB or 64 levels.
         """
         if isinstance(schema, str):
             _check_size("a JSON schema", schema)
@@ -58,7 +61,8 @@ class Grammar:
         except (TypeError, ValueError):
             raise RequestError("a JSON schema must consist of what JSON knows") from None
         _check_size("a JSON schema", text)
-        return cls._checked(library().LLMatcher.grammar_from_json_schema(text), "JSON schema")
+        source = library().LLMatcher.grammar_from_json_schema(text, overrides={**ONE_LINE, "lenient": lenient})
+        return cls._checked(source, "JSON schema")
 
     @classmethod
     def regex(cls, pattern: str) -> "Grammar":

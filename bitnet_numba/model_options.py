@@ -4,7 +4,8 @@ import argparse
 import contextlib
 import sys
 
-from bitnet_numba.engine.engine import BACKENDS, Engine, load
+from bitnet_numba.engine.engine import Engine
+from bitnet_numba.engine.loading import BACKENDS, load
 from bitnet_numba.hub.fetch import as_hub_model, find_model, is_gguf
 
 MODEL_HELP = (

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from bitnet_numba.checkpoint.convert import convert
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
 from bitnet_numba.checkpoint.safetensors_file import TensorFile, TensorSpec, write_tensors
-from bitnet_numba.engine.engine import DEMO
+from bitnet_numba.engine.loading import DEMO
 from tools.make_checkpoint import PRESETS, make_checkpoint, write_tokenizer
 
 # deadline=None: the first example of a kernel compiles it.

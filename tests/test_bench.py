@@ -10,7 +10,7 @@ import pytest
 from bitnet_numba.backends.cpu.backend import CpuPool
 from bitnet_numba.backends.protocol import NO_TOKEN
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
-from bitnet_numba.engine.engine import DEMO
+from bitnet_numba.engine.loading import DEMO
 from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.memory import DeviceView
 from bitnet_numba.packing import BLOCK_ROWS, packed_words

@@ -12,7 +12,7 @@ import pytest
 
 from bitnet_numba.checkpoint.convert import convert
 from bitnet_numba.checkpoint.packed import open_packed
-from bitnet_numba.engine.engine import load
+from bitnet_numba.engine.loading import load
 from bitnet_numba.errors import BitNetError, CheckpointError
 from bitnet_numba.model_folder import MAX_SIZE, FileError, ModelFolder
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from bitnet_numba.checkpoint.packed import RowFormat, open_packed
-from bitnet_numba.engine.engine import BACKENDS, MAX_THREADS
+from bitnet_numba.engine.loading import BACKENDS, MAX_THREADS
 from bitnet_numba.errors import BitNetError, printable
 from bitnet_numba.packing import pack_ternary, unpack_ternary
 from tools.benchmarks.table import CPU_PARTS, table
@@ -131,7 +131,7 @@ def measure_on_cpu(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure_end_to_end(args: argparse.Namespace) -> dict[str, Any]:
     """The figures of the engine, of a checkpoint or of 2B4T with random weights."""
-    from bitnet_numba.engine.engine import load
+    from bitnet_numba.engine.loading import load
     from tools.benchmarks import engine
     from tools.benchmarks.inputs import write_random_packed, write_random_tokenizer
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bitnet_numba.engine.engine import BACKENDS, load
+from bitnet_numba.engine.loading import BACKENDS, load
 from bitnet_numba.errors import BitNetError
 from tools.demo.evaluate import below, judge, report
 

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bitnet_numba.engine.completion import Completion
-from bitnet_numba.engine.engine import load
+from bitnet_numba.engine.loading import load
 from bitnet_numba.engine.request import Request
 from tests.engine.soak import Soak
 from tests.engine.toy_soak import toy_soak

@@ -8,7 +8,7 @@ from pathlib import Path
 from time import perf_counter
 
 from bitnet_numba.commands import complain, make_parser, output
-from bitnet_numba.engine.engine import BACKENDS, load
+from bitnet_numba.engine.loading import BACKENDS, load
 from bitnet_numba.engine.scoring import MAX_WINDOW
 from bitnet_numba.errors import BitNetError, RequestError, printable
 

@@ -20,7 +20,7 @@ def cpu() -> dict[str, Any]:
     from bitnet_numba.backends.cpu.backend import default_threads
     from bitnet_numba.backends.cpu.warmup import Needs
     from bitnet_numba.checkpoint.packed import open_packed
-    from bitnet_numba.engine.engine import DEMO
+    from bitnet_numba.engine.loading import DEMO
     from bitnet_numba.kernels.cpu import isa, step
 
     found: dict[str, Any] = {"instruction_sets": isa.available(), "threads": default_threads()}

@@ -1,24 +1,16 @@
-"""`load` opens a packed checkpoint, chooses a backend and returns an Engine, which answers prompts."""
+"""Engine, a loaded model, answers prompts: alone, as a stream, together, or in a scheduler."""
 
 import contextlib
-import ctypes
-import errno
-import importlib.util
 import itertools
-import logging
-import os
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_numba.backends.protocol import Backend, Context
-from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed, read_packed
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.engine.asynchronous import AsyncStream, AsyncWorker
 from bitnet_numba.engine.completion import Completion
@@ -33,7 +25,6 @@ from bitnet_numba.engine.request import (
     check_names,
     is_list,
     positive_integer,
-    read_folder,
     read_params,
     read_request,
 )
@@ -41,10 +32,7 @@ from bitnet_numba.engine.scheduler import MAX_SEQUENCES, PREFILL_CHUNK, Schedule
 from bitnet_numba.engine.scoring import MAX_WINDOW, Score, score_windows
 from bitnet_numba.engine.session import Session, Stream, finite_arithmetic
 from bitnet_numba.engine.shared import SharedBackend
-from bitnet_numba.errors import BackendError, BitNetError, CheckpointError, RequestError, one_line, printable, shown
-from bitnet_numba.hub.fetch import find_model
-from bitnet_numba.model_folder import ModelFolder
-from bitnet_numba.sampling import read_sampling
+from bitnet_numba.errors import BitNetError, RequestError, shown
 from bitnet_numba.sampling_params import MAX_LOGPROBS, SamplingOverrides, SamplingParams
 from bitnet_numba.text.chat_template import Message
 from bitnet_numba.text.tokenizer import Tokenizer
@@ -52,14 +40,9 @@ from bitnet_numba.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # Python 3.10 has none of its own
 
-BACKENDS = ("auto", "cuda", "cpu", "reference")
-MAX_THREADS = 1024
 ALL_PROMPTS = 1 << 40  # prompt tokens a round of `generate_batch`: nobody waits for the next piece of an answer there
-DEMO = Path(__file__).parent.parent / "demo"  # the built-in model
 
 User = TypeVar("User", Session, Scheduler)
-
-_log = logging.getLogger("bitnet_numba")
 
 
 class Engine:
@@ -454,113 +437,3 @@ def _naming_prompt(index: int) -> Iterator[None]:
         yield
     except BitNetError as error:
         raise type(error)(f"prompt {index}: {error}") from None
-
-
-def load(
-    path: str | os.PathLike[str] | None = None,
-    backend: str = "auto",
-    context: int | None = None,
-    threads: int | None = None,
-    revision: str | None = None,
-) -> Engine:
-    """Opens a model.
-
-    path: a folder that `bitnet-numba convert` wrote; or the name of a model of the Hugging Face hub ("owner/name", or a
-        short name such as "2b4t"), which is downloaded and converted when it is first used, and kept; or a GGUF file,
-        here or on the hub (owner/name/FILE.gguf); None opens the built-in model. What is here comes first.
-    backend: "cuda", "cpu", "reference" (plain NumPy, slow) or "auto": CUDA if it is usable, otherwise the CPU.
-    context: maximum number of tokens, prompt and answer together; None: the model's own maximum.
-    threads: of the CPU backend; None: one for each physical core that this process may use.
-    revision: branch, tag or commit of a model of the hub; None: its main branch.
-
-    Raises BitNetError, with a message of one line, if the folder, a file or an argument is invalid.
-    """
-    if not isinstance(backend, str):
-        raise RequestError(f"backend must be one of {', '.join(BACKENDS)}, not {shown(backend)}")
-    if backend not in BACKENDS:
-        raise BackendError(f"there is no backend {shown(backend)}: choose one of {', '.join(BACKENDS)}")
-    if path is None and not DEMO.is_dir():
-        raise CheckpointError("this version has no built-in model: name a folder, or a model of the Hugging Face hub")
-    if path is None and revision is not None:
-        raise RequestError("the built-in model has no revisions")
-    folder = DEMO
-    if path is not None:
-        given = read_folder(path)
-        folder = find_model(path if isinstance(path, str) else given, revision)
-
-    def read(opened: ModelFolder) -> tuple[PackedCheckpoint, Tokenizer, SamplingParams | None]:
-        checkpoint = open_packed(opened)
-        return checkpoint, Tokenizer.open(opened, checkpoint.config.vocab_size), read_sampling(opened)
-
-    with _load_errors(folder):
-        checkpoint, tokenizer, sampling = read_packed(folder, read)
-        config = checkpoint.config
-        if context is None:
-            context = config.max_context
-        else:
-            tokens = as_integer(context)
-            if tokens is None or not 1 <= tokens <= config.max_context:
-                raise RequestError(
-                    f"context must be between 1 and the model's {config.max_context}, not {shown(context)}"
-                )
-            context = tokens
-        if threads is not None:
-            if backend in ("cuda", "reference"):
-                raise RequestError(f"threads are an option of the CPU backend, not of {backend!r}")
-            number = as_integer(threads)
-            if number is None or not 1 <= number <= MAX_THREADS:
-                raise RequestError(f"threads must be between 1 and {MAX_THREADS}, not {shown(threads)}")
-            threads = number
-        return Engine(_open_backend(backend, checkpoint, threads), tokenizer, config, context, sampling)
-
-
-@contextlib.contextmanager
-def _load_errors(folder: Path) -> Iterator[None]:
-    """Turns what the operating system refuses while a model is loaded into one BitNetError."""
-    name = printable(str(folder))
-    try:
-        yield
-    except (MemoryError, OSError) as error:
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
-            size = (folder / "model.safetensors").stat().st_size / 1e9
-            raise BackendError(f"memory ran out while {name} was loaded, whose weights take {size:.2f} GB") from None
-        raise CheckpointError(f"{name} cannot be opened: {one_line(error)}") from None
-
-
-def _open_backend(name: str, checkpoint: PackedCheckpoint, threads: int | None) -> Backend:
-    if name == "reference":
-        from bitnet_numba.backends.reference import reference_backend
-
-        return reference_backend(checkpoint)
-    if name == "cuda" or (name == "auto" and _has_nvidia_driver()):
-        try:
-            return _open_cuda(checkpoint)
-        except BackendError as error:
-            if name == "cuda":
-                raise
-            _log.warning("%s; running on the CPU instead", error)
-    from bitnet_numba.backends.cpu.backend import cpu_backend
-
-    return cpu_backend(checkpoint, threads)
-
-
-def _has_nvidia_driver() -> bool:
-    """Whether there is an NVIDIA driver or device. False means a CPU-only machine, not a broken install."""
-    try:
-        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return os.path.exists("/dev/nvidiactl")
-    return True
-
-
-def _open_cuda(checkpoint: PackedCheckpoint) -> Backend:
-    """The CUDA backend. Raises BackendError if there is no usable device, or too little memory on it."""
-    if importlib.util.find_spec("numba_cuda") is None:
-        # Numba has a numba.cuda of its own, but the kernels need numba-cuda's.
-        raise BackendError("CUDA cannot be used: its packages are not installed (install the extra cuda13 or cuda12)")
-    from bitnet_numba.backends.cuda.backend import CudaBackend, why_unusable
-
-    reason = why_unusable()
-    if reason is not None:
-        raise BackendError(f"CUDA cannot be used: {reason}")
-    return CudaBackend(checkpoint)

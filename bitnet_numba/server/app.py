@@ -79,6 +79,8 @@ class Endpoint:
             except ApiError as error:
                 if not exchange.left:
                     await exchange.error(error)
+            except ClientLeft:
+                raise
             except Exception as error:
                 # A mistake of ours: the traceback is for the log, the client learns only that it is one.
                 _log.exception("request %s: %s", exchange.request_id, one_line(error))

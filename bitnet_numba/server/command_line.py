@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from bitnet_numba.commands import complain, make_parser
-from bitnet_numba.engine.engine import BACKENDS, load
+from bitnet_numba.engine.loading import BACKENDS, load
 from bitnet_numba.errors import BitNetError, RequestError, one_line, printable
 from bitnet_numba.hub.fetch import as_hub_model, find_model, is_gguf
 from bitnet_numba.server import PROG

@@ -14,7 +14,7 @@ from functools import partial
 from ray import serve
 from starlette.types import ASGIApp
 
-from bitnet_numba.engine.engine import load
+from bitnet_numba.engine.loading import load
 from bitnet_numba.errors import RequestError
 from bitnet_numba.server.app import create_app
 from bitnet_numba.server.command_line import build_parser, read_settings

@@ -12,7 +12,7 @@ from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.queue_options import QueueOptions
 from bitnet_numba.engine.request import Request
 from bitnet_numba.engine.scheduler import Scheduler
-from bitnet_numba.errors import BitNetError, RequestError, SchedulerClosed
+from bitnet_numba.errors import BitNetError, RequestError, SchedulerClosed, shown
 from bitnet_numba.server.answers import Answers
 from bitnet_numba.server.engine_loop import EngineLoop
 from bitnet_numba.server.errors import ApiError, busy, from_request_error
@@ -210,7 +210,7 @@ class Service:
         if not self._engine_loop.alive:
             raise busy("the model has failed", "engine_failed", retry_after=30)
         if count > settings.max_choices:
-            raise ApiError(400, f"a request may have {settings.max_choices} answers, not {count}", param="n")
+            raise ApiError(400, f"a request may have {settings.max_choices} answers, not {shown(count)}", param="n")
         room = settings.max_sequences + settings.max_waiting - self.open
         if count > room:
             raise self._full()

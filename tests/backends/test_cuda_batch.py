@@ -11,7 +11,7 @@ from bitnet_numba.backends.protocol import NO_TOKEN, Batch
 from bitnet_numba.backends.reference import reference_backend
 from bitnet_numba.checkpoint.convert import convert
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
-from bitnet_numba.engine.engine import DEMO
+from bitnet_numba.engine.loading import DEMO
 from bitnet_numba.errors import BackendError
 from bitnet_numba.sampling import SamplingParams
 from tests.backends.test_cuda import GREEDY, check_close, one_by_one, random_ids

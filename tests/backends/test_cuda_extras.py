@@ -160,7 +160,7 @@ def test_nothing_is_launched_that_nobody_asks_for() -> None:
     from bitnet_numba.backends.cuda.state import SequenceState
     from bitnet_numba.backends.cuda.steps import BatchSteps, DecodeBuffers, DecodeSteps
     from bitnet_numba.checkpoint.packed import open_packed
-    from bitnet_numba.engine.engine import DEMO
+    from bitnet_numba.engine.loading import DEMO
 
     config, device = open_packed(DEMO).config, DryRunDevice(90, 132)
     model = CudaModel.dry_run(config, "int8", device)

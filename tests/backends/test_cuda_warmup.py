@@ -8,7 +8,7 @@ import pytest
 
 from bitnet_numba.backends.cuda import warmup
 from bitnet_numba.checkpoint.packed import open_packed
-from bitnet_numba.engine.engine import DEMO
+from bitnet_numba.engine.loading import DEMO
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.runtime import compiler
 from bitnet_numba.kernels.runtime.spec import ArchSpec

@@ -19,7 +19,7 @@ import bitnet_numba
 from bitnet_numba.checkpoint import install
 from bitnet_numba.checkpoint.convert import convert
 from bitnet_numba.checkpoint.install import replacing
-from bitnet_numba.engine.engine import load
+from bitnet_numba.engine.loading import load
 from bitnet_numba.errors import CheckpointError
 from bitnet_numba.model_folder import ModelFolder
 from tools.make_checkpoint import PRESETS, make_checkpoint

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.config import GROUPS
-from bitnet_numba.engine.engine import DEMO
+from bitnet_numba.engine.loading import DEMO
 from bitnet_numba.text.tokenizer import Tokenizer
 
 GOLDEN_DEMO = Path(__file__).parent.parent / "golden" / "demo" / "golden.npz"

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import bitnet_numba as bn
-from bitnet_numba.engine.engine import DEMO, Engine
+from bitnet_numba.engine.engine import Engine
+from bitnet_numba.engine.loading import DEMO
 from tests.demo.demo_in_transformers import CONVERSATIONS, GOLDEN_DEMO, prompt_ids, write_hugging_face
 from tests.golden.record import LAST, Transformers
 from tests.int8_activations import LOGITS_TOLERANCE, check_logits, imposed, per_linear, recorded_groups

@@ -21,7 +21,7 @@ from bitnet_numba.backends.reference import reference_backend
 from bitnet_numba.chat.conversation import Conversation
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed, packed_plan
 from bitnet_numba.checkpoint.safetensors_file import write_tensors
-from bitnet_numba.engine import engine as engine_module
+from bitnet_numba.engine import loading
 from bitnet_numba.engine.session import common_prefix
 from bitnet_numba.errors import (
     BackendError,
@@ -444,8 +444,8 @@ def test_without_cuda_auto_says_why_and_goes_on(
     def refuse(checkpoint: PackedCheckpoint) -> NoReturn:
         raise BackendError(reason)
 
-    monkeypatch.setattr(engine_module, "_open_cuda", refuse)
-    monkeypatch.setattr(engine_module, "_has_nvidia_driver", lambda: True)
+    monkeypatch.setattr(loading, "_open_cuda", refuse)
+    monkeypatch.setattr(loading, "_has_nvidia_driver", lambda: True)
     with caplog.at_level(logging.WARNING, "bitnet_numba"):
         assert bn.load(tiny_packed).backend == "cpu"
     assert len(caplog.messages) == 1 and caplog.messages[0].startswith(reason)
@@ -456,7 +456,7 @@ def test_without_cuda_auto_says_why_and_goes_on(
 def test_without_an_nvidia_gpu_auto_takes_the_cpu(
     tiny_packed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(engine_module, "_has_nvidia_driver", lambda: False)
+    monkeypatch.setattr(loading, "_has_nvidia_driver", lambda: False)
     with caplog.at_level(logging.WARNING, "bitnet_numba"):
         assert bn.load(tiny_packed).backend == "cpu"
     assert caplog.messages == []
@@ -539,7 +539,7 @@ def test_loading_mistakes(
     for context in (0, -1, 10**9, 2.5, True):
         with pytest.raises(RequestError, match="context must be between 1 and"):
             bn.load(tiny_packed, backend="reference", context=context)  # type: ignore[arg-type]
-    monkeypatch.setattr(engine_module, "DEMO", tmp_path / "none")
+    monkeypatch.setattr(loading, "DEMO", tmp_path / "none")
     with pytest.raises(CheckpointError, match=r"no built-in model"):
         bn.load()
     folder = Path(shutil.copytree(tiny_packed, tmp_path / "copy"))

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import bitnet_numba as bn
 from bitnet_numba.engine.completion import Completion
-from bitnet_numba.engine.engine import DEMO, Engine
+from bitnet_numba.engine.engine import Engine
+from bitnet_numba.engine.loading import DEMO
 from bitnet_numba.engine.scheduler import Update
 from bitnet_numba.errors import RequestError
 from bitnet_numba.sampling import sample, token_logprobs

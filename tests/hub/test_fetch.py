@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from bitnet_numba.checkpoint.convert import Report, convert
 from bitnet_numba.checkpoint.install import replacing
 from bitnet_numba.checkpoint.packed import open_packed
-from bitnet_numba.engine.engine import load
+from bitnet_numba.engine.loading import load
 from bitnet_numba.errors import BitNetError, CheckpointError, RequestError
 from bitnet_numba.hub import download, fetch, store
 from bitnet_numba.hub.names import hub_model

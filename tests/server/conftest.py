@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from bitnet_numba.engine.engine import Engine, load
+from bitnet_numba.engine.engine import Engine
+from bitnet_numba.engine.loading import load
 from tests.server.helpers import Running, serving
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitnet_numba.engine.engine import DEMO
+from bitnet_numba.engine.loading import DEMO
 from bitnet_numba.errors import RequestError, TokenizerError
 from bitnet_numba.text import chat_template
 from bitnet_numba.text.chat_template import BITNET_TEMPLATE, PUBLISHED_BITNET_TEMPLATE, ChatTemplate
@@ -256,7 +256,7 @@ def test_messages_without_role_or_content_are_refused(messages: Any) -> None:
         ({"role": "user", "content": [3]}, "must be of type text"),
         ({"role": "user", "content": b"x"}, "must be a string or a list"),
         ({"role": "t\x1bool", "content": "x"}, r"no role 't\\x1bool'"),
-        ({"role": "tool", "content": "x"}, "no role 'tool'"),
+        ({"role": "wizard", "content": "x"}, "no role 'wizard'"),
         ({"role": "user", "content": "x", "extra": object()}, "JSON cannot"),
         ({"role": "user", "content": "x", "token_ids": "12"}, "must be integers"),
         ({"role": "user", "content": "x", "token_ids": [1.5]}, "must be integers"),

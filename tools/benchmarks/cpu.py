@@ -20,7 +20,8 @@ from bitnet_numba.backends.cpu.backend import CpuCache, CpuModel, CpuPool
 from bitnet_numba.backends.host import PAGE_SIZE, HostBackend
 from bitnet_numba.backends.protocol import NO_TOKEN
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
-from bitnet_numba.engine.engine import DEMO, Engine
+from bitnet_numba.engine.engine import Engine
+from bitnet_numba.engine.loading import DEMO
 from bitnet_numba.sampling import SamplingParams
 from bitnet_numba.text.tokenizer import Tokenizer
 from tools.benchmarks.cpu_read import READ_BYTES, WINDOW_BYTES, StreamingRead, ones
