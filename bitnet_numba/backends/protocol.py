@@ -181,4 +181,7 @@ class Embedder(Protocol):
     """A backend that can run embedding models."""
 
     def last_hidden(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """The final hidden state of the last of some tokens, float32 [hidden]. Raises BackendError if memory runs out."""
+        """The final hidden state of the last of some tokens, float32 [hidden].
+
+        Raises BackendError if memory is insufficient.
+        """

@@ -31,6 +31,8 @@ def why_unsupported(checkpoint: PackedCheckpoint) -> str | None:
     config = checkpoint.config
     if config.group_scales:
         return "weights with a scale for each row and 128 columns run on the CPU only"
+    if config.embeds:
+        return "embedding models run on the CPU only"
     if config.qk_norm:
         return "queries and keys with a norm of their own run on the CPU only"
     if config.linear_norm:
