@@ -45,6 +45,10 @@ _LIMITS = {
 
 _ARCHITECTURE_OF_TYPE = {"bitnet": "BitNetForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 PLAIN_CLASSES = ("LlamaForCausalLM", "Qwen3ForCausalLM")  # of models that are not BitNet, too
+EMBEDDING_CLASS = "Qwen3Model"  # without an LM head
+MISSING_CLASSES = {  # -> what would have to be there
+    "Gemma3TextModel": "Gemma 3's blocks (GELU, norms behind them, a scaled embedding, attention with a window)",
+}
 _ACTIVATIONS: dict[str, Activation] = {"relu2": "relu2", "silu": "silu", "swish": "silu"}
 
 
@@ -85,6 +89,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     linear_norm: bool = False  # each quantised linear applies an RMSNorm of its own to its input
     linear_norm_eps: float = 1e-6
+    embeds: bool = False  # an embedding model: its last hidden state is what a text means; it generates nothing
     weight_format: WeightFormat = "online"  # of the Hugging Face checkpoint, see checkpoint/huggingface.py
     dense: tuple[str, ...] | None = field(default=None)  # modules_to_not_convert
 
@@ -147,7 +152,7 @@ def config_notes(raw: Mapping[str, Any]) -> list[str]:
     """What a user should know about a valid config.json: one line for each of its peculiarities, often none."""
     keys, notes = Keys(raw, ""), []
     architecture, by_type = _architecture(keys), _class_of_type(keys)
-    if by_type not in (None, architecture) and architecture != "BitnetForCausalLM":
+    if by_type not in (None, architecture) and architecture not in ("BitnetForCausalLM", EMBEDDING_CLASS):
         notes.append(f"config.json: read as {architecture}, although model_type = {shown(keys.get('model_type'))}")
     unknown = keys.unknown(HARMLESS | USED)
     for name, known in (
@@ -163,8 +168,8 @@ def config_notes(raw: Mapping[str, Any]) -> list[str]:
 
 def _from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     keys = Keys(raw, "config.json")
-    keys.refuse_other_arithmetic()
     architecture = _architecture(keys)
+    keys.refuse_other_arithmetic()
     default = CLASS_DEFAULTS[architecture]
     for key, supported in (("weight_bits", (1, 1.58, 2)), ("bits", (1, 1.58, 2)), ("input_bits", (8,))):
         if keys.get(key) is not None and keys.get(key) not in supported:
@@ -198,14 +203,15 @@ def _from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         rope_theta=theta,
         rope_scaling=scaling,
         activation=_ACTIVATIONS[keys.choice("hidden_act", default["hidden_act"], tuple(_ACTIVATIONS))],
-        sub_norms=architecture not in PLAIN_CLASSES,
-        qk_norm=architecture == "Qwen3ForCausalLM",
-        tied=keys.boolean("tie_word_embeddings", False),
+        sub_norms=architecture not in (*PLAIN_CLASSES, EMBEDDING_CLASS),
+        qk_norm=architecture in ("Qwen3ForCausalLM", EMBEDDING_CLASS),
+        tied=keys.boolean("tie_word_embeddings", False) or architecture == EMBEDDING_CLASS,
         attention_bias=keys.boolean("attention_bias", False),
         # The other classes' feed-forward has no bias, whatever is written.
         mlp_bias=keys.boolean("mlp_bias", False) and architecture == "LlamaForCausalLM",
         linear_norm=linear_norm,
         linear_norm_eps=linear_norm_eps,
+        embeds=architecture == EMBEDDING_CLASS,
         weight_format=weight_format,
         dense=dense,
     )
@@ -221,6 +227,9 @@ def _architecture(keys: Keys) -> str:
     """The model class: what `architectures` names; where it is absent, that of model_type."""
     architectures = keys.get("architectures") or [_class_of_type(keys)]
     if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in list(CLASS_DEFAULTS):
+        for name in architectures if isinstance(architectures, list) else []:
+            if isinstance(name, str) and name in MISSING_CLASSES:
+                raise ConfigError(f"config.json: {name} is not supported: {MISSING_CLASSES[name]}")
         one_of = ", ".join(CLASS_DEFAULTS)
         raise ConfigError(
             f"config.json: architectures = {shown(keys.get('architectures'))} is not supported (one of {one_of})"
@@ -288,6 +297,8 @@ def _quantization(keys: Keys, architecture: str) -> tuple[WeightFormat, bool, fl
     if given is None:
         if architecture == "BitnetForCausalLM":
             return "online", False, 1e-6, None
+        if architecture == EMBEDDING_CLASS:  # each linear has its norm, with the epsilon of all others
+            return "online", True, keys.number("rms_norm_eps", CLASS_DEFAULTS[architecture]["rms_norm_eps"]), None
         if architecture in PLAIN_CLASSES:
             return "floats", False, 1e-6, None  # which must be found to be ternary
         raise ConfigError("config.json: no quantization_config, so this is not a BitNet checkpoint")

@@ -90,6 +90,7 @@ CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
     "BitnetForCausalLM": _LLAMA,  # the first release
     "LlamaForCausalLM": _LLAMA,
     "Qwen3ForCausalLM": _QWEN3,
+    "Qwen3Model": _QWEN3,
 }
 
 Raw = Mapping[str, Any]

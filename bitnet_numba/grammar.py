@@ -12,9 +12,6 @@ from bitnet_numba.errors import RequestError, printable, shown
 
 MAX_SOURCE = 64 * 1024  # characters of a schema, an expression or a grammar
 MAX_DEPTH = 64  # of values inside values
-# Between the parts of JSON: nothing, a space, or a new line with its indentation. Without a limit, a model that has
-# nothing to say may go on with blanks until its length ends the answer.
-JSON_WHITESPACE = r"( |\n {0,32})"
 # About 20 ms to compile and 15 ms a token at worst, and 30 MB. Errors leave out the parser's state.
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,
@@ -24,6 +21,8 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
+# White space between values is given, not chosen: a small model may go on with line ends for ever.
+ONE_LINE: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @dataclass(frozen=True)
@@ -38,16 +37,15 @@ class Grammar:
 
     @classmethod
     def json(cls) -> "Grammar":
-        """Any JSON object."""
+        """Any JSON object, in one line."""
         return cls.json_schema({"type": "object"})
 
     @classmethod
-    def json_schema(cls, schema: Any) -> "Grammar":
-        """JSON that is valid under a schema (a dict, a bool, or its text).
+    def json_schema(cls, schema: Any, lenient: bool = False) -> "Grammar":
+        """JSON that is valid under a schema (a dict, a bool, or its text), in one line.
 
-        Between its parts is at most a space, or a new line and its indentation.
-
-        Raises RequestError for what is no schema, for keywords that cannot be enforced, and beyond 64 KiB or 64 levels.
+        lenient: keywords that cannot be enforced are ignored. Raises RequestError for what is no schema, for such
+        keywords otherwise, and beyond 64 KiB or 64 levels.
         """
         if isinstance(schema, str):
             _check_size("a JSON schema", schema)
@@ -63,7 +61,7 @@ class Grammar:
         except (TypeError, ValueError):
             raise RequestError("a JSON schema must consist of what JSON knows") from None
         _check_size("a JSON schema", text)
-        source = library().LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": JSON_WHITESPACE})
+        source = library().LLMatcher.grammar_from_json_schema(text, overrides={**ONE_LINE, "lenient": lenient})
         return cls._checked(source, "JSON schema")
 
     @classmethod

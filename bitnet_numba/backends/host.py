@@ -118,6 +118,14 @@ class HostBackend(Generic[C]):
                 f"not free: {f'--context {fits}' if fits else 'no context'} would fit"
             ) from None
 
+    def last_hidden(self, ids: Sequence[int]) -> Floats:
+        """The final hidden state of the last of some tokens, see `protocol.Embedder`."""
+        context = self.new_context(len(ids))
+        try:
+            return context.last_hidden(ids)
+        finally:
+            context.close()
+
     def new_batch(self, max_sequences: int, capacity: int, tokens: int | None = None) -> "HostBatch[C]":
         """An empty batch, see `protocol.Backend`. Raises BackendError if memory is insufficient."""
         sequence_pages = pages_of(capacity)  # of one sequence at full capacity
@@ -192,6 +200,12 @@ class HostContext(Generic[C]):
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Appends tokens and returns the logits at each of them, float32 [M, vocab]."""
         return np.concatenate([self._model.logits(hidden) for hidden in self._extend(ids)])
+
+    def last_hidden(self, ids: Sequence[int]) -> Floats:
+        """Appends tokens (at least one) and returns the final hidden state of the last, float32 [hidden]."""
+        for hidden in self._extend(ids):
+            last: Floats = hidden[-1]
+        return last
 
     def decode(self, ids: Sequence[int], params: SamplingParams, constraint: Constraint | None = None) -> Iterator[int]:
         """Appends tokens (at least one), then yields sampled tokens, one per step, until the context is full."""

@@ -1,7 +1,7 @@
 """The interface between engine and backends (reference, CUDA): Context, Batch and Backend. Token ids only."""
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -174,3 +174,11 @@ class Backend(Protocol):
 
     def memory(self) -> dict[str, int]:
         """Memory in use, in bytes by purpose, e.g. {"weights": ..., "kv_cache": ...}, with what is kept."""
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """A backend that can run embedding models."""
+
+    def last_hidden(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """The final hidden state of the last of some tokens, float32 [hidden]. Raises BackendError for lack of memory."""

@@ -1,5 +1,6 @@
 """Files and blocks as parts of a question."""
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,9 +27,7 @@ def with_attachments(attachments: Sequence[Attachment], question: str) -> str:
     """The question after the files' texts, each in a fence longer than any in it."""
     parts = []
     for name, text in attachments:
-        fence = "```"
-        while fence in text:
-            fence += "`"
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
         parts.append(f"{name}:\n{fence}\n{text}\n{fence}")
     return "\n\n".join([*parts, question] if question.strip() else parts)
 

@@ -54,11 +54,17 @@ def read_bytes(path: Path, max_bytes: int, reader: str) -> bytes:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):
             raise RequestError(f"{name} is {'a folder' if stat.S_ISDIR(info.st_mode) else 'not a regular file'}")
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_without_waiting) as file:
             data = file.read(max_bytes + 1)
+    if data is None:  # Linux calls some files of /proc regular whose readers wait for what comes
+        raise RequestError(f"{name} is not a regular file")
     if len(data) > max_bytes:
         raise RequestError(f"{name} is too large for {reader}: more than {max_bytes:,} bytes")
     return data
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def write_file(path: Path, data: bytes, check_replaceable: Callable[[Path], object]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_numba.checkpoint import gguf_types as types
-from bitnet_numba.checkpoint.gguf_config import ROPE_FACTORS, find_architecture, hf_config
+from bitnet_numba.checkpoint.gguf_config import LINEAR_NORM, ROPE_FACTORS, find_architecture, hf_config
 from bitnet_numba.checkpoint.gguf_file import GgufFile, TensorInfo, Value
 from bitnet_numba.checkpoint.huggingface import GroupLinear, Rounding, TernaryLinear
 from bitnet_numba.checkpoint.rows import group_ternary
@@ -70,7 +70,8 @@ class GgufCheckpoint:
         self._layout: types.I2sLayout = i2s_layout or "x86"
         self._left = set(self._infos)
         self._rounding: dict[str, Rounding] = {}
-        grouped = self._architecture.hf_class in PLAIN_CLASSES and self._has_group_scales()
+        plain = self._architecture.hf_class in PLAIN_CLASSES and LINEAR_NORM not in self._infos
+        grouped = plain and self._has_group_scales()
         self.raw_config, self._notes = hf_config(self.metadata, self._infos, self._rope_factors(), grouped, self.name)
         if grouped and (
             repacked := sorted({info.type for info in self._linears().values()} & {types.TQ1_0, types.TQ2_0})
@@ -174,7 +175,10 @@ class GgufCheckpoint:
         if self._is_permuted(module):
             t = unpermute(t, N // self.config.head_dim)
             bias_values = None if bias_values is None else unpermute(bias_values, N // self.config.head_dim)
-        return TernaryLinear(t, m, bias_values, None)
+        norm = None
+        if self.config.linear_norm:
+            norm = self.take_floats(f"{name.removesuffix('.weight')}_norm_in.weight", (K,))
+        return TernaryLinear(t, m, bias_values, norm)
 
     def refuse_leftovers(self) -> None:
         """Raises CheckpointError if a tensor has not been taken."""

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_numba.checkpoint.gguf_file import Numbers, TensorInfo, Value
+from bitnet_numba.config import EMBEDDING_CLASS, MISSING_CLASSES
 from bitnet_numba.config_keys import Keys, is_off, shown
 from bitnet_numba.errors import CheckpointError, ConfigError, printable
 
@@ -32,6 +33,7 @@ ARCHITECTURES = {
     "llama": Architecture("LlamaForCausalLM", "llama", "silu", sub_norms=False, permuted=True),
     "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", "silu", sub_norms=False, permuted=False),
 }
+_MISSING = {"gemma3": MISSING_CLASSES["Gemma3TextModel"]}
 # Keys of an architecture that are read, or that change nothing.
 KNOWN = frozenset(
     """block_count context_length embedding_length feed_forward_length vocab_size attention.head_count
@@ -48,6 +50,8 @@ MUST_BE_OFF = frozenset(
     attention.layer_norm_epsilon attention.temperature_scale pooling_type""".split()
 )
 ROPE_FACTORS = "rope_freqs.weight"
+LINEAR_NORM = "blk.0.attn_q_norm_in.weight"  # of embedding models, in which each linear has a norm of its own
+LAST_TOKEN = 3  # pooling_type
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -60,6 +64,8 @@ def find_architecture(metadata: Mapping[str, Value], where: object) -> tuple[str
     if kind != "model":
         raise CheckpointError(f"{where} holds no model: general.type = {shown(kind)}")
     name = metadata.get("general.architecture")
+    if isinstance(name, str) and name in _MISSING:
+        raise CheckpointError(f"{where}: the architecture {shown(name)} is not supported: {_MISSING[name]}")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         one_of = ", ".join(ARCHITECTURES)
         raise CheckpointError(f"{where}: the architecture {shown(name)} is not supported (one of {one_of})")
@@ -81,16 +87,24 @@ def hf_config(
     Raises CheckpointError or ConfigError for what is missing or not supported.
     """
     name, architecture = find_architecture(metadata, where)
+    embeds = name == "qwen3" and LINEAR_NORM in tensors
     prefix = f"{name}."
     keys = Keys(
         {key.removeprefix(prefix): of for key, of in metadata.items() if key.startswith(prefix)}, where + ": " + name
     )
+    notes = []
+    pooling = keys.get("pooling_type", LAST_TOKEN)
+    if embeds:
+        keys = Keys({key: of for key, of in keys.raw.items() if key != "pooling_type"}, keys.where)
+        if pooling != LAST_TOKEN:
+            notes.append(f"{prefix}pooling_type = {shown(pooling)} is ignored: the last token's state is the embedding")
     _refuse_other_arithmetic(keys)
     heads = _same_everywhere(keys, "attention.head_count")
     head_dim = _head_dim(keys, tensors, heads)
     scaling = _rope_scaling(keys, rope_factors, head_dim)
+    eps = shortest(keys.number("attention.layer_norm_rms_epsilon"))
     config: dict[str, Any] = {
-        "architectures": [architecture.hf_class],
+        "architectures": [EMBEDDING_CLASS if embeds else architecture.hf_class],
         "model_type": architecture.model_type,
         "hidden_act": architecture.activation,
         "vocab_size": _rows(tensors, "token_embd.weight", where),
@@ -101,7 +115,7 @@ def hf_config(
         "num_key_value_heads": _same_everywhere(keys, "attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": keys.integer("context_length"),
-        "rms_norm_eps": shortest(keys.number("attention.layer_norm_rms_epsilon")),
+        "rms_norm_eps": eps,
         "rope_theta": shortest(keys.number("rope.freq_base", 10000.0)),
         "rope_scaling": scaling,
         "tie_word_embeddings": "output.weight" not in tensors,
@@ -114,11 +128,13 @@ def hf_config(
             "linear_class": "autobitlinear",
             "quantization_mode": "offline",
         }
+    if embeds:
+        config["quantization_config"] |= {"use_rms_norm": True, "rms_norm_eps": eps}
     for ours in ("bos_token_id", "eos_token_id"):
         token = metadata.get(f"tokenizer.ggml.{ours}")
         if type(token) is int:
             config[ours] = token
-    return config, _notes(keys, prefix)
+    return config, notes + _notes(keys, prefix)
 
 
 def shortest(value: float) -> float:

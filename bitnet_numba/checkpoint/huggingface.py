@@ -96,6 +96,7 @@ class HuggingFaceCheckpoint:
                     shown = printable(name)
                     raise CheckpointError(f"{path}: tensor {shown} is already in {self._files[name].path.name}")
                 self._files[name] = file
+        self._stored_as: dict[str, str] = {}
         self._left = {name for name in self._files if not _IGNORED.fullmatch(name)}
         for name in sorted(self._left):
             if self._spec(name).dtype not in DTYPES:
@@ -105,7 +106,10 @@ class HuggingFaceCheckpoint:
             raise CheckpointError(f"{folder}: too few tensors for {self.config.num_layers} layers")
         # One matrix under two names may be stored under either.
         only_head = self.config.tied and EMBEDDING not in self._files and LM_HEAD in self._files
-        self._stored_as = {EMBEDDING: LM_HEAD} if only_head else {}
+        if only_head:
+            self._stored_as[EMBEDDING] = LM_HEAD
+        if self.config.embeds:  # saved without the class around it that has an LM head
+            self._stored_as |= {f"model.{name}": name for name in self._left if not name.startswith("model.")}
         self.nbytes = sum(self._spec(name).nbytes for name in self._left)
 
     @property
@@ -148,7 +152,8 @@ class HuggingFaceCheckpoint:
         """A quantised linear [N, K] by its full module name, in any weight format."""
         weight_format = self.config.weight_format
         bias_values = self.take_floats(f"{module}.bias", (N,)) if bias else None
-        norm = self.take_floats(f"{module}.rms_norm.weight", (K,)) if self.config.linear_norm else None
+        of_norm = "norm" if self.config.embeds else "rms_norm"
+        norm = self.take_floats(f"{module}.{of_norm}.weight", (K,)) if self.config.linear_norm else None
         name = f"{module}.weight"
         if weight_format == "online":
             t, m = ternarize(self.take_floats(name, (N, K)))
@@ -191,6 +196,7 @@ class HuggingFaceCheckpoint:
         self._left.discard(name)
 
     def _spec(self, name: str) -> TensorSpec:
+        name = self._stored_as.get(name, name)
         if name not in self._files:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing")
         return self._files[name].specs[name]

@@ -14,6 +14,7 @@ COMMANDS = {
     "convert": ("bitnet_numba.cli.convert", "write a model of Hugging Face as a packed folder of your choice"),
     "models": ("bitnet_numba.cli.models", "list, show and delete the models that were downloaded by name"),
     "perplexity": ("bitnet_numba.cli.perplexity", "show how well a model predicts a text"),
+    "embed": ("bitnet_numba.cli.embed", "print what lines of text mean, as vectors of an embedding model"),
     "doctor": ("bitnet_numba.cli.doctor", "show what runs on this machine, how fast, and why not more"),
     "bench": ("bitnet_numba.cli.bench", "measure how fast a model runs on this machine"),
     "completion": ("bitnet_numba.cli.completion", "let your shell complete commands and options at the Tab key"),

@@ -14,6 +14,7 @@ from bitnet_numba.backends.protocol import Backend, Context
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.engine.asynchronous import AsyncStream, AsyncWorker
 from bitnet_numba.engine.completion import Completion
+from bitnet_numba.engine.embedding import GENERATES_NOTHING, embedding_ids, unit_vectors
 from bitnet_numba.engine.queue_options import QueueOptions
 from bitnet_numba.engine.request import (
     MODEL_CLOSED,
@@ -110,7 +111,7 @@ class Engine:
         Raises RequestError for an empty list, ids outside the vocabulary or more than the model's context holds, and
         BackendError if a number is not finite.
         """
-        self._check_open()
+        self._check_generates()
         most = self.config.max_context
         if is_list(token_ids) and len(token_ids) > most:
             raise RequestError(f"{len(token_ids)} tokens do not fit the model's context of {most}")
@@ -145,7 +146,7 @@ class Engine:
         Takes memory for one window, however long the text. Raises RequestError for fewer than two tokens and for other
         arguments that are wrong, and BackendError if a number is not finite.
         """
-        self._check_open()
+        self._check_generates()
         count = as_integer(top)
         if count is None or not 0 <= count <= MAX_LOGPROBS:
             raise RequestError(f"top must be between 0 and {MAX_LOGPROBS}, not {shown(top)}")
@@ -165,9 +166,34 @@ class Engine:
         finally:
             context.close()
 
+    def embed(
+        self, texts: Sequence[str] | Sequence[Sequence[int]], dimensions: int | None = None, *, prompt: str = ""
+    ) -> NDArray[np.float32]:
+        """What texts mean, as vectors of length 1, of an embedding model: float32 [n, dimensions].
+
+        texts: a list of texts, or of lists of token ids, which are taken as they are; texts get the token
+            <|endoftext|> at their end, where the model sums them up.
+        dimensions: only so many of the first, scaled to length 1 again; None: all, which are `config.hidden_size`.
+        prompt: stands before each text: what the model was trained with for queries, such as "query: "; documents have
+            none.
+
+        The dot product of two vectors is how alike their texts are, at most 1. One text at a time is computed, so the
+        vectors do not depend on each other. Raises RequestError for other models and wrong arguments, ContextFull for
+        a text that does not fit the context, and BackendError if a number is not finite.
+        """
+        self._check_open()
+        ids = embedding_ids(self.tokenizer, self.config, self.context, texts, prompt)
+        size = self.config.hidden_size
+        dimensions = size if dimensions is None else positive_integer("dimensions", dimensions, size)
+        hidden = np.empty((len(ids), size), np.float32)
+        with finite_arithmetic():
+            for row, own in zip(hidden, ids, strict=True):
+                row[:] = self._backend.last_hidden(own)
+            return unit_vectors(hidden, dimensions)
+
     def session(self) -> Session:
         """A context for a conversation: each turn computes only what is new in its prompt."""
-        self._check_open()
+        self._check_generates()
         return self._remember(self._new_session(self._backend.take_context(self.context)))
 
     @overload
@@ -203,7 +229,7 @@ class Engine:
         if n is None:
             return self._stream(prompt, checked).result()
         count = positive_integer("n", n, MAX_SEQUENCES)
-        self._check_open()
+        self._check_generates()
         request = read_request(self.tokenizer, self.config.vocab_size, self.context, prompt, checked)
         return self._answer_together(request.several(count))
 
@@ -297,7 +323,7 @@ class Engine:
         Raises RequestError or ContextFull, naming the prompt's index, before anything is computed; BackendError if
         memory is insufficient or a prompt produces numbers that are not finite.
         """
-        self._check_open()
+        self._check_generates()
         method = "generate_batch"
         check_names(method, overrides, ["max_sequences"])
         if not is_list(prompts) or isinstance(prompts, np.ndarray):
@@ -352,7 +378,7 @@ class Engine:
         On a GPU, its memory is kept for the next batch, unless that is over a quarter of the GPU's, or is needed
         otherwise; `close` frees it.
         """
-        self._check_open()
+        self._check_generates()
         self._backend.free_idle()  # the batch may need their memory
         scheduler = Scheduler(
             self._backend, self.tokenizer, self.config.vocab_size, self.context, max_sequences, tokens, prefill_chunk,
@@ -361,7 +387,7 @@ class Engine:
         return self._remember(scheduler)
 
     def _stream(self, prompt: Prompt, params: SamplingParams) -> Stream:
-        self._check_open()
+        self._check_generates()
         request = read_request(self.tokenizer, self.config.vocab_size, self.context, prompt, params)
         session = self._remember(self._new_session())
 
@@ -373,10 +399,10 @@ class Engine:
         return session.stream_request(request, ended)
 
     def _astream(self, prompt: Prompt, params: SamplingParams, options: QueueOptions, several: str) -> AsyncStream:
-        self._check_open()
+        self._check_generates()
 
         def read() -> Request:
-            self._check_open()
+            self._check_generates()
             return read_request(self.tokenizer, self.config.vocab_size, self.context, prompt, params, several)
 
         return AsyncStream(self._async_worker, self.scheduler, read, options)
@@ -388,6 +414,12 @@ class Engine:
     def _check_open(self) -> None:
         if self._closed:
             raise RequestError(MODEL_CLOSED)
+
+    def _check_generates(self) -> None:
+        """Raises RequestError if the model is closed, or is an embedding model."""
+        self._check_open()
+        if self.config.embeds:
+            raise RequestError(GENERATES_NOTHING)
 
     def _remember(self, user: User) -> User:
         """Notes a session or scheduler, so that it is closed with the engine."""

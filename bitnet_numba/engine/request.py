@@ -16,6 +16,7 @@ from bitnet_numba.sampling_params import SamplingParams, read_stop
 from bitnet_numba.text.chat_template import Message
 from bitnet_numba.text.constraint import CompiledGrammar, Constraint
 from bitnet_numba.text.tokenizer import Tokenizer
+from bitnet_numba.text.tool_messages import Tools
 
 Prompt = str | Sequence[int] | Sequence[Message]  # a text to continue, token ids, or chat messages
 PARAM_NAMES = tuple(field.name for field in fields(SamplingParams))
@@ -81,12 +82,14 @@ def read_request(
     prompt: Prompt,
     params: SamplingParams,
     several: str = "use generate_batch",
+    tools: Tools | None = None,
 ) -> Request:
     """Encodes a prompt for a context of `capacity` tokens. Raises RequestError or ContextFull if it cannot be used.
 
-    several: what the message advises who gives a list of prompts.
+    several: what the message advises who gives a list of prompts. tools: functions that a conversation's answer may
+    call, see `text.tool_messages`.
     """
-    ids, dropped = encode_prompt(tokenizer, prompt, params, vocab_size, capacity, several)
+    ids, dropped = encode_prompt(tokenizer, prompt, params, vocab_size, capacity, several, tools)
     for what, tokens in (("stop_token_ids", params.ends), ("logit_bias", [token for token, _ in params.biases])):
         for token in tokens:
             if token >= vocab_size:
@@ -108,7 +111,13 @@ def read_request(
 
 
 def encode_prompt(
-    tokenizer: Tokenizer, prompt: Prompt, params: SamplingParams, vocab_size: int, capacity: int, several: str
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    params: SamplingParams,
+    vocab_size: int,
+    capacity: int,
+    several: str,
+    tools: Tools | None = None,
 ) -> tuple[list[int], int]:
     """Token ids of any kind of prompt, and how many messages were left out of it (see `overflow`).
 
@@ -128,7 +137,7 @@ def encode_prompt(
         started = isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant"
 
         def encode(messages: Sequence[Message]) -> list[int]:
-            ids = tokenizer.encode_chat(messages, max_tokens=capacity, continue_final_message=started)
+            ids = tokenizer.encode_chat(messages, True, capacity, continue_final_message=started, tools=tools)
             if len(ids) > capacity:
                 raise ContextFull(f"the prompt has {len(ids)} tokens, but the context holds {capacity}")
             return ids

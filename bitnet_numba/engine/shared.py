@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.backends.protocol import Backend, Batch, Constraint, Context
+from bitnet_numba.backends.protocol import Backend, Batch, Constraint, Context, Embedder
 from bitnet_numba.errors import BackendError, one_line
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.sampling_params import SamplingParams
@@ -78,6 +78,13 @@ class SharedBackend:
         """An empty batch."""
         with self.turn():
             return SharedBatch(self, self._inner.new_batch(max_sequences, capacity, tokens))
+
+    def last_hidden(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """The final hidden state of the last of some tokens, see `protocol.Embedder`."""
+        with self.turn():
+            if not isinstance(self._inner, Embedder):
+                raise BackendError(f"the backend {self.name} cannot run embedding models")
+            return self._inner.last_hidden(ids)
 
     def take_context(self, capacity: int) -> Context:
         """An empty context: one that was given back, if there is one, otherwise a new one."""

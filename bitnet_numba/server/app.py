@@ -17,13 +17,22 @@ from starlette.types import Receive, Scope, Send
 from bitnet_numba.errors import one_line
 from bitnet_numba.server.chat_completions import chat_completions
 from bitnet_numba.server.completions import completions
+from bitnet_numba.server.embeddings import embeddings
 from bitnet_numba.server.errors import ApiError
 from bitnet_numba.server.exchange import ClientLeft, Exchange, dump
 from bitnet_numba.server.gate import Gate, KeyCheck
 from bitnet_numba.server.information import health, metrics, model, models, openapi
 from bitnet_numba.server.page import page
 from bitnet_numba.server.responses import responses
-from bitnet_numba.server.schemas import Body, ChatBody, CompletionBody, DetokenizeBody, ResponseBody, TokenizeBody
+from bitnet_numba.server.schemas import (
+    Body,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    EmbeddingBody,
+    ResponseBody,
+    TokenizeBody,
+)
 from bitnet_numba.server.service import Service
 from bitnet_numba.server.tokenization import detokenize, tokenize
 
@@ -36,6 +45,7 @@ POSTS: dict[str, tuple[type[Body], Poster]] = {
     "/v1/chat/completions": (ChatBody, chat_completions),
     "/v1/completions": (CompletionBody, completions),
     "/v1/responses": (ResponseBody, responses),
+    "/v1/embeddings": (EmbeddingBody, embeddings),
     "/tokenize": (TokenizeBody, tokenize),
     "/detokenize": (DetokenizeBody, detokenize),
 }
@@ -69,6 +79,8 @@ class Endpoint:
             except ApiError as error:
                 if not exchange.left:
                     await exchange.error(error)
+            except ClientLeft:
+                raise
             except Exception as error:
                 # A mistake of ours: the traceback is for the log, the client learns only that it is one.
                 _log.exception("request %s: %s", exchange.request_id, one_line(error))

@@ -6,14 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from bitnet_numba.engine.completion import Completion
+from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.request import Request
+from bitnet_numba.errors import TokenizerError
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.server.errors import ApiError
 from bitnet_numba.server.exchange import Exchange
 from bitnet_numba.server.generation import FINISH_REASONS, read_prompts, respond, usage
+from bitnet_numba.server.response_format import constrained, read_format
 from bitnet_numba.server.sampling_fields import number_of_choices, sampling_params
 from bitnet_numba.server.schemas import ChatBody, ChatMessage
 from bitnet_numba.server.service import Service
+from bitnet_numba.server.tool_calls import CallReader, tool_call, tool_call_delta
+from bitnet_numba.server.tools import read_tools, uses_tools
 from bitnet_numba.text.tokenizer import Tokenizer
 
 # OpenAI's newer name of the system role; templates know the older one.
@@ -28,12 +33,26 @@ async def chat_completions(service: Service, exchange: Exchange, body: ChatBody)
         raise ApiError(400, "top_logprobs needs logprobs", param="top_logprobs", code="invalid_value")
     params, n = sampling_params(body, engine), number_of_choices(body)
     id, model = f"chatcmpl-{exchange.request_id}", service.check_model(body.model)
-    form = ChatForm(id, model, body.with_usage, engine.tokenizer)
+    tags = call_tags(engine) if uses_tools(body) else None
+    form = ChatForm(id, model, body.with_usage, engine.tokenizer, tags)
 
     def make() -> list[Request]:
-        return read_prompts(engine, [as_messages(body.messages, engine.tokenizer)], params, n)
+        messages = as_messages(body.messages, engine.tokenizer)
+        if tags is None:
+            form_of = constrained(engine, params, read_format(body.response_format), "response_format")
+            return read_prompts(engine, [messages], form_of, n)
+        use = read_tools(body, tags)
+        return read_prompts(engine, [messages], constrained(engine, params, use.grammar, "tools"), n, use.described)
 
     await respond(service, exchange, body, make, n, form, "messages")
+
+
+def call_tags(engine: Engine) -> tuple[str, str]:
+    """What stands before and after a call in the model's answers. Raises ApiError if it cannot chat."""
+    try:
+        return engine.tokenizer.call_tags
+    except TokenizerError as error:
+        raise ApiError(400, str(error), param="messages", code="invalid_value") from None
 
 
 def as_messages(messages: Sequence[ChatMessage], tokenizer: Tokenizer) -> list[dict[str, Any]]:
@@ -59,8 +78,12 @@ def as_messages(messages: Sequence[ChatMessage], tokenizer: Tokenizer) -> list[d
 class ChatForm:
     """Answers as chat completions and their chunks. What chunks have in common is written once."""
 
-    def __init__(self, id: str, model: str, with_usage: bool, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(
+        self, id: str, model: str, with_usage: bool, tokenizer: Tokenizer, tags: tuple[str, str] | None = None
+    ):
+        """tags: what stands before and after a call of a function; None: answers are texts."""
+        self._tokenizer, self._tags = tokenizer, tags
+        self._readers: dict[int, CallReader] = {}  # of each answer that is streamed
         self._base = {"id": id, "created": int(time.time()), "model": model}
         self._with_usage = with_usage
         head = json.dumps({**self._base, "object": "chat.completion.chunk"})[:-1]
@@ -70,29 +93,44 @@ class ChatForm:
 
     def whole(self, requests: Sequence[Request], completions: Sequence[Completion], n: int) -> dict[str, Any]:
         """A chat.completion."""
+        messages = [self._message(completion.text) for completion in completions]
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": completion.text, "refusal": None},
+                "message": message,
                 "logprobs": self._logprobs(completion.logprobs),
-                "finish_reason": FINISH_REASONS[completion.finish_reason],
+                "finish_reason": _finish_reason(completion, "tool_calls" in message),
             }
-            for index, completion in enumerate(completions)
+            for index, (message, completion) in enumerate(zip(messages, completions, strict=True))
         ]
         return {**self._base, "object": "chat.completion", "choices": choices, "usage": usage(completions, n)}
 
     def opening(self, index: int) -> str:
         """The role comes first."""
+        if self._tags is not None:
+            self._readers[index] = CallReader(self._tags)
+            return self._chunk(index, '{"role": "assistant", "content": null}')
         return self._chunk(index, '{"role": "assistant", "content": ""}')
 
     def text(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> str:
-        """More content."""
-        delta = f'{{"content": {json.dumps(text)}}}'
-        return self._chunk(index, delta, json.dumps(self._logprobs(logprobs)) if logprobs else "null")
+        """More content, or more of calls."""
+        found = json.dumps(self._logprobs(logprobs)) if logprobs else "null"
+        if self._tags is None:
+            return self._chunk(index, f'{{"content": {json.dumps(text)}}}', found)
+        text, parts = self._readers[index].push(text)
+        delta: dict[str, Any] = {"content": text} if text else {}
+        if parts:
+            delta["tool_calls"] = [tool_call_delta(part) for part in parts]
+        return self._chunk(index, json.dumps(delta), found) if delta or logprobs else ""
 
     def finish(self, index: int, completion: Completion) -> str:
         """The finish reason, alone."""
-        return self._chunk(index, "{}", reason=f'"{FINISH_REASONS[completion.finish_reason]}"')
+        rest, has_calls = "", False
+        if self._tags is not None:
+            reader = self._readers[index]
+            rest, has_calls = reader.finish(), reader.has_calls
+        last = self._chunk(index, json.dumps({"content": rest})) if rest else ""
+        return last + self._chunk(index, "{}", reason=f'"{_finish_reason(completion, has_calls)}"')
 
     def closing(self, completions: Sequence[Completion], n: int) -> str:
         """The usage if it was asked for, and the end."""
@@ -102,6 +140,18 @@ class ChatForm:
     def _chunk(self, index: int, delta: str, logprobs: str = "null", reason: str = "null") -> str:
         choice = f'{{"index": {index}, "delta": {delta}, "logprobs": {logprobs}, "finish_reason": {reason}}}'
         return f'{self._head}"choices": [{choice}]{self._tail}'
+
+    def _message(self, text: str) -> dict[str, Any]:
+        """An answer as a message."""
+        message = {"role": "assistant", "content": text, "refusal": None}
+        if self._tags is None:
+            return message
+        reader = CallReader(self._tags)
+        content, parts = reader.push(text)
+        content += reader.finish()
+        if parts:
+            return {**message, "content": None, "tool_calls": [tool_call(part) for part in parts]}
+        return {**message, "content": content or None}
 
     def _logprobs(self, found: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
         if found is None:
@@ -115,3 +165,8 @@ class ChatForm:
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         text = self._tokenizer.decode([token], skip_special=False)
         return {"token": text, "logprob": logprob, "bytes": list(self._tokenizer.token_bytes(token))}
+
+
+def _finish_reason(completion: Completion, has_calls: bool) -> str:
+    reason = FINISH_REASONS[completion.finish_reason]
+    return "tool_calls" if has_calls and reason == "stop" else reason

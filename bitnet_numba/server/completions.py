@@ -12,6 +12,7 @@ from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.server.errors import ApiError
 from bitnet_numba.server.exchange import Exchange
 from bitnet_numba.server.generation import FINISH_REASONS, read_prompts, respond, usage
+from bitnet_numba.server.response_format import constrained, read_format
 from bitnet_numba.server.sampling_fields import number_of_choices, sampling_params
 from bitnet_numba.server.schemas import CompletionBody
 from bitnet_numba.server.service import Service
@@ -32,7 +33,12 @@ async def completions(service: Service, exchange: Exchange, body: CompletionBody
     id, model = f"cmpl-{exchange.request_id}", service.check_model(body.model)
     form = CompletionForm(id, model, body.with_usage, engine.tokenizer, prompts if echo else None, n)
     count = len(prompts) * n
-    await respond(service, exchange, body, lambda: read_prompts(engine, prompts, params, n), count, form, "prompt")
+
+    def make() -> list[Request]:
+        grammar = read_format(body.response_format)
+        return read_prompts(engine, prompts, constrained(engine, params, grammar, "response_format"), n)
+
+    await respond(service, exchange, body, make, count, form, "prompt")
 
 
 def list_prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:

@@ -79,7 +79,7 @@ class Gate:
             return ApiError(403, message, code="host_not_allowed")
         # Browsers let any page send simple requests; what they cannot forge is where the page is from.
         origin = headers.get("origin")
-        if origin is None or "*" in self._origins or origin in self._origins or urlsplit(origin).netloc == host:
+        if origin is None or "*" in self._origins or origin in self._origins or host_of(origin) == host:
             return None
         message = f"pages of {origin!r} are not allowed; --cors-origin names those that are"
         return ApiError(403, message, code="origin_not_allowed")
@@ -104,7 +104,7 @@ class KeyCheck:
         if scope["type"] == "http" and self._digests and scope["path"] not in OPEN_PATHS:
             scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
             # Starlette decodes headers as latin-1; a key may be any text.
-            digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
+            digest = hashlib.sha256(key.strip(" \t").encode("latin-1")).digest()
             if scheme.lower() != "bearer" or not self._known(digest):
                 message = "a valid key is needed, in the header Authorization: Bearer KEY"
                 headers = {"www-authenticate": "Bearer"}
@@ -117,6 +117,14 @@ class KeyCheck:
     def _known(self, digest: bytes) -> bool:
         """Looks at all keys, so that the time it takes says nothing of them."""
         return any([hmac.compare_digest(digest, known) for known in self._digests])
+
+
+def host_of(origin: str) -> str | None:
+    """The host, with its port, of a page's Origin header; None if that is no address."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def host_name(host: str) -> str:

@@ -14,17 +14,20 @@ from bitnet_numba.server.exchange import Exchange
 from bitnet_numba.server.sampling_fields import number_of_choices
 from bitnet_numba.server.schemas import SamplingBody
 from bitnet_numba.server.service import Service
+from bitnet_numba.text.tool_messages import Tools
 
 # Why an answer ended -> OpenAI's finish_reason.
 FINISH_REASONS = {"stop": "stop", "length": "length", "context": "length"}
 
 
-def read_prompts(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, n: int) -> list[Request]:
-    """`n` requests for each prompt, whose seeds count upwards."""
+def read_prompts(
+    engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, n: int, tools: Tools | None = None
+) -> list[Request]:
+    """`n` requests for each prompt, whose seeds count upwards. tools: functions that the answers may call."""
     vocab, several = engine.config.vocab_size, "give a list of prompts"
     requests = []
     for prompt in prompts:
-        requests += read_request(engine.tokenizer, vocab, engine.context, prompt, params, several).several(n)
+        requests += read_request(engine.tokenizer, vocab, engine.context, prompt, params, several, tools).several(n)
     return requests
 
 

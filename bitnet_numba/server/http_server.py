@@ -17,14 +17,14 @@ END_TIMEOUT = 5  # seconds for the last bytes of responses, once nothing is gene
 
 
 class Protocol(HttpToolsProtocol):
-    """One connection. A request's header must be complete in time and of limited size."""
+    """One connection. A request's header must be complete in time and of limited size, as must a body nobody reads."""
 
     receive_timeout = 30.0
     max_header = 64 << 10
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._header_timer: asyncio.TimerHandle | None = None
+        self._receive_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
         self._header_size = 0
         self._in_body = False
@@ -32,11 +32,11 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A connection that never says anything ends as a slow one does."""
         super().connection_made(transport)
-        self._start_header_timer()
+        self._start_receive_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forgets the timers."""
-        self._stop_header_timer()
+        self._stop_receive_timer()
         self._stop_stall_timer()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
@@ -44,7 +44,7 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Feeds the parser, as long as the header is not too large."""
         if not self._in_body:
-            self._start_header_timer()
+            self._start_receive_timer()
             self._header_size += len(data)
         super().data_received(data)
         if not self._in_body and self._header_size > self.max_header and not self.transport.is_closing():
@@ -54,16 +54,18 @@ class Protocol(HttpToolsProtocol):
         """A request begins."""
         super().on_message_begin()
         self._in_body = False
-        self._start_header_timer()
+        self._start_receive_timer()
 
     def on_headers_complete(self) -> None:
-        """The header is here; the body has its own limits."""
-        self._stop_header_timer()
+        """The header is here; whoever reads the body has limits of its own for it."""
+        self._stop_receive_timer()
+        self._start_receive_timer()
         self._in_body, self._header_size = True, 0
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """The request is here."""
+        self._stop_receive_timer()
         self._in_body = False
         super().on_message_complete()
 
@@ -78,24 +80,26 @@ class Protocol(HttpToolsProtocol):
         self._stop_stall_timer()
         super().resume_writing()
 
-    def _start_header_timer(self) -> None:
-        if self._header_timer is None:
-            self._header_timer = self.loop.call_later(self.receive_timeout, self._header_late)
+    def _start_receive_timer(self) -> None:
+        if self._receive_timer is None:
+            self._receive_timer = self.loop.call_later(self.receive_timeout, self._receive_late)
 
-    def _stop_header_timer(self) -> None:
-        if self._header_timer is not None:
-            self._header_timer.cancel()
-            self._header_timer = None
+    def _stop_receive_timer(self) -> None:
+        if self._receive_timer is not None:
+            self._receive_timer.cancel()
+            self._receive_timer = None
 
     def _stop_stall_timer(self) -> None:
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
 
-    def _header_late(self) -> None:
-        self._header_timer = None
+    def _receive_late(self) -> None:
+        self._receive_timer = None
         if self.cycle is not None and not self.cycle.response_complete:
-            self._start_header_timer()  # something came while an answer is under way, which is not to be cut off
+            self._start_receive_timer()  # something came while an answer is under way, which is not to be cut off
+        elif self._in_body:  # of a request that has been answered without it
+            self.transport.close()
         elif not self.transport.is_closing():
             self._refuse(408, "the header did not arrive in time")
 

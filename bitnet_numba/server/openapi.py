@@ -10,6 +10,7 @@ from bitnet_numba.server.schemas import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    EmbeddingBody,
     ErrorBody,
     ResponseBody,
     TokenizeBody,
@@ -19,6 +20,7 @@ _POSTS: dict[str, tuple[type[Body], str]] = {
     "/v1/chat/completions": (ChatBody, "answers a conversation"),
     "/v1/completions": (CompletionBody, "continues texts"),
     "/v1/responses": (ResponseBody, "answers a text or a conversation"),
+    "/v1/embeddings": (EmbeddingBody, "vectors of texts, of an embedding model"),
     "/tokenize": (TokenizeBody, "the token ids of a prompt"),
     "/detokenize": (DetokenizeBody, "the text of token ids"),
 }

@@ -7,14 +7,16 @@ from typing import Any
 
 from bitnet_numba.engine.completion import Completion
 from bitnet_numba.engine.request import Request
+from bitnet_numba.grammar import Grammar
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.sampling_params import SamplingParams
 from bitnet_numba.server.chat_completions import as_messages
-from bitnet_numba.server.errors import unsupported
+from bitnet_numba.server.errors import ApiError, unsupported
 from bitnet_numba.server.exchange import Exchange
 from bitnet_numba.server.generation import read_prompts, respond, usage
+from bitnet_numba.server.response_format import constrained, read_schema
 from bitnet_numba.server.sampling_fields import sampling_params
-from bitnet_numba.server.schemas import ChatMessage, InputItem, ResponseBody
+from bitnet_numba.server.schemas import ChatMessage, InputItem, ResponseBody, TextFormat
 from bitnet_numba.server.service import Service
 
 TEXT_PARTS = ("input_text", "output_text", "text")
@@ -23,16 +25,24 @@ TEXT_PARTS = ("input_text", "output_text", "text")
 async def responses(service: Service, exchange: Exchange, body: ResponseBody) -> None:
     """Answers a text or a conversation."""
     body.refuse_unsupported()
-    if body.text is not None and body.text.format not in (None, {"type": "text"}):
-        raise unsupported("text.format")
+    if not all(isinstance(value, str) for value in (body.metadata or {}).values()):
+        raise ApiError(400, "metadata: its values must be strings", param="metadata", code="invalid_value")
     engine = service.engine
     params, messages = sampling_params(body, engine), list_messages(body)
     form = ResponseForm(exchange.request_id, service.check_model(body.model), body, params)
 
     def make() -> list[Request]:
-        return read_prompts(engine, [as_messages(messages, engine.tokenizer)], params, 1)
+        grammar = _read_format(body.text.format) if body.text is not None else None
+        constrained_params = constrained(engine, params, grammar, "text.format")
+        return read_prompts(engine, [as_messages(messages, engine.tokenizer)], constrained_params, 1)
 
     await respond(service, exchange, body, make, 1, form, "input")
+
+
+def _read_format(format: TextFormat | None) -> Grammar | None:
+    if format is None or format.type == "text":
+        return None
+    return Grammar.json() if format.type == "json_object" else read_schema(format, "text.format")
 
 
 def list_messages(body: ResponseBody) -> list[ChatMessage]:
@@ -60,6 +70,8 @@ class ResponseForm:
 
     def __init__(self, request_id: str, model: str, body: ResponseBody, params: SamplingParams):
         self._item, self._number = f"msg_{request_id}", 0  # the number of the next event
+        format = body.text.format if body.text is not None else None
+        text_format = {"type": "text"} if format is None else format.model_dump(by_alias=True, exclude_none=True)
         self._base = {
             "id": f"resp_{request_id}",
             "object": "response",
@@ -73,7 +85,7 @@ class ResponseForm:
             "previous_response_id": None,
             "store": False,
             "temperature": params.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": text_format},
             "tool_choice": "auto",
             "tools": [],
             "top_p": params.top_p,

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from bitnet_numba.engine.engine import Engine
-from bitnet_numba.errors import RequestError
+from bitnet_numba.errors import RequestError, shown
 from bitnet_numba.sampling_params import SamplingParams
 from bitnet_numba.server.errors import ApiError, from_request_error
 from bitnet_numba.server.schemas import SamplingBody
@@ -62,5 +62,5 @@ def number_of_choices(body: SamplingBody) -> int:
     """Answers that are wanted for each prompt. Raises ApiError if there are none."""
     n = 1 if body.n is None else body.n
     if n < 1:
-        raise ApiError(400, f"n must be 1 or more, not {n}", param="n", code="invalid_value")
+        raise ApiError(400, f"n must be 1 or more, not {shown(n)}", param="n", code="invalid_value")
     return n

@@ -6,15 +6,22 @@ is refused by name (`refuse_unsupported`).
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, WithJsonSchema
 
 from bitnet_numba.server.errors import unsupported
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Tokens = list[StrictInt]
+# Only the first error is told: to collect a million would hold up all other answers for seconds.
+Tokens = Annotated[list[StrictInt], Field(fail_fast=True)]
+Texts = Annotated[list[StrictStr], Field(fail_fast=True)]
+Parts = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+# Looked at by SamplingParams, which ends at the first that is wrong.
+Bias = Annotated[Any, WithJsonSchema({"type": "number"})]
 # Every new text is searched for them, which holds up all other answers.
 StopString = Annotated[StrictStr, Field(max_length=1000)]
 Stop = StopString | Annotated[list[StopString], Field(max_length=16)]
+MAX_MESSAGES = 1 << 14
+MAX_METADATA = 16  # pairs, as in OpenAI's interface
 DEFAULT_MAX_TOKENS = 16  # of a text completion, as in OpenAI's interface
 
 
@@ -58,7 +65,7 @@ class SamplingBody(Body):
     stream_options: StreamOptions | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
-    logit_bias: dict[str, Number] | None = None
+    logit_bias: dict[str, Bias] | None = None
     stop_token_ids: Tokens | None = None
     min_tokens: StrictInt | None = None
     ignore_eos: StrictBool | None = None
@@ -80,35 +87,93 @@ class SamplingBody(Body):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
+class JsonSchema(BaseModel):
+    """A schema that an answer must be valid under. strict: it is refused if a part of it cannot be enforced."""
+
+    name: StrictStr | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: StrictBool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """The form that an answer must have."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class CalledFunction(BaseModel):
+    """What a call calls. arguments: JSON."""
+
+    name: StrictStr
+    arguments: StrictStr
+
+
+class ToolCall(BaseModel):
+    """A call of a function, in an answer."""
+
+    id: StrictStr | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ToolFunction(BaseModel):
+    """A function that the model may call. parameters: a JSON schema; None: it has none. strict: see `JsonSchema`."""
+
+    name: Annotated[StrictStr, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    description: StrictStr | None = None
+    parameters: dict[str, Any] | None = None
+    strict: StrictBool | None = None
+
+
+class Tool(BaseModel):
+    """A tool; only functions are supported."""
+
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class FunctionName(BaseModel):
+    """The name of a function."""
+
+    name: StrictStr
+
+
+class NamedTool(BaseModel):
+    """The function that has to be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 class ChatMessage(BaseModel):
     """A message. Further fields reach the chat template, as "name" may."""
 
     model_config = ConfigDict(extra="allow")
 
     role: StrictStr
-    content: StrictStr | list[dict[str, Any]] | None = None
+    content: StrictStr | Parts | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: StrictInt | None = None
     logprobs: StrictBool | None = None
     top_logprobs: StrictInt | None = None
-    response_format: dict[str, Any] | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: StrictBool | None = None
     functions: list[Any] | None = None
     function_call: Any = None
-    modalities: list[StrictStr] | None = None
+    modalities: Texts | None = None
     audio: dict[str, Any] | None = None
     web_search_options: dict[str, Any] | None = None
 
     NEUTRAL = {
-        "response_format": ({"type": "text"},),
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
@@ -130,18 +195,14 @@ class ChatBody(SamplingBody):
 class CompletionBody(SamplingBody):
     """POST /v1/completions."""
 
-    prompt: StrictStr | Tokens | list[StrictStr] | list[Tokens]
+    prompt: StrictStr | Tokens | Texts | Annotated[list[Tokens], Field(fail_fast=True)]
     echo: StrictBool | None = None
     logprobs: StrictInt | None = None
     best_of: StrictInt | None = None
     suffix: StrictStr | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
 
-    NEUTRAL = {
-        "best_of": (1,),
-        "suffix": ("",),
-        "response_format": ({"type": "text"},),
-    }
+    NEUTRAL = {"best_of": (1,), "suffix": ("",)}
 
     def limit(self) -> tuple[str, int | None]:
         """A few tokens, unless it is given."""
@@ -152,10 +213,16 @@ class CompletionBody(SamplingBody):
         return "logprobs", self.logprobs
 
 
+class TextFormat(JsonSchema):
+    """The form that a response's text must have: a schema and what is said of it stand beside the type."""
+
+    type: Literal["text", "json_object", "json_schema"]
+
+
 class ResponseText(BaseModel):
     """The form of a response's text."""
 
-    format: dict[str, Any] | None = None
+    format: TextFormat | None = None
 
 
 class InputItem(BaseModel):
@@ -163,16 +230,16 @@ class InputItem(BaseModel):
 
     type: StrictStr = "message"
     role: StrictStr | None = None
-    content: StrictStr | list[dict[str, Any]] | None = None
+    content: StrictStr | Parts | None = None
 
 
 class ResponseBody(SamplingBody):
     """POST /v1/responses."""
 
-    input: StrictStr | Annotated[list[InputItem], Field(min_length=1)]
+    input: StrictStr | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     instructions: StrictStr | None = None
     max_output_tokens: StrictInt | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Annotated[dict[str, Any], Field(max_length=MAX_METADATA)] | None = None
     text: ResponseText | None = None
     store: StrictBool | None = None
     background: StrictBool | None = None
@@ -202,11 +269,24 @@ class ResponseBody(SamplingBody):
         return "max_output_tokens", self.max_output_tokens
 
 
+class EmbeddingBody(Body):
+    """POST /v1/embeddings."""
+
+    input: (
+        StrictStr
+        | Tokens
+        | Annotated[list[StrictStr], Field(max_length=2048)]
+        | Annotated[list[Tokens], Field(max_length=2048)]
+    )
+    dimensions: StrictInt | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+
+
 class TokenizeBody(Body):
     """POST /tokenize: of a prompt, or of messages."""
 
     prompt: StrictStr | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Annotated[list[ChatMessage], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
     add_special_tokens: StrictBool | None = None
     add_generation_prompt: StrictBool | None = None
     return_token_strs: StrictBool | None = None

@@ -12,7 +12,7 @@ from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.queue_options import QueueOptions
 from bitnet_numba.engine.request import Request
 from bitnet_numba.engine.scheduler import Scheduler
-from bitnet_numba.errors import BitNetError, RequestError, SchedulerClosed
+from bitnet_numba.errors import BitNetError, RequestError, SchedulerClosed, shown
 from bitnet_numba.server.answers import Answers
 from bitnet_numba.server.engine_loop import EngineLoop
 from bitnet_numba.server.errors import ApiError, busy, from_request_error
@@ -44,7 +44,7 @@ class Service:
     async def start(self, load: Callable[[], Engine]) -> None:
         """Loads the model and starts to serve it. Raises BitNetError."""
         loop, settings = asyncio.get_running_loop(), self.settings
-        started: asyncio.Future[tuple[Engine, EngineLoop]] = loop.create_future()
+        started: asyncio.Future[tuple[Engine, EngineLoop | None]] = loop.create_future()
 
         def run() -> None:
             try:
@@ -58,7 +58,8 @@ class Service:
                         max_per_tenant=settings.max_per_key,
                     )
 
-                result = engine, EngineLoop(loop, open_scheduler, settings.coalesce)
+                generates = not engine.config.embeds
+                result = engine, EngineLoop(loop, open_scheduler, settings.coalesce) if generates else None
             except BaseException as error:
                 tell(started.set_exception, error)
             else:
@@ -86,8 +87,10 @@ class Service:
         """ok, loading, draining, failed, or hanging: there is work, but no step has ended for a long time."""
         if self.draining:
             return "draining"
-        if self._engine_loop is None:
+        if self._engine is None:
             return "loading"
+        if self._engine_loop is None:  # of an embedding model
+            return "ok"
         if not self._engine_loop.alive:
             return "failed"
         return "hanging" if self._engine_loop.silent_for > self.settings.hang_timeout else "ok"
@@ -167,25 +170,50 @@ class Service:
             if answers is not None and not answers.ended:
                 engine_loop.cancel(answers)
 
+    @contextlib.asynccontextmanager
+    async def embedding(self, exchange: Exchange) -> AsyncIterator[Callable[[], ApiError | None]]:
+        """Counts a request for embeddings, and gives a function that tells why its work has to end; None: it has not.
+
+        Raises ApiError if there is no room for more.
+        """
+        settings = self.settings
+        if self.draining:
+            raise busy("the server is shutting down", "draining", retry_after=5)
+        if self.open >= settings.max_sequences + settings.max_waiting:
+            raise self._full()
+        reasons: list[ApiError] = []
+        late = ApiError(504, f"the embeddings took more than {settings.answer_timeout:g} s", code="timeout")
+        left = ApiError(499, "the client has left", code="client_left")
+        self.open += 1
+        try:
+            with exchange.deadline(settings.answer_timeout, lambda: reasons.append(late)):
+                async with exchange.watching(lambda: reasons.append(left)):
+                    yield lambda: reasons[0] if reasons else None
+        finally:
+            self.open -= 1
+
+    def _full(self) -> ApiError:
+        return ApiError(
+            429,
+            f"the queue is full: {self.open} answers are under way or wait",
+            code="queue_full",
+            headers={"retry-after": str(self._retry_after())},
+        )
+
     def _admit(self, count: int) -> EngineLoop:
         """Raises ApiError if `count` more answers are not to be started now."""
         settings = self.settings
         if self.draining:
             raise busy("the server is shutting down", "draining", retry_after=5)
-        if self._engine_loop is None:
-            raise busy("the model is being loaded", "loading", retry_after=2)
+        if self.engine.config.embeds or self._engine_loop is None:
+            raise ApiError(400, "this is an embedding model: use /v1/embeddings", param="model", code="invalid_value")
         if not self._engine_loop.alive:
             raise busy("the model has failed", "engine_failed", retry_after=30)
         if count > settings.max_choices:
-            raise ApiError(400, f"a request may have {settings.max_choices} answers, not {count}", param="n")
+            raise ApiError(400, f"a request may have {settings.max_choices} answers, not {shown(count)}", param="n")
         room = settings.max_sequences + settings.max_waiting - self.open
         if count > room:
-            raise ApiError(
-                429,
-                f"the queue is full: {self.open} answers are under way or wait",
-                code="queue_full",
-                headers={"retry-after": str(self._retry_after())},
-            )
+            raise self._full()
         return self._engine_loop
 
     def _retry_after(self) -> int:

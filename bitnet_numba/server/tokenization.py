@@ -3,9 +3,9 @@
 from typing import Any
 
 from bitnet_numba.engine.request import check_ids
-from bitnet_numba.errors import BitNetError, RequestError
+from bitnet_numba.errors import RequestError
 from bitnet_numba.server.chat_completions import as_messages
-from bitnet_numba.server.errors import ApiError, from_request_error
+from bitnet_numba.server.errors import ApiError
 from bitnet_numba.server.exchange import Exchange
 from bitnet_numba.server.schemas import DetokenizeBody, TokenizeBody
 from bitnet_numba.server.service import Service
@@ -37,9 +37,10 @@ async def detokenize(service: Service, exchange: Exchange, body: DetokenizeBody)
     """The text of token ids."""
     engine = service.engine
     service.check_model(body.model)
-    try:
+
+    def decode() -> str:
         ids = check_ids(body.tokens, engine.config.vocab_size) if body.tokens else []
-    except BitNetError as error:
-        raise from_request_error(RequestError(str(error)), "tokens") from None
-    text = await service.in_encoder(lambda: engine.tokenizer.decode(ids), "tokens")
+        return engine.tokenizer.decode(ids)
+
+    text = await service.in_encoder(decode, "tokens")
     await exchange.json({"prompt": text})

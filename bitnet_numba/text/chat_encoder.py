@@ -10,6 +10,7 @@ from bitnet_numba.text.chat_template import ChatTemplate, Message, read_messages
 from bitnet_numba.text.chat_trace import Trace, Tracer, space_behind
 from bitnet_numba.text.guarded_encoder import GuardedEncoder
 from bitnet_numba.text.template_process import TemplateLimit
+from bitnet_numba.text.tool_messages import TAG, Tools, for_template
 
 if TYPE_CHECKING:
     from bitnet_numba.text.tokenizer import StreamDecoder
@@ -36,22 +37,35 @@ class ChatEncoder:
         self._tracer = Tracer(list(controls))
         self._control_ids = frozenset(controls.values())
         self.end_of_turn = self._find_end_of_turn(controls)
+        # What stands before and after a call of a function in an answer. Control tokens cannot: decoding skips them.
+        tagged = self._template.takes_tools and f"<{TAG}>" in source and f"<{TAG}>" not in controls
+        self.call_tags = (f"<{TAG}>\n", f"\n</{TAG}>") if tagged else ("", "")
 
     def trace(
-        self, messages: Sequence[Message], add_generation_prompt: bool, continue_final_message: bool
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        tools: Tools | None = None,
     ) -> tuple[list[dict[str, Any]], Trace]:
         """The messages as the template sees them, and the conversation rendered.
 
-        continue_final_message: the text ends with the last content. Raises RequestError for messages that cannot be
-        used, and TokenizerError if the template fails.
+        continue_final_message: the text ends with the last content. tools: see `tool_messages`. Raises RequestError for
+        messages that cannot be used, and TokenizerError if the template fails.
         """
+        messages, described = for_template(messages, tools, self._template)
         read = read_messages(messages, self._template)
         if continue_final_message and read[-1]["role"] != "assistant":
             raise RequestError("only an answer can be continued: the last message is not the assistant's")
         prompt = add_generation_prompt and not continue_final_message
         last = len(read) - 1
         marked = [i for i, m in enumerate(read) if m.get("token_ids") or (continue_final_message and i == last)]
-        trace = self._tracer.trace(lambda m: self._template.render(m, prompt), read, marked)
+
+        def render(sources: Sequence[dict[str, Any]]) -> str:
+            return self._template.render(sources[:-1], prompt, sources[-1]["tools"])
+
+        # The tools are traced like one more message: they must not write control tokens either.
+        trace = self._tracer.trace(render, [*read, {"role": "", "tools": described}], marked)
         return read, trace.up_to_end_of(last, read[last]["content"]) if continue_final_message else trace
 
     def encode(

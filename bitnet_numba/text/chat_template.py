@@ -58,6 +58,11 @@ class ChatTemplate:
         """Whether the template may get messages of this role: it names it, or any template does."""
         return role in ROLES or (role.isidentifier() and re.search(f"['\"]{role}['\"]", self.source) is not None)
 
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template tells the model of the functions that it may call."""
+        return re.search(r"\btools\b", self.source) is not None
+
     @functools.cached_property
     def part_separator(self) -> str:
         """What joins the text parts of a content: nothing if the template itself does so, otherwise a line end."""
@@ -68,11 +73,19 @@ class ChatTemplate:
         except TokenizerError:
             return "\n"
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The conversation as text. Raises TokenizerError if the template fails or takes too much time or memory."""
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The conversation as text. tools: as in OpenAI's interface, for templates that take them.
+
+        Raises TokenizerError if the template fails or takes too much time or memory.
+        """
         variables = {
             "messages": [{key: message[key] for key in message if key != "token_ids"} for message in messages],
-            "tools": None,
+            "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
             **self._variables,
@@ -149,7 +162,7 @@ def read_messages(messages: Sequence[Message], template: ChatTemplate) -> list[d
         if content is None and role == "assistant":
             content = ""
         elif isinstance(content, Sequence) and not isinstance(content, str | bytes):
-            content = template.part_separator.join(_text_of(part, where) for part in content)
+            content = template.part_separator.join(text_of(part, where) for part in content)
         elif not isinstance(content, str):
             raise RequestError(f"{where}: the content must be a string or a list of text parts")
         ids = read_ids(message["token_ids"], where) if message.get("token_ids") is not None else []
@@ -172,7 +185,8 @@ def read_ids(ids: object, where: str) -> list[int]:
         raise RequestError(f"{where}: token ids must be integers in a list") from None
 
 
-def _text_of(part: object, where: str) -> str:
+def text_of(part: object, where: str) -> str:
+    """The text of one part of a content. Raises RequestError for other parts."""
     if isinstance(part, str):
         return part
     if not isinstance(part, Mapping) or not isinstance(part.get("text"), str) or part.get("type", "text") != "text":

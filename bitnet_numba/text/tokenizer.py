@@ -39,6 +39,7 @@ from bitnet_numba.text.tokenizer_files import (
     read_object,
     try_in_child,
 )
+from bitnet_numba.text.tool_messages import Tools
 
 _log = logging.getLogger("bitnet_numba")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
@@ -176,15 +177,26 @@ class Tokenizer:
         return "".join([stream.push(i) for i in read_ids(ids, "decode")]) + stream.finish()
 
     def apply_chat_template(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, continue_final_message: bool = False
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Tools | None = None,
     ) -> str:
         """The text that the template makes of [{"role": ..., "content": ...}, ...].
 
         continue_final_message: the text ends with the last message's content, which the model goes on with.
+        tools: functions that the model may call (see `text.tool_messages`); where the template does not take them, the
+        system's message tells of them.
 
         Raises RequestError if the messages are not a conversation, and TokenizerError if the template fails.
         """
-        return self._chats().trace(messages, add_generation_prompt, continue_final_message)[1].text
+        return self._chats().trace(messages, add_generation_prompt, continue_final_message, tools)[1].text
+
+    @property
+    def call_tags(self) -> tuple[str, str]:
+        """What stands before and after a call of a function in an answer. Raises TokenizerError without a template."""
+        return self._chats().call_tags
 
     def encode_chat(
         self,
@@ -192,6 +204,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         max_tokens: int | None = None,
         continue_final_message: bool = False,
+        tools: Tools | None = None,
     ) -> list[int]:
         """Token ids of a conversation, including bos: those of the template's text. Arguments and errors as for
         `apply_chat_template`, and `max_tokens` as for `encode`.
@@ -202,7 +215,7 @@ class Tokenizer:
         them, and the KV cache that holds them can be reused.
         """
         chats = self._chats()
-        read, trace = chats.trace(messages, add_generation_prompt, continue_final_message)
+        read, trace = chats.trace(messages, add_generation_prompt, continue_final_message, tools)
         self._check_length(trace.text, max_tokens)
         with library_errors("the tokenizer cannot encode this text"):
             return self._with_bos(chats.encode(read, trace, lambda: StreamDecoder(self)))

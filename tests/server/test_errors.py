@@ -27,9 +27,6 @@ def error_of(running: Running, path: str, content: Any, status: int = 400) -> di
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("response_format", {"type": "json_object"}),
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("tool_choice", "required"),
         ("functions", [{}]),
         ("modalities", ["text", "audio"]),
         ("audio", {"voice": "x"}),
@@ -101,7 +98,7 @@ def test_wrong_values_are_named(server: Running, field: str, value: Any) -> None
         ({"role": "wizard", "content": "Hi"}, "messages"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}, "messages"),
         ({"role": "user", "content": 5}, "messages.0.content"),
-        ({"role": "tool", "content": "5"}, "messages"),
+        ({"role": "assistant", "tool_calls": [{"id": "x"}]}, "messages.0.tool_calls.0.function"),
         ("Hi", "messages.0"),
     ],
 )

@@ -256,7 +256,7 @@ def test_messages_without_role_or_content_are_refused(messages: Any) -> None:
         ({"role": "user", "content": [3]}, "must be of type text"),
         ({"role": "user", "content": b"x"}, "must be a string or a list"),
         ({"role": "t\x1bool", "content": "x"}, r"no role 't\\x1bool'"),
-        ({"role": "tool", "content": "x"}, "no role 'tool'"),
+        ({"role": "wizard", "content": "x"}, "no role 'wizard'"),
         ({"role": "user", "content": "x", "extra": object()}, "JSON cannot"),
         ({"role": "user", "content": "x", "token_ids": "12"}, "must be integers"),
         ({"role": "user", "content": "x", "token_ids": [1.5]}, "must be integers"),

@@ -65,9 +65,10 @@ def test_sampled_answers_are_valid(seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "is_allowed"), [('{"a": 1,\n        "b": 2}', True), ("{  ", False), ("{\n\n", False), ("{\t", False)]
+    ("text", "is_allowed"),
+    [('{"a": 1, "b": [2, 3]}', True), ('{"a": 1,\n "b": 2}', False), ("{ ", False), ("{\n", False), ("{\t", False)],
 )
-def test_whitespace_in_json_is_bounded(text: str, is_allowed: bool) -> None:
+def test_whitespace_in_json_is_given(text: str, is_allowed: bool) -> None:
     """A model that has nothing to say would go on with blanks until its length ends the answer."""
     constraint = COMPILER.compile(Grammar.json()).constraint()
     assert all(constraint.accept(token) for token in DEMO_TOKENIZER.encode(text, add_bos=False)) == is_allowed
@@ -86,6 +87,12 @@ def test_any_object_and_both_spellings_of_a_schema() -> None:
     for seed in range(5):
         text = sampled(DEMO_TOKENIZER, COMPILER, Grammar.json(), seed)
         assert text is None or isinstance(json.loads(text), dict)
+    assert sampled(DEMO_TOKENIZER, COMPILER, Grammar.json_schema({"const": {"a": [1, {}]}}), 0) == '{"a": [1, {}]}'
+
+
+def test_what_cannot_be_enforced_is_ignored_if_that_is_asked() -> None:
+    form = Grammar.json_schema({"enum": [1, 2], "not": {"const": 1}}, lenient=True)
+    assert {sampled(DEMO_TOKENIZER, COMPILER, form, seed) for seed in range(20)} == {"1", "2"}
 
 
 def test_a_sentencepiece_vocabulary() -> None:

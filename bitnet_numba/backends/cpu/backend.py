@@ -32,7 +32,9 @@ NAN_BITS = 0xFFFFFFFF  # of a float32, and of two bfloat16
 
 def cpu_backend(checkpoint: PackedCheckpoint, threads: int | None = None) -> "HostBackend[CpuCache]":
     """The compiled model on the CPU as a backend."""
-    return HostBackend("cpu", CpuModel(checkpoint, threads))
+    # An embedding model's cache lives for one text only, so that it may be as large as its numbers are exact.
+    kv_dtype: KVDtype = "float32" if checkpoint.config.embeds else "bfloat16"
+    return HostBackend("cpu", CpuModel(checkpoint, threads, kv_dtype=kv_dtype))
 
 
 class CpuCache:
@@ -102,7 +104,7 @@ class CpuModel:
         kv_dtype: KVDtype = "bfloat16",
     ):
         """threads: None takes one for each physical core. instruction_set: see `kernels.cpu.isa`; None takes the best.
-        kv_dtype: of the cache; float32 is for comparing with the reference."""
+        kv_dtype: of the cache; float32 is for embeddings, and for comparing with the reference."""
         self.config = c = checkpoint.config
         self.threads = default_threads() if threads is None else threads
         self.isa = isa.choose(instruction_set)

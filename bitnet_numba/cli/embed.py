@@ -1,0 +1,46 @@
+"""`bitnet-numba embed`: lines of text in, a vector for each out."""
+
+import argparse
+import json
+
+from bitnet_numba.cli.perplexity import read_text
+from bitnet_numba.commands import complain, make_parser, output
+from bitnet_numba.engine.engine import BACKENDS, load
+from bitnet_numba.errors import BitNetError, ContextFull, RequestError
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    """The command line."""
+    parser = make_parser(
+        prog,
+        description="Print what each line of a text means, as a vector of length 1 of an embedding model: a line of "
+        "JSON for each, a list of numbers. The dot product of two of them is how alike their texts are.",
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="an embedding model, as `bitnet-numba chat` takes its models")
+    add("file", metavar="FILE", nargs="?", default="-", help="a text in UTF-8 (default: -, standard input)")
+    add("--prompt", metavar="TEXT", default="", help="stands before each line, such as 'query: ' (default: nothing)")
+    add("--dimensions", type=int, metavar="N", help="only the first N numbers, scaled to length 1 (default: all)")
+    add("--revision", metavar="R", help="branch, tag or commit of a model of the hub (default: main)")
+    add("--backend", choices=BACKENDS, default="auto", help="what runs the model (default: auto)")
+    add("--threads", type=int, metavar="N", help="threads of the CPU backend (default: one for each physical core)")
+    return parser
+
+
+def run(argv: list[str] | None = None, prog: str = "bitnet-numba embed") -> int:
+    """The command line; returns the exit code: 0, or 2 for a user's mistake."""
+    args = build_parser(prog).parse_args(argv)
+    try:
+        lines = read_text(args.file).removesuffix("\n").split("\n")
+        with load(args.model, args.backend, threads=args.threads, revision=args.revision) as llm:
+            for number, line in enumerate(lines, 1):
+                try:
+                    vector = llm.embed([line], args.dimensions, prompt=args.prompt)[0]
+                except ContextFull as error:
+                    raise RequestError(f"line {number} is too long: {str(error).removeprefix('text 0: ')}") from None
+                if (code := output(prog, json.dumps(vector.tolist()) + "\n")) != 0:
+                    return code
+    except BitNetError as error:
+        complain(prog, str(error))
+        return 2
+    return 0

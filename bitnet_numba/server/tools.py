@@ -1,0 +1,103 @@
+"""The functions that a request lets the model call, and the grammar of the calls."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bitnet_numba.errors import RequestError
+from bitnet_numba.grammar import ONE_LINE, Grammar
+from bitnet_numba.server.errors import ApiError, from_request_error
+from bitnet_numba.server.schemas import ChatBody, NamedTool, Tool
+
+MAX_CALLS = 16  # of an answer
+NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """What an answer may call."""
+
+    described: list[dict[str, Any]]  # the functions, for the prompt
+    grammar: Grammar
+
+
+def uses_tools(body: ChatBody) -> bool:
+    """Whether an answer may be a call. Raises ApiError for a choice that does not fit the tools or the format."""
+    choice = body.tool_choice
+    if not body.tools:
+        if choice not in (None, "none", "auto"):
+            raise ApiError(400, "tool_choice needs tools", param="tool_choice", code="invalid_value")
+        return False
+    if choice in (None, "auto") and body.response_format is not None and body.response_format.type != "text":
+        reason = "response_format and tools go together only if tool_choice says which of them the answer is"
+        raise ApiError(400, reason, param="response_format", code="unsupported_parameter")
+    return choice != "none"
+
+
+def read_tools(body: ChatBody, tags: tuple[str, str]) -> ToolUse:
+    """The tools of a body that uses some; tags: what stands before and after a call.
+
+    Raises ApiError, naming the field, for two functions of one name, a bad schema, or a choice that is none of them.
+    """
+    tools, choice = body.tools or [], body.tool_choice
+    names = [tool.function.name for tool in tools]
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            field = f"tools.{number}.function.name"
+            raise ApiError(400, f"{field}: there are two functions {name}", param=field, code="invalid_value")
+    schemas = [_schema(tool, number) for number, tool in enumerate(tools)]
+    callable = list(zip(names, schemas, strict=True))
+    most = MAX_CALLS if body.parallel_tool_calls is not False else 1
+    if isinstance(choice, NamedTool):
+        callable, most = [pair for pair in callable if pair[0] == choice.function.name], 1
+        if not callable:
+            reason = f"tool_choice: there is no function {choice.function.name!r} in tools"
+            raise ApiError(400, reason, param="tool_choice", code="invalid_value")
+    described = [tool.model_dump(exclude_none=True) for tool in tools]
+    for tool in described:
+        tool["function"].pop("strict", None)
+        tool["function"].setdefault("parameters", NO_PARAMETERS)
+    try:
+        grammar = Grammar.lark(call_grammar(callable, tags, most, choice in (None, "auto")))
+    except RequestError as error:
+        raise from_request_error(error, "tools") from None
+    return ToolUse(described, grammar)
+
+
+def call_start(tags: tuple[str, str]) -> str:
+    """With what an answer that is a call begins, after at most one white space; no other answer does."""
+    return tags[0].strip() or "{"
+
+
+def call_grammar(
+    functions: Sequence[tuple[str, dict[str, Any]]], tags: tuple[str, str], most: int, or_text: bool
+) -> str:
+    """The grammar of up to `most` calls, a line each, in Lark's notation.
+
+    functions: names and the schemas of their arguments. or_text: the answer may also be a text.
+    """
+    calls = f'call ("\\n" call){{0,{most - 1}}}' if most > 1 else "call"
+    lines = [f"start: {calls}"]
+    if or_text:
+        text = f"TEXT: /(?s:.*)/ & ~(/[ \\n]?/ {json.dumps(call_start(tags))} /(?s:.*)/)"
+        lines = [f"start: TEXT | SPACE? {calls}", "SPACE: /[ \\n]/", text]
+    for number, (name, schema) in enumerate(functions):
+        head = json.dumps(f'{tags[0]}{{"name": "{name}", "arguments": ')
+        lines.append(f"call_{number}: {head} arguments_{number} {json.dumps('}' + tags[1])}")
+        lines.append(f"arguments_{number}: %json {json.dumps(schema)}")
+    lines.append("call: " + " | ".join(f"call_{number}" for number in range(len(functions))))
+    return "\n".join(lines)
+
+
+def _schema(tool: Tool, number: int) -> dict[str, Any]:
+    """The schema of a function's arguments, which are an object in one line."""
+    given, lenient = {"type": "object", **(tool.function.parameters or NO_PARAMETERS)}, not tool.function.strict
+    field = f"tools.{number}.function.parameters"
+    if given["type"] != "object":
+        raise ApiError(400, f"{field} must be the schema of an object", param=field, code="invalid_value")
+    try:
+        Grammar.json_schema(given, lenient)
+    except RequestError as error:
+        raise from_request_error(error, field) from None
+    return {**given, "x-guidance": {**ONE_LINE, "lenient": lenient}}
