@@ -5,7 +5,7 @@ import json
 
 from bitnet_numba.cli.perplexity import read_text
 from bitnet_numba.commands import complain, make_parser, output
-from bitnet_numba.engine.engine import BACKENDS, load
+from bitnet_numba.engine.loading import BACKENDS, load
 from bitnet_numba.errors import BitNetError, ContextFull, RequestError
 
 
