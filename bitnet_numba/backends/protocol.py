@@ -181,4 +181,4 @@ class Embedder(Protocol):
     """A backend that can run embedding models."""
 
     def last_hidden(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """The final hidden state of the last of some tokens, float32 [hidden]. Raises BackendError for lack of memory."""
+        """The final hidden state of the last of some tokens, float32 [hidden]. Raises BackendError without memory."""
