@@ -24,7 +24,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         epilog=HOW,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help=", ".join(SHELLS))
+    parser.add_argument("shell", choices=SHELLS, metavar="|".join(SHELLS), help="the shell that you use")
     return parser
 
 
