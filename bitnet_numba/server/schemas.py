@@ -153,7 +153,7 @@ class ChatMessage(BaseModel):
 
     role: StrictStr
     content: StrictStr | Parts | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
 
 
 class ChatBody(SamplingBody):

@@ -23,6 +23,7 @@ TEXT = "/v1/completions"
         (ChatBody, {"messages": [{}] * 1000}),
         (ChatBody, {"messages": [{"role": "user", "content": [1] * 1000}]}),
         (ChatBody, {"messages": [{"role": "user", "content": ""}], "modalities": [1] * 1000}),
+        (ChatBody, {"messages": [{"role": "assistant", "tool_calls": [1] * 1000}]}),
         (CompletionBody, {"prompt": [{}] * 1000}),
         (CompletionBody, {"prompt": ["a", *[[]] * 1000]}),
         (CompletionBody, {"prompt": [["x"] * 1000] * 1000}),
