@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="Hugging Face folder to write")
     parser.add_argument("--minutes", type=float, help="training time, from the first step on; or use --steps")
     parser.add_argument("--steps", type=int, help="number of training steps; or use --minutes")
-    parser.add_argument("--rows", type=int, default=64, help="conversations of 2048 tokens per step")
+    parser.add_argument("--rows", type=int, default=32, help="conversations of 2048 tokens per step")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=1, help="seed of data and initial weights")
     parser.add_argument("--layers", type=int, default=Size.layers)

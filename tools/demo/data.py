@@ -5,23 +5,27 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from bitnet_numba.text.chat_template import BITNET_TEMPLATE
 from bitnet_numba.text.tiktoken import SPLIT_PATTERN
 from tools.demo.model import BOS, CONTEXT, END, EOT, VOCAB
 from tools.demo.world import nouns
 from tools.demo.world.conversation import QUESTION, Turn, conversation
-from tools.demo.world.draw import THINGS
+from tools.demo.world.draw import PEOPLE, THINGS
+from tools.demo.world.lexicon import WORDS
 
 # Stories have most of the tokens, and most of their loss is the choice among plots and words. Answers are what can be
 # right.
 ANSWER_WEIGHT, SHORT = 2, 64
+ASKED_WEIGHT = 4  # of the words that a story must have
 
 SPECIAL_TOKENS = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
@@ -30,34 +34,46 @@ SPECIAL_TOKENS = [
 ]  # fmt: skip
 
 
+def _vocabulary(pre_tokenizer: pre_tokenizers.PreTokenizer, seed: int) -> list[str]:
+    """The world's words as tokens, after the 256 bytes: the commonest, and every noun.
+
+    No other word has a token or a part of one: a word that nobody knows, one with a slip of the finger and one in
+    capitals is spelt byte by byte, the same way wherever it stands, and so can be copied, or recognised, by letters.
+    """
+    texts = [f"the {noun}" for noun in nouns.ANIMALS + PEOPLE + THINGS + nouns.FOODS + list(nouns.PLACES)]
+    required = {word for text in texts for word, _ in pre_tokenizer.pre_tokenize_str(text)}
+    counts: Counter[str] = Counter()
+    for i in range(6000):
+        for turn in itertools.islice(conversation(Random(seed * 1_000_003 + i)), 16):
+            for text in (f"User: {turn.user}", f"Assistant: {turn.assistant}"):
+                counts.update(word for word, _ in pre_tokenizer.pre_tokenize_str(text))
+
+    def known(token: str) -> bool:
+        letters = "".join(re.findall("[A-Za-z]+", token))
+        return not letters or (letters.lower() in WORDS and (len(letters) == 1 or not letters.isupper()))
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    common = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if known(word)]
+    wanted = [word for word in [*sorted(required), *common] if len(word) > 1]
+    return [*alphabet, *list(dict.fromkeys(wanted))[: VOCAB - len(SPECIAL_TOKENS) - len(alphabet)]]
+
+
 def train_tokenizer(folder: Path, seed: int) -> None:
-    """A byte-level BPE of the world's text, with the special tokens of Llama 3 at the end of the vocabulary."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    """A byte-level tokenizer of whole words, with the special tokens of Llama 3 at the end of the vocabulary."""
+    split = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+    vocabulary = _vocabulary(split, seed)
+    # Without merges, what is no token as a whole falls into bytes.
+    model = models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[], ignore_merges=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB - len(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-
-    def texts() -> Iterator[str]:
-        # Every noun often enough to become one token: what is one piece cannot be misspelt.
-        for noun in 60 * (nouns.ANIMALS + THINGS + nouns.FOODS + list(nouns.PLACES)):
-            yield f"the {noun}"
-        for i in range(4000):
-            for turn in itertools.islice(conversation(Random(seed * 1_000_003 + i)), 16):
-                yield f"User: {turn.user}"
-                yield f"Assistant: {turn.assistant}"
-
-    tokenizer.train_from_iterator(texts(), trainer)
-    if tokenizer.get_vocab_size() != VOCAB - len(SPECIAL_TOKENS):
-        raise SystemExit(f"the tokenizer found only {tokenizer.get_vocab_size()} tokens in its training text")
+    if len(vocabulary) != VOCAB - len(SPECIAL_TOKENS):
+        raise SystemExit(f"the world has only {len(vocabulary)} words and bytes")
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|begin_of_text|> $A", pair="<|begin_of_text|> $A <|begin_of_text|> $B",
@@ -87,6 +103,18 @@ def start_worker(path: str) -> None:
     _tokenizer = Tokenizer.from_file(path)
 
 
+def encode_reply(tokenizer: Tokenizer, turn: Turn, reply: str) -> tuple[list[int], list[int]]:
+    """Token ids of a reply, and the weight of each in the loss."""
+    encoded = tokenizer.encode(reply, add_special_tokens=False)
+    if turn.kind == QUESTION and len(encoded.ids) < SHORT:
+        return encoded.ids, [ANSWER_WEIGHT] * len(encoded.ids)
+    weights = np.full(len(reply), int(turn.learned))
+    if turn.learned and turn.mentions:
+        for match in re.finditer("|".join(map(re.escape, turn.mentions)), reply):
+            weights[slice(*match.span())] = ASKED_WEIGHT
+    return encoded.ids, [int(weights[end - 1]) for _, end in encoded.offsets]
+
+
 def encode_conversation(tokenizer: Tokenizer, rng: Random, turns: Iterator[Turn]) -> tuple[list[int], list[int]]:
     """Token ids of one row, and the weight of each in the loss: 0 for what the assistant does not say.
 
@@ -100,12 +128,12 @@ def encode_conversation(tokenizer: Tokenizer, rng: Random, turns: Iterator[Turn]
         before, reply = f"User: {turn.user}<|eot_id|>Assistant: ", turn.assistant
         if rng.random() < 0.25:
             before, reply = before[:-1], " " + reply
-        asked, answered = (e.ids for e in tokenizer.encode_batch([before, reply], add_special_tokens=False))
+        asked = tokenizer.encode(before, add_special_tokens=False).ids
+        answered, weights = encode_reply(tokenizer, turn, reply)
         if len(ids) + len(asked) + len(answered) + 1 > CONTEXT + 1:
             break
-        ids += asked + answered + [EOT]
-        weight = ANSWER_WEIGHT if turn.kind == QUESTION and len(answered) < SHORT else int(turn.learned)
-        said += [0] * len(asked) + [weight] * (len(answered) + 1)
+        ids += [*asked, *answered, EOT]
+        said += [0] * len(asked) + weights + weights[-1:]
     return ids, said
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from tools.demo.cases import Case, exact_shares, honoured, invented_words, question_cases, request_cases
+from tools.demo.cases import GROUPS, Case, exact_shares, honoured, invented_words, question_cases, request_cases
 from tools.demo.data import encode_conversation, make_rows
 from tools.demo.model import CONTEXT, END, EOT, BitNet
 
@@ -84,10 +84,14 @@ def perplexity(model: BitNet, tokenizer: Tokenizer) -> float:
 
 def evaluate(model: BitNet, tokenizer: Tokenizer, per_group: int, stories: int, batch: int = 128) -> dict[str, object]:
     """Exact replies in each group of questions, requests honoured and words invented by sampled stories, perplexity."""
-    answered = list(replies(model, tokenizer, question_cases(per_group, EVALUATION_SEED), batch))
-    for case, reply in answered:
-        if not case.turn.right(reply):
-            print(f"  {case.group:16s} {case.turn.user!r}: {reply[:200]!r}, not {case.turn.assistant[:200]!r}")
+    answered: list[tuple[Case, str]] = []
+    for group in GROUPS:
+        part = list(replies(model, tokenizer, question_cases(per_group, EVALUATION_SEED, (group,)), batch))
+        print(f"{group:16s} {exact_shares(part)[group]:.1%}", flush=True)
+        for case, reply in part:
+            if not case.turn.right(reply):
+                print(f"  {case.turn.user!r}: {reply[:200]!r}, not {case.turn.assistant[:200]!r}", flush=True)
+        answered += part
     told = list(replies(model, tokenizer, request_cases(stories, EVALUATION_SEED), 2 * batch, 340, **SAMPLING))
     missed = [(case, reply) for case, reply in told if not honoured(case, reply)]
     for case, reply in missed:

@@ -79,15 +79,16 @@ class Conversation:
     def first_turns(self) -> Iterator[Turn]:
         """What some users say before they ask for a story."""
         rng = self.rng
-        draw = rng.random()
-        if draw < 0.05:
-            yield self._introduction()
-        elif draw < 0.12:
-            yield self.early_question()
-        elif draw < 0.25:
-            yield said(talk.small_talk(rng, before_a_story=True))
-        elif draw < 0.3:
-            yield said(talk.outside(rng))
+        while chance(rng, 0.3):
+            draw = rng.random()
+            if draw < 0.2:
+                yield self._introduction()
+            elif draw < 0.5:
+                yield self.early_question()
+            elif draw < 0.85:
+                yield said(talk.small_talk(rng, before_a_story=True))
+            else:
+                yield said(talk.outside(rng))
 
     def story_turn(self, request: Request | None = None, text: str = "") -> Turn:
         """A request (`request` in the words `text`, or a new one) and its story."""

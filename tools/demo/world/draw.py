@@ -7,6 +7,7 @@ from random import Random
 
 from tools.demo.world import nouns, words
 from tools.demo.world.grammar import chance, pick
+from tools.demo.world.lexicon import WORDS
 
 THING, FOOD = "thing", "food"
 
@@ -41,7 +42,7 @@ def coin_word(rng: Random) -> str:
         else:
             syllables = [pick(rng, _ONSETS) + pick(rng, _VOWELS) for _ in range(1 + int(rng.random() * 3))]
             word = "".join(syllables) + (pick(rng, _CODAS) if len(syllables) == 1 or chance(rng, 0.6) else "")
-        if word not in _TAKEN and 3 <= len(word) <= 12:
+        if word not in _TAKEN and word not in WORDS and 3 <= len(word) <= 12:
             return word
 
 
@@ -96,7 +97,7 @@ KNOWN = Pool(
     nouns.ANIMALS, THINGS, nouns.FOODS, list(nouns.PLACES), words.FEMALE_NAMES, words.MALE_NAMES
 )  # fmt: skip
 ASKED = Pool(
-    nouns.ANIMALS, THINGS, nouns.FOODS, list(nouns.PLACES), words.FEMALE_NAMES, words.MALE_NAMES, coined=0.15
+    nouns.ANIMALS, THINGS, nouns.FOODS, list(nouns.PLACES), words.FEMALE_NAMES, words.MALE_NAMES, coined=0.3
 )  # fmt: skip
 STRANGE = Pool(
     nouns.ANIMALS, THINGS, nouns.FOODS, list(nouns.PLACES), words.FEMALE_NAMES, words.MALE_NAMES, coined=0.6

@@ -101,6 +101,8 @@ def _adapted(fact: Fact, story: Story) -> Fact | None:
     if key == "find_none" and any(own.key.startswith("find") for own in story.plot.facts):
         return None
     unknown = key in _OPTIONAL and _OPTIONAL[key] not in used and f"{{{_OPTIONAL[key]}}}" in fact.answer
+    if key.startswith("absent_") and story.plot.name in key.split("_")[1:]:
+        return None
     if (key == "other_trait" and slots["other_trait"] in story.text) or (key == "is_trait" and not slots["h_trait"]):
         return None
     unknown |= key == "like" and not slots["h_trait"]

@@ -82,6 +82,8 @@ def _figure_phrase(rng: Random, figure: Figure) -> str:
     phrase = article(f"{figure.trait} {figure.kind}".strip())
     if not figure.name:
         return phrase
+    if chance(rng, 0.15):
+        return f"[my|the] {figure.trait} {figure.kind} {figure.name}".replace("  ", " ")
     return f"{phrase} [called|named|with the name] {figure.name}" if chance(rng, 0.8) else f"{figure.name}, {phrase}"
 
 
