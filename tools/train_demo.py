@@ -17,18 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tokenizers import Tokenizer
-
-try:
-    import torch
-except ImportError:
-    print("train_demo: PyTorch is missing; it comes with the extra train", file=sys.stderr)
-    sys.exit(2)
-
-from tools.demo.data import train_tokenizer
-from tools.demo.judge_training import evaluate
-from tools.demo.model import BitNet, Size, read_folder, write_folder
-from tools.demo.train import train
+from tools.demo.size import Size
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,9 +33,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=Size.layers)
     parser.add_argument("--hidden", type=int, default=Size.hidden)
     parser.add_argument("--ffn", type=int, default=Size.ffn)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda if there is such a device)")
     parser.add_argument("--workers", type=int, help="processes that generate data (default: all cores but one)")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on cuda")
     parser.add_argument("--report", type=int, default=50, help="steps between progress lines")
     parser.add_argument("--save-every", type=float, default=300, help="seconds between saved states; 0: never")
     parser.add_argument("--resume", action="store_true", help="continue from FOLDER/state.pt")
@@ -58,7 +47,14 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--minutes or --steps is required")
     if args.hidden < 256 or args.hidden % 256 or min(args.layers, args.ffn, args.rows) < 1:
         parser.error("--hidden must be a multiple of 256 (groups of four heads of 64), the other sizes at least 1")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
+    try:
+        import torch
+    except ImportError:
+        parser.error("PyTorch is missing; it comes with the extra train")
+    cuda = torch.cuda.is_available()
+    args.device = args.device or ("cuda" if cuda else "cpu")
+    args.compile = cuda if args.compile is None else args.compile
+    if args.device.startswith("cuda") and not cuda:
         parser.error("--device cuda: PyTorch finds no CUDA device here")
     if args.resume and not (args.folder / "state.pt").is_file():
         parser.error(f"--resume: there is no {args.folder / 'state.pt'}")
@@ -67,6 +63,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    import torch
+    from tokenizers import Tokenizer
+
+    from tools.demo.data import train_tokenizer
+    from tools.demo.judge_training import evaluate
+    from tools.demo.model import BitNet, read_folder, write_folder
+    from tools.demo.train import train
+
     folder: Path = args.folder
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)

@@ -9,7 +9,6 @@ Letters: B rows, T tokens, H hidden size, D head size, V vocabulary.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,25 +16,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tools.demo.size import Size
+
 CONTEXT = 2048
 VOCAB = 4096
 BOS, END, EOT = VOCAB - 10, VOCAB - 9, VOCAB - 1  # the special tokens end the vocabulary
 EPS = 1e-5
 ROPE_THETA = 10000.0
 SHARD_BYTES = 15_000_000
-
-
-@dataclass(frozen=True)
-class Size:
-    hidden: int = 512
-    ffn: int = 768
-    layers: int = 8
-    heads: int = 8
-    kv_heads: int = 2
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
 
 
 def straight_through(value: Tensor, quantised: Tensor) -> Tensor:
