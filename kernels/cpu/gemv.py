@@ -12,7 +12,7 @@ codes shifted: the four of a byte are taken where they lie, by the masks 0x03, 0
 The weights are read once, in storage order: a thread that reads four rows at a time as four streams gets half the
 bandwidth. Sums stay exact: |acc| of the last field is at most K / 4 * 192 * 128, below 2^31 up to K = 349,000.
 
-Measured with one thread of a Zen 4 server that reads 33 GB/s: see docs/benchmarks.md.
+Measured with one thread of a Zen 4 server that reads 33 GB/s: see docs/benchmarks-cpu.md.
 """
 
 from llvmlite import ir
