@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import sys
+from pathlib import Path
 
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.loading import BACKENDS, load
@@ -18,7 +19,16 @@ MODEL_HELP = (
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds MODEL, --revision, --backend, --threads and --context."""
     parser.add_argument("checkpoint", nargs="?", metavar="MODEL", help=MODEL_HELP)
-    add = parser.add_argument_group("model").add_argument
+    group = parser.add_argument_group("model")
+    add_run_options(group)
+    group.add_argument(
+        "--context", type=int, metavar="N", help="maximum tokens of question and answers (default: the model's)"
+    )
+
+
+def add_run_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Adds --revision, --backend and --threads."""
+    add = parser.add_argument
     add("--revision", metavar="R", help="branch, tag or commit of a model of the hub (default: main)")
     add(
         "--backend",
@@ -27,7 +37,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="what runs the model (default: auto: CUDA if usable, otherwise the CPU)",
     )
     add("--threads", type=int, metavar="N", help="threads of the CPU backend (default: one for each physical core)")
-    add("--context", type=int, metavar="N", help="maximum tokens of question and answers (default: the model's)")
+
+
+def find_first(path: str | None, revision: str | None) -> tuple[str | Path | None, str | None]:
+    """What `load` is to be given as path and revision: a model of the hub or a GGUF file is fetched and converted here,
+    which shows progress of its own. Raises BitNetError if it cannot."""
+    if path and (is_gguf(path) or as_hub_model(path, revision) is not None):
+        return find_model(path, revision), None
+    return path, revision
 
 
 def open_model(args: argparse.Namespace, quiet: bool = False) -> Engine:
@@ -35,10 +52,7 @@ def open_model(args: argparse.Namespace, quiet: bool = False) -> Engine:
 
     Raises BitNetError if it cannot.
     """
-    path, revision = args.checkpoint, args.revision
-    if path and (is_gguf(path) or as_hub_model(path, revision) is not None):
-        # Before the status line, because a download and a conversion show their own.
-        path, revision = find_model(path, revision), None
+    path, revision = find_first(args.checkpoint, args.revision)  # before the status line
     with _status("loading the model ...", quiet):
         return load(path, args.backend, args.context, args.threads, revision)
 

@@ -5,8 +5,9 @@ import json
 
 from bitnet_numba.cli.perplexity import read_text
 from bitnet_numba.commands import complain, make_parser, output
-from bitnet_numba.engine.loading import BACKENDS, load
+from bitnet_numba.engine.loading import load
 from bitnet_numba.errors import BitNetError, ContextFull, RequestError
+from bitnet_numba.model_options import add_run_options
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -21,9 +22,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     add("file", metavar="FILE", nargs="?", default="-", help="a text in UTF-8 (default: -, standard input)")
     add("--prompt", metavar="TEXT", default="", help="stands before each line, such as 'query: ' (default: nothing)")
     add("--dimensions", type=int, metavar="N", help="only the first N numbers, scaled to length 1 (default: all)")
-    add("--revision", metavar="R", help="branch, tag or commit of a model of the hub (default: main)")
-    add("--backend", choices=BACKENDS, default="auto", help="what runs the model (default: auto)")
-    add("--threads", type=int, metavar="N", help="threads of the CPU backend (default: one for each physical core)")
+    add_run_options(parser)
     return parser
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from time import perf_counter
 
 from bitnet_numba.commands import complain, make_parser, output
-from bitnet_numba.engine.loading import BACKENDS, load
+from bitnet_numba.engine.loading import load
 from bitnet_numba.engine.scoring import MAX_WINDOW
 from bitnet_numba.errors import BitNetError, RequestError, printable
+from bitnet_numba.model_options import add_run_options
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -23,9 +24,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("file", metavar="FILE", help="a text in UTF-8; - reads standard input")
     add("--model", metavar="MODEL", help="a model as `bitnet-numba chat` takes it (default: the built-in model)")
-    add("--revision", metavar="R", help="branch, tag or commit of a model of the hub (default: main)")
-    add("--backend", choices=BACKENDS, default="auto", help="what runs the model (default: auto)")
-    add("--threads", type=int, metavar="N", help="threads of the CPU backend (default: one for each physical core)")
+    add_run_options(parser)
     add(
         "--window",
         type=int,

@@ -10,18 +10,14 @@ from functools import partial
 from pathlib import Path
 
 from bitnet_numba.commands import complain, make_parser
-from bitnet_numba.engine.loading import BACKENDS, load
+from bitnet_numba.engine.loading import load
 from bitnet_numba.errors import BitNetError, RequestError, one_line, printable
-from bitnet_numba.hub.fetch import as_hub_model, find_model, is_gguf
+from bitnet_numba.model_options import MODEL_HELP, add_run_options, find_first
 from bitnet_numba.server import PROG
 from bitnet_numba.server.settings import Settings
 
 KEYS_VARIABLE = "BITNET_NUMBA_API_KEYS"
 DEFAULTS = Settings()
-MODEL_HELP = (
-    "a model of the Hugging Face hub, such as owner/name, downloaded and converted when it is first used; a short name "
-    "that `bitnet-numba models list --known` shows; a GGUF file; or a converted folder (default: the built-in model)"
-)
 BUILT_IN = "bitnet-demo"
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
@@ -36,9 +32,7 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     add("--name", action="append", default=[], metavar="NAME", help="what requests call the model; may be repeated")
     group = parser.add_argument_group("model")
     add = group.add_argument
-    add("--revision", metavar="R", help="branch, tag or commit of a model of the hub (default: main)")
-    add("--backend", choices=BACKENDS, default="auto", help="what runs the model (default: auto: CUDA if usable)")
-    add("--threads", type=int, metavar="N", help="threads of the CPU backend (default: one for each physical core)")
+    add_run_options(group)
     add("--context", type=int, metavar="N", help="maximum tokens of a prompt and its answer (default: the model's)")
     group = parser.add_argument_group("load")
     add = group.add_argument
@@ -115,9 +109,7 @@ def run(argv: list[str] | None = None, prog: str = PROG) -> int:
     try:
         settings = read_settings(args)
         with _log_on_standard_error(prog):
-            path, revision = args.model, args.revision
-            if path and (is_gguf(path) or as_hub_model(path, revision) is not None):
-                path, revision = find_model(path, revision), None  # a download shows its progress, and Ctrl-C ends it
+            path, revision = find_first(args.model, args.revision)  # a download shows its progress, and Ctrl-C ends it
             load_model = partial(load, path, args.backend, args.context, args.threads, revision)
             return serve(settings, args.host, args.port, load_model)
     except BitNetError as error:

@@ -11,7 +11,7 @@ from bitnet_numba.engine.request import Request
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.server.errors import ApiError
 from bitnet_numba.server.exchange import Exchange
-from bitnet_numba.server.generation import FINISH_REASONS, read_prompts, respond, usage
+from bitnet_numba.server.generation import FINISH_REASONS, closing_events, read_prompts, respond, usage
 from bitnet_numba.server.response_format import constrained, read_format
 from bitnet_numba.server.sampling_fields import number_of_choices, sampling_params
 from bitnet_numba.server.schemas import CompletionBody
@@ -93,8 +93,7 @@ class CompletionForm:
 
     def closing(self, completions: Sequence[Completion], n: int) -> str:
         """The usage if it was asked for, and the end."""
-        last = f'{self._head}"choices": [], "usage": {json.dumps(usage(completions, n))}}}\n\n'
-        return (last if self._with_usage else "") + "data: [DONE]\n\n"
+        return closing_events(self._head, usage(completions, n) if self._with_usage else None)
 
     def _chunk(self, index: int, text: str, logprobs: str = "null", reason: str = "null") -> str:
         choice = f'{{"index": {index}, "text": {text}, "logprobs": {logprobs}, "finish_reason": {reason}}}'

@@ -1,5 +1,6 @@
 """What the endpoints that generate have in common: sampling parameters, prompts, whole answers and streams."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -45,6 +46,15 @@ def usage(completions: Sequence[Completion], n: int) -> dict[str, Any]:
         "total_tokens": prompt + generated,
         "prompt_tokens_details": details,
     }
+
+
+def closing_events(head: str, used: dict[str, Any] | None) -> str:
+    """How a stream ends: with a chunk of no choices that has the usage, if it was asked for, and the end.
+
+    head: a chunk up to its choices.
+    """
+    last = "" if used is None else f'{head}"choices": [], "usage": {json.dumps(used)}}}\n\n'
+    return last + "data: [DONE]\n\n"
 
 
 class Form(Protocol):
