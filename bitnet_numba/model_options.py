@@ -36,7 +36,12 @@ def add_run_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -
         default="auto",
         help="what runs the model (default: auto: CUDA if usable, otherwise the CPU)",
     )
-    add("--threads", type=int, metavar="N", help="threads of the CPU backend (default: one for each physical core)")
+    add(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads on the CPU (default: one for each physical core; on the reference, what BLAS takes)",
+    )
 
 
 def find_first(path: str | None, revision: str | None) -> tuple[str | Path | None, str | None]:

@@ -4,10 +4,12 @@ Prompts are computed in pieces that end at multiples of PAGE_SIZE, so every matr
 shape in a batch as in a context of its own, and its tokens are the same, bit for bit.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 
 from bitnet_numba.backends.host import PAGE_SIZE, HostBackend
 from bitnet_numba.backends.protocol import NO_TOKEN
@@ -23,10 +25,13 @@ from bitnet_numba.sampling_params import SamplingParams
 WORKSPACE_BYTES = 1 << 26
 
 
-def reference_backend(checkpoint: PackedCheckpoint) -> "ReferenceBackend":
-    """The NumPy reference as a backend. Raises BackendError if memory is insufficient."""
+def reference_backend(checkpoint: PackedCheckpoint, threads: int | None = None) -> "ReferenceBackend":
+    """The NumPy reference as a backend, with so many threads of BLAS, or as many as it takes.
+
+    Raises BackendError if memory is insufficient.
+    """
     try:
-        return HostBackend("reference", ReferenceModel(checkpoint))
+        return HostBackend("reference", ReferenceModel(checkpoint, threads))
     except MemoryError:
         # Ternary weights are int8 there, four times the size of the file's two bits.
         sizes = [spec.nbytes * (4 if name.endswith(".words") else 1) for name, spec in checkpoint.file.specs.items()]
@@ -93,9 +98,10 @@ class ReferenceModel:
 
     uniform = False  # BLAS rounds the sums of a product of one row differently
 
-    def __init__(self, checkpoint: PackedCheckpoint):
+    def __init__(self, checkpoint: PackedCheckpoint, threads: int | None = None):
         self.model = Model(checkpoint)
         self.config = self.model.config
+        self._threads, self._blas = threads, ThreadpoolController()
 
     def new_cache(self, capacity: int) -> ContiguousCache:
         """The cache of one sequence of up to `capacity` tokens."""
@@ -117,7 +123,8 @@ class ReferenceModel:
 
     def forward(self, ids: Sequence[int], cache: ContiguousCache | PagedCache) -> Floats:
         """Appends tokens to a cache and returns their final hidden states, float32 [M, hidden]."""
-        return np.concatenate(list(self._pieces(ids, cache)))
+        with self._limit():
+            return np.concatenate(list(self._pieces(ids, cache)))
 
     def step(self, ids: Sequence[int], caches: Sequence[ContiguousCache | PagedCache]) -> Floats:
         """Appends one token to each cache; their final hidden states, float32 [B, hidden]."""
@@ -125,7 +132,8 @@ class ReferenceModel:
 
     def logits(self, hidden: Floats) -> Floats:
         """Logits of the next token: [M, hidden] -> [M, vocab]."""
-        return self.model.logits(hidden)
+        with self._limit():
+            return self.model.logits(hidden)
 
     def sample(
         self,
@@ -153,6 +161,12 @@ class ReferenceModel:
 
     def close(self) -> None:
         """Nothing to end."""
+
+    def _limit(self) -> contextlib.AbstractContextManager[object]:
+        """While it lasts, BLAS has the model's number of threads: in the whole process, since it knows no other way."""
+        if self._threads is None:
+            return contextlib.nullcontext()
+        return self._blas.limit(limits=self._threads, user_api="blas")
 
     def _pieces(self, ids: Sequence[int], cache: ContiguousCache | PagedCache) -> Iterator[Floats]:
         start = 0

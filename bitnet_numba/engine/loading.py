@@ -42,7 +42,8 @@ def load(
         here or on the hub (owner/name/FILE.gguf); None opens the built-in model. What is here comes first.
     backend: "cuda", "cpu", "reference" (plain NumPy, slow) or "auto": CUDA if it is usable, otherwise the CPU.
     context: maximum number of tokens, prompt and answer together; None: the model's own maximum.
-    threads: of the CPU backend; None: one for each physical core that this process may use.
+    threads: of the CPU backend, one for each physical core that this process may use if None; and of the matrix
+        products of the reference, of which BLAS decides if None.
     revision: branch, tag or commit of a model of the hub; None: its main branch.
 
     Raises BitNetError, with a message of one line, if the folder, a file or an argument is invalid.
@@ -77,8 +78,8 @@ def load(
                 )
             context = tokens
         if threads is not None:
-            if backend in ("cuda", "reference"):
-                raise RequestError(f"threads are an option of the CPU backend, not of {backend!r}")
+            if backend == "cuda":
+                raise RequestError("threads are an option of the backends cpu and reference, not of cuda")
             number = as_integer(threads)
             if number is None or not 1 <= number <= MAX_THREADS:
                 raise RequestError(f"threads must be between 1 and {MAX_THREADS}, not {shown(threads)}")
@@ -103,7 +104,7 @@ def _open_backend(name: str, checkpoint: PackedCheckpoint, threads: int | None) 
     if name == "reference":
         from bitnet_numba.backends.reference import reference_backend
 
-        return reference_backend(checkpoint)
+        return reference_backend(checkpoint, threads)
     if name == "cuda" or (name == "auto" and _has_nvidia_driver()):
         try:
             return _open_cuda(checkpoint)

@@ -354,10 +354,29 @@ def test_numbers_of_threads_that_make_no_sense(threads: object) -> None:
         bn.load(None, "cpu", threads=threads)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("backend", ["cuda", "reference"])
-def test_threads_of_other_backends(backend: str) -> None:
-    with pytest.raises(bn.BitNetError, match="threads are an option of the CPU backend"):
-        bn.load(None, backend, threads=2)
+def test_threads_are_no_option_of_cuda() -> None:
+    with pytest.raises(bn.BitNetError, match="threads are an option of the backends cpu and reference, not of cuda"):
+        bn.load(None, "cuda", threads=2)
+
+
+def test_threads_of_the_reference(tiny_packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from threadpoolctl import threadpool_info
+
+    from bitnet_numba.reference.model import Model
+
+    def of_blas() -> set[int]:
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    seen, before = [], of_blas()
+    for name in ("forward", "logits"):
+        function = getattr(Model, name)
+        monkeypatch.setattr(Model, name, lambda *a, function=function: (seen.append(of_blas()), function(*a))[1])
+    for threads in (1, 2):
+        with bn.load(tiny_packed, "reference", threads=threads) as llm:
+            llm.generate([5, 6], max_new_tokens=2)
+        assert seen and all(pools == {threads} for pools in seen)
+        seen.clear()
+    assert of_blas() == before
 
 
 def test_threads_follow_the_affinity_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ def test_figures_of_a_folder(tiny_packed: Path, tmp_path: Path, capsys: pytest.C
         (["--seconds", "nan"], "--seconds must be above 0"),
         (["--context", "5"], "but the context holds 5"),
         (["--context", "0"], "context must be between"),
-        (["--threads", "2"], "threads are an option of the CPU backend"),
+        (["--threads", "0"], "threads must be between 1 and"),
     ],
 )
 def test_mistakes(tiny_packed: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

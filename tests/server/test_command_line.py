@@ -58,7 +58,7 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path, monkeypatch: 
         (["--answer-timeout", "nan"], "--answer-timeout must be"),
         (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
         (["./no-such-folder"], "no-such-folder"),
-        (["--backend", "reference", "--threads", "2"], "threads are an option of the CPU backend"),
+        (["--backend", "cuda", "--threads", "2"], "threads are an option of the backends cpu and reference"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
