@@ -125,7 +125,7 @@ def _against_engine(options: list[str], loads: list[Load], starts: int) -> dict[
     best: dict[str, dict[str, float]] = {}
     answered: dict[str, list[dict[str, Any]]] = {"engine": [], "server": []}
     for turn in range(starts):
-        for who, started in (("engine", _engine), ("server", _server)):
+        for who, started in (("engine", _engine), ("server", own_server)):
             with started(options) as process:
                 for load in loads if turn == starts - 1 else ():
                     answered[who].append(process.measure(load))
@@ -197,7 +197,7 @@ def _engine(options: list[str]) -> Iterator[Started]:
 
 
 @contextlib.contextmanager
-def _server(options: list[str]) -> Iterator[Started]:
+def own_server(options: list[str]) -> Iterator[Started]:
     """A server on a port of its own."""
     command, began = [sys.executable, "-m", "bitnet_numba", "serve", *options, "--port", "0"], time.perf_counter()
     with subprocess.Popen(command, env=_environment(), stderr=subprocess.PIPE, text=True) as process:
