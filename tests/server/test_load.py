@@ -133,27 +133,41 @@ def test_who_waits_too_long_is_told() -> None:
 
 
 def test_priority_and_keys_share_the_slots() -> None:
-    keys = ("key-a", "key-b")
+    """The first answer waits within a step until all have been asked for; from then on, steps alone decide."""
+    keys, go_on = ("key-a", "key-b"), threading.Event()
+    names = {200: "long", 5: "later", 6: "first", 7: "other key"}  # by the number of tokens
+
+    def held_engine() -> Engine:
+        engine, backend = toy_engine(tokens_of(" fox"), context=4096)
+        choose = backend.choose
+
+        def held(*arguments: Any) -> int:
+            assert go_on.wait(30)
+            return choose(*arguments)
+
+        backend.choose = held  # type: ignore[method-assign]
+        return engine
+
     with (
-        serving(lambda: slow_engine([]), max_sequences=2, max_per_key=1, api_keys=keys) as running,
+        serving(held_engine, max_sequences=2, max_per_key=1, api_keys=keys) as running,
         ThreadPoolExecutor(4) as pool,
     ):
         ended: list[str] = []
-
-        def ask(name: str, key: str, **fields: Any) -> None:
-            headers = {"authorization": f"Bearer {key}"}
-            assert running.post(CHAT, body(**fields), headers=headers).status_code == 200
-            ended.append(name)
-
-        jobs = [pool.submit(ask, "long", keys[0], max_tokens=200)]
-        running.wait_until(lambda: running.service.running == 1)
-        jobs.append(pool.submit(ask, "later", keys[0], max_tokens=5))
-        running.wait_until(lambda: running.service.open == 2)
-        jobs.append(pool.submit(ask, "first", keys[0], max_tokens=5, priority=-1))
-        running.wait_until(lambda: running.service.open == 3)
-        jobs.append(pool.submit(ask, "other key", keys[1], max_tokens=5))
-        for job in jobs:
-            job.result(20)
+        running.service.metrics.answered = lambda stats, s: ended.append(  # type: ignore[method-assign]
+            names[stats.generated_tokens]
+        )
+        engine_loop = running.service._engine_loop
+        assert engine_loop is not None
+        jobs = []
+        for asked, (key, tokens, priority) in enumerate(((0, 200, 0), (0, 5, 0), (0, 6, -1), (1, 7, 0)), 1):
+            headers = {"authorization": f"Bearer {keys[key]}"}
+            jobs.append(pool.submit(running.post, CHAT, body(max_tokens=tokens, priority=priority), headers=headers))
+            running.wait_until(
+                lambda others=asked - 1: (engine_loop.running, engine_loop._scheduler.waiting) == (1, others)
+            )
+        go_on.set()
+        assert [job.result(30).status_code for job in jobs] == [200] * 4
+        running.wait_until(lambda: len(ended) == 4)
         assert ended == ["other key", "long", "first", "later"]
 
 
