@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from bitnet_numba.engine.engine import Engine
+from bitnet_numba.engine.sequence import Update
 from tests.engine.toy_backend import ToyBackend, tokens_of, toy_engine
 from tests.server.helpers import Running, read_events, serving
 
@@ -153,11 +154,15 @@ def test_priority_and_keys_share_the_slots() -> None:
         ThreadPoolExecutor(4) as pool,
     ):
         ended: list[str] = []
-        running.service.metrics.answered = lambda stats, s: ended.append(  # type: ignore[method-assign]
-            names[stats.generated_tokens]
-        )
         engine_loop = running.service._engine_loop
         assert engine_loop is not None
+        deliver = engine_loop._deliver
+
+        def note_ends(updates: list[Update], *arguments: Any) -> None:
+            ended.extend(names[u.completion.stats.generated_tokens] for u in updates if u.completion is not None)
+            deliver(updates, *arguments)
+
+        engine_loop._deliver = note_ends  # type: ignore[method-assign]
         jobs = []
         for asked, (key, tokens, priority) in enumerate(((0, 200, 0), (0, 5, 0), (0, 6, -1), (1, 7, 0)), 1):
             headers = {"authorization": f"Bearer {keys[key]}"}
@@ -167,7 +172,6 @@ def test_priority_and_keys_share_the_slots() -> None:
             )
         go_on.set()
         assert [job.result(30).status_code for job in jobs] == [200] * 4
-        running.wait_until(lambda: len(ended) == 4)
         assert ended == ["other key", "long", "first", "later"]
 
 
