@@ -105,7 +105,7 @@ class ChatForm:
         ]
         return {**self._base, "object": "chat.completion", "choices": choices, "usage": usage(completions, n)}
 
-    def opening(self, index: int) -> str:
+    def opening(self, index: int, request: Request, prompt_logprobs: Sequence[TokenLogprob | None]) -> str:
         """The role comes first."""
         if self._tags is not None:
             self._readers[index] = CallReader(self._tags)

@@ -111,7 +111,7 @@ class ResponseForm:
             },
         }
 
-    def opening(self, index: int) -> str:
+    def opening(self, index: int, request: Request, prompt_logprobs: Sequence[TokenLogprob | None]) -> str:
         """The response, its message and the message's text begin."""
         begun = {**self._base, "status": "in_progress", "incomplete_details": None, "output": [], "usage": None}
         return (
