@@ -43,7 +43,8 @@ def read_tools(body: ChatBody | ResponseBody, tags: tuple[str, str]) -> ToolUse:
 
     Raises ApiError, naming the field, for two functions of one name, a bad schema, or a choice that is none of them.
     """
-    tools = [_Named(f"tools.{number}", tool) for number, tool in enumerate(body.tools or [])]
+    given: Sequence[Tool | FunctionTool] = body.tools or []
+    tools = [_Named(f"tools.{number}", tool) for number, tool in enumerate(given)]
     choice, names = body.tool_choice, [tool.function.name for tool in tools]
     for number, name in enumerate(names):
         if name in names[:number]:

@@ -242,6 +242,43 @@ def test_health_tells_that_the_model_is_being_loaded() -> None:
         running.wait_until(lambda: running.client.get("/health").status_code == 200)
 
 
+def test_health_answers_at_full_load(server: Running) -> None:
+    """All slots of the CPU backend are taken and as many wait, streamed and not: half of the answers within 100 ms."""
+    slots = server.service.settings.max_sequences
+    content = {"prompt": "Once upon a time", "max_tokens": 1000, "ignore_eos": True}
+    seconds = []
+
+    async def load() -> None:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, trust_env=False, limits=limits) as client:
+
+            async def ask(stream: bool) -> None:
+                async with client.stream("POST", "/v1/completions", json={**content, "stream": stream}) as response:
+                    async for _ in response.aiter_bytes():
+                        pass
+
+            tasks = [asyncio.create_task(ask(number % 2 == 0)) for number in range(2 * slots)]
+            while server.service.running < slots or server.service.open < 2 * slots:
+                await asyncio.sleep(0.01)
+            await asyncio.to_thread(measure)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def measure() -> None:
+        with httpx.Client(base_url=server.url, trust_env=False) as client:
+            for _ in range(21):
+                began = time.perf_counter()
+                assert client.get("/health").status_code == 200
+                seconds.append(time.perf_counter() - began)
+                assert server.service.running == slots, "the load has ended"
+                time.sleep(0.02)
+
+    asyncio.run(asyncio.wait_for(load(), 120))
+    server.wait_until(lambda: free(server))
+    assert sorted(seconds)[len(seconds) // 2] < 0.1, seconds
+
+
 def test_draining_finishes_what_is_open(slow: tuple[Running, ToyBackend]) -> None:
     running, _ = slow
     with ThreadPoolExecutor(1) as pool:
@@ -356,6 +393,17 @@ def test_half_requests_and_churn_leave_nothing(slow: tuple[Running, ToyBackend])
     running.wait_until(lambda: free(running))
     running.wait_until(lambda: len(running.server.server_state.connections) <= 1)
     assert running.post(CHAT, body(max_tokens=5)).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_sends_no_more_is_taken_for_gone(slow: tuple[Running, ToyBackend], stream: bool) -> None:
+    """The end of what a client sends is all that is seen of one that has left, too."""
+    running, _ = slow
+    content = json.dumps(body(max_tokens=3000, stream=stream)).encode()
+    with connect(running, HEAD + b"Content-Length: %d\r\n\r\n" % len(content) + content) as connection:
+        running.wait_until(lambda: running.service.running == 1)
+        connection.shutdown(socket.SHUT_WR)
+        running.wait_until(lambda: free(running), 2.0)
 
 
 def test_pipelined_requests_are_answered_in_order(slow: tuple[Running, ToyBackend]) -> None:
