@@ -3,7 +3,7 @@
     python tools/bench.py kernels|decode|prefill|batch|load|all [--json FILE] [--plot DIR]      the CUDA backend
     python tools/bench.py cpu [CHECKPOINT ...] [--isa NAME,NAME|all] [--threads N,N] [--parts PART,PART] [--seconds S]
     python tools/bench.py engine [CHECKPOINT] [--backend NAME] [--small]     answers end to end, on any backend
-    python tools/bench.py serve [MODEL] [--clients N,N | --rate R] ...           the HTTP server, see serve --help
+    python tools/bench.py serve [MODEL | --random] [--clients N,N | --rate R] ...   the server, and the engine alone
     python tools/bench.py packing                    needs no GPU
     python tools/bench.py table --json FILE          the Markdown of an earlier run, as in docs/benchmarks.md
 

@@ -1,12 +1,14 @@
-"""Random events on a scheduler for as long as you like, with the checks of `tests/engine/soak.py` after each.
+"""Random events on a scheduler for as long as you like, with the checks of `tests/engine/soak.py`.
 
     python tools/soak.py --events 1000000               on a backend without a model
     python tools/soak.py --minutes 10 --backend cpu     on the built-in model
+    python tools/soak.py --http --events 100000         over HTTP, with the checks of `tests/server/soak.py`
 
 Prints what has happened, and ends with an error at the first thing that is wrong.
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -20,6 +22,7 @@ from tests.engine.soak import Soak
 from tests.engine.toy_soak import toy_soak
 
 PART = 1000  # events between looks at the clock
+PARTS = 50  # of an HTTP soak: a line each
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,12 +30,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--backend", choices=("toy", "cpu", "reference", "cuda"), default="toy", help="what computes")
+    parser.add_argument(
+        "--backend", choices=("toy", "cpu", "reference", "cuda"), help="what computes (default: toy, with --http cpu)"
+    )
     parser.add_argument("--events", type=int, default=1_000_000, help="number of events, at most")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="time, at most")
     parser.add_argument("--seed", type=int, default=0, help="of the events")
+    parser.add_argument("--http", action="store_true", help="requests over HTTP, to a server that is started")
+    parser.add_argument("--connections", type=int, default=64, help="with --http: at a time")
     args = parser.parse_args(argv)
-    soak = toy_soak(args.seed) if args.backend == "toy" else model_soak(args.backend, args.seed)
+    if args.http:
+        if args.backend == "toy":
+            parser.error("--http needs a backend with a model")
+        return http_soak(args.backend or "cpu", args)
+    backend = args.backend or "toy"
+    soak = toy_soak(args.seed) if backend == "toy" else model_soak(backend, args.seed)
     start, done = time.monotonic(), 0
     while done < args.events and time.monotonic() - start < 60 * args.minutes:
         part = min(PART, args.events - done)
@@ -42,6 +54,32 @@ def main(argv: list[str] | None = None) -> int:
             print(f"\r{done:,} events", end="", file=sys.stderr, flush=True)
     soak.finish()
     print(f"{done:,} events in {time.monotonic() - start:.0f} s")
+    for what, count in sorted(soak.counts.items()):
+        print(f"{count:12,} {what}")
+    return 0
+
+
+def http_soak(backend: str, args: argparse.Namespace) -> int:
+    """Asks a server of the built-in model, and prints what has become of its memory and its open files."""
+    from tests.server.soak import HttpSoak
+    from tools.benchmarks.serve import own_server, resident
+
+    with own_server(["--backend", backend, "--max-waiting", str(2 * args.connections)]) as server:
+        soak = HttpSoak(server.url, args.connections, args.seed)
+        start, done = time.monotonic(), 0
+        while done < args.events and time.monotonic() - start < 60 * args.minutes:
+            part = min(args.events // PARTS or 1, args.events - done)
+            soak.run(part)
+            done += part
+            memory, files = resident(server.pid), len(os.listdir(f"/proc/{server.pid}/fd"))
+            print(
+                f"{done:12,} requests in {time.monotonic() - start:,.0f} s; {memory:,.1f} MB, {files} open files",
+                flush=True,
+            )
+        cpu = os.times()
+    print(
+        f"{done:,} requests in {time.monotonic() - start:.0f} s; client {cpu.user + cpu.system:.0f} s of processor time"
+    )
     for what, count in sorted(soak.counts.items()):
         print(f"{count:12,} {what}")
     return 0

@@ -274,8 +274,9 @@ class Scheduler:
             return
         builder = s.builder
         assert builder is not None
+        of_prompt: list[TokenLogprob | None] = []
         if len(s.ids) == s.prompt_length and s.request.params.prompt_logprobs is not None:
-            builder.prompt_logprobs = [None, *self._runner.prompt_logprobs(s)]
+            of_prompt = builder.prompt_logprobs = [None, *self._runner.prompt_logprobs(s)]
         s.ids.append(token)
         if len(s.ids) % self._runner.pool.page_size == 0:
             self._runner.note_computed(s)
@@ -283,11 +284,11 @@ class Scheduler:
         if builder.reason is None and s.received == s.max_tokens:
             builder.reason = "context"
         if builder.reason is not None:
-            updates.append(self._finish(s, text))
+            updates.append(self._finish(s, text)._replace(prompt_logprobs=of_prompt))
             return
         token_ids, logprobs = builder.released()
-        if text or token_ids:
-            updates.append(Update(s.id, text, None, None, token_ids, logprobs))
+        if text or token_ids or of_prompt:
+            updates.append(Update(s.id, text, None, None, token_ids, logprobs, of_prompt))
 
     def _continue_as_prompt(self, s: Sequence) -> None:
         """Starts a sequence again with what has been told of its answer as part of the prompt."""

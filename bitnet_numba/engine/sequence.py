@@ -21,6 +21,7 @@ class Update(NamedTuple):
     error: BitNetError | None = None
     token_ids: abc.Sequence[int] = ()  # those of `text`, after those of earlier updates; together, the completion's
     logprobs: abc.Sequence[TokenLogprob] = ()  # of these, if SamplingParams.logprobs asks for them
+    prompt_logprobs: abc.Sequence[TokenLogprob | None] = ()  # told once, as soon as they are known
 
 
 @dataclass(eq=False)

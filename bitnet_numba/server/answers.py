@@ -18,10 +18,11 @@ class News(NamedTuple):
 
     text: str  # follows the text before
     logprobs: Sequence[TokenLogprob]  # likewise, if they were asked for
+    prompt_logprobs: Sequence[TokenLogprob | None]  # likewise; all come at once
     completion: Completion | None  # the whole answer, once it has ended
 
 
-NOTHING = News("", (), None)
+NOTHING = News("", (), (), None)
 
 
 class Answers:
@@ -71,8 +72,9 @@ class Answers:
                 raise self.error
             if update.error is not None:
                 raise self._as_api_error(update.error)
-            text, logprobs, _ = found.get(index, NOTHING)
-            found[index] = News(text + update.text, [*logprobs, *update.logprobs], update.completion)
+            text, logprobs, of_prompt, _ = found.get(index, NOTHING)
+            logprobs, of_prompt = [*logprobs, *update.logprobs], of_prompt or update.prompt_logprobs
+            found[index] = News(text + update.text, logprobs, of_prompt, update.completion)
             self._open -= update.completion is not None
         return found
 

@@ -33,7 +33,8 @@ async def chat_completions(service: Service, exchange: Exchange, body: ChatBody)
         raise ApiError(400, "top_logprobs needs logprobs", param="top_logprobs", code="invalid_value")
     params, n = sampling_params(body, engine), number_of_choices(body)
     id, model = f"chatcmpl-{exchange.request_id}", service.check_model(body.model)
-    tags = call_tags(engine) if uses_tools(body) else None
+    formed = body.response_format is not None and body.response_format.type != "text"
+    tags = call_tags(engine, "messages") if uses_tools(body, "response_format" if formed else None) else None
     form = ChatForm(id, model, body.with_usage, engine.tokenizer, tags)
 
     def make() -> list[Request]:
@@ -47,12 +48,12 @@ async def chat_completions(service: Service, exchange: Exchange, body: ChatBody)
     await respond(service, exchange, body, make, n, form, "messages")
 
 
-def call_tags(engine: Engine) -> tuple[str, str]:
-    """What stands before and after a call in the model's answers. Raises ApiError if it cannot chat."""
+def call_tags(engine: Engine, param: str) -> tuple[str, str]:
+    """What stands before and after a call in the model's answers. Raises ApiError, of `param`, if it cannot chat."""
     try:
         return engine.tokenizer.call_tags
     except TokenizerError as error:
-        raise ApiError(400, str(error), param="messages", code="invalid_value") from None
+        raise ApiError(400, str(error), param=param, code="invalid_value") from None
 
 
 def as_messages(messages: Sequence[ChatMessage], tokenizer: Tokenizer) -> list[dict[str, Any]]:
@@ -105,7 +106,7 @@ class ChatForm:
         ]
         return {**self._base, "object": "chat.completion", "choices": choices, "usage": usage(completions, n)}
 
-    def opening(self, index: int) -> str:
+    def opening(self, index: int, request: Request, prompt_logprobs: Sequence[TokenLogprob | None]) -> str:
         """The role comes first."""
         if self._tags is not None:
             self._readers[index] = CallReader(self._tags)

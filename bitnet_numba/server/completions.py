@@ -9,7 +9,6 @@ from typing import Any, cast
 from bitnet_numba.engine.completion import Completion
 from bitnet_numba.engine.request import Request
 from bitnet_numba.sampling import TokenLogprob
-from bitnet_numba.server.errors import ApiError
 from bitnet_numba.server.exchange import Exchange
 from bitnet_numba.server.generation import FINISH_REASONS, closing_events, read_prompts, respond, usage
 from bitnet_numba.server.response_format import constrained, read_format
@@ -27,8 +26,6 @@ async def completions(service: Service, exchange: Exchange, body: CompletionBody
     params = sampling_params(body, engine)
     if echo:
         params = replace(params, prompt_logprobs=params.logprobs)
-    if echo and body.stream and body.logprobs is not None:
-        raise ApiError(400, "echo: a stream has no logprobs of its prompt", param="echo", code="unsupported_parameter")
     prompts = list_prompts(body.prompt)
     id, model = f"cmpl-{exchange.request_id}", service.check_model(body.model)
     form = CompletionForm(id, model, body.with_usage, engine.tokenizer, prompts if echo else None, n)
@@ -78,9 +75,12 @@ class CompletionForm:
             choices.append({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason})
         return {**self._base, "choices": choices, "usage": usage(completions, n)}
 
-    def opening(self, index: int) -> str:
+    def opening(self, index: int, request: Request, prompt_logprobs: Sequence[TokenLogprob | None]) -> str:
         """The prompt, if it is echoed."""
-        return self.text(index, self._prompt(index), ()) if self._echo is not None else ""
+        if self._echo is None:
+            return ""
+        found = json.dumps(self._logprobs(index, prompt_logprobs, request.ids[0])) if prompt_logprobs else "null"
+        return self._chunk(index, json.dumps(self._prompt(index)), found)
 
     def text(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> str:
         """More text."""

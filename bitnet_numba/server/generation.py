@@ -63,8 +63,8 @@ class Form(Protocol):
     def whole(self, requests: Sequence[Request], completions: Sequence[Completion], n: int) -> dict[str, Any]:
         """The content of a response that is not streamed."""
 
-    def opening(self, index: int) -> str:
-        """The events with which an answer begins; may be empty."""
+    def opening(self, index: int, request: Request, prompt_logprobs: Sequence[TokenLogprob | None]) -> str:
+        """The events with which an answer begins; may be empty. prompt_logprobs: none unless they are asked for."""
 
     def text(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> str:
         """The event of new text, or of new tokens that have no text yet."""
@@ -108,9 +108,12 @@ async def _stream(
     changes = await answers.changes()  # an answer that fails at once is an error with a status of its own
     service.metrics.first_text(time.perf_counter() - began)
     await exchange.start_events()
-    events = [form.opening(index) for index in range(count)]
+    events, opened = [], set[int]()
     while True:
-        for index, (text, logprobs, completion) in changes.items():
+        for index, (text, logprobs, prompt_logprobs, completion) in changes.items():
+            if index not in opened:
+                events.append(form.opening(index, answers.requests[index], prompt_logprobs))
+                opened.add(index)
             if text or logprobs:
                 events.append(form.text(index, text, logprobs))
             if completion is not None:

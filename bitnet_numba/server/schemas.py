@@ -146,6 +146,18 @@ class NamedTool(BaseModel):
     function: FunctionName
 
 
+class FunctionTool(ToolFunction):
+    """A tool in /v1/responses; only functions are supported."""
+
+    type: Literal["function"]
+
+
+class NamedFunction(FunctionName):
+    """The function that has to be called, in /v1/responses."""
+
+    type: Literal["function"]
+
+
 class ChatMessage(BaseModel):
     """A message. Further fields reach the chat template, as "name" may."""
 
@@ -226,11 +238,15 @@ class ResponseText(BaseModel):
 
 
 class InputItem(BaseModel):
-    """A message of the input; only these items are supported."""
+    """An item of the input: a message, a call of a function (function_call), or its result (function_call_output)."""
 
     type: StrictStr = "message"
     role: StrictStr | None = None
     content: StrictStr | Parts | None = None
+    call_id: StrictStr | None = None
+    name: StrictStr | None = None
+    arguments: StrictStr | None = None
+    output: StrictStr | Parts | None = None
 
 
 class ResponseBody(SamplingBody):
@@ -247,8 +263,9 @@ class ResponseBody(SamplingBody):
     conversation: Any = None
     prompt: Any = None
     include: list[Any] | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
+    tools: Annotated[list[FunctionTool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
+    parallel_tool_calls: StrictBool | None = None
     top_logprobs: StrictInt | None = None
 
     NEUTRAL = {
@@ -258,8 +275,6 @@ class ResponseBody(SamplingBody):
         "conversation": (),
         "prompt": (),
         "include": ([],),
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "top_logprobs": (0,),
         "n": (1,),
     }

@@ -8,7 +8,7 @@ from typing import Any
 from bitnet_numba.errors import RequestError
 from bitnet_numba.grammar import ONE_LINE, Grammar
 from bitnet_numba.server.errors import ApiError, from_request_error
-from bitnet_numba.server.schemas import ChatBody, NamedTool, Tool
+from bitnet_numba.server.schemas import ChatBody, FunctionTool, NamedFunction, NamedTool, ResponseBody, Tool
 
 MAX_CALLS = 16  # of an answer
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -22,47 +22,65 @@ class ToolUse:
     grammar: Grammar
 
 
-def uses_tools(body: ChatBody) -> bool:
-    """Whether an answer may be a call. Raises ApiError for a choice that does not fit the tools or the format."""
+def uses_tools(body: ChatBody | ResponseBody, form: str | None) -> bool:
+    """Whether an answer may be a call. form: the field that gives answers a form, if there is one.
+
+    Raises ApiError for a choice that does not fit the tools or the form.
+    """
     choice = body.tool_choice
     if not body.tools:
         if choice not in (None, "none", "auto"):
             raise ApiError(400, "tool_choice needs tools", param="tool_choice", code="invalid_value")
         return False
-    if choice in (None, "auto") and body.response_format is not None and body.response_format.type != "text":
-        reason = "response_format and tools go together only if tool_choice says which of them the answer is"
-        raise ApiError(400, reason, param="response_format", code="unsupported_parameter")
+    if choice in (None, "auto") and form is not None:
+        reason = f"{form} and tools go together only if tool_choice says which of them the answer is"
+        raise ApiError(400, reason, param=form, code="unsupported_parameter")
     return choice != "none"
 
 
-def read_tools(body: ChatBody, tags: tuple[str, str]) -> ToolUse:
+def read_tools(body: ChatBody | ResponseBody, tags: tuple[str, str]) -> ToolUse:
     """The tools of a body that uses some; tags: what stands before and after a call.
 
     Raises ApiError, naming the field, for two functions of one name, a bad schema, or a choice that is none of them.
     """
-    tools, choice = body.tools or [], body.tool_choice
-    names = [tool.function.name for tool in tools]
+    given: Sequence[Tool | FunctionTool] = body.tools or []
+    tools = [_Named(f"tools.{number}", tool) for number, tool in enumerate(given)]
+    choice, names = body.tool_choice, [tool.function.name for tool in tools]
     for number, name in enumerate(names):
         if name in names[:number]:
-            field = f"tools.{number}.function.name"
+            field = f"{tools[number].field}.name"
             raise ApiError(400, f"{field}: there are two functions {name}", param=field, code="invalid_value")
-    schemas = [_schema(tool, number) for number, tool in enumerate(tools)]
+    schemas = [_schema(tool) for tool in tools]
     callable = list(zip(names, schemas, strict=True))
     most = MAX_CALLS if body.parallel_tool_calls is not False else 1
-    if isinstance(choice, NamedTool):
-        callable, most = [pair for pair in callable if pair[0] == choice.function.name], 1
+    if isinstance(choice, NamedTool | NamedFunction):
+        wanted = choice.function.name if isinstance(choice, NamedTool) else choice.name
+        callable, most = [pair for pair in callable if pair[0] == wanted], 1
         if not callable:
-            reason = f"tool_choice: there is no function {choice.function.name!r} in tools"
+            reason = f"tool_choice: there is no function {wanted!r} in tools"
             raise ApiError(400, reason, param="tool_choice", code="invalid_value")
-    described = [tool.model_dump(exclude_none=True) for tool in tools]
-    for tool in described:
-        tool["function"].pop("strict", None)
-        tool["function"].setdefault("parameters", NO_PARAMETERS)
+    described = [tool.described() for tool in tools]
     try:
         grammar = Grammar.lark(call_grammar(callable, tags, most, choice in (None, "auto")))
     except RequestError as error:
         raise from_request_error(error, "tools") from None
     return ToolUse(described, grammar)
+
+
+class _Named:
+    """A function in a request, and the field that it stands in."""
+
+    def __init__(self, field: str, tool: Tool | FunctionTool):
+        if isinstance(tool, Tool):
+            self.field, self.function = f"{field}.function", tool.function
+        else:
+            self.field, self.function = field, tool
+
+    def described(self) -> dict[str, Any]:
+        """For the prompt."""
+        known = {"name", "description", "parameters"}
+        function = self.function.model_dump(include=known, exclude_none=True)
+        return {"type": "function", "function": {**function, "parameters": self.function.parameters or NO_PARAMETERS}}
 
 
 def call_start(tags: tuple[str, str]) -> str:
@@ -90,10 +108,10 @@ def call_grammar(
     return "\n".join(lines)
 
 
-def _schema(tool: Tool, number: int) -> dict[str, Any]:
+def _schema(tool: _Named) -> dict[str, Any]:
     """The schema of a function's arguments, which are an object in one line."""
     given, lenient = {"type": "object", **(tool.function.parameters or NO_PARAMETERS)}, not tool.function.strict
-    field = f"tools.{number}.function.parameters"
+    field = f"{tool.field}.parameters"
     if given["type"] != "object":
         raise ApiError(400, f"{field} must be the schema of an object", param=field, code="invalid_value")
     try:

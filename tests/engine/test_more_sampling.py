@@ -189,3 +189,16 @@ def test_the_built_in_model_tells_log_softmax_of_its_logits(backend: str) -> Non
             np.testing.assert_allclose(*values, rtol=0, atol=atol)
     assert llm.generate(prompt, params, logprobs=None).token_ids == alone.token_ids
     assert start == alone.stats.prompt_tokens
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_scheduler_tells_of_a_prompt_once_and_before_its_answer(tokens: int) -> None:
+    llm, _ = toy_engine()
+    with llm.scheduler() as scheduler:
+        numbers = [scheduler.add([5, 6, 7], logprobs=1, prompt_logprobs=n, max_new_tokens=tokens) for n in (None, 2)]
+        updates = [update for _ in range(9) if scheduler.busy for update in scheduler.step()]
+    for number, update in zip(numbers, (updates[-2], updates[-1]), strict=True):
+        told = [update.prompt_logprobs for update in updates if update.request == number]
+        assert update.request == number and update.completion is not None
+        assert list(told[0]) == (update.completion.prompt_logprobs or []) and not any(told[1:])
+    assert updates[-1].completion.prompt_logprobs is not None

@@ -74,5 +74,9 @@ def test_logprobs_of_an_answer_and_its_prompt(server: Running, built_in: Engine)
     ):
         if logprob is not None:  # as the first token's is
             assert with_prompt["text"].startswith(token, place) and top[token] == logprob and len(top) in (2, 3)
+    events = [event["choices"][0] for event in server.events(PATH, {**body, "echo": True})[:-1]]
+    assert events[0]["text"] == "Once upon a time"
+    for name, whole in with_prompt["logprobs"].items():
+        assert [value for event in events if event["logprobs"] for value in event["logprobs"][name]] == whole
     streamed = [event["choices"][0]["logprobs"] for event in server.events(PATH, body)[:-1]]
     assert [place for one in streamed if one for place in one["text_offset"]] == answer.logprobs.text_offset

@@ -121,7 +121,6 @@ def test_prompts_that_are_none(server: Running) -> None:
 def test_logprobs_have_a_limit(server: Running) -> None:
     assert error_of(server, CHAT, {**HELLO, "logprobs": True, "top_logprobs": 21})["param"] == "top_logprobs"
     assert error_of(server, TEXT, {**ONCE, "logprobs": 21})["param"] == "logprobs"
-    assert error_of(server, TEXT, {**ONCE, "logprobs": 1, "echo": True, "stream": True})["param"] == "echo"
 
 
 def test_bodies_that_are_no_json(server: Running) -> None:

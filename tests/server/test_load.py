@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from bitnet_numba.engine.engine import Engine
+from bitnet_numba.engine.sequence import Update
 from tests.engine.toy_backend import ToyBackend, tokens_of, toy_engine
 from tests.server.helpers import Running, read_events, serving
 
@@ -133,27 +134,44 @@ def test_who_waits_too_long_is_told() -> None:
 
 
 def test_priority_and_keys_share_the_slots() -> None:
-    keys = ("key-a", "key-b")
+    """The first answer waits within a step until all have been asked for; from then on, steps alone decide."""
+    keys, go_on = ("key-a", "key-b"), threading.Event()
+    names = {200: "long", 5: "later", 6: "first", 7: "other key"}  # by the number of tokens
+
+    def held_engine() -> Engine:
+        engine, backend = toy_engine(tokens_of(" fox"), context=4096)
+        choose = backend.choose
+
+        def held(*arguments: Any) -> int:
+            assert go_on.wait(30)
+            return choose(*arguments)
+
+        backend.choose = held  # type: ignore[method-assign]
+        return engine
+
     with (
-        serving(lambda: slow_engine([]), max_sequences=2, max_per_key=1, api_keys=keys) as running,
+        serving(held_engine, max_sequences=2, max_per_key=1, api_keys=keys) as running,
         ThreadPoolExecutor(4) as pool,
     ):
         ended: list[str] = []
+        engine_loop = running.service._engine_loop
+        assert engine_loop is not None
+        deliver = engine_loop._deliver
 
-        def ask(name: str, key: str, **fields: Any) -> None:
-            headers = {"authorization": f"Bearer {key}"}
-            assert running.post(CHAT, body(**fields), headers=headers).status_code == 200
-            ended.append(name)
+        def note_ends(updates: list[Update], *arguments: Any) -> None:
+            ended.extend(names[u.completion.stats.generated_tokens] for u in updates if u.completion is not None)
+            deliver(updates, *arguments)
 
-        jobs = [pool.submit(ask, "long", keys[0], max_tokens=200)]
-        running.wait_until(lambda: running.service.running == 1)
-        jobs.append(pool.submit(ask, "later", keys[0], max_tokens=5))
-        running.wait_until(lambda: running.service.open == 2)
-        jobs.append(pool.submit(ask, "first", keys[0], max_tokens=5, priority=-1))
-        running.wait_until(lambda: running.service.open == 3)
-        jobs.append(pool.submit(ask, "other key", keys[1], max_tokens=5))
-        for job in jobs:
-            job.result(20)
+        engine_loop._deliver = note_ends  # type: ignore[method-assign]
+        jobs = []
+        for asked, (key, tokens, priority) in enumerate(((0, 200, 0), (0, 5, 0), (0, 6, -1), (1, 7, 0)), 1):
+            headers = {"authorization": f"Bearer {keys[key]}"}
+            jobs.append(pool.submit(running.post, CHAT, body(max_tokens=tokens, priority=priority), headers=headers))
+            running.wait_until(
+                lambda others=asked - 1: (engine_loop.running, engine_loop._scheduler.waiting) == (1, others)
+            )
+        go_on.set()
+        assert [job.result(30).status_code for job in jobs] == [200] * 4
         assert ended == ["other key", "long", "first", "later"]
 
 
@@ -222,6 +240,43 @@ def test_health_tells_that_the_model_is_being_loaded() -> None:
             assert response.status_code == 503 and response.headers["retry-after"]
         loaded.set()
         running.wait_until(lambda: running.client.get("/health").status_code == 200)
+
+
+def test_health_answers_at_full_load(server: Running) -> None:
+    """All slots of the CPU backend are taken and as many wait, streamed and not: half of the answers within 100 ms."""
+    slots = server.service.settings.max_sequences
+    content = {"prompt": "Once upon a time", "max_tokens": 1000, "ignore_eos": True}
+    seconds = []
+
+    async def load() -> None:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, trust_env=False, limits=limits) as client:
+
+            async def ask(stream: bool) -> None:
+                async with client.stream("POST", "/v1/completions", json={**content, "stream": stream}) as response:
+                    async for _ in response.aiter_bytes():
+                        pass
+
+            tasks = [asyncio.create_task(ask(number % 2 == 0)) for number in range(2 * slots)]
+            while server.service.running < slots or server.service.open < 2 * slots:
+                await asyncio.sleep(0.01)
+            await asyncio.to_thread(measure)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def measure() -> None:
+        with httpx.Client(base_url=server.url, trust_env=False) as client:
+            for _ in range(21):
+                began = time.perf_counter()
+                assert client.get("/health").status_code == 200
+                seconds.append(time.perf_counter() - began)
+                assert server.service.running == slots, "the load has ended"
+                time.sleep(0.02)
+
+    asyncio.run(asyncio.wait_for(load(), 120))
+    server.wait_until(lambda: free(server))
+    assert sorted(seconds)[len(seconds) // 2] < 0.1, seconds
 
 
 def test_draining_finishes_what_is_open(slow: tuple[Running, ToyBackend]) -> None:
@@ -338,6 +393,17 @@ def test_half_requests_and_churn_leave_nothing(slow: tuple[Running, ToyBackend])
     running.wait_until(lambda: free(running))
     running.wait_until(lambda: len(running.server.server_state.connections) <= 1)
     assert running.post(CHAT, body(max_tokens=5)).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_sends_no_more_is_taken_for_gone(slow: tuple[Running, ToyBackend], stream: bool) -> None:
+    """The end of what a client sends is all that is seen of one that has left, too."""
+    running, _ = slow
+    content = json.dumps(body(max_tokens=3000, stream=stream)).encode()
+    with connect(running, HEAD + b"Content-Length: %d\r\n\r\n" % len(content) + content) as connection:
+        running.wait_until(lambda: running.service.running == 1)
+        connection.shutdown(socket.SHUT_WR)
+        running.wait_until(lambda: free(running), 2.0)
 
 
 def test_pipelined_requests_are_answered_in_order(slow: tuple[Running, ToyBackend]) -> None:
