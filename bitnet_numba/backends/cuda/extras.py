@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from bitnet_numba.backends.cuda.forward import CudaModel
 from bitnet_numba.backends.cuda.lm_head import LMHead
+from bitnet_numba.backends.cuda.masks import Masks
 from bitnet_numba.backends.cuda.state import SequenceState
 from bitnet_numba.kernels.runtime.driver import Stream
 from bitnet_numba.kernels.runtime.launch import Launch
@@ -33,18 +34,18 @@ Write = Callable[..., None]  # see `Uploads.write`
 class Asked(NamedTuple):
     """What of it a request asks for, or the requests of a step."""
 
-    edits: bool = False
+    edits: bool = False  # masks among them
     logprobs: bool = False
 
 
 NOTHING = Asked()
 
 
-def asked_by(each: Iterable[SamplingParams]) -> Asked:
-    """What some requests ask for together."""
+def asked_by(each: Iterable[SamplingParams], masked: bool = False) -> Asked:
+    """What some requests ask for together. masked: the form of an answer is given, too."""
     all_of_them = list(each)
-    edits, logprobs = (own.edits_logits for own in all_of_them), (own.logprobs is not None for own in all_of_them)
-    return Asked(any(edits), any(logprobs))
+    edits = masked or any(own.edits_logits for own in all_of_them)
+    return Asked(edits, any(own.logprobs is not None for own in all_of_them))
 
 
 class Extras:
@@ -56,10 +57,13 @@ class Extras:
         device, slots = model.device, state.slots
         self._model, self._state = model, state
         self._ring_size = 0 if ring is None else ring.count
+        self.masks = Masks(device, rows, model.config.vocab_size)
         self._edits = EditArrays(
             device.zeros(slots * edits.SETTINGS, np.float64),
             device.zeros(slots * edits.MAX_LISTED, np.int32),
             device.zeros(slots * MAX_LOGIT_BIAS, np.float32),
+            self.masks.masks,
+            self.masks.mask_ids,
         )
         self._wanted = device.array(np.full(slots, NONE, np.int32))
         self._edited = device.empty(rows * model.config.vocab_size, np.float32)
@@ -70,9 +74,9 @@ class Extras:
         else:
             self.ids, self.values = ring.ids, ring.values
 
-    def set_slot(self, write: Write, slot: int, params: SamplingParams, prompt_length: int) -> None:
-        """Enqueues what a slot's sequence asks for."""
-        settings, listed, biases = pack_edits(params, prompt_length)
+    def set_slot(self, write: Write, slot: int, params: SamplingParams, prompt_length: int, masked: bool) -> None:
+        """Enqueues what a slot's sequence asks for. masked: each of its rows comes with a mask."""
+        settings, listed, biases = pack_edits(params, prompt_length, masked)
         write(self._edits.settings, settings, slot * edits.SETTINGS)
         write(self._edits.listed, listed, slot * edits.MAX_LISTED)
         write(self._edits.biases, biases, slot * MAX_LOGIT_BIAS)
@@ -113,6 +117,7 @@ class Extras:
         own = [self._edits.settings, self._edits.listed, self._edits.biases, self._wanted, self._edited]
         for array in own if self._ring_size else [*own, self.ids, self.values]:
             array.close()
+        self.masks.close()
 
 
 class Records:

@@ -1,0 +1,66 @@
+"""Masks of the tokens that may come next in answers of a given form: asked for on the host, read by `edit_logits`.
+
+    device   forward pass of step n     | edits, sampler | forward pass of step n + 1 | edits, ...
+    host      token n - 1, its masks ──> upload ─┘        token n, its masks ──> upload ─┘
+
+The forward pass needs only the token, which is on the device; so a step with masks is two graphs, and the host looks at
+the token before, and asks for the masks, while the first of them runs.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from bitnet_numba.backends.protocol import Constraint
+from bitnet_numba.errors import RequestError
+from bitnet_numba.kernels.runtime.device import Device
+from bitnet_numba.kernels.runtime.driver import Event, Stream
+from bitnet_numba.kernels.runtime.memory import PinnedArray
+
+BUFFERS = 2  # of page-locked memory: one is filled while the other may still be read
+
+
+class Masks:
+    """A step's masks on the device, and where they come from."""
+
+    def __init__(self, device: Device, rows: int, vocab_size: int):
+        """rows: most at a time."""
+        self._rows, self._words = rows, -(-vocab_size // 32)
+        self.masks = device.zeros(rows * self._words, np.int32)
+        self.mask_ids = device.zeros(rows, np.int32)  # which of them each row has
+        self._buffers: list[tuple[PinnedArray, Event]] = []
+        self._next = 0
+
+    def upload(self, stream: Stream, constraints: Sequence[Constraint | None]) -> dict[int, str]:
+        """Enqueues the masks of a step's rows; returns the rows whose constraints cannot be followed, with the
+        reasons."""
+        if not self._buffers:
+            size = self._rows * (self._words + 1)
+            self._buffers = [(PinnedArray(size, np.uint32), Event(timing=False)) for _ in range(BUFFERS)]
+        buffer, read = self._buffers[self._next]
+        self._next = (self._next + 1) % BUFFERS
+        read.wait()
+        masks = buffer.host[self._rows :].reshape(self._rows, self._words)
+        failures: dict[int, str] = {}
+        count = 0
+        for row, constraint in enumerate(constraints):
+            buffer.host[row] = count
+            if constraint is None:
+                continue
+            try:
+                constraint.allowed(masks[count])
+            except RequestError as error:
+                failures[row] = str(error)
+            count += 1
+        stream.upload(self.mask_ids.address, buffer, 4 * len(constraints))
+        if count:
+            stream.upload(self.masks.address, buffer, 4 * count * self._words, 4 * self._rows)
+        read.record(stream)
+        return failures
+
+    def close(self) -> None:
+        """Frees the memory."""
+        self.masks.close()
+        self.mask_ids.close()
+        for buffer, _ in self._buffers:
+            buffer.close()
