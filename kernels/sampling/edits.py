@@ -1,7 +1,7 @@
 """Edits of logits before sampling: bias, presence and frequency penalty, tokens that may not come.
 
-What `bitnet_numba.sampling.logit_edits` adds and its mask takes out, in a copy of each row of logits float32 [num_rows, vocab_size]: the
-samplers read the copy, and log probabilities are of what the model said.
+What `bitnet_numba.sampling.logit_edits` adds and its mask takes out, in a copy of each row of logits float32
+[num_rows, vocab_size]: the samplers read the copy, and log probabilities are of what the model said.
 
     grid: a block a row; a row's settings, lists and tokens are its slot's
     1. copies the row

@@ -16,6 +16,7 @@ from bitnet_numba.errors import BackendError, RequestError
 from bitnet_numba.kernels.attention import paged_decode
 from bitnet_numba.kernels.attention.kv_cache import PAGE
 from bitnet_numba.kernels.sampling.parts import SETTINGS, pack_settings
+from bitnet_numba.logprobs import NONE, LogprobRows
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.sampling_params import SamplingParams
 
@@ -61,6 +62,7 @@ class CudaBatch:
         # Which event, the slots of its results, and those of them that have failed
         self._pending: deque[tuple[int, list[int], list[int]]] = deque()
         self._params: dict[int, SamplingParams] = {}  # of each slot's sequence
+        self._tops: dict[int, int] = {}  # how many of the most likely tokens each of its tokens comes with, or NONE
         self._asking: set[int] = set()  # slots whose sequences ask for more (see `extras`)
         self._scored: dict[int, _ScoredPrompt] = {}  # prompts whose log probabilities are wanted, by slot
         self._constraints: dict[int, Constraint] = {}  # of slots whose sequences have one
@@ -93,6 +95,9 @@ class CudaBatch:
         write(state.position, [computed], slot)
         self._num_fed[slot], self._num_given[slot], self._num_pages[slot] = computed, len(ids), len(pages)
         self._params[slot] = params
+        self._tops[slot] = (
+            NONE if params.logprobs is None else min(params.logprobs, self._runtime.model.config.vocab_size)
+        )
         self._asking.discard(slot)
         self._constraints.pop(slot, None)
         self._failures.pop(slot, None)
@@ -197,12 +202,12 @@ class CudaBatch:
         self._collected = start, results
         return results
 
-    def logprobs(self) -> list[TokenLogprob | None]:
+    def logprobs(self) -> LogprobRows:
         """Of the tokens that the last `collect` returned."""
         first, results = self._collected
-        wanted = [None if token == NO_TOKEN else self._params[slot].logprobs for slot, token in results]
+        tops = [NONE if token == NO_TOKEN else self._tops[slot] for slot, token in results]
         assert self._memory.records is not None
-        return self._memory.records.read(first, [token for _, token in results], wanted)
+        return self._memory.records.read(first, [token for _, token in results], tops)
 
     def prompt_logprobs(self, slot: int) -> list[TokenLogprob]:
         """Of all tokens of a prompt but the first."""

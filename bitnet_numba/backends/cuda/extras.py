@@ -24,6 +24,7 @@ from bitnet_numba.kernels.runtime.memory import DeviceArray, DeviceView, PinnedA
 from bitnet_numba.kernels.sampling import edits
 from bitnet_numba.kernels.sampling.edits import EditArrays, edit_logits, pack_edits
 from bitnet_numba.kernels.sampling.logprobs import NONE, RECORD, logprobs
+from bitnet_numba.logprobs import LogprobRows
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.sampling_params import MAX_LOGIT_BIAS, SamplingParams
 
@@ -133,10 +134,10 @@ class Records:
         stream.download(self.ids, nbytes * first, extras.ids.address, nbytes * count)
         stream.download(self.values, nbytes * first, extras.values.address, nbytes * count)
 
-    def read(self, first: int, tokens: Sequence[int], wanted: Sequence[int | None]) -> list[TokenLogprob | None]:
+    def read(self, first: int, tokens: Sequence[int], tops: Sequence[int]) -> LogprobRows:
         """The records of these tokens at places from `first` on; see `read_records`."""
         places = slice(first * RECORD, (first + len(tokens)) * RECORD)
-        return read_records(self.ids.host[places], self.values.host[places], tokens, wanted)
+        return read_records(self.ids.host[places], self.values.host[places], tokens, tops)
 
     def close(self) -> None:
         """Frees the memory."""
@@ -182,7 +183,8 @@ class PromptScorer:
             self._values.read_into(values)
             if not np.isfinite(values.reshape(-1, RECORD)[:, : 1 + min(top, vocab)]).all():
                 raise ValueError("logits hold NaN or infinity")
-            result += [each for each in read_records(ids, values, part, [top] * len(part)) if each is not None]
+            tops = [min(top, vocab)] * len(part)
+            result += [each for each in read_records(ids, values, part, tops) if each is not None]
         return result
 
     def close(self) -> None:
@@ -193,14 +195,8 @@ class PromptScorer:
 
 
 def read_records(
-    ids: NDArray[np.int32], values: NDArray[np.float32], tokens: Sequence[int], wanted: Sequence[int | None]
-) -> list[TokenLogprob | None]:
-    """Records of tokens, as `kernels.sampling.logprobs` writes them; wanted: how many of the most likely tokens each
-    has, None for no record."""
-    rows = zip(ids.reshape(-1, RECORD).tolist(), values.reshape(-1, RECORD).tolist(), tokens, wanted, strict=True)
-    return [
-        None
-        if top is None
-        else TokenLogprob(token, value[0], list(zip(row[1 : 1 + top], value[1 : 1 + top], strict=True)))
-        for row, value, token, top in rows
-    ]
+    ids: NDArray[np.int32], values: NDArray[np.float32], tokens: Sequence[int], tops: Sequence[int]
+) -> LogprobRows:
+    """Records of tokens, as `kernels.sampling.logprobs` writes them; tops: how many of the most likely tokens each has,
+    or NONE."""
+    return LogprobRows.pack(tokens, tops, ids.reshape(-1, RECORD)[:, 1:], values.reshape(-1, RECORD))
