@@ -135,9 +135,9 @@ class Batch(Protocol):
         such calls may be uncollected, and at most three of one slot.
         """
 
-    def logprobs(self) -> list[TokenLogprob | None]:
+    def logprobs(self) -> Sequence[TokenLogprob | None]:
         """Of the tokens that the last `collect` returned, in its order; None where params have no `logprobs`, and for
-        NO_TOKEN. Called right after that `collect`."""
+        NO_TOKEN. Called right after that `collect`; the objects may be made when they are read (see `LogprobRows`)."""
 
     def prompt_logprobs(self, slot: int) -> list[TokenLogprob]:
         """Of all tokens of a prompt but the first, if its params have `prompt_logprobs`; called right after the

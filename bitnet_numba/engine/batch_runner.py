@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from bitnet_numba.backends.protocol import Batch
 from bitnet_numba.engine.page_pool import PagePool
-from bitnet_numba.engine.sequence import Sequence
+from bitnet_numba.engine.sequence import Logprobs, Sequence
 from bitnet_numba.sampling import TokenLogprob
 
 
@@ -140,16 +140,16 @@ class BatchRunner:
             for s in live:
                 s.enqueued += 1
 
-    def collect(self, receive: Callable[[Sequence, int, TokenLogprob | None], None]) -> None:
-        """Calls `receive` with the sequence, the token and its log probability, if the request asks for that, of each
-        result of the oldest call not collected."""
+    def collect(self, receive: Callable[[Sequence, int, Logprobs | None, int], None]) -> None:
+        """Calls `receive` for each result of the oldest call not collected: with the sequence, the token, and the log
+        probabilities of the whole call, if a request asks for some, and the token's place among them."""
         (sequences, starts), results = self._calls.popleft(), self._batch.collect()
-        logprobs: list[TokenLogprob | None] = [None] * len(results)
+        logprobs: Logprobs | None = None
         if any([s.request.params.logprobs is not None for s in sequences]):  # a list is quicker than a generator
             logprobs = self._batch.logprobs()
-        for s, start, (_, token), logprob in zip(sequences, starts, results, logprobs, strict=True):
+        for row, (s, start, (_, token)) in enumerate(zip(sequences, starts, results, strict=True)):
             if s.starts == start:
-                receive(s, token, logprob)
+                receive(s, token, logprobs, row)
 
     def prompt_logprobs(self, s: Sequence) -> list[TokenLogprob]:
         """Of all tokens of a prompt but the first; called when its first token is received."""

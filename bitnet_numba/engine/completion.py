@@ -1,11 +1,13 @@
 """Completions: sampled tokens in, text and finish reason out. The same for one sequence and for batches."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any, Literal
 
 from bitnet_numba.engine.request import Request
 from bitnet_numba.errors import shown
+from bitnet_numba.logprobs import LogprobList, ReadWhenAsked
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.text.stop_strings import StopStrings
 from bitnet_numba.text.tokenizer import StreamDecoder, Tokenizer
@@ -59,7 +61,7 @@ class Completion:
     token_ids: list[int]
     finish_reason: FinishReason
     stats: Stats
-    logprobs: list[TokenLogprob] | None = None
+    logprobs: ReadWhenAsked = ReadWhenAsked()  # list[TokenLogprob] | None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     dropped_messages: int = 0
 
@@ -79,7 +81,8 @@ class Completion:
 class CompletionBuilder:
     """Builds a completion: `push` tokens until `reason` is set, then call `finish` for the rest of the text.
 
-    A completion that is taken before `finish` counts as interrupted. Timing starts at construction.
+    Or `push_quietly` all of them: the completion is the same. One that is taken before `finish` counts as interrupted.
+    Timing starts at construction.
     """
 
     def __init__(self, tokenizer: Tokenizer, request: Request):
@@ -89,10 +92,14 @@ class CompletionBuilder:
         self._stop_ids = frozenset(params.ends)
         self._min_tokens, self._dropped_messages = params.min_tokens, request.dropped_messages
         self._decoder, self._matcher = StreamDecoder(tokenizer), StopStrings(request.stop)
+        # Whether a token has a byte with which a stop string begins; None without stop strings.
+        self._watched = tokenizer.tokens_with(stop[0] for stop in request.stop) if request.stop else None
         self._max_new_tokens = params.max_new_tokens
         self._finished = False
         self._ids: list[int] = []  # without the stop token
-        self._logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []  # of `_ids`
+        self._has_logprobs = params.logprobs is not None
+        self._sources: list[Sequence[TokenLogprob | None]] = []  # what has those of `_ids`
+        self._rows: list[int] = []  # and where
         # By number of tokens: the number of characters decoded so far; None if the last character is unfinished.
         self._ends: list[int | None] = [0]
         self._decoded = 0  # characters
@@ -102,21 +109,61 @@ class CompletionBuilder:
         self._started_at = self._first_at = self._last_at = perf_counter()
         self._count = 0  # tokens, including the stop token
 
-    def push(self, token: int, logprob: TokenLogprob | None = None) -> str:
+    def push(self, token: int, logprobs: Sequence[TokenLogprob | None] | None = None, row: int = 0) -> str:
         """Adds a token; returns the text that can be shown now, which may be empty.
 
-        logprob: the token's, if the request asks for it.
+        logprobs: has the token's at `row`, if the request asks for it.
         """
+        if not self._add(token, logprobs, row):
+            return ""
+        text = self._decode(token)
+        if self.reason is None and len(self._ids) == self._max_new_tokens:
+            self.reason = "length"
+        return text
+
+    def push_quietly(self, token: int, logprobs: Sequence[TokenLogprob | None] | None = None, row: int = 0) -> None:
+        """Adds a token of an answer that nobody follows: text is made where a stop string may begin or has begun, and
+        of all that is left by `finish`."""
+        if not self._add(token, logprobs, row):
+            return
+        if self._watched is not None and (self._watched[token] or self._matcher.held or self._decoder.pending):
+            self._catch_up(len(self._ids) - 1)
+            self._decode(token)
+        if self.reason is None and len(self._ids) == self._max_new_tokens:
+            self.reason = "length"
+
+    def _add(self, token: int, logprobs: Sequence[TokenLogprob | None] | None, row: int) -> bool:
+        """Notes a token; False if it ends the answer and is not part of it."""
         self._last_at = perf_counter()
         if self._count == 0:
             self._first_at = self._last_at
         self._count += 1
         if token in self._stop_ids:
             self.reason = "stop"
-            return ""
+            return False
         self._ids.append(token)
-        if self._logprobs is not None and logprob is not None:
-            self._logprobs.append(logprob)
+        if self._has_logprobs and logprobs is not None:
+            self._sources.append(logprobs)
+            self._rows.append(row)
+        return True
+
+    def _catch_up(self, count: int) -> None:
+        """Makes the text of the tokens up to the first `count`, in none of which a stop string begins."""
+        ids = self._ids[len(self._ends) - 1 : count]
+        if not ids:
+            return
+        piece = self._decoder.push_all(ids)
+        self._decoded += len(piece)
+        self._shown.append(piece)
+        self._num_shown += len(piece)
+        # All of it is shown, so only the end of the last one with whole characters is ever looked at.
+        whole = len(ids) - self._decoder.unfinished(ids)
+        self._ends += [None] * len(ids)
+        if whole:
+            self._ends[whole - len(ids) - 1] = self._decoded
+
+    def _decode(self, token: int) -> str:
+        """Makes the text of the last token; returns what can be shown now."""
         piece = self._decoder.push(token)
         self._decoded += len(piece)
         self._ends.append(None if self._decoder.pending else self._decoded)
@@ -126,24 +173,26 @@ class CompletionBuilder:
             self._num_shown += len(safe)
         if self._matcher.found:
             self.reason = "stop"
-        elif len(self._ids) == self._max_new_tokens:
-            self.reason = "length"
         return safe
 
     def finish(self) -> str:
         """The text that was held back as the possible start of a stop string; may be empty."""
         self._finished = True
+        self._catch_up(len(self._ids))
         rest = "" if self._matcher.found else self._matcher.push(self._decoder.finish()) + self._matcher.finish()
         self._shown.append(rest)
         self._num_shown += len(rest)
         return rest
 
-    def released(self) -> tuple[list[int], list[TokenLogprob]]:
+    def released(self) -> tuple[list[int], Sequence[TokenLogprob]]:
         """The tokens whose text has been shown since the last call, and their log probabilities, if they were asked
         for. Together, those of all calls are the completion's."""
         start, self._num_released = self._num_released, self._tokens_shown()
         ids = self._ids[start : self._num_released]
-        return ids, [] if self._logprobs is None else self._logprobs[start : self._num_released]
+        return ids, self._logprobs(start, self._num_released) if self._has_logprobs else ()
+
+    def _logprobs(self, start: int, end: int) -> LogprobList:
+        return LogprobList(self._sources[start:end], self._rows[start:end])
 
     def _tokens_shown(self) -> int:
         """How many tokens have been shown whole."""
@@ -163,9 +212,11 @@ class CompletionBuilder:
 
     def completion(self, prompt_tokens: int, reused_tokens: int, memory: dict[str, int]) -> Completion:
         """The completion so far. An interrupted one leaves out held-back text and the tokens it belongs to."""
+        if not self._finished:
+            self._catch_up(len(self._ids))
         reason: FinishReason = self.reason if self.reason and self._finished else "interrupted"
         count = self._tokens_shown()
-        logprobs = None if self._logprobs is None else self._logprobs[:count]
+        logprobs = self._logprobs(0, count).alone() if self._has_logprobs else None
         seconds = self._first_at - self._started_at, self._last_at - self._first_at
         stats = Stats(prompt_tokens, reused_tokens, self._count, *seconds, memory)
         text, ids, dropped = "".join(self._shown), self._ids[:count], self._dropped_messages

@@ -355,7 +355,7 @@ class Engine:
             ids = []
             for i, request in enumerate(requests):
                 with _naming_prompt(i):
-                    ids.append(scheduler.add_request(request))
+                    ids.append(scheduler.add_request(request, quiet=True))
             while scheduler.busy:
                 for update in scheduler.step():
                     if update.error is not None:

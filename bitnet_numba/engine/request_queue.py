@@ -41,14 +41,22 @@ class RequestQueue:
         """Whether a request has not ended, or there are updates to be taken."""
         return bool(self._open or self._updates)
 
-    def add(self, request: Request, options: QueueOptions, max_cached: int, replayed: bool, free_slots: int) -> int:
+    def add(
+        self,
+        request: Request,
+        options: QueueOptions,
+        max_cached: int,
+        replayed: bool,
+        free_slots: int,
+        quiet: bool = False,
+    ) -> int:
         """Adds a request, which waits from now on; its id. Raises QueueFull or SchedulerClosed."""
         with self._changed:
             if self.closed or self.draining:
                 raise SchedulerClosed(CLOSED if self.closed else DRAINING)
             if self._max_waiting is not None and self.waiting >= self._max_waiting + free_slots:
                 raise QueueFull(f"{self.waiting} requests are waiting already: try again later")
-            s = Sequence(self._num_added, request, options, max_cached, replayed=replayed)
+            s = Sequence(self._num_added, request, options, max_cached, replayed=replayed, quiet=quiet)
             self._num_added += 1
             self._open[s.id] = s
             self._waiting.put(s)

@@ -18,9 +18,8 @@ from bitnet_numba.engine.completion import Completion, CompletionBuilder
 from bitnet_numba.engine.queue_options import QueueOptions
 from bitnet_numba.engine.request import Prompt, Request, as_integer, positive_integer, read_params, read_request
 from bitnet_numba.engine.request_queue import CLOSED, RequestQueue
-from bitnet_numba.engine.sequence import Sequence, Update
+from bitnet_numba.engine.sequence import Logprobs, Sequence, Update
 from bitnet_numba.errors import BackendError, BitNetError, QueueTimeout, RequestError, SchedulerClosed, one_line, shown
-from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.sampling_params import SamplingOverrides, SamplingParams
 from bitnet_numba.text.tokenizer import Tokenizer
 
@@ -135,8 +134,11 @@ class Scheduler:
         vocab, several = self._vocab_size, "add each of them"
         return self.add_request(read_request(self._tokenizer, vocab, self._context, prompt, checked, several), options)
 
-    def add_request(self, request: Request, options: QueueOptions | None = None) -> int:
-        """Adds a request that `read_request` made for this context size; errors as for `add`."""
+    def add_request(self, request: Request, options: QueueOptions | None = None, *, quiet: bool = False) -> int:
+        """Adds a request that `read_request` made for this context size; errors as for `add`.
+
+        quiet: only its end is told, by one update that has the completion or the error, and no other text.
+        """
         options = options or QueueOptions()
         if not isinstance(request, Request):
             raise RequestError(f"a request must be one that read_request made, not {shown(request)}")
@@ -148,7 +150,7 @@ class Scheduler:
                 f"the prompt and its answer may take {tokens} tokens, but the batch has room for "
                 f"{pool.num_pages * pool.page_size}: ask for fewer with max_new_tokens"
             )
-        return self._queue.add(request, options, tokens, self._replayed, self._runner.free_slots)
+        return self._queue.add(request, options, tokens, self._replayed, self._runner.free_slots, quiet)
 
     def cancel(self, request: int) -> None:
         """Ends a request; the next step reports the answer so far, as "interrupted".
@@ -226,7 +228,7 @@ class Scheduler:
         self._end_late(updates)
         runner.step()
         for _ in range(uncollected):
-            runner.collect(lambda s, token, logprob: self._receive(s, token, logprob, updates))
+            runner.collect(lambda s, token, logprobs, row: self._receive(s, token, logprobs, row, updates))
 
     def _prefill(self, updates: list[Update], admit: bool) -> None:
         """Enqueues the tokens of prompts that this round computes; `admit`: starts requests that wait, too."""
@@ -258,8 +260,8 @@ class Scheduler:
             updates.append(self._fail(s, one_line(error)))
         return True
 
-    def _receive(self, s: Sequence, token: int, logprob: TokenLogprob | None, updates: list[Update]) -> None:
-        """Adds a sampled token to its sequence's answer."""
+    def _receive(self, s: Sequence, token: int, logprobs: Logprobs | None, row: int, updates: list[Update]) -> None:
+        """Adds a sampled token to its sequence's answer; its log probability is in a row of logprobs."""
         if s.ended:
             return
         if token == NO_TOKEN:
@@ -280,11 +282,17 @@ class Scheduler:
         s.ids.append(token)
         if len(s.ids) % self._runner.pool.page_size == 0:
             self._runner.note_computed(s)
-        text = builder.push(token, logprob)
+        text = ""
+        if s.quiet:
+            builder.push_quietly(token, logprobs, row)
+        else:
+            text = builder.push(token, logprobs, row)
         if builder.reason is None and s.received == s.max_tokens:
             builder.reason = "context"
         if builder.reason is not None:
             updates.append(self._finish(s, text)._replace(prompt_logprobs=of_prompt))
+            return
+        if s.quiet:
             return
         token_ids, logprobs = builder.released()
         if text or token_ids or of_prompt:
@@ -302,6 +310,8 @@ class Scheduler:
         """Ends a request whose builder has a reason; `text` comes before what the builder held back."""
         assert s.builder is not None
         text += s.builder.finish()
+        if s.quiet:
+            return self._end(s)
         token_ids, logprobs = s.builder.released()
         return self._end(s)._replace(text=text, token_ids=token_ids, logprobs=logprobs)
 

@@ -11,6 +11,8 @@ from bitnet_numba.engine.request import Request
 from bitnet_numba.errors import BitNetError
 from bitnet_numba.sampling import TokenLogprob
 
+Logprobs = abc.Sequence[TokenLogprob | None]  # of the tokens of one call of a backend
+
 
 class Update(NamedTuple):
     """What is new for one request. Its last update has either a completion or an error."""
@@ -42,6 +44,7 @@ class Sequence:
     builder: CompletionBuilder | None = None  # None: it has never been started
     reused: int = 0  # leading prompt tokens that were in the prefix cache when it was first started
     ended: bool = False
+    quiet: bool = False  # whether only its last update is told
     replayed: bool = False  # whether computing its answer's tokens again as a prompt is not the same, see `BatchRunner`
     # Since it was last started:
     starts: int = 0  # how often that was

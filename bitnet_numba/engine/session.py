@@ -200,8 +200,8 @@ class Session:
             tokens = context.decode(ids[len(context.ids) :], params, request.constraint())
             try:
                 for token in finite_steps(tokens):
-                    logprob = None if params.logprobs is None else context.logprobs()
-                    if piece := builder.push(token, logprob):
+                    logprobs = None if params.logprobs is None else [context.logprobs()]
+                    if piece := builder.push(token, logprobs):
                         yield piece
                     if builder.reason:
                         break

@@ -230,7 +230,7 @@ class SharedBatch(_Closing):
         with self._backend.turn():
             return self._inner.collect()
 
-    def logprobs(self) -> list[TokenLogprob | None]:
+    def logprobs(self) -> Sequence[TokenLogprob | None]:
         """Of the tokens that the last `collect` returned."""
         with self._backend.turn():
             return self._inner.logprobs()

@@ -6,7 +6,7 @@ from bitnet_numba.engine.engine import Engine
 from bitnet_numba.errors import RequestError
 from bitnet_numba.grammar import Grammar
 from bitnet_numba.sampling_params import SamplingParams
-from bitnet_numba.server.errors import ApiError, from_request_error, unsupported
+from bitnet_numba.server.errors import ApiError, from_request_error
 from bitnet_numba.server.schemas import JsonSchema, ResponseFormat
 
 
@@ -33,8 +33,6 @@ def constrained(engine: Engine, params: SamplingParams, grammar: Grammar | None,
     """The parameters with a grammar. Raises ApiError if they do not go together, or if the model cannot follow it."""
     if grammar is None:
         return params
-    if engine.backend == "cuda":
-        raise unsupported(field, "answers of a given form are not on CUDA")
     if params.min_tokens or params.ignore_eos:
         name = "min_tokens" if params.min_tokens else "ignore_eos"
         raise ApiError(400, f"{name}: {field} says where the answer ends", param=name, code="invalid_value")

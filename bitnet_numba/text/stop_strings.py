@@ -12,7 +12,7 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]):
         self._stops = stops
-        self._held = ""
+        self.held = ""  # text that may be the start of a stop string
         self.found = False
         # Most pieces have no character that a stop string begins with.
         self._begins = re.compile("|".join({re.escape(stop[0]) for stop in stops})).search if stops else None
@@ -20,19 +20,19 @@ class StopStrings:
 
     def push(self, piece: str) -> str:
         """The text that can be shown now; after `found`, push no more."""
-        if self._begins is None or not (self._held or self._begins(piece)):
+        if self._begins is None or not (self.held or self._begins(piece)):
             return piece
-        text = self._held + piece
+        text = self.held + piece
         ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops if stop in text]
         if ends:
-            self.found, self._held = True, ""
+            self.found, self.held = True, ""
             return text[: min(ends)[1]]
         # The longest suffix that is a proper prefix of a stop string.
         tails = (text[i:] for i in range(max(len(text) - self._longest + 1, 0), len(text)))
-        self._held = next((tail for tail in tails if any(stop.startswith(tail) for stop in self._stops)), "")
-        return text[: len(text) - len(self._held)]
+        self.held = next((tail for tail in tails if any(stop.startswith(tail) for stop in self._stops)), "")
+        return text[: len(text) - len(self.held)]
 
     def finish(self) -> str:
         """The text that was held back, at the end of the stream."""
-        held, self._held = self._held, ""
+        held, self.held = self.held, ""
         return held

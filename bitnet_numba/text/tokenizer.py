@@ -10,8 +10,9 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import tokenizers
 
@@ -42,6 +43,8 @@ from bitnet_numba.text.tokenizer_files import (
 from bitnet_numba.text.tool_messages import Tools
 
 _log = logging.getLogger("bitnet_numba")
+KEPT_STOPS = 64  # sets of first bytes of stop strings whose tokens are remembered
+T = TypeVar("T")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -70,7 +73,8 @@ class Tokenizer:
         # Ids of special tokens, which decoding skips.
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self._byte_level = is_byte_level(backend)
-        self._bytes: dict[int, bytes] = {}
+        self.bytes_of: Mapping[int, bytes] = _FoundOnce(self._find_bytes)  # as `token_bytes`, but quicker
+        self._having: dict[frozenset[int], Mapping[int, bool]] = {}  # see `tokens_with`
         self._byte_of = {character: byte for byte, character in enumerate(byte_alphabet())}
         self.size = max(backend.get_vocab_size(), 1 + max(self._added, default=-1))  # ids are below this
         self.bos_id = self._find_bos(named.get("bos_token"), add_bos)  # of the token that texts start with; None: none
@@ -174,7 +178,7 @@ class Tokenizer:
         Raises RequestError if `ids` are not integers.
         """
         stream = StreamDecoder(self, skip_special)
-        return "".join([stream.push(i) for i in read_ids(ids, "decode")]) + stream.finish()
+        return stream.push_all(read_ids(ids, "decode")) + stream.finish()
 
     def apply_chat_template(
         self,
@@ -241,12 +245,9 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of a token (UTF-8 for special ones); empty for an id without a token."""
-        known = self._bytes.get(token_id)
-        if known is None:
-            known = self._bytes[token_id] = self._token_bytes(token_id)
-        return known
+        return self.bytes_of[token_id]
 
-    def _token_bytes(self, token_id: int) -> bytes:
+    def _find_bytes(self, token_id: int) -> bytes:
         text = self._backend.id_to_token(token_id) if 0 <= token_id < self.size else None
         if text is None:
             return b""
@@ -258,6 +259,21 @@ class Tokenizer:
             return text.encode() if None in known else bytes(byte for byte in known if byte is not None)
         byte = _BYTE_TOKEN.fullmatch(text)
         return bytes([int(byte[1], 16)]) if byte else text.replace("\u2581", " ").encode()
+
+    def tokens_with(self, characters: Iterable[str]) -> Mapping[int, bool]:
+        """Whether each token has the first byte of one of these characters.
+
+        None of them is in the text of tokens that have none, unless it began in a token before.
+        """
+        wanted = set(characters)
+        # U+FFFD also stands for bytes that are no character.
+        first = range(256) if "\ufffd" in wanted else (text.encode(errors="replace")[0] for text in wanted)
+        key = frozenset(first)
+        if key not in self._having:
+            if len(self._having) >= KEPT_STOPS:
+                self._having.clear()
+            self._having[key] = _FoundOnce(lambda token: not key.isdisjoint(self.bytes_of[token]))
+        return self._having[key]
 
     def starts_with_space(self, first_id: int) -> bool:
         """Whether decoding from this token on has to drop one leading space.
@@ -286,6 +302,18 @@ class Tokenizer:
         return whole[0] if before > 0 else None
 
 
+class _FoundOnce(dict[int, T]):
+    """What a function finds for tokens: it is asked once for each, when that is first needed."""
+
+    def __init__(self, find: Callable[[int], T]):
+        super().__init__()
+        self._find = find
+
+    def __missing__(self, token_id: int) -> T:
+        found = self[token_id] = self._find(token_id)
+        return found
+
+
 class StreamDecoder:
     """Decodes token by token. The pieces, joined, are exactly `tokenizer.decode` of all ids.
 
@@ -310,11 +338,31 @@ class StreamDecoder:
             self._first, self._drop_space = False, self._tokenizer.starts_with_space(token_id)
         if token_id in self._skipped:
             return ""
-        data = self._tokenizer.token_bytes(token_id)
+        data = self._tokenizer.bytes_of[token_id]
         if self._drop_space and data and token_id not in self._tokenizer.special_ids:
             self._drop_space = False
             data = data.removeprefix(b" ")
         return self._utf8.decode(data)
+
+    def push_all(self, ids: Sequence[int]) -> str:
+        """The text that several tokens complete: of each, `push`, joined, but quicker."""
+        first = 0
+        pieces = []
+        while first < len(ids) and (self._first or self._drop_space):
+            pieces.append(self.push(ids[first]))
+            first += 1
+        bytes_of, skipped = self._tokenizer.bytes_of, self._skipped
+        data = b"".join([bytes_of[token] for token in ids[first:] if token not in skipped])
+        return "".join([*pieces, self._utf8.decode(data)])
+
+    def unfinished(self, ids: Sequence[int]) -> int:
+        """How many of the last tokens pushed, which are these, belong to an incomplete character."""
+        left, count = len(self._utf8.getstate()[0]), 0
+        while left > 0 and count < len(ids):
+            count += 1
+            token = ids[-count]
+            left -= 0 if token in self._skipped else len(self._tokenizer.bytes_of[token])
+        return count
 
     def finish(self) -> str:
         """The rest: U+FFFD if the last character is incomplete, otherwise nothing."""

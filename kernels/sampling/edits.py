@@ -1,7 +1,7 @@
-"""Edits of logits before sampling: bias, presence and frequency penalty, tokens that may not come yet.
+"""Edits of logits before sampling: bias, presence and frequency penalty, tokens that may not come.
 
-What `bitnet_numba.sampling.logit_edits` adds, to a copy of each row of logits float32 [num_rows, vocab_size]: the
-samplers read the copy, and log probabilities are of what the model said.
+What `bitnet_numba.sampling.logit_edits` adds and its mask takes out, in a copy of each row of logits float32
+[num_rows, vocab_size]: the samplers read the copy, and log probabilities are of what the model said.
 
     grid: a block a row; a row's settings, lists and tokens are its slot's
     1. copies the row
@@ -11,6 +11,8 @@ samplers read the copy, and log probabilities are of what the model said.
        shared memory unset is the one thread that does so for this token, and nobody else touches its place any more
     4. logit + bias for biased tokens that are not in the answer
     5. -inf for the tokens that end an answer, while it is shorter than it has to be
+    6. -inf for the tokens that the row's mask does not allow, if its sequence has masks (see `Grammar`); NaN stays, for
+       the sampler to see
 
 Nothing is kept from step to step, so whatever becomes of a sequence between two steps, the edits are right.
 """
@@ -39,29 +41,34 @@ WORDS = MAX_VOCAB // 32  # 32 KB of shared memory
 LOADS = 8  # of a thread in flight
 
 # Settings, float64, and lists of a slot. Lists: biased tokens by rising ids, then those that end an answer.
-PRESENCE, FREQUENCY, PROMPT_LENGTH, MIN_LENGTH, NUM_BIASED, NUM_ENDS = range(6)
-SETTINGS = 6
+PRESENCE, FREQUENCY, PROMPT_LENGTH, MIN_LENGTH, NUM_BIASED, NUM_ENDS, MASKED = range(7)
+SETTINGS = 7
 MAX_LISTED = MAX_LOGIT_BIAS + MAX_STOP_TOKENS
 
 
 @dataclass(frozen=True)
 class EditArrays:
-    """What is done to the logits of each slot's sequence."""
+    """What is done to the logits of each slot's sequence, and masks of a step's rows."""
 
     settings: Any  # float64 [slots, SETTINGS]
     listed: Any  # int32 [slots, MAX_LISTED]: tokens with a bias, and from MAX_LOGIT_BIAS on those that end an answer
     biases: Any  # float32 [slots, MAX_LOGIT_BIAS]
+    masks: Any  # int32 [masks, vocab_size / 32]: a token may come if bit token % 32 of word token // 32 is set
+    mask_ids: Any  # int32 [rows]: each row's mask; read of rows whose sequence is MASKED only
 
 
-def pack_edits(params: SamplingParams, prompt_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A slot's part of `EditArrays`."""
+def pack_edits(
+    params: SamplingParams, prompt_length: int, masked: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A slot's part of `EditArrays`: settings, listed, biases. masked: each of its rows comes with a mask."""
     listed, biases = np.zeros(MAX_LISTED, np.int32), np.zeros(MAX_LOGIT_BIAS, np.float32)
     num_biased, num_ends = len(params.biases), len(params.ends)
     listed[:num_biased] = [token for token, _ in params.biases]
     biases[:num_biased] = [bias for _, bias in params.biases]
     listed[MAX_LOGIT_BIAS : MAX_LOGIT_BIAS + num_ends] = params.ends
     min_length = prompt_length + params.min_tokens
-    values = (params.presence_penalty, params.frequency_penalty, prompt_length, min_length, num_biased, num_ends)
+    penalties = params.presence_penalty, params.frequency_penalty
+    values = (*penalties, prompt_length, min_length, num_biased, num_ends, masked)
     return np.array(values, np.float64), listed, biases
 
 
@@ -84,7 +91,9 @@ def make_edit_logits(arch: int, threads: int = THREADS) -> Callable[..., None]:
     """The kernel."""
     wait = ptx.pdl_wait(arch)
 
-    def edit_logits(logits, vocab_size, slot_positions, tokens, tokens_stride, settings, listed, biases, edited):
+    def edit_logits(
+        logits, vocab_size, slot_positions, tokens, tokens_stride, settings, listed, biases, masks, mask_ids, edited
+    ):
         seen_s = cuda.shared.array(WORDS, int32)
         x_r = cuda.local.array(LOADS, float32)
         tid = int32(cuda.threadIdx.x)
@@ -152,6 +161,16 @@ def make_edit_logits(arch: int, threads: int = THREADS) -> Callable[..., None]:
                 token = listed[listed_rd + MAX_LOGIT_BIAS + i]
                 edited[x_rd + token] = ptx.add_rn(logits[x_rd + token], float32(-np.inf))
 
+        # 6. Tokens that the answer's form does not allow.
+        if settings[setting + MASKED] != 0.0:
+            cuda.syncthreads()
+            mask_rd = int64(mask_ids[row]) * ((vocab_size + 31) // 32)
+            for token in range(tid, vocab_size, threads):
+                if masks[mask_rd + (token >> 5)] >> (token & 31) & 1 == 0:
+                    x = edited[x_rd + token]
+                    if x == x:
+                        edited[x_rd + token] = float32(-np.inf)
+
     return edit_logits
 
 
@@ -159,7 +178,7 @@ def make_edit_logits(arch: int, threads: int = THREADS) -> Callable[..., None]:
 def spec(arch: int, threads: int = THREADS) -> KernelSpec:
     """The variant; `threads` differs in tests only."""
     f32, f64, i32 = (types.CPointer(kind) for kind in (types.float32, types.float64, types.int32))
-    signature = (f32, types.int32, i32, i32, types.int32, f64, i32, f32, f32)
+    signature = (f32, types.int32, i32, i32, types.int32, f64, i32, f32, i32, i32, f32)
     return KernelSpec(f"edit_logits[{threads}]", make_edit_logits(arch, threads), signature, threads)
 
 
@@ -188,7 +207,7 @@ def edit_logits(
     problem = f"a batch of {num_rows} rows of {vocab_size}"
     (position,) = checked("edit_logits", problem, position=(sequences.position, 1, "int32"))
     slots, size = position.size, num_rows * vocab_size
-    logits, slot_positions, tokens, settings, listed, biases, edited = checked(
+    logits, slot_positions, tokens, settings, listed, biases, masks, mask_ids, edited = checked(
         "edit_logits",
         problem,
         logits=(logits, size, "float32"),
@@ -197,9 +216,12 @@ def edit_logits(
         settings=(edits.settings, slots * SETTINGS, "float64"),
         listed=(edits.listed, slots * MAX_LISTED, "int32"),
         biases=(edits.biases, slots * MAX_LOGIT_BIAS, "float32"),
+        masks=(edits.masks, -(-vocab_size // 32), "int32"),
+        mask_ids=(edits.mask_ids, num_rows, "int32"),
         edited=(edited, size, "float32"),
     )
     arguments = (
-        logits, vocab_size, slot_positions, tokens, sequences.tokens_stride, settings, listed, biases, edited
+        logits, vocab_size, slot_positions, tokens, sequences.tokens_stride, settings, listed, biases, masks, mask_ids,
+        edited,
     )  # fmt: skip
     return device.launch(spec(device.arch), num_rows, arguments, use_pdl)

@@ -1,5 +1,6 @@
 """Edits of logits and log probabilities on CUDA: the definition's, alone and in company; nothing where nobody asks."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 
 import bitnet_numba
-from bitnet_numba.backends.protocol import Batch
+from bitnet_numba.backends.protocol import NO_TOKEN, Batch
 from bitnet_numba.checkpoint.packed import PackedCheckpoint
+from bitnet_numba.errors import RequestError
 from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.sampling import TokenLogprob, edit, logit_edits, penalize, token_logprobs
 from bitnet_numba.sampling_params import SamplingParams
@@ -68,12 +70,17 @@ def check_records(records: list[TokenLogprob], logits: np.ndarray, tokens: list[
 
 
 def answers(
-    batch: Batch, prompts: list[list[int]], params: list[SamplingParams], pages: list[list[int]], count: int
+    batch: Batch,
+    prompts: list[list[int]],
+    params: list[SamplingParams],
+    pages: list[list[int]],
+    count: int,
+    forms: Sequence[Any] | None = None,
 ) -> list[tuple[list[int], list[TokenLogprob | None], list[TokenLogprob]]]:
     """Tokens, their records and those of the prompt, of sequences that decode together."""
     slots = range(len(prompts))
     for slot in slots:
-        batch.start(slot, prompts[slot], params[slot], pages[slot], 0)
+        batch.start(slot, prompts[slot], params[slot], pages[slot], 0, None, None if forms is None else forms[slot])
     batch.prefill([(slot, len(prompts[slot])) for slot in slots])
     tokens: list[list[int]] = [[] for _ in slots]
     told: list[list[TokenLogprob | None]] = [[] for _ in slots]
@@ -124,8 +131,8 @@ def check_context(backend: Any, prompt: list[int], each: list[SamplingParams], c
         check_answer(other.logits([*prompt, *tokens[:-1]]), prompt, tokens, told, params)
 
 
-@simulated
-def test_simulated_extras(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def tiny_backend(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Any:
+    """A CudaBackend of a tiny model over the simulator."""
     from bitnet_numba.checkpoint.convert import convert
     from bitnet_numba.checkpoint.packed import open_packed
     from bitnet_numba.kernels.attention import paged_decode
@@ -134,12 +141,18 @@ def test_simulated_extras(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     from tools.make_checkpoint import PRESETS, make_checkpoint
 
     spec, config = PRESETS["tiny"]
-    make_checkpoint(tmp_path / "source", config | CONFIG, spec, seed=3)
-    convert(tmp_path / "source", tmp_path / "packed", head="bf16")
-    backend = simulated_backend(monkeypatch, open_packed(tmp_path / "packed"))
+    make_checkpoint(folder / "source", config | CONFIG, spec, seed=3)
+    convert(folder / "source", folder / "packed", head="bf16")
+    backend = simulated_backend(monkeypatch, open_packed(folder / "packed"))
     monkeypatch.setattr(paged_decode, "threads_for", lambda *arguments: 64)
     for module in (batched, edits, logprobs):
         monkeypatch.setattr(module, "spec", partial(module.spec, threads=64))
+    return backend
+
+
+@simulated
+def test_simulated_extras(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    backend = tiny_backend(monkeypatch, tmp_path)
     prompt, params = [5, 250], replace(EDITED, prompt_logprobs=2)
     batch = backend.new_batch(1, 16)
     ((tokens, told, of_prompt),) = answers(batch, [prompt], [params], [[0]], 2)
@@ -152,6 +165,19 @@ def test_simulated_extras(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     token = next(steps)
     check_answer(logits, [*prompt, tokens[0]], [token], [context.logprobs()], params)
     steps.close()
+
+
+@simulated
+def test_simulated_forms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    backend = tiny_backend(monkeypatch, tmp_path)
+    vocab, prompts = backend.config.vocab_size, [[5, 250], [7]]
+    check_forms(backend, vocab, prompts, [[0], [1]], 2)
+
+
+@simulated
+def test_simulated_form_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    backend = tiny_backend(monkeypatch, tmp_path)
+    check_form_alone(backend, backend.config.vocab_size, [5, 250], 2)
 
 
 def test_nothing_is_launched_that_nobody_asks_for() -> None:
@@ -180,6 +206,93 @@ def test_nothing_is_launched_that_nobody_asks_for() -> None:
             assert [launch.name for launch in decode(asked)] == [*before, *first, sampler, *last]
 
 
+class Form:
+    """A form in which tokens of different residues take turns; notes what it is told."""
+
+    def __init__(self, vocab: int, modulus: int, answer: list[int]):
+        self.tokens, self._vocab, self._modulus = list(answer), vocab, modulus
+
+    def fits(self, place: int, token: int) -> bool:
+        return token % self._modulus == place % self._modulus
+
+    def allowed(self, out: np.ndarray) -> None:
+        bits = np.zeros(32 * len(out), np.uint8)
+        bits[len(self.tokens) % self._modulus : self._vocab : self._modulus] = 1
+        out[:] = np.packbits(bits, bitorder="little").view(np.uint32)
+
+    def accept(self, token: int) -> bool:
+        assert self.fits(len(self.tokens), token)
+        self.tokens.append(token)
+        return True
+
+
+class Failing(Form):
+    """One that becomes too complex after some tokens."""
+
+    def allowed(self, out: np.ndarray) -> None:
+        if len(self.tokens) == 1:
+            raise RequestError("the form of the answer: too complex")
+        super().allowed(out)
+
+
+def check_forms(backend: Any, vocab: int, prompts: list[list[int]], pages: list[list[int]], count: int) -> None:
+    """Constrained sequences in company: each has its form, the others are as without; and started again amid an answer,
+    it goes on in the same way."""
+    slots = range(len(prompts))
+    params = [SamplingParams((0.0, 1.0)[slot % 2], top_p=0.9, seed=slot) for slot in slots]
+    forms = [None if slot == 1 else Form(vocab, 3 + 4 * slot, []) for slot in slots]
+    batch = backend.new_batch(len(prompts), 200)
+    plain = answers(batch, prompts, params, pages, count)
+    bound = answers(batch, prompts, params, pages, count, forms)
+    for (was, *_), (tokens, *_), form in zip(plain, bound, forms, strict=True):
+        if form is None:
+            assert tokens == was
+            continue
+        assert tokens != was and form.tokens[:count] == tokens and len(form.tokens) <= count + 1
+        assert all(form.fits(place, token) for place, token in enumerate(tokens))
+    slot, half = len(prompts) - 1, count // 2
+    ids, again = [*prompts[slot], *bound[slot][0][:half]], Form(vocab, 3 + 4 * slot, bound[slot][0][:half])
+    batch.start(0, ids, params[slot], pages[slot], 0, len(prompts[slot]), again)
+    batch.prefill([(0, len(ids))])
+    for place in range(half, count):
+        ((_, token),) = batch.collect()
+        assert again.fits(place, token)
+        if place < count - 1:
+            batch.step([0])
+    failing = Failing(vocab, 2, [])
+    for slot, form in ((0, failing), (1, None)):
+        batch.start(slot, prompts[slot], params[slot], pages[slot], 0, None, form)
+    batch.prefill([(slot, len(prompts[slot])) for slot in (0, 1)])
+    seen = []
+    for _ in range(3):
+        batch.step([0, 1])
+        seen.append(batch.collect())
+        assert failing.tokens == [seen[0][0][1]]
+    assert [calls[0][1] == NO_TOKEN for calls in seen] == [False, True, True]
+    assert batch.failure(0) == "the form of the answer: too complex"
+    assert [calls[1][1] for calls in seen] == plain[1][0][:3]
+    batch.close()
+
+
+def check_form_alone(backend: Any, vocab: int, prompt: list[int], count: int) -> None:
+    """One constrained sequence alone, by the kernels for one, from its first token and from the last of its prompt."""
+    context, params = backend.new_context(200), SamplingParams(1.0, seed=3)
+    for known in (0, len(prompt) - 1):
+        context.truncate(known)
+        form = Form(vocab, 5, [])
+        steps = context.decode(prompt[known:], params, form)
+        tokens = [next(steps) for _ in range(count)]
+        steps.close()
+        assert form.tokens == tokens and context.ids == [*prompt, *tokens]
+        assert all(form.fits(place, token) for place, token in enumerate(tokens))
+    context.truncate(0)
+    steps = context.decode(prompt, params, Failing(vocab, 2, []))
+    with pytest.raises(RequestError, match="too complex"):
+        next(steps)
+    assert context.ids == prompt
+    context.close()
+
+
 def cuda_backend(checkpoint: PackedCheckpoint) -> Any:
     from bitnet_numba.backends.cuda.backend import CudaBackend
 
@@ -197,6 +310,14 @@ def test_batch_on_gpu(demo: PackedCheckpoint) -> None:
         alone = backend.new_batch(1, 200)
         assert answers(alone, [prompt], [own], [[1, 0]], 38) == [found]
         alone.close()
+
+
+@needs_gpu
+def test_forms_on_gpu(demo: PackedCheckpoint) -> None:
+    backend, prompts = cuda_backend(demo), [random_ids(demo, length, length) for length in (30, 1, 60)]
+    vocab = demo.config.vocab_size
+    check_forms(backend, vocab, prompts, PAGES, 40)
+    check_form_alone(backend, vocab, prompts[0], 30)
 
 
 @needs_gpu

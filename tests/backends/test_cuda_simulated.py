@@ -125,7 +125,7 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     for module in (driver, memory_module):
         monkeypatch.setattr(module, "driver_call", memory.call)
     monkeypatch.setattr(backend, "usable_device", lambda: SimulatedDevice(memory))
-    monkeypatch.setattr(backend, "load_specs", lambda *arguments: None)
+    monkeypatch.setattr(backend, "load_specs", lambda *arguments, **options: None)
     monkeypatch.setattr(driver.Stream, "capture", lambda self, launches: Replayed(launches))
     monkeypatch.setattr(single, "MAX_BLOCKS", 1)  # blocks run one after the other: none may wait for another
     monkeypatch.setattr(attention, "SHORT", attention.SHORT._replace(threads=64, unroll=2))  # fewer threads, for speed

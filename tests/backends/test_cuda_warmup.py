@@ -11,6 +11,7 @@ from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.engine.loading import DEMO
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.runtime import compiler
+from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.spec import ArchSpec
 
 
@@ -79,3 +80,24 @@ def test_shares_that_nobody_makes_are_left_to_the_caller(
     monkeypatch.setenv("BITNET_NUMBA_COMPILERS", "many")
     with pytest.raises(BackendError, match="BITNET_NUMBA_COMPILERS must be a number of processes, not 'many'"):
         warmup.compile_together(needs, specs, print)
+
+
+@pytest.mark.parametrize(("processes", "batches"), [("8", True), ("7", False)])
+def test_many_processes_compile_what_batches_need_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processes: str, batches: bool
+) -> None:
+    monkeypatch.setenv("BITNET_NUMBA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("BITNET_NUMBA_COMPILERS", processes)
+    compiled: list[set[str]] = []
+    loaded: list[set[str]] = []
+    names = lambda specs: {spec.name for spec in specs}  # noqa: E731
+    monkeypatch.setattr(warmup, "compile_together", lambda needs, specs, _: compiled.append(names(needs.specs())))
+    monkeypatch.setattr(warmup, "load_kernels", lambda specs, arch, progress: loaded.append(names(specs)))
+    device: Any = DryRunDevice(90, 132)
+    device.name = "card"
+    config = open_packed(DEMO).config
+    warmup.load_specs(config, "int8", device, ahead=256)
+    warmup.load_specs(config, "int8", device, 64)
+    context, batch = loaded
+    assert (batch <= compiled[0]) == batches and not batch <= context <= compiled[0]
+    assert compiled[1] == batch

@@ -11,11 +11,26 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bitnet_numba.engine.engine import Engine
+from bitnet_numba.grammar import Grammar
 from bitnet_numba.sampling_params import SamplingParams
 from tools.benchmarks.inputs import random_ids
 
 STOPS = ("\nUser:", "</s>")
 SAMPLED = SamplingParams(temperature=0.8, top_p=0.95, seed=1, stop=STOPS)
+RECORDS = {
+    "type": "array",
+    "minItems": 100,
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "pattern": "^[A-Z][a-z]{1,9}$"},
+            "age": {"type": "integer", "maximum": 120},
+            "known": {"type": "boolean"},
+        },
+        "required": ["name", "age", "known"],
+        "additionalProperties": False,
+    },
+}
 REPEATS = 3  # runs of each case, the first of the process beside them
 
 
@@ -25,6 +40,7 @@ class Sizes(NamedTuple):
     requests: int = 128  # of one length
     prompt: int = 128
     answer: int = 256
+    formed: int = 32  # requests whose answers have a form
     mixed: int = 400  # requests of any length
     mixed_prompts: tuple[int, int] = (20, 900)
     mixed_answer: int = 200
@@ -32,7 +48,7 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes()
-SMALL = Sizes(8, 32, 32, 12, (5, 90), 20, 8)
+SMALL = Sizes(8, 32, 32, 4, 12, (5, 90), 20, 8)
 
 
 def measure_engine(llm: Engine, sizes: Sizes) -> dict[str, Any]:
@@ -46,7 +62,7 @@ def measure_engine(llm: Engine, sizes: Sizes) -> dict[str, Any]:
 
 def measure_cases(llm: Engine, sizes: Sizes) -> dict[str, Any]:
     """See `measure_engine`."""
-    vocab = llm.config.vocab_size
+    vocab, form = llm.config.vocab_size, Grammar.json_schema(RECORDS)
     prompts = [random_ids(vocab, sizes.prompt, seed) for seed in range(sizes.requests)]
     lengths = np.random.default_rng(7).integers(*sizes.mixed_prompts, sizes.mixed, endpoint=True)
     mixed = [random_ids(vocab, int(length), seed) for seed, length in enumerate(lengths)]
@@ -54,6 +70,18 @@ def measure_cases(llm: Engine, sizes: Sizes) -> dict[str, Any]:
     def batch(params: SamplingParams) -> Callable[[], int]:
         params = replace(params, max_new_tokens=sizes.answer)
         return lambda: count(llm.generate_batch(prompts, params, max_sequences=sizes.requests))
+
+    def free() -> int:
+        params = SamplingParams(temperature=1.0, seed=1, max_new_tokens=sizes.answer)
+        return count(llm.generate_batch(prompts[: sizes.formed], params, max_sequences=sizes.formed))
+
+    def formed() -> int:
+        llm.tokenizer.stop_ids = frozenset([vocab - 1])  # by which a form could end, were it not so long
+        params = SamplingParams(temperature=1.0, seed=1, max_new_tokens=sizes.answer, grammar=form)
+        try:
+            return count(llm.generate_batch(prompts[: sizes.formed], params, max_sequences=sizes.formed))
+        finally:
+            llm.tokenizer.stop_ids = frozenset()
 
     def of_any_length() -> int:
         params = SamplingParams(max_new_tokens=sizes.mixed_answer)
@@ -67,6 +95,8 @@ def measure_cases(llm: Engine, sizes: Sizes) -> dict[str, Any]:
         f"{sizes.requests} x ({sizes.prompt} in, {sizes.answer} out), greedy": batch(SamplingParams()),
         "the same, temperature, top-p, two stop strings": batch(SAMPLED),
         "the same, and log probabilities of 5 tokens": batch(replace(SAMPLED, logprobs=5)),
+        f"{sizes.formed} x ({sizes.prompt} in, {sizes.answer} out), temperature": free,
+        "the same, and records in JSON": formed,
         f"{sizes.mixed} of {low} to {high} in, {sizes.mixed_answer} out": of_any_length,
         f"one of {sizes.prompt} in, {sizes.answer} out": one,
     }

@@ -43,7 +43,7 @@ class CudaBackend:
         self.device = usable_device()
         self.device.activate()
         self.config, self._embedding_dtype = checkpoint.config, embedding_dtype(checkpoint)
-        load_specs(self.config, self._embedding_dtype, self.device)
+        load_specs(self.config, self._embedding_dtype, self.device, ahead=MAX_SEQUENCES)
         self.stream = Stream()
         # Buffers first, so that what is left for the weights is known, and told in one line if it does not suffice.
         buffers = [Buffers(self.device, self.config, max_tokens) for max_tokens in (1, MAX_TOKENS)]

@@ -16,6 +16,7 @@ from bitnet_numba.errors import BackendError, RequestError
 from bitnet_numba.kernels.attention import paged_decode
 from bitnet_numba.kernels.attention.kv_cache import PAGE
 from bitnet_numba.kernels.sampling.parts import SETTINGS, pack_settings
+from bitnet_numba.logprobs import NONE, LogprobRows
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.sampling_params import SamplingParams
 
@@ -58,10 +59,16 @@ class CudaBatch:
         self._slot_ids: list[int] = []  # of the last step
         self._splits: list[int] = []  # CTAs of each sequence of the last step
         self._num_blocks = 0  # of them together, as captured
-        self._pending: deque[tuple[int, list[int]]] = deque()  # which event, and the slots of its results
+        # Which event, the slots of its results, and those of them that have failed
+        self._pending: deque[tuple[int, list[int], list[int]]] = deque()
         self._params: dict[int, SamplingParams] = {}  # of each slot's sequence
+        self._tops: dict[int, int] = {}  # how many of the most likely tokens each of its tokens comes with, or NONE
         self._asking: set[int] = set()  # slots whose sequences ask for more (see `extras`)
         self._scored: dict[int, _ScoredPrompt] = {}  # prompts whose log probabilities are wanted, by slot
+        self._constraints: dict[int, Constraint] = {}  # of slots whose sequences have one
+        self._failures: dict[int, str] = {}  # why, of slots whose constraints cannot be followed any more
+        # Of calls whose tokens constraints wait for: which event; rows and their constraints
+        self._untold: deque[tuple[int, list[tuple[int, Constraint]]]] = deque()
         self._collected: tuple[int, list[tuple[int, int]]] = 0, []  # the first place and the results of the last call
         self._num_calls = 0  # with results
 
@@ -76,8 +83,6 @@ class CudaBatch:
         constraint: Constraint | None = None,
     ) -> None:
         """A new sequence takes a slot."""
-        if constraint is not None:
-            raise RequestError("grammar is not on CUDA")
         fits = len(ids) <= len(pages) * PAGE and len(pages) <= self._state.block_table_stride
         if not 0 <= computed < len(ids) <= self.capacity or not fits:
             raise ValueError(f"{len(ids)} tokens, {computed} of them computed, do not fit {len(pages)} pages")
@@ -90,19 +95,26 @@ class CudaBatch:
         write(state.position, [computed], slot)
         self._num_fed[slot], self._num_given[slot], self._num_pages[slot] = computed, len(ids), len(pages)
         self._params[slot] = params
+        self._tops[slot] = (
+            NONE if params.logprobs is None else min(params.logprobs, self._runtime.model.config.vocab_size)
+        )
         self._asking.discard(slot)
-        if any(asked_by([params])):
+        self._constraints.pop(slot, None)
+        self._failures.pop(slot, None)
+        if any(asked_by([params], constraint is not None)):
             self._asking.add(slot)
         try:
             if self._memory.steps.extras is not None or slot in self._asking:
                 # Of a sequence that asks for nothing, too: others of its steps may.
                 length = len(ids) if prompt_length is None else prompt_length
-                self._memory.extras().set_slot(write, slot, params, length)
+                self._memory.extras().set_slot(write, slot, params, length, constraint is not None)
             if params.prompt_logprobs is not None:
                 self._memory.scorer()
         except BackendError as error:  # what it takes is allocated by the first that asks; this one ends alone
             self._asking.discard(slot)
-            raise RequestError(f"penalties, bias or log probabilities cannot be computed: {error}") from None
+            raise RequestError(f"penalties, bias, a form or log probabilities cannot be computed: {error}") from None
+        if constraint is not None:
+            self._constraints[slot] = constraint
         self._scored.pop(slot, None)
         if params.prompt_logprobs is not None:
             self._scored[slot] = _ScoredPrompt(ids, params.prompt_logprobs)
@@ -165,18 +177,24 @@ class CudaBatch:
             self._splits, self._num_blocks = splits, padded_size(len(work_list), num_tokens)
             write(self._memory.steps.work_list, work_list + [-1] * (self._num_blocks - len(work_list)))
         asked = self._asked(slots)
-        self._memory.step_graph(num_tokens, self._num_blocks, asked).replay(self._runtime.stream)
+        if self._constrained(slots):
+            self._memory.feed_graph(num_tokens, self._num_blocks).replay(self._runtime.stream)
+            self._upload_masks(slots)  # which waits for the tokens before, while that runs
+            self._memory.draw_graph(num_tokens, asked).replay(self._runtime.stream)
+        else:
+            self._memory.step_graph(num_tokens, self._num_blocks, asked).replay(self._runtime.stream)
         self._download(len(slots), 0, asked)
         self._expect(list(slots))
 
     def collect(self) -> list[tuple[int, int]]:
         """The (slot, token) pairs of the oldest call with results."""
-        place, slots = self._pending.popleft()
+        place, slots, failed_slots = self._pending.popleft()
         self._runtime.device.activate()
-        self._memory.events[place].wait()
-        start = place * self._state.slots
-        entries = self._memory.results.host[start : start + len(slots)] & 0xFFFFFFFF
-        tokens = np.where(entries >> 31, NO_TOKEN, entries).tolist()
+        if self._untold and self._untold[0][0] == place:
+            self._tell_constraints(1)
+        start, tokens = place * self._state.slots, self._tokens(place, len(slots))
+        if failed_slots:
+            tokens = [NO_TOKEN if slot in failed_slots else token for slot, token in zip(slots, tokens, strict=True)]
         if self._scored:
             failed = [slot in self._scored and self._scored[slot].failed for slot in slots]
             tokens = [NO_TOKEN if bad else token for token, bad in zip(tokens, failed, strict=True)]
@@ -184,32 +202,62 @@ class CudaBatch:
         self._collected = start, results
         return results
 
-    def logprobs(self) -> list[TokenLogprob | None]:
+    def logprobs(self) -> LogprobRows:
         """Of the tokens that the last `collect` returned."""
         first, results = self._collected
-        wanted = [None if token == NO_TOKEN else self._params[slot].logprobs for slot, token in results]
+        tops = [NONE if token == NO_TOKEN else self._tops[slot] for slot, token in results]
         assert self._memory.records is not None
-        return self._memory.records.read(first, [token for _, token in results], wanted)
+        return self._memory.records.read(first, [token for _, token in results], tops)
 
     def prompt_logprobs(self, slot: int) -> list[TokenLogprob]:
         """Of all tokens of a prompt but the first."""
         return self._scored[slot].logprobs
 
     def failure(self, slot: int) -> str:
-        """Why a sequence got NO_TOKEN: nothing else makes the sampler return it."""
-        return f"{NOT_FINITE}: logits hold NaN"
+        """Why a sequence got NO_TOKEN: nothing but NaN makes the sampler return it."""
+        return self._failures.get(slot) or f"{NOT_FINITE}: logits hold NaN"
 
     def close(self) -> None:
         """Gives the memory back."""
         self._runtime.device.activate()
         self._runtime.stream.synchronize()
         self._pending.clear()
+        self._untold.clear()
         self._on_close(self._memory)
 
     def _asked(self, slots: Sequence[int]) -> Asked:
         """What sequences ask for beside their tokens."""
         asking = self._asking.intersection(slots)
-        return asked_by(self._params[slot] for slot in asking) if asking else NOTHING
+        return asked_by((self._params[slot] for slot in asking), self._constrained(slots)) if asking else NOTHING
+
+    def _constrained(self, slots: Sequence[int]) -> bool:
+        """Whether a slot's sequence has a constraint."""
+        return bool(self._constraints) and not self._constraints.keys().isdisjoint(slots)
+
+    def _tokens(self, place: int, count: int) -> list[int]:
+        """The first tokens of a call's results, once they are there."""
+        self._memory.events[place].wait()
+        start = place * self._state.slots
+        entries = self._memory.results.host[start : start + count] & 0xFFFFFFFF
+        return np.where(entries >> 31, NO_TOKEN, entries).tolist()
+
+    def _tell_constraints(self, calls: int) -> None:
+        """Tells constraints the tokens of the oldest calls that they wait for."""
+        for _ in range(calls):
+            place, waiting = self._untold.popleft()
+            tokens = self._tokens(place, 1 + waiting[-1][0])
+            for row, constraint in waiting:
+                if tokens[row] != NO_TOKEN:
+                    constraint.accept(tokens[row])
+
+    def _upload_masks(self, slots: Sequence[int]) -> None:
+        """Enqueues the masks of a call's rows, after telling the constraints all tokens so far."""
+        self._tell_constraints(len(self._untold))
+        constraints = [self._constraints.get(slot) for slot in slots]
+        failures = self._memory.extras().masks.upload(self._runtime.stream, constraints)
+        for row, reason in failures.items():
+            self._failures[slots[row]] = reason
+            del self._constraints[slots[row]]
 
     def _complete(self, slot: int) -> bool:
         return bool(self._num_fed[slot] == self._num_given[slot])
@@ -219,6 +267,8 @@ class CudaBatch:
         num_tokens = padded_size(len(rows))
         self._runtime.uploads.write(self._memory.steps.last_rows, rows + [-1] * (num_tokens - len(rows)))
         asked = self._asked(slots)
+        if self._constrained(slots):
+            self._upload_masks(slots)
         self._memory.choose_graph(num_tokens, asked).replay(self._runtime.stream)
         self._download(len(rows), before, asked)
 
@@ -240,5 +290,10 @@ class CudaBatch:
         """Notes the results of a call, whose copies are enqueued."""
         place = self._place()
         self._memory.events[place].record(self._runtime.stream)
-        self._pending.append((place, slots))
+        self._pending.append((place, slots, [slot for slot in slots if slot in self._failures]))
+        if self._constrained(slots):
+            constraints = self._constraints
+            self._untold.append(
+                (place, [(i, constraints[slot]) for i, slot in enumerate(slots) if slot in constraints])
+            )
         self._num_calls += 1

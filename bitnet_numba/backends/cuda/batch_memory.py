@@ -28,6 +28,8 @@ class BatchMemory:
         self.prefill = Prefill(runtime, self.state)
         self._step_graphs: dict[tuple[int, int, Asked], Graph] = {}
         self._choose_graphs: dict[tuple[int, Asked], Graph] = {}
+        self._feed_graphs: dict[tuple[int, int], Graph] = {}
+        self._draw_graphs: dict[tuple[int, Asked], Graph] = {}
         self._scorer: PromptScorer | None = None
         self.records: Records | None = None  # of the results that are not collected
         max_uncollected = 2 * (slots + 1)  # calls
@@ -63,6 +65,20 @@ class BatchMemory:
             self._step_graphs[key] = self.runtime.stream.capture(self.steps.decode(*key))
         return self._step_graphs[key]
 
+    def feed_graph(self, num_tokens: int, num_blocks: int) -> Graph:
+        """See `BatchSteps.feed`."""
+        key = num_tokens, num_blocks
+        if key not in self._feed_graphs:
+            self._feed_graphs[key] = self.runtime.stream.capture(self.steps.feed(*key))
+        return self._feed_graphs[key]
+
+    def draw_graph(self, num_tokens: int, asked: Asked) -> Graph:
+        """See `BatchSteps.draw`."""
+        key = num_tokens, asked
+        if key not in self._draw_graphs:
+            self._draw_graphs[key] = self.runtime.stream.capture(self.steps.draw(*key))
+        return self._draw_graphs[key]
+
     def choose_graph(self, num_tokens: int, asked: Asked) -> Graph:
         """See `BatchSteps.choose`."""
         key = num_tokens, asked
@@ -73,8 +89,9 @@ class BatchMemory:
     def close(self) -> None:
         """Frees everything; no work on it may be under way."""
         self.prefill.close()
-        for graph in (*self._step_graphs.values(), *self._choose_graphs.values()):
-            graph.close()
+        for graphs in (self._step_graphs, self._choose_graphs, self._feed_graphs, self._draw_graphs):
+            for graph in graphs.values():
+                graph.close()
         self.steps.close()
         self.state.close()
         self.results.close()

@@ -78,32 +78,43 @@ class CudaContext:
 
     def decode(self, ids: Sequence[int], params: SamplingParams, constraint: Constraint | None = None) -> Iterator[int]:
         """Appends tokens (at least one), then yields sampled tokens, one a step, until the context is full."""
-        if constraint is not None:
-            raise RequestError("grammar is not on CUDA")
         self._start(ids)
         self._state.settings.write(pack_settings(params))
-        asked = asked_by([params])
+        masked = constraint is not None
+        asked = asked_by([params], masked)
         if any(asked):
-            self._open_extras().set_slot(self._runtime.uploads.write, 0, params, len(self.ids) + len(ids))
+            write, length = self._runtime.uploads.write, len(self.ids) + len(ids)
+            self._open_extras().set_slot(write, 0, params, length, masked)
         top = min(params.logprobs or 0, self._runtime.model.config.vocab_size)
-        if len(ids) == 1:
+        if len(ids) == 1 and constraint is None:
             self._replay("decode", len(self.ids), asked)
+        elif len(ids) == 1:
+            self._replay("feed", len(self.ids))
+            self._draw(len(self.ids), asked, constraint)
         else:
             write, last = self._runtime.uploads.write, len(self.ids) + len(ids) - 1
             for ends in self._prefill.feed([PromptPart(0, len(self.ids), len(ids))]):
                 for _, row in ends:
                     write(self._runtime.decode_buffers.last_row, [row])
             write(self._state.position, [last])
+            self._upload_mask(constraint)
             self._replay("choose", last, asked)
         self.ids += ids
         known = launched = len(self.ids)  # tokens fed for certain; positions whose step is under way or done
         try:
             while True:
+                if constraint is not None and known < self.capacity:
+                    self._replay("feed", known)
                 # The steps after this one are queued before its token is read: the device never waits for the host.
-                while launched < min(self.capacity, known + STEPS_AHEAD):
+                while constraint is None and launched < min(self.capacity, known + STEPS_AHEAD):
                     self._replay("decode", launched, asked)
                     launched += 1
                 token = self._token(known)
+                if constraint is not None:
+                    constraint.accept(token)
+                    if known < self.capacity:
+                        self._draw(known, asked, constraint)
+                        launched += 1
                 self._last = known, token, top
                 yield token
                 if known == self.capacity:
@@ -144,6 +155,16 @@ class CudaContext:
             scorer.close()
         self.ids += fed
         return result
+
+    def _draw(self, position: int, asked: Asked, constraint: Constraint | None) -> None:
+        """Enqueues the second part of a step, after its mask. Raises RequestError if the form cannot be followed."""
+        self._upload_mask(constraint)
+        self._replay("draw", position, asked)
+
+    def _upload_mask(self, constraint: Constraint | None) -> None:
+        if constraint is not None:
+            for reason in self._open_extras().masks.upload(self._runtime.stream, [constraint]).values():
+                raise RequestError(reason)
 
     def _open_extras(self) -> Extras:
         if self._steps.extras is None:

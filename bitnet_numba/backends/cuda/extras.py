@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from bitnet_numba.backends.cuda.forward import CudaModel
 from bitnet_numba.backends.cuda.lm_head import LMHead
+from bitnet_numba.backends.cuda.masks import Masks
 from bitnet_numba.backends.cuda.state import SequenceState
 from bitnet_numba.kernels.runtime.driver import Stream
 from bitnet_numba.kernels.runtime.launch import Launch
@@ -23,6 +24,7 @@ from bitnet_numba.kernels.runtime.memory import DeviceArray, DeviceView, PinnedA
 from bitnet_numba.kernels.sampling import edits
 from bitnet_numba.kernels.sampling.edits import EditArrays, edit_logits, pack_edits
 from bitnet_numba.kernels.sampling.logprobs import NONE, RECORD, logprobs
+from bitnet_numba.logprobs import LogprobRows
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.sampling_params import MAX_LOGIT_BIAS, SamplingParams
 
@@ -33,18 +35,18 @@ Write = Callable[..., None]  # see `Uploads.write`
 class Asked(NamedTuple):
     """What of it a request asks for, or the requests of a step."""
 
-    edits: bool = False
+    edits: bool = False  # masks among them
     logprobs: bool = False
 
 
 NOTHING = Asked()
 
 
-def asked_by(each: Iterable[SamplingParams]) -> Asked:
-    """What some requests ask for together."""
+def asked_by(each: Iterable[SamplingParams], masked: bool = False) -> Asked:
+    """What some requests ask for together. masked: the form of an answer is given, too."""
     all_of_them = list(each)
-    edits, logprobs = (own.edits_logits for own in all_of_them), (own.logprobs is not None for own in all_of_them)
-    return Asked(any(edits), any(logprobs))
+    edits = masked or any(own.edits_logits for own in all_of_them)
+    return Asked(edits, any(own.logprobs is not None for own in all_of_them))
 
 
 class Extras:
@@ -56,10 +58,13 @@ class Extras:
         device, slots = model.device, state.slots
         self._model, self._state = model, state
         self._ring_size = 0 if ring is None else ring.count
+        self.masks = Masks(device, rows, model.config.vocab_size)
         self._edits = EditArrays(
             device.zeros(slots * edits.SETTINGS, np.float64),
             device.zeros(slots * edits.MAX_LISTED, np.int32),
             device.zeros(slots * MAX_LOGIT_BIAS, np.float32),
+            self.masks.masks,
+            self.masks.mask_ids,
         )
         self._wanted = device.array(np.full(slots, NONE, np.int32))
         self._edited = device.empty(rows * model.config.vocab_size, np.float32)
@@ -70,9 +75,9 @@ class Extras:
         else:
             self.ids, self.values = ring.ids, ring.values
 
-    def set_slot(self, write: Write, slot: int, params: SamplingParams, prompt_length: int) -> None:
-        """Enqueues what a slot's sequence asks for."""
-        settings, listed, biases = pack_edits(params, prompt_length)
+    def set_slot(self, write: Write, slot: int, params: SamplingParams, prompt_length: int, masked: bool) -> None:
+        """Enqueues what a slot's sequence asks for. masked: each of its rows comes with a mask."""
+        settings, listed, biases = pack_edits(params, prompt_length, masked)
         write(self._edits.settings, settings, slot * edits.SETTINGS)
         write(self._edits.listed, listed, slot * edits.MAX_LISTED)
         write(self._edits.biases, biases, slot * MAX_LOGIT_BIAS)
@@ -113,6 +118,7 @@ class Extras:
         own = [self._edits.settings, self._edits.listed, self._edits.biases, self._wanted, self._edited]
         for array in own if self._ring_size else [*own, self.ids, self.values]:
             array.close()
+        self.masks.close()
 
 
 class Records:
@@ -128,10 +134,10 @@ class Records:
         stream.download(self.ids, nbytes * first, extras.ids.address, nbytes * count)
         stream.download(self.values, nbytes * first, extras.values.address, nbytes * count)
 
-    def read(self, first: int, tokens: Sequence[int], wanted: Sequence[int | None]) -> list[TokenLogprob | None]:
+    def read(self, first: int, tokens: Sequence[int], tops: Sequence[int]) -> LogprobRows:
         """The records of these tokens at places from `first` on; see `read_records`."""
         places = slice(first * RECORD, (first + len(tokens)) * RECORD)
-        return read_records(self.ids.host[places], self.values.host[places], tokens, wanted)
+        return read_records(self.ids.host[places], self.values.host[places], tokens, tops)
 
     def close(self) -> None:
         """Frees the memory."""
@@ -177,7 +183,8 @@ class PromptScorer:
             self._values.read_into(values)
             if not np.isfinite(values.reshape(-1, RECORD)[:, : 1 + min(top, vocab)]).all():
                 raise ValueError("logits hold NaN or infinity")
-            result += [each for each in read_records(ids, values, part, [top] * len(part)) if each is not None]
+            tops = [min(top, vocab)] * len(part)
+            result += [each for each in read_records(ids, values, part, tops) if each is not None]
         return result
 
     def close(self) -> None:
@@ -188,14 +195,8 @@ class PromptScorer:
 
 
 def read_records(
-    ids: NDArray[np.int32], values: NDArray[np.float32], tokens: Sequence[int], wanted: Sequence[int | None]
-) -> list[TokenLogprob | None]:
-    """Records of tokens, as `kernels.sampling.logprobs` writes them; wanted: how many of the most likely tokens each
-    has, None for no record."""
-    rows = zip(ids.reshape(-1, RECORD).tolist(), values.reshape(-1, RECORD).tolist(), tokens, wanted, strict=True)
-    return [
-        None
-        if top is None
-        else TokenLogprob(token, value[0], list(zip(row[1 : 1 + top], value[1 : 1 + top], strict=True)))
-        for row, value, token, top in rows
-    ]
+    ids: NDArray[np.int32], values: NDArray[np.float32], tokens: Sequence[int], tops: Sequence[int]
+) -> LogprobRows:
+    """Records of tokens, as `kernels.sampling.logprobs` writes them; tops: how many of the most likely tokens each has,
+    or NONE."""
+    return LogprobRows.pack(tokens, tops, ids.reshape(-1, RECORD)[:, 1:], values.reshape(-1, RECORD))

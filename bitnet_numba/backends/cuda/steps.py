@@ -45,11 +45,19 @@ class DecodeSteps:
 
     def score(self, long: bool) -> list[Launch]:
         """Feeds a token and computes its logits."""
-        return [*self.forward(long), self.lm_head(), embedding.advance(self._model.device, self._state.position)]
+        return [*self.feed(long), embedding.advance(self._model.device, self._state.position)]
 
     def decode(self, long: bool, asked: Asked = NOTHING) -> list[Launch]:
         """Feeds a token and samples the next; asked: of what `extras` adds."""
-        return [*self.forward(long), self.lm_head(), *self.sampler(asked)]
+        return [*self.feed(long), *self.draw(long, asked)]
+
+    def feed(self, long: bool) -> list[Launch]:
+        """The first part of `decode`, up to the logits."""
+        return [*self.forward(long), self.lm_head()]
+
+    def draw(self, long: bool, asked: Asked = NOTHING) -> list[Launch]:
+        """The second part of `decode`; `long` makes no difference."""
+        return self.sampler(asked)
 
     def choose(self, long: bool, asked: Asked = NOTHING) -> list[Launch]:
         """Samples the token after a prompt, from row `last_row` of the pass before."""
@@ -105,11 +113,17 @@ class BatchSteps:
     def decode(self, num_tokens: int, num_blocks: int, asked: Asked = NOTHING) -> list[Launch]:
         """Feeds a token of each sequence and samples the next; num_blocks: entries of the work list; asked: of what
         `extras` adds."""
-        buffers = self._model.buffers
+        return [*self.feed(num_tokens, num_blocks), *self.draw(num_tokens, asked)]
+
+    def feed(self, num_tokens: int, num_blocks: int) -> list[Launch]:
+        """The first part of `decode`, up to the logits."""
         contexts = SharedContexts(self.work_list, num_blocks, self._scratch)
         forward = BatchPass(self._model, self._state, num_tokens, contexts).launches()
-        head = self._lm_head.launches(num_tokens, buffers.h)
-        return [*forward, *head, *self._sampler(num_tokens, buffers.slot_positions, asked)]
+        return [*forward, *self._lm_head.launches(num_tokens, self._model.buffers.h)]
+
+    def draw(self, num_tokens: int, asked: Asked) -> list[Launch]:
+        """The second part of `decode`."""
+        return self._sampler(num_tokens, self._model.buffers.slot_positions, asked)
 
     def choose(self, num_tokens: int, asked: Asked = NOTHING) -> list[Launch]:
         """Samples the tokens after prompts that the pass before has completed, from its rows `last_rows` (-1: none)."""

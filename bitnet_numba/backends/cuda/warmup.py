@@ -3,7 +3,9 @@
 Which kernels a model needs is what a dry run of its own steps asks for. Compiling takes one to two seconds a kernel; a
 context has some forty, a batch up to thirty more, and Numba compiles one at a time. So processes of their own, one for
 every four kernels and at most one a core, compile a share each into the disk cache; a share that fails, or that cannot
-be kept, is compiled here, where errors show. $BITNET_NUMBA_COMPILERS is the largest number of processes.
+be kept, is compiled here, where errors show. $BITNET_NUMBA_COMPILERS is the largest number of processes. Where there
+are many, a batch's kernels are compiled at the start, too, since they take little longer together; where there are few,
+when the first batch needs them.
 """
 
 import contextlib
@@ -35,6 +37,7 @@ from bitnet_numba.kernels.runtime.launch import load_kernels
 from bitnet_numba.kernels.runtime.spec import ArchSpec, KernelSpec
 
 MIN_SHARE = 4  # kernels; starting a process takes as long as compiling two
+MANY_PROCESSES = 8  # that compile what may be needed later, too
 POLL = 0.1  # seconds
 # What each process does.
 COMPILE_SHARE = """
@@ -47,21 +50,22 @@ MAX_CONTEXT = 8192  # tokens of a dry run's sequences; longer contexts take the 
 
 
 class Needs(NamedTuple):
-    """What needs kernels: a context, or with `max_sequences` a batch beside it."""
+    """What needs kernels: a context, or with `max_sequences` a batch beside it; `both`: the two."""
 
     config: ModelConfig
     embedding_dtype: EmbeddingDtype
     target: ArchSpec
     max_sequences: int | None = None
+    both: bool = False
 
     def specs(self) -> list[KernelSpec]:
         """Every kernel, always in the same order."""
         device = DryRunDevice(self.target.arch, self.target.num_sms)
         config = replace(self.config, num_layers=1)  # every layer takes the same
         model = CudaModel.dry_run(config, self.embedding_dtype, device)
-        if self.max_sequences is None:
+        if self.max_sequences is None or self.both:
             _dry_run_context(model)
-        else:
+        if self.max_sequences is not None:
             _dry_run_batch(model, self.max_sequences)
         return device.specs
 
@@ -96,14 +100,24 @@ def _powers_of_two(first: int, last: int) -> list[int]:
 
 
 def load_specs(
-    config: ModelConfig, embedding_dtype: EmbeddingDtype, device: CudaDevice, max_sequences: int | None = None
+    config: ModelConfig,
+    embedding_dtype: EmbeddingDtype,
+    device: CudaDevice,
+    max_sequences: int | None = None,
+    ahead: int | None = None,
 ) -> None:
-    """Compiles what is not cached, with a progress line, and loads all. Raises BackendError."""
+    """Compiles what is not cached, with a progress line, and loads all: of a context, or of a batch of `max_sequences`.
+
+    ahead: sequences of a batch whose kernels are compiled as well if many processes can do that. Raises BackendError.
+    """
     needs = Needs(config, embedding_dtype, ArchSpec(device.arch, device.num_sms), max_sequences)
-    specs = needs.specs()
-    missing = sum(not is_cached(spec, device.arch) for spec in specs)
+    specs, more = needs.specs(), needs
+    if ahead is not None and _most_processes() >= MANY_PROCESSES:
+        more = needs._replace(max_sequences=ahead, both=True)
+    wanted = more.specs()
+    missing = sum(not is_cached(spec, device.arch) for spec in wanted)
     progress = CompileProgress(device.name, missing)
-    compile_together(needs, specs, progress.reach)
+    compile_together(more, wanted, progress.reach)
     load_kernels(specs, device.arch, lambda done, total: progress.reach(missing - total + done))
     progress.close()
 

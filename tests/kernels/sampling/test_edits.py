@@ -27,8 +27,11 @@ def batches(draw: st.DrawFn, max_vocab: int, max_rows: int) -> tuple[np.ndarray,
     return (rng.standard_normal((len(rows), vocab)) * 4).astype(np.float32), rows
 
 
-def check_edits(logits: np.ndarray, rows: list[Row | None], spec: KernelSpec) -> None:
-    """Each row's copy is what the definition makes of it; rows to be skipped stay as they are."""
+def check_edits(logits: np.ndarray, rows: list[Row | None], spec: KernelSpec, seed: int = 0) -> None:
+    """Each row's copy is what the definition makes of it; rows to be skipped stay as they are.
+
+    seed: which rows have a mask, of which tokens, and which logit is NaN.
+    """
     vocab, slots = logits.shape[1], len(rows) + 1
     stride = 1 + max((len(row[1]) for row in rows if row is not None), default=0)
     tokens = np.full((slots, stride), -7, np.int32)
@@ -36,6 +39,12 @@ def check_edits(logits: np.ndarray, rows: list[Row | None], spec: KernelSpec) ->
     listed = np.full((slots, edits.MAX_LISTED), -7, np.int32)
     biases = np.full((slots, MAX_LOGIT_BIAS), np.nan, np.float32)
     slot_positions = np.full((len(rows), 2), -1, np.int32)
+    rng = np.random.default_rng(seed)
+    masks = rng.integers(0, 1 << 32, (len(rows) + 1, -(-vocab // 32)), np.uint32)
+    masks &= rng.integers(0, 1 << 32, masks.shape, np.uint32)
+    mask_ids = rng.permutation(len(rows) + 1).astype(np.int32)[: len(rows)]
+    masked = rng.random(len(rows)) < 0.5
+    logits[rng.integers(len(rows)), rng.integers(vocab)] = np.nan
     out = Out(logits.size, np.float32)
     expected = out.array.copy().reshape(logits.shape)
     for i, row in enumerate(rows):
@@ -45,17 +54,23 @@ def check_edits(logits: np.ndarray, rows: list[Row | None], spec: KernelSpec) ->
         slot = slots - 1 - i
         slot_positions[i] = slot, len(history) - 1
         tokens[slot, : len(history)] = history
-        setting[slot], listed[slot], biases[slot] = edits.pack_edits(params, prompt_length)
+        setting[slot], listed[slot], biases[slot] = edits.pack_edits(params, prompt_length, bool(masked[i]))
         expected[i] = edit(logits[i], *logit_edits(params, history[prompt_length:]))
-    run(spec, len(rows), [logits, vocab, slot_positions, tokens, stride, setting, listed, biases, out])
+        if masked[i]:
+            allowed = np.unpackbits(masks[mask_ids[i]].view(np.uint8), bitorder="little")[:vocab]
+            expected[i, (allowed == 0) & ~np.isnan(expected[i])] = -np.inf
+        else:
+            mask_ids[i] = -(1 << 20)  # which is not to be read
+    where = [logits, vocab, slot_positions, tokens, stride]
+    run(spec, len(rows), [*where, setting, listed, biases, masks.view(np.int32), mask_ids, out])
     assert out.array.tobytes() == expected.tobytes()
 
 
 @simulated
 @settings(max_examples=15)
-@given(batch=batches(max_vocab=70, max_rows=3))
-def test_simulated_edits(batch: tuple[np.ndarray, list[Row | None]]) -> None:
-    check_edits(*batch, edits.spec(arch(), 32))
+@given(batch=batches(max_vocab=70, max_rows=3), seed=st.integers(0, 99))
+def test_simulated_edits(batch: tuple[np.ndarray, list[Row | None]], seed: int) -> None:
+    check_edits(*batch, edits.spec(arch(), 32), seed)
 
 
 def full_row(vocab: int, seed: int) -> Row:
@@ -76,9 +91,9 @@ def full_row(vocab: int, seed: int) -> Row:
 
 @needs_gpu
 @settings(max_examples=25)
-@given(batch=batches(max_vocab=128256, max_rows=8))
-def test_edits_on_gpu(batch: tuple[np.ndarray, list[Row | None]]) -> None:
-    check_edits(*batch, edits.spec(arch()))
+@given(batch=batches(max_vocab=128256, max_rows=8), seed=st.integers(0, 99))
+def test_edits_on_gpu(batch: tuple[np.ndarray, list[Row | None]], seed: int) -> None:
+    check_edits(*batch, edits.spec(arch()), seed)
 
 
 @needs_gpu
@@ -96,6 +111,8 @@ def test_launcher_refuses_operands() -> None:
         device.empty(3 * edits.SETTINGS, np.float64),
         device.empty(3 * edits.MAX_LISTED, np.int32),
         device.empty(3 * MAX_LOGIT_BIAS, np.float32),
+        device.empty(10, np.int32),
+        device.empty(2, np.int32),
     )
     launch = edits.edit_logits(device, logits, 300, sequences, where, arrays, logits, 2)
     assert launch.name == edits.spec(90).name
