@@ -12,12 +12,14 @@ from collections.abc import AsyncIterator
 from functools import partial
 
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 from starlette.types import ASGIApp
 
 from bitnet_numba.engine.loading import load
 from bitnet_numba.errors import RequestError
 from bitnet_numba.server.app import create_app
 from bitnet_numba.server.command_line import build_parser, read_settings
+from bitnet_numba.server.ray_proxy import ROUTER
 from bitnet_numba.server.service import Service
 
 ARGUMENTS = {"options": "", "replicas": "1", "gpus": "0", "cpus": "1"}
@@ -48,6 +50,7 @@ def app(arguments: dict[str, str]) -> serve.Application:
         graceful_shutdown_timeout_s=settings.drain_timeout,
         health_check_period_s=CHECK_PERIOD,
         health_check_timeout_s=CHECK_TIMEOUT,
+        request_router_config=RequestRouterConfig(request_router_class=ROUTER),
     )(Replica)
     return deployment.bind(given["options"])
 

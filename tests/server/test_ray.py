@@ -1,4 +1,5 @@
-"""Two replicas of Ray Serve on the CPU: one is killed, one is stopped, and nothing but its own streams is lost."""
+"""Two replicas of Ray Serve on the CPU: one is killed, one is stopped, and nothing but its own streams is lost; all are
+replaced, and nothing is lost; a conversation keeps its replica."""
 
 import os
 import signal
@@ -8,12 +9,13 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from bitnet_numba.errors import RequestError
-from tests.server.helpers import free_port
+from tests.server.helpers import free_port, read_events
 
 with warnings.catch_warnings():  # of Ray's own code
     warnings.simplefilter("ignore")
@@ -34,7 +36,8 @@ def url() -> Iterator[str]:
     port = free_port()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # it would tell its makers of every start
     environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}}
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 << 20, runtime_env=environment)
+    os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "bitnet_numba.server.ray_proxy:middleware"
+    ray.init(num_cpus=8, include_dashboard=False, object_store_memory=100 << 20, runtime_env=environment)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(app({"options": "--threads 1", "replicas": "2"}), name=NAME, route_prefix="/")
@@ -56,16 +59,14 @@ def replicas() -> list[int]:
     return sorted(found)
 
 
-def stream(url: str) -> bool:
-    """Whether a long answer was complete."""
-    text = ""
-    try:
-        with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60, trust_env=False) as response:
-            for piece in response.iter_text():
-                text += piece
-    except httpx.HTTPError:
+def stream(url: str, body: dict[str, Any] = LONG) -> bool:
+    """Whether a long answer was complete; if not, its last event must be an error."""
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=90, trust_env=False) as response:
+        events = read_events("".join(response.iter_text()))
+    if response.status_code == 503:
         return False
-    return text.endswith("data: [DONE]\n\n")
+    assert events[-1] == "[DONE]" or events[-1]["error"]["code"] == "replica_lost"
+    return events[-1] == "[DONE]"
 
 
 def wait_for_two(url: str) -> None:
@@ -89,10 +90,44 @@ def test_a_replica_that_ends_takes_only_its_own_streams_along(url: str, number: 
         victim = replicas()[0]
         os.kill(victim, number)
         began = time.monotonic()
+        whole = pool.submit(httpx.post, f"{url}/v1/completions", json={**LONG, "stream": False}, timeout=90)
         complete = [job.result() for job in streams]
+    assert whole.result().status_code in (200, 503)
     assert 0 < complete.count(True) < 12 and time.monotonic() - began < 60
     wait_for_two(url)
     assert victim not in replicas() and stream(url)
+
+
+def test_a_conversation_finds_its_cache(url: str) -> None:
+    wait_for_two(url)
+
+    def cached(prompt: str, session: str) -> int:
+        body = {"prompt": f"{prompt} met an owl. " * 12, "max_tokens": 1}
+        headers = {"x-session-id": session}
+        answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60, trust_env=False).json()
+        return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    names = [f"fox{number}" for number in range(10)]
+    assert not any([cached(name, name) for name in names])
+    assert all(cached(name, name) for name in names for _ in range(2))
+    assert not all(cached(names[0], name) for name in names), "all sessions have the same replica"
+
+
+def test_an_update_breaks_no_stream(url: str) -> None:
+    wait_for_two(url)
+    before = replicas()
+    with ThreadPoolExecutor(8) as pool:
+        streams = [pool.submit(stream, url) for _ in range(6)]
+        time.sleep(0.5)
+        update = pool.submit(serve.run, app({"options": "--threads 1 --max-waiting 200", "replicas": "2"}), name=NAME)
+        short = [stream(url, {**LONG, "max_tokens": 5})]
+        assert not any(job.done() for job in streams), "they are too short for this test"
+        while not update.done():
+            short.append(stream(url, {**LONG, "max_tokens": 5}))
+        assert all(job.result() for job in streams) and all(short)
+        update.result()
+    wait_for_two(url)
+    assert not set(before) & set(replicas()) and len(short) > 3
 
 
 def test_answers_are_those_of_one_server(url: str) -> None:
