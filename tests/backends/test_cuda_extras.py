@@ -171,7 +171,7 @@ def test_simulated_extras(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 def test_simulated_forms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     backend = tiny_backend(monkeypatch, tmp_path)
     vocab, prompts = backend.config.vocab_size, [[5, 250], [7]]
-    check_forms(backend, vocab, prompts, [[0], [1]], 2)
+    check_forms(backend, vocab, prompts, [[0], [1]], 2, 1.0)
 
 
 @simulated
@@ -235,11 +235,13 @@ class Failing(Form):
         super().allowed(out)
 
 
-def check_forms(backend: Any, vocab: int, prompts: list[list[int]], pages: list[list[int]], count: int) -> None:
+def check_forms(
+    backend: Any, vocab: int, prompts: list[list[int]], pages: list[list[int]], count: int, top_p: float
+) -> None:
     """Constrained sequences in company: each has its form, the others are as without; and started again amid an answer,
     it goes on in the same way."""
     slots = range(len(prompts))
-    params = [SamplingParams((0.0, 1.0)[slot % 2], top_p=0.9, seed=slot) for slot in slots]
+    params = [SamplingParams((0.0, 1.0)[slot % 2], top_p=top_p, seed=slot) for slot in slots]
     forms = [None if slot == 1 else Form(vocab, 3 + 4 * slot, []) for slot in slots]
     batch = backend.new_batch(len(prompts), 200)
     plain = answers(batch, prompts, params, pages, count)
@@ -270,7 +272,7 @@ def check_forms(backend: Any, vocab: int, prompts: list[list[int]], pages: list[
         assert failing.tokens == [seen[0][0][1]]
     assert [calls[0][1] == NO_TOKEN for calls in seen] == [False, True, True]
     assert batch.failure(0) == "the form of the answer: too complex"
-    assert [calls[1][1] for calls in seen] == plain[1][0][:3]
+    assert [calls[1][1] for calls in seen][: len(plain[1][0])] == plain[1][0][:3]
     batch.close()
 
 
@@ -316,7 +318,7 @@ def test_batch_on_gpu(demo: PackedCheckpoint) -> None:
 def test_forms_on_gpu(demo: PackedCheckpoint) -> None:
     backend, prompts = cuda_backend(demo), [random_ids(demo, length, length) for length in (30, 1, 60)]
     vocab = demo.config.vocab_size
-    check_forms(backend, vocab, prompts, PAGES, 40)
+    check_forms(backend, vocab, prompts, PAGES, 40, 0.9)
     check_form_alone(backend, vocab, prompts[0], 30)
 
 
