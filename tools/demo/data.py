@@ -50,7 +50,11 @@ def _vocabulary(pre_tokenizer: pre_tokenizers.PreTokenizer, seed: int) -> list[s
 
     def known(token: str) -> bool:
         letters = "".join(re.findall("[A-Za-z]+", token))
-        return not letters or token == "Assistant" or (letters.lower() in WORDS and (len(letters) == 1 or not letters.isupper()))
+        return (
+            not letters
+            or token == "Assistant"
+            or (letters.lower() in WORDS and (len(letters) == 1 or not letters.isupper()))
+        )
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     common = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if known(word)]
