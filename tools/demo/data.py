@@ -24,7 +24,7 @@ from tools.demo.world.lexicon import WORDS
 
 # Stories have most of the tokens, and most of their loss is the choice among plots and words. Answers are what can be
 # right.
-ANSWER_WEIGHT, SHORT = 2, 64
+ANSWER_WEIGHT, SHORT = 2, 128
 ASKED_WEIGHT = 4  # of the words that a story must have
 
 SPECIAL_TOKENS = [
@@ -50,7 +50,11 @@ def _vocabulary(pre_tokenizer: pre_tokenizers.PreTokenizer, seed: int) -> list[s
 
     def known(token: str) -> bool:
         letters = "".join(re.findall("[A-Za-z]+", token))
-        return not letters or (letters.lower() in WORDS and (len(letters) == 1 or not letters.isupper()))
+        return (
+            not letters
+            or token == "Assistant"
+            or (letters.lower() in WORDS and (len(letters) == 1 or not letters.isupper()))
+        )
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     common = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if known(word)]
@@ -111,7 +115,8 @@ def encode_reply(tokenizer: Tokenizer, turn: Turn, reply: str) -> tuple[list[int
     weights = np.full(len(reply), int(turn.learned))
     if turn.learned and turn.mentions:
         for match in re.finditer("|".join(map(re.escape, turn.mentions)), reply):
-            weights[slice(*match.span())] = ASKED_WEIGHT
+            # With the space before it, which is a token of its own where the word is spelt out.
+            weights[max(0, match.start() - 1) : match.end()] = ASKED_WEIGHT
     return encoded.ids, [int(weights[end - 1]) for _, end in encoded.offsets]
 
 

@@ -23,7 +23,7 @@ from tools.demo.world.conversation import conversation
 FIRST_SEED = 1 << 41  # seeds from here on were never used in training
 SAMPLED_REQUEST = "Tell me a story about a dog and a kite."
 TEMPERATURE = 0.8
-MAX_STORY = 400  # tokens
+MAX_STORY = 700  # tokens: a story full of words that are spelt out is long
 AT_ONCE = 16  # prompts
 THRESHOLDS = {"exact": 0.97, "honoured": 0.95, "distinct": 1.0}
 

@@ -92,7 +92,7 @@ def evaluate(model: BitNet, tokenizer: Tokenizer, per_group: int, stories: int, 
             if not case.turn.right(reply):
                 print(f"  {case.turn.user!r}: {reply[:200]!r}, not {case.turn.assistant[:200]!r}", flush=True)
         answered += part
-    told = list(replies(model, tokenizer, request_cases(stories, EVALUATION_SEED), 2 * batch, 340, **SAMPLING))
+    told = list(replies(model, tokenizer, request_cases(stories, EVALUATION_SEED), 2 * batch, 500, **SAMPLING))
     missed = [(case, reply) for case, reply in told if not honoured(case, reply)]
     for case, reply in missed:
         print(f"  missing of {case.turn.mentions} ({case.group}): {reply[:120]!r}")

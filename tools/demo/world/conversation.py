@@ -97,7 +97,7 @@ class Conversation:
         if request is None:
             request = draw_request(rng, self.names, self.evaluation, self.asked_pool)
             text = phrase(rng, request)
-        strange = not self.evaluation and chance(rng, 0.2)
+        strange = not self.evaluation and chance(rng, 0.25)
         pool = NEVER_SEEN if unseen else STRANGE if strange else KNOWN
         story = tell(rng, request, self.names, self.evaluation, pool)
         self.stories.append(story)
@@ -107,8 +107,8 @@ class Conversation:
     def question_turn(self) -> Turn:
         """A question about the latest story, now and then about an earlier one whose people it names."""
         rng = self.rng
-        if chance(rng, 0.06):
-            name = ASKED.name(rng, "", self.names)
+        if chance(rng, 0.07):
+            name = pick(rng, [ASKED, STRANGE]).name(rng, "", self.names)
             return asked(questions.ask_for_stranger(rng, self.stories[-1], name))
         if not (len(self.stories) > 1 and chance(rng, 0.06)):
             return asked(questions.ask_any(rng, self.stories[-1]))

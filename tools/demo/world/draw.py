@@ -46,6 +46,15 @@ def coin_word(rng: Random) -> str:
             return word
 
 
+def coin_noun(rng: Random) -> str:
+    """A coined word, or two words that nobody has heard together: the second one has to be copied, too."""
+    while chance(rng, 0.3):
+        noun = " ".join(pick(rng, _HALVES) if chance(rng, 0.4) else coin_word(rng) for _ in range(2))
+        if noun not in NOUNS and noun not in UNSEEN:
+            return noun
+    return coin_word(rng)
+
+
 def is_female(name: str, kind: str) -> bool:
     """Whether a story says "she" of somebody."""
     if kind in nouns.WOMEN or kind in nouns.MEN:
@@ -69,16 +78,16 @@ class Pool:
         if FOOD in classes and (THING not in classes or chance(rng, 0.2)):
             return pick(rng, self.foods)
         if chance(rng, self.coined):
-            return coin_word(rng)
+            return coin_noun(rng)
         return pick(rng, TOOLS if chance(rng, 0.12) and self.things is THINGS else self.things)
 
     def kind(self, rng: Random) -> str:
         if chance(rng, self.coined):
-            return coin_word(rng)
+            return coin_noun(rng)
         return pick(rng, self.animals) if chance(rng, 0.7) else pick(rng, PEOPLE)
 
     def place(self, rng: Random) -> str:
-        return coin_word(rng) if chance(rng, self.coined / 2) else pick(rng, self.places)
+        return coin_noun(rng) if chance(rng, self.coined) else pick(rng, self.places)
 
     def name(self, rng: Random, kind: str, taken: set[str]) -> str:
         """A name that suits the kind and does not occur in `taken`."""
@@ -100,7 +109,7 @@ ASKED = Pool(
     nouns.ANIMALS, THINGS, nouns.FOODS, list(nouns.PLACES), words.FEMALE_NAMES, words.MALE_NAMES, coined=0.3
 )  # fmt: skip
 STRANGE = Pool(
-    nouns.ANIMALS, THINGS, nouns.FOODS, list(nouns.PLACES), words.FEMALE_NAMES, words.MALE_NAMES, coined=0.6
+    nouns.ANIMALS, THINGS, nouns.FOODS, list(nouns.PLACES), words.FEMALE_NAMES, words.MALE_NAMES, coined=0.75
 )  # fmt: skip
 NEVER_SEEN = Pool(
     nouns.UNSEEN_ANIMALS, nouns.UNSEEN_THINGS, nouns.UNSEEN_FOODS, list(nouns.UNSEEN_PLACES),

@@ -77,7 +77,7 @@ def typed(rng: Random, text: str, form: str = "") -> tuple[str, str]:
     """`text` in the given form or, without one, in one of `FORMS`, most often the plain one; and the form's name."""
     if not form:
         draw = rng.random()
-        form = CAPITALS if draw < 0.14 else ERRORS if draw < 0.28 else LINES if draw < 0.33 else PLAIN
+        form = CAPITALS if draw < 0.16 else ERRORS if draw < 0.32 else LINES if draw < 0.37 else PLAIN
     if chance(rng, 0.06):
         before = pick(rng, ["So", "Okay", "And", "Hey", "Well", "Now", "Hmm", "Listen", "One more thing", "Please"])
         text = f"{before}, {text[0].lower() + text[1:] if text.split()[0] in _OPENERS else text}"

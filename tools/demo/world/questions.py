@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from random import Random
 
 from tools.demo.world import polar, words
@@ -83,8 +84,9 @@ def _facts_of_plot(plot: Plot) -> list[tuple[Fact, str]]:
 _FACTS = {plot.name: _facts_of_plot(plot) for plot in PLOTS}
 
 
+@lru_cache(maxsize=64)
 def facts_of(story: Story) -> dict[str, list[Fact]]:
-    """The questions that can be asked of a story, by kind: those of its plot, and the common ones."""
+    """The questions that can be asked of a story, by kind: those of its plot, and the common ones; only to be read."""
     by_kind: dict[str, list[Fact]] = defaultdict(list)
     for fact, kind in _FACTS[story.plot.name]:
         adapted = _adapted(fact, story)
@@ -177,7 +179,7 @@ def ask_any(rng: Random, story: Story, kinds: tuple[str, ...] | None = None) -> 
         if chance(rng, 0.4):
             plain = [fact for kind, group in facts.items() if kind not in RETELLING for fact in group]
             return ask(rng, story, pick(rng, plain))
-        kinds = tuple(kind for kind in KINDS if kind not in ("again", "longer") or chance(rng, 0.4))
+        kinds = tuple(kind for kind in KINDS if kind not in ("again", "longer") or chance(rng, 0.5))
     kinds = tuple(kind for kind in kinds if facts.get(kind))
     return ask(rng, story, pick(rng, facts[pick(rng, kinds)]))
 
@@ -194,10 +196,13 @@ def reason(rng: Random, story: Story, key: str) -> Question:
 
 def ask_for_stranger(rng: Random, story: Story, name: str) -> Question:
     """A question about somebody who is not in the story."""
-    facts = [f for group in facts_of(story).values() for f in group if f.key not in RETELLING and f.varied is None]
+    facts = [f for group in facts_of(story).values() for f in group if f.key not in RETELLING]
+    facts = [f for f in facts if f.varied not in ("h", "f", "x")]  # "Was it Bert?" is no, whoever Bert may be
+    unsaid = next(f for f in facts if f.key == "unsaid")
+    slots_of_questions = _cast(story) | {"UNSAID": SHARED["UNSAID"]}
     while True:
         figure, used = pick(rng, ["h", "f"]), set[str]()
-        slots = story.slots | _cast(story) | {figure: name}
-        asked = expand(pick(rng, facts).question, rng, slots, used)
+        slots = story.slots | slots_of_questions | {figure: name}
+        asked = expand(unsaid.question if chance(rng, 0.2) else pick(rng, facts).question, rng, slots, used)
         if figure in used:
             return Question("stranger", "not said", capitalise(asked), f"There is nobody called {name} in this story.")

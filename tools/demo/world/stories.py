@@ -53,7 +53,7 @@ class Request:
         return [word for word in wanted if word]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Story:
     """A story, what stands in the slots of its plot, and which slots its text uses."""
 
