@@ -23,7 +23,7 @@ from bitnet_numba.backends.cuda.forward import MAX_TOKENS, CudaModel, PrefillPas
 from bitnet_numba.backends.cuda.prompts import MIN_TOKENS
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size
 from bitnet_numba.backends.cuda.steps import BatchSteps, DecodeBuffers, DecodeSteps
-from bitnet_numba.backends.cuda.weights import EmbeddingDtype
+from bitnet_numba.backends.cuda.weights import RowFormats
 from bitnet_numba.backends.progress import CompileProgress
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError
@@ -50,7 +50,7 @@ class Needs(NamedTuple):
     """What needs kernels: a context, or with `max_sequences` a batch beside it."""
 
     config: ModelConfig
-    embedding_dtype: EmbeddingDtype
+    rows: RowFormats
     target: ArchSpec
     max_sequences: int | None = None
 
@@ -58,7 +58,7 @@ class Needs(NamedTuple):
         """Every kernel, always in the same order."""
         device = DryRunDevice(self.target.arch, self.target.num_sms)
         config = replace(self.config, num_layers=1)  # every layer takes the same
-        model = CudaModel.dry_run(config, self.embedding_dtype, device)
+        model = CudaModel.dry_run(config, self.rows, device)
         if self.max_sequences is None:
             _dry_run_context(model)
         else:
@@ -95,11 +95,9 @@ def _powers_of_two(first: int, last: int) -> list[int]:
     return [1 << i for i in range(first.bit_length() - 1, last.bit_length())]
 
 
-def load_specs(
-    config: ModelConfig, embedding_dtype: EmbeddingDtype, device: CudaDevice, max_sequences: int | None = None
-) -> None:
+def load_specs(config: ModelConfig, rows: RowFormats, device: CudaDevice, max_sequences: int | None = None) -> None:
     """Compiles what is not cached, with a progress line, and loads all. Raises BackendError."""
-    needs = Needs(config, embedding_dtype, ArchSpec(device.arch, device.num_sms), max_sequences)
+    needs = Needs(config, rows, ArchSpec(device.arch, device.num_sms), max_sequences)
     specs = needs.specs()
     missing = sum(not is_cached(spec, device.arch) for spec in specs)
     progress = CompileProgress(device.name, missing)

@@ -47,8 +47,8 @@ def launch(
     plan = kernel.plan(num_tokens)
     tile = tile._replace(tokens=plan.tokens) if tile else plan
     padded = split_norm.padded_tokens("wgmma", num_tokens)
-    x = Out(split_norm.x_words("wgmma", num_tokens, K, False), np.int32)
-    run(split_norm.spec(ARCH, K, "wgmma", False, threads), padded, [h, norm, EPS, x, num_tokens, tile.tokens])
+    x = Out(split_norm.x_words("wgmma", num_tokens, K, "bf16"), np.int32)
+    run(split_norm.spec(ARCH, K, "wgmma", "bf16", threads), padded, [h, norm, EPS, x, num_tokens, tile.tokens])
     logits = Out(num_tokens * num_rows, np.float32)
     of_weight, of_x = kernel.map_shapes(tile, num_rows, num_tokens, K)
     (weights, _on_device), (terms, _too) = mapped(weight, of_weight), mapped(x.array.copy(), of_x)
@@ -176,7 +176,7 @@ def test_launcher_on_gpu() -> None:
     device, stream = usable_device(), Stream()
     num_rows, num_tokens, K = 5000, 40, 2560
     h, norm, weight = inputs(np.random.default_rng(5), num_rows, num_tokens, K)
-    table = EmbeddingTable(device.array(weight), None, num_rows, K)
+    table = EmbeddingTable(device.array(weight), None, num_rows, K, "bf16")
     split = device.empty(split_words(device, table, num_tokens), np.int32)
     logits = device.empty(num_tokens * num_rows, np.float32)
     on_device = device.array(h), Norm(device.array(norm), float(EPS))
@@ -201,8 +201,8 @@ def test_plan() -> None:
 
 
 def test_serves_one_architecture() -> None:
-    chosen = [layout_for(target, int8) for target, int8 in ((90, False), (90, True), (100, False))]
-    assert chosen == ["wgmma", "mma", "mma"]
+    chosen = [layout_for(target, dtype) for target, dtype in ((90, "bf16"), (90, "int8"), (90, "f16"), (100, "bf16"))]
+    assert chosen == ["wgmma", "mma", "mma", "mma"]
     assert lm_head_gemm_wgmma(80) == [] and len(lm_head_gemm_wgmma(90)) == 6
 
 
