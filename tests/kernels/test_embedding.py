@@ -240,7 +240,7 @@ def test_launchers_refuse_operands(row_format: RowFormat) -> None:
         embed_token(
             device, dataclasses.replace(table, rows=device.empty(few - 1, ROW_DTYPES[row_format])), sequences, h
         )
-    with pytest.raises(ValueError, match=f"a table of {row_format} rows takes {'scales' if scaled else 'no scales'}"):
+    with pytest.raises(ValueError, match=f"table of {row_format} rows takes {'scales' if scaled else 'no scales'}"):
         dataclasses.replace(table, scale=None if scaled else scale)
 
 
