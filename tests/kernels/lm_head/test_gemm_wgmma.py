@@ -16,7 +16,7 @@ from bitnet_numba.kernels.lm_head import gemm_wgmma as kernel
 from bitnet_numba.kernels.lm_head import split_norm
 from bitnet_numba.kernels.lm_head.gemm import layout_for, lm_head_gemm, split_words
 from bitnet_numba.kernels.lm_head.gemm_wgmma import ARCH
-from bitnet_numba.kernels.operands import EmbeddingTable, Norm
+from bitnet_numba.kernels.operands import EmbeddingTable, Norm, RowDtype
 from bitnet_numba.kernels.runtime.spec import ArchSpec
 from tests.kernels.harness import Out, arch, assert_close, mapped, needs_gpu, run, simulated, why_no_gpu
 from tests.kernels.lm_head.test_gemm import EPS, normed, tolerance
@@ -214,12 +214,19 @@ def test_refuses_tiles(tile: tuple[int, ...]) -> None:
 
 def test_batches_have_its_variants_compiled() -> None:
     from bitnet_numba.backends.cuda.warmup import Needs
+    from bitnet_numba.backends.cuda.weights import RowFormats
 
     config = ModelConfig.from_hf(PRESETS["2b-4t"][1] | {"quantization_config": {"quant_method": "bitnet"}})
-    for arch_, int8, expected in ((90, False, True), (90, True, False), (80, False, False)):
-        needs = Needs(config, "int8" if int8 else "bf16", ArchSpec(arch_, 132), 200)
+    cases: list[tuple[int, RowDtype, bool]] = [
+        (90, "bf16", True),
+        (90, "int8", False),
+        (90, "f16", False),
+        (80, "bf16", False),
+    ]
+    for arch_, dtype, expected in cases:
+        needs = Needs(config, RowFormats(dtype, dtype), ArchSpec(arch_, 132), 200)
         names = {spec.name for spec in needs.specs()}
         taken = {kernel.spec(90, kernel.plan(rows)).name for rows in (1, 16, 32, 64, 128, 200)}
-        taken |= {split_norm.spec(90, config.hidden_size, "wgmma", False).name}
+        taken |= {split_norm.spec(90, config.hidden_size, "wgmma", "bf16").name}
         assert taken <= names if expected else not taken & names
         assert any(name.startswith("lm_head_mma") for name in names) != expected
