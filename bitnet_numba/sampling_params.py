@@ -48,6 +48,9 @@ class SamplingParams:
     overflow: what happens to a conversation that is too long for the context: "error" refuses it; "roll" leaves out
     its oldest exchanges until it fits together with its answer, never the system message, and says how many messages
     these were (`Completion.dropped_messages`). Other prompts have no messages: they are refused.
+    thinking: whether the model thinks before it answers a conversation, where its chat template has the switch
+    (`enable_thinking`); None: as the template does where it is not told. `split_thought` tells the thought from the
+    answer.
     """
 
     temperature: float = 0.0
@@ -68,6 +71,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
     overflow: Overflow = "error"
+    thinking: bool | None = None
 
     def __post_init__(self) -> None:
         # As Python's own numbers: NumPy's integers overflow in the generator, and a Fraction has no logarithm.
@@ -100,6 +104,8 @@ class SamplingParams:
                 raise RequestError("a grammar says where the answer ends: leave out min_tokens and ignore_eos")
         if not isinstance(self.overflow, str) or self.overflow not in ("error", "roll"):
             raise RequestError(f"overflow must be 'error' or 'roll', not {shown(self.overflow)}")
+        if not isinstance(self.thinking, bool | None):
+            raise RequestError(f"thinking must be True, False or None, not {shown(self.thinking)}")
         if self.max_new_tokens is not None and self.min_tokens > self.max_new_tokens:
             raise RequestError(f"min_tokens is {self.min_tokens}, but max_new_tokens is {self.max_new_tokens}")
         object.__setattr__(self, "stop", read_stop(self.stop))
@@ -152,6 +158,7 @@ class SamplingOverrides(TypedDict, total=False):
     prompt_logprobs: int | None
     grammar: Grammar | None
     overflow: Overflow
+    thinking: bool | None
 
 
 def read_stop(stop: object) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Embedding look-up of the tokens that a pass feeds, and what begins and ends a pass.
 
-    h[j] = row[token][j]   (bfloat16 rows, widened; or int8 rows * scale[token])
+    h[j] = row[token][j]   (floats, widened; int8 rows * scale[token]; or ternary rows * scale[token, j // 128])
 
 A token is tokens[position] of its slot, in device memory: a prompt token that the host stored there or the sampler's
 choice. Every token that is fed passes here, so its bit in `seen`, which the samplers' repetition penalty reads, is set
@@ -20,19 +20,22 @@ sampler's result, so there is nothing to load before `pdl_wait`.
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 from numba import cuda
 from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
-from bitnet_numba.kernels.operands import EmbeddingTable, SequenceArrays, checked
+from bitnet_numba.kernels.operands import EmbeddingTable, RowFormat, SequenceArrays, checked
 from bitnet_numba.kernels.ptx.base import WARP, device_function, float32, int32, int64, uint32
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
+from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_OFFSET, GROUP_COLS
 
 THREADS = 256
+BLOCK_WORDS = BLOCK_ROWS * BLOCK_COLS // 16  # int32 of a block of ternary weights
 
 
 @device_function
@@ -42,15 +45,48 @@ def bf16_element(rows, scale, token, columns, j):
 
 
 @device_function
+def f16_element(rows, scale, token, columns, j):
+    """Element j of a token's float16 row."""
+    return ptx.f16_low(int32(rows[int64(token) * columns + j]))
+
+
+@device_function
+def f32_element(rows, scale, token, columns, j):
+    """Element j of a token's float32 row."""
+    return rows[int64(token) * columns + j]
+
+
+@device_function
 def int8_element(rows, scale, token, columns, j):
     """Element j of a token's int8 row, scaled."""
     return ptx.mul_rn(ptx.int_to_float(int32(rows[int64(token) * columns + j])), scale[token])
 
 
-def make_embed_token(arch: int, int8: bool, threads: int = THREADS) -> Callable[..., None]:
-    """The kernel for bfloat16 or int8 rows."""
+@device_function
+def ternary_element(rows, scale, token, columns, j):
+    """Element j of a token's ternary row, scaled; see `packing` for where its code and its group's scale are."""
+    row_block, r = int64(token >> 4), int32(token & (BLOCK_ROWS - 1))
+    blocks, groups = int32(columns + (BLOCK_COLS - 1)) >> 5, int32(columns + (GROUP_COLS - 1)) >> 7
+    word = rows[(row_block * blocks + (j >> 5)) * BLOCK_WORDS + (16 * (r >> 3) + 8 * (j >> 4 & 1) + (r & 7))]
+    code = int32(word >> 2 * (4 * (j & 3) + (j >> 2 & 3)) & 3)
+    group_scale = ptx.f16_low(int32(scale[(row_block * groups + (j >> 7)) * BLOCK_ROWS + r]))
+    return ptx.mul_rn(ptx.int_to_float(int32(code - CODE_OFFSET)), group_scale)
+
+
+# How an element is read, and the types of rows and scales in memory; where there are no scales, any address serves.
+ELEMENTS: dict[RowFormat, tuple[Any, Any, Any]] = {
+    "bf16": (bf16_element, types.uint16, types.float32),
+    "f16": (f16_element, types.uint16, types.float32),
+    "f32": (f32_element, types.float32, types.float32),
+    "int8": (int8_element, types.int8, types.float32),
+    "ternary": (ternary_element, types.int32, types.uint16),
+}
+
+
+def make_embed_token(arch: int, row_format: RowFormat, threads: int = THREADS) -> Callable[..., None]:
+    """The kernel for rows of a format."""
     wait, trigger = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
-    element = int8_element if int8 else bf16_element
+    element, _, _ = ELEMENTS[row_format]
 
     def embed_token(rows, scale, tokens, position, seen, h, columns):
         trigger()
@@ -65,10 +101,10 @@ def make_embed_token(arch: int, int8: bool, threads: int = THREADS) -> Callable[
     return embed_token
 
 
-def make_embed_tokens(arch: int, int8: bool, prompt: bool, threads: int = THREADS) -> Callable[..., None]:
-    """The kernel for bfloat16 or int8 rows; `prompt`: `slot_positions` is given."""
+def make_embed_tokens(arch: int, row_format: RowFormat, prompt: bool, threads: int = THREADS) -> Callable[..., None]:
+    """The kernel for rows of a format; `prompt`: `slot_positions` is given."""
     wait, trigger = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
-    element = int8_element if int8 else bf16_element
+    element, _, _ = ELEMENTS[row_format]
     PROMPT = prompt
 
     def embed_tokens(
@@ -129,23 +165,23 @@ def make_advance(arch: int) -> Callable[..., None]:
 
 
 @cache
-def embed_token_spec(arch: int, int8: bool, threads: int = THREADS) -> KernelSpec:
+def embed_token_spec(arch: int, row_format: RowFormat, threads: int = THREADS) -> KernelSpec:
     """The variant; `threads` differs in tests only."""
     i32, f32 = types.CPointer(types.int32), types.CPointer(types.float32)
-    rows = types.CPointer(types.int8 if int8 else types.uint16)
-    name = f"embed_token[{'int8' if int8 else 'bf16'}, {threads}]"
-    signature = (rows, f32, i32, i32, i32, f32, types.int32)
-    return KernelSpec(name, make_embed_token(arch, int8, threads), signature, threads)
+    rows, scale = map(types.CPointer, ELEMENTS[row_format][1:])
+    name = f"embed_token[{row_format}, {threads}]"
+    signature = (rows, scale, i32, i32, i32, f32, types.int32)
+    return KernelSpec(name, make_embed_token(arch, row_format, threads), signature, threads)
 
 
 @cache
-def embed_tokens_spec(arch: int, int8: bool, prompt: bool, threads: int = THREADS) -> KernelSpec:
+def embed_tokens_spec(arch: int, row_format: RowFormat, prompt: bool, threads: int = THREADS) -> KernelSpec:
     """The variant; `threads` differs in tests only."""
     i32, f32 = types.CPointer(types.int32), types.CPointer(types.float32)
-    rows = types.CPointer(types.int8 if int8 else types.uint16)
-    name = f"embed_tokens[{'int8' if int8 else 'bf16'}, {'prompt' if prompt else 'decode'}, {threads}]"
-    signature = (rows, f32, i32, types.int32, i32, i32, i32, types.int32, f32, i32, types.int32)
-    return KernelSpec(name, make_embed_tokens(arch, int8, prompt, threads), signature, threads)
+    rows, scale = map(types.CPointer, ELEMENTS[row_format][1:])
+    name = f"embed_tokens[{row_format}, {'prompt' if prompt else 'decode'}, {threads}]"
+    signature = (rows, scale, i32, types.int32, i32, i32, i32, types.int32, f32, i32, types.int32)
+    return KernelSpec(name, make_embed_tokens(arch, row_format, prompt, threads), signature, threads)
 
 
 @cache
@@ -185,9 +221,8 @@ def embed_token(
         seen=(sequence.seen, -(-table.vocab_size // 32), "int32"),
         h=(h, columns, "float32"),
     )
-    # The kernel of bfloat16 rows reads no scale: any address serves.
-    arguments = (rows, scale if table.int8 else h, tokens, position, seen, h, columns)
-    return device.launch(embed_token_spec(device.arch, table.int8), column_blocks(columns), arguments, use_pdl)
+    arguments = (rows, h if scale is None else scale, tokens, position, seen, h, columns)
+    return device.launch(embed_token_spec(device.arch, table.format), column_blocks(columns), arguments, use_pdl)
 
 
 def embed_tokens(
@@ -226,12 +261,12 @@ def embed_tokens(
         h=(h, num_tokens * columns, "float32"),
         slot_positions=(slot_positions, 2 * num_tokens, "int32"),
     )
-    # Scales of bfloat16 rows and the slots of a pass over prompts are not read: any address serves.
+    # The slots of a pass over prompts are not read: any address serves.
     arguments = (
-        rows, scale if table.int8 else h, tokens, sequences.tokens_stride, position,
+        rows, h if scale is None else scale, tokens, sequences.tokens_stride, position,
         slot_positions if prompt else slot_ids, seen, sequences.seen_stride, h, slot_positions, columns,
     )  # fmt: skip
-    spec = embed_tokens_spec(device.arch, table.int8, prompt)
+    spec = embed_tokens_spec(device.arch, table.format, prompt)
     return device.launch(spec, (column_blocks(columns), num_tokens), arguments, use_pdl)
 
 

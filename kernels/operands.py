@@ -5,11 +5,16 @@ Arrays are DeviceArrays, or anything else with `__cuda_array_interface__` (CuPy,
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from bitnet_numba.kernels.runtime.memory import DeviceArray, as_device_array
+from bitnet_numba.packing import packed_scales, packed_words
+
+RowDtype = Literal["bf16", "f16", "f32", "int8"]  # of rows that the LM-head kernels multiply
+RowFormat = Literal["bf16", "f16", "f32", "int8", "ternary"]  # of the rows of an embedding table
+ROW_DTYPES = {"bf16": "uint16", "f16": "float16", "f32": "float32", "int8": "int8", "ternary": "int32"}  # in memory
 
 
 @cache
@@ -53,20 +58,34 @@ class Norm:
 class EmbeddingTable:
     """A row for each token of the vocabulary: the embedding, and the LM head where the two are tied."""
 
-    rows: Any  # [vocab_size, columns]: uint16 (bfloat16 bits), or int8 with scales
-    scale: Any  # float32 [vocab_size] of int8 rows; None for bfloat16
+    rows: Any  # [vocab_size, columns] of the type in ROW_DTYPES; or ternary, packed (see `packing`)
+    scale: Any  # float32 [vocab_size] of int8 rows; float16, group scales in storage order, of ternary rows; or None
     vocab_size: int
     columns: int
+    format: RowFormat
+
+    def __post_init__(self) -> None:
+        scaled = self.format in ("int8", "ternary")
+        if scaled != (self.scale is not None):
+            raise ValueError(f"an embedding table of {self.format} rows takes {'scales' if scaled else 'no scales'}")
 
     @property
-    def int8(self) -> bool:
-        """Whether rows are int8."""
-        return self.scale is not None
+    def dtype(self) -> RowDtype:
+        """Of rows that the LM-head kernels multiply. Raises ValueError for ternary rows."""
+        if self.format == "ternary":
+            raise ValueError("an LM head of ternary rows is a ternary product: kernels/linear multiplies it")
+        return self.format
 
     def sizes(self) -> dict[str, tuple[Any, int, str]]:
         """Operands for `checked`."""
+        shape, dtype = (self.vocab_size, self.columns), ROW_DTYPES[self.format]
+        if self.format == "ternary":
+            return {
+                "rows": (self.rows, packed_words(*shape), dtype),
+                "scale": (self.scale, packed_scales(*shape), "float16"),
+            }
         return {
-            "rows": (self.rows, self.vocab_size * self.columns, "int8" if self.int8 else "uint16"),
+            "rows": (self.rows, self.vocab_size * self.columns, dtype),
             "scale": (self.scale, self.vocab_size, "float32"),
         }
 

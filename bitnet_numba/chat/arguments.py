@@ -3,7 +3,7 @@
 import argparse
 
 from bitnet_numba.chat import PROG
-from bitnet_numba.chat.options import DEFAULTS, OPTIONS, STOP
+from bitnet_numba.chat.options import DEFAULTS, OPTIONS, STOP, THINKING
 from bitnet_numba.commands import make_parser
 from bitnet_numba.model_options import add_model_options
 
@@ -61,4 +61,5 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
         words = "a new seed for each" if default is None else default
         add(f"--{option.name}", type=option.kind, metavar=option.metavar, help=f"{option.meaning} (default: {words})")
     add("--stop", action="append", default=[], metavar="TEXT", help=f"{STOP}; may be repeated")
+    add("--thinking", action=argparse.BooleanOptionalAction, help=f"{THINKING} (default: as the model does)")
     return parser

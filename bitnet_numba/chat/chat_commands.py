@@ -10,19 +10,21 @@ from bitnet_numba.chat.attachments import read_attachment
 from bitnet_numba.chat.chat import Chat
 from bitnet_numba.chat.display import write
 from bitnet_numba.chat.files import file_path, well_formed
-from bitnet_numba.chat.options import ALIASES, OPTIONS, STOP, changed, value_text
+from bitnet_numba.chat.options import ALIASES, OPTIONS, STOP, THINKING, changed, value_text
 from bitnet_numba.chat.report import describe
 from bitnet_numba.chat.terminal import clean
 from bitnet_numba.errors import RequestError, printable
+from bitnet_numba.text.thoughts import split_thought
 
 SWITCHES = {"stats": "speed and memory after each answer", "markdown": "answers are rendered as Markdown"}
 SETTINGS = {
     **{option.name: option.meaning for option in OPTIONS if option.name not in ALIASES.values()},
     "length": "maximum tokens per answer",
     "stop": STOP,
+    "thinking": THINKING,
     **SWITCHES,
 }
-RAW_SETTINGS = {name: meaning for name, meaning in SETTINGS.items() if name != "markdown"}
+RAW_SETTINGS = {name: meaning for name, meaning in SETTINGS.items() if name not in ("markdown", "thinking")}
 ON = {"on": True, "off": False}
 
 
@@ -98,7 +100,9 @@ def set_option(chat: Chat, argument: str) -> None:
         else:
             chat.display.markdown = ON[value.lower()]
     elif value:
-        talk.params = changed(talk.params, name, value)
+        params = changed(talk.params, name, value)
+        talk.engine.tokenizer.check_thinking(params.thinking)
+        talk.params = params
     for shown in [name] if name else settings:
         chat.display.two_columns(f"{shown} {_setting(chat, shown)}", settings[shown], 26)
 
@@ -149,6 +153,8 @@ def copy(chat: Chat, _: str) -> None:
     """Puts the last answer on the clipboard by OSC 52, which also works through SSH."""
     talk = chat.conversation
     text = talk.messages[-1]["content"] if talk.messages else talk.last.text if talk.last is not None else ""
+    if talk.thoughts is not None:
+        text = split_thought(text)[1]
     if not text:
         raise RequestError("there is no answer yet")
     write(f"\x1b]52;c;{b64encode(well_formed(text).encode()).decode()}\x07")

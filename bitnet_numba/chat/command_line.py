@@ -35,12 +35,13 @@ def run(argv: list[str] | None = None, prog: str = PROG) -> int:
     try:
         args, interactive = read_arguments(argv, prog)
         output = Output(prog, args.json, args.stats, args.quiet, args.markdown)
-        fields = (*(option.field for option in OPTIONS), "stop")
+        fields = (*(option.field for option in OPTIONS), "stop", "thinking")
         given = {name: getattr(args, name) for name in fields if getattr(args, name) not in (None, [])}
         SamplingParams(**given)  # mistakes are reported before the model is opened
         with _warnings_in_a_line(output):
             with silent_keyboard() if interactive else contextlib.nullcontext():
                 engine = open_model(args, args.quiet)
+            engine.tokenizer.check_thinking(args.thinking)
             advice = "; " + shorten_advice(engine)
             params = replace(engine.sampling or DEFAULTS, **given)
             conversation = Conversation(engine, params, args.system, args.raw)
@@ -71,6 +72,8 @@ def read_arguments(argv: list[str] | None, prog: str) -> tuple[argparse.Namespac
         parser.error("--json needs --prompt or a pipe on standard input")
     if args.raw and args.system:
         parser.error("--system cannot be combined with --raw")
+    if args.raw and args.thinking is not None:
+        parser.error("--thinking cannot be combined with --raw")
     if args.raw and args.markdown:
         parser.error("--markdown cannot be combined with --raw")
     if args.json and args.markdown:

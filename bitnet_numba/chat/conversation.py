@@ -15,6 +15,7 @@ from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.request import Prompt, Request, read_request
 from bitnet_numba.errors import ContextFull, RequestError
 from bitnet_numba.sampling_params import SamplingParams
+from bitnet_numba.text.thoughts import ThoughtReader
 
 NO_TEMPLATE = "this model has no chat template: turns are plain 'User: ...', 'Assistant: ...'; see also --raw"
 # Of the context, this part more than needed is freed when old exchanges have to go: what stays is computed anew then,
@@ -41,6 +42,7 @@ class Conversation:
         self.prompt_tokens = 0  # of the question that is being answered, with all that goes before it
         self.last: Completion | None = None
         self.can_continue = False  # whether the last answer was cut
+        self.thoughts: ThoughtReader | None = None  # of the answer under way; None if the model marks none
         self._text = ""  # raw: what was last asked
         self._ids: list[int] = []  # the last prompt and answer as the model has them; none after `load`
         self.session = engine.session()
@@ -89,7 +91,7 @@ class Conversation:
         """The request for what follows the tokens of the last answer, if these are known and leave room."""
         room = self.session.capacity // FREED_SHARE
         if self._ids and (self.raw or len(self._ids) + room <= self.session.capacity):
-            request = self._read(self._ids, self.params)
+            request = self._read(self._ids, replace(self.params, thinking=None))
             return request if self.raw else replace(request, stop=request.stop + self.engine.tokenizer.chat_stop)
         return self._fit(self.messages, self.params)
 
@@ -118,6 +120,9 @@ class Conversation:
     def _answer(self, request: Request, question: str, kind: Kind) -> Iterator[str]:
         stream = self.session.stream_request(request)
         self.prompt_tokens = len(request.ids)
+        self.thoughts = None if self.raw else self.engine.tokenizer.thoughts(self.params.thinking)
+        if kind == "continuing" and self.thoughts is not None:
+            self.thoughts.push(self.messages[-1]["content"])
 
         def pieces() -> Iterator[str]:
             failed = False

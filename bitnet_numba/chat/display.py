@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.theme import Theme
 from bitnet_numba.chat.conversation import Conversation
 from bitnet_numba.chat.terminal import WordWrap, clean, interruptible, silent_keyboard
 from bitnet_numba.engine.session import PART
+from bitnet_numba.text.thoughts import ThoughtReader
 
 MAX_WIDTH = 100  # columns; longer lines are hard to read
 STYLES = Theme({"markdown.code": "cyan"})  # rich's has a black background, whatever the terminal has
@@ -63,6 +64,45 @@ class PlainView:
         write(text)
 
 
+class DimView(PlainView):
+    """The same in the dim style of a terminal."""
+
+    def _write(self, text: str) -> None:
+        super()._write(text if self._console.is_dumb_terminal or not text else f"\x1b[2m{text}\x1b[22m")
+
+
+class ThoughtView:
+    """A thought in one view and, below it, the answer in another."""
+
+    def __init__(self, reader: ThoughtReader, thought: View, new_answer: Callable[[], View]):
+        self._reader, self._thought, self._new_answer = reader, thought, new_answer
+        self._view: View | None = None  # that is written to
+
+    def push(self, text: str) -> None:
+        self._show(*self._reader.push(text))
+
+    def stopping(self) -> None:
+        if self._view is not None:
+            self._view.stopping()
+
+    def finish(self) -> None:
+        self._show(*self._reader.finish())
+        if self._view is not None:
+            self._view.finish()
+
+    def _show(self, thought: str, answer: str) -> None:
+        if thought:
+            self._view = self._thought
+            self._view.push(thought)
+        if answer:
+            if self._view is self._thought:
+                self._view.finish()
+                write("\n")
+            if self._view in (None, self._thought):
+                self._view = self._new_answer()
+            self._view.push(answer)
+
+
 class Display:
     """Where a conversation is shown."""
 
@@ -94,8 +134,10 @@ class Display:
         grid.add_row(Text(clean(left)), Text(right))
         self.console.print(Padding(grid, (0, 0, 0, 2)))
 
-    def new_view(self) -> View:
-        """For the text of one answer."""
+    def new_view(self, thoughts: ThoughtReader | None = None) -> View:
+        """For the text of one answer. thoughts: tells its thought apart, which a terminal shows dim."""
+        if thoughts is not None and self.console.is_terminal:
+            return ThoughtView(thoughts, DimView(self.console, self.width), self.new_view)
         if self.markdown:
             from bitnet_numba.chat.markdown_view import MarkdownView  # it imports much
 
@@ -155,7 +197,7 @@ def show_answer(display: Display, conversation: Conversation, pieces: Iterator[s
                 if piece:
                     if view is None:
                         waiting.stop()
-                        view = display.new_view()
+                        view = display.new_view(conversation.thoughts)
                     view.push(clean(piece))
                 elif not interrupt.pressed:
                     waiting.progress()

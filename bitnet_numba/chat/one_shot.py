@@ -114,7 +114,7 @@ def _end_line(view: View | None) -> None:
 
 def _new_view(conversation: Conversation, output: Output) -> View:
     display = Display(output.markdown if not conversation.raw else False)
-    return display.new_view() if display.console.is_terminal or display.markdown else _ExactView()
+    return display.new_view(conversation.thoughts) if display.console.is_terminal or display.markdown else _ExactView()
 
 
 def _report(conversation: Conversation, prompt: str, output: Output) -> None:

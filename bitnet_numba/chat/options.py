@@ -40,6 +40,8 @@ OPTIONS = (
     SamplingOption("max-new-tokens", "N", int, "maximum tokens per answer", "none"),
 )
 STOP = "end the answer before this text"
+THINKING = "whether the model thinks before it answers, for models that can do both"
+THINKING_VALUES = {"on": True, "off": False, "default": None}  # None: as the model does where it is not told
 ALIASES = {"length": "max-new-tokens"}  # of /set
 
 
@@ -47,6 +49,10 @@ def changed(params: SamplingParams, name: str, text: str) -> SamplingParams:
     """The parameters with a setting's value as a user typed it. Raises RequestError if it is not one."""
     if name == "stop":
         return replace(params, stop=() if text.lower() == "none" else (*params.stop, text))  # type: ignore[misc]
+    if name == "thinking":
+        if text.lower() not in THINKING_VALUES:
+            raise RequestError(f"thinking must be on, off or default, not {printable(text, 40)}")
+        return replace(params, thinking=THINKING_VALUES[text.lower()])
     option = _option(name)
     if option.none and text.lower() == option.none:
         return _with(params, option.field, None)
@@ -67,6 +73,8 @@ def value_text(params: SamplingParams, name: str) -> str:
     """A setting's value in words."""
     if name == "stop":
         return ", ".join(repr(text) for text in params.stop or ()) or "none"
+    if name == "thinking":
+        return next(word for word, value in THINKING_VALUES.items() if value is params.thinking)
     option = _option(name)
     value = getattr(params, option.field)
     return option.none if value is None else f"{value:g}" if isinstance(value, float) else str(value)

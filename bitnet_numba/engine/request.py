@@ -129,6 +129,8 @@ def encode_prompt(
         raise RequestError(f"a prompt must be a string, a list of token ids or a list of messages, not {shown(prompt)}")
     if len(prompt) == 0:
         raise RequestError("the prompt is empty")
+    if params.thinking is not None and not (is_list(prompt) and isinstance(prompt[0], Mapping)):
+        raise RequestError("thinking is for conversations, a list of messages; this prompt is none")
     if isinstance(prompt, str):
         ids = tokenizer.encode(prompt, max_tokens=capacity)
     elif isinstance(prompt[0], Mapping):
@@ -137,7 +139,7 @@ def encode_prompt(
         started = isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant"
 
         def encode(messages: Sequence[Message]) -> list[int]:
-            ids = tokenizer.encode_chat(messages, True, capacity, continue_final_message=started, tools=tools)
+            ids = tokenizer.encode_chat(messages, True, capacity, started, tools, params.thinking)
             if len(ids) > capacity:
                 raise ContextFull(f"the prompt has {len(ids)} tokens, but the context holds {capacity}")
             return ids

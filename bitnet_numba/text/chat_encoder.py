@@ -10,6 +10,7 @@ from bitnet_numba.text.chat_template import ChatTemplate, Message, read_messages
 from bitnet_numba.text.chat_trace import Trace, Tracer, space_behind
 from bitnet_numba.text.guarded_encoder import GuardedEncoder
 from bitnet_numba.text.template_process import TemplateLimit
+from bitnet_numba.text.thoughts import CLOSE, OPEN, ThoughtReader
 from bitnet_numba.text.tool_messages import TAG, Tools, for_template
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class ChatEncoder:
     def __init__(self, backend: tokenizers.Tokenizer, source: str, variables: Mapping[str, object]):
         """source: of the template. variables: what it sees besides messages: bos_token, eos_token, ..."""
         self._template = ChatTemplate(source, variables)
+        self._opened: dict[bool | None, bool] = {}  # by `thinking`: whether the template begins the thought
         added = backend.get_added_tokens_decoder()
         # Added tokens that the template writes around messages control turns, too, though they need not be special.
         turns = self._probe(_TURNS) + self._probe(("system", *_TURNS)) or source
@@ -47,12 +49,15 @@ class ChatEncoder:
         add_generation_prompt: bool,
         continue_final_message: bool,
         tools: Tools | None = None,
+        thinking: bool | None = None,
     ) -> tuple[list[dict[str, Any]], Trace]:
         """The messages as the template sees them, and the conversation rendered.
 
-        continue_final_message: the text ends with the last content. tools: see `tool_messages`. Raises RequestError for
-        messages that cannot be used, and TokenizerError if the template fails.
+        continue_final_message: the text ends with the last content. tools: see `tool_messages`. thinking: see
+        `check_thinking`. Raises RequestError for messages that cannot be used, and TokenizerError if the template
+        fails.
         """
+        self.check_thinking(thinking)
         messages, described = for_template(messages, tools, self._template)
         read = read_messages(messages, self._template)
         if continue_final_message and read[-1]["role"] != "assistant":
@@ -62,7 +67,7 @@ class ChatEncoder:
         marked = [i for i, m in enumerate(read) if m.get("token_ids") or (continue_final_message and i == last)]
 
         def render(sources: Sequence[dict[str, Any]]) -> str:
-            return self._template.render(sources[:-1], prompt, sources[-1]["tools"])
+            return self._template.render(sources[:-1], prompt, sources[-1]["tools"], thinking)
 
         # The tools are traced like one more message: they must not write control tokens either.
         trace = self._tracer.trace(render, [*read, {"role": "", "tools": described}], marked)
@@ -96,6 +101,28 @@ class ChatEncoder:
                 position = start + length
         encode_to(len(trace.text))
         return ids
+
+    def check_thinking(self, thinking: bool | None) -> None:
+        """Raises RequestError if the model is told to think, or not to, and the template has no switch for that."""
+        if thinking is not None and not self._template.switches_thinking:
+            raise RequestError("this model's chat template has no switch for thinking (enable_thinking)")
+
+    def thoughts(self, thinking: bool | None) -> ThoughtReader | None:
+        """A reader of one answer; None if the template knows no thoughts."""
+        if not self._template.marks_thoughts:
+            return None
+        if thinking not in self._opened:
+            self._opened[thinking] = self._opens_thought(thinking)
+        return ThoughtReader(self._opened[thinking])
+
+    def _opens_thought(self, thinking: bool | None) -> bool:
+        """Whether the template itself begins the thought of an answer."""
+        try:
+            asked = self._template.render([{"role": "user", "content": _PROBE}], True, None, thinking)
+        except TokenizerError:
+            return False
+        _, _, begun = asked.rpartition(_PROBE)
+        return begun.rfind(OPEN) > begun.rfind(CLOSE)
 
     def _probe(self, roles: Sequence[str]) -> str:
         """A conversation of messages with an odd content; empty if the template refuses it, which it may."""

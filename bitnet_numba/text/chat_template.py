@@ -15,6 +15,7 @@ from bitnet_numba.errors import RequestError, TokenizerError, one_line, printabl
 from bitnet_numba.model_folder import FileError, ModelFile, ModelFolder
 from bitnet_numba.text import template_worker
 from bitnet_numba.text.template_process import PROCESS
+from bitnet_numba.text.thoughts import CLOSE, OPEN
 
 ADDITIONAL = "additional_chat_templates"  # a folder in a model folder
 
@@ -63,6 +64,16 @@ class ChatTemplate:
         """Whether the template tells the model of the functions that it may call."""
         return re.search(r"\btools\b", self.source) is not None
 
+    @property
+    def switches_thinking(self) -> bool:
+        """Whether the template can tell the model to think before it answers, or not to."""
+        return re.search(r"\benable_thinking\b", self.source) is not None
+
+    @property
+    def marks_thoughts(self) -> bool:
+        """Whether answers may begin with a thought between tags (see `thoughts`)."""
+        return OPEN in self.source or CLOSE in self.source
+
     @functools.cached_property
     def part_separator(self) -> str:
         """What joins the text parts of a content: nothing if the template itself does so, otherwise a line end."""
@@ -78,8 +89,10 @@ class ChatTemplate:
         messages: Sequence[Message],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool | None = None,
     ) -> str:
-        """The conversation as text. tools: as in OpenAI's interface, for templates that take them.
+        """The conversation as text. tools: as in OpenAI's interface, for templates that take them. thinking: for
+        templates that have the switch; None: as they do without it.
 
         Raises TokenizerError if the template fails or takes too much time or memory.
         """
@@ -88,6 +101,7 @@ class ChatTemplate:
             "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
+            **({} if thinking is None else {"enable_thinking": thinking}),
             **self._variables,
         }
         if self.source not in TRUSTED:

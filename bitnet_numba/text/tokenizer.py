@@ -30,6 +30,7 @@ from bitnet_numba.text.chat_template import (
 )
 from bitnet_numba.text.constraint import GrammarCompiler
 from bitnet_numba.text.guarded_encoder import GuardedEncoder
+from bitnet_numba.text.thoughts import ThoughtReader
 from bitnet_numba.text.tiktoken import BOS, EOS, build_tokenizer, byte_alphabet
 from bitnet_numba.text.tokenizer_files import (
     eos_ids,
@@ -186,21 +187,33 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Tools | None = None,
+        thinking: bool | None = None,
     ) -> str:
         """The text that the template makes of [{"role": ..., "content": ...}, ...].
 
         continue_final_message: the text ends with the last message's content, which the model goes on with.
         tools: functions that the model may call (see `text.tool_messages`); where the template does not take them, the
-        system's message tells of them.
+        system's message tells of them. thinking: whether the model thinks before it answers; None: as the template does
+        where it is not told.
 
-        Raises RequestError if the messages are not a conversation, and TokenizerError if the template fails.
+        Raises RequestError if the messages are not a conversation, or the template has no such switch, and
+        TokenizerError if the template fails.
         """
-        return self._chats().trace(messages, add_generation_prompt, continue_final_message, tools)[1].text
+        return self._chats().trace(messages, add_generation_prompt, continue_final_message, tools, thinking)[1].text
 
     @property
     def call_tags(self) -> tuple[str, str]:
         """What stands before and after a call of a function in an answer. Raises TokenizerError without a template."""
         return self._chats().call_tags
+
+    def check_thinking(self, thinking: bool | None) -> None:
+        """Raises RequestError if the model is told to think, or not to, and its template has no switch for that."""
+        if thinking is not None:
+            self._chats().check_thinking(thinking)
+
+    def thoughts(self, thinking: bool | None = None) -> ThoughtReader | None:
+        """What tells the thought of an answer from the answer; None if the model marks no thoughts."""
+        return None if self._chat is None else self._chat.thoughts(thinking)
 
     def encode_chat(
         self,
@@ -209,6 +222,7 @@ class Tokenizer:
         max_tokens: int | None = None,
         continue_final_message: bool = False,
         tools: Tools | None = None,
+        thinking: bool | None = None,
     ) -> list[int]:
         """Token ids of a conversation, including bos: those of the template's text. Arguments and errors as for
         `apply_chat_template`, and `max_tokens` as for `encode`.
@@ -219,7 +233,7 @@ class Tokenizer:
         them, and the KV cache that holds them can be reused.
         """
         chats = self._chats()
-        read, trace = chats.trace(messages, add_generation_prompt, continue_final_message, tools)
+        read, trace = chats.trace(messages, add_generation_prompt, continue_final_message, tools, thinking)
         self._check_length(trace.text, max_tokens)
         with library_errors("the tokenizer cannot encode this text"):
             return self._with_bos(chats.encode(read, trace, lambda: StreamDecoder(self)))

@@ -16,23 +16,23 @@ from typing import Any
 from bitnet_numba.kernels.lm_head import gemm_mma, gemm_simt, gemm_wgmma, split_norm
 from bitnet_numba.kernels.lm_head.parts import check_columns
 from bitnet_numba.kernels.lm_head.split_norm import Layout, group_size_argument, padded_tokens, x_words
-from bitnet_numba.kernels.operands import EmbeddingTable, Norm, checked
+from bitnet_numba.kernels.operands import EmbeddingTable, Norm, RowDtype, checked
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import DeviceArray
 from bitnet_numba.kernels.runtime.spec import ArchSpec
 
 
-def layout_for(arch: int, int8: bool) -> Layout:
-    """Which kernel multiplies, and so which layout x has; `int8`: whether the table's rows are int8."""
-    if arch == gemm_wgmma.ARCH and not int8:
+def layout_for(arch: int, dtype: RowDtype) -> Layout:
+    """Which kernel multiplies, and so which layout x has; `dtype`: of the table's rows."""
+    if arch == gemm_wgmma.ARCH and dtype == "bf16":
         return "wgmma"
     return "mma" if arch >= gemm_mma.MIN_ARCH else "simt"
 
 
 def split_words(device: ArchSpec, table: EmbeddingTable, num_tokens: int) -> int:
     """int32 words of the scratch array `split` that `lm_head_gemm` takes for up to so many tokens."""
-    return x_words(layout_for(device.arch, table.int8), num_tokens, table.columns, table.int8)
+    return x_words(layout_for(device.arch, table.dtype), num_tokens, table.columns, table.dtype)
 
 
 def lm_head_gemm(
@@ -50,9 +50,9 @@ def lm_head_gemm(
 
     h float32 [num_tokens, columns]; norm.weight float32 [columns]; split int32 [split_words(...)], scratch; logits
     float32 [num_tokens, vocab_size]. Raises ValueError in one line unless there is a token, columns are a multiple of
-    32, and the operands have these types and at least these sizes.
+    32, rows are not ternary, and the operands have these types and at least these sizes.
     """
-    K, num_rows, int8, arch = table.columns, table.vocab_size, table.int8, device.arch
+    K, num_rows, dtype, arch = table.columns, table.vocab_size, table.dtype, device.arch
     if num_tokens < 1:
         raise ValueError(f"lm_head_gemm: at least one token is needed, not {num_tokens}")
     check_columns(K)
@@ -66,10 +66,10 @@ def lm_head_gemm(
         split=(split, split_words(device, table, num_tokens), "int32"),
         logits=(logits, num_tokens * num_rows, "float32"),
     )
-    layout = layout_for(arch, int8)
+    layout = layout_for(arch, dtype)
     arguments: tuple[Any, ...] = (h, weight, norm.eps, split, num_tokens, group_size_argument(layout, num_tokens))
     normed = device.launch(
-        split_norm.spec(arch, K, layout, int8), padded_tokens(layout, num_tokens), arguments, use_pdl
+        split_norm.spec(arch, K, layout, dtype), padded_tokens(layout, num_tokens), arguments, use_pdl
     )
     if layout == "wgmma":
         tile = gemm_wgmma.plan(num_tokens)
@@ -80,8 +80,8 @@ def lm_head_gemm(
     else:
         arguments = (rows, scale, split, logits, num_rows, num_tokens)
         if layout == "mma":
-            spec = gemm_mma.spec(arch, K, int8, gemm_mma.token_tiles(num_tokens))
+            spec = gemm_mma.spec(arch, K, dtype, gemm_mma.token_tiles(num_tokens))
             grid = gemm_mma.grid(device.num_sms, num_tokens)
         else:
-            spec, grid = gemm_simt.spec(arch, K, int8), gemm_simt.grid(device.num_sms, num_tokens)
+            spec, grid = gemm_simt.spec(arch, K, dtype), gemm_simt.grid(device.num_sms, num_tokens)
     return [normed, device.launch(spec, grid, arguments, use_pdl)]

@@ -3,7 +3,10 @@
     logits[m, n] = sum_k x[m, k] * w[n, k]   (* scale[n] for int8 rows)       two bfloat16 terms of x, float32 sums
 
 The table is what there is to read, so it takes the shortest way: the registers of a lane's 16-byte load of a row are
-the 8-column operand of the instructions (int8 is made bfloat16 first, exactly). Tokens are the 16 rows.
+the 8-column operand of the instructions. int8 is made bfloat16 first, exactly. float16 and float32 become two terms,
+too (float16 exactly, float32 with a relative error of 2^-17), and of the four products of terms, that of the low ones
+is left out. Instructions for float16 would take such rows as they are; but x may be out of range. Tokens are the 16
+rows.
 
     block (b, y)   group y of tokens; tiles of 8 rows of the table, ROW_TILES to a warp, then those `grid` further on
     lane 4 g + c   row g of each of its warp's tiles; logits of tokens g and g + 8 of each tile of tokens and of rows
@@ -30,7 +33,7 @@ from numba import cuda
 from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
-from bitnet_numba.kernels.lm_head.parts import HIGH_PAIR, LOW_PAIR, check_columns, int8_pair_to_bf16, put4
+from bitnet_numba.kernels.lm_head.parts import HIGH_PAIR, LOW_PAIR, WORD_COLUMNS, check_columns, int8_pair_to_bf16, put4
 from bitnet_numba.kernels.lm_head.split_norm import (
     GROUP_TOKENS,
     HALF_WORDS,
@@ -42,6 +45,7 @@ from bitnet_numba.kernels.lm_head.split_norm import (
     padded_columns,
     padded_tokens,
 )
+from bitnet_numba.kernels.operands import RowDtype
 from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, int32, int64
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 
@@ -55,22 +59,25 @@ MAX_L1_COLUMNS = 2560  # up to which x of 16 tokens, 160 KB, stays in L1 beside 
 
 
 def make_lm_head_mma(
-    arch: int, K: int, int8: bool, token_tiles: int, threads: int, row_tiles: int, chunk_units: int, depth: int
+    arch: int, K: int, dtype: RowDtype, token_tiles: int, threads: int, row_tiles: int, chunk_units: int, depth: int
 ) -> Callable[..., None]:
     """The kernel for groups of `token_tiles` tiles of 16 tokens.
 
     row_tiles: tiles of 8 rows of a warp; chunk_units: units of a chunk, or 0 to read x by L1; depth: units of a k_iter.
     """
     load, wait, trigger = ptx.stream_load(arch), ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
-    INT8, THREADS, WARPS, TOKEN_TILES, ROW_TILES = int8, threads, threads // WARP, token_tiles, row_tiles
+    THREADS, WARPS, TOKEN_TILES, ROW_TILES = threads, threads // WARP, token_tiles, row_tiles
+    INT8, F16, F32 = dtype == "int8", dtype == "f16", dtype == "f32"
+    SPLIT = F16 or F32  # rows are two terms
     DEPTH = depth
-    LOAD_UNITS = 2 if int8 else 1
-    LOADS = DEPTH // LOAD_UNITS
-    ROW_WORDS = K // (4 if int8 else 2)
-    UNITS = padded_columns("mma", K, int8) // UNIT
+    LOAD_UNITS, UNIT_LOADS = 2 if INT8 else 1, 2 if F32 else 1
+    LOADS = DEPTH * UNIT_LOADS // LOAD_UNITS
+    ROW_WORDS = K // WORD_COLUMNS[dtype]
+    UNITS = padded_columns("mma", K, dtype) // UNIT
     K_ITERS = UNITS // DEPTH
     EXACT = UNITS * UNIT == K
     W_REGS, B_REGS, SUMS = LOADS * row_tiles * 4, 4 * row_tiles, row_tiles * token_tiles * 4
+    LOW_REGS = B_REGS if SPLIT else 1
     BLOCK_ROWS = WARPS * row_tiles * 8
     UNIT_WORDS = token_tiles * TILE_WORDS
     CHUNKED, CHUNK = chunk_units > 0, max(chunk_units, 1)
@@ -92,11 +99,21 @@ def make_lm_head_mma(
         ptx.cp_async_commit()
 
     @device_function
-    def row_operand(b_r, w_r, u, half):
-        """The lane's columns of a unit, as bfloat16: load u, and of int8 loads its first or second half."""
+    def row_operand(b_r, low_r, w_r, u, half):
+        """The lane's columns of a unit, as bfloat16 terms: load u, of int8 loads its first or second half, of float32
+        the next load, too."""
         for j in range(ROW_TILES):
             w = (u * ROW_TILES + j) * 4
-            if INT8:
+            if F32:
+                for i in range(4):
+                    rd = w + (i // 2 * ROW_TILES * 4 + i % 2 * 2)
+                    v, v2 = ptx.bits_to_float(w_r[rd]), ptx.bits_to_float(w_r[rd + 1])
+                    b_r[4 * j + i], low_r[4 * j + i] = ptx.split_bf16x2(v, v2)
+            elif F16:
+                for i in range(4):
+                    v, v2 = ptx.f16_low(w_r[w + i]), ptx.f16_high(w_r[w + i])
+                    b_r[4 * j + i], low_r[4 * j + i] = ptx.split_bf16x2(v, v2)
+            elif INT8:
                 for i in range(2):
                     b_r[4 * j + 2 * i] = int8_pair_to_bf16(w_r[w + 2 * half + i], LOW_PAIR)
                     b_r[4 * j + 2 * i + 1] = int8_pair_to_bf16(w_r[w + 2 * half + i], HIGH_PAIR)
@@ -108,6 +125,7 @@ def make_lm_head_mma(
         x_s = ptx.pointer(cuda.shared.array(X_WORDS, int32, SHARED_ALIGN))
         w_r = cuda.local.array(W_REGS, int32)  # [LOADS, ROW_TILES, 4]
         b_r = cuda.local.array(B_REGS, int32)  # [ROW_TILES, 4]: the unit that is multiplied, two columns a word
+        low_r = cuda.local.array(LOW_REGS, int32)  # its low terms
         sum_r = cuda.local.array(SUMS, float32)  # [ROW_TILES, TOKEN_TILES, 4]
         row_r = cuda.local.array(ROW_TILES, int32)  # the lane's rows
         tid = int32(cuda.threadIdx.x)
@@ -166,8 +184,8 @@ def make_lm_head_mma(
                         next_chunk = int32(next_chunk + 1) if next_chunk + 1 < CHUNKS else int32(0)
                         free_buffer = buffer
                         buffer = int32(buffer + CHUNK_WORDS) if buffer < 2 * CHUNK_WORDS else int32(0)
-                    u, half = d // LOAD_UNITS, d % LOAD_UNITS
-                    row_operand(b_r, w_r, u, half)
+                    u, half = d * UNIT_LOADS // LOAD_UNITS, d % LOAD_UNITS
+                    row_operand(b_r, low_r, w_r, u, half)
                     for t in range(TOKEN_TILES):
                         rd = x_rd + (t * TILE_WORDS + lane * 4)
                         if CHUNKED:
@@ -182,19 +200,28 @@ def make_lm_head_mma(
                             l4, l5, l6, l7 = ptx.load4(x, rd + 3 * HALF_WORDS)
                         for j in range(ROW_TILES):
                             b, s = 4 * j, (j * TOKEN_TILES + t) * 4
-                            sums = ptx.mma_bf16_split(
-                                h0, h1, h2, h3, l0, l1, l2, l3, h4, h5, h6, h7, l4, l5, l6, l7,
-                                b_r[b], b_r[b + 1], b_r[b + 2], b_r[b + 3],
-                                sum_r[s], sum_r[s + 1], sum_r[s + 2], sum_r[s + 3],
-                            )  # fmt: skip
+                            if SPLIT:
+                                sums = ptx.mma_bf16_split_both(
+                                    h0, h1, h2, h3, l0, l1, l2, l3, h4, h5, h6, h7, l4, l5, l6, l7,
+                                    b_r[b], b_r[b + 1], b_r[b + 2], b_r[b + 3],
+                                    low_r[b], low_r[b + 1], low_r[b + 2], low_r[b + 3],
+                                    sum_r[s], sum_r[s + 1], sum_r[s + 2], sum_r[s + 3],
+                                )  # fmt: skip
+                            else:
+                                sums = ptx.mma_bf16_split(
+                                    h0, h1, h2, h3, l0, l1, l2, l3, h4, h5, h6, h7, l4, l5, l6, l7,
+                                    b_r[b], b_r[b + 1], b_r[b + 2], b_r[b + 3],
+                                    sum_r[s], sum_r[s + 1], sum_r[s + 2], sum_r[s + 3],
+                                )  # fmt: skip
                             put4(sum_r, s, sums)
                     x_rd = int32(x_rd + UNIT_WORDS)
-                    if half == LOAD_UNITS - 1:
-                        word = int32(((next_k_iter * LOADS + u) * 4 + c) * 4)
+                    for i in range(UNIT_LOADS if half == LOAD_UNITS - 1 else 0):
+                        word = int32(((next_k_iter * LOADS + (u + i)) * 4 + c) * 4)
                         if not EXACT:
                             word = min(word, int32(ROW_WORDS - 4))
                         for j in range(ROW_TILES):
-                            put4(w_r, (u * ROW_TILES + j) * 4, load(weight, row_r[j] * int64(ROW_WORDS) + word))
+                            wr = ((u + i) * ROW_TILES + j) * 4
+                            put4(w_r, wr, load(weight, row_r[j] * int64(ROW_WORDS) + word))
 
             # 4. Output.
             for j in range(ROW_TILES):
@@ -219,7 +246,7 @@ def make_lm_head_mma(
 def spec(
     arch: int,
     K: int,
-    int8: bool,
+    dtype: RowDtype,
     token_tiles: int,
     threads: int = 0,
     row_tiles: int = 0,
@@ -233,15 +260,16 @@ def spec(
     """
     check_columns(K)
     from_l1 = token_tiles == 1 and K <= MAX_L1_COLUMNS
-    threads, row_tiles = threads or (512 if from_l1 else 256), row_tiles or (2 if from_l1 else 4)
+    most, split = token_tiles == MAX_TOKEN_TILES, dtype in ("f16", "f32")
+    threads = threads or (512 if from_l1 else 256)
+    row_tiles = row_tiles or (2 if from_l1 or (most and split) else 4)  # as registers allow
     if chunk_units < 0:
         chunk_units = 0 if from_l1 else min(UNIT_MULTIPLE, CHUNK_BYTES // (token_tiles * TILE_WORDS * 4))
-    depth = depth or (2 if token_tiles == MAX_TOKEN_TILES else 4)  # as registers allow
+    depth = depth or (2 if most or (split and not from_l1) else 4)
     f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
-    signature = (i32, f32 if int8 else types.none, i32, f32, types.int32, types.int32)
-    kernel = make_lm_head_mma(arch, K, int8, token_tiles, threads, row_tiles, chunk_units, depth)
-    kind = "int8" if int8 else "bf16"
-    name = f"lm_head_mma[{K}, {kind}, {token_tiles}, {threads}, {row_tiles}, {chunk_units}, {depth}]"
+    signature = (i32, f32 if dtype == "int8" else types.none, i32, f32, types.int32, types.int32)
+    kernel = make_lm_head_mma(arch, K, dtype, token_tiles, threads, row_tiles, chunk_units, depth)
+    name = f"lm_head_mma[{K}, {dtype}, {token_tiles}, {threads}, {row_tiles}, {chunk_units}, {depth}]"
     return KernelSpec(name, kernel, signature, threads, wide_loads=2, carveout=L1_CARVEOUT)
 
 

@@ -12,8 +12,16 @@ from numba import cuda
 from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
-from bitnet_numba.kernels.lm_head.parts import check_columns, flip_signs, int8_to_float, put4
-from bitnet_numba.kernels.lm_head.split_norm import load_columns, padded_tokens
+from bitnet_numba.kernels.lm_head.parts import (
+    WORD_COLUMNS,
+    check_columns,
+    flip_signs,
+    int8_to_float,
+    load_columns,
+    put4,
+)
+from bitnet_numba.kernels.lm_head.split_norm import padded_tokens
+from bitnet_numba.kernels.operands import RowDtype
 from bitnet_numba.kernels.ptx.base import WARP, float32, int32, int64
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 
@@ -22,12 +30,12 @@ BLOCKS_PER_SM = 4  # in the grid, for each group of tokens
 TOKENS = 8  # of a block: layout "simt" has groups of 8
 
 
-def make_lm_head_simt(arch: int, K: int, int8: bool, threads: int = THREADS) -> Callable[..., None]:
-    """The kernel for rows of K columns, bfloat16 or int8."""
+def make_lm_head_simt(arch: int, K: int, dtype: RowDtype, threads: int = THREADS) -> Callable[..., None]:
+    """The kernel for rows of K columns."""
     load, wait, trigger = ptx.stream_load(arch), ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
-    INT8, WARPS = int8, threads // WARP
-    LOAD_COLUMNS, WORD_COLUMNS = load_columns(int8), 4 if int8 else 2
-    ROW_WORDS = K // WORD_COLUMNS
+    INT8, BF16, F32, WARPS = dtype == "int8", dtype == "bf16", dtype == "f32", threads // WARP
+    LOAD_COLUMNS, IN_WORD = load_columns(dtype), WORD_COLUMNS[dtype]
+    ROW_WORDS = K // IN_WORD
     LOADS = -(-ROW_WORDS // (4 * WARP))
     COLUMN_WORDS = 2 * WARP * 4  # of x: eight tokens, a column for every lane
     ZERO = float32(0)
@@ -52,11 +60,15 @@ def make_lm_head_simt(arch: int, K: int, int8: bool, threads: int = THREADS) -> 
                     put4(w_r, 0, load(weight, row * int64(ROW_WORDS) + word))
                 x_rd = int64(cuda.blockIdx.y * LOADS + u) * (LOAD_COLUMNS * COLUMN_WORDS) + lane * 4
                 for i in range(LOAD_COLUMNS):
-                    word = w_r[i // WORD_COLUMNS]
+                    word = w_r[i // IN_WORD]
                     if INT8:
                         w = int8_to_float(flip_signs(word), i % 4)
-                    else:
+                    elif F32:
+                        w = ptx.bits_to_float(word)
+                    elif BF16:
                         w = ptx.bf16_low(word) if i % 2 == 0 else ptx.bf16_high(word)
+                    else:
+                        w = ptx.f16_low(word) if i % 2 == 0 else ptx.f16_high(word)
                     for j in range(2):
                         x0, x1, x2, x3 = ptx.load4(x, x_rd + (2 * i + j) * (WARP * 4))
                         sum_r[4 * j] = float32(sum_r[4 * j] + w * ptx.bits_to_float(x0))
@@ -73,7 +85,7 @@ def make_lm_head_simt(arch: int, K: int, int8: bool, threads: int = THREADS) -> 
 
 
 @cache
-def spec(arch: int, K: int, int8: bool, threads: int = THREADS) -> KernelSpec:
+def spec(arch: int, K: int, dtype: RowDtype, threads: int = THREADS) -> KernelSpec:
     """The variant for rows of K columns; `threads` differs in tests only.
 
     Raises ValueError unless K is a multiple of 32. Arguments of a launch: rows of the table, their scales or None, x,
@@ -81,9 +93,9 @@ def spec(arch: int, K: int, int8: bool, threads: int = THREADS) -> KernelSpec:
     """
     check_columns(K)
     f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
-    signature = (i32, f32 if int8 else types.none, i32, f32, types.int32, types.int32)
-    name = f"lm_head_simt[{K}, {'int8' if int8 else 'bf16'}, {threads}]"
-    return KernelSpec(name, make_lm_head_simt(arch, K, int8, threads), signature, threads, wide_loads=1)
+    signature = (i32, f32 if dtype == "int8" else types.none, i32, f32, types.int32, types.int32)
+    name = f"lm_head_simt[{K}, {dtype}, {threads}]"
+    return KernelSpec(name, make_lm_head_simt(arch, K, dtype, threads), signature, threads, wide_loads=1)
 
 
 def grid(num_sms: int, num_tokens: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ counts is loads in flight: a warp loads its next row while it multiplies the pre
 `pdl_wait`. Rows go to warps round robin, so that all blocks end together.
 
     warp      row r           row r + number of warps in the grid       ...
-    lane l    16-byte loads l, l + 32, l + 64, ... of the row: 8 (bfloat16) or 16 (int8) columns each
+    lane l    16-byte loads l, l + 32, l + 64, ... of the row: 4 (float32), 8 (16 bits) or 16 (int8) columns each
     part      LOADS loads of each lane. A row of more than MAX_LOADS loads a lane is PARTS parts, one after the other
 
     x_s       norm(h), float32: the columns of a lane's load, 4 at a time ("quad"), lie 32 quads apart, so that
@@ -21,8 +21,15 @@ from numba import cuda
 from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
-from bitnet_numba.kernels.lm_head.parts import check_columns, flip_signs, int8_to_float, put4
-from bitnet_numba.kernels.operands import EmbeddingTable, Norm, checked
+from bitnet_numba.kernels.lm_head.parts import (
+    WORD_COLUMNS,
+    check_columns,
+    flip_signs,
+    int8_to_float,
+    load_columns,
+    put4,
+)
+from bitnet_numba.kernels.operands import EmbeddingTable, Norm, RowDtype, checked
 from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, float32, int32, int64
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
@@ -35,13 +42,13 @@ MAX_LOADS = 10  # 16-byte loads of a lane in flight
 
 
 def make_lm_head_gemv(
-    arch: int, K: int, int8: bool, threads: int = THREADS, max_loads: int = MAX_LOADS
+    arch: int, K: int, dtype: RowDtype, threads: int = THREADS, max_loads: int = MAX_LOADS
 ) -> Callable[..., None]:
-    """The kernel for rows of K columns (a multiple of 32), bfloat16 or int8."""
+    """The kernel for rows of K columns (a multiple of 32)."""
     load, wait, trigger = ptx.stream_load(arch), ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
-    INT8, THREADS, WARPS = int8, threads, threads // WARP
-    LOAD_COLUMNS = 16 if int8 else 8
-    ROW_WORDS = K // (4 if int8 else 2)
+    INT8, BF16, F32, THREADS, WARPS = dtype == "int8", dtype == "bf16", dtype == "f32", threads, threads // WARP
+    LOAD_COLUMNS = load_columns(dtype)
+    ROW_WORDS = K // WORD_COLUMNS[dtype]
     ROW_LOADS = -(-ROW_WORDS // (4 * WARP))
     PARTS = -(-ROW_LOADS // max_loads)
     LOADS = -(-ROW_LOADS // PARTS)
@@ -119,7 +126,13 @@ def make_lm_head_gemv(
             next_word = int32((next_part * (LOADS * WARP) + lane) * 4)
             next_rd = next_row * int64(ROW_WORDS) + next_word
             for u in range(LOADS):
-                for i in range(4):
+                if F32:
+                    x0, x1, x2, x3 = ptx.load4(x_s, ((part * LOADS + u) * WARP + lane) * 4)
+                    total = float32(total + ptx.bits_to_float(w_r[4 * u]) * x0)
+                    total2 = float32(total2 + ptx.bits_to_float(w_r[4 * u + 1]) * x1)
+                    total = float32(total + ptx.bits_to_float(w_r[4 * u + 2]) * x2)
+                    total2 = float32(total2 + ptx.bits_to_float(w_r[4 * u + 3]) * x3)
+                for i in range(0 if F32 else 4):
                     word = w_r[4 * u + i]
                     if INT8:
                         x0, x1, x2, x3 = ptx.load4(x_s, (((part * LOADS + u) * LOAD_QUADS + i) * WARP + lane) * 4)
@@ -130,11 +143,11 @@ def make_lm_head_gemv(
                         total2 = float32(total2 + int8_to_float(word, 3) * x3)
                     elif i % 2 == 0:
                         x0, x1, x2, x3 = ptx.load4(x_s, (((part * LOADS + u) * LOAD_QUADS + i // 2) * WARP + lane) * 4)
-                        total = float32(total + ptx.bf16_low(word) * x0)
-                        total2 = float32(total2 + ptx.bf16_high(word) * x1)
+                        total = float32(total + (ptx.bf16_low(word) if BF16 else ptx.f16_low(word)) * x0)
+                        total2 = float32(total2 + (ptx.bf16_high(word) if BF16 else ptx.f16_high(word)) * x1)
                     else:
-                        total = float32(total + ptx.bf16_low(word) * x2)
-                        total2 = float32(total2 + ptx.bf16_high(word) * x3)
+                        total = float32(total + (ptx.bf16_low(word) if BF16 else ptx.f16_low(word)) * x2)
+                        total2 = float32(total2 + (ptx.bf16_high(word) if BF16 else ptx.f16_high(word)) * x3)
                 word = int32(next_word + u * (WARP * 4))
                 if next_row < num_rows and (EXACT or word < ROW_WORDS):
                     put4(w_r, 4 * u, load(weight, next_rd + u * (WARP * 4)))
@@ -152,16 +165,16 @@ def make_lm_head_gemv(
 
 
 @cache
-def spec(arch: int, K: int, int8: bool, threads: int = THREADS, max_loads: int = MAX_LOADS) -> KernelSpec:
+def spec(arch: int, K: int, dtype: RowDtype, threads: int = THREADS, max_loads: int = MAX_LOADS) -> KernelSpec:
     """The variant for rows of K columns; `threads` and `max_loads` differ in tests only.
 
     Raises ValueError unless K is a multiple of 32.
     """
     check_columns(K)
     f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
-    signature = (i32, f32 if int8 else types.none, f32, f32, types.float32, f32, types.int32)
-    kernel = make_lm_head_gemv(arch, K, int8, threads, max_loads)
-    name = f"lm_head_gemv[{K} {'int8' if int8 else 'bf16'} {threads} {max_loads}]"
+    signature = (i32, f32 if dtype == "int8" else types.none, f32, f32, types.float32, f32, types.int32)
+    kernel = make_lm_head_gemv(arch, K, dtype, threads, max_loads)
+    name = f"lm_head_gemv[{K} {dtype} {threads} {max_loads}]"
     return KernelSpec(name, kernel, signature, threads, BLOCKS_PER_SM, wide_loads=2)
 
 
@@ -171,7 +184,8 @@ def lm_head_gemv(
     """The launch that computes the logits of one token: norm(h) times every row of the table.
 
     h float32 [columns]; norm.weight float32 [columns]; logits float32 [vocab_size]. Raises ValueError in one line
-    unless columns are a multiple of 32 and the operands have these types and at least these sizes.
+    unless columns are a multiple of 32, rows are not ternary, and the operands have these types and at least these
+    sizes.
     """
     K, vocab_size = table.columns, table.vocab_size
     problem = f"an LM head of {vocab_size} rows of {K}"
@@ -184,4 +198,4 @@ def lm_head_gemv(
         logits=(logits, vocab_size, "float32"),
     )
     arguments = (rows, scale, h, weight, norm.eps, logits, vocab_size)
-    return device.launch(spec(device.arch, K, table.int8), device.num_sms * BLOCKS_PER_SM, arguments, use_pdl)
+    return device.launch(spec(device.arch, K, table.dtype), device.num_sms * BLOCKS_PER_SM, arguments, use_pdl)

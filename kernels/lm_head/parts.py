@@ -1,4 +1,4 @@
-"""What the LM-head kernels share: int8 weights as floats.
+"""What the LM-head kernels share: sizes of rows, and int8 weights as floats.
 
 int8 -> float32     b ^ 0x80 is b + 128 as uint8. As the low byte of 0x4B000000, the float32 2^23, it makes
                     2^23 + 128 + b, and one subtraction leaves b. A conversion instruction has a quarter of the rate.
@@ -9,8 +9,11 @@ int8 -> bfloat16    two at a time. The low seven bits under an exponent of 2^7 m
 import numpy as np
 
 from bitnet_numba.kernels import ptx
+from bitnet_numba.kernels.operands import RowDtype
 from bitnet_numba.kernels.ptx.base import device_function, float32, int32
 from bitnet_numba.packing import BLOCK_COLS
+
+WORD_COLUMNS: dict[RowDtype, int] = {"bf16": 2, "f16": 2, "f32": 1, "int8": 4}  # columns of a row in an int32
 
 SIGNS = np.int32(-0x7F7F7F80)  # the sign bits of four int8
 BIAS = 0x4B000000  # the float32 2^23, whose low bits count ones
@@ -44,6 +47,11 @@ def int8_pair_to_bf16(word, selector):
 def put4(registers, i, values):
     """registers[i .. i + 3] = values."""
     registers[i], registers[i + 1], registers[i + 2], registers[i + 3] = values
+
+
+def load_columns(dtype: RowDtype) -> int:
+    """Columns of a row of the table in 16 bytes."""
+    return 4 * WORD_COLUMNS[dtype]
 
 
 def check_columns(K: int) -> None:

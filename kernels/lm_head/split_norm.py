@@ -13,16 +13,17 @@ layout "wgmma"  [group, term, G tokens, K columns]          bfloat16: one TMA bo
 layout "mma"    [group, unit, tile of 16 tokens, half, term, lane, 4 words]          int32, two bfloat16 a word
     unit        32 columns: what one `mma_bf16_split` multiplies. A row of the table comes in 16-byte loads, four
                 neighbouring lanes 4 g .. 4 g + 3 to a row, so a lane holds columns that lie together:
-                    bfloat16  a load is one unit, lane c of the four has its columns 8 c .. 8 c + 7
+                    16 bits   a load is one unit, lane c of the four has its columns 8 c .. 8 c + 7
                     int8      a load is two units: of its 64 columns lane c has 16 c .. 16 c + 7 in the first,
                               16 c + 8 .. 16 c + 15 in the second
+                    float32   two loads are one unit: lane c has columns 4 c .. 4 c + 3 and 16 + 4 c .. 16 + 4 c + 3
                 The k's of an instruction may come in any order, so long as both operands agree on it.
     half        the first or last four of these eight columns
     lane 4g+c   the columns of lane c, of tokens g and g + 8 of the tile
     4 words     columns 0-1 of token g, of token g + 8; columns 2-3 of token g, of token g + 8
 
 layout "simt"   [group of 8, load, column of a lane's 16 bytes, token / 4, lane, token % 4]          float32
-    load        16 bytes of a row for each of a warp's 32 lanes: 8 (bfloat16) or 16 (int8) columns a lane
+    load        16 bytes of a row for each of a warp's 32 lanes: 4 (float32), 8 (16 bits) or 16 (int8) columns a lane
 """
 
 from collections.abc import Callable
@@ -33,8 +34,9 @@ from numba import cuda
 from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
-from bitnet_numba.kernels.lm_head.parts import check_columns
-from bitnet_numba.kernels.ptx.base import WARP, device_function, float32, int32, int64
+from bitnet_numba.kernels.lm_head.parts import check_columns, load_columns
+from bitnet_numba.kernels.operands import RowDtype
+from bitnet_numba.kernels.ptx.base import WARP, float32, int32, int64
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 
 Layout = Literal["wgmma", "mma", "simt"]
@@ -66,38 +68,28 @@ def padded_tokens(layout: Layout, num_tokens: int) -> int:
     return -(-num_tokens // group) * group
 
 
-def load_columns(int8: bool) -> int:
-    """Columns of a row of the table in 16 bytes."""
-    return 16 if int8 else 8
-
-
-def padded_columns(layout: Layout, K: int, int8: bool) -> int:
-    """Columns that x has room for; `int8`: whether the rows that x will meet are int8."""
-    multiple = {"wgmma": 1, "mma": UNIT * UNIT_MULTIPLE, "simt": WARP * load_columns(int8)}[layout]
+def padded_columns(layout: Layout, K: int, dtype: RowDtype) -> int:
+    """Columns that x has room for; `dtype`: of the rows that x will meet."""
+    multiple = {"wgmma": 1, "mma": UNIT * UNIT_MULTIPLE, "simt": WARP * load_columns(dtype)}[layout]
     return -(-K // multiple) * multiple
 
 
-def x_words(layout: Layout, num_tokens: int, K: int, int8: bool) -> int:
+def x_words(layout: Layout, num_tokens: int, K: int, dtype: RowDtype) -> int:
     """int32 words of x: one a token and column in every layout."""
-    return padded_tokens(layout, num_tokens) * padded_columns(layout, K, int8)
+    return padded_tokens(layout, num_tokens) * padded_columns(layout, K, dtype)
 
 
-def make_split_norm(arch: int, K: int, layout: Layout, int8: bool, threads: int = THREADS) -> Callable[..., None]:
+def make_split_norm(arch: int, K: int, layout: Layout, dtype: RowDtype, threads: int = THREADS) -> Callable[..., None]:
     """The kernel that norms rows of K columns and writes x; a block a token of x.
 
-    `int8`: whether the rows that x will meet are int8 (of no account to layout "wgmma", whose rows are bfloat16).
+    `dtype`: of the rows that x will meet (of no account to layout "wgmma", whose rows are bfloat16).
     """
     wait, trigger = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
-    LAYOUT, WARPS, LOAD_COLUMNS = layout, threads // WARP, load_columns(int8)
-    QUADS, X_QUADS = K // 4, padded_columns(layout, K, int8) // 4  # four neighbouring columns each
-    LOAD_UNITS, UNITS = LOAD_COLUMNS // 8, padded_columns(layout, K, int8) // UNIT
+    LAYOUT, WARPS, LOAD_COLUMNS = layout, threads // WARP, load_columns(dtype)
+    QUADS, X_QUADS = K // 4, padded_columns(layout, K, dtype) // 4  # four neighbouring columns each
+    LOAD_HALVES, UNITS = LOAD_COLUMNS // 4, padded_columns(layout, K, dtype) // UNIT
     ROW_WORDS = K // 2  # int32 of a bfloat16 row
     COLUMNS, ZERO, ONE = float32(K), float32(0), float32(1)
-
-    @device_function
-    def low_term(high, v0, v1):
-        """Two floats less their high terms, as two bfloat16 in a word."""
-        return ptx.pack_bf16x2(ptx.add_rn(v0, -ptx.bf16_low(high)), ptx.add_rn(v1, -ptx.bf16_high(high)))
 
     def split_norm(h, norm, eps, x, num_tokens, group_size):
         square_s = ptx.pointer(cuda.shared.array(WARPS, float32))
@@ -137,21 +129,17 @@ def make_split_norm(arch: int, K: int, layout: Layout, int8: bool, threads: int 
                 v2, v3 = ptx.mul_rn(n2, ptx.mul_rn(v2, inverse)), ptx.mul_rn(n3, ptx.mul_rn(v3, inverse))
             k = int32(quad * 4)
             if LAYOUT == "wgmma":
-                high, high2 = ptx.pack_bf16x2(v0, v1), ptx.pack_bf16x2(v2, v3)
-                low, low2 = low_term(high, v0, v1), low_term(high2, v2, v3)
+                high, low = ptx.split_bf16x2(v0, v1)
+                high2, low2 = ptx.split_bf16x2(v2, v3)
                 wr = row_wr + quad * 2
                 ptx.store2(x, wr, high, high2)
                 ptx.store2(x, wr + int64(group_size) * ROW_WORDS, low, low2)
             elif LAYOUT == "mma":
-                unit = int32(k // (4 * LOAD_COLUMNS) * LOAD_UNITS + k % LOAD_COLUMNS // 8)
+                half = int32(k // (4 * LOAD_COLUMNS) * LOAD_HALVES + k % LOAD_COLUMNS // 4)  # of all units
                 lane_wr = int32((m % 8 * 4 + k // LOAD_COLUMNS % 4) * 4 + m % TILE_TOKENS // 8)
-                wr = tile_wr + int64(unit * group_size) * TILE_WORDS + (k % 8 // 4 * (2 * HALF_WORDS) + lane_wr)
-                high = ptx.pack_bf16x2(v0, v1)
-                x[wr] = high
-                x[wr + HALF_WORDS] = low_term(high, v0, v1)
-                high = ptx.pack_bf16x2(v2, v3)
-                x[wr + 2] = high
-                x[wr + HALF_WORDS + 2] = low_term(high, v2, v3)
+                wr = tile_wr + int64(half // 2 * group_size) * TILE_WORDS + (half % 2 * (2 * HALF_WORDS) + lane_wr)
+                x[wr], x[wr + HALF_WORDS] = ptx.split_bf16x2(v0, v1)
+                x[wr + 2], x[wr + HALF_WORDS + 2] = ptx.split_bf16x2(v2, v3)
             else:
                 load_of, lane_of = int32(k // (LOAD_COLUMNS * WARP)), int32(k // LOAD_COLUMNS % WARP)
                 column = int64(m // 8) * (X_QUADS * 4 // WARP) + load_of * LOAD_COLUMNS + k % LOAD_COLUMNS
@@ -165,7 +153,7 @@ def make_split_norm(arch: int, K: int, layout: Layout, int8: bool, threads: int 
 
 
 @cache
-def spec(arch: int, K: int, layout: Layout, int8: bool, threads: int = THREADS) -> KernelSpec:
+def spec(arch: int, K: int, layout: Layout, dtype: RowDtype, threads: int = THREADS) -> KernelSpec:
     """The variant for rows of K columns; `threads` differs in tests only.
 
     Raises ValueError unless K is a multiple of 32. Arguments of a launch, of padded_tokens blocks: h float32
@@ -173,8 +161,8 @@ def spec(arch: int, K: int, layout: Layout, int8: bool, threads: int = THREADS) 
     """
     check_columns(K)
     f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
-    kind = layout if layout == "wgmma" else f"{layout} {'int8' if int8 else 'bf16'}"
-    kernel = make_split_norm(arch, K, layout, int8, threads)
+    kind = layout if layout == "wgmma" else f"{layout} {dtype}"
+    kernel = make_split_norm(arch, K, layout, dtype, threads)
     signature = (f32, f32, types.float32, i32, types.int32, types.int32)
     return KernelSpec(f"split_norm[{K}, {kind}, {threads}]", kernel, signature, threads)
 

@@ -24,6 +24,8 @@ from bitnet_numba.kernels.ptx.math import (
     dp4a,
     dp4a_us,
     exp2_approx,
+    f16_high,
+    f16_low,
     float_to_bits,
     fma_bf16x2,
     int_to_float,
@@ -36,6 +38,7 @@ from bitnet_numba.kernels.ptx.math import (
     rcp_rn,
     round_to_int,
     rsqrt_approx,
+    split_bf16x2,
     sqrt_rn,
     to_bf16,
     udiv,
@@ -67,6 +70,7 @@ from bitnet_numba.kernels.ptx.mma import (
     ldmatrix_x4_trans,
     mma_bf16,
     mma_bf16_split,
+    mma_bf16_split_both,
     mma_s8,
 )
 from bitnet_numba.kernels.ptx.pdl import (

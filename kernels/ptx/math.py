@@ -75,6 +75,14 @@ def bf16_high(word: Any) -> Any:
 
 
 @device_function
+def split_bf16x2(x: Any, y: Any) -> Any:
+    """Two float32 as sums of two bfloat16 terms, a word each: the values rounded, and what that left out, rounded.
+    Relative error of a sum: at most 2^-17. sm_80."""
+    high = pack_bf16x2(x, y)
+    return high, pack_bf16x2(add_rn(x, -bf16_low(high)), add_rn(y, -bf16_high(high)))
+
+
+@device_function
 def to_bf16(x: Any) -> Any:
     """float32 rounded to the nearest bfloat16, ties to even, as a float32; NaN stays NaN. Any architecture."""
     bits = float_to_bits(x)
@@ -105,6 +113,25 @@ def fma_bf16x2(a: Any, b: Any, c: Any) -> Any:
     low = bf16_low(a) * np.float64(bf16_low(b)) + bf16_low(c)
     high = bf16_high(a) * np.float64(bf16_high(b)) + bf16_high(c)
     return pack_bf16x2(np.float32(low), np.float32(high))
+
+
+# ---- float16; of a word's two, the first in memory is in the lower half ---------------------------------------------
+
+
+@instruction("{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, l; }", "f", "r")
+def f16_low(word: Any) -> Any:
+    """The float16 in a word's lower half, as float32. Any architecture."""
+    return _halves(word)[0]
+
+
+@instruction("{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, h; }", "f", "r")
+def f16_high(word: Any) -> Any:
+    """The float16 in a word's upper half, as float32. Any architecture."""
+    return _halves(word)[1]
+
+
+def _halves(word: Any) -> Any:
+    return np.array([int(word) & 0xFFFFFFFF], "<u4").view("<f2").astype(np.float32)
 
 
 # ---- Approximate float32; the bounds are the PTX manual's ----------------------------------------------------------

@@ -113,6 +113,32 @@ def mma_bf16_split(
     return mma_bf16(l4, l5, l6, l7, b2, b3, c0, c1, c2, c3)
 
 
+@instruction(
+    "{ .reg .f32 s<4>; "
+    f"{_MMA_BF16} {{s0, s1, s2, s3}}, {{$4, $5, $6, $7}}, {{$20, $21}}, {{$28, $29, $30, $31}}; "
+    f"{_MMA_BF16} {{s0, s1, s2, s3}}, {{$8, $9, $10, $11}}, {{$20, $21}}, {{s0, s1, s2, s3}}; "
+    f"{_MMA_BF16} {{s0, s1, s2, s3}}, {{$4, $5, $6, $7}}, {{$24, $25}}, {{s0, s1, s2, s3}}; "
+    f"{_MMA_BF16} {{s0, s1, s2, s3}}, {{$12, $13, $14, $15}}, {{$22, $23}}, {{s0, s1, s2, s3}}; "
+    f"{_MMA_BF16} {{s0, s1, s2, s3}}, {{$16, $17, $18, $19}}, {{$22, $23}}, {{s0, s1, s2, s3}}; "
+    f"{_MMA_BF16} {{$0, $1, $2, $3}}, {{$12, $13, $14, $15}}, {{$26, $27}}, {{s0, s1, s2, s3}}; }}",
+    "ffff",
+    "r" * 24 + "ffff",
+)
+def mma_bf16_split_both(
+    h0: Any, h1: Any, h2: Any, h3: Any, l0: Any, l1: Any, l2: Any, l3: Any,
+    h4: Any, h5: Any, h6: Any, h7: Any, l4: Any, l5: Any, l6: Any, l7: Any,
+    b0: Any, b1: Any, b2: Any, b3: Any, r0: Any, r1: Any, r2: Any, r3: Any, c0: Any, c1: Any, c2: Any, c3: Any,
+) -> tuple:  # fmt: skip
+    """Six `mma_bf16`: as `mma_bf16_split`, and B a sum of two terms, too: C += H . B + L . B + H . R. What is left out,
+    L . R, is at most 2^-16 of the product. sm_80."""
+    c0, c1, c2, c3 = mma_bf16(h0, h1, h2, h3, b0, b1, c0, c1, c2, c3)
+    c0, c1, c2, c3 = mma_bf16(l0, l1, l2, l3, b0, b1, c0, c1, c2, c3)
+    c0, c1, c2, c3 = mma_bf16(h0, h1, h2, h3, r0, r1, c0, c1, c2, c3)
+    c0, c1, c2, c3 = mma_bf16(h4, h5, h6, h7, b2, b3, c0, c1, c2, c3)
+    c0, c1, c2, c3 = mma_bf16(l4, l5, l6, l7, b2, b3, c0, c1, c2, c3)
+    return mma_bf16(h4, h5, h6, h7, r2, r3, c0, c1, c2, c3)
+
+
 # ---- Products of bytes ---------------------------------------------------------------------------------------------
 
 _M8N8K16 = "mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32"

@@ -113,6 +113,26 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # preset, head, changes 
 
 @needs_gpu
 @pytest.mark.usefixtures("rounded_cache")
+@pytest.mark.parametrize(
+    ("preset", "dtype", "kept_as"),
+    [("tiny-1bitllm", "fp16", "f16"), ("tiny", "fp32", "f32"), ("tiny-llama", "fp16", "f16")],
+)
+def test_rows_of_other_floats(preset: str, dtype: str, kept_as: str, tmp_path: Path) -> None:
+    spec, config = PRESETS[preset]
+    make_checkpoint(tmp_path / "source", config, spec, seed=4, dtype=dtype)
+    convert(tmp_path / "source", tmp_path / "packed")
+    checkpoint = open_packed(tmp_path / "packed")
+    assert checkpoint.embed == checkpoint.head == kept_as
+    ids = random_ids(checkpoint, 24, 6)
+    expected = reference_backend(checkpoint).new_context(24).logits(ids)
+    context = on_gpu(checkpoint, 24)
+    check_close(context.logits(ids), expected, 0.3, 0.05)
+    context.truncate(0)
+    check_close(one_by_one(context, ids), expected, 0.3, 0.05)
+
+
+@needs_gpu
+@pytest.mark.usefixtures("rounded_cache")
 @pytest.mark.parametrize("name", MODELS)
 def test_every_kind_of_model(name: str, tmp_path: Path) -> None:
     preset, head, changes = MODELS[name]

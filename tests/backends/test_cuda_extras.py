@@ -185,11 +185,12 @@ def test_nothing_is_launched_that_nobody_asks_for() -> None:
     from bitnet_numba.backends.cuda.forward import CudaModel
     from bitnet_numba.backends.cuda.state import SequenceState
     from bitnet_numba.backends.cuda.steps import BatchSteps, DecodeBuffers, DecodeSteps
+    from bitnet_numba.backends.cuda.weights import RowFormats
     from bitnet_numba.checkpoint.packed import open_packed
     from bitnet_numba.engine.loading import DEMO
 
     config, device = open_packed(DEMO).config, DryRunDevice(90, 132)
-    model = CudaModel.dry_run(config, "int8", device)
+    model = CudaModel.dry_run(config, RowFormats("int8", "int8"), device)
     batch = BatchSteps(model, SequenceState(device, config, 64, 8, pages=8))
     one = SequenceState(device, config, 64)
     single = DecodeSteps(model, DecodeBuffers(model), one, device.empty(1, np.int64))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from bitnet_numba.backends.cuda import warmup
+from bitnet_numba.backends.cuda.weights import RowFormats
 from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.engine.loading import DEMO
 from bitnet_numba.errors import BackendError
@@ -14,13 +15,15 @@ from bitnet_numba.kernels.runtime import compiler
 from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.spec import ArchSpec
 
+INT8_ROWS = RowFormats("int8", "int8")
+
 
 def test_processes_compile_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BITNET_NUMBA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("BITNET_NUMBA_COMPILERS", "2")
     monkeypatch.setattr(warmup, "MIN_SHARE", 3)
     config = open_packed(DEMO).config
-    needs = warmup.Needs(config, "int8", ArchSpec(90, 132))
+    needs = warmup.Needs(config, INT8_ROWS, ArchSpec(90, 132))
     quick = ("advance", "append", "embed", "gather_last", "quantize")  # to compile
     specs = [spec for spec in needs.specs() if spec.name.startswith(quick)]
     assert len(specs) >= 7
@@ -65,7 +68,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 def test_shares_that_nobody_makes_are_left_to_the_caller(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, started: list[Any]
 ) -> None:
-    needs = warmup.Needs(open_packed(DEMO).config, "int8", ArchSpec(90, 132))
+    needs = warmup.Needs(open_packed(DEMO).config, INT8_ROWS, ArchSpec(90, 132))
     specs = needs.specs()
     monkeypatch.setenv("BITNET_NUMBA_COMPILERS", "4")
     warmup.compile_together(needs, specs, print)  # of four processes one cannot be started

@@ -32,6 +32,7 @@ from tests.kernels.lm_head.test_gemm_wgmma import check_lm_head_wgmma
 from tests.kernels.lm_head.test_gemv import check_lm_head_gemv
 from tests.kernels.sampling.test_sampling import choose, choose_batch
 from tests.kernels.test_embedding import check_advance, check_embed_token, check_embed_tokens, check_gather_last
+from tests.kernels.variants import ROW_DTYPES
 
 
 def main(tool: str) -> None:
@@ -50,15 +51,16 @@ def main(tool: str) -> None:
             check_lm_head_wgmma(320, 700, tokens, 2, 19)
         for shape in ((64, 4, 2), (100, 1, 1)):
             check_prefill_wgmma(shape, 70, 140, 148, True, 20)
-    for int8 in (False, True):
-        check_lm_head_gemv(320, 50, int8, 512, 10, 2, 2)
-        check_embed_token(embed.embed_token_spec(arch(), int8), 256, int8, 40, 64, 3)
+    for row_format in embed.ELEMENTS:
+        check_embed_token(embed.embed_token_spec(arch(), row_format), 256, row_format, 40, 64, 3)
         for prompt in (False, True):
-            spec = embed.embed_tokens_spec(arch(), int8, prompt)
-            check_embed_tokens(spec, 256, int8, prompt, 5, 40, 300, 10)
+            spec = embed.embed_tokens_spec(arch(), row_format, prompt)
+            check_embed_tokens(spec, 256, row_format, prompt, 5, 40, 300, 10)
+    for dtype in ROW_DTYPES:
+        check_lm_head_gemv(320, 50, dtype, 512, 10, 2, 2)
         for tokens in (7, 100):
-            check_lm_head(320, 50, tokens, int8, 11, 2, arch())
-        check_lm_head(320, 50, 9, int8, 12, 2, 75)
+            check_lm_head(320, 50, tokens, dtype, 11, 2, arch())
+        check_lm_head(320, 50, 9, dtype, 12, 2, 75)
     check_advance(embed.advance_spec(arch()), 7)
     check_gather_last(embed.gather_last_spec(arch()), 256, 5, 3, 300, 13)
     for long in (False, True):

@@ -1,4 +1,4 @@
-"""The embedding look-up and what ends a pass are exact: bfloat16 rows are widened, int8 rows take one product."""
+"""The embedding look-up and what ends a pass are exact: floats are widened, int8 and ternary rows take one product."""
 
 import dataclasses
 
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from bitnet_numba.bfloat16 import to_float32
 from bitnet_numba.kernels.embedding import (
+    ELEMENTS,
     THREADS,
     advance,
     advance_spec,
@@ -20,29 +21,43 @@ from bitnet_numba.kernels.embedding import (
     gather_last,
     gather_last_spec,
 )
-from bitnet_numba.kernels.operands import EmbeddingTable, SequenceArrays
+from bitnet_numba.kernels.operands import ROW_DTYPES, EmbeddingTable, RowFormat, SequenceArrays
 from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.spec import KernelSpec
+from bitnet_numba.packing import GROUP_COLS, num_groups, pack_scales, pack_ternary
 from tests.kernels.harness import Out, arch, needs_gpu, run, simulated
+
+FORMATS = list(ELEMENTS)
 
 
 def embedding(
-    rng: np.random.Generator, int8: bool, vocab: int, columns: int
+    rng: np.random.Generator, row_format: RowFormat, vocab: int, columns: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Random rows, their scales, and what they stand for, float32."""
     scale = rng.uniform(0.001, 3.0, vocab).astype(np.float32)
-    if int8:
+    if row_format == "ternary":
+        t = rng.integers(-1, 2, (vocab, columns)).astype(np.int8)
+        groups = rng.uniform(0.001, 3.0, (vocab, num_groups(columns))).astype(np.float16)
+        table = t * np.repeat(groups, GROUP_COLS, axis=1)[:, :columns].astype(np.float32)
+        return pack_ternary(t), pack_scales(groups).view(np.uint16), table
+    if row_format == "int8":
         rows = rng.integers(-128, 128, (vocab, columns)).astype(np.int8)
         return rows, scale, rows.astype(np.float32) * scale[:, None]
+    if row_format == "f32":
+        floats = rng.standard_normal((vocab, columns), np.float32)
+        return floats, scale, floats
     bits = rng.integers(0, 1 << 16, (vocab, columns)).astype(np.uint16)
-    bits[np.isnan(to_float32(bits))] = 0
-    return bits, scale, to_float32(bits)
+    table = to_float32(bits) if row_format == "bf16" else bits.view(np.float16).astype(np.float32)
+    bits[np.isnan(table)] = 0
+    return bits, scale, np.where(np.isnan(table), np.float32(0), table)
 
 
-def check_embed_token(spec: KernelSpec, threads: int, int8: bool, vocab: int, columns: int, seed: int) -> None:
+def check_embed_token(
+    spec: KernelSpec, threads: int, row_format: RowFormat, vocab: int, columns: int, seed: int
+) -> None:
     """One look-up among random rows; the token's bit is added to those that were set."""
     rng = np.random.default_rng(seed)
-    rows, scale, table = embedding(rng, int8, vocab, columns)
+    rows, scale, table = embedding(rng, row_format, vocab, columns)
     tokens = rng.integers(0, vocab, 9).astype(np.int32)
     pos = int(rng.integers(9))
     token = int(tokens[pos])
@@ -57,11 +72,18 @@ def check_embed_token(spec: KernelSpec, threads: int, int8: bool, vocab: int, co
 
 
 def check_embed_tokens(
-    spec: KernelSpec, threads: int, int8: bool, prompt: bool, num_tokens: int, vocab: int, columns: int, seed: int
+    spec: KernelSpec,
+    threads: int,
+    row_format: RowFormat,
+    prompt: bool,
+    num_tokens: int,
+    vocab: int,
+    columns: int,
+    seed: int,
 ) -> None:
     """A pass of `num_tokens` of which some are to spare: h, slots and positions, and the tokens' bits."""
     rng = np.random.default_rng(seed)
-    rows, scale, table = embedding(rng, int8, vocab, columns)
+    rows, scale, table = embedding(rng, row_format, vocab, columns)
     sequences, stride, words = num_tokens + 2, num_tokens + 7, -(-vocab // 32)
     tokens = rng.integers(0, vocab, (sequences, stride)).astype(np.int32)
     position = rng.integers(0, 8, sequences).astype(np.int32)
@@ -113,19 +135,28 @@ def check_advance(spec: KernelSpec, start: int) -> None:
 
 @simulated
 @settings(max_examples=10)
-@given(int8=st.booleans(), vocab=st.integers(1, 100), columns=st.integers(1, 70), seed=st.integers(0, 2**32 - 1))
-def test_simulated_embed_token(int8: bool, vocab: int, columns: int, seed: int) -> None:
-    check_embed_token(embed_token_spec(arch(), int8, 32), 32, int8, vocab, columns, seed)
+@given(
+    row_format=st.sampled_from(FORMATS),
+    vocab=st.integers(1, 100),
+    columns=st.integers(1, 70),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_simulated_embed_token(row_format: RowFormat, vocab: int, columns: int, seed: int) -> None:
+    check_embed_token(embed_token_spec(arch(), row_format, 32), 32, row_format, vocab, columns, seed)
 
 
 @simulated
 @settings(max_examples=10)
 @given(
-    int8=st.booleans(), prompt=st.booleans(), num_tokens=st.integers(1, 5), vocab=st.integers(1, 70),
+    row_format=st.sampled_from(FORMATS), prompt=st.booleans(), num_tokens=st.integers(1, 5), vocab=st.integers(1, 70),
     columns=st.integers(1, 40), seed=st.integers(0, 2**32 - 1),
 )  # fmt: skip
-def test_simulated_embed_tokens(int8: bool, prompt: bool, num_tokens: int, vocab: int, columns: int, seed: int) -> None:
-    check_embed_tokens(embed_tokens_spec(arch(), int8, prompt, 32), 32, int8, prompt, num_tokens, vocab, columns, seed)
+def test_simulated_embed_tokens(
+    row_format: RowFormat, prompt: bool, num_tokens: int, vocab: int, columns: int, seed: int
+) -> None:
+    check_embed_tokens(
+        embed_tokens_spec(arch(), row_format, prompt, 32), 32, row_format, prompt, num_tokens, vocab, columns, seed
+    )
     check_gather_last(gather_last_spec(arch(), 32), 32, num_tokens, 1 + seed % 3, columns, seed)
 
 
@@ -137,19 +168,28 @@ def test_simulated_advance(start: int) -> None:
 
 
 @needs_gpu
-@given(int8=st.booleans(), vocab=st.integers(1, 5000), columns=st.integers(1, 3000), seed=st.integers(0, 2**32 - 1))
-def test_embed_token_on_gpu(int8: bool, vocab: int, columns: int, seed: int) -> None:
-    check_embed_token(embed_token_spec(arch(), int8), THREADS, int8, vocab, columns, seed)
+@given(
+    row_format=st.sampled_from(FORMATS),
+    vocab=st.integers(1, 5000),
+    columns=st.integers(1, 3000),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_embed_token_on_gpu(row_format: RowFormat, vocab: int, columns: int, seed: int) -> None:
+    check_embed_token(embed_token_spec(arch(), row_format), THREADS, row_format, vocab, columns, seed)
 
 
 @needs_gpu
 @settings(max_examples=30)
 @given(
-    int8=st.booleans(), prompt=st.booleans(), num_tokens=st.integers(1, 300), vocab=st.integers(1, 5000),
-    columns=st.integers(1, 3000), seed=st.integers(0, 2**32 - 1),
+    row_format=st.sampled_from(FORMATS), prompt=st.booleans(), num_tokens=st.integers(1, 300),
+    vocab=st.integers(1, 5000), columns=st.integers(1, 3000), seed=st.integers(0, 2**32 - 1),
 )  # fmt: skip
-def test_embed_tokens_on_gpu(int8: bool, prompt: bool, num_tokens: int, vocab: int, columns: int, seed: int) -> None:
-    check_embed_tokens(embed_tokens_spec(arch(), int8, prompt), THREADS, int8, prompt, num_tokens, vocab, columns, seed)
+def test_embed_tokens_on_gpu(
+    row_format: RowFormat, prompt: bool, num_tokens: int, vocab: int, columns: int, seed: int
+) -> None:
+    check_embed_tokens(
+        embed_tokens_spec(arch(), row_format, prompt), THREADS, row_format, prompt, num_tokens, vocab, columns, seed
+    )
     check_gather_last(gather_last_spec(arch()), THREADS, num_tokens, 1 + seed % 130, columns, seed)
 
 
@@ -160,18 +200,21 @@ def test_advance_on_gpu(start: int) -> None:
     check_advance(advance_spec(arch()), start)
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_launchers_refuse_operands(int8: bool) -> None:
+@pytest.mark.parametrize("row_format", FORMATS)
+def test_launchers_refuse_operands(row_format: RowFormat) -> None:
     device = DryRunDevice(90, 132)
-    scale = device.empty(50, np.float32) if int8 else None
-    table = EmbeddingTable(device.empty(50 * 64, np.int8 if int8 else np.uint16), scale, 50, 64)
+    scale = device.empty(64, np.float16 if row_format == "ternary" else np.float32)
+    scaled = row_format in ("int8", "ternary")
+    table = EmbeddingTable(device.empty(50 * 64, ROW_DTYPES[row_format]), scale if scaled else None, 50, 64, row_format)
     words, slots = device.empty(2 * 9, np.int32), device.empty(2, np.int32)
     sequences = SequenceArrays(words, 9, slots, device.empty(4, np.int32), 2, None)
     h, positions = device.empty(2 * 64, np.float32), device.empty(4, np.int32)
-    dtype = "int8" if int8 else "bf16"
 
-    assert embed_token(device, table, sequences, h).name == f"embed_token[{dtype}, 256]"
-    assert embed_tokens(device, table, sequences, slots, h, positions, 2).name == f"embed_tokens[{dtype}, decode, 256]"
+    assert embed_token(device, table, sequences, h).name == f"embed_token[{row_format}, 256]"
+    assert (
+        embed_tokens(device, table, sequences, slots, h, positions, 2).name
+        == f"embed_tokens[{row_format}, decode, 256]"
+    )
     assert embed_tokens(device, table, sequences, None, h, positions, 2).name.endswith("prompt, 256]")
     short = device.empty(0, np.int32)
     for name in ("tokens", "position", "seen"):
@@ -191,7 +234,14 @@ def test_launchers_refuse_operands(int8: bool) -> None:
     with pytest.raises(ValueError, match="embed_tokens: seen has 1 words a slot, 2 are needed"):
         embed_tokens(device, table, dataclasses.replace(sequences, seen_stride=1), slots, h, positions, 2)
     with pytest.raises(ValueError, match="embed_token: rows must be"):
-        embed_token(device, dataclasses.replace(table, rows=device.empty(50 * 64, np.float32)), sequences, h)
+        embed_token(device, dataclasses.replace(table, rows=device.empty(50 * 64, np.float64)), sequences, h)
+    few = 64 * 64 // 16 if row_format == "ternary" else 50 * 64
+    with pytest.raises(ValueError, match=f"embed_token: rows holds {few - 1} elements"):
+        embed_token(
+            device, dataclasses.replace(table, rows=device.empty(few - 1, ROW_DTYPES[row_format])), sequences, h
+        )
+    with pytest.raises(ValueError, match=f"table of {row_format} rows takes {'scales' if scaled else 'no scales'}"):
+        dataclasses.replace(table, scale=None if scaled else scale)
 
 
 def test_ends_of_a_pass_refuse_operands() -> None:

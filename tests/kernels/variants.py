@@ -9,10 +9,12 @@ from bitnet_numba.kernels.attention import decode, kv_cache, paged_decode, paged
 from bitnet_numba.kernels.linear import gemm, gemv, heuristics, quantize
 from bitnet_numba.kernels.lm_head import gemm_mma, gemm_simt, gemm_wgmma, split_norm
 from bitnet_numba.kernels.lm_head import gemv as head_gemv
+from bitnet_numba.kernels.operands import RowDtype
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.kernels.sampling import batched, edits, logprobs, single
 
 SMS = 132  # of an H200
+ROW_DTYPES: tuple[RowDtype, ...] = ("bf16", "int8", "f16", "f32")  # of LM heads
 
 
 def attention_decode(arch: int) -> list[KernelSpec]:
@@ -57,28 +59,24 @@ def attention_kv_cache(arch: int) -> list[KernelSpec]:
 
 def embedding(arch: int) -> list[KernelSpec]:
     """All there are."""
-    many = [embed.embed_tokens_spec(arch, int8, prompt) for int8 in (False, True) for prompt in (False, True)]
-    single_rows = [embed.embed_token_spec(arch, int8) for int8 in (False, True)]
+    many = [embed.embed_tokens_spec(arch, kind, prompt) for kind in embed.ELEMENTS for prompt in (False, True)]
+    single_rows = [embed.embed_token_spec(arch, kind) for kind in embed.ELEMENTS]
     return [*single_rows, *many, embed.gather_last_spec(arch), embed.advance_spec(arch)]
 
 
 def lm_head_gemv(arch: int) -> list[KernelSpec]:
     """2B4T's, and rows that go in pieces."""
-    return [head_gemv.spec(arch, K, int8) for K in (2560, 4096) for int8 in (False, True)]
+    return [head_gemv.spec(arch, K, dtype) for K in (2560, 4096) for dtype in ROW_DTYPES]
 
 
 def lm_head_gemm(arch: int) -> list[KernelSpec]:
     """2B4T's rows for every number of tokens, and rows that are padded."""
-    kinds = (False, True)
-    norms = [
-        split_norm.spec(arch, K, "mma" if arch >= gemm_mma.MIN_ARCH else "simt", int8)
-        for K in (2560, 2080)
-        for int8 in kinds
-    ]
-    if arch < gemm_mma.MIN_ARCH:
-        return [*(gemm_simt.spec(arch, K, int8) for K in (2560, 2080) for int8 in kinds), *norms]
-    products = [gemm_mma.spec(arch, 2560, int8, tiles) for tiles in gemm_mma.TOKEN_TILES for int8 in kinds]
-    return [*products, *norms, *(gemm_mma.spec(arch, 2080, int8, gemm_mma.MAX_TOKEN_TILES) for int8 in kinds)]
+    layout: split_norm.Layout = "mma" if arch >= gemm_mma.MIN_ARCH else "simt"
+    norms = [split_norm.spec(arch, K, layout, dtype) for K in (2560, 2080) for dtype in ROW_DTYPES]
+    if layout == "simt":
+        return [*(gemm_simt.spec(arch, K, dtype) for K in (2560, 2080) for dtype in ROW_DTYPES), *norms]
+    products = [gemm_mma.spec(arch, 2560, dtype, tiles) for tiles in gemm_mma.TOKEN_TILES for dtype in ROW_DTYPES]
+    return [*products, *norms, *(gemm_mma.spec(arch, 2080, dtype, gemm_mma.MAX_TOKEN_TILES) for dtype in ROW_DTYPES)]
 
 
 def lm_head_gemm_wgmma(arch: int) -> list[KernelSpec]:
@@ -86,7 +84,7 @@ def lm_head_gemm_wgmma(arch: int) -> list[KernelSpec]:
     if arch != gemm_wgmma.ARCH:
         return []
     tiles = [gemm_wgmma.plan(tokens) for tokens in reversed(split_norm.GROUP_TOKENS["wgmma"])]
-    return [*(gemm_wgmma.spec(arch, tile) for tile in tiles), split_norm.spec(arch, 2560, "wgmma", False)]
+    return [*(gemm_wgmma.spec(arch, tile) for tile in tiles), split_norm.spec(arch, 2560, "wgmma", "bf16")]
 
 
 def linear_quantize(arch: int) -> list[KernelSpec]:

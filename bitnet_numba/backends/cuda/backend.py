@@ -8,7 +8,7 @@ from bitnet_numba.backends.cuda.forward import MAX_TOKENS, CudaModel
 from bitnet_numba.backends.cuda.runtime import Runtime
 from bitnet_numba.backends.cuda.state import page_bytes, pages_of
 from bitnet_numba.backends.cuda.warmup import load_specs
-from bitnet_numba.backends.cuda.weights import Weights, embedding_dtype, why_unsupported
+from bitnet_numba.backends.cuda.weights import RowFormats, Weights, why_unsupported
 from bitnet_numba.checkpoint.packed import PackedCheckpoint
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention.kv_cache import PAGE
@@ -42,8 +42,8 @@ class CudaBackend:
             raise BackendError(f"CUDA cannot run this model: {reason}")
         self.device = usable_device()
         self.device.activate()
-        self.config, self._embedding_dtype = checkpoint.config, embedding_dtype(checkpoint)
-        load_specs(self.config, self._embedding_dtype, self.device, ahead=MAX_SEQUENCES)
+        self.config, self._rows = checkpoint.config, RowFormats(checkpoint.embed, checkpoint.head)
+        load_specs(self.config, self._rows, self.device, ahead=MAX_SEQUENCES)
         self.stream = Stream()
         # Buffers first, so that what is left for the weights is known, and told in one line if it does not suffice.
         buffers = [Buffers(self.device, self.config, max_tokens) for max_tokens in (1, MAX_TOKENS)]
@@ -106,7 +106,7 @@ class CudaBackend:
                 f"{free / 1e9:.2f} GB are free: {fit * PAGE} tokens would fit"
             )
         if max_sequences > self._loaded_for:
-            load_specs(self.config, self._embedding_dtype, self.device, max_sequences)
+            load_specs(self.config, self._rows, self.device, max_sequences)
             self._loaded_for = max_sequences
         return BatchMemory(self._runtime, max_sequences, capacity, min(wanted, fit))
 

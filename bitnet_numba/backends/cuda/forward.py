@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from bitnet_numba.backends.cuda.buffers import Buffers
 from bitnet_numba.backends.cuda.state import SequenceState
-from bitnet_numba.backends.cuda.weights import EmbeddingDtype, Weights
+from bitnet_numba.backends.cuda.weights import RowFormats, Weights
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels import embedding
 from bitnet_numba.kernels.attention import decode, kv_cache, paged_decode, paged_simt, prefill
@@ -55,9 +55,9 @@ class CudaModel:
         self.heads = HeadShape(self.config.num_heads, self.config.num_kv_heads, self.config.head_dim)
 
     @staticmethod
-    def dry_run(config: ModelConfig, embedding_dtype: EmbeddingDtype, device: Device) -> "CudaModel":
+    def dry_run(config: ModelConfig, rows: RowFormats, device: Device) -> "CudaModel":
         """A model without memory, to ask passes which kernels they need."""
-        weights = Weights.shapes_only(config, embedding_dtype)
+        weights = Weights.shapes_only(config, rows)
         return CudaModel(config, device, weights, Buffers(device, config, 1), Buffers(device, config, MAX_TOKENS))
 
 

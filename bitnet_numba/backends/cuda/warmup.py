@@ -25,7 +25,7 @@ from bitnet_numba.backends.cuda.forward import MAX_TOKENS, CudaModel, PrefillPas
 from bitnet_numba.backends.cuda.prompts import MIN_TOKENS
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size
 from bitnet_numba.backends.cuda.steps import BatchSteps, DecodeBuffers, DecodeSteps
-from bitnet_numba.backends.cuda.weights import EmbeddingDtype
+from bitnet_numba.backends.cuda.weights import RowFormats
 from bitnet_numba.backends.progress import CompileProgress
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError
@@ -53,7 +53,7 @@ class Needs(NamedTuple):
     """What needs kernels: a context, or with `max_sequences` a batch beside it; `both`: the two."""
 
     config: ModelConfig
-    embedding_dtype: EmbeddingDtype
+    rows: RowFormats
     target: ArchSpec
     max_sequences: int | None = None
     both: bool = False
@@ -62,7 +62,7 @@ class Needs(NamedTuple):
         """Every kernel, always in the same order."""
         device = DryRunDevice(self.target.arch, self.target.num_sms)
         config = replace(self.config, num_layers=1)  # every layer takes the same
-        model = CudaModel.dry_run(config, self.embedding_dtype, device)
+        model = CudaModel.dry_run(config, self.rows, device)
         if self.max_sequences is None or self.both:
             _dry_run_context(model)
         if self.max_sequences is not None:
@@ -101,7 +101,7 @@ def _powers_of_two(first: int, last: int) -> list[int]:
 
 def load_specs(
     config: ModelConfig,
-    embedding_dtype: EmbeddingDtype,
+    rows: RowFormats,
     device: CudaDevice,
     max_sequences: int | None = None,
     ahead: int | None = None,
@@ -110,7 +110,7 @@ def load_specs(
 
     ahead: sequences of a batch whose kernels are compiled as well if many processes can do that. Raises BackendError.
     """
-    needs = Needs(config, embedding_dtype, ArchSpec(device.arch, device.num_sms), max_sequences)
+    needs = Needs(config, rows, ArchSpec(device.arch, device.num_sms), max_sequences)
     specs, more = needs.specs(), needs
     if ahead is not None and _most_processes() >= MANY_PROCESSES:
         more = needs._replace(max_sequences=ahead, both=True)

@@ -1,13 +1,11 @@
 """A checkpoint's tensors in device memory: one slab, filled from the mapped file through page-locked buffers."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from bitnet_numba.bfloat16 import from_float32
-from bitnet_numba.checkpoint.packed import PackedCheckpoint, packed_plan
+from bitnet_numba.checkpoint.packed import PackedCheckpoint, RowFormat, packed_plan
 from bitnet_numba.checkpoint.safetensors_file import DTYPES
 from bitnet_numba.config import GROUPS, ModelConfig
 from bitnet_numba.errors import BackendError
@@ -22,8 +20,13 @@ from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS
 
 ALIGN = 256  # bytes: every tensor starts at a multiple of this
 STAGING = 32 << 20  # bytes of each of two page-locked buffers
-ROWS_AT_A_TIME = 8192  # of rows that are rounded
-EmbeddingDtype = Literal["bf16", "int8"]  # of embedding and LM head on the device
+
+
+class RowFormats(NamedTuple):
+    """How the rows of a model's embedding and LM head are kept."""
+
+    embed: RowFormat
+    head: RowFormat
 
 
 def why_unsupported(checkpoint: PackedCheckpoint) -> str | None:
@@ -53,23 +56,6 @@ def why_unsupported(checkpoint: PackedCheckpoint) -> str | None:
     return None
 
 
-def embedding_dtype(checkpoint: PackedCheckpoint) -> EmbeddingDtype:
-    """The dtype of a checkpoint's embedding and LM head on the device: float16 and float32 are rounded to bfloat16."""
-    return "int8" if checkpoint.embed == "int8" else "bf16"
-
-
-def _on_device(checkpoint: PackedCheckpoint, name: str) -> NDArray[Any]:
-    """A tensor as it is uploaded."""
-    tensor = checkpoint.tensor(name)
-    if name not in ("embed.weight", "head.weight") or tensor.dtype.kind != "f":
-        return tensor
-    rounded = np.empty(tensor.shape, np.uint16)
-    for start in range(0, len(tensor), ROWS_AT_A_TIME):
-        rows = slice(start, start + ROWS_AT_A_TIME)
-        rounded[rows] = from_float32(np.asarray(tensor[rows], np.float32))
-    return rounded
-
-
 def _padded(size: int) -> int:
     """Elements with the zeros after them: norms and scales are read in whole 16-byte pieces, up to whole blocks."""
     return -(-size // BLOCK_COLS) * BLOCK_COLS
@@ -81,12 +67,18 @@ class Weights:
     Norms are padded with zeros to whole blocks of columns. Tensor names are those of `checkpoint.packed`.
     """
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, DeviceArray], slab: DeviceArray | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        rows: RowFormats,
+        tensors: Mapping[str, DeviceArray],
+        slab: DeviceArray | None = None,
+    ):
         """slab: the memory that the tensors lie in, freed by `close`."""
         self._config, self._tensors, self._slab = config, tensors, slab
         self.nbytes = slab.nbytes if slab is not None else 0
-        self.embedding = self._table("embed")
-        self.lm_head = self.embedding if config.tied else self._table("head")
+        self.embedding = self._table("embed", rows.embed)
+        self.lm_head = self.embedding if config.tied else self._table("head", rows.head)
         self.final_norm = self._norm("norm.weight")
 
     @staticmethod
@@ -99,9 +91,8 @@ class Weights:
         size = 0
         for name in checkpoint.names:
             tensor = checkpoint.tensor(name)
-            itemsize = min(tensor.itemsize, 2) if name in ("embed.weight", "head.weight") else tensor.itemsize
             offsets[name] = size
-            size += -(-_padded(tensor.size) * itemsize // ALIGN) * ALIGN
+            size += -(-_padded(tensor.size) * tensor.itemsize // ALIGN) * ALIGN
         if size > free:
             raise BackendError(
                 f"the weights take {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB of device memory are free"
@@ -111,7 +102,7 @@ class Weights:
         staging = [(PinnedArray(STAGING, np.uint8), Event()) for _ in range(2)]
         copies = 0
         for name in checkpoint.names:
-            tensor = _on_device(checkpoint, name)
+            tensor = checkpoint.tensor(name)
             tensors[name] = DeviceView(slab.address + offsets[name], _padded(tensor.size), tensor.dtype)
             data = tensor.reshape(-1).view(np.uint8)
             for start in range(0, len(data), STAGING):
@@ -126,14 +117,15 @@ class Weights:
         stream.synchronize()
         for buffer, _ in staging:
             buffer.close()
-        return Weights(checkpoint.config, tensors, slab)
+        return Weights(checkpoint.config, RowFormats(checkpoint.embed, checkpoint.head), tensors, slab)
 
     @staticmethod
-    def shapes_only(config: ModelConfig, dtype: EmbeddingDtype) -> "Weights":
+    def shapes_only(config: ModelConfig, rows: RowFormats) -> "Weights":
         """Weights without memory, for a dry run."""
-        plan = packed_plan(config, dtype, dtype)
+        plan = packed_plan(config, *rows)
         return Weights(
             config,
+            rows,
             {
                 name: DeviceView(0, _padded(int(np.prod(spec.shape, dtype=np.int64))), DTYPES[spec.dtype])
                 for name, spec in plan.items()
@@ -160,14 +152,12 @@ class Weights:
     def _norm(self, name: str) -> Norm:
         return Norm(self._tensors[name], self._config.rms_norm_eps)
 
-    def _table(self, name: str) -> EmbeddingTable:
-        config = self._config
-        return EmbeddingTable(
-            self._tensors[f"{name}.weight"],
-            self._tensors.get(f"{name}.scale"),
-            config.vocab_size,
-            config.hidden_size,
-        )
+    def _table(self, name: str, row_format: RowFormat) -> EmbeddingTable:
+        config, tensors = self._config, self._tensors
+        ternary = row_format == "ternary"
+        rows = tensors[f"{name}.words" if ternary else f"{name}.weight"]
+        scale = tensors.get(f"{name}.scales" if ternary else f"{name}.scale")
+        return EmbeddingTable(rows, scale, config.vocab_size, config.hidden_size, row_format)
 
     def close(self) -> None:
         """Frees the memory."""

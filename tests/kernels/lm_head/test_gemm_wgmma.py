@@ -16,7 +16,7 @@ from bitnet_numba.kernels.lm_head import gemm_wgmma as kernel
 from bitnet_numba.kernels.lm_head import split_norm
 from bitnet_numba.kernels.lm_head.gemm import layout_for, lm_head_gemm, split_words
 from bitnet_numba.kernels.lm_head.gemm_wgmma import ARCH
-from bitnet_numba.kernels.operands import EmbeddingTable, Norm
+from bitnet_numba.kernels.operands import EmbeddingTable, Norm, RowDtype
 from bitnet_numba.kernels.runtime.spec import ArchSpec
 from tests.kernels.harness import Out, arch, assert_close, mapped, needs_gpu, run, simulated, why_no_gpu
 from tests.kernels.lm_head.test_gemm import EPS, normed, tolerance
@@ -47,8 +47,8 @@ def launch(
     plan = kernel.plan(num_tokens)
     tile = tile._replace(tokens=plan.tokens) if tile else plan
     padded = split_norm.padded_tokens("wgmma", num_tokens)
-    x = Out(split_norm.x_words("wgmma", num_tokens, K, False), np.int32)
-    run(split_norm.spec(ARCH, K, "wgmma", False, threads), padded, [h, norm, EPS, x, num_tokens, tile.tokens])
+    x = Out(split_norm.x_words("wgmma", num_tokens, K, "bf16"), np.int32)
+    run(split_norm.spec(ARCH, K, "wgmma", "bf16", threads), padded, [h, norm, EPS, x, num_tokens, tile.tokens])
     logits = Out(num_tokens * num_rows, np.float32)
     of_weight, of_x = kernel.map_shapes(tile, num_rows, num_tokens, K)
     (weights, _on_device), (terms, _too) = mapped(weight, of_weight), mapped(x.array.copy(), of_x)
@@ -176,7 +176,7 @@ def test_launcher_on_gpu() -> None:
     device, stream = usable_device(), Stream()
     num_rows, num_tokens, K = 5000, 40, 2560
     h, norm, weight = inputs(np.random.default_rng(5), num_rows, num_tokens, K)
-    table = EmbeddingTable(device.array(weight), None, num_rows, K)
+    table = EmbeddingTable(device.array(weight), None, num_rows, K, "bf16")
     split = device.empty(split_words(device, table, num_tokens), np.int32)
     logits = device.empty(num_tokens * num_rows, np.float32)
     on_device = device.array(h), Norm(device.array(norm), float(EPS))
@@ -201,8 +201,8 @@ def test_plan() -> None:
 
 
 def test_serves_one_architecture() -> None:
-    chosen = [layout_for(target, int8) for target, int8 in ((90, False), (90, True), (100, False))]
-    assert chosen == ["wgmma", "mma", "mma"]
+    chosen = [layout_for(target, dtype) for target, dtype in ((90, "bf16"), (90, "int8"), (90, "f16"), (100, "bf16"))]
+    assert chosen == ["wgmma", "mma", "mma", "mma"]
     assert lm_head_gemm_wgmma(80) == [] and len(lm_head_gemm_wgmma(90)) == 6
 
 
@@ -214,12 +214,19 @@ def test_refuses_tiles(tile: tuple[int, ...]) -> None:
 
 def test_batches_have_its_variants_compiled() -> None:
     from bitnet_numba.backends.cuda.warmup import Needs
+    from bitnet_numba.backends.cuda.weights import RowFormats
 
     config = ModelConfig.from_hf(PRESETS["2b-4t"][1] | {"quantization_config": {"quant_method": "bitnet"}})
-    for arch_, int8, expected in ((90, False, True), (90, True, False), (80, False, False)):
-        needs = Needs(config, "int8" if int8 else "bf16", ArchSpec(arch_, 132), 200)
+    cases: list[tuple[int, RowDtype, bool]] = [
+        (90, "bf16", True),
+        (90, "int8", False),
+        (90, "f16", False),
+        (80, "bf16", False),
+    ]
+    for arch_, dtype, expected in cases:
+        needs = Needs(config, RowFormats(dtype, dtype), ArchSpec(arch_, 132), 200)
         names = {spec.name for spec in needs.specs()}
         taken = {kernel.spec(90, kernel.plan(rows)).name for rows in (1, 16, 32, 64, 128, 200)}
-        taken |= {split_norm.spec(90, config.hidden_size, "wgmma", False).name}
+        taken |= {split_norm.spec(90, config.hidden_size, "wgmma", "bf16").name}
         assert taken <= names if expected else not taken & names
         assert any(name.startswith("lm_head_mma") for name in names) != expected

@@ -70,7 +70,7 @@ def test_a_dry_run_records_the_kernels_of_its_launches() -> None:
     device = DryRunDevice(90, 132)
     N, K, vocab_size = 96, 320, 50
     linear = PackedLinear(device.array(np.zeros(packed_words(N, K), np.int32)), device.zeros(1, np.float32), (N,), K)
-    table = EmbeddingTable(device.empty(vocab_size * K, np.uint16), None, vocab_size, K)
+    table = EmbeddingTable(device.empty(vocab_size * K, np.uint16), None, vocab_size, K, "bf16")
     norm = Norm(device.empty(K, np.float32), 1e-5)
     x, out, logits = (device.empty(size, np.float32) for size in (K, N, vocab_size))
     first = lm_head_gemv(device, table, x, norm, logits)

@@ -1,0 +1,63 @@
+"""Thoughts: what some models write between <think> and </think> before they answer."""
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+class ThoughtReader:
+    """Tells the thought of an answer from the answer, as the text arrives. White space between them belongs to neither."""
+
+    def __init__(self, opened: bool = False):
+        """opened: the prompt has begun the thought, so the text comes without its tag."""
+        self._where = "thought" if opened else "start"
+        self._held = ""  # what has arrived and may yet be a tag, or white space around one
+        self._first = True  # whether nothing visible of the present part has come
+
+    def push(self, text: str) -> tuple[str, str]:
+        """What follows of the thought, and of the answer."""
+        self._held += text
+        if self._where == "start":
+            begun = self._held.lstrip()
+            if len(begun) < len(OPEN) and OPEN.startswith(begun):
+                return "", ""
+            if begun.startswith(OPEN):
+                self._where, self._held = "thought", begun[len(OPEN) :]
+            else:
+                self._where, self._first = "answer", False
+        thought = self._read_thought() if self._where == "thought" else ""
+        return thought, self._read(self._held) if self._where == "answer" else ""
+
+    def finish(self) -> tuple[str, str]:
+        """The rest of both, at the end of the text."""
+        rest, self._held = self._held, ""
+        if self._where == "thought":
+            return (rest.strip() if self._first else rest.rstrip()), ""
+        return "", rest if self._where == "start" else ""
+
+    def _read_thought(self) -> str:
+        thought, end, rest = self._held.partition(CLOSE)
+        if end:
+            thought = thought.strip() if self._first else thought.rstrip()
+            self._where, self._held, self._first = "answer", rest, True
+            return thought
+        held = next(n for n in range(len(CLOSE) - 1, -1, -1) if thought.endswith(CLOSE[:n]))
+        return self._read(thought[: len(thought) - held].rstrip())
+
+    def _read(self, text: str) -> str:
+        """Takes the beginning of what is held, without white space before the first visible character."""
+        self._held = self._held[len(text) :]
+        if self._first:
+            text = text.lstrip()
+            self._first = not text
+        return text
+
+
+def split_thought(text: str) -> tuple[str, str]:
+    """The thought and the answer in the text of a completion; "" for a thought that is not there.
+
+    A thought without an end, for the answer was cut, is one if its tag stands at the beginning of the text; where the
+    prompt has begun the thought, the text has only the tag at its end.
+    """
+    reader = ThoughtReader(opened=CLOSE in text and OPEN not in text.partition(CLOSE)[0])
+    pieces = reader.push(text), reader.finish()
+    thought, answer = ("".join(parts) for parts in zip(*pieces, strict=True))
+    return thought, answer
