@@ -24,6 +24,8 @@ from bitnet_numba.kernels.ptx.math import (
     dp4a,
     dp4a_us,
     exp2_approx,
+    f16_high,
+    f16_low,
     float_to_bits,
     fma_bf16x2,
     int_to_float,

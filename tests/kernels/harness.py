@@ -172,9 +172,9 @@ class HarnessDevice(DryRunDevice):
         """Runs the last launch, with the checks of `harness.run`; returns the kernel's name."""
         assert self._launch is not None
         spec, grid, arguments = self._launch
-        # int8 activations are read as words.
+        # int8 activations and float16 scales are read as words.
         arrays = [self._arrays[id(a)][1] if id(a) in self._arrays else a for a in arguments]
-        run(spec, grid, [a.view(np.int32) if getattr(a, "dtype", None) == np.int8 else a for a in arrays], repeat)
+        run(spec, grid, [a.view(np.int32) if getattr(a, "dtype", None) in (np.int8, np.float16) else a for a in arrays], repeat)
         return spec.name
 
 
