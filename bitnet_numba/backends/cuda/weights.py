@@ -12,7 +12,7 @@ from bitnet_numba.checkpoint.safetensors_file import DTYPES
 from bitnet_numba.config import GROUPS, ModelConfig
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention.parts import MAX_HEAD_DIM
-from bitnet_numba.kernels.linear.operands import PackedLinear
+from bitnet_numba.kernels.linear.operands import GroupedLinear, PackedLinear
 from bitnet_numba.kernels.linear.quantize import MAX_COLUMNS
 from bitnet_numba.kernels.operands import EmbeddingTable, Norm
 from bitnet_numba.kernels.runtime.driver import Event, Stream
@@ -29,12 +29,10 @@ EmbeddingDtype = Literal["bf16", "int8"]  # of embedding and LM head on the devi
 def why_unsupported(checkpoint: PackedCheckpoint) -> str | None:
     """What the CUDA backend cannot run about a checkpoint, in a few words; None if it can run it."""
     config = checkpoint.config
-    if config.group_scales:
-        return "weights with a scale for each row and 128 columns run on the CPU only"
+    if "embed.words" in checkpoint.names or "head.words" in checkpoint.names:
+        return "ternary rows of the embedding or LM head run on the CPU only"
     if config.embeds:
         return "embedding models run on the CPU only"
-    if config.qk_norm:
-        return "queries and keys with a norm of their own run on the CPU only"
     if config.linear_norm:
         return "linears with a norm of their own (use_rms_norm) run on the CPU only"
     if any(name.endswith((".qkv.weight", ".o.weight", ".gate_up.weight", ".down.weight")) for name in checkpoint.names):
@@ -43,6 +41,8 @@ def why_unsupported(checkpoint: PackedCheckpoint) -> str | None:
         return f"hidden_size {config.hidden_size} is not a multiple of {BLOCK_COLS}"
     if config.intermediate_size % BLOCK_ROWS:
         return f"intermediate_size {config.intermediate_size} is not a multiple of {BLOCK_ROWS}"
+    if config.group_scales and config.q_size % 4:
+        return f"with group scales, {config.num_heads} heads of {config.head_dim} are no multiple of 4 columns"
     columns = max(config.group_shape(group)[1] for group in GROUPS)
     if columns > MAX_COLUMNS:
         return f"a linear of {columns} columns is over {MAX_COLUMNS}"
@@ -140,11 +140,12 @@ class Weights:
             },
         )
 
-    def linear(self, layer: int, group: str) -> PackedLinear:
+    def linear(self, layer: int, group: str) -> PackedLinear | GroupedLinear:
         """A layer's ternary matrix of a group (a key of `config.GROUPS`)."""
         segments, K = self._config.group_shape(group)
         name = f"layers.{layer}.{group}"
-        return PackedLinear(
+        kind = GroupedLinear if self._config.group_scales else PackedLinear
+        return kind(
             self._tensors[f"{name}.words"],
             self._tensors[f"{name}.scales"],
             tuple(segments),
@@ -156,6 +157,10 @@ class Weights:
         """A layer's input_norm, attn_sub_norm, post_attention_norm or ffn_sub_norm; None if the model has none."""
         full_name = f"layers.{layer}.{name}.weight"
         return self._norm(full_name) if full_name in self._tensors else None
+
+    def head_norm(self, layer: int, name: str) -> Norm:
+        """A layer's q_norm or k_norm, of models that have them."""
+        return self._norm(f"layers.{layer}.{name}.weight")
 
     def _norm(self, name: str) -> Norm:
         return Norm(self._tensors[name], self._config.rms_norm_eps)
