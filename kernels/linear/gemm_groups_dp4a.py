@@ -9,15 +9,15 @@ The scheme of gemm_dp4a.py; same arguments and results as gemm_groups_mma.py.
 
 from collections.abc import Callable
 
-import numpy as np
 from numba import cuda
 
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.linear.epilogue import make_group_epilogue
 from bitnet_numba.kernels.linear.gemm_dp4a import STEP, TOKENS
 from bitnet_numba.kernels.linear.gemm_groups_mma import GROUP_SCALES
+from bitnet_numba.kernels.linear.signed import WEIGHT, signed
 from bitnet_numba.kernels.ptx.base import WARP, float32, int32
-from bitnet_numba.packing import BLOCK_ROWS, CODE_BITS, CODE_MASK
+from bitnet_numba.packing import BLOCK_ROWS
 
 
 def make_gemm_groups_dp4a(
@@ -36,9 +36,7 @@ def make_gemm_groups_dp4a(
     PRODUCTS = WK * WARP_PRODUCTS
     OUTS = -(-RESULTS // THREADS)
     Y_REGS = HALVES * OUTS
-    MASK = np.int32(CODE_MASK)
-    SHIFT1, SHIFT2, SHIFT3 = CODE_BITS, 2 * CODE_BITS, 3 * CODE_BITS
-    ZERO = float32(0)
+    ZERO, PER_WEIGHT = float32(0), float32(1 / WEIGHT)
 
     def gemm(words, q, steps, count, scales, bias, out, M, steps_row, rows, KP, groups, k_iters, row_blocks, up_offset):
         product_s = ptx.pointer(cuda.shared.array(PRODUCTS, float32))
@@ -72,10 +70,9 @@ def make_gemm_groups_dp4a(
                         x0, x1, x2, x3 = ptx.load4(q, q_rd[t] + ((start + lane_column) >> 2))
                         for r in range(4):
                             w = w0 if r == 0 else (w1 if r == 1 else (w2 if r == 2 else w3))
-                            a = ptx.dp4a_us(w & MASK, x0, int32(0))
-                            a = ptx.dp4a_us((w >> SHIFT1) & MASK, x1, a)
-                            a = ptx.dp4a_us((w >> SHIFT2) & MASK, x2, a)
-                            acc_r[(half * 4 + r) * T + t] = ptx.dp4a_us((w >> SHIFT3) & MASK, x3, a)
+                            a = ptx.dp4a(signed(w, 1), x1, ptx.dp4a(signed(w, 0), x0, int32(0)))
+                            a = ptx.dp4a(signed(w, 3), x3, ptx.dp4a(signed(w, 2), x2, a))
+                            acc_r[(half * 4 + r) * T + t] = a
             # The eight lanes that share rows differ in bits 1, 3 and 4.
             for n in range(ACC_REGS):
                 a = acc_r[n]
@@ -86,14 +83,13 @@ def make_gemm_groups_dp4a(
                 row = int32((lane & 1) * 4 + (lane >> 2 & 1) * 8)
                 to = int32(warp * WARP_PRODUCTS + row * T)
                 for t in range(T):
-                    steps_rd = int32((group * steps_row + min(int32(first + t), int32(limit - 1))) * 2)
-                    d, offset = steps[steps_rd], steps[steps_rd + 1]
+                    d = float32(steps[group * steps_row + min(int32(first + t), int32(limit - 1))] * PER_WEIGHT)
                     for half in range(HALVES):
                         scales_rd = int32((int32(block + half * up_offset) * groups + group) * GROUP_SCALES + (row >> 1))
                         for r in range(4):
                             pair = scales[scales_rd + (r >> 1)]
                             m = ptx.f16_high(pair) if r & 1 else ptx.f16_low(pair)
-                            acc = ptx.add_rn(ptx.int_to_float(acc_r[(half * 4 + r) * T + t]), -offset)
+                            acc = ptx.int_to_float(acc_r[(half * 4 + r) * T + t])
                             product_s[to + half * RESULTS + r * T + t] = ptx.mul_rn(acc, ptx.mul_rn(m, d))
             cuda.syncthreads()
             for i in range(OUTS):

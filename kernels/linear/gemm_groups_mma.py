@@ -3,17 +3,17 @@
     y[m, n] = sum over groups g of acc[m, n, g] * (scales[n, g] * d[g, m])  (+ bias[n])
 
 Fragments are gemm_mma.py's: a lane's 16 columns of 64, rows r and r + 1, tokens 2 i and 2 i + 1. A k_iter is a group of
-128 columns of each of `k_warps` warps. Four mma make the exact sum of a group, which starts at MAGIC: its bits, taken
-as float32, are then 1.5 * 2^23 plus the sum, and one subtraction turns them into a float and takes off the codes'
-offset. The products acc * (scale * d) are added up from the first group on, so a token's row has the reference's bits,
-whatever M and the tile:
+128 columns of each of `k_warps` warps. Four mma make the exact sum of a group, of weights times 64 (see `signed`). It
+starts at MAGIC: its bits, taken as float32, are then 1.5 * 2^23 plus the sum, and one subtraction makes it a float. The
+products acc * (scale * d) are added up from the first group on, so a token's row has the reference's bits, whatever M
+and the tile:
 
     k_warps = 1    in registers, group after group
     k_warps > 1    a k_iter's products meet in shared memory; while the next are made, warp k adds up those of every
                    k_warps-th fragment (4 x 32 of a row-block and eight tokens), in the order of the groups
 
     shared memory  | stage 0: q, steps | stage 1: q, steps | ... | products of even k_iters | of odd k_iters |
-                   q: [k_warps * 2 panels of 64 columns, T, 64 bytes]; steps: [k_warps, T, 2]
+                   q: [k_warps * 2 panels of 64 columns, T, 64 bytes]; steps: [k_warps, T]
 
 Weights and scales go straight to registers, `reg_stages` k_iters ahead and the first before `pdl_wait`; activations
 through shared memory, `stages` - 1 k_iters ahead: by cp.async from sm_80 on, before that by loads and stores.
@@ -27,9 +27,10 @@ from numba import cuda
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.linear.epilogue import make_group_epilogue
 from bitnet_numba.kernels.linear.gemm_mma import FRAGMENT, PANEL_INTS, TOKENS
+from bitnet_numba.kernels.linear.signed import WEIGHT, signed
 from bitnet_numba.kernels.linear.tile import Tile
 from bitnet_numba.kernels.ptx.base import device_function, float32, int32, uint32
-from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_BITS, CODE_MASK, GROUP_COLS
+from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, GROUP_COLS
 
 STAGED_ARCH = 80  # asynchronous copies to shared memory
 GROUP_INTS = GROUP_COLS // 4  # of a token's activations
@@ -38,8 +39,8 @@ MAGIC = np.float32(1.5 * 2**23)  # whole numbers up to 2^22 added to its bits ar
 
 
 def stage_ints(tile: Tile) -> int:
-    """Shared memory of a stage, in int32: activations, and two floats for each token and group."""
-    return tile.k_warps * tile.tokens * (GROUP_INTS + 2)
+    """Shared memory of a stage, in int32: activations, and a step for each token and group."""
+    return tile.k_warps * tile.tokens * (GROUP_INTS + 1)
 
 
 def products_of(tile: Tile) -> int:
@@ -58,7 +59,7 @@ def make_gemm_groups_mma(
     """The kernel for a tile with scheme "mma"; epilogues as of `make_group_epilogue`. Raises ValueError if the tile's
     tokens are no multiple of 8, it has no two stages, or "gated" row-blocks come in no pairs."""
     load, wait, trigger = ptx.stream_load2(arch), ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
-    multiply = ptx.mma_s8(arch)
+    multiply = ptx.mma_s8(arch, signed=True)
     finish = make_group_epilogue(epilogue, activation)
     GATED, RESIDUAL = epilogue == "gated", epilogue == "residual"
     T, U, WR, WK, REG_STAGES, STAGES = tile[:6]
@@ -69,7 +70,7 @@ def make_gemm_groups_mma(
     ASYNC = arch >= STAGED_ARCH
     arrived = ptx.cp_async_wait(max(STAGES - 2, 0))
     STAGE, STEPS_AT = stage_ints(tile), WK * T * GROUP_INTS
-    Q_CHUNKS, S_CHUNKS = STEPS_AT // 4, WK * T // 2  # of 16 bytes
+    Q_CHUNKS, S_CHUNKS = STEPS_AT // 4, WK * T // 4  # of 16 bytes
     Q_COPIES, S_COPIES = -(-Q_CHUNKS // THREADS), -(-S_CHUNKS // THREADS)
     W_REGS, M_REGS, A_REGS = 4 * U * REG_STAGES, U * REG_STAGES, 16 * U
     FRAGMENTS = NT * U  # of a warp's products
@@ -77,8 +78,8 @@ def make_gemm_groups_mma(
     PRODUCTS_AT = STAGES * STAGE
     OWN = -(-NT * UNITS // WK)  # fragments of the output that a warp adds up
     Y_REGS, OLD_REGS = 4 * OWN * HALVES, 4 * OWN
-    MASK, START = np.int32(CODE_MASK), int32(MAGIC.view(np.int32))
-    ZERO = float32(0)
+    START = int32(MAGIC.view(np.int32))
+    ZERO, PER_WEIGHT, LESS = float32(0), float32(1 / WEIGHT), float32(-MAGIC)
     if GATED and U % 2 or T % TOKENS or STAGES < 2:
         raise ValueError(f"no GEMM with group scales is made of {tile}")
 
@@ -107,9 +108,9 @@ def make_gemm_groups_mma(
                 copy(shared, stage_wr + chunk * 4, q, at, size)
         for n in range(S_COPIES):
             chunk = int32(tid + n * THREADS)
-            token, group = int32(first + chunk % (T // 2) * 2), int32(ahead * WK + chunk // (T // 2))
+            token, group = int32(first + chunk % (T // 4) * 4), int32(ahead * WK + chunk // (T // 4))
             size = int32(16) if token < steps_row and group < groups else int32(0)
-            at = int32((min(group, int32(groups - 1)) * steps_row + min(token, int32(steps_row - 2))) * 2)
+            at = int32(min(group, int32(groups - 1)) * steps_row + min(token, int32(steps_row - 4)))
             if S_CHUNKS % THREADS == 0 or chunk < S_CHUNKS:
                 copy(shared, stage_wr + STEPS_AT + chunk * 4, steps, at, size)
         if ASYNC:
@@ -136,7 +137,7 @@ def make_gemm_groups_mma(
             for n in range(4):
                 w = w_r[4 * (j * U + u) + n]
                 for p in range(4):
-                    a_r[16 * u + 8 * (n >> 1) + 4 * (p >> 1) + 2 * (p & 1) + (n & 1)] = (w >> (CODE_BITS * p)) & MASK
+                    a_r[16 * u + 8 * (n >> 1) + 4 * (p >> 1) + 2 * (p & 1) + (n & 1)] = signed(w, p)
 
     @device_function
     def sums_of(a_r, a, b):
@@ -218,7 +219,7 @@ def make_gemm_groups_mma(
 
         # 3. Products. One k_iter more than there are lets the last one's meet.
         b_rd = int32((2 * k_warp * T + g) * PANEL_INTS + i * 4)
-        steps_rd = int32(STEPS_AT + (k_warp * T + 2 * i) * 2)
+        steps_rd = int32(STEPS_AT + k_warp * T + 2 * i)
         products_rd = int32(PRODUCTS_AT + row_warp * (WK * FRAGMENTS * FRAGMENT) + lane * 4)
         products_wr = int32(products_rd + k_warp * (FRAGMENTS * FRAGMENT))
         stage_rd, stage_wr, odd = int32(0), int32((STAGES - 1) * STAGE), int32(0)
@@ -238,17 +239,16 @@ def make_gemm_groups_mma(
                         at = int32(stage_rd + b_rd + t * TOKENS * PANEL_INTS)
                         b0, b1, b2, b3 = ptx.load4(shared, at)
                         b4, b5, b6, b7 = ptx.load4(shared, at + T * PANEL_INTS)
-                        d0, o0, d1, o1 = ptx.load4(shared, stage_rd + steps_rd + t * (2 * TOKENS))
-                        d0, d1 = ptx.bits_to_float(uint32(d0)), ptx.bits_to_float(uint32(d1))
-                        o0 = -ptx.add_rn(ptx.bits_to_float(uint32(o0)), MAGIC)
-                        o1 = -ptx.add_rn(ptx.bits_to_float(uint32(o1)), MAGIC)
+                        at = int32(stage_rd + steps_rd + t * TOKENS)
+                        d0, d1 = ptx.bits_to_float(uint32(shared[at])), ptx.bits_to_float(uint32(shared[at + 1]))
                         for u in range(U):
                             c0, c1, c2, c3 = sums_of(a_r, 16 * u, (b0, b1, b2, b3, b4, b5, b6, b7))
-                            m0, m1 = ptx.f16_low(m_r[j * U + u]), ptx.f16_high(m_r[j * U + u])
-                            c0 = ptx.mul_rn(ptx.add_rn(c0, o0), ptx.mul_rn(m0, d0))
-                            c1 = ptx.mul_rn(ptx.add_rn(c1, o1), ptx.mul_rn(m0, d1))
-                            c2 = ptx.mul_rn(ptx.add_rn(c2, o0), ptx.mul_rn(m1, d0))
-                            c3 = ptx.mul_rn(ptx.add_rn(c3, o1), ptx.mul_rn(m1, d1))
+                            m0 = ptx.mul_rn(ptx.f16_low(m_r[j * U + u]), PER_WEIGHT)
+                            m1 = ptx.mul_rn(ptx.f16_high(m_r[j * U + u]), PER_WEIGHT)
+                            c0 = ptx.mul_rn(ptx.add_rn(c0, LESS), ptx.mul_rn(m0, d0))
+                            c1 = ptx.mul_rn(ptx.add_rn(c1, LESS), ptx.mul_rn(m0, d1))
+                            c2 = ptx.mul_rn(ptx.add_rn(c2, LESS), ptx.mul_rn(m1, d0))
+                            c3 = ptx.mul_rn(ptx.add_rn(c3, LESS), ptx.mul_rn(m1, d1))
                             n = t * U + u
                             if WK > 1:
                                 store_products(shared, products_wr + odd + n * FRAGMENT, c0, c1, c2, c3)

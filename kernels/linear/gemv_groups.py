@@ -4,7 +4,8 @@
 
 acc[n, g]: the exact sum of q[k] * w[n, k] over the 128 columns of group g; m: the weights' float16 scales; d: the steps
 of the vector, which is quantised group by group. The groups are added from the first on, so the result has the
-reference's bits, however the rows and columns are shared out.
+reference's bits, however the rows and columns are shared out. The codes are made signed weights, times 64 (see
+`signed`), so that no sum of q is needed; d takes the 64 off, exactly.
 
 Blocks, rounds, rows and the loads before `pdl_wait` are those of gemv.py; a step of 128 columns is a group. New is that
 a warp may not add up groups in registers. So it makes the sums of four groups at a time, on tensor cores, whose product
@@ -30,9 +31,9 @@ from numba import cuda
 from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
+from bitnet_numba.kernels.linear import gemv
 from bitnet_numba.kernels.linear.epilogue import GROUP_EPILOGUES, make_group_epilogue
 from bitnet_numba.kernels.linear.gemv import (
-    ALL_ONES,
     EPSILON,
     INT8_MAX,
     MAX_BLOCKS_PER_SM,
@@ -41,21 +42,22 @@ from bitnet_numba.kernels.linear.gemv import (
     STEP_COLS,
     STEP_WORDS,
     Plan,
-    plan,
     put4,
     zero4,
 )
 from bitnet_numba.kernels.linear.heuristics import MIN_ARCH
 from bitnet_numba.kernels.linear.operands import GroupedLinear, check_segments
+from bitnet_numba.kernels.linear.signed import WEIGHT, signed
 from bitnet_numba.kernels.operands import Norm, checked
 from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, int32
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.spec import KernelSpec
-from bitnet_numba.packing import BLOCK_ROWS, CODE_BITS, CODE_MASK, CODE_OFFSET, GROUP_COLS, padded_shape
+from bitnet_numba.packing import BLOCK_ROWS, GROUP_COLS, ZERO_WORD, padded_shape
 
 assert STEP_COLS == GROUP_COLS  # a lane's 16 bytes are of one group
 QUAD = 4  # groups that are multiplied into one set of sums
+MAX_LOADS = 24  # of a lane in a round: more are not unrolled any more
 EXTRA_REGISTERS = 64  # of a thread, beside the weights and scales it holds
 
 
@@ -72,7 +74,7 @@ def make_gemv_groups(
 ) -> Callable[..., None]:
     """The kernel for K columns; units, parts and rounds as of `make_gemv`."""
     load, wait, trigger = ptx.stream_load(arch), ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
-    multiply, finish = ptx.mma_s8(arch), make_group_epilogue(epilogue, activation)
+    multiply, finish = ptx.mma_s8(arch, signed=True), make_group_epilogue(epilogue, activation)
     GATED, RESIDUAL, NORM, MMA = epilogue == "gated", epilogue == "residual", norm, tensor_cores
     UNITS, P, ROUNDS = units, parts, rounds
     HALVES = 2 if GATED else 1
@@ -92,10 +94,8 @@ def make_gemv_groups(
     X_REGS = 4 * X_LOADS
     OUT_THREADS = UNITS * BLOCK_ROWS
     PER_COLUMN = float32(1 / K)
-    MASK, PAIR = np.int32(CODE_MASK), 2 * CODE_BITS
-    MASK0, MASK1, MASK2, MASK3 = (np.int32(np.uint32(CODE_MASK << CODE_BITS * i).astype(np.int32)) for i in range(4))
-    SHIFT1, SHIFT2, SHIFT3 = CODE_BITS, 2 * CODE_BITS, 3 * CODE_BITS
-    ZERO = float32(0)
+    ZERO, PER_WEIGHT = float32(0), float32(1 / WEIGHT)
+    NOTHING = int32(np.uint32(ZERO_WORD).astype(np.int32))
 
     @device_function
     def load_x(x_r, n_r, x, tid):
@@ -117,33 +117,24 @@ def make_gemv_groups(
                 put4(n_r, 4 * j, ptx.load4(norm, chunk * 4))
 
     @device_function
-    def codes(word, pair):
-        """Columns 8 pair .. 8 pair + 3 of a word, and the four after them."""
-        return (word >> (PAIR * pair)) & MASK, (word >> (PAIR * pair + CODE_BITS)) & MASK
-
-    @device_function
     def add_products(sums, w0, w1, x0, x1, x2, x3):
         """Adds the products of two rows' words."""
         c0, c1, c2, c3 = sums
-        a0, a2 = codes(w0, 0)
-        a1, a3 = codes(w1, 0)
-        c0, c1, c2, c3 = multiply(a0, a1, a2, a3, x0, x1, c0, c1, c2, c3)
-        a0, a2 = codes(w0, 1)
-        a1, a3 = codes(w1, 1)
-        return multiply(a0, a1, a2, a3, x2, x3, c0, c1, c2, c3)
+        c0, c1, c2, c3 = multiply(
+            signed(w0, 0), signed(w1, 0), signed(w0, 1), signed(w1, 1), x0, x1, c0, c1, c2, c3
+        )
+        return multiply(signed(w0, 2), signed(w1, 2), signed(w0, 3), signed(w1, 3), x2, x3, c0, c1, c2, c3)
 
     @device_function
     def dot16(w, x0, x1, x2, x3):
-        """The sum of a word's 16 codes times 16 activations."""
-        a0, a1 = ptx.dp4a_us(w & MASK0, x0, int32(0)), ptx.dp4a_us(w & MASK1, x1, int32(0))
-        a2, a3 = ptx.dp4a_us(w & MASK2, x2, int32(0)), ptx.dp4a_us(w & MASK3, x3, int32(0))
-        return int32(a0 + (a1 >> SHIFT1) + (a2 >> SHIFT2) + (a3 >> SHIFT3))
+        """The sum of a word's 16 weights times 16 activations."""
+        a = ptx.dp4a(signed(w, 1), x1, ptx.dp4a(signed(w, 0), x0, int32(0)))
+        return ptx.dp4a(signed(w, 3), x3, ptx.dp4a(signed(w, 2), x2, a))
 
     def gemv_groups(words, x, norm, eps, scales, bias, out, rows, unit_count, up_offset):
         q_s = ptx.pointer(cuda.shared.array(Q_WORDS, int32, SHARED_ALIGN))
         part_s = ptx.pointer(cuda.shared.array(PART_FLOATS, float32, SHARED_ALIGN))  # [UNITS, HALVES, GROUPS, 16]
         step_s = ptx.pointer(cuda.shared.array(GROUPS, float32))
-        offset_s = ptx.pointer(cuda.shared.array(GROUPS, int32))
         square_s = ptx.pointer(cuda.shared.array(WARPS, float32))
         w_r = cuda.local.array(W_REGS, int32)
         m_r = cuda.local.array(M_REGS, int32)
@@ -176,7 +167,7 @@ def make_gemv_groups(
             if unit < unit_count and (EXACT or column < KP):
                 put4(w_r, 4 * u, load(words, int32(unit + half * up_offset) * KP + column))
             else:
-                zero4(w_r, 4 * u)
+                put4(w_r, 4 * u, (NOTHING, NOTHING, NOTHING, NOTHING))
         if MMA:
             scales_rd = int32(min(unit, int32(unit_count - 1)) + half * up_offset) * (GROUPS * GROUP_SCALES) + (row >> 1)
             for t in range(QUADS):
@@ -188,7 +179,7 @@ def make_gemv_groups(
         trigger()
         wait()
 
-        # 2. The activations as int8 in shared memory, and each group's step and sum.
+        # 2. The activations as int8 in shared memory, and each group's step.
         load_x(x_r, n_r, x, tid)
         squares = ZERO
         for j in range(X_LOADS):
@@ -222,13 +213,11 @@ def make_gemv_groups(
             q2 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j + 2], s), ROUNDER))
             q3 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j + 3], s), ROUNDER))
             word = int32(ptx.byte_permute(ptx.byte_permute(q0, q1, 0x40), ptx.byte_permute(q2, q3, 0x40), 0x5410))
-            q_sum = ptx.warp_sum_int(ptx.dp4a(word, ALL_ONES, int32(0)))
             chunk, group = int32(tid + j * THREADS), int32(warp + j * WARPS)
             if chunk < CHUNKS:
                 q_s[chunk] = word
             if lane == 0 and group < GROUPS:
-                step_s[group] = ptx.rcp_rn(s)
-                offset_s[group] = int32(CODE_OFFSET * q_sum)
+                step_s[group] = float32(ptx.rcp_rn(s) * PER_WEIGHT)
         cuda.syncthreads()
 
         # 3. Products, sums, output, round by round.
@@ -275,7 +264,7 @@ def make_gemv_groups(
                             if lane < 16 and group < GROUPS:
                                 pair = scales[scales_rd + group * GROUP_SCALES]
                                 m = ptx.f16_high(pair) if row & 1 else ptx.f16_low(pair)
-                                acc = ptx.int_to_float(int32(keep - offset_s[group]))
+                                acc = ptx.int_to_float(keep)
                                 part_s[part_wr + group * BLOCK_ROWS] = ptx.mul_rn(acc, ptx.mul_rn(m, step_s[group]))
                         if ROUNDS > 1:
                             column = int32(group * STEP_WORDS + piece * 4)
@@ -291,12 +280,10 @@ def make_gemv_groups(
                         group = int32(part + (QUAD * t + own_n + n) * P)
                         pair = m_r[2 * t + n]
                         if adds and QUAD * t + own_n + n < LOADS and group < GROUPS:
-                            offset, step = offset_s[group], step_s[group]
-                            upper_acc = ptx.int_to_float(int32((k1 if n else k0) - offset))
-                            lower_acc = ptx.int_to_float(int32((k3 if n else k2) - offset))
-                            to = int32(part_wr + group * BLOCK_ROWS)
-                            part_s[to] = ptx.mul_rn(upper_acc, ptx.mul_rn(ptx.f16_low(pair), step))
-                            part_s[to + 1] = ptx.mul_rn(lower_acc, ptx.mul_rn(ptx.f16_high(pair), step))
+                            step, to = step_s[group], int32(part_wr + group * BLOCK_ROWS)
+                            acc0, acc1 = ptx.int_to_float(k1 if n else k0), ptx.int_to_float(k3 if n else k2)
+                            part_s[to] = ptx.mul_rn(acc0, ptx.mul_rn(ptx.f16_low(pair), step))
+                            part_s[to + 1] = ptx.mul_rn(acc1, ptx.mul_rn(ptx.f16_high(pair), step))
                         if ROUNDS > 1:
                             m_r[2 * t + n] = scales[scales_rd + min(group, int32(GROUPS - 1)) * GROUP_SCALES]
 
@@ -319,6 +306,11 @@ def make_gemv_groups(
                 cuda.syncthreads()  # the next round writes the products again
 
     return gemv_groups
+
+
+def plan(rows: int, K: int, num_sms: int, gated: bool = False) -> Plan:
+    """The launch rule, as of `gemv.plan`."""
+    return gemv.plan(rows, K, num_sms, gated, MAX_LOADS)
 
 
 @cache

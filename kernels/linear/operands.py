@@ -103,10 +103,10 @@ class QuantizedActivations:
 @dataclass(frozen=True)
 class GroupedActivations:
     """Activations of M tokens as int8, each group of 128 columns by itself: `q`, and of each group and token the step
-    d = 1 / s of `quantize_groups` and CODE_OFFSET times the sum of its q (a whole number)."""
+    d = 1 / s of `quantize_groups`. (Sums of q are not needed: these kernels make signed weights of the codes.)"""
 
     q: Any  # int8 [M, K rounded up to 32], zeros at the end of each row
-    steps: Any  # float32 [groups, M rounded up to 2, 2]
+    steps: Any  # float32 [groups, M rounded up to 4]
 
     @staticmethod
     def empty(device: Device, num_tokens: int, K: int) -> "GroupedActivations":
@@ -121,12 +121,12 @@ class GroupedActivations:
 
 
 def steps_stride(num_tokens: int) -> int:
-    """Tokens of a group's row in `GroupedActivations.steps`: pairs of them are read at once."""
-    return -(-num_tokens // 2) * 2
+    """Tokens of a group's row in `GroupedActivations.steps`, which is copied in pieces of 16 bytes."""
+    return -(-num_tokens // 4) * 4
 
 
 def _grouped_sizes(num_tokens: int, K: int) -> tuple[int, int]:
-    return num_tokens * padded_shape(1, K)[1], 2 * num_groups(K) * steps_stride(num_tokens)
+    return num_tokens * padded_shape(1, K)[1], num_groups(K) * steps_stride(num_tokens)
 
 
 def check_segments(kernel: str, segments: Sequence[int], gated: bool) -> None:

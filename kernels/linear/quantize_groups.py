@@ -3,8 +3,8 @@
     n = w * (x / sqrt(mean(x^2) + eps)), or x itself
     of each group:  s = 127 / max(max|n|, 1e-5), q = rint(n * s), half to even, d = 1 / s      as `quantize_groups` has it
 
-As quantize.py, but a warp's 32 pieces of four columns are one group, so its absmax and its sum of q need no shared
-memory and no barrier. A group that holds NaN gets d = NaN, so that all that is made of it is NaN.
+As quantize.py, but a warp's 32 pieces of four columns are one group, so its absmax needs no shared memory and no
+barrier. A group that holds NaN gets d = NaN, so that all that is made of it is NaN.
 
     CTA = token     warp w: groups w, w + warps, ...    lane: four columns, 16 bytes in, one word of q out
 """
@@ -19,13 +19,13 @@ from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.linear.operands import GroupedActivations, steps_stride
-from bitnet_numba.kernels.linear.quantize import ALL_ONES, MAGNITUDE, MAX_COLUMNS, ROUNDER
+from bitnet_numba.kernels.linear.quantize import MAGNITUDE, MAX_COLUMNS, ROUNDER
 from bitnet_numba.kernels.operands import Norm, checked
 from bitnet_numba.kernels.ptx.base import WARP, float32, float64, int32, int64, uint32
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.spec import KernelSpec
-from bitnet_numba.packing import BLOCK_COLS, CODE_OFFSET, num_groups
+from bitnet_numba.packing import BLOCK_COLS, num_groups
 from bitnet_numba.quantize import EPSILON, INT8_MAX
 
 MAX_WARPS = 32
@@ -92,14 +92,11 @@ def make_quantize_groups(arch: int, K: int, norm: bool, warps: int) -> Callable[
             q2 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(v_r[4 * t + 2], scale), ROUNDER))
             q3 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(v_r[4 * t + 3], scale), ROUNDER))
             word = int32(ptx.byte_permute(ptx.byte_permute(q0, q1, 0x40), ptx.byte_permute(q2, q3, 0x40), 0x5410))
-            q_sum = ptx.warp_sum_int(ptx.dp4a(word, ALL_ONES, int32(0)))
             piece = int32(group * WARP + lane)
             if piece < PADDED:
                 q[row * PADDED + piece] = word
             if lane == 0 and group < GROUPS:
-                to = int64(2) * (int64(group) * stride + row)
-                steps[to] = ptx.div_rn(ONE, scale)
-                steps[to + 1] = ptx.int_to_float(int32(CODE_OFFSET * q_sum))
+                steps[int64(group) * stride + row] = ptx.div_rn(ONE, scale)
 
     return quantize_groups
 
