@@ -85,7 +85,9 @@ def make_gemm_groups_dp4a(
                 for t in range(T):
                     d = float32(steps[group * steps_row + min(int32(first + t), int32(limit - 1))] * PER_WEIGHT)
                     for half in range(HALVES):
-                        scales_rd = int32((int32(block + half * up_offset) * groups + group) * GROUP_SCALES + (row >> 1))
+                        scales_rd = int32(
+                            (int32(block + half * up_offset) * groups + group) * GROUP_SCALES + (row >> 1)
+                        )
                         for r in range(4):
                             pair = scales[scales_rd + (r >> 1)]
                             m = ptx.f16_high(pair) if r & 1 else ptx.f16_low(pair)

@@ -57,8 +57,9 @@ from bitnet_numba.packing import BLOCK_ROWS, GROUP_COLS, ZERO_WORD, padded_shape
 
 assert STEP_COLS == GROUP_COLS  # a lane's 16 bytes are of one group
 QUAD = 4  # groups that are multiplied into one set of sums
-MAX_LOADS = 24  # of a lane in a round: more are not unrolled any more
-EXTRA_REGISTERS = 64  # of a thread, beside the weights and scales it holds
+MAX_LOADS = 16  # of a lane in a round
+MAX_COLUMNS = 14336  # beyond, a block's part of the vector and of the weights do not fit its registers
+EXTRA_REGISTERS = 52  # of a thread, beside weights, scales, and the vector and norm that it holds
 
 
 def make_gemv_groups(
@@ -120,9 +121,7 @@ def make_gemv_groups(
     def add_products(sums, w0, w1, x0, x1, x2, x3):
         """Adds the products of two rows' words."""
         c0, c1, c2, c3 = sums
-        c0, c1, c2, c3 = multiply(
-            signed(w0, 0), signed(w1, 0), signed(w0, 1), signed(w1, 1), x0, x1, c0, c1, c2, c3
-        )
+        c0, c1, c2, c3 = multiply(signed(w0, 0), signed(w1, 0), signed(w0, 1), signed(w1, 1), x0, x1, c0, c1, c2, c3)
         return multiply(signed(w0, 2), signed(w1, 2), signed(w0, 3), signed(w1, 3), x2, x3, c0, c1, c2, c3)
 
     @device_function
@@ -169,7 +168,9 @@ def make_gemv_groups(
             else:
                 put4(w_r, 4 * u, (NOTHING, NOTHING, NOTHING, NOTHING))
         if MMA:
-            scales_rd = int32(min(unit, int32(unit_count - 1)) + half * up_offset) * (GROUPS * GROUP_SCALES) + (row >> 1)
+            scales_rd = int32(min(unit, int32(unit_count - 1)) + half * up_offset) * (GROUPS * GROUP_SCALES) + (
+                row >> 1
+            )
             for t in range(QUADS):
                 for n in range(2):
                     group = min(int32(part + (QUAD * t + own_n + n) * P), int32(GROUPS - 1))
@@ -309,7 +310,9 @@ def make_gemv_groups(
 
 
 def plan(rows: int, K: int, num_sms: int, gated: bool = False) -> Plan:
-    """The launch rule, as of `gemv.plan`."""
+    """The launch rule, as of `gemv.plan`. Raises ValueError for more than MAX_COLUMNS columns."""
+    if K > MAX_COLUMNS:
+        raise ValueError(f"gemv_groups: {K} columns are more than {MAX_COLUMNS}")
     return gemv.plan(rows, K, num_sms, gated, MAX_LOADS)
 
 
@@ -341,7 +344,8 @@ def gemv_groups_spec(
     kind = f"gated {activation}" if gated else epilogue
     loads = -(-K // (GROUP_COLS * split.parts))
     threads = split.units * (2 if gated else 1) * split.parts * WARP
-    registers = 4 * loads + 2 * -(-loads // QUAD) + EXTRA_REGISTERS
+    vector = 4 * -(-K // (4 * threads)) * (2 if norm else 1)
+    registers = 4 * loads + 2 * -(-loads // QUAD) + vector + EXTRA_REGISTERS
     kernel = make_gemv_groups(
         arch, K, split.units, split.parts, norm, epilogue, activation, split.rounds, tensor_cores
     )  # fmt: skip

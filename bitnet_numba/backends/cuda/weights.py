@@ -12,6 +12,7 @@ from bitnet_numba.checkpoint.safetensors_file import DTYPES
 from bitnet_numba.config import GROUPS, ModelConfig
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention.parts import MAX_HEAD_DIM
+from bitnet_numba.kernels.linear.gemv_groups import MAX_COLUMNS as MAX_GROUPED_COLUMNS
 from bitnet_numba.kernels.linear.operands import GroupedLinear, PackedLinear
 from bitnet_numba.kernels.linear.quantize import MAX_COLUMNS
 from bitnet_numba.kernels.operands import EmbeddingTable, Norm
@@ -44,8 +45,9 @@ def why_unsupported(checkpoint: PackedCheckpoint) -> str | None:
     if config.group_scales and config.q_size % 4:
         return f"with group scales, {config.num_heads} heads of {config.head_dim} are no multiple of 4 columns"
     columns = max(config.group_shape(group)[1] for group in GROUPS)
-    if columns > MAX_COLUMNS:
-        return f"a linear of {columns} columns is over {MAX_COLUMNS}"
+    most = MAX_GROUPED_COLUMNS if config.group_scales else MAX_COLUMNS
+    if columns > most:
+        return f"a linear of {columns} columns is over {most}" + (" with group scales" if config.group_scales else "")
     if config.head_dim > MAX_HEAD_DIM:
         return f"head_dim {config.head_dim} is over {MAX_HEAD_DIM}"
     if config.vocab_size > MAX_VOCAB:

@@ -38,6 +38,7 @@ SHAPES = [  # N, K, gated: Bonsai 8B's and 1.7B's, TriLM's, and sizes that end i
     (1152, 384, False),
     (33, 100, False),
     (96, 8608, True),
+    (4096, 14336, False),
 ]
 
 
@@ -193,5 +194,7 @@ def test_launcher_refuses_each_operand(name: str) -> None:
             continue
         with pytest.raises(ValueError, match=f"gemv_groups: {name}:? {problem}"):
             gemv_groups(*arguments, norm=Norm(given["norm"], 1e-5))
+    with pytest.raises(ValueError, match="gemv_groups: 14368 columns are more than 14336"):
+        module.plan(64, 14368, 132)
     with pytest.raises(ValueError, match="no epilogue 'acc', only store, residual, gated"):
         gemv_groups(device, linear, given["x"], given["out"], epilogue="acc")

@@ -49,9 +49,7 @@ shapes = {
 @simulated
 @settings(max_examples=12)
 @given(tokens=st.integers(1, 3), quads=st.integers(1, 130), warps=st.integers(1, 3), **shapes)
-def test_simulated_quantize_groups(
-    tokens: int, quads: int, warps: int, norm: bool, seed: int, scale: float
-) -> None:
+def test_simulated_quantize_groups(tokens: int, quads: int, warps: int, norm: bool, seed: int, scale: float) -> None:
     check_quantize_groups(quantize_groups_spec(arch(), 4 * quads, norm, warps), tokens, 4 * quads, norm, seed, scale)
 
 
