@@ -78,6 +78,7 @@ def check_gemm_groups(
 
 KINDS = st.sampled_from([("store", "relu2"), ("residual", "relu2"), ("gated", "relu2"), ("gated", "silu")])
 DP4A = Tile(8, 2, 1, 2, 0, 0, scheme="dp4a")
+WGMMA = Tile(32, 1, 8, 1, 0, 2, scheme="wgmma")
 
 
 @simulated
@@ -85,6 +86,8 @@ DP4A = Tile(8, 2, 1, 2, 0, 0, scheme="dp4a")
 @example(M=9, N=64, K=700, kind=("gated", "relu2"), bias=True, tile=DP4A, short=1, seed=1, old_card=False)
 @example(M=9, N=64, K=700, kind=("gated", "relu2"), bias=True, tile=Tile(8, 2, 1, 3, 2, 3), short=1, seed=2, old_card=False)  # fmt: skip
 @example(M=17, N=70, K=420, kind=("residual", "relu2"), bias=True, tile=Tile(16, 2, 2, 1, 1, 2), short=3, seed=3, old_card=True)  # fmt: skip
+@example(M=37, N=160, K=700, kind=("gated", "silu"), bias=True, tile=WGMMA, short=3, seed=4, old_card=False)
+@example(M=70, N=90, K=300, kind=("residual", "relu2"), bias=True, tile=WGMMA._replace(row_warps=4, tokens=64), short=3, seed=5, old_card=False)  # fmt: skip
 @given(
     M=st.integers(1, 20),
     N=st.integers(1, 70),
@@ -140,11 +143,17 @@ def test_tiles_that_cannot_be_are_refused() -> None:
                            (Tile(8, 2, 1, 2, 2, 1), "store")):  # fmt: skip
         with pytest.raises(ValueError, match="no GEMM with group scales is made of"):
             spec(90, tile, epilogue)
+    for tile in (WGMMA._replace(tokens=48), WGMMA._replace(tokens=160), WGMMA._replace(stages=1),
+                 WGMMA._replace(k_warps=2), WGMMA._replace(row_warps=4)):  # fmt: skip
+        with pytest.raises(ValueError, match="no wgmma GEMM with group scales is made of"):
+            spec(90, tile, "gated")
 
 
 @needs_gpu
-@pytest.mark.parametrize("M", [1, 8, 13, 32, 64, 100, 512])
-@pytest.mark.parametrize(("N", "K", "gated"), SHAPES)
+@pytest.mark.parametrize("M", [1, 8, 13, 32, 64, 100, 300])
+@pytest.mark.parametrize(
+    ("N", "K", "gated"), [(4096, 4096, True), (2048, 12288, False), (1152, 384, False), (33, 100, False)]
+)
 def test_gemm_groups_on_gpu(N: int, K: int, gated: bool, M: int) -> None:
     check_gemm_groups(M, N, K, "gated" if gated else "residual", "relu2", True, M, max(1, M - 3))
 
