@@ -3,7 +3,8 @@
     y[m, n] = sum over groups g of (sum_k q[m, k] * w[n, k]) * (scales[n, g] * d[g, m])  (+ bias[n])
 
 gemm_groups_wgmma.py has the kernel for many tokens on sm_90, gemm_groups_mma.py the one for tensor cores from sm_75 on,
-gemm_groups_dp4a.py the one without them; heuristics.py chooses the tile. All variants give the reference's bits: sums of a group are exact, and the groups are added in float32 from the first on.
+gemm_groups_dp4a.py the one without them; heuristics.py chooses the tile. All variants give the reference's bits: sums
+of a group are exact, and the groups are added in float32 from the first on.
 """
 
 from functools import cache
@@ -11,9 +12,9 @@ from typing import Any
 
 from numba.cuda import types
 
+from bitnet_numba.kernels.linear import gemm_groups_wgmma
 from bitnet_numba.kernels.linear.epilogue import GROUP_EPILOGUES
 from bitnet_numba.kernels.linear.gemm_groups_dp4a import make_gemm_groups_dp4a
-from bitnet_numba.kernels.linear import gemm_groups_wgmma
 from bitnet_numba.kernels.linear.gemm_groups_mma import GROUP_SCALES, make_gemm_groups_mma, shared_bytes
 from bitnet_numba.kernels.linear.gemm_groups_wgmma import make_gemm_groups_wgmma
 from bitnet_numba.kernels.linear.gemm_wgmma import PART

@@ -155,6 +155,8 @@ def choose_group_tile(M: int, N: int, K: int, arch: int, num_sms: int, gated: bo
         return Tile(16, 2, 1, 8 if arch >= STAGED_ARCH else 4, 2, 2, 1)
     if M <= 32 or arch < STAGED_ARCH:
         return Tile(32, 2, 1, 4, 2, 2, 1)
+    if arch == WGMMA_ARCH:
+        return Tile(64, 1, 8, 1, 0, 6, 2, "wgmma")
     if M <= 64:
         return Tile(32, 2, 4, 1, 1, 4, 3)
     return Tile(64, 2, 4, 1, 1, 3, 3)

@@ -1,7 +1,7 @@
 """RMSNorm and absmax quantisation of rows by groups of 128 columns, before a GEMM with group scales.
 
     n = w * (x / sqrt(mean(x^2) + eps)), or x itself
-    of each group:  s = 127 / max(max|n|, 1e-5), q = rint(n * s), half to even, d = 1 / s      as `quantize_groups` has it
+    s = 127 / max(max|n|, 1e-5), q = rint(n * s), half to even, d = 1 / s     of each group, as `quantize_groups` has it
 
 As quantize.py, but a warp's 32 pieces of four columns are one group, so its absmax needs no shared memory and no
 barrier. A group that holds NaN gets d = NaN, so that all that is made of it is NaN.

@@ -159,8 +159,9 @@ def linear_gemv_groups(arch: int) -> list[KernelSpec]:
     shapes = [
         (6144, 4096, True, "store", "silu"), (4096, 4096, False, "residual", "silu"),
         (24576, 4096, True, "gated", "silu"), (4096, 12288, False, "residual", "silu"),
-        (4096, 2048, True, "store", "silu"), (12288, 2048, True, "gated", "silu"), (2048, 6144, False, "residual", "silu"),
-        (4096, gemv_groups.MAX_COLUMNS, False, "residual", "silu"), (256, gemv_groups.MAX_COLUMNS, True, "gated", "relu2"),
+        (4096, 2048, True, "store", "silu"), (12288, 2048, True, "gated", "silu"),
+        (2048, 6144, False, "residual", "silu"), (4096, gemv_groups.MAX_COLUMNS, False, "residual", "silu"),
+        (256, gemv_groups.MAX_COLUMNS, True, "gated", "relu2"),
     ]  # fmt: skip
     found = [
         gemv_groups.gemv_groups_spec(
@@ -193,9 +194,10 @@ def sampling(arch: int) -> list[KernelSpec]:
 GROUPS: dict[str, Callable[[int], list[KernelSpec]]] = {
     list_variants.__name__: list_variants
     for list_variants in (
-        attention_decode, attention_paged_decode, attention_prefill, attention_prefill_wgmma, attention_paged_simt,
-        attention_kv_cache, attention_head_norm, embedding, lm_head_gemv, lm_head_gemm, lm_head_gemm_wgmma, linear_quantize, linear_gemv,
-        linear_gemm, linear_quantize_groups, linear_gemv_groups, linear_gemm_groups, sampling,
+        attention_decode, attention_paged_decode, attention_prefill, attention_prefill_wgmma,
+        attention_paged_simt, attention_kv_cache, attention_head_norm, embedding, lm_head_gemv, lm_head_gemm,
+        lm_head_gemm_wgmma, linear_quantize, linear_gemv, linear_gemm, linear_quantize_groups,
+        linear_gemv_groups, linear_gemm_groups, sampling,
     )
 }  # fmt: skip
 

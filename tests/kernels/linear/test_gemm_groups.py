@@ -78,16 +78,17 @@ def check_gemm_groups(
 
 KINDS = st.sampled_from([("store", "relu2"), ("residual", "relu2"), ("gated", "relu2"), ("gated", "silu")])
 DP4A = Tile(8, 2, 1, 2, 0, 0, scheme="dp4a")
-WGMMA = Tile(32, 1, 8, 1, 0, 2, scheme="wgmma")
+KEPT_APART, IN_REGISTERS = Tile(8, 2, 1, 3, 2, 3), Tile(16, 2, 2, 1, 1, 2)
+WGMMA, WGMMA_64 = Tile(32, 1, 8, 1, 0, 2, scheme="wgmma"), Tile(64, 1, 4, 1, 0, 2, scheme="wgmma")
 
 
 @simulated
 @settings(max_examples=10)
 @example(M=9, N=64, K=700, kind=("gated", "relu2"), bias=True, tile=DP4A, short=1, seed=1, old_card=False)
-@example(M=9, N=64, K=700, kind=("gated", "relu2"), bias=True, tile=Tile(8, 2, 1, 3, 2, 3), short=1, seed=2, old_card=False)  # fmt: skip
-@example(M=17, N=70, K=420, kind=("residual", "relu2"), bias=True, tile=Tile(16, 2, 2, 1, 1, 2), short=3, seed=3, old_card=True)  # fmt: skip
+@example(M=9, N=64, K=700, kind=("gated", "relu2"), bias=True, tile=KEPT_APART, short=1, seed=2, old_card=False)
+@example(M=17, N=70, K=420, kind=("residual", "relu2"), bias=True, tile=IN_REGISTERS, short=3, seed=3, old_card=True)
 @example(M=37, N=160, K=700, kind=("gated", "silu"), bias=True, tile=WGMMA, short=3, seed=4, old_card=False)
-@example(M=70, N=90, K=300, kind=("residual", "relu2"), bias=True, tile=WGMMA._replace(row_warps=4, tokens=64), short=3, seed=5, old_card=False)  # fmt: skip
+@example(M=70, N=90, K=300, kind=("residual", "relu2"), bias=True, tile=WGMMA_64, short=3, seed=5, old_card=False)
 @given(
     M=st.integers(1, 20),
     N=st.integers(1, 70),
