@@ -23,6 +23,7 @@ sums of products are exact, and every other sum has an order that depends on the
 """
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 from bitnet_numba.backends.cuda.buffers import Buffers
 from bitnet_numba.backends.cuda.state import SequenceState
@@ -44,6 +45,13 @@ from bitnet_numba.kernels.runtime.memory import DeviceArray
 
 MAX_TOKENS = 2048  # of a pass; longer prompts take several
 EPILOGUES = {"qkv": "store", "o": "residual", "gate_up": "gated", "down": "residual"}
+
+
+class Output(TypedDict):
+    """What a product does with its result, as keyword arguments of its launcher."""
+
+    epilogue: str
+    activation: str
 
 
 @dataclass
@@ -100,8 +108,8 @@ class ForwardPass:
         model = self.model
         if not model.config.qk_norm:
             return []
-        norms = [model.weights.head_norm(layer, name) for name in ("q_norm", "k_norm")]
-        return [head_norm.head_norm(model.device, self.buffers.qkv, *norms, self.num_tokens, model.heads)]
+        q_norm, k_norm = model.weights.head_norm(layer, "q_norm"), model.weights.head_norm(layer, "k_norm")
+        return [head_norm.head_norm(model.device, self.buffers.qkv, q_norm, k_norm, self.num_tokens, model.heads)]
 
     def embed(self) -> Launch:
         """Embeddings of the tokens into h."""
@@ -127,7 +135,7 @@ class DecodePass(ForwardPass):
     def linear(self, layer: int, group: str, x: DeviceArray, norm: str, out: DeviceArray) -> list[Launch]:
         device, weights = self.model.device, self.model.weights
         packed, given_norm = weights.linear(layer, group), weights.layer_norm(layer, norm)
-        output = {"epilogue": EPILOGUES[group], "activation": self.model.config.activation}
+        output: Output = {"epilogue": EPILOGUES[group], "activation": self.model.config.activation}
         if isinstance(packed, GroupedLinear):
             return [gemv_groups(device, packed, x, out, norm=given_norm, **output)]
         return [gemv(device, packed, x, out, norm=given_norm, **output)]
@@ -154,7 +162,7 @@ class _GemmPass(ForwardPass):
     def linear(self, layer: int, group: str, x: DeviceArray, norm: str, out: DeviceArray) -> list[Launch]:
         device, weights, quantized = self.model.device, self.model.weights, self.buffers.quantized
         packed, given_norm, M = weights.linear(layer, group), weights.layer_norm(layer, norm), self.num_tokens
-        output = {"epilogue": EPILOGUES[group], "activation": self.model.config.activation}
+        output: Output = {"epilogue": EPILOGUES[group], "activation": self.model.config.activation}
         if isinstance(packed, GroupedLinear):
             assert isinstance(quantized, GroupedActivations)  # the model's buffers are made for its weights
             return [
