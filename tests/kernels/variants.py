@@ -161,7 +161,7 @@ def linear_gemv_groups(arch: int) -> list[KernelSpec]:
         (24576, 4096, True, "gated", "silu"), (4096, 12288, False, "residual", "silu"),
         (4096, 2048, True, "store", "silu"), (12288, 2048, True, "gated", "silu"),
         (2048, 6144, False, "residual", "silu"), (4096, gemv_groups.MAX_COLUMNS, False, "residual", "silu"),
-        (256, gemv_groups.MAX_COLUMNS, True, "gated", "relu2"),
+        (256, 8192, True, "gated", "relu2"),
     ]  # fmt: skip
     found = [
         gemv_groups.gemv_groups_spec(
