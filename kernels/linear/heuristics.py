@@ -138,3 +138,25 @@ def choose_tile(M: int, N: int, K: int, arch: int, num_sms: int, gated: bool = F
         return -(-ctas // num_sms) * tile.tokens * tile.rows
 
     return min((Tile(64, 4, 2, 2, 2, 3, 2), Tile(64, 2, 5, 2, 2, 2, 1)), key=busiest)
+
+
+@cache
+def choose_group_tile(M: int, N: int, K: int, arch: int, num_sms: int, gated: bool = False) -> Tile:
+    """The tile of a product with group scales, for M tokens and N rows, gate and up rows counted each.
+
+    Up to 32 tokens loading weights is what takes time: warps share rows, each with its own groups. Beyond, a warp goes
+    through all groups, and its products stay in registers.
+    """
+    if arch < MIN_ARCH:
+        return Tile(TOKENS, 2 if gated else 1, 1, 8, 0, 0, scheme="dp4a")
+    if M <= 8:
+        return Tile(8, 2, 1, 8, 2, 3, 2)
+    if M <= 16:
+        return Tile(16, 2, 1, 8 if arch >= STAGED_ARCH else 4, 2, 2, 1)
+    if M <= 32 or arch < STAGED_ARCH:
+        return Tile(32, 2, 1, 4, 2, 2, 1)
+    if arch == WGMMA_ARCH:
+        return Tile(64, 1, 8, 1, 0, 6, 2, "wgmma")
+    if M <= 64:
+        return Tile(32, 2, 4, 1, 1, 4, 3)
+    return Tile(64, 2, 4, 1, 1, 3, 3)
