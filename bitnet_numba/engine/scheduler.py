@@ -276,7 +276,7 @@ class Scheduler:
             return
         builder = s.builder
         assert builder is not None
-        of_prompt: list[TokenLogprob | None] = []
+        of_prompt: Logprobs = []
         if len(s.ids) == s.prompt_length and s.request.params.prompt_logprobs is not None:
             of_prompt = builder.prompt_logprobs = [None, *self._runner.prompt_logprobs(s)]
         s.ids.append(token)

@@ -99,8 +99,8 @@ def test_many_processes_compile_what_batches_need_too(
     device: Any = DryRunDevice(90, 132)
     device.name = "card"
     config = open_packed(DEMO).config
-    warmup.load_specs(config, "int8", device, ahead=256)
-    warmup.load_specs(config, "int8", device, 64)
+    warmup.load_specs(config, INT8_ROWS, device, ahead=256)
+    warmup.load_specs(config, INT8_ROWS, device, 64)
     context, batch = loaded
     assert (batch <= compiled[0]) == batches and not batch <= context <= compiled[0]
     assert compiled[1] == batch
