@@ -136,7 +136,10 @@ def test_tiles_cover_every_row_token_and_group(N: int, K: int, gated: bool, arch
             assert y * each >= row_blocks > (y - 1) * each
             assert row_blocks * 16 * (2 if gated else 1) >= N and up_offset == (row_blocks if gated else 0)
             assert groups == num_groups(K) and k_iters * tile.k_warps >= groups > (k_iters - 1) * tile.k_warps
-            spec(arch_, tile, "gated" if gated else "store")
+            shared = spec(arch_, tile, "gated" if gated else "store").shared
+            # What a CTA can have; all resident ones together on sm_90.
+            assert shared <= (64 if arch_ == 75 else 227 if arch_ == 90 else 99) * 1024
+            assert arch_ != 90 or tile.ctas_per_sm * (shared + 1024) <= 228 * 1024
 
 
 def test_tiles_that_cannot_be_are_refused() -> None:
