@@ -6,7 +6,7 @@ print(llm.chat("Tell me a story about a fox and a lantern.").text)
 
 Models       load, Engine (generate, stream, chat, generate_batch, agenerate, astream), Session, Scheduler
 Requests     Prompt, Message, SamplingParams, Grammar
-Answers      Completion, Stats, Stream, AsyncStream, Update; TokenLogprob, Score (of Engine.score)
+Answers      Completion, Stats, Stream, AsyncStream, Update; TokenLogprob, Score (of Engine.score); split_thought
 Errors       BitNetError and its kinds: BackendError, CheckpointError, ConfigError, ContextFull, QueueFull,
              QueueTimeout, RequestError, SchedulerClosed, TokenizerError
 Kernels      pack_linear, w2a8_linear, PackedLinear; modules quantize, packing
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from bitnet_numba.sampling import TokenLogprob as TokenLogprob
     from bitnet_numba.sampling_params import SamplingParams as SamplingParams
     from bitnet_numba.text.chat_template import Message as Message
+    from bitnet_numba.text.thoughts import split_thought as split_thought
     from bitnet_numba.text.tokenizer import Tokenizer as Tokenizer
 
 # Public names and their modules, imported on first use: `import bitnet_numba` itself is cheap.
@@ -94,6 +95,7 @@ _HOMES = {
     "Update": "engine.sequence",
     "load": "engine.loading",
     "pack_linear": "kernels.linear.w2a8",
+    "split_thought": "text.thoughts",
     "w2a8_linear": "kernels.linear.w2a8",
 }
 __all__ = ["__version__", *_MODULES, *_HOMES]  # noqa: PLE0604

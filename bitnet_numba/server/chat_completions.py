@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from bitnet_numba.engine.completion import Completion
@@ -10,15 +11,17 @@ from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.request import Request
 from bitnet_numba.errors import TokenizerError
 from bitnet_numba.sampling import TokenLogprob
+from bitnet_numba.sampling_params import SamplingParams
 from bitnet_numba.server.errors import ApiError
 from bitnet_numba.server.exchange import Exchange
 from bitnet_numba.server.generation import FINISH_REASONS, closing_events, read_prompts, respond, usage
 from bitnet_numba.server.response_format import constrained, read_format
-from bitnet_numba.server.sampling_fields import number_of_choices, sampling_params
+from bitnet_numba.server.sampling_fields import number_of_choices, sampling_params, with_thinking
 from bitnet_numba.server.schemas import ChatBody, ChatMessage
 from bitnet_numba.server.service import Service
-from bitnet_numba.server.tool_calls import CallReader, tool_call, tool_call_delta
+from bitnet_numba.server.tool_calls import CallPart, CallReader, tool_call, tool_call_delta
 from bitnet_numba.server.tools import read_tools, uses_tools
+from bitnet_numba.text.thoughts import ThoughtReader
 from bitnet_numba.text.tokenizer import Tokenizer
 
 # OpenAI's newer name of the system role; templates know the older one.
@@ -31,11 +34,12 @@ async def chat_completions(service: Service, exchange: Exchange, body: ChatBody)
     engine = service.engine
     if body.top_logprobs and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs", param="top_logprobs", code="invalid_value")
-    params, n = sampling_params(body, engine), number_of_choices(body)
+    params, n = with_thinking(sampling_params(body, engine), body.thinking(), engine), number_of_choices(body)
     id, model = f"chatcmpl-{exchange.request_id}", service.check_model(body.model)
     formed = body.response_format is not None and body.response_format.type != "text"
     tags = call_tags(engine, "messages") if uses_tools(body, "response_format" if formed else None) else None
-    form = ChatForm(id, model, body.with_usage, engine.tokenizer, tags)
+    thinks = not must_have_form(body)
+    form = ChatForm(id, model, body.with_usage, engine.tokenizer, tags, partial(new_reader, engine, params, thinks))
 
     def make() -> list[Request]:
         messages = as_messages(body.messages, engine.tokenizer)
@@ -46,6 +50,17 @@ async def chat_completions(service: Service, exchange: Exchange, body: ChatBody)
         return read_prompts(engine, [messages], constrained(engine, params, use.grammar, "tools"), n, use.described)
 
     await respond(service, exchange, body, make, n, form, "messages")
+
+
+def must_have_form(body: ChatBody) -> bool:
+    """Whether the answer has a form from its first character on, which leaves no room for a thought."""
+    formed = body.response_format is not None and body.response_format.type != "text"
+    return formed or body.tool_choice not in (None, "none", "auto")
+
+
+def new_reader(engine: Engine, params: SamplingParams, thinks: bool) -> ThoughtReader | None:
+    """What tells the thought of an answer apart; None where there is none."""
+    return engine.tokenizer.thoughts(params.thinking) if thinks else None
 
 
 def call_tags(engine: Engine, param: str) -> tuple[str, str]:
@@ -80,10 +95,18 @@ class ChatForm:
     """Answers as chat completions and their chunks. What chunks have in common is written once."""
 
     def __init__(
-        self, id: str, model: str, with_usage: bool, tokenizer: Tokenizer, tags: tuple[str, str] | None = None
+        self,
+        id: str,
+        model: str,
+        with_usage: bool,
+        tokenizer: Tokenizer,
+        tags: tuple[str, str] | None = None,
+        new_thoughts: Callable[[], ThoughtReader | None] = lambda: None,
     ):
-        """tags: what stands before and after a call of a function; None: answers are texts."""
-        self._tokenizer, self._tags = tokenizer, tags
+        """tags: what stands before and after a call of a function; None: answers are texts. new_thoughts: makes what
+        tells the thought of an answer apart, or None."""
+        self._tokenizer, self._tags, self._new_thoughts = tokenizer, tags, new_thoughts
+        self._thoughts: dict[int, ThoughtReader | None] = {}  # of each answer that is streamed
         self._readers: dict[int, CallReader] = {}  # of each answer that is streamed
         self._base = {"id": id, "created": int(time.time()), "model": model}
         self._with_usage = with_usage
@@ -108,6 +131,7 @@ class ChatForm:
 
     def opening(self, index: int, request: Request, prompt_logprobs: Sequence[TokenLogprob | None]) -> str:
         """The role comes first."""
+        self._thoughts[index] = self._new_thoughts()
         if self._tags is not None:
             self._readers[index] = CallReader(self._tags)
             return self._chunk(index, '{"role": "assistant", "content": null}')
@@ -116,21 +140,34 @@ class ChatForm:
     def text(self, index: int, text: str, logprobs: Sequence[TokenLogprob]) -> str:
         """More content, or more of calls."""
         found = json.dumps(self._logprobs(logprobs)) if logprobs else "null"
-        if self._tags is None:
+        thoughts = self._thoughts[index]
+        if thoughts is None and self._tags is None:
             return self._chunk(index, f'{{"content": {json.dumps(text)}}}', found)
-        text, parts = self._readers[index].push(text)
-        delta: dict[str, Any] = {"content": text} if text else {}
+        thought, text = ("", text) if thoughts is None else thoughts.push(text)
+        delta = self._delta(index, thought, text)
+        return self._chunk(index, json.dumps(delta), found) if delta or logprobs else ""
+
+    def _delta(self, index: int, thought: str, text: str) -> dict[str, Any]:
+        """More of a thought, of content, or of calls."""
+        delta: dict[str, Any] = {"reasoning_content": thought} if thought else {}
+        parts: Sequence[CallPart] = ()
+        if self._tags is not None:
+            text, parts = self._readers[index].push(text)
+        if text:
+            delta["content"] = text
         if parts:
             delta["tool_calls"] = [tool_call_delta(part) for part in parts]
-        return self._chunk(index, json.dumps(delta), found) if delta or logprobs else ""
+        return delta
 
     def finish(self, index: int, completion: Completion) -> str:
         """The finish reason, alone."""
-        rest, has_calls = "", False
+        thoughts, has_calls = self._thoughts[index], False
+        delta = {} if thoughts is None else self._delta(index, *thoughts.finish())
         if self._tags is not None:
             reader = self._readers[index]
-            rest, has_calls = reader.finish(), reader.has_calls
-        last = self._chunk(index, json.dumps({"content": rest})) if rest else ""
+            rest, has_calls = delta.get("content", "") + reader.finish(), reader.has_calls
+            delta |= {"content": rest} if rest else {}
+        last = self._chunk(index, json.dumps(delta)) if delta else ""
         return last + self._chunk(index, "{}", reason=f'"{_finish_reason(completion, has_calls)}"')
 
     def closing(self, completions: Sequence[Completion], n: int) -> str:
@@ -144,6 +181,11 @@ class ChatForm:
     def _message(self, text: str) -> dict[str, Any]:
         """An answer as a message."""
         message = {"role": "assistant", "content": text, "refusal": None}
+        thoughts = self._new_thoughts()
+        if thoughts is not None:
+            pieces = thoughts.push(text), thoughts.finish()
+            thought, text = ("".join(parts) for parts in zip(*pieces, strict=True))
+            message |= {"content": text, "reasoning_content": thought or None}
         if self._tags is None:
             return message
         reader = CallReader(self._tags)

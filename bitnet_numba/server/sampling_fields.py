@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from bitnet_numba.engine.engine import Engine
-from bitnet_numba.errors import RequestError, shown
+from bitnet_numba.errors import BitNetError, RequestError, shown
 from bitnet_numba.sampling_params import SamplingParams
 from bitnet_numba.server.errors import ApiError, from_request_error
 from bitnet_numba.server.schemas import SamplingBody
@@ -48,6 +48,17 @@ def sampling_params(body: SamplingBody, engine: Engine) -> SamplingParams:
         return replace(engine.sampling or OPENAI_DEFAULT, **values)
     except RequestError as error:
         raise from_request_error(RequestError(str(error).replace("max_new_tokens", limit[0])), "min_tokens") from None
+
+
+def with_thinking(params: SamplingParams, thinking: bool | None, engine: Engine) -> SamplingParams:
+    """The parameters with the switch for thinking. Raises ApiError if the model's chat template has none."""
+    try:
+        engine.tokenizer.check_thinking(thinking)
+    except BitNetError as error:
+        raise ApiError(
+            400, f"chat_template_kwargs: {error}", param="chat_template_kwargs", code="unsupported_parameter"
+        ) from None
+    return replace(params, thinking=thinking)
 
 
 def check(field: str, name: str, value: Any) -> None:

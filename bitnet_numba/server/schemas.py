@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, WithJsonSchema
 
-from bitnet_numba.server.errors import unsupported
+from bitnet_numba.errors import printable
+from bitnet_numba.server.errors import ApiError, unsupported
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 # Only the first error is told: to collect a million would hold up all other answers for seconds.
@@ -179,6 +180,7 @@ class ChatBody(SamplingBody):
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: StrictBool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     functions: list[Any] | None = None
     function_call: Any = None
     modalities: Texts | None = None
@@ -192,6 +194,18 @@ class ChatBody(SamplingBody):
         "audio": (),
         "web_search_options": (),
     }
+
+    def thinking(self) -> bool | None:
+        """What `chat_template_kwargs` says of it; they have no other use. Raises ApiError for anything else in them."""
+        given = {name: value for name, value in (self.chat_template_kwargs or {}).items() if value is not None}
+        for name in given:
+            if name != "enable_thinking":
+                raise unsupported(f"chat_template_kwargs.{printable(name, 60)}")
+        thinking = given.get("enable_thinking")
+        if not isinstance(thinking, bool | None):
+            field = "chat_template_kwargs.enable_thinking"
+            raise ApiError(400, f"{field} must be true or false", param=field, code="invalid_value")
+        return thinking
 
     def limit(self) -> tuple[str, int | None]:
         """Under its newer name, if that is given."""

@@ -4,7 +4,7 @@ OPEN, CLOSE = "<think>", "</think>"
 
 
 class ThoughtReader:
-    """Tells the thought of an answer from the answer, as the text arrives. White space between them belongs to neither."""
+    """Tells the thought of an answer from the answer, as the text arrives. White space between them is dropped."""
 
     def __init__(self, opened: bool = False):
         """opened: the prompt has begun the thought, so the text comes without its tag."""

@@ -144,7 +144,7 @@ function noteOf(found) {
 
 async function answer() {
   hush();
-  const own = chat, message = { role: "assistant", content: "", note: "" };
+  const own = chat, message = { role: "assistant", content: "", thought: "", note: "" };
   const sent = own.messages.map(({ role, content }) => ({ role, content }));
   if (settings.system?.trim()) sent.unshift({ role: "system", content: settings.system });
   own.messages.push(message);
@@ -160,10 +160,19 @@ async function answer() {
     showContent(target, message);
     follow();
   };
+  const plan = () => {
+    if (!planned) planned = Boolean(requestAnimationFrame(draw));
+  };
   const found = await generate("v1/chat/completions", { messages: sent, truncation: "auto" }, (text) => {
     message.content += text;
-    if (!planned) planned = Boolean(requestAnimationFrame(draw));
-  }, (choice) => choice.delta.content);
+    plan();
+  }, ({ delta }) => {
+    if (delta.reasoning_content) {
+      message.thought += delta.reasoning_content;
+      plan();
+    }
+    return delta.content;
+  });
   message.note = noteOf(found);
   message.detail = `first text after ${(found.first / 1000).toFixed(2)} s`;
   if (found.usage) own.context = found.usage.total_tokens;

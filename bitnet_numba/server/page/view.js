@@ -74,7 +74,14 @@ function messageElement(message, actions) {
 function showContent(target, message) {
   const body = target.querySelector(".body");
   if (message.role === "user") body.textContent = message.content;
-  else renderMarkdown(body, message.content);
+  else {
+    renderMarkdown(body, message.content);
+    if (message.thought) {
+      const summary = element("summary", { textContent: "Thought" });
+      const text = element("div", { className: "thought", textContent: message.thought });
+      body.prepend(element("details", { open: !message.content }, summary, text));
+    }
+  }
   Object.assign(target.querySelector(".status"), { textContent: message.note ?? "", title: message.detail ?? "" });
 }
 

@@ -1,0 +1,77 @@
+"""Thinking models over HTTP: the switch, and thoughts as reasoning_content."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.engine.test_thinking import ALWAYS, thinking_engine
+from tests.server.helpers import Running, serving
+
+PATH = "/v1/chat/completions"
+BODY = {"messages": [{"role": "user", "content": "Hi."}]}
+
+
+@pytest.fixture(scope="module")
+def thinker() -> Iterator[Running]:
+    with serving(thinking_engine) as running:
+        yield running
+
+
+def joined(events: list, field: str) -> str:
+    choices = [choice for event in events if event != "[DONE]" for choice in event["choices"]]
+    return "".join(choice["delta"].get(field) or "" for choice in choices)
+
+
+def test_thoughts_are_told_from_answers(thinker: Running) -> None:
+    message = thinker.post(PATH, BODY).json()["choices"][0]["message"]
+    assert message["reasoning_content"] == "Hm." and message["content"] == "Yes."
+    events = thinker.events(PATH, BODY)
+    assert joined(events, "reasoning_content") == "Hm." and joined(events, "content") == "Yes."
+
+
+def test_a_thought_that_the_template_begins() -> None:
+    with serving(lambda: thinking_engine(ALWAYS, "Hm.\n</think>\n\nYes.")) as running:
+        message = running.post(PATH, BODY).json()["choices"][0]["message"]
+        assert message["reasoning_content"] == "Hm." and message["content"] == "Yes."
+        events = running.events(PATH, {**BODY, "max_tokens": 2})
+        assert joined(events, "reasoning_content") and not joined(events, "content")
+
+
+def test_answers_with_functions_may_think(thinker: Running) -> None:
+    function = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+    body = {**BODY, "tools": [function]}
+    message = thinker.post(PATH, body).json()["choices"][0]["message"]
+    assert message["reasoning_content"] == "Hm." and message["content"] == "Yes."
+    events = thinker.events(PATH, body)
+    assert joined(events, "reasoning_content") == "Hm." and joined(events, "content") == "Yes."
+
+
+def test_the_switch(thinker: Running) -> None:
+    def prompt_tokens(**fields: object) -> int:
+        return thinker.post(PATH, {**BODY, **fields}).json()["usage"]["prompt_tokens"]
+
+    usual = prompt_tokens()
+    assert prompt_tokens(chat_template_kwargs={"enable_thinking": False}) > usual
+    for same in ({}, {"enable_thinking": True}, {"enable_thinking": None, "other": None}, None):
+        assert prompt_tokens(chat_template_kwargs=same) == usual
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"enable_thinking": 1}, "chat_template_kwargs.enable_thinking must be true or false"),
+        ({"thinking_budget": 5}, "chat_template_kwargs.thinking_budget: this server does not support it"),
+    ],
+)
+def test_what_is_refused(thinker: Running, given: dict, message: str) -> None:
+    response = thinker.post(PATH, {**BODY, "chat_template_kwargs": given})
+    assert response.status_code == 400 and response.json()["error"]["message"] == message
+
+
+def test_a_model_without_the_switch(server: Running) -> None:
+    response = server.post(PATH, {**BODY, "chat_template_kwargs": {"enable_thinking": False}})
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["param"] == "chat_template_kwargs"
+    assert "no switch for thinking" in error["message"]
+    message = server.post(PATH, {**BODY, "max_tokens": 3}).json()["choices"][0]["message"]
+    assert "reasoning_content" not in message
