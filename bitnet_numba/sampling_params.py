@@ -136,6 +136,12 @@ class SamplingParams:
         """These parameters with a seed: their own, or a new random one."""
         return self if self.seed is not None else replace(self, seed=secrets.randbits(64))
 
+    def several(self, count: int) -> "list[SamplingParams]":
+        """Those of `count` answers to one prompt: the first are these with a seed, each later one has the next seed."""
+        first = self.with_seed()
+        assert first.seed is not None
+        return [first, *(replace(self, seed=(first.seed + i) % (1 << 64)) for i in range(1, count))]
+
 
 class SamplingOverrides(TypedDict, total=False):
     """The fields of `SamplingParams`, as keywords of a call."""

@@ -14,6 +14,8 @@ class Constraint(Protocol):
     """Which tokens one answer may go on with, see `text.constraint.Constraint`. A backend asks for them when it samples
     a token, and tells which it was."""
 
+    group: int  # those of different groups can be asked at the same time, by several threads
+
     def allowed(self, out: NDArray[np.uint32]) -> None:
         """Writes which tokens may come next, uint32 [at least vocab / 32], as `sampling.sample` reads them."""
 

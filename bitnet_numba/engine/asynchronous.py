@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from bitnet_numba.engine.completion import Completion
@@ -215,3 +215,14 @@ class AsyncStream(AsyncIterator[str]):
         # By way of the loop: the garbage collector may have come amid a call of the executor, which has locks.
         with contextlib.suppress(RuntimeError):  # the loop is closed: the next step of another request ends it
             self._loop.call_soon_threadsafe(self._worker.drop, answer)
+
+
+async def results(streams: Sequence[AsyncStream]) -> list[Completion]:
+    """The answers of several streams, which are generated together. If one fails, the others are ended."""
+    tasks = [asyncio.ensure_future(stream.result()) for stream in streams]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        raise

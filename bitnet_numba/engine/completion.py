@@ -152,15 +152,23 @@ class CompletionBuilder:
         ids = self._ids[len(self._ends) - 1 : count]
         if not ids:
             return
+        before = self._decoder.state
         piece = self._decoder.push_all(ids)
+        if self._decoder.pending:  # as is rare; then it matters which of them is the last with whole characters
+            self._decoder.state = before
+            for token in ids:
+                self._show(self._decoder.push(token))
+            return
+        # All of it is shown, so that nobody looks at the ends of the others.
+        self._ends += [None] * (len(ids) - 1)
+        self._show(piece)
+
+    def _show(self, piece: str) -> None:
+        """Adds text that no stop string begins in, to the end of a token."""
         self._decoded += len(piece)
+        self._ends.append(None if self._decoder.pending else self._decoded)
         self._shown.append(piece)
         self._num_shown += len(piece)
-        # All of it is shown, so only the end of the last one with whole characters is ever looked at.
-        whole = len(ids) - self._decoder.unfinished(ids)
-        self._ends += [None] * len(ids)
-        if whole:
-            self._ends[whole - len(ids) - 1] = self._decoded
 
     def _decode(self, token: int) -> str:
         """Makes the text of the last token; returns what can be shown now."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bitnet_numba.backends.protocol import Backend, Context
 from bitnet_numba.config import ModelConfig
-from bitnet_numba.engine.asynchronous import AsyncStream, AsyncWorker
+from bitnet_numba.engine.asynchronous import AsyncStream, AsyncWorker, results
 from bitnet_numba.engine.completion import Completion
 from bitnet_numba.engine.embedding import GENERATES_NOTHING, embedding_ids, unit_vectors
 from bitnet_numba.engine.queue_options import QueueOptions
@@ -225,12 +225,15 @@ class Engine:
         later one has the next seed. Their prompt is computed once, but for its last page.
         """
         check_names("generate", overrides, ["n"])
-        checked = read_params("generate", params, overrides)
+        return self._answers(prompt, read_params("generate", params, overrides), n)
+
+    def _answers(self, prompt: Prompt, params: SamplingParams, n: int | None) -> Completion | list[Completion]:
+        """The answer to a prompt, or with `n` a list of so many."""
         if n is None:
-            return self._stream(prompt, checked).result()
+            return self._stream(prompt, params).result()
         count = positive_integer("n", n, MAX_SEQUENCES)
         self._check_generates()
-        request = read_request(self.tokenizer, self.config.vocab_size, self.context, prompt, checked)
+        request = read_request(self.tokenizer, self.config.vocab_size, self.context, prompt, params)
         return self._answer_together(request.several(count))
 
     def stream(
@@ -247,41 +250,99 @@ class Engine:
         """
         return self._stream(prompt, read_params("stream", params, overrides))
 
+    @overload
     def chat(
         self,
         messages: str | Sequence[Message],
         params: SamplingParams | None = None,
+        *,
+        n: None = None,
         **overrides: "Unpack[SamplingOverrides]",
-    ) -> Completion:
+    ) -> Completion: ...
+
+    @overload
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        n: int,
+        **overrides: "Unpack[SamplingOverrides]",
+    ) -> list[Completion]: ...
+
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        n: int | None = None,
+        **overrides: "Unpack[SamplingOverrides]",
+    ) -> Completion | list[Completion]:
         """The answer to a user's message, or to a conversation, as the model's maker recommends to generate it.
 
         messages: a text, which becomes one message of the user, or messages as for `stream`.
         params: None: `self.sampling`, what the model's folder recommends; if it recommends nothing, greedy.
+        n: gives a list of so many answers, as for `generate`.
 
         Otherwise as `generate`. `stream(messages, llm.sampling)` gives the same answer in pieces.
         """
+        check_names("chat", overrides, ["n"])
         checked = read_params("chat", params, overrides, self.sampling)
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}] if messages else ""
         elif not is_list(messages) or (len(messages) and not isinstance(messages[0], Mapping)):
             raise RequestError(f"chat answers one text or one list of messages, not {shown(messages)}")
-        return self._stream(messages, checked).result()
+        return self._answers(messages, checked, n)
+
+    @overload
+    async def agenerate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        n: None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        queue_timeout: float | None = None,
+        timeout: float | None = None,
+        **overrides: "Unpack[SamplingOverrides]",
+    ) -> Completion: ...
+
+    @overload
+    async def agenerate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        n: int,
+        priority: int = 0,
+        cache_salt: str = "",
+        queue_timeout: float | None = None,
+        timeout: float | None = None,
+        **overrides: "Unpack[SamplingOverrides]",
+    ) -> list[Completion]: ...
 
     async def agenerate(
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
+        n: int | None = None,
         priority: int = 0,
         cache_salt: str = "",
         queue_timeout: float | None = None,
         timeout: float | None = None,
         **overrides: "Unpack[SamplingOverrides]",
-    ) -> Completion:
+    ) -> Completion | list[Completion]:
         """`generate` for asyncio; see `astream`."""
+        check_names("agenerate", overrides, ["n"])
         checked = read_params("agenerate", params, overrides)
         options = QueueOptions(priority, "", cache_salt, queue_timeout, timeout)
-        return await self._astream(prompt, checked, options, "call agenerate for each").result()
+        several = "call agenerate for each"
+        if n is None:
+            return await self._astream(prompt, checked, options, several).result()
+        each = checked.several(positive_integer("n", n, MAX_SEQUENCES))
+        return await results([self._astream(prompt, own, options, several) for own in each])
 
     def astream(
         self,
@@ -307,17 +368,41 @@ class Engine:
         options = QueueOptions(priority, "", cache_salt, queue_timeout, timeout)
         return self._astream(prompt, checked, options, "call astream for each")
 
+    @overload
     def generate_batch(
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams | None] | None = None,
         *,
+        n: None = None,
         max_sequences: int = 64,
         **overrides: "Unpack[SamplingOverrides]",
-    ) -> list[Completion]:
+    ) -> list[Completion]: ...
+
+    @overload
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams | None] | None = None,
+        *,
+        n: int,
+        max_sequences: int = 64,
+        **overrides: "Unpack[SamplingOverrides]",
+    ) -> list[list[Completion]]: ...
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams | None] | None = None,
+        *,
+        n: int | None = None,
+        max_sequences: int = 64,
+        **overrides: "Unpack[SamplingOverrides]",
+    ) -> list[Completion] | list[list[Completion]]:
         """The answers to several prompts, in the order of the prompts, computed as a batch.
 
         params: for all prompts, or a list with one for each; None is greedy. `overrides` go before all of them.
+        n: gives a list of so many answers to each prompt, as for `generate`.
         max_sequences: how many run at once; the others wait.
 
         Raises RequestError or ContextFull, naming the prompt's index, before anything is computed; BackendError if
@@ -325,7 +410,8 @@ class Engine:
         """
         self._check_generates()
         method = "generate_batch"
-        check_names(method, overrides, ["max_sequences"])
+        check_names(method, overrides, ["n", "max_sequences"])
+        count = 1 if n is None else positive_integer("n", n, MAX_SEQUENCES)
         if not is_list(prompts) or isinstance(prompts, np.ndarray):
             raise RequestError(f"prompts must be a list of prompts, not {shown(prompts)}")
         max_sequences = positive_integer("max_sequences", max_sequences, MAX_SEQUENCES)
@@ -345,11 +431,15 @@ class Engine:
         for i, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
             with _naming_prompt(i):
                 own = read_params(method, own, same)
-                requests.append(read_request(self.tokenizer, vocab, self.context, prompt, own, several))
-        return self._answer_together(requests, max_sequences) if requests else []
+                requests += read_request(self.tokenizer, vocab, self.context, prompt, own, several).several(count)
+        answers = self._answer_together(requests, max_sequences, count) if requests else []
+        return answers if n is None else [answers[i : i + n] for i in range(0, len(answers), n)]
 
-    def _answer_together(self, requests: Sequence[Request], max_sequences: int = 64) -> list[Completion]:
-        """The answers to several requests, up to `max_sequences` at once."""
+    def _answer_together(
+        self, requests: Sequence[Request], max_sequences: int = 64, of_each: int | None = None
+    ) -> list[Completion]:
+        """The answers to several requests, up to `max_sequences` at once. of_each: so many are of one prompt, which
+        errors name by its place; None: all are."""
         completions: dict[int, Completion] = {}
         with self.scheduler(min(max_sequences, len(requests)), prefill_chunk=ALL_PROMPTS) as scheduler:
             ids = []

@@ -39,9 +39,7 @@ class Request:
 
     def several(self, count: int) -> "list[Request]":
         """Requests for `count` answers to this prompt: the first is this one, each later one has the next seed."""
-        assert self.params.seed is not None
-        seeds = [(self.params.seed + i) % (1 << 64) for i in range(count)]
-        return [replace(self, params=replace(self.params, seed=seed)) for seed in seeds]
+        return [replace(self, params=params) for params in self.params.several(count)]
 
 
 def read_params(

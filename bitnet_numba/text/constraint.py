@@ -1,5 +1,7 @@
 """Which tokens may come next in an answer that must have a form (see `bitnet_numba.grammar`)."""
 
+import itertools
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,16 +18,19 @@ if TYPE_CHECKING:
 
     from bitnet_numba.text.tokenizer import Tokenizer
 
+# Copies of a matcher share a lexer, which one thread at a time can use: so a grammar has several matchers.
+GROUPS = 4
 KEPT = 64  # compiled grammars of a tokenizer; the least recently used goes
 
 
 class Constraint:
     """What one answer may go on with. Not safe for use by several threads at a time."""
 
-    def __init__(self, matcher: "llguidance.LLMatcher", size: int):
-        """size: of the vocabulary."""
+    def __init__(self, matcher: "llguidance.LLMatcher", size: int, group: int = 0):
+        """size: of the vocabulary. group: constraints of other groups can be asked at the same time."""
         self._matcher = matcher
         self._size = size
+        self.group = group
 
     @property
     def finished(self) -> bool:
@@ -54,13 +59,14 @@ class Constraint:
 class CompiledGrammar:
     """A grammar for one tokenizer: makes the constraints of answers."""
 
-    def __init__(self, matcher: "llguidance.LLMatcher", size: int):
-        """matcher: at the start of an answer. size: of the vocabulary."""
-        self._matcher, self._size = matcher, size
+    def __init__(self, matchers: Sequence["llguidance.LLMatcher"], size: int):
+        """matchers: at the start of an answer; they take turns. size: of the vocabulary."""
+        self._matchers, self._size = itertools.cycle(matchers), size
 
     def constraint(self, tokens: Sequence[int] = ()) -> Constraint:
         """A new constraint, for an answer that begins with these tokens."""
-        constraint = Constraint(self._matcher.deep_copy(), self._size)
+        matcher = next(self._matchers)
+        constraint = Constraint(matcher.deep_copy(), self._size, id(matcher))
         for token in tokens:
             constraint.accept(token)
         return constraint
@@ -83,10 +89,12 @@ class GrammarCompiler:
         with self._lock:
             compiled = self._compiled.pop(grammar.source, None)
             if compiled is None:
-                matcher = library().LLMatcher(self._tokens, grammar.source, log_level=0, limits=limits())
-                if matcher.is_error():
-                    raise RequestError(f"{grammar.kind}: {library_message(matcher.get_error())}")
-                compiled = CompiledGrammar(matcher, self._size)
+                matchers = []
+                for _ in range(min(GROUPS, os.cpu_count() or 1)):
+                    matchers.append(library().LLMatcher(self._tokens, grammar.source, log_level=0, limits=limits()))
+                    if matchers[-1].is_error():
+                        raise RequestError(f"{grammar.kind}: {library_message(matchers[-1].get_error())}")
+                compiled = CompiledGrammar(matchers, self._size)
             self._compiled[grammar.source] = compiled
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)

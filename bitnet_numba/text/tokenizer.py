@@ -369,14 +369,15 @@ class StreamDecoder:
         data = b"".join([bytes_of[token] for token in ids[first:] if token not in skipped])
         return "".join([*pieces, self._utf8.decode(data)])
 
-    def unfinished(self, ids: Sequence[int]) -> int:
-        """How many of the last tokens pushed, which are these, belong to an incomplete character."""
-        left, count = len(self._utf8.getstate()[0]), 0
-        while left > 0 and count < len(ids):
-            count += 1
-            token = ids[-count]
-            left -= 0 if token in self._skipped else len(self._tokenizer.bytes_of[token])
-        return count
+    @property
+    def state(self) -> tuple[bool, bool, tuple[bytes, int]]:
+        """What it goes on from; set it to go on from there again."""
+        return self._first, self._drop_space, self._utf8.getstate()
+
+    @state.setter
+    def state(self, state: tuple[bool, bool, tuple[bytes, int]]) -> None:
+        self._first, self._drop_space, utf8 = state
+        self._utf8.setstate(utf8)
 
     def finish(self) -> str:
         """The rest: U+FFFD if the last character is incomplete, otherwise nothing."""

@@ -211,7 +211,7 @@ class Form:
     """A form in which tokens of different residues take turns; notes what it is told."""
 
     def __init__(self, vocab: int, modulus: int, answer: list[int]):
-        self.tokens, self._vocab, self._modulus = list(answer), vocab, modulus
+        self.tokens, self._vocab, self._modulus, self.group = list(answer), vocab, modulus, modulus
 
     def fits(self, place: int, token: int) -> bool:
         return token % self._modulus == place % self._modulus

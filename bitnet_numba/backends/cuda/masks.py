@@ -8,8 +8,7 @@ the token before, and asks for the masks, while the first of them runs.
 """
 
 import functools
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -21,7 +20,7 @@ from bitnet_numba.kernels.runtime.driver import Event, Stream
 from bitnet_numba.kernels.runtime.memory import PinnedArray
 
 MAX_WORKERS = 8  # threads that ask for a step's masks
-MIN_SHARE = 4  # of them, of a thread; fewer are quicker alone
+MIN_SHARED = 8  # of them: most take 20 us, some a millisecond; fewer are left to one thread
 BUFFERS = 2  # of page-locked memory: one is filled while the other may still be read
 
 
@@ -51,33 +50,30 @@ class Masks:
         self._next = (self._next + 1) % BUFFERS
         read.wait()
         masks = buffer.host[self._rows :].reshape(self._rows, self._words)
-        rows = [row for row, constraint in enumerate(constraints) if constraint is not None]
+        wanted = [(row, constraint) for row, constraint in enumerate(constraints) if constraint is not None]
+        groups: dict[int, list[int]] = {}
         buffer.host[: len(constraints)] = 0
-        buffer.host[rows] = np.arange(len(rows))
-        count = len(rows)
+        for i, (row, constraint) in enumerate(wanted):
+            buffer.host[row] = i
+            groups.setdefault(constraint.group, []).append(i)
 
-        def fill(places: range) -> dict[int, str]:
+        def fill(places: Iterable[int]) -> dict[int, str]:
             failures: dict[int, str] = {}
             for i in places:
-                constraint = constraints[rows[i]]
-                assert constraint is not None
+                row, constraint = wanted[i]
                 try:
                     constraint.allowed(masks[i])
                 except RequestError as error:
-                    failures[rows[i]] = str(error)
+                    failures[row] = str(error)
             return failures
 
-        # They take 20 us each, but now and then a millisecond.
-        workers = min(MAX_WORKERS, os.cpu_count() or 1, count // MIN_SHARE)
         failures: dict[int, str] = {}
-        if workers < 2:
-            failures = fill(range(count))
-        else:
-            for found in _pool().map(fill, [range(i, count, workers) for i in range(workers)]):
-                failures |= found
+        shares = groups.values() if len(wanted) >= MIN_SHARED else [range(len(wanted))]
+        for found in map(fill, shares) if len(shares) == 1 else _pool().map(fill, shares):
+            failures |= found
         stream.upload(self.mask_ids.address, buffer, 4 * len(constraints))
-        if count:
-            stream.upload(self.masks.address, buffer, 4 * count * self._words, 4 * self._rows)
+        if wanted:
+            stream.upload(self.masks.address, buffer, 4 * len(wanted) * self._words, 4 * self._rows)
         read.record(stream)
         return failures
 

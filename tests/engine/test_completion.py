@@ -1,0 +1,82 @@
+"""Completions: an answer that nobody follows is the one that is followed."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from bitnet_numba.engine.completion import Completion, CompletionBuilder, Stats
+from bitnet_numba.logprobs import LogprobList
+from bitnet_numba.sampling import TokenLogprob
+from bitnet_numba.sampling_params import SamplingParams
+from tests.engine.toy_backend import TOKENIZER, VOCAB
+
+# Whole words, parts of characters, characters of several bytes, special tokens, ids without a token.
+TOKENS = st.integers(0, VOCAB + 2) | st.sampled_from(
+    [*TOKENIZER.encode_plain("aé€😀 the\ufffd"), *sorted(TOKENIZER.special_ids)]
+)
+STOPS = st.lists(st.text(st.sampled_from("ate hé€😀\ufffd"), min_size=1, max_size=3), max_size=3)
+
+
+def build(tokens: list[int], params: SamplingParams, quietly: bool, finish: bool) -> tuple[Any, list[Any]]:
+    """The completion of these tokens, but for its times, and what was released of them."""
+    request: Any = SimpleNamespace(params=params, stop=params.stop, dropped_messages=0)
+    builder = CompletionBuilder(TOKENIZER, request)
+    released: list[Any] = []
+    for i, token in enumerate(tokens):
+        told = [None, TokenLogprob(token, -float(i), [])]
+        if quietly:
+            builder.push_quietly(token, told, 1)
+        else:
+            builder.push(token, told, 1)
+            released += builder.released()[1]
+        if builder.reason:
+            break
+    if finish or builder.reason:
+        builder.reason = builder.reason or "context"
+        builder.finish()
+        released += builder.released()[1]
+    completion = builder.completion(3, 0, {})
+    return replace(completion, stats=replace(completion.stats, prefill_seconds=0, decode_seconds=0)), released
+
+
+@settings(max_examples=400)
+@given(
+    tokens=st.lists(TOKENS, max_size=40),
+    stop=STOPS,
+    min_tokens=st.sampled_from([0, 0, 7]),
+    ends=st.lists(TOKENS, max_size=2),
+    logprobs=st.sampled_from([None, 0]),
+    finish=st.booleans(),
+)
+@example(tokens=TOKENIZER.encode_plain("é")[:1] * 3, stop=["\ufffd"], min_tokens=0, ends=[], logprobs=0, finish=True)
+def test_quietly_is_the_same(
+    tokens: list[int], stop: list[str], min_tokens: int, ends: list[int], logprobs: int | None, finish: bool
+) -> None:
+    params = SamplingParams(stop=stop, min_tokens=min_tokens, stop_token_ids=ends, logprobs=logprobs, max_new_tokens=33)
+    followed, released = build(tokens, params, False, finish)
+    quiet, _ = build(tokens, params, True, finish)
+    assert quiet == followed
+    assert (quiet.logprobs is None) == (logprobs is None)
+    if quiet.logprobs is not None:
+        assert isinstance(quiet.logprobs, list) and [each.token_id for each in quiet.logprobs] == quiet.token_ids
+        if finish or followed.finish_reason != "interrupted":
+            assert released == quiet.logprobs
+
+
+def test_log_probabilities_are_read_when_they_are_asked_for() -> None:
+    class Unread(list[TokenLogprob | None]):
+        def __getitem__(self, index: Any) -> Any:
+            reads.append(index)
+            return super().__getitem__(index)
+
+    reads: list[int] = []
+    told = LogprobList([Unread([TokenLogprob(5, -1.0, [])])], [0])
+    completion = Completion("a", [5], "stop", Stats(1, 0, 1, 0.0, 0.0, {}), told)
+    assert repr(completion) and reads == []
+    assert completion.logprobs == [TokenLogprob(5, -1.0, [])] and completion.logprobs is completion.logprobs
+    assert reads == [0]
+    assert completion.to_dict()["logprobs"] == [{"token_id": 5, "logprob": -1.0, "top": []}]
+    assert replace(completion, text="b").logprobs == completion.logprobs
