@@ -19,6 +19,7 @@ from bitnet_numba.engine.loading import load
 from bitnet_numba.errors import RequestError
 from bitnet_numba.server.app import create_app
 from bitnet_numba.server.command_line import build_parser, read_settings
+from bitnet_numba.server.launch import spare_collector
 from bitnet_numba.server.ray_proxy import ROUTER
 from bitnet_numba.server.service import Service
 
@@ -64,6 +65,7 @@ class Replica:
         args = build_parser().parse_args(shlex.split(options))
         self._service = Service(read_settings(args))
         await self._service.start(partial(load, args.model, args.backend, args.context, args.threads, args.revision))
+        spare_collector()
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         @contextlib.asynccontextmanager

@@ -86,7 +86,13 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_life_of_a_process(number: int) -> None:
-    command = [sys.executable, "-m", "bitnet_numba.server", "--port", "0", "--backend", "reference", "--log-requests"]
+    code = """if True:
+        import atexit, gc, sys
+        from bitnet_numba.server.__main__ import main
+        atexit.register(lambda: print(gc.get_freeze_count(), "objects frozen", file=sys.stderr))
+        sys.exit(main())
+    """
+    command = [sys.executable, "-c", code, "--port", "0", "--backend", "reference", "--log-requests"]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
@@ -104,4 +110,5 @@ def test_the_life_of_a_process(number: int) -> None:
         process.kill()
         process.wait()
     assert process.returncode == 0 and "Traceback" not in rest
+    assert int(rest.splitlines()[-1].split()[0]) > 10_000, "the model is looked at by the garbage collector"
     assert "POST /v1/completions 200 " in rest and answer.headers["x-request-id"] in rest and "secret" not in rest
