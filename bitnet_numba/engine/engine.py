@@ -426,12 +426,14 @@ class Engine:
             raise RequestError(f"there are {len(prompts)} prompts but {len(params)} sampling parameters")
         else:
             each = params
-        requests = []
+        requests: list[Request] = []
         vocab, several = self.config.vocab_size, "list each by itself"
+        last: SamplingParams | None = None
         for i, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
             with _naming_prompt(i):
-                own = read_params(method, own, same)
-                requests += read_request(self.tokenizer, vocab, self.context, prompt, own, several).several(count)
+                if own is None or own is not last:  # mostly they are one and the same
+                    last, checked = own, read_params(method, own, same)
+                requests += read_request(self.tokenizer, vocab, self.context, prompt, checked, several).several(count)
         answers = self._answer_together(requests, max_sequences, count) if requests else []
         return answers if n is None else [answers[i : i + n] for i in range(0, len(answers), n)]
 
