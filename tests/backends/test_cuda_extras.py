@@ -305,12 +305,12 @@ def cuda_backend(checkpoint: PackedCheckpoint) -> Any:
 def test_batch_on_gpu(demo: PackedCheckpoint) -> None:
     backend, prompts = cuda_backend(demo), [random_ids(demo, length, length) for length in (30, 1, 90)]
     params = [EDITED, PLAIN, SCORED]
-    check_batch(backend, prompts, params, 40)
+    check_batch(backend, prompts, params, 38)  # the longest fills its two pages
     batch = backend.new_batch(3, 200)
-    together = answers(batch, prompts, params, PAGES, 40)
+    together = answers(batch, prompts, params, PAGES, 38)
     for prompt, own, found in zip(prompts, params, together, strict=True):
         alone = backend.new_batch(1, 200)
-        assert answers(alone, [prompt], [own], [[1, 0]], 40) == [found]
+        assert answers(alone, [prompt], [own], [[1, 0]], 38) == [found]
         alone.close()
 
 
