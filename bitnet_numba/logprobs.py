@@ -3,7 +3,7 @@
 A step of 128 sequences with 5 likely tokens each would be 900 objects, most of which nobody looks at.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -65,9 +65,15 @@ class LogprobRows(Sequence[TokenLogprob | None]):
 class LogprobList(Sequence[TokenLogprob]):
     """Of the tokens of an answer: rows of `LogprobRows` or of lists, which are read when they are asked for."""
 
-    def __init__(self, sources: Sequence[Sequence[TokenLogprob | None]] = (), rows: Sequence[int] = ()):
+    def __init__(self, sources: Iterable[Sequence[TokenLogprob | None]] = (), rows: Iterable[int] = ()):
         """sources [n], rows [n]: what has each token's, and its place there."""
-        self._sources, self._rows = sources, rows
+        self._sources, self._rows = list(sources), list(rows)
+        self._num_own = 0  # of the first tokens, sources have those of nobody else
+
+    def append(self, source: Sequence[TokenLogprob | None], row: int) -> None:
+        """Adds that of another token."""
+        self._sources.append(source)
+        self._rows.append(row)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -97,18 +103,23 @@ class LogprobList(Sequence[TokenLogprob]):
     def __repr__(self) -> str:
         return repr(list(self))
 
-    def alone(self) -> Sequence[TokenLogprob]:
-        """The same, without keeping in memory what the sources have of others."""
-        first = self._sources[0] if self._sources else None
-        if not isinstance(first, LogprobRows):
-            return list(self)
-        parts = []
-        for source, row in zip(self._sources, self._rows, strict=True):
-            if not isinstance(source, LogprobRows) or source.most != first.most:
-                return list(self)
-            parts.append(source.data[row * source.row_bytes : (row + 1) * source.row_bytes])
-        rows = LogprobRows(b"".join(parts), first.most)
-        return LogprobList([rows] * len(parts), range(len(parts)))
+    def keep_own(self) -> None:
+        """Keeps no more in memory what the sources have of others."""
+        sources: list[Any] = self._sources[self._num_own :]
+        rows = self._rows[self._num_own :]
+        if not sources:
+            return
+        widths = {getattr(source, "row_bytes", None) for source in sources}
+        (width,) = widths if len(widths) == 1 else (None,)
+        own: Sequence[TokenLogprob | None]
+        if width is None:  # they are objects already, or others of a step have asked for more
+            own = [source[row] for source, row in zip(sources, rows, strict=True)]
+        else:
+            cut = [source.data[row * width : (row + 1) * width] for source, row in zip(sources, rows, strict=True)]
+            own = LogprobRows(b"".join(cut), sources[0].most)
+        self._sources[self._num_own :] = [own] * len(rows)
+        self._rows[self._num_own :] = range(len(rows))
+        self._num_own = len(self._rows)
 
 
 class ReadWhenAsked:

@@ -38,11 +38,15 @@ def test_answers(steps: list[tuple[int, int]], top: int) -> None:
         expected.append(read[row])
     found = LogprobList(sources, [row for _, row in steps])
     assert found == expected and list(found) == expected and found[1:] == expected[1:]
-    assert list(found.alone()) == expected
+    for source, (_, row) in zip(sources, steps, strict=True):
+        found.append(source, row)
+        found.keep_own()
+    assert found == [*expected, *expected]
 
 
-def test_an_answer_alone_keeps_nothing_of_others() -> None:
+def test_an_answer_can_keep_its_own_only() -> None:
     rows, expected = rows_of([3] * 1000, 1)
-    alone = LogprobList([rows, rows], [7, 9]).alone()
-    assert list(alone) == [expected[7], expected[9]]
-    assert isinstance(alone, LogprobList) and len(alone._sources[0]) == 2
+    found = LogprobList([rows, rows], [7, 9])
+    found.keep_own()
+    assert list(found) == [expected[7], expected[9]]
+    assert [len(source) for source in found._sources] == [2, 2]

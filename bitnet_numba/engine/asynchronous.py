@@ -21,8 +21,14 @@ from bitnet_numba.errors import BackendError, RequestError, SchedulerClosed
 class _Answer:
     """What the worker knows of one request, and has found out for it."""
 
-    def __init__(self, open_scheduler: Callable[[], Scheduler], read: Callable[[], Request], options: QueueOptions):
-        self.open_scheduler, self.read, self.options = open_scheduler, read, options
+    def __init__(
+        self,
+        open_scheduler: Callable[[], Scheduler],
+        read: Callable[[], Request],
+        options: QueueOptions,
+        quiet: bool,
+    ):
+        self.open_scheduler, self.read, self.options, self.quiet = open_scheduler, read, options, quiet
         self.number: int | None = None  # in the scheduler, once it has been added
         self.dropped = False  # nobody wants the rest of it
         self.pieces: deque[str] = deque()  # text that has not been taken
@@ -84,7 +90,7 @@ class AsyncWorker:
                 request = answer.read()
                 if self._scheduler is None:
                     self._scheduler = answer.open_scheduler()
-                answer.number = self._scheduler.add_request(request, answer.options)
+                answer.number = self._scheduler.add_request(request, answer.options, quiet=answer.quiet)
                 self._answers[answer.number] = answer
             except BaseException as error:
                 answer.end(error=error)
@@ -150,10 +156,12 @@ class AsyncStream(AsyncIterator[str]):
         open_scheduler: Callable[[], Scheduler],
         read: Callable[[], Request],
         options: QueueOptions,
+        quiet: bool = False,
     ):
-        """read: makes the request, in the worker's thread: a long text takes a while to encode."""
+        """read: makes the request, in the worker's thread: a long text takes a while to encode. quiet: it has no
+        pieces, only a result."""
         self._worker = worker
-        self._answer = _Answer(open_scheduler, read, options)
+        self._answer = _Answer(open_scheduler, read, options, quiet)
         self._loop: asyncio.AbstractEventLoop | None = None  # in which it was started
         self._busy = False
 

@@ -12,6 +12,7 @@ from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.text.stop_strings import StopStrings
 from bitnet_numba.text.tokenizer import StreamDecoder, Tokenizer
 
+KEPT_BACK = 48  # tokens of a quiet answer whose text is made together
 FinishReason = Literal["stop", "length", "context", "timeout", "interrupted"]
 
 
@@ -97,9 +98,7 @@ class CompletionBuilder:
         self._max_new_tokens = params.max_new_tokens
         self._finished = False
         self._ids: list[int] = []  # without the stop token
-        self._has_logprobs = params.logprobs is not None
-        self._sources: list[Sequence[TokenLogprob | None]] = []  # what has those of `_ids`
-        self._rows: list[int] = []  # and where
+        self._logprobs = None if params.logprobs is None else LogprobList()  # of `_ids`
         # By number of tokens: the number of characters decoded so far; None if the last character is unfinished.
         self._ends: list[int | None] = [0]
         self._decoded = 0  # characters
@@ -129,6 +128,10 @@ class CompletionBuilder:
         if self._watched is not None and (self._watched[token] or self._matcher.held or self._decoder.pending):
             self._catch_up(len(self._ids) - 1)
             self._decode(token)
+        elif len(self._ids) % KEPT_BACK == 0:  # lest the end, which others wait for, takes long
+            self._catch_up(len(self._ids))
+        if self._logprobs is not None and len(self._ids) % KEPT_BACK == 0:
+            self._logprobs.keep_own()
         if self.reason is None and len(self._ids) == self._max_new_tokens:
             self.reason = "length"
 
@@ -142,9 +145,8 @@ class CompletionBuilder:
             self.reason = "stop"
             return False
         self._ids.append(token)
-        if self._has_logprobs and logprobs is not None:
-            self._sources.append(logprobs)
-            self._rows.append(row)
+        if self._logprobs is not None and logprobs is not None:
+            self._logprobs.append(logprobs, row)
         return True
 
     def _catch_up(self, count: int) -> None:
@@ -197,10 +199,7 @@ class CompletionBuilder:
         for. Together, those of all calls are the completion's."""
         start, self._num_released = self._num_released, self._tokens_shown()
         ids = self._ids[start : self._num_released]
-        return ids, self._logprobs(start, self._num_released) if self._has_logprobs else ()
-
-    def _logprobs(self, start: int, end: int) -> LogprobList:
-        return LogprobList(self._sources[start:end], self._rows[start:end])
+        return ids, () if self._logprobs is None else self._logprobs[start : self._num_released]
 
     def _tokens_shown(self) -> int:
         """How many tokens have been shown whole."""
@@ -224,7 +223,10 @@ class CompletionBuilder:
             self._catch_up(len(self._ids))
         reason: FinishReason = self.reason if self.reason and self._finished else "interrupted"
         count = self._tokens_shown()
-        logprobs = self._logprobs(0, count).alone() if self._has_logprobs else None
+        logprobs = None
+        if self._logprobs is not None:
+            self._logprobs.keep_own()
+            logprobs = self._logprobs[:count]
         seconds = self._first_at - self._started_at, self._last_at - self._first_at
         stats = Stats(prompt_tokens, reused_tokens, self._count, *seconds, memory)
         text, ids, dropped = "".join(self._shown), self._ids[:count], self._dropped_messages

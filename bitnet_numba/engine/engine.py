@@ -340,9 +340,9 @@ class Engine:
         options = QueueOptions(priority, "", cache_salt, queue_timeout, timeout)
         several = "call agenerate for each"
         if n is None:
-            return await self._astream(prompt, checked, options, several).result()
+            return await self._astream(prompt, checked, options, several, quiet=True).result()
         each = checked.several(positive_integer("n", n, MAX_SEQUENCES))
-        return await results([self._astream(prompt, own, options, several) for own in each])
+        return await results([self._astream(prompt, own, options, several, quiet=True) for own in each])
 
     def astream(
         self,
@@ -426,12 +426,14 @@ class Engine:
             raise RequestError(f"there are {len(prompts)} prompts but {len(params)} sampling parameters")
         else:
             each = params
-        requests = []
+        requests: list[Request] = []
         vocab, several = self.config.vocab_size, "list each by itself"
+        last: SamplingParams | None = None
         for i, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
             with _naming_prompt(i):
-                own = read_params(method, own, same)
-                requests += read_request(self.tokenizer, vocab, self.context, prompt, own, several).several(count)
+                if own is None or own is not last:  # mostly they are one and the same
+                    last, checked = own, read_params(method, own, same)
+                requests += read_request(self.tokenizer, vocab, self.context, prompt, checked, several).several(count)
         answers = self._answer_together(requests, max_sequences, count) if requests else []
         return answers if n is None else [answers[i : i + n] for i in range(0, len(answers), n)]
 
@@ -441,15 +443,16 @@ class Engine:
         """The answers to several requests, up to `max_sequences` at once. of_each: so many are of one prompt, which
         errors name by its place; None: all are."""
         completions: dict[int, Completion] = {}
+        of_each = of_each or len(requests)
         with self.scheduler(min(max_sequences, len(requests)), prefill_chunk=ALL_PROMPTS) as scheduler:
             ids = []
             for i, request in enumerate(requests):
-                with _naming_prompt(i):
+                with _naming_prompt(i // of_each):
                     ids.append(scheduler.add_request(request, quiet=True))
             while scheduler.busy:
                 for update in scheduler.step():
                     if update.error is not None:
-                        with _naming_prompt(ids.index(update.request)):
+                        with _naming_prompt(ids.index(update.request) // of_each):
                             raise update.error
                     if update.completion is not None:
                         completions[update.request] = update.completion
@@ -488,14 +491,16 @@ class Engine:
 
         return session.stream_request(request, ended)
 
-    def _astream(self, prompt: Prompt, params: SamplingParams, options: QueueOptions, several: str) -> AsyncStream:
+    def _astream(
+        self, prompt: Prompt, params: SamplingParams, options: QueueOptions, several: str, quiet: bool = False
+    ) -> AsyncStream:
         self._check_generates()
 
         def read() -> Request:
             self._check_generates()
             return read_request(self.tokenizer, self.config.vocab_size, self.context, prompt, params, several)
 
-        return AsyncStream(self._async_worker, self.scheduler, read, options)
+        return AsyncStream(self._async_worker, self.scheduler, read, options, quiet)
 
     def _new_session(self, context: Context | None = None) -> Session:
         size = self.config.vocab_size

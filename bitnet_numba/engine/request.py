@@ -173,6 +173,8 @@ def check_ids(ids: object, vocab_size: int) -> list[int]:
         raise RequestError(f"token ids must be a list of integers, not {shown(ids)}")
     if len(ids) == 0:
         raise RequestError("the prompt is empty")
+    if type(ids) is list and set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size:
+        return ids.copy()
     checked = []
     for i in ids:
         number = as_integer(i)

@@ -57,15 +57,18 @@ class EngineLoop:
         """Seconds since a step has ended although there is work; 0 if there is none."""
         return monotonic() - self._stepped_at if self._scheduler.busy else 0.0
 
-    def open(self, requests: Sequence[Request], options: QueueOptions) -> Answers:
-        """Starts answers; from any thread. Raises RequestError if one can never fit, SchedulerClosed once closed."""
+    def open(self, requests: Sequence[Request], options: QueueOptions, quiet: bool = False) -> Answers:
+        """Starts answers; from any thread. quiet: of each, only the end is told.
+
+        Raises RequestError if one can never fit, SchedulerClosed once closed.
+        """
         with self._lock:
             if self._closed:
                 raise SchedulerClosed(CLOSED)
             numbers: list[int] = []
             try:
                 for request in requests:
-                    numbers.append(self._scheduler.add_request(request, options))
+                    numbers.append(self._scheduler.add_request(request, options, quiet=quiet))
             except BitNetError:
                 for number in numbers:
                     self._scheduler.cancel(number)

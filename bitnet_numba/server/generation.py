@@ -88,7 +88,7 @@ async def respond(
     """Generates `count` answers and sends them, whole or as a stream. `make` and `param` as for `Service.answering`."""
     n, priority, salt = number_of_choices(body), body.priority or 0, body.cache_salt or ""
     began = time.perf_counter()
-    async with service.answering(exchange, count, make, param, priority, salt) as answers:
+    async with service.answering(exchange, count, make, param, priority, salt, not body.stream) as answers:
         if body.stream:
             completions = await _stream(service, exchange, answers, n, form, began)
         else:

@@ -134,11 +134,13 @@ class Service:
         param: str,
         priority: int = 0,
         cache_salt: str = "",
+        quiet: bool = False,
     ) -> AsyncIterator[Answers]:
         """Starts `count` answers and ends them with the block, or when the client has left, or when time is over.
 
         make: reads the prompts. priority: lower ones first. cache_salt: computed pages are shared only where it is the
-        same, and the key, too. Raises ApiError if the prompts are invalid, or if there is no room for more.
+        same, and the key, too. quiet: of each answer, only the end is told. Raises ApiError if the prompts are invalid,
+        or if there is no room for more.
         """
         settings = self.settings
         engine_loop = self._admit(count)
@@ -149,7 +151,7 @@ class Service:
             try:
                 tenant = exchange.tenant
                 options = QueueOptions(priority, tenant, f"{tenant} {cache_salt}", settings.queue_timeout)
-                answers = engine_loop.open(requests, options)
+                answers = engine_loop.open(requests, options, quiet)
             except SchedulerClosed:
                 raise busy("the model is not ready for requests", "unavailable") from None
             except RequestError as error:

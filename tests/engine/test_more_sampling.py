@@ -3,6 +3,7 @@ them. On every way to ask; alone as in company."""
 
 import asyncio
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bitnet_numba as bn
+from bitnet_numba.engine.asynchronous import results
 from bitnet_numba.engine.completion import Completion
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.loading import DEMO
 from bitnet_numba.engine.scheduler import Update
-from bitnet_numba.errors import RequestError
+from bitnet_numba.errors import ContextFull, RequestError
 from bitnet_numba.sampling import sample, token_logprobs
 from bitnet_numba.sampling_params import SamplingParams
 from tests.engine.toy_backend import TOKENIZER, tokens_of, toy_engine, toy_logits
@@ -121,6 +123,52 @@ def test_several_answers() -> None:
         llm.generate(prompt, n=0)
     with pytest.raises(RequestError, match="generate has no option nn: did you mean n"):
         llm.generate(prompt, nn=2)  # type: ignore[call-overload]
+
+
+def test_several_answers_however_they_are_asked_for() -> None:
+    """A chat, tasks of asyncio and batches give the same as `generate`, for each of their prompts."""
+    llm, _ = toy_engine(context=100)
+    params, message = SamplingParams(temperature=1.0, seed=(1 << 64) - 1, max_new_tokens=12), "What is it?"
+    wanted = [llm.generate(each, params, n=3) for each in ("This is", "Once", [{"role": "user", "content": message}])]
+
+    def texts(answers: list[Completion]) -> list[tuple[str, list[int]]]:
+        return [(one.text, one.token_ids) for one in answers]
+
+    assert texts(llm.chat(message, params, n=3)) == texts(wanted[2])
+    assert texts(asyncio.run(llm.agenerate("This is", params, n=3))) == texts(wanted[0])
+    assert [texts(each) for each in llm.generate_batch(["This is", "Once"], params, n=3)] == [*map(texts, wanted[:2])]
+    assert llm.generate_batch([], params, n=2) == []
+    for ask in (llm.chat, llm.generate_batch, lambda prompt, n: asyncio.run(llm.agenerate(prompt, n=n))):
+        with pytest.raises(RequestError, match="n must be a positive integer, not 0"):
+            ask(["x"] if ask == llm.generate_batch else "x", n=0)
+    with pytest.raises(ContextFull, match="^prompt 1: "):
+        llm.generate_batch(["a", [5] * 101], n=2)
+
+
+def test_one_of_several_tasks_that_fails_ends_the_others() -> None:
+    ended: list[str] = []
+
+    class Endless:
+        async def result(self) -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.append("endless")
+
+    class Fails:
+        async def result(self) -> None:
+            await asyncio.sleep(0)
+            raise RequestError("it fails")
+
+    streams: Any = [Endless(), Fails(), Endless()]
+
+    async def run() -> None:
+        with pytest.raises(RequestError, match="it fails"):
+            await results(streams)
+        await asyncio.sleep(0)
+
+    asyncio.run(run())
+    assert ended == ["endless", "endless"]
 
 
 def test_completions_as_json() -> None:

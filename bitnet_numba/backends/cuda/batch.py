@@ -89,7 +89,8 @@ class CudaBatch:
         self._runtime.device.activate()
         state, write = self._state, self._runtime.uploads.write
         write(state.tokens, ids, slot * state.tokens_stride)
-        write(state.seen, state.seen_bits(ids), slot * state.seen_stride)
+        if params.repetition_penalty != 1.0:  # else no step looks at it
+            write(state.seen, state.seen_bits(ids), slot * state.seen_stride)
         write(state.block_table, pages, slot * state.block_table_stride)
         write(state.settings, pack_settings(params), slot * SETTINGS)
         write(state.position, [computed], slot)

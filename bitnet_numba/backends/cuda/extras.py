@@ -79,8 +79,9 @@ class Extras:
         """Enqueues what a slot's sequence asks for. masked: each of its rows comes with a mask."""
         settings, listed, biases = pack_edits(params, prompt_length, masked)
         write(self._edits.settings, settings, slot * edits.SETTINGS)
-        write(self._edits.listed, listed, slot * edits.MAX_LISTED)
-        write(self._edits.biases, biases, slot * MAX_LOGIT_BIAS)
+        if params.biases or params.min_tokens:  # else no step looks at them
+            write(self._edits.listed, listed, slot * edits.MAX_LISTED)
+            write(self._edits.biases, biases, slot * MAX_LOGIT_BIAS)
         write(self._wanted, [NONE if params.logprobs is None else params.logprobs], slot)
 
     def around(
