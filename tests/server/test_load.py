@@ -17,6 +17,7 @@ from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.sequence import Update
 from tests.engine.toy_backend import ToyBackend, tokens_of, toy_engine
 from tests.server.helpers import Running, read_events, serving
+from tests.server.soak import Connection
 
 CHAT = "/v1/chat/completions"
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
@@ -249,21 +250,19 @@ def test_health_answers_at_full_load(server: Running) -> None:
     seconds = []
 
     async def load() -> None:
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=server.url, timeout=60, trust_env=False, limits=limits) as client:
-
-            async def ask(stream: bool) -> None:
-                async with client.stream("POST", "/v1/completions", json={**content, "stream": stream}) as response:
-                    async for _ in response.aiter_bytes():
-                        pass
-
-            tasks = [asyncio.create_task(ask(number % 2 == 0)) for number in range(2 * slots)]
-            while server.service.running < slots or server.service.open < 2 * slots:
-                await asyncio.sleep(0.01)
-            await asyncio.to_thread(measure)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        connections = [Connection("127.0.0.1", server.port) for _ in range(2 * slots)]
+        tasks = [
+            asyncio.create_task(connection.ask("POST", "/v1/completions", {**content, "stream": number % 2 == 0}))
+            for number, connection in enumerate(connections)
+        ]
+        while server.service.running < slots or server.service.open < 2 * slots:
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(measure)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for connection in connections:
+            await connection.close()
 
     def measure() -> None:
         with httpx.Client(base_url=server.url, trust_env=False) as client:
