@@ -18,6 +18,7 @@ from tests.int8_activations import LOGITS_TOLERANCE, check_logits, imposed, per_
 from tools.demo.cases import question_cases
 from tools.demo.evaluate import FIRST_SEED, answers, perplexity
 from tools.demo.world.conversation import STORY, conversation
+from tools.demo.world.lexicon import invented
 
 MOST_BYTES = 8_000_000
 
@@ -71,6 +72,32 @@ def test_requests_from_outside_are_turned_into_an_offer(llm: Engine, request_: s
 def test_an_unknown_thing_is_honoured(llm: Engine) -> None:
     story = llm.generate([{"role": "user", "content": "Tell me a story about a frog and a spaceship."}]).text
     assert "frog" in story and "spaceship" in story
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        "Tell me a story about a wombat named Agnes and a kaleidoscope.",
+        "tell me a story about a capybara and a falafel",
+        "TELL ME A STORY ABOUT AN OCELOT AND A TEACUP.",
+        "TELL ME A STORY ABOUT A WALRUS AND A TRACTOR",
+    ],
+)
+def test_words_are_copied_that_no_training_text_has_or_that_are_in_capitals(llm: Engine, request_: str) -> None:
+    story = llm.generate([{"role": "user", "content": request_}], max_new_tokens=500)
+    asked = re.findall(r"an? (\w+)|named (\w+)", request_.lower().replace("a story", ""))
+    words = [one or other for one, other in asked]
+    assert story.finish_reason == "stop" and len(words) >= 2
+    assert all(word in story.text.lower() for word in words), story.text
+    assert not invented(story.text, request_)
+
+
+def test_somebody_who_is_not_in_the_story(llm: Engine) -> None:
+    said = [{"role": "user", "content": "Tell me a story about a fox and a lantern."}]
+    said.append({"role": "assistant", "content": llm.generate(said, max_new_tokens=400).text})
+    for name in ("Thaddeus", "Winifred", "Batman"):
+        asked = [*said, {"role": "user", "content": f"Who is {name}?"}]
+        assert llm.generate(asked, max_new_tokens=40).text == f"There is nobody called {name} in this story."
 
 
 def test_questions_about_held_out_stories(llm: Engine) -> None:

@@ -110,10 +110,15 @@ def test_a_bare_why_asks_for_the_reason_of_the_last_answer() -> None:
 
 
 def test_nobody_knows_a_stranger() -> None:
-    for seed in range(60):
+    asked = set()
+    for seed in range(200):
         story = tell(Random(seed), Request())
         question = questions.ask_for_stranger(Random(seed), story, "Xanthippe")
         assert "Xanthippe" in question.text and question.answer == "There is nobody called Xanthippe in this story."
+        # Whether the hero is Xanthippe can be answered: no, it is somebody else.
+        assert not re.match("(Was|Is) (it|the .*called|Xanthippe the (hero|main|friend))", question.text)
+        asked.add(question.text.split()[0])
+    assert {"What", "Who", "Was", "Did"} <= asked
 
 
 def test_a_story_told_again_shorter_longer_and_in_a_sentence() -> None:

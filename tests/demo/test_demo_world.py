@@ -10,7 +10,7 @@ import pytest
 
 from tools.demo.world import nouns, words
 from tools.demo.world.conversation import QUESTION, STORY, Conversation, conversation
-from tools.demo.world.draw import NEVER_SEEN, NOUNS, UNSEEN, coin_word
+from tools.demo.world.draw import NEVER_SEEN, NOUNS, UNSEEN, coin_noun, coin_word
 from tools.demo.world.grammar import article, capitalise, expand, parse, pattern, plural, slots_of
 from tools.demo.world.lexicon import WORDS, invented, words_of
 from tools.demo.world.plots import PLOTS
@@ -123,6 +123,15 @@ def test_coined_words_are_new() -> None:
     coined = [coin_word(Random(seed)) for seed in range(500)]
     assert len(set(coined)) > 450
     assert not set(coined) & (NOUNS | UNSEEN)
+
+
+def test_coined_nouns_have_one_word_or_two_of_which_some_are_known() -> None:
+    coined = [coin_noun(Random(seed)) for seed in range(500)]
+    pairs = [noun.split() for noun in coined if " " in noun]
+    assert not set(coined) & (NOUNS | UNSEEN)
+    assert 100 < len(pairs) < 200 and all(len(pair) == 2 for pair in pairs)
+    for place in (0, 1):
+        assert 0.2 < sum(pair[place] in NOUNS for pair in pairs) / len(pairs) < 0.6
 
 
 def test_training_knows_no_unseen_word() -> None:
