@@ -82,7 +82,8 @@ class Completion:
 class CompletionBuilder:
     """Builds a completion: `push` tokens until `reason` is set, then call `finish` for the rest of the text.
 
-    Or `push_quietly` all of them: the completion is the same. One that is taken before `finish` counts as interrupted.
+    Or `push_quietly` some or all of them: the completion is the same, and `take` returns text that was not made then.
+    A completion that is taken before `finish` counts as interrupted.
     Timing starts at construction.
     """
 
@@ -104,25 +105,27 @@ class CompletionBuilder:
         self._decoded = 0  # characters
         self._shown: list[str] = []
         self._num_shown = 0  # characters
+        self._num_taken = 0  # pieces of `_shown` that have been returned
         self._num_released = 0  # tokens that `released` has returned
         self._started_at = self._first_at = self._last_at = perf_counter()
         self._count = 0  # tokens, including the stop token
 
     def push(self, token: int, logprobs: Sequence[TokenLogprob | None] | None = None, row: int = 0) -> str:
-        """Adds a token; returns the text that can be shown now, which may be empty.
+        """Adds a token; returns the text that can be shown now and has not been returned before; it may be empty.
 
         logprobs: has the token's at `row`, if the request asks for it.
         """
         if not self._add(token, logprobs, row):
             return ""
-        text = self._decode(token)
+        self._catch_up(len(self._ids) - 1)
+        self._decode(token)
         if self.reason is None and len(self._ids) == self._max_new_tokens:
             self.reason = "length"
-        return text
+        return self._take()
 
     def push_quietly(self, token: int, logprobs: Sequence[TokenLogprob | None] | None = None, row: int = 0) -> None:
-        """Adds a token of an answer that nobody follows: text is made where a stop string may begin or has begun, and
-        of all that is left by `finish`."""
+        """Adds a token whose text nobody wants yet: it is made where a stop string may begin or has begun; what is left
+        by `push`, `take` or `finish`."""
         if not self._add(token, logprobs, row):
             return
         if self._watched is not None and (self._watched[token] or self._matcher.held or self._decoder.pending):
@@ -149,6 +152,16 @@ class CompletionBuilder:
             self._logprobs.append(logprobs, row)
         return True
 
+    def take(self) -> str:
+        """The text that can be shown now and has not been returned before; may be empty."""
+        if not self._finished:
+            self._catch_up(len(self._ids))
+        return self._take()
+
+    def _take(self) -> str:
+        start, self._num_taken = self._num_taken, len(self._shown)
+        return "".join(self._shown[start:])
+
     def _catch_up(self, count: int) -> None:
         """Makes the text of the tokens up to the first `count`, in none of which a stop string begins."""
         ids = self._ids[len(self._ends) - 1 : count]
@@ -172,8 +185,8 @@ class CompletionBuilder:
         self._shown.append(piece)
         self._num_shown += len(piece)
 
-    def _decode(self, token: int) -> str:
-        """Makes the text of the last token; returns what can be shown now."""
+    def _decode(self, token: int) -> None:
+        """Makes the text of the last token."""
         piece = self._decoder.push(token)
         self._decoded += len(piece)
         self._ends.append(None if self._decoder.pending else self._decoded)
@@ -183,16 +196,15 @@ class CompletionBuilder:
             self._num_shown += len(safe)
         if self._matcher.found:
             self.reason = "stop"
-        return safe
 
     def finish(self) -> str:
-        """The text that was held back as the possible start of a stop string; may be empty."""
+        """The text that was held back, as the possible start of a stop string or not made yet; may be empty."""
         self._finished = True
         self._catch_up(len(self._ids))
         rest = "" if self._matcher.found else self._matcher.push(self._decoder.finish()) + self._matcher.finish()
         self._shown.append(rest)
         self._num_shown += len(rest)
-        return rest
+        return self._take()
 
     def released(self) -> tuple[list[int], Sequence[TokenLogprob]]:
         """The tokens whose text has been shown since the last call, and their log probabilities, if they were asked

@@ -175,8 +175,11 @@ class Scheduler:
         """
         return self._queue.wait(timeout)
 
-    def step(self) -> list[Update]:
+    def step(self, tell: bool = True) -> list[Update]:
         """Runs one round and returns what the last one produced, usually one update for each running request.
+
+        tell: False keeps the text of answers that go on for a later round, where it costs less: of many tokens at once.
+        What begins or ends is told.
 
         If the backend fails as a whole, every open request ends with the error, and the scheduler is closed: another
         one can take its place. After `close`, the next step tells that the requests which were open have ended with
@@ -192,7 +195,7 @@ class Scheduler:
             updates = self._queue.take_updates()
             if not self.closed:
                 try:
-                    self._run_round(updates)
+                    self._run_round(updates, tell)
                 except Exception as failure:
                     error = failure if isinstance(failure, BackendError) else BackendError(one_line(failure))
                     error.__cause__ = failure if error is not failure else failure.__cause__
@@ -217,18 +220,20 @@ class Scheduler:
         self._queue.close(error)
         self._runner.close()
 
-    def _run_round(self, updates: list[Update]) -> None:
+    def _run_round(self, updates: list[Update], tell: bool) -> None:
         runner = self._runner
         self._end_cancelled(updates)
         uncollected = runner.uncollected
         preempted = runner.make_room()
         self._queue.put_back(preempted)
+        for s in preempted:
+            self._tell(s, updates)  # it may be long until their next tokens
         # Whoever was preempted comes first, and there is no room for it now.
         self._prefill(updates, admit=not preempted)
         self._end_late(updates)
         runner.step()
         for _ in range(uncollected):
-            runner.collect(lambda s, token, logprobs, row: self._receive(s, token, logprobs, row, updates))
+            runner.collect(lambda s, token, logprobs, row: self._receive(s, token, logprobs, row, updates, tell))
 
     def _prefill(self, updates: list[Update], admit: bool) -> None:
         """Enqueues the tokens of prompts that this round computes; `admit`: starts requests that wait, too."""
@@ -260,7 +265,9 @@ class Scheduler:
             updates.append(self._fail(s, one_line(error)))
         return True
 
-    def _receive(self, s: Sequence, token: int, logprobs: Logprobs | None, row: int, updates: list[Update]) -> None:
+    def _receive(
+        self, s: Sequence, token: int, logprobs: Logprobs | None, row: int, updates: list[Update], tell: bool
+    ) -> None:
         """Adds a sampled token to its sequence's answer; its log probability is in a row of logprobs."""
         if s.ended:
             return
@@ -283,18 +290,24 @@ class Scheduler:
         if len(s.ids) % self._runner.pool.page_size == 0:
             self._runner.note_computed(s)
         text = ""
-        if s.quiet:
-            builder.push_quietly(token, logprobs, row)
-        else:
+        if not s.quiet and (tell or len(s.ids) == s.prompt_length + 1):
             text = builder.push(token, logprobs, row)
+        else:
+            builder.push_quietly(token, logprobs, row)
         if builder.reason is None and s.received == s.max_tokens:
             builder.reason = "context"
         if builder.reason is not None:
             updates.append(self._finish(s, text)._replace(prompt_logprobs=of_prompt))
             return
-        if s.quiet:
+        if tell or text or of_prompt:
+            self._tell(s, updates, text, of_prompt)
+
+    def _tell(self, s: Sequence, updates: list[Update], text: str = "", of_prompt: Logprobs = ()) -> None:
+        """Tells what is new of an answer, after `text`, unless nobody follows it."""
+        if s.quiet or s.builder is None:
             return
-        token_ids, logprobs = builder.released()
+        text += s.builder.take()
+        token_ids, logprobs = s.builder.released()
         if text or token_ids or of_prompt:
             updates.append(Update(s.id, text, None, None, token_ids, logprobs, of_prompt))
 
@@ -310,10 +323,8 @@ class Scheduler:
         """Ends a request whose builder has a reason; `text` comes before what the builder held back."""
         assert s.builder is not None
         text += s.builder.finish()
-        if s.quiet:
-            return self._end(s)
-        token_ids, logprobs = s.builder.released()
-        return self._end(s)._replace(text=text, token_ids=token_ids, logprobs=logprobs)
+        update = self._end(s)
+        return update if s.quiet else update._replace(text=text)
 
     def _fail(self, s: Sequence, reason: str) -> Update:
         """Ends a request with an error; the others go on."""
@@ -324,7 +335,10 @@ class Scheduler:
         """Frees what a request holds; its last update, with the answer so far."""
         self._queue.end(s)
         self._runner.leave(s)
-        return Update(s.id, completion=self._completion(s))
+        completion = self._completion(s)
+        if s.quiet or s.builder is None:
+            return Update(s.id, completion=completion)
+        return Update(s.id, s.builder.take(), completion, None, *s.builder.released())
 
     def _completion(self, s: Sequence) -> Completion:
         builder = s.builder or self._new_builder(s)

@@ -34,8 +34,6 @@ class Answers:
     def __init__(self, requests: Sequence[Request], numbers: Sequence[int]):
         """numbers: by which the scheduler knows the requests."""
         self.requests, self.numbers = requests, numbers
-        self.announced = False  # whether the loop has been told of updates that it has not looked at yet
-        self.started = False  # whether there has been any update
         self.error: ApiError | None = None  # why they were ended before their time
         self._failed = False  # whether the backend has
         self._updates: deque[tuple[int, Update]] = deque()
@@ -51,7 +49,6 @@ class Answers:
         """Adds what is new for an answer. failed: it has ended because the backend has failed, or was closed."""
         self._failed = self._failed or failed
         self._updates.append((index, update))
-        self.started = True
 
     def wake(self) -> None:
         """Tells the task that waits."""

@@ -1,13 +1,12 @@
 """The thread that runs the model: one scheduler, stepped as long as it has requests.
 
 The event loop is told of new text at most once per `coalesce` seconds, and at once of an answer's beginning and end: to
-wake it for each token would cost more than all else that the server does.
+make text and wake it for each token would cost more than all else that the server does.
 """
 
 import asyncio
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from time import monotonic
 
@@ -35,9 +34,7 @@ class EngineLoop:
         self._lock = threading.Lock()  # guards the next two, and what they have to do with the scheduler
         self._answers: dict[int, tuple[Answers, int]] = {}  # by number in the scheduler: whose, and which of them
         self._closed = False
-        self._changed: deque[Answers] = deque()  # which the loop will be told of with the next flush
-        self._flush_planned = False
-        self._flushed_at = loop.time()
+        self._tell_at = 0.0  # when text is to be told of again
         self._stepped_at = monotonic()  # when a step ended, or the first request came after a pause
         self._thread = threading.Thread(target=self._run, name="bitnet_numba engine", daemon=True)
         self._thread.start()
@@ -99,7 +96,11 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while not self._closed and self._scheduler.wait():
-                updates = self._scheduler.step()
+                now = monotonic()
+                tell = now >= self._tell_at
+                if tell:
+                    self._tell_at = now + self._coalesce
+                updates = self._scheduler.step(tell)
                 self._stepped_at = monotonic()
                 if not self._scheduler.closed:
                     self._deliver(updates, self._answers)
@@ -143,7 +144,7 @@ class EngineLoop:
         self, updates: list[Update], open_answers: dict[int, tuple[Answers, int]], failed: bool = False
     ) -> None:
         """Gives updates to whom they are for. failed: the backend has, so that they all are the same error."""
-        plan = False
+        changed: list[Answers] = []
         with self._lock:
             for update in updates:
                 last = update.completion is not None or update.error is not None
@@ -151,23 +152,12 @@ class EngineLoop:
                 if found is None:  # cancelled
                     continue
                 answers, index = found
-                first = not answers.started
                 answers.put(index, update, failed)
-                if last or first:
-                    self._loop.call_soon_threadsafe(answers.wake)
-                elif not answers.announced:
-                    answers.announced = plan = True
-                    self._changed.append(answers)
-        if plan and not self._flush_planned:
-            self._flush_planned = True
-            self._loop.call_soon_threadsafe(self._plan_flush)
+                changed.append(answers)
+        if changed:
+            self._loop.call_soon_threadsafe(_wake, changed)
 
-    def _plan_flush(self) -> None:
-        self._loop.call_at(self._flushed_at + self._coalesce, self._flush)
 
-    def _flush(self) -> None:
-        self._flush_planned, self._flushed_at = False, self._loop.time()
-        while self._changed:
-            answers = self._changed.popleft()
-            answers.announced = False  # before it looks: what comes from now on is announced again
-            answers.wake()
+def _wake(changed: Sequence[Answers]) -> None:
+    for answers in changed:
+        answers.wake()
