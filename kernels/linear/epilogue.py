@@ -21,6 +21,7 @@ from bitnet_numba.packing import CODE_OFFSET
 
 LARGEST = float32(3.4028234663852886e38)
 EPILOGUES = ("acc", "store", "residual", "gated")
+GROUP_EPILOGUES = EPILOGUES[1:]  # of products with group scales
 
 
 @device_function
@@ -97,6 +98,30 @@ def make_epilogue(epilogue: str, activation: str, inverse: bool = False) -> Call
             y = ptx.add_rn(y, bias[n])
         if GATED:
             z = scaled(int32(sum_up - offset), m_up, s)
+            if bias is not None:
+                z = ptx.add_rn(z, bias[rows + n])
+            y = gated(y, z)
+        if RESIDUAL:
+            y = ptx.add_rn(old, y)
+        return y
+
+    return finish
+
+
+def make_group_epilogue(epilogue: str, activation: str, inverse: bool = False) -> Callable[..., Any]:
+    """The device function `finish(y, z, bias, n, rows, old)`, the result of row n and a token of a product with group
+    scales; there is no "acc".
+
+    y: float32, the sum of row n's groups; z: that of row n + rows, for "gated"; the rest as of `make_epilogue`.
+    """
+    gated = make_gated(activation, inverse)
+    GATED, RESIDUAL = epilogue == "gated", epilogue == "residual"
+
+    @device_function
+    def finish(y, z, bias, n, rows, old):
+        if bias is not None:
+            y = ptx.add_rn(y, bias[n])
+        if GATED:
             if bias is not None:
                 z = ptx.add_rn(z, bias[rows + n])
             y = gated(y, z)

@@ -338,12 +338,12 @@ class Plan(NamedTuple):
     grid: int  # blocks
 
 
-def plan(rows: int, K: int, num_sms: int, gated: bool = False) -> Plan:
+def plan(rows: int, K: int, num_sms: int, gated: bool = False, max_loads: int = MAX_LOADS) -> Plan:
     """The launch rule: one block an SM, its weights in registers all at once if they fit.
 
     A block owns every grid-th unit of 16 rows (pairs of 16 for "gated"). It has about WARPS warps: few enough for the
     blocks of the next launches to fit beside it and for cheap barriers, enough to hide latencies. A lane holds at most
-    MAX_LOADS loads; where more than SINGLE_ROUND_MAX_WARPS warps would be needed, the units are done in rounds, by
+    max_loads loads; where more than SINGLE_ROUND_MAX_WARPS warps would be needed, the units are done in rounds, by
     WARPS of them: loading ahead takes more registers. Raises ValueError for more columns than a block can hold.
     """
     halves = 2 if gated else 1
@@ -352,13 +352,13 @@ def plan(rows: int, K: int, num_sms: int, gated: bool = False) -> Plan:
     block_units = -(-unit_count // num_sms)
     for rounds in range(1, block_units + 1):
         units = -(-block_units // rounds)
-        parts = max(-(-steps // MAX_LOADS), min(steps, WARPS // (units * halves)))
+        parts = max(-(-steps // max_loads), min(steps, WARPS // (units * halves)))
         if units * halves * parts <= (SINGLE_ROUND_MAX_WARPS if rounds == 1 else WARPS):
             break
     parts = -(-steps // -(-steps // parts))  # no more warps than the loads need
     if parts * units * halves > BLOCK_MAX_WARPS:
         raise ValueError(
-            f"{K} columns are more than the {BLOCK_MAX_WARPS * MAX_LOADS * STEP_COLS} that a block can hold"
+            f"{K} columns are more than the {BLOCK_MAX_WARPS * max_loads * STEP_COLS} that a block can hold"
         )
     return Plan(units, parts, rounds, min(unit_count, num_sms))
 

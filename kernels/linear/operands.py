@@ -2,6 +2,10 @@
 
     y[m, n] = (sum_k q[m, k] * w[n, k]) * scales[segment of n] / scale[m]  (+ bias[n])
 
+and with group scales, where the sum over k goes over the 128 columns of group g, from the first group on:
+
+    y[m, n] = sum_g (sum_k q[m, k] * w[n, k]) * (scales[n, g] * step[g, m])  (+ bias[n])
+
 Arrays are DeviceArrays, or anything else with `__cuda_array_interface__` (CuPy, PyTorch, Numba device arrays).
 """
 
@@ -11,7 +15,7 @@ from itertools import accumulate
 from typing import Any
 
 from bitnet_numba.kernels.runtime.device import Device
-from bitnet_numba.packing import BLOCK_ROWS, packed_words, padded_shape
+from bitnet_numba.packing import BLOCK_ROWS, num_groups, packed_scales, packed_words, padded_shape
 
 MAX_SEGMENTS = 3  # q, k and v
 
@@ -46,6 +50,30 @@ class PackedLinear:
 
 
 @dataclass(frozen=True)
+class GroupedLinear:
+    """Ternary weights [N, K] with group scales, both in the packed order (see `packing`), on a device."""
+
+    words: Any  # int32 [packed_words(N, K)]
+    scales: Any  # float16 [packed_scales(N, K)]
+    segments: tuple[int, ...]  # N rows in all; for gated products (gate, up)
+    K: int  # columns
+    bias: Any = None  # float32 [N]
+
+    @property
+    def N(self) -> int:
+        """Rows."""
+        return sum(self.segments)
+
+    def sizes(self) -> dict[str, tuple[Any, int, str]]:
+        """Operands for `kernels.operands.checked`."""
+        return {
+            "words": (self.words, packed_words(self.N, self.K), "int32"),
+            "scales": (self.scales, packed_scales(self.N, self.K), "float16"),
+            "bias": (self.bias, self.N, "float32"),
+        }
+
+
+@dataclass(frozen=True)
 class QuantizedActivations:
     """Activations of M tokens as int8: `q`, the scale `s` of `quantize_activations` per token, and each token's sum of
     q, which the codes' offset makes necessary (see `packing.CODE_OFFSET`)."""
@@ -70,6 +98,35 @@ class QuantizedActivations:
             "scale": (self.scale, num_tokens, "float32"),
             "q_sum": (self.q_sum, num_tokens, "int32"),
         }
+
+
+@dataclass(frozen=True)
+class GroupedActivations:
+    """Activations of M tokens as int8, each group of 128 columns by itself: `q`, and of each group and token the step
+    d = 1 / s of `quantize_groups`. (Sums of q are not needed: these kernels make signed weights of the codes.)"""
+
+    q: Any  # int8 [M, K rounded up to 32], zeros at the end of each row
+    steps: Any  # float32 [groups, M rounded up to 4]
+
+    @staticmethod
+    def empty(device: Device, num_tokens: int, K: int) -> "GroupedActivations":
+        """Room for so many tokens of up to K columns, all zeros."""
+        q, steps = _grouped_sizes(num_tokens, K)
+        return GroupedActivations(device.zeros(q, "int8"), device.zeros(steps, "float32"))
+
+    def sizes(self, num_tokens: int, K: int) -> dict[str, tuple[Any, int, str]]:
+        """Operands for `kernels.operands.checked`."""
+        q, steps = _grouped_sizes(num_tokens, K)
+        return {"q": (self.q, q, "int8"), "steps": (self.steps, steps, "float32")}
+
+
+def steps_stride(num_tokens: int) -> int:
+    """Tokens of a group's row in `GroupedActivations.steps`, which is copied in pieces of 16 bytes."""
+    return -(-num_tokens // 4) * 4
+
+
+def _grouped_sizes(num_tokens: int, K: int) -> tuple[int, int]:
+    return num_tokens * padded_shape(1, K)[1], num_groups(K) * steps_stride(num_tokens)
 
 
 def check_segments(kernel: str, segments: Sequence[int], gated: bool) -> None:

@@ -98,6 +98,7 @@ from bitnet_numba.kernels.ptx.warp import (
 from bitnet_numba.kernels.ptx.wgmma import (
     load_row_pair,
     shifted_codes,
+    shifted_weights,
     wgmma_bf16_split,
     wgmma_s8,
 )

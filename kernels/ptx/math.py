@@ -59,6 +59,21 @@ def byte_permute(a: Any, b: Any, selector: Any) -> Any:
     return np.uint32(sum(source[int(selector) >> 4 * k & 7] << 8 * k for k in range(4)))
 
 
+# ---- float16; of a word's two, the first in memory is in the lower half ---------------------------------------------
+
+
+@instruction("{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.f32.f16 $0, low; }", "f", "r")
+def f16_low(word: Any) -> Any:
+    """The float16 in a word's lower half, as float32. Any architecture."""
+    return np.float32(np.uint16(int(word) & 0xFFFF).view(np.float16))
+
+
+@instruction("{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.f32.f16 $0, high; }", "f", "r")
+def f16_high(word: Any) -> Any:
+    """The float16 in a word's upper half, as float32. Any architecture."""
+    return np.float32(np.uint16(int(word) >> 16 & 0xFFFF).view(np.float16))
+
+
 # ---- bfloat16; of a word's two, the first in memory is in the lower half --------------------------------------------
 
 

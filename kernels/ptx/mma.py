@@ -141,45 +141,59 @@ def mma_bf16_split_both(
 
 # ---- Products of bytes ---------------------------------------------------------------------------------------------
 
-_M8N8K16 = "mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32"
-_MMA_S8_PTX = {
-    80: "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
-    "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-    # Four products of m8n8k16: each of their operands is one register of the larger product's.
-    75: "{ .reg .s32 s<4>; "
-    f"{_M8N8K16} {{s0, s1}}, {{$4}}, {{$8}}, {{$10, $11}}; {_M8N8K16} {{s2, s3}}, {{$5}}, {{$8}}, {{$12, $13}}; "
-    f"{_M8N8K16} {{s0, s1}}, {{$6}}, {{$9}}, {{s0, s1}}; {_M8N8K16} {{s2, s3}}, {{$7}}, {{$9}}, {{s2, s3}}; "
-    "mov.b32 $0, s0; mov.b32 $1, s1; mov.b32 $2, s2; mov.b32 $3, s3; }",
-}
+
+def _mma_s8_ptx(left: str) -> dict[int, str]:
+    """The instruction by the first architecture that has it; left: the type of the left operand's bytes."""
+    small = f"mma.sync.aligned.m8n8k16.row.col.s32.{left}.s8.s32"
+    return {
+        80: f"mma.sync.aligned.m16n8k32.row.col.s32.{left}.s8.s32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+        # Four products of m8n8k16: each of their operands is one register of the larger product's.
+        75: "{ .reg .s32 s<4>; "
+        f"{small} {{s0, s1}}, {{$4}}, {{$8}}, {{$10, $11}}; {small} {{s2, s3}}, {{$5}}, {{$8}}, {{$12, $13}}; "
+        f"{small} {{s0, s1}}, {{$6}}, {{$9}}, {{s0, s1}}; {small} {{s2, s3}}, {{$7}}, {{$9}}, {{s2, s3}}; "
+        "mov.b32 $0, s0; mov.b32 $1, s1; mov.b32 $2, s2; mov.b32 $3, s3; }",
+    }
 
 
-def _mma_s8(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> tuple:
-    product = simulated_thread().once_in_warp((a0, a1, a2, a3, b0, b1), _product_s8)
-    return tuple(int32(int(start) + int(x)) for start, x in zip((c0, c1, c2, c3), _own(product), strict=True))
-
-
-def _product_s8(lanes: list[tuple]) -> np.ndarray:
-    """int64 [16, 8]: what the lanes' operands of `mma_s8` give."""
+def _product_s8(lanes: list[tuple], left: Any) -> np.ndarray:
+    """int64 [16, 8]: what the lanes' operands of `mma_s8` give; left: the dtype of the left operand's bytes."""
     quads = _registers(lanes).view(np.uint8).reshape(8, 4, 6, 4)  # [g, c, register, byte]
     a = np.empty((16, 32), np.int64)  # [row, k]
     b = np.empty((32, 8), np.int64)  # [k, column]
     for half in range(2):
-        a[:8, 16 * half :][:, :16] = quads[:, :, 2 * half].reshape(8, 16)
-        a[8:, 16 * half :][:, :16] = quads[:, :, 2 * half + 1].reshape(8, 16)
+        a[:8, 16 * half :][:, :16] = quads[:, :, 2 * half].view(left).reshape(8, 16)
+        a[8:, 16 * half :][:, :16] = quads[:, :, 2 * half + 1].view(left).reshape(8, 16)
         b[16 * half :][:16] = quads[:, :, 4 + half].view(np.int8).reshape(8, 16).T
     return a @ b
 
 
-_MMA_S8 = {first: instruction(ptx, "rrrr", "rrrrrrrrrr")(_mma_s8) for first, ptx in _MMA_S8_PTX.items()}
+def _mma_s8(left: Any) -> Callable:
+    def mma(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> tuple:
+        product = simulated_thread().once_in_warp(
+            (a0, a1, a2, a3, b0, b1), lambda lanes: _product_s8(lanes, left)
+        )  # fmt: skip
+        return tuple(int32(int(start) + int(x)) for start, x in zip((c0, c1, c2, c3), _own(product), strict=True))
+
+    return mma
 
 
-def mma_s8(arch: int) -> Callable:
-    """`mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3)`: the warp's C [16, 8] += A [16, 32] . B [32, 8], uint8 . int8,
-    int32 sums; returns c0 .. c3. sm_75 (there as four m8n8k16).
+_MMA_S8 = {
+    signed: {
+        first: instruction(ptx, "rrrr", "rrrrrrrrrr")(_mma_s8(np.int8 if signed else np.uint8))
+        for first, ptx in _mma_s8_ptx("s8" if signed else "u8").items()
+    }
+    for signed in (False, True)
+}
+
+
+def mma_s8(arch: int, signed: bool = False) -> Callable:
+    """`mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3)`: the warp's C [16, 8] += A [16, 32] . B [32, 8], uint8 (with
+    `signed` int8) . int8, int32 sums; returns c0 .. c3. sm_75 (there as four m8n8k16).
 
     A lane holds
         of A    rows g (a0, a2) and g + 8 (a1, a3), columns 4c .. 4c + 3 (a0, a1) and 4c + 16 .. 4c + 19 (a2, a3),
         of B    column g, rows 4c .. 4c + 3 (b0) and 4c + 16 .. 4c + 19 (b1),
         of C    rows g (c0, c1) and g + 8 (c2, c3), columns 2c (c0, c2) and 2c + 1 (c1, c3).
     """
-    return _MMA_S8[max(first for first in _MMA_S8 if first <= max(arch, 75))]
+    return _MMA_S8[signed][max(first for first in _MMA_S8[signed] if first <= max(arch, 75))]

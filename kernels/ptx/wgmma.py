@@ -52,6 +52,15 @@ def shifted_codes(word: Any, shift: Any) -> Any:
     return int32((int(word) & 0xFFFFFFFF) >> int(shift) & 0x03030303)
 
 
+@instruction(
+    "{ .reg .b32 t; shl.b32 t, $1, $2; lop3.b32 $0, t, 0xc0c0c0c0, 0x80808080, 0x6a; }", "r", "rr"
+)  # 0x6a: (a & b) ^ c
+def shifted_weights(word: Any, shift: Any) -> Any:
+    """Four weights of a packed word times 64, a byte each: ((word << shift) & 0xc0c0c0c0) ^ 0x80808080, shift 6 less
+    that of `shifted_codes`: a code w + 2 in a byte's upper bits, its highest flipped, is 64 w. sm_50."""
+    return int32(((int(word) << int(shift)) & 0xC0C0C0C0) ^ 0x80808080)
+
+
 # ---- Intrinsics over local arrays ----------------------------------------------------------------------------------
 
 
@@ -126,29 +135,32 @@ def bf16_rows(array: Any, address: int, count: int) -> np.ndarray:
 # ---- uint8 codes by int8 -------------------------------------------------------------------------------------------
 
 
-def _emulated_s8(tokens: int) -> Callable:
+def _emulated_s8(tokens: int, signed: bool) -> Callable:
+    left = np.int8 if signed else np.uint8
+
     def start(sums: Any, codes: Any, array: Any, address: Any) -> None:
         thread = simulated_thread()
         g, c = divmod(thread.thread_id % WARP, 4)
         b = swizzled_rows(array, int(address), tokens).view(np.int8).astype(np.int64)  # [token, column]
         own = tuple(codes[r] for r in range(16))
         lanes = np.array([[int(x) & 0xFFFFFFFF for x in lane] for lane in thread.gather_in_warp(own)])
-        quads = lanes.astype("<u4").view(np.uint8).reshape(8, 4, 4, 2, 2, 4)[g].astype(np.int64)
+        quads = lanes.astype("<u4").view(left).reshape(8, 4, 4, 2, 2, 4)[g].astype(np.int64)
         for r in range(2):  # quads: [c, step, half, row, byte]
             row = quads[:, :, :, r].transpose(1, 2, 0, 3).reshape(-1)
             for t in range(tokens // 8):
                 for odd in range(2):
                     n = 4 * t + 2 * r + odd
-                    sums[n] = int32(int(sums[n]) + int((row * b[8 * t + 2 * c + odd]).sum()))
+                    old = 0 if signed else int(sums[n])
+                    sums[n] = int32(old + int((row * b[8 * t + 2 * c + odd]).sum()))
 
     return start
 
 
-def _ptx_s8(tokens: int) -> str:
+def _ptx_s8(tokens: int, signed: bool) -> str:
     count = tokens // 2
     lines = [
-        "{ .reg .pred yes; .reg .b32 low, high; .reg .b64 b0, b1, b2, b3;",
-        "setp.eq.u32 yes, 0, 0;",
+        "{ .reg .pred yes, keep; .reg .b32 low, high; .reg .b64 b0, b1, b2, b3;",
+        f"setp.eq.u32 yes, 0, 0; setp.eq.u32 keep, 0, {int(signed)};",
         descriptor("b0", f"${count + 16}"),
         "add.u64 b1, b0, 2; add.u64 b2, b0, 4; add.u64 b3, b0, 6;",
         "wgmma.fence.sync.aligned;",
@@ -156,27 +168,30 @@ def _ptx_s8(tokens: int) -> str:
     into = ", ".join(f"${n}" for n in range(count))
     for step in range(4):
         left = ", ".join(f"${count + 4 * step + r}" for r in range(4))
-        shape = f"m64n{tokens}k32.s32.u8.s8"
-        lines.append(f"wgmma.mma_async.sync.aligned.{shape} {{{into}}}, {{{left}}}, b{step}, yes;")
+        shape = f"m64n{tokens}k32.s32.{'s8' if signed else 'u8'}.s8"
+        old = "yes" if step else "keep"
+        lines.append(f"wgmma.mma_async.sync.aligned.{shape} {{{into}}}, {{{left}}}, b{step}, {old};")
     lines.append("wgmma.commit_group.sync.aligned; }")
     return " ".join(lines)
 
 
 @cache
-def wgmma_s8(tokens: int) -> tuple[Callable, Callable, Callable]:
+def wgmma_s8(tokens: int, signed: bool = False) -> tuple[Callable, Callable, Callable]:
     """`start(sums, codes, array, address)`, `all_but_one()`, `finished(sums)`: C [64, tokens] += A [64, 128] .
-    B [128, tokens] for a warpgroup, uint8 . int8, int32 sums; 16 rows of A and C for each of its warps. sm_90a.
+    B [128, tokens] for a warpgroup, uint8 . int8, int32 sums; 16 rows of A and C for each of its warps. With `signed`
+    C = A . B, without what the sums were before, int8 . int8. sm_90a.
 
     sums, codes: local arrays int32 [tokens / 2] and [16], laid out as `mma_s8` has it: codes[4 s ..] are a0 .. a3 of
     columns 32 s .., sums[4 t ..] are c0 .. c3 of tokens 8 t ... B: `tokens` rows of 128 int8 at an address in a shared
     array.
     """
-    start = _emulated_s8(tokens)
+    start = _emulated_s8(tokens, signed)
     if SIMULATED:
         return start, _all_but_one, _finished
     count = tokens // 2
     wait = array_asm(_finished, "wgmma.wait_group.sync.aligned 0;", count)
-    return array_asm(start, _ptx_s8(tokens), count, read=16, scalars=1), _all_but_one, wait
+    begin = array_asm(start, _ptx_s8(tokens, signed), count, read=16, scalars=1, keep=not signed)
+    return begin, _all_but_one, wait
 
 
 # ---- bfloat16 by float32 in two bfloat16 terms -----------------------------------------------------------------------

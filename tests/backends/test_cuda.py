@@ -24,6 +24,8 @@ from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
 from bitnet_numba.errors import BackendError
 from bitnet_numba.reference import model as reference_model
 from bitnet_numba.sampling import SamplingParams, sample
+from tests.checkpoint.test_group_scales import FOLDER as GROUPS
+from tests.checkpoint.test_group_scales import SOURCES
 from tests.conftest import GoldenCase
 from tests.kernels.harness import ROOT, needs_gpu
 from tools.make_checkpoint import LLAMA3_ROPE, PRESETS, make_checkpoint
@@ -143,6 +145,22 @@ def test_every_kind_of_model(name: str, tmp_path: Path) -> None:
     ids = random_ids(checkpoint, 24, 5)
     expected = reference_backend(checkpoint).new_context(24).logits(ids)
     context = on_gpu(checkpoint, 24)
+    check_close(context.logits(ids), expected, 0.3, 0.05)  # a pass over a prompt
+    context.truncate(0)
+    check_close(one_by_one(context, ids), expected, 0.3, 0.05)  # decode steps
+
+
+@needs_gpu
+@pytest.mark.usefixtures("rounded_cache")
+@pytest.mark.parametrize("file", SOURCES)
+def test_models_with_group_scales_agree_with_the_reference(file: str, tmp_path: Path) -> None:
+    """Qwen3 blocks with YaRN and tied, TriLM."""
+    convert(GROUPS / file, tmp_path / "packed", head="bf16")
+    checkpoint = open_packed(tmp_path / "packed")
+    assert checkpoint.config.group_scales
+    ids = np.random.default_rng(4).integers(0, 260, 40).tolist()
+    expected = reference_backend(checkpoint).new_context(40).logits(ids)
+    context = on_gpu(checkpoint, 40)
     check_close(context.logits(ids), expected, 0.3, 0.05)  # a pass over a prompt
     context.truncate(0)
     check_close(one_by_one(context, ids), expected, 0.3, 0.05)  # decode steps

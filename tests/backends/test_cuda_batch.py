@@ -15,6 +15,7 @@ from bitnet_numba.engine.loading import DEMO
 from bitnet_numba.errors import BackendError
 from bitnet_numba.sampling import SamplingParams
 from tests.backends.test_cuda import GREEDY, check_close, one_by_one, random_ids
+from tests.checkpoint.test_group_scales import FOLDER as GROUPS
 from tests.kernels.harness import needs_gpu
 from tools.make_checkpoint import PRESETS, make_checkpoint
 
@@ -95,6 +96,23 @@ def test_company_changes_nothing(demo: PackedCheckpoint) -> None:
         alone = backend.new_batch(1, 300)
         assert answer(alone, {0: prompts[slot]}, 60, {0: [3, 1, 0, 2]})[0] == together[slot]
         alone.close()
+
+
+@needs_gpu
+def test_company_changes_nothing_with_group_scales(tmp_path: Path) -> None:
+    """Batches of every size of tile, against one sequence alone."""
+    convert(GROUPS / "qwen3-q2_0.gguf", tmp_path / "packed", head="bf16")
+    backend = backend_of(open_packed(tmp_path / "packed"))
+    prompts = {slot: np.random.default_rng(slot).integers(0, 260, 3 + slot % 7).tolist() for slot in range(70)}
+    alone = backend.new_batch(1, 64)
+    expected = {slot: answer(alone, {0: prompts[slot]}, 12, {0: [0]})[0] for slot in (0, 1, 6)}
+    alone.close()
+    for size in (7, 16, 30, 64, 70):
+        batch = backend.new_batch(size, 64)
+        together = answer(batch, {s: prompts[s] for s in range(size)}, 12, {s: [size - 1 - s] for s in range(size)})
+        batch.close()
+        for slot, tokens in expected.items():
+            assert together[slot] == tokens, (size, slot)
 
 
 @needs_gpu

@@ -24,11 +24,18 @@ def reason(name: str, quantization: dict[str, Any] | None = None, **changes: Any
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_published_models_run(name: str) -> None:
-    assert reason(name) is None or PRESETS[name][0] == "floats"
+    assert reason(name) is None
 
 
 def test_models_with_group_scales() -> None:
-    assert "a scale for each row and 128 columns run on the CPU only" in str(reason("bonsai-8b"))
+    for name in ("bonsai-1.7b", "bonsai-4b", "bonsai-8b"):
+        assert reason(name) is None
+    assert "1 heads of 34 are no multiple of 4 columns" in str(
+        reason("bonsai-8b", num_attention_heads=1, num_key_value_heads=1, head_dim=34)
+    )
+    assert "14352 columns is over 14336 with group scales" in str(reason("bonsai-8b", intermediate_size=14352))
+    ternary = cast(PackedCheckpoint, SimpleNamespace(config=None, names=["embed.words", "embed.scales"]))
+    assert "ternary rows of the embedding" in str(why_unsupported(ternary))
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     from bitnet_numba.backends.cuda import backend, context, prompts
     from bitnet_numba.kernels.attention import decode as attention
     from bitnet_numba.kernels.attention import prefill_wgmma
-    from bitnet_numba.kernels.linear import gemm, quantize
+    from bitnet_numba.kernels.linear import gemm, gemm_groups, quantize
     from bitnet_numba.kernels.linear.tile import Tile
     from bitnet_numba.kernels.lm_head import gemm_mma, gemv, split_norm
     from bitnet_numba.kernels.runtime import driver
@@ -134,6 +134,7 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     monkeypatch.setattr(context, "STEPS_AHEAD", 1)
     monkeypatch.setattr(prompts, "MIN_TOKENS", 2)
     monkeypatch.setattr(gemm, "choose_tile", lambda *arguments: Tile(8, 1, 4, 1, 0, 2, scheme="wgmma"))
+    monkeypatch.setattr(gemm_groups, "choose_group_tile", lambda *arguments: Tile(8, 2, 1, 2, 1, 2))
     monkeypatch.setattr(gemv, "spec", partial(gemv.spec, threads=128))
     monkeypatch.setattr(gemm_mma, "spec", partial(gemm_mma.spec, threads=64))
     monkeypatch.setattr(split_norm, "spec", partial(split_norm.spec, threads=64))
@@ -168,6 +169,29 @@ def test_simulated_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     steps.close()
     assert token == sample(logits[-1], [5, 250], params)
     assert context.ids == [5, 250, token]
+
+
+@simulated
+@pytest.mark.parametrize("file", ["qwen3-q2_0.gguf", "trilm-tq1_0.gguf"])
+def test_simulated_group_scales(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str) -> None:
+    """A prompt's pass, a step and a batch of models with group scales; in Qwen3's block queries and keys are normed."""
+    from dataclasses import replace
+
+    from bitnet_numba.backends.reference import reference_backend
+    from bitnet_numba.checkpoint.convert import convert
+    from bitnet_numba.checkpoint.packed import open_packed
+    from tests.conftest import GOLDEN
+
+    convert(GOLDEN / "groups" / file, tmp_path / "packed", head="bf16")
+    checkpoint = open_packed(tmp_path / "packed")
+    checkpoint = replace(checkpoint, config=replace(checkpoint.config, num_layers=1, max_context=16))
+    context = simulated_backend(monkeypatch, checkpoint).new_context(16)
+    reference = reference_backend(checkpoint).new_context(16)
+    expected = reference.logits([5, 250])
+    logits = context.logits([5, 250])
+    assert np.abs(logits - expected).max() < 0.2 * expected.std()
+    context.truncate(1)
+    assert np.abs(context.logits([250]) - expected[1]).max() < 0.2 * expected.std()
 
 
 @simulated

@@ -12,12 +12,13 @@ from bitnet_numba.kernels.attention.paged_simt import paged_simt_spec
 from bitnet_numba.kernels.attention.parts import HeadShape
 from bitnet_numba.kernels.attention.prefill import fits as prefill_fits
 from bitnet_numba.kernels.attention.prefill import prefill_spec
-from bitnet_numba.kernels.linear import quantize
+from bitnet_numba.kernels.linear import quantize, quantize_groups
 from bitnet_numba.kernels.linear.gemm_wgmma import ARCH as WGMMA_ARCH
 from bitnet_numba.kernels.linear.tile import Tile
 from bitnet_numba.kernels.sampling import batched, single
 from bitnet_numba.sampling import SamplingParams
 from tests.kernels.attention.test_decode import check_decode
+from tests.kernels.attention.test_head_norm import check_head_norm
 from tests.kernels.attention.test_kv_cache import check_append
 from tests.kernels.attention.test_paged_decode import check_paged_decode
 from tests.kernels.attention.test_paged_simt import check_paged_simt
@@ -25,8 +26,11 @@ from tests.kernels.attention.test_prefill import check_prefill
 from tests.kernels.attention.test_prefill_wgmma import check_prefill_wgmma
 from tests.kernels.harness import arch
 from tests.kernels.linear.test_gemm import check_gemm
+from tests.kernels.linear.test_gemm_groups import check_gemm_groups
 from tests.kernels.linear.test_gemv import check_gemv, segments_of
+from tests.kernels.linear.test_gemv_groups import check_gemv_groups
 from tests.kernels.linear.test_quantize import check_quantize
+from tests.kernels.linear.test_quantize_groups import check_quantize_groups
 from tests.kernels.lm_head.test_gemm import check_lm_head
 from tests.kernels.lm_head.test_gemm_wgmma import check_lm_head_wgmma
 from tests.kernels.lm_head.test_gemv import check_lm_head_gemv
@@ -41,6 +45,12 @@ def main(tool: str) -> None:
         for rows, num_sms in ((96, 3), (224, 1)):  # warps that share rows; two rounds
             segments = segments_of(rows, epilogue == "gated")
             check_gemv(segments, 300, num_sms, prologue, epilogue, "relu2", True, 1)
+        check_gemv_groups(segments_of(96, epilogue == "gated"), 900, 1, prologue == "norm", "store", "relu2", True, 1)
+    for norm in (False, True):
+        check_quantize_groups(quantize_groups.quantize_groups_spec(arch(), 900, norm), 3, 900, norm, 5, 1.0)
+    check_head_norm(HeadShape(4, 2, 100), 3, 6)
+    for tokens in (7, 19, 70):
+        check_gemm_groups(tokens, 128, 900, "gated", "silu", True, 8, tokens - 2)
     few, many, dp4a = Tile(8, 2, 1, 2, 3, 0), Tile(16, 2, 2, 2, 2, 3), Tile(8, 2, 1, 2, 0, 0, scheme="dp4a")
     for tile in (few, many, dp4a):
         check_gemm(19, 128, 300, tile, "gated", "silu", True, 8, 17)

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numba import types
 
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.runtime.device import DryRunDevice
@@ -172,9 +173,12 @@ class HarnessDevice(DryRunDevice):
         """Runs the last launch, with the checks of `harness.run`; returns the kernel's name."""
         assert self._launch is not None
         spec, grid, arguments = self._launch
-        # int8 activations are read as words.
         arrays = [self._arrays[id(a)][1] if id(a) in self._arrays else a for a in arguments]
-        run(spec, grid, [a.view(np.int32) if getattr(a, "dtype", None) == np.int8 else a for a in arrays], repeat)
+        for i, (kind, array) in enumerate(zip(spec.signature, arrays, strict=True)):
+            # What kernels read as words: int8 activations, float16 scales, pairs of floats that are copied.
+            if isinstance(array, np.ndarray) and kind == types.CPointer(types.int32):
+                arrays[i] = array.view(np.int32)
+        run(spec, grid, arrays, repeat)
         return spec.name
 
 

@@ -5,8 +5,16 @@ first, then every other branch (other head sizes, other activations, padding, ..
 from collections.abc import Callable
 
 from bitnet_numba.kernels import embedding as embed
-from bitnet_numba.kernels.attention import decode, kv_cache, paged_decode, paged_simt, prefill, prefill_wgmma
-from bitnet_numba.kernels.linear import gemm, gemv, heuristics, quantize
+from bitnet_numba.kernels.attention import decode, head_norm, kv_cache, paged_decode, paged_simt, prefill, prefill_wgmma
+from bitnet_numba.kernels.linear import (
+    gemm,
+    gemm_groups,
+    gemv,
+    gemv_groups,
+    heuristics,
+    quantize,
+    quantize_groups,
+)
 from bitnet_numba.kernels.lm_head import gemm_mma, gemm_simt, gemm_wgmma, split_norm
 from bitnet_numba.kernels.lm_head import gemv as head_gemv
 from bitnet_numba.kernels.operands import RowDtype
@@ -55,6 +63,11 @@ def attention_paged_simt(arch: int) -> list[KernelSpec]:
 def attention_kv_cache(arch: int) -> list[KernelSpec]:
     """2B4T's head size, and one with padding whose halves are of odd length."""
     return [kv_cache.append_spec(arch, 128), kv_cache.append_spec(arch, 34)]
+
+
+def attention_head_norm(arch: int) -> list[KernelSpec]:
+    """Bonsai's head size, and one that is no whole number of warps."""
+    return [head_norm.head_norm_spec(arch, 128), head_norm.head_norm_spec(arch, 100)]
 
 
 def embedding(arch: int) -> list[KernelSpec]:
@@ -133,6 +146,44 @@ def linear_gemm(arch: int) -> list[KernelSpec]:
     ]
 
 
+def linear_quantize_groups(arch: int) -> list[KernelSpec]:
+    """Rows of Bonsai 8B, of the longest kind, and the other branches."""
+    choices = [(4096, True), (12288, False), (100, True), (quantize.MAX_COLUMNS, True)]
+    return [quantize_groups.quantize_groups_spec(arch, K, norm) for K, norm in choices]
+
+
+def linear_gemv_groups(arch: int) -> list[KernelSpec]:
+    """A step's of Bonsai 8B and 1.7B, the longest rows, and without tensor cores."""
+    shapes = [
+        (6144, 4096, True, "store", "silu"), (4096, 4096, False, "residual", "silu"),
+        (24576, 4096, True, "gated", "silu"), (4096, 12288, False, "residual", "silu"),
+        (4096, 2048, True, "store", "silu"), (12288, 2048, True, "gated", "silu"),
+        (2048, 6144, False, "residual", "silu"), (4096, gemv_groups.MAX_COLUMNS, False, "residual", "silu"),
+        (256, 8192, True, "gated", "relu2"),
+    ]  # fmt: skip
+    found = [
+        gemv_groups.gemv_groups_spec(
+            arch, K, gemv_groups.plan(N, K, SMS, epilogue == "gated"), norm, epilogue, activation, bias=N == 256
+        )
+        for N, K, norm, epilogue, activation in shapes
+    ]
+    old = gemv_groups.gemv_groups_spec(arch, 4096, gemv_groups.plan(6144, 4096, SMS), tensor_cores=False)
+    return [*found, old]
+
+
+def linear_gemm_groups(arch: int) -> list[KernelSpec]:
+    """Bonsai 8B's for every size of pass, and without tensor cores."""
+    found = {
+        (heuristics.choose_group_tile(M, N, K, arch, SMS, epilogue == "gated"), epilogue): None
+        for M in (256, 8, 16, 32, 64, 128, 512, 2048)
+        for N, K, epilogue in ((4096, 12288, "residual"), (24576, 4096, "gated"), (6144, 4096, "store"))
+    }
+    old = heuristics.choose_group_tile(8, 4096, 4096, 61, SMS, True)
+    return [gemm_groups.spec(arch, tile, epilogue, "silu", epilogue == "store") for tile, epilogue in found] + [
+        gemm_groups.spec(arch, old, "gated", "silu", True)
+    ]
+
+
 def sampling(arch: int) -> list[KernelSpec]:
     """Both samplers, and what comes before and after."""
     return [single.spec(arch), batched.spec(arch), edits.spec(arch), logprobs.spec(arch)]
@@ -141,9 +192,10 @@ def sampling(arch: int) -> list[KernelSpec]:
 GROUPS: dict[str, Callable[[int], list[KernelSpec]]] = {
     list_variants.__name__: list_variants
     for list_variants in (
-        attention_decode, attention_paged_decode, attention_prefill, attention_prefill_wgmma, attention_paged_simt,
-        attention_kv_cache, embedding, lm_head_gemv, lm_head_gemm, lm_head_gemm_wgmma, linear_quantize, linear_gemv,
-        linear_gemm, sampling,
+        attention_decode, attention_paged_decode, attention_prefill, attention_prefill_wgmma,
+        attention_paged_simt, attention_kv_cache, attention_head_norm, embedding, lm_head_gemv, lm_head_gemm,
+        lm_head_gemm_wgmma, linear_quantize, linear_gemv, linear_gemm, linear_quantize_groups,
+        linear_gemv_groups, linear_gemm_groups, sampling,
     )
 }  # fmt: skip
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from bitnet_numba.config import GROUPS, ModelConfig
-from bitnet_numba.kernels.linear.operands import QuantizedActivations
+from bitnet_numba.kernels.linear.operands import GroupedActivations, QuantizedActivations
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.memory import DeviceArray, DeviceView
 from bitnet_numba.packing import BLOCK_COLS
@@ -37,12 +37,12 @@ class Buffers:
         self.qkv = DeviceView(shared.address, qkv, np.float32)
         self.attn_out = DeviceView(shared.address + self.qkv.nbytes, attn_out, np.float32)
         self.mlp_hidden = DeviceView(shared.address, mlp_hidden, np.float32)
-        self.quantized = QuantizedActivations.empty(device, max_tokens, max(config.group_shape(g)[1] for g in GROUPS))
+        kind = GroupedActivations if config.group_scales else QuantizedActivations
+        self.quantized = kind.empty(device, max_tokens, max(config.group_shape(g)[1] for g in GROUPS))
         self.slot_positions = device.zeros(2 * max_tokens, np.int32)
         self.num_real = device.zeros(1, np.int32)
         self.num_max = device.array(np.array([max_tokens], np.int32))  # for passes whose tokens are all real
-        x = self.quantized
-        self._owned += [shared, x.q, x.scale, x.q_sum, self.slot_positions, self.num_real, self.num_max]
+        self._owned += [shared, *vars(self.quantized).values(), self.slot_positions, self.num_real, self.num_max]
 
     def nbytes(self) -> int:
         """Bytes of device memory."""

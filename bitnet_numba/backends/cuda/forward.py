@@ -2,6 +2,7 @@
 
     embed                       h = embeddings of the tokens
     per layer   qkv             RMSNorm, quantise | q, k, v rows
+                (norms)         RMSNorm of each query's and key's head, where the model has it
                 attention       rotate, append to the cache, attend
                 o               (sub-norm,) quantise | o rows, added to h
                 gate_up         RMSNorm, quantise | gate and up rows, activation(gate) * up
@@ -22,23 +23,35 @@ sums of products are exact, and every other sum has an order that depends on the
 """
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 from bitnet_numba.backends.cuda.buffers import Buffers
 from bitnet_numba.backends.cuda.state import SequenceState
 from bitnet_numba.backends.cuda.weights import RowFormats, Weights
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels import embedding
-from bitnet_numba.kernels.attention import decode, kv_cache, paged_decode, paged_simt, prefill
+from bitnet_numba.kernels.attention import decode, head_norm, kv_cache, paged_decode, paged_simt, prefill
 from bitnet_numba.kernels.attention.parts import HeadShape
 from bitnet_numba.kernels.linear.gemm import gemm
+from bitnet_numba.kernels.linear.gemm_groups import gemm_groups
 from bitnet_numba.kernels.linear.gemv import gemv
+from bitnet_numba.kernels.linear.gemv_groups import gemv_groups
+from bitnet_numba.kernels.linear.operands import GroupedActivations, GroupedLinear, QuantizedActivations
 from bitnet_numba.kernels.linear.quantize import quantize
+from bitnet_numba.kernels.linear.quantize_groups import quantize_groups
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import DeviceArray
 
 MAX_TOKENS = 2048  # of a pass; longer prompts take several
 EPILOGUES = {"qkv": "store", "o": "residual", "gate_up": "gated", "down": "residual"}
+
+
+class Output(TypedDict):
+    """What a product does with its result, as keyword arguments of its launcher."""
+
+    epilogue: str
+    activation: str
 
 
 @dataclass
@@ -79,6 +92,7 @@ class ForwardPass:
         b = self.buffers
         return [
             *self.linear(layer, "qkv", b.h, "input_norm", b.qkv),
+            *self.head_norms(layer),
             *self.attention(layer),
             *self.linear(layer, "o", b.attn_out, "attn_sub_norm", b.h),
             *self.linear(layer, "gate_up", b.h, "post_attention_norm", b.mlp_hidden),
@@ -88,6 +102,14 @@ class ForwardPass:
     def linear(self, layer: int, group: str, x: DeviceArray, norm: str, out: DeviceArray) -> list[Launch]:
         """Norms (where the model has this norm) and quantises x, and multiplies it with a group's weights."""
         raise NotImplementedError
+
+    def head_norms(self, layer: int) -> list[Launch]:
+        """Norms queries and keys, where the model does."""
+        model = self.model
+        if not model.config.qk_norm:
+            return []
+        q_norm, k_norm = model.weights.head_norm(layer, "q_norm"), model.weights.head_norm(layer, "k_norm")
+        return [head_norm.head_norm(model.device, self.buffers.qkv, q_norm, k_norm, self.num_tokens, model.heads)]
 
     def embed(self) -> Launch:
         """Embeddings of the tokens into h."""
@@ -112,12 +134,11 @@ class DecodePass(ForwardPass):
 
     def linear(self, layer: int, group: str, x: DeviceArray, norm: str, out: DeviceArray) -> list[Launch]:
         device, weights = self.model.device, self.model.weights
-        return [
-            gemv(
-                device, weights.linear(layer, group), x, out, norm=weights.layer_norm(layer, norm),
-                epilogue=EPILOGUES[group], activation=self.model.config.activation,
-            )
-        ]  # fmt: skip
+        packed, given_norm = weights.linear(layer, group), weights.layer_norm(layer, norm)
+        output: Output = {"epilogue": EPILOGUES[group], "activation": self.model.config.activation}
+        if isinstance(packed, GroupedLinear):
+            return [gemv_groups(device, packed, x, out, norm=given_norm, **output)]
+        return [gemv(device, packed, x, out, norm=given_norm, **output)]
 
     def attention(self, layer: int) -> list[Launch]:
         model, state, b = self.model, self.state, self.buffers
@@ -140,14 +161,19 @@ class _GemmPass(ForwardPass):
 
     def linear(self, layer: int, group: str, x: DeviceArray, norm: str, out: DeviceArray) -> list[Launch]:
         device, weights, quantized = self.model.device, self.model.weights, self.buffers.quantized
-        packed = weights.linear(layer, group)
+        packed, given_norm, M = weights.linear(layer, group), weights.layer_norm(layer, norm), self.num_tokens
+        output: Output = {"epilogue": EPILOGUES[group], "activation": self.model.config.activation}
+        if isinstance(packed, GroupedLinear):
+            assert isinstance(quantized, GroupedActivations)  # the model's buffers are made for its weights
+            return [
+                quantize_groups(device, x, quantized, M, packed.K, norm=given_norm),
+                gemm_groups(device, packed, quantized, self._num_real, out, M, **output),
+            ]
+        assert isinstance(quantized, QuantizedActivations)
         return [
-            quantize(device, x, quantized, self.num_tokens, packed.K, norm=weights.layer_norm(layer, norm)),
-            gemm(
-                device, packed, quantized, self._num_real, out, self.num_tokens,
-                epilogue=EPILOGUES[group], activation=self.model.config.activation,
-            ),
-        ]  # fmt: skip
+            quantize(device, x, quantized, M, packed.K, norm=given_norm),
+            gemm(device, packed, quantized, self._num_real, out, M, **output),
+        ]
 
     def _embed(self, slot_ids: DeviceArray | None) -> Launch:
         model, state, b = self.model, self.state, self.buffers

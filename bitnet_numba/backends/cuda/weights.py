@@ -10,7 +10,8 @@ from bitnet_numba.checkpoint.safetensors_file import DTYPES
 from bitnet_numba.config import GROUPS, ModelConfig
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention.parts import MAX_HEAD_DIM
-from bitnet_numba.kernels.linear.operands import PackedLinear
+from bitnet_numba.kernels.linear.gemv_groups import MAX_COLUMNS as MAX_GROUPED_COLUMNS
+from bitnet_numba.kernels.linear.operands import GroupedLinear, PackedLinear
 from bitnet_numba.kernels.linear.quantize import MAX_COLUMNS
 from bitnet_numba.kernels.operands import EmbeddingTable, Norm
 from bitnet_numba.kernels.runtime.driver import Event, Stream
@@ -32,12 +33,10 @@ class RowFormats(NamedTuple):
 def why_unsupported(checkpoint: PackedCheckpoint) -> str | None:
     """What the CUDA backend cannot run about a checkpoint, in a few words; None if it can run it."""
     config = checkpoint.config
-    if config.group_scales:
-        return "weights with a scale for each row and 128 columns run on the CPU only"
+    if "embed.words" in checkpoint.names or "head.words" in checkpoint.names:
+        return "ternary rows of the embedding or LM head run on the CPU only"
     if config.embeds:
         return "embedding models run on the CPU only"
-    if config.qk_norm:
-        return "queries and keys with a norm of their own run on the CPU only"
     if config.linear_norm:
         return "linears with a norm of their own (use_rms_norm) run on the CPU only"
     if any(name.endswith((".qkv.weight", ".o.weight", ".gate_up.weight", ".down.weight")) for name in checkpoint.names):
@@ -46,9 +45,12 @@ def why_unsupported(checkpoint: PackedCheckpoint) -> str | None:
         return f"hidden_size {config.hidden_size} is not a multiple of {BLOCK_COLS}"
     if config.intermediate_size % BLOCK_ROWS:
         return f"intermediate_size {config.intermediate_size} is not a multiple of {BLOCK_ROWS}"
+    if config.group_scales and config.q_size % 4:
+        return f"with group scales, {config.num_heads} heads of {config.head_dim} are no multiple of 4 columns"
     columns = max(config.group_shape(group)[1] for group in GROUPS)
-    if columns > MAX_COLUMNS:
-        return f"a linear of {columns} columns is over {MAX_COLUMNS}"
+    most = MAX_GROUPED_COLUMNS if config.group_scales else MAX_COLUMNS
+    if columns > most:
+        return f"a linear of {columns} columns is over {most}" + (" with group scales" if config.group_scales else "")
     if config.head_dim > MAX_HEAD_DIM:
         return f"head_dim {config.head_dim} is over {MAX_HEAD_DIM}"
     if config.vocab_size > MAX_VOCAB:
@@ -132,11 +134,12 @@ class Weights:
             },
         )
 
-    def linear(self, layer: int, group: str) -> PackedLinear:
+    def linear(self, layer: int, group: str) -> PackedLinear | GroupedLinear:
         """A layer's ternary matrix of a group (a key of `config.GROUPS`)."""
         segments, K = self._config.group_shape(group)
         name = f"layers.{layer}.{group}"
-        return PackedLinear(
+        kind = GroupedLinear if self._config.group_scales else PackedLinear
+        return kind(
             self._tensors[f"{name}.words"],
             self._tensors[f"{name}.scales"],
             tuple(segments),
@@ -148,6 +151,10 @@ class Weights:
         """A layer's input_norm, attn_sub_norm, post_attention_norm or ffn_sub_norm; None if the model has none."""
         full_name = f"layers.{layer}.{name}.weight"
         return self._norm(full_name) if full_name in self._tensors else None
+
+    def head_norm(self, layer: int, name: str) -> Norm:
+        """A layer's q_norm or k_norm, of models that have them."""
+        return self._norm(f"layers.{layer}.{name}.weight")
 
     def _norm(self, name: str) -> Norm:
         return Norm(self._tensors[name], self._config.rms_norm_eps)
