@@ -130,25 +130,6 @@ def fma_bf16x2(a: Any, b: Any, c: Any) -> Any:
     return pack_bf16x2(np.float32(low), np.float32(high))
 
 
-# ---- float16; of a word's two, the first in memory is in the lower half ---------------------------------------------
-
-
-@instruction("{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, l; }", "f", "r")
-def f16_low(word: Any) -> Any:
-    """The float16 in a word's lower half, as float32. Any architecture."""
-    return _halves(word)[0]
-
-
-@instruction("{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.f32.f16 $0, h; }", "f", "r")
-def f16_high(word: Any) -> Any:
-    """The float16 in a word's upper half, as float32. Any architecture."""
-    return _halves(word)[1]
-
-
-def _halves(word: Any) -> Any:
-    return np.array([int(word) & 0xFFFFFFFF], "<u4").view("<f2").astype(np.float32)
-
-
 # ---- Approximate float32; the bounds are the PTX manual's ----------------------------------------------------------
 
 
