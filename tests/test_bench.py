@@ -16,9 +16,9 @@ from bitnet_numba.kernels.runtime.memory import DeviceView
 from bitnet_numba.packing import BLOCK_ROWS, packed_words
 from tests.engine.toy_backend import toy_engine
 from tools import bench
-from tools.benchmarks import cpu, engine, kernels
+from tools.benchmarks import cpu, engine, groups, kernels
 from tools.benchmarks.cpu_read import StreamingRead, read_sum
-from tools.benchmarks.table import ladder_table, table
+from tools.benchmarks.table import group_table, ladder_table, table
 
 COPIES, US = 3, 2.5
 
@@ -57,6 +57,22 @@ def test_ladder_launches_and_table(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert lines[2].endswith(" | 2.50 (1769) |")  # 2560 x 6912: 4.4 MB in 2.5 us
     assert ladder_table({"products": []}) == []  # figures of earlier versions
+
+
+def test_group_scales_are_measured_on_the_same_products() -> None:
+    """Each launch has another matrix; the table has a line for each shape, and the ratio."""
+    device = DryRunDevice(90, 132)
+    found = list(groups.cases(device))
+    assert [(case.N, case.K, case.M) for case in found] == [
+        (N, K, M) for N, K, _ in groups.SHAPES for M in groups.TOKENS
+    ]
+    for case in found:
+        assert len(case.one) == len(case.groups) >= 20
+        assert "groups" in case.groups[0].name and "groups" not in case.one[0].name
+    rows = [{"N": N, "K": K, "M": M, "one_us": 2.0, "groups_us": 2.5 + M} for N, K in ((8, 9), (7, 9)) for M in (1, 8)]
+    lines = group_table(rows)
+    assert lines[-2:] == ["| 8 x 9 | 3.50 (1.75) | 10.50 (5.25) |", "| 7 x 9 | 3.50 (1.75) | 10.50 (5.25) |"]
+    assert "| N x K | 1 token | 8 tokens |" in lines
 
 
 def test_ladder_gives_each_launch_of_the_gemv_another_matrix() -> None:

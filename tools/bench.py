@@ -1,6 +1,6 @@
 """Measures the backends on full-size BitNet b1.58 2B4T with random weights; and packing, on one CPU core.
 
-    python tools/bench.py kernels|decode|prefill|batch|load|all [--json FILE] [--plot DIR]      the CUDA backend
+    python tools/bench.py kernels|groups|decode|prefill|batch|load|all [--json FILE] [--plot DIR]      the CUDA backend
     python tools/bench.py cpu [CHECKPOINT ...] [--isa NAME,NAME|all] [--threads N,N] [--parts PART,PART] [--seconds S]
     python tools/bench.py engine [CHECKPOINT] [--backend NAME] [--small]     answers end to end, on any backend
     python tools/bench.py serve [MODEL] [--clients N,N | --rate R] ...           the HTTP server, see serve --help
@@ -66,12 +66,14 @@ def measure(what: str) -> dict[str, Any]:
         return {"packing": measure_packing()}
     from bitnet_numba.kernels.runtime.device import usable_device
     from bitnet_numba.kernels.runtime.driver import Stream
-    from tools.benchmarks import kernels
+    from tools.benchmarks import groups, kernels
 
     figures: dict[str, Any] = {"environment": environment(), "packing": measure_packing()}
     if what in ("kernels", "all"):
         figures["kernels"] = kernels.measure_kernels()
-    if what == "kernels":
+    if what in ("groups", "all"):
+        figures["groups"] = groups.measure_groups()
+    if what in ("kernels", "groups"):
         return figures
     from bitnet_numba.backends.cuda.backend import CudaBackend
     from tools.benchmarks import decode, many_tokens
@@ -209,9 +211,9 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument(
         "what",
-        choices=("kernels", "decode", "prefill", "batch", "load", "all", "engine", "cpu", "packing", "table"),
-        help="what to measure; engine: answers end to end; cpu: the CPU backend; table: print the tables of an earlier "
-        "run",
+        choices=("kernels", "groups", "decode", "prefill", "batch", "load", "all", "engine", "cpu", "packing", "table"),
+        help="what to measure; groups: products with group scales; engine: answers end to end; cpu: the CPU backend; "
+        "table: print the tables of an earlier run",
     )
     parser.add_argument(
         "checkpoint",

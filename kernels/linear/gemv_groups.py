@@ -49,7 +49,7 @@ from bitnet_numba.kernels.linear.heuristics import MIN_ARCH
 from bitnet_numba.kernels.linear.operands import GroupedLinear, check_segments
 from bitnet_numba.kernels.linear.signed import WEIGHT, signed
 from bitnet_numba.kernels.operands import Norm, checked
-from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, int32
+from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, int32, uint32
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.spec import KernelSpec
@@ -75,6 +75,7 @@ def make_gemv_groups(
 ) -> Callable[..., None]:
     """The kernel for K columns; units, parts and rounds as of `make_gemv`."""
     load, wait, trigger = ptx.stream_load(arch), ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
+    warp_max = ptx.warp_max_int(arch)
     multiply, finish = ptx.mma_s8(arch, signed=True), make_group_epilogue(epilogue, activation)
     GATED, RESIDUAL, NORM, MMA = epilogue == "gated", epilogue == "residual", norm, tensor_cores
     UNITS, P, ROUNDS = units, parts, rounds
@@ -192,7 +193,8 @@ def make_gemv_groups(
                     most = max(most, abs(float32(n_r[e] * x_r[e])))
                 else:
                     most = max(most, abs(x_r[e]))
-            max_r[j] = ptx.warp_max(most)
+            # As bits, which order floats that are not negative as the numbers do.
+            max_r[j] = ptx.bits_to_float(uint32(warp_max(int32(ptx.float_to_bits(most)))))
         if NORM:
             squares = ptx.warp_sum(squares)
             if lane == 0:

@@ -34,7 +34,7 @@ GROUPS_EACH = 4  # of a warp, if the row is not too long
 
 def make_quantize_groups(arch: int, K: int, norm: bool, warps: int) -> Callable[..., None]:
     """The kernel for rows of K columns, a multiple of 4."""
-    wait, trigger = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
+    wait, trigger, warp_max = ptx.pdl_wait(arch), ptx.pdl_trigger(arch), ptx.warp_max_int(arch)
     PIECES, PADDED = K // 4, -(-K // BLOCK_COLS) * BLOCK_COLS // 4
     GROUPS, WARPS, COLUMNS, NORM = num_groups(K), warps, K, norm
     ROUNDS = -(-GROUPS // WARPS)
@@ -84,7 +84,7 @@ def make_quantize_groups(arch: int, K: int, norm: bool, warps: int) -> Callable[
             most = int32(0)
             for i in range(4):
                 most = max(most, int32(ptx.float_to_bits(v_r[4 * t + i]) & MAGNITUDE))
-            largest = ptx.bits_to_float(uint32(ptx.warp_max(most)))
+            largest = ptx.bits_to_float(uint32(warp_max(most)))
             scale = ptx.mul_rn(ptx.div_rn(ONE, MIN_ABSMAX if largest < MIN_ABSMAX else largest), Q_MAX)
             # No clamp: |v| * scale is at most 127 (1 + 2^-22), which rounds to 127. Padding holds zeros.
             q0 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(v_r[4 * t], scale), ROUNDER))

@@ -92,6 +92,7 @@ from bitnet_numba.kernels.ptx.warp import (
     shuffle,
     shuffle_xor,
     warp_max,
+    warp_max_int,
     warp_sum,
     warp_sum_int,
 )

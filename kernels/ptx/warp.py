@@ -1,10 +1,11 @@
 """Exchange of values between the lanes of a warp. Every thread of the warp must take part."""
 
+from collections.abc import Callable
 from typing import Any
 
 from numba import cuda
 
-from bitnet_numba.kernels.ptx.base import SIMULATED, device_function, float32, int32, simulated_thread
+from bitnet_numba.kernels.ptx.base import SIMULATED, device_function, float32, instruction, int32, simulated_thread
 
 if SIMULATED:
 
@@ -53,3 +54,13 @@ def warp_sum_int(x: Any) -> Any:
     for step in range(5):
         x = int32(x + shuffle_xor(x, 1 << step))
     return x
+
+
+@instruction("redux.sync.max.s32 $0, $1, 0xffffffff;", "r", "r", effects=True)
+def _redux_max(x: Any) -> Any:
+    return int32(max(int(value) for value in simulated_thread().gather_in_warp(x)))
+
+
+def warp_max_int(arch: int) -> Callable:
+    """`warp_max` of int32, which is one instruction from sm_80 on. Any architecture."""
+    return _redux_max if arch >= 80 else warp_max

@@ -53,6 +53,19 @@ def ladder_table(kernels: dict[str, Any]) -> list[str]:
     return lines
 
 
+def group_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Products with group scales beside those with one scale."""
+    lines = ["", "## Products with group scales", ""]
+    lines.append("Cold L2, in a graph; each starts while the one before still runs. us, and the share of one scale's:")
+    tokens = list(dict.fromkeys(r["M"] for r in rows))
+    lines += head_of("N x K", *(f"{M} token{'s' if M > 1 else ''}" for M in tokens))
+    for N, K in dict.fromkeys((r["N"], r["K"]) for r in rows):
+        own = {r["M"]: r for r in rows if (r["N"], r["K"]) == (N, K)}
+        cells = [f"{own[M]['groups_us']:.2f} ({own[M]['groups_us'] / own[M]['one_us']:.2f})" for M in tokens]
+        lines.append(row(f"{N} x {K}", *cells))
+    return lines
+
+
 def cpu_tables(cpu: dict[str, Any]) -> list[str]:
     """A table for each part of the CPU's benchmark."""
     env = cpu["environment"]
@@ -150,6 +163,8 @@ def table(figures: dict[str, Any]) -> str:
                     *([f"{value:.1f}" for value in compared] or "---"))
             )  # fmt: skip
         lines += ladder_table(kernels)
+    if "groups" in figures:
+        lines += group_table(figures["groups"])
     if "decode" in figures:
         lines += ["", "## Decoding, 2B4T, one sequence"]
         lines += head_of("head", "context", "us a step", "tokens/s", "of the byte ceiling")
