@@ -21,6 +21,7 @@ from bitnet_numba.backends.reference import reference_backend
 from bitnet_numba.bfloat16 import from_float32, to_float32
 from bitnet_numba.checkpoint.convert import convert
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
+from bitnet_numba.checkpoint.rows import HeadFormat
 from bitnet_numba.errors import BackendError
 from bitnet_numba.reference import model as reference_model
 from bitnet_numba.sampling import SamplingParams, sample
@@ -152,10 +153,11 @@ def test_every_kind_of_model(name: str, tmp_path: Path) -> None:
 
 @needs_gpu
 @pytest.mark.usefixtures("rounded_cache")
+@pytest.mark.parametrize("head", ["source", "bf16"])  # as they are: ternary, or floats
 @pytest.mark.parametrize("file", SOURCES)
-def test_models_with_group_scales_agree_with_the_reference(file: str, tmp_path: Path) -> None:
+def test_models_with_group_scales_agree_with_the_reference(file: str, head: HeadFormat, tmp_path: Path) -> None:
     """Qwen3 blocks with YaRN and tied, TriLM."""
-    convert(GROUPS / file, tmp_path / "packed", head="bf16")
+    convert(GROUPS / file, tmp_path / "packed", head=head)
     checkpoint = open_packed(tmp_path / "packed")
     assert checkpoint.config.group_scales
     ids = np.random.default_rng(4).integers(0, 260, 40).tolist()

@@ -172,8 +172,10 @@ def test_simulated_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 
 @simulated
-@pytest.mark.parametrize("file", ["qwen3-q2_0.gguf", "trilm-tq1_0.gguf"])
-def test_simulated_group_scales(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "head"), [("qwen3-q2_0.gguf", "bf16"), ("qwen3-q2_0.gguf", "source"), ("trilm-tq1_0.gguf", "bf16")]
+)
+def test_simulated_group_scales(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str, head: Any) -> None:
     """A prompt's pass, a step and a batch of models with group scales; in Qwen3's block queries and keys are normed."""
     from dataclasses import replace
 
@@ -182,8 +184,9 @@ def test_simulated_group_scales(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     from bitnet_numba.checkpoint.packed import open_packed
     from tests.conftest import GOLDEN
 
-    convert(GOLDEN / "groups" / file, tmp_path / "packed", head="bf16")
+    convert(GOLDEN / "groups" / file, tmp_path / "packed", head=head)
     checkpoint = open_packed(tmp_path / "packed")
+    assert checkpoint.embed == ("ternary" if head == "source" else "bf16")
     checkpoint = replace(checkpoint, config=replace(checkpoint.config, num_layers=1, max_context=16))
     context = simulated_backend(monkeypatch, checkpoint).new_context(16)
     reference = reference_backend(checkpoint).new_context(16)

@@ -9,11 +9,13 @@ import pytest
 from bitnet_numba.backends.cuda import warmup
 from bitnet_numba.backends.cuda.weights import RowFormats
 from bitnet_numba.checkpoint.packed import open_packed
+from bitnet_numba.config import ModelConfig
 from bitnet_numba.engine.loading import DEMO
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.runtime import compiler
 from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.spec import ArchSpec
+from tools.make_checkpoint import PRESETS
 
 INT8_ROWS = RowFormats("int8", "int8")
 
@@ -104,3 +106,13 @@ def test_many_processes_compile_what_batches_need_too(
     context, batch = loaded
     assert (batch <= compiled[0]) == batches and not batch <= context <= compiled[0]
     assert compiled[1] == batch
+
+
+def test_ternary_rows_take_the_kernels_of_ternary_products() -> None:
+    config = ModelConfig.from_hf(PRESETS["bonsai-1.7b"][1])
+    for most in (None, 8):
+        needs = warmup.Needs(config, RowFormats("ternary", "ternary"), ArchSpec(90, 132), most)
+        names = [spec.name for spec in needs.specs()]
+        assert not any(name.startswith("lm_head") for name in names)
+        assert any(name.startswith("gemv_groups" if most is None else "gemm_groups") for name in names)
+        assert any(name.startswith("embed_token") and "ternary" in name for name in names)

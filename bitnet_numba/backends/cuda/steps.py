@@ -7,13 +7,12 @@ import numpy as np
 
 from bitnet_numba.backends.cuda.extras import NOTHING, Asked, Extras
 from bitnet_numba.backends.cuda.forward import BatchPass, CudaModel, DecodePass, SharedContexts
-from bitnet_numba.backends.cuda.lm_head import LMHead
+from bitnet_numba.backends.cuda.lm_head import LMHead, one_token
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size, pages_of
 from bitnet_numba.kernels import embedding
 from bitnet_numba.kernels.attention.decode import DecodeScratch
 from bitnet_numba.kernels.attention.kv_cache import PAGE
 from bitnet_numba.kernels.attention.paged_decode import PagedScratch, max_splits_of
-from bitnet_numba.kernels.lm_head.gemv import lm_head_gemv
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import DeviceArray, PinnedArray
 from bitnet_numba.kernels.sampling.batched import sample_batch
@@ -74,10 +73,7 @@ class DecodeSteps:
 
     def lm_head(self) -> Launch:
         """Final norm and logits."""
-        model = self._model
-        return lm_head_gemv(
-            model.device, model.weights.lm_head, model.token_buffers.h, model.weights.final_norm, self._buffers.logits
-        )
+        return one_token(self._model, self._buffers.logits)
 
     def sampler(self, asked: Asked) -> list[Launch]:
         """Samples from the logits."""

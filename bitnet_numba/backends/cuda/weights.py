@@ -33,8 +33,6 @@ class RowFormats(NamedTuple):
 def why_unsupported(checkpoint: PackedCheckpoint) -> str | None:
     """What the CUDA backend cannot run about a checkpoint, in a few words; None if it can run it."""
     config = checkpoint.config
-    if "embed.words" in checkpoint.names or "head.words" in checkpoint.names:
-        return "ternary rows of the embedding or LM head run on the CPU only"
     if config.embeds:
         return "embedding models run on the CPU only"
     if config.linear_norm:
@@ -80,7 +78,7 @@ class Weights:
         self._config, self._tensors, self._slab = config, tensors, slab
         self.nbytes = slab.nbytes if slab is not None else 0
         self.embedding = self._table("embed", rows.embed)
-        self.lm_head = self.embedding if config.tied else self._table("head", rows.head)
+        self.lm_head = self._lm_head("embed", rows.embed) if config.tied else self._lm_head("head", rows.head)
         self.final_norm = self._norm("norm.weight")
 
     @staticmethod
@@ -158,6 +156,13 @@ class Weights:
 
     def _norm(self, name: str) -> Norm:
         return Norm(self._tensors[name], self._config.rms_norm_eps)
+
+    def _lm_head(self, name: str, row_format: RowFormat) -> EmbeddingTable | GroupedLinear:
+        """A table, or of ternary rows a ternary product."""
+        table = self._table(name, row_format)
+        if row_format != "ternary":
+            return table
+        return GroupedLinear(table.rows, table.scale, (table.vocab_size,), table.columns)
 
     def _table(self, name: str, row_format: RowFormat) -> EmbeddingTable:
         config, tensors = self._config, self._tensors
