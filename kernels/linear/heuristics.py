@@ -181,7 +181,7 @@ def choose_group_tile(M: int, N: int, K: int, arch: int, num_sms: int, gated: bo
         return Tile(TOKENS, 2 if gated else 1, 1, 8, 0, 0, scheme="dp4a")
     staged, few = arch >= STAGED_ARCH, -(-N // BLOCK_ROWS) <= 4 * num_sms
     if M <= 8:
-        return Tile(8, 2, 1, 8, 2, 3, 2)
+        return Tile(8, 2, 1, 8, 3 if staged else 2, 3, 1)
     if M <= 16 or M <= 32 and not staged:
         return Tile(16, 2, 1, 8 if staged else 4, 2, 2, 1)
     if M <= 32 or M <= 128 and few and arch == WGMMA_ARCH:
