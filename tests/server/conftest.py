@@ -1,6 +1,7 @@
 """Servers that several tests share."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -21,3 +22,11 @@ def server() -> Iterator[Running]:
     """A server of the built-in model."""
     with serving(lambda: load(backend="cpu", threads=1), models=("bitnet-demo", "gpt-4o-mini")) as running:
         yield running
+
+
+@pytest.fixture
+def client(server: Running) -> Iterator[Any]:
+    """OpenAI's own, for `server`; what is not closed, Python's garbage collector complains of in a later test."""
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client

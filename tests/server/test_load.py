@@ -111,7 +111,8 @@ def test_who_leaves_frees_the_place(slow: tuple[Running, ToyBackend], stream: bo
 def test_a_stream_ends_when_nobody_reads(slow: tuple[Running, ToyBackend]) -> None:
     running, _ = slow
     with running.client.stream("POST", CHAT, json=body(max_tokens=3000, stream=True)) as response:
-        next(response.iter_text())
+        pieces = response.iter_text()  # which would close the connection if nobody held it
+        next(pieces)
         running.wait_until(lambda: running.service.running == 1)
     running.wait_until(lambda: free(running))
 
