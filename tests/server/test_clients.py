@@ -15,12 +15,6 @@ foreign = pytest.mark.filterwarnings("ignore")
 STORY = [{"role": "user", "content": "Tell me a story about a fox and a lantern."}]
 
 
-@pytest.fixture
-def client(server: Running) -> openai.OpenAI:
-    """OpenAI's own."""
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-
-
 def test_openai_chats(client: openai.OpenAI) -> None:
     chats = client.chat.completions
     whole = chats.create(model="bitnet-demo", messages=STORY, seed=1, max_tokens=40, logprobs=True, top_logprobs=2)

@@ -80,12 +80,11 @@ def test_texts_and_responses_take_it_too(server: Running) -> None:
     assert server.post("/v1/responses", free).json()["output"][0]["content"][0]["text"].startswith("{")
 
 
-def test_openais_client_parses(server: Running) -> None:
+def test_openais_client_parses(client: openai.OpenAI) -> None:
     class Animal(pydantic.BaseModel):
         name: str = pydantic.Field(max_length=8)
         legs: int | None = pydantic.Field(ge=0, le=9)
 
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     answer = client.chat.completions.parse(model="bitnet-demo", messages=ASK, response_format=Animal, seed=1)
     assert isinstance(answer.choices[0].message.parsed, Animal)
     reply = client.responses.parse(model="bitnet-demo", input="Name an animal.", text_format=Animal)

@@ -68,7 +68,6 @@ def test_calls_are_those_of_a_chat(server: Running, toy: Running, choice: Any) -
 def test_a_stream_of_calls_is_the_whole_answer_in_pieces(server: Running, toy: Running) -> None:
     counts = set()
     for running in (server, toy):
-        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
         for seed in range(4):
             # One of them never stops, so that it has many calls.
             bias = {str(token): -100 for token in running.service.engine.tokenizer.stop_ids} if seed == 3 else {}
@@ -76,7 +75,10 @@ def test_a_stream_of_calls_is_the_whole_answer_in_pieces(server: Running, toy: R
             body = {**BODY, "tool_choice": "required", "max_output_tokens": 400, **extra}
             whole = Response.model_validate(running.post(PATH, body).json())
             fields = {"tools": TOOLS, "tool_choice": "required", "temperature": 1, "max_output_tokens": 400}
-            with client.responses.stream(model="bitnet-demo", input=ASK, extra_body=extra, **fields) as stream:
+            with (
+                openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client,
+                client.responses.stream(model="bitnet-demo", input=ASK, extra_body=extra, **fields) as stream,
+            ):
                 events = list(stream)
                 final = events[-1].response
             assert [event.sequence_number for event in events] == list(range(len(events)))
@@ -111,8 +113,7 @@ def test_a_model_that_may_call_or_not(server: Running) -> None:
     assert cut["status"] == "incomplete" and cut["output"][0]["type"] == "message", "a call whose name was not written"
 
 
-def test_openais_client_goes_on_with_the_results(server: Running) -> None:
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+def test_openais_client_goes_on_with_the_results(client: openai.OpenAI) -> None:
     answer = client.responses.create(model="bitnet-demo", input=ASK, tools=TOOLS, tool_choice=ONE)
     (call,) = answer.output
     turns = [{"role": "user", "content": ASK}, call, {

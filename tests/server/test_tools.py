@@ -109,13 +109,12 @@ def test_none_is_as_without_tools(server: Running) -> None:
         assert answer["choices"] == without["choices"] and answer["usage"] == without["usage"]
 
 
-def test_openais_client_goes_on_with_the_results(server: Running) -> None:
+def test_openais_client_goes_on_with_the_results(client: openai.OpenAI) -> None:
     class Weather(pydantic.BaseModel):
         """The weather of a city."""
 
         city: str = pydantic.Field(max_length=5)
 
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     tools = [openai.pydantic_function_tool(Weather)]
     options: dict[str, Any] = {"model": "bitnet-demo", "tools": tools, "tool_choice": "required", "seed": 1}
     options["parallel_tool_calls"] = False
