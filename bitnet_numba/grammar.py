@@ -12,7 +12,8 @@ from bitnet_numba.errors import RequestError, printable, shown
 
 MAX_SOURCE = 64 * 1024  # characters of a schema, an expression or a grammar
 MAX_DEPTH = 64  # of values inside values
-# About 20 ms to compile and 15 ms a token at worst, and 30 MB. Errors leave out the parser's state.
+# About 20 ms to compile and 30 MB at worst, up to four times (see `constraint.GROUPS`), and 15 ms a token. Errors leave
+# out the parser's state.
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 200_000,

@@ -56,13 +56,13 @@ def measure_engine(llm: Engine, sizes: Sizes) -> dict[str, Any]:
     """All cases. No token of an answer ends it: all are of the same length."""
     stop_ids, llm.tokenizer.stop_ids = llm.tokenizer.stop_ids, frozenset()
     try:
-        return measure_cases(llm, sizes)
+        return measure_cases(llm, sizes, stop_ids or frozenset([llm.config.vocab_size - 1]))
     finally:
         llm.tokenizer.stop_ids = stop_ids
 
 
-def measure_cases(llm: Engine, sizes: Sizes) -> dict[str, Any]:
-    """See `measure_engine`."""
+def measure_cases(llm: Engine, sizes: Sizes, ends: frozenset[int]) -> dict[str, Any]:
+    """See `measure_engine`. ends: tokens by which an answer of a form could end, were it not so long."""
     vocab, form = llm.config.vocab_size, Grammar.json_schema(RECORDS)
     prompts = [random_ids(vocab, sizes.prompt, seed) for seed in range(sizes.requests)]
     lengths = np.random.default_rng(7).integers(*sizes.mixed_prompts, sizes.mixed, endpoint=True)
@@ -77,7 +77,7 @@ def measure_cases(llm: Engine, sizes: Sizes) -> dict[str, Any]:
         return count(llm.generate_batch(prompts[: sizes.formed], params, max_sequences=sizes.formed))
 
     def formed() -> int:
-        llm.tokenizer.stop_ids = frozenset([vocab - 1])  # by which a form could end, were it not so long
+        llm.tokenizer.stop_ids = ends
         (quote,) = llm.tokenizer.encode_plain('"')
         # Random weights would never end a name.
         params = SamplingParams(temperature=1.0, seed=1, max_new_tokens=sizes.answer, logit_bias={quote: 100})
