@@ -38,15 +38,15 @@ async def chat_completions(service: Service, exchange: Exchange, body: ChatBody)
     id, model = f"chatcmpl-{exchange.request_id}", service.check_model(body.model)
     formed = body.response_format is not None and body.response_format.type != "text"
     tags = call_tags(engine, "messages") if uses_tools(body, "response_format" if formed else None) else None
-    thinks = not must_have_form(body)
-    form = ChatForm(id, model, body.with_usage, engine.tokenizer, tags, partial(new_reader, engine, params, thinks))
+    new_thoughts = partial(new_reader, engine, params, not must_have_form(body))
+    form = ChatForm(id, model, body.with_usage, engine.tokenizer, tags, new_thoughts)
 
     def make() -> list[Request]:
         messages = as_messages(body.messages, engine.tokenizer)
         if tags is None:
             form_of = constrained(engine, params, read_format(body.response_format), "response_format")
             return read_prompts(engine, [messages], form_of, n)
-        use = read_tools(body, tags)
+        use = read_tools(body, tags, new_thoughts())
         return read_prompts(engine, [messages], constrained(engine, params, use.grammar, "tools"), n, use.described)
 
     await respond(service, exchange, body, make, n, form, "messages")

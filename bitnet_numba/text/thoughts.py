@@ -1,6 +1,7 @@
 """Thoughts: what some models write between <think> and </think> before they answer."""
 
 OPEN, CLOSE = "<think>", "</think>"
+_SPACE = r"/[\s\x1c-\x1f]*/"  # what `str.strip` takes away
 
 
 class ThoughtReader:
@@ -8,9 +9,16 @@ class ThoughtReader:
 
     def __init__(self, opened: bool = False):
         """opened: the prompt has begun the thought, so the text comes without its tag."""
+        self.opened = opened
         self._where = "thought" if opened else "start"
         self._held = ""  # what has arrived and may yet be a tag, or white space around one
         self._first = True  # whether nothing visible of the present part has come
+
+    @property
+    def terminal(self) -> str:
+        """A whole thought with its tags and the white space around them, in Lark's notation as llguidance reads it."""
+        begin = "" if self.opened else f'{_SPACE} "{OPEN}" '
+        return f'{begin}(/(?s:.*)/ & ~(/(?s:.*)/ "{CLOSE}" /(?s:.*)/)) "{CLOSE}" {_SPACE}'
 
     def push(self, text: str) -> tuple[str, str]:
         """What follows of the thought, and of the answer."""
