@@ -64,11 +64,8 @@ def read_tools(body: ChatBody | ResponseBody, tags: tuple[str, str], thoughts: T
             reason = f"tool_choice: there is no function {wanted!r} in tools"
             raise ApiError(400, reason, param="tool_choice", code="invalid_value")
     described = [tool.described() for tool in tools]
-    thought = None
-    if thoughts is not None:
-        thought = thoughts.terminal if thoughts.opened else f"{SPACE} | {thoughts.terminal}"
     try:
-        grammar = Grammar.lark(call_grammar(callable, tags, most, choice in (None, "auto"), thought))
+        grammar = Grammar.lark(call_grammar(callable, tags, most, choice in (None, "auto"), _before(thoughts)))
     except RequestError as error:
         raise from_request_error(error, "tools") from None
     return ToolUse(described, grammar)
@@ -95,24 +92,32 @@ def call_start(tags: tuple[str, str]) -> str:
     return tags[0].strip() or "{"
 
 
+def _before(thoughts: ThoughtReader | None) -> str:
+    """What may stand before the first call: a thought, or a white space."""
+    thought = thoughts.terminal if thoughts is not None else None
+    if thoughts is None or thought is None:
+        return SPACE
+    return thought if thoughts.thinking else f"{SPACE} | {thought}"
+
+
 def call_grammar(
     functions: Sequence[tuple[str, dict[str, Any]]],
     tags: tuple[str, str],
     most: int,
     or_text: bool,
-    thought: str | None = None,
+    before: str = SPACE,
 ) -> str:
     """The grammar of up to `most` calls, a line each, in Lark's notation.
 
-    functions: names and the schemas of their arguments. or_text: the answer may also be a text. thought: a terminal for
-    the thought that may stand before either; None: there is none.
+    functions: names and the schemas of their arguments. or_text: the answer may also be a text. before: what may stand
+    before the first call where it may be one.
     """
     more = f' ("\\n" call){{0,{most - 1}}}' if most > 1 else ""
     lines = [f"start: call{more}", "call: HEAD rest", f"HEAD: {json.dumps(tags[0] + NAMED)}"]
     if or_text:
         lines[0] = f"start: TEXT | FIRST rest{more}"
         lines += [
-            f"BEFORE: {thought or SPACE}",
+            f"BEFORE: {before}",
             "FIRST: BEFORE HEAD",
             f"TEXT: /(?s:.*)/ & ~(BEFORE {json.dumps(call_start(tags))} /(?s:.*)/)",
         ]

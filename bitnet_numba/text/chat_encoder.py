@@ -107,10 +107,14 @@ class ChatEncoder:
         if thinking is not None and not self._template.switches_thinking:
             raise RequestError("this model's chat template has no switch for thinking (enable_thinking)")
 
-    def thoughts(self, thinking: bool | None) -> ThoughtReader | None:
-        """A reader of one answer; None if the template knows no thoughts."""
+    def thoughts(self, thinking: bool | None, begun: str | None) -> ThoughtReader | None:
+        """A reader of one answer; None if the template knows no thoughts. begun: see `Tokenizer.thoughts`."""
         if not self._template.marks_thoughts:
             return None
+        if begun is not None:  # where an answer is continued, the template begins no thought
+            reader = ThoughtReader()
+            reader.push(begun)
+            return reader
         if thinking not in self._opened:
             self._opened[thinking] = self._opens_thought(thinking)
         return ThoughtReader(self._opened[thinking])

@@ -9,15 +9,24 @@ class ThoughtReader:
 
     def __init__(self, opened: bool = False):
         """opened: the prompt has begun the thought, so the text comes without its tag."""
-        self.opened = opened
         self._where = "thought" if opened else "start"
         self._held = ""  # what has arrived and may yet be a tag, or white space around one
         self._first = True  # whether nothing visible of the present part has come
 
     @property
-    def terminal(self) -> str:
-        """A whole thought with its tags and the white space around them, in Lark's notation as llguidance reads it."""
-        begin = "" if self.opened else f'{_SPACE} "{OPEN}" '
+    def thinking(self) -> bool:
+        """Whether the thought has begun, and not ended."""
+        return self._where == "thought"
+
+    @property
+    def terminal(self) -> str | None:
+        """What is to come of the thought, with its tags and the white space around them; None if the answer has begun.
+
+        In Lark's notation, as llguidance reads it.
+        """
+        if self._where == "answer":
+            return None
+        begin = "" if self.thinking else f'{_SPACE} "{OPEN}" '
         return f'{begin}(/(?s:.*)/ & ~(/(?s:.*)/ "{CLOSE}" /(?s:.*)/)) "{CLOSE}" {_SPACE}'
 
     def push(self, text: str) -> tuple[str, str]:

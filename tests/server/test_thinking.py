@@ -7,7 +7,7 @@ import pytest
 from bitnet_numba.server.schemas import ChatBody
 from bitnet_numba.server.tools import read_tools
 from bitnet_numba.text.thoughts import ThoughtReader
-from tests.engine.test_thinking import ALWAYS, thinking_engine
+from tests.engine.test_thinking import ALWAYS, SWITCH, thinking_engine
 from tests.engine.toy_backend import TOKENIZER, tokens_of
 from tests.server.helpers import Running, serving
 
@@ -39,6 +39,25 @@ def test_a_thought_that_the_template_begins() -> None:
         assert message["reasoning_content"] == "Hm." and message["content"] == "Yes."
         events = running.events(PATH, {**BODY, "max_tokens": 2})
         assert joined(events, "reasoning_content") and not joined(events, "content")
+
+
+@pytest.mark.parametrize(
+    ("template", "begun", "said", "thought", "answer"),
+    [
+        (ALWAYS, "Yes, ", "it is.", None, "it is."),
+        (ALWAYS, [{"type": "text", "text": "Yes, "}], "it is. </think>", None, "it is. </think>"),
+        (SWITCH, "<think>\nHm,", " so.</think>\n\nYes.", " so.", "Yes."),
+        (SWITCH, "", "<think>Hm.</think>Yes.", "Hm.", "Yes."),
+    ],
+)
+def test_an_answer_that_is_continued(template: str, begun: object, said: str, thought: str | None, answer: str) -> None:
+    with serving(lambda: thinking_engine(template, said)) as running:
+        for tools in ([], [{"type": "function", "function": {"name": "look"}}]):
+            body = {"messages": [*BODY["messages"], {"role": "assistant", "content": begun}], "tools": tools}
+            message = running.post(PATH, body).json()["choices"][0]["message"]
+            assert (message["reasoning_content"], message["content"]) == (thought, answer)
+            events = running.events(PATH, body)
+            assert (joined(events, "reasoning_content") or None, joined(events, "content")) == (thought, answer)
 
 
 def test_answers_with_functions_may_think(thinker: Running) -> None:
