@@ -1,5 +1,7 @@
 """Thoughts: what some models write between <think> and </think> before they answer."""
 
+from bitnet_numba.errors import RequestError, shown
+
 OPEN, CLOSE = "<think>", "</think>"
 _SPACE = r"/[\s\x1c-\x1f]*/"  # what `str.strip` takes away
 
@@ -73,7 +75,11 @@ def split_thought(text: str) -> tuple[str, str]:
 
     A thought without an end, for the answer was cut, is one if its tag stands at the beginning of the text; where the
     prompt has begun the thought, the text has only the tag at its end.
+
+    Raises RequestError if `text` is not a string.
     """
+    if not isinstance(text, str):
+        raise RequestError(f"split_thought takes the text of an answer, not {shown(text)}")
     reader = ThoughtReader(opened=CLOSE in text and OPEN not in text.partition(CLOSE)[0])
     pieces = reader.push(text), reader.finish()
     thought, answer = ("".join(parts) for parts in zip(*pieces, strict=True))
