@@ -5,6 +5,8 @@ shape in a batch as in a context of its own, and its tokens are the same, bit fo
 """
 
 import contextlib
+import os
+import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -23,6 +25,23 @@ from bitnet_numba.sampling_params import SamplingParams
 # Memory that computing takes beside the cache and attention scores. Half of it is OpenBLAS's, which ends the process if
 # it cannot have it.
 WORKSPACE_BYTES = 1 << 26
+
+
+class _Turn:
+    """Models that limit the threads of BLAS take turns: its number is the process's, and who ends puts back the one
+    that he found."""
+
+    def __init__(self) -> None:
+        self.renew()
+        if hasattr(os, "register_at_fork"):  # a thread of the parent may hold the lock
+            os.register_at_fork(after_in_child=self.renew)
+
+    def renew(self) -> None:
+        """Forgets who has the turn."""
+        self.lock = threading.RLock()  # reentrant, for signal handlers and the garbage collector
+
+
+_turn = _Turn()
 
 
 def reference_backend(checkpoint: PackedCheckpoint, threads: int | None = None) -> "ReferenceBackend":
@@ -162,11 +181,14 @@ class ReferenceModel:
     def close(self) -> None:
         """Nothing to end."""
 
-    def _limit(self) -> contextlib.AbstractContextManager[object]:
+    @contextlib.contextmanager
+    def _limit(self) -> Iterator[None]:
         """While it lasts, BLAS has the model's number of threads: in the whole process, since it knows no other way."""
         if self._threads is None:
-            return contextlib.nullcontext()
-        return self._blas.limit(limits=self._threads, user_api="blas")
+            yield
+            return
+        with _turn.lock, self._blas.limit(limits=self._threads, user_api="blas"):
+            yield
 
     def _pieces(self, ids: Sequence[int], cache: ContiguousCache | PagedCache) -> Iterator[Floats]:
         start = 0
