@@ -13,6 +13,7 @@ class ThoughtReader:
         """opened: the prompt has begun the thought, so the text comes without its tag."""
         self._where = "thought" if opened else "start"
         self._held = ""  # what has arrived and may yet be a tag, or white space around one
+        self._spaces: list[str] = []  # white space that has arrived after that
         self._first = True  # whether nothing visible of the present part has come
 
     @property
@@ -33,7 +34,10 @@ class ThoughtReader:
 
     def push(self, text: str) -> tuple[str, str]:
         """What follows of the thought, and of the answer."""
-        self._held += text
+        if self._where != "answer" and text.isspace():  # not looked at each time: there may be any length of it
+            self._spaces.append(text)
+            return "", ""
+        self._hold(text)
         if self._where == "start":
             begun = self._held.lstrip()
             if len(begun) < len(OPEN) and OPEN.startswith(begun):
@@ -47,10 +51,15 @@ class ThoughtReader:
 
     def finish(self) -> tuple[str, str]:
         """The rest of both, at the end of the text."""
+        self._hold("")
         rest, self._held = self._held, ""
         if self._where == "thought":
             return (rest.strip() if self._first else rest.rstrip()), ""
         return "", rest if self._where == "start" else ""
+
+    def _hold(self, text: str) -> None:
+        self._held = "".join([self._held, *self._spaces, text])
+        self._spaces.clear()
 
     def _read_thought(self) -> str:
         thought, end, rest = self._held.partition(CLOSE)

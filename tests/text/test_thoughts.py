@@ -43,6 +43,25 @@ def test_a_whole_text(text: str, opened: bool, thought: str, answer: str) -> Non
     assert split_thought(text) == ((thought, answer) if not opened or "</think>" in text else ("", text))
 
 
+@pytest.mark.parametrize("begin", ["<think>", "<think>a", ""])
+def test_white_space_without_end_is_not_read_again_and_again(begin: str) -> None:
+    class Space(str):
+        """Refuses to be added to what is held."""
+
+        def __radd__(self, other: str) -> str:
+            raise AssertionError("joined with what is held")
+
+    reader = ThoughtReader()
+    reader.push(begin)
+    for _ in range(100):
+        assert reader.push(Space("  ")) == ("", "")
+    thought, answer = reader.push("b</think>c")
+    spaces = "  " * 100
+    assert (thought, answer) == {"<think>": ("b", "c"), "<think>a": (f"{spaces}b", "c")}.get(
+        begin, ("", f"{spaces}b</think>c")
+    )
+
+
 @pytest.mark.parametrize("text", [None, 3, b"<think>", ["<think>"]])
 def test_what_is_no_text(text: object) -> None:
     with pytest.raises(RequestError, match="^split_thought takes the text of an answer, not "):
