@@ -107,6 +107,7 @@ class CompletionBuilder:
         self._num_shown = 0  # characters
         self._num_taken = 0  # pieces of `_shown` that have been returned
         self._num_released = 0  # tokens that `released` has returned
+        self._num_whole = self._num_seen = 0  # see `_tokens_shown`: shown whole, and looked at
         self._started_at = self._first_at = self._last_at = perf_counter()
         self._count = 0  # tokens, including the stop token
 
@@ -220,14 +221,15 @@ class CompletionBuilder:
             return len(self._ids)
         if self.reason and self._finished and not self._matcher.found:
             return len(self._ids)
-        last = self._num_released
-        for count in range(last + 1, len(self._ends)):
+        self._num_whole = max(self._num_whole, self._num_released)
+        for count in range(max(self._num_seen, self._num_whole) + 1, len(self._ends)):
             end = self._ends[count]
             if end is not None:
                 if end > self._num_shown:
                     break
-                last = count
-        return last
+                self._num_whole = count
+            self._num_seen = count  # lest a long row of unfinished characters is looked at for each token
+        return self._num_whole
 
     def completion(self, prompt_tokens: int, reused_tokens: int, memory: dict[str, int]) -> Completion:
         """The completion so far. An interrupted one leaves out held-back text and the tokens it belongs to."""

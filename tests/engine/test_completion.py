@@ -103,3 +103,23 @@ def test_an_answer_does_not_keep_what_others_of_its_steps_have(quietly: bool) ->
     del step
     assert sum(each() is not None for each in steps) < KEPT_BACK
     assert builder.completion(1, 0, {}).logprobs == [TokenLogprob(i, -1.0, []) for i in range(200)]
+
+
+def test_characters_that_are_never_finished_are_looked_at_once() -> None:
+    """Each token begins a character, and so ends the one before as U+FFFD."""
+
+    class Ends(list[int | None]):
+        def __getitem__(self, index: Any) -> Any:
+            looks.append(index)
+            return super().__getitem__(index)
+
+    looks: list[int] = []
+    request: Any = SimpleNamespace(params=SamplingParams(), stop=(), dropped_messages=0)
+    builder = CompletionBuilder(TOKENIZER, request)
+    builder._ends = Ends(builder._ends)
+    (begins,) = (token for token in range(VOCAB) if TOKENIZER.token_bytes(token) == b"\xe2")
+    for _ in range(100):
+        builder.push(begins)
+        assert builder.released() == ([], ())
+    assert len(looks) < 300
+    assert builder.push(TOKENIZER.encode_plain("a")[0]) and len(builder.released()[0]) == 101
