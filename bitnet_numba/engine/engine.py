@@ -435,7 +435,7 @@ class Engine:
                     last, checked = own, read_params(method, own, same)
                 requests += read_request(self.tokenizer, vocab, self.context, prompt, checked, several).several(count)
         answers = self._answer_together(requests, max_sequences, count) if requests else []
-        return answers if n is None else [answers[i : i + n] for i in range(0, len(answers), n)]
+        return answers if n is None else [answers[i : i + count] for i in range(0, len(answers), count)]
 
     def _answer_together(
         self, requests: Sequence[Request], max_sequences: int = 64, of_each: int | None = None
