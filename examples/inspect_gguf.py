@@ -10,6 +10,8 @@ import bitnet_numba as bn
 from bitnet_numba.checkpoint.gguf_file import GgufFile, Numbers
 from bitnet_numba.checkpoint.gguf_types import kind_and_nbytes, type_name
 
+if len(sys.argv) != 2:
+    sys.exit("usage: python examples/inspect_gguf.py FILE.gguf")
 try:
     file = GgufFile(sys.argv[1], kind_and_nbytes)
 except bn.CheckpointError as error:  # a damaged file is refused with one line

@@ -49,11 +49,13 @@ def test_example(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         assert text in out, out
 
 
-def test_a_damaged_gguf_file_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_gguf_file_or_none_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "cut.gguf"
     file.write_bytes(GGUF.read_bytes()[:1000])
     with pytest.raises(SystemExit, match=r"cut\.gguf is not a readable GGUF file"):
         run("inspect_gguf", [str(file)], monkeypatch)
+    with pytest.raises(SystemExit, match="usage: python examples/inspect_gguf.py FILE.gguf"):
+        run("inspect_gguf", [], monkeypatch)
 
 
 @needs_gpu

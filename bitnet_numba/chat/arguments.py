@@ -41,7 +41,7 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
         metavar="PATH",
         help="a text file that goes with the first question; may be repeated",
     )
-    add("--system", default="", metavar="TEXT", help="system message: how the model shall answer (default: none)")
+    add("--system", default="", metavar="TEXT", help="system message: how the model should answer (default: none)")
     add("--raw", action="store_true", help="continue the text as it is, without chat template or turns")
     group = parser.add_argument_group("output")
     add = group.add_argument

@@ -100,7 +100,7 @@ def set_option(chat: Chat, argument: str) -> None:
         else:
             chat.display.markdown = ON[value.lower()]
     elif value:
-        params = changed(talk.params, name, value)
+        params = changed(talk.params, name, value, talk.first_params)
         talk.engine.tokenizer.check_thinking(params.thinking)
         talk.params = params
     for shown in [name] if name else settings:

@@ -34,7 +34,7 @@ class Conversation:
 
     def __init__(self, engine: Engine, params: SamplingParams, system: str = "", raw: bool = False):
         self.engine = engine
-        self.params = params
+        self.params = self.first_params = params  # `params` as /set changes them
         self.system = well_formed(system)
         self.raw = raw
         self.messages: list[Message] = []  # without the system message

@@ -55,7 +55,7 @@ def handle(chat: Chat, line: str) -> bool:
             chat.ask(unquoted(line), replacing)
         elif command is None:
             word = printable(word, 40)
-            chat.note(f"unknown command {word}; /help lists them (a leading space sends the line)")
+            chat.note(f"unknown command {word}; /help lists the commands (a leading space sends the line)")
         elif argument.strip() and not command.argument:
             chat.note(f"{word} takes no argument: nothing was done")
         elif command.run is None:

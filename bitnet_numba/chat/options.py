@@ -45,8 +45,11 @@ THINKING_VALUES = {"on": True, "off": False, "default": None}  # None: as the mo
 ALIASES = {"length": "max-new-tokens"}  # of /set
 
 
-def changed(params: SamplingParams, name: str, text: str) -> SamplingParams:
-    """The parameters with a setting's value as a user typed it. Raises RequestError if it is not one."""
+def changed(params: SamplingParams, name: str, text: str, first: SamplingParams) -> SamplingParams:
+    """The parameters with a setting's value as a user typed it: a number's "default" is that of `first`.
+
+    Raises RequestError if it is no value of the setting.
+    """
     if name == "stop":
         return replace(params, stop=() if text.lower() == "none" else (*params.stop, text))  # type: ignore[misc]
     if name == "thinking":
@@ -54,13 +57,15 @@ def changed(params: SamplingParams, name: str, text: str) -> SamplingParams:
             raise RequestError(f"thinking must be on, off or default, not {printable(text, 40)}")
         return replace(params, thinking=THINKING_VALUES[text.lower()])
     option = _option(name)
+    if text.lower() == "default":
+        return _with(params, option.field, getattr(first, option.field))
     if option.none and text.lower() == option.none:
         return _with(params, option.field, None)
     try:
         value = option.kind(text)
     except ValueError:
         words = f"{'a whole' if option.kind is int else 'a'} number"
-        words += f" or {option.none}" if option.none else ""
+        words += f", {option.none} or default" if option.none else " or default"
         raise RequestError(f"{option.name} must be {words}, not {printable(text, 40)}") from None
     return _with(params, option.field, value)
 

@@ -9,10 +9,10 @@ def describe(completion: Completion, conversation: Conversation) -> str:
     stats, session = completion.stats, conversation.session
     if not stats.generated_tokens:
         return f"stopped before the answer began | context {session.held:,}/{session.capacity:,}"
-    prefill = f"prefill {stats.prompt_tokens - stats.reused_tokens:,} tokens"
+    prefill = f"prefill {_tokens(stats.prompt_tokens - stats.reused_tokens)}"
     if stats.reused_tokens:
         prefill += f" (and {stats.reused_tokens:,} reused)"
-    decode = f"answer {stats.generated_tokens:,} tokens"
+    decode = f"answer {_tokens(stats.generated_tokens)}"
     if stats.generated_tokens > 1:
         decode += f", {stats.tokens_per_second:,.1f} tokens/s"
     memory = ", ".join(f"{name.replace('_', ' ')} {size / 1e6:,.1f} MB" for name, size in stats.memory.items())
@@ -20,6 +20,10 @@ def describe(completion: Completion, conversation: Conversation) -> str:
         f"{prefill}, {stats.prefill_tokens_per_second:,.1f} tokens/s | {decode} | "
         f"context {session.held:,}/{session.capacity:,} | {memory}"
     )
+
+
+def _tokens(number: int) -> str:
+    return "1 token" if number == 1 else f"{number:,} tokens"
 
 
 def forgotten(exchanges: int) -> str:

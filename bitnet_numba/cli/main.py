@@ -34,8 +34,8 @@ options:
 examples:
   {PROG} chat                       talk to the small model that is built in
   {PROG} chat 2b4t                  download Microsoft's 2B-4T model (1.2 GB) once, and talk to it
-  {PROG} serve 2b4t                 the same model at http://127.0.0.1:8000, for browsers and OpenAI's clients
   {PROG} chat owner/name            the same with any BitNet model of the Hugging Face hub
+  {PROG} serve 2b4t                 2B-4T at http://127.0.0.1:8000, for browsers and OpenAI's clients
   {PROG} models list --known        well-known models and their short names
 """
 

@@ -36,7 +36,13 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     add("--context", type=int, metavar="N", help="maximum tokens of a prompt and its answer (default: the model's)")
     group = parser.add_argument_group("load")
     add = group.add_argument
-    add("--max-sequences", type=int, default=DEFAULTS.max_sequences, metavar="N", help=_default("answers at a time"))
+    add(
+        "--max-sequences",
+        type=int,
+        default=DEFAULTS.max_sequences,
+        metavar="N",
+        help=_default("answers that run at a time"),
+    )
     add("--kv-tokens", type=int, metavar="N", help="KV cache for so many tokens (default: as the backend chooses)")
     add(
         "--max-waiting",
@@ -51,16 +57,28 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
         type=float,
         default=DEFAULTS.queue_timeout,
         metavar="S",
-        help=_default("an answer waits for its turn"),
+        help=_default("seconds that an answer may wait for its turn"),
     )
-    add("--answer-timeout", type=float, default=DEFAULTS.answer_timeout, metavar="S", help=_default("of one request"))
-    add("--drain-timeout", type=float, default=DEFAULTS.drain_timeout, metavar="S", help=_default("after SIGTERM"))
+    add(
+        "--answer-timeout",
+        type=float,
+        default=DEFAULTS.answer_timeout,
+        metavar="S",
+        help=_default("seconds that one request may take"),
+    )
+    add(
+        "--drain-timeout",
+        type=float,
+        default=DEFAULTS.drain_timeout,
+        metavar="S",
+        help=_default("seconds that open answers have to end after SIGTERM"),
+    )
     add(
         "--coalesce-ms",
         type=float,
         default=DEFAULTS.coalesce * 1e3,
         metavar="MS",
-        help=_default("text is collected for an event"),
+        help=_default("a stream sends the text of so many milliseconds as one event"),
     )
     group = parser.add_argument_group("security")
     add = group.add_argument
@@ -70,22 +88,28 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="Host that requests may name (default: on loopback its names, otherwise any)",
+        help="a Host that requests may name; may be repeated (default: on loopback its names, otherwise any)",
     )
     add(
         "--cors-origin",
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="of other sites whose pages may ask (default: none)",
+        help="another site whose pages may send requests; may be repeated (default: none)",
     )
-    add("--max-body", type=int, default=DEFAULTS.max_body, metavar="BYTES", help=_default("of a request"))
+    add(
+        "--max-body",
+        type=int,
+        default=DEFAULTS.max_body,
+        metavar="BYTES",
+        help=f"most bytes of a request's body (default: {DEFAULTS.max_body >> 20} MiB)",
+    )
     add(
         "--receive-timeout",
         type=float,
         default=DEFAULTS.receive_timeout,
         metavar="S",
-        help=_default("for a request to arrive"),
+        help=_default("seconds that a request has to arrive"),
     )
     group = parser.add_argument_group("logs")
     add = group.add_argument

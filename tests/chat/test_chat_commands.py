@@ -90,13 +90,24 @@ def test_set_shows_and_changes_how_answers_are_made(shown: Shown) -> None:
     assert chat.conversation.params == SamplingParams(0.25, top_k=40, max_new_tokens=None)
     before = chat.conversation.params
     for line, message in (
-        ("temperature hot", "temperature must be a number, not hot"),
+        ("temperature hot", "temperature must be a number or default, not hot"),
         ("temperature -1", "temperature must be"),
-        ("seed x", "seed must be a whole number or random, not x"),
+        ("seed x", "seed must be a whole number, random or default, not x"),
         ("stats 3", "stats must be on or off, not 3"),
         ("colour 3", "there is no setting colour: there are temperature"),
     ):
         assert message in shown(chat, f"/set {line}") and chat.conversation.params == before
+
+
+def test_set_default_is_what_the_chat_began_with(shown: Shown) -> None:
+    chat = toy_chat()
+    first = chat.conversation.params
+    for line in ("temperature 0.75", "top-k 3", "seed 7", "length 9"):
+        shown(chat, f"/set {line}")
+    assert "  top-k 0 " in shown(chat, "/set top-k default") and chat.conversation.params.temperature == 0.75
+    for name in ("temperature", "seed", "length"):
+        shown(chat, f"/set {name} Default")
+    assert chat.conversation.params == first
 
 
 def test_the_last_question_is_answered_again(shown: Shown) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,7 @@ def test_each_command_has_help_and_its_name(command: str, capsys: pytest.Capture
         assert leaving.value.code == code
     out, err = capsys.readouterr()
     assert out.startswith(f"usage: bitnet-numba {command} ")
+    assert not re.search(r"\d[eE][+-]?\d", out)  # a default such as 4.1943e+06
     assert err.startswith(f"bitnet-numba {command}") and err.count("\n") == 1
 
 

@@ -68,11 +68,14 @@ def test_the_unit_starts_a_server_and_gives_it_time_to_end() -> None:
 def test_the_image_has_what_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = dockerfile()
     names = [name for name, _ in steps]
-    assert names == ["FROM", "RUN", "RUN", "USER", "VOLUME", "EXPOSE", "HEALTHCHECK", "ENTRYPOINT"]
+    assert names == ["FROM", "COPY", "RUN", "RUN", "USER", "VOLUME", "EXPOSE", "HEALTHCHECK", "ENTRYPOINT"]
     given = dict(steps)
     minor = re.fullmatch(r"python:(3\.\d+)-slim", given["FROM"])
     assert minor and f"Programming Language :: Python :: {minor[1]}" in PROJECT
-    (extra,) = re.findall(r"bitnet-numba\[(\w+)\]", steps[1][1])
+    wheels, folder = given["COPY"].split()
+    wheel_dir = re.findall(r"`pip wheel --no-deps --wheel-dir (\S+) \.`", PAGE)
+    assert wheels == f"{wheel_dir[0]}/*.whl"
+    (extra,) = re.findall(rf"\$\(echo {folder}bitnet_numba-\*\.whl\)\[(\w+)\]", steps[2][1])
     assert f"\n{extra} = [" in PROJECT
     # What the user writes is in the volume, which is the user's.
     user, volume = given["USER"], given["VOLUME"]
