@@ -28,7 +28,7 @@ class ThoughtReader:
         In Lark's notation, as llguidance reads it.
         """
         if self._where == "answer":
-            return None
+            return _SPACE if self._first else None
         begin = "" if self.thinking else f'{_SPACE} "{OPEN}" '
         return f'{begin}(/(?s:.*)/ & ~(/(?s:.*)/ "{CLOSE}" /(?s:.*)/)) "{CLOSE}" {_SPACE}'
 

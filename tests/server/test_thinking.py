@@ -92,7 +92,13 @@ def test_after_a_thought_calls_have_their_form(text: str, accepted: bool) -> Non
     parameters = {"type": "object", "properties": {"at": {"type": "string"}}, "additionalProperties": False}
     tools = [{"type": "function", "function": {"name": "look", "parameters": parameters}}]
     body = ChatBody.model_validate({**BODY, "tools": tools})
+    ended, answering = ThoughtReader(True), ThoughtReader()
+    ended.push("Hm.</think>")
+    answering.push("So, ")
     begun = [
+        (ended, ""),
+        (ended, "\n\n"),
+        (answering, ""),
         (None, ""),
         (ThoughtReader(), ""),
         (ThoughtReader(), f"\n<think>{THOUGHT}"),
