@@ -18,7 +18,6 @@ import bitnet_numba as bn
 from bitnet_numba.backends.cpu import backend as cpu
 from bitnet_numba.backends.cpu.backend import CpuModel
 from bitnet_numba.backends.protocol import NO_TOKEN
-from bitnet_numba.backends.reference import ReferenceModel
 from bitnet_numba.checkpoint.convert import convert
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
 from bitnet_numba.errors import BackendError
@@ -358,53 +357,6 @@ def test_numbers_of_threads_that_make_no_sense(threads: object) -> None:
 def test_threads_are_no_option_of_cuda() -> None:
     with pytest.raises(bn.BitNetError, match="threads are an option of the backends cpu and reference, not of cuda"):
         bn.load(None, "cuda", threads=2)
-
-
-def test_threads_of_the_reference(tiny_packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from threadpoolctl import threadpool_info
-
-    from bitnet_numba.reference.model import Model
-
-    def of_blas() -> set[int]:
-        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
-
-    seen, before = [], of_blas()
-    for name in ("forward", "logits"):
-        function = getattr(Model, name)
-        monkeypatch.setattr(Model, name, lambda *a, function=function: (seen.append(of_blas()), function(*a))[1])
-    for threads in (1, 2):
-        with bn.load(tiny_packed, "reference", threads=threads) as llm:
-            llm.generate([5, 6], max_new_tokens=2)
-        assert seen and all(pools == {threads} for pools in seen)
-        seen.clear()
-    assert of_blas() == before
-
-
-def test_references_in_several_threads_leave_blas_its_threads(packed: PackedCheckpoint) -> None:
-    """Who comes second would find, and put back, the limit of the first."""
-    from threadpoolctl import threadpool_info
-
-    def of_blas() -> set[int]:
-        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
-
-    entered, left = [threading.Event() for _ in range(2)], threading.Event()
-    first, second = (ReferenceModel(packed, threads) for threads in (1, 2))
-
-    def compute_first() -> None:
-        with first._limit():
-            entered[0].set()
-            entered[1].wait(0.2)  # in vain: it has to wait
-        left.set()
-
-    before = of_blas()
-    thread = threading.Thread(target=compute_first)
-    thread.start()
-    assert entered[0].wait(10)
-    with second._limit():
-        entered[1].set()
-        assert left.wait(10) and of_blas() == {2}
-    thread.join()
-    assert of_blas() == before
 
 
 def test_threads_follow_the_affinity_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
