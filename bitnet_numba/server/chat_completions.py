@@ -38,7 +38,8 @@ async def chat_completions(service: Service, exchange: Exchange, body: ChatBody)
     id, model = f"chatcmpl-{exchange.request_id}", service.check_model(body.model)
     formed = body.response_format is not None and body.response_format.type != "text"
     tags = call_tags(engine, "messages") if uses_tools(body, "response_format" if formed else None) else None
-    thinks = not must_have_form(body)
+    # An answer that has a form from its first character on has no room for a thought.
+    thinks = not formed and body.tool_choice in (None, "none", "auto")
     form = ChatForm(id, model, body.with_usage, engine.tokenizer, tags, partial(new_reader, engine, params, thinks))
 
     def make() -> list[Request]:
@@ -50,12 +51,6 @@ async def chat_completions(service: Service, exchange: Exchange, body: ChatBody)
         return read_prompts(engine, [messages], constrained(engine, params, use.grammar, "tools"), n, use.described)
 
     await respond(service, exchange, body, make, n, form, "messages")
-
-
-def must_have_form(body: ChatBody) -> bool:
-    """Whether the answer has a form from its first character on, which leaves no room for a thought."""
-    formed = body.response_format is not None and body.response_format.type != "text"
-    return formed or body.tool_choice not in (None, "none", "auto")
 
 
 def new_reader(engine: Engine, params: SamplingParams, thinks: bool) -> ThoughtReader | None:
