@@ -36,8 +36,7 @@ async def chat_completions(service: Service, exchange: Exchange, body: ChatBody)
         raise ApiError(400, "top_logprobs needs logprobs", param="top_logprobs", code="invalid_value")
     params, n = with_thinking(sampling_params(body, engine), body.thinking(), engine), number_of_choices(body)
     id, model = f"chatcmpl-{exchange.request_id}", service.check_model(body.model)
-    formed = body.response_format is not None and body.response_format.type != "text"
-    tags = call_tags(engine, "messages") if uses_tools(body, "response_format" if formed else None) else None
+    tags = call_tags(engine, "messages") if uses_tools(body, "response_format" if has_format(body) else None) else None
     new_thoughts = partial(new_reader, engine, params, body)
     form = ChatForm(id, model, body.with_usage, engine.tokenizer, tags, new_thoughts)
 
@@ -53,10 +52,14 @@ async def chat_completions(service: Service, exchange: Exchange, body: ChatBody)
     await respond(service, exchange, body, make, n, form, "messages")
 
 
+def has_format(body: ChatBody) -> bool:
+    """Whether response_format asks for more than text."""
+    return body.response_format is not None and body.response_format.type != "text"
+
+
 def must_have_form(body: ChatBody) -> bool:
     """Whether the answer has a form from its first character on, which leaves no room for a thought."""
-    formed = body.response_format is not None and body.response_format.type != "text"
-    return formed or body.tool_choice not in (None, "none", "auto")
+    return has_format(body) or body.tool_choice not in (None, "none", "auto")
 
 
 def new_reader(engine: Engine, params: SamplingParams, body: ChatBody) -> ThoughtReader | None:

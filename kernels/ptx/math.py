@@ -10,7 +10,8 @@ from bitnet_numba.kernels.ptx.base import device_function, instruction, int32, u
 
 
 def _bytes(word: Any, signed: bool) -> list[int]:
-    return [int(b) for b in np.array([int(word) & 0xFFFFFFFF], "<u4").view(np.int8 if signed else np.uint8)]
+    data = (int(word) & 0xFFFFFFFF).to_bytes(4, "little")
+    return list(memoryview(data).cast("b")) if signed else list(data)
 
 
 @instruction("dp4a.s32.s32 $0, $1, $2, $3;", "r", "rrr")

@@ -138,7 +138,7 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     monkeypatch.setattr(gemv, "spec", partial(gemv.spec, threads=128))
     monkeypatch.setattr(gemm_mma, "spec", partial(gemm_mma.spec, threads=64))
     monkeypatch.setattr(split_norm, "spec", partial(split_norm.spec, threads=64))
-    monkeypatch.setattr(quantize, "quantize_spec", partial(quantize.quantize_spec, threads=64))
+    monkeypatch.setattr(quantize, "quantize_spec", partial(quantize.quantize_spec, threads=32))
     return backend.CudaBackend(checkpoint)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from greenlet import getcurrent, greenlet
+from numba import cuda
 from numba.core import types
 from numba.cuda.simulator import kernel as simulator_kernel
 from numba.cuda.simulator import kernelapi
@@ -254,9 +255,25 @@ def _poisoned(shape: Any, dtype: Any) -> np.ndarray:
     return array
 
 
+_names_of_cuda: dict[int, list[str]] = {}  # by id of a module's globals: those that are numba.cuda outside of kernels
+_call_kernel = simulator_kernel.FakeCUDAKernel.__call__
+
+
+def _call(self: Any, *args: Any) -> Any:
+    """Calls a device function as it is if its module has no numba.cuda, which would have to be replaced."""
+    names = self.fn.__globals__
+    if id(names) not in _names_of_cuda:
+        found = [name for name, value in names.items() if value is cuda or isinstance(value, kernelapi.FakeCUDAModule)]
+        _names_of_cuda[id(names)] = found
+    if self._device and not _names_of_cuda[id(names)]:
+        return self.fn(*args)
+    return _call_kernel(self, *args)
+
+
 def install() -> None:
     """Replaces the simulator's scheduler, and poisons shared and local arrays."""
     threading.current_thread = current_thread
     simulator_kernel.BlockManager = Block
+    simulator_kernel.FakeCUDAKernel.__call__ = _call
     kernelapi.FakeCUDALocal.array = _local_array
     kernelapi.FakeCUDAShared.array = _shared_array

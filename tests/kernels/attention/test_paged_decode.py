@@ -9,7 +9,6 @@ is, and slot_positions new tokens will be, to show if that is read.
 
 from collections.abc import Callable
 from importlib import import_module
-from threading import current_thread
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ from bitnet_numba.kernels.attention.paged_decode import (
     work_entries,
 )
 from bitnet_numba.kernels.attention.parts import HeadShape, RopeTables, heads_per_block, padded_head_dim
+from bitnet_numba.kernels.ptx.base import simulated_thread
 from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.reference.model import attend, rotate
@@ -175,7 +175,7 @@ def test_simulated_slot_positions_change(stale: tuple[int, int], monkeypatch: py
     for period in (2, 1):
 
         def read(p: Any, i: Any, period: int = period) -> tuple:
-            thread: Any = current_thread()
+            thread = simulated_thread()
             early = not hasattr(thread, "looked") and thread.thread_id % period == 0
             thread.looked = True
             return tuple(np.int32(x) for x in (stale if early else (p[int(i)], p[int(i) + 1])))
