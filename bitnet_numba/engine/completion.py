@@ -133,8 +133,6 @@ class CompletionBuilder:
             self._decode(token)
         elif len(self._ids) % KEPT_BACK == 0:  # lest the end, which others wait for, takes long
             self._catch_up(len(self._ids))
-        if self._logprobs is not None and len(self._ids) % KEPT_BACK == 0:
-            self._logprobs.keep_own()
         if self.reason is None and len(self._ids) == self._max_new_tokens:
             self.reason = "length"
 
@@ -150,6 +148,8 @@ class CompletionBuilder:
         self._ids.append(token)
         if self._logprobs is not None and logprobs is not None:
             self._logprobs.append(logprobs, row)
+            if len(self._ids) % KEPT_BACK == 0:
+                self._logprobs.keep_own()
         return True
 
     def take(self) -> str:

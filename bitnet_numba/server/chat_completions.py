@@ -38,15 +38,16 @@ async def chat_completions(service: Service, exchange: Exchange, body: ChatBody)
     id, model = f"chatcmpl-{exchange.request_id}", service.check_model(body.model)
     formed = body.response_format is not None and body.response_format.type != "text"
     tags = call_tags(engine, "messages") if uses_tools(body, "response_format" if formed else None) else None
-    thinks = not must_have_form(body)
-    form = ChatForm(id, model, body.with_usage, engine.tokenizer, tags, partial(new_reader, engine, params, thinks))
+    new_thoughts = partial(new_reader, engine, params, body)
+    form = ChatForm(id, model, body.with_usage, engine.tokenizer, tags, new_thoughts)
 
     def make() -> list[Request]:
         messages = as_messages(body.messages, engine.tokenizer)
+        thoughts = new_thoughts()  # here, for the first one asks the template, which is another process
         if tags is None:
             form_of = constrained(engine, params, read_format(body.response_format), "response_format")
             return read_prompts(engine, [messages], form_of, n)
-        use = read_tools(body, tags)
+        use = read_tools(body, tags, thoughts)
         return read_prompts(engine, [messages], constrained(engine, params, use.grammar, "tools"), n, use.described)
 
     await respond(service, exchange, body, make, n, form, "messages")
@@ -58,9 +59,15 @@ def must_have_form(body: ChatBody) -> bool:
     return formed or body.tool_choice not in (None, "none", "auto")
 
 
-def new_reader(engine: Engine, params: SamplingParams, thinks: bool) -> ThoughtReader | None:
+def new_reader(engine: Engine, params: SamplingParams, body: ChatBody) -> ThoughtReader | None:
     """What tells the thought of an answer apart; None where there is none."""
-    return engine.tokenizer.thoughts(params.thinking) if thinks else None
+    if must_have_form(body):
+        return None
+    last = body.messages[-1]
+    begun = last.content if last.role == "assistant" else None
+    if isinstance(begun, list):
+        begun = "".join(str(part.get("text", "")) for part in begun)
+    return engine.tokenizer.thoughts(params.thinking, begun)
 
 
 def call_tags(engine: Engine, param: str) -> tuple[str, str]:

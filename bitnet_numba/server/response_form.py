@@ -74,6 +74,8 @@ class ResponseForm:
     def finish(self, index: int, completion: Completion) -> str:
         """What is open ends, and the response with it."""
         rest = self._reader.finish() if self._reader is not None else ""
+        if not self._calls and not self._message_begun:  # all of it, if it was cut before the name of its first call
+            rest = completion.text
         events = self._more(rest) if rest else ""
         if self._calls:
             events += self._end_call("completed" if completion.finish_reason == "stop" else "incomplete")

@@ -9,8 +9,11 @@ from bitnet_numba.errors import RequestError
 from bitnet_numba.grammar import ONE_LINE, Grammar
 from bitnet_numba.server.errors import ApiError, from_request_error
 from bitnet_numba.server.schemas import ChatBody, FunctionTool, NamedFunction, NamedTool, ResponseBody, Tool
+from bitnet_numba.text.thoughts import ThoughtReader
 
 MAX_CALLS = 16  # of an answer
+NAMED = '{"name": "'  # with what a call begins
+SPACE = "/[ \\n]?/"  # before the first one
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -38,8 +41,9 @@ def uses_tools(body: ChatBody | ResponseBody, form: str | None) -> bool:
     return choice != "none"
 
 
-def read_tools(body: ChatBody | ResponseBody, tags: tuple[str, str]) -> ToolUse:
-    """The tools of a body that uses some; tags: what stands before and after a call.
+def read_tools(body: ChatBody | ResponseBody, tags: tuple[str, str], thoughts: ThoughtReader | None = None) -> ToolUse:
+    """The tools of a body that uses some; tags: what stands before and after a call. thoughts: what will tell the
+    thought of an answer apart; None where there is none.
 
     Raises ApiError, naming the field, for two functions of one name, a bad schema, or a choice that is none of them.
     """
@@ -61,7 +65,7 @@ def read_tools(body: ChatBody | ResponseBody, tags: tuple[str, str]) -> ToolUse:
             raise ApiError(400, reason, param="tool_choice", code="invalid_value")
     described = [tool.described() for tool in tools]
     try:
-        grammar = Grammar.lark(call_grammar(callable, tags, most, choice in (None, "auto")))
+        grammar = Grammar.lark(call_grammar(callable, tags, most, choice in (None, "auto"), _before(thoughts)))
     except RequestError as error:
         raise from_request_error(error, "tools") from None
     return ToolUse(described, grammar)
@@ -88,23 +92,40 @@ def call_start(tags: tuple[str, str]) -> str:
     return tags[0].strip() or "{"
 
 
+def _before(thoughts: ThoughtReader | None) -> str:
+    """What may stand before the first call: a thought, or a white space."""
+    thought = thoughts.terminal if thoughts is not None else None
+    if thoughts is None or thought is None:
+        return SPACE
+    return thought if thoughts.thinking else f"{SPACE} | {thought}"
+
+
 def call_grammar(
-    functions: Sequence[tuple[str, dict[str, Any]]], tags: tuple[str, str], most: int, or_text: bool
+    functions: Sequence[tuple[str, dict[str, Any]]],
+    tags: tuple[str, str],
+    most: int,
+    or_text: bool,
+    before: str = SPACE,
 ) -> str:
     """The grammar of up to `most` calls, a line each, in Lark's notation.
 
-    functions: names and the schemas of their arguments. or_text: the answer may also be a text.
+    functions: names and the schemas of their arguments. or_text: the answer may also be a text. before: what may stand
+    before the first call where it may be one.
     """
-    calls = f'call ("\\n" call){{0,{most - 1}}}' if most > 1 else "call"
-    lines = [f"start: {calls}"]
+    more = f' ("\\n" call){{0,{most - 1}}}' if most > 1 else ""
+    lines = [f"start: call{more}", "call: HEAD rest", f"HEAD: {json.dumps(tags[0] + NAMED)}"]
     if or_text:
-        text = f"TEXT: /(?s:.*)/ & ~(/[ \\n]?/ {json.dumps(call_start(tags))} /(?s:.*)/)"
-        lines = [f"start: TEXT | SPACE? {calls}", "SPACE: /[ \\n]/", text]
+        lines[0] = f"start: TEXT | FIRST rest{more}"
+        lines += [
+            f"BEFORE: {before}",
+            "FIRST: BEFORE HEAD",
+            f"TEXT: /(?s:.*)/ & ~(BEFORE {json.dumps(call_start(tags))} /(?s:.*)/)",
+        ]
     for number, (name, schema) in enumerate(functions):
-        head = json.dumps(f'{tags[0]}{{"name": "{name}", "arguments": ')
-        lines.append(f"call_{number}: {head} arguments_{number} {json.dumps('}' + tags[1])}")
+        head, tail = json.dumps(f'{name}", "arguments": '), json.dumps("}" + tags[1])
+        lines.append(f"rest_{number}: {head} arguments_{number} {tail}")
         lines.append(f"arguments_{number}: %json {json.dumps(schema)}")
-    lines.append("call: " + " | ".join(f"call_{number}" for number in range(len(functions))))
+    lines.append("rest: " + " | ".join(f"rest_{number}" for number in range(len(functions))))
     return "\n".join(lines)
 
 

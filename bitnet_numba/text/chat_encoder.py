@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
-from bitnet_numba.errors import RequestError, TokenizerError
+from bitnet_numba.errors import RequestError, TokenizerError, shown
 from bitnet_numba.text.chat_template import ChatTemplate, Message, read_messages
 from bitnet_numba.text.chat_trace import Trace, Tracer, space_behind
 from bitnet_numba.text.guarded_encoder import GuardedEncoder
@@ -104,13 +104,19 @@ class ChatEncoder:
 
     def check_thinking(self, thinking: bool | None) -> None:
         """Raises RequestError if the model is told to think, or not to, and the template has no switch for that."""
+        if not isinstance(thinking, bool | None):
+            raise RequestError(f"thinking must be True, False or None, not {shown(thinking)}")
         if thinking is not None and not self._template.switches_thinking:
             raise RequestError("this model's chat template has no switch for thinking (enable_thinking)")
 
-    def thoughts(self, thinking: bool | None) -> ThoughtReader | None:
-        """A reader of one answer; None if the template knows no thoughts."""
+    def thoughts(self, thinking: bool | None, begun: str | None) -> ThoughtReader | None:
+        """A reader of one answer; None if the template knows no thoughts. begun: see `Tokenizer.thoughts`."""
         if not self._template.marks_thoughts:
             return None
+        if begun is not None:  # where an answer is continued, the template begins no thought
+            reader = ThoughtReader()
+            reader.push(begun)
+            return reader
         if thinking not in self._opened:
             self._opened[thinking] = self._opens_thought(thinking)
         return ThoughtReader(self._opened[thinking])

@@ -1,6 +1,9 @@
 """Thoughts: what some models write between <think> and </think> before they answer."""
 
+from bitnet_numba.errors import RequestError, shown
+
 OPEN, CLOSE = "<think>", "</think>"
+_SPACE = r"/[\s\x1c-\x1f]*/"  # what `str.strip` takes away
 
 
 class ThoughtReader:
@@ -11,6 +14,22 @@ class ThoughtReader:
         self._where = "thought" if opened else "start"
         self._held = ""  # what has arrived and may yet be a tag, or white space around one
         self._first = True  # whether nothing visible of the present part has come
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the thought has begun, and not ended."""
+        return self._where == "thought"
+
+    @property
+    def terminal(self) -> str | None:
+        """What is to come of the thought, with its tags and the white space around them; None if the answer has begun.
+
+        In Lark's notation, as llguidance reads it.
+        """
+        if self._where == "answer":
+            return None
+        begin = "" if self.thinking else f'{_SPACE} "{OPEN}" '
+        return f'{begin}(/(?s:.*)/ & ~(/(?s:.*)/ "{CLOSE}" /(?s:.*)/)) "{CLOSE}" {_SPACE}'
 
     def push(self, text: str) -> tuple[str, str]:
         """What follows of the thought, and of the answer."""
@@ -56,7 +75,11 @@ def split_thought(text: str) -> tuple[str, str]:
 
     A thought without an end, for the answer was cut, is one if its tag stands at the beginning of the text; where the
     prompt has begun the thought, the text has only the tag at its end.
+
+    Raises RequestError if `text` is not a string.
     """
+    if not isinstance(text, str):
+        raise RequestError(f"split_thought takes the text of an answer, not {shown(text)}")
     reader = ThoughtReader(opened=CLOSE in text and OPEN not in text.partition(CLOSE)[0])
     pieces = reader.push(text), reader.finish()
     thought, answer = ("".join(parts) for parts in zip(*pieces, strict=True))

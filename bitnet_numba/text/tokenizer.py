@@ -211,9 +211,12 @@ class Tokenizer:
         if thinking is not None:
             self._chats().check_thinking(thinking)
 
-    def thoughts(self, thinking: bool | None = None) -> ThoughtReader | None:
-        """What tells the thought of an answer from the answer; None if the model marks no thoughts."""
-        return None if self._chat is None else self._chat.thoughts(thinking)
+    def thoughts(self, thinking: bool | None = None, begun: str | None = None) -> ThoughtReader | None:
+        """What tells the thought of an answer from the answer; None if the model marks no thoughts.
+
+        begun: the beginning of an answer that the model goes on with.
+        """
+        return None if self._chat is None else self._chat.thoughts(thinking, begun)
 
     def encode_chat(
         self,

@@ -16,6 +16,7 @@ from bitnet_numba.engine.scheduler import Scheduler
 from bitnet_numba.engine.sequence import Update
 from bitnet_numba.errors import QueueFull, QueueTimeout, SchedulerClosed
 from bitnet_numba.grammar import Grammar
+from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.sampling_params import SamplingParams
 
 SEQUENCES, WAITING, PER_TENANT = 6, 20, 4
@@ -29,8 +30,10 @@ class Open:
     """A request that has not ended."""
 
     request: Request
+    quiet: bool
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 class Soak:
@@ -83,6 +86,7 @@ class Soak:
             max_new_tokens=pick.choice((1, 5, 20, 60)),
             stop=pick.choice(((), (), (), "e", ("th", "a "))),
             grammar=pick.choice((None,) * 9 + (FORM,)),
+            logprobs=pick.choice((None, None, 0, 3)),
         )
         kind = pick.random()
         if kind < 0.05:
@@ -105,17 +109,18 @@ class Soak:
             pick.choice((None, None, None, 50)),
         )
         try:
-            number = self.scheduler.add_request(request, options)
+            quiet = pick.random() < 0.2
+            number = self.scheduler.add_request(request, options, quiet=quiet)
         except QueueFull:
             self.counts["full"] += 1
             return
-        self.open[number] = Open(request)
+        self.open[number] = Open(request, quiet)
 
     def step(self) -> None:
         """A round, and the checks of all that it tells."""
         runner = self.scheduler._runner
         before = set(runner.running)
-        for update in self.scheduler.step():
+        for update in self.scheduler.step(tell=self.random.random() < 0.4):
             self._take(update)
         if self.scheduler.closed:
             assert not self.open, "a request was not answered"
@@ -150,8 +155,9 @@ class Soak:
         mine = self.open[update.request]
         mine.text.append(update.text)
         mine.token_ids += update.token_ids
+        mine.logprobs += update.logprobs
         if update.completion is None and update.error is None:
-            assert update.text or update.token_ids
+            assert (update.text or update.token_ids) and not mine.quiet
             return
         del self.open[update.request]
         if update.error is not None:
@@ -161,7 +167,10 @@ class Soak:
         got = update.completion
         assert got is not None
         self.counts[got.finish_reason] += 1
-        assert "".join(mine.text) == got.text and mine.token_ids == got.token_ids
+        told = "".join(mine.text), mine.token_ids, mine.logprobs
+        assert told == (("", [], []) if mine.quiet else (got.text, got.token_ids, got.logprobs or []))
+        if mine.request.params.logprobs is not None:
+            assert got.logprobs is not None and [each.token_id for each in got.logprobs] == got.token_ids
         if got.finish_reason == "timeout":  # as if it had been allowed so many tokens
             if not got.token_ids:
                 assert got.text == ""

@@ -1,13 +1,15 @@
 """Completions: an answer that nobody follows is the one that is followed."""
 
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bitnet_numba.engine.completion import Completion, CompletionBuilder, Stats
+from bitnet_numba.engine.completion import KEPT_BACK, Completion, CompletionBuilder, Stats
 from bitnet_numba.logprobs import LogprobList
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.sampling_params import SamplingParams
@@ -80,3 +82,24 @@ def test_log_probabilities_are_read_when_they_are_asked_for() -> None:
     assert reads == [0]
     assert completion.to_dict()["logprobs"] == [{"token_id": 5, "logprob": -1.0, "top": []}]
     assert replace(completion, text="b").logprobs == completion.logprobs
+
+
+@pytest.mark.parametrize("quietly", [True, False])
+def test_an_answer_does_not_keep_what_others_of_its_steps_have(quietly: bool) -> None:
+    class Step(list[TokenLogprob | None]):  # which can be referred to weakly
+        pass
+
+    request: Any = SimpleNamespace(params=SamplingParams(logprobs=0), stop=(), dropped_messages=0)
+    builder = CompletionBuilder(TOKENIZER, request)
+    steps = []
+    for i in range(200):
+        step = Step([None, TokenLogprob(i, -1.0, [])])
+        steps.append(weakref.ref(step))
+        if quietly:
+            builder.push_quietly(i, step, 1)
+        else:
+            builder.push(i, step, 1)
+            builder.released()
+    del step
+    assert sum(each() is not None for each in steps) < KEPT_BACK
+    assert builder.completion(1, 0, {}).logprobs == [TokenLogprob(i, -1.0, []) for i in range(200)]

@@ -138,6 +138,8 @@ def test_several_answers_however_they_are_asked_for() -> None:
     assert texts(asyncio.run(llm.agenerate("This is", params, n=3))) == texts(wanted[0])
     assert [texts(each) for each in llm.generate_batch(["This is", "Once"], params, n=3)] == [*map(texts, wanted[:2])]
     assert llm.generate_batch([], params, n=2) == []
+    small = llm.generate_batch(["a", "b"], n=np.uint8(130), max_new_tokens=1)  # a sum of two is beyond its range
+    assert [len(each) for each in small] == [130, 130]
     for ask in (llm.chat, llm.generate_batch, lambda prompt, n: asyncio.run(llm.agenerate(prompt, n=n))):
         with pytest.raises(RequestError, match="n must be a positive integer, not 0"):
             ask(["x"] if ask == llm.generate_batch else "x", n=0)

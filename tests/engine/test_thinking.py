@@ -53,6 +53,10 @@ def test_only_conversations_have_thoughts(prompt: object) -> None:
 def test_values_that_are_no_switch(value: object) -> None:
     with pytest.raises(RequestError, match="thinking must be True, False or None, not"):
         SamplingParams(thinking=value)  # type: ignore[arg-type]
+    tokenizer = thinking_engine().tokenizer
+    for method in (tokenizer.apply_chat_template, tokenizer.encode_chat):
+        with pytest.raises(RequestError, match="thinking must be True, False or None, not"):
+            method(HI, thinking=value)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from bitnet_numba.backends.protocol import Constraint
 from bitnet_numba.engine.completion import Completion, CompletionBuilder
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.request import Request
+from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.sampling_params import SamplingParams
 from tests.engine.soak import Soak
 from tests.engine.toy_backend import CONFIG, TOKENIZER, VOCAB, ToyBackend
@@ -33,6 +34,10 @@ class QuickBackend(ToyBackend):
             self.failing = False
             raise ValueError("a step failed")
         return next_token(ids, params, constraint)
+
+    def logprob(self, ids: Sequence[int], params: SamplingParams) -> TokenLogprob | None:
+        """Of each token, its place."""
+        return None if params.logprobs is None else TokenLogprob(ids[-1], -float(len(ids)), [])
 
 
 def next_token(ids: Sequence[int], params: SamplingParams, constraint: Constraint | None) -> int:

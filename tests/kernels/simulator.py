@@ -1,7 +1,7 @@
 """A stricter scheduler for Numba's CUDA simulator, in place of its own.
 
 Numba's simulator starts a Python thread for each CUDA thread and polls them, which is slow, and has no warps. Here
-one thread runs at a time until it reaches a barrier and wakes the next; so blocks run many times faster, and
+each is a greenlet, of which one runs at a time until it reaches a barrier; so blocks run many times faster, and
  - a barrier of one warp (shuffles, syncwarp) concerns its 32 threads alone, as on the device, one of a warpgroup 128;
  - blocks are independent: shared arrays belong to one block; those of a cluster run together, see each other's shared
    arrays, and meet at its barrier;
@@ -16,10 +16,12 @@ import random
 import sys
 import threading
 from collections.abc import Callable
+from contextvars import copy_context
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from greenlet import getcurrent, greenlet
 from numba.core import types
 from numba.cuda.simulator import kernel as simulator_kernel
 from numba.cuda.simulator import kernelapi
@@ -28,11 +30,12 @@ from numba.np.numpy_support import as_dtype
 WARP, WARPGROUP = 32, 128  # threads
 
 
-class SimulatedThread(threading.Thread):
-    """One CUDA thread. It runs only between being woken and reaching a barrier, when it wakes another one."""
+class SimulatedThread(greenlet):
+    """One CUDA thread. It runs only between being chosen by its block and reaching a barrier."""
 
     def __init__(self, block: "Block", rank: int, target: Callable[[], None], threadIdx: Any, thread_id: int):
-        super().__init__(daemon=True)
+        super().__init__(parent=getcurrent())
+        self.gr_context = copy_context()  # how the launch treats floating-point errors
         self.block, self.rank, self._kernel = block, rank, target
         self.blockIdx, self.threadIdx, self.thread_id = block.block_indices[rank], threadIdx, thread_id
         self.offers: list[Any] = [None, None]  # this lane's values in its even and its odd exchanges
@@ -43,19 +46,15 @@ class SimulatedThread(threading.Thread):
         self.waits_at = ""  # "", "cluster", "block", "warpgroup", "warp" or "condition"
         self.condition: Callable[[], bool] = lambda: True
         self.done = False
-        self.go = threading.Lock()  # locked except for the moment in which this thread is woken
-        self.go.acquire()
 
     def run(self) -> None:
-        self.go.acquire()
+        """What `switch` starts."""
         try:
             if self.block.failure is None:
-                with np.errstate(all="ignore"):  # the device wraps and overflows silently
-                    self._kernel()
-        except BaseException as error:  # noqa: B036 - handed to the thread that launched the kernel
+                self._kernel()
+        except Exception as error:  # the thread that launched the kernel raises it
             self.block.fail(f"block {list(self.blockIdx)}, thread {list(self.threadIdx)}: {error!r}")
         self.done = True
-        self.block.wake_next(self)
 
     def _wait(self, where: str) -> None:
         for group in self.async_copies:
@@ -64,8 +63,7 @@ class SimulatedThread(threading.Thread):
                     to[i : i + 4] = source[j : j + 4] if size else 0
                 group.clear()
         self.waits_at = where
-        self.block.wake_next(self)
-        self.go.acquire()
+        self.parent.switch()
         if self.block.failure is not None:
             raise RuntimeError("another thread of the block failed")
         self.waits_at = ""
@@ -163,9 +161,6 @@ class Block:
         self.shared: list[dict[Any, np.ndarray]] = []  # of each block
         self.mbarriers: list[dict[int, Any]] = []  # of each block
         self.failure: str | None = None
-        self._ready: list[SimulatedThread] = []
-        self._finished = threading.Lock()
-        self._finished.acquire()
 
     @classmethod
     def of_clusters(cls, size: int) -> None:
@@ -182,37 +177,34 @@ class Block:
         self.block_indices, Block.early = Block.early, []
         self.shared = [{} for _ in self.block_indices]
         self.mbarriers = [{} for _ in self.block_indices]
-        for rank in range(len(self.block_indices)):
-            for thread_id, (z, y, x) in enumerate(np.ndindex(*reversed(self._block_dim))):
-                index = kernelapi.Dim3(x, y, z)
-                self.threads.append(SimulatedThread(self, rank, lambda: self._function(*args), index, thread_id))
-        for thread in self.threads:
-            thread.start()
-        self._ready = self.order.sample(self.threads, len(self.threads))
-        self._ready.pop().go.release()
-        self._finished.acquire()
+        with np.errstate(all="ignore"):  # the device wraps and overflows silently
+            for rank in range(len(self.block_indices)):
+                for thread_id, (z, y, x) in enumerate(np.ndindex(*reversed(self._block_dim))):
+                    index = kernelapi.Dim3(x, y, z)
+                    self.threads.append(SimulatedThread(self, rank, lambda: self._function(*args), index, thread_id))
+            self._run_threads()
         if self.failure is not None:
             raise RuntimeError(f"simulated kernel failed in {self.failure}")
 
     def fail(self, reason: str) -> None:
-        """Remembers the first failure; every other thread ends when it is woken."""
+        """Remembers the first failure; every other thread ends when it runs again."""
         if self.failure is None:
             self.failure = reason
 
-    def wake_next(self, running: SimulatedThread) -> None:
-        """Lets another thread run, or the launch return. Called by the running thread as its last act."""
-        if not self._ready:
-            live = [thread for thread in self.threads if not thread.done]
-            self._ready = live if self.failure is not None else self._released(live)
-            if not self._ready and live:
+    def _run_threads(self) -> None:
+        """Runs each thread to its next barrier, until all have ended."""
+        live, ready = list(self.threads), list(self.threads)
+        while live:
+            self.order.shuffle(ready)
+            for thread in ready:
+                thread.switch()
+            live = [thread for thread in live if not thread.done]
+            ready = list(live) if self.failure is not None else self._released(live)
+            if not ready and live:
                 barriers = sorted({f"{thread.waits_at} (warp {thread.thread_id // WARP})" for thread in live})
-                self.fail(f"block {list(running.blockIdx)}: deadlock: threads wait at different barriers: {barriers}")
-                self._ready = live
-            self.order.shuffle(self._ready)
-        if self._ready:
-            self._ready.pop().go.release()
-        else:
-            self._finished.release()
+                block = list(live[0].blockIdx)
+                self.fail(f"block {block}: deadlock: threads wait at different barriers: {barriers}")
+                ready = list(live)
 
     @staticmethod
     def _released(live: list[SimulatedThread]) -> list[SimulatedThread]:
@@ -231,6 +223,15 @@ class Block:
         return ready + groups(1 << 16, "block") + groups(WARPGROUP, "warpgroup") + groups(WARP, "warp")
 
 
+_python_thread = threading.current_thread
+
+
+def current_thread() -> Any:
+    """The simulated thread that runs, in place of Python's; outside of kernels, Python's."""
+    running = getcurrent()
+    return running if isinstance(running, SimulatedThread) else _python_thread()
+
+
 def _local_array(self: Any, shape: Any, dtype: Any, alignment: Any = None) -> np.ndarray:
     return _poisoned(shape, dtype)
 
@@ -241,7 +242,7 @@ def _shared_array(self: Any, shape: Any, dtype: Any, alignment: Any = None) -> n
         shape = self._dynshared_size // np.dtype(as_dtype(dtype) if isinstance(dtype, types.Type) else dtype).itemsize
     caller = sys._getframe(1)
     line = (caller.f_code, caller.f_lineno)
-    shared = threading.current_thread().shared
+    shared = current_thread().shared
     if line not in shared:
         shared[line] = _poisoned(shape, dtype)
     return shared[line]
@@ -255,6 +256,7 @@ def _poisoned(shape: Any, dtype: Any) -> np.ndarray:
 
 def install() -> None:
     """Replaces the simulator's scheduler, and poisons shared and local arrays."""
+    threading.current_thread = current_thread
     simulator_kernel.BlockManager = Block
     kernelapi.FakeCUDALocal.array = _local_array
     kernelapi.FakeCUDAShared.array = _shared_array

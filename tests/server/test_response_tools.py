@@ -113,6 +113,17 @@ def test_a_model_that_may_call_or_not(server: Running) -> None:
     assert cut["status"] == "incomplete" and cut["output"][0]["type"] == "message", "a call whose name was not written"
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 5, 8])
+def test_a_stream_that_is_cut_before_a_name_has_the_text_of_the_whole_answer(toy: Running, tokens: int) -> None:
+    body = {**BODY, "tool_choice": "required", "max_output_tokens": tokens}
+    (item,) = toy.post(PATH, body).json()["output"]
+    text = item["content"][0]["text"]
+    assert text and '{"name": "get_weather", "arguments": '.startswith(text)
+    events = toy.client.post(PATH, json={**body, "stream": True}).text.split("\n\n")[:-1]
+    data = [json.loads(event.split("\ndata: ")[1]) for event in events]
+    assert "".join(event["delta"] for event in data if event["type"] == "response.output_text.delta") == text
+
+
 def test_openais_client_goes_on_with_the_results(client: openai.OpenAI) -> None:
     answer = client.responses.create(model="bitnet-demo", input=ASK, tools=TOOLS, tool_choice=ONE)
     (call,) = answer.output

@@ -4,7 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.engine.test_thinking import ALWAYS, thinking_engine
+from bitnet_numba.server.schemas import ChatBody
+from bitnet_numba.server.tools import read_tools
+from bitnet_numba.text.thoughts import ThoughtReader
+from tests.engine.test_thinking import ALWAYS, SWITCH, thinking_engine
+from tests.engine.toy_backend import TOKENIZER, tokens_of
 from tests.server.helpers import Running, serving
 
 PATH = "/v1/chat/completions"
@@ -37,6 +41,25 @@ def test_a_thought_that_the_template_begins() -> None:
         assert joined(events, "reasoning_content") and not joined(events, "content")
 
 
+@pytest.mark.parametrize(
+    ("template", "begun", "said", "thought", "answer"),
+    [
+        (ALWAYS, "Yes, ", "it is.", None, "it is."),
+        (ALWAYS, [{"type": "text", "text": "Yes, "}], "it is. </think>", None, "it is. </think>"),
+        (SWITCH, "<think>\nHm,", " so.</think>\n\nYes.", " so.", "Yes."),
+        (SWITCH, "", "<think>Hm.</think>Yes.", "Hm.", "Yes."),
+    ],
+)
+def test_an_answer_that_is_continued(template: str, begun: object, said: str, thought: str | None, answer: str) -> None:
+    with serving(lambda: thinking_engine(template, said)) as running:
+        for tools in ([], [{"type": "function", "function": {"name": "look"}}]):
+            body = {"messages": [*BODY["messages"], {"role": "assistant", "content": begun}], "tools": tools}
+            message = running.post(PATH, body).json()["choices"][0]["message"]
+            assert (message["reasoning_content"], message["content"]) == (thought, answer)
+            events = running.events(PATH, body)
+            assert (joined(events, "reasoning_content") or None, joined(events, "content")) == (thought, answer)
+
+
 def test_answers_with_functions_may_think(thinker: Running) -> None:
     function = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
     body = {**BODY, "tools": [function]}
@@ -44,6 +67,50 @@ def test_answers_with_functions_may_think(thinker: Running) -> None:
     assert message["reasoning_content"] == "Hm." and message["content"] == "Yes."
     events = thinker.events(PATH, body)
     assert joined(events, "reasoning_content") == "Hm." and joined(events, "content") == "Yes."
+
+
+CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "x"}}\n</tool_call>'
+THOUGHT = "Hm, <tool_call> </thin\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "accepted"),
+    [
+        (CALL, True),
+        (f"{CALL}\n{CALL}", True),
+        ("Yes. <tool_call>", True),
+        ("</think> <tool_call>", True),  # the thought ends where it first can
+        ("<tool_call> is a tag", False),
+        ("\u3000<tool_call> is a tag", False),
+        (CALL.replace("look", "leap"), False),
+        (CALL.replace('"x"', "1"), False),
+        (CALL.replace(": {", ":{"), False),
+    ],
+)
+def test_after_a_thought_calls_have_their_form(text: str, accepted: bool) -> None:
+    """As without one: else what began like a call, and was none, would be neither content nor a call."""
+    parameters = {"type": "object", "properties": {"at": {"type": "string"}}, "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": "look", "parameters": parameters}}]
+    body = ChatBody.model_validate({**BODY, "tools": tools})
+    begun = [
+        (None, ""),
+        (ThoughtReader(), ""),
+        (ThoughtReader(), f"\n<think>{THOUGHT}"),
+        (ThoughtReader(True), THOUGHT),
+    ]
+    for reader, before in begun:
+        grammar = read_tools(body, ("<tool_call>\n", "\n</tool_call>"), reader).grammar
+        constraint = TOKENIZER.grammars.compile(grammar).constraint()
+        assert all(map(constraint.accept, tokens_of(before)))
+        if before or accepted:
+            assert all(map(constraint.accept, tokens_of(text))) == accepted, before
+
+
+def test_a_thought_that_has_not_ended_is_no_call() -> None:
+    reader, tools = ThoughtReader(True), [{"type": "function", "function": {"name": "look"}}]
+    grammar = read_tools(ChatBody.model_validate({**BODY, "tools": tools}), ("", ""), reader).grammar
+    constraint = TOKENIZER.grammars.compile(grammar).constraint()
+    assert all(map(constraint.accept, tokens_of('{"name": "leap"} </think> Yes.')))
 
 
 def test_the_switch(thinker: Running) -> None:

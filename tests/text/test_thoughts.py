@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bitnet_numba.errors import RequestError
 from bitnet_numba.text.thoughts import ThoughtReader, split_thought
 
 # text, whether the prompt has begun the thought, thought, answer
@@ -40,6 +41,12 @@ def test_any_pieces(text: str, opened: bool, thought: str, answer: str, data: st
 def test_a_whole_text(text: str, opened: bool, thought: str, answer: str) -> None:
     """Whether the prompt has begun the thought shows in the text, if the thought has ended."""
     assert split_thought(text) == ((thought, answer) if not opened or "</think>" in text else ("", text))
+
+
+@pytest.mark.parametrize("text", [None, 3, b"<think>", ["<think>"]])
+def test_what_is_no_text(text: object) -> None:
+    with pytest.raises(RequestError, match="^split_thought takes the text of an answer, not "):
+        split_thought(text)  # type: ignore[arg-type]
 
 
 @given(st.text(st.sampled_from("</think>a \n"), max_size=40), st.booleans())
