@@ -126,7 +126,7 @@ def test_reload_switch_and_delete(page: Page) -> None:
     expect(page.locator(".message")).to_have_count(0)
     say(page, STORY)
     wait_for_answers(page, 1)
-    # The list shows what a chat is about, beyond its first words; what can be done with a question stands under its end.
+    # The list shows what a chat is about, beyond its first words; a question's buttons stand under its end.
     assert page.locator("#chat-list .open span").first.evaluate("e => e.innerText && e.scrollHeight <= e.clientHeight")
     user = page.locator(".message.user")
     assert page.evaluate(
