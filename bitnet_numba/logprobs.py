@@ -63,15 +63,15 @@ class LogprobRows(Sequence[TokenLogprob | None]):
 
 
 class LogprobList(Sequence[TokenLogprob]):
-    """Of the tokens of an answer: rows of `LogprobRows` or of lists, which are read when they are asked for."""
+    """The log probabilities of an answer's tokens: rows of `LogprobRows` or of lists, read when they are asked for."""
 
     def __init__(self, sources: Iterable[Sequence[TokenLogprob | None]] = (), rows: Iterable[int] = ()):
-        """sources [n], rows [n]: what has each token's, and its place there."""
+        """sources [n], rows [n]: what holds the log probability of each token, and its place there."""
         self._sources, self._rows = list(sources), list(rows)
-        self._num_own = 0  # of the first tokens, sources have those of nobody else
+        self._num_own = 0  # so many of the first tokens have sources that hold nothing of other answers
 
     def append(self, source: Sequence[TokenLogprob | None], row: int) -> None:
-        """Adds that of another token."""
+        """Adds the log probability of another token."""
         self._sources.append(source)
         self._rows.append(row)
 
@@ -104,7 +104,7 @@ class LogprobList(Sequence[TokenLogprob]):
         return repr(list(self))
 
     def keep_own(self) -> None:
-        """Keeps no more in memory what the sources have of others."""
+        """Copies its own rows out of the sources, so that these no longer keep other answers' rows in memory."""
         sources: list[Any] = self._sources[self._num_own :]
         rows = self._rows[self._num_own :]
         if not sources:

@@ -275,7 +275,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", choices=PRESETS, required=True, help="model whose sizes are used")
     parser.add_argument(
         "--format",
-        "--form",
         dest="weight_format",
         choices=WEIGHT_FORMATS,
         help="weight format (default: that of the published model)",

@@ -158,8 +158,8 @@ class AsyncStream(AsyncIterator[str]):
         options: QueueOptions,
         quiet: bool = False,
     ):
-        """read: makes the request, in the worker's thread: a long text takes a while to encode. quiet: it has no
-        pieces, only a result."""
+        """read: makes the request; called in the worker's thread, since a long text takes a while to encode.
+        quiet: the stream has no pieces, only a result."""
         self._worker = worker
         self._answer = _Answer(open_scheduler, read, options, quiet)
         self._loop: asyncio.AbstractEventLoop | None = None  # in which it was started

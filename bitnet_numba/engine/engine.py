@@ -72,7 +72,7 @@ class Engine(OpenModel):
         return self._answers(prompt, read_params("generate", params, overrides), n)
 
     def _answers(self, prompt: Prompt, params: SamplingParams, n: int | None) -> Completion | list[Completion]:
-        """The answer to a prompt, or with `n` a list of so many."""
+        """The answer to a prompt; with `n`, a list of that many answers."""
         if n is None:
             return self._stream(prompt, params).result()
         count = positive_integer("n", n, MAX_SEQUENCES)
@@ -284,8 +284,10 @@ class Engine(OpenModel):
     def _answer_together(
         self, requests: Sequence[Request], max_sequences: int = 64, of_each: int | None = None
     ) -> list[Completion]:
-        """The answers to several requests, up to `max_sequences` at once. of_each: so many are of one prompt, which
-        errors name by its place; None: all are."""
+        """The answers to several requests, up to `max_sequences` at once.
+
+        of_each: how many requests each prompt has, so that errors can name its place; None: all are of one prompt.
+        """
         completions: dict[int, Completion] = {}
         of_each = of_each or len(requests)
         with self.scheduler(min(max_sequences, len(requests)), prefill_chunk=ALL_PROMPTS) as scheduler:

@@ -303,7 +303,7 @@ class Scheduler:
             self._tell(s, updates, text, of_prompt)
 
     def _tell(self, s: Sequence, updates: list[Update], text: str = "", of_prompt: Logprobs = ()) -> None:
-        """Tells what is new of an answer, after `text`, unless nobody follows it."""
+        """Adds an update with what is new in an answer, `text` first; a quiet answer has none."""
         if s.quiet or s.builder is None:
             return
         text += s.builder.take()

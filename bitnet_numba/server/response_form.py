@@ -72,7 +72,7 @@ class ResponseForm:
         return (self._more(text) if text else "") + "".join(map(self._more_of_call, parts))
 
     def finish(self, index: int, completion: Completion) -> str:
-        """What is open ends, and the response with it."""
+        """Ends the item that is open, and the response."""
         rest = self._reader.finish() if self._reader is not None else ""
         if not self._calls and not self._message_begun:  # all of it, if it was cut before the name of its first call
             rest = completion.text
@@ -92,7 +92,7 @@ class ResponseForm:
         return events + self._event(f"response.{whole['status']}", {"response": whole})
 
     def closing(self, completions: Sequence[Completion], n: int) -> str:
-        """The last event has said all."""
+        """Nothing: the event of `finish` was the last one."""
         return ""
 
     def _response(self, completion: Completion) -> dict[str, Any]:

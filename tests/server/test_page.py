@@ -126,6 +126,13 @@ def test_reload_switch_and_delete(page: Page) -> None:
     expect(page.locator(".message")).to_have_count(0)
     say(page, STORY)
     wait_for_answers(page, 1)
+    # The list shows what a chat is about, beyond its first words; a question's buttons stand under its end.
+    assert page.locator("#chat-list .open span").first.evaluate("e => e.innerText && e.scrollHeight <= e.clientHeight")
+    user = page.locator(".message.user")
+    assert page.evaluate(
+        "([a, b]) => Math.abs(a.getBoundingClientRect().right - b.getBoundingClientRect().right) < 20",
+        [user.locator(".body").element_handle(), user.get_by_role("button", name="Edit").element_handle()],
+    )
     page.get_by_role("button", name="Hello!", exact=True).click()
     assert wait_for_answers(page, 1) == answer
     with page.expect_download() as download:

@@ -158,7 +158,7 @@ class Weights:
         return Norm(self._tensors[name], self._config.rms_norm_eps)
 
     def _lm_head(self, name: str, row_format: RowFormat) -> EmbeddingTable | GroupedLinear:
-        """A table, or of ternary rows a ternary product."""
+        """The LM head: a table of rows or, where these are ternary, the operand of a ternary product."""
         table = self._table(name, row_format)
         if row_format != "ternary":
             return table

@@ -8,7 +8,8 @@ function showChats() {
   const chats = store.chats();
   by("no-chats").hidden = false;
   by("chat-list").replaceChildren(...chats.map((entry) => {
-    const open = element("button", { type: "button", className: "open", textContent: titleOf(entry), onclick: () => openChat(store.chat(entry.id) ?? chat) });
+    const open = element("button", { type: "button", className: "open", title: titleOf(entry), onclick: () => openChat(store.chat(entry.id) ?? chat) });
+    open.append(element("span", { textContent: titleOf(entry) }));
     if (entry.id === chat.id) open.setAttribute("aria-current", "true");
     const remove = element("button", { type: "button", className: "remove", textContent: "✕", onclick: () => removeChat(entry) });
     remove.setAttribute("aria-label", `Delete ${titleOf(entry)}`);
