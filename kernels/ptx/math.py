@@ -57,7 +57,8 @@ def float_to_bits(x: Any) -> Any:
 def byte_permute(a: Any, b: Any, selector: Any) -> Any:
     """The word whose byte k is byte (selector >> 4k) & 7 of the eight in a (0-3) and b (4-7). Any architecture."""
     source = _bytes(a, False) + _bytes(b, False)
-    return np.uint32(sum(source[int(selector) >> 4 * k & 7] << 8 * k for k in range(4)))
+    selector = int(selector)
+    return np.uint32(int.from_bytes([source[selector >> 4 * k & 7] for k in range(4)], "little"))
 
 
 # ---- float16; of a word's two, the first in memory is in the lower half ---------------------------------------------

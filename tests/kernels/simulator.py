@@ -218,7 +218,8 @@ class Block:
             together = [group for group in found.values() if all(thread.waits_at == where for thread in group)]
             return [thread for group in together for thread in group]
 
-        if all(thread.waits_at == "cluster" for thread in live):
+        places = {thread.waits_at for thread in live}
+        if len(places) == 1 and places != {"condition"}:  # all have reached it
             return list(live)
         ready = [thread for thread in live if thread.waits_at == "condition" and thread.condition()]
         return ready + groups(1 << 16, "block") + groups(WARPGROUP, "warpgroup") + groups(WARP, "warp")
