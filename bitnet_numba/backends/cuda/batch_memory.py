@@ -1,5 +1,7 @@
 """What a batch has on the device, and the graphs captured over it: all that can outlive the batch."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from bitnet_numba.backends.cuda.extras import Asked, Extras, PromptScorer, Records
@@ -12,6 +14,7 @@ from bitnet_numba.kernels.attention import paged_decode
 from bitnet_numba.kernels.attention.kv_cache import PAGE
 from bitnet_numba.kernels.attention.parts import HeadShape
 from bitnet_numba.kernels.runtime.driver import Event, Graph
+from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import PinnedArray
 
 
@@ -26,10 +29,7 @@ class BatchMemory:
         self.state = SequenceState(runtime.device, runtime.model.config, capacity, slots, pages)
         self.steps = BatchSteps(runtime.model, self.state)
         self.prefill = Prefill(runtime, self.state)
-        self._step_graphs: dict[tuple[int, int, Asked], Graph] = {}
-        self._choose_graphs: dict[tuple[int, Asked], Graph] = {}
-        self._feed_graphs: dict[tuple[int, int], Graph] = {}
-        self._draw_graphs: dict[tuple[int, Asked], Graph] = {}
+        self._graphs: dict[tuple[object, ...], Graph] = {}  # by what they were captured of
         self._scorer: PromptScorer | None = None
         self.records: Records | None = None  # of the results that are not collected
         max_uncollected = 2 * (slots + 1)  # calls
@@ -60,38 +60,32 @@ class BatchMemory:
 
     def step_graph(self, num_tokens: int, num_blocks: int, asked: Asked) -> Graph:
         """See `BatchSteps.decode`."""
-        key = num_tokens, num_blocks, asked
-        if key not in self._step_graphs:
-            self._step_graphs[key] = self.runtime.stream.capture(self.steps.decode(*key))
-        return self._step_graphs[key]
+        return self._graph("decode", self.steps.decode, num_tokens, num_blocks, asked)
 
     def feed_graph(self, num_tokens: int, num_blocks: int) -> Graph:
         """See `BatchSteps.feed`."""
-        key = num_tokens, num_blocks
-        if key not in self._feed_graphs:
-            self._feed_graphs[key] = self.runtime.stream.capture(self.steps.feed(*key))
-        return self._feed_graphs[key]
+        return self._graph("feed", self.steps.feed, num_tokens, num_blocks)
 
     def draw_graph(self, num_tokens: int, asked: Asked) -> Graph:
         """See `BatchSteps.draw`."""
-        key = num_tokens, asked
-        if key not in self._draw_graphs:
-            self._draw_graphs[key] = self.runtime.stream.capture(self.steps.draw(*key))
-        return self._draw_graphs[key]
+        return self._graph("draw", self.steps.draw, num_tokens, asked)
 
     def choose_graph(self, num_tokens: int, asked: Asked) -> Graph:
         """See `BatchSteps.choose`."""
-        key = num_tokens, asked
-        if key not in self._choose_graphs:
-            self._choose_graphs[key] = self.runtime.stream.capture(self.steps.choose(*key))
-        return self._choose_graphs[key]
+        return self._graph("choose", self.steps.choose, num_tokens, asked)
+
+    def _graph(self, name: str, launches: Callable[..., list[Launch]], *arguments: object) -> Graph:
+        """The graph of such launches, which is captured when it is first needed."""
+        key = name, *arguments
+        if key not in self._graphs:
+            self._graphs[key] = self.runtime.stream.capture(launches(*arguments))
+        return self._graphs[key]
 
     def close(self) -> None:
         """Frees everything; no work on it may be under way."""
         self.prefill.close()
-        for graphs in (self._step_graphs, self._choose_graphs, self._feed_graphs, self._draw_graphs):
-            for graph in graphs.values():
-                graph.close()
+        for graph in self._graphs.values():
+            graph.close()
         self.steps.close()
         self.state.close()
         self.results.close()
