@@ -15,7 +15,7 @@ from bitnet_numba.sampling_params import SamplingParams
 from bitnet_numba.server.errors import ApiError
 from bitnet_numba.server.exchange import Exchange
 from bitnet_numba.server.generation import FINISH_REASONS, closing_events, read_prompts, respond, usage
-from bitnet_numba.server.response_format import constrained, read_format
+from bitnet_numba.server.response_format import constrained, gives_form, read_format
 from bitnet_numba.server.sampling_fields import number_of_choices, sampling_params, with_thinking
 from bitnet_numba.server.schemas import ChatBody, ChatMessage
 from bitnet_numba.server.service import Service
@@ -36,7 +36,8 @@ async def chat_completions(service: Service, exchange: Exchange, body: ChatBody)
         raise ApiError(400, "top_logprobs needs logprobs", param="top_logprobs", code="invalid_value")
     params, n = with_thinking(sampling_params(body, engine), body.thinking(), engine), number_of_choices(body)
     id, model = f"chatcmpl-{exchange.request_id}", service.check_model(body.model)
-    tags = call_tags(engine, "messages") if uses_tools(body, "response_format" if has_format(body) else None) else None
+    formed = "response_format" if gives_form(body.response_format) else None
+    tags = call_tags(engine, "messages") if uses_tools(body, formed) else None
     new_thoughts = partial(new_reader, engine, params, body)
     form = ChatForm(id, model, body.with_usage, engine.tokenizer, tags, new_thoughts)
 
@@ -52,14 +53,9 @@ async def chat_completions(service: Service, exchange: Exchange, body: ChatBody)
     await respond(service, exchange, body, make, n, form, "messages")
 
 
-def has_format(body: ChatBody) -> bool:
-    """Whether response_format asks for more than text."""
-    return body.response_format is not None and body.response_format.type != "text"
-
-
 def must_have_form(body: ChatBody) -> bool:
     """Whether the answer has a form from its first character on, which leaves no room for a thought."""
-    return has_format(body) or body.tool_choice not in (None, "none", "auto")
+    return gives_form(body.response_format) or body.tool_choice not in (None, "none", "auto")
 
 
 def new_reader(engine: Engine, params: SamplingParams, body: ChatBody) -> ThoughtReader | None:

@@ -7,7 +7,12 @@ from bitnet_numba.errors import RequestError
 from bitnet_numba.grammar import Grammar
 from bitnet_numba.sampling_params import SamplingParams
 from bitnet_numba.server.errors import ApiError, from_request_error
-from bitnet_numba.server.schemas import JsonSchema, ResponseFormat
+from bitnet_numba.server.schemas import JsonSchema, ResponseFormat, TextFormat
+
+
+def gives_form(format: ResponseFormat | TextFormat | None) -> bool:
+    """Whether a format asks for more than text."""
+    return format is not None and format.type != "text"
 
 
 def read_format(format: ResponseFormat | None) -> Grammar | None:

@@ -10,7 +10,7 @@ from bitnet_numba.server.errors import ApiError, unsupported
 from bitnet_numba.server.exchange import Exchange
 from bitnet_numba.server.generation import read_prompts, respond
 from bitnet_numba.server.response_form import ResponseForm
-from bitnet_numba.server.response_format import constrained, read_schema
+from bitnet_numba.server.response_format import constrained, gives_form, read_schema
 from bitnet_numba.server.sampling_fields import sampling_params
 from bitnet_numba.server.schemas import CalledFunction, ChatMessage, InputItem, ResponseBody, TextFormat, ToolCall
 from bitnet_numba.server.service import Service
@@ -27,8 +27,7 @@ async def responses(service: Service, exchange: Exchange, body: ResponseBody) ->
     engine = service.engine
     params, messages = sampling_params(body, engine), list_messages(body)
     format = body.text.format if body.text is not None else None
-    formed = format is not None and format.type != "text"
-    tags = call_tags(engine, "input") if uses_tools(body, "text.format" if formed else None) else None
+    tags = call_tags(engine, "input") if uses_tools(body, "text.format" if gives_form(format) else None) else None
     form = ResponseForm(exchange.request_id, service.check_model(body.model), body, params, tags)
 
     def make() -> list[Request]:
