@@ -142,9 +142,20 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
     return backend.CudaBackend(checkpoint)
 
 
+def logits_of_two_tokens(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> tuple[Any, np.ndarray, np.ndarray]:
+    """A simulated context that has two tokens; its logits, float32 [2, vocab], and those of the reference."""
+    from bitnet_numba.backends.reference import reference_backend
+
+    context = simulated_backend(monkeypatch, checkpoint).new_context(16)
+    expected = reference_backend(checkpoint).new_context(16).logits([5, 250])
+    logits = context.logits([5, 250])
+    # Only the first token's cache is read, so bfloat16 rounding of keys and values stays small.
+    assert np.abs(logits - expected).max() < 0.2 * expected.std()
+    return context, logits, expected
+
+
 @simulated
 def test_simulated_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from bitnet_numba.backends.reference import reference_backend
     from bitnet_numba.checkpoint.convert import convert
     from bitnet_numba.checkpoint.packed import open_packed
     from bitnet_numba.sampling import SamplingParams, sample
@@ -154,13 +165,7 @@ def test_simulated_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     make_checkpoint(tmp_path / "source", config | CONFIG, spec, seed=2)
     convert(tmp_path / "source", tmp_path / "packed", head="int8")
     checkpoint = open_packed(tmp_path / "packed")
-    context = simulated_backend(monkeypatch, checkpoint).new_context(16)
-    reference = reference_backend(checkpoint).new_context(16)
-
-    expected = reference.logits([5, 250])
-    logits = context.logits([5, 250])
-    # Only the first token's cache is read, so bfloat16 rounding of keys and values stays small.
-    assert np.abs(logits - expected).max() < 0.2 * expected.std()
+    context, logits, _ = logits_of_two_tokens(monkeypatch, checkpoint)
 
     context.truncate(1)
     params = SamplingParams(repetition_penalty=1.5)
@@ -179,7 +184,6 @@ def test_simulated_group_scales(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     """A prompt's pass, a step and a batch of models with group scales; in Qwen3's block queries and keys are normed."""
     from dataclasses import replace
 
-    from bitnet_numba.backends.reference import reference_backend
     from bitnet_numba.checkpoint.convert import convert
     from bitnet_numba.checkpoint.packed import open_packed
     from tests.conftest import GOLDEN
@@ -188,11 +192,7 @@ def test_simulated_group_scales(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     checkpoint = open_packed(tmp_path / "packed")
     assert checkpoint.embed == ("ternary" if head == "source" else "bf16")
     checkpoint = replace(checkpoint, config=replace(checkpoint.config, num_layers=1, max_context=16))
-    context = simulated_backend(monkeypatch, checkpoint).new_context(16)
-    reference = reference_backend(checkpoint).new_context(16)
-    expected = reference.logits([5, 250])
-    logits = context.logits([5, 250])
-    assert np.abs(logits - expected).max() < 0.2 * expected.std()
+    context, _, expected = logits_of_two_tokens(monkeypatch, checkpoint)
     context.truncate(1)
     assert np.abs(context.logits([250]) - expected[1]).max() < 0.2 * expected.std()
 
