@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
 
@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 from bitnet_numba.text.chat_template import BITNET_TEMPLATE
 from bitnet_numba.text.tiktoken import SPLIT_PATTERN
-from tools.demo.model import BOS, CONTEXT, END, EOT, VOCAB
+from tools.demo.size import BOS, CONTEXT, END, EOT, VOCAB
 from tools.demo.world import nouns
 from tools.demo.world.conversation import QUESTION, Turn, conversation
 from tools.demo.world.draw import PEOPLE, THINGS
@@ -25,7 +25,10 @@ from tools.demo.world.lexicon import WORDS
 # Stories have most of the tokens, and most of their loss is the choice among plots and words. Answers are what can be
 # right.
 ANSWER_WEIGHT, SHORT = 2, 128
-ASKED_WEIGHT = 4  # of the words that a story must have
+ASKED_WEIGHT = 4  # of the words that a story must have, and of "he" and "she" in an answer, which only the story tells
+DECIDING_WEIGHT = 8  # of "Yes" and "No": one token that is right or wrong, and seven that are easy
+_PRONOUN = re.compile(r"\b(?:he|she|him|her|his)\b", re.IGNORECASE)
+_YES_OR_NO = re.compile(r" ?(?:Yes|No)\b")
 
 SPECIAL_TOKENS = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
@@ -110,13 +113,18 @@ def start_worker(path: str) -> None:
 def encode_reply(tokenizer: Tokenizer, turn: Turn, reply: str) -> tuple[list[int], list[int]]:
     """Token ids of a reply, and the weight of each in the loss."""
     encoded = tokenizer.encode(reply, add_special_tokens=False)
-    if turn.kind == QUESTION and len(encoded.ids) < SHORT:
-        return encoded.ids, [ANSWER_WEIGHT] * len(encoded.ids)
-    weights = np.full(len(reply), int(turn.learned))
-    if turn.learned and turn.mentions:
-        for match in re.finditer("|".join(map(re.escape, turn.mentions)), reply):
-            # With the space before it, which is a token of its own where the word is spelt out.
-            weights[max(0, match.start() - 1) : match.end()] = ASKED_WEIGHT
+    weights = np.full(len(reply), int(turn.learned))  # of each character
+    asked: Iterable[re.Match[str]] = ()
+    if turn.kind == QUESTION:
+        weights[:] = ANSWER_WEIGHT if len(encoded.ids) < SHORT else 1
+        asked = _PRONOUN.finditer(reply)
+    elif turn.learned and turn.mentions:
+        asked = re.finditer("|".join(map(re.escape, turn.mentions)), reply)
+    for match in asked:
+        # With the space before it, which is a token of its own where the word is spelt out.
+        weights[max(0, match.start() - 1) : match.end()] = ASKED_WEIGHT
+    if turn.topic == "yes or no" and (decided := _YES_OR_NO.match(reply)):
+        weights[: decided.end()] = DECIDING_WEIGHT
     return encoded.ids, [int(weights[end - 1]) for _, end in encoded.offsets]
 
 

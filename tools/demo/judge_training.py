@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 
 from tools.demo.cases import GROUPS, Case, exact_shares, honoured, invented_words, question_cases, request_cases
 from tools.demo.data import encode_conversation, make_rows
-from tools.demo.model import CONTEXT, END, EOT, BitNet
+from tools.demo.model import BitNet
+from tools.demo.size import CONTEXT, END, EOT
 
 EVALUATION_SEED = 1 << 40  # far from every training seed
 SAMPLING = {"temperature": 1.0, "min_p": 0.1}  # the model's own defaults

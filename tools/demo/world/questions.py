@@ -37,8 +37,13 @@ _NUMBERS = ("age", "siblings", "count", "price", "days", "tries")
 _PEOPLE = frozenset(PEOPLE)
 _OPTIONAL = {"home": "home", "hobby": "hobby", "moral": "moral", "age": "age", "siblings": "siblings",
              "favourite": "favourite", "wish": "dream", "is_moral": "moral", "is_home": "home", "is_hobby": "hobby",
-             "is_siblings": "siblings", "is_wish": "dream", "is_age": "age", "is_favourite": "favourite"}  # fmt: skip
+             "is_siblings": "siblings", "any_siblings": "siblings", "is_wish": "dream", "is_age": "age",
+             "is_favourite": "favourite"}  # fmt: skip
 _ABOUT_NAMES = re.compile("(is_)?(kind|who|name|hero|friend|cast|count)")
+# Whether somebody has friends, company or siblings.
+COMPANY = frozenset(
+    ("has_friend", "has_friend_f", "of_friend_f", "friend", "alone", "alone_met", "with", "with_met", "any_siblings")
+)
 _SPOKEN_OF = {"h": ["the hero", "the main character"], "f": ["the friend"]}
 
 
@@ -60,7 +65,7 @@ def kind_of(fact: Fact) -> str:
         return "not said"
     if key == "sum":
         return "sentence"
-    if fact.varied is not None or key == "find_none":
+    if fact.varied is not None or key in ("find_none", "alone", "alone_met"):
         return "yes or no"
     if key.startswith("name"):
         return "names"
@@ -99,6 +104,9 @@ def _adapted(fact: Fact, story: Story) -> Fact | None:
     """A fact as it holds for a story; None where it makes no sense."""
     key, slots, used = fact.key, story.slots, story.used
     if (key.endswith("_x") and "x" not in used) or (key == "daytime" and slots["daytime"] == "day"):
+        return None
+    old_friends = "{OLDFRIEND}" in story.plot.text
+    if (key in ("alone", "with") and not old_friends) or (key in ("alone_met", "with_met") and old_friends):
         return None
     if key == "find_none" and any(own.key.startswith("find") for own in story.plot.facts):
         return None
