@@ -26,7 +26,7 @@ def weighed(tokenizer: Tokenizer, turn: Turn, before: str = "") -> list[tuple[st
 
 @pytest.mark.parametrize("before", ["", " "])
 def test_yes_and_no_decide(tokenizer: Tokenizer, before: str) -> None:
-    turn = Turn("Was Ada a fox?", "No, Ada was an owl.", QUESTION, topic="yes or no")
+    turn = Turn("Was Ada a fox?", "No, Ada was an owl.", QUESTION)
     parts = weighed(tokenizer, turn, before)
     deciding = "".join(text for text, weight in parts if weight == DECIDING_WEIGHT)
     assert deciding.strip() == "No" and {weight for _, weight in parts} == {DECIDING_WEIGHT, ANSWER_WEIGHT}

@@ -24,7 +24,7 @@ GLUE = set(
     others lost way hid storm friends wished traded well again repair lonely opened him them days times went gone
     want met ate yes no hero friend favourite colour years old are two three could yet needed help end happened
     begins looking its mother smile mine at last come true over repaired i don't good shared bring stuck given
-    taught about broken first but then""".split()
+    taught about broken first but then says""".split()
 )
 
 
@@ -117,6 +117,20 @@ def test_who_is_with_the_hero() -> None:
         ways = {one(story, "has_friend", seed).text for seed in range(200)}
         assert {"Did Ada have a friend?", "Did the fox have a friend?"} <= ways
         assert {one(story, "has_friend", seed).answer for seed in range(200)} == {"Yes, Ada's friend was Pip."}
+
+
+def test_he_or_she_is_what_the_story_says() -> None:
+    answers = set()
+    for seed in range(60):
+        story = tell(Random(seed), Request(hero=Figure("fox", "Zorb"), friend=Figure("owl", "Plinth")))
+        for key, name in (("sex_h", "Zorb"), ("sex_f", "Plinth")):
+            question = one(story, key, seed)
+            said = story.slots["he" if key == "sex_h" else "fhe"]
+            assert question.answer in (UNKNOWN, f'The story says "{said}" of {name}.') and name in question.text
+            answers.add(question.answer == UNKNOWN)
+            if question.answer != UNKNOWN:
+                assert re.search(rf"\b({said}|{'her' if said == 'she' else 'him|his'})\b", story.text, re.IGNORECASE)
+    assert answers == {True, False}
 
 
 def test_whether_there_are_siblings() -> None:

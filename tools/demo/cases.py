@@ -13,13 +13,12 @@ from random import Random
 from tools.demo.world import questions, talk
 from tools.demo.world.conversation import Conversation, Turn, as_typed, asked, said
 from tools.demo.world.draw import ACCENTED, NEVER_SEEN
-from tools.demo.world.grammar import pick
 from tools.demo.world.keyboard import CAPITALS, ERRORS, FORMS, LINES, PLAIN
 from tools.demo.world.lexicon import invented
 
 GROUPS = (
     *questions.KINDS, "bare why", "somebody unknown", "no story yet", "later turns", "small talk", "outside requests",
-    CAPITALS, ERRORS, LINES, "friends", "accents",
+    CAPITALS, ERRORS, LINES, "accents",
 )  # fmt: skip
 
 
@@ -57,9 +56,6 @@ def _question(group: str, rng: Random, unseen: bool) -> Case | None:
                 break
     elif group == "somebody unknown":
         turn = questions.ask_for_stranger(rng, story, NEVER_SEEN.name(rng, "", talked.names))
-    elif group == "friends":
-        facts = [fact for of_kind in questions.facts_of(story).values() for fact in of_kind]
-        turn = questions.ask(rng, story, pick(rng, [fact for fact in facts if fact.key in questions.COMPANY]))
     elif group == "accents":
         turn = questions.ask_any(rng, story, ("names", "who", "yes or no", "what", "again", "shorter"))
     else:

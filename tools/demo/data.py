@@ -113,19 +113,21 @@ def start_worker(path: str) -> None:
 def encode_reply(tokenizer: Tokenizer, turn: Turn, reply: str) -> tuple[list[int], list[int]]:
     """Token ids of a reply, and the weight of each in the loss."""
     encoded = tokenizer.encode(reply, add_special_tokens=False)
-    weights = np.full(len(reply), int(turn.learned))  # of each character
+    base = int(turn.learned)
     asked: Iterable[re.Match[str]] = ()
     if turn.kind == QUESTION:
-        weights[:] = ANSWER_WEIGHT if len(encoded.ids) < SHORT else 1
+        base = ANSWER_WEIGHT if len(encoded.ids) < SHORT else 1
         asked = _PRONOUN.finditer(reply)
     elif turn.learned and turn.mentions:
         asked = re.finditer("|".join(map(re.escape, turn.mentions)), reply)
+    weights = [base] * len(reply)  # of each character
     for match in asked:
         # With the space before it, which is a token of its own where the word is spelt out.
-        weights[max(0, match.start() - 1) : match.end()] = ASKED_WEIGHT
-    if turn.topic == "yes or no" and (decided := _YES_OR_NO.match(reply)):
-        weights[: decided.end()] = DECIDING_WEIGHT
-    return encoded.ids, [int(weights[end - 1]) for _, end in encoded.offsets]
+        start = max(0, match.start() - 1)
+        weights[start : match.end()] = [ASKED_WEIGHT] * (match.end() - start)
+    if turn.kind == QUESTION and (decided := _YES_OR_NO.match(reply)):
+        weights[: decided.end()] = [DECIDING_WEIGHT] * decided.end()
+    return encoded.ids, [weights[end - 1] for _, end in encoded.offsets]
 
 
 def encode_conversation(tokenizer: Tokenizer, rng: Random, turns: Iterator[Turn]) -> tuple[list[int], list[int]]:

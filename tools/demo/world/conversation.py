@@ -50,8 +50,9 @@ class Turn:
 
 
 def as_typed(rng: Random, turn: Turn, form: str = "") -> Turn:
-    """`turn` as a user types it; see `keyboard.typed`."""
-    user, form = typed(rng, turn.user, form, hard=bool(turn.mentions) or turn.topic == "yes or no")
+    """`turn` as a user types it; see `keyboard.typed`. One word decides what is told, and whether it is yes or no."""
+    yes_or_no = turn.kind == QUESTION and turn.assistant.startswith(("Yes", "No"))
+    user, form = typed(rng, turn.user, form, hard=bool(turn.mentions) or yes_or_no)
     return replace(turn, user=user, form=form)
 
 

@@ -32,6 +32,7 @@ KINDS = (
     "what",
     "not said",
     *RETELLING,
+    "friends",
 )
 _NUMBERS = ("age", "siblings", "count", "price", "days", "tries")
 _PEOPLE = frozenset(PEOPLE)
@@ -39,11 +40,10 @@ _OPTIONAL = {"home": "home", "hobby": "hobby", "moral": "moral", "age": "age", "
              "favourite": "favourite", "wish": "dream", "is_moral": "moral", "is_home": "home", "is_hobby": "hobby",
              "is_siblings": "siblings", "any_siblings": "siblings", "is_wish": "dream", "is_age": "age",
              "is_favourite": "favourite"}  # fmt: skip
-_ABOUT_NAMES = re.compile("(is_)?(kind|who|name|hero|friend|cast|count)")
+_ABOUT_NAMES = re.compile("(is_)?(kind|who|name|hero|friend|cast|count|sex)")
 # Whether somebody has friends, company or siblings.
-COMPANY = frozenset(
-    ("has_friend", "has_friend_f", "of_friend_f", "friend", "alone", "alone_met", "with", "with_met", "any_siblings")
-)
+_COMPANY = frozenset("has_friend has_friend_f of_friend_f alone alone_met with with_met any_siblings".split())
+_PRONOUNS = {"sex_h": ("he", "him", "his"), "sex_f": ("fhe", "fhim", "fhis")}
 _SPOKEN_OF = {"h": ["the hero", "the main character"], "f": ["the friend"]}
 
 
@@ -65,7 +65,9 @@ def kind_of(fact: Fact) -> str:
         return "not said"
     if key == "sum":
         return "sentence"
-    if fact.varied is not None or key in ("find_none", "alone", "alone_met"):
+    if key in _COMPANY:
+        return "friends"
+    if fact.varied is not None or key == "find_none":
         return "yes or no"
     if key.startswith("name"):
         return "names"
@@ -115,6 +117,7 @@ def _adapted(fact: Fact, story: Story) -> Fact | None:
         return None
     if (key == "other_trait" and slots["other_trait"] in story.text) or (key == "is_trait" and not slots["h_trait"]):
         return None
+    unknown |= key in _PRONOUNS and used.isdisjoint(_PRONOUNS[key])
     unknown |= key == "like" and not slots["h_trait"]
     unknown |= key == "look" and not slots["o_look"]
     unknown |= key in ("colour", "is_colour") and slots["o_look"] not in words.COLOURS
