@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tools.demo.cases import GROUPS, exact_shares, honoured, invented_words, question_cases, request_cases
+from tools.demo.cases import GROUPS, exact_shares, invented_words, lacking, question_cases, request_cases
 from tools.demo.evaluate import THRESHOLDS, below, messages
 from tools.demo.world.draw import UNSEEN
 from tools.demo.world.keyboard import FORMS
@@ -46,7 +46,7 @@ def test_requests_in_every_form() -> None:
     cases = request_cases(24, SEED)
     assert len(cases) == 26 and {case.group for case in cases} == {*FORMS, "accents"}
     for case in cases:
-        assert honoured(case, case.turn.assistant) and not honoured(case, "A cow.")
+        assert lacking(case, case.turn.assistant) == [] and lacking(case, "A cow.") == list(case.turn.mentions)
         assert messages(case) == [{"role": "user", "content": case.turn.user}]
         if case.turn.learned:
             assert not invented_words(case, case.turn.assistant)

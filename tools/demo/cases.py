@@ -6,6 +6,7 @@ animals, things, foods and places that no training text has.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from random import Random
@@ -98,9 +99,9 @@ def request_cases(number: int, seed: int) -> list[Case]:
     return cases
 
 
-def honoured(case: Case, reply: str) -> bool:
-    """Whether a story mentions everything that was asked for."""
-    return all(word in reply for word in case.turn.mentions)
+def lacking(case: Case, reply: str) -> list[str]:
+    """The words that a story should mention and does not. A part of another word is none: no "ant" is in "wanted"."""
+    return [word for word in case.turn.mentions if not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", reply)]
 
 
 def invented_words(case: Case, reply: str) -> set[str]:
