@@ -56,10 +56,10 @@ def test_letters_with_accents_belong_to_their_word() -> None:
 
 
 def test_every_slip_looks_like_one() -> None:
-    words = sorted(MISTYPED)
+    words = sorted(word for word in MISTYPED if len(word) > 4)
     for seed, word in enumerate(words[::3]):
         assert like_a_slip(mistyped(Random(seed), word)), word
-    assert not any(map(like_a_slip, ("zorbel", "quixatron", "blarf")))
+    assert not any(map(like_a_slip, ("zorbel", "quixatron", "blarf", "bulb")))
 
 
 @pytest.mark.parametrize("form", [LINES, ERRORS])

@@ -56,9 +56,10 @@ def _vocabulary(pre_tokenizer: pre_tokenizers.PreTokenizer, seed: int) -> list[s
         for turn in itertools.islice(conversation(Random(seed * 1_000_003 + i)), 16):
             for text in (f"User: {turn.user}", f"Assistant: {turn.assistant}"):
                 counts.update(word for word, _ in pre_tokenizer.pre_tokenize_str(text))
+    decoder = decoders.ByteLevel()
 
     def known(token: str) -> bool:
-        letters = "".join(re.findall("[A-Za-z]+", token))
+        letters = "".join(re.findall(r"[^\W\d_]+", decoder.decode([token])))
         return (
             not letters
             or token == "Assistant"
@@ -66,7 +67,9 @@ def _vocabulary(pre_tokenizer: pre_tokenizers.PreTokenizer, seed: int) -> list[s
         )
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    common = [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if known(word)]
+    # Numbers fill what is left.
+    order = sorted(counts, key=lambda token: (bool(re.search(r"\d\d", token)), -counts[token], token))
+    common = [token for token in order if known(token)]
     wanted = [word for word in [*sorted(required), *common] if len(word) > 1]
     return [*alphabet, *list(dict.fromkeys(wanted))[: VOCAB - len(SPECIAL_TOKENS) - len(alphabet)]]
 

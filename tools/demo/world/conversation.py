@@ -76,6 +76,7 @@ class Conversation:
         self.asked_pool = unseen or (KNOWN if evaluation else ASKED)
         self.names: set[str] = set()
         self.stories: list[Story] = []
+        self.strange = False  # whether the latest story is full of words that nobody knows
         self.user_name = ""
 
     def first_turns(self) -> Iterator[Turn]:
@@ -98,12 +99,12 @@ class Conversation:
         if request is None:
             request = draw_request(rng, self.names, self.evaluation, self.asked_pool)
             text = phrase(rng, request)
-        strange = not self.evaluation and chance(rng, 0.25)
-        pool = self.unseen or (STRANGE if strange else KNOWN)
+        self.strange = not self.evaluation and chance(rng, 0.25)
+        pool = self.unseen or (STRANGE if self.strange else KNOWN)
         story = tell(rng, request, self.names, self.evaluation, pool)
         self.stories.append(story)
         mentions = tuple(request.mentions())
-        learned = not (strange or self.unseen)
+        learned = not (self.strange or self.unseen)
         return Turn(text, story.text, STORY, story.plot.name, mentions=mentions, learned=learned)
 
     def question_turn(self) -> Turn:
@@ -112,6 +113,9 @@ class Conversation:
         if chance(rng, 0.07):
             name = pick(rng, [ASKED, STRANGE]).name(rng, "", self.names)
             return asked(questions.ask_for_stranger(rng, self.stories[-1], name))
+        if self.strange and chance(rng, 0.06):
+            # Told again, such a story has to be read: neither its words nor who is "she" can be guessed.
+            return asked(questions.ask_any(rng, self.stories[-1], ("again",)))
         if not (len(self.stories) > 1 and chance(rng, 0.06)):
             return asked(questions.ask_any(rng, self.stories[-1]))
         if chance(rng, 0.3):

@@ -53,11 +53,12 @@ def _without_one_letter(word: str) -> set[str]:
     return {word[:i] + word[i + 1 :] for i in range(1, len(word))}
 
 
-_NEAR = frozenset(near for word in MISTYPED for near in (word, *_without_one_letter(word)))
+# Short words have too many neighbours that are words themselves: "bull" and "bulb".
+_NEAR = frozenset(near for word in MISTYPED if len(word) > 4 for near in (word, *_without_one_letter(word)))
 
 
 def like_a_slip(word: str) -> bool:
-    """Whether a word may be one of the world's with a letter too many, missing, exchanged or in the wrong place."""
+    """Whether a word may be a longer one of the world's with a letter too many, missing, other or out of place."""
     return not _NEAR.isdisjoint({word, *_without_one_letter(word)})
 
 
