@@ -115,7 +115,7 @@ def judge(llm: Engine, other: Engine | None, args: argparse.Namespace) -> dict[s
     figures: dict[str, object] = {
         "number": args.number,
         "exact": exact_shares(answered),
-        "stories": args.stories,
+        "stories": len(told),
         "honoured": {group: 1 - sum(misses) / len(misses) for group, misses in sorted(missed.items())},
         "inventing": inventing,
         "distinct": distinct_share(llm, args.seed * 1_000_000, args.samples),
