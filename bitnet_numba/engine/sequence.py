@@ -65,6 +65,6 @@ class Sequence:
         self.order = self.options.priority, self.id
 
     def next_telling(self, now: float, coalesce: float) -> float:
-        """When its text is to be told again. The second time comes early, by another share for each sequence: those that
+        """When its text is to be told again. The second time comes early, each sequence's by another share: those that
         start together are then told of in turns, and no round has all of them."""
         return now + coalesce * (1.0 if self.tell_at else self.id * GOLDEN_RATIO % 1.0)

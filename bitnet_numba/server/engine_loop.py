@@ -1,8 +1,8 @@
 """The thread that runs the model: one scheduler, stepped as long as it has requests.
 
-The event loop is told of an answer's new text at most once per `coalesce` seconds, and at once of its beginning and end:
-to make text and wake it for each token would cost more than all else that the server does. Answers take turns, so that
-neither the engine's thread nor the event loop ever has the text of all of them to make or to send at once.
+The event loop is told of an answer's new text at most once per `coalesce` seconds, and at once of its beginning and
+end: to make text and wake it for each token would cost more than all else that the server does. Answers take turns, so
+that neither the engine's thread nor the event loop ever has the text of all of them to make or to send at once.
 """
 
 import asyncio

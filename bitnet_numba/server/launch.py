@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
+from time import monotonic
 
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.errors import RequestError, one_line, printable
@@ -27,6 +28,9 @@ BACKLOG = 2048  # connections that wait to be accepted
 # for so long after each step while text is sent to many clients.
 SWITCH_INTERVAL = 0.0005
 FILES = 65536  # connections and more, if the system allows so many
+# When Python's garbage collector runs while a model is loaded, in which little becomes garbage unless kernels are
+# compiled: that takes longer than a few seconds.
+RARELY, COMPILED = (50_000, 50, 1000), 8.0
 PACKAGES = ("httptools", "prometheus_client", "pydantic", "starlette", "uvicorn")  # of the extra
 INSTALL = "install the extra serve, as in  pip install 'bitnet-numba[serve]'"
 
@@ -45,11 +49,20 @@ def serve(settings: Settings, host: str, port: int, load_model: Callable[[], Eng
     with listen(host, port) as listener:
         address = listener.getsockname()
         shown = f"[{address[0]}]" if listener.family == socket.AF_INET6 else address[0]
-        _serve(settings, listener, f"http://{shown}:{address[1]}", in_background(load_model))
+        usual = gc.get_threshold()
+        gc.set_threshold(*RARELY)
+        try:
+            _serve(settings, listener, f"http://{shown}:{address[1]}", in_background(load_model), usual)
+        finally:
+            gc.set_threshold(*usual)
     return 0
 
 
-def _serve(settings: Settings, listener: socket.socket, url: str, loaded: Callable[[], Engine]) -> None:
+def _serve(
+    settings: Settings, listener: socket.socket, url: str, loaded: Callable[[], Engine], threshold: tuple[int, int, int]
+) -> None:
+    """See `serve`. threshold: of the garbage collector, once the model is loaded."""
+    began = monotonic()
     try:
         from bitnet_numba.server.app import create_app
         from bitnet_numba.server.http_server import make_server
@@ -66,7 +79,8 @@ def _serve(settings: Settings, listener: socket.socket, url: str, loaded: Callab
         except Exception as error:
             failure, server.should_exit = error, True
             return
-        spare_collector()
+        spare_collector(collect=monotonic() - began > COMPILED)
+        gc.set_threshold(*threshold)
         engine = service.engine
         _log.info("%s answers at %s (%s, context %d)", settings.models[0], url, engine.backend, engine.context)
 
@@ -100,10 +114,14 @@ def in_background(load_model: Callable[[], Engine]) -> Callable[[], Engine]:
     return loaded.result
 
 
-def spare_collector() -> None:
+def spare_collector(collect: bool = True) -> None:
     """Takes all objects that there are from Python's garbage collector, which otherwise looks at each of them time and
-    again: 0.1 s, in which nothing else runs. For a process that has loaded its model and serves it to its end."""
-    gc.collect()
+    again: 0.1 s, in which nothing else runs. For a process that has loaded its model and serves it to its end.
+
+    collect: first frees what is garbage among them, which takes as long once.
+    """
+    if collect:
+        gc.collect()
     gc.freeze()
 
 
