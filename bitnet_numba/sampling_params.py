@@ -1,10 +1,11 @@
 """The parameters that callers give for an answer: how its tokens are sampled, where it ends, what is told of it."""
 
+import copy
 import math
 import secrets
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Literal, TypedDict, cast
 
@@ -134,13 +135,20 @@ class SamplingParams:
 
     def with_seed(self) -> "SamplingParams":
         """These parameters with a seed: their own, or a new random one."""
-        return self if self.seed is not None else replace(self, seed=secrets.randbits(64))
+        return self if self.seed is not None else self.changed(seed=secrets.randbits(64))
+
+    def changed(self, **values: object) -> "SamplingParams":
+        """These parameters with other values, which nothing checks: they have to be valid, and as they are kept. To
+        check all of them, as `dataclasses.replace` does, takes as long as all else that is done for a short request."""
+        other = copy.copy(self)
+        other.__dict__.update(values)
+        return other
 
     def several(self, count: int) -> "list[SamplingParams]":
         """Those of `count` answers to one prompt: the first are these with a seed, each later one has the next seed."""
         first = self.with_seed()
         assert first.seed is not None
-        return [first, *(replace(self, seed=(first.seed + i) % (1 << 64)) for i in range(1, count))]
+        return [first, *(self.changed(seed=(first.seed + i) % (1 << 64)) for i in range(1, count))]
 
 
 class SamplingOverrides(TypedDict, total=False):
@@ -196,9 +204,14 @@ def _read_stop_token_ids(given: object) -> tuple[int, ...]:
     ids = set()
     for token in given:
         ids.add(_read_integer("a stop token id", token, "0 or more", 0, math.inf))
-        if len(ids) > MAX_STOP_TOKENS:
-            raise RequestError(f"stop_token_ids may be at most {MAX_STOP_TOKENS}")
+        check_stop_tokens(len(ids))
     return tuple(sorted(ids))
+
+
+def check_stop_tokens(count: int) -> None:
+    """Raises RequestError if these are too many tokens that end an answer."""
+    if count > MAX_STOP_TOKENS:
+        raise RequestError(f"stop_token_ids may be at most {MAX_STOP_TOKENS}")
 
 
 def _read_logit_bias(given: object) -> tuple[tuple[int, float], ...]:
