@@ -54,9 +54,9 @@ class Constraint:
             raise RequestError(f"the form of the answer: {library_message(self._matcher.get_error())}")
         if target is not out:
             out[:words] = target[:words]
-            out[words:] = 0
+        out[words:] = 0  # what is no token may not come
         if self._size % 32:
-            out[words - 1] &= (1 << self._size % 32) - 1  # what is no token may not come
+            out[words - 1] &= (1 << self._size % 32) - 1
 
     def accept(self, token: int) -> bool:
         """Goes on by a token; False if it is not allowed here."""

@@ -21,7 +21,7 @@ from bitnet_numba.kernels.runtime.driver import Event, Stream
 from bitnet_numba.kernels.runtime.memory import PinnedArray
 
 MAX_WORKERS = 8  # threads that ask for a step's masks, if one takes long
-# Most take 10 us, of which threads would wait for each other longer; some, after which others are likely, a millisecond.
+# Most take 10 us, for which threads would wait for each other longer; some, and others after them, a millisecond.
 SLOW, MIN_SHARED = 200e-6, 4  # seconds of one, and how many are left, from which on threads share them
 BUFFERS = 2  # of page-locked memory: one is filled while the other may still be read
 
