@@ -356,7 +356,7 @@ class Scheduler:
         return builder.completion(s.prompt_length, s.reused, self._backend.memory())
 
     def _new_builder(self, s: Sequence) -> CompletionBuilder:
-        return CompletionBuilder(self._tokenizer, s.request)
+        return CompletionBuilder(self._tokenizer, s.request, turn=s.id)
 
     def _end_cancelled(self, updates: list[Update]) -> None:
         updates += [self._end(s) for s in self._queue.take_cancelled()]
