@@ -1,6 +1,5 @@
 """The parameters that callers give for an answer: how its tokens are sampled, where it ends, what is told of it."""
 
-import copy
 import math
 import secrets
 import sys
@@ -140,8 +139,8 @@ class SamplingParams:
     def changed(self, **values: object) -> "SamplingParams":
         """These parameters with other values, which nothing checks: they have to be valid, and as they are kept. To
         check all of them, as `dataclasses.replace` does, takes as long as all else that is done for a short request."""
-        other = copy.copy(self)
-        other.__dict__.update(values)
+        other = object.__new__(type(self))  # as copy.copy, which takes five times as long
+        other.__dict__.update(self.__dict__, **values)
         return other
 
     def several(self, count: int) -> "list[SamplingParams]":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from bitnet_numba.backends.protocol import NO_TOKEN, Backend
 from bitnet_numba.engine.batch_runner import BatchRunner
 from bitnet_numba.engine.completion import Completion, CompletionBuilder
-from bitnet_numba.engine.queue_options import QueueOptions
+from bitnet_numba.engine.queue_options import USUAL, QueueOptions
 from bitnet_numba.engine.request import Prompt, Request, as_integer, positive_integer, read_params, read_request
 from bitnet_numba.engine.request_queue import CLOSED, RequestQueue
 from bitnet_numba.engine.sequence import Logprobs, Sequence, Update
@@ -140,7 +140,7 @@ class Scheduler:
 
         quiet: only its end is told, by one update that has the completion or the error, and no other text.
         """
-        options = options or QueueOptions()
+        options = options or USUAL
         if not isinstance(request, Request):
             raise RequestError(f"a request must be one that read_request made, not {shown(request)}")
         if not isinstance(options, QueueOptions):

@@ -43,8 +43,9 @@ class Form:
 @pytest.mark.parametrize("slow", [True, False])
 @pytest.mark.parametrize("count", [1, MIN_SHARED, MIN_SHARED + 12])
 def test_masks_of_rows(monkeypatch: pytest.MonkeyPatch, count: int, slow: bool) -> None:
-    """Threads share them once one has taken long, but for few."""
-    monkeypatch.setattr(masks_module, "SLOW", 0.0 if slow else 1e9)
+    """Threads share them once some have taken long, but for few."""
+    monkeypatch.setattr(masks_module, "LONG", 0.0 if slow else 1e9)
+    monkeypatch.setattr(masks_module, "SLOW", 0.0)
     memory = HostMemory()
     for module in (driver, memory_module):
         monkeypatch.setattr(module, "driver_call", memory.call)

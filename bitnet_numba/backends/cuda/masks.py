@@ -20,9 +20,10 @@ from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.driver import Event, Stream
 from bitnet_numba.kernels.runtime.memory import PinnedArray
 
-MAX_WORKERS = 8  # threads that ask for a step's masks, if one takes long
-# Most take 10 us, for which threads would wait for each other longer; some, and others after them, a millisecond.
-SLOW, MIN_SHARED = 200e-6, 4  # seconds of one, and how many are left, from which on threads share them
+MAX_WORKERS = 8  # threads that ask for a step's masks, if they take long
+# Seconds of some masks, and of one of them on average, from which on threads share what is left, if it is not few. Most
+# masks take 10 us, for which threads would wait for each other longer; in the middle of a pattern it is a millisecond.
+LONG, SLOW, MIN_SHARED = 1e-3, 60e-6, 4
 BUFFERS = 2  # of page-locked memory: one is filled while the other may still be read
 
 
@@ -77,10 +78,10 @@ class Masks:
             except RequestError as error:
                 failures[row] = str(error)
 
+        began = perf_counter()
         for i in range(len(wanted)):
-            began = perf_counter()
             ask(i)
-            if perf_counter() - began > SLOW and len(wanted) - 1 - i >= MIN_SHARED:
+            if perf_counter() - began > max(LONG, SLOW * (i + 1)) and len(wanted) - 1 - i >= MIN_SHARED:
                 _share(ask, [(constraint.group, i) for i, (_, constraint) in enumerate(wanted)][i + 1 :])
                 break
         stream.upload(self.mask_ids.address, buffer, 4 * len(constraints))
