@@ -88,7 +88,8 @@ class CompletionBuilder:
     """
 
     def __init__(self, tokenizer: Tokenizer, request: Request, turn: int = 0):
-        """turn: of answers that run together, each has another one, so that no step has the quiet text of all to make."""
+        """turn: another one for each of the answers that run together, so that no step has the quiet text of all to
+        make."""
         params = request.params
         self._turn = turn
         self.reason: FinishReason | None = None  # why generation ends; None while it goes on
