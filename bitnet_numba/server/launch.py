@@ -45,7 +45,6 @@ def check_extra() -> None:
 def serve(settings: Settings, host: str, port: int, load_model: Callable[[], Engine]) -> int:
     """Listens, loads the model, and serves until a signal ends it; returns the exit code. Raises BitNetError."""
     _allow_many_files()
-    sys.setswitchinterval(SWITCH_INTERVAL)
     with listen(host, port) as listener:
         address = listener.getsockname()
         shown = f"[{address[0]}]" if listener.family == socket.AF_INET6 else address[0]
@@ -81,6 +80,7 @@ def _serve(
             return
         spare_collector(collect=monotonic() - began > COMPILED)
         gc.set_threshold(*threshold)
+        sys.setswitchinterval(SWITCH_INTERVAL)  # before, it would make two threads that import take turns too often
         engine = service.engine
         _log.info("%s answers at %s (%s, context %d)", settings.models[0], url, engine.backend, engine.context)
 
