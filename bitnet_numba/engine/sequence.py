@@ -11,6 +11,7 @@ from bitnet_numba.engine.request import Request
 from bitnet_numba.errors import BitNetError
 from bitnet_numba.sampling import TokenLogprob
 
+GOLDEN_RATIO = 0.6180339887  # multiples of it are spread evenly, modulo 1, however many there are
 Logprobs = abc.Sequence[TokenLogprob | None]  # of the tokens of one call of a backend
 
 
@@ -45,6 +46,7 @@ class Sequence:
     reused: int = 0  # leading prompt tokens that were in the prefix cache when it was first started
     ended: bool = False
     quiet: bool = False  # whether only its last update is told
+    tell_at: float = 0.0  # when its next text is to be told; 0: at once, of the first token
     replayed: bool = False  # whether computing its answer's tokens again as a prompt is not the same, see `BatchRunner`
     # Since it was last started:
     starts: int = 0  # how often that was
@@ -61,3 +63,8 @@ class Sequence:
         self.prompt_length = len(self.ids)
         self.max_tokens = self.max_cached - self.prompt_length + 1
         self.order = self.options.priority, self.id
+
+    def next_telling(self, now: float, coalesce: float) -> float:
+        """When its text is to be told again. The second time comes early, each sequence's by another share: those that
+        start together are then told of in turns, and no round has all of them."""
+        return now + coalesce * (1.0 if self.tell_at else self.id * GOLDEN_RATIO % 1.0)

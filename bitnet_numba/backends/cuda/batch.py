@@ -15,6 +15,7 @@ from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE, Constraint
 from bitnet_numba.errors import BackendError, RequestError
 from bitnet_numba.kernels.attention import paged_decode
 from bitnet_numba.kernels.attention.kv_cache import PAGE
+from bitnet_numba.kernels.runtime.driver import Pace
 from bitnet_numba.kernels.sampling.parts import SETTINGS, pack_settings
 from bitnet_numba.logprobs import NONE, LogprobRows
 from bitnet_numba.sampling import TokenLogprob
@@ -69,6 +70,7 @@ class CudaBatch:
         self._failures: dict[int, str] = {}  # why, of slots whose constraints cannot be followed any more
         # Of calls whose tokens constraints wait for: which event; rows and their constraints
         self._untold: deque[tuple[int, list[tuple[int, Constraint]]]] = deque()
+        self._pace = Pace()
         self._collected: tuple[int, list[tuple[int, int]]] = 0, []  # the first place and the results of the last call
         self._num_calls = 0  # with results
 
@@ -237,7 +239,7 @@ class CudaBatch:
 
     def _tokens(self, place: int, count: int) -> list[int]:
         """The first tokens of a call's results, once they are there."""
-        self._memory.events[place].wait()
+        self._pace.wait(self._memory.events[place])
         start = place * self._state.slots
         entries = self._memory.results.host[start : start + count] & 0xFFFFFFFF
         return np.where(entries >> 31, NO_TOKEN, entries).tolist()

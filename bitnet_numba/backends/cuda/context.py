@@ -15,7 +15,7 @@ from bitnet_numba.backends.cuda.steps import DecodeSteps
 from bitnet_numba.backends.protocol import Constraint
 from bitnet_numba.errors import BackendError, RequestError
 from bitnet_numba.kernels.attention.decode import LONG_CONTEXT
-from bitnet_numba.kernels.runtime.driver import Event, Graph
+from bitnet_numba.kernels.runtime.driver import Event, Graph, Pace
 from bitnet_numba.kernels.runtime.memory import PinnedArray
 from bitnet_numba.kernels.sampling.parts import pack_settings
 from bitnet_numba.sampling import TokenLogprob
@@ -41,6 +41,7 @@ class CudaContext:
         self._graphs: dict[tuple[str, bool, Asked], Graph] = {}
         self._records: Records | None = None  # of tokens, by position; see `extras`
         self._last: tuple[int, int, int] | None = None  # position and token yielded last, and most likely ones wanted
+        self._pace = Pace()
         self._events = [Event(timing=False) for _ in range(STEPS_AHEAD + 1)]  # ends of steps under way, by position
 
     def truncate(self, length: int) -> None:
@@ -208,7 +209,7 @@ class CudaContext:
 
     def _token(self, position: int) -> int:
         """The token chosen for a position, once the device has written it to the ring."""
-        self._events[position % len(self._events)].wait()
+        self._pace.wait(self._events[position % len(self._events)])
         entry = int(self._ring.host[position % RING_SIZE])
         if entry >> 32 != position:
             raise BackendError("a decode step ended without a token")
