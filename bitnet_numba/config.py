@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from bitnet_numba.config_keys import (
     CLASS_DEFAULTS,
+    GEMMA_USED,
     HARMLESS,
     QUANTIZATION_HARMLESS,
     QUANTIZATION_USED,
@@ -19,7 +20,7 @@ from bitnet_numba.errors import ConfigError
 from bitnet_numba.module_patterns import check_patterns, names_module
 
 WeightFormat = Literal["online", "offline", "bitlinear", "floats", "mlx"]
-Activation = Literal["relu2", "silu"]
+Activation = Literal["relu2", "silu", "gelu"]
 
 # Linears of a layer that read the same input are stored as one matrix of several segments, with one scale each.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -45,11 +46,10 @@ _LIMITS = {
 
 _ARCHITECTURE_OF_TYPE = {"bitnet": "BitNetForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 PLAIN_CLASSES = ("LlamaForCausalLM", "Qwen3ForCausalLM")  # of models that are not BitNet, too
-EMBEDDING_CLASS = "Qwen3Model"  # without an LM head
-MISSING_CLASSES = {  # -> what would have to be there
-    "Gemma3TextModel": "Gemma 3's blocks (GELU, norms behind them, a scaled embedding, attention with a window)",
-}
-_ACTIVATIONS: dict[str, Activation] = {"relu2": "relu2", "silu": "silu", "swish": "silu"}
+GEMMA_CLASS = "Gemma3TextModel"
+EMBEDDING_CLASSES = ("Qwen3Model", GEMMA_CLASS)  # without an LM head
+_GEMMA_ACTIVATION = "gelu_pytorch_tanh"
+_ACTIVATIONS: dict[str, Activation] = {"relu2": "relu2", "silu": "silu", "swish": "silu", _GEMMA_ACTIVATION: "gelu"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,15 @@ class RopeScaling:
     beta_fast: float = 32.0  # of yarn
     beta_slow: float = 1.0
     attention_factor: float = 1.0  # of yarn: by what cosines and sines are multiplied
+
+
+@dataclass(frozen=True)
+class LocalAttention:
+    """Layers that attend to the last tokens only, as in Gemma 3."""
+
+    window: int  # tokens, the query's own included
+    rope_theta: float  # of these layers
+    layers: tuple[bool, ...]  # which they are
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,8 @@ class ModelConfig:
     linear_norm: bool = False  # each quantised linear applies an RMSNorm of its own to its input
     linear_norm_eps: float = 1e-6
     embeds: bool = False  # an embedding model: its last hidden state is what a text means; it generates nothing
+    gemma: bool = False  # norms behind attention and feed-forward, too; the embedding is scaled by sqrt(hidden_size)
+    local: LocalAttention | None = None  # layers whose attention has a window
     weight_format: WeightFormat = "online"  # of the Hugging Face checkpoint, see checkpoint/huggingface.py
     dense: tuple[str, ...] | None = field(default=None)  # modules_to_not_convert
 
@@ -111,6 +122,15 @@ class ModelConfig:
     def group_scales(self) -> bool:
         """Whether weights have a scale for each row and 128 columns, and activations one for each token and 128."""
         return self.weight_format in ("floats", "mlx")
+
+    @property
+    def embedding_scale(self) -> float:
+        """By what rows of the embedding are multiplied."""
+        return math.sqrt(self.hidden_size) if self.gemma else 1.0
+
+    def window_of(self, layer: int) -> int | None:
+        """How many tokens a layer's queries attend to at most, their own included; None: all before them."""
+        return self.local.window if self.local is not None and self.local.layers[layer] else None
 
     @property
     def q_size(self) -> int:
@@ -152,9 +172,9 @@ def config_notes(raw: Mapping[str, Any]) -> list[str]:
     """What a user should know about a valid config.json: one line for each of its peculiarities, often none."""
     keys, notes = Keys(raw, ""), []
     architecture, by_type = _architecture(keys), _class_of_type(keys)
-    if by_type not in (None, architecture) and architecture not in ("BitnetForCausalLM", EMBEDDING_CLASS):
+    if by_type not in (None, architecture) and architecture not in ("BitnetForCausalLM", *EMBEDDING_CLASSES):
         notes.append(f"config.json: read as {architecture}, although model_type = {shown(keys.get('model_type'))}")
-    unknown = keys.unknown(HARMLESS | USED)
+    unknown = keys.unknown(HARMLESS | USED | (GEMMA_USED if architecture == GEMMA_CLASS else frozenset()))
     for name, known in (
         ("quantization_config", QUANTIZATION_HARMLESS | QUANTIZATION_USED),
         (_rope_key(keys), ROPE_USED),
@@ -169,7 +189,8 @@ def config_notes(raw: Mapping[str, Any]) -> list[str]:
 def _from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     keys = Keys(raw, "config.json")
     architecture = _architecture(keys)
-    keys.refuse_other_arithmetic()
+    gemma, embeds = architecture == GEMMA_CLASS, architecture in EMBEDDING_CLASSES
+    keys.refuse_other_arithmetic(GEMMA_USED if gemma else frozenset())
     default = CLASS_DEFAULTS[architecture]
     for key, supported in (("weight_bits", (1, 1.58, 2)), ("bits", (1, 1.58, 2)), ("input_bits", (8,))):
         if keys.get(key) is not None and keys.get(key) not in supported:
@@ -188,7 +209,8 @@ def _from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     kv_heads = default["num_key_value_heads"] or heads
     if "num_key_value_heads" in raw:  # null means as many as query heads, whatever the class
         kv_heads = heads if raw["num_key_value_heads"] is None else keys.integer("num_key_value_heads")
-    theta, scaling = _rope(keys, default)
+    theta, scaling, local = (*_rope(keys, default), None) if not gemma else _gemma_attention(keys, default, head_dim)
+    activation = _GEMMA_ACTIVATION if gemma else keys.choice("hidden_act", default["hidden_act"], ("relu2", "silu", "swish"))
     weight_format, linear_norm, linear_norm_eps, dense = _quantization(keys, architecture)
     config = ModelConfig(
         vocab_size=keys.integer("vocab_size", default["vocab_size"]),
@@ -202,16 +224,18 @@ def _from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         rms_norm_eps=keys.number("rms_norm_eps", default["rms_norm_eps"]),
         rope_theta=theta,
         rope_scaling=scaling,
-        activation=_ACTIVATIONS[keys.choice("hidden_act", default["hidden_act"], tuple(_ACTIVATIONS))],
-        sub_norms=architecture not in (*PLAIN_CLASSES, EMBEDDING_CLASS),
-        qk_norm=architecture in ("Qwen3ForCausalLM", EMBEDDING_CLASS),
-        tied=keys.boolean("tie_word_embeddings", False) or architecture == EMBEDDING_CLASS,
+        activation=_ACTIVATIONS[activation],
+        sub_norms=architecture not in (*PLAIN_CLASSES, *EMBEDDING_CLASSES),
+        qk_norm=embeds or architecture == "Qwen3ForCausalLM",
+        tied=keys.boolean("tie_word_embeddings", False) or embeds,
         attention_bias=keys.boolean("attention_bias", False),
         # The other classes' feed-forward has no bias, whatever is written.
         mlp_bias=keys.boolean("mlp_bias", False) and architecture == "LlamaForCausalLM",
         linear_norm=linear_norm,
         linear_norm_eps=linear_norm_eps,
-        embeds=architecture == EMBEDDING_CLASS,
+        embeds=embeds,
+        gemma=gemma,
+        local=local,
         weight_format=weight_format,
         dense=dense,
     )
@@ -227,9 +251,6 @@ def _architecture(keys: Keys) -> str:
     """The model class: what `architectures` names; where it is absent, that of model_type."""
     architectures = keys.get("architectures") or [_class_of_type(keys)]
     if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in list(CLASS_DEFAULTS):
-        for name in architectures if isinstance(architectures, list) else []:
-            if isinstance(name, str) and name in MISSING_CLASSES:
-                raise ConfigError(f"config.json: {name} is not supported: {MISSING_CLASSES[name]}")
         one_of = ", ".join(CLASS_DEFAULTS)
         raise ConfigError(
             f"config.json: architectures = {shown(keys.get('architectures'))} is not supported (one of {one_of})"
@@ -271,6 +292,50 @@ def _rope(keys: Keys, default: dict[str, Any]) -> tuple[float, RopeScaling | Non
     return theta, RopeScaling("llama3", rope.number("factor"), low, high, original)
 
 
+def _gemma_attention(keys: Keys, default: dict[str, Any], head_dim: int) -> tuple[float, None, LocalAttention | None]:
+    """Rotary base, no scaling, and the layers with a window, in the form of either version of transformers."""
+    keys.choice("hidden_activation", _GEMMA_ACTIVATION, (_GEMMA_ACTIVATION,))
+    keys.choice("hidden_act", _GEMMA_ACTIVATION, (_GEMMA_ACTIVATION,))
+    if (scalar := keys.number("query_pre_attn_scalar", default["query_pre_attn_scalar"])) != head_dim:
+        raise ConfigError(f"config.json: query_pre_attn_scalar = {scalar:g} is not supported, only head_dim, {head_dim}")
+    theta, local_theta = default["rope_theta"], default["rope_local_base_freq"]
+    rope = keys.get("rope_parameters") or {}
+    if isinstance(rope, Mapping) and any(isinstance(value, Mapping) for value in rope.values()):
+        bases = {}
+        for kind in ("full_attention", "sliding_attention"):
+            own = Keys(rope.get(kind) or {}, f"config.json: rope_parameters: {kind}")
+            own.choice("rope_type", "default", ("default",))
+            bases[kind] = own.number("rope_theta", theta if kind == "full_attention" else local_theta)
+        theta, local_theta = bases["full_attention"], bases["sliding_attention"]
+    else:
+        theta, scaling = _rope(keys, default)
+        if scaling is not None:
+            raise ConfigError(f"config.json: rotary scaling of {GEMMA_CLASS} is not supported")
+        local_theta = keys.number("rope_local_base_freq", local_theta)
+    count = keys.integer("num_hidden_layers", default["num_hidden_layers"])
+    if not 1 <= count <= _LIMITS["num_layers"]:
+        return theta, None, None  # which is refused with the other sizes
+    kinds = keys.get("layer_types")
+    if kinds is None:
+        pattern = keys.integer("sliding_window_pattern", default["sliding_window_pattern"])
+        if pattern < 1:
+            raise ConfigError(f"config.json: sliding_window_pattern = {shown(pattern)} must be at least 1")
+        kinds = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(count)]
+    if (
+        not isinstance(kinds, list)
+        or len(kinds) != count
+        or any(kind not in ("sliding_attention", "full_attention") for kind in kinds)
+    ):
+        raise ConfigError(f"config.json: layer_types = {shown(kinds)} is not supported")
+    local = tuple(kind == "sliding_attention" for kind in kinds)
+    if not any(local):
+        return theta, None, None
+    window = keys.integer("sliding_window", default["sliding_window"])
+    if not 1 <= window <= _LIMITS["max_context"]:
+        raise ConfigError(f"config.json: sliding_window = {shown(window)} is out of range")
+    return theta, None, LocalAttention(window, local_theta, local)
+
+
 def _yarn(rope: Keys, original: int) -> RopeScaling:
     """YaRN (Peng et al., 2023) with the defaults of transformers."""
     for key, supported in (("mscale", None), ("mscale_all_dim", None), ("truncate", True)):
@@ -297,7 +362,7 @@ def _quantization(keys: Keys, architecture: str) -> tuple[WeightFormat, bool, fl
     if given is None:
         if architecture == "BitnetForCausalLM":
             return "online", False, 1e-6, None
-        if architecture == EMBEDDING_CLASS:  # each linear has its norm, with the epsilon of all others
+        if architecture in EMBEDDING_CLASSES:  # each linear has its norm, with the epsilon of all others
             return "online", True, keys.number("rms_norm_eps", CLASS_DEFAULTS[architecture]["rms_norm_eps"]), None
         if architecture in PLAIN_CLASSES:
             return "floats", False, 1e-6, None  # which must be found to be ternary

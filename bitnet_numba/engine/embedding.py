@@ -11,7 +11,7 @@ from bitnet_numba.engine.request import check_ids, is_list
 from bitnet_numba.errors import BitNetError, ContextFull, RequestError, shown
 from bitnet_numba.text.tokenizer import Tokenizer
 
-END = "<|endoftext|>"  # the token whose state is the embedding of the text before it
+END = "<|endoftext|>"  # the token whose state is the embedding of the text before it; if there is none, eos
 GENERATES_NOTHING = "this is an embedding model, which generates nothing: use embed"
 NO_EMBEDDINGS = "this is no embedding model: it generates text"
 
@@ -19,7 +19,7 @@ NO_EMBEDDINGS = "this is no embedding model: it generates text"
 def embedding_ids(
     tokenizer: Tokenizer, config: ModelConfig, capacity: int, texts: Sequence[Any], prompt: str = ""
 ) -> list[list[int]]:
-    """The token ids that embeddings are made of: those of `prompt` and each text, and END; given ids are left alone.
+    """The token ids that embeddings are made of: those of `prompt` and each text, and its end; given ids are left alone.
 
     Raises RequestError or ContextFull, naming the text's index, if one is no text or has more than `capacity` tokens.
     """
@@ -31,7 +31,9 @@ def embedding_ids(
         raise RequestError(f"prompt must be a string, not {shown(prompt)}")
     end = tokenizer.encode(END, add_bos=False)
     if len(end) != 1:
-        raise RequestError(f"the model's tokenizer has no token {END}")
+        if tokenizer.eos_id is None:
+            raise RequestError(f"the model's tokenizer has no token {END}, nor one that ends a text")
+        end = [tokenizer.eos_id]
     all_ids = []
     for i, text in enumerate(texts):
         try:

@@ -91,7 +91,8 @@ class Tokenizer:
                 self._refusal = str(error)
         if self._refusal is not None:
             _log.warning("%s; chats will be refused, but raw text can be continued", self._refusal.rstrip("."))
-        ends = {*stop_ids, self._id_of(named.get("eos_token")), self._chat.end_of_turn if self._chat else None}
+        self.eos_id = self._id_of(named.get("eos_token"))
+        ends = {*stop_ids, self.eos_id, self._chat.end_of_turn if self._chat else None}
         self.stop_ids = frozenset(i for i in ends if i is not None)  # of tokens that end an answer
 
     @staticmethod
