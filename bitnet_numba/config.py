@@ -210,7 +210,9 @@ def _from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     if "num_key_value_heads" in raw:  # null means as many as query heads, whatever the class
         kv_heads = heads if raw["num_key_value_heads"] is None else keys.integer("num_key_value_heads")
     theta, scaling, local = (*_rope(keys, default), None) if not gemma else _gemma_attention(keys, default, head_dim)
-    activation = _GEMMA_ACTIVATION if gemma else keys.choice("hidden_act", default["hidden_act"], ("relu2", "silu", "swish"))
+    activation = (
+        _GEMMA_ACTIVATION if gemma else keys.choice("hidden_act", default["hidden_act"], ("relu2", "silu", "swish"))
+    )
     weight_format, linear_norm, linear_norm_eps, dense = _quantization(keys, architecture)
     config = ModelConfig(
         vocab_size=keys.integer("vocab_size", default["vocab_size"]),
@@ -297,7 +299,9 @@ def _gemma_attention(keys: Keys, default: dict[str, Any], head_dim: int) -> tupl
     keys.choice("hidden_activation", _GEMMA_ACTIVATION, (_GEMMA_ACTIVATION,))
     keys.choice("hidden_act", _GEMMA_ACTIVATION, (_GEMMA_ACTIVATION,))
     if (scalar := keys.number("query_pre_attn_scalar", default["query_pre_attn_scalar"])) != head_dim:
-        raise ConfigError(f"config.json: query_pre_attn_scalar = {scalar:g} is not supported, only head_dim, {head_dim}")
+        raise ConfigError(
+            f"config.json: query_pre_attn_scalar = {scalar:g} is not supported, only head_dim, {head_dim}"
+        )
     theta, local_theta = default["rope_theta"], default["rope_local_base_freq"]
     rope = keys.get("rope_parameters") or {}
     if isinstance(rope, Mapping) and any(isinstance(value, Mapping) for value in rope.values()):
