@@ -16,6 +16,16 @@ from bitnet_numba.config_keys import (
     Keys,
     shown,
 )
+from bitnet_numba.config_rope import (
+    GEMMA_ACTIVATION,
+    MAX_CONTEXT,
+    MAX_LAYERS,
+    LocalAttention,
+    RopeScaling,
+    read_gemma,
+    read_rope,
+    rope_key,
+)
 from bitnet_numba.errors import ConfigError
 from bitnet_numba.module_patterns import check_patterns, names_module
 
@@ -37,42 +47,18 @@ _LIMITS = {
     "vocab_size": 1 << 24,
     "hidden_size": MAX_COLUMNS,
     "intermediate_size": MAX_COLUMNS,
-    "num_layers": 4096,
+    "num_layers": MAX_LAYERS,
     "num_heads": MAX_COLUMNS,
     "num_kv_heads": MAX_COLUMNS,
     "head_dim": MAX_COLUMNS,
-    "max_context": 1 << 24,
+    "max_context": MAX_CONTEXT,
 }
 
 _ARCHITECTURE_OF_TYPE = {"bitnet": "BitNetForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 PLAIN_CLASSES = ("LlamaForCausalLM", "Qwen3ForCausalLM")  # of models that are not BitNet, too
 GEMMA_CLASS = "Gemma3TextModel"
 EMBEDDING_CLASSES = ("Qwen3Model", GEMMA_CLASS)  # without an LM head
-_GEMMA_ACTIVATION = "gelu_pytorch_tanh"
-_ACTIVATIONS: dict[str, Activation] = {"relu2": "relu2", "silu": "silu", "swish": "silu", _GEMMA_ACTIVATION: "gelu"}
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Scaling of rotary frequencies for longer contexts; `linear` uses only `factor`."""
-
-    kind: Literal["linear", "llama3", "yarn"]
-    factor: float
-    low_freq_factor: float = 1.0  # of llama3
-    high_freq_factor: float = 4.0
-    original_context: int = 8192  # of llama3 and yarn
-    beta_fast: float = 32.0  # of yarn
-    beta_slow: float = 1.0
-    attention_factor: float = 1.0  # of yarn: by what cosines and sines are multiplied
-
-
-@dataclass(frozen=True)
-class LocalAttention:
-    """Layers that attend to the last tokens only, as in Gemma 3."""
-
-    window: int  # tokens, the query's own included
-    rope_theta: float  # of these layers
-    layers: tuple[bool, ...]  # which they are
+_ACTIVATIONS: dict[str, Activation] = {"relu2": "relu2", "silu": "silu", "swish": "silu", GEMMA_ACTIVATION: "gelu"}
 
 
 @dataclass(frozen=True)
@@ -177,7 +163,7 @@ def config_notes(raw: Mapping[str, Any]) -> list[str]:
     unknown = keys.unknown(HARMLESS | USED | (GEMMA_USED if architecture == GEMMA_CLASS else frozenset()))
     for name, known in (
         ("quantization_config", QUANTIZATION_HARMLESS | QUANTIZATION_USED),
-        (_rope_key(keys), ROPE_USED),
+        (rope_key(keys), ROPE_USED),
     ):
         unknown += [f"{name}: {key}" for key in Keys(raw.get(name) or {}, "").unknown(known)]
     if unknown:
@@ -209,10 +195,10 @@ def _from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     kv_heads = default["num_key_value_heads"] or heads
     if "num_key_value_heads" in raw:  # null means as many as query heads, whatever the class
         kv_heads = heads if raw["num_key_value_heads"] is None else keys.integer("num_key_value_heads")
-    theta, scaling, local = (*_rope(keys, default), None) if not gemma else _gemma_attention(keys, default, head_dim)
-    activation = (
-        _GEMMA_ACTIVATION if gemma else keys.choice("hidden_act", default["hidden_act"], ("relu2", "silu", "swish"))
-    )
+    theta, scaling, local = (*read_rope(keys, default), None) if not gemma else read_gemma(keys, default, head_dim)
+    activation = GEMMA_ACTIVATION
+    if not gemma:
+        activation = keys.choice("hidden_act", default["hidden_act"], ("relu2", "silu", "swish"))
     weight_format, linear_norm, linear_norm_eps, dense = _quantization(keys, architecture)
     config = ModelConfig(
         vocab_size=keys.integer("vocab_size", default["vocab_size"]),
@@ -263,101 +249,6 @@ def _architecture(keys: Keys) -> str:
 def _class_of_type(keys: Keys) -> str | None:
     model_type = keys.get("model_type")
     return _ARCHITECTURE_OF_TYPE.get(model_type) if isinstance(model_type, str) else None
-
-
-def _rope(keys: Keys, default: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Rotary base and scaling. As in transformers, rope_scaling replaces all of rope_parameters unless it is empty."""
-    name = _rope_key(keys)
-    rope = Keys(keys.get(name) or {}, f"config.json: {name}")
-    rope.refuse_other_arithmetic()
-    if any(isinstance(value, Mapping) for value in rope.raw.values()):
-        raise ConfigError(f"{rope.where}: rotary embedding that differs from layer to layer is not supported")
-    theta = (keys if rope.get("rope_theta") is None else rope).number("rope_theta", default["rope_theta"])
-    kind = rope.choice("rope_type", rope.get("type", "default"), ("default", "linear", "llama3", "yarn"))
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling("linear", rope.number("factor"))
-    original = rope.integer(
-        "original_max_position_embeddings", keys.get("max_position_embeddings", default["max_position_embeddings"])
-    )
-    elsewhere = keys.get("original_max_position_embeddings", original)  # versions differ in which of the two they read
-    if not (1 <= original <= _LIMITS["max_context"] and original == elsewhere):
-        raise ConfigError(f"{rope.where}: the original context and the rest contradict each other")
-    if kind == "yarn":
-        if theta <= 1:
-            raise ConfigError(f"{rope.where}: rope_theta = {theta:g} is not above 1, as yarn needs it")
-        return theta, _yarn(rope, original)
-    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-    if not low < high:
-        raise ConfigError(f"{rope.where}: the llama3 factors contradict each other")
-    return theta, RopeScaling("llama3", rope.number("factor"), low, high, original)
-
-
-def _gemma_attention(keys: Keys, default: dict[str, Any], head_dim: int) -> tuple[float, None, LocalAttention | None]:
-    """Rotary base, no scaling, and the layers with a window, in the form of either version of transformers."""
-    keys.choice("hidden_activation", _GEMMA_ACTIVATION, (_GEMMA_ACTIVATION,))
-    keys.choice("hidden_act", _GEMMA_ACTIVATION, (_GEMMA_ACTIVATION,))
-    if (scalar := keys.number("query_pre_attn_scalar", default["query_pre_attn_scalar"])) != head_dim:
-        raise ConfigError(
-            f"config.json: query_pre_attn_scalar = {scalar:g} is not supported, only head_dim, {head_dim}"
-        )
-    theta, local_theta = default["rope_theta"], default["rope_local_base_freq"]
-    rope = keys.get("rope_parameters") or {}
-    if isinstance(rope, Mapping) and any(isinstance(value, Mapping) for value in rope.values()):
-        bases = {}
-        for kind in ("full_attention", "sliding_attention"):
-            own = Keys(rope.get(kind) or {}, f"config.json: rope_parameters: {kind}")
-            own.choice("rope_type", "default", ("default",))
-            bases[kind] = own.number("rope_theta", theta if kind == "full_attention" else local_theta)
-        theta, local_theta = bases["full_attention"], bases["sliding_attention"]
-    else:
-        theta, scaling = _rope(keys, default)
-        if scaling is not None:
-            raise ConfigError(f"config.json: rotary scaling of {GEMMA_CLASS} is not supported")
-        local_theta = keys.number("rope_local_base_freq", local_theta)
-    count = keys.integer("num_hidden_layers", default["num_hidden_layers"])
-    if not 1 <= count <= _LIMITS["num_layers"]:
-        return theta, None, None  # which is refused with the other sizes
-    kinds = keys.get("layer_types")
-    if kinds is None:
-        pattern = keys.integer("sliding_window_pattern", default["sliding_window_pattern"])
-        if pattern < 1:
-            raise ConfigError(f"config.json: sliding_window_pattern = {shown(pattern)} must be at least 1")
-        kinds = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(count)]
-    if (
-        not isinstance(kinds, list)
-        or len(kinds) != count
-        or any(kind not in ("sliding_attention", "full_attention") for kind in kinds)
-    ):
-        raise ConfigError(f"config.json: layer_types = {shown(kinds)} is not supported")
-    local = tuple(kind == "sliding_attention" for kind in kinds)
-    if not any(local):
-        return theta, None, None
-    window = keys.integer("sliding_window", default["sliding_window"])
-    if not 1 <= window <= _LIMITS["max_context"]:
-        raise ConfigError(f"config.json: sliding_window = {shown(window)} is out of range")
-    return theta, None, LocalAttention(window, local_theta, local)
-
-
-def _yarn(rope: Keys, original: int) -> RopeScaling:
-    """YaRN (Peng et al., 2023) with the defaults of transformers."""
-    for key, supported in (("mscale", None), ("mscale_all_dim", None), ("truncate", True)):
-        if rope.get(key, supported) != supported:
-            raise ConfigError(f"{rope.where}: {key} = {shown(rope.get(key))} is not supported")
-    factor = rope.number("factor")
-    fast = 32.0 if rope.get("beta_fast") is None else rope.number("beta_fast")
-    slow = 1.0 if rope.get("beta_slow") is None else rope.number("beta_slow")
-    if fast < slow:
-        raise ConfigError(f"{rope.where}: beta_fast = {fast:g} is below beta_slow = {slow:g}")
-    attention = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-    if rope.get("attention_factor") is not None:
-        attention = rope.number("attention_factor")
-    return RopeScaling("yarn", factor, 1.0, 4.0, original, fast, slow, attention)
-
-
-def _rope_key(keys: Keys) -> str:
-    return "rope_scaling" if keys.get("rope_scaling") else "rope_parameters"
 
 
 def _quantization(keys: Keys, architecture: str) -> tuple[WeightFormat, bool, float, tuple[str, ...] | None]:

@@ -89,7 +89,8 @@ class Model:
 
 
 class Layer:
-    """One block: attention and feed-forward, each with a norm before it (and, in Gemma's, behind it) and a residual around it."""
+    """One block: attention and feed-forward, each with a norm before it, in Gemma's block also behind it, and a
+    residual around it."""
 
     def __init__(self, checkpoint: PackedCheckpoint, i: int):
         def norm(name: str) -> Floats:

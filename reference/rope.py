@@ -5,7 +5,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.config import ModelConfig, RopeScaling
+from bitnet_numba.config import ModelConfig
+from bitnet_numba.config_rope import RopeScaling
 
 Floats = NDArray[np.float32]
 ONE = np.float32(1)

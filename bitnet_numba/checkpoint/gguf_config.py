@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from bitnet_numba.checkpoint.gguf_file import Numbers, TensorInfo, Value
 from bitnet_numba.config import GEMMA_CLASS
 from bitnet_numba.config_keys import Keys, is_off, shown
+from bitnet_numba.config_rope import MAX_LAYERS
 from bitnet_numba.errors import CheckpointError, ConfigError, printable
 
 
@@ -51,7 +52,6 @@ MUST_BE_OFF = frozenset(
     attention.layer_norm_epsilon attention.temperature_scale pooling_type""".split()
 )
 GEMMA_KEYS = frozenset(("attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"))
-MAX_LAYERS = 4096
 ROPE_FACTORS = "rope_freqs.weight"
 LINEAR_NORM = "blk.0.attn_q_norm_in.weight"  # of embedding models, in which each linear has a norm of its own
 LAST_TOKEN = 3  # pooling_type

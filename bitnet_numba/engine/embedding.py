@@ -20,7 +20,8 @@ NO_EMBEDDINGS = "this is no embedding model: it generates text"
 def embedding_ids(
     tokenizer: Tokenizer, config: ModelConfig, capacity: int, texts: Sequence[Any], prompt: str = ""
 ) -> list[list[int]]:
-    """The token ids that embeddings are made of: those of `prompt` and each text, and its end; given ids are left alone.
+    """The token ids that embeddings are made of: those of `prompt` and each text, and its end; given ids stay as they
+    are.
 
     Raises RequestError or ContextFull, naming the text's index, if one is no text or has more than `capacity` tokens.
     """

@@ -154,9 +154,9 @@ class OpenModel:
         prompt: stands before each text: what the model was trained with for queries, such as "query: "; documents have
             none.
 
-        The dot product of two vectors is how alike their texts are, at most 1. CUDA computes many texts at a time,
-        and still no vector depends on the other texts. Raises RequestError for other models and wrong arguments, ContextFull for
-        a text that does not fit the context, and BackendError if a number is not finite.
+        The dot product of two vectors is how alike their texts are, at most 1. CUDA computes many texts at a time, and
+        still no vector depends on the other texts. Raises RequestError for other models and wrong arguments,
+        ContextFull for a text that does not fit the context, and BackendError if a number is not finite.
         """
         self._check_open()
         ids = embedding_ids(self.tokenizer, self.config, self.context, texts, prompt)

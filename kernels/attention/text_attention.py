@@ -1,8 +1,8 @@
 """Attention within whole texts, in float32: for embeddings, whose texts are computed in one pass each, without a cache.
 
-Each token attends to those of its text up to itself, or to the last WINDOW of them. Queries and keys have been rotated.
-Keys and values are read as float32 where the products wrote them: a cache in 16 bits would turn the vectors that come of
-them by more than int8 activations do.
+Each token attends to those of its text up to itself, or to the last `window` of them. Queries and keys have been
+rotated. Keys and values are read as float32 where the products wrote them: a cache in 16 bits would turn the vectors
+that come of them by more than int8 activations do.
 
     block     16 tokens of one text  x  HEADS query heads that share a key-value head      grid x: heads, y: tokens
     thread    row i = thread / 8; lane j = thread % 8 of the row's eight
@@ -13,8 +13,7 @@ them by more than int8 activations do.
 
 A row's eight lanes are neighbours in a warp, so that maxima and sums go by shuffles. Tiles are counted from the text's
 beginning, and one in which all of a row's keys are masked changes nothing of it: a token's result depends on its text
-alone, to the bit. Every product is a float32 multiply-add, a third of what the units could do, since shared memory feeds
-them: at a thousand tokens a text that takes about as long as the ternary products.
+alone, to the bit. Every product is a float32 multiply-add.
 """
 
 from collections.abc import Callable

@@ -2,10 +2,10 @@
 
     y = w * (x / sqrt(mean(x^2) + eps))        out = y, or with `add`: out += y        (Zhang and Sennrich, 2019)
 
-Most norms are part of the quantisation after them (see `quantize`). These stand alone: before linears that have norms of
-their own, and behind a sub-layer (Gemma's block). A CTA is a row, a thread four columns at a time; the row is read twice,
-the second time from L1. The squares are summed in float64 and the mean is rounded once, as in quantize.py, so that a row's
-result does not depend on how it is split.
+Most norms are part of the quantisation after them (see `quantize`). These stand alone: before linears that have norms
+of their own, and behind a sub-layer (Gemma's block). A CTA is a row, a thread four columns at a time; the row is read
+twice, the second time from L1. The squares are summed in float64 and the mean is rounded once, as in quantize.py, so
+that a row's result does not depend on how it is split.
 """
 
 from collections.abc import Callable

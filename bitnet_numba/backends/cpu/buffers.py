@@ -72,9 +72,8 @@ class Buffers:
         c, job = self._config, self.job[0]
         length = min(max(length, 2 * self._longest), max(length, c.max_context))
         partials, sizes = self._sizes_for(length)
-        tables = rope_tables(c, np.arange(length))
-        if c.local is not None:
-            tables += rope_tables(c, np.arange(length), local=True)
+        kinds = (False,) if c.local is None else (False, True)
+        tables = [table for local in kinds for table in rope_tables(c, np.arange(length), local)]
         rope = [np.ascontiguousarray(table[:, : c.head_dim // 2]) for table in tables]
         shared = np.empty(partials, np.uint8)
         own = np.empty(self._members * _own_stride(sizes) + ALIGN, np.uint8)

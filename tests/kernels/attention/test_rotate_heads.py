@@ -1,7 +1,8 @@
 """RMSNorm and rotation of the heads of whole texts.
 
-Contract: the reference's, at each token's position in its text. A rotated element is a sum of two products, so that its
-error goes with the pair's size; the norm's mean is summed in float64 and differs from the reference's by head_dim units.
+Contract: the reference's, at each token's position in its text. A rotated element is a sum of two products, so its
+error goes with the pair's size; the norm's mean is summed in float64 and differs from the reference's by head_dim
+units.
 """
 
 import numpy as np
