@@ -1,7 +1,6 @@
 """Embedding models on CUDA: what transformers computed, many texts in passes, and the whole pass in the simulator."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,11 @@ from bitnet_numba.checkpoint.packed import open_packed
 from tests.backends.test_cuda_simulated import SimulatedDevice, simulate
 from tests.engine.test_embedding import FORMS, check_golden, packed_model
 from tests.kernels.harness import needs_gpu, simulated
+
+SIZES = {
+    "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "intermediate_size": 48,
+    "vocab_size": 300, "max_position_embeddings": 64,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=FORMS)
@@ -83,18 +87,23 @@ def test_plans() -> None:
 
 
 @simulated
-@pytest.mark.parametrize("form", FORMS)
-def test_simulated_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: str) -> None:
-    """Two texts in one pass of one layer, as the reference has them."""
+@pytest.mark.parametrize("name", ["embedding-0.6b", "embedding-270m"])
+def test_simulated_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    """Two texts in one pass of a small model, as the reference has them; Gemma's has a window of two tokens."""
     from bitnet_numba.backends.reference import reference_backend
+    from bitnet_numba.checkpoint.convert import convert
+    from tools.make_checkpoint import PRESETS, make_checkpoint
 
+    weight_format, config = PRESETS[name]
+    sizes = {"num_hidden_layers": 1} | ({"sliding_window": 2, "query_pre_attn_scalar": 32} if "270m" in name else {})
+    make_checkpoint(tmp_path / "source", config | SIZES | sizes, weight_format, seed=2)
+    convert(tmp_path / "source", tmp_path / "packed")
+    checkpoint = open_packed(tmp_path / "packed")
     memory = simulate(monkeypatch)
     monkeypatch.setattr(embedder, "usable_device", lambda: SimulatedDevice(memory))
     monkeypatch.setattr(embedder, "load_specs", lambda *arguments, **options: None)
     monkeypatch.setattr(embedder, "MAX_ROWS", 32)
-    checkpoint = open_packed(packed_model(form, tmp_path))
-    checkpoint = replace(checkpoint, config=replace(checkpoint.config, num_layers=1))
-    texts = [[5, 250], [7]]
+    texts = [[5, 250, 7, 9], [7]]
     found = embedder.CudaEmbedder(checkpoint).last_hidden(texts)
     expected = reference_backend(checkpoint).last_hidden(texts)
     np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())  # int8 may be rounded otherwise

@@ -21,19 +21,13 @@ from bitnet_numba.quantize import ternarize
 from tests.conftest import GOLDEN
 from tests.server.helpers import serving
 
-FORMS = ("embedding", "embedding-gemma")
+FORMS = {"embedding": "embedding/i2_s.gguf", "embedding-gemma": "embedding-gemma"}
 PROMPTS = range(4)
-# What the GGUF file of Gemma's form does not say.
-GEMMA_KEYS = ("layer_types", "sliding_window", "rope_local_base_freq")
 
 
 def packed_model(form: str, folder: Path) -> Path:
-    """The model of one of FORMS, as its masters' config.json has it."""
-    convert(GOLDEN / form / "i2_s.gguf", folder / "packed")
-    if form == "embedding-gemma":
-        raw = json.loads((folder / "packed/config.json").read_text())
-        masters = json.loads((GOLDEN / form / "config.json").read_text())
-        (folder / "packed/config.json").write_text(json.dumps(raw | {key: masters[key] for key in GEMMA_KEYS}))
+    """The model of one of FORMS."""
+    convert(GOLDEN / FORMS[form], folder / "packed")
     return folder / "packed"
 
 

@@ -61,10 +61,10 @@ def check_text_attention(shape: HeadShape, lengths: list[int], window: int | Non
 
 
 @simulated
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(
-    group=st.integers(1, 3), kv=st.integers(1, 2), quarter=st.integers(1, 40), seed=st.integers(0, 2**32 - 1),
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=2), window=st.sampled_from((None, 1, 7, 33)),
+    group=st.integers(1, 3), kv=st.integers(1, 2), quarter=st.sampled_from((1, 9, 33)), seed=st.integers(0, 2**32 - 1),
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=2), window=st.sampled_from((None, 1, 7, 33)),
 )  # fmt: skip
 def test_simulated_text_attention(
     group: int, kv: int, quarter: int, seed: int, lengths: list[int], window: int | None
