@@ -132,8 +132,9 @@ def _open_cuda(checkpoint: PackedCheckpoint) -> Backend:
         # Numba has a numba.cuda of its own, but the kernels need numba-cuda's.
         raise BackendError("CUDA cannot be used: its packages are not installed (install the extra cuda13 or cuda12)")
     from bitnet_numba.backends.cuda.backend import CudaBackend, why_unusable
+    from bitnet_numba.backends.cuda.embedder import CudaEmbedder
 
     reason = why_unusable()
     if reason is not None:
         raise BackendError(f"CUDA cannot be used: {reason}")
-    return CudaBackend(checkpoint)
+    return CudaEmbedder(checkpoint) if checkpoint.config.embeds else CudaBackend(checkpoint)

@@ -23,6 +23,7 @@ from bitnet_numba.kernels.cpu.compiler import call, entry
 from bitnet_numba.kernels.cpu.layout import BF16, FORWARD, HEAD_ROWS, INT8, JOB, LAYER, MAX_ROWS, MODEL, TERNARY
 from bitnet_numba.kernels.cpu.memory import load_i64
 from bitnet_numba.kernels.cpu.products import (
+    add_normed,
     copy,
     gated_rows,
     inputs_of,
@@ -31,6 +32,7 @@ from bitnet_numba.kernels.cpu.products import (
     product,
     qkv_rows,
     residual_rows,
+    scale,
     tokens_of,
 )
 from bitnet_numba.kernels.cpu.sampler import SETTINGS
@@ -80,6 +82,8 @@ def forward(member, members, state, model, layers, job):
     M, hidden, eps = job.tokens, model.hidden, np.float32(model.eps)
     for m in range(member, M, members):
         embedding.row(model, load_i64(job.ids, 8 * m), job.x + 4 * m * hidden)
+        if model.embedding_scale != 1:
+            scale(job.x + 4 * m * hidden, hidden, np.float32(model.embedding_scale))
     barrier(state, members)
     own, inputs = job.own + member * job.own_stride, inputs_of(job, member)
     q_size, kv_size = model.heads * model.head_dim, model.kv_heads * model.head_dim
@@ -94,14 +98,15 @@ def forward(member, members, state, model, layers, job):
         barrier(state, members)
         rotate_and_store(member, members, model, layer, cache, job)
         barrier(state, members)
-        attend(members, state, model, cache, own, job)
+        attend(members, state, model, layer.window, cache, own, job)
         barrier(state, members)
         for m in tokens_of(job, member, members):
             attn_out = gather(members, model, own, job, m)
             prepare(4 * i + 1, model, layer.o, attn_out, q_size, layer.attn_sub_norm, eps, own, job, inputs, m)
         meet(job, state, members)
-        residual_rows(layer.o, hidden, q_size, members, state, inputs, own, job)
+        residual_rows(layer.o, layer.attn_post_norm, hidden, q_size, members, state, inputs, own, job)
         barrier(state, members)
+        add_normed(layer.attn_post_norm, hidden, eps, member, members, state, job)
         for m in tokens_of(job, member, members):
             x = job.x + 4 * m * hidden
             prepare(4 * i + 2, model, layer.gate_up, x, hidden, layer.post_attention_norm, eps, own, job, inputs, m)
@@ -113,8 +118,9 @@ def forward(member, members, state, model, layers, job):
             mlp_hidden = job.mlp_hidden + 4 * m * K
             prepare(4 * i + 3, model, layer.down, mlp_hidden, K, layer.ffn_sub_norm, eps, own, job, inputs, m)
         meet(job, state, members)
-        residual_rows(layer.down, hidden, K, members, state, inputs, own, job)
+        residual_rows(layer.down, layer.ffn_post_norm, hidden, K, members, state, inputs, own, job)
         barrier(state, members)
+        add_normed(layer.ffn_post_norm, hidden, eps, member, members, state, job)
     for m in range(member, M, members):
         norm.rms_norm(job.x + 4 * m * hidden, model.norm, hidden, eps, job.final + 4 * m * hidden)
     barrier(state, members)
@@ -133,7 +139,8 @@ def rotate_and_store(member, members, model, layer, cache, job):
         m, g = i // G, i % G
         position = load_i64(job.positions, 8 * m)
         table = load_i64(job.tables, 8 * m)
-        cos, sin = job.cos + 2 * position * D, job.sin + 2 * position * D
+        cos = (job.cos if layer.window == 0 else job.local_cos) + 2 * position * D
+        sin = (job.sin if layer.window == 0 else job.local_sin) + 2 * position * D
         row = job.qkv + 4 * m * N
         for h in range(g * (H // G), (g + 1) * (H // G)):
             if layer.q_norm != 0:
@@ -153,8 +160,9 @@ def is_split(members, model, job):
 
 
 @njit(inline="always", **OPTIONS)
-def attend(members, state, model, cache, own, job):
-    """Attention of all tokens; a piece is a token and kv head, or a split of it."""
+def attend(members, state, model, window, cache, own, job):
+    """Attention of all tokens, to the last `window` if that is not 0; a piece is a token and kv head, or a split of
+    it."""
     D, G, H = model.head_dim, model.kv_heads, model.heads
     R, N, row = H // G, (H + 2 * G) * D, attention.partial_bytes(D)
     split = is_split(members, model, job)
@@ -166,6 +174,7 @@ def attend(members, state, model, cache, own, job):
             return
         m, g, part = piece // parts // G, piece // parts % G, piece % parts
         length = load_i64(job.positions, 8 * m) + 1
+        begin = max(length - window, 0) if window != 0 else 0
         table = load_i64(job.tables, 8 * m)
         q = job.qkv + 4 * (m * N + g * R * D)
         used = (length + attention.SPLIT - 1) // attention.SPLIT
@@ -174,14 +183,14 @@ def attend(members, state, model, cache, own, job):
                 at = job.partials + ((m * G + g) * job.splits + part) * R * row
                 call(
                     job.kernels.attend,
-                    (cache, job.page_stride, table, G, g, R, D, q, length, part, at, scratch),
+                    (cache, job.page_stride, table, G, g, R, D, q, begin, length, part, at, scratch),
                 )
         else:
             at = own + job.own_partials
             for i in range(used):
                 call(
                     job.kernels.attend,
-                    (cache, job.page_stride, table, G, g, R, D, q, length, i, at + i * R * row, scratch),
+                    (cache, job.page_stride, table, G, g, R, D, q, begin, length, i, at + i * R * row, scratch),
                 )
             for r in range(R):
                 out = job.attn_out + 4 * ((m * H + g * R + r) * D)

@@ -95,9 +95,8 @@ class SimulatedDevice(CudaDevice):
         cuda.jit(spec.kernel)[grid, spec.threads, 0, spec.shared](*values)
 
 
-def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
-    """A CudaBackend over host memory and the simulator."""
-    from bitnet_numba.backends.cuda import backend, context, prompts
+def simulate(monkeypatch: pytest.MonkeyPatch) -> HostMemory:
+    """Puts host memory and the simulator in the place of a device, with small tiles."""
     from bitnet_numba.kernels.attention import decode as attention
     from bitnet_numba.kernels.attention import prefill_wgmma
     from bitnet_numba.kernels.linear import gemm, gemm_groups, quantize
@@ -124,21 +123,29 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
 
     for module in (driver, memory_module):
         monkeypatch.setattr(module, "driver_call", memory.call)
-    monkeypatch.setattr(backend, "usable_device", lambda: SimulatedDevice(memory))
-    monkeypatch.setattr(backend, "load_specs", lambda *arguments, **options: None)
     monkeypatch.setattr(driver.Stream, "capture", lambda self, launches: Replayed(launches))
     monkeypatch.setattr(single, "MAX_BLOCKS", 1)  # blocks run one after the other: none may wait for another
     monkeypatch.setattr(attention, "SHORT", attention.SHORT._replace(threads=64, unroll=2))  # fewer threads, for speed
     monkeypatch.setattr(prefill_wgmma, "WARPS", 4)
     monkeypatch.setattr(prefill_wgmma, "KEYS", 16)
-    monkeypatch.setattr(context, "STEPS_AHEAD", 1)
-    monkeypatch.setattr(prompts, "MIN_TOKENS", 2)
     monkeypatch.setattr(gemm, "choose_tile", lambda *arguments: Tile(8, 1, 4, 1, 0, 2, scheme="wgmma"))
     monkeypatch.setattr(gemm_groups, "choose_group_tile", lambda *arguments: Tile(8, 2, 1, 2, 1, 2))
     monkeypatch.setattr(gemv, "spec", partial(gemv.spec, threads=128))
     monkeypatch.setattr(gemm_mma, "spec", partial(gemm_mma.spec, threads=64))
     monkeypatch.setattr(split_norm, "spec", partial(split_norm.spec, threads=64))
     monkeypatch.setattr(quantize, "quantize_spec", partial(quantize.quantize_spec, threads=32))
+    return memory
+
+
+def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any) -> Any:
+    """A CudaBackend over host memory and the simulator."""
+    from bitnet_numba.backends.cuda import backend, context, prompts
+
+    memory = simulate(monkeypatch)
+    monkeypatch.setattr(backend, "usable_device", lambda: SimulatedDevice(memory))
+    monkeypatch.setattr(backend, "load_specs", lambda *arguments, **options: None)
+    monkeypatch.setattr(context, "STEPS_AHEAD", 1)
+    monkeypatch.setattr(prompts, "MIN_TOKENS", 2)
     return backend.CudaBackend(checkpoint)
 
 

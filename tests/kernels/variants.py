@@ -5,8 +5,19 @@ first, then every other branch (other head sizes, other activations, padding, ..
 from collections.abc import Callable
 
 from bitnet_numba.kernels import embedding as embed
-from bitnet_numba.kernels.attention import decode, head_norm, kv_cache, paged_decode, paged_simt, prefill, prefill_wgmma
+from bitnet_numba.kernels.attention import (
+    decode,
+    head_norm,
+    kv_cache,
+    paged_decode,
+    paged_simt,
+    prefill,
+    prefill_wgmma,
+    rotate_heads,
+    text_attention,
+)
 from bitnet_numba.kernels.linear import (
+    gated,
     gemm,
     gemm_groups,
     gemv,
@@ -14,6 +25,7 @@ from bitnet_numba.kernels.linear import (
     heuristics,
     quantize,
     quantize_groups,
+    row_norm,
 )
 from bitnet_numba.kernels.lm_head import gemm_mma, gemm_simt, gemm_wgmma, split_norm
 from bitnet_numba.kernels.lm_head import gemv as head_gemv
@@ -70,11 +82,21 @@ def attention_head_norm(arch: int) -> list[KernelSpec]:
     return [head_norm.head_norm_spec(arch, 128), head_norm.head_norm_spec(arch, 100)]
 
 
+def attention_rotate_heads(arch: int) -> list[KernelSpec]:
+    """BitNet-embedding-0.6b's, and without a norm."""
+    return [rotate_heads.rotate_heads_spec(arch, 128), rotate_heads.rotate_heads_spec(arch, 100, False)]
+
+
+def attention_text_attention(arch: int) -> list[KernelSpec]:
+    """BitNet-embedding-0.6b's and 270m's, and one head, padding."""
+    return [text_attention.text_attention_spec(arch, *shape) for shape in ((128, 2), (256, 4), (100, 1))]
+
+
 def embedding(arch: int) -> list[KernelSpec]:
     """All there are."""
     many = [embed.embed_tokens_spec(arch, kind, prompt) for kind in embed.ELEMENTS for prompt in (False, True)]
     single_rows = [embed.embed_token_spec(arch, kind) for kind in embed.ELEMENTS]
-    return [*single_rows, *many, embed.gather_last_spec(arch), embed.advance_spec(arch)]
+    return [*single_rows, *many, embed.gather_last_spec(arch), embed.advance_spec(arch), embed.scale_spec(arch)]
 
 
 def lm_head_gemv(arch: int) -> list[KernelSpec]:
@@ -104,6 +126,16 @@ def linear_quantize(arch: int) -> list[KernelSpec]:
     """Rows of 2B4T, of the longest kind, and every other branch."""
     choices = [(2560, True), (6912, True), (6912, False), (2560, False), (101, True), (quantize.MAX_COLUMNS, True)]
     return [quantize.quantize_spec(arch, K, norm) for K, norm in choices]
+
+
+def linear_row_norm(arch: int) -> list[KernelSpec]:
+    """BitNet-embedding-0.6b's, and 270m's behind a sub-layer."""
+    return [row_norm.row_norm_spec(arch, 1024), row_norm.row_norm_spec(arch, 640, True)]
+
+
+def linear_gated(arch: int) -> list[KernelSpec]:
+    """Each activation."""
+    return [gated.gate_spec(arch, activation) for activation in ("silu", "gelu", "relu2")]
 
 
 def linear_gemv(arch: int) -> list[KernelSpec]:
@@ -193,8 +225,9 @@ GROUPS: dict[str, Callable[[int], list[KernelSpec]]] = {
     list_variants.__name__: list_variants
     for list_variants in (
         attention_decode, attention_paged_decode, attention_prefill, attention_prefill_wgmma,
-        attention_paged_simt, attention_kv_cache, attention_head_norm, embedding, lm_head_gemv, lm_head_gemm,
-        lm_head_gemm_wgmma, linear_quantize, linear_gemv, linear_gemm, linear_quantize_groups,
+        attention_paged_simt, attention_kv_cache, attention_head_norm,
+        attention_rotate_heads, attention_text_attention, embedding, lm_head_gemv, lm_head_gemm, lm_head_gemm_wgmma,
+        linear_row_norm, linear_gated, linear_quantize, linear_gemv, linear_gemm, linear_quantize_groups,
         linear_gemv_groups, linear_gemm_groups, sampling,
     )
 }  # fmt: skip

@@ -20,12 +20,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bitnet_numba.backends.cuda.embedding_pass import EmbeddingBuffers, EmbeddingPass
 from bitnet_numba.backends.cuda.extras import Asked, Extras
 from bitnet_numba.backends.cuda.forward import MAX_TOKENS, CudaModel, PrefillPass
 from bitnet_numba.backends.cuda.prompts import MIN_TOKENS
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size
 from bitnet_numba.backends.cuda.steps import BatchSteps, DecodeBuffers, DecodeSteps
-from bitnet_numba.backends.cuda.weights import RowFormats
+from bitnet_numba.backends.cuda.weights import RowFormats, Weights
 from bitnet_numba.backends.progress import CompileProgress
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError
@@ -62,6 +63,9 @@ class Needs(NamedTuple):
         """Every kernel, always in the same order."""
         device = DryRunDevice(self.target.arch, self.target.num_sms)
         config = replace(self.config, num_layers=1)  # every layer takes the same
+        if config.embeds:
+            _dry_run_embedder(config, self.rows, device)
+            return device.specs
         model = CudaModel.dry_run(config, self.rows, device)
         if self.max_sequences is None or self.both:
             _dry_run_context(model)
@@ -82,6 +86,13 @@ def _dry_run_context(model: CudaModel) -> None:
         steps.choose(long)
     for num_tokens in _powers_of_two(MIN_TOKENS, MAX_TOKENS):
         PrefillPass(model, state, num_tokens).launches()
+
+
+def _dry_run_embedder(config: ModelConfig, rows: RowFormats, device: DryRunDevice) -> None:
+    """Asks for every launch of the passes over texts that are not very long."""
+    weights, buffers = Weights.shapes_only(config, rows), EmbeddingBuffers(device, config, MAX_TOKENS)
+    for num_rows in _powers_of_two(MIN_TOKENS, MAX_TOKENS):
+        EmbeddingPass(config, device, weights, buffers, num_rows).launches()
 
 
 def _dry_run_batch(model: CudaModel, max_sequences: int) -> None:
