@@ -1,14 +1,22 @@
-"""The W2A8 GEMM with group scales on sm_90 by `wgmma`, for many tokens. Read gemm_wgmma.py first.
+"""The W2A8 GEMM with group scales on sm_90 by `wgmma`. Read gemm_wgmma.py first.
 
 Operands, results and their bits are those of gemm_groups_mma.py. A part of 128 columns is a group, so every product is
-waited for, and its sums become floats, times scale and step, before the next one's begin; meanwhile the other
-warpgroups' products run. What a k_iter needs comes by TMA to one stage of a ring, with one mbarrier:
+waited for, and its sums become floats, times scale and step, before they are added. What a k_iter needs comes by TMA to
+one stage of a ring:
 
     CTA (x, y)     tokens T x .. T x + T - 1;  `row_warps` row-blocks, one a warp, of tile y ("gated": gate rows by the
                    first half of the warps, up rows by the second)
     stage          | panel: int8 [T, 128], swizzled | words: 512 bytes a row-block | steps: T floats | scales: 32 bytes
-                   a row-block |     rounded up to PANEL_ALIGN
+                   a row-block |     each part and the stage aligned as TMA wants it
     at the end     in the same place: y [T, rows + 4], from which threads write neighbouring rows of a token
+
+Adding a group's sums takes more instructions than the product takes cycles, so what counts is that both go on side by
+side. Warpgroups do not wait for each other: a stage has an mbarrier for what TMA brings, and one at which each warp
+arrives when it has read the stage. While one warpgroup adds, the tensor cores multiply for another. Warps take turns at
+refilling: the stage of the k_iter before, which slower warpgroups have had time to leave.
+
+With `reg_stages` 2 a warpgroup has two sets of codes and sums, and adds those of a group while the next one's product
+runs: for tiles of few tokens, whose products are waited for longer than they take.
 
 The left operand is signed, 64 w (see `signed`): the sums need no sum of q taken off, only 1 / 64 in the scales.
 """
@@ -24,18 +32,24 @@ from bitnet_numba.kernels.linear.gemm_mma import TOKENS
 from bitnet_numba.kernels.linear.gemm_wgmma import CODES, PADDING, PART
 from bitnet_numba.kernels.linear.signed import SHIFT, WEIGHT
 from bitnet_numba.kernels.linear.tile import Tile
-from bitnet_numba.kernels.ptx.base import device_function, float32, int32, int64, uint32
+from bitnet_numba.kernels.ptx.base import WARP, device_function, float32, int32, int64, uint32
 from bitnet_numba.kernels.ptx.tma import PANEL_ALIGN, SPAN_INTS
 from bitnet_numba.packing import BLOCK_ROWS, CODE_BITS
 
-MIN_TOKENS, MAX_TOKENS = 32, 128  # of a tile
+MAX_TOKENS = 128  # of a tile
 BATCH = 8  # results that a thread computes side by side
 SCALE_BYTES = 4 * GROUP_SCALES  # of a row-block and group
+ALIGN = 128  # bytes: of whatever TMA writes
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGN) * ALIGN
 
 
 def stage_bytes(tile: Tile) -> int:
-    """Shared memory of a stage, in bytes."""
-    used = tile.tokens * (PART + 4) + tile.row_warps * (PART * 4 + SCALE_BYTES)
+    """Shared memory of a stage, in bytes; gate and up rows' scales are aligned each."""
+    scales = max(_aligned(tile.row_warps * SCALE_BYTES), 2 * _aligned(tile.row_warps // 2 * SCALE_BYTES))
+    used = tile.tokens * PART + tile.row_warps * PART * 4 + _aligned(4 * tile.tokens) + scales
     return -(-used // PANEL_ALIGN) * PANEL_ALIGN
 
 
@@ -50,32 +64,33 @@ def make_gemm_groups_wgmma(
 ) -> Callable[..., None]:
     """The kernel for a tile with scheme "wgmma"; epilogues as of `make_group_epilogue`.
 
-    Raises ValueError unless row_blocks and k_warps are 1, row_warps 4 or 8 ("gated": 8), tokens a multiple of 32 from
-    MIN_TOKENS to MAX_TOKENS, and there are two stages or more.
+    Raises ValueError unless row_blocks and k_warps are 1, row_warps a multiple of 4, tokens 8 or a multiple of 16 up to
+    MAX_TOKENS, reg_stages 0 or 2, and there are three stages or more.
     """
     wait, trigger = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
     GATED, RESIDUAL = epilogue == "gated", epilogue == "residual"
     finish = make_group_epilogue(epilogue, activation, inverse=True)
     T, U, WR, WK, REG_STAGES, STAGES = tile[:6]
-    HALVES = 2 if GATED else 1
+    HALVES, PAIR = 2 if GATED else 1, REG_STAGES == 2
     UNITS = WR // HALVES  # row-blocks of the output
     ROWS = UNITS * BLOCK_ROWS
-    THREADS = tile.threads
+    THREADS, WARPS = tile.threads, tile.threads // WARP
     # Bytes: of a stage, of its panel and weights; of gate or up rows' words and scales; where things lie in a stage.
     STAGE, PANEL, WORDS = stage_bytes(tile), T * PART, WR * PART * 4
-    HALF, HALF_SCALES = WORDS // HALVES, UNITS * SCALE_BYTES
-    STEPS_AT, SCALES_AT = PANEL + WORDS, PANEL + WORDS + 4 * T
-    LOADED = SCALES_AT + WR * SCALE_BYTES
+    HALF, HALF_SCALES = WORDS // HALVES, _aligned(UNITS * SCALE_BYTES)
+    STEPS_AT = PANEL + WORDS
+    SCALES_AT = STEPS_AT + _aligned(4 * T)
+    LOADED = PANEL + WORDS + 4 * T + WR * SCALE_BYTES
     WIDTH = WR * BLOCK_ROWS + PADDING
-    SUMS = T // 2
+    SUMS, MBARRIERS = T // 2, 2 * STAGES
     STEP = THREADS // ROWS  # tokens that are written side by side
     OUT_ROUNDS = T // STEP
     EACH = max(n for n in range(1, BATCH + 1) if OUT_ROUNDS % n == 0)
     ZERO, PER_WEIGHT = float32(0), float32(1 / WEIGHT)
-    whole = T % 32 == 0 and MIN_TOKENS <= T <= MAX_TOKENS and WR in ((8,) if GATED else (4, 8))
-    if U != 1 or WK != 1 or REG_STAGES or STAGES < 2 or tile.cluster != 1 or not whole:
+    whole = (T == TOKENS or not T % 16) and T <= MAX_TOKENS and WR > 0 and not WR % 4
+    if U != 1 or WK != 1 or REG_STAGES not in (0, 2) or STAGES < 3 or tile.cluster != 1 or not whole:
         raise ValueError(f"no wgmma GEMM with group scales is made of {tile}")
-    start, _, finished = ptx.wgmma_s8(T, signed=True)
+    start, older_finished, finished = ptx.wgmma_s8_pair(T)
 
     @device_function
     def load_weights(maps, shared, to, mbarrier, group, unit0, up_offset):
@@ -96,30 +111,64 @@ def make_gemm_groups_wgmma(
         ptx.tma_load_2d(steps, 0, shared, to + STEPS_AT, mbarrier, first, group)
 
     @device_function
-    def load_operand(a_r, shared, at, shift):
-        word = ptx.load_row_pair(shared, at)
-        for n in range(CODES):
-            a_r[n] = ptx.shifted_weights(word[n], shift)
+    def next_stage(state):
+        """The stage after this one: number, offset in bytes, the parity of its mbarriers' phase."""
+        slot, stage, parity = state
+        slot, stage = int32(slot + 1), int32(stage + STAGE)
+        if slot == STAGES:
+            slot, stage, parity = int32(0), int32(0), int32(1 - parity)
+        return slot, stage, parity
 
     @device_function
-    def add_products(y_r, acc_r, shared, steps_rd, m0, m1):
-        """Adds a group's sums, times scale and step."""
+    def multiply(a_r, acc_r, shared, addresses, state):
+        """Waits for a stage and starts its product."""
+        base, full, own_words, _, _, shift = addresses
+        slot, stage, parity = state
+        ptx.mbarrier_wait(int32(full + 8 * slot), parity)
+        word = ptx.load_row_pair(shared, int32(own_words + stage))
+        for n in range(CODES):
+            a_r[n] = ptx.shifted_weights(word[n], shift)
+        start(acc_r, a_r, shared, int32(base + stage))
+
+    @device_function
+    def add_products(y_r, acc_r, block, now, k_iter, turn):
+        """Adds a stage's sums, times scale and step, and leaves the stage; the thread whose turn it is refills the
+        stage before it. Returns whose turn comes next."""
+        maps, shared, addresses, k_iters, place, tid = block
+        base, full, _, own_scales, own_steps, _ = addresses
+        slot, stage, parity = now
+        pair = shared[own_scales + (stage >> 2)]
+        m0, m1 = ptx.mul_rn(ptx.f16_low(pair), PER_WEIGHT), ptx.mul_rn(ptx.f16_high(pair), PER_WEIGHT)
+        steps_rd = int32(own_steps + (stage >> 2))
         for t in range(T // TOKENS):
-            d0 = ptx.bits_to_float(uint32(shared[steps_rd + t * TOKENS]))
-            d1 = ptx.bits_to_float(uint32(shared[steps_rd + t * TOKENS + 1]))
+            d0, d1 = ptx.load2(shared, steps_rd + t * TOKENS)
+            d0, d1 = ptx.bits_to_float(uint32(d0)), ptx.bits_to_float(uint32(d1))
             n = 4 * t
             y_r[n] = ptx.add_rn(y_r[n], ptx.mul_rn(ptx.int_to_float(acc_r[n]), ptx.mul_rn(m0, d0)))
             y_r[n + 1] = ptx.add_rn(y_r[n + 1], ptx.mul_rn(ptx.int_to_float(acc_r[n + 1]), ptx.mul_rn(m0, d1)))
             y_r[n + 2] = ptx.add_rn(y_r[n + 2], ptx.mul_rn(ptx.int_to_float(acc_r[n + 2]), ptx.mul_rn(m1, d0)))
             y_r[n + 3] = ptx.add_rn(y_r[n + 3], ptx.mul_rn(ptx.int_to_float(acc_r[n + 3]), ptx.mul_rn(m1, d1)))
+        ptx.mbarrier_arrive_warp(int32(full + 8 * (STAGES + slot)))
+        ahead = int32(k_iter + (STAGES - 1))
+        if tid == turn and 0 < k_iter and ahead < k_iters:
+            first, unit0, up_offset = place
+            slot, parity = (int32(slot - 1), parity) if slot > 0 else (int32(STAGES - 1), int32(1 - parity))
+            to, mbarrier = int32(base + slot * STAGE), int32(full + 8 * slot)
+            ptx.mbarrier_wait(int32(mbarrier + 8 * STAGES), parity)
+            ptx.mbarrier_expect_tx(mbarrier, LOADED)
+            load_activations(maps, shared, to, mbarrier, ahead, first)
+            load_weights(maps, shared, to, mbarrier, ahead, unit0, up_offset)
+        return int32(turn + WARP if turn < THREADS - WARP else 0)
 
     def gemm(
         words, panels, steps, scales, count, bias, out, M, steps_row, rows, KP, groups, k_iters, row_blocks, up_offset
     ):  # fmt: skip
         shared = ptx.pointer(cuda.shared.array(0, int32))
-        mbarrier_s = ptx.pointer(cuda.shared.array(STAGES, int64))
+        mbarrier_s = ptx.pointer(cuda.shared.array(MBARRIERS, int64))  # what has come, then what has been read
         a_r = cuda.local.array(CODES, int32)
         acc_r = cuda.local.array(SUMS, int32)
+        b_r = cuda.local.array(CODES, int32)
+        more_r = cuda.local.array(SUMS, int32)
         y_r = cuda.local.array(SUMS, float32)
         old_r = cuda.local.array(EACH, float32)
 
@@ -133,53 +182,71 @@ def make_gemm_groups_wgmma(
                 wait()  # so that the launch does not end before those it follows
             return
         unit0 = int32(cuda.blockIdx.y) * UNITS
-        filled = min(int32(k_iters), int32(STAGES))
-        unaligned, mbarrier = ptx.shared_address(shared, 0), ptx.shared_address(mbarrier_s, 0)
+        k_iters = int32(k_iters)
+        filled = min(k_iters, int32(STAGES))
+        unaligned, full = ptx.shared_address(shared, 0), ptx.shared_address(mbarrier_s, 0)
         base = int32((unaligned + (PANEL_ALIGN - 1)) & -PANEL_ALIGN)
-        maps = words, scales, panels, steps
+        maps, place = (words, scales, panels, steps), (first, unit0, int32(up_offset))
 
         # 1. The first stages' weights, before the wait, and their activations.
         if tid == 0:
             for n in range(STAGES):
-                ptx.mbarrier_init(mbarrier + 8 * n)
+                ptx.mbarrier_init(full + 8 * n)
+                ptx.mbarrier_init_warps(full + 8 * (STAGES + n), int32(WARPS))
                 if n < k_iters:
-                    ptx.mbarrier_expect_tx(mbarrier + 8 * n, LOADED)
+                    ptx.mbarrier_expect_tx(full + 8 * n, LOADED)
             ptx.prefetch_tensor_map(panels, 0)
             ptx.prefetch_tensor_map(steps, 0)
             for n in range(filled):
-                load_weights(maps, shared, int32(base + n * STAGE), mbarrier + 8 * n, int32(n), unit0, int32(up_offset))
+                load_weights(maps, shared, int32(base + n * STAGE), full + 8 * n, int32(n), unit0, int32(up_offset))
         for n in range(SUMS):
             y_r[n] = ZERO
         trigger()
         wait()
         if tid == 0:
             for n in range(filled):
-                load_activations(maps, shared, int32(base + n * STAGE), mbarrier + 8 * n, int32(n), first)
+                load_activations(maps, shared, int32(base + n * STAGE), full + 8 * n, int32(n), first)
         cuda.syncthreads()
 
         # 2. Products, group by group.
         own_words = int32(base + PANEL + ((w * PART + (g >> 2) * 16 + (g & 3) * 2) << 2))
-        own_scales = int32((base - unaligned + SCALES_AT + w * SCALE_BYTES) >> 2) + g
+        scales_at = SCALES_AT + w // UNITS * HALF_SCALES + w % UNITS * SCALE_BYTES
+        own_scales = int32((base - unaligned + scales_at) >> 2) + g
         own_steps = int32((base - unaligned + STEPS_AT) >> 2) + 2 * i
-        shift = int32(SHIFT - CODE_BITS * i)
-        slot, stage, parity = int32(0), int32(0), int32(0)
-        for k_iter in range(int32(k_iters)):
-            ptx.mbarrier_wait(int32(mbarrier + 8 * slot), parity)
-            load_operand(a_r, shared, int32(own_words + stage), shift)
-            start(acc_r, a_r, shared, int32(base + stage))
-            pair = shared[own_scales + (stage >> 2)]
-            m0, m1 = ptx.mul_rn(ptx.f16_low(pair), PER_WEIGHT), ptx.mul_rn(ptx.f16_high(pair), PER_WEIGHT)
-            finished(acc_r)
-            add_products(y_r, acc_r, shared, int32(own_steps + (stage >> 2)), m0, m1)
-            cuda.syncthreads()  # all warps have read the stage
-            if tid == 0 and k_iter + STAGES < k_iters:
-                full, to, ahead = int32(mbarrier + 8 * slot), int32(base + stage), int32(k_iter + STAGES)
-                ptx.mbarrier_expect_tx(full, LOADED)
-                load_activations(maps, shared, to, full, ahead, first)
-                load_weights(maps, shared, to, full, ahead, unit0, int32(up_offset))
-            slot, stage = int32(slot + 1), int32(stage + STAGE)
-            if slot == STAGES:
-                slot, stage, parity = int32(0), int32(0), int32(1 - parity)
+        addresses = base, full, own_words, own_scales, own_steps, int32(SHIFT - CODE_BITS * i)
+        now = int32(0), int32(0), int32(0)
+        k_iter, turn = int32(0), int32(0)  # turn: of the warp that refills next
+        block = maps, shared, addresses, k_iters, place, tid
+        if not PAIR:
+            while k_iter < k_iters:
+                multiply(a_r, acc_r, shared, addresses, now)
+                finished(acc_r)
+                turn = add_products(y_r, acc_r, block, now, k_iter, turn)
+                now, k_iter = next_stage(now), int32(k_iter + 1)
+        else:
+            # In pairs, for the two sets; with conditions between, the assembler would run one product at a time.
+            multiply(a_r, acc_r, shared, addresses, now)
+            while k_iter + 2 < k_iters:
+                later = next_stage(now)
+                multiply(b_r, more_r, shared, addresses, later)
+                older_finished(acc_r)
+                turn = add_products(y_r, acc_r, block, now, k_iter, turn)
+                last = next_stage(later)
+                multiply(a_r, acc_r, shared, addresses, last)
+                older_finished(more_r)
+                turn = add_products(y_r, more_r, block, later, int32(k_iter + 1), turn)
+                now, k_iter = last, int32(k_iter + 2)
+            if k_iter + 1 < k_iters:
+                later = next_stage(now)
+                multiply(b_r, more_r, shared, addresses, later)
+                older_finished(acc_r)
+                turn = add_products(y_r, acc_r, block, now, k_iter, turn)
+                finished(more_r)
+                add_products(y_r, more_r, block, later, int32(k_iter + 1), turn)
+            else:
+                finished(acc_r)
+                add_products(y_r, acc_r, block, now, k_iter, turn)
+        cuda.syncthreads()
 
         # 3. Output. Values of a lane: rows r, r, r + 1, r + 1 of tokens 2 i, 2 i + 1, 2 i, 2 i + 1.
         to = ((base - unaligned) >> 2) + 2 * i * WIDTH + w * BLOCK_ROWS + (g >> 2) * 8 + (g & 3) * 2

@@ -92,12 +92,13 @@ def make_gemv_groups(
     PART_FLOATS = UNITS * HALVES * GROUPS * BLOCK_ROWS
     GROUP_SCALES = BLOCK_ROWS // 2  # int32 words of a row-block's scales of a group
     CHUNKS = KP // 4  # 16-byte pieces of x: 32 are a group, and a warp's
-    X_LOADS = -(-CHUNKS // THREADS)
+    X_LOADS = -(-CHUNKS // THREADS)  # groups of a warp's part of x
     X_REGS = 4 * X_LOADS
     OUT_THREADS = UNITS * BLOCK_ROWS
     PER_COLUMN = float32(1 / K)
     ZERO, PER_WEIGHT = float32(0), float32(1 / WEIGHT)
     NOTHING = int32(np.uint32(ZERO_WORD).astype(np.int32))
+    assert X_LOADS <= WARP
 
     @device_function
     def load_x(x_r, n_r, x, tid):
@@ -208,19 +209,25 @@ def make_gemv_groups(
                 max_r[j] = float32(max_r[j] * inverse)
             for j in range(X_REGS):
                 x_r[j] = ptx.mul_rn(n_r[j], ptx.mul_rn(x_r[j], inverse))
+        # Lane j computes the scale and step of the warp's group j: a reciprocal is a branch and a chain of instructions.
+        absmax = max_r[0]
+        for j in range(1, X_LOADS):
+            absmax = max_r[j] if lane == j else absmax
+        # A NaN in x makes the sum of squares NaN, and stays: then so is all of y. (max would drop it.)
+        own_s = ptx.mul_rn(ptx.rcp_rn(EPSILON if absmax < EPSILON else absmax), INT8_MAX)
+        own_step, group = float32(ptx.rcp_rn(own_s) * PER_WEIGHT), int32(warp + lane * WARPS)
+        if lane < X_LOADS and group < GROUPS:
+            step_s[group] = own_step
         for j in range(X_LOADS):
-            # A NaN in x makes the sum of squares NaN, and stays: then so is all of y. (max would drop it.)
-            s = ptx.mul_rn(ptx.rcp_rn(EPSILON if max_r[j] < EPSILON else max_r[j]), INT8_MAX)
+            s = ptx.shuffle(own_s, j) if X_LOADS > 1 else own_s
             q0 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j], s), ROUNDER))
             q1 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j + 1], s), ROUNDER))
             q2 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j + 2], s), ROUNDER))
             q3 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j + 3], s), ROUNDER))
             word = int32(ptx.byte_permute(ptx.byte_permute(q0, q1, 0x40), ptx.byte_permute(q2, q3, 0x40), 0x5410))
-            chunk, group = int32(tid + j * THREADS), int32(warp + j * WARPS)
+            chunk = int32(tid + j * THREADS)
             if chunk < CHUNKS:
                 q_s[chunk] = word
-            if lane == 0 and group < GROUPS:
-                step_s[group] = float32(ptx.rcp_rn(s) * PER_WEIGHT)
         cuda.syncthreads()
 
         # 3. Products, sums, output, round by round.
