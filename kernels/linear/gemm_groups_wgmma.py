@@ -37,6 +37,9 @@ from bitnet_numba.kernels.ptx.tma import PANEL_ALIGN, SPAN_INTS
 from bitnet_numba.packing import BLOCK_ROWS, CODE_BITS
 
 MAX_TOKENS = 128  # of a tile
+EXTRA_THREADS = WARP  # of a CTA: a warp that loads
+GROUP_WARPS = 4  # of a warpgroup
+MAX_EARLY = 64  # tokens of a tile
 BATCH = 8  # results that a thread computes side by side
 SCALE_BYTES = 4 * GROUP_SCALES  # of a row-block and group
 ALIGN = 128  # bytes: of whatever TMA writes
@@ -74,7 +77,7 @@ def make_gemm_groups_wgmma(
     HALVES, PAIR = 2 if GATED else 1, REG_STAGES == 2
     UNITS = WR // HALVES  # row-blocks of the output
     ROWS = UNITS * BLOCK_ROWS
-    THREADS, WARPS = tile.threads, tile.threads // WARP
+    THREADS, WARPS = tile.threads, tile.threads // WARP  # that multiply
     # Bytes: of a stage, of its panel and weights; of gate or up rows' words and scales; where things lie in a stage.
     STAGE, PANEL, WORDS = stage_bytes(tile), T * PART, WR * PART * 4
     HALF, HALF_SCALES = WORDS // HALVES, _aligned(UNITS * SCALE_BYTES)
@@ -82,7 +85,11 @@ def make_gemm_groups_wgmma(
     SCALES_AT = STEPS_AT + _aligned(4 * T)
     LOADED = PANEL + WORDS + 4 * T + WR * SCALE_BYTES
     WIDTH = WR * BLOCK_ROWS + PADDING
-    SUMS, MBARRIERS = T // 2, 2 * STAGES
+    GROUPS_OF_WARPS = WARPS // GROUP_WARPS
+    TURNS = GROUPS_OF_WARPS > 1 and not PAIR and tile.refill
+    SUMS, MBARRIERS = T // 2, 2 * STAGES + GROUPS_OF_WARPS
+    EARLY = T // TOKENS if T <= MAX_EARLY else 0  # steps that are loaded while the product runs
+    D_REGS = max(1, 2 * EARLY)
     STEP = THREADS // ROWS  # tokens that are written side by side
     OUT_ROUNDS = T // STEP
     EACH = max(n for n in range(1, BATCH + 1) if OUT_ROUNDS % n == 0)
@@ -122,54 +129,59 @@ def make_gemm_groups_wgmma(
     @device_function
     def multiply(a_r, acc_r, shared, addresses, state):
         """Waits for a stage and starts its product."""
-        base, full, own_words, _, _, shift = addresses
+        base, full, own_words, _, _, shift, order, odd = addresses
         slot, stage, parity = state
         ptx.mbarrier_wait(int32(full + 8 * slot), parity)
         word = ptx.load_row_pair(shared, int32(own_words + stage))
         for n in range(CODES):
             a_r[n] = ptx.shifted_weights(word[n], shift)
+        if TURNS:
+            ptx.mbarrier_wait(order, odd)
         start(acc_r, a_r, shared, int32(base + stage))
 
     @device_function
-    def add_products(y_r, acc_r, block, now, k_iter, turn):
-        """Adds a stage's sums, times scale and step, and leaves the stage; the thread whose turn it is refills the
-        stage before it. Returns whose turn comes next."""
-        maps, shared, addresses, k_iters, place, tid = block
-        base, full, _, own_scales, own_steps, _ = addresses
-        slot, stage, parity = now
+    def load_steps(m_r, d_r, shared, addresses, state):
+        """The scales of a lane's two rows, and the steps of its tokens."""
+        _, _, _, own_scales, own_steps, _, _, _ = addresses
+        _, stage, _ = state
         pair = shared[own_scales + (stage >> 2)]
-        m0, m1 = ptx.mul_rn(ptx.f16_low(pair), PER_WEIGHT), ptx.mul_rn(ptx.f16_high(pair), PER_WEIGHT)
-        steps_rd = int32(own_steps + (stage >> 2))
+        m_r[0], m_r[1] = ptx.mul_rn(ptx.f16_low(pair), PER_WEIGHT), ptx.mul_rn(ptx.f16_high(pair), PER_WEIGHT)
+        for t in range(EARLY):
+            d0, d1 = ptx.load2(shared, int32(own_steps + (stage >> 2)) + t * TOKENS)
+            d_r[2 * t], d_r[2 * t + 1] = ptx.bits_to_float(uint32(d0)), ptx.bits_to_float(uint32(d1))
+
+    @device_function
+    def add_products(y_r, acc_r, m_r, d_r, shared, addresses, state):
+        """Adds a stage's sums, times scale and step, and leaves the stage."""
+        _, full, _, _, own_steps, _, _, _ = addresses
+        slot, stage, _ = state
+        m0, m1 = m_r[0], m_r[1]
         for t in range(T // TOKENS):
-            d0, d1 = ptx.load2(shared, steps_rd + t * TOKENS)
-            d0, d1 = ptx.bits_to_float(uint32(d0)), ptx.bits_to_float(uint32(d1))
+            if t < EARLY:
+                d0, d1 = d_r[2 * t], d_r[2 * t + 1]
+            else:
+                e0, e1 = ptx.load2(shared, int32(own_steps + (stage >> 2)) + t * TOKENS)
+                d0, d1 = ptx.bits_to_float(uint32(e0)), ptx.bits_to_float(uint32(e1))
             n = 4 * t
             y_r[n] = ptx.add_rn(y_r[n], ptx.mul_rn(ptx.int_to_float(acc_r[n]), ptx.mul_rn(m0, d0)))
             y_r[n + 1] = ptx.add_rn(y_r[n + 1], ptx.mul_rn(ptx.int_to_float(acc_r[n + 1]), ptx.mul_rn(m0, d1)))
             y_r[n + 2] = ptx.add_rn(y_r[n + 2], ptx.mul_rn(ptx.int_to_float(acc_r[n + 2]), ptx.mul_rn(m1, d0)))
             y_r[n + 3] = ptx.add_rn(y_r[n + 3], ptx.mul_rn(ptx.int_to_float(acc_r[n + 3]), ptx.mul_rn(m1, d1)))
         ptx.mbarrier_arrive_warp(int32(full + 8 * (STAGES + slot)))
-        ahead = int32(k_iter + (STAGES - 1))
-        if tid == turn and 0 < k_iter and ahead < k_iters:
-            first, unit0, up_offset = place
-            slot, parity = (int32(slot - 1), parity) if slot > 0 else (int32(STAGES - 1), int32(1 - parity))
-            to, mbarrier = int32(base + slot * STAGE), int32(full + 8 * slot)
-            ptx.mbarrier_wait(int32(mbarrier + 8 * STAGES), parity)
-            ptx.mbarrier_expect_tx(mbarrier, LOADED)
-            load_activations(maps, shared, to, mbarrier, ahead, first)
-            load_weights(maps, shared, to, mbarrier, ahead, unit0, up_offset)
-        return int32(turn + WARP if turn < THREADS - WARP else 0)
 
     def gemm(
         words, panels, steps, scales, count, bias, out, M, steps_row, rows, KP, groups, k_iters, row_blocks, up_offset
     ):  # fmt: skip
         shared = ptx.pointer(cuda.shared.array(0, int32))
-        mbarrier_s = ptx.pointer(cuda.shared.array(MBARRIERS, int64))  # what has come, then what has been read
+        # What has come to a stage; what has been read of it; whose turn it is to multiply.
+        mbarrier_s = ptx.pointer(cuda.shared.array(MBARRIERS, int64))
         a_r = cuda.local.array(CODES, int32)
         acc_r = cuda.local.array(SUMS, int32)
         b_r = cuda.local.array(CODES, int32)
         more_r = cuda.local.array(SUMS, int32)
         y_r = cuda.local.array(SUMS, float32)
+        m_r = cuda.local.array(2, float32)
+        d_r = cuda.local.array(D_REGS, float32)
         old_r = cuda.local.array(EACH, float32)
 
         tid = int32(cuda.threadIdx.x)
@@ -183,85 +195,112 @@ def make_gemm_groups_wgmma(
             return
         unit0 = int32(cuda.blockIdx.y) * UNITS
         k_iters = int32(k_iters)
-        filled = min(k_iters, int32(STAGES))
         unaligned, full = ptx.shared_address(shared, 0), ptx.shared_address(mbarrier_s, 0)
         base = int32((unaligned + (PANEL_ALIGN - 1)) & -PANEL_ALIGN)
-        maps, place = (words, scales, panels, steps), (first, unit0, int32(up_offset))
-
-        # 1. The first stages' weights, before the wait, and their activations.
-        if tid == 0:
+        if tid == THREADS:
             for n in range(STAGES):
                 ptx.mbarrier_init(full + 8 * n)
                 ptx.mbarrier_init_warps(full + 8 * (STAGES + n), int32(WARPS))
-                if n < k_iters:
-                    ptx.mbarrier_expect_tx(full + 8 * n, LOADED)
-            ptx.prefetch_tensor_map(panels, 0)
-            ptx.prefetch_tensor_map(steps, 0)
-            for n in range(filled):
-                load_weights(maps, shared, int32(base + n * STAGE), full + 8 * n, int32(n), unit0, int32(up_offset))
+            for n in range(GROUPS_OF_WARPS):
+                ptx.mbarrier_init_warps(full + 8 * (2 * STAGES + n), int32(GROUP_WARPS))
         for n in range(SUMS):
             y_r[n] = ZERO
-        trigger()
-        wait()
-        if tid == 0:
-            for n in range(filled):
-                load_activations(maps, shared, int32(base + n * STAGE), full + 8 * n, int32(n), first)
         cuda.syncthreads()
+        trigger()
 
-        # 2. Products, group by group.
-        own_words = int32(base + PANEL + ((w * PART + (g >> 2) * 16 + (g & 3) * 2) << 2))
-        scales_at = SCALES_AT + w // UNITS * HALF_SCALES + w % UNITS * SCALE_BYTES
-        own_scales = int32((base - unaligned + scales_at) >> 2) + g
-        own_steps = int32((base - unaligned + STEPS_AT) >> 2) + 2 * i
-        addresses = base, full, own_words, own_scales, own_steps, int32(SHIFT - CODE_BITS * i)
         now = int32(0), int32(0), int32(0)
-        k_iter, turn = int32(0), int32(0)  # turn: of the warp that refills next
-        block = maps, shared, addresses, k_iters, place, tid
-        if not PAIR:
-            while k_iter < k_iters:
-                multiply(a_r, acc_r, shared, addresses, now)
-                finished(acc_r)
-                turn = add_products(y_r, acc_r, block, now, k_iter, turn)
-                now, k_iter = next_stage(now), int32(k_iter + 1)
+        k_iter = int32(0)
+        if w == WARPS:
+            # 1. The warp that loads: the first stages' weights before the wait, then their activations, then the rest.
+            if lane == 0:
+                maps = words, scales, panels, steps
+                filled = min(k_iters, int32(STAGES))
+                ptx.prefetch_tensor_map(panels, 0)
+                ptx.prefetch_tensor_map(steps, 0)
+                for n in range(filled):
+                    ptx.mbarrier_expect_tx(full + 8 * n, LOADED)
+                    load_weights(maps, shared, int32(base + n * STAGE), full + 8 * n, int32(n), unit0, int32(up_offset))
+                wait()
+                for n in range(filled):
+                    load_activations(maps, shared, int32(base + n * STAGE), full + 8 * n, int32(n), first)
+                k_iter = filled
+                while k_iter < k_iters:
+                    slot, stage, parity = now
+                    to, mbarrier = int32(base + stage), int32(full + 8 * slot)
+                    ptx.mbarrier_wait(int32(mbarrier + 8 * STAGES), parity)
+                    ptx.mbarrier_expect_tx(mbarrier, LOADED)
+                    load_activations(maps, shared, to, mbarrier, k_iter, first)
+                    load_weights(maps, shared, to, mbarrier, k_iter, unit0, int32(up_offset))
+                    now, k_iter = next_stage(now), int32(k_iter + 1)
         else:
-            # In pairs, for the two sets; with conditions between, the assembler would run one product at a time.
-            multiply(a_r, acc_r, shared, addresses, now)
-            while k_iter + 2 < k_iters:
-                later = next_stage(now)
-                multiply(b_r, more_r, shared, addresses, later)
-                older_finished(acc_r)
-                turn = add_products(y_r, acc_r, block, now, k_iter, turn)
-                last = next_stage(later)
-                multiply(a_r, acc_r, shared, addresses, last)
-                older_finished(more_r)
-                turn = add_products(y_r, more_r, block, later, int32(k_iter + 1), turn)
-                now, k_iter = last, int32(k_iter + 2)
-            if k_iter + 1 < k_iters:
-                later = next_stage(now)
-                multiply(b_r, more_r, shared, addresses, later)
-                older_finished(acc_r)
-                turn = add_products(y_r, acc_r, block, now, k_iter, turn)
-                finished(more_r)
-                add_products(y_r, more_r, block, later, int32(k_iter + 1), turn)
+            # 2. Products, group by group.
+            wait()
+            own_words = int32(base + PANEL + ((w * PART + (g >> 2) * 16 + (g & 3) * 2) << 2))
+            scales_at = SCALES_AT + w // UNITS * HALF_SCALES + w % UNITS * SCALE_BYTES
+            own_scales = int32((base - unaligned + scales_at) >> 2) + g
+            own_steps = int32((base - unaligned + STEPS_AT) >> 2) + 2 * i
+            shift = int32(SHIFT - CODE_BITS * i)
+            own_group = int32(w // GROUP_WARPS)
+            order = int32(full + 8 * (2 * STAGES + own_group))
+            after = int32(full + 8 * (2 * STAGES + (own_group + 1) % GROUPS_OF_WARPS))
+            odd = int32(1) if own_group == 0 else int32(0)  # the first one's first turn needs nobody
+            addresses = base, full, own_words, own_scales, own_steps, shift, order, odd
+            if not PAIR:
+                while k_iter < k_iters:
+                    multiply(a_r, acc_r, shared, addresses, now)
+                    load_steps(m_r, d_r, shared, addresses, now)
+                    finished(acc_r)
+                    if TURNS:
+                        ptx.mbarrier_arrive_warp(after)
+                    add_products(y_r, acc_r, m_r, d_r, shared, addresses, now)
+                    now, k_iter = next_stage(now), int32(k_iter + 1)
+                    odd = int32(1 - odd)
+                    addresses = base, full, own_words, own_scales, own_steps, shift, order, odd
             else:
-                finished(acc_r)
-                add_products(y_r, acc_r, block, now, k_iter, turn)
+                # In pairs, for the two sets; with conditions between, the assembler would run one product at a time.
+                multiply(a_r, acc_r, shared, addresses, now)
+                while k_iter + 2 < k_iters:
+                    later = next_stage(now)
+                    multiply(b_r, more_r, shared, addresses, later)
+                    load_steps(m_r, d_r, shared, addresses, now)
+                    older_finished(acc_r)
+                    add_products(y_r, acc_r, m_r, d_r, shared, addresses, now)
+                    now = next_stage(later)
+                    multiply(a_r, acc_r, shared, addresses, now)
+                    load_steps(m_r, d_r, shared, addresses, later)
+                    older_finished(more_r)
+                    add_products(y_r, more_r, m_r, d_r, shared, addresses, later)
+                    k_iter = int32(k_iter + 2)
+                if k_iter + 1 < k_iters:
+                    later = next_stage(now)
+                    multiply(b_r, more_r, shared, addresses, later)
+                    load_steps(m_r, d_r, shared, addresses, now)
+                    older_finished(acc_r)
+                    add_products(y_r, acc_r, m_r, d_r, shared, addresses, now)
+                    load_steps(m_r, d_r, shared, addresses, later)
+                    finished(more_r)
+                    add_products(y_r, more_r, m_r, d_r, shared, addresses, later)
+                else:
+                    load_steps(m_r, d_r, shared, addresses, now)
+                    finished(acc_r)
+                    add_products(y_r, acc_r, m_r, d_r, shared, addresses, now)
         cuda.syncthreads()
 
         # 3. Output. Values of a lane: rows r, r, r + 1, r + 1 of tokens 2 i, 2 i + 1, 2 i, 2 i + 1.
-        to = ((base - unaligned) >> 2) + 2 * i * WIDTH + w * BLOCK_ROWS + (g >> 2) * 8 + (g & 3) * 2
-        for t in range(T // TOKENS):
-            wr = to + t * (TOKENS * WIDTH)
-            ptx.store2(
-                shared, wr, int32(ptx.float_to_bits(y_r[4 * t])), int32(ptx.float_to_bits(y_r[4 * t + 2]))
-            )  # fmt: skip
-            ptx.store2(
-                shared, wr + WIDTH, int32(ptx.float_to_bits(y_r[4 * t + 1])), int32(ptx.float_to_bits(y_r[4 * t + 3]))
-            )
+        if w < WARPS:
+            to = ((base - unaligned) >> 2) + 2 * i * WIDTH + w * BLOCK_ROWS + (g >> 2) * 8 + (g & 3) * 2
+            for t in range(T // TOKENS):
+                wr = to + t * (TOKENS * WIDTH)
+                ptx.store2(
+                    shared, wr, int32(ptx.float_to_bits(y_r[4 * t])), int32(ptx.float_to_bits(y_r[4 * t + 2]))
+                )  # fmt: skip
+                ptx.store2(
+                    shared, wr + WIDTH, int32(ptx.float_to_bits(y_r[4 * t + 1])), int32(ptx.float_to_bits(y_r[4 * t + 3]))
+                )
         cuda.syncthreads()
         own, token = int32(tid % ROWS), int32(tid // ROWS)
         row = int32(unit0 * BLOCK_ROWS + own)
-        if row < rows:
+        if row < rows and w < WARPS:
             last = int32((limit - 1) * rows + row)
             rd = int32(((base - unaligned) >> 2) + token * WIDTH + own)
             wr = int32((first + token) * rows + row)
