@@ -141,7 +141,6 @@ def make_gemv_groups(
         m_r = cuda.local.array(M_REGS, int32)
         x_r = cuda.local.array(X_REGS, float32)
         n_r = cuda.local.array(X_REGS, float32)
-        max_r = cuda.local.array(X_LOADS, float32)
 
         tid = int32(cuda.threadIdx.x)
         warp, lane = int32(tid // WARP), int32(tid % WARP)
@@ -184,7 +183,7 @@ def make_gemv_groups(
 
         # 2. The activations as int8 in shared memory, and each group's step.
         load_x(x_r, n_r, x, tid)
-        squares = ZERO
+        squares = absmax = ZERO
         for j in range(X_LOADS):
             most = ZERO
             for k in range(4):
@@ -195,7 +194,8 @@ def make_gemv_groups(
                 else:
                     most = max(most, abs(x_r[e]))
             # As bits, which order floats that are not negative as the numbers do.
-            max_r[j] = ptx.bits_to_float(uint32(warp_max(int32(ptx.float_to_bits(most)))))
+            most = ptx.bits_to_float(uint32(warp_max(int32(ptx.float_to_bits(most)))))
+            absmax = most if lane == j else absmax  # lane j keeps that of the warp's group j
         if NORM:
             squares = ptx.warp_sum(squares)
             if lane == 0:
@@ -205,14 +205,10 @@ def make_gemv_groups(
             for j in range(WARPS):
                 squares = float32(squares + square_s[j])
             inverse = ptx.rsqrt_approx(float32(squares * PER_COLUMN + eps))
-            for j in range(X_LOADS):
-                max_r[j] = float32(max_r[j] * inverse)
+            absmax = float32(absmax * inverse)
             for j in range(X_REGS):
                 x_r[j] = ptx.mul_rn(n_r[j], ptx.mul_rn(x_r[j], inverse))
-        # Lane j computes the scale and step of the warp's group j: a reciprocal is a branch and a chain of instructions.
-        absmax = max_r[0]
-        for j in range(1, X_LOADS):
-            absmax = max_r[j] if lane == j else absmax
+        # Scale and step of each lane's group: a reciprocal is a branch and a chain of instructions.
         # A NaN in x makes the sum of squares NaN, and stays: then so is all of y. (max would drop it.)
         own_s = ptx.mul_rn(ptx.rcp_rn(EPSILON if absmax < EPSILON else absmax), INT8_MAX)
         own_step, group = float32(ptx.rcp_rn(own_s) * PER_WEIGHT), int32(warp + lane * WARPS)
