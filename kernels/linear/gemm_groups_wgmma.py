@@ -295,7 +295,10 @@ def make_gemm_groups_wgmma(
                     shared, wr, int32(ptx.float_to_bits(y_r[4 * t])), int32(ptx.float_to_bits(y_r[4 * t + 2]))
                 )  # fmt: skip
                 ptx.store2(
-                    shared, wr + WIDTH, int32(ptx.float_to_bits(y_r[4 * t + 1])), int32(ptx.float_to_bits(y_r[4 * t + 3]))
+                    shared,
+                    wr + WIDTH,
+                    int32(ptx.float_to_bits(y_r[4 * t + 1])),
+                    int32(ptx.float_to_bits(y_r[4 * t + 3])),
                 )
         cuda.syncthreads()
         own, token = int32(tid % ROWS), int32(tid // ROWS)

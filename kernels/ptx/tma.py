@@ -85,9 +85,7 @@ def mbarrier_expect_tx(mbarrier: Any, nbytes: Any) -> None:
     simulated_thread().mbarriers[int(mbarrier)].change(1, announced=int(nbytes))
 
 
-@instruction(
-    "mbarrier.init.shared::cta.b64 [$0], $1; fence.mbarrier_init.release.cluster;", "", "rr", effects=True
-)
+@instruction("mbarrier.init.shared::cta.b64 [$0], $1; fence.mbarrier_init.release.cluster;", "", "rr", effects=True)
 def mbarrier_init_warps(address: Any, warps: Any) -> None:
     """Makes the int64 at an address an mbarrier that so many warps arrive at. One thread, then a barrier. sm_90."""
     simulated_thread().mbarriers[int(address)] = SimulatedMbarrier(int(warps))
@@ -101,7 +99,7 @@ def mbarrier_init_warps(address: Any, warps: Any) -> None:
     effects=True,
 )
 def mbarrier_arrive_warp(mbarrier: Any) -> None:
-    """This warp arrives at the mbarrier at an address: what its threads have read until now may be overwritten. sm_90."""
+    """This warp arrives at the mbarrier at an address: what its threads have read until now may change. sm_90."""
     thread = simulated_thread()
     thread.syncwarp()
     if thread.thread_id % WARP == 0:

@@ -196,8 +196,8 @@ def wgmma_s8(tokens: int, signed: bool = False) -> tuple[Callable, Callable, Cal
 
 @cache
 def wgmma_s8_pair(tokens: int) -> tuple[Callable, Callable, Callable]:
-    """`start`, `older_finished(sums)`, `finished(sums)` of signed products as of `wgmma_s8`, of which two run at a time,
-    each with sums and codes of its own: `older_finished` waits until only the latest product runs, and then `sums`,
+    """`start`, `older_finished(sums)`, `finished(sums)` of signed products as of `wgmma_s8`, of which two run at a
+    time, each with sums and codes of its own: `older_finished` waits until only the latest product runs; then `sums`,
     those of the one before, may be touched. sm_90a."""
     start, _, finished = wgmma_s8(tokens, signed=True)
     if SIMULATED:
