@@ -92,6 +92,7 @@ from bitnet_numba.kernels.ptx.tma import (
     tma_load_2d,
 )
 from bitnet_numba.kernels.ptx.warp import (
+    redux_sum_int,
     shuffle,
     shuffle_xor,
     warp_max,
