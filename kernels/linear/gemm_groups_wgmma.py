@@ -153,7 +153,7 @@ def make_gemm_groups_wgmma(
         for n in range(CODES):
             a_r[n] = ptx.shifted_weights(word[n], shift)
         if TURNS:
-            ptx.mbarrier_wait(order, odd)
+            ptx.mbarrier_spin(order, odd)
         start(acc_r, a_r, shared, int32(own_panel + stage))
 
     @device_function

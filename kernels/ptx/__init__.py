@@ -87,6 +87,7 @@ from bitnet_numba.kernels.ptx.tma import (
     mbarrier_expect_tx,
     mbarrier_init,
     mbarrier_init_warps,
+    mbarrier_spin,
     mbarrier_wait,
     prefetch_tensor_map,
     tma_load_2d,

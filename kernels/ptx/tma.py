@@ -92,8 +92,8 @@ def mbarrier_init_warps(address: Any, warps: Any) -> None:
 
 
 @instruction(
-    "{ .reg .pred first; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; "
-    "bar.warp.sync 0xffffffff; @first mbarrier.arrive.shared::cta.b64 _, [$0]; }",
+    "{ .reg .pred one; bar.warp.sync 0xffffffff; elect.sync _|one, 0xffffffff; "
+    "@one mbarrier.arrive.shared::cta.b64 _, [$0]; }",
     "",
     "r",
     effects=True,
@@ -114,6 +114,18 @@ def mbarrier_arrive_warp(mbarrier: Any) -> None:
 )
 def mbarrier_wait(mbarrier: Any, parity: Any) -> None:
     """Blocks until the phase with this parity is over. sm_90."""
+    state = simulated_thread().mbarriers[int(mbarrier)]
+    simulated_thread().wait_until(lambda: state.over(int(parity)))
+
+
+@instruction(
+    "{ .reg .pred done; again: mbarrier.test_wait.parity.shared::cta.b64 done, [$0], $1; @!done bra again; }",
+    "",
+    "rr",
+    effects=True,
+)
+def mbarrier_spin(mbarrier: Any, parity: Any) -> None:
+    """`mbarrier_wait` for short waits: it asks again and again, and instructions before it are not held up. sm_90."""
     state = simulated_thread().mbarriers[int(mbarrier)]
     simulated_thread().wait_until(lambda: state.over(int(parity)))
 

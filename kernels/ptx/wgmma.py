@@ -156,13 +156,18 @@ def _emulated_s8(tokens: int, signed: bool) -> Callable:
     return start
 
 
+# Descriptors b1 .. b3, by their lower halves: an address in shared memory carries nothing into the upper one.
+_NEXT_LOW = "add.u32 low, low, 2; mov.b64 b1, {low, high}; add.u32 low, low, 2; mov.b64 b2, {low, high}; "
+_NEXT_LOW += "add.u32 low, low, 2; mov.b64 b3, {low, high};"
+
+
 def _ptx_s8(tokens: int, signed: bool) -> str:
     count = tokens // 2
     lines = [
         "{ .reg .pred yes, keep; .reg .b32 low, high; .reg .b64 b0, b1, b2, b3;",
         f"setp.eq.u32 yes, 0, 0; setp.eq.u32 keep, 0, {int(signed)};",
         descriptor("b0", f"${count + 16}"),
-        "add.u64 b1, b0, 2; add.u64 b2, b0, 4; add.u64 b3, b0, 6;",
+        _NEXT_LOW if signed else "add.u64 b1, b0, 2; add.u64 b2, b0, 4; add.u64 b3, b0, 6;",
         "wgmma.fence.sync.aligned;",
     ]
     into = ", ".join(f"${n}" for n in range(count))
