@@ -51,6 +51,7 @@ from bitnet_numba.kernels.ptx.memory import (
     atomic_fetch_add_ordered,
     atomic_max_wide,
     atomic_or,
+    load2,
     load2_f32,
     load2_l2,
     load4,
@@ -82,13 +83,17 @@ from bitnet_numba.kernels.ptx.tma import (
     cluster_load,
     cluster_wait,
     fence_proxy_async,
+    mbarrier_arrive_warp,
     mbarrier_expect_tx,
     mbarrier_init,
+    mbarrier_init_warps,
+    mbarrier_spin,
     mbarrier_wait,
     prefetch_tensor_map,
     tma_load_2d,
 )
 from bitnet_numba.kernels.ptx.warp import (
+    redux_sum_int,
     shuffle,
     shuffle_xor,
     warp_max,
@@ -102,6 +107,7 @@ from bitnet_numba.kernels.ptx.wgmma import (
     shifted_weights,
     wgmma_bf16_split,
     wgmma_s8,
+    wgmma_s8_pair,
 )
 from bitnet_numba.kernels.ptx.wgmma_attention import (
     warpgroup_barrier,

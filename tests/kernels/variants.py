@@ -193,14 +193,12 @@ def linear_gemv_groups(arch: int) -> list[KernelSpec]:
         (2048, 6144, False, "residual", "silu"), (4096, gemv_groups.MAX_COLUMNS, False, "residual", "silu"),
         (256, 8192, True, "gated", "relu2"),
     ]  # fmt: skip
-    found = [
+    return [
         gemv_groups.gemv_groups_spec(
             arch, K, gemv_groups.plan(N, K, SMS, epilogue == "gated"), norm, epilogue, activation, bias=N == 256
         )
         for N, K, norm, epilogue, activation in shapes
     ]
-    old = gemv_groups.gemv_groups_spec(arch, 4096, gemv_groups.plan(6144, 4096, SMS), tensor_cores=False)
-    return [*found, old]
 
 
 def linear_gemm_groups(arch: int) -> list[KernelSpec]:

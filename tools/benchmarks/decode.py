@@ -25,7 +25,7 @@ from bitnet_numba.sampling import SamplingParams
 from tools.benchmarks.inputs import random_ids
 from tools.benchmarks.timing import graph_us
 
-LAYER = ("qkv", "attention", "o", "gate_up", "down")  # launches of a layer in a decode step
+LAYER = ("qkv", "attention", "o", "gate_up", "down")  # launches of a layer in a decode step, but for the norm of heads
 CONTEXTS = (128, 1024, 4096)
 PROMPTS, ANSWERS = (64, 256, 512), (16, 32, 64)
 
@@ -54,7 +54,8 @@ def named_launches(context: CudaContext, long: bool) -> dict[str, list[Launch]]:
     steps, runtime = context._steps, context._runtime
     forward = DecodePass(runtime.model, context._state, runtime.decode_buffers.attention, long)
     layers = [forward.layer(i) for i in range(runtime.model.config.num_layers)]
-    named = {name: [layer[n] for layer in layers] for n, name in enumerate(LAYER)}
+    names = (LAYER[0], "head_norm", *LAYER[1:]) if runtime.model.config.qk_norm else LAYER
+    named = {name: [layer[n] for layer in layers] for n, name in enumerate(names)}
     return {"embed": [forward.embed()], **named, "lm_head": [steps.lm_head()], "sampler": [steps.sampler()]}
 
 

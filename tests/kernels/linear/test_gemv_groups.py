@@ -6,7 +6,6 @@ test_gemv.py, group by group; the sum of G groups adds G roundings of the runnin
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import pytest
@@ -113,7 +112,6 @@ KINDS = st.sampled_from(
 
 
 @simulated
-@pytest.mark.parametrize("tensor_cores", [True, False])
 @settings(max_examples=12)
 @example(N=40, K=800, kind=(False, "store", "relu2"), bias=False, units=1, parts=2, grid=1, seed=1)
 @example(N=20, K=1250, kind=(False, "gated", "relu2"), bias=True, units=1, parts=1, grid=2, seed=2)
@@ -128,8 +126,7 @@ KINDS = st.sampled_from(
     seed=st.integers(0, 2**32 - 1),
 )
 def test_simulated_gemv_groups(
-    tensor_cores: bool, N: int, K: int, kind: tuple[bool, str, str], bias: bool, units: int, parts: int, grid: int,
-    seed: int,
+    N: int, K: int, kind: tuple[bool, str, str], bias: bool, units: int, parts: int, grid: int, seed: int
 ) -> None:  # fmt: skip
     gated = kind[1] == "gated"
     segments = segments_of(2 * N if gated else N, gated)
@@ -137,7 +134,6 @@ def test_simulated_gemv_groups(
     rounds = (rows - 1) // (16 * units * grid) + 1
     with pytest.MonkeyPatch.context() as patch:  # few warps, so that the simulator is done soon
         patch.setattr(module, "plan", lambda *_: Plan(units, parts, rounds, grid))
-        patch.setattr(module, "gemv_groups_spec", partial(module.gemv_groups_spec, tensor_cores=tensor_cores))
         check_gemv_groups(segments, K, 1, *kind, bias, seed)
 
 
