@@ -40,8 +40,8 @@ def _target(arch: int) -> Iterator[None]:
 def compile_ptx(function: Any, signature: Sequence[Any], arch: int, threads: int, blocks_per_sm: int = 1) -> str:
     """PTX of a kernel (a plain Python function, or what cuda.jit made of one) for an architecture such as 90.
 
-    `threads` per block and resident `blocks_per_sm` bound the registers. An architecture that the compiler does not know
-    yet gets the PTX of the last before it. Raises BackendError for one that it does not know any more.
+    `threads` per block and resident `blocks_per_sm` bound the registers. An architecture that the compiler does not
+    know yet gets the PTX of the last before it. Raises BackendError for one that it does not know any more.
     """
     from numba import cuda
     from numba.cuda.cudadrv.error import CCSupportError
