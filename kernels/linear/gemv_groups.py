@@ -192,8 +192,9 @@ def make_gemv_groups(
                     squares = float32(squares + x_r[e] * x_r[e])
                     most = max(most, abs(float32(n_r[e] * x_r[e])))
                 else:
-                    most = max(most, abs(x_r[e]))
-            # As bits, which order floats that are not negative as the numbers do.
+                    magnitude = int32(ptx.float_to_bits(x_r[e]) & 0x7FFFFFFF)
+                    most = ptx.bits_to_float(uint32(max(int32(ptx.float_to_bits(most)), magnitude)))
+            # As bits, which order floats that are not negative as the numbers do, and put NaN above all.
             max_r[j] = ptx.bits_to_float(uint32(warp_max(int32(ptx.float_to_bits(most)))))
         if NORM:
             squares = ptx.warp_sum(squares)
@@ -209,7 +210,7 @@ def make_gemv_groups(
             for j in range(X_REGS):
                 x_r[j] = ptx.mul_rn(n_r[j], ptx.mul_rn(x_r[j], inverse))
         for j in range(X_LOADS):
-            # A NaN in x makes the sum of squares NaN, and stays: then so is all of y. (max would drop it.)
+            # A NaN in x makes the sum of squares NaN, which stays: then so is all of y.
             s = ptx.mul_rn(ptx.rcp_rn(EPSILON if max_r[j] < EPSILON else max_r[j]), INT8_MAX)
             q0 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j], s), ROUNDER))
             q1 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[4 * j + 1], s), ROUNDER))
@@ -379,8 +380,8 @@ def gemv_groups(
     """The launch of one token's product.
 
     x: float32 [K rounded up to 32], zeros at the end, which is normed if there is a norm, and quantised by groups. NaN
-    in x makes all of y NaN with a norm, and is not noticed without. Epilogues as of `gemv`, without "acc". Arrays must
-    be aligned to 16 bytes. Raises ValueError for operands that do not fit.
+    in x makes all of y NaN, infinity makes it infinite or NaN. Epilogues as of `gemv`, without "acc". Arrays must be
+    aligned to 16 bytes. Raises ValueError for operands that do not fit.
     """
     gated = epilogue == "gated"
     if epilogue not in GROUP_EPILOGUES:
