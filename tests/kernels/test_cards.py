@@ -10,6 +10,7 @@ from bitnet_numba.kernels.linear.heuristics import choose_group_tile, choose_til
 from bitnet_numba.kernels.lm_head import gemm_mma
 from bitnet_numba.kernels.runtime.spec import KernelSpec, sm_memory
 from tests.kernels.cards import CARDS, MODELS, SMS, STATIC_BYTES, launches, model_config, static_bytes
+from tests.kernels.harness import needs_gpu
 
 NEWER = {103: 100, 110: 100, 121: 120, 130: 120}  # architectures without a card here or anywhere: whose SMs they have
 
@@ -74,6 +75,16 @@ def test_architectures_that_nobody_knows_yet_get_kernels_that_later_cards_run(ar
 def test_memory_of_an_sm_is_that_of_the_guide() -> None:
     assert {arch: sm_memory(arch).shared for arch in SMS} == {arch: 1024 * sm.shared for arch, sm in SMS.items()}
     assert sm_memory(130) == sm_memory(86)
+
+
+@needs_gpu
+def test_memory_of_an_sm_is_that_of_the_card() -> None:
+    from bitnet_numba.kernels.runtime.device import usable_device
+    from bitnet_numba.kernels.runtime.driver import driver_call, enum_member
+
+    attribute = enum_member("CUdevice_attribute", "MAX_SHARED_MEMORY_PER_MULTIPROCESSOR")
+    device = driver_call("cuDeviceGet", 0)
+    assert sm_memory(usable_device().arch).shared <= driver_call("cuDeviceGetAttribute", attribute, device)
 
 
 # What was measured on an H200 stays what it is there, whatever other cards get: of 2B4T's qkv, o, gate_up and down, by
