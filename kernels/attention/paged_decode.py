@@ -86,7 +86,7 @@ from bitnet_numba.kernels.operands import checked
 from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, int32, int64, uint32
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
-from bitnet_numba.kernels.runtime.spec import KernelSpec
+from bitnet_numba.kernels.runtime.spec import RESERVED_BYTES, KernelSpec, sm_memory
 
 MIN_ARCH = MMA_ARCH
 STRIPES = 16  # of a split: see above
@@ -96,7 +96,7 @@ SPLIT_STEP = 64  # tokens that a long context's splits are a multiple of
 PREFETCH = 8  # partial results that a thread has in flight
 TOKEN_BITS = 12  # of a work list's entry: the token; then 8 bits each for which of its blocks this is, and of how many
 MAX_TOKENS = 1 << TOKEN_BITS
-BLOCKS_PER_SM = {64: 5, 128: 3, 256: 2, 512: 1}  # resident blocks of so many threads
+BLOCKS_PER_SM = {64: 5, 128: 3, 256: 2, 512: 1}  # resident blocks of so many threads that registers allow
 
 
 def fits(arch: int, head_dim: int) -> bool:
@@ -125,9 +125,24 @@ def work_entries(blocks: Sequence[int]) -> list[int]:
     return [token | x << TOKEN_BITS | blocks[token] << TOKEN_BITS + 8 for token in order for x in range(blocks[token])]
 
 
-def threads_for(head_dim: int, blocks: int, num_sms: int) -> int:
-    """Threads a block, by how many blocks have work: they should all be resident at once."""
-    choice = next((t for t in (512, 256, 128) if blocks <= BLOCKS_PER_SM[t] * num_sms), 64)
+def shared_bytes(head_dim: int) -> int:
+    """Shared memory of a block, whatever its threads; the small arrays are rounded up to 1 KB."""
+    dims = partial_dims(head_dim)
+    queries = 2 * -(-head_dim // KEY_DIMS) * WARP * 4
+    return 4 * (queries + STRIPES * MMA_HEADS * (dims + 4) + dims) + 1024
+
+
+def resident_blocks(arch: int, head_dim: int, threads: int) -> int:
+    """Blocks of so many threads that an SM holds at once."""
+    fit = sm_memory(arch).shared // (shared_bytes(head_dim) + RESERVED_BYTES)
+    return max(1, min(BLOCKS_PER_SM.get(threads, 1), fit))
+
+
+def threads_for(arch: int, head_dim: int, blocks: int, num_sms: int) -> int:
+    """Threads a block, by how many blocks have work: they should all be resident at once, or else as many as can be."""
+    resident = {threads: resident_blocks(arch, head_dim, threads) for threads in (512, 256, 128, 64)}
+    enough = (threads for threads, most in resident.items() if blocks <= most * num_sms)
+    choice = next(enough, None) or max(resident, key=lambda threads: resident[threads])
     padded = head_dim % KEY_DIMS != 0  # takes registers that sixteen warps do not have
     return min(choice, 256) if padded else choice
 
@@ -594,7 +609,7 @@ def paged_decode_spec(
     kernel = make_paged_decode(arch, head_dim, group, heads_per_block(group), threads, min_split)
     wide = 4 * -(-head_dim // KEY_DIMS) + 8 * -(-head_dim // VALUE_DIMS)
     name = f"paged_decode_attention[{head_dim}, {group}, {threads}, {min_split}]"
-    return KernelSpec(name, kernel, SIGNATURE, threads, BLOCKS_PER_SM.get(threads, 1), wide_loads=wide)
+    return KernelSpec(name, kernel, SIGNATURE, threads, resident_blocks(arch, head_dim, threads), wide_loads=wide)
 
 
 class PagedScratch(SplitScratch):
@@ -655,7 +670,7 @@ def paged_decode_attention(
     if num_blocks < 1 or num_tokens > MAX_TOKENS:
         raise ValueError(f"{kernel}: {num_blocks} blocks for {num_tokens} tokens; 1 or more for up to {MAX_TOKENS}")
     head_blocks = shape.num_heads // heads_per_block(shape.group)
-    threads = threads_for(shape.head_dim, num_blocks * head_blocks, device.num_sms)
+    threads = threads_for(device.arch, shape.head_dim, num_blocks * head_blocks, device.num_sms)
     spec = paged_decode_spec(device.arch, shape.head_dim, shape.group, threads)
     _, _, _, _, block_table, block_table_stride, keys, *_ = arguments
     num_slots, max_position = block_table.size // block_table_stride, min(max_tokens, block_table_stride * PAGE)

@@ -218,9 +218,9 @@ def make_gemv(
                     squares = float32(squares + x_r[i] * x_r[i])
                     absmax = max(absmax, abs(float32(n_r[i] * x_r[i])))
                 else:
+                    squares = float32(squares + x_r[i] * ZERO)  # NaN where x is not finite, which max would drop
                     absmax = max(absmax, abs(x_r[i]))
-            if NORM:
-                squares = ptx.warp_sum(squares)
+            squares = ptx.warp_sum(squares)
             absmax = ptx.warp_max(absmax)
             if lane == 0:
                 square_s[warp] = squares
@@ -228,15 +228,16 @@ def make_gemv(
             cuda.syncthreads()
             squares = ZERO
             for i in range(WARPS):
-                if NORM:
-                    squares = float32(squares + square_s[i])
+                squares = float32(squares + square_s[i])
                 absmax = max(absmax, max_s[i])
             if NORM:
                 inverse = ptx.rsqrt_approx(float32(squares * PER_COLUMN + eps))
                 absmax = float32(absmax * inverse)
                 for i in range(X_REGS):
                     x_r[i] = ptx.mul_rn(n_r[i], ptx.mul_rn(x_r[i], inverse))
-            # A NaN in x makes the sum of squares NaN, and stays: then so is all of y. (max would drop it.)
+            else:
+                absmax = float32(absmax + squares)
+            # What is not finite in x makes the sum of squares NaN, which stays: then so is all of y.
             s = ptx.mul_rn(ptx.rcp_rn(EPSILON if absmax < EPSILON else absmax), INT8_MAX)
             q_sum = quantise(q_s, x_r, s, tid)
         cuda.syncthreads()
@@ -415,7 +416,7 @@ def gemv(
     """The launch of one token's product.
 
     x: float32 [K rounded up to 32], zeros at the end, which is normed if there is a norm, and quantised; or a token's
-    QuantizedActivations. NaN in x makes all of y NaN with a norm, and is not noticed without.
+    QuantizedActivations. NaN or infinity in x makes all of y NaN.
     epilogue: "store" writes y to out, float32 [N]; "residual" adds it to out; "gated", for gate and up rows, writes
     activation(y[n]) * y[n + N/2], activation "relu2" or "silu", to out, float32 [N/2]; "acc" writes the sums of weights
     times q to out, int32 [N]. Arrays must be aligned to 16 bytes. Raises ValueError for operands that do not fit.

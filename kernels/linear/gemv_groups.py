@@ -181,8 +181,9 @@ def make_gemv_groups(
                     squares = float32(squares + x_r[e] * x_r[e])
                     most = max(most, abs(float32(n_r[e] * x_r[e])))
                 else:
-                    most = max(most, abs(x_r[e]))
-            # As bits, which order floats that are not negative as the numbers do.
+                    magnitude = int32(ptx.float_to_bits(x_r[e]) & 0x7FFFFFFF)
+                    most = ptx.bits_to_float(uint32(max(int32(ptx.float_to_bits(most)), magnitude)))
+            # As bits, which order floats that are not negative as the numbers do, and put NaN above all.
             most = ptx.bits_to_float(uint32(warp_max(int32(ptx.float_to_bits(most)))))
             absmax = most if lane == j else absmax  # lane j keeps that of the warp's group j
         if NORM:
@@ -198,7 +199,7 @@ def make_gemv_groups(
             for j in range(X_REGS):
                 x_r[j] = ptx.mul_rn(n_r[j], ptx.mul_rn(x_r[j], inverse))
         # Scale and step of each lane's group: a reciprocal is a branch and a chain of instructions.
-        # A NaN in x makes the sum of squares NaN, and stays: then so is all of y. (max would drop it.)
+        # A NaN in x makes the sum of squares NaN, which stays: then so is all of y.
         own_s = ptx.mul_rn(ptx.rcp_rn(EPSILON if absmax < EPSILON else absmax), INT8_MAX)
         own_step, group = ptx.rcp_rn(own_s), int32(warp + lane * WARPS)
         if lane < X_LOADS and group < GROUPS:
@@ -343,8 +344,8 @@ def gemv_groups(
     """The launch of one token's product.
 
     x: float32 [K rounded up to 32], zeros at the end, which is normed if there is a norm, and quantised by groups. NaN
-    in x makes all of y NaN with a norm, and is not noticed without. Epilogues as of `gemv`, without "acc". Arrays must
-    be aligned to 16 bytes. Raises ValueError for operands that do not fit.
+    in x makes all of y NaN, infinity makes it infinite or NaN. Epilogues as of `gemv`, without "acc". Arrays must be
+    aligned to 16 bytes. Raises ValueError for operands that do not fit.
     """
     gated = epilogue == "gated"
     if epilogue not in GROUP_EPILOGUES:

@@ -12,6 +12,7 @@ from bitnet_numba.packing import BLOCK_ROWS
 
 MIN_ARCH = 75  # mma of 8-bit integers
 STAGED_ARCH = 80  # asynchronous copies to shared memory
+SPILLING_ARCH = 100  # from here on, 128 registers do not hold as much as before
 
 
 class MeasuredTile(NamedTuple):
@@ -107,7 +108,8 @@ def choose_tile(M: int, N: int, K: int, arch: int, num_sms: int, gated: bool = F
                        row-blocks an SM) over fewer. Beyond, activations come through shared memory, and from 129
                        tokens on few rows take the tile that leaves the busiest SM less to do
 
-    The mma tiles were measured on an H200 with 2B4T's shapes.
+    The mma tiles were measured on an H200 with 2B4T's shapes; but for up to 16 tokens of many rows, where the measured
+    tile spills registers from sm_100 on and does not fit twice the shared memory of sm_75.
     """
     if arch < MIN_ARCH:
         return Tile(TOKENS, 2 if gated else 1, 1, 8, 0, 0, scheme="dp4a")
@@ -121,7 +123,9 @@ def choose_tile(M: int, N: int, K: int, arch: int, num_sms: int, gated: bool = F
             return Tile(8, 2, 2, 4, 5, 0, 2)
         return Tile(8, 2, 1, 16, 5, 0, 1) if long else Tile(8, 4, 1, 8, 5, 0, 1)
     if M <= 16:
-        return Tile(16, 4, 1, 8, 2, 0, 2) if many else Tile(16, 2, 1, 16, 4, 0, 1)
+        if not many:
+            return Tile(16, 2, 1, 16, 4, 0, 1)
+        return Tile(16, 4, 1, 8, 2, 0, 2) if STAGED_ARCH <= arch < SPILLING_ARCH else Tile(16, 2, 2, 4, 4, 0, 2)
     if M <= 32:
         if many:
             return Tile(32, 4, 1, 4, 2, 0, 1)
@@ -173,7 +177,8 @@ def choose_group_tile(M: int, N: int, K: int, arch: int, num_sms: int, gated: bo
         before sm_75   dp4a: 8 tokens
         up to 32       mma: loading weights is what takes time, so warps share rows, each with its own groups
         sm_90          wgmma: see `_choose_group_wgmma_tile`; up to 128 tokens of few rows still mma
-        others         mma: a warp goes through all groups, and its sums stay in registers
+        others         mma: a warp goes through all groups, and its sums stay in registers; up to 128 tokens of so few
+                       rows that SMs would idle as up to 32
 
     None of these has been measured yet. Shared memory is at most 64 KB on sm_75, 99 KB elsewhere.
     """
@@ -184,10 +189,12 @@ def choose_group_tile(M: int, N: int, K: int, arch: int, num_sms: int, gated: bo
         return Tile(8, 2, 1, 8, 3 if staged else 2, 3, 1)
     if M <= 16 or M <= 32 and not staged:
         return Tile(16, 2, 1, 8 if staged else 4, 2, 2, 1)
+    few_rows = Tile(32, 2, 1, 4, 2, 2, 1)
     if M <= 32 or M <= 128 and few and arch == WGMMA_ARCH:
-        return Tile(32, 2, 1, 4, 2, 2, 1)
+        return few_rows
     if arch == WGMMA_ARCH:
         return _choose_group_wgmma_tile(M, N, num_sms, gated)
-    if M <= 64:
-        return Tile(32, 2, 4, 1, 1, 4 if staged else 2, 3)
-    return Tile(64, 2, 4, 1, 1, 3 if staged else 2, 3)
+    tile = Tile(32, 2, 4, 1, 1, 4 if staged else 2, 3) if M <= 64 else Tile(64, 2, 4, 1, 1, 3 if staged else 2, 3)
+    if M <= 128 and staged and -(-M // tile.tokens) * -(-N // tile.rows) < num_sms:
+        return few_rows
+    return tile

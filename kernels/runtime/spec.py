@@ -13,6 +13,26 @@ CARVEOUT_BYTES = 196 * 1024  # of shared memory that this gives on sm_90
 RESERVED_BYTES = 1024  # of it that the system takes for each block
 
 
+class SMMemory(NamedTuple):
+    """What an SM has beside its registers, of which every SM has 65536. In bytes."""
+
+    l1: int  # L1 and shared memory together
+    shared: int  # of it that can be shared memory; a block can have all but RESERVED_BYTES
+
+
+_LARGE, _AMPERE, _SMALL = (SMMemory(l1 << 10, shared << 10) for l1, shared in ((256, 228), (192, 164), (128, 100)))
+_SM_MEMORY = {
+    61: SMMemory((48 + 96) << 10, 96 << 10), 70: SMMemory(128 << 10, 96 << 10), 75: SMMemory(96 << 10, 64 << 10),
+    80: _AMPERE, 87: _AMPERE, 90: _LARGE, 100: _LARGE, 103: _LARGE, 110: _LARGE,
+}  # fmt: skip
+
+
+def sm_memory(arch: int) -> SMMemory:
+    """Of an architecture (CUDA C++ Programming Guide, "Compute Capabilities"). One that is not listed there counts as
+    the smallest since sm_80, which sm_86, sm_89 and sm_120 are."""
+    return _SM_MEMORY.get(arch, _SMALL)
+
+
 class KernelSpec(NamedTuple):
     """One compiled variant of a kernel: all that compiling and launching it take, without a device.
 

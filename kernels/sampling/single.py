@@ -3,7 +3,8 @@
 A token never visits the host to be chosen: the launch also stores it where the next step's embedding look-up reads
 it, moves the position on, and writes it to a ring in page-locked memory that the host reads at leisure.
 
-    grid: up to 64 blocks, all resident at once; block b owns vocab_size / grid neighbouring tokens, in shared memory
+    grid: up to 64 blocks, one an SM, so that all are resident at once whatever else an SM holds; block b owns
+          vocab_size / grid neighbouring tokens, in shared memory. Cards of fewer SMs than that takes: see `fits`
     1. every block: repetition penalty; largest logit, lowest id first  -> one 64-bit atomic maximum
        temperature 0: the last block to finish stores the token, and that is all
     2. (grid barrier) z = (logit - max) / temperature
@@ -33,10 +34,10 @@ from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import DeviceArray, PinnedArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.kernels.sampling import parts
-from bitnet_numba.kernels.sampling.parts import BINS, DIGIT_BITS, ID_BITS, LOWEST, NAN_TOKEN, SETTINGS
+from bitnet_numba.kernels.sampling.parts import BINS, DIGIT_BITS, ID_BITS, LARGEST, LOWEST, NAN_TOKEN, SETTINGS
 
-THREADS = 256  # two blocks fit an SM of any architecture; four bins of a histogram each
-BLOCKS_PER_SM = 2
+THREADS = 256  # four bins of a histogram each
+BLOCKS_PER_SM = 2  # that registers allow: one of this launch, and what the launches around it have there
 MAX_BLOCKS = 64
 BLOCK_TOKENS = 4096  # 16 KB of shared memory
 HISTOGRAMS = 3
@@ -166,7 +167,7 @@ def make_sample(arch: int, threads: int = THREADS, block_tokens: int = BLOCK_TOK
             word = seen[token >> 5] if penalty != float32(1) else int32(0)
             x = parts.penalized(logits[token], word, token, penalty)
             z_s[i] = x
-            if x != x:
+            if not x <= LARGEST:  # NaN or infinity
                 has_nan = int32(1)
             if x > top or top_id == vocab_size:
                 top, top_id = x, token
@@ -183,7 +184,7 @@ def make_sample(arch: int, threads: int = THREADS, block_tokens: int = BLOCK_TOK
             arrivals = int32(arrivals + grid)
             grid_barrier(counters, arrivals, tid)
             best = scratch[BEST]
-            if best == int64(NAN_KEY):
+            if best == int64(NAN_KEY) or not parts.is_finite(best):
                 break
             # 2. Shift and temperature.
             largest = parts.unordered(uint32(best >> ID_BITS))
@@ -258,7 +259,7 @@ def make_sample(arch: int, threads: int = THREADS, block_tokens: int = BLOCK_TOK
         if tid == 0:
             best = scratch[BEST]
             token = int64(NAN_TOKEN)
-            if best != int64(NAN_KEY):
+            if best != int64(NAN_KEY) and parts.is_finite(best):
                 if not greedy:
                     best = scratch[CHOSEN]
                 token = parts.token_of(best)
@@ -286,12 +287,17 @@ def spec(arch: int, threads: int = THREADS, block_tokens: int = BLOCK_TOKENS) ->
     return KernelSpec(f"sample[{threads}, {block_tokens}]", kernel, signature, threads, BLOCKS_PER_SM)
 
 
-def num_blocks(num_sms: int, vocab_size: int) -> int:
-    """Blocks of a launch: all can be resident at once and own every token.
+def fits(num_sms: int, vocab_size: int) -> bool:
+    """Whether a block an SM can own every token. If not, `sample_batch` serves the sequence as a batch of one."""
+    return vocab_size <= min(MAX_BLOCKS, num_sms) * BLOCK_TOKENS
 
-    Raises ValueError if the vocabulary is too large.
+
+def num_blocks(num_sms: int, vocab_size: int) -> int:
+    """Blocks of a launch: as many as are resident at once for certain. They wait for each other.
+
+    Raises ValueError if the vocabulary is too large for them.
     """
-    blocks = min(MAX_BLOCKS, BLOCKS_PER_SM * num_sms)
+    blocks = min(MAX_BLOCKS, num_sms)
     most = min(parts.MAX_VOCAB, blocks * BLOCK_TOKENS)
     if not 1 <= vocab_size <= most:
         raise ValueError(f"sample: the vocabulary must have 1 to {most} tokens, not {vocab_size}")
@@ -312,8 +318,8 @@ def sample(
 
     logits float32 [vocab_size]; sequence: of one slot; position[0] moves on by one and tokens[position[0]] becomes the
     token. ring int64: entry p % size becomes p << 32 | token for the new position p, with NAN_TOKEN as 32 bits (and
-    token 0 in `tokens`) if logits hold NaN. Raises ValueError in one line for a vocabulary that is too large and for
-    operands of other types or smaller sizes.
+    token 0 in `tokens`) if a logit is NaN or the largest is infinite. Raises ValueError in one line for a vocabulary
+    that does not fit and for operands of other types or smaller sizes.
     """
     grid = num_blocks(device.num_sms, vocab_size)
     if ring.dtype != "int64" or ring.size < 1:

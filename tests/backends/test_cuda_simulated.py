@@ -205,12 +205,55 @@ def test_simulated_group_scales(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 
 
 @simulated
+def test_simulated_numbers_beyond_float32(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Scores of attention that overflow, in a model without sub-norms, whose sums of squares would show it: no
+    token comes of them, alone, after a prompt or in a batch."""
+    from bitnet_numba.backends.protocol import NO_TOKEN
+    from bitnet_numba.backends.reference import reference_backend
+    from bitnet_numba.checkpoint.convert import convert
+    from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
+    from bitnet_numba.kernels.attention import paged_decode
+    from bitnet_numba.kernels.sampling import batched
+    from bitnet_numba.sampling import SamplingParams
+    from tools.make_checkpoint import PRESETS, make_checkpoint
+
+    tensor = PackedCheckpoint.tensor
+
+    def spoilt(self: PackedCheckpoint, name: str) -> np.ndarray:
+        values = tensor(self, name)
+        return values * np.float32(1e25) if name.endswith("input_norm.weight") else values
+
+    spec, config = PRESETS["tiny-llama"]
+    make_checkpoint(tmp_path / "source", config | CONFIG, spec, seed=4)
+    convert(tmp_path / "source", tmp_path / "packed", head="bf16")
+    checkpoint = open_packed(tmp_path / "packed")
+    monkeypatch.setattr(PackedCheckpoint, "tensor", spoilt)
+    with np.errstate(all="ignore"):
+        expected = reference_backend(checkpoint).new_context(16).logits([5, 250])
+    assert np.isnan(expected).all()
+    backend = simulated_backend(monkeypatch, checkpoint)
+    monkeypatch.setattr(paged_decode, "threads_for", lambda *arguments: 64)
+    monkeypatch.setattr(batched, "spec", partial(batched.spec, threads=64))
+    for ids in ([5], [5, 250]):
+        context = backend.new_context(16)
+        assert np.isnan(context.logits(ids)).all()
+        context.truncate(0)
+        with pytest.raises(ValueError, match="logits hold NaN or infinity"):
+            next(context.decode(ids, SamplingParams()))
+    batch = backend.new_batch(1, 16)
+    batch.start(0, [5, 250], SamplingParams(), [0], 0)
+    batch.prefill([(0, 2)])
+    assert batch.collect() == [(0, NO_TOKEN)]
+    assert "NaN or infinity" in batch.failure(0)
+
+
+@simulated
 def test_simulated_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Two sequences, whose pages are in arbitrary order, get the tokens that each would get alone."""
     from bitnet_numba.checkpoint.convert import convert
     from bitnet_numba.checkpoint.packed import open_packed
     from bitnet_numba.kernels.attention import paged_decode
-    from bitnet_numba.kernels.sampling import batched
+    from bitnet_numba.kernels.sampling import batched, single
     from bitnet_numba.sampling import SamplingParams
     from tools.make_checkpoint import PRESETS, make_checkpoint
 
@@ -246,7 +289,9 @@ def test_simulated_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     together, alone = tokens
     assert [results[1] for results in together] == [(1, results[0][1]) for results in alone]
 
-    context = backend.new_context(16)
-    steps = context.decode([5, 250], params)
-    assert [next(steps), next(steps)] == [results[0][1] for results in together]
-    steps.close()
+    for max_blocks in (1, 0):  # 0: as on a card of too few SMs for a sampler of one sequence
+        monkeypatch.setattr(single, "MAX_BLOCKS", max_blocks)
+        context = backend.new_context(16)
+        steps = context.decode([5, 250], params)
+        assert [next(steps), next(steps)] == [results[0][1] for results in together]
+        steps.close()

@@ -217,8 +217,8 @@ class CudaBatch:
         return self._scored[slot].logprobs
 
     def failure(self, slot: int) -> str:
-        """Why a sequence got NO_TOKEN: nothing but NaN makes the sampler return it."""
-        return self._failures.get(slot) or f"{NOT_FINITE}: logits hold NaN"
+        """Why a sequence got NO_TOKEN: nothing but NaN and infinity makes the sampler return it."""
+        return self._failures.get(slot) or f"{NOT_FINITE}: logits hold NaN or infinity"
 
     def close(self) -> None:
         """Gives the memory back."""

@@ -215,5 +215,5 @@ class CudaContext:
             raise BackendError("a decode step ended without a token")
         token = entry & 0xFFFFFFFF
         if token >> 31:
-            raise ValueError("logits hold NaN")
+            raise ValueError("logits hold NaN or infinity")
         return token

@@ -16,7 +16,7 @@ from bitnet_numba.kernels.attention.paged_decode import PagedScratch, max_splits
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import DeviceArray, PinnedArray
 from bitnet_numba.kernels.sampling.batched import sample_batch
-from bitnet_numba.kernels.sampling.single import SamplerScratch, sample
+from bitnet_numba.kernels.sampling.single import SamplerScratch, fits, sample
 
 
 class DecodeBuffers:
@@ -80,7 +80,10 @@ class DecodeSteps:
         model, buffers, state = self._model, self._buffers, self._state
 
         def sample_from(logits: DeviceArray) -> Launch:
-            return sample(model.device, logits, model.config.vocab_size, state.arrays, buffers.sampler, self._ring)
+            device, vocab, ring = model.device, model.config.vocab_size, self._ring
+            if not fits(device.num_sms, vocab):
+                return sample_batch(device, logits, vocab, state.arrays, state.slot_position, ring, 1, ring.size)
+            return sample(device, logits, vocab, state.arrays, buffers.sampler, ring)
 
         if self.extras is None:
             return [sample_from(buffers.logits)]

@@ -175,18 +175,20 @@ def test_simulated_gemv(
 
 
 @simulated
-def test_simulated_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN in a vector that is normed makes every output NaN."""
+@pytest.mark.parametrize("with_norm", [True, False])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_simulated_numbers_that_are_not_finite(monkeypatch: pytest.MonkeyPatch, with_norm: bool, value: float) -> None:
+    """One in a vector makes every output NaN."""
     K = 70
     monkeypatch.setattr(gemv_module, "plan", lambda *_: Plan(1, 1, 1, 1))
     device = HarnessDevice(1)
     x = padded(np.ones(K, np.float32))
-    x[33] = np.nan
+    x[33] = value
     out = Out(16, np.float32)
     words, scales = pack_ternary(np.ones((16, K), np.int8)), np.ones(1, np.float32)
     linear = PackedLinear(device.operand(words), device.operand(scales), (16,), K)
     norm = Norm(device.operand(np.ones(96, np.float32)), float(EPS))
-    gemv(device, linear, device.operand(x), device.operand(out), norm=norm)
+    gemv(device, linear, device.operand(x), device.operand(out), norm=norm if with_norm else None)
     device.run(repeat=1)
     assert np.isnan(out.array).all()
 

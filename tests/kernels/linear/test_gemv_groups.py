@@ -138,19 +138,22 @@ def test_simulated_gemv_groups(
 
 
 @simulated
-def test_simulated_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN in a vector that is normed makes every output NaN."""
+@pytest.mark.parametrize("with_norm", [True, False])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_simulated_numbers_that_are_not_finite(monkeypatch: pytest.MonkeyPatch, with_norm: bool, value: float) -> None:
+    """One in a vector shows in every output."""
     monkeypatch.setattr(module, "plan", lambda *_: Plan(1, 1, 1, 1))
     device = HarnessDevice(1)
     x = padded(np.ones(300, np.float32))
-    x[33] = np.nan
+    x[33] = value
     out = Out(16, np.float32)
     words, scales = pack_ternary(np.ones((16, 300), np.int8)), pack_scales(np.ones((16, 3), np.float16))
     linear = GroupedLinear(device.operand(words), device.operand(scales), (16,), 300)
     norm = Norm(device.operand(np.ones(320, np.float32)), float(EPS))
-    gemv_groups(device, linear, device.operand(x), device.operand(out), norm=norm)
+    gemv_groups(device, linear, device.operand(x), device.operand(out), norm=norm if with_norm else None)
     device.run(repeat=1)
-    assert np.isnan(out.array).all()
+    assert not np.isfinite(out.array).any()
+    assert np.isnan(out.array).all() or np.isinf(value) and not with_norm
 
 
 @needs_gpu

@@ -4,6 +4,7 @@ import ast
 import errno
 import importlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,30 @@ def test_a_full_disk_is_no_error_and_keeps_nothing(cache: Path, monkeypatch: pyt
 def test_what_does_not_assemble_gives_one_line() -> None:
     with pytest.raises(BackendError, match="does not assemble for sm_90: ") as caught:
         compiler.link_cubin(".version 8.0\n.target sm_90\n.address_size 64\n.entry kernel() { nonsense; }", 90)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("arch", "target"), [(87, "sm_87"), (103, "sm_103"), (121, "sm_121")])
+def test_architectures_between_those_that_are_measured(arch: int, target: str) -> None:
+    spec = advance_spec(arch)
+    ptx = compiler.compile_ptx(spec.kernel, spec.signature, arch, spec.threads)
+    assert re.search(r"\.target (\w+)", ptx)[1] == target  # type: ignore[index]
+    assert compiler.link_cubin(ptx, arch)[:4] == b"\x7fELF"
+
+
+def test_the_driver_assembles_for_gpus_newer_than_the_assembler(cache: Path) -> None:
+    arch = 990
+    code, compiled = compiler.machine_code(advance_spec(arch), arch)
+    assert compiled and code.endswith(b"\0") and code.count(b"\0") == 1
+    target = int(re.search(r"\.target sm_(\d+)\b", code.decode())[1])  # type: ignore[index]
+    assert 120 <= target < arch, "the PTX of an earlier architecture, which later ones run"
+    assert compiler.machine_code(advance_spec(arch), arch) == (code, False)
+
+
+def test_gpus_that_the_compiler_has_left_behind_give_one_line() -> None:
+    spec = advance_spec(35)
+    with pytest.raises(BackendError, match="do not compile for sm_35: ") as caught:
+        compiler.compile_ptx(spec.kernel, spec.signature, 35, spec.threads)
     assert "\n" not in str(caught.value)
 
 
