@@ -8,6 +8,7 @@ Hence a sequence computes one token more than it needs; it is dropped.
 """
 
 import contextlib
+import math
 import threading
 from collections import Counter
 from time import monotonic
@@ -21,7 +22,7 @@ from bitnet_numba.engine.request import Prompt, Request, as_integer, positive_in
 from bitnet_numba.engine.request_queue import CLOSED, RequestQueue
 from bitnet_numba.engine.sequence import Logprobs, Sequence, Update
 from bitnet_numba.errors import BackendError, BitNetError, QueueTimeout, RequestError, SchedulerClosed, one_line, shown
-from bitnet_numba.sampling_params import SamplingOverrides, SamplingParams
+from bitnet_numba.sampling_params import SamplingOverrides, SamplingParams, as_float
 from bitnet_numba.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -176,16 +177,20 @@ class Scheduler:
         """
         return self._queue.wait(timeout)
 
-    def step(self, coalesce: float = 0.0) -> list[Update]:
+    def step(self, *, coalesce: float = 0.0) -> list[Update]:
         """Runs one round and returns what the last one produced, usually one update for each running request.
 
         coalesce: seconds for which the text of an answer that goes on is kept: of many tokens at once, it costs less.
-        Each round tells of some of the answers. What begins or ends is told at once.
+        Each round tells of some of the answers. What begins or ends is told at once. Raises RequestError if it is no
+        such number.
 
         If the backend fails as a whole, every open request ends with the error, and the scheduler is closed: another
         one can take its place. After `close`, the next step tells that the requests which were open have ended with
         SchedulerClosed; the one after it raises that.
         """
+        seconds = as_float(coalesce)
+        if seconds is None or not 0.0 <= seconds < math.inf:
+            raise RequestError(f"coalesce must be a number of seconds, not {shown(coalesce)}")
         if not self._stepping.acquire(blocking=False):
             if not self._closing:
                 raise RequestError("another thread steps this scheduler: one thread runs it")
@@ -196,7 +201,7 @@ class Scheduler:
             updates = self._queue.take_updates()
             if not self.closed:
                 try:
-                    self._run_round(updates, coalesce)
+                    self._run_round(updates, seconds)
                 except Exception as failure:
                     error = failure if isinstance(failure, BackendError) else BackendError(one_line(failure))
                     error.__cause__ = failure if error is not failure else failure.__cause__
