@@ -20,7 +20,7 @@ from bitnet_numba.engine.completion import Completion, CompletionBuilder
 from bitnet_numba.engine.queue_options import USUAL, QueueOptions
 from bitnet_numba.engine.request import Prompt, Request, as_integer, positive_integer, read_params, read_request
 from bitnet_numba.engine.request_queue import CLOSED, RequestQueue
-from bitnet_numba.engine.sequence import Logprobs, Sequence, Update
+from bitnet_numba.engine.sequence import Logprobs, Sequence, Telling, Update
 from bitnet_numba.errors import BackendError, BitNetError, QueueTimeout, RequestError, SchedulerClosed, one_line, shown
 from bitnet_numba.sampling_params import SamplingOverrides, SamplingParams, as_float
 from bitnet_numba.text.tokenizer import Tokenizer
@@ -201,7 +201,7 @@ class Scheduler:
             updates = self._queue.take_updates()
             if not self.closed:
                 try:
-                    self._run_round(updates, seconds)
+                    self._run_round(updates, Telling(monotonic(), seconds))
                 except Exception as failure:
                     error = failure if isinstance(failure, BackendError) else BackendError(one_line(failure))
                     error.__cause__ = failure if error is not failure else failure.__cause__
@@ -226,8 +226,8 @@ class Scheduler:
         self._queue.close(error)
         self._runner.close()
 
-    def _run_round(self, updates: list[Update], coalesce: float) -> None:
-        runner, now = self._runner, monotonic()
+    def _run_round(self, updates: list[Update], telling: Telling) -> None:
+        runner = self._runner
         self._end_cancelled(updates)
         uncollected = runner.uncollected
         preempted = runner.make_room()
@@ -239,9 +239,7 @@ class Scheduler:
         self._end_late(updates)
         runner.step()
         for _ in range(uncollected):
-            runner.collect(
-                lambda s, token, logprobs, row: self._receive(s, token, logprobs, row, updates, now, coalesce)
-            )
+            runner.collect(lambda s, token, logprobs, row: self._receive(s, token, logprobs, row, updates, telling))
 
     def _prefill(self, updates: list[Update], admit: bool) -> None:
         """Enqueues the tokens of prompts that this round computes; `admit`: starts requests that wait, too."""
@@ -274,14 +272,7 @@ class Scheduler:
         return True
 
     def _receive(
-        self,
-        s: Sequence,
-        token: int,
-        logprobs: Logprobs | None,
-        row: int,
-        updates: list[Update],
-        now: float,
-        coalesce: float,
+        self, s: Sequence, token: int, logprobs: Logprobs | None, row: int, updates: list[Update], telling: Telling
     ) -> None:
         """Adds a sampled token to its sequence's answer; its log probability is in a row of logprobs."""
         if s.ended:
@@ -304,9 +295,8 @@ class Scheduler:
         s.ids.append(token)
         if len(s.ids) % self._runner.pool.page_size == 0:
             self._runner.note_computed(s)
-        text, tell = "", not s.quiet and now >= s.tell_at
+        text, tell = "", telling.has_turn(s)
         if tell:
-            s.tell_at = s.next_telling(now, coalesce)
             text = builder.push(token, logprobs, row)
         else:
             builder.push_quietly(token, logprobs, row)
