@@ -8,6 +8,7 @@ Hence a sequence computes one token more than it needs; it is dropped.
 """
 
 import contextlib
+import math
 import threading
 from collections import Counter
 from time import monotonic
@@ -19,9 +20,9 @@ from bitnet_numba.engine.completion import Completion, CompletionBuilder
 from bitnet_numba.engine.queue_options import USUAL, QueueOptions
 from bitnet_numba.engine.request import Prompt, Request, as_integer, positive_integer, read_params, read_request
 from bitnet_numba.engine.request_queue import CLOSED, RequestQueue
-from bitnet_numba.engine.sequence import Logprobs, Sequence, Update
+from bitnet_numba.engine.sequence import Logprobs, Sequence, Telling, Update
 from bitnet_numba.errors import BackendError, BitNetError, QueueTimeout, RequestError, SchedulerClosed, one_line, shown
-from bitnet_numba.sampling_params import SamplingOverrides, SamplingParams
+from bitnet_numba.sampling_params import SamplingOverrides, SamplingParams, as_float
 from bitnet_numba.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -176,16 +177,20 @@ class Scheduler:
         """
         return self._queue.wait(timeout)
 
-    def step(self, coalesce: float = 0.0) -> list[Update]:
+    def step(self, *, coalesce: float = 0.0) -> list[Update]:
         """Runs one round and returns what the last one produced, usually one update for each running request.
 
         coalesce: seconds for which the text of an answer that goes on is kept: of many tokens at once, it costs less.
-        Each round tells of some of the answers. What begins or ends is told at once.
+        Each round tells of some of the answers. What begins or ends is told at once. Raises RequestError if it is no
+        such number.
 
         If the backend fails as a whole, every open request ends with the error, and the scheduler is closed: another
         one can take its place. After `close`, the next step tells that the requests which were open have ended with
         SchedulerClosed; the one after it raises that.
         """
+        seconds = as_float(coalesce)
+        if seconds is None or not 0.0 <= seconds < math.inf:
+            raise RequestError(f"coalesce must be a number of seconds, not {shown(coalesce)}")
         if not self._stepping.acquire(blocking=False):
             if not self._closing:
                 raise RequestError("another thread steps this scheduler: one thread runs it")
@@ -196,7 +201,7 @@ class Scheduler:
             updates = self._queue.take_updates()
             if not self.closed:
                 try:
-                    self._run_round(updates, coalesce)
+                    self._run_round(updates, Telling(monotonic(), seconds))
                 except Exception as failure:
                     error = failure if isinstance(failure, BackendError) else BackendError(one_line(failure))
                     error.__cause__ = failure if error is not failure else failure.__cause__
@@ -221,8 +226,8 @@ class Scheduler:
         self._queue.close(error)
         self._runner.close()
 
-    def _run_round(self, updates: list[Update], coalesce: float) -> None:
-        runner, now = self._runner, monotonic()
+    def _run_round(self, updates: list[Update], telling: Telling) -> None:
+        runner = self._runner
         self._end_cancelled(updates)
         uncollected = runner.uncollected
         preempted = runner.make_room()
@@ -234,9 +239,7 @@ class Scheduler:
         self._end_late(updates)
         runner.step()
         for _ in range(uncollected):
-            runner.collect(
-                lambda s, token, logprobs, row: self._receive(s, token, logprobs, row, updates, now, coalesce)
-            )
+            runner.collect(lambda s, token, logprobs, row: self._receive(s, token, logprobs, row, updates, telling))
 
     def _prefill(self, updates: list[Update], admit: bool) -> None:
         """Enqueues the tokens of prompts that this round computes; `admit`: starts requests that wait, too."""
@@ -269,14 +272,7 @@ class Scheduler:
         return True
 
     def _receive(
-        self,
-        s: Sequence,
-        token: int,
-        logprobs: Logprobs | None,
-        row: int,
-        updates: list[Update],
-        now: float,
-        coalesce: float,
+        self, s: Sequence, token: int, logprobs: Logprobs | None, row: int, updates: list[Update], telling: Telling
     ) -> None:
         """Adds a sampled token to its sequence's answer; its log probability is in a row of logprobs."""
         if s.ended:
@@ -299,9 +295,8 @@ class Scheduler:
         s.ids.append(token)
         if len(s.ids) % self._runner.pool.page_size == 0:
             self._runner.note_computed(s)
-        text, tell = "", not s.quiet and now >= s.tell_at
+        text, tell = "", telling.has_turn(s)
         if tell:
-            s.tell_at = s.next_telling(now, coalesce)
             text = builder.push(token, logprobs, row)
         else:
             builder.push_quietly(token, logprobs, row)

@@ -64,7 +64,20 @@ class Sequence:
         self.max_tokens = self.max_cached - self.prompt_length + 1
         self.order = self.options.priority, self.id
 
-    def next_telling(self, now: float, coalesce: float) -> float:
-        """When its text is to be told again. The second time comes early, each sequence's by another share: those that
-        start together are then told of in turns, and no round has all of them."""
-        return now + coalesce * (1.0 if self.tell_at else self.id * GOLDEN_RATIO % 1.0)
+
+class Telling(NamedTuple):
+    """The time of a round, and for how long text is kept: whose answers' text is told in the round."""
+
+    now: float  # seconds
+    coalesce: float
+
+    def has_turn(self, s: Sequence) -> bool:
+        """Whether a sequence's text is told; asked once for each token.
+
+        The second time comes early, each sequence's by another share: those that start together are then told of in
+        turns, and no round has all of them.
+        """
+        if s.quiet or self.now < s.tell_at:
+            return False
+        s.tell_at = self.now + self.coalesce * (1.0 if s.tell_at else s.id * GOLDEN_RATIO % 1.0)
+        return True

@@ -96,7 +96,7 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while not self._closed and self._scheduler.wait():
-                updates = self._scheduler.step(self._coalesce)
+                updates = self._scheduler.step(coalesce=self._coalesce)
                 self._stepped_at = monotonic()
                 if not self._scheduler.closed:
                     self._deliver(updates, self._answers)

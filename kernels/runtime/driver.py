@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 # Of `Pace`: how long before an event is due polling begins, in seconds and as a share of what is between two; how long
 # it goes on beyond that; the longest sleep; how late the driver wakes who sleeps; how fast a distance may grow.
 EARLY, EARLY_SHARE, POLL, NAP, WOKEN_LATE, GROWTH = 40e-6, 0.03, 100e-6, 500e-6, 80e-6, 1.1
-SET_TIMER_SLACK, SLACK = 29, 1000  # of prctl, ns: Linux lets a thread sleep 50 us longer unless it asks for less
+# Of prctl, and ns: Linux lets a thread sleep 50 us longer unless it asks for less.
+SET_TIMER_SLACK, GET_TIMER_SLACK, SLACK = 29, 30, 1000
 
 
 def driver_call(name: str, *arguments: Any) -> Any:
@@ -173,11 +174,12 @@ def _prctl() -> Callable[[int, int], int]:
 def sleep_exactly(seconds: float) -> None:
     """Sleeps 5 us too long, as a rule, where `time.sleep` sleeps 60 too long."""
     prctl = _prctl()
+    before = prctl(GET_TIMER_SLACK, 0)
     prctl(SET_TIMER_SLACK, SLACK)
     try:
         sleep(seconds)
     finally:
-        prctl(SET_TIMER_SLACK, 0)  # what it was
+        prctl(SET_TIMER_SLACK, before)
 
 
 class Pace:

@@ -531,3 +531,12 @@ def test_answers_take_turns_in_being_told(monkeypatch: pytest.MonkeyPatch) -> No
     last_start = max(rounds[0] for rounds in told.values())
     each_round = np.bincount([r for rounds in told.values() for r in rounds if last_start < r < 35])[last_start + 1 :]
     assert each_round.size >= 20 and each_round.min() >= 1 and each_round.max() <= 4, each_round
+
+
+@pytest.mark.parametrize("coalesce", [-1, float("nan"), float("inf"), "1", None, True])
+def test_how_long_text_is_kept_is_a_number(coalesce: Any) -> None:
+    scheduler = engine()[0].scheduler()
+    scheduler.add([5], max_new_tokens=2)
+    with pytest.raises(RequestError, match="coalesce must be a number of seconds, not"):
+        scheduler.step(coalesce=coalesce)
+    assert run(scheduler)[-1].completion is not None  # nothing is lost
