@@ -17,6 +17,7 @@ from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.checkpoint.safetensors_file import TensorSpec, write_tensors
 from bitnet_numba.cli.embed import run
 from bitnet_numba.config import GROUPS
+from bitnet_numba.engine.embedding import batches
 from bitnet_numba.quantize import ternarize
 from tests.conftest import GOLDEN
 from tests.server.helpers import serving
@@ -174,3 +175,10 @@ def test_a_server_of_another_model_refuses() -> None:
     with serving(lambda: bn.load(backend="reference")) as server:
         response = server.post("/v1/embeddings", {"input": "a"})
         assert response.status_code == 400 and "no embedding model" in response.json()["error"]["message"]
+
+
+def test_which_texts_are_computed_together() -> None:
+    texts = [[1] * count for count in (1500, 500, 49, 2048, 5000, 1, 2)]
+    parts = list(batches(texts))
+    assert [list(range(7))[part] for part in parts] == [[0, 1], [2], [3], [4], [5, 6]]
+    assert list(batches([])) == []

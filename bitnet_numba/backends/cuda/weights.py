@@ -35,8 +35,9 @@ def why_unsupported(checkpoint: PackedCheckpoint) -> str | None:
     config = checkpoint.config
     if config.embeds and (config.q_size % BLOCK_ROWS or config.kv_size % BLOCK_ROWS or config.head_dim % 4):
         return f"{config.num_heads} and {config.num_kv_heads} heads of {config.head_dim} are not whole blocks of rows"
-    if config.linear_norm and not config.embeds:
-        return "linears with a norm of their own (use_rms_norm) run on the CPU only"
+    if config.linear_norm != config.embeds:
+        own = "with" if config.linear_norm else "of embedding models without"
+        return f"linears {own} a norm of their own (use_rms_norm) run on the CPU only"
     if any(name.endswith((".qkv.weight", ".o.weight", ".gate_up.weight", ".down.weight")) for name in checkpoint.names):
         return "linears that are not quantised (modules_to_not_convert) run on the CPU only"
     if config.hidden_size % BLOCK_COLS:
@@ -51,7 +52,7 @@ def why_unsupported(checkpoint: PackedCheckpoint) -> str | None:
         return f"a linear of {columns} columns is over {most}" + (" with group scales" if config.group_scales else "")
     if config.head_dim > MAX_HEAD_DIM:
         return f"head_dim {config.head_dim} is over {MAX_HEAD_DIM}"
-    if config.vocab_size > MAX_VOCAB:
+    if config.vocab_size > MAX_VOCAB and not config.embeds:
         return f"a vocabulary of {config.vocab_size} is over {MAX_VOCAB}"
     return None
 
