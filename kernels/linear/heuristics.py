@@ -8,7 +8,7 @@ from bitnet_numba.kernels.linear.gemm_dp4a import TOKENS
 from bitnet_numba.kernels.linear.gemm_wgmma import ARCH as WGMMA_ARCH
 from bitnet_numba.kernels.linear.gemm_wgmma import PART, SHARED_BYTES, cta_bytes
 from bitnet_numba.kernels.linear.tile import Tile
-from bitnet_numba.packing import BLOCK_ROWS
+from bitnet_numba.packing import BLOCK_ROWS, num_groups
 
 MIN_ARCH = 75  # mma of 8-bit integers
 STAGED_ARCH = 80  # asynchronous copies to shared memory
@@ -16,7 +16,7 @@ SPILLING_ARCH = 100  # from here on, 128 registers do not hold as much as before
 
 
 class MeasuredTile(NamedTuple):
-    """A tile of `gemm_wgmma` and its cost: a CTA takes cta_us + k_iter_us * k_iters."""
+    """A tile and its cost: a CTA takes cta_us + k_iter_us * k_iters."""
 
     tile: Tile
     cta_us: float
@@ -144,30 +144,25 @@ def choose_tile(M: int, N: int, K: int, arch: int, num_sms: int, gated: bool = F
     return min((Tile(64, 4, 2, 2, 2, 3, 2), Tile(64, 2, 5, 2, 2, 2, 1)), key=busiest)
 
 
-GROUP_WGMMA_TILES = tuple(
-    Tile(tokens, 1, row_warps, 1, 0, stages, ctas_per_sm, "wgmma")
-    for tokens, row_warps, stages, ctas_per_sm in (
-        (32, 4, 5, 4),
-        (64, 4, 4, 4),
-        (32, 8, 6, 2),
-        (64, 8, 6, 2),
-        (96, 8, 5, 2),
-    )
+def _group_tile(tokens: int, row_warps: int, k_warps: int, stages: int, ctas_per_sm: int = 1) -> Tile:
+    """A tile of `gemm_groups_wgmma`."""
+    return Tile(tokens, 1, row_warps, k_warps, 0, stages, ctas_per_sm, "wgmma")
+
+
+GROUP_TILES = (  # FITTED
 )
 
 
-def _choose_group_wgmma_tile(M: int, N: int, num_sms: int, gated: bool) -> Tile:
-    """The tile with the least estimated time, in cycles of a k_iter. Counted in the machine code, not measured: a
-    warpgroup issues 126 + 2.25 T instructions for T tokens, which the SM's warpgroups take turns at, and after them
-    waits for its product, 2 T, and for barriers."""
+def _choose_group_tile(M: int, N: int, K: int, num_sms: int) -> Tile:
+    """The tile with the least estimated time, as of `_choose_wgmma_tile`."""
 
-    def time(tile: Tile) -> float:
-        warpgroups = tile.row_warps // 4
-        an_sm = -(-(-(-M // tile.tokens) * -(-N // tile.rows)) // num_sms) * warpgroups
-        issue = 126 + 2.25 * tile.tokens
-        return max(an_sm * issue, -(-an_sm // (tile.ctas_per_sm * warpgroups)) * (issue + 2 * tile.tokens + 120))
+    def time(measured: MeasuredTile) -> float:
+        tile = measured.tile
+        ctas = -(-M // tile.tokens) * -(-N // tile.rows)
+        rounds = max(1, -(-ctas // num_sms) / tile.ctas_per_sm)
+        return rounds * (measured.cta_us + measured.k_iter_us * -(-num_groups(K) // tile.k_warps))
 
-    return min((tile for tile in GROUP_WGMMA_TILES if tile.row_warps == 8 or not gated), key=time)
+    return min(GROUP_TILES, key=time).tile
 
 
 @cache
@@ -175,25 +170,26 @@ def choose_group_tile(M: int, N: int, K: int, arch: int, num_sms: int, gated: bo
     """The tile of a product with group scales, for M tokens and N rows, gate and up rows counted each.
 
         before sm_75   dp4a: 8 tokens
-        up to 32       mma: loading weights is what takes time, so warps share rows, each with its own groups
-        sm_90          wgmma: see `_choose_group_wgmma_tile`; up to 128 tokens of few rows still mma
-        others         mma: a warp goes through all groups, and its sums stay in registers; up to 128 tokens of so few
-                       rows that SMs would idle as up to 32
+        sm_90          mma or wgmma: see `_choose_group_tile`
+        others         mma. Up to 32 tokens loading weights is what takes time, so warps share rows, each with its own
+                       groups; beyond, a warp goes through all groups, and its sums stay in registers, unless up to 128
+                       tokens of so few rows would leave SMs idle
 
-    None of these has been measured yet. Shared memory is at most 64 KB on sm_75, 99 KB elsewhere.
+    Those of sm_90 were measured on an H200 with Bonsai's shapes, the others nowhere. Shared memory is at most 64 KB on
+    sm_75, 99 KB on others.
     """
     if arch < MIN_ARCH:
         return Tile(TOKENS, 2 if gated else 1, 1, 8, 0, 0, scheme="dp4a")
-    staged, few = arch >= STAGED_ARCH, -(-N // BLOCK_ROWS) <= 4 * num_sms
+    if arch == WGMMA_ARCH:
+        return _choose_group_tile(M, N, K, num_sms)
+    staged = arch >= STAGED_ARCH
     if M <= 8:
         return Tile(8, 2, 1, 8, 3 if staged else 2, 3, 1)
     if M <= 16 or M <= 32 and not staged:
         return Tile(16, 2, 1, 8 if staged else 4, 2, 2, 1)
     few_rows = Tile(32, 2, 1, 4, 2, 2, 1)
-    if M <= 32 or M <= 128 and few and arch == WGMMA_ARCH:
+    if M <= 32:
         return few_rows
-    if arch == WGMMA_ARCH:
-        return _choose_group_wgmma_tile(M, N, num_sms, gated)
     tile = Tile(32, 2, 4, 1, 1, 4 if staged else 2, 3) if M <= 64 else Tile(64, 2, 4, 1, 1, 3 if staged else 2, 3)
     if M <= 128 and staged and -(-M // tile.tokens) * -(-N // tile.rows) < num_sms:
         return few_rows
