@@ -37,8 +37,9 @@ UNITS = {
     "decode_attention_mma": (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16", 32),
     "prefill_attention_wgmma": (r"wgmma\.mma_async\.sync\.aligned\.m64n128k16\.f32\.bf16\.bf16", 4),
 }
-# Architecture and kernel: bytes of the stack that it may spill to, outside its loops. None but what is known to.
-SPILLS = {(100, "decode_attention_mma"): 8}
+# Architecture and kernel: bytes of spill stores and loads that are known, of two queries a key and of 256 threads.
+SPILLS = {(arch, "paged_decode_attention"): 56 for arch in (80, 86, 87, 89, 100, 120)}
+SPILLS[100, "decode_attention_mma"] = 8
 
 
 def kernel_name(spec: KernelSpec) -> str:

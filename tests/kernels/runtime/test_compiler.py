@@ -68,20 +68,29 @@ def test_what_does_not_assemble_gives_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("arch", "target"), [(87, "sm_87"), (103, "sm_103"), (121, "sm_121")])
-def test_architectures_between_those_that_are_measured(arch: int, target: str) -> None:
+def target_of(ptx: str) -> int:
+    """The architecture that PTX is for, which must not be for it alone (sm_90a)."""
+    found = re.search(r"\.target sm_(\d+)\b", ptx)
+    assert found is not None
+    return int(found[1])
+
+
+@pytest.mark.parametrize("arch", [87, 103, 121])
+def test_architectures_beside_those_of_the_tables(arch: int) -> None:
     spec = advance_spec(arch)
     ptx = compiler.compile_ptx(spec.kernel, spec.signature, arch, spec.threads)
-    assert re.search(r"\.target (\w+)", ptx)[1] == target  # type: ignore[index]
-    assert compiler.link_cubin(ptx, arch)[:4] == b"\x7fELF"
+    code = compiler.link_cubin(ptx, arch)
+    if code[:4] == b"\x7fELF":
+        assert target_of(ptx) == arch
+    else:  # the installed packages are older
+        assert target_of(ptx) < arch and code == ptx.encode() + b"\0"
 
 
 def test_the_driver_assembles_for_gpus_newer_than_the_assembler(cache: Path) -> None:
     arch = 990
     code, compiled = compiler.machine_code(advance_spec(arch), arch)
     assert compiled and code.endswith(b"\0") and code.count(b"\0") == 1
-    target = int(re.search(r"\.target sm_(\d+)\b", code.decode())[1])  # type: ignore[index]
-    assert 120 <= target < arch, "the PTX of an earlier architecture, which later ones run"
+    assert 90 < target_of(code.decode()) < arch, "the PTX of an earlier architecture, which later ones run"
     assert compiler.machine_code(advance_spec(arch), arch) == (code, False)
 
 
