@@ -5,20 +5,24 @@ waited for, and its sums become floats, times scale and step, before they are ad
 one stage of a ring:
 
     CTA (x, y)     tokens T x .. T x + T - 1;  `row_warps` row-blocks, one a warp, of tile y ("gated": gate rows by the
-                   first half of the warps, up rows by the second)
-    stage          | panel: int8 [T, 128], swizzled | words: 512 bytes a row-block | steps: T floats | scales: 32 bytes
-                   a row-block |     each part and the stage aligned as TMA wants it
+                   first half of the warps, up rows by the second); `k_warps` such sets of warps, each with its own
+                   group of a k_iter; and a warp that loads
+    stage          for each k_warp | panel: int8 [T, 128], swizzled | words: 512 bytes a row-block | steps: T floats |
+                   scales: 32 bytes a row-block |     each aligned as TMA wants it
+    behind stages  with k_warps > 1, twice: a k_iter's products [k_warps, T, rows]
     at the end     in the same place: y [T, rows + 4], from which threads write neighbouring rows of a token
 
-Adding a group's sums takes more instructions than the product takes cycles, so what counts is that both go on side by
-side. Warpgroups do not wait for each other: a stage has an mbarrier for what TMA brings, and one at which each warp
-arrives when it has read the stage. While one warpgroup adds, the tensor cores multiply for another. Warps take turns at
-refilling: the stage of the k_iter before, which slower warpgroups have had time to leave.
+A stage has an mbarrier for what TMA brings, and one at which each warp arrives when it has read the stage. Adding a
+group's sums takes more instructions than its product takes cycles, so both must go on side by side:
 
-With `reg_stages` 2 a warpgroup has two sets of codes and sums, and adds those of a group while the next one's product
-runs: for tiles of few tokens, whose products are waited for longer than they take.
+    k_warps > 1        few tokens and rows: a k_iter's products meet in shared memory, and each k_warp adds up those of
+                       its tokens, in the order of the groups, while the next ones are made
+    reg_stages 2       up to 32 tokens: a warpgroup has two sets of codes and sums, and adds those of a group while the
+                       next one's product runs
+    else               with several warpgroups, they take turns at multiplying
 
 The left operand is signed, 64 w (see `signed`): the sums need no sum of q taken off, only 1 / 64 in the scales.
+docs/performance-notes.md has what was tried and measured.
 """
 
 from collections.abc import Callable
@@ -97,7 +101,7 @@ def make_gemm_groups_wgmma(
     OWN = FRAGMENTS // WK  # that a warp adds up
     WIDTH = WR * BLOCK_ROWS + PADDING
     GROUPS_OF_WARPS = WARPS // GROUP_WARPS
-    TURNS = GROUPS_OF_WARPS > 1 and not PAIR and tile.refill and WK == 1
+    TURNS = GROUPS_OF_WARPS > 1 and not PAIR and WK == 1
     SUMS, MBARRIERS, Y_REGS = T // 2, 2 * STAGES + GROUPS_OF_WARPS, 4 * OWN
     # Pairs of steps that are loaded while the product runs, where there are registers for them.
     EARLY = FRAGMENTS if T <= MAX_EARLY and T * WK <= 2 * MAX_EARLY else 0
@@ -193,6 +197,16 @@ def make_gemm_groups_wgmma(
                 y_r[n], y_r[n + 1] = ptx.add_rn(y_r[n], c0), ptx.add_rn(y_r[n + 1], c1)
                 y_r[n + 2], y_r[n + 3] = ptx.add_rn(y_r[n + 2], c2), ptx.add_rn(y_r[n + 3], c3)
         ptx.mbarrier_arrive_warp(int32(full + 8 * (STAGES + slot)))
+
+    @device_function
+    def add_behind(a_r, acc_r, y_r, older_r, m_r, d_r, shared, addresses, state):
+        """Starts the next stage's product, adds this one's meanwhile; returns the next stage."""
+        later = next_stage(state)
+        multiply(a_r, acc_r, shared, addresses, later)
+        load_steps(m_r, d_r, shared, addresses, state)
+        older_finished(older_r)
+        add_products(y_r, older_r, m_r, d_r, shared, addresses, state, 0)
+        return later
 
     @device_function
     def add_up(y_r, shared, products_rd):
@@ -322,26 +336,14 @@ def make_gemm_groups_wgmma(
                 # In pairs, for the two sets; with conditions between, the assembler would run one product at a time.
                 multiply(a_r, acc_r, shared, addresses, now)
                 while k_iter + 2 < k_iters:
-                    later = next_stage(now)
-                    multiply(b_r, more_r, shared, addresses, later)
-                    load_steps(m_r, d_r, shared, addresses, now)
-                    older_finished(acc_r)
-                    add_products(y_r, acc_r, m_r, d_r, shared, addresses, now, 0)
-                    now = next_stage(later)
-                    multiply(a_r, acc_r, shared, addresses, now)
-                    load_steps(m_r, d_r, shared, addresses, later)
-                    older_finished(more_r)
-                    add_products(y_r, more_r, m_r, d_r, shared, addresses, later, 0)
+                    now = add_behind(b_r, more_r, y_r, acc_r, m_r, d_r, shared, addresses, now)
+                    now = add_behind(a_r, acc_r, y_r, more_r, m_r, d_r, shared, addresses, now)
                     k_iter = int32(k_iter + 2)
                 if k_iter + 1 < k_iters:
-                    later = next_stage(now)
-                    multiply(b_r, more_r, shared, addresses, later)
+                    now = add_behind(b_r, more_r, y_r, acc_r, m_r, d_r, shared, addresses, now)
                     load_steps(m_r, d_r, shared, addresses, now)
-                    older_finished(acc_r)
-                    add_products(y_r, acc_r, m_r, d_r, shared, addresses, now, 0)
-                    load_steps(m_r, d_r, shared, addresses, later)
                     finished(more_r)
-                    add_products(y_r, more_r, m_r, d_r, shared, addresses, later, 0)
+                    add_products(y_r, more_r, m_r, d_r, shared, addresses, now, 0)
                 else:
                     load_steps(m_r, d_r, shared, addresses, now)
                     finished(acc_r)
