@@ -74,10 +74,12 @@ class BlockShape(NamedTuple):
     threads: int
     unroll: int  # tokens that a lane group holds at a time, a power of two
     blocks_per_sm: int
+    registers: int = 0  # of a thread at most, see `KernelSpec`
 
 
-SHORT = BlockShape(heads=1, threads=512, unroll=4, blocks_per_sm=1)
+SHORT = BlockShape(heads=1, threads=512, unroll=4, blocks_per_sm=1, registers=80)
 LONG = BlockShape(heads=4, threads=256, unroll=4, blocks_per_sm=1)
+NARROW_HEAD_DIM = 128
 LONG_CONTEXT = 256  # tokens from which the variant for long contexts is the faster
 MAX_SPLITS = decode_mma.MAX_SPLITS
 SHORT_SPLIT_TOKENS, LONG_SPLIT_TOKENS = 256, 64  # of a split at least: splitting costs about 2 us
@@ -419,15 +421,17 @@ def decode_spec(
     block = LONG if long else SHORT
     heads = heads_per_block(group, block.heads)
     if long and decode_mma.fits(arch, head_dim):
-        threads = threads or decode_mma.THREADS
+        threads, registers = (threads, 0) if threads else decode_mma.bounds(arch)
         kernel = decode_mma.make_decode_mma(arch, head_dim, group, heads, threads)
         wide = 4 * -(-head_dim // KEY_DIMS) + 8 * -(-head_dim // VALUE_DIMS)
         name = f"decode_attention_mma[{head_dim}, {group}, {threads}]"
-        return KernelSpec(name, kernel, SIGNATURE, threads, wide_loads=wide)
+        return KernelSpec(name, kernel, SIGNATURE, threads, wide_loads=wide, registers=registers)
     threads, unroll = threads or block.threads, unroll or block.unroll
     kernel = make_decode(arch, head_dim, group, heads, threads, unroll)
     name = f"decode_attention[{head_dim}, {group}, {heads}, {threads}, {unroll}]"
-    return KernelSpec(name, kernel, SIGNATURE, threads, block.blocks_per_sm, wide_loads=4 * unroll)
+    # Few enough for blocks of the launches before and after to fit beside it; larger heads would spill.
+    registers = block.registers if head_dim <= NARROW_HEAD_DIM else 0
+    return KernelSpec(name, kernel, SIGNATURE, threads, block.blocks_per_sm, wide_loads=4 * unroll, registers=registers)
 
 
 def decode_grid(num_sms: int, shape: HeadShape, long: bool = False) -> tuple[int, int]:

@@ -48,12 +48,19 @@ from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, f
 
 MAX_SPLITS = 128
 THREADS = 384  # one block a SM: 12 warps of 168 registers
+# Where launches overlap, blocks of the products before and after fit beside one of 8 warps.
+OVERLAP_ARCH, OVERLAP_THREADS, OVERLAP_REGISTERS = 90, 256, 184  # measured there
 PREFETCH = 10  # partial results that a thread of a head's last block has in flight
 
 
 def fits(arch: int, head_dim: int) -> bool:
     """Whether this kernel serves a head size on an architecture; the one in `decode` serves those that it does not."""
     return arch >= MMA_ARCH and head_dim <= MMA_MAX_HEAD_DIM
+
+
+def bounds(arch: int) -> tuple[int, int]:
+    """Threads of a block on an architecture, and registers of a thread at most (0: as many as there are)."""
+    return (OVERLAP_THREADS, OVERLAP_REGISTERS) if arch == OVERLAP_ARCH else (THREADS, 0)
 
 
 def make_decode_mma(arch: int, head_dim: int, group: int, heads: int, threads: int) -> Callable[..., None]:

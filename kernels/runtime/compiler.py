@@ -37,11 +37,14 @@ def _target(arch: int) -> Iterator[None]:
         dispatcher.get_current_device = real
 
 
-def compile_ptx(function: Any, signature: Sequence[Any], arch: int, threads: int, blocks_per_sm: int = 1) -> str:
+def compile_ptx(
+    function: Any, signature: Sequence[Any], arch: int, threads: int, blocks_per_sm: int = 1, registers: int = 0
+) -> str:
     """PTX of a kernel (a plain Python function, or what cuda.jit made of one) for an architecture such as 90.
 
-    `threads` per block and resident `blocks_per_sm` bound the registers. An architecture that the compiler does not
-    know yet gets the PTX of the last before it. Raises BackendError for one that it does not know any more.
+    `threads` per block and resident `blocks_per_sm` bound the registers; or, of one block an SM, `registers` a thread.
+    An architecture that the compiler does not know yet gets the PTX of the last before it. Raises BackendError for one
+    that it does not know any more.
     """
     from numba import cuda
     from numba.cuda.cudadrv.error import CCSupportError
@@ -61,6 +64,9 @@ def compile_ptx(function: Any, signature: Sequence[Any], arch: int, threads: int
     name = re.search(r"\.entry (\w+)\(", ptx)
     assert name is not None
     ptx = ptx.replace(name.group(1), ENTRY)
+    if registers:  # one bound or the other
+        ptx = ptx.replace(".minnctapersm 1", f".maxnreg {registers}")
+        assert ".maxnreg" in ptx
     if "wgmma." in ptx:  # an instruction of this architecture alone, not of later ones
         ptx = ptx.replace(f".target sm_{arch}", f".target sm_{arch}a")
     return ptx
@@ -96,7 +102,7 @@ def link_cubin(ptx: str, arch: int) -> bytes:
 
 def _cache_path(spec: KernelSpec, arch: int) -> Path:
     digest = hashlib.sha256(disk_cache.toolchain_digest())
-    digest.update(repr((spec.name, spec.signature, spec.threads, spec.blocks_per_sm, arch)).encode())
+    digest.update(repr((spec.name, spec.signature, spec.threads, spec.blocks_per_sm, spec.registers, arch)).encode())
     return disk_cache.folder() / f"{digest.hexdigest()[:32]}.cubin"
 
 
@@ -115,6 +121,7 @@ def machine_code(spec: KernelSpec, arch: int) -> tuple[bytes, bool]:
     path = _cache_path(spec, arch)
     with contextlib.suppress(OSError):
         return path.read_bytes(), False
-    cubin = link_cubin(compile_ptx(spec.kernel, spec.signature, arch, spec.threads, spec.blocks_per_sm), arch)
+    ptx = compile_ptx(spec.kernel, spec.signature, arch, spec.threads, spec.blocks_per_sm, spec.registers)
+    cubin = link_cubin(ptx, arch)
     disk_cache.write(path, cubin)
     return cubin, True

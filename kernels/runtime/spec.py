@@ -11,6 +11,7 @@ from numba import types
 CARVEOUT = 75  # percent that is shared memory
 CARVEOUT_BYTES = 196 * 1024  # of shared memory that this gives on sm_90
 RESERVED_BYTES = 1024  # of it that the system takes for each block
+ONE_PER_SM_BYTES = 100 * 1024  # two blocks that each ask for so much do not fit an SM; the rest is for other kernels
 
 
 class SMMemory(NamedTuple):
@@ -50,6 +51,13 @@ class KernelSpec(NamedTuple):
     shared: int = 0  # bytes of dynamic shared memory per block
     cluster: int = 1  # blocks per cluster, neighbours along y
     carveout: int = CARVEOUT  # percent of an SM's L1 and shared memory that is shared memory
+    registers: int = 0  # of a thread at most; 0: what `threads` and `blocks_per_sm` allow
+    one_per_sm: bool = False  # no two blocks of a launch share an SM, though they would fit
+
+    @property
+    def dynamic_shared(self) -> int:
+        """Bytes of dynamic shared memory per block that a launch asks for."""
+        return max(self.shared, ONE_PER_SM_BYTES) if self.one_per_sm else self.shared
 
 
 @dataclass

@@ -97,7 +97,7 @@ def kernels_are_lowered_once() -> Iterator[None]:
 
 def ptx_of(spec: KernelSpec, arch: int) -> str:
     """PTX as a device would get it."""
-    return compile_ptx(spec.kernel, spec.signature, arch, spec.threads, spec.blocks_per_sm)
+    return compile_ptx(spec.kernel, spec.signature, arch, spec.threads, spec.blocks_per_sm, spec.registers)
 
 
 @cache

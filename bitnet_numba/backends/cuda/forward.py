@@ -138,7 +138,7 @@ class DecodePass(ForwardPass):
         output: Output = {"epilogue": EPILOGUES[group], "activation": self.model.config.activation}
         if isinstance(packed, GroupedLinear):
             return [gemv_groups(device, packed, x, out, norm=given_norm, **output)]
-        return [gemv(device, packed, x, out, norm=given_norm, **output)]
+        return [gemv(device, packed, x, out, norm=given_norm, spread=True, **output)]
 
     def attention(self, layer: int) -> list[Launch]:
         model, state, b = self.model, self.state, self.buffers

@@ -30,11 +30,20 @@ def test_machine_code_is_kept_on_disk(cache: Path) -> None:
     assert compiled and code[:4] == b"\x7fELF"
     assert compiler.is_cached(spec, 90)
     assert compiler.machine_code(spec, 90) == (code, False)
-    # Another architecture, launch bound or name is another entry.
+    # Another architecture, bound or name is another entry.
     assert compiler.machine_code(advance_spec(80), 80)[1]
     assert compiler.machine_code(spec._replace(threads=64), 90)[1]
     assert compiler.machine_code(spec._replace(name="other"), 90)[1]
-    assert len(list(cache.iterdir())) == 4
+    assert compiler.machine_code(spec._replace(registers=40), 90)[1]
+    assert len(list(cache.iterdir())) == 5
+
+
+def test_a_bound_of_registers_replaces_that_of_blocks() -> None:
+    spec = advance_spec(90)
+    bounds = spec.kernel, spec.signature, 90, spec.threads, 1
+    assert ".minnctapersm 1" in compiler.compile_ptx(*bounds)
+    bounded = compiler.compile_ptx(*bounds, registers=40)
+    assert ".maxnreg 40" in bounded and ".minnctapersm" not in bounded
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
