@@ -31,7 +31,8 @@ def run(argv: list[str] | None = None, prog: str = "bitnet-numba embed") -> int:
     args = build_parser(prog).parse_args(argv)
     try:
         lines = read_text(args.file).removesuffix("\n").split("\n")
-        with load(args.model, args.backend, threads=args.threads, revision=args.revision) as llm:
+        options = {"threads": args.threads, "revision": args.revision, "kv_dtype": args.kv_dtype}
+        with load(args.model, args.backend, **options) as llm:
             for number, line in enumerate(lines, 1):
                 try:
                     vector = llm.embed([line], args.dimensions, prompt=args.prompt)[0]

@@ -1,10 +1,10 @@
 """The key-value cache: its layout, and the kernel that appends the tokens of a pass.
 
-Keys (rotated) and values are bfloat16, two in an int32 word. A sequence lives in a slot; its tokens lie in pages of
-PAGE tokens, which its row of the block table lists in order:
+Keys (rotated) and values have one of the types in `kv_dtype`, two numbers in an int32 word. A sequence lives in a slot;
+its tokens lie in pages of PAGE tokens, which its row of the block table lists in order:
 
     page of token t             block_table[slot * block_table_stride + t // PAGE]
-    first word of its head g    page * page_words + g * head_words + t % PAGE * WORDS       WORDS = padded_head_dim / 2
+    first word of its head g    page * page_words + g * head_words + t % PAGE * WORDS       WORDS = token_words
 
     keys (values alike)                    one page, one head: PAGE tokens of WORDS words
     +----------+----------+---             +-------------------------------+
@@ -35,13 +35,12 @@ from numba import cuda
 from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
+from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KV_BYTES, KVDtype, half_functions
 from bitnet_numba.kernels.attention.parts import (
     HeadShape,
     RopeTables,
     check_head,
-    padded_head_dim,
     rotate_pair,
-    stored_word,
 )
 from bitnet_numba.kernels.operands import checked
 from bitnet_numba.kernels.ptx.base import float32, int32, int64
@@ -55,9 +54,9 @@ PAGE_BITS = PAGE.bit_length() - 1
 APPEND_THREADS = 256
 
 
-def token_words(head_dim: int) -> int:
-    """int32 words of one token's key, or value, of one head."""
-    return padded_head_dim(head_dim) // 2
+def token_words(head_dim: int, dtype: KVDtype = DEFAULT) -> int:
+    """int32 words of one token's key, or value, of one head: whole loads of 16 bytes."""
+    return -(-head_dim * KV_BYTES[dtype] // 16) * 4
 
 
 class LayerCache(NamedTuple):
@@ -69,20 +68,21 @@ class LayerCache(NamedTuple):
     block_table_stride: int  # pages that a slot can have
     page_words: int
     head_words: int
+    dtype: KVDtype = DEFAULT
 
 
-def pool_strides(num_kv_heads: int, head_dim: int) -> tuple[int, int]:
+def pool_strides(num_kv_heads: int, head_dim: int, dtype: KVDtype = DEFAULT) -> tuple[int, int]:
     """(page_words, head_words) of a pool of pages that slots share."""
-    return num_kv_heads * PAGE * token_words(head_dim), PAGE * token_words(head_dim)
+    return num_kv_heads * PAGE * token_words(head_dim, dtype), PAGE * token_words(head_dim, dtype)
 
 
-def sequence_strides(capacity: int, head_dim: int) -> tuple[int, int]:
+def sequence_strides(capacity: int, head_dim: int, dtype: KVDtype = DEFAULT) -> tuple[int, int]:
     """(page_words, head_words) of one sequence of `capacity` tokens, a multiple of PAGE; its block table is 0, 1, 2,
     ...
     Raises ValueError for another capacity."""
     if capacity < PAGE or capacity % PAGE:
         raise ValueError(f"a sequence's capacity is a multiple of {PAGE} tokens, not {capacity}")
-    return PAGE * token_words(head_dim), capacity * token_words(head_dim)
+    return PAGE * token_words(head_dim, dtype), capacity * token_words(head_dim, dtype)
 
 
 _FLOATS, _WORDS = types.CPointer(types.float32), types.CPointer(types.int32)
@@ -113,7 +113,7 @@ def pass_arguments(
     if num_tokens < 1:
         raise ValueError(f"{kernel}: {num_tokens} tokens; at least one is needed")
     layer_words = max(
-        cache.page_words, (shape.num_kv_heads - 1) * cache.head_words + PAGE * token_words(shape.head_dim)
+        cache.page_words, (shape.num_kv_heads - 1) * cache.head_words + PAGE * token_words(shape.head_dim, cache.dtype)
     )
     problem = (
         f"a pass of {num_tokens} x {shape.num_heads} heads of {shape.head_dim}, {shape.num_kv_heads} key-value heads"
@@ -137,10 +137,11 @@ def pass_arguments(
     return (qkv, cos, sin, slot_positions, *table), rest
 
 
-def make_append(arch: int, head_dim: int, threads: int) -> Callable[..., None]:
-    """The kernel for a head size."""
+def make_append(arch: int, head_dim: int, threads: int, dtype: KVDtype) -> Callable[..., None]:
+    """The kernel for a head size and a type of the cache."""
+    stored = half_functions(dtype).stored
     wait, release = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
-    D, HALF, WORDS = head_dim, head_dim // 2, token_words(head_dim)
+    D, HALF, WORDS = head_dim, head_dim // 2, token_words(head_dim, dtype)
     STRIDE = np.int32(threads)  # an int32 bound makes an int32 loop
     ZERO = float32(0)
 
@@ -178,18 +179,20 @@ def make_append(arch: int, head_dim: int, threads: int) -> Callable[..., None]:
                     else:
                         k1, v1 = k, v
             wr = token_wr + int64(head) * head_words + word
-            keys[wr] = stored_word(k0, k1)
-            values[wr] = stored_word(v0, v1)
+            keys[wr] = stored(k0, k1)
+            values[wr] = stored(v0, v1)
 
     return append
 
 
 @cache
-def append_spec(arch: int, head_dim: int, threads: int = APPEND_THREADS) -> KernelSpec:
-    """The variant for a head size. Raises ValueError for one that is odd or over MAX_HEAD_DIM."""
+def append_spec(arch: int, head_dim: int, dtype: KVDtype = DEFAULT, threads: int = APPEND_THREADS) -> KernelSpec:
+    """The variant for a head size and a type of the cache. Raises ValueError for a head size that is odd or over
+    MAX_HEAD_DIM."""
     check_head("append", head_dim, 1)
     signature = (*PASS_SIGNATURE, types.int32, types.int32)
-    return KernelSpec(f"append[{head_dim}, {threads}]", make_append(arch, head_dim, threads), signature, threads)
+    kernel = make_append(arch, head_dim, threads, dtype)
+    return KernelSpec(f"append[{head_dim}, {dtype}, {threads}]", kernel, signature, threads)
 
 
 def append(
@@ -210,5 +213,5 @@ def append(
     Raises ValueError if an operand is too small or of another dtype.
     """
     arguments, _ = pass_arguments("append", qkv, rope, slot_positions, cache, num_tokens, shape)
-    spec = append_spec(device.arch, shape.head_dim)
+    spec = append_spec(device.arch, shape.head_dim, cache.dtype)
     return device.launch(spec, num_tokens, (*arguments, shape.num_heads, shape.num_kv_heads), use_pdl)

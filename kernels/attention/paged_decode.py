@@ -11,16 +11,16 @@ is read once.
 
     scores [16 rows, 8 tokens] += q [16, 16 dims] . k [16 dims, 8 tokens]      as drawn in `parts`
     out [16 dims, 8 columns] += v [16 dims, 16 tokens] . p [16 tokens, 8 columns]      tokens 2c, 2c + 1, 2c + 8, 2c + 9
-        columns 0 .. 3 are the first terms of four heads' p, 4 .. 7 the second; a second product adds the third to
-        columns 0 .. 3. So the sums take 32 registers, half of what p as the left operand takes, and loads of the next
-        keys and values have 64.
+        columns 0 .. 3 are the first terms of four heads' p, 4 .. 7 the second; of bfloat16, a second product adds the
+        third to columns 0 .. 3. So the sums take 32 registers, half of what p as the left operand takes, and loads of
+        the next keys and values have 64.
 
 The new token is in no cache yet when the cache is read. Every block of the token makes its key and value in shared
 memory:
 
     qkv   q 0 | q 1 | ...            | k | v            loaded together, one trip to L2
           rotated, scaled            | rotated |
-          q_s, left operands         | new_s [2, words]     bfloat16 --> cache, by the first block of its kv head
+          q_s, left operands         | new_s [2, words]     rounded --> cache, by the first block of its kv head
                                         |
                                      registers of the lanes that hold token t % 16 of the context's last tile, whenever
                                      a warp comes to that tile
@@ -56,6 +56,7 @@ from numpy.typing import NDArray
 
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.attention.kv_cache import PAGE, PASS_SIGNATURE, LayerCache, pass_arguments, token_words
+from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype, half_functions
 from bitnet_numba.kernels.attention.parts import (
     HIGH_HALVES,
     KEY_DIMS,
@@ -72,15 +73,13 @@ from bitnet_numba.kernels.attention.parts import (
     check_head,
     heads_per_block,
     make_store_out,
+    make_term_functions,
     make_tile_functions,
     online_softmax,
     partial_dims,
     rotate_pair,
     score_scale,
     split_arrays,
-    store_query,
-    stored_word,
-    weight_terms,
 )
 from bitnet_numba.kernels.operands import checked
 from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, int32, int64, uint32
@@ -146,15 +145,18 @@ def _next_tile(tile: int, start: int, end: int, next_first: int, warps: int) -> 
 
 
 def make_paged_decode(
-    arch: int, head_dim: int, group: int, heads: int, threads: int, min_split: int = MIN_SPLIT_TOKENS
+    arch: int, head_dim: int, group: int, heads: int, threads: int, dtype: KVDtype, min_split: int
 ) -> Callable[..., None]:
     """The kernel for a head size and a number of query heads per key-value head, `heads` (at most MMA_HEADS, a divisor)
     of them a block. `min_split` tokens of a split (a multiple of 64) other than this module's only in tests."""
-    wait, release, mma = ptx.pdl_wait(arch), ptx.pdl_trigger(arch), ptx.mma_bf16
+    wait, release = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
+    half = half_functions(dtype)
+    mma, stored_word, THREE_TERMS = half.mma, half.stored, half.terms == 3
+    store_query, weight_terms = make_term_functions(half)
     load_keys, load_values, mask_tile = make_tile_functions(arch, head_dim, int32)
     store_out = make_store_out(head_dim)
     D, HALF = head_dim, head_dim // 2
-    WORDS = token_words(D)
+    WORDS = token_words(D, dtype)
     HEADS = heads
     HEAD_BLOCKS = group // HEADS
     WARPS = threads // WARP
@@ -231,7 +233,8 @@ def make_paged_decode(
                 a3 = int32(ptx.byte_permute(v_r[v + 8], v_r[v + 12], HIGH_HALVES))
                 o0, o1, o2, o3 = o_r[n], o_r[n + 1], o_r[n + 2], o_r[n + 3]
                 o0, o1, o2, o3 = mma(a0, a1, a2, a3, hi0, hi1, o0, o1, o2, o3)
-                o0, o1, o2, o3 = mma(a0, a1, a2, a3, lo0, lo1, o0, o1, o2, o3)
+                if THREE_TERMS:
+                    o0, o1, o2, o3 = mma(a0, a1, a2, a3, lo0, lo1, o0, o1, o2, o3)
                 o_r[n], o_r[n + 1], o_r[n + 2], o_r[n + 3] = o0, o1, o2, o3
 
     @device_function
@@ -417,7 +420,7 @@ def make_paged_decode(
         if stores:
             new_page = int32(block_table[pages + ((tiles - 1) >> PAGE_TILE_BITS)])
 
-        # The queries as left operands, the key and value as bfloat16.
+        # The queries as left operands, the key and value as the cache has them.
         if DP > D:
             for i in range(tid, PADS, threads):
                 h = int32(i // (DP - D))
@@ -579,9 +582,9 @@ SIGNATURE = (
 
 @cache
 def paged_decode_spec(
-    arch: int, head_dim: int, group: int, threads: int, min_split: int = MIN_SPLIT_TOKENS
+    arch: int, head_dim: int, group: int, threads: int, dtype: KVDtype = DEFAULT, min_split: int = MIN_SPLIT_TOKENS
 ) -> KernelSpec:
-    """The variant for a head size, group and threads a block (32 * a power of two up to 512).
+    """The variant for a head size, group, threads a block (32 * a power of two up to 512) and type of the cache.
 
     `min_split` tokens of a split: other than MIN_SPLIT_TOKENS only in tests. Raises ValueError where `fits` is False.
     """
@@ -591,9 +594,9 @@ def paged_decode_spec(
             f"not {head_dim} on sm_{arch}"
         )
     check_head("paged_decode_attention", head_dim, group)
-    kernel = make_paged_decode(arch, head_dim, group, heads_per_block(group), threads, min_split)
+    kernel = make_paged_decode(arch, head_dim, group, heads_per_block(group), threads, dtype, min_split)
     wide = 4 * -(-head_dim // KEY_DIMS) + 8 * -(-head_dim // VALUE_DIMS)
-    name = f"paged_decode_attention[{head_dim}, {group}, {threads}, {min_split}]"
+    name = f"paged_decode_attention[{head_dim}, {group}, {dtype}, {threads}, {min_split}]"
     return KernelSpec(name, kernel, SIGNATURE, threads, BLOCKS_PER_SM.get(threads, 1), wide_loads=wide)
 
 
@@ -656,7 +659,7 @@ def paged_decode_attention(
         raise ValueError(f"{kernel}: {num_blocks} blocks for {num_tokens} tokens; 1 or more for up to {MAX_TOKENS}")
     head_blocks = shape.num_heads // heads_per_block(shape.group)
     threads = threads_for(shape.head_dim, num_blocks * head_blocks, device.num_sms)
-    spec = paged_decode_spec(device.arch, shape.head_dim, shape.group, threads)
+    spec = paged_decode_spec(device.arch, shape.head_dim, shape.group, threads, cache.dtype)
     _, _, _, _, block_table, block_table_stride, keys, *_ = arguments
     num_slots, max_position = block_table.size // block_table_stride, min(max_tokens, block_table_stride * PAGE)
     sizes = (shape.num_kv_heads, max_splits_of(max_tokens), num_slots, max_position, keys.size)

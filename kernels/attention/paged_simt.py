@@ -1,8 +1,8 @@
 """Attention of tokens of any sequences in float32 multiply-adds: for every architecture and head size.
 
-It serves where tensor cores with bfloat16 are missing (below sm_80), and what the other kernels do not take. A pass's
-tokens may belong to any slots, at any positions; each attends to positions 0 .. its own of its slot, which are in the
-cache already (see `kv_cache`).
+It serves where tensor cores for 16-bit numbers are missing (below sm_80), and what the other kernels do not take. A
+pass's tokens may belong to any slots, at any positions; each attends to positions 0 .. its own of its slot, which are
+in the cache already (see `kv_cache`).
 
     grid      x: tokens      y: key-value heads (times the parts of a group's query heads)
     block     a token and up to four query heads that share a key-value head; keys and values are read once for them
@@ -28,12 +28,14 @@ from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.attention.kv_cache import PAGE, PAGE_BITS, PASS_SIGNATURE, LayerCache, pass_arguments
+from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype, half_functions
 from bitnet_numba.kernels.attention.parts import (
     LANE_DIMS,
     LOWEST,
     HeadShape,
     RopeTables,
     check_head,
+    finite_or_inf,
     heads_per_block,
     load4_into,
     make_rotated_query,
@@ -51,9 +53,12 @@ UNROLL = (
 )
 
 
-def make_paged_simt(arch: int, head_dim: int, group: int, heads: int, threads: int) -> Callable[..., None]:
+def make_paged_simt(
+    arch: int, head_dim: int, group: int, heads: int, threads: int, dtype: KVDtype
+) -> Callable[..., None]:
     """The kernel for a head size and `group` query heads a key-value head, of which a block serves `heads`."""
     wait, release = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
+    low_of, high_of = half_functions(dtype).low, half_functions(dtype).high
     rotated = make_rotated_query(head_dim)
     D, DP, HALF = head_dim, padded_head_dim(head_dim), head_dim // 2
     WORDS, HEADS, HEAD_BLOCKS = DP // 2, heads, group // heads
@@ -130,8 +135,8 @@ def make_paged_simt(arch: int, head_dim: int, group: int, heads: int, threads: i
                 for h in range(HEADS):
                     score = ZERO
                     for j in range(4):
-                        score += ptx.bf16_low(k_r[4 * n + j]) * q_r[h * LANE_DIMS + 2 * j]
-                        score += ptx.bf16_high(k_r[4 * n + j]) * q_r[h * LANE_DIMS + 2 * j + 1]
+                        score += low_of(k_r[4 * n + j]) * q_r[h * LANE_DIMS + 2 * j]
+                        score += high_of(k_r[4 * n + j]) * q_r[h * LANE_DIMS + 2 * j + 1]
                     for step in range(LANE_STEPS):
                         score += ptx.shuffle_xor(score, 1 << step)
                     s_r[n * HEADS + h] = score if tile + n * LANE_GROUPS + lane_group < context else LOWEST
@@ -145,8 +150,8 @@ def make_paged_simt(arch: int, head_dim: int, group: int, heads: int, threads: i
                     acc_r[h * LANE_DIMS + j] *= alpha
                 for j in range(4):
                     i = h * LANE_DIMS + 2 * j
-                    acc_r[i] += weight0 * ptx.bf16_low(v_r[j]) + weight1 * ptx.bf16_low(v_r[4 + j])
-                    acc_r[i + 1] += weight0 * ptx.bf16_high(v_r[j]) + weight1 * ptx.bf16_high(v_r[4 + j])
+                    acc_r[i] += weight0 * low_of(v_r[j]) + weight1 * low_of(v_r[4 + j])
+                    acc_r[i + 1] += weight0 * high_of(v_r[j]) + weight1 * high_of(v_r[4 + j])
 
         # The lane groups meet; one without tokens has the lowest maximum, and so no weight.
         for h in range(HEADS):
@@ -169,22 +174,24 @@ def make_paged_simt(arch: int, head_dim: int, group: int, heads: int, threads: i
                 weight = ptx.exp2_approx(max_s[t * HEADS + h] - largest)
                 weights += weight * sum_s[t * HEADS + h]
                 x += weight * acc_s[(t * HEADS + h) * DP + d]
-            out[int64(token) * int32(num_heads * D) + int32(first_head * D + i)] = ptx.div_rn(x, weights)
+            out[int64(token) * int32(num_heads * D) + int32(first_head * D + i)] = finite_or_inf(ptx.div_rn(x, weights))
 
     return paged_attention_simt
 
 
 @cache
-def paged_simt_spec(arch: int, head_dim: int, group: int, threads: int = THREADS) -> KernelSpec:
-    """The variant for a head size and a number of query heads per key-value head.
+def paged_simt_spec(
+    arch: int, head_dim: int, group: int, dtype: KVDtype = DEFAULT, threads: int = THREADS
+) -> KernelSpec:
+    """The variant for a head size, a number of query heads per key-value head and a type of the cache.
 
     `threads` a block: other than THREADS only in tests. Raises ValueError for a head size that is odd or over
     MAX_HEAD_DIM.
     """
     check_head("paged_attention_simt", head_dim, group)
     heads = heads_per_block(group)
-    kernel = make_paged_simt(arch, head_dim, group, heads, threads)
-    name = f"paged_attention_simt[{head_dim}, {group}, {heads}, {threads}]"
+    kernel = make_paged_simt(arch, head_dim, group, heads, threads, dtype)
+    name = f"paged_attention_simt[{head_dim}, {group}, {dtype}, {heads}, {threads}]"
     signature = (*PASS_SIGNATURE, types.CPointer(types.float32), types.int32)
     return KernelSpec(name, kernel, signature, threads, wide_loads=2 * UNROLL)
 
@@ -217,6 +224,6 @@ def paged_attention_simt(
         "paged_attention_simt", qkv, rope, slot_positions, cache, num_tokens, shape,
         out=(out, num_tokens * shape.out_size, "float32"),
     )  # fmt: skip
-    spec = paged_simt_spec(device.arch, shape.head_dim, shape.group)
+    spec = paged_simt_spec(device.arch, shape.head_dim, shape.group, cache.dtype)
     grid = paged_simt_grid(num_tokens, shape.num_kv_heads, shape.group)
     return device.launch(spec, grid, (*arguments, out, shape.num_kv_heads), use_pdl)

@@ -30,10 +30,12 @@ from bitnet_numba.kernels.ptx.math import (
     fma_bf16x2,
     int_to_float,
     join_bf16,
+    join_f16,
     mul_hi,
     mul_lo,
     mul_rn,
     pack_bf16x2,
+    pack_f16x2,
     rcp_approx,
     rcp_rn,
     round_to_int,
@@ -71,6 +73,7 @@ from bitnet_numba.kernels.ptx.mma import (
     mma_bf16,
     mma_bf16_split,
     mma_bf16_split_both,
+    mma_f16,
     mma_s8,
 )
 from bitnet_numba.kernels.ptx.pdl import (

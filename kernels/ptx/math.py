@@ -76,6 +76,25 @@ def f16_high(word: Any) -> Any:
     return np.float32(np.uint16(int(word) >> 16 & 0xFFFF).view(np.float16))
 
 
+def _f16_word(low: Any, high: Any) -> Any:
+    with np.errstate(over="ignore"):
+        return np.array([low, high], np.float32).astype(np.float16).view(np.int32)[0]
+
+
+@instruction("cvt.rn.f16x2.f32 $0, $2, $1;", "r", "ff")
+def pack_f16x2(low: Any, high: Any) -> Any:
+    """Two float32 rounded to the nearest float16, ties to even, as a word; infinity beyond its range. sm_80."""
+    return _f16_word(low, high)
+
+
+@instruction(
+    "{ .reg .b16 low, high; cvt.rn.f16.f32 low, $1; cvt.rn.f16.f32 high, $2; mov.b32 $0, {low, high}; }", "r", "ff"
+)
+def join_f16(low: Any, high: Any) -> Any:
+    """As `pack_f16x2`, of two instructions. Any architecture."""
+    return _f16_word(low, high)
+
+
 # ---- bfloat16; of a word's two, the first in memory is in the lower half --------------------------------------------
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from bitnet_numba.kernels import embedding as embed
 from bitnet_numba.kernels.attention import decode, head_norm, kv_cache, paged_decode, paged_simt, prefill, prefill_wgmma
+from bitnet_numba.kernels.attention.kv_dtype import KV_DTYPES, KVDtype
 from bitnet_numba.kernels.linear import (
     gemm,
     gemm_groups,
@@ -27,8 +28,10 @@ ROW_DTYPES: tuple[RowDtype, ...] = ("bf16", "int8", "f16", "f32")  # of LM heads
 
 def attention_decode(arch: int) -> list[KernelSpec]:
     """2B4T's, and padding and idle lanes, one head, a whole warp a token; each for short and long contexts."""
-    shapes = [(128, 4), (100, 1), (256, 3)]
-    return [decode.decode_spec(arch, head_dim, group, long) for head_dim, group in shapes for long in (False, True)]
+    shapes: list[tuple[int, int, KVDtype]] = [
+        (128, 4, "float16"), (128, 4, "bfloat16"), (100, 1, "float16"), (100, 1, "bfloat16"), (256, 3, "float16"),
+    ]  # fmt: skip
+    return [decode.decode_spec(arch, *shape, long, dtype) for *shape, dtype in shapes for long in (False, True)]
 
 
 def attention_paged_decode(arch: int) -> list[KernelSpec]:
@@ -37,7 +40,7 @@ def attention_paged_decode(arch: int) -> list[KernelSpec]:
     shapes += [(96, 1, 256), (128, 8, 128), (8, 5, 64)]
     if not paged_decode.fits(arch, shapes[0][0]):
         return []
-    return [paged_decode.paged_decode_spec(arch, *shape) for shape in shapes]
+    return [paged_decode.paged_decode_spec(arch, *shape, dtype) for shape in shapes for dtype in KV_DTYPES]
 
 
 def attention_prefill(arch: int) -> list[KernelSpec]:
@@ -45,24 +48,26 @@ def attention_prefill(arch: int) -> list[KernelSpec]:
     shapes = [(128, 4), (100, 1), (96, 3), (256, 3)]
     if not prefill.fits(arch, shapes[0][0]):
         return []
-    return [prefill.prefill_spec(arch, head_dim, group) for head_dim, group in shapes]
+    return [prefill.prefill_spec(arch, *shape, dtype) for shape in shapes for dtype in KV_DTYPES]
 
 
 def attention_prefill_wgmma(arch: int) -> list[KernelSpec]:
     """2B4T's, and halves that are odd, padding, one panel; one, two, eight heads a block."""
     shapes = [(128, 4), (100, 1), (18, 2), (64, 8)]
-    return [prefill_wgmma.prefill_wgmma_spec(arch, *shape) for shape in shapes if prefill_wgmma.fits(arch, shape[0])]
+    if not prefill_wgmma.fits(arch, shapes[0][0]):
+        return []
+    return [prefill_wgmma.prefill_wgmma_spec(arch, *shape, dtype) for shape in shapes for dtype in KV_DTYPES]
 
 
 def attention_paged_simt(arch: int) -> list[KernelSpec]:
     """2B4T's, and padding and idle lanes, a whole warp a token, a group in parts."""
     shapes = [(128, 4), (100, 1), (256, 3), (6, 10)]
-    return [paged_simt.paged_simt_spec(arch, head_dim, group) for head_dim, group in shapes]
+    return [paged_simt.paged_simt_spec(arch, *shape, dtype) for shape in shapes for dtype in KV_DTYPES]
 
 
 def attention_kv_cache(arch: int) -> list[KernelSpec]:
     """2B4T's head size, and one with padding whose halves are of odd length."""
-    return [kv_cache.append_spec(arch, 128), kv_cache.append_spec(arch, 34)]
+    return [kv_cache.append_spec(arch, head_dim, dtype) for head_dim in (128, 34) for dtype in KV_DTYPES]
 
 
 def attention_head_norm(arch: int) -> list[KernelSpec]:

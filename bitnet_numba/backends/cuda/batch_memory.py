@@ -26,7 +26,8 @@ class BatchMemory:
 
     def __init__(self, runtime: Runtime, slots: int, capacity: int, pages: int):
         self.runtime, self.pages = runtime, pages
-        self.state = SequenceState(runtime.device, runtime.model.config, capacity, slots, pages)
+        model = runtime.model
+        self.state = SequenceState(runtime.device, model.config, capacity, slots, pages, model.kv_dtype)
         self.steps = BatchSteps(runtime.model, self.state)
         self.prefill = Prefill(runtime, self.state)
         self._graphs: dict[tuple[object, ...], Graph] = {}  # by what they were captured of
@@ -39,7 +40,7 @@ class BatchMemory:
     @property
     def cache_bytes(self) -> int:
         """Bytes of keys and values."""
-        return self.pages * page_bytes(self.runtime.model.config)
+        return self.pages * page_bytes(self.runtime.model.config, self.state.kv_dtype)
 
     def fits(self, slots: int, capacity: int, pages: int) -> bool:
         """Whether a batch of this size can use it."""

@@ -31,6 +31,7 @@ from bitnet_numba.backends.cuda.weights import RowFormats, Weights
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels import embedding
 from bitnet_numba.kernels.attention import decode, head_norm, kv_cache, paged_decode, paged_simt, prefill
+from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype
 from bitnet_numba.kernels.attention.parts import HeadShape
 from bitnet_numba.kernels.linear.gemm import gemm
 from bitnet_numba.kernels.linear.gemm_groups import gemm_groups
@@ -63,15 +64,17 @@ class CudaModel:
     weights: Weights
     token_buffers: Buffers  # of one token
     buffers: Buffers  # of up to MAX_TOKENS
+    kv_dtype: KVDtype = DEFAULT  # of keys and values in caches
 
     def __post_init__(self) -> None:
         self.heads = HeadShape(self.config.num_heads, self.config.num_kv_heads, self.config.head_dim)
 
     @staticmethod
-    def dry_run(config: ModelConfig, rows: RowFormats, device: Device) -> "CudaModel":
+    def dry_run(config: ModelConfig, rows: RowFormats, device: Device, kv_dtype: KVDtype = DEFAULT) -> "CudaModel":
         """A model without memory, to ask passes which kernels they need."""
         weights = Weights.shapes_only(config, rows)
-        return CudaModel(config, device, weights, Buffers(device, config, 1), Buffers(device, config, MAX_TOKENS))
+        buffers = Buffers(device, config, 1), Buffers(device, config, MAX_TOKENS)
+        return CudaModel(config, device, weights, *buffers, kv_dtype)
 
 
 class ForwardPass:
@@ -146,7 +149,7 @@ class DecodePass(ForwardPass):
         return [
             decode.decode_attention(
                 model.device, b.qkv, state.rope, state.position, cache.keys, cache.values, state.padded_capacity,
-                self._scratch, b.attn_out, model.heads, long=self._long,
+                self._scratch, b.attn_out, model.heads, dtype=cache.dtype, long=self._long,
             )
         ]  # fmt: skip
 

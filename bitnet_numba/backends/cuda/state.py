@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels.attention.kv_cache import PAGE, LayerCache, pool_strides, sequence_strides, token_words
+from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype
 from bitnet_numba.kernels.attention.parts import RopeTables
 from bitnet_numba.kernels.operands import SequenceArrays
 from bitnet_numba.kernels.runtime.device import Device
@@ -28,17 +29,25 @@ from bitnet_numba.reference.rope import rope_tables  # the one definition of the
 class SequenceState:
     """`slots` sequences of up to `capacity` tokens each."""
 
-    def __init__(self, device: Device, config: ModelConfig, capacity: int, slots: int = 1, pages: int | None = None):
+    def __init__(
+        self,
+        device: Device,
+        config: ModelConfig,
+        capacity: int,
+        slots: int = 1,
+        pages: int | None = None,
+        kv_dtype: KVDtype = DEFAULT,
+    ):
         """pages: how many the slots share; None is for one slot, whose tokens are contiguous."""
-        self.capacity, self.slots = capacity, slots
+        self.capacity, self.slots, self.kv_dtype = capacity, slots, kv_dtype
         self.tokens_stride = capacity + 1
         self.block_table_stride = pages_of(capacity)
         if pages is None:
             self.padded_capacity = self.block_table_stride * PAGE
-            self.page_words, self.head_words = sequence_strides(self.padded_capacity, config.head_dim)
+            self.page_words, self.head_words = sequence_strides(self.padded_capacity, config.head_dim, kv_dtype)
             self.layer_words = config.num_kv_heads * self.head_words
         else:
-            self.page_words, self.head_words = pool_strides(config.num_kv_heads, config.head_dim)
+            self.page_words, self.head_words = pool_strides(config.num_kv_heads, config.head_dim, kv_dtype)
             self.layer_words = pages * self.page_words
         self.seen_stride = -(-config.vocab_size // 32)
         self.cache = device.zeros(2 * config.num_layers * self.layer_words, np.int32)  # [layers, 2, layer_words]
@@ -64,8 +73,8 @@ class SequenceState:
         start = self.cache.address + 8 * layer * words
         keys, values = DeviceView(start, words, np.int32), DeviceView(start + 4 * words, words, np.int32)
         return LayerCache(
-            keys, values, self.block_table, self.block_table_stride, self.page_words, self.head_words
-        )  # fmt: skip
+            keys, values, self.block_table, self.block_table_stride, self.page_words, self.head_words, self.kv_dtype
+        )
 
     def seen_bits(self, ids: Sequence[int]) -> NDArray[np.int32]:
         """What a slot's part of `seen` is after these tokens."""
@@ -93,6 +102,13 @@ def pages_of(tokens: int) -> int:
     return -(-tokens // PAGE)
 
 
-def page_bytes(config: ModelConfig) -> int:
+def page_bytes(config: ModelConfig, kv_dtype: KVDtype) -> int:
     """Bytes of keys and values of a page, all layers together."""
-    return 8 * config.num_layers * config.num_kv_heads * token_words(config.head_dim) * PAGE
+    return 8 * config.num_layers * config.num_kv_heads * token_words(config.head_dim, kv_dtype) * PAGE
+
+
+def why_nan(kv_dtype: KVDtype) -> str:
+    """What is known of logits that hold NaN, in a few words."""
+    if kv_dtype == "float16":
+        return "logits hold NaN (or a key or value is beyond 65504, the largest float16: kv_dtype bfloat16 holds it)"
+    return "logits hold NaN"

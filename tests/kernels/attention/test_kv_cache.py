@@ -1,7 +1,8 @@
 """The cache's layout, and appending tokens to it.
 
-Contract: `append` stores bit for bit what the reference's rotation gives, rounded to bfloat16, at the word that the
-layout says, zeros in the padding, and touches nothing else; tokens of slot -1 are not stored.
+Contract: `append` stores bit for bit what the reference's rotation gives, rounded to the cache's type, at the word that
+the layout says, zeros in the padding, and touches nothing else; NaN for what float16 cannot hold; tokens of slot -1 are
+not stored.
 """
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitnet_numba.bfloat16 import from_float32
+from bitnet_numba.bfloat16 import from_float32, to_float32
 from bitnet_numba.kernels.attention.kv_cache import (
+    APPEND_THREADS,
     PAGE,
     LayerCache,
     append,
@@ -19,20 +21,45 @@ from bitnet_numba.kernels.attention.kv_cache import (
     sequence_strides,
     token_words,
 )
+from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KV_DTYPES, KVDtype
 from bitnet_numba.kernels.attention.paged_simt import paged_attention_simt
 from bitnet_numba.kernels.attention.parts import HeadShape, RopeTables
 from bitnet_numba.kernels.attention.prefill import fits, prefill_attention
 from bitnet_numba.kernels.runtime.device import DryRunDevice
-from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.reference.model import rotate
 from tests.kernels.harness import POISON, Out, arch, needs_gpu, run, simulated
 
+NAN_BITS = 0x7FC0  # of either type
+DTYPES = st.sampled_from(KV_DTYPES)
+
+
+def to_bits(x: np.ndarray, dtype: KVDtype) -> np.ndarray:
+    """float32 as uint16 bits of the cache; what float16 cannot hold is NaN."""
+    if dtype == "bfloat16":
+        return from_float32(x)
+    fitting = np.where(np.abs(x) < 65520, x, np.float32(np.nan))
+    return fitting.astype(np.float16).view(np.uint16)
+
+
+def from_bits(bits: np.ndarray, dtype: KVDtype) -> np.ndarray:
+    """float32 of such bits."""
+    return to_float32(bits) if dtype == "bfloat16" else bits.view(np.float16).astype(np.float32)
+
 
 class Cache:
-    """A cache on the host, by the layout's text: `at(slot, kv_head, token)` is slot_positions a token's words start."""
+    """A cache on the host, by the layout's text: `at(slot, kv_head, token)` is where a token's words start."""
 
-    def __init__(self, slots: int, tokens: int, kv_heads: int, head_dim: int, pooled: bool, rng: np.random.Generator):
-        pages = -(-tokens // PAGE)
+    def __init__(
+        self,
+        slots: int,
+        tokens: int,
+        kv_heads: int,
+        head_dim: int,
+        pooled: bool,
+        rng: np.random.Generator,
+        dtype: KVDtype = DEFAULT,
+    ):
+        pages, self.dtype = -(-tokens // PAGE), dtype
         self.kv_heads, self.head_dim, self.words = kv_heads, head_dim, token_words(head_dim)
         self.block_table_stride = pages + 1
         self.block_table = np.full((slots, self.block_table_stride), -1, np.int32)
@@ -56,7 +83,7 @@ class Cache:
         """k, v: float32 [kv_heads, head_dim], k rotated."""
         for words, x in ((self.keys, k), (self.values, v)):
             padded = np.zeros((self.kv_heads, 2 * self.words), np.uint16)
-            padded[:, : self.head_dim] = from_float32(x)
+            padded[:, : self.head_dim] = to_bits(x, self.dtype)
             for g in range(self.kv_heads):
                 words[self.at(slot, g, token)] = padded[g].view(np.int32)
 
@@ -74,13 +101,22 @@ def random_slot_positions(num_tokens: int, slots: int, tokens: int, rng: np.rand
 
 
 def check_append(
-    spec: KernelSpec, head_dim: int, heads: int, kv_heads: int, num_tokens: int, slots: int, tokens: int, seed: int
+    head_dim: int,
+    heads: int,
+    kv_heads: int,
+    num_tokens: int,
+    slots: int,
+    tokens: int,
+    seed: int,
+    dtype: KVDtype,
+    threads: int = APPEND_THREADS,
 ) -> None:
     """Compares one launch with the reference; the whole cache, so that nothing else may have been written."""
-    rng = np.random.default_rng(seed)
-    cache = Cache(slots, tokens, kv_heads, head_dim, slots > 1, rng)
+    rng, spec = np.random.default_rng(seed), append_spec(arch(), head_dim, dtype, threads)
+    cache = Cache(slots, tokens, kv_heads, head_dim, slots > 1, rng, dtype)
     slot_positions = random_slot_positions(num_tokens, slots, tokens, rng)
     qkv = rng.standard_normal((num_tokens, heads + 2 * kv_heads, head_dim)).astype(np.float32)
+    qkv[rng.random(qkv.shape) < 0.1] *= np.float32(1e5)  # mostly beyond float16
     angles = rng.uniform(-np.pi, np.pi, (tokens, head_dim // 2)).astype(np.float32)
     cos, sin = np.cos(angles), np.sin(angles)
     keys, values = (Out(cache.size, np.int32, words) for words in (cache.keys, cache.values))
@@ -91,8 +127,10 @@ def check_append(
             k = rotate(qkv[row : row + 1, heads : heads + kv_heads], cos2, sin2)[0]
             cache.store(slot, position, k, qkv[row, heads + kv_heads :])
     for name, array, expected in (("keys", keys, cache.keys), ("values", values, cache.values)):
-        wrong = np.flatnonzero(array.array != expected)
-        assert not wrong.size, f"{name}: {wrong.size} words differ, the first is {wrong[0]}"
+        bits, expected_bits = (words.view(np.uint16) for words in (array.array, expected))
+        both_nan = np.isnan(from_bits(bits, dtype)) & np.isnan(from_bits(expected_bits, dtype))
+        wrong = np.flatnonzero((bits != expected_bits) & ~both_nan)
+        assert not wrong.size, f"{name}: {wrong.size} numbers differ, the first is {wrong[0]}"
 
 
 @simulated
@@ -103,10 +141,12 @@ def check_append(
     slots=st.integers(1, 3),
     tokens=st.integers(6, 130),
     seed=st.integers(0, 2**32 - 1),
+    dtype=DTYPES,
 )
-def test_simulated_append(shape: tuple[int, int, int], num_tokens: int, slots: int, tokens: int, seed: int) -> None:
-    head_dim, heads, kv_heads = shape
-    check_append(append_spec(arch(), head_dim, 32), head_dim, heads, kv_heads, num_tokens, slots, tokens, seed)
+def test_simulated_append(
+    shape: tuple[int, int, int], num_tokens: int, slots: int, tokens: int, seed: int, dtype: KVDtype
+) -> None:
+    check_append(*shape, num_tokens, slots, tokens, seed, dtype, threads=32)
 
 
 @needs_gpu
@@ -116,10 +156,12 @@ def test_simulated_append(shape: tuple[int, int, int], num_tokens: int, slots: i
     slots=st.integers(1, 9),
     tokens=st.integers(200, 700),
     seed=st.integers(0, 2**32 - 1),
+    dtype=DTYPES,
 )
-def test_append_on_gpu(shape: tuple[int, int, int], num_tokens: int, slots: int, tokens: int, seed: int) -> None:
-    head_dim, heads, kv_heads = shape
-    check_append(append_spec(arch(), head_dim), head_dim, heads, kv_heads, num_tokens, slots, tokens, seed)
+def test_append_on_gpu(
+    shape: tuple[int, int, int], num_tokens: int, slots: int, tokens: int, seed: int, dtype: KVDtype
+) -> None:
+    check_append(*shape, num_tokens, slots, tokens, seed, dtype)
 
 
 @settings(max_examples=20)
@@ -165,7 +207,7 @@ def test_launches_check_their_operands() -> None:
         rope = RopeTables(*(device.empty(pages * PAGE * 64, np.float32) for _ in range(2)))
         qkv, out = device.empty(count * 3840, np.float32), device.empty(count * 2560, np.float32)
         slot_positions = device.empty(2 * count, np.int32)
-        assert append(device, qkv, rope, slot_positions, cache, count, shape).spec is append_spec(target, 128)
+        assert append(device, qkv, rope, slot_positions, cache, count, shape).spec is append_spec(target, 128, DEFAULT)
         attention = prefill_attention if fits(target, 128) else paged_attention_simt
         assert attention(device, qkv, rope, slot_positions, cache, out, count, shape).name.startswith(prefill)
         with pytest.raises(ValueError, match=f"{prefill}: out holds 3 elements, a pass of 16 x 20 heads of 128"):
