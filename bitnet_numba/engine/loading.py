@@ -23,7 +23,11 @@ from bitnet_numba.text.tokenizer import Tokenizer
 
 BACKENDS = ("auto", "cuda", "cpu", "reference")
 # What keys and values may be held as, by backend; the first is the default (on the CPU, float32 of embedding models).
-KV_DTYPES = {"cuda": ("float16", "bfloat16"), "cpu": ("bfloat16", "float32"), "reference": ("float32",)}
+KV_DTYPES = {
+    "cuda": ("float16", "bfloat16", "float8", "float32"),
+    "cpu": ("bfloat16", "float32"),
+    "reference": ("float32",),
+}
 ALL_KV_DTYPES = tuple(dict.fromkeys(dtype for dtypes in KV_DTYPES.values() for dtype in dtypes))
 MAX_THREADS = 1024
 DEMO = Path(__file__).parent.parent / "demo"  # the built-in model
@@ -50,8 +54,9 @@ def load(
         products of the reference, of which BLAS decides if None.
     revision: branch, tag or commit of a model of the hub; None: its main branch.
     kv_dtype: what keys and values are held as: on CUDA "float16" (the default; a number beyond 65504 ends an answer
-        with an error) or "bfloat16" (any number, with 8 bits instead of 11); on the CPU "bfloat16" (the default) or
-        "float32"; on the reference "float32". None: the backend's default.
+        with an error), "bfloat16" (any number, with 8 bits instead of 11), "float8" (4 bits and a scale: half the
+        memory, and faster for many long contexts) or "float32" (slow, for checking); on the CPU "bfloat16" (the
+        default) or "float32"; on the reference "float32". None: the backend's default.
 
     Raises BitNetError, with a message of one line, if the folder, a file or an argument is invalid.
     """

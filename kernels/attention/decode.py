@@ -44,7 +44,7 @@ from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.attention import decode_mma
-from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype, half_functions
+from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, HALVES, KVDtype, half_functions
 from bitnet_numba.kernels.attention.parts import (
     KEY_DIMS,
     LANE_DIMS,
@@ -84,6 +84,11 @@ LONG_CONTEXT = 256  # tokens from which the variant for long contexts is the fas
 MAX_SPLITS = decode_mma.MAX_SPLITS
 SHORT_SPLIT_TOKENS, LONG_SPLIT_TOKENS = 256, 64  # of a split at least: splitting costs about 2 us
 PREFETCH = 32  # partial results in flight when splits are added up
+
+
+def takes(dtype: KVDtype) -> bool:
+    """Whether these kernels serve a type of the cache; `append` and `paged_simt` serve those that they do not."""
+    return dtype in HALVES
 
 
 def make_decode(

@@ -65,7 +65,7 @@ def make_decode_mma(
     half = half_functions(dtype)
     mma, mma_into, rounded, pack = half.mma, half.mma_into, half.rounded, half.pack
     store_query, weight_terms = make_term_functions(half)
-    load_keys, load_values, mask_tile = make_tile_functions(arch, head_dim, int64)
+    load_keys, load_values, mask_tile = make_tile_functions(arch, head_dim, int64, padded_head_dim(head_dim) // 2)
     store_out = make_store_out(head_dim)
     D, HALF = head_dim, head_dim // 2
     WORDS = padded_head_dim(head_dim) // 2  # of a token in the cache

@@ -120,9 +120,10 @@ def padded_head_dim(head_dim: int) -> int:
     return -(-head_dim // LANE_DIMS) * LANE_DIMS
 
 
-def partial_dims(head_dim: int) -> int:
-    """Dimensions of a head's partial result in the tensor-core kernels: head_dim rounded up to whole products."""
-    return -(-head_dim // VALUE_DIMS) * VALUE_DIMS
+def partial_dims(head_dim: int, lane_dims: int = LANE_DIMS) -> int:
+    """Dimensions of a head's partial result in the tensor-core kernels: head_dim rounded up to whole loads of eight
+    lanes."""
+    return -(-head_dim // (8 * lane_dims)) * 8 * lane_dims
 
 
 def heads_per_block(group: int, limit: int = MMA_HEADS) -> int:
@@ -187,7 +188,7 @@ def load4_into(r, n, source, i):
 # ---- Fragments of one token's attention on tensor cores -------------------------------------------------------------
 
 
-def make_term_functions(half: HalfFunctions) -> tuple[Callable, Callable]:
+def make_term_functions(half: HalfFunctions, lane_dims: int = LANE_DIMS) -> tuple[Callable, Callable]:
     """Device functions that split queries and weights into terms of a type:
 
     store_query(q_s, head, word, x0, x1)    dimensions 2 word, 2 word + 1 of a head's query as left operand: registers
@@ -198,7 +199,7 @@ def make_term_functions(half: HalfFunctions) -> tuple[Callable, Callable]:
         terms lo is 0
     """
     pack, low, high = half.pack, half.low, half.high
-    THREE = half.terms == 3
+    THREE, WIDE = half.terms == 3, lane_dims == 16
 
     @device_function
     def store_query(q_s, head, word, x0, x1):
@@ -206,6 +207,8 @@ def make_term_functions(half: HalfFunctions) -> tuple[Callable, Callable]:
         x0, x1 = x0 - low(first), x1 - high(first)
         middle = pack(x0, x1)
         step, c = int32((word >> 4) * 2 + (word >> 1 & 1)), word >> 2 & 3
+        if WIDE:  # a lane's load has 16 dimensions: those of four steps
+            step, c = int32((word >> 5) * 4 + (word >> 1 & 3)), word >> 3 & 3
         to = int32((step * WARP + head * 4 + c) * 4 + (word & 1) * 2)
         q_s[to] = first
         q_s[to + 1] = pack(x0 - low(middle), x1 - high(middle)) if THREE else int32(0)
@@ -228,8 +231,11 @@ def make_term_functions(half: HalfFunctions) -> tuple[Callable, Callable]:
     return store_query, weight_terms
 
 
-def make_tile_functions(arch: int, head_dim: int, index: Any) -> tuple[Callable, Callable, Callable]:
-    """Device functions for a lane's part of a tile, for a head size:
+def make_tile_functions(
+    arch: int, head_dim: int, index: Any, words: int, lane_dims: int = LANE_DIMS
+) -> tuple[Callable, Callable, Callable]:
+    """Device functions for a lane's part of a tile, for a head size, of which a token has `words` words in the cache
+    and a load of 16 bytes `lane_dims` dimensions:
 
     load_keys(k_r, keys, at, left, g, c)        tokens g and g + 8 of a tile into registers; `at`: the lane's own first
                                                 word; zeros from token `left` of the tile on
@@ -239,9 +245,10 @@ def make_tile_functions(arch: int, head_dim: int, index: Any) -> tuple[Callable,
     `index`: the integer type that a token's number in the tile has; what is fastest differs between the kernels.
     """
     stream = ptx.stream_load(arch)
-    L, Q = -(-head_dim // KEY_DIMS), -(-head_dim // VALUE_DIMS)  # 16-byte loads of a lane for a token's key, and value
-    WORDS = padded_head_dim(head_dim) // 2
-    WHOLE = 2 * WORDS == KEY_DIMS * L and 2 * WORDS == VALUE_DIMS * Q  # every lane of every load has dimensions
+    # 16-byte loads of a lane for a token's key, and value
+    L, Q = -(-head_dim // (4 * lane_dims)), -(-head_dim // (8 * lane_dims))
+    WORDS = words
+    WHOLE = WORDS == 16 * L and WORDS == 32 * Q  # every lane of every load has dimensions
 
     @device_function
     def load_keys(k_r, keys, at, left, g, c):

@@ -42,7 +42,7 @@ from numba.cuda import types
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.attention import prefill_wgmma
 from bitnet_numba.kernels.attention.kv_cache import PAGE, PASS_SIGNATURE, LayerCache, pass_arguments, token_words
-from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype, half_functions
+from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, HALVES, KVDtype, half_functions
 from bitnet_numba.kernels.attention.parts import (
     MAX_HEAD_DIM,
     MINUS_INF,
@@ -66,9 +66,10 @@ WHOLE_HEAD_DIM = 128  # head sizes up to here are computed by one block
 MAX_WARPS = 4  # of a block
 
 
-def fits(arch: int, head_dim: int) -> bool:
-    """Whether `prefill_attention` serves a head size on an architecture; `paged_simt` serves those that it does not."""
-    return arch >= MIN_ARCH and head_dim % 2 == 0 and 2 <= head_dim <= MAX_HEAD_DIM
+def fits(arch: int, head_dim: int, dtype: KVDtype = DEFAULT) -> bool:
+    """Whether `prefill_attention` serves a head size and a cache's type on an architecture; `paged_simt` serves those
+    that it does not."""
+    return dtype in HALVES and arch >= MIN_ARCH and head_dim % 2 == 0 and 2 <= head_dim <= MAX_HEAD_DIM
 
 
 def block_shape(group: int, warps: int = MAX_WARPS) -> tuple[int, int]:

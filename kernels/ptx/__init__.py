@@ -23,6 +23,8 @@ from bitnet_numba.kernels.ptx.math import (
     div_rn,
     dp4a,
     dp4a_us,
+    e4m3_high,
+    e4m3_low,
     exp2_approx,
     f16_high,
     f16_low,

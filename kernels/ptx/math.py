@@ -95,6 +95,24 @@ def join_f16(low: Any, high: Any) -> Any:
     return _f16_word(low, high)
 
 
+def _two_e4m3(half: int) -> Any:
+    bits = np.array([half & 0xFF, half >> 8], np.uint16)
+    halves = ((bits & 0x80) << 8 | (bits & 0x7F) << 7).view(np.float16) * np.float16(256)
+    return np.where(bits & 0x7F == 0x7F, np.float16(np.nan), halves).view(np.int32)[0]
+
+
+@instruction("{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.rn.f16x2.e4m3x2 $0, low; }", "r", "r")
+def e4m3_low(word: Any) -> Any:
+    """The two e4m3 numbers in a word's lower half as a word of float16, exactly. sm_89."""
+    return _two_e4m3(int(word) & 0xFFFF)
+
+
+@instruction("{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.rn.f16x2.e4m3x2 $0, high; }", "r", "r")
+def e4m3_high(word: Any) -> Any:
+    """Those in its upper half. sm_89."""
+    return _two_e4m3(int(word) >> 16 & 0xFFFF)
+
+
 # ---- bfloat16; of a word's two, the first in memory is in the lower half --------------------------------------------
 
 

@@ -33,7 +33,7 @@ from tests.kernels.harness import ROOT, needs_gpu
 from tools.make_checkpoint import LLAMA3_ROPE, PRESETS, make_checkpoint
 
 GREEDY = SamplingParams()
-GOLDEN_BOUNDS = {"bfloat16": (0.8, 0.12), "float16": (0.4, 0.06)}
+GOLDEN_BOUNDS = {"bfloat16": (0.8, 0.12), "float16": (0.4, 0.06), "float8": (2.5, 0.4), "float32": (0.3, 0.05)}
 
 
 @pytest.fixture

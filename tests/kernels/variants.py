@@ -5,8 +5,17 @@ first, then every other branch (other head sizes, other activations, padding, ..
 from collections.abc import Callable
 
 from bitnet_numba.kernels import embedding as embed
-from bitnet_numba.kernels.attention import decode, head_norm, kv_cache, paged_decode, paged_simt, prefill, prefill_wgmma
-from bitnet_numba.kernels.attention.kv_dtype import KV_DTYPES, KVDtype
+from bitnet_numba.kernels.attention import (
+    decode,
+    expand,
+    head_norm,
+    kv_cache,
+    paged_decode,
+    paged_simt,
+    prefill,
+    prefill_wgmma,
+)
+from bitnet_numba.kernels.attention.kv_dtype import HALVES, KV_DTYPES, KVDtype
 from bitnet_numba.kernels.linear import (
     gemm,
     gemm_groups,
@@ -40,7 +49,8 @@ def attention_paged_decode(arch: int) -> list[KernelSpec]:
     shapes += [(96, 1, 256), (128, 8, 128), (8, 5, 64)]
     if not paged_decode.fits(arch, shapes[0][0]):
         return []
-    return [paged_decode.paged_decode_spec(arch, *shape, dtype) for shape in shapes for dtype in KV_DTYPES]
+    dtypes: tuple[KVDtype, ...] = (*HALVES, "float8")
+    return [paged_decode.paged_decode_spec(arch, *shape, dtype) for shape in shapes for dtype in dtypes]
 
 
 def attention_prefill(arch: int) -> list[KernelSpec]:
@@ -48,7 +58,7 @@ def attention_prefill(arch: int) -> list[KernelSpec]:
     shapes = [(128, 4), (100, 1), (96, 3), (256, 3)]
     if not prefill.fits(arch, shapes[0][0]):
         return []
-    return [prefill.prefill_spec(arch, *shape, dtype) for shape in shapes for dtype in KV_DTYPES]
+    return [prefill.prefill_spec(arch, *shape, dtype) for shape in shapes for dtype in HALVES]
 
 
 def attention_prefill_wgmma(arch: int) -> list[KernelSpec]:
@@ -56,7 +66,7 @@ def attention_prefill_wgmma(arch: int) -> list[KernelSpec]:
     shapes = [(128, 4), (100, 1), (18, 2), (64, 8)]
     if not prefill_wgmma.fits(arch, shapes[0][0]):
         return []
-    return [prefill_wgmma.prefill_wgmma_spec(arch, *shape, dtype) for shape in shapes for dtype in KV_DTYPES]
+    return [prefill_wgmma.prefill_wgmma_spec(arch, *shape, dtype) for shape in shapes for dtype in HALVES]
 
 
 def attention_paged_simt(arch: int) -> list[KernelSpec]:
@@ -68,6 +78,11 @@ def attention_paged_simt(arch: int) -> list[KernelSpec]:
 def attention_kv_cache(arch: int) -> list[KernelSpec]:
     """2B4T's head size, and one with padding whose halves are of odd length."""
     return [kv_cache.append_spec(arch, head_dim, dtype) for head_dim in (128, 34) for dtype in KV_DTYPES]
+
+
+def attention_expand(arch: int) -> list[KernelSpec]:
+    """2B4T's head size, and one with padding."""
+    return [expand.expand_spec(arch, head_dim) for head_dim in (128, 100)]
 
 
 def attention_head_norm(arch: int) -> list[KernelSpec]:
@@ -198,7 +213,8 @@ GROUPS: dict[str, Callable[[int], list[KernelSpec]]] = {
     list_variants.__name__: list_variants
     for list_variants in (
         attention_decode, attention_paged_decode, attention_prefill, attention_prefill_wgmma,
-        attention_paged_simt, attention_kv_cache, attention_head_norm, embedding, lm_head_gemv, lm_head_gemm,
+        attention_paged_simt, attention_kv_cache, attention_expand, attention_head_norm, embedding, lm_head_gemv,
+        lm_head_gemm,
         lm_head_gemm_wgmma, linear_quantize, linear_gemv, linear_gemm, linear_quantize_groups,
         linear_gemv_groups, linear_gemm_groups, sampling,
     )

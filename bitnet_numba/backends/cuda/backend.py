@@ -100,7 +100,7 @@ class CudaBackend:
     def _new_batch_memory(self, max_sequences: int, capacity: int, wanted: int, least: int) -> BatchMemory:
         """New memory with as many pages as are wanted and fit, but at least `least`."""
         free, _ = self.device.memory_info()
-        free = max(0, free - BATCH_RESERVE - fixed_bytes(self.config, max_sequences, capacity))
+        free = max(0, free - BATCH_RESERVE - fixed_bytes(self.config, max_sequences, capacity, self.model.kv_dtype))
         fit = free // self._page_bytes
         if fit < least:
             needed = least * self._page_bytes / 1e9

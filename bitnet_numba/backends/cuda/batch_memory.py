@@ -12,6 +12,7 @@ from bitnet_numba.backends.cuda.steps import BatchSteps
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels.attention import paged_decode
 from bitnet_numba.kernels.attention.kv_cache import PAGE
+from bitnet_numba.kernels.attention.kv_dtype import KVDtype
 from bitnet_numba.kernels.attention.parts import HeadShape
 from bitnet_numba.kernels.runtime.driver import Event, Graph
 from bitnet_numba.kernels.runtime.launch import Launch
@@ -95,9 +96,9 @@ class BatchMemory:
                 more.close()
 
 
-def fixed_bytes(config: ModelConfig, slots: int, capacity: int) -> int:
+def fixed_bytes(config: ModelConfig, slots: int, capacity: int, kv_dtype: KVDtype) -> int:
     """Bytes of device memory that a batch takes beside its pages, except for a few small arrays."""
     num_tokens = padded_size(slots)
     shape = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim)
-    scratch = 4 * sum(paged_decode.PagedScratch.sizes(num_tokens, pages_of(capacity) * PAGE, shape))
+    scratch = 4 * sum(paged_decode.PagedScratch.sizes(num_tokens, pages_of(capacity) * PAGE, shape, kv_dtype))
     return scratch + 4 * num_tokens * (config.vocab_size + 3 * config.hidden_size + capacity)

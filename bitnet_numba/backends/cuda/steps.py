@@ -12,7 +12,7 @@ from bitnet_numba.backends.cuda.state import SequenceState, padded_size, pages_o
 from bitnet_numba.kernels import embedding
 from bitnet_numba.kernels.attention.decode import DecodeScratch
 from bitnet_numba.kernels.attention.kv_cache import PAGE
-from bitnet_numba.kernels.attention.paged_decode import PagedScratch, max_splits_of
+from bitnet_numba.kernels.attention.paged_decode import PagedScratch, fits, max_splits_of, work_entries
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import DeviceArray, PinnedArray
 from bitnet_numba.kernels.sampling.batched import sample_batch
@@ -23,7 +23,7 @@ class DecodeBuffers:
     """What the decode steps of one sequence need beside the model's buffers; shared by all contexts."""
 
     def __init__(self, model: CudaModel):
-        self.attention = DecodeScratch.allocate(model.device, model.heads)
+        self.attention = decode_scratch(model)
         self.sampler = SamplerScratch.allocate(model.device)
         self.logits = model.device.zeros(model.config.vocab_size, np.float32)
         self.last_row = model.device.zeros(1, np.int32)  # of a pass over a prompt: the last token's
@@ -31,7 +31,19 @@ class DecodeBuffers:
 
     def nbytes(self) -> int:
         """Bytes of device memory."""
-        return self.attention.nbytes + self.sampler.nbytes + self.logits.nbytes
+        attention = self.attention.scratch if isinstance(self.attention, SharedContexts) else self.attention
+        return attention.nbytes + self.sampler.nbytes + self.logits.nbytes
+
+
+def decode_scratch(model: CudaModel) -> DecodeScratch | SharedContexts:
+    """What attention of one sequence's tokens takes: float8 has no kernel of its own for that, but the batch's."""
+    device, shape, dtype = model.device, model.heads, model.kv_dtype
+    if dtype != "float8" or not fits(device.arch, shape.head_dim, dtype):
+        return DecodeScratch.allocate(device, shape)
+    tokens = pages_of(model.config.max_context) * PAGE
+    blocks = max_splits_of(tokens)
+    work_list = device.array(np.array(work_entries([blocks]), np.int32))
+    return SharedContexts(work_list, blocks, PagedScratch.allocate(device, 1, tokens, shape, dtype))
 
 
 class DecodeSteps:
@@ -96,7 +108,7 @@ class BatchSteps:
         self._model, self._state = model, state
         self.max_tokens = padded_size(state.slots)
         tokens = pages_of(state.capacity) * PAGE
-        self._scratch = PagedScratch.allocate(device, self.max_tokens, tokens, model.heads)
+        self._scratch = PagedScratch.allocate(device, self.max_tokens, tokens, model.heads, model.kv_dtype)
         self.work_list = device.empty(padded_size(self.max_tokens * max_splits_of(tokens)), np.int32)
         self._lm_head = LMHead(model, self.max_tokens)
         # Of prompts that end: rows of the pass, and what is copied of them.

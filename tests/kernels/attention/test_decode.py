@@ -34,7 +34,7 @@ def tolerance(q: np.ndarray, k: np.ndarray, v: np.ndarray, dtype: KVDtype) -> fl
     (heads, D), (T, kv_heads, _) = q.shape, k.shape
     largest = np.einsum("ghd,tgd->tgh", np.abs(q).reshape(kv_heads, heads // kv_heads, D), np.abs(k)).max() * D**-0.5
     r, more = 2 * (D + 3) * EPSILON * largest + 2**8 * EPSILON, 0.0
-    if dtype == "float16":
+    if dtype != "bfloat16":
         r += 2 * EPSILON * (4 * largest + np.abs(k).sum(axis=-1).max())
         more = (4 + T) * EPSILON
     return float((2 * r + 4 * T * EPSILON + more) * np.abs(v).max())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bitnet_numba.kernels.attention.kv_dtype import KVDtype
 from bitnet_numba.kernels.attention.paged_simt import THREADS, paged_simt_grid, paged_simt_spec
-from tests.kernels.attention.test_kv_cache import DTYPES, random_slot_positions
+from tests.kernels.attention.test_kv_cache import ALL_DTYPES, random_slot_positions
 from tests.kernels.attention.test_prefill import Context
 from tests.kernels.harness import Out, arch, needs_gpu, run, simulated
 
@@ -71,7 +71,7 @@ def check_paged_simt(
     slots=st.integers(1, 2),
     tokens=st.integers(3, 90),
     seed=st.integers(0, 2**32 - 1),
-    dtype=DTYPES,
+    dtype=ALL_DTYPES,
 )
 def test_simulated_paged_simt(
     shape: tuple[int, int, int], num_tokens: int, slots: int, tokens: int, seed: int, dtype: KVDtype
@@ -90,7 +90,7 @@ def test_simulated_paged_simt(
     tokens=st.integers(40, 400),
     seed=st.integers(0, 2**32 - 1),
     spread=st.sampled_from([0.1, 1.0, 8.0]),
-    dtype=DTYPES,
+    dtype=ALL_DTYPES,
 )
 def test_paged_simt_on_gpu(
     shape: tuple[int, int, int], num_tokens: int, slots: int, tokens: int, seed: int, spread: float, dtype: KVDtype

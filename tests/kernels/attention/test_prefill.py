@@ -23,7 +23,7 @@ from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype
 from bitnet_numba.kernels.attention.prefill import block_shape, prefill_grid, prefill_spec
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.reference.model import rotate
-from tests.kernels.attention.test_kv_cache import DTYPES, NAN_BITS, Cache, from_bits
+from tests.kernels.attention.test_kv_cache import DTYPES, NAN_BITS, Cache
 from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, simulated
 
 EPSILON = 2.0**-24
@@ -57,13 +57,7 @@ class Context:
 
     def read(self, slot: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """A slot's keys and values as the cache has them: float64 [end, kv_heads, head_dim] each."""
-        places = [[self.cache.at(slot, g, t) for g in range(self.kv_heads)] for t in range(end)]
-        both = []
-        for words in (self.cache.keys, self.cache.values):
-            stored = np.array([[words[place] for place in token] for token in places]).view(np.uint16)
-            bits = np.ascontiguousarray(stored[..., : self.head_dim])
-            both.append(from_bits(bits, self.cache.dtype).astype(np.float64))
-        return both[0], both[1]
+        return self.cache.read(slot, end)
 
     def check_token(
         self,
