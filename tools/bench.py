@@ -1,6 +1,7 @@
 """Measures the backends on full-size BitNet b1.58 2B4T with random weights; and packing, on one CPU core.
 
     python tools/bench.py kernels|groups|decode|prefill|batch|load|all [--json FILE] [--plot DIR]      the CUDA backend
+    python tools/bench.py decode|prefill|batch|engine --kv-dtype TYPE          with keys and values of this type
     python tools/bench.py cpu [CHECKPOINT ...] [--isa NAME,NAME|all] [--threads N,N] [--parts PART,PART] [--seconds S]
     python tools/bench.py engine [CHECKPOINT] [--backend NAME] [--small]     answers end to end, on any backend
     python tools/bench.py serve [MODEL | --random] [--clients N,N | --rate R] ...   the server, and the engine alone
@@ -27,13 +28,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from bitnet_numba.checkpoint.packed import RowFormat, open_packed
-from bitnet_numba.engine.loading import BACKENDS, MAX_THREADS
+from bitnet_numba.engine.loading import ALL_KV_DTYPES, BACKENDS, MAX_THREADS
 from bitnet_numba.errors import BitNetError, printable
+from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype
 from bitnet_numba.packing import pack_ternary, unpack_ternary
 from tools.benchmarks.table import CPU_PARTS, table
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADS: tuple[RowFormat, ...] = ("bf16", "int8")
+WITH_KV_DTYPE = ("decode", "prefill", "batch")
 
 
 def environment() -> dict[str, Any]:
@@ -60,8 +63,8 @@ def software(*packages: str) -> dict[str, Any]:
     return {"python": sys.version.split()[0], "versions": versions, "commit": commit.stdout.strip() or "unknown"}
 
 
-def measure(what: str) -> dict[str, Any]:
-    """The figures of one or all parts."""
+def measure(what: str, kv_dtype: KVDtype | None = None) -> dict[str, Any]:
+    """The figures of one or all parts; with keys and values of a type, or the default's."""
     if what == "packing":
         return {"packing": measure_packing()}
     from bitnet_numba.kernels.runtime.device import usable_device
@@ -88,9 +91,9 @@ def measure(what: str) -> dict[str, Any]:
             write_random_packed(folders[head], head)
         if what in ("decode", "all"):
             bandwidth = bandwidth or kernels.measure_bandwidth(usable_device(), Stream())
-            figures["decode"] = decode.measure_decode(folders, bandwidth)
+            figures["decode"] = decode.measure_decode(folders, bandwidth, kv_dtype or DEFAULT)
         if what in ("prefill", "batch", "all"):
-            backend = CudaBackend(open_packed(folders["bf16"]))
+            backend = CudaBackend(open_packed(folders["bf16"]), kv_dtype or DEFAULT)
             if what != "batch":
                 figures["prefill"] = many_tokens.measure_prefill(backend)
             if what != "prefill":
@@ -144,7 +147,7 @@ def measure_end_to_end(args: argparse.Namespace) -> dict[str, Any]:
         if not args.checkpoint:
             write_random_packed(folder, "bf16")
             write_random_tokenizer(folder, open_packed(folder).config.vocab_size)
-        llm = load(folder, args.backend or "auto", context)
+        llm = load(folder, args.backend or "auto", context, kv_dtype=args.kv_dtype)
         device = environment() if llm.backend == "cuda" else {"device": cpu_name(), **software("numba", "numpy")}
         return {"engine": {"environment": device, **engine.measure_engine(llm, sizes)}}
 
@@ -223,6 +226,11 @@ def main(argv: list[str] | None = None) -> int:
         "both heads)",
     )
     parser.add_argument("--backend", choices=BACKENDS, help="engine: default auto")
+    parser.add_argument(
+        "--kv-dtype",
+        choices=ALL_KV_DTYPES,
+        help="engine, decode, prefill, batch: what keys and values are held as (default: the backend's own)",
+    )
     parser.add_argument("--small", action="store_true", help="engine: few and short requests, for slow backends")
     cpu = parser.add_argument_group("cpu")
     cpu.add_argument(
@@ -248,6 +256,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{args.what} takes no --isa, --threads or --parts: they are for cpu")
     if args.what != "engine" and (args.backend or args.small):
         parser.error(f"{args.what} takes no --backend or --small: they are for engine")
+    if args.kv_dtype and args.what not in ("engine", *WITH_KV_DTYPE):
+        parser.error(f"{args.what} takes no --kv-dtype")
+    if args.what in WITH_KV_DTYPE and args.kv_dtype == "float32":
+        parser.error("float32 is for checking: its kernels are not measured")
     if len(args.checkpoint) > {"cpu": sys.maxsize, "engine": 1}.get(args.what, 0):
         parser.error(f"{args.what} takes {'one' if args.what == 'engine' else 'no'} checkpoint")
     if args.what == "packing" and args.plot:
@@ -259,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
             figures = json.loads(args.json.read_text())
         else:
             runs = {"cpu": measure_on_cpu, "engine": measure_end_to_end}
-            measured = runs[args.what](args) if args.what in runs else measure(args.what)
+            measured = runs[args.what](args) if args.what in runs else measure(args.what, args.kv_dtype)
             figures = json.loads(json.dumps(measured))  # keys as they are in the file
     except (BitNetError, OSError, json.JSONDecodeError) as error:
         print(f"bench.py: {error}", file=sys.stderr)

@@ -428,7 +428,7 @@ def launch_arguments(
     words = token_words(shape.head_dim)
     if page_words % words or head_words % words:
         raise ValueError(f"prefill_attention: strides of {page_words} and {head_words} are not tokens of {words} words")
-    spec = prefill_wgmma_spec(device.arch, shape.head_dim, shape.group, dtype)
+    spec = prefill_wgmma_spec(device.arch, shape.head_dim, shape.group, dtype, WARPS, KEYS)
     grid = prefill_wgmma_grid(num_tokens, shape.num_kv_heads, shape.group, WARPS)
     sizes = map_shape(keys.size, shape.head_dim, KEYS)
     cache = device.tensor_map(keys, *sizes), device.tensor_map(values, *sizes), page_words // words, head_words // words

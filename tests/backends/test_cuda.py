@@ -53,11 +53,11 @@ def on_gpu(checkpoint: PackedCheckpoint, capacity: int, kv_dtype: KVDtype = DEFA
     return CudaBackend(checkpoint, kv_dtype).new_context(capacity)
 
 
-def make_large_attention(folder: Path, preset: str, name: str) -> None:
+def make_large_attention(folder: Path, preset: str, name: str, sizes: dict[str, Any] | None = None) -> None:
     """A small model with keys, or values, of about a million."""
     spec, config = PRESETS[preset]
     source = folder.parent / "source"
-    make_checkpoint(source, config, spec, seed=3, dtype="fp32")
+    make_checkpoint(source, config | (sizes or {}), spec, seed=3, dtype="fp32")
     file = source / "model.safetensors"
     tensors = load_file(file)
     packed = f"model.layers.0.self_attn.{name}.weight_scale" in tensors  # by whose inverse weights are multiplied

@@ -33,8 +33,8 @@ NO_PTXAS = "ptxas is not installed (pip install nvidia-cuda-nvcc)"
 KEPT_KERNELS = 8  # more than a group has that differ between architectures
 # Kernel: an instruction that its PTX must have, and how often at least.
 UNITS = {
-    "decode_attention_mma": (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16", 32),
-    "prefill_attention_wgmma": (r"wgmma\.mma_async\.sync\.aligned\.m64n128k16\.f32\.bf16\.bf16", 4),
+    "decode_attention_mma": (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.b?f16", 32),
+    "prefill_attention_wgmma": (r"wgmma\.mma_async\.sync\.aligned\.m64n128k16\.f32\.(bf16\.bf16|f16\.f16)", 4),
 }
 
 

@@ -12,7 +12,14 @@ from bitnet_numba.backends.cuda.state import SequenceState, padded_size, pages_o
 from bitnet_numba.kernels import embedding
 from bitnet_numba.kernels.attention.decode import DecodeScratch
 from bitnet_numba.kernels.attention.kv_cache import PAGE
-from bitnet_numba.kernels.attention.paged_decode import PagedScratch, fits, max_splits_of, work_entries
+from bitnet_numba.kernels.attention.paged_decode import (
+    MAX_SPLITS,
+    MIN_SPLIT_TOKENS,
+    PagedScratch,
+    fits,
+    max_splits_of,
+    work_entries,
+)
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import DeviceArray, PinnedArray
 from bitnet_numba.kernels.sampling.batched import sample_batch
@@ -40,10 +47,9 @@ def decode_scratch(model: CudaModel) -> DecodeScratch | SharedContexts:
     device, shape, dtype = model.device, model.heads, model.kv_dtype
     if dtype != "float8" or not fits(device.arch, shape.head_dim, dtype):
         return DecodeScratch.allocate(device, shape)
-    tokens = pages_of(model.config.max_context) * PAGE
-    blocks = max_splits_of(tokens)
-    work_list = device.array(np.array(work_entries([blocks]), np.int32))
-    return SharedContexts(work_list, blocks, PagedScratch.allocate(device, 1, tokens, shape, dtype))
+    work_list = device.array(np.array(work_entries([MAX_SPLITS]), np.int32))  # those without work leave at once
+    scratch = PagedScratch.allocate(device, 1, MAX_SPLITS * MIN_SPLIT_TOKENS, shape, dtype)  # for any context
+    return SharedContexts(work_list, MAX_SPLITS, scratch)
 
 
 class DecodeSteps:
