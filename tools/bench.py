@@ -30,7 +30,6 @@ import numpy as np
 from bitnet_numba.checkpoint.packed import RowFormat, open_packed
 from bitnet_numba.engine.loading import ALL_KV_DTYPES, BACKENDS, MAX_THREADS
 from bitnet_numba.errors import BitNetError, printable
-from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype
 from bitnet_numba.packing import pack_ternary, unpack_ternary
 from tools.benchmarks.table import CPU_PARTS, table
 
@@ -63,8 +62,8 @@ def software(*packages: str) -> dict[str, Any]:
     return {"python": sys.version.split()[0], "versions": versions, "commit": commit.stdout.strip() or "unknown"}
 
 
-def measure(what: str, kv_dtype: KVDtype | None = None) -> dict[str, Any]:
-    """The figures of one or all parts; with keys and values of a type, or the default's."""
+def measure(what: str, kv_dtype: Any = None) -> dict[str, Any]:
+    """The figures of one or all parts; kv_dtype: of keys and values, None for the default."""
     if what == "packing":
         return {"packing": measure_packing()}
     from bitnet_numba.kernels.runtime.device import usable_device
@@ -79,6 +78,7 @@ def measure(what: str, kv_dtype: KVDtype | None = None) -> dict[str, Any]:
     if what in ("kernels", "groups"):
         return figures
     from bitnet_numba.backends.cuda.backend import CudaBackend
+    from bitnet_numba.kernels.attention.kv_dtype import DEFAULT
     from tools.benchmarks import decode, many_tokens
     from tools.benchmarks.inputs import write_random_packed
 
