@@ -2,6 +2,7 @@
 
     python tools/bench.py kernels|groups|decode|prefill|batch|load|all [--json FILE] [--plot DIR]      the CUDA backend
     python tools/bench.py decode|prefill|batch|load|cpu --preset NAME        the sizes of another model
+    python tools/bench.py decode|prefill|batch|engine --kv-dtype TYPE          with keys and values of this type
     python tools/bench.py cpu [CHECKPOINT ...] [--isa NAME,NAME|all] [--threads N,N] [--parts PART,PART] [--seconds S]
     python tools/bench.py engine [CHECKPOINT] [--backend NAME] [--small]     answers end to end, on any backend
     python tools/bench.py serve [MODEL | --random] [--clients N,N | --rate R] ...   the server, and the engine alone
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from bitnet_numba.checkpoint.packed import open_packed
-from bitnet_numba.engine.loading import BACKENDS, MAX_THREADS
+from bitnet_numba.engine.loading import ALL_KV_DTYPES, BACKENDS, MAX_THREADS
 from bitnet_numba.errors import BitNetError, printable
 from bitnet_numba.packing import pack_ternary, unpack_ternary
 from tools.benchmarks.table import CPU_PARTS, table
@@ -37,6 +38,7 @@ from tools.make_checkpoint import PRESETS
 ROOT = Path(__file__).resolve().parent.parent
 PRESET = "2b-4t"
 OF_A_MODEL = ("decode", "prefill", "batch", "load", "cpu")  # parts that any preset can be measured with
+WITH_KV_DTYPE = ("decode", "prefill", "batch")
 
 
 def environment() -> dict[str, Any]:
@@ -63,8 +65,8 @@ def software(*packages: str) -> dict[str, Any]:
     return {"python": sys.version.split()[0], "versions": versions, "commit": commit.stdout.strip() or "unknown"}
 
 
-def measure(what: str, preset: str = PRESET) -> dict[str, Any]:
-    """The figures of one or all parts."""
+def measure(what: str, preset: str = PRESET, kv_dtype: Any = None) -> dict[str, Any]:
+    """The figures of one or all parts; kv_dtype: of keys and values, None for the default."""
     if what == "packing":
         return {"packing": measure_packing()}
     from bitnet_numba.kernels.runtime.device import usable_device
@@ -79,6 +81,7 @@ def measure(what: str, preset: str = PRESET) -> dict[str, Any]:
     if what in ("kernels", "groups"):
         return figures
     from bitnet_numba.backends.cuda.backend import CudaBackend
+    from bitnet_numba.kernels.attention.kv_dtype import DEFAULT
     from tools.benchmarks import decode, many_tokens
     from tools.benchmarks.inputs import row_formats, write_random_packed
 
@@ -93,9 +96,9 @@ def measure(what: str, preset: str = PRESET) -> dict[str, Any]:
             write_random_packed(folders[head], head, preset)
         if what in ("decode", "all"):
             bandwidth = bandwidth or kernels.measure_bandwidth(usable_device(), Stream())
-            figures["decode"] = decode.measure_decode(folders, bandwidth)
+            figures["decode"] = decode.measure_decode(folders, bandwidth, kv_dtype or DEFAULT)
         if what in ("prefill", "batch", "all"):
-            backend = CudaBackend(open_packed(folders[heads[0]]))
+            backend = CudaBackend(open_packed(folders[heads[0]]), kv_dtype or DEFAULT)
             if what != "batch":
                 figures["prefill"] = many_tokens.measure_prefill(backend)
             if what != "prefill":
@@ -150,7 +153,7 @@ def measure_end_to_end(args: argparse.Namespace) -> dict[str, Any]:
         if not args.checkpoint:
             write_random_packed(folder, "bf16")
             write_random_tokenizer(folder, open_packed(folder).config.vocab_size)
-        llm = load(folder, args.backend or "auto", context)
+        llm = load(folder, args.backend or "auto", context, kv_dtype=args.kv_dtype)
         device = environment() if llm.backend == "cuda" else {"device": cpu_name(), **software("numba", "numpy")}
         return {"engine": {"environment": device, **engine.measure_engine(llm, sizes)}}
 
@@ -233,6 +236,11 @@ def main(argv: list[str] | None = None) -> int:
         help=f"{', '.join(OF_A_MODEL)}: the model whose sizes the random weights have (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--backend", choices=BACKENDS, help="engine: default auto")
+    parser.add_argument(
+        "--kv-dtype",
+        choices=ALL_KV_DTYPES,
+        help="engine, decode, prefill, batch: what keys and values are held as (default: the backend's own)",
+    )
     parser.add_argument("--small", action="store_true", help="engine: few and short requests, for slow backends")
     cpu = parser.add_argument_group("cpu")
     cpu.add_argument(
@@ -258,6 +266,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{args.what} takes no --isa, --threads or --parts: they are for cpu")
     if args.what != "engine" and (args.backend or args.small):
         parser.error(f"{args.what} takes no --backend or --small: they are for engine")
+    if args.kv_dtype and args.what not in ("engine", *WITH_KV_DTYPE):
+        parser.error(f"{args.what} takes no --kv-dtype")
+    if args.what in WITH_KV_DTYPE and args.kv_dtype == "float32":
+        parser.error("float32 is for checking: its kernels are not measured")
     if len(args.checkpoint) > {"cpu": sys.maxsize, "engine": 1}.get(args.what, 0):
         parser.error(f"{args.what} takes {'one' if args.what == 'engine' else 'no'} checkpoint")
     if args.preset != PRESET and (args.what not in OF_A_MODEL or args.checkpoint):
@@ -273,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
             figures = json.loads(args.json.read_text())
         else:
             runs = {"cpu": measure_on_cpu, "engine": measure_end_to_end}
-            measured = runs[args.what](args) if args.what in runs else measure(args.what, args.preset)
+            measured = runs[args.what](args) if args.what in runs else measure(args.what, args.preset, args.kv_dtype)
             figures = json.loads(json.dumps(measured))  # keys as they are in the file
     except (BitNetError, OSError, json.JSONDecodeError) as error:
         print(f"bench.py: {error}", file=sys.stderr)

@@ -49,7 +49,8 @@ def run(argv: list[str] | None = None, prog: str = "bitnet-numba embed") -> int:
     args = build_parser(prog).parse_args(argv)
     try:
         lines = read_text(args.file).removesuffix("\n").split("\n")
-        with load(args.model, args.backend, threads=args.threads, revision=args.revision) as llm:
+        options = {"threads": args.threads, "revision": args.revision, "kv_dtype": args.kv_dtype}
+        with load(args.model, args.backend, **options) as llm:
             for vector in vectors(llm, lines, args.dimensions, args.prompt):
                 if (code := output(prog, json.dumps(vector) + "\n")) != 0:
                     return code

@@ -131,7 +131,7 @@ def run(argv: list[str] | None = None, prog: str = PROG) -> int:
         check_extra()
         with _log_on_standard_error(prog):
             path, revision = find_first(args.model, args.revision)  # a download shows its progress, and Ctrl-C ends it
-            load_model = partial(load, path, args.backend, args.context, args.threads, revision)
+            load_model = partial(load, path, args.backend, args.context, args.threads, revision, args.kv_dtype)
             return serve(settings, args.host, args.port, load_model)
     except BitNetError as error:
         complain(prog, str(error))

@@ -333,18 +333,11 @@ def sample(
 ) -> Launch:
     """The launch that chooses the token after position[0] of a sequence.
 
-<<<<<<< HEAD
-    logits float32 [vocab_size]; sequence: of one slot; position[0] moves on by one and tokens[position[0]] becomes the
-    token. ring int64: entry p % size becomes p << 32 | token for the new position p, with NAN_TOKEN as 32 bits (and
-    token 0 in `tokens`) if a logit is NaN or the largest is infinite. Raises ValueError in one line for a vocabulary
-    that does not fit and for operands of other types or smaller sizes.
-=======
     logits float32 [vocab_size], aligned to 16 bytes; sequence: of one slot; position[0] moves on by one and
     tokens[position[0]] becomes the token. ring int64: entry p % size becomes p << 32 | token for the new position p,
-    with NAN_TOKEN as 32 bits (and token 0 in `tokens`) if logits hold NaN; the host may read it once the step has
-    ended. Raises ValueError in one line for a vocabulary that is too large and for operands of other types or smaller
-    sizes.
->>>>>>> decode
+    with NAN_TOKEN as 32 bits (and token 0 in `tokens`) if a logit is NaN or the largest is infinite; the host may read
+    it once the step has ended. Raises ValueError in one line for a vocabulary that does not fit and for operands of
+    other types or smaller sizes.
     """
     grid = num_blocks(device.num_sms, vocab_size)
     if ring.dtype != "int64" or ring.size < 1:

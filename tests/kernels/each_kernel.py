@@ -6,9 +6,8 @@ import numpy as np
 
 from bitnet_numba.kernels import embedding as embed
 from bitnet_numba.kernels.attention.decode import decode_grid, decode_spec
-from bitnet_numba.kernels.attention.kv_cache import append_spec
+from bitnet_numba.kernels.attention.kv_dtype import KV_DTYPES
 from bitnet_numba.kernels.attention.paged_decode import fits
-from bitnet_numba.kernels.attention.paged_simt import paged_simt_spec
 from bitnet_numba.kernels.attention.parts import HeadShape
 from bitnet_numba.kernels.attention.prefill import fits as prefill_fits
 from bitnet_numba.kernels.attention.prefill import prefill_spec
@@ -18,6 +17,7 @@ from bitnet_numba.kernels.linear.tile import Tile
 from bitnet_numba.kernels.sampling import batched, single
 from bitnet_numba.sampling import SamplingParams
 from tests.kernels.attention.test_decode import check_decode
+from tests.kernels.attention.test_expand import check_expand
 from tests.kernels.attention.test_head_norm import check_head_norm
 from tests.kernels.attention.test_kv_cache import check_append
 from tests.kernels.attention.test_paged_decode import check_paged_decode
@@ -96,8 +96,11 @@ def main(tool: str) -> None:
         check_decode(spec, grid, 2, 4, 64, 150, 200, 32, 4)
     if fits(arch(), 64):
         check_paged_decode((64, 4, 2), [300, 0, 65, 1100], 64, 3, other=(256, 1))
-    check_append(append_spec(arch(), 100), 100, 4, 2, 9, 3, 150, 14)
-    check_paged_simt(paged_simt_spec(arch(), 64, 4), (64, 4, 2), 4, 2, 150, 15)
+        check_paged_decode((64, 4, 2), [300, 0, 65, 1100], 64, 3, other=(256, 1), dtype="float8")
+    check_expand(100, 2, 70, 2, 3, 21)
+    for kv_dtype in KV_DTYPES:
+        check_append(100, 4, 2, 9, 3, 150, 14, kv_dtype)
+        check_paged_simt((64, 4, 2), 4, 2, 150, 15, kv_dtype)
     if prefill_fits(arch(), 64):
         for shape in ((64, 4, 2), (100, 1, 1), (256, 3, 1)):
             spec = prefill_spec(arch(), *shape[:2])

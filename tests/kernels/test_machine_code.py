@@ -34,8 +34,8 @@ NO_PTXAS = "ptxas is not installed (pip install nvidia-cuda-nvcc)"
 KEPT_KERNELS = 8  # more than a group has that differ between architectures
 # Kernel: an instruction that its PTX must have, and how often at least.
 UNITS = {
-    "decode_attention_mma": (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16", 32),
-    "prefill_attention_wgmma": (r"wgmma\.mma_async\.sync\.aligned\.m64n128k16\.f32\.bf16\.bf16", 4),
+    "decode_attention_mma": (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.b?f16", 32),
+    "prefill_attention_wgmma": (r"wgmma\.mma_async\.sync\.aligned\.m64n128k16\.f32\.(bf16\.bf16|f16\.f16)", 4),
 }
 # Architecture and kernel: bytes of spill stores and loads that are known, of two queries a key and of 256 threads.
 SPILLS = {(arch, "paged_decode_attention"): 56 for arch in (80, 86, 87, 89, 100, 120)}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from bitnet_numba.kernels import embedding as embed
 from bitnet_numba.kernels.attention import (
     decode,
+    expand,
     head_norm,
     kv_cache,
     paged_decode,
@@ -16,6 +17,7 @@ from bitnet_numba.kernels.attention import (
     rotate_heads,
     text_attention,
 )
+from bitnet_numba.kernels.attention.kv_dtype import HALVES, KV_DTYPES, KVDtype
 from bitnet_numba.kernels.linear import (
     gated,
     gemm,
@@ -39,8 +41,10 @@ ROW_DTYPES: tuple[RowDtype, ...] = ("bf16", "int8", "f16", "f32")  # of LM heads
 
 def attention_decode(arch: int) -> list[KernelSpec]:
     """2B4T's, and padding and idle lanes, one head, a whole warp a token; each for short and long contexts."""
-    shapes = [(128, 4), (100, 1), (256, 3)]
-    return [decode.decode_spec(arch, head_dim, group, long) for head_dim, group in shapes for long in (False, True)]
+    shapes: list[tuple[int, int, KVDtype]] = [
+        (128, 4, "float16"), (128, 4, "bfloat16"), (100, 1, "float16"), (100, 1, "bfloat16"), (256, 3, "float16"),
+    ]  # fmt: skip
+    return [decode.decode_spec(arch, *shape, long, dtype) for *shape, dtype in shapes for long in (False, True)]
 
 
 def attention_paged_decode(arch: int) -> list[KernelSpec]:
@@ -49,7 +53,8 @@ def attention_paged_decode(arch: int) -> list[KernelSpec]:
     shapes += [(96, 1, 256), (128, 8, 128), (8, 5, 64)]
     if not paged_decode.fits(arch, shapes[0][0]):
         return []
-    return [paged_decode.paged_decode_spec(arch, *shape) for shape in shapes]
+    dtypes: tuple[KVDtype, ...] = (*HALVES, "float8")
+    return [paged_decode.paged_decode_spec(arch, *shape, dtype) for shape in shapes for dtype in dtypes]
 
 
 def attention_prefill(arch: int) -> list[KernelSpec]:
@@ -57,24 +62,31 @@ def attention_prefill(arch: int) -> list[KernelSpec]:
     shapes = [(128, 4), (100, 1), (96, 3), (256, 3)]
     if not prefill.fits(arch, shapes[0][0]):
         return []
-    return [prefill.prefill_spec(arch, head_dim, group) for head_dim, group in shapes]
+    return [prefill.prefill_spec(arch, *shape, dtype) for shape in shapes for dtype in HALVES]
 
 
 def attention_prefill_wgmma(arch: int) -> list[KernelSpec]:
     """2B4T's, and halves that are odd, padding, one panel; one, two, eight heads a block."""
     shapes = [(128, 4), (100, 1), (18, 2), (64, 8)]
-    return [prefill_wgmma.prefill_wgmma_spec(arch, *shape) for shape in shapes if prefill_wgmma.fits(arch, shape[0])]
+    if not prefill_wgmma.fits(arch, shapes[0][0]):
+        return []
+    return [prefill_wgmma.prefill_wgmma_spec(arch, *shape, dtype) for shape in shapes for dtype in HALVES]
 
 
 def attention_paged_simt(arch: int) -> list[KernelSpec]:
     """2B4T's, and padding and idle lanes, a whole warp a token, a group in parts."""
     shapes = [(128, 4), (100, 1), (256, 3), (6, 10)]
-    return [paged_simt.paged_simt_spec(arch, head_dim, group) for head_dim, group in shapes]
+    return [paged_simt.paged_simt_spec(arch, *shape, dtype) for shape in shapes for dtype in KV_DTYPES]
 
 
 def attention_kv_cache(arch: int) -> list[KernelSpec]:
     """2B4T's head size, and one with padding whose halves are of odd length."""
-    return [kv_cache.append_spec(arch, 128), kv_cache.append_spec(arch, 34)]
+    return [kv_cache.append_spec(arch, head_dim, dtype) for head_dim in (128, 34) for dtype in KV_DTYPES]
+
+
+def attention_expand(arch: int) -> list[KernelSpec]:
+    """2B4T's head size, and one with padding."""
+    return [expand.expand_spec(arch, head_dim) for head_dim in (128, 100)]
 
 
 def attention_head_norm(arch: int) -> list[KernelSpec]:
@@ -223,7 +235,7 @@ GROUPS: dict[str, Callable[[int], list[KernelSpec]]] = {
     list_variants.__name__: list_variants
     for list_variants in (
         attention_decode, attention_paged_decode, attention_prefill, attention_prefill_wgmma,
-        attention_paged_simt, attention_kv_cache, attention_head_norm,
+        attention_paged_simt, attention_kv_cache, attention_expand, attention_head_norm,
         attention_rotate_heads, attention_text_attention, embedding, lm_head_gemv, lm_head_gemm, lm_head_gemm_wgmma,
         linear_row_norm, linear_gated, linear_quantize, linear_gemv, linear_gemm, linear_quantize_groups,
         linear_gemv_groups, linear_gemm_groups, sampling,

@@ -17,6 +17,7 @@ from bitnet_numba.backends.cuda.context import CudaContext
 from bitnet_numba.backends.cuda.forward import DecodePass
 from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.kernels.attention.decode import LONG_CONTEXT
+from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype
 from bitnet_numba.kernels.runtime.device import usable_device
 from bitnet_numba.kernels.runtime.driver import Event
 from bitnet_numba.kernels.runtime.launch import Launch
@@ -59,13 +60,13 @@ def named_launches(context: CudaContext, long: bool) -> dict[str, list[Launch]]:
     return {"embed": [forward.embed()], **named, "lm_head": [steps.lm_head()], "sampler": [steps.sampler()]}
 
 
-def measure_decode(folders: dict[str, Path], bandwidth: float) -> dict[str, Any]:
+def measure_decode(folders: dict[str, Path], bandwidth: float, kv_dtype: KVDtype = DEFAULT) -> dict[str, Any]:
     """Steps at several contexts, by kernel, and the latency of whole answers; for each embedding dtype."""
     result: dict[str, Any] = {}
     device = usable_device()
     for head, folder in folders.items():
         free, _ = device.memory_info()
-        backend = CudaBackend(open_packed(folder))
+        backend = CudaBackend(open_packed(folder), kv_dtype)
         config = backend.config
         context = backend.new_context(max(CONTEXTS))
         # Every byte of weights, but only one row of the embedding where it is not the head.

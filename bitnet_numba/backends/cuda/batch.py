@@ -10,7 +10,7 @@ from bitnet_numba.backends.cuda.batch_memory import BatchMemory
 from bitnet_numba.backends.cuda.extras import NOTHING, Asked, asked_by
 from bitnet_numba.backends.cuda.forward import MAX_TOKENS
 from bitnet_numba.backends.cuda.prompts import PromptPart
-from bitnet_numba.backends.cuda.state import padded_size
+from bitnet_numba.backends.cuda.state import padded_size, why_nan
 from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE, Constraint
 from bitnet_numba.errors import BackendError, RequestError
 from bitnet_numba.kernels.attention import paged_decode
@@ -218,7 +218,7 @@ class CudaBatch:
 
     def failure(self, slot: int) -> str:
         """Why a sequence got NO_TOKEN: nothing but NaN and infinity makes the sampler return it."""
-        return self._failures.get(slot) or f"{NOT_FINITE}: logits hold NaN or infinity"
+        return self._failures.get(slot) or f"{NOT_FINITE}: {why_nan(self._state.kv_dtype)}"
 
     def close(self) -> None:
         """Gives the memory back."""

@@ -10,7 +10,7 @@ from bitnet_numba.backends.cuda.forward import MAX_TOKENS
 from bitnet_numba.backends.cuda.lm_head import LMHead
 from bitnet_numba.backends.cuda.prompts import Prefill, PromptPart
 from bitnet_numba.backends.cuda.runtime import Runtime
-from bitnet_numba.backends.cuda.state import SequenceState, pages_of
+from bitnet_numba.backends.cuda.state import SequenceState, pages_of, why_nan
 from bitnet_numba.backends.cuda.steps import DecodeSteps
 from bitnet_numba.backends.protocol import Constraint
 from bitnet_numba.errors import BackendError, RequestError
@@ -34,7 +34,8 @@ class CudaContext:
         self.capacity = capacity
         self.ids: list[int] = []
         self._runtime, self._on_close = runtime, on_close
-        self._state = SequenceState(runtime.device, runtime.model.config, capacity)
+        model = runtime.model
+        self._state = SequenceState(runtime.device, model.config, capacity, kv_dtype=model.kv_dtype)
         self._ring = PinnedArray(RING_SIZE, np.int64)
         self._steps = DecodeSteps(runtime.model, runtime.decode_buffers, self._state, self._ring)
         self._prefill = Prefill(runtime, self._state)
@@ -215,5 +216,5 @@ class CudaContext:
             raise BackendError("a decode step ended without a token")
         token = entry & 0xFFFFFFFF
         if token >> 31:
-            raise ValueError("logits hold NaN or infinity")
+            raise ValueError(why_nan(self._state.kv_dtype))
         return token

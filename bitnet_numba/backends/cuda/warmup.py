@@ -31,6 +31,7 @@ from bitnet_numba.backends.progress import CompileProgress
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention.kv_cache import PAGE
+from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype
 from bitnet_numba.kernels.runtime import disk_cache
 from bitnet_numba.kernels.runtime.compiler import is_cached, machine_code
 from bitnet_numba.kernels.runtime.device import CudaDevice, DryRunDevice
@@ -58,6 +59,7 @@ class Needs(NamedTuple):
     target: ArchSpec
     max_sequences: int | None = None
     both: bool = False
+    kv_dtype: KVDtype = DEFAULT
 
     def specs(self) -> list[KernelSpec]:
         """Every kernel, always in the same order."""
@@ -66,7 +68,7 @@ class Needs(NamedTuple):
         if config.embeds:
             _dry_run_embedder(config, self.rows, device)
             return device.specs
-        model = CudaModel.dry_run(config, self.rows, device)
+        model = CudaModel.dry_run(config, self.rows, device, self.kv_dtype)
         if self.max_sequences is None or self.both:
             _dry_run_context(model)
         if self.max_sequences is not None:
@@ -77,7 +79,7 @@ class Needs(NamedTuple):
 def _dry_run_context(model: CudaModel) -> None:
     """Asks for every launch of a context, but for logits of several tokens at once."""
     device = model.device
-    state = SequenceState(device, model.config, PAGE)
+    state = SequenceState(device, model.config, PAGE, kv_dtype=model.kv_dtype)
     steps = DecodeSteps(model, DecodeBuffers(model), state, device.empty(1, np.int64))
     steps.extras = Extras(model, state, 1)
     for long in (False, True):
@@ -98,7 +100,7 @@ def _dry_run_embedder(config: ModelConfig, rows: RowFormats, device: DryRunDevic
 def _dry_run_batch(model: CudaModel, max_sequences: int) -> None:
     """Asks for every launch of a batch that a context does not make."""
     capacity = min(model.config.max_context, MAX_CONTEXT)
-    state = SequenceState(model.device, model.config, capacity, max_sequences, pages=1)
+    state = SequenceState(model.device, model.config, capacity, max_sequences, 1, model.kv_dtype)
     steps = BatchSteps(model, state)
     for num_tokens in _powers_of_two(1, padded_size(max_sequences)):
         steps.choose(num_tokens)
@@ -116,12 +118,13 @@ def load_specs(
     device: CudaDevice,
     max_sequences: int | None = None,
     ahead: int | None = None,
+    kv_dtype: KVDtype = DEFAULT,
 ) -> None:
     """Compiles what is not cached, with a progress line, and loads all: of a context, or of a batch of `max_sequences`.
 
     ahead: sequences of a batch whose kernels are compiled as well if many processes can do that. Raises BackendError.
     """
-    needs = Needs(config, rows, ArchSpec(device.arch, device.num_sms), max_sequences)
+    needs = Needs(config, rows, ArchSpec(device.arch, device.num_sms), max_sequences, kv_dtype=kv_dtype)
     specs, more = needs.specs(), needs
     if ahead is not None and _most_processes() >= MANY_PROCESSES:
         more = needs._replace(max_sequences=ahead, both=True)
