@@ -22,8 +22,8 @@ from bitnet_numba.kernels.attention.paged_decode import (
 )
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import DeviceArray, PinnedArray
-from bitnet_numba.kernels.sampling.batched import sample_batch
 from bitnet_numba.kernels.sampling import single
+from bitnet_numba.kernels.sampling.batched import sample_batch
 from bitnet_numba.kernels.sampling.single import SamplerScratch, sample
 
 
