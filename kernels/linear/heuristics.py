@@ -163,7 +163,10 @@ GROUP_TILES = (  # of `gemm_groups_mma` and `gemm_groups_wgmma`
 )
 
 
-def _choose_group_tile(M: int, N: int, K: int, num_sms: int) -> Tile:
+_NOT_GATED = Tile(16, 2, 1, 8, 2, 2, 2)  # would spill registers
+
+
+def _choose_group_tile(M: int, N: int, K: int, num_sms: int, gated: bool) -> Tile:
     """The tile with the least estimated time, as of `_choose_wgmma_tile`. Tiles of 8, 16, 32 and 64 tokens were
     measured for up to 1, 2, 4 and 8 times as many, and are not chosen beyond."""
 
@@ -173,8 +176,8 @@ def _choose_group_tile(M: int, N: int, K: int, num_sms: int) -> Tile:
         rounds = max(1, -(-ctas // num_sms) / tile.ctas_per_sm)
         return rounds * (measured.cta_us + measured.k_iter_us * -(-num_groups(K) // tile.k_warps))
 
-    candidates = [m for m in GROUP_TILES if -(-M // m.tile.tokens) <= m.tile.tokens // 8 or m.tile.tokens == 128]
-    return min(candidates, key=time).tile
+    measured = [m for m in GROUP_TILES if -(-M // m.tile.tokens) <= m.tile.tokens // 8 or m.tile.tokens == 128]
+    return min((m for m in measured if not (gated and m.tile == _NOT_GATED)), key=time).tile
 
 
 @cache
@@ -193,7 +196,7 @@ def choose_group_tile(M: int, N: int, K: int, arch: int, num_sms: int, gated: bo
     if arch < MIN_ARCH:
         return Tile(TOKENS, 2 if gated else 1, 1, 8, 0, 0, scheme="dp4a")
     if arch == WGMMA_ARCH:
-        return _choose_group_tile(M, N, K, num_sms)
+        return _choose_group_tile(M, N, K, num_sms, gated)
     staged = arch >= STAGED_ARCH
     if M <= 8:
         return Tile(8, 2, 1, 8, 3 if staged else 2, 3, 1)
