@@ -7,7 +7,7 @@ Reading order:
     norm, math                   RMSNorm and quantisation; exp, log and activations of 16 lanes
     kv_cache, attention          the cache's layout; attention over it (attention_tiles: its registers)
     lm_head, sampler             logits (row_tiles: its registers); the next token (gumbel: its noise)
-    team                         threads that share a pass: barriers, pieces, jobs
+    team                         threads that share a pass: jobs, regions, pieces
     layout, products, step       what a pass is told by address; a layer's products; the pass, which every member runs
     compiler, kernels            machine code by address and its disk cache; which kernels a model needs
 """

@@ -11,7 +11,7 @@ from bitnet_numba.kernels.cpu import lm_head, math, norm, vec
 from bitnet_numba.kernels.cpu.compiler import call
 from bitnet_numba.kernels.cpu.layout import GELU, MAX_ROWS, MAX_TOKENS, MIN_ROWS, PIECES, SEGMENTS, SILU
 from bitnet_numba.kernels.cpu.memory import load_f32, load_i8, load_i32, store_f32, store_i8, store_i32
-from bitnet_numba.kernels.cpu.team import barrier, take
+from bitnet_numba.kernels.cpu.team import enter, leave, take
 from bitnet_numba.kernels.cpu.vec import OPTIONS
 from bitnet_numba.packing import BLOCK_ROWS
 
@@ -19,16 +19,28 @@ from bitnet_numba.packing import BLOCK_ROWS
 
 
 @njit(**OPTIONS)
-def tokens_of(job, member, members):
-    """The tokens whose activations a member prepares: all, if that is one, otherwise its share."""
-    return range(0, 1, 1) if job.tokens == 1 else range(member, job.tokens, members)
+def enter_inputs(state, region, pieces, job):
+    """Enters the region in which tokens' activations are prepared: of one token, that of the product's pieces, where
+    each member prepares them for itself; of more, one of their own, with a piece for each token."""
+    return enter(state, region, pieces if job.tokens == 1 else job.tokens)
 
 
 @njit(**OPTIONS)
-def meet(job, state, members):
-    """Waits for the others' share, if there is one."""
-    if job.tokens > 1:
-        barrier(state, members)
+def next_token(state, region, inside, job, m):
+    """The token to prepare after token m, which is -1 at first; job.tokens or more if there is none."""
+    if not inside:
+        return job.tokens
+    return m + 1 if job.tokens == 1 else take(state, region)
+
+
+@njit(**OPTIONS)
+def enter_pieces(state, region, pieces, inside, job):
+    """Goes on to the region of the product's pieces, after `enter_inputs`: its number, and whether the member is
+    inside."""
+    if job.tokens == 1:
+        return region, inside
+    region = leave(state, region, inside)
+    return region, enter(state, region, pieces)
 
 
 @njit(**OPTIONS)
@@ -168,13 +180,27 @@ def group_product(linear, K, first, last, inputs, own, job, y):
             add(linear.bias + 4 * first, last - first, to)
 
 
+@njit(**OPTIONS)
+def pieces_of(N, members, job):
+    """Pieces of a region of N rows."""
+    rows = piece_rows(N, members, job)
+    return (N + rows - 1) // rows
+
+
+@njit(**OPTIONS)
+def qkv_pieces(q_size, kv_size, members, job):
+    """Pieces of q, and of each of k and v."""
+    rows = piece_rows(q_size, members, job)
+    return (q_size + rows - 1) // rows, (kv_size + rows - 1) // rows
+
+
 @njit(inline="always", **OPTIONS)
-def qkv_rows(linear, q_size, kv_size, K, members, state, inputs, own, job):
+def qkv_rows(linear, q_size, kv_size, K, members, state, region, inputs, own, job):
     """q, k and v of all tokens: float32 [M, q_size + 2 kv_size]."""
     rows, y, N = piece_rows(q_size, members, job), own + job.y, q_size + 2 * kv_size
-    q_pieces, kv_pieces = (q_size + rows - 1) // rows, (kv_size + rows - 1) // rows
+    q_pieces, kv_pieces = qkv_pieces(q_size, kv_size, members, job)
     while True:
-        piece = take(state)
+        piece = take(state, region)
         if piece >= q_pieces + 2 * kv_pieces:
             return
         segment = np.int64(0) if piece < q_pieces else 1 + (piece - q_pieces) // kv_pieces
@@ -188,11 +214,11 @@ def qkv_rows(linear, q_size, kv_size, K, members, state, inputs, own, job):
 
 
 @njit(inline="always", **OPTIONS)
-def residual_rows(linear, post_norm, N, K, members, state, inputs, own, job):
+def residual_rows(linear, post_norm, N, K, members, state, region, inputs, own, job):
     """A product of N rows that is added to the residual stream [M, N], or if a norm follows, kept for `add_normed`."""
     rows, y = piece_rows(N, members, job), own + job.y
     while True:
-        first = take(state) * rows
+        first = take(state, region) * rows
         if first >= N:
             return
         last = min(first + rows, N)
@@ -205,23 +231,29 @@ def residual_rows(linear, post_norm, N, K, members, state, inputs, own, job):
 
 
 @njit(inline="always", **OPTIONS)
-def add_normed(post_norm, N, eps, member, members, state, job):
-    """Adds what `residual_rows` has kept, normed, to the residual stream; nothing if `post_norm` is 0."""
-    if post_norm != 0:
-        for m in range(member, job.tokens, members):
+def add_normed(post_norm, N, eps, state, region, job):
+    """Adds what `residual_rows` has kept, normed, to the residual stream, in a region of its own; nothing if
+    `post_norm` is 0. Returns the number of the next region."""
+    if post_norm == 0:
+        return region
+    inside = enter(state, region, job.tokens)
+    if inside:
+        m = take(state, region)
+        while m < job.tokens:
             y = job.final + 4 * m * N
             norm.rms_norm(y, post_norm, N, eps, y)
             add(y, N, job.x + 4 * m * N)
-        barrier(state, members)
+            m = take(state, region)
+    return leave(state, region, inside)
 
 
 @njit(inline="always", **OPTIONS)
-def gated_rows(linear, model, members, state, inputs, own, job):
+def gated_rows(linear, model, members, state, region, inputs, own, job):
     """activation(gate) * up of all tokens: float32 [M, intermediate]."""
     N, rows, gate = model.intermediate, piece_rows(model.intermediate, members, job), own + job.y
     up = gate + 4 * MAX_TOKENS * MAX_ROWS
     while True:
-        first = take(state) * rows
+        first = take(state, region) * rows
         if first >= N:
             return
         last = min(first + rows, N)

@@ -4,10 +4,9 @@
     forward   token ids -> final hidden states [M, hidden]; keys and values go to the cache
     logits    final hidden states [M, hidden] -> [M, vocab], and of these, if asked for, the next token of each
 
-A layer is four regions of rows (qkv, o, gate_up, down) with what lies between them; members take pieces of each region
-until none is left, and wait for each other where one region needs all of another. What a product reads, each member
-normalises and quantises for itself while there is one token (it costs less than waiting for another that does), and the
-members share that work among them when there are more.
+A layer is four regions of rows (qkv, o, gate_up, down) and two of attention; see `team` for what a region is. What a
+product reads, each member normalises and quantises for itself while there is one token (it costs less than waiting for
+another that does); when there are more, the members share that work in a region of its own.
 
 All tokens of a pass are alike: a token has a position and a block table, and those of one sequence or of many make no
 difference. Its numbers depend on the tokens before it alone.
@@ -25,18 +24,21 @@ from bitnet_numba.kernels.cpu.memory import load_i64
 from bitnet_numba.kernels.cpu.products import (
     add_normed,
     copy,
+    enter_inputs,
+    enter_pieces,
     gated_rows,
     inputs_of,
-    meet,
+    next_token,
+    pieces_of,
     prepare,
     product,
+    qkv_pieces,
     qkv_rows,
     residual_rows,
     scale,
-    tokens_of,
 )
 from bitnet_numba.kernels.cpu.sampler import SETTINGS
-from bitnet_numba.kernels.cpu.team import barrier, next_job, start_job, take
+from bitnet_numba.kernels.cpu.team import enter, finish_job, leave, next_job, start_job, take
 from bitnet_numba.kernels.cpu.vec import OPTIONS
 
 
@@ -59,84 +61,115 @@ def compile_step() -> None:
 @entry
 def work(member, members, state, model, layers, job):
     """Member 0: runs one job, together with the others. The others: run jobs until the team is stopped."""
-    number = 0
+    region = 0
     while True:
-        if member == 0:
-            if members > 1:
-                start_job(state)
-        else:
-            number = next_job(state, number)
-            if number < 0:
-                return
+        region = start_job(state) if member == 0 else next_job(state, region)
+        if region == 0:
+            return
         if job[0].kind == FORWARD:
-            forward(member, members, state, model[0], layers, job[0])
+            forward(member, members, state, region, model[0], layers, job[0])
         else:
-            logits(member, members, state, model[0], job[0])
+            logits(member, members, state, region, model[0], job[0])
         if member == 0:
+            finish_job(state)
             return
 
 
 @njit(inline="always", **OPTIONS)
-def forward(member, members, state, model, layers, job):
+def forward(member, members, state, region, model, layers, job):
     """All layers."""
     M, hidden, eps = job.tokens, model.hidden, np.float32(model.eps)
-    for m in range(member, M, members):
-        embedding.row(model, load_i64(job.ids, 8 * m), job.x + 4 * m * hidden)
-        if model.embedding_scale != 1:
-            scale(job.x + 4 * m * hidden, hidden, np.float32(model.embedding_scale))
-    barrier(state, members)
+    inside = enter(state, region, M)
+    if inside:
+        m = take(state, region)
+        while m < M:
+            embedding.row(model, load_i64(job.ids, 8 * m), job.x + 4 * m * hidden)
+            if model.embedding_scale != 1:
+                scale(job.x + 4 * m * hidden, hidden, np.float32(model.embedding_scale))
+            m = take(state, region)
+    region = leave(state, region, inside)
     own, inputs = job.own + member * job.own_stride, inputs_of(job, member)
     q_size, kv_size = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    q_pieces, kv_pieces = qkv_pieces(q_size, kv_size, members, job)
     for i in range(len(layers)):
         layer = layers[i]
         cache = job.cache + i * job.layer_stride
-        for m in tokens_of(job, member, members):
+        pieces = q_pieces + 2 * kv_pieces
+        inside = enter_inputs(state, region, pieces, job)
+        m = next_token(state, region, inside, job, np.int64(-1))
+        while m < M:
             x = job.x + 4 * m * hidden
             prepare(4 * i, model, layer.qkv, x, hidden, layer.input_norm, eps, own, job, inputs, m)
-        meet(job, state, members)
-        qkv_rows(layer.qkv, q_size, kv_size, hidden, members, state, inputs, own, job)
-        barrier(state, members)
-        rotate_and_store(member, members, model, layer, cache, job)
-        barrier(state, members)
-        attend(members, state, model, layer.window, cache, own, job)
-        barrier(state, members)
-        for m in tokens_of(job, member, members):
+            m = next_token(state, region, inside, job, m)
+        region, inside = enter_pieces(state, region, pieces, inside, job)
+        if inside:
+            qkv_rows(layer.qkv, q_size, kv_size, hidden, members, state, region, inputs, own, job)
+        region = leave(state, region, inside)
+        inside = enter(state, region, M * model.kv_heads)
+        if inside:
+            rotate_and_store(state, region, model, layer, cache, job)
+        region = leave(state, region, inside)
+        inside = enter(state, region, attend_pieces(members, model, job))
+        if inside:
+            attend(members, state, region, model, layer.window, cache, own, job)
+        region = leave(state, region, inside)
+        pieces = pieces_of(hidden, members, job)
+        inside = enter_inputs(state, region, pieces, job)
+        m = next_token(state, region, inside, job, np.int64(-1))
+        while m < M:
             attn_out = gather(members, model, own, job, m)
             prepare(4 * i + 1, model, layer.o, attn_out, q_size, layer.attn_sub_norm, eps, own, job, inputs, m)
-        meet(job, state, members)
-        residual_rows(layer.o, layer.attn_post_norm, hidden, q_size, members, state, inputs, own, job)
-        barrier(state, members)
-        add_normed(layer.attn_post_norm, hidden, eps, member, members, state, job)
-        for m in tokens_of(job, member, members):
+            m = next_token(state, region, inside, job, m)
+        region, inside = enter_pieces(state, region, pieces, inside, job)
+        if inside:
+            residual_rows(layer.o, layer.attn_post_norm, hidden, q_size, members, state, region, inputs, own, job)
+        region = leave(state, region, inside)
+        region = add_normed(layer.attn_post_norm, hidden, eps, state, region, job)
+        K = model.intermediate
+        pieces = pieces_of(K, members, job)
+        inside = enter_inputs(state, region, pieces, job)
+        m = next_token(state, region, inside, job, np.int64(-1))
+        while m < M:
             x = job.x + 4 * m * hidden
             prepare(4 * i + 2, model, layer.gate_up, x, hidden, layer.post_attention_norm, eps, own, job, inputs, m)
-        meet(job, state, members)
-        gated_rows(layer.gate_up, model, members, state, inputs, own, job)
-        barrier(state, members)
-        K = model.intermediate
-        for m in tokens_of(job, member, members):
+            m = next_token(state, region, inside, job, m)
+        region, inside = enter_pieces(state, region, pieces, inside, job)
+        if inside:
+            gated_rows(layer.gate_up, model, members, state, region, inputs, own, job)
+        region = leave(state, region, inside)
+        pieces = pieces_of(hidden, members, job)
+        inside = enter_inputs(state, region, pieces, job)
+        m = next_token(state, region, inside, job, np.int64(-1))
+        while m < M:
             mlp_hidden = job.mlp_hidden + 4 * m * K
             prepare(4 * i + 3, model, layer.down, mlp_hidden, K, layer.ffn_sub_norm, eps, own, job, inputs, m)
-        meet(job, state, members)
-        residual_rows(layer.down, layer.ffn_post_norm, hidden, K, members, state, inputs, own, job)
-        barrier(state, members)
-        add_normed(layer.ffn_post_norm, hidden, eps, member, members, state, job)
-    for m in range(member, M, members):
-        norm.rms_norm(job.x + 4 * m * hidden, model.norm, hidden, eps, job.final + 4 * m * hidden)
-    barrier(state, members)
+            m = next_token(state, region, inside, job, m)
+        region, inside = enter_pieces(state, region, pieces, inside, job)
+        if inside:
+            residual_rows(layer.down, layer.ffn_post_norm, hidden, K, members, state, region, inputs, own, job)
+        region = leave(state, region, inside)
+        region = add_normed(layer.ffn_post_norm, hidden, eps, state, region, job)
+    inside = enter(state, region, M)
+    if inside:
+        m = take(state, region)
+        while m < M:
+            norm.rms_norm(job.x + 4 * m * hidden, model.norm, hidden, eps, job.final + 4 * m * hidden)
+            m = take(state, region)
+    leave(state, region, inside)
 
 
 # ---- Attention ------------------------------------------------------------------------------------------------------
 
 
 @njit(inline="always", **OPTIONS)
-def rotate_and_store(member, members, model, layer, cache, job):
-    """Normalises (if the model does) and rotates q and k of all tokens, and writes k and v to the cache: a member's
-    share of (token, kv head)."""
+def rotate_and_store(state, region, model, layer, cache, job):
+    """Normalises (if the model does) and rotates q and k of all tokens, and writes k and v to the cache; a piece is a
+    token and kv head."""
     D, G, H = model.head_dim, model.kv_heads, model.heads
     N = (H + 2 * G) * D
-    for i in range(member, job.tokens * G, members):
-        m, g = i // G, i % G
+    piece = take(state, region)
+    while piece < job.tokens * G:
+        m, g = piece // G, piece % G
         position = load_i64(job.positions, 8 * m)
         table = load_i64(job.tables, 8 * m)
         cos = (job.cos if layer.window == 0 else job.local_cos) + 2 * position * D
@@ -151,6 +184,7 @@ def rotate_and_store(member, members, model, layer, cache, job):
             norm.rms_norm(k, layer.k_norm, D, np.float32(model.eps), k)
         kv_cache.rotate(k, k, D, cos, sin)
         call(job.kernels.store_kv, (cache, job.page_stride, table, G, g, D, position, k, v))
+        piece = take(state, region)
 
 
 @njit(**OPTIONS)
@@ -159,19 +193,22 @@ def is_split(members, model, job):
     return job.splits > 1 and job.tokens * model.kv_heads < 4 * members
 
 
+@njit(**OPTIONS)
+def attend_pieces(members, model, job):
+    """Pieces of attention: tokens and kv heads, or splits of them."""
+    return job.tokens * model.kv_heads * (job.splits if is_split(members, model, job) else 1)
+
+
 @njit(inline="always", **OPTIONS)
-def attend(members, state, model, window, cache, own, job):
-    """Attention of all tokens, to the last `window` if that is not 0; a piece is a token and kv head, or a split of
-    it."""
+def attend(members, state, region, model, window, cache, own, job):
+    """Attention of all tokens, to the last `window` if that is not 0; see `attend_pieces`."""
     D, G, H = model.head_dim, model.kv_heads, model.heads
     R, N, row = H // G, (H + 2 * G) * D, attention.partial_bytes(D)
     split = is_split(members, model, job)
     parts = job.splits if split else 1
     scratch = own + job.scratch
-    while True:
-        piece = take(state)
-        if piece >= job.tokens * G * parts:
-            return
+    piece = take(state, region)
+    while piece < job.tokens * G * parts:
         m, g, part = piece // parts // G, piece // parts % G, piece % parts
         length = load_i64(job.positions, 8 * m) + 1
         begin = max(length - window, 0) if window != 0 else 0
@@ -195,6 +232,7 @@ def attend(members, state, model, window, cache, own, job):
             for r in range(R):
                 out = job.attn_out + 4 * ((m * H + g * R + r) * D)
                 attention.combine(at + r * row, R * row, length, D, out, scratch)
+        piece = take(state, region)
 
 
 @njit(inline="always", **OPTIONS)
@@ -217,14 +255,15 @@ def gather(members, model, own, job, m):
 
 
 @njit(inline="always", **OPTIONS)
-def logits(member, members, state, model, job):
+def logits(member, members, state, region, model, job):
     """Final hidden states [M, hidden] -> logits [M, vocab]."""
-    K, N, M = model.hidden, model.vocab, job.tokens
-    padded_K = max(K, lm_head.MIN_COLUMNS)
-    inputs, own, rows = inputs_of(job, member), job.own + member * job.own_stride, model.head.rows
-    planes = inputs[5]
-    for m in tokens_of(job, member, members):
-        x, prepared = job.final + 4 * m * K, planes + m * job.plane_stride
+    K, N, M, settings = model.hidden, model.vocab, job.tokens, job.settings
+    inputs, own = inputs_of(job, member), job.own + member * job.own_stride
+    pieces = (N + HEAD_ROWS - 1) // HEAD_ROWS
+    inside = enter_inputs(state, region, pieces, job)
+    m = next_token(state, region, inside, job, np.int64(-1))
+    while m < M:
+        x, prepared = job.final + 4 * m * K, inputs[5] + m * job.plane_stride
         if model.head_format == TERNARY:
             prepare(4 * model.layers, model, model.head, x, K, 0, np.float32(0), own, job, inputs, m)
         elif model.head_format == INT8:
@@ -233,13 +272,30 @@ def logits(member, members, state, model, job):
             lm_head.prepare_bf16(x, K, prepared)
         else:
             lm_head.prepare_float(x, K, prepared)
-    meet(job, state, members)
-    while True:
-        first = take(state) * HEAD_ROWS
-        if first >= N:
-            break
+        m = next_token(state, region, inside, job, m)
+    region, inside = enter_pieces(state, region, pieces, inside, job)
+    if inside:
+        head_rows(state, region, model, inputs, own, job)
+    region = leave(state, region, inside)
+    if settings != 0:
+        inside = enter(state, region, M)
+        if inside:
+            m = take(state, region)
+            while m < M:
+                sample(m, model, own, job)
+                m = take(state, region)
+        leave(state, region, inside)
+
+
+@njit(inline="always", **OPTIONS)
+def head_rows(state, region, model, inputs, own, job):
+    """The product of the LM head; a piece is HEAD_ROWS rows."""
+    K, N, M = model.hidden, model.vocab, job.tokens
+    padded_K, rows, planes = max(K, lm_head.MIN_COLUMNS), model.head.rows, inputs[5]
+    x_stride, out, y_stride = job.plane_stride, job.logits, job.logits_stride
+    first = take(state, region) * HEAD_ROWS
+    while first < N:
         last = min(first + HEAD_ROWS, N)
-        x_stride, out, y_stride = job.plane_stride, job.logits, job.logits_stride
         if model.head_format == TERNARY:
             y = own + job.y
             product(model.head, np.int64(0), K, first, last, inputs, own, job, y)
@@ -252,25 +308,24 @@ def logits(member, members, state, model, job):
             call(job.kernels.bf16_rows, (rows, padded_K, planes, x_stride, M, out, y_stride, first, last))
         else:
             call(job.kernels.float_rows, (rows, padded_K, planes, x_stride, M, out, y_stride, first, last))
-    # Read before the barrier: if it is the job's last, the host may already write the next job behind it.
-    settings = job.settings
-    barrier(state, members)
-    if settings != 0:
-        scratch = job.own + member * job.own_stride + job.sampler
-        for m in range(member, M, members):
-            call(
-                job.kernels.sample,
-                (
-                    job.logits + 4 * m * job.logits_stride,
-                    N,
-                    load_i64(job.histories, 8 * m),
-                    load_i64(job.history_lengths, 8 * m),
-                    job.settings + 8 * SETTINGS * m,
-                    load_i64(job.edits, 8 * m),
-                    load_i64(job.num_edits, 8 * m),
-                    load_i64(job.masks, 8 * m),
-                    scratch,
-                    job.sampled + 8 * m,
-                ),
-            )
-        barrier(state, members)
+        first = take(state, region) * HEAD_ROWS
+
+
+@njit(**OPTIONS)
+def sample(m, model, own, job):
+    """The next token after token m, from its logits."""
+    call(
+        job.kernels.sample,
+        (
+            job.logits + 4 * m * job.logits_stride,
+            model.vocab,
+            load_i64(job.histories, 8 * m),
+            load_i64(job.history_lengths, 8 * m),
+            job.settings + 8 * SETTINGS * m,
+            load_i64(job.edits, 8 * m),
+            load_i64(job.num_edits, 8 * m),
+            load_i64(job.masks, 8 * m),
+            own + job.sampler,
+            job.sampled + 8 * m,
+        ),
+    )

@@ -1,14 +1,26 @@
 """A team of threads that computes one step together, all inside compiled code.
 
-Every member runs the same function. `barrier` waits for the others; `take` hands out the pieces of a region, so that a
-member that lost its CPU to another program delays the others by one piece, not by its share. Between steps the members
-wait in `next_job`. Waiting spins first (a barrier costs 0.75 us then), and after that sleeps in the kernel: with
-another job on the cores a team loses its share of them, and does not stall.
+A step is a job, and a job is a row of regions. Every member runs the same function: it enters each region, takes pieces
+of it with `take` until none is left, and leaves. A region is over, and the next one open, when its pieces are taken and
+all who entered have left. It does not wait for a member that never came, because its CPU went to another program or it
+still sleeps: that one finds the regions over, passes them by, and takes pieces where the others are. So who loses its
+CPU amid a region delays the others by one piece, not by its share, and who loses it elsewhere does not delay them.
 
-    member 0 (the caller)     start -> step ...   barrier   ...   done
-    members 1 ..              next_job -> step .. barrier   ...   next_job, until stop
+    member 0 (the caller)     start_job -> region, region, ..., finish_job
+    members 1 ..              next_job  -> region, region, ..., next_job, until stop
 
-The state is int32 words on cache lines of their own. What a member wrote before a barrier, all see after it.
+    region      inside = enter(state, region, pieces)
+                if inside: ... piece = take(state, region) ...
+                region = leave(state, region, inside)
+
+Only who is inside a region reads or writes what the job is about: a late member may find the next job's numbers there,
+and memory that is gone. The number of a region has that of its job in it, so who is late enters nothing of another job.
+What was written in a region, all see in the next.
+
+Waiting spins first (the end of a region costs 0.75 us then), and after that sleeps in the kernel: with another job on
+the cores a team loses its share of them, and does not stall.
+
+The state is 64-bit words on cache lines of their own.
 """
 
 import ctypes
@@ -28,9 +40,13 @@ from numba.extending import intrinsic, overload
 from bitnet_numba.kernels.cpu.compiler import entry
 from bitnet_numba.kernels.cpu.vec import OPTIONS
 
-LINE = 16  # int32 words of a cache line
-ARRIVED, ROUND, PIECE, JOB, STOP, SLEEPERS = (LINE * i for i in range(6))
-STATE_WORDS = 8 * LINE
+LINE = 8  # words of a cache line
+# REGION: number of the job, index of the region in it (0 between jobs), and how many are inside, from the highest bits.
+# PIECE: the next piece of regions with an even index, and on the next line of those with an odd one.
+REGION, PIECE, STOP, SLEEPERS = 0, LINE, 3 * LINE, 4 * LINE
+STATE_WORDS = 6 * LINE
+INSIDE_BITS, INDEX_BITS = 12, 16
+MAX_MEMBERS = (1 << INSIDE_BITS) - 1
 # Rounds of waiting before sleep, each a pause of 40 to 140 cycles: about 20 us within a step, 200 us between steps,
 # which is longer than the host needs between two tokens.
 SPINS_IN_STEP = 1_000
@@ -49,12 +65,9 @@ _yield = types.ExternalFunction("SwitchToThread" if sys.platform == "win32" else
 
 
 def _field(context, builder, sig, args):
-    address = builder.add(args[0], builder.mul(context.cast(builder, args[1], sig.args[1], types.intp), _int64(4)))
-    return builder.inttoptr(address, ir.IntType(32).as_pointer())
-
-
-def _int64(value: int) -> ir.Constant:
-    return ir.Constant(ir.IntType(64), value)
+    field = context.cast(builder, args[1], sig.args[1], types.intp)
+    address = builder.add(args[0], builder.mul(field, ir.Constant(field.type, 8)))
+    return builder.inttoptr(address, ir.IntType(64).as_pointer())
 
 
 @intrinsic
@@ -62,9 +75,9 @@ def atomic_load(typingctx, state, field):
     """A word of the state; what its writer wrote before is seen after."""
 
     def codegen(context, builder, sig, args):
-        return builder.load_atomic(_field(context, builder, sig, args), "seq_cst", 4)
+        return builder.load_atomic(_field(context, builder, sig, args), "seq_cst", 8)
 
-    return types.int32(state, field), codegen
+    return types.int64(state, field), codegen
 
 
 @intrinsic
@@ -72,8 +85,8 @@ def atomic_store(typingctx, state, field, value):
     """Writes a word of the state."""
 
     def codegen(context, builder, sig, args):
-        value32 = context.cast(builder, args[2], sig.args[2], types.int32)
-        builder.store_atomic(value32, _field(context, builder, sig, args), "seq_cst", 4)
+        value = context.cast(builder, args[2], sig.args[2], types.int64)
+        builder.store_atomic(value, _field(context, builder, sig, args), "seq_cst", 8)
         return context.get_dummy_value()
 
     return types.void(state, field, value), codegen
@@ -84,10 +97,22 @@ def atomic_add(typingctx, state, field, value):
     """Adds to a word of the state; returns what it was before."""
 
     def codegen(context, builder, sig, args):
-        value32 = context.cast(builder, args[2], sig.args[2], types.int32)
-        return builder.atomic_rmw("add", _field(context, builder, sig, args), value32, "seq_cst")
+        value = context.cast(builder, args[2], sig.args[2], types.int64)
+        return builder.atomic_rmw("add", _field(context, builder, sig, args), value, "seq_cst")
 
-    return types.int32(state, field, value), codegen
+    return types.int64(state, field, value), codegen
+
+
+@intrinsic
+def atomic_replace(typingctx, state, field, old, new):
+    """Writes a word of the state if it is `old`; returns whether it was."""
+
+    def codegen(context, builder, sig, args):
+        old, new = (context.cast(builder, args[i], sig.args[i], types.int64) for i in (2, 3))
+        done = builder.cmpxchg(_field(context, builder, sig, args), old, new, "seq_cst", "seq_cst")
+        return builder.extract_value(done, 1)
+
+    return types.boolean(state, field, old, new), codegen
 
 
 @intrinsic
@@ -103,89 +128,130 @@ def _pause(typingctx):
     return types.void(), codegen
 
 
-def _sleep_until_changed(state, field, old):
+def _sleep(state, word):
     raise NotImplementedError("only compiled functions can call this")
 
 
-@overload(_sleep_until_changed)
-def _sleep_until_changed_here(state, field, old):
+@overload(_sleep)
+def _sleep_here(state, word):
+    """Sleeps until woken, unless REGION is not `word` any more: its low half, so other changes may be slept through."""
     if FUTEX:
 
-        def by_futex(state, field, old):
-            _syscall(FUTEX, state + 4 * field, _WAIT, old, 0, 0, 0)
+        def by_futex(state, word):
+            # Whoever changes REGION looks for sleepers after that, and the kernel compares before it lets a thread
+            # sleep: so none sleeps through a change. Who wakes others counts them as awake, which they are not yet.
+            atomic_add(state, SLEEPERS, 1)
+            if _syscall(FUTEX, state + 8 * REGION, _WAIT, word & 0xFFFFFFFF, 0, 0, 0) != 0:
+                atomic_add(state, SLEEPERS, -1)
 
         return by_futex
 
-    def by_yielding(state, field, old):
+    def by_yielding(state, word):
         _yield()
 
     return by_yielding
 
 
-def _wake(state, field):
+def _wake(state):
     raise NotImplementedError("only compiled functions can call this")
 
 
 @overload(_wake)
-def _wake_here(state, field):
+def _wake_here(state):
     if FUTEX:
 
-        def by_futex(state, field):
+        def by_futex(state):
             if atomic_load(state, SLEEPERS) > 0:
-                _syscall(FUTEX, state + 4 * field, _WAKE, 1 << 30, 0, 0, 0)
+                woken = _syscall(FUTEX, state + 8 * REGION, _WAKE, 1 << 30, 0, 0, 0)
+                atomic_add(state, SLEEPERS, -woken)
 
         return by_futex
-    return lambda state, field: None
+    return lambda state: None
 
 
 @njit(**OPTIONS)
-def wait_for_change(state, field, old, spins):
-    """Waits until a word of the state is not `old` any more."""
+def wait_for_end(state, region, spins):
+    """Waits until a region is not the current one any more."""
     for _ in range(spins):
-        if atomic_load(state, field) != old:
+        if atomic_load(state, REGION) >> INSIDE_BITS != region:
             return
         _pause()
-    # Whoever changes the word looks for sleepers after that, and the kernel compares it with `old` before it lets a
-    # thread sleep: so none sleeps through a change.
-    atomic_add(state, SLEEPERS, 1)
-    while atomic_load(state, field) == old:
-        _sleep_until_changed(state, field, old)
-    atomic_add(state, SLEEPERS, -1)
+    while True:
+        word = atomic_load(state, REGION)
+        if word >> INSIDE_BITS != region:
+            return
+        _sleep(state, word)
 
 
 @njit(**OPTIONS)
-def barrier(state, members):
-    """Waits until all members have come; the next region's pieces are then untaken."""
-    current = atomic_load(state, ROUND)
-    if atomic_add(state, ARRIVED, 1) == members - 1:
-        atomic_store(state, ARRIVED, 0)
-        atomic_store(state, PIECE, 0)
-        atomic_add(state, ROUND, 1)
-        if members > 1:
-            _wake(state, ROUND)
-    else:
-        wait_for_change(state, ROUND, current, SPINS_IN_STEP)
+def _piece_of(region):
+    """The word that counts a region's pieces."""
+    return PIECE + LINE * (region & 1)
 
 
 @njit(**OPTIONS)
-def take(state):
-    """The number of the next piece of this region that no member has taken."""
-    return np.int64(atomic_add(state, PIECE, 1))
+def enter(state, region, pieces):
+    """Whether the member is inside the region now: not if that is over, or all its pieces, at least one, are taken."""
+    while True:
+        word = atomic_load(state, REGION)
+        if word >> INSIDE_BITS != region or atomic_load(state, _piece_of(region)) >= pieces:
+            return False
+        if atomic_replace(state, REGION, word, word + 1):
+            return True
+
+
+@njit(**OPTIONS)
+def take(state, region):
+    """Inside a region: the number of the next piece that no member has taken. There may be none: see `enter`."""
+    return atomic_add(state, _piece_of(region), 1)
+
+
+@njit(**OPTIONS)
+def leave(state, region, inside):
+    """Leaves the region, if the member is inside, and waits for its end. Returns the number of the next region."""
+    while inside:
+        word = atomic_load(state, REGION)
+        if word & MAX_MEMBERS == 1:
+            # Nobody is inside a region that uses this word: the last one that did is over.
+            atomic_store(state, _piece_of(region + 1), 0)
+            if atomic_replace(state, REGION, word, (region + 1) << INSIDE_BITS):
+                _wake(state)
+                return region + 1
+        elif atomic_replace(state, REGION, word, word - 1):
+            break
+    wait_for_end(state, region, SPINS_IN_STEP)
+    return region + 1
 
 
 @njit(**OPTIONS)
 def start_job(state):
-    """Member 0: lets the others begin. All have left the step before, or wait at its end."""
-    atomic_add(state, JOB, 1)
-    _wake(state, JOB)
+    """Member 0: lets the others begin. Returns the number of the job's first region."""
+    region = (atomic_load(state, REGION) >> INSIDE_BITS) + 1
+    atomic_store(state, _piece_of(region), 0)
+    atomic_store(state, REGION, region << INSIDE_BITS)
+    _wake(state)
+    return region
 
 
 @njit(**OPTIONS)
-def next_job(state, job):
-    """Members 1 ..: waits for the job after number `job`; returns its number, or -1 if the team is to stop."""
-    wait_for_change(state, JOB, np.int32(job), SPINS_BETWEEN)
-    # As 32 bits without a sign: a server's team has had 2^31 jobs after some days, and numbers start again at 0.
-    return np.int64(-1) if atomic_load(state, STOP) else np.int64(np.uint32(atomic_load(state, JOB)))
+def finish_job(state):
+    """Member 0, when the last region is over: the job is."""
+    job = atomic_load(state, REGION) >> (INSIDE_BITS + INDEX_BITS)
+    atomic_store(state, REGION, (job + 1) << (INSIDE_BITS + INDEX_BITS))
+
+
+@njit(**OPTIONS)
+def next_job(state, region):
+    """Members 1 ..: waits for a job after that of `region`, or for any if that is 0. Returns the number of the job's
+    first region, or 0 if the team is to stop."""
+    while True:
+        current = atomic_load(state, REGION) >> INSIDE_BITS
+        if atomic_load(state, STOP):
+            return 0
+        index = current & ((1 << INDEX_BITS) - 1)
+        if index != 0 and (region == 0 or current >> INDEX_BITS != region >> INDEX_BITS):
+            return current - index + 1
+        wait_for_end(state, current, SPINS_BETWEEN)
 
 
 @entry
@@ -206,12 +272,12 @@ class Team:
     def __init__(self, members: int, serve: Callable[..., None], arguments: tuple[Any, ...]):
         self.members = members
         # Freed only after `stop`: otherwise, threads may look at it until the process ends.
-        words: Any = (ctypes.c_int32 * (STATE_WORDS + LINE))()
+        words: Any = (ctypes.c_int64 * (STATE_WORDS + LINE))()
         self._words = words
         _immortal.append(words)
-        self.state = -(-ctypes.addressof(words) // (4 * LINE)) * 4 * LINE
+        self.state = -(-ctypes.addressof(words) // (8 * LINE)) * 8 * LINE
         self._view = np.ctypeslib.as_array(words)
-        self._first = (self.state - ctypes.addressof(words)) // 4
+        self._first = (self.state - ctypes.addressof(words)) // 8
         self._process, self._stopped = os.getpid(), False
         self._threads = [
             threading.Thread(

@@ -279,7 +279,7 @@ class CpuModel:
 
 def _stop(team: Team, lock: threading.Lock) -> None:
     """Stops a team whose model is gone, or at the end of the process."""
-    # At the end, a daemon thread may be in a pass: a member that left before its last barrier would hang the others.
+    # At the end, a daemon thread may be in a pass: a member that left amid a region would hang the others.
     if lock.acquire(timeout=PATIENCE):
         try:
             team.stop()
