@@ -140,8 +140,6 @@ def page_bytes(config: ModelConfig, kv_dtype: KVDtype) -> int:
 
 def why_nan(kv_dtype: KVDtype) -> str:
     """What is known of logits that are not finite, in a few words."""
-    if kv_dtype == "float8":
-        return "logits hold NaN or infinity (or a key or value is beyond 57344: kv_dtype bfloat16 holds it)"
-    if kv_dtype == "float16":
-        return "logits hold NaN or infinity (or a key or value is beyond 65504, the largest float16: kv_dtype bfloat16 holds it)"
-    return "logits hold NaN or infinity"
+    largest = {"float8": "57344", "float16": "65504, the largest float16"}.get(kv_dtype)
+    hint = f" (or a key or value is beyond {largest}: kv_dtype bfloat16 holds it)" if largest else ""
+    return f"logits hold NaN or infinity{hint}"
