@@ -41,8 +41,8 @@ def rounded_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the reference attend to keys and values rounded to float16."""
     attend = reference_model.attend
 
-    def rounded(q: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-        return attend(q, *(x.astype(np.float16).astype(np.float32) for x in (keys, values)))
+    def rounded(q: np.ndarray, keys: np.ndarray, values: np.ndarray, window: int | None) -> np.ndarray:
+        return attend(q, *(x.astype(np.float16).astype(np.float32) for x in (keys, values)), window)
 
     monkeypatch.setattr(reference_model, "attend", rounded)
 
