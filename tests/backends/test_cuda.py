@@ -106,6 +106,22 @@ def test_golden_logits(golden: GoldenCase, prompt: str, kv_dtype: KVDtype) -> No
 
 
 @needs_gpu
+@pytest.mark.parametrize("prompt", ["text7", "text33"])
+def test_golden_greedy_continuation(golden: GoldenCase, prompt: str) -> None:
+    """Equal tokens wherever the two best logits are 0.3 apart; the recorded tokens are fed back."""
+    ids, expected = golden.recorded[f"ids/{prompt}"].tolist(), golden.recorded[f"greedy/{prompt}"]
+    context = on_gpu(golden.packed, len(ids) + len(expected))
+    logits = context.logits(ids)[-1]
+    compared = 0
+    for token, margin in zip(expected.tolist(), golden.recorded[f"greedy_margin/{prompt}"], strict=True):
+        if margin >= 0.3:
+            assert logits.argmax() == token
+            compared += 1
+        logits = context.logits([token])[-1]
+    assert compared >= 4
+
+
+@needs_gpu
 @pytest.mark.parametrize("preset", ["tiny", "tiny-llama"])  # with a norm before attention's product, and without
 @pytest.mark.parametrize("name", ["k_proj", "v_proj"])
 def test_what_float16_cannot_hold_ends_with_an_error(preset: str, name: str, tmp_path: Path) -> None:
