@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from bitnet_numba.config_keys import (
     CLASS_DEFAULTS,
+    GEMMA_USED,
     HARMLESS,
     QUANTIZATION_HARMLESS,
     QUANTIZATION_USED,
@@ -15,11 +16,21 @@ from bitnet_numba.config_keys import (
     Keys,
     shown,
 )
+from bitnet_numba.config_rope import (
+    GEMMA_ACTIVATION,
+    MAX_CONTEXT,
+    MAX_LAYERS,
+    LocalAttention,
+    RopeScaling,
+    read_gemma,
+    read_rope,
+    rope_key,
+)
 from bitnet_numba.errors import ConfigError
 from bitnet_numba.module_patterns import check_patterns, names_module
 
 WeightFormat = Literal["online", "offline", "bitlinear", "floats", "mlx"]
-Activation = Literal["relu2", "silu"]
+Activation = Literal["relu2", "silu", "gelu"]
 
 # Linears of a layer that read the same input are stored as one matrix of several segments, with one scale each.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -36,34 +47,18 @@ _LIMITS = {
     "vocab_size": 1 << 24,
     "hidden_size": MAX_COLUMNS,
     "intermediate_size": MAX_COLUMNS,
-    "num_layers": 4096,
+    "num_layers": MAX_LAYERS,
     "num_heads": MAX_COLUMNS,
     "num_kv_heads": MAX_COLUMNS,
     "head_dim": MAX_COLUMNS,
-    "max_context": 1 << 24,
+    "max_context": MAX_CONTEXT,
 }
 
 _ARCHITECTURE_OF_TYPE = {"bitnet": "BitNetForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 PLAIN_CLASSES = ("LlamaForCausalLM", "Qwen3ForCausalLM")  # of models that are not BitNet, too
-EMBEDDING_CLASS = "Qwen3Model"  # without an LM head
-MISSING_CLASSES = {  # -> what would have to be there
-    "Gemma3TextModel": "Gemma 3's blocks (GELU, norms behind them, a scaled embedding, attention with a window)",
-}
-_ACTIVATIONS: dict[str, Activation] = {"relu2": "relu2", "silu": "silu", "swish": "silu"}
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Scaling of rotary frequencies for longer contexts; `linear` uses only `factor`."""
-
-    kind: Literal["linear", "llama3", "yarn"]
-    factor: float
-    low_freq_factor: float = 1.0  # of llama3
-    high_freq_factor: float = 4.0
-    original_context: int = 8192  # of llama3 and yarn
-    beta_fast: float = 32.0  # of yarn
-    beta_slow: float = 1.0
-    attention_factor: float = 1.0  # of yarn: by what cosines and sines are multiplied
+GEMMA_CLASS = "Gemma3TextModel"
+EMBEDDING_CLASSES = ("Qwen3Model", GEMMA_CLASS)  # without an LM head
+_ACTIVATIONS: dict[str, Activation] = {"relu2": "relu2", "silu": "silu", "swish": "silu", GEMMA_ACTIVATION: "gelu"}
 
 
 @dataclass(frozen=True)
@@ -90,6 +85,8 @@ class ModelConfig:
     linear_norm: bool = False  # each quantised linear applies an RMSNorm of its own to its input
     linear_norm_eps: float = 1e-6
     embeds: bool = False  # an embedding model: its last hidden state is what a text means; it generates nothing
+    gemma: bool = False  # norms behind attention and feed-forward, too; the embedding is scaled by sqrt(hidden_size)
+    local: LocalAttention | None = None  # layers whose attention has a window
     weight_format: WeightFormat = "online"  # of the Hugging Face checkpoint, see checkpoint/huggingface.py
     dense: tuple[str, ...] | None = field(default=None)  # modules_to_not_convert
 
@@ -111,6 +108,15 @@ class ModelConfig:
     def group_scales(self) -> bool:
         """Whether weights have a scale for each row and 128 columns, and activations one for each token and 128."""
         return self.weight_format in ("floats", "mlx")
+
+    @property
+    def embedding_scale(self) -> float:
+        """By what rows of the embedding are multiplied."""
+        return math.sqrt(self.hidden_size) if self.gemma else 1.0
+
+    def window_of(self, layer: int) -> int | None:
+        """How many tokens a layer's queries attend to at most, their own included; None: all before them."""
+        return self.local.window if self.local is not None and self.local.layers[layer] else None
 
     @property
     def q_size(self) -> int:
@@ -152,12 +158,12 @@ def config_notes(raw: Mapping[str, Any]) -> list[str]:
     """What a user should know about a valid config.json: one line for each of its peculiarities, often none."""
     keys, notes = Keys(raw, ""), []
     architecture, by_type = _architecture(keys), _class_of_type(keys)
-    if by_type not in (None, architecture) and architecture not in ("BitnetForCausalLM", EMBEDDING_CLASS):
+    if by_type not in (None, architecture) and architecture not in ("BitnetForCausalLM", *EMBEDDING_CLASSES):
         notes.append(f"config.json: read as {architecture}, although model_type = {shown(keys.get('model_type'))}")
-    unknown = keys.unknown(HARMLESS | USED)
+    unknown = keys.unknown(HARMLESS | USED | (GEMMA_USED if architecture == GEMMA_CLASS else frozenset()))
     for name, known in (
         ("quantization_config", QUANTIZATION_HARMLESS | QUANTIZATION_USED),
-        (_rope_key(keys), ROPE_USED),
+        (rope_key(keys), ROPE_USED),
     ):
         unknown += [f"{name}: {key}" for key in Keys(raw.get(name) or {}, "").unknown(known)]
     if unknown:
@@ -169,7 +175,8 @@ def config_notes(raw: Mapping[str, Any]) -> list[str]:
 def _from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     keys = Keys(raw, "config.json")
     architecture = _architecture(keys)
-    keys.refuse_other_arithmetic()
+    gemma, embeds = architecture == GEMMA_CLASS, architecture in EMBEDDING_CLASSES
+    keys.refuse_other_arithmetic(GEMMA_USED if gemma else frozenset())
     default = CLASS_DEFAULTS[architecture]
     for key, supported in (("weight_bits", (1, 1.58, 2)), ("bits", (1, 1.58, 2)), ("input_bits", (8,))):
         if keys.get(key) is not None and keys.get(key) not in supported:
@@ -188,7 +195,10 @@ def _from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     kv_heads = default["num_key_value_heads"] or heads
     if "num_key_value_heads" in raw:  # null means as many as query heads, whatever the class
         kv_heads = heads if raw["num_key_value_heads"] is None else keys.integer("num_key_value_heads")
-    theta, scaling = _rope(keys, default)
+    theta, scaling, local = (*read_rope(keys, default), None) if not gemma else read_gemma(keys, default, head_dim)
+    activation = GEMMA_ACTIVATION
+    if not gemma:
+        activation = keys.choice("hidden_act", default["hidden_act"], ("relu2", "silu", "swish"))
     weight_format, linear_norm, linear_norm_eps, dense = _quantization(keys, architecture)
     config = ModelConfig(
         vocab_size=keys.integer("vocab_size", default["vocab_size"]),
@@ -202,16 +212,18 @@ def _from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         rms_norm_eps=keys.number("rms_norm_eps", default["rms_norm_eps"]),
         rope_theta=theta,
         rope_scaling=scaling,
-        activation=_ACTIVATIONS[keys.choice("hidden_act", default["hidden_act"], tuple(_ACTIVATIONS))],
-        sub_norms=architecture not in (*PLAIN_CLASSES, EMBEDDING_CLASS),
-        qk_norm=architecture in ("Qwen3ForCausalLM", EMBEDDING_CLASS),
-        tied=keys.boolean("tie_word_embeddings", False) or architecture == EMBEDDING_CLASS,
+        activation=_ACTIVATIONS[activation],
+        sub_norms=architecture not in (*PLAIN_CLASSES, *EMBEDDING_CLASSES),
+        qk_norm=embeds or architecture == "Qwen3ForCausalLM",
+        tied=keys.boolean("tie_word_embeddings", False) or embeds,
         attention_bias=keys.boolean("attention_bias", False),
         # The other classes' feed-forward has no bias, whatever is written.
         mlp_bias=keys.boolean("mlp_bias", False) and architecture == "LlamaForCausalLM",
         linear_norm=linear_norm,
         linear_norm_eps=linear_norm_eps,
-        embeds=architecture == EMBEDDING_CLASS,
+        embeds=embeds,
+        gemma=gemma,
+        local=local,
         weight_format=weight_format,
         dense=dense,
     )
@@ -227,9 +239,6 @@ def _architecture(keys: Keys) -> str:
     """The model class: what `architectures` names; where it is absent, that of model_type."""
     architectures = keys.get("architectures") or [_class_of_type(keys)]
     if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in list(CLASS_DEFAULTS):
-        for name in architectures if isinstance(architectures, list) else []:
-            if isinstance(name, str) and name in MISSING_CLASSES:
-                raise ConfigError(f"config.json: {name} is not supported: {MISSING_CLASSES[name]}")
         one_of = ", ".join(CLASS_DEFAULTS)
         raise ConfigError(
             f"config.json: architectures = {shown(keys.get('architectures'))} is not supported (one of {one_of})"
@@ -242,62 +251,13 @@ def _class_of_type(keys: Keys) -> str | None:
     return _ARCHITECTURE_OF_TYPE.get(model_type) if isinstance(model_type, str) else None
 
 
-def _rope(keys: Keys, default: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Rotary base and scaling. As in transformers, rope_scaling replaces all of rope_parameters unless it is empty."""
-    name = _rope_key(keys)
-    rope = Keys(keys.get(name) or {}, f"config.json: {name}")
-    rope.refuse_other_arithmetic()
-    if any(isinstance(value, Mapping) for value in rope.raw.values()):
-        raise ConfigError(f"{rope.where}: rotary embedding that differs from layer to layer is not supported")
-    theta = (keys if rope.get("rope_theta") is None else rope).number("rope_theta", default["rope_theta"])
-    kind = rope.choice("rope_type", rope.get("type", "default"), ("default", "linear", "llama3", "yarn"))
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, RopeScaling("linear", rope.number("factor"))
-    original = rope.integer(
-        "original_max_position_embeddings", keys.get("max_position_embeddings", default["max_position_embeddings"])
-    )
-    elsewhere = keys.get("original_max_position_embeddings", original)  # versions differ in which of the two they read
-    if not (1 <= original <= _LIMITS["max_context"] and original == elsewhere):
-        raise ConfigError(f"{rope.where}: the original context and the rest contradict each other")
-    if kind == "yarn":
-        if theta <= 1:
-            raise ConfigError(f"{rope.where}: rope_theta = {theta:g} is not above 1, as yarn needs it")
-        return theta, _yarn(rope, original)
-    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-    if not low < high:
-        raise ConfigError(f"{rope.where}: the llama3 factors contradict each other")
-    return theta, RopeScaling("llama3", rope.number("factor"), low, high, original)
-
-
-def _yarn(rope: Keys, original: int) -> RopeScaling:
-    """YaRN (Peng et al., 2023) with the defaults of transformers."""
-    for key, supported in (("mscale", None), ("mscale_all_dim", None), ("truncate", True)):
-        if rope.get(key, supported) != supported:
-            raise ConfigError(f"{rope.where}: {key} = {shown(rope.get(key))} is not supported")
-    factor = rope.number("factor")
-    fast = 32.0 if rope.get("beta_fast") is None else rope.number("beta_fast")
-    slow = 1.0 if rope.get("beta_slow") is None else rope.number("beta_slow")
-    if fast < slow:
-        raise ConfigError(f"{rope.where}: beta_fast = {fast:g} is below beta_slow = {slow:g}")
-    attention = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-    if rope.get("attention_factor") is not None:
-        attention = rope.number("attention_factor")
-    return RopeScaling("yarn", factor, 1.0, 4.0, original, fast, slow, attention)
-
-
-def _rope_key(keys: Keys) -> str:
-    return "rope_scaling" if keys.get("rope_scaling") else "rope_parameters"
-
-
 def _quantization(keys: Keys, architecture: str) -> tuple[WeightFormat, bool, float, tuple[str, ...] | None]:
     """Weight format, linear_norm, its epsilon and modules_to_not_convert, from quantization_config."""
     given = keys.get("quantization_config", keys.get("quantization"))
     if given is None:
         if architecture == "BitnetForCausalLM":
             return "online", False, 1e-6, None
-        if architecture == EMBEDDING_CLASS:  # each linear has its norm, with the epsilon of all others
+        if architecture in EMBEDDING_CLASSES:  # each linear has its norm, with the epsilon of all others
             return "online", True, keys.number("rms_norm_eps", CLASS_DEFAULTS[architecture]["rms_norm_eps"]), None
         if architecture in PLAIN_CLASSES:
             return "floats", False, 1e-6, None  # which must be found to be ternary

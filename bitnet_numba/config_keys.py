@@ -36,6 +36,10 @@ USED = frozenset(
     num_attention_heads num_hidden_layers num_key_value_heads quantization quantization_config rms_norm_eps
     rope_parameters rope_scaling rope_theta tie_word_embeddings vocab_size weight_bits""".split()
 )
+# Of Gemma 3, in whose block they mean something.
+GEMMA_USED = frozenset(
+    """hidden_activation query_pre_attn_scalar rope_local_base_freq sliding_window layer_types""".split()
+)
 QUANTIZATION_USED = frozenset(
     """quant_method linear_class quantization_mode use_rms_norm rms_norm_eps modules_to_not_convert group_size
     mode""".split()
@@ -85,12 +89,30 @@ _QWEN3 = {
     "rope_theta": 10000.0,
     "vocab_size": 151936,
 }
+_GEMMA3 = {
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_local_base_freq": 10000.0,
+    "rope_theta": 1000000.0,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+    "vocab_size": 262208,
+}
 CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
     "BitNetForCausalLM": _BITNET,
     "BitnetForCausalLM": _LLAMA,  # the first release
     "LlamaForCausalLM": _LLAMA,
     "Qwen3ForCausalLM": _QWEN3,
     "Qwen3Model": _QWEN3,
+    "Gemma3TextModel": _GEMMA3,
 }
 
 Raw = Mapping[str, Any]
@@ -150,6 +172,7 @@ _CHANGES: tuple[tuple[str, Neutral, str], ...] = (
     ("dim_model_base", is_off, "logits would be scaled"),
     ("final_logit_softcapping logit_cap", is_off, "logits would be capped"),
     ("attn_logit_softcapping", is_off, "attention scores would be capped"),
+    ("use_bidirectional_attention", is_off, "tokens would attend to those after them"),
     ("clip_qkv", is_off, "queries, keys and values would be clipped"),
     ("qk_norm use_qk_norm qk_layernorm qk_layer_norms", is_off, "queries and keys would be normalised"),
     ("use_parallel_residual parallel_attn parallel_residual", is_off, "attention and feed-forward would be parallel"),
@@ -210,10 +233,13 @@ class Keys:
             raise ConfigError(f"{self.where}: {key} = {shown(value)} is not supported (one of {', '.join(choices)})")
         return str(value)
 
-    def refuse_other_arithmetic(self) -> None:
-        """Raises ConfigError for a key that would change the arithmetic, naming it and what it would change."""
+    def refuse_other_arithmetic(self, used: frozenset[str] = frozenset()) -> None:
+        """Raises ConfigError for a key that would change the arithmetic, naming it and what it would change.
+
+        used: keys that the model's class reads itself.
+        """
         for key, value in self.raw.items():
-            neutral, reason = REFUSED.get(key, (None, ""))
+            neutral, reason = REFUSED.get(key, (None, "")) if key not in used else (None, "")
             if neutral is not None and not neutral(value, self.raw):
                 raise ConfigError(f"{self.where}: {key} = {shown(value)} is not supported: {reason}")
 

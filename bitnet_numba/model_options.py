@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from bitnet_numba.engine.engine import Engine
-from bitnet_numba.engine.loading import BACKENDS, load
+from bitnet_numba.engine.loading import ALL_KV_DTYPES, BACKENDS, load
 from bitnet_numba.hub.fetch import as_hub_model, find_model, is_gguf
 
 MODEL_HELP = (
@@ -17,7 +17,7 @@ MODEL_HELP = (
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds MODEL, --revision, --backend, --threads and --context."""
+    """Adds MODEL, --revision, --backend, --threads, --kv-dtype and --context."""
     parser.add_argument("checkpoint", nargs="?", metavar="MODEL", help=MODEL_HELP)
     group = parser.add_argument_group("model")
     add_run_options(group)
@@ -27,7 +27,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Adds --revision, --backend and --threads."""
+    """Adds --revision, --backend, --threads and --kv-dtype."""
     add = parser.add_argument
     add("--revision", metavar="R", help="branch, tag or commit of a model of the hub (default: main)")
     add(
@@ -41,6 +41,11 @@ def add_run_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -
         type=int,
         metavar="N",
         help="threads on the CPU (default: one for each physical core; on the reference, what BLAS takes)",
+    )
+    add(
+        "--kv-dtype",
+        choices=ALL_KV_DTYPES,
+        help="type of keys and values (default: float16 on CUDA, bfloat16 on the CPU, float32 on the reference)",
     )
 
 
@@ -59,7 +64,7 @@ def open_model(args: argparse.Namespace, quiet: bool = False) -> Engine:
     """
     path, revision = find_first(args.checkpoint, args.revision)  # before the status line
     with _status("loading the model ...", quiet):
-        return load(path, args.backend, args.context, args.threads, revision)
+        return load(path, args.backend, args.context, args.threads, revision, args.kv_dtype)
 
 
 def _status(text: str, quiet: bool) -> contextlib.AbstractContextManager[object]:

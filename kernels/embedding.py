@@ -13,6 +13,7 @@ sampler's result, so there is nothing to load before `pdl_wait`.
                     A pass of fixed size may have tokens to spare: they have slot -1, and zeros for an embedding
     gather_last     ends passes over prompts: copies the hidden states of the prompts' last tokens, the only ones that
                     the LM head and the sampler need, and the tokens' slots and positions
+    scale           multiplies the embeddings by a factor, in models that do
     advance         ends a step without a sampler: moves the position on by one
 
     grid            x: columns, THREADS to a block      y (embed_tokens): tokens
@@ -164,6 +165,20 @@ def make_advance(arch: int) -> Callable[..., None]:
     return advance
 
 
+def make_scale(arch: int, threads: int = THREADS) -> Callable[..., None]:
+    """The kernel."""
+    wait, trigger = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
+
+    def scale(h, size, factor):
+        trigger()
+        wait()
+        i = int64(cuda.blockIdx.x) * threads + int32(cuda.threadIdx.x)
+        if i < size:
+            h[i] = ptx.mul_rn(h[i], factor)
+
+    return scale
+
+
 @cache
 def embed_token_spec(arch: int, row_format: RowFormat, threads: int = THREADS) -> KernelSpec:
     """The variant; `threads` differs in tests only."""
@@ -196,6 +211,13 @@ def gather_last_spec(arch: int, threads: int = THREADS) -> KernelSpec:
 def advance_spec(arch: int) -> KernelSpec:
     """The variant: one warp."""
     return KernelSpec("advance", make_advance(arch), (types.CPointer(types.int32),), WARP)
+
+
+@cache
+def scale_spec(arch: int, threads: int = THREADS) -> KernelSpec:
+    """The variant; `threads` differs in tests only."""
+    signature = (types.CPointer(types.float32), types.int64, types.float32)
+    return KernelSpec(f"scale[{threads}]", make_scale(arch, threads), signature, threads)
 
 
 def column_blocks(columns: int, threads: int = THREADS) -> int:
@@ -308,3 +330,9 @@ def advance(device: Device, position: DeviceArray, *, use_pdl: bool = True) -> L
     """The launch that moves position[0], int32, on by one. Raises ValueError in one line for another array."""
     (position,) = checked("advance", "a step", position=(position, 1, "int32"))
     return device.launch(advance_spec(device.arch), 1, (position,), use_pdl)
+
+
+def scale(device: Device, h: DeviceArray, size: int, factor: float, *, use_pdl: bool = True) -> Launch:
+    """The launch that multiplies h, float32 [size], by a factor. Raises ValueError in one line for another array."""
+    (h,) = checked("scale", f"{size} elements", h=(h, size, "float32"))
+    return device.launch(scale_spec(device.arch), column_blocks(size), (h, size, factor), use_pdl)

@@ -7,6 +7,7 @@ Letters: M tokens in this call, T tokens in the cache after it, N rows out, K co
 D head_dim, V vocabulary size. A comment gives the shape where it changes.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from bitnet_numba.bfloat16 import to_float32
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, RowFormat, group_is_ternary
-from bitnet_numba.config import GROUPS, ModelConfig
+from bitnet_numba.config import GROUPS, Activation, ModelConfig
 from bitnet_numba.packing import GROUP_COLS
 from bitnet_numba.quantize import quantize_activations, quantize_groups
 from bitnet_numba.reference.rope import rope_tables
@@ -58,10 +59,14 @@ class Model:
 
     def forward(self, ids: NDArray[np.int64], cache: Cache) -> Floats:
         """Appends tokens [M] to the cache and returns their final hidden states, float32 [M, hidden]."""
+        config = self.config
         x = self.embedding.look_up(ids)  # [M] -> [M, hidden]
+        if config.gemma:
+            x = x * np.float32(config.embedding_scale)
         positions = np.arange(cache.length, cache.length + len(ids))
-        cos, sin = rope_tables(self.config, positions)
+        tables = [rope_tables(config, positions, local) for local in (False, True)]
         for i, layer in enumerate(self.layers):
+            cos, sin = tables[config.window_of(i) is not None]
             x = layer(x, cos, sin, partial(cache.append, i))
         cache.length += len(ids)
         return rms_norm(x, self.norm, self.config.rms_norm_eps)
@@ -84,17 +89,20 @@ class Model:
 
 
 class Layer:
-    """One block: attention and feed-forward, each with a norm before it and a residual around it."""
+    """One block: attention and feed-forward, each with a norm before it, in Gemma's block also behind it, and a
+    residual around it."""
 
     def __init__(self, checkpoint: PackedCheckpoint, i: int):
         def norm(name: str) -> Floats:
             return np.array(checkpoint.tensor(f"layers.{i}.{name}.weight"))
 
         config = checkpoint.config
-        self.config = config
+        self.config, self.window = config, config.window_of(i)
         self.input_norm, self.post_attention_norm = norm("input_norm"), norm("post_attention_norm")
         if config.sub_norms:
             self.attn_sub_norm, self.ffn_sub_norm = norm("attn_sub_norm"), norm("ffn_sub_norm")
+        if config.gemma:
+            self.attn_post_norm, self.ffn_post_norm = norm("attn_post_norm"), norm("ffn_post_norm")
         if config.qk_norm:
             self.q_norm, self.k_norm = norm("q_norm"), norm("k_norm")
         self.q, self.k, self.v = load_linears(checkpoint, i, "qkv")
@@ -105,8 +113,10 @@ class Layer:
     def __call__(self, x: Floats, cos: Floats, sin: Floats, append: Append) -> Floats:
         """Tokens [M, hidden], the next of a sequence -> [M, hidden]; `append` is the cache's, for this layer."""
         eps = self.config.rms_norm_eps
-        x = x + self.attention(rms_norm(x, self.input_norm, eps), cos, sin, append)
-        return x + self.feed_forward(rms_norm(x, self.post_attention_norm, eps))
+        y = self.attention(rms_norm(x, self.input_norm, eps), cos, sin, append)
+        x = x + (rms_norm(y, self.attn_post_norm, eps) if self.config.gemma else y)
+        y = self.feed_forward(rms_norm(x, self.post_attention_norm, eps))
+        return x + (rms_norm(y, self.ffn_post_norm, eps) if self.config.gemma else y)
 
     def attention(self, x: Floats, cos: Floats, sin: Floats, append: Append) -> Floats:
         """Grouped-query causal attention [M, hidden] -> [M, hidden]."""
@@ -118,7 +128,7 @@ class Layer:
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         v = self.v(x).reshape(M, config.num_kv_heads, config.head_dim)
         keys, values = append(k, v)  # [M, G, D] -> [T, G, D]
-        attn_out: Floats = attend(q, keys, values).reshape(M, config.q_size)  # [M, H, D] -> [M, H * D]
+        attn_out: Floats = attend(q, keys, values, self.window).reshape(M, config.q_size)  # [M, H, D] -> [M, H * D]
         if config.sub_norms:
             attn_out = rms_norm(attn_out, self.attn_sub_norm, config.rms_norm_eps)
         return self.o(attn_out)
@@ -126,8 +136,7 @@ class Layer:
     def feed_forward(self, x: Floats) -> Floats:
         """Gated feed-forward [M, hidden] -> [M, hidden]."""
         config = self.config
-        activation = relu2 if config.activation == "relu2" else silu
-        mlp_hidden = activation(self.gate(x)) * self.up(x)  # [M, hidden] -> [M, intermediate]
+        mlp_hidden = ACTIVATIONS[config.activation](self.gate(x)) * self.up(x)  # [M, hidden] -> [M, intermediate]
         if config.sub_norms:
             mlp_hidden = rms_norm(mlp_hidden, self.ffn_sub_norm, config.rms_norm_eps)
         return self.down(mlp_hidden)
@@ -146,17 +155,19 @@ def rotate(x: Floats, cos: Floats, sin: Floats) -> Floats:
     return x * cos[:, None, :] + turned * sin[:, None, :]
 
 
-def attend(q: Floats, keys: Floats, values: Floats) -> Floats:
+def attend(q: Floats, keys: Floats, values: Floats, window: int | None = None) -> Floats:
     """Causal attention of M queries, the last M of T positions. q [M, H, D]; keys, values [T, G, D] -> [M, H, D].
 
-    Query head h reads key-value head h // (H / G); softmax(q . k / sqrt(D)) in float32.
+    Query head h reads key-value head h // (H / G); softmax(q . k / sqrt(D)) in float32. With a window, a query sees
+    its own position and those before it, `window` in all.
     """
     (M, H, D), (T, G, _) = q.shape, keys.shape
     grouped = q.reshape(M, G, H // G, D).transpose(1, 2, 0, 3)  # [G, H / G, M, D]
     scores = grouped @ keys.transpose(1, 2, 0)[:, None]  # [G, H / G, M, T]
     scores *= np.float32(D**-0.5)
-    future = np.arange(T) > np.arange(T - M, T)[:, None]  # [M, T]
-    scores[..., future] = -np.inf
+    distance = np.arange(T - M, T)[:, None] - np.arange(T)  # [M, T]
+    unseen = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    scores[..., unseen] = -np.inf
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     out = weights @ values.transpose(1, 0, 2)[:, None]  # [G, H / G, M, D]
@@ -172,6 +183,15 @@ def silu(x: Floats) -> Floats:
     """x * sigmoid(x) (Hendrycks and Gimpel, 2016)."""
     with np.errstate(over="ignore"):  # exp(-x) may overflow to infinity; the quotient is then 0, as it should be
         return x / (ONE + np.exp(-x))
+
+
+def gelu(x: Floats) -> Floats:
+    """x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))), an approximation by Hendrycks and Gimpel (2016)."""
+    inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * (x * x * x))
+    return np.float32(0.5) * x * (ONE + np.tanh(inner))
+
+
+ACTIVATIONS: dict[Activation, Callable[[Floats], Floats]] = {"relu2": relu2, "silu": silu, "gelu": gelu}
 
 
 @dataclass(frozen=True)

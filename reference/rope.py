@@ -5,19 +5,25 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.config import ModelConfig, RopeScaling
+from bitnet_numba.config import ModelConfig
+from bitnet_numba.config_rope import RopeScaling
 
 Floats = NDArray[np.float32]
 ONE = np.float32(1)
 
 
-def rope_tables(config: ModelConfig, positions: NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """Cosines and sines of positions [M], float32 [M, D]: the angles of the first half of a head, twice."""
-    scaling = config.rope_scaling
+def rope_tables(config: ModelConfig, positions: NDArray[np.int64], local: bool = False) -> tuple[Floats, Floats]:
+    """Cosines and sines of positions [M], float32 [M, D]: the angles of the first half of a head, twice.
+
+    local: of layers whose attention has a window, which have a base of their own.
+    """
+    scaling, theta = config.rope_scaling, config.rope_theta
+    if local and config.local is not None:
+        theta = config.local.rope_theta
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies: Floats = ONE / np.float32(config.rope_theta) ** exponents  # [D / 2]
+    frequencies: Floats = ONE / np.float32(theta) ** exponents  # [D / 2]
     if scaling is not None:
-        frequencies = scaled(frequencies, scaling, config.rope_theta)
+        frequencies = scaled(frequencies, scaling, theta)
     angles = positions.astype(np.float32)[:, None] * frequencies  # [M, D / 2]
     angles = np.concatenate([angles, angles], axis=-1)  # [M, D]
     if scaling is None or scaling.kind != "yarn":

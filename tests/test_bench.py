@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from tests.engine.toy_backend import toy_engine
 from tools import bench
 from tools.benchmarks import cpu, engine, groups, kernels
 from tools.benchmarks.cpu_read import StreamingRead, read_sum
+from tools.benchmarks.inputs import row_formats, write_random_packed
 from tools.benchmarks.table import group_table, ladder_table, table
+from tools.make_checkpoint import PRESETS
 
 COPIES, US = 3, 2.5
 
@@ -277,9 +280,21 @@ def test_engine_answers_what_is_asked_and_has_a_line_for_each_case() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["engine", "a", "b"], ["batch", "a"], ["cpu", "--small"], ["engine", "--isa", "x"]]
+    "arguments",
+    [["engine", "a", "b"], ["batch", "a"], ["groups", "--preset", "3b"], ["cpu", "--small"], ["engine", "--isa", "x"]],
 )
 def test_options_of_another_part_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         bench.main(arguments)
     assert stopped.value.code == 2 and f"{arguments[0]} takes" in capsys.readouterr().err
+
+
+def test_a_packed_checkpoint_of_any_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight_format, raw = PRESETS["bonsai-1.7b"]
+    small = raw | {"hidden_size": 256, "num_hidden_layers": 1, "intermediate_size": 384, "vocab_size": 300}
+    monkeypatch.setitem(PRESETS, "bonsai-1.7b", (weight_format, small))
+    (head,) = row_formats("bonsai-1.7b")
+    write_random_packed(tmp_path / "model", head, "bonsai-1.7b")
+    checkpoint = open_packed(tmp_path / "model")
+    assert checkpoint.config.group_scales and checkpoint.config.qk_norm and checkpoint.head == "ternary"
+    assert row_formats("2b-4t") == ("bf16", "int8")

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitnet_numba.config import MAX_COLUMNS, ModelConfig, RopeScaling, config_notes
+from bitnet_numba.config import EMBEDDING_CLASSES, MAX_COLUMNS, PLAIN_CLASSES, ModelConfig, config_notes
 from bitnet_numba.config_keys import HARMLESS, QUANTIZATION_HARMLESS, QUANTIZATION_USED, REFUSED, ROPE_USED, USED
+from bitnet_numba.config_rope import RopeScaling
 from bitnet_numba.errors import ConfigError
 from bitnet_numba.reference.model import EXACT_COLUMNS
 from tests.strategies import json_values
@@ -38,7 +39,7 @@ def test_2b4t() -> None:
 def test_presets(name: str) -> None:
     _, raw = PRESETS[name]
     config = ModelConfig.from_hf(raw | {"quantization_config": {"quant_method": "bitnet"}})
-    assert config.sub_norms == (raw["architectures"] not in (["LlamaForCausalLM"], ["Qwen3ForCausalLM"]))
+    assert config.sub_norms == (raw["architectures"][0] not in (*PLAIN_CLASSES, *EMBEDDING_CLASSES))
     assert config.head_dim == raw.get("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
 
 

@@ -18,7 +18,7 @@ FLOORS: list[tuple[str, ...]] = [
         "bitnet_numba.config_keys",
         "bitnet_numba.module_patterns",
     ),
-    ("bitnet_numba.json_file",),
+    ("bitnet_numba.json_file", "bitnet_numba.config_rope"),
     ("bitnet_numba.config",),
     ("bitnet_numba.grammar",),
     ("bitnet_numba.sampling_params",),

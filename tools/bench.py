@@ -1,6 +1,8 @@
 """Measures the backends on full-size BitNet b1.58 2B4T with random weights; and packing, on one CPU core.
 
     python tools/bench.py kernels|groups|decode|prefill|batch|load|all [--json FILE] [--plot DIR]      the CUDA backend
+    python tools/bench.py decode|prefill|batch|load|cpu --preset NAME        the sizes of another model
+    python tools/bench.py decode|prefill|batch|engine --kv-dtype TYPE          with keys and values of this type
     python tools/bench.py cpu [CHECKPOINT ...] [--isa NAME,NAME|all] [--threads N,N] [--parts PART,PART] [--seconds S]
     python tools/bench.py engine [CHECKPOINT] [--backend NAME] [--small]     answers end to end, on any backend
     python tools/bench.py serve [MODEL | --random] [--clients N,N | --rate R] ...   the server, and the engine alone
@@ -26,14 +28,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from bitnet_numba.checkpoint.packed import RowFormat, open_packed
-from bitnet_numba.engine.loading import BACKENDS, MAX_THREADS
+from bitnet_numba.checkpoint.packed import open_packed
+from bitnet_numba.engine.loading import ALL_KV_DTYPES, BACKENDS, MAX_THREADS
 from bitnet_numba.errors import BitNetError, printable
 from bitnet_numba.packing import pack_ternary, unpack_ternary
 from tools.benchmarks.table import CPU_PARTS, table
+from tools.make_checkpoint import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
-HEADS: tuple[RowFormat, ...] = ("bf16", "int8")
+PRESET = "2b-4t"
+OF_A_MODEL = ("decode", "prefill", "batch", "load", "cpu")  # parts that any preset can be measured with
+WITH_KV_DTYPE = ("decode", "prefill", "batch")
 
 
 def environment() -> dict[str, Any]:
@@ -60,8 +65,8 @@ def software(*packages: str) -> dict[str, Any]:
     return {"python": sys.version.split()[0], "versions": versions, "commit": commit.stdout.strip() or "unknown"}
 
 
-def measure(what: str) -> dict[str, Any]:
-    """The figures of one or all parts."""
+def measure(what: str, preset: str = PRESET, kv_dtype: Any = None) -> dict[str, Any]:
+    """The figures of one or all parts; kv_dtype: of keys and values, None for the default."""
     if what == "packing":
         return {"packing": measure_packing()}
     from bitnet_numba.kernels.runtime.device import usable_device
@@ -76,21 +81,24 @@ def measure(what: str) -> dict[str, Any]:
     if what in ("kernels", "groups"):
         return figures
     from bitnet_numba.backends.cuda.backend import CudaBackend
+    from bitnet_numba.kernels.attention.kv_dtype import DEFAULT
     from tools.benchmarks import decode, many_tokens
-    from tools.benchmarks.inputs import write_random_packed
+    from tools.benchmarks.inputs import row_formats, write_random_packed
 
-    if what in ("prefill", "batch", "all"):
+    heads = row_formats(preset)
+    figures["environment"] |= {"model": "2B4T" if preset == PRESET else preset, "head": heads[0]}
+    if what in ("prefill", "batch", "all") and preset == PRESET:
         figures["products"] = many_tokens.measure_products()
     bandwidth = figures.get("kernels", {}).get("bandwidth_GB/s")
     with tempfile.TemporaryDirectory() as folder:
-        folders = {head: Path(folder) / head for head in HEADS}
-        for head in HEADS if what in ("decode", "all") else ("bf16",):
-            write_random_packed(folders[head], head)
+        folders = {head: Path(folder) / head for head in heads}
+        for head in heads if what in ("decode", "all") else heads[:1]:
+            write_random_packed(folders[head], head, preset)
         if what in ("decode", "all"):
             bandwidth = bandwidth or kernels.measure_bandwidth(usable_device(), Stream())
-            figures["decode"] = decode.measure_decode(folders, bandwidth)
+            figures["decode"] = decode.measure_decode(folders, bandwidth, kv_dtype or DEFAULT)
         if what in ("prefill", "batch", "all"):
-            backend = CudaBackend(open_packed(folders["bf16"]))
+            backend = CudaBackend(open_packed(folders[heads[0]]), kv_dtype or DEFAULT)
             if what != "batch":
                 figures["prefill"] = many_tokens.measure_prefill(backend)
             if what != "prefill":
@@ -98,7 +106,7 @@ def measure(what: str) -> dict[str, Any]:
                 figures["mixed"] = many_tokens.measure_mixed(backend)
             backend.weights.close()
         if what in ("load", "all"):
-            figures["load"] = decode.measure_load(folders["bf16"])
+            figures["load"] = decode.measure_load(folders[heads[0]])
     return figures
 
 
@@ -107,7 +115,7 @@ def measure_on_cpu(args: argparse.Namespace) -> dict[str, Any]:
     from bitnet_numba.backends.cpu.backend import default_threads
     from bitnet_numba.kernels.cpu import isa
     from tools.benchmarks.cpu import measure_cpu
-    from tools.benchmarks.inputs import write_random_packed
+    from tools.benchmarks.inputs import row_formats, write_random_packed
 
     named = args.isa.split(",") if args.isa else [None]
     isas = isa.available() if args.isa == "all" else [isa.choose(name).name for name in named]
@@ -117,9 +125,10 @@ def measure_on_cpu(args: argparse.Namespace) -> dict[str, Any]:
         if len(folders) < len(args.checkpoint):  # of the same name: their paths tell them apart
             folders = {printable(str(folder), 80): folder for folder in args.checkpoint}
         if not folders and args.parts != ["demo"]:
-            for head in HEADS:
-                folders[f"2b4t-{head}"] = Path(temporary) / head
-                write_random_packed(folders[f"2b4t-{head}"], head)
+            for head in row_formats(args.preset):
+                name = f"{args.preset.replace('2b-4t', '2b4t')}-{head}"
+                folders[name] = Path(temporary) / head
+                write_random_packed(folders[name], head, args.preset)
         environment = {"device": cpu_name(), "cores": default_threads(), **software("numba", "llvmlite", "numpy")}
 
         def save(figures: dict[str, Any]) -> None:
@@ -144,7 +153,7 @@ def measure_end_to_end(args: argparse.Namespace) -> dict[str, Any]:
         if not args.checkpoint:
             write_random_packed(folder, "bf16")
             write_random_tokenizer(folder, open_packed(folder).config.vocab_size)
-        llm = load(folder, args.backend or "auto", context)
+        llm = load(folder, args.backend or "auto", context, kv_dtype=args.kv_dtype)
         device = environment() if llm.backend == "cuda" else {"device": cpu_name(), **software("numba", "numpy")}
         return {"engine": {"environment": device, **engine.measure_engine(llm, sizes)}}
 
@@ -222,7 +231,16 @@ def main(argv: list[str] | None = None) -> int:
         help="cpu, engine: packed checkpoints, one for the engine (default: 2B4T of random weights, for the CPU with "
         "both heads)",
     )
+    parser.add_argument(
+        "--preset", choices=PRESETS, default=PRESET,
+        help=f"{', '.join(OF_A_MODEL)}: the model whose sizes the random weights have (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--backend", choices=BACKENDS, help="engine: default auto")
+    parser.add_argument(
+        "--kv-dtype",
+        choices=ALL_KV_DTYPES,
+        help="engine, decode, prefill, batch: what keys and values are held as (default: the backend's own)",
+    )
     parser.add_argument("--small", action="store_true", help="engine: few and short requests, for slow backends")
     cpu = parser.add_argument_group("cpu")
     cpu.add_argument(
@@ -248,8 +266,16 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"{args.what} takes no --isa, --threads or --parts: they are for cpu")
     if args.what != "engine" and (args.backend or args.small):
         parser.error(f"{args.what} takes no --backend or --small: they are for engine")
+    if args.kv_dtype and args.what not in ("engine", *WITH_KV_DTYPE):
+        parser.error(f"{args.what} takes no --kv-dtype")
+    if args.what in WITH_KV_DTYPE and args.kv_dtype == "float32":
+        parser.error("float32 is for checking: its kernels are not measured")
     if len(args.checkpoint) > {"cpu": sys.maxsize, "engine": 1}.get(args.what, 0):
         parser.error(f"{args.what} takes {'one' if args.what == 'engine' else 'no'} checkpoint")
+    if args.preset != PRESET and (args.what not in OF_A_MODEL or args.checkpoint):
+        parser.error(f"{args.what} takes no --preset" + (" beside checkpoints" if args.checkpoint else ""))
+    if args.preset != PRESET and args.plot:
+        parser.error("charts are made for 2B4T alone")
     if args.what == "packing" and args.plot:
         parser.error("packing has no charts")
     try:
@@ -259,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
             figures = json.loads(args.json.read_text())
         else:
             runs = {"cpu": measure_on_cpu, "engine": measure_end_to_end}
-            measured = runs[args.what](args) if args.what in runs else measure(args.what)
+            measured = runs[args.what](args) if args.what in runs else measure(args.what, args.preset, args.kv_dtype)
             figures = json.loads(json.dumps(measured))  # keys as they are in the file
     except (BitNetError, OSError, json.JSONDecodeError) as error:
         print(f"bench.py: {error}", file=sys.stderr)

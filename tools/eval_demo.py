@@ -25,7 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", nargs="?", help="a packed checkpoint (default: the built-in model)")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what runs the model")
     parser.add_argument("-n", "--number", type=int, default=100, help="number of questions of each kind")
-    parser.add_argument("--stories", type=int, default=1000, help="number of stories told on request")
+    parser.add_argument(
+        "--stories", type=int, default=1000, help="number of stories told, and a tenth more with accents"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of questions and stories")
     parser.add_argument("--samples", type=int, default=100, help="number of stories sampled for one request")
     parser.add_argument(

@@ -18,7 +18,7 @@ import numpy as np
 
 from bitnet_numba.bfloat16 import from_float32
 from bitnet_numba.checkpoint.safetensors_file import TensorSpec, write_tensors
-from bitnet_numba.config import GROUPS, ModelConfig
+from bitnet_numba.config import EMBEDDING_CLASSES, GROUPS, ModelConfig
 from bitnet_numba.errors import BitNetError, CheckpointError
 from bitnet_numba.text.chat_template import BITNET_TEMPLATE
 
@@ -50,16 +50,20 @@ def preset(
     context: int,
     **more: Any,
 ) -> tuple[str, dict[str, Any]]:
-    """The weight format and the config.json of a model; kind is bitnet, 1bitllm, llama or qwen3."""
+    """The weight format and the config.json of a model; kind is bitnet, 1bitllm, llama, qwen3, or of embedding models
+    qwen3-embedding or gemma-embedding."""
     architecture, activation = {
         "bitnet": ("BitNetForCausalLM", "relu2"),
         "1bitllm": ("BitnetForCausalLM", "silu"),
         "llama": ("LlamaForCausalLM", "silu"),
         "qwen3": ("Qwen3ForCausalLM", "silu"),
+        "qwen3-embedding": ("Qwen3Model", "silu"),
+        "gemma-embedding": ("Gemma3TextModel", "gelu_pytorch_tanh"),
     }[kind]
+    types = {"bitnet": "bitnet", "qwen3": "qwen3", "qwen3-embedding": "qwen3", "gemma-embedding": "gemma3_text"}
     config = {
         "architectures": [architecture],
-        "model_type": kind if kind in ("bitnet", "qwen3") else "llama",
+        "model_type": types.get(kind, "llama"),
         "hidden_act": activation,
         "hidden_size": hidden,
         "num_hidden_layers": layers,
@@ -78,6 +82,10 @@ def preset(
 QWEN3 = {"head_dim": 128, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "use_sliding_window": False}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16384}
 FALCON3 = {"head_dim": 256, "rope_theta": 1000042.0, "rms_norm_eps": 1e-6}
+GEMMA3 = {
+    "head_dim": 256, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0,
+    "sliding_window": 512, "query_pre_attn_scalar": 256, "hidden_activation": "gelu_pytorch_tanh",
+}  # fmt: skip
 PRESETS = {
     "tiny": preset("bitnet", "online", 256, 2, 8, 2, 640, 2048, 512, rope_theta=500000.0),
     "tiny-1bitllm": preset("1bitllm", "online", 192, 2, 2, 2, 352, 2002, 256),
@@ -108,6 +116,8 @@ PRESETS = {
     "bonsai-8b": preset(
         "qwen3", "floats", 4096, 36, 32, 8, 12288, 151669, 65536, rope_scaling=YARN, tie_word_embeddings=False, **QWEN3
     ),
+    "embedding-0.6b": preset("qwen3-embedding", "online", 1024, 28, 16, 8, 3072, 151936, 32768, **QWEN3),
+    "embedding-270m": preset("gemma-embedding", "online", 640, 18, 4, 1, 2048, 262144, 32768, **GEMMA3),
     "falcon3-10b": preset("llama", "bitlinear", 3072, 40, 12, 4, 23040, 131072, 32768, **FALCON3),
 }
 
@@ -124,6 +134,8 @@ def make_checkpoint(
     raw = raw_config | {"torch_dtype": "bfloat16"}
     if weight_format != "floats":
         raw["quantization_config"] = QUANTIZATION[weight_format] | raw_config.get("quantization_config", {})
+        if raw["architectures"][0] in EMBEDDING_CLASSES:  # each linear has its norm, with the epsilon of all others
+            raw["quantization_config"] |= {"use_rms_norm": True, "rms_norm_eps": raw["rms_norm_eps"]}
     end = raw["vocab_size"] - len(SPECIAL_TOKENS)
     raw |= {"bos_token_id": end, "eos_token_id": end + 1}
     config = ModelConfig.from_hf(raw)
@@ -157,6 +169,9 @@ def source_plan(config: ModelConfig, weight_format: str, dtype: str, first_spell
         prefix = f"model.layers.{i}"
         plan[f"{prefix}.input_layernorm.weight"] = TensorSpec(dtype, (config.hidden_size,))
         plan[f"{prefix}.post_attention_layernorm.weight"] = TensorSpec(dtype, (config.hidden_size,))
+        if config.gemma:
+            for name in ("pre_feedforward_layernorm", "post_feedforward_layernorm"):
+                plan[f"{prefix}.{name}.weight"] = TensorSpec(dtype, (config.hidden_size,))
         if config.sub_norms:
             plan[f"{prefix}.self_attn.{sub_norms[0]}.weight"] = TensorSpec(dtype, (config.q_size,))
             plan[f"{prefix}.mlp.{sub_norms[1]}.weight"] = TensorSpec(dtype, (config.intermediate_size,))
@@ -173,13 +188,15 @@ def source_plan(config: ModelConfig, weight_format: str, dtype: str, first_spell
                     plan[f"{name}.weight"] = TensorSpec("U8", (N // 4, K))
                     plan[f"{name}.weight_scale"] = TensorSpec(dtype, (1,))
                 if config.linear_norm and config.is_ternary(name):
-                    plan[f"{name}.rms_norm.weight"] = TensorSpec(dtype, (K,))
+                    norm = "norm" if config.embeds else "rms_norm"
+                    plan[f"{name}.{norm}.weight"] = TensorSpec(dtype, (K,))
                 if config.group_bias(group):
                     plan[f"{name}.bias"] = TensorSpec(dtype, (N,))
     plan["model.norm.weight"] = TensorSpec(dtype, (config.hidden_size,))
     if not config.tied:
         plan["lm_head.weight"] = TensorSpec(dtype, (config.vocab_size, config.hidden_size))
-    return plan
+    # Embedding models are saved without the class around them that has an LM head.
+    return {name.removeprefix("model."): spec for name, spec in plan.items()} if config.embeds else plan
 
 
 def random_tensors(

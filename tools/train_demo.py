@@ -5,6 +5,11 @@ packs:
 
     python tools/train_demo.py OUT --minutes 8              on a GPU; `--device cpu` works too, slowly
     python tools/train_demo.py OUT --minutes 8 --resume     continues from OUT/state.pt
+
+A training longer than one may run at a time is done in pieces, of which the last one evaluates:
+
+    python tools/train_demo.py OUT --minutes 16 --piece 8
+    python tools/train_demo.py OUT --minutes 16 --piece 8 --resume
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="Hugging Face folder to write")
     parser.add_argument("--minutes", type=float, help="training time, from the first step on; or use --steps")
     parser.add_argument("--steps", type=int, help="number of training steps; or use --minutes")
+    parser.add_argument("--piece", type=float, help="minutes after which to stop and save, for --resume to go on")
     parser.add_argument("--rows", type=int, default=32, help="conversations of 2048 tokens per step")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=1, help="seed of data and initial weights")
@@ -43,8 +49,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--evaluate", type=int, default=100, help="held-out questions of each kind at the end; 0: none")
     parser.add_argument("--stories", type=int, default=1000, help="stories told at the end, for the same evaluation")
     args = parser.parse_args()
-    if not (args.minutes or args.steps):
+    if args.minutes is None and args.steps is None:
         parser.error("--minutes or --steps is required")
+    if any(limit is not None and limit <= 0 for limit in (args.minutes, args.steps, args.piece)):
+        parser.error("--minutes, --steps and --piece must be positive")
     if args.hidden < 256 or args.hidden % 256 or min(args.layers, args.ffn, args.rows) < 1:
         parser.error("--hidden must be a multiple of 256 (groups of four heads of 64), the other sizes at least 1")
     try:
@@ -88,8 +96,11 @@ def main() -> None:
     print(
         f"{ternary / 1e6:.1f} M ternary weights, {model.embed_tokens.numel() / 1e6:.1f} M in the embedding", flush=True
     )
-    curve = train(model, args, folder)
+    curve, complete = train(model, args, folder)
     write_folder(model, folder)
+    if not complete:
+        print("this piece is done, the training is not: go on with the same options and --resume", flush=True)
+        return
     read_folder(model, folder)  # what is evaluated is what was written
     report = {"settings": {k: str(v) for k, v in vars(args).items()} | asdict(size), "curve": curve}
     if args.evaluate:

@@ -118,13 +118,16 @@ class HostBackend(Generic[C]):
                 f"not free: {f'--context {fits}' if fits else 'no context'} would fit"
             ) from None
 
-    def last_hidden(self, ids: Sequence[int]) -> Floats:
-        """The final hidden state of the last of some tokens, see `protocol.Embedder`."""
-        context = self.new_context(len(ids))
-        try:
-            return context.last_hidden(ids)
-        finally:
-            context.close()
+    def last_hidden(self, texts: Sequence[Sequence[int]]) -> Floats:
+        """The final hidden states of the last tokens of texts, see `protocol.Embedder`."""
+        result = np.empty((len(texts), self.model.config.hidden_size), np.float32)
+        for i, ids in enumerate(texts):
+            context = self.new_context(len(ids))
+            try:
+                result[i] = context.last_hidden(ids)
+            finally:
+                context.close()
+        return result
 
     def new_batch(self, max_sequences: int, capacity: int, tokens: int | None = None) -> "HostBatch[C]":
         """An empty batch, see `protocol.Backend`. Raises BackendError if memory is insufficient."""

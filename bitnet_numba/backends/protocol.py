@@ -182,8 +182,8 @@ class Backend(Protocol):
 class Embedder(Protocol):
     """A backend that can run embedding models."""
 
-    def last_hidden(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """The final hidden state of the last of some tokens, float32 [hidden].
+    def last_hidden(self, texts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """The final hidden state of the last token of each text, float32 [n, hidden]; of one, whatever the others are.
 
         Raises BackendError if memory is insufficient.
         """

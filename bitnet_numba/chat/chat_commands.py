@@ -14,7 +14,6 @@ from bitnet_numba.chat.options import ALIASES, OPTIONS, STOP, THINKING, changed,
 from bitnet_numba.chat.report import describe
 from bitnet_numba.chat.terminal import clean
 from bitnet_numba.errors import RequestError, printable
-from bitnet_numba.text.thoughts import split_thought
 
 SWITCHES = {"stats": "speed and memory after each answer", "markdown": "answers are rendered as Markdown"}
 SETTINGS = {
@@ -133,10 +132,14 @@ def save(chat: Chat, name: str) -> None:
 
 def load(chat: Chat, name: str) -> None:
     chat.conversation.load(file_path(_named(name, "chat.json")))
+    console = chat.display.console
     for message in chat.conversation.messages:
+        # Text for other programs stays as it is.
+        thought, text = chat.conversation.split(message) if console.is_terminal else ("", message["content"])
+        if thought:
+            console.print(Text(f"{clean(thought)}\n", "dim"))
         is_user = message["role"] == "user"
-        text = clean(message["content"])
-        chat.display.console.print(Text(f"> {text}", "bold cyan") if is_user else Text(text))
+        console.print(Text(f"> {clean(text)}", "bold cyan") if is_user else Text(clean(text)))
     chat.note(f"loaded {len(chat.conversation.messages)} messages from {printable(name)}")
 
 
@@ -152,9 +155,7 @@ def export(chat: Chat, name: str) -> None:
 def copy(chat: Chat, _: str) -> None:
     """Puts the last answer on the clipboard by OSC 52, which also works through SSH."""
     talk = chat.conversation
-    text = talk.messages[-1]["content"] if talk.messages else talk.last.text if talk.last is not None else ""
-    if talk.thoughts is not None:
-        text = split_thought(text)[1]
+    text = talk.split(talk.messages[-1])[1] if talk.messages else talk.last.text if talk.last is not None else ""
     if not text:
         raise RequestError("there is no answer yet")
     write(f"\x1b]52;c;{b64encode(well_formed(text).encode()).decode()}\x07")

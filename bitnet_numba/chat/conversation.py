@@ -15,7 +15,7 @@ from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.request import Prompt, Request, read_request
 from bitnet_numba.errors import ContextFull, RequestError
 from bitnet_numba.sampling_params import SamplingParams
-from bitnet_numba.text.thoughts import ThoughtReader
+from bitnet_numba.text.thoughts import ThoughtReader, split_thought
 
 NO_TEMPLATE = "this model has no chat template: turns are plain 'User: ...', 'Assistant: ...'; see also --raw"
 # Of the context, this part more than needed is freed when old exchanges have to go: what stays is computed anew then,
@@ -122,7 +122,11 @@ class Conversation:
         self.prompt_tokens = len(request.ids)
         self.thoughts = None if self.raw else self.engine.tokenizer.thoughts(self.params.thinking)
         if kind == "continuing" and self.thoughts is not None:
-            self.thoughts.push(self.messages[-1]["content"])
+            begun = self.messages[-1]["content"]
+            if self._ids:
+                self.thoughts.push(begun)
+            else:  # of a file: the model does not go on with the prompt that the answer was for
+                self.thoughts = self.engine.tokenizer.thoughts(begun=begun)
 
         def pieces() -> Iterator[str]:
             failed = False
@@ -182,7 +186,15 @@ class Conversation:
 
     def export(self, path: Path, title: str) -> None:
         """Writes the conversation as Markdown, see `saved.export_markdown`. Raises RequestError if it cannot."""
-        export_markdown(path, title, self.system, self.messages)
+        turns = [(message["role"], *self.split(message)) for message in self.messages]
+        export_markdown(path, title, self.system, turns)
+
+    def split(self, message: Message) -> tuple[str, str]:
+        """The thought and the rest of a message; "" for a thought that is not there, or not marked as models do."""
+        content = str(message["content"])
+        if self.raw or message["role"] != "assistant" or self.engine.tokenizer.thoughts() is None:
+            return "", content
+        return split_thought(content)
 
     def load(self, path: Path) -> None:
         """Continues a saved conversation. Raises RequestError, and changes nothing, if the file is not one."""

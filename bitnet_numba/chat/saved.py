@@ -50,17 +50,24 @@ def read_conversation(path: Path) -> tuple[str, list[dict[str, Any]]]:
     return well_formed(system), turns
 
 
-def export_markdown(path: Path, title: str, system: str, messages: Sequence[dict[str, Any]]) -> None:
+def export_markdown(path: Path, title: str, system: str, turns: Sequence[tuple[str, str, str]]) -> None:
     """Writes a conversation as Markdown. Raises RequestError, and changes nothing, if it cannot.
 
-    An existing file is replaced only if it was written by this function.
+    turns: role, thought and text of each; a thought is quoted before the answer that it is for. An existing file is
+    replaced only if it was written by this function.
     """
     parts = [f"{EXPORTED}\n# {title}"]
     if system:
-        parts.append("\n".join(["**System message**\n", *(f"> {line}".rstrip() for line in system.splitlines())]))
-    for message in messages:
-        parts.append(f"## {'You' if message['role'] == 'user' else 'Model'}\n\n{message['content'].strip()}")
+        parts.append(f"**System message**\n\n{_quoted(system)}")
+    for role, thought, text in turns:
+        parts.append(f"## {'You' if role == 'user' else 'Model'}")
+        parts += [_quoted(f"*Thought*\n\n{thought}")] if thought else []
+        parts.append(text.strip())
     write_file(path, ("\n\n".join(parts) + "\n").encode("utf-8", "replace"), _check_exported)
+
+
+def _quoted(text: str) -> str:
+    return "\n".join(f"> {line}".rstrip() for line in text.splitlines())
 
 
 def _check_exported(path: Path) -> None:

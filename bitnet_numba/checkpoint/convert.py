@@ -42,6 +42,14 @@ GROUPS_FOUND = (
     "the linears were found to be ternary times a scale for each row and 128 columns; activations will be int8 with a "
     "scale for each 128 columns"
 )
+# A layer's norms, and what they are called in transformers; in Gemma's block, a name there means another one.
+NORMS = {"input_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
+GEMMA_NORMS = {
+    "input_norm": "input_layernorm",
+    "post_attention_norm": "pre_feedforward_layernorm",
+    "attn_post_norm": "post_attention_layernorm",
+    "ffn_post_norm": "post_feedforward_layernorm",
+}
 Source = HuggingFaceCheckpoint | GgufCheckpoint
 
 
@@ -200,18 +208,17 @@ def packed_tensors(
 def norms_and_linears(checkpoint: Source, report: Report) -> Iterator[Named]:
     """The tensors of the packed checkpoint after the rows of embedding and LM head."""
     config = checkpoint.config
-    yield "norm.weight", checkpoint.take_floats("model.norm.weight", (config.hidden_size,))
+    yield "norm.weight", checkpoint.take_norm("model.norm.weight", config.hidden_size)
     for i in range(config.num_layers):
         prefix = f"model.layers.{i}"
-        for name, theirs in (("input_norm", "input_layernorm"), ("post_attention_norm", "post_attention_layernorm")):
-            weight = checkpoint.take_floats(f"{prefix}.{theirs}.weight", (config.hidden_size,))
-            yield f"layers.{i}.{name}.weight", weight
+        for name, theirs in (GEMMA_NORMS if config.gemma else NORMS).items():
+            yield f"layers.{i}.{name}.weight", checkpoint.take_norm(f"{prefix}.{theirs}.weight", config.hidden_size)
         if config.sub_norms:
             for name, size in (("attn_sub_norm", config.q_size), ("ffn_sub_norm", config.intermediate_size)):
                 yield f"layers.{i}.{name}.weight", checkpoint.take_sub_norm(i, name, size)
         if config.qk_norm:
             for name in ("q_norm", "k_norm"):
-                weight = checkpoint.take_floats(f"{prefix}.self_attn.{name}.weight", (config.head_dim,))
+                weight = checkpoint.take_norm(f"{prefix}.self_attn.{name}.weight", config.head_dim)
                 yield f"layers.{i}.{name}.weight", weight
         for group in GROUPS:
             yield from group_tensors(checkpoint, i, group, report)

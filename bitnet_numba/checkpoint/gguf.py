@@ -17,7 +17,7 @@ from bitnet_numba.checkpoint.gguf_config import LINEAR_NORM, ROPE_FACTORS, find_
 from bitnet_numba.checkpoint.gguf_file import GgufFile, TensorInfo, Value
 from bitnet_numba.checkpoint.huggingface import GroupLinear, Rounding, TernaryLinear
 from bitnet_numba.checkpoint.rows import group_ternary
-from bitnet_numba.config import PLAIN_CLASSES, ModelConfig
+from bitnet_numba.config import GEMMA_CLASS, PLAIN_CLASSES, ModelConfig
 from bitnet_numba.errors import CheckpointError, printable
 from bitnet_numba.model_folder import ModelFile
 
@@ -38,6 +38,11 @@ _NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+}
+_GEMMA_NAMES = _NAMES | {  # where norms stand behind attention and feed-forward, too
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
 }
 T = TypeVar("T", bound=np.generic)
 _OF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -102,7 +107,7 @@ class GgufCheckpoint:
 
     def take_floats(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """A tensor of floating-point numbers, exactly converted to float32. CheckpointError for NaN and infinity."""
-        name = gguf_name(name)
+        name = gguf_name(name, self._architecture.hf_class == GEMMA_CLASS)
         info = self._take(name, shape)
         if info.type not in types.FLOATS:
             raise self._error(name, f"has type {types.type_name(info.type)}, expected F32, F16 or BF16")
@@ -110,6 +115,10 @@ class GgufCheckpoint:
         if not np.isfinite(values).all():
             raise self._error(name, "holds NaN or infinity")
         return values
+
+    def take_norm(self, name: str, size: int) -> NDArray[np.float32]:
+        """The weight of a norm of a layer's own, float32 [size]; Gemma's are kept with the 1 that is added to them."""
+        return self.take_floats(name, (size,))
 
     def take_rows(self, name: str, shape: tuple[int, int]) -> "GgufRows":
         """A matrix of any type, of which rows can be read."""
@@ -282,12 +291,13 @@ def open_parts(path: ModelFile) -> list[GgufFile]:
     return files
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, gemma: bool = False) -> str:
     """A tensor's name in GGUF files, of its name in transformers; other names as they are."""
     module, _, part = name.rpartition(".")
     layer = _OF_LAYER.fullmatch(module)
     prefix, module = (f"blk.{layer[1]}.", layer[2]) if layer else ("", module)
-    return f"{prefix}{_NAMES[module]}.{part}" if module in _NAMES else name
+    names = _GEMMA_NAMES if gemma else _NAMES
+    return f"{prefix}{names[module]}.{part}" if module in names else name
 
 
 def unpermute(rows: NDArray[T], heads: int) -> NDArray[T]:

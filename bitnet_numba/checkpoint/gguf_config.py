@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_numba.checkpoint.gguf_file import Numbers, TensorInfo, Value
-from bitnet_numba.config import EMBEDDING_CLASS, MISSING_CLASSES
+from bitnet_numba.config import GEMMA_CLASS
 from bitnet_numba.config_keys import Keys, is_off, shown
+from bitnet_numba.config_rope import MAX_LAYERS
 from bitnet_numba.errors import CheckpointError, ConfigError, printable
 
 
@@ -32,8 +33,9 @@ ARCHITECTURES = {
     "bitnet-25": _BITNET,
     "llama": Architecture("LlamaForCausalLM", "llama", "silu", sub_norms=False, permuted=True),
     "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", "silu", sub_norms=False, permuted=False),
+    "gemma3": Architecture(GEMMA_CLASS, "gemma3_text", "gelu_pytorch_tanh", sub_norms=False, permuted=False),
 }
-_MISSING = {"gemma3": MISSING_CLASSES["Gemma3TextModel"]}
+EMBEDDING_CLASSES = {"qwen3": "Qwen3Model", "gemma3": GEMMA_CLASS}  # of architectures with norms before their linears
 # Keys of an architecture that are read, or that change nothing.
 KNOWN = frozenset(
     """block_count context_length embedding_length feed_forward_length vocab_size attention.head_count
@@ -49,6 +51,7 @@ MUST_BE_OFF = frozenset(
     attention.max_alibi_bias attn_logit_softcapping final_logit_softcapping use_parallel_residual
     attention.layer_norm_epsilon attention.temperature_scale pooling_type""".split()
 )
+GEMMA_KEYS = frozenset(("attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"))
 ROPE_FACTORS = "rope_freqs.weight"
 LINEAR_NORM = "blk.0.attn_q_norm_in.weight"  # of embedding models, in which each linear has a norm of its own
 LAST_TOKEN = 3  # pooling_type
@@ -64,8 +67,6 @@ def find_architecture(metadata: Mapping[str, Value], where: object) -> tuple[str
     if kind != "model":
         raise CheckpointError(f"{where} holds no model: general.type = {shown(kind)}")
     name = metadata.get("general.architecture")
-    if isinstance(name, str) and name in _MISSING:
-        raise CheckpointError(f"{where}: the architecture {shown(name)} is not supported: {_MISSING[name]}")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         one_of = ", ".join(ARCHITECTURES)
         raise CheckpointError(f"{where}: the architecture {shown(name)} is not supported (one of {one_of})")
@@ -87,7 +88,9 @@ def hf_config(
     Raises CheckpointError or ConfigError for what is missing or not supported.
     """
     name, architecture = find_architecture(metadata, where)
-    embeds = name == "qwen3" and LINEAR_NORM in tensors
+    embeds = name in EMBEDDING_CLASSES and LINEAR_NORM in tensors
+    if name == "gemma3" and not embeds:
+        raise CheckpointError(f"{where} has no norm before each linear: of gemma3, only embedding models are supported")
     prefix = f"{name}."
     keys = Keys(
         {key.removeprefix(prefix): of for key, of in metadata.items() if key.startswith(prefix)}, where + ": " + name
@@ -98,13 +101,17 @@ def hf_config(
         keys = Keys({key: of for key, of in keys.raw.items() if key != "pooling_type"}, keys.where)
         if pooling != LAST_TOKEN:
             notes.append(f"{prefix}pooling_type = {shown(pooling)} is ignored: the last token's state is the embedding")
+    local: dict[str, Any] = {}
+    if name == "gemma3":
+        local = _gemma_window(keys)
+        keys = Keys({key: of for key, of in keys.raw.items() if key not in GEMMA_KEYS}, keys.where)
     _refuse_other_arithmetic(keys)
     heads = _same_everywhere(keys, "attention.head_count")
     head_dim = _head_dim(keys, tensors, heads)
     scaling = _rope_scaling(keys, rope_factors, head_dim)
     eps = shortest(keys.number("attention.layer_norm_rms_epsilon"))
     config: dict[str, Any] = {
-        "architectures": [EMBEDDING_CLASS if embeds else architecture.hf_class],
+        "architectures": [EMBEDDING_CLASSES[name] if embeds else architecture.hf_class],
         "model_type": architecture.model_type,
         "hidden_act": architecture.activation,
         "vocab_size": _rows(tensors, "token_embd.weight", where),
@@ -122,6 +129,8 @@ def hf_config(
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
     }
+    if name == "gemma3":
+        config |= local | {"hidden_activation": architecture.activation, "query_pre_attn_scalar": head_dim}
     if not group_scales:
         config["quantization_config"] = {
             "quant_method": "bitnet",
@@ -135,6 +144,17 @@ def hf_config(
         if type(token) is int:
             config[ours] = token
     return config, notes + _notes(keys, prefix)
+
+
+def _gemma_window(keys: Keys) -> dict[str, Any]:
+    """Which layers of Gemma 3 attend to a window, as llama.cpp reads it: none, unless the file names one."""
+    layers, window = keys.integer("block_count"), keys.integer("attention.sliding_window", 0)
+    if not 1 <= layers <= MAX_LAYERS:
+        return {}  # which is refused with the other sizes
+    if window == 0:
+        return {"layer_types": ["full_attention"] * layers}
+    local = {"sliding_window": window, "sliding_window_pattern": keys.integer("attention.sliding_window_pattern", 6)}
+    return local | {"rope_local_base_freq": shortest(keys.number("rope.freq_base_swa", 10000.0))}
 
 
 def shortest(value: float) -> float:

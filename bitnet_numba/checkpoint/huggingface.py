@@ -130,6 +130,11 @@ class HuggingFaceCheckpoint:
         """A floating-point tensor, exactly converted to float32. CheckpointError for NaN and infinity."""
         return _as_float32(*self._take(name, shape, _FLOATS), name)
 
+    def take_norm(self, name: str, size: int) -> NDArray[np.float32]:
+        """The weight of a norm of a layer's own, float32 [size]; Gemma's are kept as what they differ from 1."""
+        weight = self.take_floats(name, (size,))
+        return weight + np.float32(1) if self.config.gemma else weight
+
     def take_rows(self, name: str, shape: tuple[int, int]) -> Rows:
         """A matrix of floats, or of what MLX makes of floats, of which rows can be read."""
         module = self._stored_as.get(name, name).removesuffix(".weight")

@@ -8,6 +8,8 @@ tokenizer_config.json and generation_config.json. Its tensors, for layer i and g
     head.weight, ...         the same, for the LM head, unless it is tied to the embedding
     norm.weight              float32 [hidden]
     layers.i.input_norm.weight, layers.i.post_attention_norm.weight            float32 [hidden]
+    layers.i.attn_post_norm.weight, layers.i.ffn_post_norm.weight              float32 [hidden], if config.gemma: behind
+                             attention and feed-forward (post_attention_norm always is the one before the feed-forward)
     layers.i.attn_sub_norm.weight, layers.i.ffn_sub_norm.weight                float32, if config.sub_norms
     layers.i.q_norm.weight, layers.i.k_norm.weight                             float32 [head_dim], if config.qk_norm
     layers.i.g.words         int32, the ternary matrix [N, K] of all segments, packed (see `packing`)
@@ -69,6 +71,9 @@ def packed_plan(config: ModelConfig, embed: RowFormat, head: RowFormat) -> dict[
     for i in range(config.num_layers):
         norm(f"layers.{i}.input_norm", config.hidden_size)
         norm(f"layers.{i}.post_attention_norm", config.hidden_size)
+        if config.gemma:
+            norm(f"layers.{i}.attn_post_norm", config.hidden_size)
+            norm(f"layers.{i}.ffn_post_norm", config.hidden_size)
         if config.sub_norms:
             norm(f"layers.{i}.attn_sub_norm", config.q_size)
             norm(f"layers.{i}.ffn_sub_norm", config.intermediate_size)

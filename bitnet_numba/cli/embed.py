@@ -2,12 +2,16 @@
 
 import argparse
 import json
+from collections.abc import Iterator
 
 from bitnet_numba.cli.perplexity import read_text
 from bitnet_numba.commands import complain, make_parser, output
+from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.loading import load
 from bitnet_numba.errors import BitNetError, ContextFull, RequestError
 from bitnet_numba.model_options import add_run_options
+
+LINES = 64  # whose vectors are computed together
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -26,18 +30,29 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
+def vectors(llm: Engine, lines: list[str], dimensions: int | None, prompt: str) -> Iterator[list[float]]:
+    """The lines' vectors, some lines at a time. Raises RequestError for one that is too long, after those before it."""
+    for start in range(0, len(lines), LINES):
+        together = lines[start : start + LINES]
+        try:
+            yield from llm.embed(together, dimensions, prompt=prompt).tolist()
+        except ContextFull:
+            for number, line in enumerate(together, start + 1):
+                try:
+                    yield from llm.embed([line], dimensions, prompt=prompt).tolist()
+                except ContextFull as error:
+                    raise RequestError(f"line {number} is too long: {str(error).removeprefix('text 0: ')}") from None
+
+
 def run(argv: list[str] | None = None, prog: str = "bitnet-numba embed") -> int:
     """The command line; returns the exit code: 0, or 2 for a user's mistake."""
     args = build_parser(prog).parse_args(argv)
     try:
         lines = read_text(args.file).removesuffix("\n").split("\n")
-        with load(args.model, args.backend, threads=args.threads, revision=args.revision) as llm:
-            for number, line in enumerate(lines, 1):
-                try:
-                    vector = llm.embed([line], args.dimensions, prompt=args.prompt)[0]
-                except ContextFull as error:
-                    raise RequestError(f"line {number} is too long: {str(error).removeprefix('text 0: ')}") from None
-                if (code := output(prog, json.dumps(vector.tolist()) + "\n")) != 0:
+        options = {"threads": args.threads, "revision": args.revision, "kv_dtype": args.kv_dtype}
+        with load(args.model, args.backend, **options) as llm:
+            for vector in vectors(llm, lines, args.dimensions, args.prompt):
+                if (code := output(prog, json.dumps(vector) + "\n")) != 0:
                     return code
     except BitNetError as error:
         complain(prog, str(error))

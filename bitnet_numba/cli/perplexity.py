@@ -44,7 +44,8 @@ def run(argv: list[str] | None = None, prog: str = "bitnet-numba perplexity") ->
         if args.max_tokens is not None and args.max_tokens < 2:
             raise RequestError("--max-tokens must be at least 2")
         text = read_text(args.file)
-        with load(args.model, args.backend, threads=args.threads, revision=args.revision) as llm:
+        options = {"threads": args.threads, "revision": args.revision, "kv_dtype": args.kv_dtype}
+        with load(args.model, args.backend, **options) as llm:
             ids = llm.tokenizer.encode(text)[: args.max_tokens]
             window = min(llm.context, MAX_WINDOW) if args.window is None else args.window
             stride = window // 2 if args.stride is None else args.stride

@@ -87,8 +87,11 @@ class CompletionBuilder:
     Timing starts at construction.
     """
 
-    def __init__(self, tokenizer: Tokenizer, request: Request):
+    def __init__(self, tokenizer: Tokenizer, request: Request, turn: int = 0):
+        """turn: another one for each of the answers that run together, so that no step has the quiet text of all to
+        make."""
         params = request.params
+        self._turn = turn
         self.reason: FinishReason | None = None  # why generation ends; None while it goes on
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
         self._stop_ids = frozenset(params.ends)
@@ -132,7 +135,7 @@ class CompletionBuilder:
         if self._watched is not None and (self._watched[token] or self._matcher.held or self._decoder.pending):
             self._catch_up(len(self._ids) - 1)
             self._decode(token)
-        elif len(self._ids) % KEPT_BACK == 0:  # lest the end, which others wait for, takes long
+        elif self._has_turn():  # lest the end, which others wait for, takes long
             self._catch_up(len(self._ids))
         if self.reason is None and len(self._ids) == self._max_new_tokens:
             self.reason = "length"
@@ -149,9 +152,12 @@ class CompletionBuilder:
         self._ids.append(token)
         if self._logprobs is not None and logprobs is not None:
             self._logprobs.append(logprobs, row)
-            if len(self._ids) % KEPT_BACK == 0:
+            if self._has_turn():
                 self._logprobs.keep_own()
         return True
+
+    def _has_turn(self) -> bool:
+        return (len(self._ids) + self._turn) % KEPT_BACK == 0
 
     def take(self) -> str:
         """The text that can be shown now and has not been returned before; may be empty."""

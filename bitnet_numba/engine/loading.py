@@ -22,6 +22,13 @@ from bitnet_numba.sampling_params import SamplingParams
 from bitnet_numba.text.tokenizer import Tokenizer
 
 BACKENDS = ("auto", "cuda", "cpu", "reference")
+# What keys and values may be held as, by backend; the first is the default (on the CPU, float32 of embedding models).
+KV_DTYPES = {
+    "cuda": ("float16", "bfloat16", "float8", "float32"),
+    "cpu": ("bfloat16", "float32"),
+    "reference": ("float32",),
+}
+ALL_KV_DTYPES = tuple(dict.fromkeys(dtype for dtypes in KV_DTYPES.values() for dtype in dtypes))
 MAX_THREADS = 1024
 DEMO = Path(__file__).parent.parent / "demo"  # the built-in model
 
@@ -34,6 +41,7 @@ def load(
     context: int | None = None,
     threads: int | None = None,
     revision: str | None = None,
+    kv_dtype: str | None = None,
 ) -> Engine:
     """Opens a model.
 
@@ -45,6 +53,10 @@ def load(
     threads: of the CPU backend, one for each physical core that this process may use if None; and of the matrix
         products of the reference, of which BLAS decides if None.
     revision: branch, tag or commit of a model of the hub; None: its main branch.
+    kv_dtype: what keys and values are held as: on CUDA "float16" (the default; a number beyond 65504 ends an answer
+        with an error), "bfloat16" (any number, with 8 bits instead of 11), "float8" (4 bits and a scale: half the
+        memory) or "float32" (slow, for checking); on the CPU "bfloat16" (the
+        default) or "float32"; on the reference "float32". None: the backend's default.
 
     Raises BitNetError, with a message of one line, if the folder, a file or an argument is invalid.
     """
@@ -52,6 +64,8 @@ def load(
         raise RequestError(f"backend must be one of {', '.join(BACKENDS)}, not {shown(backend)}")
     if backend not in BACKENDS:
         raise BackendError(f"there is no backend {shown(backend)}: choose one of {', '.join(BACKENDS)}")
+    if kv_dtype is not None and (not isinstance(kv_dtype, str) or kv_dtype not in ALL_KV_DTYPES):
+        raise RequestError(f"kv_dtype must be one of {', '.join(ALL_KV_DTYPES)}, not {shown(kv_dtype)}")
     if path is None and not DEMO.is_dir():
         raise CheckpointError("this version has no built-in model: name a folder, or a model of the Hugging Face hub")
     if path is None and revision is not None:
@@ -84,7 +98,7 @@ def load(
             if number is None or not 1 <= number <= MAX_THREADS:
                 raise RequestError(f"threads must be between 1 and {MAX_THREADS}, not {shown(threads)}")
             threads = number
-        return Engine(_open_backend(backend, checkpoint, threads), tokenizer, config, context, sampling)
+        return Engine(_open_backend(backend, checkpoint, threads, kv_dtype), tokenizer, config, context, sampling)
 
 
 @contextlib.contextmanager
@@ -100,21 +114,31 @@ def _load_errors(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{name} cannot be opened: {one_line(error)}") from None
 
 
-def _open_backend(name: str, checkpoint: PackedCheckpoint, threads: int | None) -> Backend:
+def _check_kv_dtype(backend: str, kv_dtype: str | None) -> None:
+    """Raises RequestError unless a backend holds keys and values as this."""
+    dtypes = KV_DTYPES[backend]
+    if kv_dtype is not None and kv_dtype not in dtypes:
+        raise RequestError(f"the backend {backend} holds keys and values as {' or '.join(dtypes)}, not as {kv_dtype}")
+
+
+def _open_backend(name: str, checkpoint: PackedCheckpoint, threads: int | None, kv_dtype: str | None) -> Backend:
+    if name != "auto":
+        _check_kv_dtype(name, kv_dtype)
     if name == "reference":
         from bitnet_numba.backends.reference import reference_backend
 
         return reference_backend(checkpoint, threads)
     if name == "cuda" or (name == "auto" and _has_nvidia_driver()):
         try:
-            return _open_cuda(checkpoint)
+            return _open_cuda(checkpoint, kv_dtype)
         except BackendError as error:
             if name == "cuda":
                 raise
             _log.warning("%s; running on the CPU instead", error)
     from bitnet_numba.backends.cpu.backend import cpu_backend
 
-    return cpu_backend(checkpoint, threads)
+    _check_kv_dtype("cpu", kv_dtype)
+    return cpu_backend(checkpoint, threads, kv_dtype)  # type: ignore[arg-type]  # which has been checked
 
 
 def _has_nvidia_driver() -> bool:
@@ -126,14 +150,20 @@ def _has_nvidia_driver() -> bool:
     return True
 
 
-def _open_cuda(checkpoint: PackedCheckpoint) -> Backend:
+def _open_cuda(checkpoint: PackedCheckpoint, kv_dtype: str | None) -> Backend:
     """The CUDA backend. Raises BackendError if there is no usable device, or too little memory on it."""
     if importlib.util.find_spec("numba_cuda") is None:
         # Numba has a numba.cuda of its own, but the kernels need numba-cuda's.
         raise BackendError("CUDA cannot be used: its packages are not installed (install the extra cuda13 or cuda12)")
     from bitnet_numba.backends.cuda.backend import CudaBackend, why_unusable
+    from bitnet_numba.backends.cuda.embedder import CudaEmbedder
 
     reason = why_unusable()
     if reason is not None:
         raise BackendError(f"CUDA cannot be used: {reason}")
-    return CudaBackend(checkpoint)
+    _check_kv_dtype("cuda", kv_dtype)
+    if checkpoint.config.embeds:
+        if kv_dtype is not None:
+            raise RequestError("on CUDA an embedding model holds no keys and values: leave out kv_dtype")
+        return CudaEmbedder(checkpoint)
+    return CudaBackend(checkpoint, kv_dtype or KV_DTYPES["cuda"][0])  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from bitnet_numba.backends.protocol import Backend, Context
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.engine.asynchronous import AsyncWorker
-from bitnet_numba.engine.embedding import GENERATES_NOTHING, embedding_ids, unit_vectors
+from bitnet_numba.engine.embedding import GENERATES_NOTHING, batches, embedding_ids, unit_vectors
 from bitnet_numba.engine.request import MODEL_CLOSED, as_integer, check_ids, is_list, positive_integer
 from bitnet_numba.engine.scheduler import PREFILL_CHUNK, Scheduler
 from bitnet_numba.engine.scoring import MAX_WINDOW, Score, score_windows
@@ -154,9 +154,9 @@ class OpenModel:
         prompt: stands before each text: what the model was trained with for queries, such as "query: "; documents have
             none.
 
-        The dot product of two vectors is how alike their texts are, at most 1. One text at a time is computed, so the
-        vectors do not depend on each other. Raises RequestError for other models and wrong arguments, ContextFull for
-        a text that does not fit the context, and BackendError if a number is not finite.
+        The dot product of two vectors is how alike their texts are, at most 1. CUDA computes many texts at a time, and
+        still no vector depends on the other texts. Raises RequestError for other models and wrong arguments,
+        ContextFull for a text that does not fit the context, and BackendError if a number is not finite.
         """
         self._check_open()
         ids = embedding_ids(self.tokenizer, self.config, self.context, texts, prompt)
@@ -164,8 +164,8 @@ class OpenModel:
         dimensions = size if dimensions is None else positive_integer("dimensions", dimensions, size)
         hidden = np.empty((len(ids), size), np.float32)
         with finite_arithmetic():
-            for row, own in zip(hidden, ids, strict=True):
-                row[:] = self._backend.last_hidden(own)
+            for together in batches(ids):
+                hidden[together] = self._backend.last_hidden(ids[together])
             return unit_vectors(hidden, dimensions)
 
     def session(self) -> Session:

@@ -45,3 +45,6 @@ class QueueOptions:
             if seconds is None or not 0 <= seconds <= MAX_SECONDS:
                 raise RequestError(f"{name} must be a number of seconds up to {MAX_SECONDS:g}, not {shown(value)}")
             object.__setattr__(self, name, seconds)
+
+
+USUAL = QueueOptions()

@@ -12,7 +12,7 @@ import numpy as np
 
 from bitnet_numba.engine.overflow import roll
 from bitnet_numba.errors import ContextFull, RequestError, printable, shown
-from bitnet_numba.sampling_params import SamplingParams, read_stop
+from bitnet_numba.sampling_params import SamplingParams, check_stop_tokens, read_stop
 from bitnet_numba.text.chat_template import Message
 from bitnet_numba.text.constraint import CompiledGrammar, Constraint
 from bitnet_numba.text.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ class Request:
 
     def several(self, count: int) -> "list[Request]":
         """Requests for `count` answers to this prompt: the first is this one, each later one has the next seed."""
-        return [replace(self, params=params) for params in self.params.several(count)]
+        return [self, *(replace(self, params=params) for params in self.params.several(count)[1:])]
 
 
 def read_params(
@@ -100,12 +100,13 @@ def read_request(
             stop += tokenizer.chat_stop
             ends |= tokenizer.special_stops(tokenizer.chat_stop)
     ends = {token for token in ends if token < vocab_size}
+    check_stop_tokens(len(ends))
     form = None
     if params.grammar is not None:
         if not ends & tokenizer.stop_ids:
             raise RequestError("grammar: this model has no token that ends an answer")
         form = tokenizer.grammars.compile(params.grammar)
-    return Request(ids, replace(params.with_seed(), stop_token_ids=ends), stop, form, dropped)
+    return Request(ids, params.with_seed().changed(stop_token_ids=tuple(sorted(ends))), stop, form, dropped)
 
 
 def encode_prompt(

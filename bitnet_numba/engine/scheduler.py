@@ -8,19 +8,21 @@ Hence a sequence computes one token more than it needs; it is dropped.
 """
 
 import contextlib
+import math
 import threading
 from collections import Counter
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from bitnet_numba.backends.protocol import NO_TOKEN, Backend
 from bitnet_numba.engine.batch_runner import BatchRunner
 from bitnet_numba.engine.completion import Completion, CompletionBuilder
-from bitnet_numba.engine.queue_options import QueueOptions
+from bitnet_numba.engine.queue_options import USUAL, QueueOptions
 from bitnet_numba.engine.request import Prompt, Request, as_integer, positive_integer, read_params, read_request
 from bitnet_numba.engine.request_queue import CLOSED, RequestQueue
-from bitnet_numba.engine.sequence import Logprobs, Sequence, Update
+from bitnet_numba.engine.sequence import Logprobs, Sequence, Telling, Update
 from bitnet_numba.errors import BackendError, BitNetError, QueueTimeout, RequestError, SchedulerClosed, one_line, shown
-from bitnet_numba.sampling_params import SamplingOverrides, SamplingParams
+from bitnet_numba.sampling_params import SamplingOverrides, SamplingParams, as_float
 from bitnet_numba.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -139,7 +141,7 @@ class Scheduler:
 
         quiet: only its end is told, by one update that has the completion or the error, and no other text.
         """
-        options = options or QueueOptions()
+        options = options or USUAL
         if not isinstance(request, Request):
             raise RequestError(f"a request must be one that read_request made, not {shown(request)}")
         if not isinstance(options, QueueOptions):
@@ -175,16 +177,20 @@ class Scheduler:
         """
         return self._queue.wait(timeout)
 
-    def step(self, tell: bool = True) -> list[Update]:
+    def step(self, *, coalesce: float = 0.0) -> list[Update]:
         """Runs one round and returns what the last one produced, usually one update for each running request.
 
-        tell: False keeps the text of answers that go on for a later round, where it costs less: of many tokens at once.
-        What begins or ends is told.
+        coalesce: seconds for which the text of an answer that goes on is kept: of many tokens at once, it costs less.
+        Each round tells of some of the answers. What begins or ends is told at once. Raises RequestError if it is no
+        such number.
 
         If the backend fails as a whole, every open request ends with the error, and the scheduler is closed: another
         one can take its place. After `close`, the next step tells that the requests which were open have ended with
         SchedulerClosed; the one after it raises that.
         """
+        seconds = as_float(coalesce)
+        if seconds is None or not 0.0 <= seconds < math.inf:
+            raise RequestError(f"coalesce must be a number of seconds, not {shown(coalesce)}")
         if not self._stepping.acquire(blocking=False):
             if not self._closing:
                 raise RequestError("another thread steps this scheduler: one thread runs it")
@@ -195,7 +201,7 @@ class Scheduler:
             updates = self._queue.take_updates()
             if not self.closed:
                 try:
-                    self._run_round(updates, tell)
+                    self._run_round(updates, Telling(monotonic(), seconds))
                 except Exception as failure:
                     error = failure if isinstance(failure, BackendError) else BackendError(one_line(failure))
                     error.__cause__ = failure if error is not failure else failure.__cause__
@@ -220,7 +226,7 @@ class Scheduler:
         self._queue.close(error)
         self._runner.close()
 
-    def _run_round(self, updates: list[Update], tell: bool) -> None:
+    def _run_round(self, updates: list[Update], telling: Telling) -> None:
         runner = self._runner
         self._end_cancelled(updates)
         uncollected = runner.uncollected
@@ -233,7 +239,7 @@ class Scheduler:
         self._end_late(updates)
         runner.step()
         for _ in range(uncollected):
-            runner.collect(lambda s, token, logprobs, row: self._receive(s, token, logprobs, row, updates, tell))
+            runner.collect(lambda s, token, logprobs, row: self._receive(s, token, logprobs, row, updates, telling))
 
     def _prefill(self, updates: list[Update], admit: bool) -> None:
         """Enqueues the tokens of prompts that this round computes; `admit`: starts requests that wait, too."""
@@ -266,7 +272,7 @@ class Scheduler:
         return True
 
     def _receive(
-        self, s: Sequence, token: int, logprobs: Logprobs | None, row: int, updates: list[Update], tell: bool
+        self, s: Sequence, token: int, logprobs: Logprobs | None, row: int, updates: list[Update], telling: Telling
     ) -> None:
         """Adds a sampled token to its sequence's answer; its log probability is in a row of logprobs."""
         if s.ended:
@@ -289,8 +295,8 @@ class Scheduler:
         s.ids.append(token)
         if len(s.ids) % self._runner.pool.page_size == 0:
             self._runner.note_computed(s)
-        text = ""
-        if not s.quiet and (tell or len(s.ids) == s.prompt_length + 1):
+        text, tell = "", telling.has_turn(s)
+        if tell:
             text = builder.push(token, logprobs, row)
         else:
             builder.push_quietly(token, logprobs, row)
@@ -345,7 +351,7 @@ class Scheduler:
         return builder.completion(s.prompt_length, s.reused, self._backend.memory())
 
     def _new_builder(self, s: Sequence) -> CompletionBuilder:
-        return CompletionBuilder(self._tokenizer, s.request)
+        return CompletionBuilder(self._tokenizer, s.request, turn=s.id)
 
     def _end_cancelled(self, updates: list[Update]) -> None:
         updates += [self._end(s) for s in self._queue.take_cancelled()]

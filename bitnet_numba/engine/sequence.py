@@ -11,6 +11,7 @@ from bitnet_numba.engine.request import Request
 from bitnet_numba.errors import BitNetError
 from bitnet_numba.sampling import TokenLogprob
 
+GOLDEN_RATIO = 0.6180339887  # multiples of it are spread evenly, modulo 1, however many there are
 Logprobs = abc.Sequence[TokenLogprob | None]  # of the tokens of one call of a backend
 
 
@@ -45,6 +46,7 @@ class Sequence:
     reused: int = 0  # leading prompt tokens that were in the prefix cache when it was first started
     ended: bool = False
     quiet: bool = False  # whether only its last update is told
+    tell_at: float = 0.0  # when its next text is to be told; 0: at once, of the first token
     replayed: bool = False  # whether computing its answer's tokens again as a prompt is not the same, see `BatchRunner`
     # Since it was last started:
     starts: int = 0  # how often that was
@@ -61,3 +63,21 @@ class Sequence:
         self.prompt_length = len(self.ids)
         self.max_tokens = self.max_cached - self.prompt_length + 1
         self.order = self.options.priority, self.id
+
+
+class Telling(NamedTuple):
+    """The time of a round, and for how long text is kept: whose answers' text is told in the round."""
+
+    now: float  # seconds
+    coalesce: float
+
+    def has_turn(self, s: Sequence) -> bool:
+        """Whether a sequence's text is told; asked once for each token.
+
+        The second time comes early, each sequence's by another share: those that start together are then told of in
+        turns, and no round has all of them.
+        """
+        if s.quiet or self.now < s.tell_at:
+            return False
+        s.tell_at = self.now + self.coalesce * (1.0 if s.tell_at else s.id * GOLDEN_RATIO % 1.0)
+        return True

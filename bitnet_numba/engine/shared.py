@@ -79,12 +79,12 @@ class SharedBackend:
         with self.turn():
             return SharedBatch(self, self._inner.new_batch(max_sequences, capacity, tokens))
 
-    def last_hidden(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """The final hidden state of the last of some tokens, see `protocol.Embedder`."""
+    def last_hidden(self, texts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """The final hidden states of the last tokens of texts, see `protocol.Embedder`."""
         with self.turn():
             if not isinstance(self._inner, Embedder):
                 raise BackendError(f"the backend {self.name} cannot run embedding models")
-            return self._inner.last_hidden(ids)
+            return self._inner.last_hidden(texts)
 
     def take_context(self, capacity: int) -> Context:
         """An empty context: one that was given back, if there is one, otherwise a new one."""

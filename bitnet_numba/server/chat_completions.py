@@ -17,11 +17,11 @@ from bitnet_numba.server.exchange import Exchange
 from bitnet_numba.server.generation import FINISH_REASONS, closing_events, read_prompts, respond, usage
 from bitnet_numba.server.response_format import constrained, gives_form, read_format
 from bitnet_numba.server.sampling_fields import number_of_choices, sampling_params, with_thinking
-from bitnet_numba.server.schemas import ChatBody, ChatMessage
+from bitnet_numba.server.schemas import ChatBody, ChatMessage, ResponseFormat, TextFormat
 from bitnet_numba.server.service import Service
 from bitnet_numba.server.tool_calls import CallPart, CallReader, tool_call, tool_call_delta
 from bitnet_numba.server.tools import read_tools, uses_tools
-from bitnet_numba.text.thoughts import ThoughtReader
+from bitnet_numba.text.thoughts import ThoughtReader, read_thought
 from bitnet_numba.text.tokenizer import Tokenizer
 
 # OpenAI's newer name of the system role; templates know the older one.
@@ -38,7 +38,9 @@ async def chat_completions(service: Service, exchange: Exchange, body: ChatBody)
     id, model = f"chatcmpl-{exchange.request_id}", service.check_model(body.model)
     formed = "response_format" if gives_form(body.response_format) else None
     tags = call_tags(engine, "messages") if uses_tools(body, formed) else None
-    new_thoughts = partial(new_reader, engine, params, body)
+    new_thoughts: Callable[[], ThoughtReader | None] = partial(new_reader, engine, params, body.messages)
+    if must_have_form(body.response_format, body.tool_choice):
+        new_thoughts = no_thoughts
     form = ChatForm(id, model, body.with_usage, engine.tokenizer, tags, new_thoughts)
 
     def make() -> list[Request]:
@@ -53,20 +55,22 @@ async def chat_completions(service: Service, exchange: Exchange, body: ChatBody)
     await respond(service, exchange, body, make, n, form, "messages")
 
 
-def must_have_form(body: ChatBody) -> bool:
+def must_have_form(format: ResponseFormat | TextFormat | None, tool_choice: object) -> bool:
     """Whether the answer has a form from its first character on, which leaves no room for a thought."""
-    return gives_form(body.response_format) or body.tool_choice not in (None, "none", "auto")
+    return gives_form(format) or tool_choice not in (None, "none", "auto")
 
 
-def new_reader(engine: Engine, params: SamplingParams, body: ChatBody) -> ThoughtReader | None:
-    """What tells the thought of an answer apart; None where there is none."""
-    if must_have_form(body):
-        return None
-    last = body.messages[-1]
+def new_reader(engine: Engine, params: SamplingParams, messages: Sequence[ChatMessage]) -> ThoughtReader | None:
+    """What tells the thought of an answer to a conversation apart; None if the model marks no thoughts."""
+    last = messages[-1]
     begun = last.content if last.role == "assistant" else None
     if isinstance(begun, list):
         begun = "".join(str(part.get("text", "")) for part in begun)
     return engine.tokenizer.thoughts(params.thinking, begun)
+
+
+def no_thoughts() -> None:
+    """No reader, for answers that have no thought."""
 
 
 def call_tags(engine: Engine, param: str) -> tuple[str, str]:
@@ -189,8 +193,7 @@ class ChatForm:
         message = {"role": "assistant", "content": text, "refusal": None}
         thoughts = self._new_thoughts()
         if thoughts is not None:
-            pieces = thoughts.push(text), thoughts.finish()
-            thought, text = ("".join(parts) for parts in zip(*pieces, strict=True))
+            thought, text = read_thought(thoughts, text)
             message |= {"content": text, "reasoning_content": thought or None}
         if self._tags is None:
             return message

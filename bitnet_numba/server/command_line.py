@@ -14,6 +14,7 @@ from bitnet_numba.engine.loading import load
 from bitnet_numba.errors import BitNetError, RequestError, one_line, printable
 from bitnet_numba.model_options import MODEL_HELP, add_run_options, find_first
 from bitnet_numba.server import PROG
+from bitnet_numba.server.launch import check_extra, serve
 from bitnet_numba.server.settings import Settings
 
 KEYS_VARIABLE = "BITNET_NUMBA_API_KEYS"
@@ -126,15 +127,11 @@ def run(argv: list[str] | None = None, prog: str = PROG) -> int:
     parser = build_parser(prog)
     args = parser.parse_args(argv)
     try:
-        from bitnet_numba.server.launch import serve
-    except ImportError as error:
-        complain(prog, f"{one_line(error)}: install the extra serve, as in  pip install 'bitnet-numba[serve]'")
-        return 2
-    try:
         settings = read_settings(args)
+        check_extra()
         with _log_on_standard_error(prog):
             path, revision = find_first(args.model, args.revision)  # a download shows its progress, and Ctrl-C ends it
-            load_model = partial(load, path, args.backend, args.context, args.threads, revision)
+            load_model = partial(load, path, args.backend, args.context, args.threads, revision, args.kv_dtype)
             return serve(settings, args.host, args.port, load_model)
     except BitNetError as error:
         complain(prog, str(error))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.engine.embedding import NO_EMBEDDINGS, embedding_ids
+from bitnet_numba.engine.embedding import NO_EMBEDDINGS, batches, embedding_ids
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.server.completions import list_prompts
 from bitnet_numba.server.errors import ApiError
@@ -42,14 +42,14 @@ def compute(
     as_base64: bool,
     why_ended: Callable[[], ApiError | None],
 ) -> tuple[list[dict[str, Any]], int]:
-    """The vectors in a response's form, and the number of tokens. Raises what `why_ended` gives between two texts."""
+    """The vectors in a response's form, and the number of tokens. Raises what `why_ended` gives between batches."""
     all_ids = embedding_ids(engine.tokenizer, engine.config, engine.context, texts)
     data: list[dict[str, Any]] = []
-    for i, ids in enumerate(all_ids):
+    for together in batches(all_ids):
         if (error := why_ended()) is not None:
             raise error
-        vector = engine.embed([ids], dimensions)[0]
-        data.append({"object": "embedding", "index": i, "embedding": encoded(vector, as_base64)})
+        for vector in engine.embed(all_ids[together], dimensions):
+            data.append({"object": "embedding", "index": len(data), "embedding": encoded(vector, as_base64)})
     return data, sum(map(len, all_ids))
 
 

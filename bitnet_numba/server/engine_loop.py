@@ -1,7 +1,8 @@
 """The thread that runs the model: one scheduler, stepped as long as it has requests.
 
-The event loop is told of new text at most once per `coalesce` seconds, and at once of an answer's beginning and end: to
-make text and wake it for each token would cost more than all else that the server does.
+The event loop is told of an answer's new text at most once per `coalesce` seconds, and at once of its beginning and
+end: to make text and wake it for each token would cost more than all else that the server does. Answers take turns, so
+that neither the engine's thread nor the event loop ever has the text of all of them to make or to send at once.
 """
 
 import asyncio
@@ -34,7 +35,6 @@ class EngineLoop:
         self._lock = threading.Lock()  # guards the next two, and what they have to do with the scheduler
         self._answers: dict[int, tuple[Answers, int]] = {}  # by number in the scheduler: whose, and which of them
         self._closed = False
-        self._tell_at = 0.0  # when text is to be told of again
         self._stepped_at = monotonic()  # when a step ended, or the first request came after a pause
         self._thread = threading.Thread(target=self._run, name="bitnet_numba engine", daemon=True)
         self._thread.start()
@@ -96,11 +96,7 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while not self._closed and self._scheduler.wait():
-                now = monotonic()
-                tell = now >= self._tell_at
-                if tell:
-                    self._tell_at = now + self._coalesce
-                updates = self._scheduler.step(tell)
+                updates = self._scheduler.step(coalesce=self._coalesce)
                 self._stepped_at = monotonic()
                 if not self._scheduler.closed:
                     self._deliver(updates, self._answers)

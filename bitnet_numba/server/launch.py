@@ -1,20 +1,25 @@
-"""Starts a server: listens at once, loads the model meanwhile, and serves until a signal ends it."""
+"""Starts a server: listens at once, loads the model meanwhile, and serves until a signal ends it.
+
+The modules that serve are imported while the model is loaded: they take a third of a second, in which the disk and the
+device have work, too.
+"""
 
 import asyncio
 import contextlib
 import errno
 import gc
+import importlib.util
 import logging
 import os
 import socket
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from time import monotonic
 
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.errors import RequestError, one_line, printable
-from bitnet_numba.server.app import create_app
-from bitnet_numba.server.http_server import make_server
-from bitnet_numba.server.service import Service
 from bitnet_numba.server.settings import Settings
 
 _log = logging.getLogger("bitnet_numba.server")
@@ -23,27 +28,59 @@ BACKLOG = 2048  # connections that wait to be accepted
 # for so long after each step while text is sent to many clients.
 SWITCH_INTERVAL = 0.0005
 FILES = 65536  # connections and more, if the system allows so many
+# When Python's garbage collector runs while a model is loaded, in which little becomes garbage unless kernels are
+# compiled: that takes longer than a few seconds.
+RARELY, COMPILED = (50_000, 50, 1000), 8.0
+PACKAGES = ("httptools", "prometheus_client", "pydantic", "starlette", "uvicorn")  # of the extra
+INSTALL = "install the extra serve, as in  pip install 'bitnet-numba[serve]'"
+
+
+def check_extra() -> None:
+    """Raises RequestError if a package that the server needs is not installed."""
+    for name in PACKAGES:
+        if importlib.util.find_spec(name) is None:
+            raise RequestError(f"{name} is not installed: {INSTALL}")
 
 
 def serve(settings: Settings, host: str, port: int, load_model: Callable[[], Engine]) -> int:
-    """Listens, loads the model, and serves until a signal ends it; returns the exit code."""
+    """Listens, loads the model, and serves until a signal ends it; returns the exit code. Raises BitNetError."""
     _allow_many_files()
-    sys.setswitchinterval(SWITCH_INTERVAL)
-    listener = listen(host, port)
-    address = listener.getsockname()
-    shown = f"[{address[0]}]" if listener.family == socket.AF_INET6 else address[0]
-    url = f"http://{shown}:{address[1]}"
+    with listen(host, port) as listener:
+        address = listener.getsockname()
+        shown = f"[{address[0]}]" if listener.family == socket.AF_INET6 else address[0]
+        usual = gc.get_threshold()
+        gc.set_threshold(*RARELY)
+        try:
+            _serve(settings, listener, f"http://{shown}:{address[1]}", in_background(load_model), usual)
+        finally:
+            gc.set_threshold(*usual)
+    return 0
+
+
+def _serve(
+    settings: Settings, listener: socket.socket, url: str, loaded: Callable[[], Engine], threshold: tuple[int, int, int]
+) -> None:
+    """See `serve`. threshold: of the garbage collector, once the model is loaded."""
+    began = monotonic()
+    try:
+        from bitnet_numba.server.app import create_app
+        from bitnet_numba.server.http_server import make_server
+        from bitnet_numba.server.service import Service
+    except ImportError as error:
+        raise RequestError(f"{one_line(error)}: {INSTALL}") from None
     service = Service(settings)
     failure: BaseException | None = None
 
     async def start() -> None:
         nonlocal failure
         try:
-            await service.start(load_model)
+            await service.start(loaded)
         except Exception as error:
             failure, server.should_exit = error, True
             return
-        spare_collector()
+        spare_collector(collect=monotonic() - began > COMPILED)
+        gc.set_threshold(*threshold)
+        sys.setswitchinterval(SWITCH_INTERVAL)  # before, it would make two threads that import take turns too often
         engine = service.engine
         _log.info("%s answers at %s (%s, context %d)", settings.models[0], url, engine.backend, engine.context)
 
@@ -60,13 +97,31 @@ def serve(settings: Settings, host: str, port: int, load_model: Callable[[], Eng
     server.run(sockets=[listener])
     if failure is not None:
         raise failure
-    return 0
 
 
-def spare_collector() -> None:
+def in_background(load_model: Callable[[], Engine]) -> Callable[[], Engine]:
+    """Begins to load a model in a thread, which does not keep the process from ending. What is returned waits for the
+    model, and raises what loading it has raised."""
+    loaded = Future[Engine]()
+
+    def run() -> None:
+        try:
+            loaded.set_result(load_model())
+        except BaseException as error:
+            loaded.set_exception(error)
+
+    threading.Thread(target=run, name="bitnet_numba load", daemon=True).start()
+    return loaded.result
+
+
+def spare_collector(collect: bool = True) -> None:
     """Takes all objects that there are from Python's garbage collector, which otherwise looks at each of them time and
-    again: 0.1 s, in which nothing else runs. For a process that has loaded its model and serves it to its end."""
-    gc.collect()
+    again: 0.1 s, in which nothing else runs. For a process that has loaded its model and serves it to its end.
+
+    collect: first frees what is garbage among them, which takes as long once.
+    """
+    if collect:
+        gc.collect()
     gc.freeze()
 
 

@@ -64,7 +64,9 @@ class Replica:
         """options: of `bitnet-numba serve`. The replica gets requests once its model is loaded."""
         args = build_parser().parse_args(shlex.split(options))
         self._service = Service(read_settings(args))
-        await self._service.start(partial(load, args.model, args.backend, args.context, args.threads, args.revision))
+        await self._service.start(
+            partial(load, args.model, args.backend, args.context, args.threads, args.revision, args.kv_dtype)
+        )
         spare_collector()
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:

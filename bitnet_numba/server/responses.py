@@ -1,20 +1,22 @@
 """POST /v1/responses: OpenAI's newer interface, for text and functions; nothing is kept between requests."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from bitnet_numba.engine.request import Request
 from bitnet_numba.grammar import Grammar
-from bitnet_numba.server.chat_completions import as_messages, call_tags
+from bitnet_numba.server.chat_completions import as_messages, call_tags, must_have_form, new_reader, no_thoughts
 from bitnet_numba.server.errors import ApiError, unsupported
 from bitnet_numba.server.exchange import Exchange
 from bitnet_numba.server.generation import read_prompts, respond
 from bitnet_numba.server.response_form import ResponseForm
 from bitnet_numba.server.response_format import constrained, gives_form, read_schema
-from bitnet_numba.server.sampling_fields import sampling_params
+from bitnet_numba.server.sampling_fields import sampling_params, with_thinking
 from bitnet_numba.server.schemas import CalledFunction, ChatMessage, InputItem, ResponseBody, TextFormat, ToolCall
 from bitnet_numba.server.service import Service
 from bitnet_numba.server.tools import read_tools, uses_tools
+from bitnet_numba.text.thoughts import ThoughtReader
 
 TEXT_PARTS = ("input_text", "output_text", "text")
 
@@ -25,16 +27,21 @@ async def responses(service: Service, exchange: Exchange, body: ResponseBody) ->
     if not all(isinstance(value, str) for value in (body.metadata or {}).values()):
         raise ApiError(400, "metadata: its values must be strings", param="metadata", code="invalid_value")
     engine = service.engine
-    params, messages = sampling_params(body, engine), list_messages(body)
+    params, messages = with_thinking(sampling_params(body, engine), body.thinking(), engine), list_messages(body)
     format = body.text.format if body.text is not None else None
     tags = call_tags(engine, "input") if uses_tools(body, "text.format" if gives_form(format) else None) else None
-    form = ResponseForm(exchange.request_id, service.check_model(body.model), body, params, tags)
+    new_thoughts: Callable[[], ThoughtReader | None] = partial(new_reader, engine, params, messages)
+    if must_have_form(format, body.tool_choice):
+        new_thoughts = no_thoughts
+    model = service.check_model(body.model)
+    form = ResponseForm(exchange.request_id, model, body, params, tags, engine.tokenizer, new_thoughts)
 
     def make() -> list[Request]:
         prompt = as_messages(messages, engine.tokenizer)
+        thoughts = new_thoughts()  # here, for the first one asks the template, which is another process
         if tags is None:
             return read_prompts(engine, [prompt], constrained(engine, params, _read_format(format), "text.format"), 1)
-        use = read_tools(body, tags)
+        use = read_tools(body, tags, thoughts)
         return read_prompts(engine, [prompt], constrained(engine, params, use.grammar, "tools"), 1, use.described)
 
     await respond(service, exchange, body, make, 1, form, "input")
@@ -47,7 +54,8 @@ def _read_format(format: TextFormat | None) -> Grammar | None:
 
 
 def list_messages(body: ResponseBody) -> list[ChatMessage]:
-    """The conversation: instructions first; calls of functions in the answer that they belong to.
+    """The conversation: instructions first; calls of functions in the answer that they belong to. What the model has
+    thought (items of type reasoning) is left out: templates show a model no thoughts of earlier answers.
 
     Raises ApiError for an item that is no message of text, no call, and no result of one.
     """
@@ -68,8 +76,10 @@ def list_messages(body: ResponseBody) -> list[ChatMessage]:
             call_id, result = _given(item, "call_id", field), _given(item, "output", field)
             result = _content(result, f"{field}.output")
             messages.append(ChatMessage.model_validate({"role": "tool", "content": result, "tool_call_id": call_id}))
-        else:
-            raise unsupported(field, "only messages, calls of functions and their outputs are supported")
+        elif item.type != "reasoning":
+            raise unsupported(field, "only messages, calls of functions, their outputs and thoughts are supported")
+    if not messages:
+        raise ApiError(400, "input has no message", param="input", code="invalid_value")
     return messages
 
 

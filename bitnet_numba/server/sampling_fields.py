@@ -40,13 +40,13 @@ def sampling_params(body: SamplingBody, engine: Engine) -> SamplingParams:
     given[limit[0]] = "max_new_tokens", limit[1]
     given[logprobs[0]] = "logprobs", logprobs[1]
     values: dict[str, Any] = {"max_new_tokens": None, "overflow": "roll" if body.truncation == "auto" else "error"}
-    for field, (name, value) in given.items():
-        if value is not None:
-            check(field, name, value)
-            values[name] = value
+    values |= {name: value for name, value in given.values() if value is not None}
     try:
         return replace(engine.sampling or OPENAI_DEFAULT, **values)
     except RequestError as error:
+        for field, (name, value) in given.items():
+            if value is not None:
+                check(field, name, value)
         raise from_request_error(RequestError(str(error).replace("max_new_tokens", limit[0])), "min_tokens") from None
 
 

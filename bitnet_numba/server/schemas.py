@@ -169,7 +169,25 @@ class ChatMessage(BaseModel):
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
 
 
-class ChatBody(SamplingBody):
+class ThinkingBody(SamplingBody):
+    """What asks a model that may think first."""
+
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def thinking(self) -> bool | None:
+        """What `chat_template_kwargs` says of it; they have no other use. Raises ApiError for anything else in them."""
+        given = {name: value for name, value in (self.chat_template_kwargs or {}).items() if value is not None}
+        for name in given:
+            if name != "enable_thinking":
+                raise unsupported(f"chat_template_kwargs.{printable(name, 60)}")
+        thinking = given.get("enable_thinking")
+        if not isinstance(thinking, bool | None):
+            field = "chat_template_kwargs.enable_thinking"
+            raise ApiError(400, f"{field} must be true or false", param=field, code="invalid_value")
+        return thinking
+
+
+class ChatBody(ThinkingBody):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -180,7 +198,6 @@ class ChatBody(SamplingBody):
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: StrictBool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
     functions: list[Any] | None = None
     function_call: Any = None
     modalities: Texts | None = None
@@ -194,18 +211,6 @@ class ChatBody(SamplingBody):
         "audio": (),
         "web_search_options": (),
     }
-
-    def thinking(self) -> bool | None:
-        """What `chat_template_kwargs` says of it; they have no other use. Raises ApiError for anything else in them."""
-        given = {name: value for name, value in (self.chat_template_kwargs or {}).items() if value is not None}
-        for name in given:
-            if name != "enable_thinking":
-                raise unsupported(f"chat_template_kwargs.{printable(name, 60)}")
-        thinking = given.get("enable_thinking")
-        if not isinstance(thinking, bool | None):
-            field = "chat_template_kwargs.enable_thinking"
-            raise ApiError(400, f"{field} must be true or false", param=field, code="invalid_value")
-        return thinking
 
     def limit(self) -> tuple[str, int | None]:
         """Under its newer name, if that is given."""
@@ -263,7 +268,7 @@ class InputItem(BaseModel):
     output: StrictStr | Parts | None = None
 
 
-class ResponseBody(SamplingBody):
+class ResponseBody(ThinkingBody):
     """POST /v1/responses."""
 
     input: StrictStr | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]

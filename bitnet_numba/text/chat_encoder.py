@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
-from bitnet_numba.errors import RequestError, TokenizerError, shown
+from bitnet_numba.errors import RequestError, TokenizerError
 from bitnet_numba.text.chat_template import ChatTemplate, Message, read_messages
 from bitnet_numba.text.chat_trace import Trace, Tracer, space_behind
 from bitnet_numba.text.guarded_encoder import GuardedEncoder
 from bitnet_numba.text.template_process import TemplateLimit
-from bitnet_numba.text.thoughts import CLOSE, OPEN, ThoughtReader
+from bitnet_numba.text.thoughts import CLOSE, OPEN, ThoughtReader, check_thoughts
 from bitnet_numba.text.tool_messages import TAG, Tools, for_template
 
 if TYPE_CHECKING:
@@ -104,8 +104,7 @@ class ChatEncoder:
 
     def check_thinking(self, thinking: bool | None) -> None:
         """Raises RequestError if the model is told to think, or not to, and the template has no switch for that."""
-        if not isinstance(thinking, bool | None):
-            raise RequestError(f"thinking must be True, False or None, not {shown(thinking)}")
+        check_thoughts(thinking, None)
         if thinking is not None and not self._template.switches_thinking:
             raise RequestError("this model's chat template has no switch for thinking (enable_thinking)")
 

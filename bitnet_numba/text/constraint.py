@@ -1,5 +1,6 @@
 """Which tokens may come next in an answer that must have a form (see `bitnet_numba.grammar`)."""
 
+import functools
 import itertools
 import os
 import threading
@@ -20,16 +21,18 @@ if TYPE_CHECKING:
 
 # Copies of a matcher share a lexer, which one thread at a time can use: so a grammar has several matchers.
 GROUPS = 4
+MAX_TEXTS, MAX_TEXT = 8192, 256  # whose tokens are kept, and characters of the longest one
 KEPT = 64  # compiled grammars of a tokenizer; the least recently used goes
 
 
 class Constraint:
     """What one answer may go on with. Not safe for use by several threads at a time."""
 
-    def __init__(self, matcher: "llguidance.LLMatcher", size: int, group: int = 0):
-        """size: of the vocabulary. group: constraints of other groups can be asked at the same time."""
+    def __init__(self, matcher: "llguidance.LLMatcher", size: int, words: int, group: int = 0):
+        """size: of the vocabulary. words: of the library's masks. group: constraints of other groups can be asked at
+        the same time."""
         self._matcher = matcher
-        self._size = size
+        self._size, self._words = size, words
         self.group = group
 
     @property
@@ -43,13 +46,17 @@ class Constraint:
         Tokens that end answers are among them where the form is complete, and alone where nothing else can follow.
         Raises RequestError if the form turns out to be too complex.
         """
-        out[:] = 0
-        words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: -(-self._size // 32)]
+        words, target = -(-self._size // 32), out
+        if out.size != self._words:  # the library's has one more, or the model has more than the tokenizer
+            target = np.empty(self._words, np.uint32)
+        self._matcher.unsafe_compute_mask_ptr(target.ctypes.data, target.nbytes)
         if self._matcher.is_error():
             raise RequestError(f"the form of the answer: {library_message(self._matcher.get_error())}")
-        out[: words.size] = words
+        if target is not out:
+            out[:words] = target[:words]
+        out[words:] = 0  # what is no token may not come
         if self._size % 32:
-            out[words.size - 1] &= (1 << self._size % 32) - 1  # what is no token may not come
+            out[words - 1] &= (1 << self._size % 32) - 1
 
     def accept(self, token: int) -> bool:
         """Goes on by a token; False if it is not allowed here."""
@@ -59,14 +66,14 @@ class Constraint:
 class CompiledGrammar:
     """A grammar for one tokenizer: makes the constraints of answers."""
 
-    def __init__(self, matchers: Sequence["llguidance.LLMatcher"], size: int):
-        """matchers: at the start of an answer; they take turns. size: of the vocabulary."""
-        self._matchers, self._size = itertools.cycle(matchers), size
+    def __init__(self, matchers: Sequence["llguidance.LLMatcher"], size: int, words: int):
+        """matchers: at the start of an answer; they take turns. size, words: as for `Constraint`."""
+        self._matchers, self._size, self._words = itertools.cycle(matchers), size, words
 
     def constraint(self, tokens: Sequence[int] = ()) -> Constraint:
         """A new constraint, for an answer that begins with these tokens."""
         matcher = next(self._matchers)
-        constraint = Constraint(matcher.deep_copy(), self._size, id(matcher))
+        constraint = Constraint(matcher.deep_copy(), self._size, self._words, id(matcher))
         for token in tokens:
             constraint.accept(token)
         return constraint
@@ -78,8 +85,8 @@ class GrammarCompiler:
     def __init__(self, tokenizer: "Tokenizer"):
         llguidance = library()
         self._size = tokenizer.size
-        wrapper = llguidance.TokenizerWrapper(_TokenizerView(tokenizer))
         stops = sorted(i for i in tokenizer.stop_ids if i < tokenizer.size)
+        wrapper = llguidance.TokenizerWrapper(_TokenizerView(tokenizer, stops))
         self._tokens = llguidance.LLTokenizer(wrapper, eos_token=stops or [tokenizer.size])
         self._compiled: OrderedDict[str, CompiledGrammar] = OrderedDict()
         self._lock = threading.Lock()
@@ -94,7 +101,7 @@ class GrammarCompiler:
                     matchers.append(library().LLMatcher(self._tokens, grammar.source, log_level=0, limits=limits()))
                     if matchers[-1].is_error():
                         raise RequestError(f"{grammar.kind}: {library_message(matchers[-1].get_error())}")
-                compiled = CompiledGrammar(matchers, self._size)
+                compiled = CompiledGrammar(matchers, self._size, -(-self._tokens.vocab_size // 32))
             self._compiled[grammar.source] = compiled
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
@@ -102,18 +109,24 @@ class GrammarCompiler:
 
 
 class _TokenizerView:
-    """A tokenizer as the library asks for it: the bytes of every token, and the tokens of bytes."""
+    """A tokenizer as the library asks for it: the bytes of every token, and the tokens of bytes.
+
+    Where the form leaves no choice, the library asks for the tokens of the text to come, again after each of them: so
+    answers of one form ask for the same few texts time and again, whose tokens are kept.
+    """
 
     bos_token_id = None
 
-    def __init__(self, tokenizer: "Tokenizer"):
-        self._tokenizer = tokenizer
-        # The last is for tokenizers without a token that ends an answer: the library needs one.
-        self.tokens = [*(tokenizer.token_bytes(i) for i in range(tokenizer.size)), b""]
-        self.eos_token_id = tokenizer.size
+    def __init__(self, tokenizer: "Tokenizer", stops: Sequence[int]):
+        self._encode = tokenizer.encode_plain
+        self._encode_again = functools.lru_cache(MAX_TEXTS)(tokenizer.encode_plain)
+        self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.size)]
+        self.eos_token_id = stops[0] if stops else tokenizer.size
+        if not stops:
+            self.tokens.append(b"")  # the library needs a token that ends an answer
         self.special_token_ids = sorted(tokenizer.special_ids)
 
     def __call__(self, text: str | bytes) -> list[int]:
         if isinstance(text, bytes):
             raise TypeError("text, not bytes")  # how the library learns what it may give
-        return self._tokenizer.encode_plain(text)
+        return self._encode_again(text) if len(text) <= MAX_TEXT else self._encode(text)

@@ -22,6 +22,11 @@ class ThoughtReader:
         return self._where == "thought"
 
     @property
+    def answering(self) -> bool:
+        """Whether the thought has ended, or there is none."""
+        return self._where == "answer"
+
+    @property
     def terminal(self) -> str | None:
         """What is to come of the thought, with its tags and the white space around them; None if the answer has begun.
 
@@ -79,6 +84,14 @@ class ThoughtReader:
         return text
 
 
+def check_thoughts(thinking: object, begun: object) -> None:
+    """Raises RequestError unless they are a switch and a text, or None."""
+    if not isinstance(thinking, bool | None):
+        raise RequestError(f"thinking must be True, False or None, not {shown(thinking)}")
+    if not isinstance(begun, str | None):
+        raise RequestError(f"begun must be the text of an answer, or None, not {shown(begun)}")
+
+
 def split_thought(text: str) -> tuple[str, str]:
     """The thought and the answer in the text of a completion; "" for a thought that is not there.
 
@@ -89,7 +102,13 @@ def split_thought(text: str) -> tuple[str, str]:
     """
     if not isinstance(text, str):
         raise RequestError(f"split_thought takes the text of an answer, not {shown(text)}")
-    reader = ThoughtReader(opened=CLOSE in text and OPEN not in text.partition(CLOSE)[0])
+    return read_thought(ThoughtReader(opened=CLOSE in text and OPEN not in text.partition(CLOSE)[0]), text)
+
+
+def read_thought(reader: ThoughtReader | None, text: str) -> tuple[str, str]:
+    """The thought and the answer of a whole text, by a new reader; None: there is no thought."""
+    if reader is None:
+        return "", text
     pieces = reader.push(text), reader.finish()
     thought, answer = ("".join(parts) for parts in zip(*pieces, strict=True))
     return thought, answer

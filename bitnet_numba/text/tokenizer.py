@@ -30,7 +30,7 @@ from bitnet_numba.text.chat_template import (
 )
 from bitnet_numba.text.constraint import GrammarCompiler
 from bitnet_numba.text.guarded_encoder import GuardedEncoder
-from bitnet_numba.text.thoughts import ThoughtReader
+from bitnet_numba.text.thoughts import ThoughtReader, check_thoughts
 from bitnet_numba.text.tiktoken import BOS, EOS, build_tokenizer, byte_alphabet
 from bitnet_numba.text.tokenizer_files import (
     eos_ids,
@@ -91,7 +91,8 @@ class Tokenizer:
                 self._refusal = str(error)
         if self._refusal is not None:
             _log.warning("%s; chats will be refused, but raw text can be continued", self._refusal.rstrip("."))
-        ends = {*stop_ids, self._id_of(named.get("eos_token")), self._chat.end_of_turn if self._chat else None}
+        self.eos_id = self._id_of(named.get("eos_token"))
+        ends = {*stop_ids, self.eos_id, self._chat.end_of_turn if self._chat else None}
         self.stop_ids = frozenset(i for i in ends if i is not None)  # of tokens that end an answer
 
     @staticmethod
@@ -215,7 +216,10 @@ class Tokenizer:
         """What tells the thought of an answer from the answer; None if the model marks no thoughts.
 
         begun: the beginning of an answer that the model goes on with.
+
+        Raises RequestError for another `thinking`, or a beginning that is not a string.
         """
+        check_thoughts(thinking, begun)
         return None if self._chat is None else self._chat.thoughts(thinking, begun)
 
     def encode_chat(

@@ -1,6 +1,6 @@
 """Attention of one token over its context: rotary embedding, append to the key-value cache, grouped-query attention.
 
-One launch does all of it. The cache is bfloat16 (round to nearest even), everything else float32.
+One launch does all of it. The cache has one of the types in `kv_dtype`, everything else is float32.
 
     cache   [num_kv_heads, capacity, DP] twice (keys, values), DP = head_dim rounded up to 8: a lane loads 16 bytes
     grid    x: splits of the context        y: key-value heads (times the parts of a group's query heads)
@@ -44,6 +44,7 @@ from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.attention import decode_mma
+from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, HALVES, KVDtype, half_functions
 from bitnet_numba.kernels.attention.parts import (
     KEY_DIMS,
     LANE_DIMS,
@@ -53,6 +54,7 @@ from bitnet_numba.kernels.attention.parts import (
     RopeTables,
     SplitScratch,
     check_head,
+    finite_or_inf,
     heads_per_block,
     padded_head_dim,
     partial_dims,
@@ -74,19 +76,30 @@ class BlockShape(NamedTuple):
     threads: int
     unroll: int  # tokens that a lane group holds at a time, a power of two
     blocks_per_sm: int
+    registers: int = 0  # of a thread at most, see `KernelSpec`
 
 
-SHORT = BlockShape(heads=1, threads=512, unroll=4, blocks_per_sm=1)
+SHORT = BlockShape(heads=1, threads=512, unroll=4, blocks_per_sm=1, registers=80)
 LONG = BlockShape(heads=4, threads=256, unroll=4, blocks_per_sm=1)
+NARROW_HEAD_DIM = 128
 LONG_CONTEXT = 256  # tokens from which the variant for long contexts is the faster
 MAX_SPLITS = decode_mma.MAX_SPLITS
 SHORT_SPLIT_TOKENS, LONG_SPLIT_TOKENS = 256, 64  # of a split at least: splitting costs about 2 us
 PREFETCH = 32  # partial results in flight when splits are added up
 
 
-def make_decode(arch: int, head_dim: int, group: int, heads: int, threads: int, unroll: int) -> Callable[..., None]:
+def takes(dtype: KVDtype) -> bool:
+    """Whether these kernels serve a type of the cache; `append` and `paged_simt` serve those that they do not."""
+    return dtype in HALVES
+
+
+def make_decode(
+    arch: int, head_dim: int, group: int, heads: int, threads: int, unroll: int, dtype: KVDtype
+) -> Callable[..., None]:
     """The float32 kernel for a head size and a number of query heads per key-value head, `heads` of them a block; a
     lane group holds `unroll` tokens at a time, a power of two."""
+    half = half_functions(dtype)
+    low_of, high_of, rounded, join = half.low, half.high, half.rounded, half.join
     stream, wait, release = ptx.stream_load(arch), ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
     D, DP, HALF = head_dim, padded_head_dim(head_dim), head_dim // 2
     WORDS = DP // 2
@@ -213,7 +226,7 @@ def make_decode(arch: int, head_dim: int, group: int, heads: int, threads: int, 
             cuda.syncthreads()
         wait()
 
-        # 2. Queries, rotated and scaled; the new key, rotated, and the new value, both as bfloat16.
+        # 2. Queries, rotated and scaled; the new key, rotated, and the new value, both as the cache has them.
         for t in range(ROTATIONS):
             i = int32(tid + t * threads)
             kind, j = int32(i // HALF), int32(i % HALF)
@@ -230,7 +243,7 @@ def make_decode(arch: int, head_dim: int, group: int, heads: int, threads: int, 
                     if kind > HEADS:
                         a, b = x, y
                     wr = int32((kind - HEADS) * DP + j)
-                    new_s[wr], new_s[wr + HALF] = ptx.to_bf16(a), ptx.to_bf16(b)
+                    new_s[wr], new_s[wr + HALF] = rounded(a), rounded(b)
         cuda.syncthreads()
         for h in range(HEADS):
             for j in range(0, LANE_DIMS, 4):
@@ -249,11 +262,11 @@ def make_decode(arch: int, head_dim: int, group: int, heads: int, threads: int, 
             if pos < tile + TILE and end == tokens and has_dims:
                 for n in range(UNROLL):
                     if first + n * LANE_GROUPS == pos:
-                        for half in range(2):
-                            a, b, c, d = ptx.load4(new_s, lane * LANE_DIMS + half * 4)
-                            k_r[4 * n + 2 * half], k_r[4 * n + 2 * half + 1] = ptx.join_bf16(a, b), ptx.join_bf16(c, d)
-                            a, b, c, d = ptx.load4(new_s, DP + lane * LANE_DIMS + half * 4)
-                            v_r[4 * n + 2 * half], v_r[4 * n + 2 * half + 1] = ptx.join_bf16(a, b), ptx.join_bf16(c, d)
+                        for part in range(2):
+                            a, b, c, d = ptx.load4(new_s, lane * LANE_DIMS + part * 4)
+                            k_r[4 * n + 2 * part], k_r[4 * n + 2 * part + 1] = join(a, b), join(c, d)
+                            a, b, c, d = ptx.load4(new_s, DP + lane * LANE_DIMS + part * 4)
+                            v_r[4 * n + 2 * part], v_r[4 * n + 2 * part + 1] = join(a, b), join(c, d)
                         wr = int32(int32(kv * capacity + pos) * WORDS + lane * 4)
                         ptx.store4(keys, wr, k_r[4 * n], k_r[4 * n + 1], k_r[4 * n + 2], k_r[4 * n + 3])
                         ptx.store4(values, wr, v_r[4 * n], v_r[4 * n + 1], v_r[4 * n + 2], v_r[4 * n + 3])
@@ -261,7 +274,7 @@ def make_decode(arch: int, head_dim: int, group: int, heads: int, threads: int, 
                 s_r[i] = ZERO
             for n in range(UNROLL):
                 for j in range(4):
-                    low, high = ptx.bf16_low(k_r[4 * n + j]), ptx.bf16_high(k_r[4 * n + j])
+                    low, high = low_of(k_r[4 * n + j]), high_of(k_r[4 * n + j])
                     for h in range(HEADS):
                         i = n * PADDED_HEADS + h
                         s_r[i] = float32(s_r[i] + low * q_r[h * LANE_DIMS + 2 * j])
@@ -298,7 +311,7 @@ def make_decode(arch: int, head_dim: int, group: int, heads: int, threads: int, 
                 for h in range(HEADS):
                     s_r[n * PADDED_HEADS + h] = ptx.shuffle(weight, home + lane_of(n * PADDED_HEADS + h))
                 for j in range(4):
-                    low, high = ptx.bf16_low(v_r[4 * n + j]), ptx.bf16_high(v_r[4 * n + j])
+                    low, high = low_of(v_r[4 * n + j]), high_of(v_r[4 * n + j])
                     for h in range(HEADS):
                         i = h * LANE_DIMS + 2 * j
                         acc_r[i] = float32(acc_r[i] + low * s_r[n * PADDED_HEADS + h])
@@ -341,7 +354,7 @@ def make_decode(arch: int, head_dim: int, group: int, heads: int, threads: int, 
                     y = float32(y + acc_s[((w * (LANE_GROUPS // WARPS) + r) * HEADS + h) * DP + d])
                 x = float32(x + weight * y)
             if whole:
-                out[int32(head_block * HEADS * D + i)] = x / weights
+                out[int32(head_block * HEADS * D + i)] = finite_or_inf(x / weights)
             else:
                 partials[int32(partial_wr * D + i)] = x
                 if d == 0:
@@ -391,7 +404,7 @@ def make_decode(arch: int, head_dim: int, group: int, heads: int, threads: int, 
                 for j in range(PREFETCH):
                     if first + j < num_splits:
                         x = float32(x + prefetch_r[j] * weight_s[(first + j) * HEADS + h])
-            out[int32(head_block * HEADS * D + i)] = x / sum_s[h]
+            out[int32(head_block * HEADS * D + i)] = finite_or_inf(x / sum_s[h])
         if tid == 0:
             arrivals[head_block] = 0
 
@@ -408,9 +421,16 @@ SIGNATURE = (
 
 @cache
 def decode_spec(
-    arch: int, head_dim: int, group: int, long: bool = False, threads: int = 0, unroll: int = 0
+    arch: int,
+    head_dim: int,
+    group: int,
+    long: bool = False,
+    dtype: KVDtype = DEFAULT,
+    threads: int = 0,
+    unroll: int = 0,
 ) -> KernelSpec:
-    """The variant for a head size and group, for short or long contexts (any length works with either).
+    """The variant for a head size, group and type of the cache, for short or long contexts (any length works with
+    either).
 
     `threads` and `unroll` only for tests (0: this module's choice). Raises ValueError for a head size that is odd or
     over MAX_HEAD_DIM.
@@ -419,15 +439,17 @@ def decode_spec(
     block = LONG if long else SHORT
     heads = heads_per_block(group, block.heads)
     if long and decode_mma.fits(arch, head_dim):
-        threads = threads or decode_mma.THREADS
-        kernel = decode_mma.make_decode_mma(arch, head_dim, group, heads, threads)
+        threads, registers = (threads, 0) if threads else decode_mma.bounds(arch)
+        kernel = decode_mma.make_decode_mma(arch, head_dim, group, heads, threads, dtype)
         wide = 4 * -(-head_dim // KEY_DIMS) + 8 * -(-head_dim // VALUE_DIMS)
-        name = f"decode_attention_mma[{head_dim}, {group}, {threads}]"
-        return KernelSpec(name, kernel, SIGNATURE, threads, wide_loads=wide)
+        name = f"decode_attention_mma[{head_dim}, {group}, {dtype}, {threads}]"
+        return KernelSpec(name, kernel, SIGNATURE, threads, wide_loads=wide, registers=registers)
     threads, unroll = threads or block.threads, unroll or block.unroll
-    kernel = make_decode(arch, head_dim, group, heads, threads, unroll)
-    name = f"decode_attention[{head_dim}, {group}, {heads}, {threads}, {unroll}]"
-    return KernelSpec(name, kernel, SIGNATURE, threads, block.blocks_per_sm, wide_loads=4 * unroll)
+    kernel = make_decode(arch, head_dim, group, heads, threads, unroll, dtype)
+    name = f"decode_attention[{head_dim}, {group}, {dtype}, {heads}, {threads}, {unroll}]"
+    # Few enough for blocks of the launches before and after to fit beside it; larger heads would spill.
+    registers = block.registers if head_dim <= NARROW_HEAD_DIM else 0
+    return KernelSpec(name, kernel, SIGNATURE, threads, block.blocks_per_sm, wide_loads=4 * unroll, registers=registers)
 
 
 def decode_grid(num_sms: int, shape: HeadShape, long: bool = False) -> tuple[int, int]:
@@ -465,20 +487,21 @@ def decode_attention(
     out: Any,
     shape: HeadShape,
     *,
+    dtype: KVDtype = DEFAULT,
     long: bool = False,
     use_pdl: bool = True,
 ) -> Launch:
     """One layer's attention of one token: out = softmax(q . K / sqrt(head_dim)) . V over positions 0 .. position[0].
 
     qkv float32 [shape.qkv_size]; rope: the angles of `capacity` positions; position int32 [1]; keys, values int32
-    [num_kv_heads, capacity, padded_head_dim / 2]: pairs of bfloat16 (see `kv_cache`), written at position[0]; out
+    [num_kv_heads, capacity, padded_head_dim / 2]: pairs of `dtype` (see `kv_cache`), written at position[0]; out
     float32 [shape.out_size]. `long` chooses the variant for long contexts.
     Raises ValueError if an operand is too small or of another dtype.
     """
     shape.check("decode_attention")
     if capacity < 1:
         raise ValueError(f"decode_attention: a capacity of {capacity} tokens; at least one is needed")
-    spec = decode_spec(device.arch, shape.head_dim, shape.group, long)
+    spec = decode_spec(device.arch, shape.head_dim, shape.group, long, dtype)
     splits, head_blocks = grid = decode_grid(device.num_sms, shape, long)
     cache_words = shape.num_kv_heads * capacity * padded_head_dim(shape.head_dim) // 2
     rows = splits * shape.num_heads

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from numba import cuda
 
 from bitnet_numba.kernels import ptx
+from bitnet_numba.kernels.attention.kv_dtype import KVDtype, half_functions
 from bitnet_numba.kernels.attention.parts import (
     HIGH_HALVES,
     KEY_DIMS,
@@ -32,22 +33,23 @@ from bitnet_numba.kernels.attention.parts import (
     MMA_MAX_HEAD_DIM,
     TILE_TOKENS,
     VALUE_DIMS,
+    finite_or_inf,
     load4_into,
     make_store_out,
+    make_term_functions,
     make_tile_functions,
-    mma_into,
     online_softmax,
     padded_head_dim,
     partial_dims,
     rotate_pair,
     score_scale,
-    store_query,
-    weight_terms,
 )
 from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, int32, int64, uint32
 
 MAX_SPLITS = 128
 THREADS = 384  # one block a SM: 12 warps of 168 registers
+# Where launches overlap, blocks of the products before and after fit beside one of 8 warps.
+OVERLAP_ARCH, OVERLAP_THREADS, OVERLAP_REGISTERS = 90, 256, 184  # measured there
 PREFETCH = 10  # partial results that a thread of a head's last block has in flight
 
 
@@ -56,11 +58,21 @@ def fits(arch: int, head_dim: int) -> bool:
     return arch >= MMA_ARCH and head_dim <= MMA_MAX_HEAD_DIM
 
 
-def make_decode_mma(arch: int, head_dim: int, group: int, heads: int, threads: int) -> Callable[..., None]:
+def bounds(arch: int) -> tuple[int, int]:
+    """Threads of a block on an architecture, and registers of a thread at most (0: as many as there are)."""
+    return (OVERLAP_THREADS, OVERLAP_REGISTERS) if arch == OVERLAP_ARCH else (THREADS, 0)
+
+
+def make_decode_mma(
+    arch: int, head_dim: int, group: int, heads: int, threads: int, dtype: KVDtype
+) -> Callable[..., None]:
     """The kernel for a head size and a number of query heads per key-value head, `heads` (at most MMA_HEADS, a divisor)
     of them a block. Its arguments are those of the kernel in `decode`."""
-    wait, release, mma = ptx.pdl_wait(arch), ptx.pdl_trigger(arch), ptx.mma_bf16
-    load_keys, load_values, mask_tile = make_tile_functions(arch, head_dim, int64)
+    wait, release = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
+    half = half_functions(dtype)
+    mma, mma_into, rounded, pack = half.mma, half.mma_into, half.rounded, half.pack
+    store_query, weight_terms = make_term_functions(half)
+    load_keys, load_values, mask_tile = make_tile_functions(arch, head_dim, int64, padded_head_dim(head_dim) // 2)
     store_out = make_store_out(head_dim)
     D, HALF = head_dim, head_dim // 2
     WORDS = padded_head_dim(head_dim) // 2  # of a token in the cache
@@ -86,7 +98,7 @@ def make_decode_mma(arch: int, head_dim: int, group: int, heads: int, threads: i
 
     @device_function
     def rotate_vectors(qkv, cos_r, sin_r, rotated_s, tid, first_head, kv, num_kv_heads):
-        """Queries, rotated and scaled; the new key, rotated, and the new value, both rounded to bfloat16."""
+        """Queries, rotated and scaled; the new key, rotated, and the new value, both rounded."""
         for n in range(ROTATIONS):
             i = int32(tid + n * threads)
             if i < VECTORS * HALF:
@@ -101,8 +113,8 @@ def make_decode_mma(arch: int, head_dim: int, group: int, heads: int, threads: i
                 y0, y1 = rotate_pair(x0, x1, cos_r[n], sin_r[n])
                 if row > MMA_HEADS:
                     y0, y1 = x0, x1
-                y0 = ptx.to_bf16(y0) if row >= MMA_HEADS else y0 * SCALE
-                y1 = ptx.to_bf16(y1) if row >= MMA_HEADS else y1 * SCALE
+                y0 = rounded(y0) if row >= MMA_HEADS else y0 * SCALE
+                y1 = rounded(y1) if row >= MMA_HEADS else y1 * SCALE
                 rotated_s[row * DP + j] = y0
                 rotated_s[row * DP + HALF + j] = y1
         if DP > D:
@@ -120,7 +132,7 @@ def make_decode_mma(arch: int, head_dim: int, group: int, heads: int, threads: i
             if head < MMA_HEADS and word < 16 * L:
                 store_query(q_s, head, word, rotated_s[head * DP + 2 * word], rotated_s[head * DP + 2 * word + 1])
             elif MMA_HEADS <= head < VECTORS:
-                new_s[(head - MMA_HEADS) * (DP // 2) + word] = ptx.pack_bf16x2(
+                new_s[(head - MMA_HEADS) * (DP // 2) + word] = pack(
                     rotated_s[head * DP + 2 * word], rotated_s[head * DP + 2 * word + 1]
                 )
 
@@ -391,7 +403,7 @@ def make_decode_mma(arch: int, head_dim: int, group: int, heads: int, threads: i
                 x = ZERO
                 for r in range(READERS):
                     x += acc_s[r * PIECES * 4 + h * DP + i - h * D]
-                out[first_head * D + i] = ptx.div_rn(x, row_sum_s[h])
+                out[first_head * D + i] = finite_or_inf(ptx.div_rn(x, row_sum_s[h]))
         if tid == 0:
             arrivals[head_block] = 0
 

@@ -11,19 +11,22 @@ is read once.
 
     scores [16 rows, 8 tokens] += q [16, 16 dims] . k [16 dims, 8 tokens]      as drawn in `parts`
     out [16 dims, 8 columns] += v [16 dims, 16 tokens] . p [16 tokens, 8 columns]      tokens 2c, 2c + 1, 2c + 8, 2c + 9
-        columns 0 .. 3 are the first terms of four heads' p, 4 .. 7 the second; a second product adds the third to
-        columns 0 .. 3. So the sums take 32 registers, half of what p as the left operand takes, and loads of the next
-        keys and values have 64.
+        columns 0 .. 3 are the first terms of four heads' p, 4 .. 7 the second; of bfloat16, a second product adds the
+        third to columns 0 .. 3. So the sums take 32 registers, half of what p as the left operand takes, and loads of
+        the next keys and values have 64.
 
 The new token is in no cache yet when the cache is read. Every block of the token makes its key and value in shared
 memory:
 
     qkv   q 0 | q 1 | ...            | k | v            loaded together, one trip to L2
           rotated, scaled            | rotated |
-          q_s, left operands         | new_s [2, words]     bfloat16 --> cache, by the first block of its kv head
+          q_s, left operands         | new_s [2, words]     rounded --> cache, by the first block of its kv head
                                         |
                                      registers of the lanes that hold token t % 16 of the context's last tile, whenever
                                      a warp comes to that tile
+
+A cache of float8: a lane's 16 bytes are 16 dimensions instead of 8, so keys take half the loads, and values, too. They
+become float16 in registers, by the instruction or by moving bits; powers of two of the tokens go to scores and weights.
 
 Results do not depend on the batch, to the bit: a context of n tokens has splits of max(512, n / 32 rounded up to 64)
 tokens, a split 16 stripes, and stripes and splits are added up in their order, whichever warp had them. So the number
@@ -55,7 +58,25 @@ from numba.cuda import types
 from numpy.typing import NDArray
 
 from bitnet_numba.kernels import ptx
-from bitnet_numba.kernels.attention.kv_cache import PAGE, PASS_SIGNATURE, LayerCache, pass_arguments, token_words
+from bitnet_numba.kernels.attention.kv_cache import (
+    PAGE,
+    PASS_SIGNATURE,
+    LayerCache,
+    head_page_words,
+    pass_arguments,
+    token_words,
+)
+from bitnet_numba.kernels.attention.kv_dtype import (
+    DEFAULT,
+    KV_BYTES,
+    KVDtype,
+    float8_inverse,
+    float8_pairs,
+    float8_scale,
+    float8_word,
+    half_functions,
+    magnitude_bits,
+)
 from bitnet_numba.kernels.attention.parts import (
     HIGH_HALVES,
     KEY_DIMS,
@@ -65,28 +86,25 @@ from bitnet_numba.kernels.attention.parts import (
     MMA_HEADS,
     MMA_MAX_HEAD_DIM,
     TILE_TOKENS,
-    VALUE_DIMS,
     HeadShape,
     RopeTables,
     SplitScratch,
     check_head,
     heads_per_block,
     make_store_out,
+    make_term_functions,
     make_tile_functions,
     online_softmax,
     partial_dims,
     rotate_pair,
     score_scale,
     split_arrays,
-    store_query,
-    stored_word,
-    weight_terms,
 )
 from bitnet_numba.kernels.operands import checked
 from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, int32, int64, uint32
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
-from bitnet_numba.kernels.runtime.spec import KernelSpec
+from bitnet_numba.kernels.runtime.spec import RESERVED_BYTES, KernelSpec, sm_memory
 
 MIN_ARCH = MMA_ARCH
 STRIPES = 16  # of a split: see above
@@ -96,13 +114,13 @@ SPLIT_STEP = 64  # tokens that a long context's splits are a multiple of
 PREFETCH = 8  # partial results that a thread has in flight
 TOKEN_BITS = 12  # of a work list's entry: the token; then 8 bits each for which of its blocks this is, and of how many
 MAX_TOKENS = 1 << TOKEN_BITS
-BLOCKS_PER_SM = {64: 5, 128: 3, 256: 2, 512: 1}  # resident blocks of so many threads
+BLOCKS_PER_SM = {64: 5, 128: 3, 256: 2, 512: 1}  # resident blocks of so many threads that registers allow
 
 
-def fits(arch: int, head_dim: int) -> bool:
-    """Whether this kernel serves a head size on an architecture; `append` and `paged_simt` serve those that it does
-    not."""
-    return arch >= MIN_ARCH and head_dim % 2 == 0 and 2 <= head_dim <= MMA_MAX_HEAD_DIM
+def fits(arch: int, head_dim: int, dtype: KVDtype = DEFAULT) -> bool:
+    """Whether this kernel serves a head size and a cache's type on an architecture; `append` and `paged_simt` serve
+    those that it does not."""
+    return dtype != "float32" and arch >= MIN_ARCH and head_dim % 2 == 0 and 2 <= head_dim <= MMA_MAX_HEAD_DIM
 
 
 def splits_needed(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -125,9 +143,26 @@ def work_entries(blocks: Sequence[int]) -> list[int]:
     return [token | x << TOKEN_BITS | blocks[token] << TOKEN_BITS + 8 for token in order for x in range(blocks[token])]
 
 
-def threads_for(head_dim: int, blocks: int, num_sms: int) -> int:
-    """Threads a block, by how many blocks have work: they should all be resident at once."""
-    choice = next((t for t in (512, 256, 128) if blocks <= BLOCKS_PER_SM[t] * num_sms), 64)
+def shared_bytes(head_dim: int, dtype: KVDtype = DEFAULT) -> int:
+    """Shared memory of a block, whatever its threads; the small arrays are rounded up to 1 KB."""
+    lane_dims = 16 // KV_BYTES[dtype]
+    dims = partial_dims(head_dim, lane_dims)
+    queries = lane_dims // 4 * -(-head_dim // (4 * lane_dims)) * WARP * 4
+    new = 2 * (4 * dims // lane_dims)
+    return 4 * (queries + STRIPES * MMA_HEADS * (dims + 4) + new) + 1024
+
+
+def resident_blocks(arch: int, head_dim: int, threads: int, dtype: KVDtype = DEFAULT) -> int:
+    """Blocks of so many threads that an SM holds at once."""
+    fit = sm_memory(arch).shared // (shared_bytes(head_dim, dtype) + RESERVED_BYTES)
+    return max(1, min(BLOCKS_PER_SM.get(threads, 1), fit))
+
+
+def threads_for(arch: int, head_dim: int, blocks: int, num_sms: int, dtype: KVDtype = DEFAULT) -> int:
+    """Threads a block, by how many blocks have work: they should all be resident at once, or else as many as can be."""
+    resident = {threads: resident_blocks(arch, head_dim, threads, dtype) for threads in (512, 256, 128, 64)}
+    enough = (threads for threads, most in resident.items() if blocks <= most * num_sms)
+    choice = next(enough, None) or max(resident, key=lambda threads: resident[threads])
     padded = head_dim % KEY_DIMS != 0  # takes registers that sixteen warps do not have
     return min(choice, 256) if padded else choice
 
@@ -146,26 +181,39 @@ def _next_tile(tile: int, start: int, end: int, next_first: int, warps: int) -> 
 
 
 def make_paged_decode(
-    arch: int, head_dim: int, group: int, heads: int, threads: int, min_split: int = MIN_SPLIT_TOKENS
+    arch: int, head_dim: int, group: int, heads: int, threads: int, dtype: KVDtype, min_split: int
 ) -> Callable[..., None]:
     """The kernel for a head size and a number of query heads per key-value head, `heads` (at most MMA_HEADS, a divisor)
     of them a block. `min_split` tokens of a split (a multiple of 64) other than this module's only in tests."""
-    wait, release, mma = ptx.pdl_wait(arch), ptx.pdl_trigger(arch), ptx.mma_bf16
-    load_keys, load_values, mask_tile = make_tile_functions(arch, head_dim, int32)
+    wait, release = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
+    F8, LANE = dtype == "float8", 16 // KV_BYTES[dtype]  # dimensions in 16 bytes
+    half = half_functions("float16" if F8 else dtype)
+    mma, stored_word, THREE_TERMS = half.mma, half.stored, half.terms == 3
+    store_query, weight_terms = make_term_functions(half, LANE)
+    low_pair, high_pair, FACTOR = float8_pairs(arch)
+    warp_max_int = ptx.warp_max_int(arch)
+    # Of float8: what a score is times its token's scale; 2^6 keeps the weights, times a scale, in float16's range.
+    SCORE_FACTOR, WEIGHT_FACTOR, OUT_FACTOR = float32(FACTOR), float32(2.0**6), float32(FACTOR * 2.0**-6)
+    load_keys, load_values, mask_tile = make_tile_functions(arch, head_dim, int32, token_words(head_dim, dtype), LANE)
     store_out = make_store_out(head_dim)
     D, HALF = head_dim, head_dim // 2
-    WORDS = token_words(D)
+    WORDS = token_words(D, dtype)
     HEADS = heads
     HEAD_BLOCKS = group // HEADS
     WARPS = threads // WARP
     if STRIPES % WARPS:
         raise ValueError(f"{STRIPES} stripes cannot be shared by {WARPS} warps evenly")
-    L, Q = -(-D // KEY_DIMS), -(-D // VALUE_DIMS)  # 16-byte loads of each lane for a token's key, and for its value
-    DP = partial_dims(D)  # dimensions with padding, in shared memory and in partial results
-    WHOLE = 2 * WORDS == KEY_DIMS * L and 2 * WORDS == DP  # every lane of every load has dimensions
-    K_REGS, V_REGS, O_REGS = 8 * L, 16 * Q, 16 * Q
+    L, Q = -(-D // (4 * LANE)), -(-D // (8 * LANE))  # 16-byte loads of each lane for a token's key, and for its value
+    DP = partial_dims(D, LANE)  # dimensions with padding, in shared memory and in partial results
+    VECTOR_WORDS = 4 * DP // LANE  # of a new key or value in shared memory
+    NEW_WORDS = 2 * VECTOR_WORDS
+    WHOLE = WORDS == 16 * L and WORDS == VECTOR_WORDS  # every lane of every load has dimensions
+    SCALES, PAGE_WORDS = PAGE * WORDS, head_page_words(D, dtype)  # of float8: where a page's scales are
+    K_REGS, V_REGS, O_REGS = 8 * L, 16 * Q, 2 * LANE * Q
     VECTORS = MMA_HEADS + 2  # made before the scores: queries, new key, new value
-    Q_WORDS, VECTOR_ROUNDS = 2 * L * WARP * 4, -(-VECTORS * DP // 2 // threads)
+    Q_WORDS, VECTOR_ROUNDS = LANE // 4 * L * WARP * 4, -(-VECTORS * DP // 2 // threads)
+    SCALE_ROUNDS, DIM_ROUNDS = -(-2 // WARPS), DP // WARP
+    QUARTERS = LANE // 4  # of a lane's dimensions of a load: four neighbouring ones
     ROTATIONS, PADS = -(-VECTORS * HALF // threads), VECTORS * (DP - D)
     ANGLES = 1 if threads % HALF == 0 else ROTATIONS  # that a thread meets
     STRIDE = DP + 4  # keeps the heads' sums in different banks
@@ -193,7 +241,36 @@ def make_paged_decode(
             for t in range(4):
                 n = 16 * i + 4 * t
                 if int32(2 * c + (t & 1) + 4 * (t & 2)) == new:
-                    v_r[n], v_r[n + 1], v_r[n + 2], v_r[n + 3] = ptx.load4(new_s, DP // 2 + 32 * i + 4 * g)
+                    v_r[n], v_r[n + 1], v_r[n + 2], v_r[n + 3] = ptx.load4(new_s, VECTOR_WORDS + 32 * i + 4 * g)
+
+    @device_function
+    def load_scales(scale_r, words, at, left, c):
+        """Of float8: the scales of a lane's tokens 2c, 2c + 1, 2c + 8 and 2c + 9. at: of the tile's first."""
+        for t in range(4):
+            token = int32(2 * c + (t & 1) + 4 * (t & 2))
+            scale_r[t] = ZERO
+            if token < left:
+                scale_r[t] = ptx.bits_to_float(uint32(words[at + token]))
+
+    @device_function
+    def insert_scale(scale_r, scale, new, c):
+        """That of the new token, token `new` of the tile."""
+        for t in range(4):
+            if int32(2 * c + (t & 1) + 4 * (t & 2)) == new:
+                scale_r[t] = scale
+
+    @device_function
+    def find_scales(new_scale_s, acc_s, warp, lane):
+        """Of float8: the scales of the new key and value."""
+        for n in range(SCALE_ROUNDS):
+            h = int32(warp + n * WARPS)
+            if h < 2:
+                largest = int32(0)
+                for i in range(DIM_ROUNDS):
+                    largest = max(largest, magnitude_bits(acc_s[(MMA_HEADS + h) * DP + lane + i * WARP]))
+                scale = float8_scale(warp_max_int(largest))
+                if lane == 0:
+                    new_scale_s[h] = scale
 
     @device_function
     def rotate_vectors(qkv, x_r, cos_r, sin_r, acc_s, q_rd, k_rd, num_kv_heads, tid):
@@ -222,7 +299,17 @@ def make_paged_decode(
     @device_function
     def multiply_values(o_r, v_r, hi0, hi1, lo0, lo1):
         """o_r += v . p of a tile."""
-        for i in range(Q):
+        for i in range(Q if F8 else 0):
+            for j in range(8):  # dimensions 128i + 16g + 2j and, in rows 8 .. 15, the one after
+                v, n = 16 * i + j // 2, 4 * (8 * i + j)
+                pairs = 0x7362 if j % 2 else 0x5140  # of one dimension of two tokens, then of the next
+                near = int32(ptx.byte_permute(v_r[v], v_r[v + 4], pairs))
+                far = int32(ptx.byte_permute(v_r[v + 8], v_r[v + 12], pairs))
+                a0, a1, a2, a3 = low_pair(near), high_pair(near), low_pair(far), high_pair(far)
+                o_r[n], o_r[n + 1], o_r[n + 2], o_r[n + 3] = mma(
+                    a0, a1, a2, a3, hi0, hi1, o_r[n], o_r[n + 1], o_r[n + 2], o_r[n + 3]
+                )
+        for i in range(0 if F8 else Q):
             for j in range(4):  # dimensions 64i + 8g + 2j and, in rows 8 .. 15, the one after
                 v, n = 16 * i + j, 4 * (4 * i + j)
                 a0 = int32(ptx.byte_permute(v_r[v], v_r[v + 4], LOW_HALVES))
@@ -231,7 +318,8 @@ def make_paged_decode(
                 a3 = int32(ptx.byte_permute(v_r[v + 8], v_r[v + 12], HIGH_HALVES))
                 o0, o1, o2, o3 = o_r[n], o_r[n + 1], o_r[n + 2], o_r[n + 3]
                 o0, o1, o2, o3 = mma(a0, a1, a2, a3, hi0, hi1, o0, o1, o2, o3)
-                o0, o1, o2, o3 = mma(a0, a1, a2, a3, lo0, lo1, o0, o1, o2, o3)
+                if THREE_TERMS:
+                    o0, o1, o2, o3 = mma(a0, a1, a2, a3, lo0, lo1, o0, o1, o2, o3)
                 o_r[n], o_r[n + 1], o_r[n + 2], o_r[n + 3] = o0, o1, o2, o3
 
     @device_function
@@ -344,7 +432,8 @@ def make_paged_decode(
         q_s = ptx.pointer(cuda.shared.array(Q_WORDS, int32, SHARED_ALIGN))  # left operands: [steps, lane, 4 registers]
         # [STRIPES, MMA_HEADS, STRIDE]; at first queries and new vectors, at last the splits' weights
         acc_s = ptx.pointer(cuda.shared.array(ACC_FLOATS, float32, SHARED_ALIGN))
-        new_s = ptx.pointer(cuda.shared.array(DP, int32, SHARED_ALIGN))  # [2, DP / 2]: new key and value, as stored
+        new_s = ptx.pointer(cuda.shared.array(NEW_WORDS, int32, SHARED_ALIGN))  # new key and value, as stored
+        new_scale_s = ptx.pointer(cuda.shared.array(2, float32))
         max_s = ptx.pointer(cuda.shared.array(STATS, float32))  # [STRIPES, MMA_HEADS]; then the stripes' weights
         sum_s = ptx.pointer(cuda.shared.array(STATS, float32))
         row_sum_s = ptx.pointer(cuda.shared.array(MMA_HEADS, float32))
@@ -352,6 +441,8 @@ def make_paged_decode(
         k_r = cuda.local.array(K_REGS, int32)
         v_r = cuda.local.array(V_REGS, int32)
         o_r = cuda.local.array(O_REGS, float32)
+        k_scale_r = cuda.local.array(4, float32)
+        v_scale_r = cuda.local.array(4, float32)
         prefetch_r = cuda.local.array(PREFETCH_REGS, float32)
         cos_r = cuda.local.array(ANGLES, float32)
         sin_r = cuda.local.array(ANGLES, float32)
@@ -387,12 +478,16 @@ def make_paged_decode(
             if current < end:
                 page = int64(block_table[pages + (current >> PAGE_TILE_BITS)])
                 at = page * page_words + base
-                if page < 0 or at + PAGE * WORDS > cache_words:
+                if page < 0 or at + PAGE_WORDS > cache_words:
                     at = base
+                scales_at = at + (SCALES + (current & (PAGE_TILES - 1)) * TILE_TOKENS)
                 at += (current & (PAGE_TILES - 1)) * (TILE_TOKENS * WORDS)
                 left = int32(pos - current * TILE_TOKENS)  # tokens t < left exist, t counted from the tile's first
                 load_keys(k_r, keys, at + k_lane, left, g, c)
                 load_values(v_r, values, at + v_lane, left, g, c)
+                if F8:
+                    load_scales(k_scale_r, keys, scales_at, left, c)
+                    load_scales(v_scale_r, values, scales_at, left, c)
             for n in range(ANGLES):
                 i = int32(tid + n * threads)
                 j = int32(i - ptx.udiv(i, int32(HALF)) * HALF)
@@ -417,22 +512,36 @@ def make_paged_decode(
         if stores:
             new_page = int32(block_table[pages + ((tiles - 1) >> PAGE_TILE_BITS)])
 
-        # The queries as left operands, the key and value as bfloat16.
+        # The queries as left operands, the key and value as the cache has them.
         if DP > D:
             for i in range(tid, PADS, threads):
                 h = int32(i // (DP - D))
                 acc_s[h * DP + D + i - h * (DP - D)] = ZERO
         cuda.syncthreads()
+        if F8:
+            find_scales(new_scale_s, acc_s, warp, lane)
+            cuda.syncthreads()
+            if stores and tid < 2:
+                wr = int64(new_page) * page_words + base + (SCALES + (pos & (PAGE - 1)))
+                if tid == 0:
+                    keys[wr] = int32(ptx.float_to_bits(new_scale_s[0]))
+                else:
+                    values[wr] = int32(ptx.float_to_bits(new_scale_s[1]))
         for n in range(VECTOR_ROUNDS):
             i = int32(tid + n * threads)
             h = ptx.udiv(i, int32(DP // 2))
             word = int32(i - h * (DP // 2))
             if h < MMA_HEADS:
-                if word < 16 * L:
+                if word < 2 * LANE * L:
                     store_query(q_s, h, word, acc_s[h * DP + 2 * word], acc_s[h * DP + 2 * word + 1])
-            elif h < VECTORS:
-                stored = stored_word(acc_s[h * DP + 2 * word], acc_s[h * DP + 2 * word + 1])
-                new_s[(h - MMA_HEADS) * (DP // 2) + word] = stored
+            elif h < VECTORS and word < VECTOR_WORDS:
+                if F8:
+                    rd = h * DP + 4 * word
+                    inverse = float8_inverse(new_scale_s[h - MMA_HEADS])
+                    stored = float8_word(acc_s[rd], acc_s[rd + 1], acc_s[rd + 2], acc_s[rd + 3], inverse)
+                else:
+                    stored = stored_word(acc_s[h * DP + 2 * word], acc_s[h * DP + 2 * word + 1])
+                new_s[(h - MMA_HEADS) * VECTOR_WORDS + word] = stored
                 if stores and (WHOLE or word < WORDS):
                     wr = int64(new_page) * page_words + base + ((pos & (PAGE - 1)) * WORDS + word)
                     if h == MMA_HEADS:
@@ -460,8 +569,17 @@ def make_paged_decode(
                 last, new = int32(current + 1) == tiles, int32(pos & (TILE_TOKENS - 1))
                 if last:
                     insert_key(k_r, new_s, new, g, c)
+                    if F8:
+                        insert_scale(k_scale_r, new_scale_s[0], new, c)
+                        insert_scale(v_scale_r, new_scale_s[1], new, c)
                 s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = ZERO
-                for i in range(L):
+                for i in range(L if F8 else 0):
+                    for j in range(4):
+                        a0, a1, a2, a3 = ptx.load4(q_s, lane * 4 + (4 * i + j) * WARP * 4)
+                        near, far = k_r[8 * i + j], k_r[8 * i + 4 + j]
+                        s0, s1, s2, s3 = mma(a0, a1, a2, a3, low_pair(near), high_pair(near), s0, s1, s2, s3)
+                        t0, t1, t2, t3 = mma(a0, a1, a2, a3, low_pair(far), high_pair(far), t0, t1, t2, t3)
+                for i in range(0 if F8 else L):
                     for j in range(2):
                         a0, a1, a2, a3 = ptx.load4(q_s, lane * 4 + (2 * i + j) * WARP * 4)
                         n = 8 * i + 2 * j
@@ -470,15 +588,29 @@ def make_paged_decode(
                 at = int64(page) * page_words + base + (following & (PAGE_TILES - 1)) * (TILE_TOKENS * WORDS)
                 if following < tiles:
                     load_keys(k_r, keys, at + k_lane, ahead, g, c)
+                scales_at = at
+                if F8:
+                    scales_at = int64(page) * page_words + base
+                    scales_at += SCALES + (following & (PAGE_TILES - 1)) * TILE_TOKENS
                 # The three terms' rows add up to the scores of head g % 4: tokens 2c, 2c + 1, 2c + 8, 2c + 9.
                 s0, s1, t0, t1 = s0 + s2, s1 + s3, t0 + t2, t1 + t3
                 s0 += ptx.shuffle_xor(s0, 16)
                 s1 += ptx.shuffle_xor(s1, 16)
                 t0 += ptx.shuffle_xor(t0, 16)
                 t1 += ptx.shuffle_xor(t1, 16)
+                if F8:
+                    s0, s1 = s0 * (k_scale_r[0] * SCORE_FACTOR), s1 * (k_scale_r[1] * SCORE_FACTOR)
+                    t0, t1 = t0 * (k_scale_r[2] * SCORE_FACTOR), t1 * (k_scale_r[3] * SCORE_FACTOR)
+                    if following < tiles:
+                        load_scales(k_scale_r, keys, scales_at, ahead, c)
                 if last:
                     s0, s1, t0, t1 = mask_tile(s0, s1, t0, t1, c, new)
                 s0, s1, t0, t1, row_max, row_sum, alpha = online_softmax(s0, s1, t0, t1, row_max, row_sum)
+                if F8:
+                    s0, s1 = s0 * (v_scale_r[0] * WEIGHT_FACTOR), s1 * (v_scale_r[1] * WEIGHT_FACTOR)
+                    t0, t1 = t0 * (v_scale_r[2] * WEIGHT_FACTOR), t1 * (v_scale_r[3] * WEIGHT_FACTOR)
+                    if following < tiles:
+                        load_scales(v_scale_r, values, scales_at, ahead, c)
                 hi0, hi1, lo0, lo1 = weight_terms(s0, s1, t0, t1, g)
                 if not fresh:  # columns 2c and 2c + 1 are heads 2c % 4 and 2c % 4 + 1
                     even, odd = ptx.shuffle(alpha, (c & 1) * 8), ptx.shuffle(alpha, (c & 1) * 8 + 4)
@@ -498,15 +630,17 @@ def make_paged_decode(
                     if c == 0 and g < MMA_HEADS:
                         max_s[stripe * MMA_HEADS + g] = row_max
                         sum_s[stripe * MMA_HEADS + g] = row_sum
-                    to = (stripe * MMA_HEADS + (c & 1) * 2 + (c >> 1)) * STRIDE + 8 * g
+                    to = (stripe * MMA_HEADS + (c & 1) * 2 + (c >> 1)) * STRIDE + LANE * g
                     upper = c >= 2
-                    for i in range(4 * Q):  # two neighbouring dimensions
+                    for i in range(O_REGS // 4):  # two neighbouring dimensions
                         n = 4 * i
                         o0, o1, o2, o3 = o_r[n], o_r[n + 1], o_r[n + 2], o_r[n + 3]
                         o_r[2 * i] = (o1 if upper else o0) + ptx.shuffle_xor(o0 if upper else o1, 2)
                         o_r[2 * i + 1] = (o3 if upper else o2) + ptx.shuffle_xor(o2 if upper else o3, 2)
-                    for i in range(2 * Q):
-                        wr = to + (i // 2 * VALUE_DIMS + i % 2 * 4)
+                        if F8:
+                            o_r[2 * i], o_r[2 * i + 1] = o_r[2 * i] * OUT_FACTOR, o_r[2 * i + 1] * OUT_FACTOR
+                    for i in range(O_REGS // 8):
+                        wr = to + (i // QUARTERS * (8 * LANE) + i % QUARTERS * 4)
                         ptx.store4(acc_s, wr, o_r[4 * i], o_r[4 * i + 1], o_r[4 * i + 2], o_r[4 * i + 3])
                     row_max, row_sum = MINUS_INF, ZERO
                     for i in range(O_REGS):
@@ -579,39 +713,43 @@ SIGNATURE = (
 
 @cache
 def paged_decode_spec(
-    arch: int, head_dim: int, group: int, threads: int, min_split: int = MIN_SPLIT_TOKENS
+    arch: int, head_dim: int, group: int, threads: int, dtype: KVDtype = DEFAULT, min_split: int = MIN_SPLIT_TOKENS
 ) -> KernelSpec:
-    """The variant for a head size, group and threads a block (32 * a power of two up to 512).
+    """The variant for a head size, group, threads a block (32 * a power of two up to 512) and type of the cache.
 
     `min_split` tokens of a split: other than MIN_SPLIT_TOKENS only in tests. Raises ValueError where `fits` is False.
     """
-    if not fits(arch, head_dim):
+    if not fits(arch, head_dim, dtype):
         raise ValueError(
             f"paged_decode_attention takes even head sizes up to {MMA_MAX_HEAD_DIM} from sm_{MIN_ARCH} on, "
             f"not {head_dim} on sm_{arch}"
         )
     check_head("paged_decode_attention", head_dim, group)
-    kernel = make_paged_decode(arch, head_dim, group, heads_per_block(group), threads, min_split)
-    wide = 4 * -(-head_dim // KEY_DIMS) + 8 * -(-head_dim // VALUE_DIMS)
-    name = f"paged_decode_attention[{head_dim}, {group}, {threads}, {min_split}]"
-    return KernelSpec(name, kernel, SIGNATURE, threads, BLOCKS_PER_SM.get(threads, 1), wide_loads=wide)
+    kernel = make_paged_decode(arch, head_dim, group, heads_per_block(group), threads, dtype, min_split)
+    lane_dims = 16 // KV_BYTES[dtype]
+    wide = 4 * -(-head_dim // (4 * lane_dims)) + 8 * -(-head_dim // (8 * lane_dims))
+    name = f"paged_decode_attention[{head_dim}, {group}, {dtype}, {threads}, {min_split}]"
+    blocks_per_sm = resident_blocks(arch, head_dim, threads, dtype)
+    return KernelSpec(name, kernel, SIGNATURE, threads, blocks_per_sm, wide_loads=wide)
 
 
 class PagedScratch(SplitScratch):
     """partials and stats [tokens, head blocks, splits, heads of a block, ...], arrivals [tokens, head blocks]."""
 
     @staticmethod
-    def sizes(num_tokens: int, max_tokens: int, shape: HeadShape) -> tuple[int, int, int]:
+    def sizes(num_tokens: int, max_tokens: int, shape: HeadShape, dtype: KVDtype = DEFAULT) -> tuple[int, int, int]:
         """Elements of (partials, stats, arrivals) for passes of up to `num_tokens` tokens, whose contexts have up to
-        `max_tokens`."""
+        `max_tokens`, over caches of a type."""
         rows = num_tokens * shape.num_heads * max_splits_of(max_tokens)
         head_blocks = shape.num_heads // heads_per_block(shape.group)
-        return rows * partial_dims(shape.head_dim), rows * 2, num_tokens * head_blocks
+        return rows * partial_dims(shape.head_dim, 16 // KV_BYTES[dtype]), rows * 2, num_tokens * head_blocks
 
     @staticmethod
-    def allocate(device: Device, num_tokens: int, max_tokens: int, shape: HeadShape) -> "PagedScratch":
+    def allocate(
+        device: Device, num_tokens: int, max_tokens: int, shape: HeadShape, dtype: KVDtype = DEFAULT
+    ) -> "PagedScratch":
         """For such passes. Raises BackendError when memory is short."""
-        return PagedScratch(*split_arrays(device, *PagedScratch.sizes(num_tokens, max_tokens, shape)))
+        return PagedScratch(*split_arrays(device, *PagedScratch.sizes(num_tokens, max_tokens, shape, dtype)))
 
 
 def paged_decode_attention(
@@ -645,7 +783,7 @@ def paged_decode_attention(
     check_head(kernel, shape.head_dim, shape.group)
     (cos,) = checked(kernel, "a pass", cos=(rope.cos, shape.head_dim // 2, "float32"))
     max_tokens = cos.size // (shape.head_dim // 2)
-    partials, stats, arrivals = PagedScratch.sizes(num_tokens, max_tokens, shape)
+    partials, stats, arrivals = PagedScratch.sizes(num_tokens, max_tokens, shape, cache.dtype)
     arguments, others = pass_arguments(
         kernel, qkv, rope, slot_positions, cache, num_tokens, shape,
         partials=(scratch.partials, partials, "float32"), stats=(scratch.stats, stats, "float32"),
@@ -655,8 +793,8 @@ def paged_decode_attention(
     if num_blocks < 1 or num_tokens > MAX_TOKENS:
         raise ValueError(f"{kernel}: {num_blocks} blocks for {num_tokens} tokens; 1 or more for up to {MAX_TOKENS}")
     head_blocks = shape.num_heads // heads_per_block(shape.group)
-    threads = threads_for(shape.head_dim, num_blocks * head_blocks, device.num_sms)
-    spec = paged_decode_spec(device.arch, shape.head_dim, shape.group, threads)
+    threads = threads_for(device.arch, shape.head_dim, num_blocks * head_blocks, device.num_sms, cache.dtype)
+    spec = paged_decode_spec(device.arch, shape.head_dim, shape.group, threads, cache.dtype)
     _, _, _, _, block_table, block_table_stride, keys, *_ = arguments
     num_slots, max_position = block_table.size // block_table_stride, min(max_tokens, block_table_stride * PAGE)
     sizes = (shape.num_kv_heads, max_splits_of(max_tokens), num_slots, max_position, keys.size)

@@ -1,8 +1,8 @@
 """Attention of tokens of any sequences in float32 multiply-adds: for every architecture and head size.
 
-It serves where tensor cores with bfloat16 are missing (below sm_80), and what the other kernels do not take. A pass's
-tokens may belong to any slots, at any positions; each attends to positions 0 .. its own of its slot, which are in the
-cache already (see `kv_cache`).
+It serves where tensor cores for 16-bit numbers are missing (below sm_80), and what the other kernels do not take. A
+pass's tokens may belong to any slots, at any positions; each attends to positions 0 .. its own of its slot, which are
+in the cache already (see `kv_cache`).
 
     grid      x: tokens      y: key-value heads (times the parts of a group's query heads)
     block     a token and up to four query heads that share a key-value head; keys and values are read once for them
@@ -27,20 +27,29 @@ from numba import cuda
 from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
-from bitnet_numba.kernels.attention.kv_cache import PAGE, PAGE_BITS, PASS_SIGNATURE, LayerCache, pass_arguments
+from bitnet_numba.kernels.attention.kv_cache import (
+    PAGE,
+    PAGE_BITS,
+    PASS_SIGNATURE,
+    LayerCache,
+    pass_arguments,
+    token_words,
+)
+from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype, lane_functions
 from bitnet_numba.kernels.attention.parts import (
     LANE_DIMS,
     LOWEST,
     HeadShape,
     RopeTables,
     check_head,
+    finite_or_inf,
     heads_per_block,
     load4_into,
     make_rotated_query,
     padded_head_dim,
     power_of_two,
 )
-from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, float32, int32, int64
+from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, float32, int32, int64, uint32
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.spec import KernelSpec
@@ -51,16 +60,20 @@ UNROLL = (
 )
 
 
-def make_paged_simt(arch: int, head_dim: int, group: int, heads: int, threads: int) -> Callable[..., None]:
+def make_paged_simt(
+    arch: int, head_dim: int, group: int, heads: int, threads: int, dtype: KVDtype
+) -> Callable[..., None]:
     """The kernel for a head size and `group` query heads a key-value head, of which a block serves `heads`."""
     wait, release = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
+    LANE_WORDS, load_lane, number = lane_functions(dtype)
+    SCALED = dtype == "float8"
     rotated = make_rotated_query(head_dim)
     D, DP, HALF = head_dim, padded_head_dim(head_dim), head_dim // 2
-    WORDS, HEADS, HEAD_BLOCKS = DP // 2, heads, group // heads
+    WORDS, HEADS, HEAD_BLOCKS = token_words(D, dtype), heads, group // heads
     CHUNKS = DP // LANE_DIMS  # lanes of a group that hold dimensions
     LANES = power_of_two(CHUNKS)
     LANE_STEPS, LANE_GROUPS = LANES.bit_length() - 1, threads // LANES
-    Q_FLOATS, HEAD_REGS, SCORES, TOKEN_REGS = HEADS * DP, HEADS * LANE_DIMS, UNROLL * HEADS, UNROLL * 4
+    Q_FLOATS, HEAD_REGS, SCORES, TOKEN_REGS = HEADS * DP, HEADS * LANE_DIMS, UNROLL * HEADS, UNROLL * LANE_WORDS
     ACC_FLOATS, STATS = LANE_GROUPS * HEADS * DP, LANE_GROUPS * HEADS
     QUERIES, ITEMS, STRIDE = np.int32(HEADS * DP), np.int32(HEADS * D), np.int32(threads)  # int32 bounds: int32 loops
     TILE = np.int32(UNROLL * LANE_GROUPS)
@@ -80,6 +93,8 @@ def make_paged_simt(arch: int, head_dim: int, group: int, heads: int, threads: i
         sum_r = cuda.local.array(HEADS, float32)
         k_r = cuda.local.array(TOKEN_REGS, int32)
         v_r = cuda.local.array(TOKEN_REGS, int32)
+        k_scale_r = cuda.local.array(UNROLL, float32)
+        v_scale_r = cuda.local.array(UNROLL, float32)
         s_r = cuda.local.array(SCORES, float32)
 
         release()
@@ -115,25 +130,32 @@ def make_paged_simt(arch: int, head_dim: int, group: int, heads: int, threads: i
             max_r[h], sum_r[h] = LOWEST, ZERO
 
         pages = int64(slot) * block_table_stride
-        head_rd = int64(kv) * head_words + lane * 4
+        head_rd = int64(kv) * head_words + lane * LANE_WORDS
         for tile in range(int32(0), context, TILE):
             for n in range(UNROLL):
                 t = int32(tile + n * LANE_GROUPS + lane_group)
-                for j in range(4):
-                    k_r[4 * n + j] = v_r[4 * n + j] = int32(0)
-                if has_dims and t < context:
-                    rd = int64(block_table[pages + (t >> PAGE_BITS)]) * page_words
-                    rd += head_rd + int32((t & (PAGE - 1)) * WORDS)
-                    load4_into(k_r, 4 * n, keys, rd)
-                    load4_into(v_r, 4 * n, values, rd)
+                for j in range(LANE_WORDS):
+                    k_r[LANE_WORDS * n + j] = v_r[LANE_WORDS * n + j] = int32(0)
+                k_scale_r[n] = v_scale_r[n] = ZERO
+                if t < context:
+                    page_rd = int64(block_table[pages + (t >> PAGE_BITS)]) * page_words
+                    if has_dims:
+                        rd = page_rd + head_rd + int32((t & (PAGE - 1)) * WORDS)
+                        load_lane(k_r, LANE_WORDS * n, keys, rd)
+                        load_lane(v_r, LANE_WORDS * n, values, rd)
+                    if SCALED:
+                        rd = page_rd + int64(kv) * head_words + int32(PAGE * WORDS + (t & (PAGE - 1)))
+                        k_scale_r[n] = ptx.bits_to_float(uint32(keys[rd]))
+                        v_scale_r[n] = ptx.bits_to_float(uint32(values[rd]))
             for n in range(UNROLL):
                 for h in range(HEADS):
                     score = ZERO
-                    for j in range(4):
-                        score += ptx.bf16_low(k_r[4 * n + j]) * q_r[h * LANE_DIMS + 2 * j]
-                        score += ptx.bf16_high(k_r[4 * n + j]) * q_r[h * LANE_DIMS + 2 * j + 1]
+                    for j in range(LANE_DIMS):
+                        score += number(k_r, LANE_WORDS * n, j) * q_r[h * LANE_DIMS + j]
                     for step in range(LANE_STEPS):
                         score += ptx.shuffle_xor(score, 1 << step)
+                    if SCALED:
+                        score *= k_scale_r[n]
                     s_r[n * HEADS + h] = score if tile + n * LANE_GROUPS + lane_group < context else LOWEST
             for h in range(HEADS):
                 before, score0, score1 = max_r[h], s_r[h], s_r[HEADS + h]
@@ -143,10 +165,11 @@ def make_paged_simt(arch: int, head_dim: int, group: int, heads: int, threads: i
                 max_r[h], sum_r[h] = row_max, sum_r[h] * alpha + (weight0 + weight1)
                 for j in range(LANE_DIMS):
                     acc_r[h * LANE_DIMS + j] *= alpha
-                for j in range(4):
-                    i = h * LANE_DIMS + 2 * j
-                    acc_r[i] += weight0 * ptx.bf16_low(v_r[j]) + weight1 * ptx.bf16_low(v_r[4 + j])
-                    acc_r[i + 1] += weight0 * ptx.bf16_high(v_r[j]) + weight1 * ptx.bf16_high(v_r[4 + j])
+                if SCALED:
+                    weight0, weight1 = weight0 * v_scale_r[0], weight1 * v_scale_r[1]
+                for j in range(LANE_DIMS):
+                    value0, value1 = number(v_r, 0, j), number(v_r, LANE_WORDS, j)
+                    acc_r[h * LANE_DIMS + j] += weight0 * value0 + weight1 * value1
 
         # The lane groups meet; one without tokens has the lowest maximum, and so no weight.
         for h in range(HEADS):
@@ -169,24 +192,26 @@ def make_paged_simt(arch: int, head_dim: int, group: int, heads: int, threads: i
                 weight = ptx.exp2_approx(max_s[t * HEADS + h] - largest)
                 weights += weight * sum_s[t * HEADS + h]
                 x += weight * acc_s[(t * HEADS + h) * DP + d]
-            out[int64(token) * int32(num_heads * D) + int32(first_head * D + i)] = ptx.div_rn(x, weights)
+            out[int64(token) * int32(num_heads * D) + int32(first_head * D + i)] = finite_or_inf(ptx.div_rn(x, weights))
 
     return paged_attention_simt
 
 
 @cache
-def paged_simt_spec(arch: int, head_dim: int, group: int, threads: int = THREADS) -> KernelSpec:
-    """The variant for a head size and a number of query heads per key-value head.
+def paged_simt_spec(
+    arch: int, head_dim: int, group: int, dtype: KVDtype = DEFAULT, threads: int = THREADS
+) -> KernelSpec:
+    """The variant for a head size, a number of query heads per key-value head and a type of the cache.
 
     `threads` a block: other than THREADS only in tests. Raises ValueError for a head size that is odd or over
     MAX_HEAD_DIM.
     """
     check_head("paged_attention_simt", head_dim, group)
     heads = heads_per_block(group)
-    kernel = make_paged_simt(arch, head_dim, group, heads, threads)
-    name = f"paged_attention_simt[{head_dim}, {group}, {heads}, {threads}]"
+    kernel = make_paged_simt(arch, head_dim, group, heads, threads, dtype)
+    name = f"paged_attention_simt[{head_dim}, {group}, {dtype}, {heads}, {threads}]"
     signature = (*PASS_SIGNATURE, types.CPointer(types.float32), types.int32)
-    return KernelSpec(name, kernel, signature, threads, wide_loads=2 * UNROLL)
+    return KernelSpec(name, kernel, signature, threads, wide_loads=lane_functions(dtype).words // 4 * 2 * UNROLL)
 
 
 def paged_simt_grid(num_tokens: int, num_kv_heads: int, group: int) -> tuple[int, int]:
@@ -217,6 +242,6 @@ def paged_attention_simt(
         "paged_attention_simt", qkv, rope, slot_positions, cache, num_tokens, shape,
         out=(out, num_tokens * shape.out_size, "float32"),
     )  # fmt: skip
-    spec = paged_simt_spec(device.arch, shape.head_dim, shape.group)
+    spec = paged_simt_spec(device.arch, shape.head_dim, shape.group, cache.dtype)
     grid = paged_simt_grid(num_tokens, shape.num_kv_heads, shape.group)
     return device.launch(spec, grid, (*arguments, out, shape.num_kv_heads), use_pdl)

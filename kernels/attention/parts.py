@@ -3,15 +3,15 @@
 `qkv` is float32 [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]: a token's queries, keys and values side by
 side, queries and keys not rotated yet. Head h attends to key-value head h // group.
 
-The fragments below are the operands of mma m16n8k16 (bfloat16 in, float32 sums) in `decode_mma` and `paged_decode`,
-which multiply up to MMA_HEADS queries of one token with TILE_TOKENS tokens of the cache at a time. The cache is
-bfloat16; q and the softmax's weights p are float32, so each goes in as three bfloat16 terms, x = hi + mid + lo, which
-hold all 24 bits. With g = lane / 4 and c = lane % 4:
+The fragments below are the operands of mma m16n8k16 (16-bit numbers in, float32 sums) in `decode_mma` and
+`paged_decode`, which multiply up to MMA_HEADS queries of one token with TILE_TOKENS tokens of the cache at a time. q
+and the softmax's weights p go in as sums of terms of the cache's type, see `kv_dtype`: x = hi + mid + lo of bfloat16,
+x = hi + mid of float16. With g = lane / 4 and c = lane % 4:
 
     q, left operand [16 rows, 16 dims]         k, right operand [16 dims, 8 tokens], two of them: a tile
       rows 0-3    hi of heads 0-3                lane: tokens g and g + 8, dims 8c .. 8c + 7 of every 32
       rows 4-7    mid of heads 0-3
-      rows 8-11   lo of heads 0-3              v [16 tokens, dims]
+      rows 8-11   lo of heads 0-3, or zeros    v [16 tokens, dims]
       rows 12-15  zeros                          lane: tokens 2c, 2c + 1, 2c + 8, 2c + 9, dims 8g .. 8g + 7 of every 64
 
     A head's score is the sum of its three rows. Lanes g and g + 4 add theirs up, so both hold head g % 4, tokens 2c,
@@ -27,16 +27,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bitnet_numba.kernels import ptx
+from bitnet_numba.kernels.attention.kv_dtype import HalfFunctions
 from bitnet_numba.kernels.ptx.base import WARP, device_function, float32, int32
 from bitnet_numba.kernels.runtime.device import Device
 
 MAX_HEAD_DIM = 256  # 32 lanes of LANE_DIMS
-LANE_DIMS = 8  # bfloat16 numbers in a 16-byte load
+LANE_DIMS = 8  # 16-bit numbers in a 16-byte load
 LOWEST = float32(-1e30)  # below every score, and finite: a difference of two is no NaN
+INF = float32(np.inf)
 MINUS_INF = float32(-np.inf)  # where a maximum always meets a score before it is subtracted
 LOG2_E = np.log2(np.e)  # exponentials are taken to base 2
 
-MMA_ARCH = 80  # mma of bfloat16
+MMA_ARCH = 80  # mma of bfloat16, and of float16 in this shape
 MMA_MAX_HEAD_DIM = 128  # of one token's kernels: larger keys, values and outputs do not fit the registers at once
 MMA_HEADS = 4  # queries of a left operand: four rows each
 TILE_TOKENS = 16  # tokens of the cache that a warp multiplies at a time
@@ -118,9 +120,10 @@ def padded_head_dim(head_dim: int) -> int:
     return -(-head_dim // LANE_DIMS) * LANE_DIMS
 
 
-def partial_dims(head_dim: int) -> int:
-    """Dimensions of a head's partial result in the tensor-core kernels: head_dim rounded up to whole products."""
-    return -(-head_dim // VALUE_DIMS) * VALUE_DIMS
+def partial_dims(head_dim: int, lane_dims: int = LANE_DIMS) -> int:
+    """Dimensions of a head's partial result in the tensor-core kernels: head_dim rounded up to whole loads of eight
+    lanes."""
+    return -(-head_dim // (8 * lane_dims)) * 8 * lane_dims
 
 
 def heads_per_block(group: int, limit: int = MMA_HEADS) -> int:
@@ -168,9 +171,9 @@ def make_rotated_query(head_dim: int) -> Callable:
 
 
 @device_function
-def stored_word(x0, x1):
-    """Two neighbouring dimensions as a word of the cache."""
-    return ptx.join_bf16(ptx.to_bf16(x0), ptx.to_bf16(x1))
+def finite_or_inf(x):
+    """Infinity in place of NaN, for outputs: a product that quantises without a norm drops NaN, but not infinity."""
+    return x if x == x else INF
 
 
 # ---- Registers ------------------------------------------------------------------------------------------------------
@@ -182,34 +185,57 @@ def load4_into(r, n, source, i):
     r[n], r[n + 1], r[n + 2], r[n + 3] = ptx.load4(source, i)
 
 
-@device_function
-def mma_into(acc_r, n, a0, a1, a2, a3, b0, b1):
-    """acc_r[n .. n + 3] += A . B, see `ptx.mma_bf16`."""
-    acc_r[n], acc_r[n + 1], acc_r[n + 2], acc_r[n + 3] = ptx.mma_bf16(
-        a0, a1, a2, a3, b0, b1, acc_r[n], acc_r[n + 1], acc_r[n + 2], acc_r[n + 3]
-    )
-
-
 # ---- Fragments of one token's attention on tensor cores -------------------------------------------------------------
 
 
-@device_function
-def store_query(q_s, head, word, x0, x1):
-    """Dimensions 2 word, 2 word + 1 of a head's query as left operand, in three bfloat16 terms: registers 0 and 2 hold
-    rows 0 .. 7 (first and second terms), 1 and 3 rows 8 .. 15 (third terms, zeros). q_s: [steps, lane, 4 registers]."""
-    high = ptx.pack_bf16x2(x0, x1)
-    x0, x1 = x0 - ptx.bf16_low(high), x1 - ptx.bf16_high(high)
-    middle = ptx.pack_bf16x2(x0, x1)
-    step, c = int32((word >> 4) * 2 + (word >> 1 & 1)), word >> 2 & 3
-    to = int32((step * WARP + head * 4 + c) * 4 + (word & 1) * 2)
-    q_s[to] = high
-    q_s[to + 1] = ptx.pack_bf16x2(x0 - ptx.bf16_low(middle), x1 - ptx.bf16_high(middle))
-    q_s[to + 64] = middle
-    q_s[to + 65] = int32(0)
+def make_term_functions(half: HalfFunctions, lane_dims: int = LANE_DIMS) -> tuple[Callable, Callable]:
+    """Device functions that split queries and weights into terms of a type:
+
+    store_query(q_s, head, word, x0, x1)    dimensions 2 word, 2 word + 1 of a head's query as left operand: registers
+        0 and 2 hold rows 0 .. 7 (first and second terms), 1 and 3 rows 8 .. 15 (third terms, zeros).
+        q_s: [steps, lane, 4 registers]
+    weight_terms(s0, s1, t0, t1, g)         a lane's weights, as words of tokens (2c, 2c + 1) and (2c + 8, 2c + 9):
+        lanes g < MMA_HEADS give (hi, hi, lo, lo) of head g, the others (mid, mid, 0, 0) of head g - MMA_HEADS; with two
+        terms lo is 0
+    """
+    pack, low, high = half.pack, half.low, half.high
+    THREE, WIDE = half.terms == 3, lane_dims == 16
+
+    @device_function
+    def store_query(q_s, head, word, x0, x1):
+        first = pack(x0, x1)
+        x0, x1 = x0 - low(first), x1 - high(first)
+        middle = pack(x0, x1)
+        step, c = int32((word >> 4) * 2 + (word >> 1 & 1)), word >> 2 & 3
+        if WIDE:  # a lane's load has 16 dimensions: those of four steps
+            step, c = int32((word >> 5) * 4 + (word >> 1 & 3)), word >> 3 & 3
+        to = int32((step * WARP + head * 4 + c) * 4 + (word & 1) * 2)
+        q_s[to] = first
+        q_s[to + 1] = pack(x0 - low(middle), x1 - high(middle)) if THREE else int32(0)
+        q_s[to + 64] = middle
+        q_s[to + 65] = int32(0)
+
+    @device_function
+    def weight_terms(s0, s1, t0, t1, g):
+        hi0, hi1 = pack(s0, s1), pack(t0, t1)
+        s0, s1, t0, t1 = s0 - low(hi0), s1 - high(hi0), t0 - low(hi1), t1 - high(hi1)
+        mid0, mid1 = pack(s0, s1), pack(t0, t1)
+        lo0 = lo1 = int32(0)
+        if THREE:
+            lo0 = pack(s0 - low(mid0), s1 - high(mid0))
+            lo1 = pack(t0 - low(mid1), t1 - high(mid1))
+        if g >= MMA_HEADS:
+            hi0, hi1, lo0, lo1 = mid0, mid1, int32(0), int32(0)
+        return hi0, hi1, lo0, lo1
+
+    return store_query, weight_terms
 
 
-def make_tile_functions(arch: int, head_dim: int, index: Any) -> tuple[Callable, Callable, Callable]:
-    """Device functions for a lane's part of a tile, for a head size:
+def make_tile_functions(
+    arch: int, head_dim: int, index: Any, words: int, lane_dims: int = LANE_DIMS
+) -> tuple[Callable, Callable, Callable]:
+    """Device functions for a lane's part of a tile, for a head size, of which a token has `words` words in the cache
+    and a load of 16 bytes `lane_dims` dimensions:
 
     load_keys(k_r, keys, at, left, g, c)        tokens g and g + 8 of a tile into registers; `at`: the lane's own first
                                                 word; zeros from token `left` of the tile on
@@ -219,9 +245,10 @@ def make_tile_functions(arch: int, head_dim: int, index: Any) -> tuple[Callable,
     `index`: the integer type that a token's number in the tile has; what is fastest differs between the kernels.
     """
     stream = ptx.stream_load(arch)
-    L, Q = -(-head_dim // KEY_DIMS), -(-head_dim // VALUE_DIMS)  # 16-byte loads of a lane for a token's key, and value
-    WORDS = padded_head_dim(head_dim) // 2
-    WHOLE = 2 * WORDS == KEY_DIMS * L and 2 * WORDS == VALUE_DIMS * Q  # every lane of every load has dimensions
+    # 16-byte loads of a lane for a token's key, and value
+    L, Q = -(-head_dim // (4 * lane_dims)), -(-head_dim // (8 * lane_dims))
+    WORDS = words
+    WHOLE = WORDS == 16 * L and WORDS == 32 * Q  # every lane of every load has dimensions
 
     @device_function
     def load_keys(k_r, keys, at, left, g, c):
@@ -270,25 +297,6 @@ def online_softmax(s0, s1, t0, t1, row_max, row_sum):
     return s0, s1, t0, t1, row_max, row_sum, alpha
 
 
-@device_function
-def weight_terms(s0, s1, t0, t1, g):
-    """A lane's weights in bfloat16 terms, as words of tokens (2c, 2c + 1) and (2c + 8, 2c + 9): lanes g < MMA_HEADS
-    give (hi, hi, lo, lo) of head g, the others (mid, mid, 0, 0) of head g - MMA_HEADS."""
-    hi0, hi1 = ptx.pack_bf16x2(s0, s1), ptx.pack_bf16x2(t0, t1)
-    s0, s1, t0, t1 = (
-        s0 - ptx.bf16_low(hi0),
-        s1 - ptx.bf16_high(hi0),
-        t0 - ptx.bf16_low(hi1),
-        t1 - ptx.bf16_high(hi1),
-    )
-    mid0, mid1 = ptx.pack_bf16x2(s0, s1), ptx.pack_bf16x2(t0, t1)
-    lo0 = ptx.pack_bf16x2(s0 - ptx.bf16_low(mid0), s1 - ptx.bf16_high(mid0))
-    lo1 = ptx.pack_bf16x2(t0 - ptx.bf16_low(mid1), t1 - ptx.bf16_high(mid1))
-    if g >= MMA_HEADS:
-        hi0, hi1, lo0, lo1 = mid0, mid1, int32(0), int32(0)
-    return hi0, hi1, lo0, lo1
-
-
 def make_store_out(head_dim: int) -> Callable:
     """The device function `store_out(out, wr, d, x0, x1, x2, x3, inverse)` for a head size: dimensions d .. d + 3 (at
     out[wr]) times `inverse`, but for what pads the head."""
@@ -298,6 +306,6 @@ def make_store_out(head_dim: int) -> Callable:
     def store_out(out, wr, d, x0, x1, x2, x3, inverse):
         for k in range(4):
             if d + k < D:
-                out[wr + k] = (x0 if k == 0 else x1 if k == 1 else x2 if k == 2 else x3) * inverse
+                out[wr + k] = finite_or_inf((x0 if k == 0 else x1 if k == 1 else x2 if k == 2 else x3) * inverse)
 
     return store_out

@@ -17,8 +17,8 @@ own included, are in the cache already (see `kv_cache`).
 
     scores [16, KEYS] = q [16, D] . k'        out [16, D] += p [16, KEYS] . v            mma m16n8k16, float32 sums
 
-Precision. Cache entries are bfloat16 as they are. q and p are float32, so each goes in as two bfloat16 terms, hi + lo:
-what is left out is at most 2^-17 of an entry, where one term would leave 2^-8.
+Precision. Cache entries go in as they are. q and p are float32, so each goes in as two terms of the cache's type,
+hi + lo (see `kv_dtype`). Of bfloat16, what is left out is at most 2^-17 of an entry, where one term would leave 2^-8.
 
 A query's bits depend on its own position alone. Its sums run over absolute tiles in order, and a tile in which all its
 keys are masked changes nothing: the maximum stays, every factor is exactly 1 and every weight exactly 0. So it does not
@@ -42,6 +42,7 @@ from numba.cuda import types
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.attention import prefill_wgmma
 from bitnet_numba.kernels.attention.kv_cache import PAGE, PASS_SIGNATURE, LayerCache, pass_arguments, token_words
+from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, HALVES, KVDtype, half_functions
 from bitnet_numba.kernels.attention.parts import (
     MAX_HEAD_DIM,
     MINUS_INF,
@@ -49,8 +50,8 @@ from bitnet_numba.kernels.attention.parts import (
     HeadShape,
     RopeTables,
     check_head,
+    finite_or_inf,
     make_rotated_query,
-    mma_into,
     power_of_two,
     score_scale,
 )
@@ -65,9 +66,10 @@ WHOLE_HEAD_DIM = 128  # head sizes up to here are computed by one block
 MAX_WARPS = 4  # of a block
 
 
-def fits(arch: int, head_dim: int) -> bool:
-    """Whether `prefill_attention` serves a head size on an architecture; `paged_simt` serves those that it does not."""
-    return arch >= MIN_ARCH and head_dim % 2 == 0 and 2 <= head_dim <= MAX_HEAD_DIM
+def fits(arch: int, head_dim: int, dtype: KVDtype = DEFAULT) -> bool:
+    """Whether `prefill_attention` serves a head size and a cache's type on an architecture; `paged_simt` serves those
+    that it does not."""
+    return dtype in HALVES and arch >= MIN_ARCH and head_dim % 2 == 0 and 2 <= head_dim <= MAX_HEAD_DIM
 
 
 def block_shape(group: int, warps: int = MAX_WARPS) -> tuple[int, int]:
@@ -89,12 +91,13 @@ def value_parts(head_dim: int) -> int:
     return 1 if head_dim <= WHOLE_HEAD_DIM else 2
 
 
-def make_prefill(arch: int, head_dim: int, group: int, heads: int, tiles: int) -> Callable[..., None]:
+def make_prefill(arch: int, head_dim: int, group: int, heads: int, tiles: int, dtype: KVDtype) -> Callable[..., None]:
     """The kernel for a head size and `group` query heads a key-value head; a block has `heads` of them, `tiles` times
     16 tokens."""
     wait, release, arrived = ptx.pdl_wait(arch), ptx.pdl_trigger(arch), ptx.cp_async_wait(0)
-    pack, rotated = ptx.pack_bf16x2, make_rotated_query(head_dim)
-    D, HALF, WORDS = head_dim, head_dim // 2, token_words(head_dim)
+    rotated, half = make_rotated_query(head_dim), half_functions(dtype)
+    pack, low, high, mma_into = half.pack, half.low, half.high, half.mma_into
+    D, HALF, WORDS = head_dim, head_dim // 2, token_words(head_dim, dtype)
     HEADS, HEAD_BLOCKS, VALUE_PARTS = heads, group // heads, value_parts(head_dim)
     KEYS = 32 if VALUE_PARTS == 1 else 16  # of a tile
     TILE_BITS, PAGE_TILES = KEYS.bit_length() - 1, PAGE // KEYS
@@ -122,18 +125,18 @@ def make_prefill(arch: int, head_dim: int, group: int, heads: int, tiles: int) -
 
     @device_function
     def split(x0, x1):
-        """Two float32 as two words of bfloat16: the values and what rounding left of them."""
+        """Two float32 as two words: the values and what rounding left of them."""
         hi = pack(x0, x1)
-        return hi, pack(x0 - ptx.bf16_low(hi), x1 - ptx.bf16_high(hi))
+        return hi, pack(x0 - low(hi), x1 - high(hi))
 
     @device_function
     def load_queries(qkv, cos, sin, q_rd, angle, c, r, q_hi, q_lo):
         """One of a lane's two queries as left operand: registers 4s + r, 4s + 2 + r are dimensions 16s + 2c and
         16s + 8 + 2c, and of the next dimension each."""
         for s in range(Q_STEPS // 2 if PAIRED else Q_STEPS):
-            for half in range(2):
-                d = int32(16 * s + 8 * half + 2 * c)
-                i = 4 * s + 2 * half + r
+            for part in range(2):
+                d = int32(16 * s + 8 * part + 2 * c)
+                i = 4 * s + 2 * part + r
                 if PAIRED:
                     x0, x1 = ptx.load2_f32(qkv, q_rd + d)
                     y0, y1 = ptx.load2_f32(qkv, q_rd + d + HALF)
@@ -353,14 +356,18 @@ def make_prefill(arch: int, head_dim: int, group: int, heads: int, tiles: int) -
                     d = int32(8 * n + 2 * c + value_part * (8 * VALUE_TILES))
                     if d < D:
                         i = 4 * n + 2 * r
-                        ptx.store2_f32(out, wr + d, o_r[i] * inverse, o_r[i + 1] * inverse)
+                        ptx.store2_f32(
+                            out, wr + d, finite_or_inf(o_r[i] * inverse), finite_or_inf(o_r[i + 1] * inverse)
+                        )
 
     return prefill_attention
 
 
 @cache
-def prefill_spec(arch: int, head_dim: int, group: int, warps: int = MAX_WARPS, blocks_per_sm: int = 2) -> KernelSpec:
-    """The variant for a head size and a number of query heads per key-value head.
+def prefill_spec(
+    arch: int, head_dim: int, group: int, dtype: KVDtype = DEFAULT, warps: int = MAX_WARPS, blocks_per_sm: int = 2
+) -> KernelSpec:
+    """The variant for a head size, a number of query heads per key-value head and a type of the cache.
 
     Raises ValueError for an architecture without the products, and a head size that is odd or over MAX_HEAD_DIM.
     """
@@ -368,8 +375,8 @@ def prefill_spec(arch: int, head_dim: int, group: int, warps: int = MAX_WARPS, b
         raise ValueError(f"prefill_attention needs compute capability 8.0, not {arch // 10}.{arch % 10}")
     check_head("prefill_attention", head_dim, group)
     heads, tiles = block_shape(group, warps)
-    kernel = make_prefill(arch, head_dim, group, heads, tiles)
-    name = f"prefill_attention[{head_dim}, {group}, {heads}, {tiles}, {blocks_per_sm}]"
+    kernel = make_prefill(arch, head_dim, group, heads, tiles, dtype)
+    name = f"prefill_attention[{head_dim}, {group}, {dtype}, {heads}, {tiles}, {blocks_per_sm}]"
     signature = (*PASS_SIGNATURE, types.CPointer(types.float32), types.int32, types.int32)
     return KernelSpec(name, kernel, signature, heads * tiles * WARP, blocks_per_sm)
 
@@ -408,8 +415,8 @@ def prefill_attention(
         out=(out, num_tokens * shape.out_size, "float32"),
     )  # fmt: skip
     if prefill_wgmma.fits(device.arch, shape.head_dim):
-        launch = prefill_wgmma.launch_arguments(device, arguments, out, num_tokens, shape)
+        launch = prefill_wgmma.launch_arguments(device, arguments, out, num_tokens, shape, cache.dtype)
         return device.launch(*launch, use_pdl)
-    spec = prefill_spec(device.arch, shape.head_dim, shape.group)
+    spec = prefill_spec(device.arch, shape.head_dim, shape.group, cache.dtype)
     grid = prefill_grid(num_tokens, shape.num_kv_heads, shape.head_dim, shape.group)
     return device.launch(spec, grid, (*arguments, out, num_tokens, shape.num_kv_heads), use_pdl)

@@ -38,10 +38,12 @@ from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.attention.kv_cache import PAGE, PAGE_BITS, PASS_SIGNATURE, token_words
+from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype, half_functions
 from bitnet_numba.kernels.attention.parts import (
     MINUS_INF,
     HeadShape,
     check_head,
+    finite_or_inf,
     make_rotated_query,
     rotate_pair,
     score_scale,
@@ -79,14 +81,17 @@ def shared_bytes(head_dim: int, warps: int = WARPS, keys: int = KEYS) -> int:
     return panels * (2 * TILE_BYTES * (warps // 4) + 4 * keys * ROW_BYTES) + PANEL_ALIGN
 
 
-def make_prefill_wgmma(arch: int, head_dim: int, group: int, warps: int, keys: int) -> Callable[..., None]:
+def make_prefill_wgmma(
+    arch: int, head_dim: int, group: int, warps: int, keys: int, dtype: KVDtype
+) -> Callable[..., None]:
     """The kernel for a head size and `group` query heads a key-value head; a block has 4 or 8 `warps`, a tile `keys`
     keys."""
     wait, release = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
-    pack, rotated = ptx.pack_bf16x2, make_rotated_query(head_dim)
+    rotated, half = make_rotated_query(head_dim), half_functions(dtype)
+    pack, low_of, high_of = half.pack, half.low, half.high
     HEADS, TILES = block_shape(group, warps)
     HEAD_BLOCKS, TOKENS, USED_ROUNDS = group // HEADS, TILES * WARP_TOKENS, -(-TILES * WARP_TOKENS // WARP)
-    D, HALF, WORDS = head_dim, head_dim // 2, token_words(head_dim)
+    D, HALF, WORDS = head_dim, head_dim // 2, token_words(head_dim, dtype)
     N, TILE_BITS = keys, keys.bit_length() - 1
     STEPS, COLUMNS = -(-D // 16), -(-D // 8) * 8  # products along the dimensions of a score; columns of the output
     S_TILES, O_TILES = N // 8, COLUMNS // 8
@@ -110,14 +115,14 @@ def make_prefill_wgmma(arch: int, head_dim: int, group: int, warps: int, keys: i
     OTHER_ROUNDS = -(-Q_TOKENS * OTHER_WORDS // WARP)
     SCALE = score_scale(D)
     ZERO, NOTHING = float32(0), int32(0)
-    issue_scores, scores_ready = ptx.wgmma_scores(N, STEPS)
-    fence, issue_values, values_ready = ptx.wgmma_values(N, COLUMNS)
+    issue_scores, scores_ready = ptx.wgmma_scores(N, STEPS, half.name)
+    fence, issue_values, values_ready = ptx.wgmma_values(N, COLUMNS, half.name)
 
     @device_function
     def store_query(shared, at, row, word, x0, x1):
         """Both terms of a row's dimensions 2 word, 2 word + 1. at: index of the warpgroup's queries."""
         hi = pack(x0, x1)
-        lo = pack(x0 - ptx.bf16_low(hi), x1 - ptx.bf16_high(hi))
+        lo = pack(x0 - low_of(hi), x1 - high_of(hi))
         piece = int32((word >> 2 & 7) ^ (row & 7))
         wr = int32(at + (word >> 5) * (TILE_BYTES // 4) + row * SPAN_INTS + piece * 4 + (word & 3))
         shared[wr] = hi
@@ -217,8 +222,8 @@ def make_prefill_wgmma(arch: int, head_dim: int, group: int, warps: int, keys: i
             i, to = 4 * t, 8 * (t // 2) + 2 * (t % 2)
             hi0, hi1 = pack(s_r[i], s_r[i + 1]), pack(s_r[i + 2], s_r[i + 3])
             p_r[to], p_r[to + 1] = hi0, hi1
-            p_r[to + 4] = pack(s_r[i] - ptx.bf16_low(hi0), s_r[i + 1] - ptx.bf16_high(hi0))
-            p_r[to + 5] = pack(s_r[i + 2] - ptx.bf16_low(hi1), s_r[i + 3] - ptx.bf16_high(hi1))
+            p_r[to + 4] = pack(s_r[i] - low_of(hi0), s_r[i + 1] - high_of(hi0))
+            p_r[to + 5] = pack(s_r[i + 2] - low_of(hi1), s_r[i + 3] - high_of(hi1))
 
     @device_function
     def rescale(o_r, alpha0, alpha1):
@@ -372,14 +377,18 @@ def make_prefill_wgmma(arch: int, head_dim: int, group: int, warps: int, keys: i
                     d = int32(8 * n + 2 * c)
                     if COLUMNS == D or d < D:
                         i = 4 * n + 2 * r
-                        ptx.store2_f32(out, wr + d, o_r[i] * inverse, o_r[i + 1] * inverse)
+                        ptx.store2_f32(
+                            out, wr + d, finite_or_inf(o_r[i] * inverse), finite_or_inf(o_r[i + 1] * inverse)
+                        )
 
     return prefill_attention_wgmma
 
 
 @cache
-def prefill_wgmma_spec(arch: int, head_dim: int, group: int, warps: int = WARPS, keys: int = KEYS) -> KernelSpec:
-    """The variant for a head size and a number of query heads per key-value head.
+def prefill_wgmma_spec(
+    arch: int, head_dim: int, group: int, dtype: KVDtype = DEFAULT, warps: int = WARPS, keys: int = KEYS
+) -> KernelSpec:
+    """The variant for a head size, a number of query heads per key-value head and a type of the cache.
 
     Raises ValueError for an architecture without the products, and a head size that is odd or over MAX_HEAD_DIM.
     """
@@ -387,8 +396,8 @@ def prefill_wgmma_spec(arch: int, head_dim: int, group: int, warps: int = WARPS,
         raise ValueError(f"prefill_attention_wgmma needs compute capability 9.0, not {arch // 10}.{arch % 10}")
     check_head("prefill_attention_wgmma", head_dim, group, MAX_HEAD_DIM)
     return KernelSpec(
-        name=f"prefill_attention_wgmma[{head_dim}, {group}, {warps}, {keys}]",
-        kernel=make_prefill_wgmma(arch, head_dim, group, warps, keys),
+        name=f"prefill_attention_wgmma[{head_dim}, {group}, {dtype}, {warps}, {keys}]",
+        kernel=make_prefill_wgmma(arch, head_dim, group, warps, keys, dtype),
         signature=(*PASS_SIGNATURE, types.CPointer(types.float32), *(types.int32,) * 3),
         threads=warps * WARP,
         shared=shared_bytes(head_dim, warps, keys),
@@ -408,7 +417,7 @@ def map_shape(cache_words: int, head_dim: int, keys: int = KEYS) -> tuple[int, i
 
 
 def launch_arguments(
-    device: Device, arguments: tuple[Any, ...], out: DeviceArray, num_tokens: int, shape: HeadShape
+    device: Device, arguments: tuple[Any, ...], out: DeviceArray, num_tokens: int, shape: HeadShape, dtype: KVDtype
 ) -> tuple[KernelSpec, tuple[int, int], tuple[Any, ...]]:
     """What `device.launch` takes for this kernel, of the operands that `pass_arguments` has checked: spec, grid,
     arguments.
@@ -419,7 +428,7 @@ def launch_arguments(
     words = token_words(shape.head_dim)
     if page_words % words or head_words % words:
         raise ValueError(f"prefill_attention: strides of {page_words} and {head_words} are not tokens of {words} words")
-    spec = prefill_wgmma_spec(device.arch, shape.head_dim, shape.group, WARPS, KEYS)
+    spec = prefill_wgmma_spec(device.arch, shape.head_dim, shape.group, dtype, WARPS, KEYS)
     grid = prefill_wgmma_grid(num_tokens, shape.num_kv_heads, shape.group, WARPS)
     sizes = map_shape(keys.size, shape.head_dim, KEYS)
     cache = device.tensor_map(keys, *sizes), device.tensor_map(values, *sizes), page_words // words, head_words // words

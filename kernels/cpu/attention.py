@@ -119,9 +119,10 @@ def add_values(isa, dtype, heads, values, row_units, count, weights, factors, ou
 
 @njit(**vec.OPTIONS)
 def attend(
-    isa, dtype, heads, layer, page_stride, table, kv_heads, kv_head, R, D, q, length, split, partial, scratch
+    isa, dtype, heads, layer, page_stride, table, kv_heads, kv_head, R, D, q, begin, length, split, partial, scratch
 ):  # fmt: skip
-    """Attention of R query heads of one token to a split of the tokens 0 .. length - 1 of one kv head.
+    """Attention of R query heads of one token to a split of the tokens begin .. length - 1 of one kv head. (Splits are
+    cut from token 0 on.)
 
     layer, page_stride, table: see `store_kv`. q: float32 [R, D], rotated. partial: R * partial_bytes(D) bytes for the
     result. scratch: SCRATCH_BYTES of this thread's. What lies in the cache behind the tokens does not matter.
@@ -135,13 +136,16 @@ def attend(
     units = units_of(D)
     held = value_heads(isa, heads)
     last = min(length, (split + 1) * SPLIT)
-    for first in range(split * SPLIT, last, PAGE):
+    for first in range(max(split * SPLIT, begin // PAGE * PAGE), last, PAGE):
         count = min(PAGE, last - first)
         keys, values = page_of(dtype, layer, page_stride, table, kv_heads, kv_head, D, first)
         next_keys, _ = page_of(dtype, layer, page_stride, table, kv_heads, kv_head, D, min(first + PAGE, last - 1))
         for head in range(0, R, len(heads)):
             state = partial + head * row
             score_page(isa, dtype, heads, keys, q + head * 4 * D, D, count, scratch, values)
+            for h in range(len(heads) if first < begin else 0):
+                for t in range(begin - first):
+                    store_f32(scratch, 4 * (h * PAGE + t), np.float32(LOWEST))
             for h in range(len(heads)):
                 weigh_page(scratch + h * PAGE * 4, count, state + h * row, factors + 64 * h)
             for h in range(0, len(heads), len(held)):

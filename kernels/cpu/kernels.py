@@ -126,10 +126,11 @@ def build_store_kv(dtype: np.dtype[Any]) -> Callable[..., None]:
 def build_attend(isa: InstructionSet, dtype: np.dtype[Any], heads: tuple[int, ...]) -> Callable[..., None]:
     """See `attention.attend`."""
 
-    def kernel(layer, page_stride, table, kv_heads, kv_head, R, D, q, length, split, partial, scratch):
+    def kernel(layer, page_stride, table, kv_heads, kv_head, R, D, q, begin, length, split, partial, scratch):
         attention.attend(
-            isa, dtype, heads, layer, page_stride, table, kv_heads, kv_head, R, D, q, length, split, partial, scratch
-        )
+            isa, dtype, heads, layer, page_stride, table, kv_heads, kv_head, R, D, q, begin, length, split, partial,
+            scratch,
+        )  # fmt: skip
 
     return kernel
 

@@ -8,7 +8,8 @@ PIECES = 6  # of a region, for each member: the more, the better they share it, 
 MIN_ROWS, MAX_ROWS = 32, 256  # of a piece
 HEAD_ROWS = 256  # of the LM head in a piece
 FORWARD, LOGITS = 1, 2  # kinds of jobs
-RELU2, SILU = 0, 1
+RELU2, SILU, GELU = 0, 1, 2
+ACTIVATIONS = {"relu2": RELU2, "silu": SILU, "gelu": GELU}
 BF16, F16, F32, INT8, TERNARY = range(5)
 ROW_FORMATS = {"bf16": BF16, "f16": F16, "f32": F32, "int8": INT8, "ternary": TERNARY}
 
@@ -48,8 +49,19 @@ LAYER = np.dtype(
     # float32, or 0
     [
         (name, _INT)
-        for name in ("input_norm", "post_attention_norm", "attn_sub_norm", "ffn_sub_norm", "q_norm", "k_norm")
+        for name in (
+            "input_norm",
+            "post_attention_norm",
+            "attn_sub_norm",
+            "ffn_sub_norm",
+            "attn_post_norm",
+            "ffn_post_norm",
+            "q_norm",
+            "k_norm",
+        )
     ]
+    # Tokens that a query attends to, its own included, or 0 for all; if not 0, the layer takes the local rotary tables.
+    + [("window", _INT)]
     + [(name, LINEAR) for name in ("qkv", "o", "gate_up", "down")]
 )
 MODEL = np.dtype(
@@ -58,6 +70,7 @@ MODEL = np.dtype(
         for name in ("layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab", "activation")
     ]
     + [("eps", _FLOAT), ("linear_eps", _FLOAT)]
+    + [("embedding_scale", _FLOAT)]  # of rows of the embedding
     + [("norm", _INT)]  # the last one, float32 [hidden]
     # Rows in a format of ROW_FORMATS; float32 scales of int8 rows; int32 sums of int8 rows of the head.
     + [("embed", _INT), ("embed_scale", _INT), ("embed_format", _INT)]
@@ -68,6 +81,7 @@ JOB = np.dtype(
     # Of each token: its id (int64), its position (int64), the address of its sequence's block table (int64).
     + [(name, _INT) for name in ("ids", "positions", "tables")]
     + [("cos", _INT), ("sin", _INT)]  # float32 [positions, head_dim / 2]
+    + [("local_cos", _INT), ("local_sin", _INT)]  # the same, of layers with a window
     + [("cache", _INT), ("page_stride", _INT), ("layer_stride", _INT)]  # page 0, bytes to the next page and layer
     # Shared: float32 [M, ...] of the residual stream, the products' results, and the final hidden states.
     + [(name, _INT) for name in ("x", "qkv", "attn_out", "mlp_hidden", "final", "logits", "logits_stride")]

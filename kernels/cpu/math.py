@@ -30,6 +30,7 @@ LN2_LOW = -1.904654299957768e-09  # log(2) - LN2_HIGH
 ROUND = 1.5 * 2.0**23  # in x + ROUND the last bit counts ones: the sum is rounded to an integer, held in its low bits
 ROUND_BITS = int(np.float32(ROUND).view(np.int32))
 HIGHEST, LOWEST = 89.0, -105.0  # exp is infinite, or 0, from there on
+GELU_SLOPE = float(-2 * np.sqrt(2 / np.pi))
 SQRT_HALF_BITS = int(np.float32(np.sqrt(0.5)).view(np.int32))
 
 
@@ -85,6 +86,13 @@ def log(v):
 def silu(v):
     """v * sigmoid(v); NaN at -infinity, as in NumPy."""
     return div(v, add(splat_f32x16(1.0), exp(sub(zero_f32x16(), v))))
+
+
+@njit(**OPTIONS)
+def gelu(v):
+    """v / 2 * (1 + tanh(z)) as v / (1 + e^(-2 z)), with z = sqrt(2 / pi) * (v + 0.044715 v^3)."""
+    cubed = mul(mul(v, v), mul(v, splat_f32x16(0.044715)))
+    return div(v, add(splat_f32x16(1.0), exp(mul(add(v, cubed), splat_f32x16(GELU_SLOPE)))))
 
 
 @njit(**OPTIONS)

@@ -9,7 +9,7 @@ from numba import njit
 
 from bitnet_numba.kernels.cpu import lm_head, math, norm, vec
 from bitnet_numba.kernels.cpu.compiler import call
-from bitnet_numba.kernels.cpu.layout import MAX_ROWS, MAX_TOKENS, MIN_ROWS, PIECES, SEGMENTS, SILU
+from bitnet_numba.kernels.cpu.layout import GELU, MAX_ROWS, MAX_TOKENS, MIN_ROWS, PIECES, SEGMENTS, SILU
 from bitnet_numba.kernels.cpu.memory import load_f32, load_i8, load_i32, store_f32, store_i8, store_i32
 from bitnet_numba.kernels.cpu.team import enter, leave, take
 from bitnet_numba.kernels.cpu.vec import OPTIONS
@@ -214,8 +214,8 @@ def qkv_rows(linear, q_size, kv_size, K, members, state, region, inputs, own, jo
 
 
 @njit(inline="always", **OPTIONS)
-def residual_rows(linear, N, K, members, state, region, inputs, own, job):
-    """A product of N rows that is added to the residual stream [M, N]."""
+def residual_rows(linear, post_norm, N, K, members, state, region, inputs, own, job):
+    """A product of N rows that is added to the residual stream [M, N], or if a norm follows, kept for `add_normed`."""
     rows, y = piece_rows(N, members, job), own + job.y
     while True:
         first = take(state, region) * rows
@@ -224,7 +224,27 @@ def residual_rows(linear, N, K, members, state, region, inputs, own, job):
         last = min(first + rows, N)
         product(linear, np.int64(0), K, first, last, inputs, own, job, y)
         for m in range(job.tokens):
-            add(y + 4 * m * MAX_ROWS, last - first, job.x + 4 * (m * N + first))
+            if post_norm == 0:
+                add(y + 4 * m * MAX_ROWS, last - first, job.x + 4 * (m * N + first))
+            else:
+                copy(y + 4 * m * MAX_ROWS, last - first, job.final + 4 * (m * N + first))
+
+
+@njit(inline="always", **OPTIONS)
+def add_normed(post_norm, N, eps, state, region, job):
+    """Adds what `residual_rows` has kept, normed, to the residual stream, in a region of its own; nothing if
+    `post_norm` is 0. Returns the number of the next region."""
+    if post_norm == 0:
+        return region
+    inside = enter(state, region, job.tokens)
+    if inside:
+        m = take(state, region)
+        while m < job.tokens:
+            y = job.final + 4 * m * N
+            norm.rms_norm(y, post_norm, N, eps, y)
+            add(y, N, job.x + 4 * m * N)
+            m = take(state, region)
+    return leave(state, region, inside)
 
 
 @njit(inline="always", **OPTIONS)
@@ -250,7 +270,20 @@ def activate(activation, gate, up, n):
     """gate = activation(gate) * up, float32 [n] with room for whole lanes."""
     for i in range(0, 4 * n, 64):
         g, u = vec.load_f32x16(gate, i), vec.load_f32x16(up, i)
-        vec.store(gate, i, vec.mul(math.silu(g) if activation == SILU else math.relu2(g), u))
+        if activation == SILU:
+            g = math.silu(g)
+        elif activation == GELU:
+            g = math.gelu(g)
+        else:
+            g = math.relu2(g)
+        vec.store(gate, i, vec.mul(g, u))
+
+
+@njit(**OPTIONS)
+def scale(x, n, factor):
+    """x *= factor, float32 [n]."""
+    for i in range(0, 4 * n, 4):
+        store_f32(x, i, load_f32(x, i) * factor)
 
 
 @njit(**OPTIONS)

@@ -22,6 +22,7 @@ from bitnet_numba.kernels.cpu.compiler import call, entry
 from bitnet_numba.kernels.cpu.layout import BF16, FORWARD, HEAD_ROWS, INT8, JOB, LAYER, MAX_ROWS, MODEL, TERNARY
 from bitnet_numba.kernels.cpu.memory import load_i64
 from bitnet_numba.kernels.cpu.products import (
+    add_normed,
     copy,
     enter_inputs,
     enter_pieces,
@@ -34,6 +35,7 @@ from bitnet_numba.kernels.cpu.products import (
     qkv_pieces,
     qkv_rows,
     residual_rows,
+    scale,
 )
 from bitnet_numba.kernels.cpu.sampler import SETTINGS
 from bitnet_numba.kernels.cpu.team import enter, finish_job, leave, next_job, start_job, take
@@ -82,6 +84,8 @@ def forward(member, members, state, region, model, layers, job):
         m = take(state, region)
         while m < M:
             embedding.row(model, load_i64(job.ids, 8 * m), job.x + 4 * m * hidden)
+            if model.embedding_scale != 1:
+                scale(job.x + 4 * m * hidden, hidden, np.float32(model.embedding_scale))
             m = take(state, region)
     region = leave(state, region, inside)
     own, inputs = job.own + member * job.own_stride, inputs_of(job, member)
@@ -107,7 +111,7 @@ def forward(member, members, state, region, model, layers, job):
         region = leave(state, region, inside)
         inside = enter(state, region, attend_pieces(members, model, job))
         if inside:
-            attend(members, state, region, model, cache, own, job)
+            attend(members, state, region, model, layer.window, cache, own, job)
         region = leave(state, region, inside)
         pieces = pieces_of(hidden, members, job)
         inside = enter_inputs(state, region, pieces, M)
@@ -118,8 +122,9 @@ def forward(member, members, state, region, model, layers, job):
             m = next_token(state, region, inside, M, m)
         region, inside = enter_pieces(state, region, pieces, inside, M)
         if inside:
-            residual_rows(layer.o, hidden, q_size, members, state, region, inputs, own, job)
+            residual_rows(layer.o, layer.attn_post_norm, hidden, q_size, members, state, region, inputs, own, job)
         region = leave(state, region, inside)
+        region = add_normed(layer.attn_post_norm, hidden, eps, state, region, job)
         K = model.intermediate
         pieces = pieces_of(K, members, job)
         inside = enter_inputs(state, region, pieces, M)
@@ -141,8 +146,9 @@ def forward(member, members, state, region, model, layers, job):
             m = next_token(state, region, inside, M, m)
         region, inside = enter_pieces(state, region, pieces, inside, M)
         if inside:
-            residual_rows(layer.down, hidden, K, members, state, region, inputs, own, job)
+            residual_rows(layer.down, layer.ffn_post_norm, hidden, K, members, state, region, inputs, own, job)
         region = leave(state, region, inside)
+        region = add_normed(layer.ffn_post_norm, hidden, eps, state, region, job)
     inside = enter(state, region, M)
     if inside:
         m = take(state, region)
@@ -166,7 +172,8 @@ def rotate_and_store(state, region, model, layer, cache, job):
         m, g = piece // G, piece % G
         position = load_i64(job.positions, 8 * m)
         table = load_i64(job.tables, 8 * m)
-        cos, sin = job.cos + 2 * position * D, job.sin + 2 * position * D
+        cos = (job.cos if layer.window == 0 else job.local_cos) + 2 * position * D
+        sin = (job.sin if layer.window == 0 else job.local_sin) + 2 * position * D
         row = job.qkv + 4 * m * N
         for h in range(g * (H // G), (g + 1) * (H // G)):
             if layer.q_norm != 0:
@@ -193,8 +200,8 @@ def attend_pieces(members, model, job):
 
 
 @njit(inline="always", **OPTIONS)
-def attend(members, state, region, model, cache, own, job):
-    """Attention of all tokens; see `attend_pieces`."""
+def attend(members, state, region, model, window, cache, own, job):
+    """Attention of all tokens, to the last `window` if that is not 0; see `attend_pieces`."""
     D, G, H = model.head_dim, model.kv_heads, model.heads
     R, N, row = H // G, (H + 2 * G) * D, attention.partial_bytes(D)
     split = is_split(members, model, job)
@@ -204,6 +211,7 @@ def attend(members, state, region, model, cache, own, job):
     while piece < job.tokens * G * parts:
         m, g, part = piece // parts // G, piece // parts % G, piece % parts
         length = load_i64(job.positions, 8 * m) + 1
+        begin = max(length - window, 0) if window != 0 else 0
         table = load_i64(job.tables, 8 * m)
         q = job.qkv + 4 * (m * N + g * R * D)
         used = (length + attention.SPLIT - 1) // attention.SPLIT
@@ -212,14 +220,14 @@ def attend(members, state, region, model, cache, own, job):
                 at = job.partials + ((m * G + g) * job.splits + part) * R * row
                 call(
                     job.kernels.attend,
-                    (cache, job.page_stride, table, G, g, R, D, q, length, part, at, scratch),
+                    (cache, job.page_stride, table, G, g, R, D, q, begin, length, part, at, scratch),
                 )
         else:
             at = own + job.own_partials
             for i in range(used):
                 call(
                     job.kernels.attend,
-                    (cache, job.page_stride, table, G, g, R, D, q, length, i, at + i * R * row, scratch),
+                    (cache, job.page_stride, table, G, g, R, D, q, begin, length, i, at + i * R * row, scratch),
                 )
             for r in range(R):
                 out = job.attn_out + 4 * ((m * H + g * R + r) * D)

@@ -20,6 +20,7 @@ from bitnet_numba.kernels.ptx.base import device_function, float32, float64, int
 from bitnet_numba.packing import CODE_OFFSET
 
 LARGEST = float32(3.4028234663852886e38)
+GELU_CUBE, GELU_SLOPE = float32(0.044715), float32(-2 * math.sqrt(2 / math.pi))
 EPILOGUES = ("acc", "store", "residual", "gated")
 GROUP_EPILOGUES = EPILOGUES[1:]  # of products with group scales
 
@@ -61,8 +62,12 @@ def make_scaled(inverse: bool = False) -> Callable[..., Any]:
 
 
 def make_gated(activation: str, inverse: bool = False) -> Callable[..., Any]:
-    """The device function `gated(gate, up)`: activation(gate) * up, float32; activation "relu2" or "silu"."""
-    over, RELU2 = _over if inverse else ptx.div_rn, activation == "relu2"
+    """The device function `gated(gate, up)`: activation(gate) * up, float32; activation "relu2", "silu" or "gelu".
+
+    GELU by tanh (Hendrycks and Gimpel, 2016): x / 2 * (1 + tanh(z)), which is x / (1 + exp(-2 z)), with
+    z = sqrt(2 / pi) * (x + 0.044715 x^3).
+    """
+    over, RELU2, GELU = _over if inverse else ptx.div_rn, activation == "relu2", activation == "gelu"
     ZERO, ONE = float32(0), float32(1)
 
     @device_function
@@ -70,7 +75,11 @@ def make_gated(activation: str, inverse: bool = False) -> Callable[..., Any]:
         if RELU2:
             gate = max(gate, ZERO)
             return ptx.mul_rn(ptx.mul_rn(gate, gate), up)
-        return ptx.mul_rn(over(gate, ptx.add_rn(ONE, math.exp(-gate))), up)
+        exponent = -gate
+        if GELU:
+            cube = ptx.mul_rn(ptx.mul_rn(gate, gate), ptx.mul_rn(gate, GELU_CUBE))
+            exponent = ptx.mul_rn(ptx.add_rn(gate, cube), GELU_SLOPE)
+        return ptx.mul_rn(over(gate, ptx.add_rn(ONE, math.exp(exponent))), up)
 
     return gated
 

@@ -53,7 +53,7 @@ def spec(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu
         name=f"gemm_groups[sm_{arch} {kind} {'bias ' if bias else ''}{' '.join(map(str, tile))}]",
         kernel=kernel,
         signature=signature,
-        threads=tile.threads,
+        threads=tile.threads + (gemm_groups_wgmma.EXTRA_THREADS if tile.scheme == "wgmma" else 0),
         blocks_per_sm=tile.ctas_per_sm,
         dp4a=16 * tile.tokens if dp4a else 0,
         shared=shared,

@@ -43,18 +43,21 @@ from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.linear.epilogue import make_epilogue
 from bitnet_numba.kernels.linear.tile import Tile
 from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, int32
+from bitnet_numba.kernels.runtime.spec import RESERVED_BYTES, sm_memory
 from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_BITS, CODE_MASK
 
 PANEL = 64  # columns that a warp multiplies in a K iteration: two blocks
 PANEL_INTS = PANEL // 4  # of a token's activations
 TOKENS = 8  # of one mma
 FRAGMENT = 4 * WARP  # int32 sums of one mma
-SHARED_INTS = 48 * 1024 // 4 - 512  # static shared memory of a CTA, less what the tokens' scales and sums take
+STATIC_BYTES = 48 * 1024  # of shared memory that a CTA can have without asking
+TOKEN_BYTES = 2048  # of it, at most, for the tokens' scales and sums
 
 
 def make_gemm_mma(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu2") -> Callable[..., None]:
     """The kernel for a tile with scheme "mma"; epilogues as of `make_epilogue`. Raises ValueError if the tile's tokens
-    are no multiple of 8, its shared memory is more than 48 KB, or "gated" row-blocks come in no pairs."""
+    are no multiple of 8, its shared memory is more than 48 KB or its part of an SM's, or "gated" row-blocks come in no
+    pairs."""
     load, wait, trigger = ptx.stream_load2(arch), ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
     multiply = ptx.mma_s8(arch)
     GATED, RESIDUAL, ACC = epilogue == "gated", epilogue == "residual", epilogue == "acc"
@@ -73,15 +76,16 @@ def make_gemm_mma(arch: int, tile: Tile, epilogue: str = "store", activation: st
         0 if STAGED else max(n for n in (8, 7, 6, 5, 4, 3, 2, 1) if REG_STAGES % n == 0 and (n == 1 or n * NT <= 8))
     )
     W_REGS, A_REGS, B_REGS, ACC_REGS = 2 * U * REG_STAGES, 8 * U, max(4 * NT * B_AHEAD, 1), 4 * U * NT
-    # Sums are combined in passes of as many n-tiles as fit the shared memory.
-    N_PASS = next(n for n in range(NT, 0, -1) if NT % n == 0 and n * U * WR * WK * FRAGMENT <= SHARED_INTS)
+    # Sums are combined in passes of as many n-tiles as fit the CTA's part of an SM's shared memory.
+    shared_bytes = min(STATIC_BYTES, sm_memory(arch).shared // tile.ctas_per_sm - RESERVED_BYTES) - TOKEN_BYTES
+    N_PASS = next((n for n in range(NT, 0, -1) if NT % n == 0 and 4 * n * U * WR * WK * FRAGMENT <= shared_bytes), 1)
     PASSES = NT // N_PASS
     SHARED = max(STAGES * STAGE, N_PASS * U * WR * WK * FRAGMENT)
     PASS = N_PASS * U * FRAGMENT  # sums of a warp in a pass
     SCALE_ROUNDS = -(-T // THREADS)
     MASK = np.int32(CODE_MASK)
     ZERO = float32(0)
-    if GATED and U % 2 or T % TOKENS or SHARED > SHARED_INTS:
+    if GATED and U % 2 or T % TOKENS or 4 * SHARED > shared_bytes:
         raise ValueError(f"no GEMM is made of {tile}")
 
     @device_function

@@ -27,6 +27,11 @@ Work split (P = parts, U = units):
 A block loads all its weights into registers before `pdl_wait`, that is, while the kernels before this one still run. A
 matrix too large for that takes rounds: as a round's weights are used, the next round's are loaded in their place.
 
+Blocks that start early find SMs that are still full of others, and then several of a launch go to one that is not: in
+a decode step a product ran on half of the SMs. With `spread`, blocks that would fit an SM three times or more ask for
+over half of its shared memory, and so wait for an SM of their own. Blocks of larger products have room for one beside a
+neighbour's anyway.
+
 Of a word, `word & (mask << 2i)` holds codes times 4^i, so a dp4a takes one more instruction, not two; the sums for
 each i are kept apart and shifted back once. RMSNorm and absmax share one reduction over the block: the largest
 |weight * x| is multiplied by 1 / rms afterwards, so s may be off by 2 ulp. docs/performance-notes.md has what was tried
@@ -62,6 +67,7 @@ BLOCK_MAX_WARPS = 32
 EXTRA_REGISTERS = 44  # of a thread, beside the weights it holds
 REGISTERS = 65536  # of an SM
 MAX_BLOCKS_PER_SM = 4  # of launches that overlap
+SPREAD_ARCH = 90  # where this was measured
 MAX_LOADS = 28  # of a lane in a round: 112 registers of weights
 EPSILON = float32(1e-5)  # least absmax, as in `quantize`
 INT8_MAX = float32(127)
@@ -218,9 +224,9 @@ def make_gemv(
                     squares = float32(squares + x_r[i] * x_r[i])
                     absmax = max(absmax, abs(float32(n_r[i] * x_r[i])))
                 else:
+                    squares = float32(squares + x_r[i] * ZERO)  # NaN where x is not finite, which max would drop
                     absmax = max(absmax, abs(x_r[i]))
-            if NORM:
-                squares = ptx.warp_sum(squares)
+            squares = ptx.warp_sum(squares)
             absmax = ptx.warp_max(absmax)
             if lane == 0:
                 square_s[warp] = squares
@@ -228,15 +234,16 @@ def make_gemv(
             cuda.syncthreads()
             squares = ZERO
             for i in range(WARPS):
-                if NORM:
-                    squares = float32(squares + square_s[i])
+                squares = float32(squares + square_s[i])
                 absmax = max(absmax, max_s[i])
             if NORM:
                 inverse = ptx.rsqrt_approx(float32(squares * PER_COLUMN + eps))
                 absmax = float32(absmax * inverse)
                 for i in range(X_REGS):
                     x_r[i] = ptx.mul_rn(n_r[i], ptx.mul_rn(x_r[i], inverse))
-            # A NaN in x makes the sum of squares NaN, and stays: then so is all of y. (max would drop it.)
+            else:
+                absmax = float32(absmax + squares)
+            # What is not finite in x makes the sum of squares NaN, which stays: then so is all of y.
             s = ptx.mul_rn(ptx.rcp_rn(EPSILON if absmax < EPSILON else absmax), INT8_MAX)
             q_sum = quantise(q_s, x_r, s, tid)
         cuda.syncthreads()
@@ -372,8 +379,9 @@ def gemv_spec(
     epilogue: str = "store",
     activation: str = "relu2",
     bias: bool = False,
+    spread: bool = False,
 ) -> KernelSpec:
-    """The compiled variant for a plan."""
+    """The compiled variant for a plan; spread: see `gemv`."""
     gated, int8 = epilogue == "gated", prologue == "int8"
     f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
     signature = (
@@ -390,14 +398,16 @@ def gemv_spec(
     kind = f"gated {activation}" if gated else epilogue
     loads = -(-K // (STEP_COLS * split.parts))
     threads = split.units * (2 if gated else 1) * split.parts * WARP
+    blocks = max(1, min(MAX_BLOCKS_PER_SM, REGISTERS // (threads * (4 * loads + EXTRA_REGISTERS))))
     return KernelSpec(
         name=f"gemv[{K} {prologue} {kind} {'bias ' if bias else ''}{' '.join(map(str, split[:3]))}]",
         kernel=make_gemv(arch, K, split.units, split.parts, prologue, epilogue, activation, split.rounds),
         signature=signature,
         threads=threads,
-        blocks_per_sm=max(1, min(MAX_BLOCKS_PER_SM, REGISTERS // (threads * (4 * loads + EXTRA_REGISTERS)))),
+        blocks_per_sm=blocks,
         dp4a=16 * loads,
         wide_loads=loads,
+        one_per_sm=spread and arch == SPREAD_ARCH and blocks > 2,
     )
 
 
@@ -410,15 +420,17 @@ def gemv(
     norm: Norm | None = None,
     epilogue: str = "store",
     activation: str = "relu2",
+    spread: bool = False,
     use_pdl: bool = True,
 ) -> Launch:
     """The launch of one token's product.
 
     x: float32 [K rounded up to 32], zeros at the end, which is normed if there is a norm, and quantised; or a token's
-    QuantizedActivations. NaN in x makes all of y NaN with a norm, and is not noticed without.
+    QuantizedActivations. NaN or infinity in x makes all of y NaN.
     epilogue: "store" writes y to out, float32 [N]; "residual" adds it to out; "gated", for gate and up rows, writes
     activation(y[n]) * y[n + N/2], activation "relu2" or "silu", to out, float32 [N/2]; "acc" writes the sums of weights
-    times q to out, int32 [N]. Arrays must be aligned to 16 bytes. Raises ValueError for operands that do not fit.
+    times q to out, int32 [N]. spread: the launches around it are others, as in a decode step, so that small blocks are
+    better kept one an SM (sm_90). Arrays must be aligned to 16 bytes. Raises ValueError for operands that do not fit.
     """
     gated, int8 = epilogue == "gated", isinstance(x, QuantizedActivations)
     if epilogue not in EPILOGUES:
@@ -440,7 +452,7 @@ def gemv(
     x, weight, x_scale, x_q_sum = (operands[0], None, *operands[1:]) if int8 else (*operands, None, None)
     prologue = "int8" if int8 else "quantize" if norm is None else "norm"
     split = plan(N, K, device.num_sms, gated)
-    spec = gemv_spec(device.arch, K, split, prologue, epilogue, activation, bias is not None)
+    spec = gemv_spec(device.arch, K, split, prologue, epilogue, activation, bias is not None, spread)
     unit_count = -(-rows // BLOCK_ROWS)
     bounds = (*linear.segment_ends, N, N)[:2]
     arguments = (

@@ -8,14 +8,15 @@ from bitnet_numba.kernels.linear.gemm_dp4a import TOKENS
 from bitnet_numba.kernels.linear.gemm_wgmma import ARCH as WGMMA_ARCH
 from bitnet_numba.kernels.linear.gemm_wgmma import PART, SHARED_BYTES, cta_bytes
 from bitnet_numba.kernels.linear.tile import Tile
-from bitnet_numba.packing import BLOCK_ROWS
+from bitnet_numba.packing import BLOCK_ROWS, num_groups
 
 MIN_ARCH = 75  # mma of 8-bit integers
 STAGED_ARCH = 80  # asynchronous copies to shared memory
+SPILLING_ARCH = 100  # from here on, 128 registers do not hold as much as before
 
 
 class MeasuredTile(NamedTuple):
-    """A tile of `gemm_wgmma` and its cost: a CTA takes cta_us + k_iter_us * k_iters."""
+    """A tile and its cost: a CTA takes cta_us + k_iter_us * k_iters."""
 
     tile: Tile
     cta_us: float
@@ -107,7 +108,8 @@ def choose_tile(M: int, N: int, K: int, arch: int, num_sms: int, gated: bool = F
                        row-blocks an SM) over fewer. Beyond, activations come through shared memory, and from 129
                        tokens on few rows take the tile that leaves the busiest SM less to do
 
-    The mma tiles were measured on an H200 with 2B4T's shapes.
+    The mma tiles were measured on an H200 with 2B4T's shapes; but for up to 16 tokens of many rows, where the measured
+    tile spills registers from sm_100 on and does not fit twice the shared memory of sm_75.
     """
     if arch < MIN_ARCH:
         return Tile(TOKENS, 2 if gated else 1, 1, 8, 0, 0, scheme="dp4a")
@@ -121,7 +123,9 @@ def choose_tile(M: int, N: int, K: int, arch: int, num_sms: int, gated: bool = F
             return Tile(8, 2, 2, 4, 5, 0, 2)
         return Tile(8, 2, 1, 16, 5, 0, 1) if long else Tile(8, 4, 1, 8, 5, 0, 1)
     if M <= 16:
-        return Tile(16, 4, 1, 8, 2, 0, 2) if many else Tile(16, 2, 1, 16, 4, 0, 1)
+        if not many:
+            return Tile(16, 2, 1, 16, 4, 0, 1)
+        return Tile(16, 4, 1, 8, 2, 0, 2) if STAGED_ARCH <= arch < SPILLING_ARCH else Tile(16, 2, 2, 4, 4, 0, 2)
     if M <= 32:
         if many:
             return Tile(32, 4, 1, 4, 2, 0, 1)
@@ -140,30 +144,40 @@ def choose_tile(M: int, N: int, K: int, arch: int, num_sms: int, gated: bool = F
     return min((Tile(64, 4, 2, 2, 2, 3, 2), Tile(64, 2, 5, 2, 2, 2, 1)), key=busiest)
 
 
-GROUP_WGMMA_TILES = tuple(
-    Tile(tokens, 1, row_warps, 1, 0, stages, ctas_per_sm, "wgmma")
-    for tokens, row_warps, stages, ctas_per_sm in (
-        (32, 4, 5, 4),
-        (64, 4, 4, 4),
-        (32, 8, 6, 2),
-        (64, 8, 6, 2),
-        (96, 8, 5, 2),
-    )
+GROUP_TILES = (  # of `gemm_groups_mma` and `gemm_groups_wgmma`
+    MeasuredTile(Tile(8, 2, 1, 8, 3, 3, 1), 1.44, 0.705),
+    MeasuredTile(Tile(8, 2, 1, 16, 2, 2, 1), 1.87, 1.105),
+    MeasuredTile(Tile(8, 2, 2, 8, 2, 2, 1), 1.47, 0.876),
+    MeasuredTile(Tile(8, 4, 1, 4, 2, 3, 2), 1.49, 0.734),
+    MeasuredTile(Tile(8, 1, 4, 1, 2, 8, 3, "wgmma"), 1.70, 0.248),
+    MeasuredTile(Tile(16, 2, 1, 8, 2, 2, 1), 1.20, 0.994),
+    MeasuredTile(Tile(16, 2, 1, 8, 2, 2, 2), 1.78, 1.245),
+    MeasuredTile(Tile(16, 1, 4, 1, 2, 8, 3, "wgmma"), 2.33, 0.285),
+    MeasuredTile(Tile(32, 1, 4, 1, 2, 6, 3, "wgmma"), 3.43, 0.350),
+    MeasuredTile(Tile(32, 1, 4, 2, 0, 4, 2, "wgmma"), 2.13, 0.707),
+    MeasuredTile(Tile(32, 1, 4, 4, 0, 3, 1, "wgmma"), 1.47, 0.936),
+    MeasuredTile(Tile(64, 1, 4, 1, 0, 5, 3, "wgmma"), 4.46, 0.559),
+    MeasuredTile(Tile(64, 1, 4, 2, 0, 4, 1, "wgmma"), 2.11, 0.686),
+    MeasuredTile(Tile(64, 1, 4, 4, 0, 2, 1, "wgmma"), 2.31, 1.353),
+    MeasuredTile(Tile(128, 1, 8, 1, 0, 6, 1, "wgmma"), 3.38, 0.745),
 )
 
 
-def _choose_group_wgmma_tile(M: int, N: int, num_sms: int, gated: bool) -> Tile:
-    """The tile with the least estimated time, in cycles of a k_iter. Counted in the machine code, not measured: a
-    warpgroup issues 126 + 2.25 T instructions for T tokens, which the SM's warpgroups take turns at, and after them
-    waits for its product, 2 T, and for barriers."""
+_NOT_GATED = Tile(16, 2, 1, 8, 2, 2, 2)  # would spill registers
 
-    def time(tile: Tile) -> float:
-        warpgroups = tile.row_warps // 4
-        an_sm = -(-(-(-M // tile.tokens) * -(-N // tile.rows)) // num_sms) * warpgroups
-        issue = 126 + 2.25 * tile.tokens
-        return max(an_sm * issue, -(-an_sm // (tile.ctas_per_sm * warpgroups)) * (issue + 2 * tile.tokens + 120))
 
-    return min((tile for tile in GROUP_WGMMA_TILES if tile.row_warps == 8 or not gated), key=time)
+def _choose_group_tile(M: int, N: int, K: int, num_sms: int, gated: bool) -> Tile:
+    """The tile with the least estimated time, as of `_choose_wgmma_tile`. Tiles of 8, 16, 32 and 64 tokens were
+    measured for up to 1, 2, 4 and 8 times as many, and are not chosen beyond."""
+
+    def time(measured: MeasuredTile) -> float:
+        tile = measured.tile
+        ctas = -(-M // tile.tokens) * -(-N // tile.rows)
+        rounds = max(1, -(-ctas // num_sms) / tile.ctas_per_sm)
+        return rounds * (measured.cta_us + measured.k_iter_us * -(-num_groups(K) // tile.k_warps))
+
+    measured = [m for m in GROUP_TILES if -(-M // m.tile.tokens) <= m.tile.tokens // 8 or m.tile.tokens == 128]
+    return min((m for m in measured if not (gated and m.tile == _NOT_GATED)), key=time).tile
 
 
 @cache
@@ -171,23 +185,27 @@ def choose_group_tile(M: int, N: int, K: int, arch: int, num_sms: int, gated: bo
     """The tile of a product with group scales, for M tokens and N rows, gate and up rows counted each.
 
         before sm_75   dp4a: 8 tokens
-        up to 32       mma: loading weights is what takes time, so warps share rows, each with its own groups
-        sm_90          wgmma: see `_choose_group_wgmma_tile`; up to 128 tokens of few rows still mma
-        others         mma: a warp goes through all groups, and its sums stay in registers
+        sm_90          mma or wgmma: see `_choose_group_tile`
+        others         mma. Up to 32 tokens loading weights is what takes time, so warps share rows, each with its own
+                       groups; beyond, a warp goes through all groups, and its sums stay in registers, unless up to 128
+                       tokens of so few rows would leave SMs idle
 
-    None of these has been measured yet. Shared memory is at most 64 KB on sm_75, 99 KB elsewhere.
+    Those of sm_90 were measured on an H200 with Bonsai's shapes, the others nowhere. Shared memory is at most 64 KB on
+    sm_75, 99 KB on others.
     """
     if arch < MIN_ARCH:
         return Tile(TOKENS, 2 if gated else 1, 1, 8, 0, 0, scheme="dp4a")
-    staged, few = arch >= STAGED_ARCH, -(-N // BLOCK_ROWS) <= 4 * num_sms
+    if arch == WGMMA_ARCH:
+        return _choose_group_tile(M, N, K, num_sms, gated)
+    staged = arch >= STAGED_ARCH
     if M <= 8:
         return Tile(8, 2, 1, 8, 3 if staged else 2, 3, 1)
     if M <= 16 or M <= 32 and not staged:
         return Tile(16, 2, 1, 8 if staged else 4, 2, 2, 1)
-    if M <= 32 or M <= 128 and few and arch == WGMMA_ARCH:
-        return Tile(32, 2, 1, 4, 2, 2, 1)
-    if arch == WGMMA_ARCH:
-        return _choose_group_wgmma_tile(M, N, num_sms, gated)
-    if M <= 64:
-        return Tile(32, 2, 4, 1, 1, 4 if staged else 2, 3)
-    return Tile(64, 2, 4, 1, 1, 3 if staged else 2, 3)
+    few_rows = Tile(32, 2, 1, 4, 2, 2, 1)
+    if M <= 32:
+        return few_rows
+    tile = Tile(32, 2, 4, 1, 1, 4 if staged else 2, 3) if M <= 64 else Tile(64, 2, 4, 1, 1, 3 if staged else 2, 3)
+    if M <= 128 and staged and -(-M // tile.tokens) * -(-N // tile.rows) < num_sms:
+        return few_rows
+    return tile

@@ -78,25 +78,30 @@ def make_quantize_groups(arch: int, K: int, norm: bool, warps: int) -> Callable[
                     v_r[i + 1] = ptx.mul_rn(w1, ptx.mul_rn(v_r[i + 1], inverse))
                     v_r[i + 2] = ptx.mul_rn(w2, ptx.mul_rn(v_r[i + 2], inverse))
                     v_r[i + 3] = ptx.mul_rn(w3, ptx.mul_rn(v_r[i + 3], inverse))
+        # Lane t computes the scale and step of the warp's group t: a division is a call.
+        absmax = ZERO
         for t in range(ROUNDS):
-            group = int32(warp + t * WARPS)
             # As bits, which order |v| as the numbers do and put NaN above all: a maximum of floats would drop it.
             most = int32(0)
             for i in range(4):
                 most = max(most, int32(ptx.float_to_bits(v_r[4 * t + i]) & MAGNITUDE))
             largest = ptx.bits_to_float(uint32(warp_max(most)))
-            scale = ptx.mul_rn(ptx.div_rn(ONE, MIN_ABSMAX if largest < MIN_ABSMAX else largest), Q_MAX)
+            absmax = largest if lane == t else absmax
+        own_scale = ptx.mul_rn(ptx.div_rn(ONE, MIN_ABSMAX if absmax < MIN_ABSMAX else absmax), Q_MAX)
+        own_step, group = ptx.div_rn(ONE, own_scale), int32(warp + lane * WARPS)
+        if lane < ROUNDS and group < GROUPS:
+            steps[int64(group) * stride + row] = own_step
+        for t in range(ROUNDS):
+            scale = ptx.shuffle(own_scale, t)
             # No clamp: |v| * scale is at most 127 (1 + 2^-22), which rounds to 127. Padding holds zeros.
             q0 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(v_r[4 * t], scale), ROUNDER))
             q1 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(v_r[4 * t + 1], scale), ROUNDER))
             q2 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(v_r[4 * t + 2], scale), ROUNDER))
             q3 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(v_r[4 * t + 3], scale), ROUNDER))
             word = int32(ptx.byte_permute(ptx.byte_permute(q0, q1, 0x40), ptx.byte_permute(q2, q3, 0x40), 0x5410))
-            piece = int32(group * WARP + lane)
+            piece = int32((warp + t * WARPS) * WARP + lane)
             if piece < PADDED:
                 q[row * PADDED + piece] = word
-            if lane == 0 and group < GROUPS:
-                steps[int64(group) * stride + row] = ptx.div_rn(ONE, scale)
 
     return quantize_groups
 

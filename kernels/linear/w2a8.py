@@ -151,7 +151,7 @@ def w2a8_linear(x: Any, linear: PackedLinear, out: Any = None, stream: Any = Non
     """x times a packed linear: float32 [..., K] -> float32 [..., N]. Without tokens nothing is launched.
 
     x: a contiguous array of float32 on the current device, with `__cuda_array_interface__` (PyTorch, CuPy, Numba). It
-    must be finite: with infinity in a token its y is infinite or NaN, and NaN may go unnoticed.
+    must be finite: with NaN or infinity in a token all of its y is NaN or infinite.
     out: an array for y, which is returned; by default a new `DeviceMatrix`, which `cupy.asarray` and `torch.as_tensor`
     take without a copy.
     stream: of PyTorch, CuPy, Numba or cuda.core, or a handle; by default the legacy default stream, which is PyTorch's

@@ -44,18 +44,19 @@ from bitnet_numba.kernels.lm_head.split_norm import (
     group_tokens,
     padded_columns,
     padded_tokens,
+    x_words,
 )
 from bitnet_numba.kernels.operands import RowDtype
 from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, int32, int64
-from bitnet_numba.kernels.runtime.spec import KernelSpec
+from bitnet_numba.kernels.runtime.spec import KernelSpec, sm_memory
 
 MIN_ARCH = 80  # the first architecture with this instruction
 TOKEN_TILES = tuple(tokens // TILE_TOKENS for tokens in GROUP_TOKENS["mma"])  # of a group
 MAX_TOKEN_TILES = TOKEN_TILES[-1]
 CHUNK_BYTES = 16384  # three buffers of this size fill the 48 KB of static shared memory
 BUFFERS = 3
-L1_CARVEOUT = 25  # percent of L1 and shared memory together that is shared memory: 64 KB suffice, L1 has the rest
-MAX_L1_COLUMNS = 2560  # up to which x of 16 tokens, 160 KB, stays in L1 beside the rows that stream through
+SHARED_BYTES = 64 * 1024  # of an SM: the buffers fit, L1 has the rest
+ROWS_BYTES = 32 * 1024  # of L1, for the rows that stream through; in the rest x of 16 tokens stays, if it fits
 
 
 def make_lm_head_mma(
@@ -259,7 +260,8 @@ def spec(
     launch: as of `gemm_simt.spec`.
     """
     check_columns(K)
-    from_l1 = token_tiles == 1 and K <= MAX_L1_COLUMNS
+    l1 = sm_memory(arch).l1
+    from_l1 = token_tiles == 1 and x_words("mma", TILE_TOKENS, K, dtype) * 4 <= l1 - SHARED_BYTES - ROWS_BYTES
     most, split = token_tiles == MAX_TOKEN_TILES, dtype in ("f16", "f32")
     threads = threads or (512 if from_l1 else 256)
     row_tiles = row_tiles or (2 if from_l1 or (most and split) else 4)  # as registers allow
@@ -270,7 +272,7 @@ def spec(
     signature = (i32, f32 if dtype == "int8" else types.none, i32, f32, types.int32, types.int32)
     kernel = make_lm_head_mma(arch, K, dtype, token_tiles, threads, row_tiles, chunk_units, depth)
     name = f"lm_head_mma[{K}, {dtype}, {token_tiles}, {threads}, {row_tiles}, {chunk_units}, {depth}]"
-    return KernelSpec(name, kernel, signature, threads, wide_loads=2, carveout=L1_CARVEOUT)
+    return KernelSpec(name, kernel, signature, threads, wide_loads=2, carveout=-(-100 * SHARED_BYTES // l1))
 
 
 def token_tiles(num_tokens: int) -> int:

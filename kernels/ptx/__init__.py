@@ -23,6 +23,8 @@ from bitnet_numba.kernels.ptx.math import (
     div_rn,
     dp4a,
     dp4a_us,
+    e4m3_high,
+    e4m3_low,
     exp2_approx,
     f16_high,
     f16_low,
@@ -30,10 +32,12 @@ from bitnet_numba.kernels.ptx.math import (
     fma_bf16x2,
     int_to_float,
     join_bf16,
+    join_f16,
     mul_hi,
     mul_lo,
     mul_rn,
     pack_bf16x2,
+    pack_f16x2,
     rcp_approx,
     rcp_rn,
     round_to_int,
@@ -51,6 +55,7 @@ from bitnet_numba.kernels.ptx.memory import (
     atomic_fetch_add_ordered,
     atomic_max_wide,
     atomic_or,
+    load2,
     load2_f32,
     load2_l2,
     load4,
@@ -71,6 +76,7 @@ from bitnet_numba.kernels.ptx.mma import (
     mma_bf16,
     mma_bf16_split,
     mma_bf16_split_both,
+    mma_f16,
     mma_s8,
 )
 from bitnet_numba.kernels.ptx.pdl import (
@@ -82,13 +88,17 @@ from bitnet_numba.kernels.ptx.tma import (
     cluster_load,
     cluster_wait,
     fence_proxy_async,
+    mbarrier_arrive_warp,
     mbarrier_expect_tx,
     mbarrier_init,
+    mbarrier_init_warps,
+    mbarrier_spin,
     mbarrier_wait,
     prefetch_tensor_map,
     tma_load_2d,
 )
 from bitnet_numba.kernels.ptx.warp import (
+    redux_sum_int,
     shuffle,
     shuffle_xor,
     warp_max,
@@ -102,6 +112,7 @@ from bitnet_numba.kernels.ptx.wgmma import (
     shifted_weights,
     wgmma_bf16_split,
     wgmma_s8,
+    wgmma_s8_pair,
 )
 from bitnet_numba.kernels.ptx.wgmma_attention import (
     warpgroup_barrier,

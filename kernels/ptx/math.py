@@ -76,6 +76,43 @@ def f16_high(word: Any) -> Any:
     return np.float32(np.uint16(int(word) >> 16 & 0xFFFF).view(np.float16))
 
 
+def _f16_word(low: Any, high: Any) -> Any:
+    with np.errstate(over="ignore"):
+        return np.array([low, high], np.float32).astype(np.float16).view(np.int32)[0]
+
+
+@instruction("cvt.rn.f16x2.f32 $0, $2, $1;", "r", "ff")
+def pack_f16x2(low: Any, high: Any) -> Any:
+    """Two float32 rounded to the nearest float16, ties to even, as a word; infinity beyond its range. sm_80."""
+    return _f16_word(low, high)
+
+
+@instruction(
+    "{ .reg .b16 low, high; cvt.rn.f16.f32 low, $1; cvt.rn.f16.f32 high, $2; mov.b32 $0, {low, high}; }", "r", "ff"
+)
+def join_f16(low: Any, high: Any) -> Any:
+    """As `pack_f16x2`, of two instructions. Any architecture."""
+    return _f16_word(low, high)
+
+
+def _two_e4m3(half: int) -> Any:
+    bits = np.array([half & 0xFF, half >> 8], np.uint16)
+    halves = ((bits & 0x80) << 8 | (bits & 0x7F) << 7).view(np.float16) * np.float16(256)
+    return np.where(bits & 0x7F == 0x7F, np.float16(np.nan), halves).view(np.int32)[0]
+
+
+@instruction("{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.rn.f16x2.e4m3x2 $0, low; }", "r", "r")
+def e4m3_low(word: Any) -> Any:
+    """The two e4m3 numbers in a word's lower half as a word of float16, exactly. sm_89."""
+    return _two_e4m3(int(word) & 0xFFFF)
+
+
+@instruction("{ .reg .b16 low, high; mov.b32 {low, high}, $1; cvt.rn.f16x2.e4m3x2 $0, high; }", "r", "r")
+def e4m3_high(word: Any) -> Any:
+    """Those in its upper half. sm_89."""
+    return _two_e4m3(int(word) >> 16 & 0xFFFF)
+
+
 # ---- bfloat16; of a word's two, the first in memory is in the lower half --------------------------------------------
 
 

@@ -42,6 +42,10 @@ if SIMULATED:
         """Elements i .. i+3 (i a multiple of 4) of 32-bit memory: one 16-byte load. Any architecture."""
         return _four(p, i)
 
+    def load2(p: Any, i: Any) -> Any:
+        """Elements i, i + 1 (i even) of 32-bit memory: one 8-byte load. Any architecture."""
+        return p[int(i)], p[int(i) + 1]
+
     def store2(p: Any, i: Any, a: Any, b: Any) -> None:
         """Writes elements i, i + 1 (i even) of 32-bit memory: one 8-byte store. Any architecture."""
         p[int(i)], p[int(i) + 1] = a, b
@@ -74,14 +78,22 @@ else:
 
         return types.CPointer(array.dtype)(array), codegen
 
-    @intrinsic
-    def load4(typing_context: Any, p: Any, i: Any) -> Any:
+    def _load(count: int, p: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            vector = builder.load(_vector_pointer(context, builder, 4, signature.args[0], *values), align=16)
-            parts = [builder.extract_element(vector, ir.IntType(32)(k)) for k in range(4)]
+            source = _vector_pointer(context, builder, count, signature.args[0], *values)
+            vector = builder.load(source, align=4 * count)
+            parts = [builder.extract_element(vector, ir.IntType(32)(k)) for k in range(count)]
             return context.make_tuple(builder, signature.return_type, parts)
 
-        return types.UniTuple(p.dtype, 4)(p, types.int64), codegen
+        return types.UniTuple(p.dtype, count)(p, types.int64), codegen
+
+    @intrinsic
+    def load4(typing_context: Any, p: Any, i: Any) -> Any:
+        return _load(4, p)
+
+    @intrinsic
+    def load2(typing_context: Any, p: Any, i: Any) -> Any:
+        return _load(2, p)
 
     @intrinsic
     def store2(typing_context: Any, p: Any, i: Any, a: Any, b: Any) -> Any:

@@ -52,7 +52,7 @@ def ldmatrix_x4_trans(array: Any, address: Any) -> tuple:
     return tuple(int32(int(m[2 * c, g]) | int(m[2 * c + 1, g]) << 16) for m in _matrices(array, address))
 
 
-# ---- Products of bfloat16 ------------------------------------------------------------------------------------------
+# ---- Products of bfloat16 and float16 ------------------------------------------------------------------------------
 
 _MMA_BF16 = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 
@@ -74,10 +74,32 @@ def mma_bf16(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: 
     return tuple(np.float32(np.float64(start) + x) for start, x in zip((c0, c1, c2, c3), _own(product), strict=True))
 
 
+@instruction(
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+    "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+    "ffff",
+    "rrrrrrffff",
+)
+def mma_f16(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> tuple:
+    """`mma_bf16` of float16. sm_80."""
+    product = simulated_thread().once_in_warp((a0, a1, a2, a3, b0, b1), _product_f16)
+    return tuple(np.float32(np.float64(start) + x) for start, x in zip((c0, c1, c2, c3), _own(product), strict=True))
+
+
 def _product_bf16(lanes: list[tuple]) -> np.ndarray:
     """float64 [16, 8]: what the lanes' operands of `mma_bf16` give."""
     words = _registers(lanes)
-    quads = np.stack([words << np.uint32(16), words & np.uint32(0xFFFF0000)], -1).view(np.float32)  # [g, c, reg, 2]
+    return _product(np.stack([words << np.uint32(16), words & np.uint32(0xFFFF0000)], -1).view(np.float32))
+
+
+def _product_f16(lanes: list[tuple]) -> np.ndarray:
+    """The same of `mma_f16`."""
+    words = np.ascontiguousarray(_registers(lanes))
+    return _product(words.view(np.float16).reshape(*words.shape, 2).astype(np.float32))
+
+
+def _product(quads: np.ndarray) -> np.ndarray:
+    """float64 [16, 8] of the lanes' numbers [g, c, register, 2]."""
     a = np.empty((16, 16), np.float64)  # [row, k]
     b = np.empty((16, 8), np.float64)  # [k, column]
     for c in range(4):
@@ -85,7 +107,8 @@ def _product_bf16(lanes: list[tuple]) -> np.ndarray:
             a[:8, 2 * c + half], a[8:, 2 * c + half] = quads[:, c, 0, half], quads[:, c, 1, half]
             a[:8, 2 * c + 8 + half], a[8:, 2 * c + 8 + half] = quads[:, c, 2, half], quads[:, c, 3, half]
             b[2 * c + half], b[2 * c + 8 + half] = quads[:, c, 4, half], quads[:, c, 5, half]
-    return (a[:, None] * b.T).sum(axis=-1)
+    with np.errstate(invalid="ignore"):  # infinities times zeros
+        return (a[:, None] * b.T).sum(axis=-1)
 
 
 @instruction(

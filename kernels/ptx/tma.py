@@ -2,7 +2,8 @@
 
 TMA copies boxes of a matrix, described by a tensor map (`Device.tensor_map`), to shared memory, while an mbarrier
 there counts the bytes. An mbarrier goes through phases of parity 0, 1, 0, ...; a phase is over when one thread has
-announced its bytes (`mbarrier_expect_tx`) and these have been written.
+announced its bytes (`mbarrier_expect_tx`) and these have been written. One that counts warps instead
+(`mbarrier_init_warps`) says when all have read what a stage holds.
 
 Boxes whose rows have 128 bytes, int8 or bfloat16, are written with the 128-byte swizzle that wgmma reads: the 16-byte
 piece c of row r lies at piece c ^ (r % 8), so that a column of eight rows touches every bank once.
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from bitnet_numba.kernels.ptx.base import device_function, instruction, simulated_thread
+from bitnet_numba.kernels.ptx.base import WARP, device_function, instruction, simulated_thread
 
 SPAN_INTS = 32  # int32 of a swizzled row: 128 bytes
 PANEL_ALIGN = 1024  # bytes: the swizzle repeats every eight rows
@@ -49,8 +50,9 @@ class SimulatedMbarrier:
     """An mbarrier of the simulator, in `SimulatedThread.mbarriers` by its address. A copy is made at its start or when
     it is waited for, by chance: so a missing wait changes the result."""
 
-    def __init__(self) -> None:
-        self.phase, self.arrived, self.missing = 0, False, 0  # bytes
+    def __init__(self, count: int = 1) -> None:
+        self.count = count  # arrivals of a phase
+        self.phase, self.arrived, self.missing = 0, 0, 0  # bytes
         self.copies: list[Callable[[], None]] = []  # that are still to be made
 
     def over(self, parity: int) -> bool:
@@ -59,12 +61,13 @@ class SimulatedMbarrier:
             self.copies.pop(0)()
         return self.phase % 2 != parity
 
-    def change(self, announced: int = 0, copied: int = 0) -> None:
-        """Counts bytes; the phase ends when all that were announced have come."""
-        self.arrived |= announced > 0
+    def change(self, arrived: int = 0, announced: int = 0, copied: int = 0) -> None:
+        """Counts arrivals and bytes; the phase ends when all that were announced have come."""
+        self.arrived += arrived
         self.missing += announced - copied
-        if self.arrived and self.missing == 0:
-            self.phase, self.arrived = self.phase + 1, False
+        assert self.arrived <= self.count
+        if self.arrived == self.count and self.missing == 0:
+            self.phase, self.arrived = self.phase + 1, 0
 
 
 # ---- mbarriers -----------------------------------------------------------------------------------------------------
@@ -79,7 +82,28 @@ def mbarrier_init(address: Any) -> None:
 @instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "", "rr", effects=True)
 def mbarrier_expect_tx(mbarrier: Any, nbytes: Any) -> None:
     """Arrives at the mbarrier at an address, whose phase ends when `nbytes` have been copied. One thread. sm_90."""
-    simulated_thread().mbarriers[int(mbarrier)].change(announced=int(nbytes))
+    simulated_thread().mbarriers[int(mbarrier)].change(1, announced=int(nbytes))
+
+
+@instruction("mbarrier.init.shared::cta.b64 [$0], $1; fence.mbarrier_init.release.cluster;", "", "rr", effects=True)
+def mbarrier_init_warps(address: Any, warps: Any) -> None:
+    """Makes the int64 at an address an mbarrier that so many warps arrive at. One thread, then a barrier. sm_90."""
+    simulated_thread().mbarriers[int(address)] = SimulatedMbarrier(int(warps))
+
+
+@instruction(
+    "{ .reg .pred one; bar.warp.sync 0xffffffff; elect.sync _|one, 0xffffffff; "
+    "@one mbarrier.arrive.shared::cta.b64 _, [$0]; }",
+    "",
+    "r",
+    effects=True,
+)
+def mbarrier_arrive_warp(mbarrier: Any) -> None:
+    """This warp arrives at the mbarrier at an address: what its threads have read until now may change. sm_90."""
+    thread = simulated_thread()
+    thread.syncwarp()
+    if thread.thread_id % WARP == 0:
+        thread.mbarriers[int(mbarrier)].change(1)
 
 
 @instruction(
@@ -90,6 +114,18 @@ def mbarrier_expect_tx(mbarrier: Any, nbytes: Any) -> None:
 )
 def mbarrier_wait(mbarrier: Any, parity: Any) -> None:
     """Blocks until the phase with this parity is over. sm_90."""
+    state = simulated_thread().mbarriers[int(mbarrier)]
+    simulated_thread().wait_until(lambda: state.over(int(parity)))
+
+
+@instruction(
+    "{ .reg .pred done; again: mbarrier.test_wait.parity.shared::cta.b64 done, [$0], $1; @!done bra again; }",
+    "",
+    "rr",
+    effects=True,
+)
+def mbarrier_spin(mbarrier: Any, parity: Any) -> None:
+    """`mbarrier_wait` for short waits: it asks again and again, and instructions before it are not held up. sm_90."""
     state = simulated_thread().mbarriers[int(mbarrier)]
     simulated_thread().wait_until(lambda: state.over(int(parity)))
 

@@ -56,6 +56,16 @@ def warp_sum_int(x: Any) -> Any:
     return x
 
 
+@instruction("redux.sync.add.s32 $0, $1, 0xffffffff;", "r", "r", effects=True)
+def _redux_add(x: Any) -> Any:
+    return int32(sum(int(value) for value in simulated_thread().gather_in_warp(x)))
+
+
+def redux_sum_int(arch: int) -> Callable:
+    """`warp_sum_int`, which is one instruction from sm_80 on. Any architecture."""
+    return _redux_add if arch >= 80 else warp_sum_int
+
+
 @instruction("redux.sync.max.s32 $0, $1, 0xffffffff;", "r", "r", effects=True)
 def _redux_max(x: Any) -> Any:
     return int32(max(int(value) for value in simulated_thread().gather_in_warp(x)))

@@ -156,13 +156,18 @@ def _emulated_s8(tokens: int, signed: bool) -> Callable:
     return start
 
 
+# Descriptors b1 .. b3, by their lower halves: an address in shared memory carries nothing into the upper one.
+_NEXT_LOW = "add.u32 low, low, 2; mov.b64 b1, {low, high}; add.u32 low, low, 2; mov.b64 b2, {low, high}; "
+_NEXT_LOW += "add.u32 low, low, 2; mov.b64 b3, {low, high};"
+
+
 def _ptx_s8(tokens: int, signed: bool) -> str:
     count = tokens // 2
     lines = [
         "{ .reg .pred yes, keep; .reg .b32 low, high; .reg .b64 b0, b1, b2, b3;",
         f"setp.eq.u32 yes, 0, 0; setp.eq.u32 keep, 0, {int(signed)};",
         descriptor("b0", f"${count + 16}"),
-        "add.u64 b1, b0, 2; add.u64 b2, b0, 4; add.u64 b3, b0, 6;",
+        _NEXT_LOW if signed else "add.u64 b1, b0, 2; add.u64 b2, b0, 4; add.u64 b3, b0, 6;",
         "wgmma.fence.sync.aligned;",
     ]
     into = ", ".join(f"${n}" for n in range(count))
@@ -192,6 +197,17 @@ def wgmma_s8(tokens: int, signed: bool = False) -> tuple[Callable, Callable, Cal
     wait = array_asm(_finished, "wgmma.wait_group.sync.aligned 0;", count)
     begin = array_asm(start, _ptx_s8(tokens, signed), count, read=16, scalars=1, keep=not signed)
     return begin, _all_but_one, wait
+
+
+@cache
+def wgmma_s8_pair(tokens: int) -> tuple[Callable, Callable, Callable]:
+    """`start`, `older_finished(sums)`, `finished(sums)` of signed products as of `wgmma_s8`, of which two run at a
+    time, each with sums and codes of its own: `older_finished` waits until only the latest product runs; then `sums`,
+    those of the one before, may be touched. sm_90a."""
+    start, _, finished = wgmma_s8(tokens, signed=True)
+    if SIMULATED:
+        return start, _finished, finished
+    return start, array_asm(_finished, "wgmma.wait_group.sync.aligned 1;", tokens // 2), finished
 
 
 # ---- bfloat16 by float32 in two bfloat16 terms -----------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """From a Python function to machine code of a GPU. Nothing here needs a device.
 
 Numba compiles to PTX, and nvJitLink of the same toolkit makes machine code (a cubin) of that: the driver may have an
-older assembler.
+older assembler. For a GPU that is newer than the toolkit, the driver has the newer one, and gets PTX.
 """
 
 import contextlib
@@ -37,36 +37,53 @@ def _target(arch: int) -> Iterator[None]:
         dispatcher.get_current_device = real
 
 
-def compile_ptx(function: Any, signature: Sequence[Any], arch: int, threads: int, blocks_per_sm: int = 1) -> str:
+def compile_ptx(
+    function: Any, signature: Sequence[Any], arch: int, threads: int, blocks_per_sm: int = 1, registers: int = 0
+) -> str:
     """PTX of a kernel (a plain Python function, or what cuda.jit made of one) for an architecture such as 90.
 
-    `threads` per block and resident `blocks_per_sm` bound the registers.
+    `threads` per block and resident `blocks_per_sm` bound the registers; or, of one block an SM, `registers` a thread.
+    An architecture that the compiler does not know yet gets the PTX of the last before it. Raises BackendError for one
+    that it does not know any more.
     """
     from numba import cuda
+    from numba.cuda.cudadrv.error import CCSupportError
 
-    with _target(arch):
-        ptx, _ = cuda.compile(
-            getattr(function, "py_func", function),
-            types.void(*signature),
-            device=False,
-            abi="numba",
-            cc=divmod(arch, 10),
-            launch_bounds=(threads, blocks_per_sm),
-        )
+    try:
+        with _target(arch):
+            ptx, _ = cuda.compile(
+                getattr(function, "py_func", function),
+                types.void(*signature),
+                device=False,
+                abi="numba",
+                cc=divmod(arch, 10),
+                launch_bounds=(threads, blocks_per_sm),
+            )
+    except CCSupportError as error:
+        raise BackendError(f"the CUDA packages that are installed do not compile for sm_{arch}: {error}") from None
     name = re.search(r"\.entry (\w+)\(", ptx)
     assert name is not None
     ptx = ptx.replace(name.group(1), ENTRY)
+    if registers:  # one bound or the other
+        ptx = ptx.replace(".minnctapersm 1", f".maxnreg {registers}")
+        assert ".maxnreg" in ptx
     if "wgmma." in ptx:  # an instruction of this architecture alone, not of later ones
         ptx = ptx.replace(f".target sm_{arch}", f".target sm_{arch}a")
     return ptx
 
 
 def link_cubin(ptx: str, arch: int) -> bytes:
-    """Machine code from PTX. Raises BackendError with the assembler's first error."""
+    """Machine code from PTX; for an architecture that the assembler does not know, the PTX as the driver takes it.
+
+    Raises BackendError with the assembler's first error.
+    """
     from cuda.bindings import nvjitlink
 
     options = [f"-arch=sm_{arch}{'a' if f'.target sm_{arch}a' in ptx else ''}"]
-    handle = nvjitlink.create(len(options), options)
+    try:
+        handle = nvjitlink.create(len(options), options)
+    except nvjitlink.nvJitLinkError:
+        return ptx.encode() + b"\0"
     try:
         code = ptx.encode()
         try:
@@ -85,7 +102,7 @@ def link_cubin(ptx: str, arch: int) -> bytes:
 
 def _cache_path(spec: KernelSpec, arch: int) -> Path:
     digest = hashlib.sha256(disk_cache.toolchain_digest())
-    digest.update(repr((spec.name, spec.signature, spec.threads, spec.blocks_per_sm, arch)).encode())
+    digest.update(repr((spec.name, spec.signature, spec.threads, spec.blocks_per_sm, spec.registers, arch)).encode())
     return disk_cache.folder() / f"{digest.hexdigest()[:32]}.cubin"
 
 
@@ -97,10 +114,14 @@ def is_cached(spec: KernelSpec, arch: int) -> bool:
 
 
 def machine_code(spec: KernelSpec, arch: int) -> tuple[bytes, bool]:
-    """A spec's machine code, from the disk cache or compiled now; and whether it was compiled. Raises BackendError."""
+    """A spec's machine code (see `link_cubin`), from the disk cache or compiled now; and whether it was compiled.
+
+    Raises BackendError.
+    """
     path = _cache_path(spec, arch)
     with contextlib.suppress(OSError):
         return path.read_bytes(), False
-    cubin = link_cubin(compile_ptx(spec.kernel, spec.signature, arch, spec.threads, spec.blocks_per_sm), arch)
+    ptx = compile_ptx(spec.kernel, spec.signature, arch, spec.threads, spec.blocks_per_sm, spec.registers)
+    cubin = link_cubin(ptx, arch)
     disk_cache.write(path, cubin)
     return cubin, True

@@ -4,13 +4,25 @@ Kernels are launched through `cuda.bindings`, not through Numba: a launch is pre
 microseconds, arguments are raw addresses, and PDL, clusters and graphs are at hand. Importing this touches no device.
 """
 
+import contextlib
+import ctypes
+import sys
 from collections.abc import Callable, Sequence
+from functools import cache
+from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any
 
 from bitnet_numba.errors import BackendError
 
 if TYPE_CHECKING:
     from bitnet_numba.kernels.runtime.memory import PinnedArray
+
+
+# Of `Pace`: how long before an event is due polling begins, in seconds and as a share of what is between two; how long
+# it goes on beyond that; the longest sleep; how late the driver wakes who sleeps; how fast a distance may grow.
+EARLY, EARLY_SHARE, POLL, NAP, WOKEN_LATE, GROWTH = 40e-6, 0.03, 100e-6, 500e-6, 80e-6, 1.1
+# Of prctl, and ns: Linux lets a thread sleep 50 us longer unless it asks for less.
+SET_TIMER_SLACK, GET_TIMER_SLACK, SLACK = 29, 30, 1000
 
 
 def driver_call(name: str, *arguments: Any) -> Any:
@@ -70,12 +82,7 @@ class Stream:
 
     def idle(self) -> bool:
         """Whether all work in it is done. Raises BackendError if a kernel failed."""
-        from cuda.bindings import driver
-
-        (status,) = driver.cuStreamQuery(self.handle)
-        if status not in (driver.CUresult.CUDA_SUCCESS, driver.CUresult.CUDA_ERROR_NOT_READY):
-            raise BackendError(f"a kernel failed: {status.name}")
-        return status == driver.CUresult.CUDA_SUCCESS
+        return _is_done("cuStreamQuery", self.handle)
 
     def upload(self, address: int, source: "PinnedArray", nbytes: int, start: int = 0) -> None:
         """Enqueues a copy of page-locked memory from byte `start` on. The source must not change before it is done."""
@@ -137,6 +144,74 @@ class Event:
         """Blocks the host until the point is reached."""
         driver_call("cuEventSynchronize", self.handle)
 
+    def reached(self) -> bool:
+        """Whether the point is reached. Raises BackendError if a kernel failed."""
+        return _is_done("cuEventQuery", self.handle)
+
     def microseconds_since(self, earlier: "Event") -> float:
         """Device time since another event; both must have been reached."""
         return 1000.0 * driver_call("cuEventElapsedTime", earlier.handle, self.handle)
+
+
+def _is_done(query: str, handle: Any) -> bool:
+    from cuda.bindings import driver
+
+    (status,) = getattr(driver, query)(handle)
+    if status not in (driver.CUresult.CUDA_SUCCESS, driver.CUresult.CUDA_ERROR_NOT_READY):
+        raise BackendError(f"a kernel failed: {status.name}")
+    return bool(status == driver.CUresult.CUDA_SUCCESS)
+
+
+@cache
+def _prctl() -> Callable[[int, int], int]:
+    """Linux's call of this name; elsewhere, what does nothing."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):
+            return ctypes.PyDLL(None).prctl  # holds Python's lock, for so short a call
+    return lambda option, value: 0
+
+
+def sleep_exactly(seconds: float) -> None:
+    """Sleeps 5 us too long, as a rule, where `time.sleep` sleeps 60 too long."""
+    prctl = _prctl()
+    before = prctl(GET_TIMER_SLACK, 0)
+    prctl(SET_TIMER_SLACK, SLACK)
+    try:
+        sleep(seconds)
+    finally:
+        prctl(SET_TIMER_SLACK, before)
+
+
+class Pace:
+    """Waits for events that are reached at about equal distances, such as the ends of steps; for one thread.
+
+    Who sleeps until the driver wakes it is told 60 to 100 us late, and who polls takes a core. So this sleeps until
+    shortly before an event is due, judged by those before it, and then polls; not for long, in case it comes late.
+    """
+
+    def __init__(self) -> None:
+        self._last: float | None = None  # when the last event that was waited for was reached; None: unknown
+        self._distance = 0.0  # seconds from one to the next, the shorter if they differ; 0: unknown
+
+    def wait(self, event: Event) -> None:
+        """Blocks the host until the event is reached."""
+        if event.reached():
+            return
+        early = EARLY + EARLY_SHARE * self._distance
+        due = 0.0 if self._last is None else self._last + self._distance - early
+        while (left := due - perf_counter()) > 0:
+            sleep_exactly(min(left, NAP))
+            if event.reached():  # nobody knows how long ago
+                self._last, self._distance = None, self._distance / 2
+                return
+        until, late = perf_counter() + 2 * early + POLL, 0.0
+        while not event.reached():
+            if perf_counter() > until:
+                event.wait()
+                late = WOKEN_LATE
+                break
+        now = perf_counter() - late
+        if self._last is not None:
+            distance = now - self._last
+            self._distance = min(distance, GROWTH * self._distance or distance)
+        self._last = now

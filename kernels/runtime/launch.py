@@ -19,7 +19,7 @@ _loaded: dict[tuple, tuple[Any, Any]] = {}  # function and module, by key
 
 
 def _key(spec: KernelSpec, arch: int) -> tuple:
-    return (spec.name, spec.signature, spec.threads, spec.blocks_per_sm, arch)
+    return (spec.name, spec.signature, spec.threads, spec.blocks_per_sm, spec.registers, spec.dynamic_shared, arch)
 
 
 def load_kernel(spec: KernelSpec, arch: int) -> Any:
@@ -29,7 +29,7 @@ def load_kernel(spec: KernelSpec, arch: int) -> Any:
         cubin, _ = machine_code(spec, arch)
         module = driver_call("cuModuleLoadData", cubin)
         function = driver_call("cuModuleGetFunction", module, ENTRY.encode())
-        attributes = {"MAX_DYNAMIC_SHARED_SIZE_BYTES": spec.shared} if spec.shared else {}
+        attributes = {"MAX_DYNAMIC_SHARED_SIZE_BYTES": spec.dynamic_shared} if spec.dynamic_shared else {}
         if arch >= PDL_ARCH:  # kernels overlap (see CARVEOUT); before that, the driver's choice is good
             attributes["PREFERRED_SHARED_MEMORY_CARVEOUT"] = spec.carveout
         for attribute, value in attributes.items():
@@ -94,7 +94,7 @@ class PreparedLaunch(Launch):
         config.gridDimX, config.gridDimY = grid if isinstance(grid, tuple) else (grid, 1)
         config.gridDimZ = 1
         config.blockDimX, config.blockDimY, config.blockDimZ = spec.threads, 1, 1
-        config.sharedMemBytes = spec.shared
+        config.sharedMemBytes = spec.dynamic_shared
         attributes = []
         if use_pdl and arch >= PDL_ARCH:
             attributes.append(driver.CUlaunchAttribute())

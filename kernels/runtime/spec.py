@@ -11,6 +11,27 @@ from numba import types
 CARVEOUT = 75  # percent that is shared memory
 CARVEOUT_BYTES = 196 * 1024  # of shared memory that this gives on sm_90
 RESERVED_BYTES = 1024  # of it that the system takes for each block
+ONE_PER_SM_BYTES = 100 * 1024  # two blocks that each ask for so much do not fit an SM; the rest is for other kernels
+
+
+class SMMemory(NamedTuple):
+    """What an SM has beside its registers, of which every SM has 65536. In bytes."""
+
+    l1: int  # L1 and shared memory together
+    shared: int  # of it that can be shared memory; a block can have all but RESERVED_BYTES
+
+
+_LARGE, _AMPERE, _SMALL = (SMMemory(l1 << 10, shared << 10) for l1, shared in ((256, 228), (192, 164), (128, 100)))
+_SM_MEMORY = {
+    61: SMMemory((48 + 96) << 10, 96 << 10), 70: SMMemory(128 << 10, 96 << 10), 75: SMMemory(96 << 10, 64 << 10),
+    80: _AMPERE, 87: _AMPERE, 90: _LARGE, 100: _LARGE, 103: _LARGE, 110: _LARGE,
+}  # fmt: skip
+
+
+def sm_memory(arch: int) -> SMMemory:
+    """Of an architecture (CUDA C++ Programming Guide, "Compute Capabilities"). One that is not listed there counts as
+    the smallest since sm_80, which sm_86, sm_89 and sm_120 are."""
+    return _SM_MEMORY.get(arch, _SMALL)
 
 
 class KernelSpec(NamedTuple):
@@ -30,6 +51,13 @@ class KernelSpec(NamedTuple):
     shared: int = 0  # bytes of dynamic shared memory per block
     cluster: int = 1  # blocks per cluster, neighbours along y
     carveout: int = CARVEOUT  # percent of an SM's L1 and shared memory that is shared memory
+    registers: int = 0  # of a thread at most; 0: what `threads` and `blocks_per_sm` allow
+    one_per_sm: bool = False  # no two blocks of a launch share an SM, though they would fit
+
+    @property
+    def dynamic_shared(self) -> int:
+        """Bytes of dynamic shared memory per block that a launch asks for."""
+        return max(self.shared, ONE_PER_SM_BYTES) if self.one_per_sm else self.shared
 
 
 @dataclass

@@ -38,10 +38,10 @@ from bitnet_numba.kernels.operands import SequenceArrays, checked
 from bitnet_numba.kernels.ptx.base import WARP, device_function, float32, int32, int64, uint32
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
-from bitnet_numba.kernels.runtime.memory import DeviceArray
+from bitnet_numba.kernels.runtime.memory import DeviceArray, PinnedArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.kernels.sampling import parts, window
-from bitnet_numba.kernels.sampling.parts import BINS, DIGIT_BITS, ID_BITS, LOWEST, MAX_VOCAB, NAN_TOKEN, SETTINGS
+from bitnet_numba.kernels.sampling.parts import BINS, DIGIT_BITS, ID_BITS, LARGEST, LOWEST, NAN_TOKEN, SETTINGS
 
 THREADS = 768  # the most whose registers suffice
 MAX_CANDIDATES = 4096  # 32 KB of shared memory
@@ -84,8 +84,8 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
 
     @device_function
     def find_best(loads, source, log2_scale, tid):
-        """The thread's (largest logit after the penalty, its token, whether one is NaN, mass, reference): if log2_scale
-        is not 0, mass is the sum of 2^((x - reference) * log2_scale) over its tokens, roughly."""
+        """The thread's (largest logit after the penalty, its token, whether one is NaN or infinite, mass, reference):
+        if log2_scale is not 0, mass is the sum of 2^((x - reference) * log2_scale) over its tokens, roughly."""
         logits, seen, x_rd, seen_rd, vocab_size, has_penalty, penalty = source
         x_r, seen_r = loads
         top, top_id, has_nan = LOWEST, int32(vocab_size), int32(0)
@@ -100,7 +100,7 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
                 if token < vocab_size:
                     x = parts.penalized(x_r[u], seen_r[u], token, penalty)
                     x_r[u] = x
-                    if x != x:
+                    if not x <= LARGEST:  # NaN or infinity
                         has_nan = int32(1)
                     if x > top or top_id == vocab_size:
                         top, top_id = x, token
@@ -243,7 +243,7 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
         return best
 
     def sample_batch(
-        logits, vocab_size, settings, slot_positions, tokens, tokens_stride, seen, seen_stride, position, chosen
+        logits, vocab_size, settings, slot_positions, tokens, tokens_stride, seen, seen_stride, position, chosen, ring
     ):
         z_s = ptx.pointer(cuda.shared.array(max_candidates, float32))
         id_s = ptx.pointer(cuda.shared.array(max_candidates, int32))
@@ -281,6 +281,9 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
         best = parts.block_best(
             parts.key_of(top, top_id) if top_id < vocab_size else int64(0), keys_s, warp, lane, WARPS
         )
+
+        if not parts.is_finite(best):
+            has_nan = int32(1)
 
         if sampled and not has_nan:
             largest = parts.unordered(uint32(best >> ID_BITS))
@@ -342,7 +345,7 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
                             if windowed:
                                 num_candidates, target = length_s[0], left
                                 # The first digits are the same for all in the window.
-                                first_key = parts.key_of(low, int32(MAX_VOCAB - 1))
+                                first_key = parts.key_of(low, int32(parts.MAX_VOCAB - 1))
                                 last_key = parts.key_of(min(high, float32(0)), int32(0))
                                 while first_key >> (shift - DIGIT_BITS) == last_key >> (shift - DIGIT_BITS):
                                     shift = int32(shift - DIGIT_BITS)
@@ -427,7 +430,7 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
             slot, pos = slot_positions[2 * row], slot_positions[2 * row + 1]
             tokens[int64(slot) * tokens_stride + pos + 1] = int32(max(token, int64(0)))
             position[slot] = int32(pos + 1)
-            chosen[row] = int64(int64(pos + 1) << 32) | (token & 0xFFFFFFFF)
+            chosen[(pos + 1) % ring if ring else row] = int64(int64(pos + 1) << 32) | (token & 0xFFFFFFFF)
             cuda.threadfence_system()
 
     return sample_batch
@@ -437,7 +440,7 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
 def spec(arch: int, threads: int = THREADS, max_candidates: int = MAX_CANDIDATES) -> KernelSpec:
     """The variant; `threads` and `max_candidates` differ in tests only."""
     f32, f64, i32, i64 = (types.CPointer(kind) for kind in (types.float32, types.float64, types.int32, types.int64))
-    signature = (f32, types.int32, f64, i32, i32, types.int32, i32, types.int32, i32, i64)
+    signature = (f32, types.int32, f64, i32, i32, types.int32, i32, types.int32, i32, i64, types.int32)
     kernel = make_sample_batch(arch, threads, max_candidates)
     return KernelSpec(f"sample_batch[{threads}, {max_candidates}]", kernel, signature, threads)
 
@@ -448,8 +451,9 @@ def sample_batch(
     vocab_size: int,
     sequences: SequenceArrays,
     slot_positions: DeviceArray,
-    chosen: DeviceArray,
+    chosen: DeviceArray | PinnedArray,
     num_rows: int,
+    ring_size: int = 0,
     *,
     use_pdl: bool = True,
 ) -> Launch:
@@ -457,14 +461,14 @@ def sample_batch(
 
     logits float32 [num_rows, vocab_size]; slot_positions int32 [num_rows, 2]: a row's slot (-1: the row is skipped) and
     the position that it fed; chosen int64 [num_rows] becomes (position + 1) << 32 | token, with NAN_TOKEN as 32 bits if
-    logits hold NaN. Of the slot, tokens[position + 1] becomes the token (0 for NaN) and position moves on to
-    position + 1. Raises ValueError in one line for a vocabulary that is too large, no rows, and operands of other types
-    or smaller sizes.
+    a logit is NaN or the largest is infinite. With ring_size, chosen is int64 [ring_size], and a row's entry is number
+    (position + 1) % ring_size. Of the slot, tokens[position + 1] becomes the token (0 for NAN_TOKEN) and position moves
+    on to position + 1; of a single row it may be the word of slot_positions. Raises ValueError in one line for a
+    vocabulary that is too large, no rows, and operands of other types or smaller sizes.
     """
-    if num_rows < 1 or not 1 <= vocab_size <= MAX_VOCAB:
-        raise ValueError(
-            f"sample_batch: at least one row and 1 to {MAX_VOCAB} tokens are needed, not {num_rows} x {vocab_size}"
-        )
+    if num_rows < 1 or not 1 <= vocab_size <= parts.MAX_VOCAB:
+        needed = f"at least one row and 1 to {parts.MAX_VOCAB} tokens are needed"
+        raise ValueError(f"sample_batch: {needed}, not {num_rows} x {vocab_size}")
     if num_rows * vocab_size >= 1 << 31:
         raise ValueError(f"sample_batch: {num_rows} x {vocab_size} logits are more than 2^31 - 1")
     problem = f"a batch of {num_rows} rows of {vocab_size}"
@@ -472,7 +476,10 @@ def sample_batch(
     slots, seen_words = position.size, -(-vocab_size // 32)
     if sequences.seen_stride < seen_words:
         raise ValueError(f"sample_batch: seen has {sequences.seen_stride} words a slot, {problem} takes {seen_words}")
-    logits, settings, slot_positions, tokens, seen, chosen = checked(
+    if chosen.dtype != "int64" or chosen.size < (ring_size or num_rows):
+        wanted = f"int64 [{ring_size or num_rows}]"
+        raise ValueError(f"sample_batch: chosen must be {wanted}, not {chosen.dtype} [{chosen.size}]")
+    logits, settings, slot_positions, tokens, seen = checked(
         "sample_batch",
         problem,
         logits=(logits, num_rows * vocab_size, "float32"),
@@ -480,10 +487,9 @@ def sample_batch(
         slot_positions=(slot_positions, 2 * num_rows, "int32"),
         tokens=(sequences.tokens, slots * sequences.tokens_stride, "int32"),
         seen=(sequences.seen, slots * sequences.seen_stride, "int32"),
-        chosen=(chosen, num_rows, "int64"),
     )
     arguments = (
         logits, vocab_size, settings, slot_positions, tokens, sequences.tokens_stride, seen, sequences.seen_stride,
-        position, chosen,
+        position, chosen, ring_size,
     )  # fmt: skip
     return device.launch(spec(device.arch), num_rows, arguments, use_pdl)

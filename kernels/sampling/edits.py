@@ -4,15 +4,14 @@ What `bitnet_numba.sampling.logit_edits` adds and its mask takes out, in a copy 
 [num_rows, vocab_size]: the samplers read the copy, and log probabilities are of what the model said.
 
     grid: a block a row; a row's settings, lists and tokens are its slot's
-    1. copies the row
+    1. copies the row, with -inf for the tokens that its mask does not allow, if its sequence has masks (see `Grammar`);
+       what later steps write is masked, too. NaN stays, for the sampler to see
     2. counts the tokens of the answer so far (tokens[prompt length .. position]): their places in the copy become 0,
        then 1 is added for each time that a token comes (whole numbers: exact in any order)
     3. logit + ((bias - presence) - frequency * count) for tokens of the answer. Who finds a token's bit in a bit set in
        shared memory unset is the one thread that does so for this token, and nobody else touches its place any more
     4. logit + bias for biased tokens that are not in the answer
     5. -inf for the tokens that end an answer, while it is shorter than it has to be
-    6. -inf for the tokens that the row's mask does not allow, if its sequence has masks (see `Grammar`); NaN stays, for
-       the sampler to see
 
 Nothing is kept from step to step, so whatever becomes of a sequence between two steps, the edits are right.
 """
@@ -87,6 +86,20 @@ def find(listed, first, count, token):
     return int32(-1)
 
 
+@device_function
+def masked(x, word, token):
+    """A logit, or -inf if the token's bit in its word of a mask is not set; NaN stays."""
+    if word >> (token & 31) & 1 == 0 and x == x:
+        return float32(-np.inf)
+    return x
+
+
+@device_function
+def mask_word(masks, mask_rd, token):
+    """A token's word of a mask; without a mask (mask_rd < 0) one that allows all."""
+    return masks[mask_rd + (token >> 5)] if mask_rd >= 0 else int32(-1)
+
+
 def make_edit_logits(arch: int, threads: int = THREADS) -> Callable[..., None]:
     """The kernel."""
     wait = ptx.pdl_wait(arch)
@@ -96,6 +109,7 @@ def make_edit_logits(arch: int, threads: int = THREADS) -> Callable[..., None]:
     ):
         seen_s = cuda.shared.array(WORDS, int32)
         x_r = cuda.local.array(LOADS, float32)
+        mask_r = cuda.local.array(LOADS, int32)
         tid = int32(cuda.threadIdx.x)
         row = int32(cuda.blockIdx.x)
         wait()
@@ -113,16 +127,20 @@ def make_edit_logits(arch: int, threads: int = THREADS) -> Callable[..., None]:
         x_rd = int64(row) * vocab_size
         tokens_rd = int64(slot) * tokens_stride + prompt_length
         listed_rd, biases_rd = int64(slot) * MAX_LISTED, int64(slot) * MAX_LOGIT_BIAS
+        mask_rd = int64(-1)
+        if settings[setting + MASKED] != 0.0:
+            mask_rd = int64(mask_ids[row]) * ((vocab_size + 31) // 32)
 
         # 1. The copy.
         for first in range(tid, vocab_size, threads * LOADS):
             for u in range(LOADS):
                 token = int32(first + u * threads)
                 x_r[u] = logits[x_rd + token] if token < vocab_size else float32(0)
+                mask_r[u] = mask_word(masks, mask_rd, token) if token < vocab_size else int32(-1)
             for u in range(LOADS):
                 token = int32(first + u * threads)
                 if token < vocab_size:
-                    edited[x_rd + token] = x_r[u]
+                    edited[x_rd + token] = masked(x_r[u], mask_r[u], token)
         if count > 0 or num_biased > 0:
             for word in range(tid, (vocab_size + 31) // 32, threads):
                 seen_s[word] = int32(0)
@@ -145,14 +163,16 @@ def make_edit_logits(arch: int, threads: int = THREADS) -> Callable[..., None]:
                 delta = biases[biases_rd + place] if place >= 0 else float32(0)
                 delta = ptx.add_rn(delta, -presence)
                 delta = ptx.add_rn(delta, -ptx.mul_rn(frequency, edited[x_rd + token]))
-                edited[x_rd + token] = ptx.add_rn(logits[x_rd + token], delta)
+                x = ptx.add_rn(logits[x_rd + token], delta)
+                edited[x_rd + token] = masked(x, mask_word(masks, mask_rd, token), token)
         cuda.syncthreads()
 
         # 4. Biased tokens that are not in the answer.
         for i in range(tid, num_biased, threads):
             token = listed[listed_rd + i]
             if seen_s[token >> 5] >> (token & 31) & 1 == 0:
-                edited[x_rd + token] = ptx.add_rn(logits[x_rd + token], biases[biases_rd + i])
+                x = ptx.add_rn(logits[x_rd + token], biases[biases_rd + i])
+                edited[x_rd + token] = masked(x, mask_word(masks, mask_rd, token), token)
         cuda.syncthreads()
 
         # 5. Tokens that may not come yet.
@@ -160,16 +180,6 @@ def make_edit_logits(arch: int, threads: int = THREADS) -> Callable[..., None]:
             for i in range(tid, num_ends, threads):
                 token = listed[listed_rd + MAX_LOGIT_BIAS + i]
                 edited[x_rd + token] = ptx.add_rn(logits[x_rd + token], float32(-np.inf))
-
-        # 6. Tokens that the answer's form does not allow.
-        if settings[setting + MASKED] != 0.0:
-            cuda.syncthreads()
-            mask_rd = int64(mask_ids[row]) * ((vocab_size + 31) // 32)
-            for token in range(tid, vocab_size, threads):
-                if masks[mask_rd + (token >> 5)] >> (token & 31) & 1 == 0:
-                    x = edited[x_rd + token]
-                    if x == x:
-                        edited[x_rd + token] = float32(-np.inf)
 
     return edit_logits
 

@@ -32,9 +32,10 @@ DIGIT_BITS = 10
 BINS = 1 << DIGIT_BITS
 FIRST_SHIFT = 32 + ID_BITS - DIGIT_BITS
 PROBABILITY_UNIT = float32(2.0**39)  # that is 1: the sum of 2^18 tokens fits 63 bits
-NAN_TOKEN = -1  # in place of a token when logits hold NaN
+NAN_TOKEN = -1  # in place of a token when a logit is NaN or the largest is infinite
 MIN_TEMPERATURE = float32(np.finfo(np.float32).tiny)
 LOWEST = float32(-np.inf)
+LARGEST = float32(np.finfo(np.float32).max)
 WEYL_0, WEYL_1 = PHILOX_WEYL
 
 # Settings, float64: read from device memory, so that one captured graph serves every request.
@@ -94,6 +95,12 @@ def key_of(x, token):
 def token_of(key):
     """The token of a key."""
     return MAX_VOCAB - 1 - (key & (MAX_VOCAB - 1))
+
+
+@device_function
+def is_finite(key):
+    """Whether the float of a key is above -infinity."""
+    return key >> ID_BITS > int64(ordered(LOWEST))
 
 
 @device_function

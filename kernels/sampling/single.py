@@ -3,7 +3,8 @@
 A token never visits the host to be chosen: the launch also stores it where the next step's embedding look-up reads
 it, moves the position on, and writes it to a ring in page-locked memory that the host reads at leisure.
 
-    grid: up to 64 blocks, all resident at once; block b owns vocab_size / grid neighbouring tokens, in shared memory
+    grid: up to 64 blocks, one an SM, so that all are resident at once whatever else an SM holds; block b owns
+          vocab_size / grid neighbouring tokens, in shared memory. Cards of fewer SMs than that takes: see `fits`
     1. every block: repetition penalty; largest logit, lowest id first  -> one 64-bit atomic maximum
        temperature 0: the last block to finish stores the token, and that is all
     2. (grid barrier) z = (logit - max) / temperature
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 from numba import cuda
 from numba.cuda import types
 
@@ -33,12 +35,13 @@ from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import DeviceArray, PinnedArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.kernels.sampling import parts
-from bitnet_numba.kernels.sampling.parts import BINS, DIGIT_BITS, ID_BITS, LOWEST, NAN_TOKEN, SETTINGS
+from bitnet_numba.kernels.sampling.parts import BINS, DIGIT_BITS, ID_BITS, LARGEST, LOWEST, NAN_TOKEN, SETTINGS
 
-THREADS = 256  # two blocks fit an SM of any architecture; four bins of a histogram each
-BLOCKS_PER_SM = 2
+THREADS = 256  # four bins of a histogram each
+BLOCKS_PER_SM = 2  # that registers allow: one of this launch, and what the launches around it have there
 MAX_BLOCKS = 64
 BLOCK_TOKENS = 4096  # 16 KB of shared memory
+QUADS = 2  # groups of four neighbouring logits that a thread loads at a time: the share of each of 2B4T's
 HISTOGRAMS = 3
 NAN_KEY = 1 << (32 + ID_BITS)  # above every key
 LIMB_BITS = 20  # two limbs of a probability; 4096 tokens' sum of one fits 32 bits
@@ -88,6 +91,7 @@ def make_sample(arch: int, threads: int = THREADS, block_tokens: int = BLOCK_TOK
     """The kernel; the launch's grid may be any number of blocks that are all resident and own every token."""
     wait = ptx.pdl_wait(arch)
     WARPS, BINS_EACH, LIMB_BINS = threads // WARP, BINS // threads, 2 * BINS
+    X_REGS, STRIDE, BATCH = 4 * QUADS, 4 * threads, np.int32(4 * QUADS * threads)
     LIMB = (1 << LIMB_BITS) - 1
 
     @device_function
@@ -139,6 +143,7 @@ def make_sample(arch: int, threads: int = THREADS, block_tokens: int = BLOCK_TOK
     def sample(logits, vocab_size, settings, position, tokens, seen, scratch, counters, ring, ring_size):
         z_s = ptx.pointer(cuda.shared.array(block_tokens, float32))
         bins_s = cuda.shared.array(LIMB_BINS, int32)  # [2 limbs, BINS]
+        x_r = cuda.local.array(X_REGS, float32)
         bins_r = cuda.local.array(BINS_EACH, int64)  # the grid's sums in this thread's digits
         keys_s = ptx.pointer(cuda.shared.array(WARPS, int64))
         sums_s = ptx.pointer(cuda.shared.array(WARPS, int64))
@@ -161,15 +166,29 @@ def make_sample(arch: int, threads: int = THREADS, block_tokens: int = BLOCK_TOK
 
         # 1. Penalty, and the largest logit.
         top, top_id, has_nan = LOWEST, int32(vocab_size), int32(0)
-        for i in range(tid, num_own, threads):
-            token = int32(start + i)
-            word = seen[token >> 5] if penalty != float32(1) else int32(0)
-            x = parts.penalized(logits[token], word, token, penalty)
-            z_s[i] = x
-            if x != x:
-                has_nan = int32(1)
-            if x > top or top_id == vocab_size:
-                top, top_id = x, token
+        for first in range(int32(4 * tid), num_own, BATCH):
+            for j in range(QUADS):  # on their way together
+                i = int32(first + j * STRIDE)
+                for k in range(4):
+                    x_r[4 * j + k] = LOWEST
+                    if num_own < i + 4 and i + k < num_own:
+                        x_r[4 * j + k] = logits[start + i + k]
+                if i + 4 <= num_own:
+                    x_r[4 * j], x_r[4 * j + 1], x_r[4 * j + 2], x_r[4 * j + 3] = ptx.load4(logits, start + i)
+            for j in range(QUADS):
+                i = int32(first + j * STRIDE)
+                word = int32(0)  # four neighbouring tokens' bits lie in one word
+                if penalty != float32(1) and i < num_own:
+                    word = seen[int32(start + i) >> 5]
+                for k in range(4):
+                    if i + k < num_own:
+                        token = int32(start + i + k)
+                        x = parts.penalized(x_r[4 * j + k], word, token, penalty)
+                        z_s[i + k] = x
+                        if not x <= LARGEST:  # NaN or infinity
+                            has_nan = int32(1)
+                        if x > top or top_id == vocab_size:
+                            top, top_id = x, token
         has_nan = cuda.syncthreads_or(has_nan)
         best_word = BEST
         noisy = int32(0)  # 0: the largest logit; 1: the largest of z plus noise
@@ -183,7 +202,7 @@ def make_sample(arch: int, threads: int = THREADS, block_tokens: int = BLOCK_TOK
             arrivals = int32(arrivals + grid)
             grid_barrier(counters, arrivals, tid)
             best = scratch[BEST]
-            if best == int64(NAN_KEY):
+            if best == int64(NAN_KEY) or not parts.is_finite(best):
                 break
             # 2. Shift and temperature.
             largest = parts.unordered(uint32(best >> ID_BITS))
@@ -258,14 +277,13 @@ def make_sample(arch: int, threads: int = THREADS, block_tokens: int = BLOCK_TOK
         if tid == 0:
             best = scratch[BEST]
             token = int64(NAN_TOKEN)
-            if best != int64(NAN_KEY):
+            if best != int64(NAN_KEY) and parts.is_finite(best):
                 if not greedy:
                     best = scratch[CHOSEN]
                 token = parts.token_of(best)
             tokens[pos + 1] = int32(max(token, int64(0)))
             position[0] = int32(pos + 1)
             ring[(pos + 1) % ring_size] = int64(int64(pos + 1) << 32) | (token & 0xFFFFFFFF)
-            cuda.threadfence_system()
             scratch[BEST] = int64(0)
             scratch[CHOSEN] = int64(0)
             counters[ARRIVED] = int32(0)
@@ -283,15 +301,20 @@ def spec(arch: int, threads: int = THREADS, block_tokens: int = BLOCK_TOKENS) ->
     f32, f64, i32, i64 = (types.CPointer(kind) for kind in (types.float32, types.float64, types.int32, types.int64))
     signature = (f32, types.int32, f64, i32, i32, i32, i64, i32, i64, types.int32)
     kernel = make_sample(arch, threads, block_tokens)
-    return KernelSpec(f"sample[{threads}, {block_tokens}]", kernel, signature, threads, BLOCKS_PER_SM)
+    return KernelSpec(f"sample[{threads}, {block_tokens}]", kernel, signature, threads, BLOCKS_PER_SM, wide_loads=QUADS)
+
+
+def fits(num_sms: int, vocab_size: int) -> bool:
+    """Whether a block an SM can own every token. If not, `sample_batch` serves the sequence as a batch of one."""
+    return vocab_size <= min(MAX_BLOCKS, num_sms) * BLOCK_TOKENS
 
 
 def num_blocks(num_sms: int, vocab_size: int) -> int:
-    """Blocks of a launch: all can be resident at once and own every token.
+    """Blocks of a launch: as many as are resident at once for certain. They wait for each other.
 
-    Raises ValueError if the vocabulary is too large.
+    Raises ValueError if the vocabulary is too large for them.
     """
-    blocks = min(MAX_BLOCKS, BLOCKS_PER_SM * num_sms)
+    blocks = min(MAX_BLOCKS, num_sms)
     most = min(parts.MAX_VOCAB, blocks * BLOCK_TOKENS)
     if not 1 <= vocab_size <= most:
         raise ValueError(f"sample: the vocabulary must have 1 to {most} tokens, not {vocab_size}")
@@ -310,10 +333,11 @@ def sample(
 ) -> Launch:
     """The launch that chooses the token after position[0] of a sequence.
 
-    logits float32 [vocab_size]; sequence: of one slot; position[0] moves on by one and tokens[position[0]] becomes the
-    token. ring int64: entry p % size becomes p << 32 | token for the new position p, with NAN_TOKEN as 32 bits (and
-    token 0 in `tokens`) if logits hold NaN. Raises ValueError in one line for a vocabulary that is too large and for
-    operands of other types or smaller sizes.
+    logits float32 [vocab_size], aligned to 16 bytes; sequence: of one slot; position[0] moves on by one and
+    tokens[position[0]] becomes the token. ring int64: entry p % size becomes p << 32 | token for the new position p,
+    with NAN_TOKEN as 32 bits (and token 0 in `tokens`) if a logit is NaN or the largest is infinite; the host may read
+    it once the step has ended. Raises ValueError in one line for a vocabulary that does not fit and for operands of
+    other types or smaller sizes.
     """
     grid = num_blocks(device.num_sms, vocab_size)
     if ring.dtype != "int64" or ring.size < 1:

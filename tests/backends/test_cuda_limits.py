@@ -15,7 +15,8 @@ def reason(name: str, quantization: dict[str, Any] | None = None, **changes: Any
     """Why the model of a preset, with other keys in its config.json, cannot run."""
     raw = PRESETS[name][1] | changes
     if PRESETS[name][0] != "floats":
-        raw |= {"quantization_config": QUANTIZATION["online"] | (quantization or {})}
+        own_norms = {"use_rms_norm": True} if name.startswith("embedding") else {}
+        raw |= {"quantization_config": QUANTIZATION["online"] | own_norms | (quantization or {})}
     config = ModelConfig.from_hf(raw)
     return why_unsupported(
         cast(PackedCheckpoint, SimpleNamespace(config=config, names=list(packed_plan(config, "bf16", "bf16"))))
@@ -51,3 +52,19 @@ def test_models_with_group_scales() -> None:
 )
 def test_reasons(changes: dict[str, Any], message: str) -> None:
     assert message in str(reason("2b-4t", **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quantization": {"use_rms_norm": False}}, "linears of embedding models without a norm of their own"),
+        ({"head_dim": 20, "num_attention_heads": 4, "num_key_value_heads": 2}, "4 and 2 heads of 20 are not whole"),
+        ({"head_dim": 30, "num_attention_heads": 8, "num_key_value_heads": 8}, "8 and 8 heads of 30 are not whole"),
+        ({"head_dim": 258}, "16 and 8 heads of 258 are not whole blocks of rows"),
+        ({"head_dim": 260}, "head_dim 260 is over 256"),
+        ({"intermediate_size": 3080}, "intermediate_size 3080 is not a multiple of 16"),
+    ],
+)
+def test_reasons_of_embedding_models(changes: dict[str, Any], message: str) -> None:
+    assert message in str(reason("embedding-0.6b", **changes))
+    assert reason("embedding-0.6b", vocab_size=(1 << 18) + 1) is None  # which is the samplers' limit

@@ -1,12 +1,14 @@
 """Thinking models in the chat: the switch, and thoughts that are told from answers."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from bitnet_numba.chat.conversation import Conversation
 from bitnet_numba.chat.interactive import handle
+from bitnet_numba.chat.saved import write_conversation
 from bitnet_numba.sampling_params import SamplingParams
 from tests.chat.helpers import toy_chat, toy_conversation
 from tests.engine.test_thinking import ALWAYS, SWITCH, thinking_engine
@@ -67,6 +69,40 @@ def test_copy_takes_the_answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     handle(chat, "Well?")
     handle(chat, "/copy")
     assert "copied 4 characters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("template", "said"), [(SWITCH, "<think>\nHm.\n</think>\n\nYes."), (ALWAYS, "Hm.\n</think>\n\nYes.")]
+)
+def test_thoughts_of_files(template: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = thinking_chat(template, said)
+    handle(chat, "Well? <think>")
+    handle(chat, f"/export {tmp_path / 'chat.md'}")
+    exported = (tmp_path / "chat.md").read_text()
+    assert exported.endswith("## You\n\nWell? <think>\n\n## Model\n\n> *Thought*\n>\n> Hm.\n\nYes.\n")
+    handle(chat, f"/save {tmp_path / 'chat.json'}")
+    loading = thinking_chat(template, said)
+    capsys.readouterr()
+    handle(loading, f"/load {tmp_path / 'chat.json'}")
+    shown = capsys.readouterr().out
+    assert "\x1b[2mHm.\x1b[0m\n\nYes.\n" in shown and "</think>" not in shown and "Well? <think>" in shown
+    assert loading.conversation.messages[-1]["content"] == said
+    handle(loading, "/copy")
+    assert "copied 4 characters" in capsys.readouterr().out
+    plain = thinking_chat(template, said, terminal=False)
+    handle(plain, f"/load {tmp_path / 'chat.json'}")
+    assert said in capsys.readouterr().out
+
+
+def test_a_loaded_answer_goes_on_as_an_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its template begins a thought before each new answer, but not before the rest of one."""
+    chat = thinking_chat(ALWAYS, "and more.")
+    turns = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Yes, "}]
+    write_conversation(tmp_path / "chat.json", "", turns)
+    handle(chat, f"/load {tmp_path / 'chat.json'}")
+    capsys.readouterr()
+    handle(chat, "/continue")
+    assert shown_after_spinner(capsys).startswith("and more.")
 
 
 def test_the_switch(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,8 @@ from bitnet_numba.checkpoint.convert import convert
 from bitnet_numba.checkpoint.gguf import GgufCheckpoint, unpermute
 from bitnet_numba.checkpoint.gguf_types import BF16, F16, F32, I2_S
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
-from bitnet_numba.config import ModelConfig, RopeScaling
+from bitnet_numba.config import ModelConfig
+from bitnet_numba.config_rope import RopeScaling
 from bitnet_numba.reference.model import Cache, Model
 from bitnet_numba.text.tokenizer import Tokenizer
 from tests.conftest import GOLDEN

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tools.demo.cases import GROUPS, exact_shares, honoured, invented_words, question_cases, request_cases
+from tools.demo.cases import GROUPS, exact_shares, invented_words, lacking, question_cases, request_cases
 from tools.demo.evaluate import THRESHOLDS, below, messages
 from tools.demo.world.draw import UNSEEN
 from tools.demo.world.keyboard import FORMS
+from tools.demo.world.lexicon import words_of
 
 SEED = 1 << 42
 
@@ -30,6 +31,12 @@ def test_half_of_the_cases_have_unseen_words() -> None:
     assert all(any(word in case.before[0].assistant.lower() for word in UNSEEN) for case in unseen)
 
 
+def test_accents() -> None:
+    for case in question_cases(10, SEED, ("accents",)):
+        assert not case.before[0].learned
+        assert any(word in UNSEEN and not word.isascii() for word in words_of(case.before[0].assistant)), case
+
+
 def test_cases_depend_on_the_seed_alone() -> None:
     assert question_cases(3, SEED) == question_cases(3, SEED)
     assert question_cases(3, SEED) != question_cases(3, SEED + 1)
@@ -37,9 +44,9 @@ def test_cases_depend_on_the_seed_alone() -> None:
 
 def test_requests_in_every_form() -> None:
     cases = request_cases(24, SEED)
-    assert {case.group for case in cases} == set(FORMS)
+    assert len(cases) == 26 and {case.group for case in cases} == {*FORMS, "accents"}
     for case in cases:
-        assert honoured(case, case.turn.assistant) and not honoured(case, "A cow.")
+        assert lacking(case, case.turn.assistant) == [] and lacking(case, "A cow.") == list(case.turn.mentions)
         assert messages(case) == [{"role": "user", "content": case.turn.user}]
         if case.turn.learned:
             assert not invented_words(case, case.turn.assistant)

@@ -24,7 +24,7 @@ GLUE = set(
     others lost way hid storm friends wished traded well again repair lonely opened him them days times went gone
     want met ate yes no hero friend favourite colour years old are two three could yet needed help end happened
     begins looking its mother smile mine at last come true over repaired i don't good shared bring stuck given
-    taught about broken""".split()
+    taught about broken first but then says""".split()
 )
 
 
@@ -101,6 +101,48 @@ def test_what_is_not_said_is_not_known() -> None:
         assert said is None or f" {said[1]} years old" in question.answer
         assert one(story, "unsaid", seed).answer == UNKNOWN
     assert seen == {True, False}
+
+
+def test_who_is_with_the_hero() -> None:
+    old = tell(Random(1), Request(hero=Figure("fox", "Ada"), friend=Figure("owl", "Pip"), plot="lost"))
+    assert one(old, "alone").answer == "No, Pip was with Ada." and one(old, "with").answer == "Pip was with Ada."
+    met = tell(Random(1), Request(hero=Figure("fox", "Ada"), friend=Figure("owl", "Pip"), plot="found"))
+    assert (
+        one(met, "alone_met").answer == "At first, but then Ada met Pip."
+        and one(met, "with_met").answer == "Ada met Pip."
+    )
+    for story, other in ((old, "alone_met"), (met, "alone")):
+        assert other not in {fact.key for group in questions.facts_of(story).values() for fact in group}
+        assert one(story, "of_friend_f").answer == "Pip's friend was Ada."
+        ways = {one(story, "has_friend", seed).text for seed in range(200)}
+        assert {"Did Ada have a friend?", "Did the fox have a friend?"} <= ways
+        assert {one(story, "has_friend", seed).answer for seed in range(200)} == {"Yes, Ada's friend was Pip."}
+
+
+def test_he_or_she_is_what_the_story_says() -> None:
+    answers = set()
+    for seed in range(60):
+        story = tell(Random(seed), Request(hero=Figure("fox", "Zorb"), friend=Figure("owl", "Plinth")))
+        for key, name in (("sex_h", "Zorb"), ("sex_f", "Plinth")):
+            question = one(story, key, seed)
+            said = story.slots["he" if key == "sex_h" else "fhe"]
+            assert question.answer in (UNKNOWN, f'The story says "{said}" of {name}.')
+            assert not re.search(r"\b(he|she|him|her)\b", re.sub("a he or a she", "", question.text)), question
+            answers.add(question.answer == UNKNOWN)
+            if question.answer != UNKNOWN:
+                assert re.search(rf"\b({said}|{'her' if said == 'she' else 'him|his'})\b", story.text, re.IGNORECASE)
+    assert answers == {True, False}
+
+
+def test_whether_there_are_siblings() -> None:
+    answers = set()
+    for seed in range(60):
+        story = tell(Random(seed), Request())
+        question = one(story, "any_siblings", seed)
+        known = "siblings" in story.used
+        assert question.answer == (f"Yes, {story.slots['h']} had {story.slots['siblings']}." if known else UNKNOWN)
+        answers.add(known)
+    assert answers == {True, False}
 
 
 def test_a_bare_why_asks_for_the_reason_of_the_last_answer() -> None:

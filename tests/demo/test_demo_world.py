@@ -10,9 +10,20 @@ import pytest
 
 from tools.demo.world import nouns, words
 from tools.demo.world.conversation import QUESTION, STORY, Conversation, conversation
-from tools.demo.world.draw import NEVER_SEEN, NOUNS, UNSEEN, coin_noun, coin_word
+from tools.demo.world.draw import (
+    FEMALE_NAMES,
+    MALE_NAMES,
+    NEVER_SEEN,
+    NOUNS,
+    SPELT_NAMES,
+    UNSEEN,
+    coin_name,
+    coin_noun,
+    coin_word,
+    is_female,
+)
 from tools.demo.world.grammar import article, capitalise, expand, parse, pattern, plural, slots_of
-from tools.demo.world.lexicon import WORDS, invented, words_of
+from tools.demo.world.lexicon import WORDS, invented, like_a_slip, words_of
 from tools.demo.world.plots import PLOTS
 from tools.demo.world.requests import draw_request, phrase
 from tools.demo.world.stories import Figure, Request, Story, held_out, tell
@@ -134,6 +145,46 @@ def test_coined_nouns_have_one_word_or_two_of_which_some_are_known() -> None:
         assert 0.2 < sum(pair[place] in NOUNS for pair in pairs) / len(pairs) < 0.6
 
 
+def test_some_coined_words_have_accents_and_all_can_be_read_from_capitals() -> None:
+    rng = Random(2)
+    coined = [coin_word(rng) for _ in range(1000)]
+    assert 0.05 < sum(not word.isascii() for word in coined) / len(coined) < 0.15
+    names = [coin_name(rng) for _ in range(1000)]
+    assert all(text.upper().lower() == text.lower() for text in coined + names)
+    assert not any(like_a_slip(word) for word in coined if word.isascii())
+
+
+def test_coined_names_are_common_ones_new_ones_and_double_ones() -> None:
+    rng = Random(3)
+    names = [coin_name(rng) for _ in range(1000)]
+    assert 0.3 < sum(name in SPELT_NAMES for name in names) / len(names) < 0.5
+    assert 50 < sum("-" in name or " " in name for name in names) < 200
+    assert 10 < sum(not re.search("[A-Za-z]", name) for name in names) < 100
+
+
+def test_names_to_spell_are_nowhere_else() -> None:
+    assert len(set(SPELT_NAMES)) == len(SPELT_NAMES) > 300
+    lower = {name.lower() for name in SPELT_NAMES}
+    assert not lower & (WORDS | UNSEEN) and not set(SPELT_NAMES) & set(words.FEMALE_NAMES + words.MALE_NAMES)
+    assert not FEMALE_NAMES & MALE_NAMES
+
+
+@pytest.mark.parametrize("ends_like_a_girls_name", [True, False])
+def test_the_letters_of_a_coined_name_do_not_tell_she_or_he(ends_like_a_girls_name: bool) -> None:
+    rng = Random(4)
+    coined = {name for name in (coin_name(rng) for _ in range(6000)) if name not in SPELT_NAMES}
+    told = [is_female(name, "fox") for name in coined if name.endswith(("a", "e", "i")) == ends_like_a_girls_name]
+    assert len(told) > 400 and 0.4 < sum(told) / len(told) < 0.6
+    assert is_female("Blorba", "king") is False and is_female("Blorb", "queen") is True
+
+
+def test_a_word_with_another_letter_is_invented() -> None:
+    assert words_of("Zoë's kite") == {"zoë", "kite"}
+    assert invented("A fox called Zo.", "a fox called Zoë") == {"zo"}
+    assert invented("A fox called Łukasz.", "A FOX CALLED ŁUKASZ") == set()
+    assert article("éclair") == "an éclair" and capitalise("łukasz ran. étienne ran.") == "Łukasz ran. Étienne ran."
+
+
 def test_training_knows_no_unseen_word() -> None:
     assert not WORDS & {word for word in UNSEEN if " " not in word}
     for seed in range(150):
@@ -144,7 +195,7 @@ def test_training_knows_no_unseen_word() -> None:
 def test_a_story_of_unseen_words() -> None:
     story = tell(Random(1), draw_request(Random(1), set(), True, NEVER_SEEN), evaluation=True, pool=NEVER_SEEN)
     assert story.slots["o"] in UNSEEN and story.slots["h"].lower() in UNSEEN
-    turns = list(itertools.islice(conversation(Random(2), evaluation=True, unseen=True), 3))
+    turns = list(itertools.islice(conversation(Random(2), evaluation=True, unseen=NEVER_SEEN), 3))
     assert not turns[0].learned and invented(turns[0].assistant)
 
 
@@ -191,8 +242,8 @@ def test_a_question_comes_after_a_story() -> None:
 def test_an_accepted_offer_is_kept() -> None:
     kinds = set()
     for seed in range(60):
-        talked = Conversation(Random(seed), evaluation=False, unseen=False)
-        (turn,) = talked.answer_to_an_offer("I like owls, too! Shall I tell you a story about an owl?")
+        talked = Conversation(Random(seed), evaluation=False)
+        (turn,) = talked.answer_to_an_offer("I like all animals! Shall I tell you a story about an owl?")
         kinds.add(turn.kind)
         assert "owl" in turn.assistant if turn.kind == STORY else turn.assistant.startswith("All right!")
     assert len(kinds) == 2

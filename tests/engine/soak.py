@@ -120,7 +120,7 @@ class Soak:
         """A round, and the checks of all that it tells."""
         runner = self.scheduler._runner
         before = set(runner.running)
-        for update in self.scheduler.step(tell=self.random.random() < 0.4):
+        for update in self.scheduler.step(coalesce=self.random.choice([0.0, 0.001, 0.004])):
             self._take(update)
         if self.scheduler.closed:
             assert not self.open, "a request was not answered"

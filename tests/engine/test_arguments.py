@@ -17,6 +17,7 @@ import bitnet_numba as bn
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.errors import BitNetError, RequestError
 from bitnet_numba.sampling import SamplingParams
+from bitnet_numba.sampling_params import MAX_STOP_TOKENS
 from tests.engine.toy_backend import VOCAB, tokens_of, toy_engine
 
 HUGE = 10**400  # JSON can write it; no float holds it
@@ -302,6 +303,16 @@ def test_parameters_that_were_tampered_with_are_checked_again() -> None:
     right = replace(Unchecked(Fraction(1, 2), seed=np.int64(3)), top_k=5)  # type: ignore[arg-type]
     plain = {"temperature": 0.5, "top_k": 5, "seed": 3, "max_new_tokens": 5}
     assert llm.session().generate([5], right, max_new_tokens=5).text == llm.generate([5], **plain).text
+
+
+def test_the_tokens_that_end_an_answer_have_a_limit_together() -> None:
+    """Those of the caller and those of the model."""
+    llm, _ = toy_engine(tokens_of("a b c"))
+    few = range(MAX_STOP_TOKENS - len(llm.tokenizer.stop_ids))
+    assert llm.tokenizer.stop_ids and llm.tokenizer.stop_ids.isdisjoint(range(MAX_STOP_TOKENS))
+    assert llm.generate("a", max_new_tokens=2, stop_token_ids=few).finish_reason == "stop"  # by one of the first
+    with pytest.raises(RequestError, match=f"stop_token_ids may be at most {MAX_STOP_TOKENS}"):
+        llm.generate("a", max_new_tokens=2, stop_token_ids=range(few.stop + 1))
 
 
 def test_one_mistake_does_not_end_a_scheduler() -> None:

@@ -22,10 +22,12 @@ TOKENS = st.integers(0, VOCAB + 2) | st.sampled_from(
 STOPS = st.lists(st.text(st.sampled_from("ate hé€😀\ufffd"), min_size=1, max_size=3), max_size=3)
 
 
-def build(tokens: list[int], params: SamplingParams, quietly: bool, finish: bool) -> tuple[Any, list[Any]]:
+def build(
+    tokens: list[int], params: SamplingParams, quietly: bool, finish: bool, turn: int = 0
+) -> tuple[Any, list[Any]]:
     """The completion of these tokens, but for its times, and what was released of them."""
     request: Any = SimpleNamespace(params=params, stop=params.stop, dropped_messages=0)
-    builder = CompletionBuilder(TOKENIZER, request)
+    builder = CompletionBuilder(TOKENIZER, request, turn)
     released: list[Any] = []
     for i, token in enumerate(tokens):
         told = [None, TokenLogprob(token, -float(i), [])]
@@ -52,14 +54,17 @@ def build(tokens: list[int], params: SamplingParams, quietly: bool, finish: bool
     ends=st.lists(TOKENS, max_size=2),
     logprobs=st.sampled_from([None, 0]),
     finish=st.booleans(),
+    turn=st.integers(0, 50),
 )
-@example(tokens=TOKENIZER.encode_plain("é")[:1] * 3, stop=["\ufffd"], min_tokens=0, ends=[], logprobs=0, finish=True)
+@example(
+    tokens=TOKENIZER.encode_plain("é")[:1] * 3, stop=["\ufffd"], min_tokens=0, ends=[], logprobs=0, finish=True, turn=0
+)
 def test_quietly_is_the_same(
-    tokens: list[int], stop: list[str], min_tokens: int, ends: list[int], logprobs: int | None, finish: bool
+    tokens: list[int], stop: list[str], min_tokens: int, ends: list[int], logprobs: int | None, finish: bool, turn: int
 ) -> None:
     params = SamplingParams(stop=stop, min_tokens=min_tokens, stop_token_ids=ends, logprobs=logprobs, max_new_tokens=33)
     followed, released = build(tokens, params, False, finish)
-    quiet, _ = build(tokens, params, True, finish)
+    quiet, _ = build(tokens, params, True, finish, turn)
     assert quiet == followed
     assert (quiet.logprobs is None) == (logprobs is None)
     if quiet.logprobs is not None:
@@ -82,6 +87,19 @@ def test_log_probabilities_are_read_when_they_are_asked_for() -> None:
     assert reads == [0]
     assert completion.to_dict()["logprobs"] == [{"token_id": 5, "logprob": -1.0, "top": []}]
     assert replace(completion, text="b").logprobs == completion.logprobs
+
+
+def test_answers_that_run_together_make_their_quiet_text_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    request: Any = SimpleNamespace(params=SamplingParams(max_new_tokens=200), stop=(), dropped_messages=0)
+    builders = [CompletionBuilder(TOKENIZER, request, turn) for turn in range(100, 100 + KEPT_BACK)]
+    made: list[CompletionBuilder] = []
+    monkeypatch.setattr(CompletionBuilder, "_catch_up", lambda self, count: made.append(self))
+    for _ in range(2 * KEPT_BACK):
+        before = len(made)
+        for builder in builders:
+            builder.push_quietly(100)
+        assert len(made) == before + 1
+    assert all(made.count(builder) == 2 for builder in builders)
 
 
 @pytest.mark.parametrize("quietly", [True, False])

@@ -17,19 +17,40 @@ from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.checkpoint.safetensors_file import TensorSpec, write_tensors
 from bitnet_numba.cli.embed import run
 from bitnet_numba.config import GROUPS
+from bitnet_numba.engine.embedding import batches
 from bitnet_numba.quantize import ternarize
 from tests.conftest import GOLDEN
 from tests.server.helpers import serving
 
-FOLDER = GOLDEN / "embedding"
+FORMS = {"embedding": "embedding/i2_s.gguf", "embedding-gemma": "embedding-gemma"}
 PROMPTS = range(4)
+
+
+def packed_model(form: str, folder: Path) -> Path:
+    """The model of one of FORMS."""
+    convert(GOLDEN / FORMS[form], folder / "packed")
+    return folder / "packed"
+
+
+def check_golden(engine: bn.Engine, form: str) -> None:
+    """Compares with transformers. An int8 value that lies at a border and is rounded the other way turns a vector by
+    about 0.01, whose cosine is 0.99995; keys and values in bfloat16 would leave 0.9994."""
+    with np.load(GOLDEN / form / "golden.npz") as golden:
+        found = engine.embed([golden[f"prompt_{i}"].tolist() for i in PROMPTS])
+        assert found.shape == (4, 256) and found.dtype == np.float32
+        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-6)
+        for i, vector in zip(PROMPTS, found, strict=True):
+            assert vector @ golden[f"embedding_{i}"] > 0.9998
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("embedding") / "packed"
-    convert(FOLDER / "i2_s.gguf", folder)
-    return folder
+    return packed_model("embedding", tmp_path_factory.mktemp("embedding"))
+
+
+@pytest.fixture(scope="module")
+def packed_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed_model("embedding-gemma", tmp_path_factory.mktemp("gemma"))
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +61,10 @@ def llm(packed: Path) -> Iterator[bn.Engine]:
 
 @pytest.mark.golden
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_vectors_are_those_of_transformers(packed: Path, backend: str) -> None:
-    """An int8 value that lies at a border and is rounded the other way turns a vector by about 0.01, whose cosine is
-    0.99995; a cache in bfloat16 would leave 0.9994."""
-    with bn.load(packed, backend=backend) as engine, np.load(FOLDER / "golden.npz") as golden:
-        found = engine.embed([golden[f"prompt_{i}"].tolist() for i in PROMPTS])
-        assert found.shape == (4, 256) and found.dtype == np.float32
-        np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-6)
-        for i, vector in zip(PROMPTS, found, strict=True):
-            assert vector @ golden[f"embedding_{i}"] > 0.9998
+@pytest.mark.parametrize("form", FORMS)
+def test_vectors_are_those_of_transformers(packed: Path, packed_gemma: Path, form: str, backend: str) -> None:
+    with bn.load(packed if form == "embedding" else packed_gemma, backend=backend) as engine:
+        check_golden(engine, form)
 
 
 def test_texts_end_with_the_token_that_sums_them_up(llm: bn.Engine) -> None:
@@ -159,3 +175,10 @@ def test_a_server_of_another_model_refuses() -> None:
     with serving(lambda: bn.load(backend="reference")) as server:
         response = server.post("/v1/embeddings", {"input": "a"})
         assert response.status_code == 400 and "no embedding model" in response.json()["error"]["message"]
+
+
+def test_which_texts_are_computed_together() -> None:
+    texts = [[1] * count for count in (1500, 500, 49, 2048, 5000, 1, 2)]
+    parts = list(batches(texts))
+    assert [list(range(7))[part] for part in parts] == [[0, 1], [2], [3], [4], [5, 6]]
+    assert list(batches([])) == []

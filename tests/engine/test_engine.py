@@ -441,7 +441,7 @@ def test_a_converted_folder_answers(tiny_packed: Path) -> None:
 def test_without_cuda_auto_says_why_and_goes_on(
     tiny_packed: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: str
 ) -> None:
-    def refuse(checkpoint: PackedCheckpoint) -> NoReturn:
+    def refuse(checkpoint: PackedCheckpoint, kv_dtype: str | None) -> NoReturn:
         raise BackendError(reason)
 
     monkeypatch.setattr(loading, "_open_cuda", refuse)
@@ -561,3 +561,22 @@ def test_unknown_public_names_are_attribute_errors() -> None:
     with pytest.raises(AttributeError, match="nonsense"):
         bn.nonsense  # noqa: B018
     assert issubclass(bn.errors.RequestError, BitNetError)
+
+
+def test_what_keys_and_values_are_held_as(tiny_packed: Path) -> None:
+    ids = [5, 6, 7, 8]
+    with bn.load(tiny_packed, "reference", kv_dtype="float32") as llm:
+        expected = llm.logits(ids)
+    errors = {}
+    for kv_dtype in ("bfloat16", "float32"):
+        with bn.load(tiny_packed, "cpu", kv_dtype=kv_dtype) as llm:
+            errors[kv_dtype] = np.sqrt(np.mean((llm.logits(ids) - expected) ** 2)) / expected.std()
+    assert errors["float32"] < 0.02 and 1e-3 < errors["bfloat16"] < 0.2  # rounding shows; a flip may
+    for backend, kv_dtype, says in (
+        ("cpu", "float16", "the backend cpu holds keys and values as bfloat16 or float32, not as float16"),
+        ("reference", "bfloat16", "the backend reference holds keys and values as float32, not as bfloat16"),
+        ("auto", "int4", "kv_dtype must be one of float16, bfloat16, float8, float32, not 'int4'"),
+        ("auto", 16, "kv_dtype must be one of .*, not 16"),
+    ):
+        with pytest.raises(RequestError, match=says):
+            bn.load(tiny_packed, backend, kv_dtype=kv_dtype)  # type: ignore[arg-type]

@@ -502,3 +502,41 @@ def test_seeds_are_drawn_once_a_request() -> None:
         scheduler.add("x", replace(SamplingParams(1.2), seed=seed), max_new_tokens=10)
     texts = {update.request: update.completion.text for update in run(scheduler) if update.completion}
     assert texts[1] == texts[2] != texts[0]
+
+
+def test_answers_take_turns_in_being_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that start together too: their texts are not all made, and sent, in one round."""
+    now = 5.0
+    monkeypatch.setattr("bitnet_numba.engine.scheduler.monotonic", lambda: now)
+    llm, _ = engine(tokens_of("once upon a time"))
+    scheduler = llm.scheduler(max_sequences=12)
+    for first in range(12):
+        scheduler.add([100 + first], max_new_tokens=40)
+    told: dict[int, list[int]] = {number: [] for number in range(12)}  # rounds in which an answer's text came
+    texts, ends = dict.fromkeys(told, ""), dict.fromkeys(told, "")
+    for round_ in range(100):
+        for update in scheduler.step(coalesce=0.05):
+            texts[update.request] += update.text
+            if update.completion is None:
+                told[update.request].append(round_)
+            else:
+                ends[update.request] = update.completion.text
+        now += 0.01 + 1e-9
+        if not scheduler.busy:
+            break
+    assert texts == ends and all(texts.values())
+    for rounds in told.values():
+        gaps = np.diff(rounds).tolist()
+        assert 0 <= gaps[0] <= 5 and set(gaps[1:]) == {5}, rounds
+    last_start = max(rounds[0] for rounds in told.values())
+    each_round = np.bincount([r for rounds in told.values() for r in rounds if last_start < r < 35])[last_start + 1 :]
+    assert each_round.size >= 20 and each_round.min() >= 1 and each_round.max() <= 4, each_round
+
+
+@pytest.mark.parametrize("coalesce", [-1, float("nan"), float("inf"), "1", None, True])
+def test_how_long_text_is_kept_is_a_number(coalesce: Any) -> None:
+    scheduler = engine()[0].scheduler()
+    scheduler.add([5], max_new_tokens=2)
+    with pytest.raises(RequestError, match="coalesce must be a number of seconds, not"):
+        scheduler.step(coalesce=coalesce)
+    assert run(scheduler)[-1].completion is not None  # nothing is lost

@@ -57,6 +57,13 @@ def test_values_that_are_no_switch(value: object) -> None:
     for method in (tokenizer.apply_chat_template, tokenizer.encode_chat):
         with pytest.raises(RequestError, match="thinking must be True, False or None, not"):
             method(HI, thinking=value)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="thinking must be True, False or None, not"):
+        tokenizer.thoughts(value)  # type: ignore[arg-type]
+
+
+def test_a_beginning_that_is_no_text() -> None:
+    with pytest.raises(RequestError, match=r"begun must be the text of an answer, or None, not \[\]"):
+        thinking_engine().tokenizer.thoughts(begun=[])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from bitnet_numba.kernels.embedding import (
     embed_tokens_spec,
     gather_last,
     gather_last_spec,
+    scale,
+    scale_spec,
 )
 from bitnet_numba.kernels.operands import ROW_DTYPES, EmbeddingTable, RowFormat, SequenceArrays
 from bitnet_numba.kernels.runtime.device import DryRunDevice
@@ -133,6 +135,14 @@ def check_advance(spec: KernelSpec, start: int) -> None:
     assert position.array.tolist() == [start + 1, -5, 7]
 
 
+def check_scale(spec: KernelSpec, threads: int, size: int) -> None:
+    """Each element times the factor, rounded once."""
+    x = np.random.default_rng(size).standard_normal(size, np.float32)
+    h = Out(size, np.float32, x)
+    run(spec, column_blocks(size, threads), [h, size, np.float32(25.298222)])
+    assert np.array_equal(h.array, x * np.float32(25.298222))
+
+
 @simulated
 @settings(max_examples=10)
 @given(
@@ -165,6 +175,20 @@ def test_simulated_embed_tokens(
 @given(start=st.integers(0, 2**31 - 2))
 def test_simulated_advance(start: int) -> None:
     check_advance(advance_spec(arch()), start)
+
+
+@simulated
+@settings(max_examples=5)
+@given(size=st.integers(1, 100))
+def test_simulated_scale(size: int) -> None:
+    check_scale(scale_spec(arch(), 32), 32, size)
+
+
+@needs_gpu
+@settings(max_examples=5)
+@given(size=st.integers(1, 100_000))
+def test_scale_on_gpu(size: int) -> None:
+    check_scale(scale_spec(arch()), THREADS, size)
 
 
 @needs_gpu
@@ -261,3 +285,6 @@ def test_ends_of_a_pass_refuse_operands() -> None:
             gather_last(device, *arguments)
     with pytest.raises(ValueError, match="advance: position must be int32, not float32"):
         advance(device, last)
+    assert scale(device, h, 192, 16.0).name == "scale[256]"
+    with pytest.raises(ValueError, match="scale: h holds 192 elements, 193 elements takes 193"):
+        scale(device, h, 193, 16.0)

@@ -5,8 +5,21 @@ first, then every other branch (other head sizes, other activations, padding, ..
 from collections.abc import Callable
 
 from bitnet_numba.kernels import embedding as embed
-from bitnet_numba.kernels.attention import decode, head_norm, kv_cache, paged_decode, paged_simt, prefill, prefill_wgmma
+from bitnet_numba.kernels.attention import (
+    decode,
+    expand,
+    head_norm,
+    kv_cache,
+    paged_decode,
+    paged_simt,
+    prefill,
+    prefill_wgmma,
+    rotate_heads,
+    text_attention,
+)
+from bitnet_numba.kernels.attention.kv_dtype import HALVES, KV_DTYPES, KVDtype
 from bitnet_numba.kernels.linear import (
+    gated,
     gemm,
     gemm_groups,
     gemv,
@@ -14,6 +27,7 @@ from bitnet_numba.kernels.linear import (
     heuristics,
     quantize,
     quantize_groups,
+    row_norm,
 )
 from bitnet_numba.kernels.lm_head import gemm_mma, gemm_simt, gemm_wgmma, split_norm
 from bitnet_numba.kernels.lm_head import gemv as head_gemv
@@ -27,8 +41,10 @@ ROW_DTYPES: tuple[RowDtype, ...] = ("bf16", "int8", "f16", "f32")  # of LM heads
 
 def attention_decode(arch: int) -> list[KernelSpec]:
     """2B4T's, and padding and idle lanes, one head, a whole warp a token; each for short and long contexts."""
-    shapes = [(128, 4), (100, 1), (256, 3)]
-    return [decode.decode_spec(arch, head_dim, group, long) for head_dim, group in shapes for long in (False, True)]
+    shapes: list[tuple[int, int, KVDtype]] = [
+        (128, 4, "float16"), (128, 4, "bfloat16"), (100, 1, "float16"), (100, 1, "bfloat16"), (256, 3, "float16"),
+    ]  # fmt: skip
+    return [decode.decode_spec(arch, *shape, long, dtype) for *shape, dtype in shapes for long in (False, True)]
 
 
 def attention_paged_decode(arch: int) -> list[KernelSpec]:
@@ -37,7 +53,8 @@ def attention_paged_decode(arch: int) -> list[KernelSpec]:
     shapes += [(96, 1, 256), (128, 8, 128), (8, 5, 64)]
     if not paged_decode.fits(arch, shapes[0][0]):
         return []
-    return [paged_decode.paged_decode_spec(arch, *shape) for shape in shapes]
+    dtypes: tuple[KVDtype, ...] = (*HALVES, "float8")
+    return [paged_decode.paged_decode_spec(arch, *shape, dtype) for shape in shapes for dtype in dtypes]
 
 
 def attention_prefill(arch: int) -> list[KernelSpec]:
@@ -45,24 +62,31 @@ def attention_prefill(arch: int) -> list[KernelSpec]:
     shapes = [(128, 4), (100, 1), (96, 3), (256, 3)]
     if not prefill.fits(arch, shapes[0][0]):
         return []
-    return [prefill.prefill_spec(arch, head_dim, group) for head_dim, group in shapes]
+    return [prefill.prefill_spec(arch, *shape, dtype) for shape in shapes for dtype in HALVES]
 
 
 def attention_prefill_wgmma(arch: int) -> list[KernelSpec]:
     """2B4T's, and halves that are odd, padding, one panel; one, two, eight heads a block."""
     shapes = [(128, 4), (100, 1), (18, 2), (64, 8)]
-    return [prefill_wgmma.prefill_wgmma_spec(arch, *shape) for shape in shapes if prefill_wgmma.fits(arch, shape[0])]
+    if not prefill_wgmma.fits(arch, shapes[0][0]):
+        return []
+    return [prefill_wgmma.prefill_wgmma_spec(arch, *shape, dtype) for shape in shapes for dtype in HALVES]
 
 
 def attention_paged_simt(arch: int) -> list[KernelSpec]:
     """2B4T's, and padding and idle lanes, a whole warp a token, a group in parts."""
     shapes = [(128, 4), (100, 1), (256, 3), (6, 10)]
-    return [paged_simt.paged_simt_spec(arch, head_dim, group) for head_dim, group in shapes]
+    return [paged_simt.paged_simt_spec(arch, *shape, dtype) for shape in shapes for dtype in KV_DTYPES]
 
 
 def attention_kv_cache(arch: int) -> list[KernelSpec]:
     """2B4T's head size, and one with padding whose halves are of odd length."""
-    return [kv_cache.append_spec(arch, 128), kv_cache.append_spec(arch, 34)]
+    return [kv_cache.append_spec(arch, head_dim, dtype) for head_dim in (128, 34) for dtype in KV_DTYPES]
+
+
+def attention_expand(arch: int) -> list[KernelSpec]:
+    """2B4T's head size, and one with padding."""
+    return [expand.expand_spec(arch, head_dim) for head_dim in (128, 100)]
 
 
 def attention_head_norm(arch: int) -> list[KernelSpec]:
@@ -70,11 +94,21 @@ def attention_head_norm(arch: int) -> list[KernelSpec]:
     return [head_norm.head_norm_spec(arch, 128), head_norm.head_norm_spec(arch, 100)]
 
 
+def attention_rotate_heads(arch: int) -> list[KernelSpec]:
+    """BitNet-embedding-0.6b's, and without a norm."""
+    return [rotate_heads.rotate_heads_spec(arch, 128), rotate_heads.rotate_heads_spec(arch, 100, False)]
+
+
+def attention_text_attention(arch: int) -> list[KernelSpec]:
+    """BitNet-embedding-0.6b's and 270m's, and one head, padding."""
+    return [text_attention.text_attention_spec(arch, *shape) for shape in ((128, 2), (256, 4), (100, 1))]
+
+
 def embedding(arch: int) -> list[KernelSpec]:
     """All there are."""
     many = [embed.embed_tokens_spec(arch, kind, prompt) for kind in embed.ELEMENTS for prompt in (False, True)]
     single_rows = [embed.embed_token_spec(arch, kind) for kind in embed.ELEMENTS]
-    return [*single_rows, *many, embed.gather_last_spec(arch), embed.advance_spec(arch)]
+    return [*single_rows, *many, embed.gather_last_spec(arch), embed.advance_spec(arch), embed.scale_spec(arch)]
 
 
 def lm_head_gemv(arch: int) -> list[KernelSpec]:
@@ -104,6 +138,16 @@ def linear_quantize(arch: int) -> list[KernelSpec]:
     """Rows of 2B4T, of the longest kind, and every other branch."""
     choices = [(2560, True), (6912, True), (6912, False), (2560, False), (101, True), (quantize.MAX_COLUMNS, True)]
     return [quantize.quantize_spec(arch, K, norm) for K, norm in choices]
+
+
+def linear_row_norm(arch: int) -> list[KernelSpec]:
+    """BitNet-embedding-0.6b's, and 270m's behind a sub-layer."""
+    return [row_norm.row_norm_spec(arch, 1024), row_norm.row_norm_spec(arch, 640, True)]
+
+
+def linear_gated(arch: int) -> list[KernelSpec]:
+    """Each activation."""
+    return [gated.gate_spec(arch, activation) for activation in ("silu", "gelu", "relu2")]
 
 
 def linear_gemv(arch: int) -> list[KernelSpec]:
@@ -161,14 +205,12 @@ def linear_gemv_groups(arch: int) -> list[KernelSpec]:
         (2048, 6144, False, "residual", "silu"), (4096, gemv_groups.MAX_COLUMNS, False, "residual", "silu"),
         (256, 8192, True, "gated", "relu2"),
     ]  # fmt: skip
-    found = [
+    return [
         gemv_groups.gemv_groups_spec(
             arch, K, gemv_groups.plan(N, K, SMS, epilogue == "gated"), norm, epilogue, activation, bias=N == 256
         )
         for N, K, norm, epilogue, activation in shapes
     ]
-    old = gemv_groups.gemv_groups_spec(arch, 4096, gemv_groups.plan(6144, 4096, SMS), tensor_cores=False)
-    return [*found, old]
 
 
 def linear_gemm_groups(arch: int) -> list[KernelSpec]:
@@ -193,8 +235,9 @@ GROUPS: dict[str, Callable[[int], list[KernelSpec]]] = {
     list_variants.__name__: list_variants
     for list_variants in (
         attention_decode, attention_paged_decode, attention_prefill, attention_prefill_wgmma,
-        attention_paged_simt, attention_kv_cache, attention_head_norm, embedding, lm_head_gemv, lm_head_gemm,
-        lm_head_gemm_wgmma, linear_quantize, linear_gemv, linear_gemm, linear_quantize_groups,
+        attention_paged_simt, attention_kv_cache, attention_expand, attention_head_norm,
+        attention_rotate_heads, attention_text_attention, embedding, lm_head_gemv, lm_head_gemm, lm_head_gemm_wgmma,
+        linear_row_norm, linear_gated, linear_quantize, linear_gemv, linear_gemm, linear_quantize_groups,
         linear_gemv_groups, linear_gemm_groups, sampling,
     )
 }  # fmt: skip

@@ -78,10 +78,48 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     for name in [name for name in sys.modules if name.startswith("bitnet_numba.server.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "starlette.applications", None)
-    from bitnet_numba.server.command_line import run as run_anew
+    from bitnet_numba.server import command_line
 
-    assert run_anew([], "serve") == 2
+    monkeypatch.setattr(command_line, "load", lambda *arguments: None)  # it has begun by then, in a thread
+    assert command_line.run([], "serve") == 2
     assert "pip install 'bitnet-numba[serve]'" in capsys.readouterr().err
+
+
+def test_the_extra_is_looked_for_before_a_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which might be a download."""
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert run(["./no-such-folder"], "serve") == 2
+    assert capsys.readouterr().err.startswith("serve: uvicorn is not installed: install the extra serve, as in  pip")
+
+
+def test_the_model_does_not_wait_for_the_modules_that_serve() -> None:
+    code = """if True:
+        import sys, threading
+        from bitnet_numba.errors import RequestError
+        from bitnet_numba.server import launch
+        from bitnet_numba.server.settings import Settings
+        heavy = {"httptools", "prometheus_client", "pydantic", "starlette", "uvicorn"}
+        assert not heavy & set(sys.modules), heavy & set(sys.modules)
+        class Finder:  # lets the import of uvicorn wait until the model is being loaded
+            def find_spec(self, name, path=None, target=None):
+                if name == "uvicorn":
+                    assert loading.wait(30.0), "the import did not wait for the model, nor the model for it"
+        loading = threading.Event()
+        sys.meta_path.insert(0, Finder())
+        def load():
+            loading.set()
+            raise RequestError("there is no model")
+        try:
+            launch.serve(Settings(), "127.0.0.1", 0, load)
+        except RequestError as error:
+            assert str(error) == "there is no model", error
+        else:
+            raise SystemExit("no error")
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -177,7 +177,8 @@ def test_calls_and_results_become_messages() -> None:
             {"input": [{"type": "function_call_output", "call_id": "a", "output": [{"type": "input_image"}]}]},
             "input.0.output",
         ),
-        ({"input": [{"type": "reasoning", "summary": []}]}, "input.0"),
+        ({"input": [{"type": "reasoning", "summary": []}]}, "input"),  # and nothing else
+        ({"input": [{"type": "file_search_call", "id": "a"}]}, "input.0"),
     ],
 )
 def test_what_is_refused(server: Running, fields: dict[str, Any], param: str) -> None:

@@ -1,8 +1,11 @@
-"""Thinking models over HTTP: the switch, and thoughts as reasoning_content."""
+"""Thinking models over HTTP: the switch, and thoughts as reasoning_content or items of type reasoning."""
 
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from openai.types.responses import Response
 
 from bitnet_numba.server.schemas import ChatBody
 from bitnet_numba.server.tools import read_tools
@@ -148,3 +151,100 @@ def test_a_model_without_the_switch(server: Running) -> None:
     assert "no switch for thinking" in error["message"]
     message = server.post(PATH, {**BODY, "max_tokens": 3}).json()["choices"][0]["message"]
     assert "reasoning_content" not in message
+
+
+RESPONSES = "/v1/responses"
+LOOK = {"type": "function", "name": "look", "parameters": {"type": "object", "properties": {}}}
+
+
+def check_events(running: Running, body: dict[str, Any], whole: dict[str, Any]) -> None:
+    """The events of a response, which is `whole` but for ids and time: each item is added, grows, and is done."""
+    text = running.post(RESPONSES, {**body, "stream": True}).text
+    events = [json.loads(event.partition("\ndata: ")[2]) for event in text.split("\n\n")[:-1]]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert events[-1]["type"] == f"response.{whole['status']}"
+    output = events[-1]["response"]["output"]
+    for item, other in zip(output, whole["output"], strict=True):
+        assert {**other, **{key: item[key] for key in item if "id" in key}} == item
+    details = [each["usage"]["output_tokens_details"] for each in (events[-1]["response"], whole)]
+    assert details[0] == details[1]
+    for index, item in enumerate(output):
+        own = [event for event in events if event.get("output_index") == index]
+        assert own[0]["type"] == "response.output_item.added" and own[0]["item"]["type"] == item["type"]
+        assert own[0]["item"]["status"] == "in_progress"
+        assert own[-1]["type"] == "response.output_item.done" and own[-1]["item"] == item
+        said = "".join(event["delta"] for event in own if event["type"].endswith(".delta"))
+        assert said == (item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"])
+        assert {event["item_id"] for event in own if "item_id" in event} <= {item["id"]}
+
+
+@pytest.mark.parametrize("tools", [[], [LOOK]], ids=["text", "functions"])
+@pytest.mark.parametrize(
+    ("template", "said", "thought", "answer", "tokens"),
+    [
+        (SWITCH, "<think>\nHm.\n</think>\n\nYes.", "Hm.", "Yes.", "<think>\nHm.\n</think>"),
+        (ALWAYS, "Hm.\n</think>\n\nYes.", "Hm.", "Yes.", "Hm.\n</think>"),
+        (SWITCH, "Yes.", "", "Yes.", ""),
+        (SWITCH, "<think>\n</think>\n\nYes.", "", "Yes.", ""),
+        (SWITCH, "<think>\nHm.\n</think>", "Hm.", "", "<think>\nHm.\n</think>"),
+    ],
+)
+def test_a_response_has_its_thought(
+    template: str, said: str, thought: str, answer: str, tokens: str, tools: list[Any]
+) -> None:
+    with serving(lambda: thinking_engine(template, said)) as running:
+        body = {"input": "Hi.", "tools": tools}
+        whole = running.post(RESPONSES, body).json()
+        Response.model_validate(whole)
+        kinds = [item["type"] for item in whole["output"]]
+        assert kinds == (["reasoning", "message"] if thought else ["message"])
+        if thought:
+            assert whole["output"][0]["content"] == [{"type": "reasoning_text", "text": thought}]
+        assert whole["output"][-1]["content"][0]["text"] == answer
+        assert whole["usage"]["output_tokens_details"]["reasoning_tokens"] == len(tokens_of(tokens))
+        check_events(running, body, whole)
+
+
+def test_a_response_that_calls_after_a_thought() -> None:
+    call = '{"name": "look", "arguments": {}}'  # without the tags of templates that know functions
+    with serving(lambda: thinking_engine(SWITCH, f"<think>{THOUGHT}{call}")) as running:
+        body = {"input": "Hi.", "tools": [LOOK]}
+        whole = running.post(RESPONSES, body).json()
+        assert [item["type"] for item in whole["output"]] == ["reasoning", "function_call"]
+        assert whole["output"][1]["name"] == "look"
+        check_events(running, body, whole)
+
+
+def test_a_response_that_is_cut_amid_its_thought(thinker: Running) -> None:
+    body = {"input": "Hi.", "max_output_tokens": len(tokens_of("<think>\nH"))}
+    whole = thinker.post(RESPONSES, body).json()
+    (item,) = whole["output"]
+    assert (item["type"], item["status"], item["content"][0]["text"]) == ("reasoning", "incomplete", "H")
+    assert whole["status"] == "incomplete"
+    assert whole["usage"]["output_tokens_details"]["reasoning_tokens"] == whole["usage"]["output_tokens"]
+    check_events(thinker, body, whole)
+
+
+def test_a_response_goes_back_as_input(thinker: Running) -> None:
+    """Thoughts are not read again; a conversation of nothing else is none."""
+    first = thinker.post(RESPONSES, {"input": "Hi."}).json()
+    asked = {"role": "user", "content": "Hi."}
+    turns = [asked, *first["output"], {"role": "user", "content": "And?"}]
+    plain = [asked, {"role": "assistant", "content": "Yes."}, turns[-1]]
+    with_thought, without = (thinker.post(RESPONSES, {"input": each}).json() for each in (turns, plain))
+    assert with_thought["usage"]["input_tokens"] == without["usage"]["input_tokens"]
+    response = thinker.post(RESPONSES, {"input": first["output"][:1]})
+    assert response.status_code == 400 and response.json()["error"]["message"] == "input has no message"
+
+
+def test_a_response_has_the_switch(thinker: Running) -> None:
+    usual, without = (
+        thinker.post(RESPONSES, {"input": "Hi.", "chat_template_kwargs": {"enable_thinking": thinking}}).json()
+        for thinking in (None, False)
+    )
+    assert usual["usage"]["input_tokens"] < without["usage"]["input_tokens"]
+
+
+def test_a_response_with_a_form_has_no_thought(thinker: Running) -> None:
+    body = {"input": "Hi.", "text": {"format": {"type": "json_object"}}, "max_output_tokens": 3}
+    assert [item["type"] for item in thinker.post(RESPONSES, body).json()["output"]] == ["message"]

@@ -138,6 +138,38 @@ def test_an_answer_that_has_begun() -> None:
     assert np.array_equal(allowed(begun, DEMO_TOKENIZER.size), allowed(other, DEMO_TOKENIZER.size))
 
 
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("form", [Grammar.json_schema(PERSON), Grammar.regex(r"(?s:.{0,9})"), Grammar.choice(["yes"])])
+def test_masks_are_the_same_in_room_of_any_size(form: Grammar, ends: bool) -> None:
+    """Where the room is as large as the library's own masks, they are written in place."""
+    tokenizer = Tokenizer.open(DEMO)
+    tokenizer.stop_ids = tokenizer.stop_ids if ends else frozenset()
+    constraint, least = GrammarCompiler(tokenizer).compile(form).constraint(), -(-tokenizer.size // 32)
+    expected = np.frombuffer(constraint._matcher.compute_bitmask(), np.uint8)
+    expected = np.flatnonzero(np.unpackbits(expected, bitorder="little")[: tokenizer.size])
+    for words in (least, least + 1, least + 7):
+        out = np.full(words + 1, 0xA5A5A5A5, np.uint32)
+        constraint.allowed(out[:words])
+        assert out[words] == 0xA5A5A5A5
+        assert np.array_equal(np.flatnonzero(np.unpackbits(out[:words].view(np.uint8), bitorder="little")), expected)
+
+
+def test_what_leaves_no_choice_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library asks for the tokens of the same texts again, token by token and answer by answer."""
+    tokenizer, asked = Tokenizer.open(DEMO), list[str]()
+    encode = tokenizer.encode_plain
+    monkeypatch.setattr(tokenizer, "encode_plain", lambda text: asked.append(text) or encode(text))
+    form = Grammar.json_schema({"type": "object", "properties": {"known": {"type": "boolean"}}, "required": ["known"]})
+    compiler = GrammarCompiler(tokenizer)
+    texts = {sampled(tokenizer, compiler, form, seed) for seed in range(3)}
+    before = len(asked)
+    assert texts and len(set(asked)) == before > 0
+    assert sampled(tokenizer, compiler, form, 0) in texts and len(asked) == before
+    long = "x" * (constraints.MAX_TEXT + 1)
+    view = constraints._TokenizerView(tokenizer, [])
+    assert view(long) == view(long) == encode(long) and asked[before:] == [long, long]
+
+
 def deep(levels: int) -> Any:
     schema: Any = True
     for _ in range(levels):

@@ -17,6 +17,7 @@ from bitnet_numba.backends.cuda.context import CudaContext
 from bitnet_numba.backends.cuda.forward import DecodePass
 from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.kernels.attention.decode import LONG_CONTEXT
+from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype
 from bitnet_numba.kernels.runtime.device import usable_device
 from bitnet_numba.kernels.runtime.driver import Event
 from bitnet_numba.kernels.runtime.launch import Launch
@@ -25,7 +26,7 @@ from bitnet_numba.sampling import SamplingParams
 from tools.benchmarks.inputs import random_ids
 from tools.benchmarks.timing import graph_us
 
-LAYER = ("qkv", "attention", "o", "gate_up", "down")  # launches of a layer in a decode step
+LAYER = ("qkv", "attention", "o", "gate_up", "down")  # launches of a layer in a decode step, but for the norm of heads
 CONTEXTS = (128, 1024, 4096)
 PROMPTS, ANSWERS = (64, 256, 512), (16, 32, 64)
 
@@ -54,17 +55,18 @@ def named_launches(context: CudaContext, long: bool) -> dict[str, list[Launch]]:
     steps, runtime = context._steps, context._runtime
     forward = DecodePass(runtime.model, context._state, runtime.decode_buffers.attention, long)
     layers = [forward.layer(i) for i in range(runtime.model.config.num_layers)]
-    named = {name: [layer[n] for layer in layers] for n, name in enumerate(LAYER)}
+    names = (LAYER[0], "head_norm", *LAYER[1:]) if runtime.model.config.qk_norm else LAYER
+    named = {name: [layer[n] for layer in layers] for n, name in enumerate(names)}
     return {"embed": [forward.embed()], **named, "lm_head": [steps.lm_head()], "sampler": [steps.sampler()]}
 
 
-def measure_decode(folders: dict[str, Path], bandwidth: float) -> dict[str, Any]:
+def measure_decode(folders: dict[str, Path], bandwidth: float, kv_dtype: KVDtype = DEFAULT) -> dict[str, Any]:
     """Steps at several contexts, by kernel, and the latency of whole answers; for each embedding dtype."""
     result: dict[str, Any] = {}
     device = usable_device()
     for head, folder in folders.items():
         free, _ = device.memory_info()
-        backend = CudaBackend(open_packed(folder))
+        backend = CudaBackend(open_packed(folder), kv_dtype)
         config = backend.config
         context = backend.new_context(max(CONTEXTS))
         # Every byte of weights, but only one row of the embedding where it is not the head.

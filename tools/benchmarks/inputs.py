@@ -40,18 +40,30 @@ def write_random_tokenizer(folder: Path, vocab_size: int) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def write_random_packed(folder: Path, head: RowFormat) -> None:
-    """A packed 2B4T of random weights, made directly, without the way through a Hugging Face checkpoint."""
-    _, raw = PRESETS["2b-4t"]
-    packed = {"format": FORMAT, "embed": head, "head": head}
-    raw = raw | {"quantization_config": QUANTIZATION["offline"], "bitnet_numba": packed}
+def row_formats(preset: str) -> tuple[RowFormat, ...]:
+    """The formats of embedding and LM head that a model of PRESETS is measured with."""
+    return ("ternary",) if PRESETS[preset][0] == "floats" else ("bf16", "int8")
+
+
+def write_random_packed(folder: Path, head: RowFormat, preset: str = "2b-4t") -> None:
+    """A packed checkpoint of random weights with the sizes of a model of PRESETS, made directly, without the way
+    through a Hugging Face checkpoint."""
+    weight_format, raw = PRESETS[preset]
+    raw = raw | {"bitnet_numba": {"format": FORMAT, "embed": head, "head": head}}
+    if weight_format != "floats":
+        raw["quantization_config"] = QUANTIZATION[weight_format]
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(raw))
     plan_ = packed_plan(ModelConfig.from_hf(raw), head, head)
     words = random_words(1 << 22)
     rng = np.random.default_rng(1)
     halves = (rng.standard_normal(1 << 22).astype(np.float32) * np.float32(0.02)).view(np.uint32) >> np.uint32(16)
-    kinds = {"I32": words, "BF16": halves.astype(np.uint16), "I8": rng.integers(-127, 128, 1 << 22).astype(np.int8)}
+    kinds = {
+        "I32": words,
+        "BF16": halves.astype(np.uint16),
+        "F16": rng.uniform(0.01, 0.03, 1 << 16).astype(np.float16),
+        "I8": rng.integers(-127, 128, 1 << 22).astype(np.int8),
+    }
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for name, tensor in plan_.items():

@@ -163,10 +163,13 @@ def table(figures: dict[str, Any]) -> str:
                     *([f"{value:.1f}" for value in compared] or "---"))
             )  # fmt: skip
         lines += ladder_table(kernels)
+    measured = figures.get("environment", {})  # of earlier versions, 2B4T
+    model, head_format = measured.get("model", "2B4T"), measured.get("head", "bf16")
     if "groups" in figures:
         lines += group_table(figures["groups"])
     if "decode" in figures:
-        lines += ["", "## Decoding, 2B4T, one sequence"]
+        first = next(iter(figures["decode"].values()))
+        lines += ["", f"## Decoding, {model}, one sequence"]
         lines += head_of("head", "context", "us a step", "tokens/s", "of the byte ceiling")
         for head, part in figures["decode"].items():
             for step in part["steps"]:
@@ -175,13 +178,13 @@ def table(figures: dict[str, Any]) -> str:
                         f"{step['share_of_ceiling']:.0%}")
                 )  # fmt: skip
         lines += ["", "Launches of one kind after another, us for all of a step's (they overlap in a step):"]
-        names = list(next(iter(figures["decode"]["bf16"]["kernels_us"].values())))
+        names = list(next(iter(first["kernels_us"].values())))
         lines += head_of("head", "context", *names)
         for head, part in figures["decode"].items():
             for context, times in part["kernels_us"].items():
                 lines.append(row(head, context, *(f"{times[name]:.0f}" for name in names)))
         lines += ["", "Latency, ms, from the prompt's ids to the last token:"]
-        answers = sorted({entry["answer"] for entry in figures["decode"]["bf16"]["latency"]})
+        answers = sorted({entry["answer"] for entry in first["latency"]})
         lines += head_of("head", "prompt", *(f"{answer} tokens out" for answer in answers))
         for head, part in figures["decode"].items():
             for prompt in sorted({entry["prompt"] for entry in part["latency"]}):
@@ -204,7 +207,7 @@ def table(figures: dict[str, Any]) -> str:
             )  # fmt: skip
     if "prefill" in figures:
         prefill = figures["prefill"]
-        lines += ["", "## Prompts, 2B4T, bf16 head"]
+        lines += ["", f"## Prompts, {model}, {head_format} head"]
         lines += ["", "From the prompt's ids to the first token out; passes captured before, and the very first time:"]
         lines += head_of("prompt", "ms", "first time, ms", "tokens/s")
         for p in prefill["prompts"]:
@@ -215,7 +218,8 @@ def table(figures: dict[str, Any]) -> str:
         lines += head_of("tokens held before", "ms")
         lines += [row(turn["held"], f"{turn['ms']:.2f}") for turn in turns[:: max(1, len(turns) // 5)]]
     if "batch" in figures:
-        lines += ["", "## Batches, 2B4T, bf16 head, context 256", "", "Steps one ahead of the host, wall-clock time:"]
+        lines += ["", f"## Batches, {model}, {head_format} head, context 256", ""]
+        lines += ["Steps one ahead of the host, wall-clock time:"]
         lines += head_of("sequences", "us a step", "device us", "tokens/s in all", "tokens/s each")
         for b in figures["batch"]:
             lines.append(
@@ -233,7 +237,7 @@ def table(figures: dict[str, Any]) -> str:
             "",
             "## Start",
             "",
-            "Seconds from the start of Python to the first token, 2B4T, bf16 head, warm files:",
+            f"Seconds from the start of Python to the first token, {model}, {head_format} head, warm files:",
         ]
         lines += head_of("first start (compiles)", "later starts")
         lines.append(row(f"{load['first_start_s']:.1f}", f"{load['later_starts_s']:.1f}"))

@@ -6,19 +6,20 @@ animals, things, foods and places that no training text has.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from random import Random
 
 from tools.demo.world import questions, talk
 from tools.demo.world.conversation import Conversation, Turn, as_typed, asked, said
-from tools.demo.world.draw import NEVER_SEEN
+from tools.demo.world.draw import ACCENTED, NEVER_SEEN
 from tools.demo.world.keyboard import CAPITALS, ERRORS, FORMS, LINES, PLAIN
 from tools.demo.world.lexicon import invented
 
 GROUPS = (
     *questions.KINDS, "bare why", "somebody unknown", "no story yet", "later turns", "small talk", "outside requests",
-    CAPITALS, ERRORS, LINES,
+    CAPITALS, ERRORS, LINES, "accents",
 )  # fmt: skip
 
 
@@ -33,7 +34,8 @@ class Case:
 
 def _question(group: str, rng: Random, unseen: bool) -> Case | None:
     """A question of `group` as it comes in a conversation; None if the story drawn for it answers none."""
-    talked = Conversation(rng, evaluation=True, unseen=unseen)
+    words = ACCENTED if group == "accents" else NEVER_SEEN if unseen else None
+    talked = Conversation(rng, evaluation=True, unseen=words)
     if group == "no story yet":
         return Case(group, (), as_typed(rng, talked.early_question(), PLAIN))
     if group in ("small talk", "outside requests"):
@@ -55,6 +57,8 @@ def _question(group: str, rng: Random, unseen: bool) -> Case | None:
                 break
     elif group == "somebody unknown":
         turn = questions.ask_for_stranger(rng, story, NEVER_SEEN.name(rng, "", talked.names))
+    elif group == "accents":
+        turn = questions.ask_any(rng, story, ("names", "who", "yes or no", "what", "again", "shorter"))
     else:
         turn = questions.ask_any(rng, story, (group,) if group in questions.KINDS else None)
         if group not in questions.KINDS and rng.random() < 0.5:
@@ -78,19 +82,26 @@ def question_cases(per_group: int, seed: int, groups: tuple[str, ...] = GROUPS) 
 
 
 def request_cases(number: int, seed: int) -> list[Case]:
-    """Requests for stories: half about held-out pairs, half with unseen words; every second one typed badly."""
+    """Requests for stories: half about held-out pairs, half with unseen words; every second one typed badly.
+
+    After these, one for ten of them with accents.
+    """
     cases = []
     for i in range(number):
         rng = Random(seed + i)
         form = FORMS[(i // 2) % 6] if (i // 2) % 6 < len(FORMS) else PLAIN
-        turn = Conversation(rng, evaluation=True, unseen=i % 2 == 0).story_turn()
+        turn = Conversation(rng, evaluation=True, unseen=NEVER_SEEN if i % 2 == 0 else None).story_turn()
         cases.append(Case(form, (), as_typed(rng, turn, form)))
+    for i in range(number, number + number // 10):
+        rng = Random(seed + i)
+        turn = Conversation(rng, evaluation=True, unseen=ACCENTED).story_turn()
+        cases.append(Case("accents", (), as_typed(rng, turn, PLAIN)))
     return cases
 
 
-def honoured(case: Case, reply: str) -> bool:
-    """Whether a story mentions everything that was asked for."""
-    return all(word in reply for word in case.turn.mentions)
+def lacking(case: Case, reply: str) -> list[str]:
+    """The words that a story should mention and does not. A part of another word is none: no "ant" is in "wanted"."""
+    return [word for word in case.turn.mentions if not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", reply)]
 
 
 def invented_words(case: Case, reply: str) -> set[str]:

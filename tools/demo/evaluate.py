@@ -17,7 +17,7 @@ from rich.progress import track
 
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.text.chat_template import Message
-from tools.demo.cases import Case, exact_shares, invented_words, question_cases, request_cases
+from tools.demo.cases import Case, exact_shares, invented_words, lacking, question_cases, request_cases
 from tools.demo.world.conversation import conversation
 
 FIRST_SEED = 1 << 41  # seeds from here on were never used in training
@@ -106,17 +106,17 @@ def judge(llm: Engine, other: Engine | None, args: argparse.Namespace) -> dict[s
     missed: dict[str, list[bool]] = defaultdict(list)
     inventing = 0
     for case, reply in told:
-        lacking = [word for word in case.turn.mentions if word not in reply]
-        missed[f"{case.group}, {'known' if case.turn.learned else 'unseen'} words"].append(bool(lacking))
+        absent = lacking(case, reply)
+        missed[f"{case.group}, {'known' if case.turn.learned else 'unseen'} words"].append(bool(absent))
         invented = sorted(invented_words(case, reply))
         inventing += bool(invented)
-        if lacking or invented:
-            print(f"  {case.turn.user!r}: lacks {lacking}, invents {invented}: {reply!r}", file=sys.stderr)
+        if absent or invented:
+            print(f"  {case.turn.user!r}: lacks {absent}, invents {invented}: {reply!r}", file=sys.stderr)
     figures: dict[str, object] = {
         "number": args.number,
         "exact": exact_shares(answered),
-        "stories": args.stories,
-        "honoured": {group: 1 - sum(lacking) / len(lacking) for group, lacking in sorted(missed.items())},
+        "stories": len(told),
+        "honoured": {group: 1 - sum(misses) / len(misses) for group, misses in sorted(missed.items())},
         "inventing": inventing,
         "distinct": distinct_share(llm, args.seed * 1_000_000, args.samples),
         "samples": args.samples,

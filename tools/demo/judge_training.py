@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from tools.demo.cases import GROUPS, Case, exact_shares, honoured, invented_words, question_cases, request_cases
-from tools.demo.data import encode_conversation, make_rows
-from tools.demo.model import CONTEXT, END, EOT, BitNet
+from tools.demo.cases import GROUPS, Case, exact_shares, invented_words, lacking, question_cases, request_cases
+from tools.demo.data import WordEncoder, encode_conversation, make_rows
+from tools.demo.model import BitNet
+from tools.demo.size import CONTEXT, END, EOT
 
 EVALUATION_SEED = 1 << 40  # far from every training seed
 SAMPLING = {"temperature": 1.0, "min_p": 0.1}  # the model's own defaults
@@ -53,8 +54,10 @@ def replies(
 ) -> Iterator[tuple[Case, str]]:
     """The model's reply in each case, of `new_tokens` at most, or of somewhat more than the right reply has."""
 
+    encoder = WordEncoder(tokenizer)
+
     def encoded(case: Case) -> tuple[int, list[int]]:
-        prompt, _ = encode_conversation(tokenizer, Random(0), iter(case.before))
+        prompt, _ = encode_conversation(encoder, Random(0), iter(case.before))
         asked = f"User: {case.turn.user}<|eot_id|>Assistant: "
         limit = new_tokens or len(tokenizer.encode(case.turn.assistant, add_special_tokens=False).ids) + 24
         return limit, prompt + tokenizer.encode(asked, add_special_tokens=False).ids
@@ -69,7 +72,7 @@ def replies(
 
 def perplexity(model: BitNet, tokenizer: Tokenizer) -> float:
     """exp of the mean loss of held-out replies."""
-    ids, weights = make_rows((EVALUATION_SEED + (1 << 30), 32, True), tokenizer)
+    ids, weights = make_rows((EVALUATION_SEED + (1 << 30), 32, True), WordEncoder(tokenizer))
     device = model.embed_tokens.device
     with torch.no_grad():
         losses = [
@@ -93,7 +96,7 @@ def evaluate(model: BitNet, tokenizer: Tokenizer, per_group: int, stories: int, 
                 print(f"  {case.turn.user!r}: {reply[:200]!r}, not {case.turn.assistant[:200]!r}", flush=True)
         answered += part
     told = list(replies(model, tokenizer, request_cases(stories, EVALUATION_SEED), 2 * batch, 500, **SAMPLING))
-    missed = [(case, reply) for case, reply in told if not honoured(case, reply)]
+    missed = [(case, reply) for case, reply in told if lacking(case, reply)]
     for case, reply in missed:
         print(f"  missing of {case.turn.mentions} ({case.group}): {reply[:120]!r}")
     inventing = [(case, words) for case, reply in told if (words := invented_words(case, reply))]

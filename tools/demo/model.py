@@ -16,11 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tools.demo.size import Size
+from tools.demo.size import BOS, CONTEXT, END, EOT, VOCAB, Size
 
-CONTEXT = 2048
-VOCAB = 4096
-BOS, END, EOT = VOCAB - 10, VOCAB - 9, VOCAB - 1  # the special tokens end the vocabulary
 EPS = 1e-5
 ROPE_THETA = 10000.0
 SHARD_BYTES = 15_000_000

@@ -8,7 +8,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-from tools.demo.model import CONTEXT
+from tools.demo.size import CONTEXT
 
 
 def plot(runs: list[dict], image: Path) -> None:

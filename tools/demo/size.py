@@ -1,6 +1,10 @@
-"""How large the built-in model is."""
+"""How large the built-in model is, and its special tokens."""
 
 from dataclasses import dataclass
+
+CONTEXT = 2048
+VOCAB = 4096
+BOS, END, EOT = VOCAB - 10, VOCAB - 9, VOCAB - 1  # the special tokens end the vocabulary
 
 
 @dataclass(frozen=True)

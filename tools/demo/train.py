@@ -39,8 +39,11 @@ class Schedule:
         return self.decay if done < 0.5 else 0.0
 
 
-def train(model: BitNet, args: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
-    """Train until the time or the steps are used up; returns the loss curve."""
+def train(model: BitNet, args: argparse.Namespace, folder: Path) -> tuple[list[dict[str, float]], bool]:
+    """Train until the time or the steps are used up, or those of this piece.
+
+    Returns the loss curve, and whether the training is complete; where it is not, FOLDER/state.pt holds its state.
+    """
     device = torch.device(args.device)
     decayed = [p for p in model.parameters() if p.dim() == 2]
     groups = [{"params": decayed}, {"params": [p for p in model.parameters() if p.dim() != 2], "weight_decay": 0.0}]
@@ -54,7 +57,7 @@ def train(model: BitNet, args: argparse.Namespace, folder: Path) -> list[dict[st
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         step, spent, curve = state["step"], state["spent"], state["curve"]
-    first, before = step, spent
+    first, before, complete = step, spent, False
 
     compiled = args.compile
     step_loss = torch.compile(model.loss) if compiled else model.loss
@@ -67,12 +70,17 @@ def train(model: BitNet, args: argparse.Namespace, folder: Path) -> list[dict[st
         # A step's rows depend on the seed and the step alone: the same data on any number of workers.
         jobs = (((args.seed << 32) + i * args.rows, args.rows, False) for i in range(step, steps))
         started, saved, total = time.monotonic() - spent, time.monotonic(), torch.zeros((), device=device)
-        window = 0
-        for ids, weights in _bounded(pool, jobs, 8 * workers):
+        window, waited = 0, 0.0
+        rows = _bounded(pool, jobs, 8 * workers)
+        while True:
             spent = time.monotonic() - started
             done = max(step / steps, spent / seconds)
-            if done >= 1:
+            complete = done >= 1
+            if complete or (args.piece and step > first and spent - before >= 60 * args.piece):
                 break
+            asked = time.monotonic()
+            ids, weights = next(rows)
+            waited += time.monotonic() - asked
             for group in optimiser.param_groups:
                 group["lr"] = schedule.rate(done)
             optimiser.param_groups[0]["weight_decay"] = schedule.weight_decay(done)
@@ -96,23 +104,27 @@ def train(model: BitNet, args: argparse.Namespace, folder: Path) -> list[dict[st
             window += 1
             if step == first + 1:
                 started = time.monotonic() - before  # the first step waits for the workers and for the compiler
+                waited = 0.0
             if step % args.report == 0:
                 mean = total.item() / window
                 total.zero_()
-                window = 0
                 spent = time.monotonic() - started
-                curve.append(
-                    {"step": step, "seconds": round(spent, 1), "loss": round(mean, 4), "rate": schedule.rate(done)}
+                point = {"step": step, "seconds": round(spent, 1), "loss": round(mean, 4), "rate": schedule.rate(done)}
+                curve.append(point | {"waited": round(waited, 2)})
+                print(
+                    f"step {step} loss {mean:.4f} rate {schedule.rate(done):.2e} {spent:.0f} s"
+                    f" (the last {window} steps: {waited:.1f} s waiting for data)",
+                    flush=True,
                 )
-                print(f"step {step} loss {mean:.4f} rate {schedule.rate(done):.2e} {spent:.0f} s", flush=True)
+                window, waited = 0, 0.0
                 if not math.isfinite(mean):
                     raise SystemExit("the loss is no longer finite")
             if args.save_every and time.monotonic() - saved > args.save_every:
                 _save_state(state_file, model, optimiser, step, spent, curve)
                 saved = time.monotonic()
-        if args.save_every:
+        if args.save_every or not complete:
             _save_state(state_file, model, optimiser, step, spent, curve)
-    return curve
+    return curve, complete
 
 
 def _bounded(pool: multiprocessing.pool.Pool, jobs: Iterator[tuple[int, int, bool]], ahead: int) -> Iterator:

@@ -30,10 +30,14 @@ PATIENCE = 2.0  # seconds that the end of the process waits for a pass
 NAN_BITS = 0xFFFFFFFF  # of a float32, and of two bfloat16
 
 
-def cpu_backend(checkpoint: PackedCheckpoint, threads: int | None = None) -> "HostBackend[CpuCache]":
-    """The compiled model on the CPU as a backend."""
-    # An embedding model's cache lives for one text only, so that it may be as large as its numbers are exact.
-    kv_dtype: KVDtype = "float32" if checkpoint.config.embeds else "bfloat16"
+def cpu_backend(
+    checkpoint: PackedCheckpoint, threads: int | None = None, kv_dtype: KVDtype | None = None
+) -> "HostBackend[CpuCache]":
+    """The compiled model on the CPU as a backend. kv_dtype: of keys and values; None: bfloat16, and float32 of an
+    embedding model."""
+    if kv_dtype is None:
+        # An embedding model's cache lives for one text only, so that it may be as large as its numbers are exact.
+        kv_dtype = "float32" if checkpoint.config.embeds else "bfloat16"
     return HostBackend("cpu", CpuModel(checkpoint, threads, kv_dtype=kv_dtype))
 
 

@@ -72,11 +72,14 @@ class Buffers:
         c, job = self._config, self.job[0]
         length = min(max(length, 2 * self._longest), max(length, c.max_context))
         partials, sizes = self._sizes_for(length)
-        rope = [np.ascontiguousarray(table[:, : c.head_dim // 2]) for table in rope_tables(c, np.arange(length))]
+        kinds = (False,) if c.local is None else (False, True)
+        tables = [table for local in kinds for table in rope_tables(c, np.arange(length), local)]
+        rope = [np.ascontiguousarray(table[:, : c.head_dim // 2]) for table in tables]
         shared = np.empty(partials, np.uint8)
         own = np.empty(self._members * _own_stride(sizes) + ALIGN, np.uint8)
         self._rope, self._partials, self._own = rope, shared, own  # all or none, if memory runs out
-        job["cos"], job["sin"] = (table.ctypes.data for table in rope)
+        for name, table in zip(("cos", "sin", "local_cos", "local_sin"), rope, strict=False):
+            job[name] = table.ctypes.data
         job["partials"] = shared.ctypes.data
         offset = 0
         for name, size in sizes.items():
@@ -90,7 +93,8 @@ class Buffers:
     def bytes_for(self, length: int) -> int:
         """About what contexts of so many tokens take, here and while the tables are made."""
         partials, sizes = self._sizes_for(length)
-        return 40 * length * self._config.head_dim + partials + self._members * _own_stride(sizes) + (1 << 24)
+        tables = 1 if self._config.local is None else 2
+        return 40 * tables * length * self._config.head_dim + partials + self._members * _own_stride(sizes) + (1 << 24)
 
     def _sizes_for(self, length: int) -> tuple[int, dict[str, int]]:
         """Bytes of the shared partial outputs, and of each part of a member's own memory."""

@@ -24,7 +24,7 @@ class Weights:
         m["layers"] = c.num_layers
         m["hidden"], m["intermediate"], m["vocab"] = c.hidden_size, c.intermediate_size, c.vocab_size
         m["heads"], m["kv_heads"], m["head_dim"] = c.num_heads, c.num_kv_heads, c.head_dim
-        m["activation"] = layout.SILU if c.activation == "silu" else layout.RELU2
+        m["activation"], m["embedding_scale"] = layout.ACTIVATIONS[c.activation], c.embedding_scale
         m["eps"], m["linear_eps"] = c.rms_norm_eps, c.linear_norm_eps
         m["norm"] = self._address("norm.weight")
         self._rows(m, row_sums)
@@ -35,6 +35,10 @@ class Weights:
             if c.sub_norms:
                 layer["attn_sub_norm"] = self._address(f"layers.{i}.attn_sub_norm.weight")
                 layer["ffn_sub_norm"] = self._address(f"layers.{i}.ffn_sub_norm.weight")
+            if c.gemma:
+                layer["attn_post_norm"] = self._address(f"layers.{i}.attn_post_norm.weight")
+                layer["ffn_post_norm"] = self._address(f"layers.{i}.ffn_post_norm.weight")
+            layer["window"] = c.window_of(i) or 0
             if c.qk_norm:
                 layer["q_norm"] = self._address(f"layers.{i}.q_norm.weight")
                 layer["k_norm"] = self._address(f"layers.{i}.k_norm.weight")

@@ -12,6 +12,7 @@ from bitnet_numba.backends.cuda.weights import RowFormats, Weights, why_unsuppor
 from bitnet_numba.checkpoint.packed import PackedCheckpoint
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention.kv_cache import PAGE
+from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype
 from bitnet_numba.kernels.runtime.device import usable_device
 from bitnet_numba.kernels.runtime.driver import Stream
 
@@ -35,21 +36,23 @@ class CudaBackend:
 
     name = "cuda"
 
-    def __init__(self, checkpoint: PackedCheckpoint):
-        """Compiles what is not cached, with a progress line, and uploads the weights. Raises BackendError."""
+    def __init__(self, checkpoint: PackedCheckpoint, kv_dtype: KVDtype = DEFAULT):
+        """Compiles what is not cached, with a progress line, and uploads the weights. kv_dtype: of keys and values in
+        all contexts and batches. Raises BackendError."""
         reason = why_unsupported(checkpoint)
         if reason is not None:
             raise BackendError(f"CUDA cannot run this model: {reason}")
         self.device = usable_device()
         self.device.activate()
         self.config, self._rows = checkpoint.config, RowFormats(checkpoint.embed, checkpoint.head)
-        load_specs(self.config, self._rows, self.device, ahead=MAX_SEQUENCES)
+        self._page_bytes = page_bytes(self.config, kv_dtype)
+        load_specs(self.config, self._rows, self.device, ahead=MAX_SEQUENCES, kv_dtype=kv_dtype)
         self.stream = Stream()
         # Buffers first, so that what is left for the weights is known, and told in one line if it does not suffice.
-        buffers = [Buffers(self.device, self.config, max_tokens) for max_tokens in (1, MAX_TOKENS)]
+        token_buffers, buffers = (Buffers(self.device, self.config, max_tokens) for max_tokens in (1, MAX_TOKENS))
         free, _ = self.device.memory_info()
         self.weights = Weights.upload(checkpoint, self.stream, free - RESERVE)
-        self.model = CudaModel(self.config, self.device, self.weights, *buffers)
+        self.model = CudaModel(self.config, self.device, self.weights, token_buffers, buffers, kv_dtype)
         self._runtime = Runtime(self.device, self.model, self.stream)
         self._kv_cache = 0
         self._kept: BatchMemory | None = None
@@ -58,13 +61,13 @@ class CudaBackend:
     def new_context(self, capacity: int) -> CudaContext:
         """An empty context for up to `capacity` tokens. Raises BackendError when memory does not suffice."""
         self.device.activate()
-        needed = pages_of(capacity) * page_bytes(self.config)
+        needed = pages_of(capacity) * self._page_bytes
         free, _ = self.device.memory_info()
         if needed > free - RESERVE and self._kept is not None:
             self.free_idle()
             free, _ = self.device.memory_info()
         if needed > free - RESERVE:
-            fits = max(0, (free - RESERVE) // page_bytes(self.config) * PAGE)
+            fits = max(0, (free - RESERVE) // self._page_bytes * PAGE)
             raise BackendError(
                 f"a context of {capacity} tokens takes {needed / 1e9:.2f} GB of device memory and {free / 1e9:.2f} GB "
                 f"are free: --context {fits} would fit"
@@ -97,16 +100,16 @@ class CudaBackend:
     def _new_batch_memory(self, max_sequences: int, capacity: int, wanted: int, least: int) -> BatchMemory:
         """New memory with as many pages as are wanted and fit, but at least `least`."""
         free, _ = self.device.memory_info()
-        free = max(0, free - BATCH_RESERVE - fixed_bytes(self.config, max_sequences, capacity))
-        fit = free // page_bytes(self.config)
+        free = max(0, free - BATCH_RESERVE - fixed_bytes(self.config, max_sequences, capacity, self.model.kv_dtype))
+        fit = free // self._page_bytes
         if fit < least:
-            needed = least * page_bytes(self.config) / 1e9
+            needed = least * self._page_bytes / 1e9
             raise BackendError(
                 f"a batch of {least * PAGE} tokens takes {needed:.2f} GB of device memory and "
                 f"{free / 1e9:.2f} GB are free: {fit * PAGE} tokens would fit"
             )
         if max_sequences > self._loaded_for:
-            load_specs(self.config, self._rows, self.device, max_sequences)
+            load_specs(self.config, self._rows, self.device, max_sequences, kv_dtype=self.model.kv_dtype)
             self._loaded_for = max_sequences
         return BatchMemory(self._runtime, max_sequences, capacity, min(wanted, fit))
 
@@ -126,7 +129,7 @@ class CudaBackend:
 
     def _release(self, pages: int) -> None:
         """Called with the number of pages of keys and values that a context has freed."""
-        self._kv_cache -= pages * page_bytes(self.config)
+        self._kv_cache -= pages * self._page_bytes
 
     def _keep(self, memory: BatchMemory) -> None:
         """Takes the memory of a batch that is closed, for the next one, unless it is much."""

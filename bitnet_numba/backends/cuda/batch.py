@@ -10,11 +10,12 @@ from bitnet_numba.backends.cuda.batch_memory import BatchMemory
 from bitnet_numba.backends.cuda.extras import NOTHING, Asked, asked_by
 from bitnet_numba.backends.cuda.forward import MAX_TOKENS
 from bitnet_numba.backends.cuda.prompts import PromptPart
-from bitnet_numba.backends.cuda.state import padded_size
+from bitnet_numba.backends.cuda.state import padded_size, why_nan
 from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE, Constraint
 from bitnet_numba.errors import BackendError, RequestError
 from bitnet_numba.kernels.attention import paged_decode
 from bitnet_numba.kernels.attention.kv_cache import PAGE
+from bitnet_numba.kernels.runtime.driver import Pace
 from bitnet_numba.kernels.sampling.parts import SETTINGS, pack_settings
 from bitnet_numba.logprobs import NONE, LogprobRows
 from bitnet_numba.sampling import TokenLogprob
@@ -69,6 +70,7 @@ class CudaBatch:
         self._failures: dict[int, str] = {}  # why, of slots whose constraints cannot be followed any more
         # Of calls whose tokens constraints wait for: which event; rows and their constraints
         self._untold: deque[tuple[int, list[tuple[int, Constraint]]]] = deque()
+        self._pace = Pace()
         self._collected: tuple[int, list[tuple[int, int]]] = 0, []  # the first place and the results of the last call
         self._num_calls = 0  # with results
 
@@ -215,8 +217,8 @@ class CudaBatch:
         return self._scored[slot].logprobs
 
     def failure(self, slot: int) -> str:
-        """Why a sequence got NO_TOKEN: nothing but NaN makes the sampler return it."""
-        return self._failures.get(slot) or f"{NOT_FINITE}: logits hold NaN"
+        """Why a sequence got NO_TOKEN: nothing but NaN and infinity makes the sampler return it."""
+        return self._failures.get(slot) or f"{NOT_FINITE}: {why_nan(self._state.kv_dtype)}"
 
     def close(self) -> None:
         """Gives the memory back."""
@@ -237,7 +239,7 @@ class CudaBatch:
 
     def _tokens(self, place: int, count: int) -> list[int]:
         """The first tokens of a call's results, once they are there."""
-        self._memory.events[place].wait()
+        self._pace.wait(self._memory.events[place])
         start = place * self._state.slots
         entries = self._memory.results.host[start : start + count] & 0xFFFFFFFF
         return np.where(entries >> 31, NO_TOKEN, entries).tolist()

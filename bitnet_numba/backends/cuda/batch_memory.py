@@ -12,6 +12,7 @@ from bitnet_numba.backends.cuda.steps import BatchSteps
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels.attention import paged_decode
 from bitnet_numba.kernels.attention.kv_cache import PAGE
+from bitnet_numba.kernels.attention.kv_dtype import KVDtype
 from bitnet_numba.kernels.attention.parts import HeadShape
 from bitnet_numba.kernels.runtime.driver import Event, Graph
 from bitnet_numba.kernels.runtime.launch import Launch
@@ -26,7 +27,8 @@ class BatchMemory:
 
     def __init__(self, runtime: Runtime, slots: int, capacity: int, pages: int):
         self.runtime, self.pages = runtime, pages
-        self.state = SequenceState(runtime.device, runtime.model.config, capacity, slots, pages)
+        model = runtime.model
+        self.state = SequenceState(runtime.device, model.config, capacity, slots, pages, model.kv_dtype)
         self.steps = BatchSteps(runtime.model, self.state)
         self.prefill = Prefill(runtime, self.state)
         self._graphs: dict[tuple[object, ...], Graph] = {}  # by what they were captured of
@@ -39,7 +41,7 @@ class BatchMemory:
     @property
     def cache_bytes(self) -> int:
         """Bytes of keys and values."""
-        return self.pages * page_bytes(self.runtime.model.config)
+        return self.pages * page_bytes(self.runtime.model.config, self.state.kv_dtype)
 
     def fits(self, slots: int, capacity: int, pages: int) -> bool:
         """Whether a batch of this size can use it."""
@@ -94,9 +96,9 @@ class BatchMemory:
                 more.close()
 
 
-def fixed_bytes(config: ModelConfig, slots: int, capacity: int) -> int:
+def fixed_bytes(config: ModelConfig, slots: int, capacity: int, kv_dtype: KVDtype) -> int:
     """Bytes of device memory that a batch takes beside its pages, except for a few small arrays."""
     num_tokens = padded_size(slots)
     shape = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim)
-    scratch = 4 * sum(paged_decode.PagedScratch.sizes(num_tokens, pages_of(capacity) * PAGE, shape))
+    scratch = 4 * sum(paged_decode.PagedScratch.sizes(num_tokens, pages_of(capacity) * PAGE, shape, kv_dtype))
     return scratch + 4 * num_tokens * (config.vocab_size + 3 * config.hidden_size + capacity)

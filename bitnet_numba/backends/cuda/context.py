@@ -10,12 +10,12 @@ from bitnet_numba.backends.cuda.forward import MAX_TOKENS
 from bitnet_numba.backends.cuda.lm_head import LMHead
 from bitnet_numba.backends.cuda.prompts import Prefill, PromptPart
 from bitnet_numba.backends.cuda.runtime import Runtime
-from bitnet_numba.backends.cuda.state import SequenceState, pages_of
+from bitnet_numba.backends.cuda.state import SequenceState, pages_of, why_nan
 from bitnet_numba.backends.cuda.steps import DecodeSteps
 from bitnet_numba.backends.protocol import Constraint
 from bitnet_numba.errors import BackendError, RequestError
 from bitnet_numba.kernels.attention.decode import LONG_CONTEXT
-from bitnet_numba.kernels.runtime.driver import Event, Graph
+from bitnet_numba.kernels.runtime.driver import Event, Graph, Pace
 from bitnet_numba.kernels.runtime.memory import PinnedArray
 from bitnet_numba.kernels.sampling.parts import pack_settings
 from bitnet_numba.sampling import TokenLogprob
@@ -34,13 +34,15 @@ class CudaContext:
         self.capacity = capacity
         self.ids: list[int] = []
         self._runtime, self._on_close = runtime, on_close
-        self._state = SequenceState(runtime.device, runtime.model.config, capacity)
+        model = runtime.model
+        self._state = SequenceState(runtime.device, model.config, capacity, kv_dtype=model.kv_dtype)
         self._ring = PinnedArray(RING_SIZE, np.int64)
         self._steps = DecodeSteps(runtime.model, runtime.decode_buffers, self._state, self._ring)
         self._prefill = Prefill(runtime, self._state)
         self._graphs: dict[tuple[str, bool, Asked], Graph] = {}
         self._records: Records | None = None  # of tokens, by position; see `extras`
         self._last: tuple[int, int, int] | None = None  # position and token yielded last, and most likely ones wanted
+        self._pace = Pace()
         self._events = [Event(timing=False) for _ in range(STEPS_AHEAD + 1)]  # ends of steps under way, by position
 
     def truncate(self, length: int) -> None:
@@ -208,11 +210,11 @@ class CudaContext:
 
     def _token(self, position: int) -> int:
         """The token chosen for a position, once the device has written it to the ring."""
-        self._events[position % len(self._events)].wait()
+        self._pace.wait(self._events[position % len(self._events)])
         entry = int(self._ring.host[position % RING_SIZE])
         if entry >> 32 != position:
             raise BackendError("a decode step ended without a token")
         token = entry & 0xFFFFFFFF
         if token >> 31:
-            raise ValueError("logits hold NaN")
+            raise ValueError(why_nan(self._state.kv_dtype))
         return token

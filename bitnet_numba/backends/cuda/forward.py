@@ -23,15 +23,17 @@ sums of products are exact, and every other sum has an order that depends on the
 """
 
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from bitnet_numba.backends.cuda.buffers import Buffers
 from bitnet_numba.backends.cuda.state import SequenceState
 from bitnet_numba.backends.cuda.weights import RowFormats, Weights
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels import embedding
-from bitnet_numba.kernels.attention import decode, head_norm, kv_cache, paged_decode, paged_simt, prefill
-from bitnet_numba.kernels.attention.parts import HeadShape
+from bitnet_numba.kernels.attention import decode, expand, head_norm, kv_cache, paged_decode, paged_simt, prefill
+from bitnet_numba.kernels.attention.kv_cache import LayerCache
+from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype
+from bitnet_numba.kernels.attention.parts import HeadShape, RopeTables
 from bitnet_numba.kernels.linear.gemm import gemm
 from bitnet_numba.kernels.linear.gemm_groups import gemm_groups
 from bitnet_numba.kernels.linear.gemv import gemv
@@ -63,15 +65,17 @@ class CudaModel:
     weights: Weights
     token_buffers: Buffers  # of one token
     buffers: Buffers  # of up to MAX_TOKENS
+    kv_dtype: KVDtype = DEFAULT  # of keys and values in caches
 
     def __post_init__(self) -> None:
         self.heads = HeadShape(self.config.num_heads, self.config.num_kv_heads, self.config.head_dim)
 
     @staticmethod
-    def dry_run(config: ModelConfig, rows: RowFormats, device: Device) -> "CudaModel":
+    def dry_run(config: ModelConfig, rows: RowFormats, device: Device, kv_dtype: KVDtype = DEFAULT) -> "CudaModel":
         """A model without memory, to ask passes which kernels they need."""
         weights = Weights.shapes_only(config, rows)
-        return CudaModel(config, device, weights, Buffers(device, config, 1), Buffers(device, config, MAX_TOKENS))
+        buffers = Buffers(device, config, 1), Buffers(device, config, MAX_TOKENS)
+        return CudaModel(config, device, weights, *buffers, kv_dtype)
 
 
 class ForwardPass:
@@ -123,8 +127,11 @@ class ForwardPass:
 class DecodePass(ForwardPass):
     """One token of one sequence, whose cache is contiguous."""
 
-    def __init__(self, model: CudaModel, state: SequenceState, scratch: decode.DecodeScratch, long: bool):
-        """long: the context is at least attention.decode.LONG_CONTEXT tokens."""
+    def __init__(
+        self, model: CudaModel, state: SequenceState, scratch: "decode.DecodeScratch | SharedContexts", long: bool
+    ):
+        """scratch: of the kernel that attends, the batch's with float8. long: the context is at least
+        attention.decode.LONG_CONTEXT tokens."""
         super().__init__(model, state, model.token_buffers, 1)
         self._scratch, self._long = scratch, long
 
@@ -138,15 +145,19 @@ class DecodePass(ForwardPass):
         output: Output = {"epilogue": EPILOGUES[group], "activation": self.model.config.activation}
         if isinstance(packed, GroupedLinear):
             return [gemv_groups(device, packed, x, out, norm=given_norm, **output)]
-        return [gemv(device, packed, x, out, norm=given_norm, **output)]
+        return [gemv(device, packed, x, out, norm=given_norm, spread=True, **output)]
 
     def attention(self, layer: int) -> list[Launch]:
         model, state, b = self.model, self.state, self.buffers
         cache = state.layer_cache(layer)
+        if isinstance(self._scratch, SharedContexts):
+            return attend_in_batch(model, b, state, state.slot_position, cache, self._scratch, 1)
+        if not decode.takes(cache.dtype):
+            return append_and_attend(model, b, state.rope, state.slot_position, cache, 1)
         return [
             decode.decode_attention(
                 model.device, b.qkv, state.rope, state.position, cache.keys, cache.values, state.padded_capacity,
-                self._scratch, b.attn_out, model.heads, long=self._long,
+                self._scratch, b.attn_out, model.heads, dtype=cache.dtype, long=self._long,
             )
         ]  # fmt: skip
 
@@ -181,15 +192,16 @@ class _GemmPass(ForwardPass):
             model.device, model.weights.embedding, state.arrays, slot_ids, b.h, b.slot_positions, self.num_tokens
         )
 
-    def _append_and_attend(self, layer: int, by_tensor_cores: bool) -> list[Launch]:
-        """Stores the tokens' keys and values before attention reads them: tokens attend to others of their pass."""
-        model, state, b = self.model, self.state, self.buffers
-        common = (model.device, b.qkv, state.rope, b.slot_positions, state.layer_cache(layer))
-        attend = prefill.prefill_attention if by_tensor_cores else paged_simt.paged_attention_simt
-        return [
-            kv_cache.append(*common, self.num_tokens, model.heads),
-            attend(*common, b.attn_out, self.num_tokens, model.heads),
-        ]
+
+def append_and_attend(
+    model: CudaModel, b: Buffers, rope: RopeTables, slot_positions: Any, cache: LayerCache, num_tokens: int
+) -> list[Launch]:
+    """Stores tokens' keys and values, and attends to them: by kernels for every type of the cache and card."""
+    common = model.device, b.qkv, rope, slot_positions, cache
+    return [
+        kv_cache.append(*common, num_tokens, model.heads),
+        paged_simt.paged_attention_simt(*common, b.attn_out, num_tokens, model.heads),
+    ]
 
 
 class PrefillPass(_GemmPass):
@@ -202,7 +214,19 @@ class PrefillPass(_GemmPass):
         return self._embed(None)
 
     def attention(self, layer: int) -> list[Launch]:
-        return self._append_and_attend(layer, prefill.fits(self.model.device.arch, self.model.heads.head_dim))
+        model, state, b, cache = self.model, self.state, self.buffers, self.state.layer_cache(layer)
+        common = model.device, b.qkv, state.rope, b.slot_positions, cache
+        wide, expansion = cache, list[Launch]()
+        if state.expanded is not None:
+            wide = state.expanded.cache
+            expansion = [expand.expand(model.device, state.expanded.pages, cache, wide, model.heads)]
+        if not prefill.fits(model.device.arch, model.heads.head_dim, wide.dtype):
+            return append_and_attend(model, b, state.rope, b.slot_positions, cache, self.num_tokens)
+        return [  # stored before attention reads them: tokens attend to others of their pass
+            kv_cache.append(*common, self.num_tokens, model.heads),
+            *expansion,
+            prefill.prefill_attention(*common[:-1], wide, b.attn_out, self.num_tokens, model.heads),
+        ]
 
 
 @dataclass(frozen=True)
@@ -227,11 +251,25 @@ class BatchPass(_GemmPass):
 
     def attention(self, layer: int) -> list[Launch]:
         model, state, b, contexts = self.model, self.state, self.buffers, self._contexts
-        if not paged_decode.fits(model.device.arch, model.heads.head_dim):
-            return self._append_and_attend(layer, by_tensor_cores=False)
-        return [  # only its own token reads a new key, so the same kernel stores it
-            paged_decode.paged_decode_attention(
-                model.device, b.qkv, state.rope, b.slot_positions, state.layer_cache(layer), contexts.work_list,
-                contexts.num_blocks, contexts.scratch, b.attn_out, self.num_tokens, model.heads,
-            )
-        ]  # fmt: skip
+        cache = state.layer_cache(layer)
+        if not paged_decode.fits(model.device.arch, model.heads.head_dim, cache.dtype):
+            return append_and_attend(model, b, state.rope, b.slot_positions, cache, self.num_tokens)
+        return attend_in_batch(model, b, state, b.slot_positions, cache, contexts, self.num_tokens)
+
+
+def attend_in_batch(
+    model: CudaModel,
+    b: Buffers,
+    state: SequenceState,
+    slot_positions: Any,
+    cache: LayerCache,
+    contexts: SharedContexts,
+    num_tokens: int,
+) -> list[Launch]:
+    """Attention of one token in each slot, which stores the keys and values: only its own token reads a new key."""
+    return [
+        paged_decode.paged_decode_attention(
+            model.device, b.qkv, state.rope, slot_positions, cache, contexts.work_list, contexts.num_blocks,
+            contexts.scratch, b.attn_out, num_tokens, model.heads,
+        )
+    ]  # fmt: skip

@@ -8,8 +8,9 @@ the token before, and asks for the masks, while the first of them runs.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
 
 import numpy as np
 
@@ -19,14 +20,29 @@ from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.driver import Event, Stream
 from bitnet_numba.kernels.runtime.memory import PinnedArray
 
-MAX_WORKERS = 8  # threads that ask for a step's masks
-MIN_SHARED = 8  # of them: most take 20 us, some a millisecond; fewer are left to one thread
+MAX_WORKERS = 8  # threads that ask for a step's masks, if they take long
+# Seconds of some masks, and of one of them on average, from which on threads share what is left, if it is not few. Most
+# masks take 10 us, for which threads would wait for each other longer; in the middle of a pattern it is a millisecond.
+LONG, SLOW, MIN_SHARED = 1e-3, 60e-6, 4
 BUFFERS = 2  # of page-locked memory: one is filled while the other may still be read
 
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(MAX_WORKERS, "bitnet-numba-masks")
+
+
+def _share(work: Callable[[int], None], items: Iterable[tuple[int, int]]) -> None:
+    """Does work on items, given with their groups, in threads: each group in one."""
+    groups: dict[int, list[int]] = {}
+    for group, item in items:
+        groups.setdefault(group, []).append(item)
+
+    def work_on(items: Iterable[int]) -> None:
+        for item in items:
+            work(item)
+
+    list(_pool().map(work_on, groups.values()))
 
 
 class Masks:
@@ -51,26 +67,23 @@ class Masks:
         read.wait()
         masks = buffer.host[self._rows :].reshape(self._rows, self._words)
         wanted = [(row, constraint) for row, constraint in enumerate(constraints) if constraint is not None]
-        groups: dict[int, list[int]] = {}
         buffer.host[: len(constraints)] = 0
-        for i, (row, constraint) in enumerate(wanted):
-            buffer.host[row] = i
-            groups.setdefault(constraint.group, []).append(i)
-
-        def fill(places: Iterable[int]) -> dict[int, str]:
-            failures: dict[int, str] = {}
-            for i in places:
-                row, constraint = wanted[i]
-                try:
-                    constraint.allowed(masks[i])
-                except RequestError as error:
-                    failures[row] = str(error)
-            return failures
-
+        buffer.host[[row for row, _ in wanted]] = np.arange(len(wanted))
         failures: dict[int, str] = {}
-        shares = groups.values() if len(wanted) >= MIN_SHARED else [range(len(wanted))]
-        for found in map(fill, shares) if len(shares) == 1 else _pool().map(fill, shares):
-            failures |= found
+
+        def ask(i: int) -> None:
+            row, constraint = wanted[i]
+            try:
+                constraint.allowed(masks[i])
+            except RequestError as error:
+                failures[row] = str(error)
+
+        began = perf_counter()
+        for i in range(len(wanted)):
+            ask(i)
+            if perf_counter() - began > max(LONG, SLOW * (i + 1)) and len(wanted) - 1 - i >= MIN_SHARED:
+                _share(ask, [(constraint.group, i) for i, (_, constraint) in enumerate(wanted)][i + 1 :])
+                break
         stream.upload(self.mask_ids.address, buffer, 4 * len(constraints))
         if wanted:
             stream.upload(self.masks.address, buffer, 4 * len(wanted) * self._words, 4 * self._rows)

@@ -17,6 +17,7 @@ from bitnet_numba.backends.cuda.forward import MAX_TOKENS, PrefillPass
 from bitnet_numba.backends.cuda.runtime import Runtime
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size
 from bitnet_numba.kernels.attention import prefill
+from bitnet_numba.kernels.attention.kv_cache import PAGE
 from bitnet_numba.kernels.runtime.driver import Graph
 
 MIN_TOKENS = 16  # rows of the smallest captured pass
@@ -57,6 +58,15 @@ def plan_passes(parts: Sequence[PromptPart], block: int, max_rows: int) -> Itera
         yield PromptPass(rows[:used].copy(), ends)
 
 
+def page_places(slot_positions: NDArray[np.int32], stride: int) -> list[int]:
+    """Where in a block table the pages are that the tokens of a pass attend to; slot_positions int32 [rows, 2]."""
+    ends: dict[int, int] = {}
+    for slot, position in slot_positions.tolist():
+        if slot >= 0:
+            ends[slot] = max(ends.get(slot, 0), position // PAGE + 1)
+    return [slot * stride + page for slot, end in ends.items() for page in range(end)]
+
+
 class Prefill:
     """Feeds prompts of some sequences, by passes that are captured for powers of two of rows when first needed."""
 
@@ -75,6 +85,9 @@ class Prefill:
             spare = np.full((padded - num_rows, 2), -1, np.int32)
             runtime.uploads.write(b.slot_positions, np.concatenate([slot_positions, spare]))
             runtime.uploads.write(b.num_real, [num_rows])
+            if self._state.expanded is not None:
+                places = page_places(slot_positions, self._state.block_table_stride)
+                runtime.uploads.write(self._state.expanded.pages, [len(places), *places])
             if padded not in self._graphs:
                 launches = PrefillPass(runtime.model, self._state, padded).launches()
                 self._graphs[padded] = runtime.stream.capture(launches)

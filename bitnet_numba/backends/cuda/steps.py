@@ -12,9 +12,17 @@ from bitnet_numba.backends.cuda.state import SequenceState, padded_size, pages_o
 from bitnet_numba.kernels import embedding
 from bitnet_numba.kernels.attention.decode import DecodeScratch
 from bitnet_numba.kernels.attention.kv_cache import PAGE
-from bitnet_numba.kernels.attention.paged_decode import PagedScratch, max_splits_of
+from bitnet_numba.kernels.attention.paged_decode import (
+    MAX_SPLITS,
+    MIN_SPLIT_TOKENS,
+    PagedScratch,
+    fits,
+    max_splits_of,
+    work_entries,
+)
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import DeviceArray, PinnedArray
+from bitnet_numba.kernels.sampling import single
 from bitnet_numba.kernels.sampling.batched import sample_batch
 from bitnet_numba.kernels.sampling.single import SamplerScratch, sample
 
@@ -23,7 +31,7 @@ class DecodeBuffers:
     """What the decode steps of one sequence need beside the model's buffers; shared by all contexts."""
 
     def __init__(self, model: CudaModel):
-        self.attention = DecodeScratch.allocate(model.device, model.heads)
+        self.attention = decode_scratch(model)
         self.sampler = SamplerScratch.allocate(model.device)
         self.logits = model.device.zeros(model.config.vocab_size, np.float32)
         self.last_row = model.device.zeros(1, np.int32)  # of a pass over a prompt: the last token's
@@ -31,7 +39,18 @@ class DecodeBuffers:
 
     def nbytes(self) -> int:
         """Bytes of device memory."""
-        return self.attention.nbytes + self.sampler.nbytes + self.logits.nbytes
+        attention = self.attention.scratch if isinstance(self.attention, SharedContexts) else self.attention
+        return attention.nbytes + self.sampler.nbytes + self.logits.nbytes
+
+
+def decode_scratch(model: CudaModel) -> DecodeScratch | SharedContexts:
+    """What attention of one sequence's tokens takes: float8 has no kernel of its own for that, but the batch's."""
+    device, shape, dtype = model.device, model.heads, model.kv_dtype
+    if dtype != "float8" or not fits(device.arch, shape.head_dim, dtype):
+        return DecodeScratch.allocate(device, shape)
+    work_list = device.array(np.array(work_entries([MAX_SPLITS]), np.int32))  # those without work leave at once
+    scratch = PagedScratch.allocate(device, 1, MAX_SPLITS * MIN_SPLIT_TOKENS, shape, dtype)  # for any context
+    return SharedContexts(work_list, MAX_SPLITS, scratch)
 
 
 class DecodeSteps:
@@ -80,7 +99,10 @@ class DecodeSteps:
         model, buffers, state = self._model, self._buffers, self._state
 
         def sample_from(logits: DeviceArray) -> Launch:
-            return sample(model.device, logits, model.config.vocab_size, state.arrays, buffers.sampler, self._ring)
+            device, vocab, ring = model.device, model.config.vocab_size, self._ring
+            if not single.fits(device.num_sms, vocab):
+                return sample_batch(device, logits, vocab, state.arrays, state.slot_position, ring, 1, ring.size)
+            return sample(device, logits, vocab, state.arrays, buffers.sampler, ring)
 
         if self.extras is None:
             return [sample_from(buffers.logits)]
@@ -96,7 +118,7 @@ class BatchSteps:
         self._model, self._state = model, state
         self.max_tokens = padded_size(state.slots)
         tokens = pages_of(state.capacity) * PAGE
-        self._scratch = PagedScratch.allocate(device, self.max_tokens, tokens, model.heads)
+        self._scratch = PagedScratch.allocate(device, self.max_tokens, tokens, model.heads, model.kv_dtype)
         self.work_list = device.empty(padded_size(self.max_tokens * max_splits_of(tokens)), np.int32)
         self._lm_head = LMHead(model, self.max_tokens)
         # Of prompts that end: rows of the pass, and what is copied of them.

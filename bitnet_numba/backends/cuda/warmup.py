@@ -20,16 +20,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bitnet_numba.backends.cuda.embedding_pass import EmbeddingBuffers, EmbeddingPass
 from bitnet_numba.backends.cuda.extras import Asked, Extras
 from bitnet_numba.backends.cuda.forward import MAX_TOKENS, CudaModel, PrefillPass
 from bitnet_numba.backends.cuda.prompts import MIN_TOKENS
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size
 from bitnet_numba.backends.cuda.steps import BatchSteps, DecodeBuffers, DecodeSteps
-from bitnet_numba.backends.cuda.weights import RowFormats
+from bitnet_numba.backends.cuda.weights import RowFormats, Weights
 from bitnet_numba.backends.progress import CompileProgress
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention.kv_cache import PAGE
+from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype
 from bitnet_numba.kernels.runtime import disk_cache
 from bitnet_numba.kernels.runtime.compiler import is_cached, machine_code
 from bitnet_numba.kernels.runtime.device import CudaDevice, DryRunDevice
@@ -57,12 +59,16 @@ class Needs(NamedTuple):
     target: ArchSpec
     max_sequences: int | None = None
     both: bool = False
+    kv_dtype: KVDtype = DEFAULT
 
     def specs(self) -> list[KernelSpec]:
         """Every kernel, always in the same order."""
         device = DryRunDevice(self.target.arch, self.target.num_sms)
         config = replace(self.config, num_layers=1)  # every layer takes the same
-        model = CudaModel.dry_run(config, self.rows, device)
+        if config.embeds:
+            _dry_run_embedder(config, self.rows, device)
+            return device.specs
+        model = CudaModel.dry_run(config, self.rows, device, self.kv_dtype)
         if self.max_sequences is None or self.both:
             _dry_run_context(model)
         if self.max_sequences is not None:
@@ -73,7 +79,7 @@ class Needs(NamedTuple):
 def _dry_run_context(model: CudaModel) -> None:
     """Asks for every launch of a context, but for logits of several tokens at once."""
     device = model.device
-    state = SequenceState(device, model.config, PAGE)
+    state = SequenceState(device, model.config, PAGE, kv_dtype=model.kv_dtype)
     steps = DecodeSteps(model, DecodeBuffers(model), state, device.empty(1, np.int64))
     steps.extras = Extras(model, state, 1)
     for long in (False, True):
@@ -84,10 +90,17 @@ def _dry_run_context(model: CudaModel) -> None:
         PrefillPass(model, state, num_tokens).launches()
 
 
+def _dry_run_embedder(config: ModelConfig, rows: RowFormats, device: DryRunDevice) -> None:
+    """Asks for every launch of the passes over texts that are not very long."""
+    weights, buffers = Weights.shapes_only(config, rows), EmbeddingBuffers(device, config, MAX_TOKENS)
+    for num_rows in _powers_of_two(MIN_TOKENS, MAX_TOKENS):
+        EmbeddingPass(config, device, weights, buffers, num_rows).launches()
+
+
 def _dry_run_batch(model: CudaModel, max_sequences: int) -> None:
     """Asks for every launch of a batch that a context does not make."""
     capacity = min(model.config.max_context, MAX_CONTEXT)
-    state = SequenceState(model.device, model.config, capacity, max_sequences, pages=1)
+    state = SequenceState(model.device, model.config, capacity, max_sequences, 1, model.kv_dtype)
     steps = BatchSteps(model, state)
     for num_tokens in _powers_of_two(1, padded_size(max_sequences)):
         steps.choose(num_tokens)
@@ -105,12 +118,13 @@ def load_specs(
     device: CudaDevice,
     max_sequences: int | None = None,
     ahead: int | None = None,
+    kv_dtype: KVDtype = DEFAULT,
 ) -> None:
     """Compiles what is not cached, with a progress line, and loads all: of a context, or of a batch of `max_sequences`.
 
     ahead: sequences of a batch whose kernels are compiled as well if many processes can do that. Raises BackendError.
     """
-    needs = Needs(config, rows, ArchSpec(device.arch, device.num_sms), max_sequences)
+    needs = Needs(config, rows, ArchSpec(device.arch, device.num_sms), max_sequences, kv_dtype=kv_dtype)
     specs, more = needs.specs(), needs
     if ahead is not None and _most_processes() >= MANY_PROCESSES:
         more = needs._replace(max_sequences=ahead, both=True)

@@ -33,10 +33,11 @@ class RowFormats(NamedTuple):
 def why_unsupported(checkpoint: PackedCheckpoint) -> str | None:
     """What the CUDA backend cannot run about a checkpoint, in a few words; None if it can run it."""
     config = checkpoint.config
-    if config.embeds:
-        return "embedding models run on the CPU only"
-    if config.linear_norm:
-        return "linears with a norm of their own (use_rms_norm) run on the CPU only"
+    if config.embeds and (config.q_size % BLOCK_ROWS or config.kv_size % BLOCK_ROWS or config.head_dim % 4):
+        return f"{config.num_heads} and {config.num_kv_heads} heads of {config.head_dim} are not whole blocks of rows"
+    if config.linear_norm != config.embeds:
+        own = "with" if config.linear_norm else "of embedding models without"
+        return f"linears {own} a norm of their own (use_rms_norm) run on the CPU only"
     if any(name.endswith((".qkv.weight", ".o.weight", ".gate_up.weight", ".down.weight")) for name in checkpoint.names):
         return "linears that are not quantised (modules_to_not_convert) run on the CPU only"
     if config.hidden_size % BLOCK_COLS:
@@ -51,7 +52,7 @@ def why_unsupported(checkpoint: PackedCheckpoint) -> str | None:
         return f"a linear of {columns} columns is over {most}" + (" with group scales" if config.group_scales else "")
     if config.head_dim > MAX_HEAD_DIM:
         return f"head_dim {config.head_dim} is over {MAX_HEAD_DIM}"
-    if config.vocab_size > MAX_VOCAB:
+    if config.vocab_size > MAX_VOCAB and not config.embeds:
         return f"a vocabulary of {config.vocab_size} is over {MAX_VOCAB}"
     return None
 
@@ -145,8 +146,25 @@ class Weights:
             self._tensors.get(f"{name}.bias"),
         )
 
+    def segment(self, layer: int, group: str, i: int) -> tuple[PackedLinear, Norm]:
+        """The i-th linear of a group whose linears have norms of their own, and its norm; its rows, and those before
+        them, are whole blocks."""
+        whole = self.linear(layer, group)
+        assert isinstance(whole, PackedLinear)
+        start, rows, columns = sum(whole.segments[:i]), whole.segments[i], _padded(whole.K)
+        bias = None if whole.bias is None else DeviceView(whole.bias.address + 4 * start, rows, np.float32)
+        linear = PackedLinear(
+            DeviceView(whole.words.address + start * columns // 4, rows * columns // 16, np.int32),
+            DeviceView(whole.scales.address + 4 * i, 1, np.float32),
+            (rows,),
+            whole.K,
+            bias,
+        )
+        norms = self._tensors[f"layers.{layer}.{group}.norms"].address
+        return linear, Norm(DeviceView(norms + 4 * i * whole.K, whole.K, np.float32), self._config.linear_norm_eps)
+
     def layer_norm(self, layer: int, name: str) -> Norm | None:
-        """A layer's input_norm, attn_sub_norm, post_attention_norm or ffn_sub_norm; None if the model has none."""
+        """A layer's input_norm, attn_sub_norm, attn_post_norm, ...; None if the model has none."""
         full_name = f"layers.{layer}.{name}.weight"
         return self._norm(full_name) if full_name in self._tensors else None
 

@@ -1,13 +1,15 @@
 """Attention of one token: rotary embedding, cache append and grouped-query attention.
 
-Contract: keys and values are stored as bfloat16, bit for bit `bfloat16.from_float32` of what the reference stores; the
-output is the reference's attention over that cache, in float32.
+Contract: keys and values are stored in the cache's type, bit for bit what the reference stores, rounded; the output is
+the reference's attention over that cache, in float32.
 
-Tolerance. The three terms of q and p hold all 24 bits. Tensor cores cut off, where float32 arithmetic rounds: 2 e for
-each of a sum's terms, with e = 2^-24. A score is a sum of D products of relative error 2 e, any order, so it is off by
-at most 2 D * e * sum|q_i k_i| (scaled), plus the scaling's 6 e; 2^x is within 2 ulp and its argument, at most ~2^7
-apart, rounds by 2^7 e; so every weight is off by a factor 1 + r, r <= 2 (D + 3) * e * max_t(sum|q_i k_i|) + 2^8 e. Sums
-of T weights and of T weighted values add 2 T e each, and the division by the sum doubles r: (2 r + 4 T e) max|v|.
+Tolerance. The three bfloat16 terms of q and p hold all 24 bits. Tensor cores cut off, where float32 arithmetic rounds:
+2 e for each of a sum's terms, with e = 2^-24. A score is a sum of D products of relative error 2 e, any order, so it is
+off by at most 2 D * e * sum|q_i k_i| (scaled), plus the scaling's 6 e; 2^x is within 2 ulp and its argument, at most
+~2^7 apart, rounds by 2^7 e; so every weight is off by a factor 1 + r, r <= 2 (D + 3) * e * max_t(sum|q_i k_i|) + 2^8 e.
+Sums of T weights and of T weighted values add 2 T e each, and the division by the sum doubles r: (2 r + 4 T e) max|v|.
+Two float16 terms leave out 4 e of an entry, or e / 2 where that is more: r takes 2 (4 sum|q_i k_i| + sum|k_i|) e on,
+the output (4 + T) e max|v|.
 """
 
 import numpy as np
@@ -15,15 +17,27 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bitnet_numba.bfloat16 import from_float32, to_float32
 from bitnet_numba.kernels.attention.decode import DecodeScratch, decode_attention, decode_grid, decode_spec
+from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype
 from bitnet_numba.kernels.attention.parts import HeadShape, RopeTables, padded_head_dim, partial_dims
 from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.reference.model import attend, rotate
+from tests.kernels.attention.test_kv_cache import DTYPES, NAN_BITS, from_bits, to_bits
 from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, simulated
 
 EPSILON = 2.0**-24
+
+
+def tolerance(q: np.ndarray, k: np.ndarray, v: np.ndarray, dtype: KVDtype) -> float:
+    """See above, for rotated queries [H, D] and a cache [T, G, D]."""
+    (heads, D), (T, kv_heads, _) = q.shape, k.shape
+    largest = np.einsum("ghd,tgd->tgh", np.abs(q).reshape(kv_heads, heads // kv_heads, D), np.abs(k)).max() * D**-0.5
+    r, more = 2 * (D + 3) * EPSILON * largest + 2**8 * EPSILON, 0.0
+    if dtype != "bfloat16":
+        r += 2 * EPSILON * (4 * largest + np.abs(k).sum(axis=-1).max())
+        more = (4 + T) * EPSILON
+    return float((2 * r + 4 * T * EPSILON + more) * np.abs(v).max())
 
 
 def check_decode(
@@ -37,6 +51,7 @@ def check_decode(
     min_split: int,
     seed: int,
     spread: float = 1.0,
+    dtype: KVDtype = DEFAULT,
 ) -> None:
     """Compares one launch with the reference."""
     rng = np.random.default_rng(seed)
@@ -45,8 +60,8 @@ def check_decode(
     angles = rng.uniform(-np.pi, np.pi, (capacity, D // 2)).astype(np.float32)
     cos, sin = np.cos(angles), np.sin(angles)
     # Tokens from `position` on were never written: as bits that read NaN, to show if they are read.
-    caches = np.full((2, kv_heads, capacity, DP), 0x7FC0, np.uint16)
-    caches[:, :, :position, :D] = from_float32(rng.standard_normal((2, kv_heads, position, D)).astype(np.float32))
+    caches = np.full((2, kv_heads, capacity, DP), NAN_BITS, np.uint16)
+    caches[:, :, :position, :D] = to_bits(rng.standard_normal((2, kv_heads, position, D)).astype(np.float32), dtype)
     caches[:, :, :position, D:] = 0
     keys, values = (Out(cache.size // 2, np.int32, cache.view(np.int32)) for cache in caches)
     partials, stats, arrivals = grid[0] * heads * partial_dims(D), grid[0] * heads * 2, grid[1]
@@ -59,25 +74,22 @@ def check_decode(
     cos2, sin2 = (np.concatenate([table[row]] * 2, axis=-1) for table in (cos, sin))  # [1, D]
     q = rotate(qkv[None, :heads], cos2, sin2)
     new_key = rotate(qkv[None, heads : heads + kv_heads], cos2, sin2)[0]
-    caches[0, :, position, :D] = from_float32(new_key)
-    caches[1, :, position, :D] = from_float32(qkv[heads + kv_heads :])
+    caches[0, :, position, :D] = to_bits(new_key, dtype)
+    caches[1, :, position, :D] = to_bits(qkv[heads + kv_heads :], dtype)
     caches[:, :, position, D:] = 0
     for name, array, expected in zip(("keys", "values"), (keys, values), caches, strict=True):
         assert np.array_equal(array.array.view(np.uint16), expected.reshape(-1)), f"{name} differ"
     assert not scratch[2].array.any(), "the arrival counters are not zero again"
-    k, v = (to_float32(cache[:, : position + 1, :D]).transpose(1, 0, 2) for cache in caches)  # [T, G, D]
+    k, v = (from_bits(cache[:, : position + 1, :D].copy(), dtype).transpose(1, 0, 2) for cache in caches)  # [T, G, D]
     expected = attend(q.astype(np.float64), k.astype(np.float64), v.astype(np.float64))[0]  # [H, D]
-    grouped = np.abs(q[0]).reshape(kv_heads, group, D)
-    largest = np.einsum("ghd,tgd->tgh", grouped, np.abs(k)).max() * D**-0.5
-    r = 2 * (D + 3) * EPSILON * largest + 2**8 * EPSILON
-    bound = (2 * r + 4 * (position + 1) * EPSILON) * np.abs(v).max()
+    bound = tolerance(q[0], k, v, dtype)
     assert_close(out.array.reshape(heads, D), expected, bound, spec.name)
 
 
 @simulated
 @settings(max_examples=10)
-@example(shape=(128, 4), long=True, threads=128, position=3, splits=2, seed=1)
-@example(shape=(6, 6), long=True, threads=64, position=33, splits=3, seed=1)
+@example(shape=(128, 4), long=True, threads=128, position=3, splits=2, seed=1, dtype="float16")
+@example(shape=(6, 6), long=True, threads=64, position=33, splits=3, seed=1, dtype="bfloat16")
 @given(
     shape=st.sampled_from([(8, 4), (4, 1), (2, 2), (20, 3), (64, 2), (34, 1), (32, 8), (16, 9)]),
     long=st.booleans(),
@@ -85,23 +97,28 @@ def check_decode(
     position=st.integers(0, 70),
     splits=st.integers(1, 3),
     seed=st.integers(0, 2**32 - 1),
+    dtype=DTYPES,
 )
 def test_simulated_decode(
-    shape: tuple[int, int], long: bool, threads: int, position: int, splits: int, seed: int
+    shape: tuple[int, int], long: bool, threads: int, position: int, splits: int, seed: int, dtype: KVDtype
 ) -> None:
     D, group = shape
     threads = max(threads, 64) if long else threads  # a thread for each 16 bytes of a partial result
-    spec = decode_spec(arch(), D, group, long, threads, unroll=2)
+    spec = decode_spec(arch(), D, group, long, dtype, threads, unroll=2)
     _, head_blocks = decode_grid(1, HeadShape(group, 1, D), long)
-    check_decode(spec, (splits, head_blocks), 1, group, D, position, 71, 16, seed)
+    check_decode(spec, (splits, head_blocks), 1, group, D, position, 71, 16, seed, dtype=dtype)
 
 
 @needs_gpu
 @settings(max_examples=50)
-@example(shape=(128, 4, 5), long=True, position=4095, capacity=4096, min_split=64, seed=2, spread=4.0)
-@example(shape=(128, 4, 5), long=False, position=127, capacity=4096, min_split=256, seed=2, spread=1.0)
-@example(shape=(128, 4, 5), long=True, position=32767, capacity=32768, min_split=64, seed=4, spread=1.0)
-@example(shape=(256, 3, 4), long=True, position=32767, capacity=32768, min_split=64, seed=3, spread=1.0)
+@example(shape=(128, 4, 5), long=True, position=4095, capacity=4096, min_split=64, seed=2, spread=4.0, dtype="float16")
+@example(shape=(128, 4, 5), long=False, position=127, capacity=4096, min_split=256, seed=2, spread=1.0, dtype="float16")
+@example(
+    shape=(128, 4, 5), long=True, position=32767, capacity=32768, min_split=64, seed=4, spread=1.0, dtype="bfloat16"
+)
+@example(
+    shape=(256, 3, 4), long=True, position=32767, capacity=32768, min_split=64, seed=3, spread=1.0, dtype="bfloat16"
+)
 @given(
     shape=st.sampled_from(
         [(128, 4, 5), (64, 4, 2), (96, 1, 16), (100, 1, 32), (256, 3, 4), (128, 8, 2), (6, 5, 3), (128, 16, 1)]
@@ -112,16 +129,24 @@ def test_simulated_decode(
     min_split=st.sampled_from([1, 16, 64, 256]),
     seed=st.integers(0, 2**32 - 1),
     spread=st.sampled_from([0.1, 1.0, 8.0]),
+    dtype=DTYPES,
 )
 def test_decode_on_gpu(
-    shape: tuple[int, int, int], long: bool, position: int, capacity: int, min_split: int, seed: int, spread: float
+    shape: tuple[int, int, int],
+    long: bool,
+    position: int,
+    capacity: int,
+    min_split: int,
+    seed: int,
+    spread: float,
+    dtype: KVDtype,
 ) -> None:
     from bitnet_numba.kernels.runtime.device import usable_device
 
     D, group, kv_heads = shape
-    spec = decode_spec(arch(), D, group, long)
+    spec = decode_spec(arch(), D, group, long, dtype)
     grid = decode_grid(usable_device().num_sms, HeadShape(group * kv_heads, kv_heads, D), long)
-    check_decode(spec, grid, kv_heads, group, D, position, capacity, min_split, seed, spread)
+    check_decode(spec, grid, kv_heads, group, D, position, capacity, min_split, seed, spread, dtype)
 
 
 @pytest.mark.parametrize("head_dim", [0, 3, 127, 258])
@@ -141,7 +166,7 @@ def test_launch_checks_its_operands() -> None:
         launch = decode_attention(
             device, qkv, rope, position, keys, values, capacity, scratch, out, shape, long=long, use_pdl=False
         )
-        assert launch.spec is decode_spec(90, 128, 4, long)
+        assert launch.spec is decode_spec(90, 128, 4, long, DEFAULT)
     with pytest.raises(ValueError, match="decode_attention: cos holds 8192 elements, .* 129 tokens takes 8256"):
         decode_attention(device, qkv, rope, position, keys, values, 129, scratch, out, shape)
     with pytest.raises(ValueError, match="a capacity of 0 tokens"):

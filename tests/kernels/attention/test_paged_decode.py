@@ -18,9 +18,16 @@ from hypothesis import strategies as st
 from numba import cuda
 from numba.cuda import types
 
-from bitnet_numba.bfloat16 import from_float32, to_float32
 from bitnet_numba.kernels import ptx
-from bitnet_numba.kernels.attention.kv_cache import APPEND_THREADS, PAGE, LayerCache, append_spec, pool_strides
+from bitnet_numba.kernels.attention.kv_cache import (
+    APPEND_THREADS,
+    PAGE,
+    LayerCache,
+    append_spec,
+    pool_strides,
+    token_words,
+)
+from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype
 from bitnet_numba.kernels.attention.paged_decode import (
     PagedScratch,
     fits,
@@ -30,14 +37,16 @@ from bitnet_numba.kernels.attention.paged_decode import (
     splits_needed,
     work_entries,
 )
-from bitnet_numba.kernels.attention.parts import HeadShape, RopeTables, heads_per_block, padded_head_dim
+from bitnet_numba.kernels.attention.parts import HeadShape, RopeTables, heads_per_block
 from bitnet_numba.kernels.ptx.base import simulated_thread
 from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.reference.model import attend, rotate
+from tests.kernels.attention.test_decode import tolerance
+from tests.kernels.attention.test_kv_cache import NAN_BITS, stored_numbers, stored_words, to_bits
 from tests.kernels.harness import SIMULATED, Out, arch, assert_close, needs_gpu, run, simulated
 
-EPSILON = 2.0**-24
+PAGED_DTYPES = st.sampled_from(["float16", "bfloat16", "float8"])
 
 
 def attend_to_pages(
@@ -48,39 +57,48 @@ def attend_to_pages(
     splits: int,
     min_split: int,
     seed: int,
+    dtype: KVDtype,
 ) -> np.ndarray:
     """One launch over a batch of tokens: (slot, qkv [heads + 2 kv heads, D], keys, values), the last two of the earlier
-    tokens, as bfloat16 bits [tokens, kv heads, D]; pages in a random order. Every token is shared by `splits` blocks,
+    tokens, float32 [tokens, kv heads, D]; pages in a random order. Every token is shared by `splits` blocks,
     or every other one by fewer. Returns [len(batch), heads, D]; tokens of slot -1 as poison.
 
     Checks that the cache then is what `append` makes of it.
     """
     D, group, kv_heads = shape
     rng = np.random.default_rng(seed)
-    heads, DP, max_tokens = kv_heads * group, padded_head_dim(D), len(angles)
+    heads, max_tokens = kv_heads * group, len(angles)
     stride, slots = -(-max_tokens // PAGE), 1 + max(slot for slot, *_ in batch)
     counts = {slot: len(keys) // PAGE + 1 for slot, _, keys, _ in batch if slot >= 0}
     pages = list(rng.permutation(sum(counts.values()) + 2))  # two pages are nobody's
     block_table = np.full((slots, stride), 2**30, np.int32)
-    caches = np.full((2, len(pages), kv_heads, PAGE, DP), 0x7FC0, np.uint16)
+    nothing = 0x7FC00000 if dtype == "float8" else NAN_BITS * 0x10001  # NaN, as a scale too
+    caches = np.full((2, len(pages), kv_heads, PAGE, token_words(D, dtype)), nothing, np.int32)
+    scales = np.full((2, len(pages), kv_heads, PAGE), nothing, np.int32)
     slot_positions = np.full((len(batch), 2), -1, np.int32)
-    for b, (slot, _, *bits) in enumerate(batch):
+    for b, (slot, _, *earlier) in enumerate(batch):
         if slot >= 0:
-            t = np.arange(len(bits[0]))
+            t = np.arange(len(earlier[0]))
             slot_positions[b] = slot, len(t)
             block_table[slot, : counts[slot]] = [pages.pop() for _ in range(counts[slot])]
-            for cache, new in zip(caches, bits, strict=True):
-                cache[block_table[slot, t // PAGE], :, t % PAGE] = np.pad(new, ((0, 0), (0, 0), (0, DP - D)))
-    spec = paged_decode_spec(arch(), D, group, threads, min_split)
-    partials, stats, arrivals = PagedScratch.sizes(len(batch), max_tokens, HeadShape(heads, kv_heads, D))
+            for cache, scale, new in zip(caches, scales, earlier, strict=True):
+                of_tokens = block_table[slot, t // PAGE], slice(None), t % PAGE
+                cache[of_tokens], factors = stored_words(new, dtype)
+                scale[of_tokens] = factors.view(np.int32)
+    caches = caches.reshape(*caches.shape[:3], -1)
+    if dtype == "float8":
+        caches = np.concatenate([caches, scales], axis=-1)
+    spec = paged_decode_spec(arch(), D, group, threads, dtype, min_split)
+    partials, stats, arrivals = PagedScratch.sizes(len(batch), max_tokens, HeadShape(heads, kv_heads, D), dtype)
     max_splits = max_splits_of(max_tokens) * (512 // min_split)
     partials, stats = (size * (512 // min_split) for size in (partials, stats))
     scratch = (Out(partials, np.float32), Out(stats, np.float32), Out(arrivals, np.int32, np.zeros(arrivals, np.int32)))
     out = Out(len(batch) * heads * D, np.float32)
     qkv = np.stack([token[1] for token in batch])
-    words, appended = ([Out(x.size // 2, np.int32, x.view(np.int32)) for x in caches] for _ in range(2))
+    words, appended = ([Out(x.size, np.int32, x) for x in caches] for _ in range(2))
+    strides = pool_strides(kv_heads, D, dtype)
     begin: list[Any] = [qkv, np.cos(angles), np.sin(angles), slot_positions, block_table, stride]
-    arguments = [*begin, *words, *pool_strides(kv_heads, D), *scratch, out, kv_heads, max_splits, slots, max_tokens]
+    arguments = [*begin, *words, *strides, *scratch, out, kv_heads, max_splits, slots, max_tokens]
     head_blocks = heads // heads_per_block(group)
     shares = [
         (splits if b % 2 == 0 else int(rng.integers(1, splits + 1))) * (token[0] >= 0) for b, token in enumerate(batch)
@@ -88,8 +106,8 @@ def attend_to_pages(
     work_list = rng.permutation([*work_entries(shares), -1]).astype(np.int32)
     run(spec, (len(work_list), head_blocks), [*arguments[:-4], work_list, *arguments[-4:], words[0].size])
     assert not scratch[2].array.any(), "the arrival counters are not zero again"
-    append = append_spec(arch(), D, 32 if SIMULATED else APPEND_THREADS)
-    run(append, len(batch), [*begin, *appended, *pool_strides(kv_heads, D), heads, kv_heads], 1)
+    append = append_spec(arch(), D, dtype, 32 if SIMULATED else APPEND_THREADS)
+    run(append, len(batch), [*begin, *appended, *strides, heads, kv_heads], 1)
     for name, array, expected in zip(("keys", "values"), words, appended, strict=True):
         wrong = np.flatnonzero(array.array != expected.array)
         assert not wrong.size, f"{name}: {wrong.size} words are not as append has them, the first is {wrong[0]}"
@@ -105,6 +123,7 @@ def check_paged_decode(
     seed: int = 1,
     spread: float = 1.0,
     other: tuple[int, int] | None = None,
+    dtype: KVDtype = DEFAULT,
 ) -> None:
     """Compares tokens with contexts of these lengths (0: an unused token) with the reference; then the longest alone,
     launched with `other` (threads, splits), with its result in company."""
@@ -116,11 +135,11 @@ def check_paged_decode(
     batch = []
     for b, tokens in enumerate(lengths):
         qkv = (rng.standard_normal((heads + 2 * kv_heads, D)) * spread).astype(np.float32)
-        bits = from_float32(rng.standard_normal((2, max(0, tokens - 1), kv_heads, D)).astype(np.float32))
-        batch.append((int(slots[b]) if tokens else -1, qkv, *bits))
-    actual = attend_to_pages(shape, batch, angles, threads, splits, min_split, seed)
+        earlier = rng.standard_normal((2, max(0, tokens - 1), kv_heads, D)).astype(np.float32)
+        batch.append((int(slots[b]) if tokens else -1, qkv, *earlier))
+    actual = attend_to_pages(shape, batch, angles, threads, splits, min_split, seed, dtype)
     untouched = np.full(heads * D * 4, 0xA5, np.uint8).view(np.float32).reshape(heads, D)
-    for b, (_, qkv, *bits) in enumerate(batch):
+    for b, (_, qkv, *earlier) in enumerate(batch):
         tokens = lengths[b]
         if not tokens:
             assert actual[b].tobytes() == untouched.tobytes(), f"unused token {b} was written"
@@ -128,43 +147,48 @@ def check_paged_decode(
         cos, sin = (np.concatenate([f(angles[None, tokens - 1])] * 2, axis=-1) for f in (np.cos, np.sin))  # [1, D]
         q = rotate(qkv[None, :heads], cos, sin)
         own = rotate(qkv[None, heads:][:, :kv_heads], cos, sin), qkv[None, heads + kv_heads :]  # [1, G, D]
-        k, v = (to_float32(np.concatenate([x, from_float32(y)])) for x, y in zip(bits, own, strict=True))  # [T, G, D]
+        whole = [np.concatenate([x, y]) for x, y in zip(earlier, own, strict=True)]
+        k, v = (stored_numbers(*stored_words(x, dtype), D, dtype) for x in whole)  # [T, G, D]
         expected = attend(q.astype(np.float64), k.astype(np.float64), v.astype(np.float64))[0]  # [H, D]
-        grouped = np.abs(q[0]).reshape(kv_heads, group, D)
-        largest = np.einsum("ghd,tgd->tgh", grouped, np.abs(k)).max() * D**-0.5
-        r = 2 * (D + 3) * EPSILON * largest + 2**8 * EPSILON
-        bound = (2 * r + 4 * tokens * EPSILON) * np.abs(v).max()
-        assert_close(actual[b], expected, bound, f"token {b} of {lengths}")
+        assert_close(actual[b], expected, tolerance(q[0], k, v, dtype), f"token {b} of {lengths}")
     if other is not None and max(lengths):
         b = int(np.argmax(lengths))
-        alone = attend_to_pages(shape, [(0, *batch[b][1:])], angles, *other, min_split, seed + 1)
+        alone = attend_to_pages(shape, [(0, *batch[b][1:])], angles, *other, min_split, seed + 1, dtype)
         assert alone[0].tobytes() == actual[b].tobytes(), f"token {b} of {lengths} differs from itself alone"
 
 
 @simulated
 @settings(max_examples=4)
-@example(shape=(128, 4, 1), lengths=[70], threads=64, splits=2, seed=1)
-@example(shape=(8, 6, 1), lengths=[1, 0, 64], threads=32, splits=1, seed=2)  # new tokens first and last of a page
-@example(shape=(8, 8, 2), lengths=[65], threads=64, splits=1, seed=3)  # the new token alone in the second split
-@example(shape=(20, 5, 1), lengths=[129, 0], threads=32, splits=2, seed=4)  # a third split, taken by the first block
-@example(shape=(34, 1, 1), lengths=[113], threads=64, splits=3, seed=5)  # a warp's second stripe, first of a tile
+@example(shape=(128, 4, 1), lengths=[70], threads=64, splits=2, seed=1, dtype="float16")
+@example(
+    shape=(8, 6, 1), lengths=[1, 0, 64], threads=32, splits=1, seed=2, dtype="bfloat16"
+)  # first and last of a page
+@example(shape=(8, 8, 2), lengths=[65], threads=64, splits=1, seed=3, dtype="float8")  # alone in the second split
+@example(
+    shape=(20, 5, 1), lengths=[129, 0], threads=32, splits=2, seed=4, dtype="float16"
+)  # a third split, the first block's
+@example(
+    shape=(34, 1, 1), lengths=[113], threads=64, splits=3, seed=5, dtype="bfloat16"
+)  # a second stripe, first of a tile
 @given(
     shape=st.sampled_from([(8, 4, 1), (4, 1, 2), (20, 3, 1), (34, 1, 1), (16, 5, 1)]),
     lengths=st.lists(st.integers(0, 100), min_size=1, max_size=2).filter(any),
     threads=st.sampled_from([32, 64, 128]),
     splits=st.integers(1, 3),
     seed=st.integers(0, 2**32 - 1),
+    dtype=PAGED_DTYPES,
 )
 def test_simulated_paged_decode(
-    shape: tuple[int, int, int], lengths: list[int], threads: int, splits: int, seed: int
+    shape: tuple[int, int, int], lengths: list[int], threads: int, splits: int, seed: int, dtype: KVDtype
 ) -> None:
-    check_paged_decode(shape, lengths, threads, splits, 64, seed, other=(64, 1))
+    check_paged_decode(shape, lengths, threads, splits, 64, seed, other=(64, 1), dtype=dtype)
 
 
 @simulated
 @pytest.mark.parametrize("tokens", [257, 272])  # in the second tile of the first stripe, its first and last
 def test_simulated_new_token_in_a_later_tile(tokens: int) -> None:
-    check_paged_decode((4, 1, 1), [tokens], 32, 1, seed=tokens, other=(512, 1))
+    dtype: KVDtype = "float8" if tokens == 272 else "float16"
+    check_paged_decode((4, 1, 1), [tokens], 32, 1, seed=tokens, other=(512, 1), dtype=dtype)
 
 
 @simulated
@@ -186,8 +210,9 @@ def test_simulated_slot_positions_change(stale: tuple[int, int], monkeypatch: py
 
 @needs_gpu
 @settings(max_examples=40)
-@example(spec=((128, 4, 5), 64), lengths=[4096, 256, 1, 0, 257, 8191], splits=16, seed=2, spread=4.0)
-@example(spec=((128, 4, 1), 128), lengths=[32768, 2, 65, 10000], splits=4, seed=3, spread=1.0)
+@example(spec=((128, 4, 5), 64), lengths=[4096, 256, 1, 0, 257, 8191], splits=16, seed=2, spread=4.0, dtype="float16")
+@example(spec=((128, 4, 1), 128), lengths=[32768, 2, 65, 10000], splits=4, seed=3, spread=1.0, dtype="bfloat16")
+@example(spec=((128, 4, 5), 512), lengths=[700, 3000, 17], splits=4, seed=4, spread=1.0, dtype="float8")
 @given(
     spec=st.sampled_from(  # each pair, and its other number of threads, is compiled
         [((128, 4, 5), 64), ((128, 4, 5), 256), ((64, 4, 2), 512), ((96, 1, 3), 128), ((100, 1, 4), 64),
@@ -197,12 +222,14 @@ def test_simulated_slot_positions_change(stale: tuple[int, int], monkeypatch: py
     splits=st.sampled_from([1, 2, 4, 8, 16, 32]),
     seed=st.integers(0, 2**32 - 1),
     spread=st.sampled_from([0.1, 1.0, 8.0]),
+    dtype=PAGED_DTYPES,
 )  # fmt: skip
 def test_paged_decode_on_gpu(
-    spec: tuple[tuple[int, int, int], int], lengths: list[int], splits: int, seed: int, spread: float
+    spec: tuple[tuple[int, int, int], int], lengths: list[int], splits: int, seed: int, spread: float, dtype: KVDtype
 ) -> None:
     shape, threads = spec
-    check_paged_decode(shape, lengths, threads, splits, 512, seed, spread, other=(512 if threads < 256 else 64, 3))
+    other = 512 if threads < 256 else 64, 3
+    check_paged_decode(shape, lengths, threads, splits, 512, seed, spread, other, dtype)
 
 
 def make_late(arch: int, count: int) -> Callable[..., None]:
@@ -240,9 +267,9 @@ def test_begins_before_the_launches_before_it_have_ended(stale: int) -> None:
     block_table = rng.permutation(num_tokens * stride).astype(np.int32).reshape(num_tokens, stride)
     slot_positions = np.array([(b, n - 1) for b, n in enumerate(lengths)], np.int32)
     page_words, head_words = pool_strides(kv_heads, D)
-    cached = from_float32(rng.standard_normal((2, num_tokens * stride, kv_heads, PAGE, D)).astype(np.float32))
+    cached = to_bits(rng.standard_normal((2, num_tokens * stride, kv_heads, PAGE, D)).astype(np.float32), DEFAULT)
     for b, n in enumerate(lengths):  # the new tokens are not there yet
-        cached[:, block_table[b, (n - 1) // PAGE], :, (n - 1) % PAGE] = 0x7FC0
+        cached[:, block_table[b, (n - 1) // PAGE], :, (n - 1) % PAGE] = NAN_BITS
     qkv = rng.standard_normal((num_tokens, (heads + 2 * kv_heads) * D)).astype(np.float32)
     angles = rng.uniform(-3, 3, (stride * PAGE, D // 2)).astype(np.float32)
     shape = HeadShape(heads, kv_heads, D)
@@ -299,7 +326,7 @@ def test_launch_checks_its_operands() -> None:
             device, qkv, rope, slot_positions, cache, work_list, num_blocks, scratch, out, num_tokens, shape
         )
 
-    assert launch().spec is paged_decode_spec(90, 128, 4, 512)
+    assert launch().spec is paged_decode_spec(90, 128, 4, 512, DEFAULT)
     with pytest.raises(ValueError, match="paged_decode_attention: qkv holds 23040 elements, a pass of 7 x 20 heads"):
         launch(num_tokens=7)
     with pytest.raises(ValueError, match="qkv must be float32, not int32"):

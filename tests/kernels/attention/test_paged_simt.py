@@ -11,27 +11,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitnet_numba.kernels.attention.paged_simt import paged_simt_grid, paged_simt_spec
-from bitnet_numba.kernels.runtime.spec import KernelSpec
-from tests.kernels.attention.test_kv_cache import random_slot_positions
+from bitnet_numba.kernels.attention.kv_dtype import KVDtype
+from bitnet_numba.kernels.attention.paged_simt import THREADS, paged_simt_grid, paged_simt_spec
+from tests.kernels.attention.test_kv_cache import ALL_DTYPES, random_slot_positions
 from tests.kernels.attention.test_prefill import Context
 from tests.kernels.harness import Out, arch, needs_gpu, run, simulated
 
 
 def check_paged_simt(
-    spec: KernelSpec,
     shape: tuple[int, int, int],
     num_tokens: int,
     slots: int,
     tokens: int,
     seed: int,
+    dtype: KVDtype,
     spread: float = 1.0,
+    threads: int = THREADS,
 ) -> None:
     """Tokens of several slots against the reference, and one of them alone."""
     head_dim, group, kv_heads = shape
-    rng = np.random.default_rng(seed)
+    rng, spec = np.random.default_rng(seed), paged_simt_spec(arch(), head_dim, group, dtype, threads)
     heads = kv_heads * group
-    context = Context(slots, tokens, kv_heads, head_dim, slots > 1, rng)
+    context = Context(slots, tokens, kv_heads, head_dim, slots > 1, rng, dtype)
     slot_positions = random_slot_positions(num_tokens, slots, tokens, rng)
     for slot in range(slots):
         context.fill(slot, int(slot_positions[slot_positions[:, 0] == slot, 1].max(initial=-1)) + 1)
@@ -70,9 +71,12 @@ def check_paged_simt(
     slots=st.integers(1, 2),
     tokens=st.integers(3, 90),
     seed=st.integers(0, 2**32 - 1),
+    dtype=ALL_DTYPES,
 )
-def test_simulated_paged_simt(shape: tuple[int, int, int], num_tokens: int, slots: int, tokens: int, seed: int) -> None:
-    check_paged_simt(paged_simt_spec(arch(), *shape[:2], threads=32), shape, num_tokens, slots, tokens, seed)
+def test_simulated_paged_simt(
+    shape: tuple[int, int, int], num_tokens: int, slots: int, tokens: int, seed: int, dtype: KVDtype
+) -> None:
+    check_paged_simt(shape, num_tokens, slots, tokens, seed, dtype, threads=32)
 
 
 @needs_gpu
@@ -86,11 +90,12 @@ def test_simulated_paged_simt(shape: tuple[int, int, int], num_tokens: int, slot
     tokens=st.integers(40, 400),
     seed=st.integers(0, 2**32 - 1),
     spread=st.sampled_from([0.1, 1.0, 8.0]),
+    dtype=ALL_DTYPES,
 )
 def test_paged_simt_on_gpu(
-    shape: tuple[int, int, int], num_tokens: int, slots: int, tokens: int, seed: int, spread: float
+    shape: tuple[int, int, int], num_tokens: int, slots: int, tokens: int, seed: int, spread: float, dtype: KVDtype
 ) -> None:
-    check_paged_simt(paged_simt_spec(arch(), *shape[:2]), shape, num_tokens, slots, tokens, seed, spread)
+    check_paged_simt(shape, num_tokens, slots, tokens, seed, dtype, spread)
 
 
 def test_refuses() -> None:

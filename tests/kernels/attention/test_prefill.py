@@ -3,7 +3,8 @@
 Contract: the reference's causal attention of every used token over the cache, in float32, whatever the pages; unused
 tokens are not written; a token's bits depend on its own position alone.
 
-Tolerance, with e = 2^-24. q and p are two bfloat16 terms, which leave out up to 2^-17 of an entry, 128 e. Tensor cores
+Tolerance, with e = 2^-24. q and p are two terms, which leave out up to 2^-17 of an entry, 128 e, if they are bfloat16;
+of float16 4 e of an entry, or e / 2 where that is more (a query's is then e / 2 sum|k_i| of a score). Tensor cores
 cut off where float32 arithmetic rounds: 2 e for each of a sum's terms. So a score, a sum of 2 D products, is off by
 at most (128 + 4 D + 8) e * sum|q_i k_i| (the scaling and rotation are the 8); 2^x is within 2 ulp and its argument, at
 most ~2^7 apart, rounds by 2^7 e: every weight is off by a factor 1 + r, r <= 2 (136 + 4 D) e max_t(sum|q_i k_i|) +
@@ -18,23 +19,33 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bitnet_numba.bfloat16 import to_float32
+from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype
 from bitnet_numba.kernels.attention.prefill import block_shape, prefill_grid, prefill_spec
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.reference.model import rotate
-from tests.kernels.attention.test_kv_cache import Cache
+from tests.kernels.attention.test_kv_cache import DTYPES, NAN_BITS, Cache
 from tests.kernels.harness import Out, arch, assert_close, needs_gpu, run, simulated
 
 EPSILON = 2.0**-24
+TERMS = {"bfloat16": 128, "float16": 4}  # what two terms leave out, in units of that
 
 
 class Context:
     """A random cache of some slots, all of whose tokens are there up to `tokens`; what is not is NaN in every bit."""
 
-    def __init__(self, slots: int, tokens: int, kv_heads: int, head_dim: int, pooled: bool, rng: np.random.Generator):
+    def __init__(
+        self,
+        slots: int,
+        tokens: int,
+        kv_heads: int,
+        head_dim: int,
+        pooled: bool,
+        rng: np.random.Generator,
+        dtype: KVDtype = DEFAULT,
+    ):
         self.kv_heads, self.head_dim, self.tokens = kv_heads, head_dim, tokens
-        self.cache = Cache(slots, tokens, kv_heads, head_dim, pooled, rng)
-        self.cache.keys[:], self.cache.values[:] = 0x7FC07FC0, 0x7FC07FC0
+        self.cache = Cache(slots, tokens, kv_heads, head_dim, pooled, rng, dtype)
+        self.cache.keys[:], self.cache.values[:] = NAN_BITS * 0x10001, NAN_BITS * 0x10001
         self.k, self.v = rng.standard_normal((2, slots, tokens, kv_heads, head_dim)).astype(np.float32)
         angles = rng.uniform(-np.pi, np.pi, (tokens, head_dim // 2)).astype(np.float32)
         self.cos, self.sin = np.cos(angles), np.sin(angles)
@@ -46,12 +57,7 @@ class Context:
 
     def read(self, slot: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """A slot's keys and values as the cache has them: float64 [end, kv_heads, head_dim] each."""
-        places = [[self.cache.at(slot, g, t) for g in range(self.kv_heads)] for t in range(end)]
-        both = []
-        for words in (self.cache.keys, self.cache.values):
-            stored = np.array([[words[place] for place in token] for token in places]).view(np.uint16)
-            both.append(to_float32(stored[..., : self.head_dim]).astype(np.float64))
-        return both[0], both[1]
+        return self.cache.read(slot, end)
 
     def check_token(
         self,
@@ -76,6 +82,8 @@ class Context:
         expected = np.einsum("ght,tgd->ghd", p, v)
         largest = np.einsum("ghd,tgd->ght", np.abs(rotated), np.abs(k)).max() * D**-0.5
         r = 2 * (terms + 8 + 4 * D) * EPSILON * largest + 2**8 * EPSILON
+        if terms and self.cache.dtype == "float16":
+            r += EPSILON * np.abs(k).sum(axis=-1).max()
         bound = (2 * r + (terms + 9 * T) * EPSILON) * np.abs(v).max()
         assert_close(actual.reshape(expected.shape), expected, bound, f"{what}, position {position}")
 
@@ -100,6 +108,7 @@ def check_prefill(
     seed: int,
     spread: float = 1.0,
     run_kernel: Callable[..., None] = run_prefill,
+    dtype: KVDtype = DEFAULT,
 ) -> None:
     """One pass of `used` of `num_tokens` tokens against the reference, and its last tokens as a pass of their own."""
     head_dim, group, kv_heads = shape
@@ -107,7 +116,7 @@ def check_prefill(
     heads, tokens = kv_heads * group, start + used
     slots = 3 if pooled else 1
     slot = int(rng.integers(slots))
-    context = Context(slots, tokens, kv_heads, head_dim, pooled, rng)
+    context = Context(slots, tokens, kv_heads, head_dim, pooled, rng, dtype)
     context.fill(slot, tokens)
     qkv = (rng.standard_normal((num_tokens, heads + 2 * kv_heads, head_dim)) * spread).astype(np.float32)
     qkv[used:] = np.nan
@@ -127,7 +136,7 @@ def check_prefill(
     result = attend(0, num_tokens)
     k, v = context.read(slot, tokens)
     for token in rng.permutation(used)[:24]:
-        context.check_token(spec.name, qkv[token, :heads], slot, start + token, result[token], 128, k, v)
+        context.check_token(spec.name, qkv[token, :heads], slot, start + token, result[token], TERMS[dtype], k, v)
     cut = int(rng.integers(used))
     assert attend(cut, num_tokens - cut).tobytes() == result[cut:].tobytes(), (
         f"tokens from {cut} on differ as a pass of their own"
@@ -136,10 +145,10 @@ def check_prefill(
 
 @simulated
 @settings(max_examples=3)
-@example(shape=(16, 2, 1), start=60, used=10, num_tokens=18, pooled=True, seed=1)
-@example(shape=(32, 2, 1), start=3, used=5, num_tokens=5, pooled=False, seed=1)
+@example(shape=(16, 2, 1), start=60, used=10, num_tokens=18, pooled=True, seed=1, dtype="float16")
+@example(shape=(32, 2, 1), start=3, used=5, num_tokens=5, pooled=False, seed=1, dtype="bfloat16")
 @example(
-    shape=(18, 1, 2), start=60, used=4, num_tokens=4, pooled=False, seed=1
+    shape=(18, 1, 2), start=60, used=4, num_tokens=4, pooled=False, seed=1, dtype="float16"
 )  # up to the cache's last word, padded num_tokens
 @given(
     shape=st.sampled_from([(6, 2, 1), (18, 1, 2), (32, 2, 1)]),
@@ -148,12 +157,13 @@ def check_prefill(
     num_tokens=st.integers(17, 18),
     pooled=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
+    dtype=DTYPES,
 )
 def test_simulated_prefill(
-    shape: tuple[int, int, int], start: int, used: int, num_tokens: int, pooled: bool, seed: int
+    shape: tuple[int, int, int], start: int, used: int, num_tokens: int, pooled: bool, seed: int, dtype: KVDtype
 ) -> None:
-    spec = prefill_spec(arch(), shape[0], shape[1], warps=2)
-    check_prefill(spec, 2, shape, start, used, num_tokens, pooled, seed)
+    spec = prefill_spec(arch(), shape[0], shape[1], dtype, warps=2)
+    check_prefill(spec, 2, shape, start, used, num_tokens, pooled, seed, dtype=dtype)
 
 
 @simulated
@@ -164,9 +174,9 @@ def test_simulated_large_heads() -> None:
 
 @needs_gpu
 @settings(max_examples=40)
-@example(shape=(128, 4, 5), start=0, used=512, num_tokens=512, pooled=False, seed=1, spread=1.0)
-@example(shape=(128, 4, 1), start=3000, used=100, num_tokens=128, pooled=True, seed=2, spread=8.0)
-@example(shape=(256, 3, 2), start=700, used=130, num_tokens=256, pooled=True, seed=3, spread=1.0)
+@example(shape=(128, 4, 5), start=0, used=512, num_tokens=512, pooled=False, seed=1, spread=1.0, dtype="float16")
+@example(shape=(128, 4, 1), start=3000, used=100, num_tokens=128, pooled=True, seed=2, spread=8.0, dtype="bfloat16")
+@example(shape=(256, 3, 2), start=700, used=130, num_tokens=256, pooled=True, seed=3, spread=1.0, dtype="float16")
 @given(
     shape=st.sampled_from(
         [
@@ -188,12 +198,20 @@ def test_simulated_large_heads() -> None:
     pooled=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
     spread=st.sampled_from([0.1, 1.0, 8.0]),
+    dtype=DTYPES,
 )
 def test_prefill_on_gpu(
-    shape: tuple[int, int, int], start: int, used: int, num_tokens: int, pooled: bool, seed: int, spread: float
+    shape: tuple[int, int, int],
+    start: int,
+    used: int,
+    num_tokens: int,
+    pooled: bool,
+    seed: int,
+    spread: float,
+    dtype: KVDtype,
 ) -> None:
-    spec = prefill_spec(arch(), shape[0], shape[1])
-    check_prefill(spec, 4, shape, start, used, num_tokens, pooled, seed, spread)
+    spec = prefill_spec(arch(), shape[0], shape[1], dtype)
+    check_prefill(spec, 4, shape, start, used, num_tokens, pooled, seed, spread, dtype=dtype)
 
 
 def test_block_shapes() -> None:

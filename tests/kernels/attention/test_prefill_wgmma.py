@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bitnet_numba.kernels.attention.kv_cache import LayerCache, pool_strides, token_words
+from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype
 from bitnet_numba.kernels.attention.parts import HeadShape, RopeTables
 from bitnet_numba.kernels.attention.prefill import prefill_attention
 from bitnet_numba.kernels.attention.prefill_wgmma import (
@@ -24,6 +25,7 @@ from bitnet_numba.kernels.attention.prefill_wgmma import (
 )
 from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.spec import KernelSpec
+from tests.kernels.attention.test_kv_cache import DTYPES, to_bits
 from tests.kernels.attention.test_prefill import Context, check_prefill
 from tests.kernels.harness import Out, arch, mapped, needs_gpu, run, simulated, why_no_gpu
 
@@ -59,19 +61,20 @@ def check_prefill_wgmma(
     spread: float = 1.0,
     warps: int = WARPS,
     keys: int = KEYS,
+    dtype: KVDtype = DEFAULT,
 ) -> None:
     """`check_prefill` of this kernel, with blocks of `warps` warps and tiles of `keys` keys."""
 
     def run_kernel(*arguments: Any) -> None:
         run_prefill_wgmma(*arguments, keys=keys)
 
-    spec = prefill_wgmma_spec(arch(), shape[0], shape[1], warps, keys)
-    check_prefill(spec, warps, shape, start, used, num_tokens, pooled, seed, spread, run_kernel)
+    spec = prefill_wgmma_spec(arch(), shape[0], shape[1], dtype, warps, keys)
+    check_prefill(spec, warps, shape, start, used, num_tokens, pooled, seed, spread, run_kernel, dtype)
 
 
 @simulated
 @settings(max_examples=2)
-@example(shape=(32, 4, 1), start=61, used=5, num_tokens=6, pooled=True, seed=1)  # two pages
+@example(shape=(32, 4, 1), start=61, used=5, num_tokens=6, pooled=True, seed=1, dtype="float16")  # two pages
 @given(
     shape=st.sampled_from([(18, 1, 1), (20, 4, 1), (8, 2, 2)]),
     start=st.integers(0, 40),
@@ -79,11 +82,12 @@ def check_prefill_wgmma(
     num_tokens=st.integers(17, 18),
     pooled=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
+    dtype=DTYPES,
 )
 def test_simulated_prefill(
-    shape: tuple[int, int, int], start: int, used: int, num_tokens: int, pooled: bool, seed: int
+    shape: tuple[int, int, int], start: int, used: int, num_tokens: int, pooled: bool, seed: int, dtype: KVDtype
 ) -> None:
-    check_prefill_wgmma(shape, start, used, num_tokens, pooled, seed, warps=4, keys=16)
+    check_prefill_wgmma(shape, start, used, num_tokens, pooled, seed, warps=4, keys=16, dtype=dtype)
 
 
 @simulated
@@ -95,9 +99,9 @@ def test_simulated_warpgroups() -> None:
 @needs_gpu
 @only_there
 @settings(max_examples=40)
-@example(shape=(128, 4, 5), start=0, used=512, num_tokens=512, pooled=False, seed=1, spread=1.0)
-@example(shape=(128, 4, 1), start=3000, used=100, num_tokens=128, pooled=True, seed=2, spread=8.0)
-@example(shape=(128, 4, 1), start=0, used=1, num_tokens=1, pooled=False, seed=3, spread=1.0)
+@example(shape=(128, 4, 5), start=0, used=512, num_tokens=512, pooled=False, seed=1, spread=1.0, dtype="float16")
+@example(shape=(128, 4, 1), start=3000, used=100, num_tokens=128, pooled=True, seed=2, spread=8.0, dtype="bfloat16")
+@example(shape=(128, 4, 1), start=0, used=1, num_tokens=1, pooled=False, seed=3, spread=1.0, dtype="float16")
 @given(
     shape=st.sampled_from(
         [(128, 4, 2), (64, 4, 2), (96, 1, 4), (100, 1, 3), (128, 8, 1), (6, 5, 1), (32, 7, 2), (18, 2, 1), (72, 6, 1)]
@@ -108,11 +112,19 @@ def test_simulated_warpgroups() -> None:
     pooled=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
     spread=st.sampled_from([0.1, 1.0, 8.0]),
+    dtype=DTYPES,
 )
 def test_prefill_on_gpu(
-    shape: tuple[int, int, int], start: int, used: int, num_tokens: int, pooled: bool, seed: int, spread: float
+    shape: tuple[int, int, int],
+    start: int,
+    used: int,
+    num_tokens: int,
+    pooled: bool,
+    seed: int,
+    spread: float,
+    dtype: KVDtype,
 ) -> None:
-    check_prefill_wgmma(shape, start, used, num_tokens, pooled, seed, spread)
+    check_prefill_wgmma(shape, start, used, num_tokens, pooled, seed, spread, dtype=dtype)
 
 
 @needs_gpu
@@ -127,8 +139,8 @@ def test_launches_that_overlap_on_gpu() -> None:
     table = device.array(rng.permutation(pages).astype(np.int32))
     caches = []
     for _ in range(2):
-        words = [rng.standard_normal((pages, 5, 64, 128)).astype(np.float32).view(np.uint32) >> 16 for _ in range(2)]
-        keys, values = (device.array(x.astype(np.uint16).view(np.int32)) for x in words)
+        numbers = rng.standard_normal((2, pages, 5, 64, 128)).astype(np.float32)
+        keys, values = (device.array(to_bits(x, DEFAULT).view(np.int32)) for x in numbers)
         caches.append(LayerCache(keys, values, table, pages, *pool_strides(5, 128)))
     angles = rng.uniform(-np.pi, np.pi, (count, 64)).astype(np.float32)
     rope = RopeTables(device.array(np.cos(angles)), device.array(np.sin(angles)))

@@ -39,7 +39,7 @@ def _store_all(dtype, layer, page_stride, table, D, k, v):
 
 
 @njit(error_model="numpy")
-def _attend(isa, dtype, heads, layer, page_stride, table, G, R, q, length, backwards, partial, scratch, out):
+def _attend(isa, dtype, heads, layer, page_stride, table, G, R, q, begin, length, backwards, partial, scratch, out):
     D = q.shape[1]
     splits = (length + attention.SPLIT - 1) // attention.SPLIT
     row = attention.partial_bytes(D)
@@ -48,7 +48,7 @@ def _attend(isa, dtype, heads, layer, page_stride, table, G, R, q, length, backw
             split = splits - 1 - s if backwards else s
             attention.attend(
                 *(isa, dtype, heads, vec.address_of(layer), page_stride, vec.address_of(table), G, g, R, D),
-                *(vec.address_of(q) + g * R * D * 4, length, split),
+                *(vec.address_of(q) + g * R * D * 4, begin, length, split),
                 *(vec.address_of(partial) + split * R * row, vec.address_of(scratch)),
             )
         for h in range(R):
@@ -74,8 +74,9 @@ class Cache:
         """Keys and values [T, G, D]."""
         _store_all(self.dtype, self.layer, 2 * self.layer_bytes, self.table, self.D, k, v)
 
-    def attend(self, name: str, q: np.ndarray, length: int, backwards: bool = False) -> np.ndarray:
-        """The output [H, D] of a query [H, D]. All that is written to is poisoned, and its ends are guarded."""
+    def attend(self, name: str, q: np.ndarray, length: int, backwards: bool = False, begin: int = 0) -> np.ndarray:
+        """The output [H, D] of a query [H, D] over tokens begin .. length - 1. All that is written to is poisoned, and
+        its ends are guarded."""
         H, D = q.shape
         R = H // self.G
         splits = -(-length // attention.SPLIT)
@@ -85,7 +86,9 @@ class Cache:
         before = q.copy()
         sizes = (2 * self.layer_bytes, self.table, self.G, R)
         heads = attention.head_tile(R)
-        _attend(isa.choose(name), self.dtype, heads, self.layer, *sizes, q, length, backwards, partial, scratch, out)
+        _attend(
+            isa.choose(name), self.dtype, heads, self.layer, *sizes, q, begin, length, backwards, partial, scratch, out
+        )
         assert (partial[-64:] == 0xFF).all() and (scratch[-64:] == 0xFF).all() and np.isnan(out[-16:]).all()
         np.testing.assert_array_equal(q, before)
         return out[:-16].reshape(H, D)
@@ -116,6 +119,23 @@ def test_equals_the_reference(name: str, dtype: Any, groups: tuple[int, ...], da
     out = cache.attend(name, q, length)
     worst = np.unravel_index(np.abs(out - expected).argmax(), out.shape)
     assert abs(out[worst] - expected[worst]) <= 1e-5 * np.abs(v[:length]).max(), (worst, out[worst], expected[worst])
+
+
+@pytest.mark.parametrize("name", dict.fromkeys([BEST, PLAIN]))
+@given(data=st.data(), length=st.sampled_from(LENGTHS), R=st.integers(1, 4), seed=st.integers(0, 2**32 - 1))
+def test_windows(name: str, data: st.DataObject, length: int, R: int, seed: int) -> None:
+    """As if the tokens before the window were not there."""
+    window = data.draw(st.integers(1, length + 1))
+    rng, begin = np.random.default_rng(seed), max(0, length - window)
+    k, v = sequence(rng, length, 1, 64)
+    q = rng.standard_normal((R, 64)).astype(np.float32)
+    expected = model.attend(q[None], k, v, window)[0]
+    alone = model.attend(q[None], k[begin:], v[begin:])[0]
+    np.testing.assert_allclose(expected, alone, rtol=0, atol=1e-5 * np.abs(v).max())
+    cache = Cache(np.float32, 1, 64, np.arange(-(-length // 64), dtype=np.int32))
+    cache.store(k, v)
+    out = cache.attend(name, q, length, begin=begin)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * np.abs(v).max())
 
 
 @pytest.mark.parametrize("name", dict.fromkeys([BEST, PLAIN]))

@@ -1,4 +1,4 @@
-"""exp, log, silu and relu2 of vectors against float64."""
+"""exp, log, silu, gelu and relu2 of vectors against float64."""
 
 from collections.abc import Callable
 
@@ -29,7 +29,7 @@ def over_arrays(f: Callable) -> Callable[[np.ndarray], np.ndarray]:
     return apply
 
 
-exp, log, silu, relu2 = (over_arrays(f) for f in (math.exp, math.log, math.silu, math.relu2))
+exp, log, silu, gelu, relu2 = (over_arrays(f) for f in (math.exp, math.log, math.silu, math.gelu, math.relu2))
 
 
 def ulps(got: np.ndarray, exact: np.ndarray) -> float:
@@ -72,6 +72,18 @@ def test_silu() -> None:
     assert ulps(silu(x), wide / (1 + np.exp(-wide))) < 4  # exp's 2, and an addition's and a division's halves
     special = np.array([0, -0.0, -100, np.inf, np.nan], np.float32)
     np.testing.assert_array_equal(silu(special), np.array([0, -0.0, -0.0, np.inf, np.nan], np.float32))
+
+
+def test_gelu() -> None:
+    """Its exponent, up to 100 here, is rounded a few times, each by 2^-24 of it: what e^x makes of that."""
+    x = np.linspace(-9, 100, MILLIONS, dtype=np.float32)
+    wide = x.astype(np.float64)
+    z = np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)
+    exact = wide / (1 + np.exp(-2 * z))
+    bound = (4 + 4 * np.minimum(np.abs(2 * z), 100)) * 2.0**-24 * np.abs(exact)
+    assert (np.abs(gelu(x) - exact) <= bound).all()
+    special = np.array([0, -0.0, -100, 1e30, np.inf, np.nan], np.float32)
+    np.testing.assert_array_equal(gelu(special), np.array([0, -0.0, -0.0, 1e30, np.inf, np.nan], np.float32))
 
 
 def test_relu2() -> None:

@@ -79,7 +79,8 @@ def check_gemm_groups(
 KINDS = st.sampled_from([("store", "relu2"), ("residual", "relu2"), ("gated", "relu2"), ("gated", "silu")])
 DP4A = Tile(8, 2, 1, 2, 0, 0, scheme="dp4a")
 KEPT_APART, IN_REGISTERS = Tile(8, 2, 1, 3, 2, 3), Tile(16, 2, 2, 1, 1, 2)
-WGMMA, WGMMA_64 = Tile(32, 1, 8, 1, 0, 2, scheme="wgmma"), Tile(64, 1, 4, 1, 0, 2, scheme="wgmma")
+WGMMA, WGMMA_PAIR = Tile(32, 1, 8, 1, 0, 3, scheme="wgmma"), Tile(8, 1, 4, 1, 2, 3, scheme="wgmma")
+WGMMA_APART = Tile(16, 1, 4, 2, 0, 2, scheme="wgmma")
 
 
 @simulated
@@ -88,7 +89,9 @@ WGMMA, WGMMA_64 = Tile(32, 1, 8, 1, 0, 2, scheme="wgmma"), Tile(64, 1, 4, 1, 0, 
 @example(M=9, N=64, K=700, kind=("gated", "relu2"), bias=True, tile=KEPT_APART, short=1, seed=2, old_card=False)
 @example(M=17, N=70, K=420, kind=("residual", "relu2"), bias=True, tile=IN_REGISTERS, short=3, seed=3, old_card=True)
 @example(M=37, N=160, K=700, kind=("gated", "silu"), bias=True, tile=WGMMA, short=3, seed=4, old_card=False)
-@example(M=70, N=90, K=300, kind=("residual", "relu2"), bias=True, tile=WGMMA_64, short=3, seed=5, old_card=False)
+@example(M=13, N=96, K=900, kind=("gated", "relu2"), bias=True, tile=WGMMA_PAIR, short=3, seed=5, old_card=False)
+@example(M=13, N=70, K=1024, kind=("residual", "relu2"), bias=True, tile=WGMMA_PAIR, short=3, seed=6, old_card=False)
+@example(M=21, N=96, K=900, kind=("gated", "silu"), bias=True, tile=WGMMA_APART, short=3, seed=7, old_card=False)
 @given(
     M=st.integers(1, 20),
     N=st.integers(1, 70),
@@ -147,8 +150,9 @@ def test_tiles_that_cannot_be_are_refused() -> None:
                            (Tile(8, 2, 1, 2, 2, 1), "store")):  # fmt: skip
         with pytest.raises(ValueError, match="no GEMM with group scales is made of"):
             spec(90, tile, epilogue)
-    for tile in (WGMMA._replace(tokens=48), WGMMA._replace(tokens=160), WGMMA._replace(stages=1),
-                 WGMMA._replace(k_warps=2), WGMMA._replace(row_warps=4)):  # fmt: skip
+    for tile in (WGMMA._replace(tokens=24), WGMMA._replace(tokens=160), WGMMA._replace(stages=1),
+                 WGMMA._replace(k_warps=3), WGMMA._replace(row_warps=6), WGMMA._replace(reg_stages=1),
+                 WGMMA_PAIR._replace(tokens=16, k_warps=2)):  # fmt: skip
         with pytest.raises(ValueError, match="no wgmma GEMM with group scales is made of"):
             spec(90, tile, "gated")
 

@@ -23,6 +23,7 @@ from bitnet_numba.kernels.linear.operands import PackedLinear, QuantizedActivati
 from bitnet_numba.kernels.operands import Norm
 from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.memory import DeviceArray
+from bitnet_numba.kernels.runtime.spec import CARVEOUT_BYTES, RESERVED_BYTES
 from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, pack_ternary
 from bitnet_numba.quantize import quantize_activations
 from bitnet_numba.reference.model import relu2, rms_norm, silu
@@ -175,20 +176,44 @@ def test_simulated_gemv(
 
 
 @simulated
-def test_simulated_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN in a vector that is normed makes every output NaN."""
+@pytest.mark.parametrize("with_norm", [True, False])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_simulated_numbers_that_are_not_finite(monkeypatch: pytest.MonkeyPatch, with_norm: bool, value: float) -> None:
+    """One in a vector makes every output NaN."""
     K = 70
     monkeypatch.setattr(gemv_module, "plan", lambda *_: Plan(1, 1, 1, 1))
     device = HarnessDevice(1)
     x = padded(np.ones(K, np.float32))
-    x[33] = np.nan
+    x[33] = value
     out = Out(16, np.float32)
     words, scales = pack_ternary(np.ones((16, K), np.int8)), np.ones(1, np.float32)
     linear = PackedLinear(device.operand(words), device.operand(scales), (16,), K)
     norm = Norm(device.operand(np.ones(96, np.float32)), float(EPS))
-    gemv(device, linear, device.operand(x), device.operand(out), norm=norm)
+    gemv(device, linear, device.operand(x), device.operand(out), norm=norm if with_norm else None)
     device.run(repeat=1)
     assert np.isnan(out.array).all()
+
+
+@simulated
+@pytest.mark.parametrize("size", [0.0, 1e-30, 2e-9, 4e-6, 1e-5])
+def test_simulated_tiny_after_the_norm(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the largest normed element is below 1e-5, q is what the reference says: smaller numbers, not 127."""
+    K, rng = 70, np.random.default_rng(1)
+    monkeypatch.setattr(gemv_module, "plan", lambda *_: Plan(1, 2, 1, 1))
+    w, x = rng.integers(-1, 2, (16, K)).astype(np.int8), rng.standard_normal(K).astype(np.float32)
+    norm = (size * rng.uniform(0.5, 1, K)).astype(np.float32)
+    normed = rms_norm(x, norm, float(EPS))
+    q, s = quantize_activations(normed)
+    assert (np.abs(normed).max() < 1e-5) == (np.abs(q).max() < 127)
+    # No q lies so near to a half that rounding could move it (see the module's tolerance).
+    assert (np.abs(np.abs(normed.astype(np.float64) * np.float64(s[0])) % 1 - 0.5) > 127 * 2.0**-20).all()
+    device, out, scales = HarnessDevice(1), Out(16, np.float32), np.ones(1, np.float32)
+    linear = PackedLinear(device.operand(pack_ternary(w)), device.operand(scales), (16,), K)
+    given_norm = Norm(device.operand(padded(norm)), float(EPS))
+    gemv(device, linear, device.operand(padded(x)), device.operand(out), norm=given_norm)
+    device.run(repeat=1)
+    sums = w.astype(np.int32) @ q.astype(np.int32)
+    assert_close(out.array, sums.astype(np.float32) / s, 2.0**-20 * np.abs(sums) / s, f"norms of {size}")
 
 
 @pytest.mark.parametrize("num_sms", [1, 46, 132])
@@ -232,6 +257,9 @@ def test_launcher_chooses_the_variant() -> None:
     launch = gemv(device, gate_up, x, out, norm=norm, epilogue="gated", activation="silu")
     assert launch.name.startswith("gemv[100 norm gated silu bias ")
     assert len({spec.name for spec in device.specs}) == 5
+    assert not gemv(device, linear, x, out).spec.one_per_sm
+    spread = gemv(device, linear, x, out, spread=True).spec
+    assert spread.one_per_sm and 2 * spread.dynamic_shared > CARVEOUT_BYTES - 2 * RESERVED_BYTES
 
 
 def test_launcher_refuses_what_does_not_fit() -> None:

@@ -6,7 +6,6 @@ test_gemv.py, group by group; the sum of G groups adds G roundings of the runnin
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import pytest
@@ -113,7 +112,6 @@ KINDS = st.sampled_from(
 
 
 @simulated
-@pytest.mark.parametrize("tensor_cores", [True, False])
 @settings(max_examples=12)
 @example(N=40, K=800, kind=(False, "store", "relu2"), bias=False, units=1, parts=2, grid=1, seed=1)
 @example(N=20, K=1250, kind=(False, "gated", "relu2"), bias=True, units=1, parts=1, grid=2, seed=2)
@@ -128,8 +126,7 @@ KINDS = st.sampled_from(
     seed=st.integers(0, 2**32 - 1),
 )
 def test_simulated_gemv_groups(
-    tensor_cores: bool, N: int, K: int, kind: tuple[bool, str, str], bias: bool, units: int, parts: int, grid: int,
-    seed: int,
+    N: int, K: int, kind: tuple[bool, str, str], bias: bool, units: int, parts: int, grid: int, seed: int
 ) -> None:  # fmt: skip
     gated = kind[1] == "gated"
     segments = segments_of(2 * N if gated else N, gated)
@@ -137,24 +134,26 @@ def test_simulated_gemv_groups(
     rounds = (rows - 1) // (16 * units * grid) + 1
     with pytest.MonkeyPatch.context() as patch:  # few warps, so that the simulator is done soon
         patch.setattr(module, "plan", lambda *_: Plan(units, parts, rounds, grid))
-        patch.setattr(module, "gemv_groups_spec", partial(module.gemv_groups_spec, tensor_cores=tensor_cores))
         check_gemv_groups(segments, K, 1, *kind, bias, seed)
 
 
 @simulated
-def test_simulated_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN in a vector that is normed makes every output NaN."""
+@pytest.mark.parametrize("with_norm", [True, False])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_simulated_numbers_that_are_not_finite(monkeypatch: pytest.MonkeyPatch, with_norm: bool, value: float) -> None:
+    """One in a vector shows in every output."""
     monkeypatch.setattr(module, "plan", lambda *_: Plan(1, 1, 1, 1))
     device = HarnessDevice(1)
     x = padded(np.ones(300, np.float32))
-    x[33] = np.nan
+    x[33] = value
     out = Out(16, np.float32)
     words, scales = pack_ternary(np.ones((16, 300), np.int8)), pack_scales(np.ones((16, 3), np.float16))
     linear = GroupedLinear(device.operand(words), device.operand(scales), (16,), 300)
     norm = Norm(device.operand(np.ones(320, np.float32)), float(EPS))
-    gemv_groups(device, linear, device.operand(x), device.operand(out), norm=norm)
+    gemv_groups(device, linear, device.operand(x), device.operand(out), norm=norm if with_norm else None)
     device.run(repeat=1)
-    assert np.isnan(out.array).all()
+    assert not np.isfinite(out.array).any()
+    assert np.isnan(out.array).all() or np.isinf(value) and not with_norm
 
 
 @needs_gpu

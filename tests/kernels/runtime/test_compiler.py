@@ -4,6 +4,7 @@ import ast
 import errno
 import importlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,11 +30,20 @@ def test_machine_code_is_kept_on_disk(cache: Path) -> None:
     assert compiled and code[:4] == b"\x7fELF"
     assert compiler.is_cached(spec, 90)
     assert compiler.machine_code(spec, 90) == (code, False)
-    # Another architecture, launch bound or name is another entry.
+    # Another architecture, bound or name is another entry.
     assert compiler.machine_code(advance_spec(80), 80)[1]
     assert compiler.machine_code(spec._replace(threads=64), 90)[1]
     assert compiler.machine_code(spec._replace(name="other"), 90)[1]
-    assert len(list(cache.iterdir())) == 4
+    assert compiler.machine_code(spec._replace(registers=40), 90)[1]
+    assert len(list(cache.iterdir())) == 5
+
+
+def test_a_bound_of_registers_replaces_that_of_blocks() -> None:
+    spec = advance_spec(90)
+    bounds = spec.kernel, spec.signature, 90, spec.threads, 1
+    assert ".minnctapersm 1" in compiler.compile_ptx(*bounds)
+    bounded = compiler.compile_ptx(*bounds, registers=40)
+    assert ".maxnreg 40" in bounded and ".minnctapersm" not in bounded
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -64,6 +74,39 @@ def test_a_full_disk_is_no_error_and_keeps_nothing(cache: Path, monkeypatch: pyt
 def test_what_does_not_assemble_gives_one_line() -> None:
     with pytest.raises(BackendError, match="does not assemble for sm_90: ") as caught:
         compiler.link_cubin(".version 8.0\n.target sm_90\n.address_size 64\n.entry kernel() { nonsense; }", 90)
+    assert "\n" not in str(caught.value)
+
+
+def target_of(ptx: str) -> int:
+    """The architecture that PTX is for, which must not be for it alone (sm_90a)."""
+    found = re.search(r"\.target sm_(\d+)\b", ptx)
+    assert found is not None
+    return int(found[1])
+
+
+@pytest.mark.parametrize("arch", [87, 103, 121])
+def test_architectures_beside_those_of_the_tables(arch: int) -> None:
+    spec = advance_spec(arch)
+    ptx = compiler.compile_ptx(spec.kernel, spec.signature, arch, spec.threads)
+    code = compiler.link_cubin(ptx, arch)
+    if code[:4] == b"\x7fELF":
+        assert target_of(ptx) == arch
+    else:  # the installed packages are older
+        assert target_of(ptx) < arch and code == ptx.encode() + b"\0"
+
+
+def test_the_driver_assembles_for_gpus_newer_than_the_assembler(cache: Path) -> None:
+    arch = 990
+    code, compiled = compiler.machine_code(advance_spec(arch), arch)
+    assert compiled and code.endswith(b"\0") and code.count(b"\0") == 1
+    assert 90 < target_of(code.decode()) < arch, "the PTX of an earlier architecture, which later ones run"
+    assert compiler.machine_code(advance_spec(arch), arch) == (code, False)
+
+
+def test_gpus_that_the_compiler_has_left_behind_give_one_line() -> None:
+    spec = advance_spec(35)
+    with pytest.raises(BackendError, match="do not compile for sm_35: ") as caught:
+        compiler.compile_ptx(spec.kernel, spec.signature, 35, spec.threads)
     assert "\n" not in str(caught.value)
 
 

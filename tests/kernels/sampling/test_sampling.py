@@ -11,7 +11,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from bitnet_numba import sampling
@@ -77,8 +77,9 @@ def assert_choice(token: int, logits: np.ndarray, history: list[int], params: Sa
         assert abs(noisy[0] - noisy[1]) <= NOISE_ERROR, f"token {token}: {noisy[0]}, expected {expected}: {noisy[1]}"
 
 
-def choose_batch(rows: list[Case | None], spec: KernelSpec, repeat: int = 2) -> list[int | None]:
-    """The kernel's tokens for rows of one vocabulary (None: a row to skip); checks everything else that it stores."""
+def choose_batch(rows: list[Case | None], spec: KernelSpec, repeat: int = 2, ring_size: int = 0) -> list[int | None]:
+    """The kernel's tokens for rows of one vocabulary (None: a row to skip); checks everything else that it stores.
+    ring_size: of one row."""
     vocab = max(len(row[0]) for row in rows if row is not None)
     slots = len(rows) + 1
     stride = max(len(row[1]) for row in rows if row is not None) + 1
@@ -96,7 +97,7 @@ def choose_batch(rows: list[Case | None], spec: KernelSpec, repeat: int = 2) -> 
             seen[slot, token // 32] |= np.uint32(1 << token % 32)
         slot_positions[i] = slot, len(history) - 1
     tokens_out, position_out = Out(tokens.size, np.int32, tokens), Out(slots, np.int32, position)
-    out = Out(len(rows), np.int64, np.full(len(rows), -1, np.int64))
+    out = Out(ring_size or len(rows), np.int64, np.full(ring_size or len(rows), -1, np.int64))
     arguments = [
         logits,
         vocab,
@@ -108,10 +109,10 @@ def choose_batch(rows: list[Case | None], spec: KernelSpec, repeat: int = 2) -> 
         seen.shape[1],
         position_out,
     ]
-    run(spec, len(rows), [*arguments, out], repeat)
+    run(spec, len(rows), [*arguments, out, ring_size], repeat)
     chosen: list[int | None] = []
     for i, row in enumerate(rows):
-        entry = int(out.array[i])
+        entry = int(out.array[len(row[1]) % ring_size if ring_size and row else i])
         if row is None:
             assert entry == -1
             chosen.append(None)
@@ -186,6 +187,16 @@ def test_simulated_sample_batch(rows: list[Case | None], max_candidates: int, th
 
 
 @simulated
+@settings(max_examples=4)
+@given(case=cases(max_vocab=70))
+def test_simulated_batch_of_one_in_a_ring(case: Case) -> None:
+    """As sequences get their tokens on cards of few SMs; `single` and the definition agree."""
+    (token,) = choose_batch([case], batched.spec(arch(), 32, 128), ring_size=RING)
+    assert token is not None
+    assert_choice(token, *case)
+
+
+@simulated
 @settings(max_examples=6)
 @given(seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([0.1, 1.0, 3.0]), top_p=st.sampled_from([0.3, 0.9, 0.99]))
 def test_simulated_top_p_of_flat_logits(seed: int, spread: float, top_p: float) -> None:
@@ -198,19 +209,23 @@ def test_simulated_top_p_of_flat_logits(seed: int, spread: float, top_p: float) 
 @simulated
 @settings(max_examples=3)
 @given(vocab=st.integers(1, 40), at=st.integers(0, 39), temperature=st.sampled_from([0.0, 0.7]))
-def test_simulated_nan(vocab: int, at: int, temperature: float) -> None:
-    check_nan(vocab, at % vocab, temperature, single.spec(arch(), 32, 128), 1)
+def test_simulated_logits_that_are_not_finite(vocab: int, at: int, temperature: float) -> None:
+    check_not_finite(vocab, at % vocab, temperature, single.spec(arch(), 32, 128), 1)
 
 
-def check_nan(vocab: int, at: int, temperature: float, spec: KernelSpec, grid: int) -> None:
-    """The host can tell that logits hold NaN, and the next step still reads a token of the vocabulary."""
-    logits = np.linspace(-1, 1, vocab, dtype=np.float32)
-    logits[at] = np.nan
-    params = SamplingParams(temperature=temperature, top_k=3, seed=1)
-    assert choose(logits, [0, 0], params, spec, grid) == parts.NAN_TOKEN
+def check_not_finite(vocab: int, at: int, temperature: float, spec: KernelSpec, grid: int) -> None:
+    """The host can tell that a logit is NaN or the largest infinite, and the next step still reads a token of the
+    vocabulary."""
+    params = SamplingParams(temperature=temperature, top_k=3, top_p=0.9, seed=1)
     many = batched.spec(arch(), 32 if SIMULATED else batched.THREADS)
     other = np.zeros(vocab, np.float32), [0], SamplingParams()
-    assert choose_batch([(logits, [0, 0], params), other], many) == [parts.NAN_TOKEN, 0]
+    spoilt = [np.linspace(-1, 1, vocab, dtype=np.float32) for _ in range(3)]
+    spoilt[0][at], spoilt[1][at], spoilt[2][:] = np.nan, np.inf, -np.inf
+    for logits in spoilt:
+        with pytest.raises(ValueError, match="logits hold NaN or infinity"):
+            sample(logits, [0, 0], params)
+        assert choose(logits, [0, 0], params, spec, grid) == parts.NAN_TOKEN
+        assert choose_batch([(logits, [0, 0], params), other], many) == [parts.NAN_TOKEN, 0]
 
 
 FULL = SamplingParams(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=5)
@@ -225,6 +240,7 @@ def test_sample_on_gpu(case: Case) -> None:
     from bitnet_numba.kernels.runtime.device import usable_device
 
     logits, history, params = case
+    assume(single.fits(usable_device().num_sms, len(logits)))
     grid = single.num_blocks(usable_device().num_sms, len(logits))
     check_sample(logits, history, params, single.spec(arch()), grid)
 
@@ -240,23 +256,28 @@ def test_sample_batch_on_gpu(rows: list[Case | None]) -> None:
 
     chosen = check_sample_batch(rows, batched.spec(arch()))
     for token, row in zip(chosen, rows, strict=True):
-        if row is not None:
+        if row is not None and single.fits(usable_device().num_sms, len(row[0])):
             grid = single.num_blocks(usable_device().num_sms, len(row[0]))
             assert token == choose(*row, single.spec(arch()), grid, repeat=1)
 
 
 @needs_gpu
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_nan_on_gpu(temperature: float) -> None:
-    check_nan(50000, 49999, temperature, single.spec(arch()), 64)
+def test_logits_that_are_not_finite_on_gpu(temperature: float) -> None:
+    from bitnet_numba.kernels.runtime.device import usable_device
+
+    grid = single.num_blocks(usable_device().num_sms, 30000)
+    check_not_finite(30000, 29999, temperature, single.spec(arch()), grid)
 
 
 def test_grid_owns_every_token_and_refuses_more() -> None:
     assert single.num_blocks(132, 128256) == 64
-    assert single.num_blocks(20, 128256) == 40
-    for num_sms, vocab in ((132, 0), (132, 262145), (16, 200000)):
+    assert single.num_blocks(40, 128256) == 40  # all must be resident: a block an SM
+    for num_sms, vocab in ((132, 0), (132, 262145), (31, 128256)):
         with pytest.raises(ValueError, match=f"not {vocab}"):
             single.num_blocks(num_sms, vocab)
+    assert single.fits(132, 262144) and single.fits(32, 128256)
+    assert not single.fits(31, 128256) and not single.fits(132, 262145)
 
 
 def dry_sequences(device: DryRunDevice, slots: int, vocab: int) -> SequenceArrays:
@@ -287,6 +308,9 @@ def test_launchers_refuse_operands() -> None:
         single.sample(device, logits, 300, one, SamplerScratch(device.empty(1, np.int64), scratch.counters), ring)
     with pytest.raises(ValueError, match="sample_batch: seen has 10 words a slot, a batch of 2 rows of 321 takes 11"):
         sample_batch(device, device.empty(642, np.float32), 321, three, where, chosen, 2)
+    for array, size, message in ((chosen, 4, r"\[4\], not int64 \[2\]"), (short, 0, r"\[1\], not int32 \[0\]")):
+        with pytest.raises(ValueError, match="sample_batch: chosen must be int64 " + message):
+            sample_batch(device, logits, 300, three, where, array, 1, size)
     for rows, message in ((0, "not 0 x 300"), (3, "logits holds 600 elements, a batch of 3 rows of 300 takes 900")):
         with pytest.raises(ValueError, match=message):
-            sample_batch(device, logits, 300, three, where, chosen, rows)
+            sample_batch(device, logits, 300, three, where, device.empty(3, np.int64), rows)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from tools.demo.world import questions, talk
-from tools.demo.world.draw import ASKED, KNOWN, NEVER_SEEN, STRANGE, Pool
+from tools.demo.world.draw import ASKED, KNOWN, STRANGE, Pool
 from tools.demo.world.grammar import chance, expand, pick
 from tools.demo.world.keyboard import PLAIN, typed
 from tools.demo.world.plots import SHARED
@@ -50,8 +50,9 @@ class Turn:
 
 
 def as_typed(rng: Random, turn: Turn, form: str = "") -> Turn:
-    """`turn` as a user types it; see `keyboard.typed`."""
-    user, form = typed(rng, turn.user, form)
+    """`turn` as a user types it; see `keyboard.typed`. One word decides what is told, and whether it is yes or no."""
+    yes_or_no = turn.kind == QUESTION and turn.assistant.startswith(("Yes", "No"))
+    user, form = typed(rng, turn.user, form, hard=bool(turn.mentions) or yes_or_no)
     return replace(turn, user=user, form=form)
 
 
@@ -68,12 +69,14 @@ def said(exchange: Exchange) -> Turn:
 class Conversation:
     """What has been said so far, and what may come next."""
 
-    def __init__(self, rng: Random, evaluation: bool, unseen: bool):
+    def __init__(self, rng: Random, evaluation: bool, unseen: Pool | None = None):
         self.rng = rng
         self.evaluation = evaluation
-        self.asked_pool: Pool = NEVER_SEEN if unseen else KNOWN if evaluation else ASKED
+        self.unseen = unseen
+        self.asked_pool = unseen or (KNOWN if evaluation else ASKED)
         self.names: set[str] = set()
         self.stories: list[Story] = []
+        self.strange = False  # whether the latest story is full of words that nobody knows
         self.user_name = ""
 
     def first_turns(self) -> Iterator[Turn]:
@@ -93,16 +96,16 @@ class Conversation:
     def story_turn(self, request: Request | None = None, text: str = "") -> Turn:
         """A request (`request` in the words `text`, or a new one) and its story."""
         rng = self.rng
-        unseen = self.asked_pool is NEVER_SEEN
         if request is None:
             request = draw_request(rng, self.names, self.evaluation, self.asked_pool)
             text = phrase(rng, request)
-        strange = not self.evaluation and chance(rng, 0.25)
-        pool = NEVER_SEEN if unseen else STRANGE if strange else KNOWN
+        self.strange = not self.evaluation and chance(rng, 0.25)
+        pool = self.unseen or (STRANGE if self.strange else KNOWN)
         story = tell(rng, request, self.names, self.evaluation, pool)
         self.stories.append(story)
         mentions = tuple(request.mentions())
-        return Turn(text, story.text, STORY, story.plot.name, mentions=mentions, learned=not (strange or unseen))
+        learned = not (self.strange or self.unseen)
+        return Turn(text, story.text, STORY, story.plot.name, mentions=mentions, learned=learned)
 
     def question_turn(self) -> Turn:
         """A question about the latest story, now and then about an earlier one whose people it names."""
@@ -110,6 +113,9 @@ class Conversation:
         if chance(rng, 0.07):
             name = pick(rng, [ASKED, STRANGE]).name(rng, "", self.names)
             return asked(questions.ask_for_stranger(rng, self.stories[-1], name))
+        if self.strange and chance(rng, 0.06):
+            # Told again, such a story has to be read: neither its words nor who is "she" can be guessed.
+            return asked(questions.ask_any(rng, self.stories[-1], ("again",)))
         if not (len(self.stories) > 1 and chance(rng, 0.06)):
             return asked(questions.ask_any(rng, self.stories[-1]))
         if chance(rng, 0.3):
@@ -189,10 +195,10 @@ class Conversation:
         return Turn(text, reply, OTHER, topic="small talk")
 
 
-def conversation(rng: Random, evaluation: bool = False, unseen: bool = False) -> Iterator[Turn]:
+def conversation(rng: Random, evaluation: bool = False, unseen: Pool | None = None) -> Iterator[Turn]:
     """An endless conversation. With `evaluation` every story is about a held-out pair, and two questions follow.
 
-    With `unseen`, too, the words of the story are such that no training text contains them.
+    With `unseen`, too, the words of the stories are that pool's, such that no training text contains them.
     """
     talked = Conversation(rng, evaluation, unseen)
     for turn in () if evaluation else talked.first_turns():

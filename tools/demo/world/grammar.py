@@ -19,8 +19,8 @@ Slot = tuple[str]
 Part = "str | Slot | list[tuple[Part, ...]]"
 
 _TOKEN = re.compile(r"[\[\]|]|\{\w+\}|[^\[\]|{}]+")
-_SENTENCE_START = re.compile(r'(^|[.!?] |\n)("?)([a-z])')
-_AN = re.compile(r"(?!uni|use|one|eu|uku|ewe)[aeiou]|hour|honest", re.IGNORECASE)
+_SENTENCE_START = re.compile(r'(^|[.!?] |\n)("?)([^\W\d_])')
+_AN = re.compile(r"(?!uni|use|one|eu|uku|ewe)[aeiouáàâäãåąăéèêëęěíìîïóòôöõøőœúùûüůű]|hour|honest", re.IGNORECASE)
 
 
 def pick(rng: Random, items: Sequence[T]) -> T:

@@ -6,7 +6,7 @@ import re
 from random import Random
 
 from tools.demo.world.grammar import chance, pick
-from tools.demo.world.lexicon import MISTYPED
+from tools.demo.world.lexicon import CONTENT, MISTYPED
 
 PLAIN, CAPITALS, ERRORS, LINES = "plain", "capitals", "typing errors", "several lines"
 FORMS = (PLAIN, CAPITALS, ERRORS, LINES)
@@ -46,13 +46,19 @@ def _mistype(rng: Random, word: str) -> str:
     return word[:at] + pick(rng, _NEIGHBOURS[word[at].lower()]) + word[at + 1 :]
 
 
-def mistyped(rng: Random, text: str) -> str:
-    """`text` with one to three slips in words of the world, never in names or words that nobody knows."""
-    words = re.split(r"([A-Za-z]+)", text)
+def mistyped(rng: Random, text: str, hard: bool = False) -> str:
+    """`text` with one to three slips in words of the world, never in names or words that nobody knows.
+
+    With `hard`, a word of the lists (a noun, a colour, a trait, ...) is the first to be hit.
+    """
+    words = re.split(r"([^\W\d_]+)", text)
     candidates = [i for i in range(1, len(words), 2) if words[i].lower() in MISTYPED]
+    first = [i for i in candidates if words[i].lower() in CONTENT] if hard else []
     for _ in range(pick(rng, [1, 1, 2, 3])):
         if candidates:
-            i = candidates.pop(int(rng.random() * len(candidates)))
+            i = pick(rng, first or candidates)
+            first = []
+            candidates.remove(i)
             word = _mistype(rng, words[i])
             words[i] = word if word.lower() not in MISTYPED else words[i]
     return "".join(words)
@@ -73,11 +79,17 @@ def over_lines(rng: Random, text: str) -> str:
     return pick(rng, ["\n", "\n", "\n\n"]).join(lines)
 
 
-def typed(rng: Random, text: str, form: str = "") -> tuple[str, str]:
-    """`text` in the given form or, without one, in one of `FORMS`, most often the plain one; and the form's name."""
+def typed(rng: Random, text: str, form: str = "", hard: bool = False) -> tuple[str, str]:
+    """`text` in the given form or, without one, in one of `FORMS`, most often the plain one; and the form's name.
+
+    A text that is `hard` to read by letters, since one word of it decides, is in capitals or mistyped more often.
+    """
+    slip_decides = False
     if not form:
+        share = 0.25 if hard else 0.16
         draw = rng.random()
-        form = CAPITALS if draw < 0.16 else ERRORS if draw < 0.32 else LINES if draw < 0.37 else PLAIN
+        form = CAPITALS if draw < share else ERRORS if draw < 2 * share else LINES if draw < 2 * share + 0.05 else PLAIN
+        slip_decides = hard and chance(rng, 0.6)
     if chance(rng, 0.06):
         before = pick(rng, ["So", "Okay", "And", "Hey", "Well", "Now", "Hmm", "Listen", "One more thing", "Please"])
         text = f"{before}, {text[0].lower() + text[1:] if text.split()[0] in _OPENERS else text}"
@@ -92,7 +104,7 @@ def typed(rng: Random, text: str, form: str = "") -> tuple[str, str]:
     if form == CAPITALS:
         text = text.upper()
     elif form == ERRORS:
-        text = mistyped(rng, text)
+        text = mistyped(rng, text, slip_decides)
     elif form == LINES:
         text = over_lines(rng, text)
     return text.strip() or "?", form

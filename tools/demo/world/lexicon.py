@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import ModuleType
 
 from tools.demo.world import nouns, words
 from tools.demo.world.grammar import plural
 
-_WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
+_WORD = re.compile(r"[^\W\d_]+(?:'[a-z]+)?")
 
 
 def words_of(text: str) -> set[str]:
@@ -25,23 +26,40 @@ def _strings(value: object) -> list[str]:
 
 
 _NAMES = words_of(" ".join(words.FEMALE_NAMES + words.MALE_NAMES))
-_LISTS = " ".join(
-    text
-    for module in (words, nouns)
-    for name, value in vars(module).items()
-    if name.isupper() and not name.startswith("UNSEEN")
-    for text in _strings(value)
-)
+
+
+def _entries(module: ModuleType) -> list[str]:
+    """The entries of a module's lists, without names that are spelt and words that are held out."""
+    lists = vars(module).items()
+    return _strings([v for name, v in lists if name.isupper() and not name.startswith(("UNSEEN", "SPELT"))])
+
+
+_NOUNS, _LISTS = _entries(nouns), _entries(words)
 _TEXTS = " ".join(
     re.sub(r"\{\w+\}", " ", file.read_text(encoding="utf-8")) for file in sorted(Path(__file__).parent.glob("*.txt"))
 )
 WORDS = frozenset(
-    words_of(_LISTS)
+    words_of(" ".join(_NOUNS + _LISTS))
     | words_of(_TEXTS)
     | words_of(" ".join(plural(noun) for noun in nouns.ANIMALS))
     | {"an", "young", "she", "her", "he", "him", "his"}
 )
 MISTYPED = frozenset(word for word in WORDS - _NAMES if len(word) > 3 and word.isalpha())
+# Nouns, colours, traits and the like, on which an answer may depend.
+CONTENT = MISTYPED & words_of(" ".join(_NOUNS + [entry for entry in _LISTS if " " not in entry]))
+
+
+def _without_one_letter(word: str) -> set[str]:
+    return {word[:i] + word[i + 1 :] for i in range(1, len(word))}
+
+
+# Short words have too many neighbours that are words themselves: "bull" and "bulb".
+_NEAR = frozenset(near for word in MISTYPED if len(word) > 4 for near in (word, *_without_one_letter(word)))
+
+
+def like_a_slip(word: str) -> bool:
+    """Whether a word may be a longer one of the world's with a letter too many, missing, other or out of place."""
+    return not _NEAR.isdisjoint({word, *_without_one_letter(word)})
 
 
 def invented(reply: str, request: str = "") -> set[str]:

@@ -130,3 +130,11 @@ UNSEEN_FEMALE_NAMES = """Agnes Alexis Astrid Bridget Camilla Delia Esmeralda Fel
 Josephine Keiko Leonora Matilda Ottilie Philippa Rosalind Saskia Theodora Ursula Violetta Winifred Yolanda""".split()
 UNSEEN_MALE_NAMES = """Albert Barnaby Cedric Dmitri Edgar Fergus Gilbert Horatio Ignatius Jerome Kenneth Lorenzo
 Mortimer Nathaniel Octavio Percival Rupert Sebastian Thaddeus Valentin Wilfred Xavier Zebulon Bartholomew""".split()
+
+# Unseen, too, and with letters that English does not have; training texts have the letters, in coined words.
+UNSEEN_ACCENTED_ANIMALS = items("vicuña, caïque, ñandú, kākāpō")
+UNSEEN_ACCENTED_THINGS = items("piñata, étagère, jardinière, étui, coupé, flügelhorn, bébé doll, gömböc")
+UNSEEN_ACCENTED_FOODS = items("jalapeño, soufflé, éclair, pâté, crêpe, müsli, smørrebrød, gruyère")
+UNSEEN_ACCENTED_PLACES = dict.fromkeys(items("café, château, hôtel, cañada, fjäll"), "in")
+UNSEEN_ACCENTED_FEMALE_NAMES = "Zoë Renée Chloé Núria Åsa Małgorzata Šárka Inês Noémie Ségolène Björk Gülşen".split()
+UNSEEN_ACCENTED_MALE_NAMES = "Łukasz Søren Jürgen Zdeněk André Björn Ágoston José Håkon Şükrü Ørjan Loïc".split()

@@ -32,13 +32,19 @@ KINDS = (
     "what",
     "not said",
     *RETELLING,
+    "friends",
 )
 _NUMBERS = ("age", "siblings", "count", "price", "days", "tries")
 _PEOPLE = frozenset(PEOPLE)
 _OPTIONAL = {"home": "home", "hobby": "hobby", "moral": "moral", "age": "age", "siblings": "siblings",
              "favourite": "favourite", "wish": "dream", "is_moral": "moral", "is_home": "home", "is_hobby": "hobby",
-             "is_siblings": "siblings", "is_wish": "dream", "is_age": "age", "is_favourite": "favourite"}  # fmt: skip
-_ABOUT_NAMES = re.compile("(is_)?(kind|who|name|hero|friend|cast|count)")
+             "is_siblings": "siblings", "any_siblings": "siblings", "is_wish": "dream", "is_age": "age",
+             "is_favourite": "favourite"}  # fmt: skip
+_ABOUT_NAMES = re.compile("(is_)?(kind|who|name|hero|friend|cast|count|sex)")
+# Whether somebody has friends, company or siblings.
+_COMPANY = frozenset("has_friend has_friend_f of_friend_f alone alone_met with with_met any_siblings".split())
+_DIFFERING = frozenset("daytime other_trait is_trait like look colour is_colour".split())
+_PRONOUNS = {"sex_h": ("he", "him", "his"), "sex_f": ("fhe", "fhim", "fhis")}
 _SPOKEN_OF = {"h": ["the hero", "the main character"], "f": ["the friend"]}
 
 
@@ -60,6 +66,8 @@ def kind_of(fact: Fact) -> str:
         return "not said"
     if key == "sum":
         return "sentence"
+    if key in _COMPANY:
+        return "friends"
     if fact.varied is not None or key == "find_none":
         return "yes or no"
     if key.startswith("name"):
@@ -75,10 +83,27 @@ def kind_of(fact: Fact) -> str:
     return {"Who": "who", "Whose": "who", "Where": "where", "Why": "reason"}.get(first, "what")
 
 
-def _facts_of_plot(plot: Plot) -> list[tuple[Fact, str]]:
-    own = {fact.key for fact in plot.facts}
-    facts = [*plot.facts, *(fact for fact in COMMON_FACTS if fact.key not in own)]
-    return [(fact, kind_of(fact)) for fact in [*facts, *polar.derive(facts)]]
+def _suits(fact: Fact, plot: Plot) -> bool:
+    """Whether a common question makes sense for the stories of a plot."""
+    key, own = fact.key, {fact.key for fact in plot.facts}
+    old_friends = "{OLDFRIEND}" in plot.text
+    return not (
+        key in own
+        or (key in ("alone", "with") and not old_friends)
+        or (key in ("alone_met", "with_met") and old_friends)
+        or (key == "find_none" and any(name.startswith("find") for name in own))
+        or (key.startswith("absent_") and plot.name in key.split("_")[1:])
+    )
+
+
+def _facts_of_plot(plot: Plot) -> list[tuple[Fact, str, bool]]:
+    """The questions of a plot, their kinds, and whether they differ from story to story."""
+    facts = [*plot.facts, *(fact for fact in COMMON_FACTS if _suits(fact, plot))]
+    return [(fact, kind_of(fact), _differs(fact.key)) for fact in [*facts, *polar.derive(facts)]]
+
+
+def _differs(key: str) -> bool:
+    return key.endswith("_x") or key.startswith("kind_") or key in _DIFFERING or key in _OPTIONAL or key in _PRONOUNS
 
 
 _FACTS = {plot.name: _facts_of_plot(plot) for plot in PLOTS}
@@ -88,8 +113,8 @@ _FACTS = {plot.name: _facts_of_plot(plot) for plot in PLOTS}
 def facts_of(story: Story) -> dict[str, list[Fact]]:
     """The questions that can be asked of a story, by kind: those of its plot, and the common ones; only to be read."""
     by_kind: dict[str, list[Fact]] = defaultdict(list)
-    for fact, kind in _FACTS[story.plot.name]:
-        adapted = _adapted(fact, story)
+    for fact, kind, differs in _FACTS[story.plot.name]:
+        adapted = _adapted(fact, story) if differs else fact
         if adapted is not None:
             by_kind["not said" if adapted.answer == UNKNOWN else kind].append(adapted)
     return by_kind
@@ -100,13 +125,10 @@ def _adapted(fact: Fact, story: Story) -> Fact | None:
     key, slots, used = fact.key, story.slots, story.used
     if (key.endswith("_x") and "x" not in used) or (key == "daytime" and slots["daytime"] == "day"):
         return None
-    if key == "find_none" and any(own.key.startswith("find") for own in story.plot.facts):
-        return None
     unknown = key in _OPTIONAL and _OPTIONAL[key] not in used and f"{{{_OPTIONAL[key]}}}" in fact.answer
-    if key.startswith("absent_") and story.plot.name in key.split("_")[1:]:
-        return None
     if (key == "other_trait" and slots["other_trait"] in story.text) or (key == "is_trait" and not slots["h_trait"]):
         return None
+    unknown |= key in _PRONOUNS and used.isdisjoint(_PRONOUNS[key])
     unknown |= key == "like" and not slots["h_trait"]
     unknown |= key == "look" and not slots["o_look"]
     unknown |= key in ("colour", "is_colour") and slots["o_look"] not in words.COLOURS

@@ -15,6 +15,34 @@ Karl Kim Kurt Leo Levi Liam Linus Luka Luke Magnus Mark Martin Max Milo Ned Nico
 Paul Peter Pip Quentin Ralf Remy Rolf Rory Rufus Sam Simon Sven Ted Theo Tim Toby Tom Tony Udo Viktor Walter Yuri
 Zack""".split()
 
+# Names that users may ask for. Stories have them only then; they are no tokens, but spelt, and tell "he" or "she".
+SPELT_FEMALE_NAMES = """Abigail Aisha Alice Alicia Alina Amanda Amelia Amina Amy Angela Anita Annabel Anne Annie
+Antonia Ariana Audrey Aurora Ava Barbara Beatrice Betty Bianca Bonnie Carmen Caroline Catherine Cecilia Charlotte
+Chiara Christina Cindy Clarissa Claudia Daniela Daphne Deborah Diana Donna Dorothy Eleanor Elena Eliza Elizabeth
+Ellen Eloise Emily Esther Eve Fatima Fiona Frances Francesca Gabriella Georgia Gloria Haley Hannah Helen Helena
+Hermione Ingrid Irene Isabel Isabella Jane Janet Jasmine Jennifer Jessica Jill Joan Joanna Josie Judith Judy Julia
+Juliet Karen Kate Katherine Kathleen Katie Kayla Kimberly Kirsten Kristina Laila Laura Layla Leah Leila Linda Lisa
+Liz Lorena Louisa Louise Lydia Madeline Maggie Margaret Maria Mariana Marie Marina Martha Mary Maryam Megan Melanie
+Melissa Meredith Michelle Minnie Miriam Moana Monica Nadine Nancy Naomi Natalie Natasha Nia Nicole Noelle Olivia
+Pamela Patricia Paula Penelope Phoebe Priya Rachel Rebecca Renata Rosie Roxanne Sabrina Sally Salma Samantha Sandra
+Sarah Savannah Scarlett Seraphina Sharon Sheila Shreya Sienna Sigrid Silvia Simone Sophia Sophie Susan Susanna
+Suzanne Sylvia Tabitha Tamara Tanya Tatiana Teresa Tess Thelma Tiffany Trisha Trudy Valerie Vanessa Veronica
+Victoria Vivian Wendy Wilma Xenia Yasmin Yvonne Zelda Zuzana""".split()
+
+SPELT_MALE_NAMES = """Aaron Adrian Ahmed Aiden Alan Alberto Alexander Alexei Alistair Alvin Andrew Anil Anthony
+Antonio Archie Arjun Arthur Barry Basil Benjamin Bilbo Billy Bobby Bradley Brandon Brendan Brian Bruce Bryan Byron
+Callum Calvin Carlos Charles Christian Christopher Clarence Clive Colin Connor Curtis Damian Daniel Dennis Derek
+Dexter Diego Dieter Donald Douglas Duncan Dylan Edward Elijah Elliot Ernest Ethan Fernando Francesco Franklin
+Freddie Frodo Gabriel Galahad Gandalf Gary George Gerald Giovanni Gordon Graham Gregory Gustav Harold Haruto Harvey
+Hassan Henri Herbert Hiroshi Howard Ian Ibrahim Isaac Ivo Jackson Jacob Jacques James Jason Javier Jeffrey Jeremy
+Jerry Joe Johnny Jonas Jonathan Jonny Joseph Joshua Juan Julian Julius Justin Keith Kenji Kevin Khalid Klaus Kurtis
+Kyle Lancelot Larry Lars Lawrence Lenny Lionel Lloyd Logan Louis Luca Lucas Luis Malcolm Marcel Marco Marek Mason
+Mateo Matteo Matthew Maurice Maxwell Merlin Micah Michael Miguel Mikhail Minh Mitchell Mohammed Muhammad Nathan Neil
+Nicholas Nigel Nikolai Nils Olaf Oliver Pablo Patrick Pavel Pedro Percy Phil Philip Pierre Preston Rafael Ragnar
+Rahul Raj Ralph Rashid Ravi Raymond Reggie Ricardo Robert Roberto Rodney Roger Rohan Ronald Ross Roy Russell Ryan
+Samuel Sanjay Scott Sean Sebastien Sergei Shane Spencer Stefano Stephen Steven Takeshi Tariq Thomas Timothy Tomasz
+Trevor Troy Tyler Vijay Vincent Vladimir Wally William Winston Wolfgang Yusuf Zain Zane""".split()
+
 TRAITS = items("""brave, shy, curious, gentle, clever, cheerful, sleepy, grumpy, lazy, kind, proud, lonely, quiet,
 silly, patient, careful, honest, friendly, playful, polite, stubborn, dreamy, generous, helpful, hungry, lively,
 loyal, merry, nervous, noisy, restless, serious, thoughtful, tidy, timid, wise, bold, busy, calm, forgetful,
