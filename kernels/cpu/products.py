@@ -19,25 +19,25 @@ from bitnet_numba.packing import BLOCK_ROWS
 
 
 @njit(**OPTIONS)
-def enter_inputs(state, region, pieces, job):
-    """Enters the region in which tokens' activations are prepared: of one token, that of the product's pieces, where
+def enter_inputs(state, region, pieces, M):
+    """Enters the region in which M tokens' activations are prepared: of one token, that of the product's pieces, where
     each member prepares them for itself; of more, one of their own, with a piece for each token."""
-    return enter(state, region, pieces if job.tokens == 1 else job.tokens)
+    return enter(state, region, pieces if M == 1 else M)
 
 
 @njit(**OPTIONS)
-def next_token(state, region, inside, job, m):
-    """The token to prepare after token m, which is -1 at first; job.tokens or more if there is none."""
+def next_token(state, region, inside, M, m):
+    """The token to prepare after token m, which is -1 at first; M or more if there is none."""
     if not inside:
-        return job.tokens
-    return m + 1 if job.tokens == 1 else take(state, region)
+        return M
+    return m + 1 if M == 1 else take(state, region)
 
 
 @njit(**OPTIONS)
-def enter_pieces(state, region, pieces, inside, job):
+def enter_pieces(state, region, pieces, inside, M):
     """Goes on to the region of the product's pieces, after `enter_inputs`: its number, and whether the member is
     inside."""
-    if job.tokens == 1:
+    if M == 1:
         return region, inside
     region = leave(state, region, inside)
     return region, enter(state, region, pieces)

@@ -77,7 +77,7 @@ def work(member, members, state, model, layers, job):
 
 @njit(inline="always", **OPTIONS)
 def forward(member, members, state, region, model, layers, job):
-    """All layers."""
+    """All layers. Outside of regions nothing may depend on reading the job twice: see `team`."""
     M, hidden, eps = job.tokens, model.hidden, np.float32(model.eps)
     inside = enter(state, region, M)
     if inside:
@@ -95,13 +95,13 @@ def forward(member, members, state, region, model, layers, job):
         layer = layers[i]
         cache = job.cache + i * job.layer_stride
         pieces = q_pieces + 2 * kv_pieces
-        inside = enter_inputs(state, region, pieces, job)
-        m = next_token(state, region, inside, job, np.int64(-1))
+        inside = enter_inputs(state, region, pieces, M)
+        m = next_token(state, region, inside, M, np.int64(-1))
         while m < M:
             x = job.x + 4 * m * hidden
             prepare(4 * i, model, layer.qkv, x, hidden, layer.input_norm, eps, own, job, inputs, m)
-            m = next_token(state, region, inside, job, m)
-        region, inside = enter_pieces(state, region, pieces, inside, job)
+            m = next_token(state, region, inside, M, m)
+        region, inside = enter_pieces(state, region, pieces, inside, M)
         if inside:
             qkv_rows(layer.qkv, q_size, kv_size, hidden, members, state, region, inputs, own, job)
         region = leave(state, region, inside)
@@ -114,37 +114,37 @@ def forward(member, members, state, region, model, layers, job):
             attend(members, state, region, model, layer.window, cache, own, job)
         region = leave(state, region, inside)
         pieces = pieces_of(hidden, members, job)
-        inside = enter_inputs(state, region, pieces, job)
-        m = next_token(state, region, inside, job, np.int64(-1))
+        inside = enter_inputs(state, region, pieces, M)
+        m = next_token(state, region, inside, M, np.int64(-1))
         while m < M:
             attn_out = gather(members, model, own, job, m)
             prepare(4 * i + 1, model, layer.o, attn_out, q_size, layer.attn_sub_norm, eps, own, job, inputs, m)
-            m = next_token(state, region, inside, job, m)
-        region, inside = enter_pieces(state, region, pieces, inside, job)
+            m = next_token(state, region, inside, M, m)
+        region, inside = enter_pieces(state, region, pieces, inside, M)
         if inside:
             residual_rows(layer.o, layer.attn_post_norm, hidden, q_size, members, state, region, inputs, own, job)
         region = leave(state, region, inside)
         region = add_normed(layer.attn_post_norm, hidden, eps, state, region, job)
         K = model.intermediate
         pieces = pieces_of(K, members, job)
-        inside = enter_inputs(state, region, pieces, job)
-        m = next_token(state, region, inside, job, np.int64(-1))
+        inside = enter_inputs(state, region, pieces, M)
+        m = next_token(state, region, inside, M, np.int64(-1))
         while m < M:
             x = job.x + 4 * m * hidden
             prepare(4 * i + 2, model, layer.gate_up, x, hidden, layer.post_attention_norm, eps, own, job, inputs, m)
-            m = next_token(state, region, inside, job, m)
-        region, inside = enter_pieces(state, region, pieces, inside, job)
+            m = next_token(state, region, inside, M, m)
+        region, inside = enter_pieces(state, region, pieces, inside, M)
         if inside:
             gated_rows(layer.gate_up, model, members, state, region, inputs, own, job)
         region = leave(state, region, inside)
         pieces = pieces_of(hidden, members, job)
-        inside = enter_inputs(state, region, pieces, job)
-        m = next_token(state, region, inside, job, np.int64(-1))
+        inside = enter_inputs(state, region, pieces, M)
+        m = next_token(state, region, inside, M, np.int64(-1))
         while m < M:
             mlp_hidden = job.mlp_hidden + 4 * m * K
             prepare(4 * i + 3, model, layer.down, mlp_hidden, K, layer.ffn_sub_norm, eps, own, job, inputs, m)
-            m = next_token(state, region, inside, job, m)
-        region, inside = enter_pieces(state, region, pieces, inside, job)
+            m = next_token(state, region, inside, M, m)
+        region, inside = enter_pieces(state, region, pieces, inside, M)
         if inside:
             residual_rows(layer.down, layer.ffn_post_norm, hidden, K, members, state, region, inputs, own, job)
         region = leave(state, region, inside)
@@ -260,8 +260,8 @@ def logits(member, members, state, region, model, job):
     K, N, M, settings = model.hidden, model.vocab, job.tokens, job.settings
     inputs, own = inputs_of(job, member), job.own + member * job.own_stride
     pieces = (N + HEAD_ROWS - 1) // HEAD_ROWS
-    inside = enter_inputs(state, region, pieces, job)
-    m = next_token(state, region, inside, job, np.int64(-1))
+    inside = enter_inputs(state, region, pieces, M)
+    m = next_token(state, region, inside, M, np.int64(-1))
     while m < M:
         x, prepared = job.final + 4 * m * K, inputs[5] + m * job.plane_stride
         if model.head_format == TERNARY:
@@ -272,8 +272,8 @@ def logits(member, members, state, region, model, job):
             lm_head.prepare_bf16(x, K, prepared)
         else:
             lm_head.prepare_float(x, K, prepared)
-        m = next_token(state, region, inside, job, m)
-    region, inside = enter_pieces(state, region, pieces, inside, job)
+        m = next_token(state, region, inside, M, m)
+    region, inside = enter_pieces(state, region, pieces, inside, M)
     if inside:
         head_rows(state, region, model, inputs, own, job)
     region = leave(state, region, inside)
