@@ -78,7 +78,10 @@ def test_rotary_bases_of_either_version() -> None:
         ),
         ({"rope_parameters": {FULL: {"rope_type": "linear"}}}, "full_attention: rope_type = 'linear' is not supported"),
         ({"rope_parameters": {FULL: {"type": "linear", "factor": 8.0}}}, "full_attention: rope_type = 'linear' is not"),
-        ({"rope_parameters": {LOCAL: {"partial_rotary_factor": 0.5}}}, "sliding_attention: partial_rotary_factor = 0.5"),
+        (
+            {"rope_parameters": {LOCAL: {"partial_rotary_factor": 0.5}}},
+            "sliding_attention: partial_rotary_factor = 0.5",
+        ),
         ({"rope_parameters": {FULL: 5}}, "full_attention must be a JSON object, not 5"),
         ({"rope_parameters": {"chunked_attention": {}}}, "differs from layer to layer is not supported"),
         (
