@@ -18,10 +18,12 @@ from bitnet_numba.config_keys import (
 )
 from bitnet_numba.config_rope import (
     GEMMA_ACTIVATION,
+    KINDS,
     MAX_CONTEXT,
     MAX_LAYERS,
     LocalAttention,
     RopeScaling,
+    has_kinds,
     read_gemma,
     read_rope,
     rope_key,
@@ -161,11 +163,16 @@ def config_notes(raw: Mapping[str, Any]) -> list[str]:
     if by_type not in (None, architecture) and architecture not in ("BitnetForCausalLM", *EMBEDDING_CLASSES):
         notes.append(f"config.json: read as {architecture}, although model_type = {shown(keys.get('model_type'))}")
     unknown = keys.unknown(HARMLESS | USED | (GEMMA_USED if architecture == GEMMA_CLASS else frozenset()))
-    for name, known in (
-        ("quantization_config", QUANTIZATION_HARMLESS | QUANTIZATION_USED),
-        (rope_key(keys), ROPE_USED),
-    ):
-        unknown += [f"{name}: {key}" for key in Keys(raw.get(name) or {}, "").unknown(known)]
+    parts = [("quantization_config", raw.get("quantization_config"), QUANTIZATION_HARMLESS | QUANTIZATION_USED)]
+    name = rope_key(keys)
+    rope = raw.get(name)
+    if architecture == GEMMA_CLASS and has_kinds(rope):
+        parts += [(f"{name}: {kind}", rope.get(kind), ROPE_USED) for kind in KINDS]
+        parts.append((name, rope, frozenset(KINDS)))
+    else:
+        parts.append((name, rope, ROPE_USED))
+    for name, given, known in parts:
+        unknown += [f"{name}: {key}" for key in Keys(given or {}, "").unknown(known)]
     if unknown:
         more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
         notes.append(f"config.json: unknown keys, without effect here: {', '.join(unknown[:10])}{more}")

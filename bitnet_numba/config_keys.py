@@ -14,7 +14,7 @@ from bitnet_numba.errors import ConfigError, printable
 # Without effect on inference, whatever the value.
 HARMLESS = frozenset(
     """_attn_implementation _attn_implementation_autoset _attn_implementation_internal _auto_class _commit_hash
-    _flash_attn_2_enabled _from_model_config _name_or_path architectures attention_dropout
+    _flash_attn_2_enabled _from_model_config _name_or_path _sliding_window_pattern architectures attention_dropout
     attention_probs_dropout_prob attn_implementation attn_pdrop auto_map bad_words_ids begin_suppress_tokens
     bitnet_numba bos_token_id cache_implementation chunk_size_feed_forward classifier_dropout
     cross_attention_hidden_size custom_pipelines decoder_start_token_id diversity_penalty do_sample dropout dtype

@@ -11,6 +11,7 @@ from bitnet_numba.errors import ConfigError
 MAX_CONTEXT = 1 << 24  # tokens; MAX_LAYERS likewise far above every published model's
 MAX_LAYERS = 4096
 GEMMA_ACTIVATION = "gelu_pytorch_tanh"
+FULL, LOCAL = KINDS = ("full_attention", "sliding_attention")  # of Gemma's layers
 
 
 @dataclass(frozen=True)
@@ -74,19 +75,22 @@ def read_gemma(keys: Keys, default: dict[str, Any], head_dim: int) -> tuple[floa
             f"config.json: query_pre_attn_scalar = {scalar:g} is not supported, only head_dim, {head_dim}"
         )
     theta, local_theta = default["rope_theta"], default["rope_local_base_freq"]
-    rope = keys.get("rope_parameters") or {}
-    if isinstance(rope, Mapping) and any(isinstance(value, Mapping) for value in rope.values()):
-        bases = {}
-        for kind in ("full_attention", "sliding_attention"):
-            own = Keys(rope.get(kind) or {}, f"config.json: rope_parameters: {kind}")
-            own.choice("rope_type", "default", ("default",))
-            bases[kind] = own.number("rope_theta", theta if kind == "full_attention" else local_theta)
-        theta, local_theta = bases["full_attention"], bases["sliding_attention"]
+    by_kind = keys.get("rope_parameters")
+    if has_kinds(by_kind):
+        bases = {FULL: theta, LOCAL: local_theta}
+        for kind, base in bases.items():
+            own = Keys(by_kind.get(kind) or {}, f"config.json: rope_parameters: {kind}")
+            own.refuse_other_arithmetic()
+            own.choice("rope_type", own.get("type", "default"), ("default",))
+            bases[kind] = own.number("rope_theta", base)
+        theta, local_theta = bases[FULL], bases[LOCAL]
+        # Beside them, rope_scaling may ask for a scaling.
+        scaling = read_rope(Keys({**keys.raw, "rope_parameters": None}, keys.where), default)[1]
     else:
         theta, scaling = read_rope(keys, default)
-        if scaling is not None:
-            raise ConfigError("config.json: rotary scaling of Gemma3TextModel is not supported")
         local_theta = keys.number("rope_local_base_freq", local_theta)
+    if scaling is not None:
+        raise ConfigError("config.json: rotary scaling of Gemma3TextModel is not supported")
     count = keys.integer("num_hidden_layers", default["num_hidden_layers"])
     if not 1 <= count <= MAX_LAYERS:
         return theta, None, None  # which is refused with the other sizes
@@ -95,14 +99,10 @@ def read_gemma(keys: Keys, default: dict[str, Any], head_dim: int) -> tuple[floa
         pattern = keys.integer("sliding_window_pattern", default["sliding_window_pattern"])
         if pattern < 1:
             raise ConfigError(f"config.json: sliding_window_pattern = {shown(pattern)} must be at least 1")
-        kinds = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(count)]
-    if (
-        not isinstance(kinds, list)
-        or len(kinds) != count
-        or any(kind not in ("sliding_attention", "full_attention") for kind in kinds)
-    ):
+        kinds = [LOCAL if (i + 1) % pattern else FULL for i in range(count)]
+    if not isinstance(kinds, list) or len(kinds) != count or any(kind not in (LOCAL, FULL) for kind in kinds):
         raise ConfigError(f"config.json: layer_types = {shown(kinds)} is not supported")
-    local = tuple(kind == "sliding_attention" for kind in kinds)
+    local = tuple(kind == LOCAL for kind in kinds)
     if not any(local):
         return theta, None, None
     window = keys.integer("sliding_window", default["sliding_window"])
@@ -130,3 +130,8 @@ def _yarn(rope: Keys, original: int) -> RopeScaling:
 def rope_key(keys: Keys) -> str:
     """The key that has the rotary embedding's options."""
     return "rope_scaling" if keys.get("rope_scaling") else "rope_parameters"
+
+
+def has_kinds(rope: Any) -> bool:
+    """Whether rotary options are those of Gemma's kinds of layers, each by itself."""
+    return isinstance(rope, Mapping) and not rope.keys().isdisjoint(KINDS)

@@ -55,6 +55,9 @@ def test_rotary_bases_of_either_version() -> None:
     old = {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": None}
     kinds = {FULL: {"rope_type": "default", "rope_theta": 5e5}, LOCAL: {"rope_type": "default", "rope_theta": 2e4}}
     assert read(**old) == read(rope_parameters=kinds)
+    assert config_notes(GEMMA | {"rope_parameters": kinds, "_sliding_window_pattern": 6}) == []
+    (note,) = config_notes(GEMMA | {"rope_parameters": kinds | {FULL: {"wobble": 3}}})
+    assert "without effect here: rope_parameters: full_attention: wobble = 3" in note
     assert (read(**old).rope_theta, read(**old).local) == (5e5, LocalAttention(512, 2e4, read().local.layers))  # type: ignore[union-attr]
 
 
@@ -74,6 +77,17 @@ def test_rotary_bases_of_either_version() -> None:
             "rotary scaling of Gemma3TextModel is not supported",
         ),
         ({"rope_parameters": {FULL: {"rope_type": "linear"}}}, "full_attention: rope_type = 'linear' is not supported"),
+        ({"rope_parameters": {FULL: {"type": "linear", "factor": 8.0}}}, "full_attention: rope_type = 'linear' is not"),
+        (
+            {"rope_parameters": {LOCAL: {"partial_rotary_factor": 0.5}}},
+            "sliding_attention: partial_rotary_factor = 0.5",
+        ),
+        ({"rope_parameters": {FULL: 5}}, "full_attention must be a JSON object, not 5"),
+        ({"rope_parameters": {"chunked_attention": {}}}, "differs from layer to layer is not supported"),
+        (
+            {"rope_parameters": {FULL: {}}, "rope_scaling": {"type": "linear", "factor": 8.0}},
+            "rotary scaling of Gemma3TextModel is not supported",
+        ),
         ({"use_bidirectional_attention": True}, "tokens would attend to those after them"),
         ({"attn_logit_softcapping": 50.0}, "attention scores would be capped"),
     ],

@@ -41,13 +41,14 @@ class Constraint:
         return bool(self._matcher.is_stopped())
 
     def allowed(self, out: NDArray[np.uint32]) -> None:
-        """Writes which tokens may come next, uint32 [at least vocabulary / 32]: bit i % 32 of word i // 32.
+        """Writes which tokens may come next, uint32 [words]: bit i % 32 of word i // 32. A model may have fewer words
+        than the tokenizer, or more.
 
         Tokens that end answers are among them where the form is complete, and alone where nothing else can follow.
         Raises RequestError if the form turns out to be too complex.
         """
-        words, target = -(-self._size // 32), out
-        if out.size != self._words:  # the library's has one more, or the model has more than the tokenizer
+        words, target = min(-(-self._size // 32), out.size), out
+        if out.size != self._words:  # the library has a word more, or model and tokenizer differ
             target = np.empty(self._words, np.uint32)
         self._matcher.unsafe_compute_mask_ptr(target.ctypes.data, target.nbytes)
         if self._matcher.is_error():
@@ -55,7 +56,7 @@ class Constraint:
         if target is not out:
             out[:words] = target[:words]
         out[words:] = 0  # what is no token may not come
-        if self._size % 32:
+        if self._size < 32 * words:
             out[words - 1] &= (1 << self._size % 32) - 1
 
     def accept(self, token: int) -> bool:

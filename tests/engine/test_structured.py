@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,8 @@ from bitnet_numba.engine.engine import Engine
 from bitnet_numba.errors import BackendError, RequestError
 from bitnet_numba.grammar import Grammar
 from bitnet_numba.sampling_params import SamplingParams
-from tests.engine.toy_backend import TOKENIZER, VOCAB, ToyBackend, toy_engine
+from bitnet_numba.text.tokenizer import Tokenizer
+from tests.engine.toy_backend import CONFIG, TOKENIZER, VOCAB, ToyBackend, toy_engine
 
 PERSON = Grammar.json_schema(
     {
@@ -156,3 +158,17 @@ def test_a_form_that_becomes_too_complex_ends_its_answer_alone(monkeypatch: pyte
     assert list(errors) == [failing] and isinstance(errors[failing], BackendError)
     assert "too complex" in str(errors[failing])
     assert [u.completion.finish_reason for u in updates if u.request == other and u.completion] == ["length"]
+
+
+def test_a_tokenizer_that_has_more_tokens_than_the_model() -> None:
+    """As where some were added for padding: those are not among what may come next."""
+    data = json.loads(TOKENIZER._backend.to_str())
+    added = {"special": False, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    data["added_tokens"] += [{"id": VOCAB + i, "content": f"<pad {i}>", **added} for i in range(70)]
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(data)), stop_ids=TOKENIZER.stop_ids)
+    assert tokenizer.size == VOCAB + 70
+    engine = Engine(ToyBackend(), tokenizer, CONFIG, 256)
+    for seed in range(3):
+        check(engine.generate("x", grammar=CODE, seed=seed, temperature=2.0), CODE)
+        anything = engine.generate("x", grammar=Grammar.regex("(?s:.*)"), seed=seed, temperature=5.0)
+        assert max(anything.token_ids, default=0) < VOCAB

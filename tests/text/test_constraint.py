@@ -147,11 +147,12 @@ def test_masks_are_the_same_in_room_of_any_size(form: Grammar, ends: bool) -> No
     constraint, least = GrammarCompiler(tokenizer).compile(form).constraint(), -(-tokenizer.size // 32)
     expected = np.frombuffer(constraint._matcher.compute_bitmask(), np.uint8)
     expected = np.flatnonzero(np.unpackbits(expected, bitorder="little")[: tokenizer.size])
-    for words in (least, least + 1, least + 7):
+    for words in (least, least + 1, least + 7, least - 1, 1):  # a model may lack tokens that were added for padding
         out = np.full(words + 1, 0xA5A5A5A5, np.uint32)
         constraint.allowed(out[:words])
         assert out[words] == 0xA5A5A5A5
-        assert np.array_equal(np.flatnonzero(np.unpackbits(out[:words].view(np.uint8), bitorder="little")), expected)
+        found = np.flatnonzero(np.unpackbits(out[:words].view(np.uint8), bitorder="little"))
+        assert np.array_equal(found, expected[expected < 32 * words])
 
 
 def test_what_leaves_no_choice_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
