@@ -163,7 +163,12 @@ GROUP_TILES = (  # of `gemm_groups_mma` and `gemm_groups_wgmma`
 )
 
 
-_NOT_GATED = Tile(16, 2, 1, 8, 2, 2, 2)  # would spill registers
+_NOT_GATED = (Tile(8, 2, 1, 16, 2, 2, 1), Tile(16, 2, 1, 8, 2, 2, 2))  # would spill registers
+
+
+def group_tiles(gated: bool) -> list[MeasuredTile]:
+    """Those of GROUP_TILES that serve a kind of product."""
+    return [m for m in GROUP_TILES if not (gated and m.tile in _NOT_GATED)]
 
 
 def _choose_group_tile(M: int, N: int, K: int, num_sms: int, gated: bool) -> Tile:
@@ -176,8 +181,8 @@ def _choose_group_tile(M: int, N: int, K: int, num_sms: int, gated: bool) -> Til
         rounds = max(1, -(-ctas // num_sms) / tile.ctas_per_sm)
         return rounds * (measured.cta_us + measured.k_iter_us * -(-num_groups(K) // tile.k_warps))
 
-    measured = [m for m in GROUP_TILES if -(-M // m.tile.tokens) <= m.tile.tokens // 8 or m.tile.tokens == 128]
-    return min((m for m in measured if not (gated and m.tile == _NOT_GATED)), key=time).tile
+    measured = [m for m in group_tiles(gated) if -(-M // m.tile.tokens) <= m.tile.tokens // 8 or m.tile.tokens == 128]
+    return min(measured, key=time).tile
 
 
 @cache

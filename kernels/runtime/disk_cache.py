@@ -12,7 +12,10 @@ from pathlib import Path
 KERNELS = Path(__file__).parent.parent  # the folder kernels/
 # The modules elsewhere that kernels take constants from, which are compiled into them.
 CONSTANTS = ("bitnet_numba.packing", "bitnet_numba.quantize", "bitnet_numba.sampling", "bitnet_numba.sampling_params")
-COMPILERS = ("numba", "numba-cuda", "llvmlite", "cuda-bindings", "nvidia-nvvm", "nvidia-nvjitlink")  # distributions
+COMPILERS = (  # distributions
+    "numba", "numba-cuda", "llvmlite", "cuda-bindings", "nvidia-nvvm", "nvidia-nvjitlink",
+    "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink-cu12",  # the names of the last two in CUDA 12
+)  # fmt: skip
 
 
 @cache

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 
 # Of `Pace`: how long before an event is due polling begins, in seconds and as a share of what is between two; how long
-# it goes on beyond that; the longest sleep; how late the driver wakes who sleeps; how fast a distance may grow.
-EARLY, EARLY_SHARE, POLL, NAP, WOKEN_LATE, GROWTH = 40e-6, 0.03, 100e-6, 500e-6, 80e-6, 1.1
+# it goes on beyond that; the longest sleep; how late the driver wakes who sleeps; how fast a distance may grow; from
+# which distance on there was a pause.
+EARLY, EARLY_SHARE, POLL, NAP, WOKEN_LATE, GROWTH, PAUSE = 40e-6, 0.03, 100e-6, 500e-6, 80e-6, 1.1, 0.2
 # Of prctl, and ns: Linux lets a thread sleep 50 us longer unless it asks for less.
 SET_TIMER_SLACK, GET_TIMER_SLACK, SLACK = 29, 30, 1000
 
@@ -211,7 +212,6 @@ class Pace:
                 late = WOKEN_LATE
                 break
         now = perf_counter() - late
-        if self._last is not None:
-            distance = now - self._last
+        if self._last is not None and (distance := now - self._last) < PAUSE:
             self._distance = min(distance, GROWTH * self._distance or distance)
         self._last = now

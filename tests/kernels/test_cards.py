@@ -19,9 +19,9 @@ NEWER = {103: 100, 110: 100, 121: 120, 130: 120}  # architectures without a card
 def misfit(spec: KernelSpec, arch: int) -> str | None:
     """What of a kernel an SM has not got; None if it fits."""
     sm, static = SMS[arch], static_bytes(spec)
-    shared, blocks = static + spec.shared, spec.blocks_per_sm
+    shared, blocks = static + spec.dynamic_shared, 1 if spec.one_per_sm else spec.blocks_per_sm
     if static > STATIC_BYTES or shared > 1024 * sm.block_shared:
-        return f"{static} + {spec.shared} bytes of shared memory"
+        return f"{static} + {spec.dynamic_shared} bytes of shared memory"
     if blocks * (shared + sm.reserved) > 1024 * sm.shared:
         return f"{blocks} blocks of {shared} bytes of shared memory"
     if blocks > sm.blocks or blocks * spec.threads > sm.threads:

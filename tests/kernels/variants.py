@@ -214,12 +214,14 @@ def linear_gemv_groups(arch: int) -> list[KernelSpec]:
 
 
 def linear_gemm_groups(arch: int) -> list[KernelSpec]:
-    """Bonsai 8B's for every size of pass, and without tensor cores."""
+    """Bonsai 8B's for every size of pass, on sm_90 whatever may be chosen for others, and without tensor cores."""
     found = {
         (heuristics.choose_group_tile(M, N, K, arch, SMS, epilogue == "gated"), epilogue): None
         for M in (256, 8, 16, 32, 64, 128, 512, 2048)
         for N, K, epilogue in ((4096, 12288, "residual"), (24576, 4096, "gated"), (6144, 4096, "store"))
     }
+    if arch == heuristics.WGMMA_ARCH:
+        found |= {(m.tile, kind): None for kind in ("gated", "store") for m in heuristics.group_tiles(kind == "gated")}
     old = heuristics.choose_group_tile(8, 4096, 4096, 61, SMS, True)
     return [gemm_groups.spec(arch, tile, epilogue, "silu", epilogue == "store") for tile, epilogue in found] + [
         gemm_groups.spec(arch, old, "gated", "silu", True)

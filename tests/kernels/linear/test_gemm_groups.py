@@ -91,6 +91,7 @@ WGMMA_APART = Tile(16, 1, 4, 2, 0, 2, scheme="wgmma")
 @example(M=37, N=160, K=700, kind=("gated", "silu"), bias=True, tile=WGMMA, short=3, seed=4, old_card=False)
 @example(M=13, N=96, K=900, kind=("gated", "relu2"), bias=True, tile=WGMMA_PAIR, short=3, seed=5, old_card=False)
 @example(M=13, N=70, K=1024, kind=("residual", "relu2"), bias=True, tile=WGMMA_PAIR, short=3, seed=6, old_card=False)
+@example(M=9, N=64, K=350, kind=("store", "relu2"), bias=False, tile=WGMMA_PAIR, short=1, seed=8, old_card=False)
 @example(M=21, N=96, K=900, kind=("gated", "silu"), bias=True, tile=WGMMA_APART, short=3, seed=7, old_card=False)
 @given(
     M=st.integers(1, 20),

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,25 @@ def test_a_change_of_constants_elsewhere_is_another_entry(
     copy.write_bytes(Path(str(module.__file__)).read_bytes() + b"\n")
     monkeypatch.setattr(module, "__file__", str(copy))
     assert digest() != before
+
+
+@pytest.mark.parametrize("name", disk_cache.COMPILERS)
+def test_another_version_of_a_compiler_is_another_entry(
+    name: str, kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, version = digest(), metadata.version
+
+    def other_version(asked: str) -> str:
+        return "0.0" if asked == name else version(asked)
+
+    monkeypatch.setattr(metadata, "version", other_version)
+    assert digest() != before
+
+
+def test_compilers_of_every_cuda_version_are_listed() -> None:
+    needed = {re.split(r"[^\w-]", requirement)[0] for requirement in metadata.requires("numba-cuda") or ()}
+    compilers = {name for name in needed if "nvjitlink" in name}
+    assert len(compilers) == 2 and compilers <= set(disk_cache.COMPILERS)
 
 
 def imported(source: Path) -> set[str]:

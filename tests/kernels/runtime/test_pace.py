@@ -100,3 +100,13 @@ def test_what_is_reached_already_is_not_waited_for(clock: FakeClock) -> None:
     pace.wait(FakeEvent(clock, 0.0))  # type: ignore[arg-type]
     assert clock.now - before <= 2 * QUERY
     assert max(follow(clock, pace, [2e-3] * 5, lambda i: 0.0)) <= 2 * QUERY
+
+
+def test_a_pause_says_nothing_of_the_steps_after_it(clock: FakeClock) -> None:
+    """As between two answers of one token each."""
+    pace = Pace()
+    follow(clock, pace, [2e-3], lambda i: 3600.0)
+    polled = clock.polled
+    late = follow(clock, pace, [50e-3, *[2e-3] * 9], lambda i: 0.0)
+    assert max(late[:2]) <= WAKE + 2 * QUERY and max(late[2:]) <= 2 * QUERY
+    assert clock.polled - polled <= 3e-3
