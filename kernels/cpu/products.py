@@ -27,9 +27,9 @@ def enter_inputs(state, region, pieces, job):
 
 @njit(**OPTIONS)
 def next_token(state, region, inside, job, m):
-    """The token to prepare after token m, which is -1 at first; job.tokens or more if there is none."""
+    """The token to prepare after token m, which is -1 at first; at least as many as any job has if there is none."""
     if not inside:
-        return job.tokens
+        return np.int64(MAX_TOKENS)  # job.tokens may be the next job's, and fewer than the member has read before
     return m + 1 if job.tokens == 1 else take(state, region)
 
 

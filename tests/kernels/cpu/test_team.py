@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numba import njit
 
-from bitnet_numba.kernels.cpu import team
+from bitnet_numba.kernels.cpu import layout, products, team
 from bitnet_numba.kernels.cpu.compiler import entry
 from bitnet_numba.kernels.cpu.vec import address_of
 
@@ -145,6 +145,18 @@ def next_job(state, region):
 @pytest.fixture
 def state() -> np.ndarray:
     return np.zeros(team.STATE_WORDS, np.int64)
+
+
+@entry
+def first_token(state, region, inside, job):
+    return products.next_token(state, region, inside, job[0], np.int64(-1))
+
+
+def test_who_is_late_prepares_nothing_whatever_the_next_job_is(state):
+    job = np.zeros(1, layout.JOB)
+    for tokens in (1, 2, layout.MAX_TOKENS):
+        job[0]["tokens"] = tokens
+        assert first_token(state.ctypes.data, 1, False, job) >= layout.MAX_TOKENS  # which no job exceeds
 
 
 def test_a_region_is_over_when_its_pieces_are_taken_and_all_have_left(state):
