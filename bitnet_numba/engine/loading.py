@@ -56,7 +56,8 @@ def load(
     kv_dtype: what keys and values are held as: on CUDA "float16" (the default; a number beyond 65504 ends an answer
         with an error), "bfloat16" (any number, with 8 bits instead of 11), "float8" (4 bits and a scale: half the
         memory) or "float32" (slow, for checking); on the CPU "bfloat16" (the
-        default) or "float32"; on the reference "float32". None: the backend's default.
+        default) or "float32"; on the reference "float32". None: the backend's default. An embedding model has float32
+        by default; on CUDA it holds none, and None is all that it takes.
 
     Raises BitNetError, with a message of one line, if the folder, a file or an argument is invalid.
     """
