@@ -184,17 +184,6 @@ def test_tokens_do_not_depend_on_the_number_of_threads(
     assert other.sample(hidden, [ids] * 3, params, [2] * 3) == model.sample(hidden, [ids] * 3, params, [2] * 3)
 
 
-def test_passes_of_other_sizes_while_members_are_late(packed: PackedCheckpoint, closing: list[CpuModel]) -> None:
-    """A member that is held up within a pass finds the next one's numbers where it reads on."""
-    closing.extend(models := [CpuModel(packed, threads) for threads in (1, 6)])
-    ids = some_ids(70)
-    expected, actual = ([hidden_of(model, ids, 64), hidden_of(model, ids[:3], 1)] for model in models)
-    for _ in range(40):
-        for want, have in zip(expected, actual, strict=True):
-            np.testing.assert_array_equal(have, want)
-        actual = [hidden_of(models[1], ids, 64), hidden_of(models[1], ids[:3], 1)]
-
-
 def test_long_contexts_split_over_threads_give_the_same_bits(packed: PackedCheckpoint, closing: list[CpuModel]) -> None:
     """Past 512 tokens a token alone is attended to in splits, tokens of a prompt are not."""
     models = [CpuModel(packed, threads) for threads in (1, 4)]
