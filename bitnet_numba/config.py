@@ -166,7 +166,7 @@ def config_notes(raw: Mapping[str, Any]) -> list[str]:
     parts = [("quantization_config", raw.get("quantization_config"), QUANTIZATION_HARMLESS | QUANTIZATION_USED)]
     name = rope_key(keys)
     rope = raw.get(name)
-    if architecture == GEMMA_CLASS and has_kinds(rope):
+    if rope is not None and architecture == GEMMA_CLASS and has_kinds(rope):
         parts += [(f"{name}: {kind}", rope.get(kind), ROPE_USED) for kind in KINDS]
         parts.append((name, rope, frozenset(KINDS)))
     else:
