@@ -41,7 +41,7 @@ THREADS = 256  # four bins of a histogram each
 BLOCKS_PER_SM = 2  # that registers allow: one of this launch, and what the launches around it have there
 MAX_BLOCKS = 64
 BLOCK_TOKENS = 4096  # 16 KB of shared memory
-QUADS = 2  # groups of four neighbouring logits that a thread loads at a time: the share of each of 2B4T's
+MAX_QUADS = 2  # groups of four neighbouring logits that a thread loads at a time: the share of each of 2B4T's
 HISTOGRAMS = 3
 NAN_KEY = 1 << (32 + ID_BITS)  # above every key
 LIMB_BITS = 20  # two limbs of a probability; 4096 tokens' sum of one fits 32 bits
@@ -87,10 +87,16 @@ def grid_barrier(counters, arrivals, tid):
     cuda.syncthreads()
 
 
+def quads_of(arch: int) -> int:
+    """Groups of four neighbouring logits that a thread loads at a time; two would spill on sm_80 to sm_89."""
+    return 1 if 80 <= arch < 90 else MAX_QUADS
+
+
 def make_sample(arch: int, threads: int = THREADS, block_tokens: int = BLOCK_TOKENS) -> Callable[..., None]:
     """The kernel; the launch's grid may be any number of blocks that are all resident and own every token."""
     wait = ptx.pdl_wait(arch)
     WARPS, BINS_EACH, LIMB_BINS = threads // WARP, BINS // threads, 2 * BINS
+    QUADS = quads_of(arch)
     X_REGS, STRIDE, BATCH = 4 * QUADS, 4 * threads, np.int32(4 * QUADS * threads)
     LIMB = (1 << LIMB_BITS) - 1
 
@@ -301,7 +307,8 @@ def spec(arch: int, threads: int = THREADS, block_tokens: int = BLOCK_TOKENS) ->
     f32, f64, i32, i64 = (types.CPointer(kind) for kind in (types.float32, types.float64, types.int32, types.int64))
     signature = (f32, types.int32, f64, i32, i32, i32, i64, i32, i64, types.int32)
     kernel = make_sample(arch, threads, block_tokens)
-    return KernelSpec(f"sample[{threads}, {block_tokens}]", kernel, signature, threads, BLOCKS_PER_SM, wide_loads=QUADS)
+    name, quads = f"sample[{threads}, {block_tokens}]", quads_of(arch)
+    return KernelSpec(name, kernel, signature, threads, BLOCKS_PER_SM, wide_loads=quads)
 
 
 def fits(num_sms: int, vocab_size: int) -> bool:
