@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from bitnet_numba.backends.cuda.state import upload_rope
 from bitnet_numba.backends.cuda.weights import Weights
 from bitnet_numba.config import GROUPS, ModelConfig
 from bitnet_numba.kernels import embedding
-from bitnet_numba.kernels.attention.parts import HeadShape, RopeTables
+from bitnet_numba.kernels.attention.parts import HeadShape
 from bitnet_numba.kernels.attention.rotate_heads import rotate_heads
 from bitnet_numba.kernels.attention.text_attention import text_attention
 from bitnet_numba.kernels.linear.gated import gate
@@ -36,7 +37,6 @@ from bitnet_numba.kernels.operands import Norm, SequenceArrays
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import DeviceArray, DeviceView
-from bitnet_numba.reference.rope import rope_tables  # the one definition of the rotary frequencies
 
 
 class EmbeddingBuffers:
@@ -63,17 +63,12 @@ class EmbeddingBuffers:
         seen_stride = -(-c.vocab_size // 32)
         unused = device.zeros(max(1, seen_stride), np.int32)  # what only samplers read
         self.sequence = SequenceArrays(self.tokens, max_rows, self.num_real, unused, seen_stride, unused)
-        self.rope = [self._tables(device, c, local) for local in ((False, True) if c.local else (False,))]
+        self.rope = [upload_rope(device, c, max_rows, local) for local in ((False, True) if c.local else (False,))]
         angles = [table for tables in self.rope for table in tables]
         self._owned = [
             self.h, self.n, shared, *vars(self.quantized).values(), self.tokens, self.text_starts, self.slot_positions,
             self.num_real, unused, *angles,
         ]  # fmt: skip
-
-    def _tables(self, device: Device, config: ModelConfig, local: bool) -> RopeTables:
-        cos, sin = rope_tables(config, np.arange(self.max_rows), local)  # [positions, D]
-        half = config.head_dim // 2  # the second half is a copy of the first
-        return RopeTables(device.array(cos[:, :half]), device.array(sin[:, :half]))
 
     @property
     def nbytes(self) -> int:

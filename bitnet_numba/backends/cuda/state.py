@@ -87,9 +87,7 @@ class SequenceState:
             table = self.block_table, self.block_table_stride
             self.expanded = Expanded(places, LayerCache(wide[0], wide[1], *table, strides[0], strides[1], "float16"))
         self.slot_ids = device.zeros(padded_size(slots), np.int32)
-        cos, sin = rope_tables(config, np.arange(self.block_table_stride * PAGE))  # [positions, D]
-        half = config.head_dim // 2  # the second half is a copy of the first
-        self.rope = RopeTables(device.array(cos[:, :half]), device.array(sin[:, :half]))
+        self.rope = upload_rope(device, config, self.block_table_stride * PAGE)
         self.arrays = SequenceArrays(
             self.tokens, self.tokens_stride, self.position, self.seen, self.seen_stride, self.settings
         )
@@ -136,6 +134,13 @@ def page_bytes(config: ModelConfig, kv_dtype: KVDtype) -> int:
     layers = 8 * config.num_layers * config.num_kv_heads * head_page_words(config.head_dim, kv_dtype)
     expanded = 8 * config.num_kv_heads * head_page_words(config.head_dim, "float16") if kv_dtype == "float8" else 0
     return layers + expanded
+
+
+def upload_rope(device: Device, config: ModelConfig, positions: int, local: bool = False) -> RopeTables:
+    """Rotary tables of the positions 0 .. positions - 1 on the device; local: of layers with a window."""
+    half = config.head_dim // 2  # the second half is a copy of the first
+    cos, sin = (device.array(table[:, :half]) for table in rope_tables(config, np.arange(positions), local))
+    return RopeTables(cos, sin)
 
 
 def why_nan(kv_dtype: KVDtype) -> str:
