@@ -94,7 +94,7 @@ class DecodeSteps:
         """Final norm and logits."""
         return one_token(self._model, self._buffers.logits)
 
-    def sampler(self, asked: Asked) -> list[Launch]:
+    def sampler(self, asked: Asked = NOTHING) -> list[Launch]:
         """Samples from the logits."""
         model, buffers, state = self._model, self._buffers, self._state
 
