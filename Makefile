@@ -52,7 +52,7 @@ slow-test: env
 	@$(PY) -m pytest -m slow
 
 gpu-test: env
-	@$(PY) -m pytest -m "gpu and not alone" -n $(or $(WORKERS),1)
+	@$(PY) -m pytest -m "gpu and not alone" -n $(or $(WORKERS),1) --maxschedchunk 1
 	@$(PY) -m pytest -m "gpu and alone"
 
 $(VENV)/bin/python:

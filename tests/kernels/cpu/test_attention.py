@@ -123,9 +123,7 @@ def test_equals_the_reference(name: str, dtype: Any, groups: tuple[int, ...], da
 
 @pytest.mark.parametrize("name, dtype, groups", VARIANTS[2:4])
 @given(data=st.data(), length=st.sampled_from(LENGTHS), seed=st.integers(0, 2**32 - 1))
-def test_windows(
-    name: str, dtype: Any, groups: tuple[int, ...], data: st.DataObject, length: int, seed: int
-) -> None:
+def test_windows(name: str, dtype: Any, groups: tuple[int, ...], data: st.DataObject, length: int, seed: int) -> None:
     """As if the tokens before the window were not there."""
     window, R = data.draw(st.integers(1, length + 1)), data.draw(st.sampled_from(groups))
     rng, begin = np.random.default_rng(seed), max(0, length - window)
