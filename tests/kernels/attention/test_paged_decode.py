@@ -158,7 +158,7 @@ def check_paged_decode(
 
 
 @simulated
-@settings(max_examples=4)
+@settings(max_examples=2)
 @example(shape=(128, 4, 1), lengths=[70], threads=64, splits=2, seed=1, dtype="float16")
 @example(
     shape=(8, 6, 1), lengths=[1, 0, 64], threads=32, splits=1, seed=2, dtype="bfloat16"
