@@ -11,7 +11,7 @@ bounds.
 import re
 import subprocess
 import sysconfig
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import FunctionType
@@ -21,7 +21,6 @@ import pytest
 
 from bitnet_numba.kernels.linear import gemm
 from bitnet_numba.kernels.linear.heuristics import choose_tile
-from bitnet_numba.kernels.ptx.pdl import pdl_trigger, pdl_wait
 from bitnet_numba.kernels.runtime.compiler import compile_ptx
 from bitnet_numba.kernels.runtime.spec import CARVEOUT, CARVEOUT_BYTES, RESERVED_BYTES, KernelSpec
 from tests.kernels.cards import CARDS, specs_for, static_bytes
@@ -29,9 +28,8 @@ from tests.kernels.harness import ARCHITECTURES
 from tests.kernels.variants import GROUPS, variants
 
 FULL_ARCH = 90  # every variant is compiled for this architecture; for the others, the first of each kernel
-# What else `make test` compiles for: all others choose as one of these does, but for whether launches overlap.
-OTHERS = (80, 75)
-OVERLAP = {make(arch) for make in (pdl_wait, pdl_trigger) for arch in (80, 90)}
+OTHERS = (80, 75)  # what else `make test` compiles for: each other one chooses tiles and sizes as one of these does
+INSTRUCTIONS = (("linear_gemv", 75), ("linear_quantize_groups", 75))  # the cheapest that have all of sm_75's choices
 NO_PTXAS = "ptxas is not installed (pip install nvidia-cuda-nvcc)"
 KEPT_KERNELS = 8  # more than a group has that differ between architectures
 SLACK_BYTES = 16  # of shared memory: arrays that a variant has no use for are left out, others are aligned
@@ -71,23 +69,26 @@ def other_specs() -> dict[str, KernelSpec]:
 
 
 def distinct_specs(group: str, arch: int) -> list[KernelSpec]:
-    """Those of `first_specs` that do something else than for FULL_ARCH and for those before this one in OTHERS."""
+    """Those of `first_specs` that do not only take other instructions than for FULL_ARCH or for those before this one
+    in OTHERS; and some that do, so that each instruction is compiled."""
+    if (group, arch) in INSTRUCTIONS:
+        return first_specs(group, arch)
     before = (FULL_ARCH, *OTHERS[: OTHERS.index(arch)])
     known = {(fingerprint(spec.kernel, False), spec.signature) for a in before for spec in first_specs(group, a)}
     return [spec for spec in first_specs(group, arch) if (fingerprint(spec.kernel, False), spec.signature) not in known]
 
 
-def fingerprint(value: Any, overlap: bool = True) -> Any:
+def fingerprint(value: Any, instructions: bool = True) -> Any:
     """What Numba compiles a function from: its code and the constants in its closure. Equal for kernels that are built
-    for two architectures and make the same choices; without `overlap`, but for whether launches overlap."""
-    if not overlap and isinstance(value, Hashable) and value in OVERLAP:
-        return "overlap"
+    for two architectures and make the same choices; without `instructions`, but for the choice of those."""
+    if not instructions and str(getattr(value, "__module__", "")).startswith("bitnet_numba.kernels.ptx."):
+        return "instruction"
     value = getattr(value, "py_func", value)  # of a device function
     if isinstance(value, FunctionType):
         cells = tuple(cell.cell_contents for cell in value.__closure__ or ())
-        return value.__code__, fingerprint((cells, value.__defaults__), overlap)
+        return value.__code__, fingerprint((cells, value.__defaults__), instructions)
     if isinstance(value, tuple):
-        return tuple(fingerprint(each, overlap) for each in value)
+        return tuple(fingerprint(each, instructions) for each in value)
     return type(value), value, str(value)  # -0.0 equals 0.0
 
 
