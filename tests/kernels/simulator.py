@@ -200,7 +200,7 @@ class Block:
         """Runs each thread to its next barrier, until all have ended."""
         live, ready = list(self.threads), list(self.threads)
         while live:
-            self.order.shuffle(ready)
+            ready.sort(key=lambda _: self.order.random())
             for thread in ready:
                 thread.switch()
             live = [thread for thread in live if not thread.done]
