@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.backends.host import mask_of
+from bitnet_numba.backends.host_model import mask_of
 from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE, Constraint
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.engine.engine import Engine
