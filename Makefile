@@ -28,6 +28,8 @@ env: $(VENV)/.test-installed
 
 # Two workers share the cores already: more threads for each one's matrix products would only wait for each other.
 test: export OPENBLAS_NUM_THREADS ?= 1
+# Each worker imports all tests, and many tests start processes: from bytecode, that takes a third.
+test slow-test gpu-test: export PYTHONDONTWRITEBYTECODE :=
 test: env check
 	@$(PY) -m pytest -n 2 --dist worksteal -m "not simulated and not slow"
 	@NUMBA_ENABLE_CUDASIM=1 $(PY) -m pytest -n 2 --dist worksteal -m simulated
@@ -52,7 +54,7 @@ slow-test: env
 	@$(PY) -m pytest -m slow
 
 gpu-test: env
-	@$(PY) -m pytest -m "gpu and not alone" -n $(or $(WORKERS),1)
+	@$(PY) -m pytest -m "gpu and not alone" -n $(or $(WORKERS),1) --maxschedchunk 1
 	@$(PY) -m pytest -m "gpu and alone"
 
 $(VENV)/bin/python:

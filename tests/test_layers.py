@@ -2,6 +2,7 @@
 product."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +40,7 @@ FLOORS: list[tuple[str, ...]] = [
 ]
 
 
+@cache
 def modules() -> dict[str, ast.Module]:
     """Every module of the product, by the name that it is imported by."""
     files = [

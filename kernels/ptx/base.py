@@ -39,11 +39,12 @@ if SIMULATED:
 
         def __init__(self, dtype: Any):
             self.dtype = np.dtype(dtype)
+            self._type = self.dtype.type
             self._min = int(np.iinfo(dtype).min)
             self._mask = (1 << 8 * self.dtype.itemsize) - 1
 
         def __call__(self, x: Any) -> Any:
-            return self.dtype.type(((int(x) - self._min) & self._mask) + self._min)
+            return x if type(x) is self._type else self._type(((int(x) - self._min) & self._mask) + self._min)
 
     int32, uint32, int64 = _Integer(np.int32), _Integer(np.uint32), _Integer(np.int64)
     float32, float64 = np.float32, np.float64

@@ -44,13 +44,13 @@ def int_to_float(x: Any) -> Any:
 @instruction("mov.b32 $0, $1;", "f", "u")
 def bits_to_float(word: Any) -> Any:
     """The float32 that a 32-bit pattern stands for. Any architecture."""
-    return np.array([int(word) & 0xFFFFFFFF], np.uint32).view(np.float32)[0]
+    return np.uint32(int(word) & 0xFFFFFFFF).view(np.float32)
 
 
 @instruction("mov.b32 $0, $1;", "u", "f")
 def float_to_bits(x: Any) -> Any:
     """A float32's bit pattern, uint32. Any architecture."""
-    return np.array([x], np.float32).view(np.uint32)[0]
+    return np.float32(x).view(np.uint32)
 
 
 @instruction("prmt.b32 $0, $1, $2, $3;", "u", "uuu")

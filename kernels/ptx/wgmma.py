@@ -141,17 +141,22 @@ def _emulated_s8(tokens: int, signed: bool) -> Callable:
     def start(sums: Any, codes: Any, array: Any, address: Any) -> None:
         thread = simulated_thread()
         g, c = divmod(thread.thread_id % WARP, 4)
-        b = swizzled_rows(array, int(address), tokens).view(np.int8).astype(np.int64)  # [token, column]
-        own = tuple(codes[r] for r in range(16))
-        lanes = np.array([[int(x) & 0xFFFFFFFF for x in lane] for lane in thread.gather_in_warp(own)])
-        quads = lanes.astype("<u4").view(left).reshape(8, 4, 4, 2, 2, 4)[g].astype(np.int64)
-        for r in range(2):  # quads: [c, step, half, row, byte]
-            row = quads[:, :, :, r].transpose(1, 2, 0, 3).reshape(-1)
-            for t in range(tokens // 8):
+
+        def product(lanes: list[tuple]) -> np.ndarray:
+            """The warp's, int64 [g, row g or g + 8, token]."""
+            words = np.array([[int(x) & 0xFFFFFFFF for x in lane] for lane, _ in lanes]).astype("<u4")
+            assert len({start for _, start in lanes}) == 1, "wgmma: the lanes' operands lie at different addresses"
+            quads = words.view(left).reshape(8, 4, 4, 2, 2, 4)  # [g, c, step, half, row, byte]
+            a = quads.transpose(0, 4, 2, 3, 1, 5).reshape(8, 2, 128).astype(np.int64)  # [g, row, column]
+            return a @ swizzled_rows(array, int(address), tokens).view(np.int8).astype(np.int64).T
+
+        own = thread.once_in_warp((tuple(codes[r] for r in range(16)), int(address)), product)[g]
+        for t in range(tokens // 8):
+            for r in range(2):
                 for odd in range(2):
                     n = 4 * t + 2 * r + odd
                     old = 0 if signed else int(sums[n])
-                    sums[n] = int32(old + int((row * b[8 * t + 2 * c + odd]).sum()))
+                    sums[n] = int32(old + int(own[r, 8 * t + 2 * c + odd]))
 
     return start
 

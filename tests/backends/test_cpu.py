@@ -101,7 +101,10 @@ def test_models_with_group_scales_agree_with_the_reference(file: str, tmp_path: 
     np.testing.assert_array_equal(model.logits(whole), np.concatenate([model.logits(h[None]) for h in whole]))
 
 
-@pytest.mark.parametrize("name", isa.available()[1:])
+# The kernels are tested on each; of the model, the two that differ most are compared, and with `make slow-test` all.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "portable" else pytest.mark.slow) for name in isa.available()[1:]]
+)
 def test_group_scales_on_every_instruction_set(name: str, tmp_path: Path, closing: list[CpuModel]) -> None:
     convert(GROUPS / "qwen3-q2_0.gguf", tmp_path / "packed")
     models = [CpuModel(open_packed(tmp_path / "packed"), 2, each) for each in (None, name)]

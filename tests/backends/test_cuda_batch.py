@@ -99,6 +99,7 @@ def test_company_changes_nothing(demo: PackedCheckpoint) -> None:
 
 
 @needs_gpu
+@pytest.mark.long
 def test_company_changes_nothing_with_group_scales(tmp_path: Path) -> None:
     """Batches of every size of tile, against one sequence alone."""
     convert(GROUPS / "qwen3-q2_0.gguf", tmp_path / "packed", head="bf16")

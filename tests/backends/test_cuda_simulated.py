@@ -102,8 +102,9 @@ class SimulatedDevice(CudaDevice):
 
 def simulate(monkeypatch: pytest.MonkeyPatch) -> HostMemory:
     """Puts host memory and the simulator in the place of a device, with small tiles."""
+    from bitnet_numba.kernels import embedding
     from bitnet_numba.kernels.attention import decode as attention
-    from bitnet_numba.kernels.attention import prefill_wgmma
+    from bitnet_numba.kernels.attention import kv_cache, prefill_wgmma
     from bitnet_numba.kernels.linear import gemm, gemm_groups, quantize
     from bitnet_numba.kernels.linear.tile import Tile
     from bitnet_numba.kernels.lm_head import gemm_mma, gemv, split_norm
@@ -132,6 +133,9 @@ def simulate(monkeypatch: pytest.MonkeyPatch) -> HostMemory:
     monkeypatch.setattr(driver.Stream, "capture", lambda self, launches: Replayed(launches))
     monkeypatch.setattr(single, "MAX_BLOCKS", 1)  # blocks run one after the other: none may wait for another
     monkeypatch.setattr(attention, "SHORT", attention.SHORT._replace(threads=64, unroll=2))  # fewer threads, for speed
+    for name in ("embed_token_spec", "embed_tokens_spec", "gather_last_spec", "scale_spec", "column_blocks"):
+        monkeypatch.setattr(embedding, name, partial(getattr(embedding, name), threads=32))
+    monkeypatch.setattr(kv_cache, "append_spec", partial(kv_cache.append_spec, threads=32))
     monkeypatch.setattr(prefill_wgmma, "WARPS", 4)
     monkeypatch.setattr(prefill_wgmma, "KEYS", 16)
     monkeypatch.setattr(gemm, "choose_tile", lambda *arguments: Tile(8, 1, 4, 1, 0, 2, scheme="wgmma"))

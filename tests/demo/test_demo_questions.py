@@ -66,7 +66,7 @@ def test_a_question_has_one_answer(plot: str) -> None:
         answers: dict[str, str] = {}
         keys = [fact.key for group in questions.facts_of(story).values() for fact in group]
         assert len(set(keys)) == len(keys)
-        for question in asked(story, i, 20):
+        for question in asked(story, i, 10):
             assert answers.setdefault(question.text, question.answer) == question.answer, (question, story.text)
 
 

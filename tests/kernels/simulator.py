@@ -28,6 +28,8 @@ from numba.cuda.simulator import kernel as simulator_kernel
 from numba.cuda.simulator import kernelapi
 from numba.np.numpy_support import as_dtype
 
+from bitnet_numba.kernels import ptx
+
 WARP, WARPGROUP = 32, 128  # threads
 
 
@@ -153,10 +155,12 @@ class Block:
 
     order = random.Random(0)  # shuffles the threads between barriers
     cluster = 1  # blocks of a cluster
+    names: dict[str, Any] = {}  # noqa: RUF012 - globals of the module of the kernel that runs
     early: list[Any] = []  # noqa: RUF012 - blockIdx of a cluster's blocks that wait for the others to be launched
 
     def __init__(self, function: Callable[..., None], grid_dim: Any, block_dim: Any, debug: bool):
         self._function, self._block_dim = function, block_dim
+        Block.names = function.__globals__
         self.threads: list[SimulatedThread] = []
         self.block_indices: list[Any] = []  # blockIdx of each of its blocks
         self.shared: list[dict[Any, np.ndarray]] = []  # of each block
@@ -196,7 +200,7 @@ class Block:
         """Runs each thread to its next barrier, until all have ended."""
         live, ready = list(self.threads), list(self.threads)
         while live:
-            self.order.shuffle(ready)
+            ready.sort(key=lambda _: self.order.random())
             for thread in ready:
                 thread.switch()
             live = [thread for thread in live if not thread.done]
@@ -256,23 +260,53 @@ def _poisoned(shape: Any, dtype: Any) -> np.ndarray:
     return array
 
 
-_names_of_cuda: dict[int, list[str]] = {}  # by id of a module's globals: those that are numba.cuda outside of kernels
+_uses_cuda: dict[int, bool] = {}  # by id of a module's globals: whether one of them is numba.cuda outside of kernels
 _call_kernel = simulator_kernel.FakeCUDAKernel.__call__
 
 
 def _call(self: Any, *args: Any) -> Any:
-    """Calls a device function as it is if its module has no numba.cuda, which would have to be replaced."""
+    """Calls a device function as it is if its module has no numba.cuda that would have to be replaced: none at all, or
+    it is the kernel's module, where that is replaced during the whole launch."""
+    if not self._device:
+        return _call_kernel(self, *args)
     names = self.fn.__globals__
-    if id(names) not in _names_of_cuda:
-        found = [name for name, value in names.items() if value is cuda or isinstance(value, kernelapi.FakeCUDAModule)]
-        _names_of_cuda[id(names)] = found
-    if self._device and not _names_of_cuda[id(names)]:
+    if names is Block.names:
         return self.fn(*args)
-    return _call_kernel(self, *args)
+    if id(names) not in _uses_cuda:
+        _uses_cuda[id(names)] = any(
+            value is cuda or isinstance(value, kernelapi.FakeCUDAModule) for value in names.values()
+        )
+    return _call_kernel(self, *args) if _uses_cuda[id(names)] else self.fn(*args)
+
+
+_LANES = np.arange(WARP)
+_BUTTERFLIES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {  # each lane's value and another's
+    "warp_sum": lambda x, other: (x + other).astype(np.float32),
+    "warp_sum_int": lambda x, other: (x + other).astype(np.int32),
+    "warp_max": lambda x, other: np.where(other > x, other, x),
+}
+
+
+def _reduction(combine: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[[Any], Any]:
+    """What a function of `ptx.warp` computes in five shuffles, in one exchange."""
+
+    def compute(values: list[Any]) -> np.ndarray:
+        x = np.array(values)
+        for step in range(5):
+            x = combine(x, x[_LANES ^ 1 << step])
+        return x
+
+    def reduce(x: Any) -> Any:
+        thread = current_thread()
+        return thread.once_in_warp(x, compute)[thread.thread_id % WARP]
+
+    return reduce
 
 
 def install() -> None:
-    """Replaces the simulator's scheduler, and poisons shared and local arrays."""
+    """Replaces the simulator's scheduler, poisons shared and local arrays, and makes a warp's reductions fast."""
+    for name, combine in _BUTTERFLIES.items():
+        setattr(ptx, name, _reduction(combine))
     threading.current_thread = current_thread
     simulator_kernel.BlockManager = Block
     simulator_kernel.FakeCUDAKernel.__call__ = _call

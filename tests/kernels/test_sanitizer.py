@@ -13,6 +13,7 @@ SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sa
 
 
 @needs_gpu
+@pytest.mark.long
 @pytest.mark.skipif(not os.path.exists(SANITIZER), reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_each_kernel(tool: str) -> None:

@@ -110,18 +110,17 @@ def test_simulated_decode(
 
 
 @needs_gpu
+@pytest.mark.long
 @settings(max_examples=50)
-@example(shape=(128, 4, 5), long=True, position=4095, capacity=4096, min_split=64, seed=2, spread=4.0, dtype="float16")
-@example(shape=(128, 4, 5), long=False, position=127, capacity=4096, min_split=256, seed=2, spread=1.0, dtype="float16")
-@example(
-    shape=(128, 4, 5), long=True, position=32767, capacity=32768, min_split=64, seed=4, spread=1.0, dtype="bfloat16"
-)
-@example(
-    shape=(256, 3, 4), long=True, position=32767, capacity=32768, min_split=64, seed=3, spread=1.0, dtype="bfloat16"
-)
+@example(kind=((128, 4, 5), "float16"), long=True, position=4095, capacity=4096, min_split=64, seed=2, spread=4.0)
+@example(kind=((128, 4, 5), "float16"), long=False, position=127, capacity=4096, min_split=256, seed=2, spread=1.0)
+@example(kind=((128, 4, 5), "bfloat16"), long=True, position=32767, capacity=32768, min_split=64, seed=4, spread=1.0)
+@example(kind=((256, 3, 4), "bfloat16"), long=True, position=32767, capacity=32768, min_split=64, seed=3, spread=1.0)
 @given(
-    shape=st.sampled_from(
-        [(128, 4, 5), (64, 4, 2), (96, 1, 16), (100, 1, 32), (256, 3, 4), (128, 8, 2), (6, 5, 3), (128, 16, 1)]
+    kind=st.sampled_from(  # each is compiled, for short and for long contexts
+        [((128, 4, 5), "float16"), ((128, 4, 5), "bfloat16"), ((64, 4, 2), "bfloat16"), ((96, 1, 16), "float16"),
+         ((100, 1, 32), "bfloat16"), ((256, 3, 4), "bfloat16"), ((128, 8, 2), "float16"), ((6, 5, 3), "float16"),
+         ((128, 16, 1), "bfloat16")]
     ),
     long=st.booleans(),
     position=st.integers(0, 1500),
@@ -129,21 +128,19 @@ def test_simulated_decode(
     min_split=st.sampled_from([1, 16, 64, 256]),
     seed=st.integers(0, 2**32 - 1),
     spread=st.sampled_from([0.1, 1.0, 8.0]),
-    dtype=DTYPES,
-)
+)  # fmt: skip
 def test_decode_on_gpu(
-    shape: tuple[int, int, int],
+    kind: tuple[tuple[int, int, int], KVDtype],
     long: bool,
     position: int,
     capacity: int,
     min_split: int,
     seed: int,
     spread: float,
-    dtype: KVDtype,
 ) -> None:
     from bitnet_numba.kernels.runtime.device import usable_device
 
-    D, group, kv_heads = shape
+    (D, group, kv_heads), dtype = kind
     spec = decode_spec(arch(), D, group, long, dtype)
     grid = decode_grid(usable_device().num_sms, HeadShape(group * kv_heads, kv_heads, D), long)
     check_decode(spec, grid, kv_heads, group, D, position, capacity, min_split, seed, spread, dtype)

@@ -121,18 +121,18 @@ def test_equals_the_reference(name: str, dtype: Any, groups: tuple[int, ...], da
     assert abs(out[worst] - expected[worst]) <= 1e-5 * np.abs(v[:length]).max(), (worst, out[worst], expected[worst])
 
 
-@pytest.mark.parametrize("name", dict.fromkeys([BEST, PLAIN]))
-@given(data=st.data(), length=st.sampled_from(LENGTHS), R=st.integers(1, 4), seed=st.integers(0, 2**32 - 1))
-def test_windows(name: str, data: st.DataObject, length: int, R: int, seed: int) -> None:
+@pytest.mark.parametrize("name, dtype, groups", VARIANTS[2:4])
+@given(data=st.data(), length=st.sampled_from(LENGTHS), seed=st.integers(0, 2**32 - 1))
+def test_windows(name: str, dtype: Any, groups: tuple[int, ...], data: st.DataObject, length: int, seed: int) -> None:
     """As if the tokens before the window were not there."""
-    window = data.draw(st.integers(1, length + 1))
+    window, R = data.draw(st.integers(1, length + 1)), data.draw(st.sampled_from(groups))
     rng, begin = np.random.default_rng(seed), max(0, length - window)
     k, v = sequence(rng, length, 1, 64)
     q = rng.standard_normal((R, 64)).astype(np.float32)
     expected = model.attend(q[None], k, v, window)[0]
     alone = model.attend(q[None], k[begin:], v[begin:])[0]
     np.testing.assert_allclose(expected, alone, rtol=0, atol=1e-5 * np.abs(v).max())
-    cache = Cache(np.float32, 1, 64, np.arange(-(-length // 64), dtype=np.int32))
+    cache = Cache(dtype, 1, 64, np.arange(-(-length // 64), dtype=np.int32))
     cache.store(k, v)
     out = cache.attend(name, q, length, begin=begin)
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5 * np.abs(v).max())

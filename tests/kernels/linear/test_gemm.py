@@ -92,7 +92,7 @@ DP4A = Tile(8, 1, 1, 2, 0, 0, scheme="dp4a")
 
 
 @simulated
-@settings(max_examples=8)
+@settings(max_examples=4)
 @example(M=9, N=64, K=300, kind=("gated", "relu2"), bias=True, tile=DP4A, short=1, seed=4)
 @example(M=11, N=40, K=290, kind=("acc", "relu2"), bias=False, tile=Tile(8, 2, 1, 2, 2, 2), short=0, seed=1)
 @example(M=9, N=70, K=200, kind=("residual", "relu2"), bias=True, tile=Tile(16, 1, 2, 1, 3, 0), short=3, seed=2)
