@@ -8,10 +8,12 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from bitnet_numba.errors import printable
+
+PATIENCE = 2.0  # seconds of silence on standard input before it is said what is being waited for
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -84,6 +86,26 @@ def complain(prog: str, message: str) -> None:
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
             print(f"{prog}: {printable(message, 1000)}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def reading_input(tell: Callable[[str], None], typed: str, awaited: str) -> Iterator[None]:
+    """Around reading standard input until it ends: tells whoever sits at a terminal what is awaited.
+
+    typed: told at once if standard input is a keyboard. awaited: told after a silence if it is a pipe.
+    """
+    import threading
+
+    silence = threading.Timer(PATIENCE, tell, [awaited])
+    silence.daemon = True
+    if sys.stdin.isatty():
+        tell(f"type {typed}; Ctrl-D on a line of its own ends it")
+    elif sys.stderr is not None and sys.stderr.isatty():
+        silence.start()
+    try:
+        yield
+    finally:
+        silence.cancel()
 
 
 def ignore_ctrl_c() -> None:
