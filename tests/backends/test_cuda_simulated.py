@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype
 from bitnet_numba.kernels.ptx.tma import SimulatedTensorMap
 from bitnet_numba.kernels.runtime.device import CudaDevice
@@ -33,10 +34,15 @@ class HostMemory:
 
     def __init__(self) -> None:
         self.blocks: dict[int, np.ndarray] = {}
+        self.fails_after: int | None = None  # so many more allocations; None: never
 
     def call(self, name: str, *arguments: Any) -> Any:
         """What `device.driver_call` would do."""
         if name in ("cuMemAlloc", "cuMemHostAlloc"):
+            if self.fails_after is not None:
+                self.fails_after -= 1
+                if self.fails_after < 0:
+                    raise BackendError(f"the CUDA driver refused {name}: CUDA_ERROR_OUT_OF_MEMORY")
             block = np.full(-(-arguments[0] // 16) * 16, 0xA5, np.uint8)
             self.blocks[block.ctypes.data] = block
             return block.ctypes.data
@@ -100,6 +106,34 @@ class SimulatedDevice(CudaDevice):
         cuda.jit(spec.kernel)[grid, spec.threads, 0, spec.shared](*values)
 
 
+class Replayed:
+    """Stands in for a captured graph: runs its launches one after the other."""
+
+    def __init__(self, launches: Any):
+        self.launches = launches
+
+    def replay(self, stream: Any) -> None:
+        """Runs them."""
+        for launch in self.launches:
+            launch(None)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def host_memory(monkeypatch: pytest.MonkeyPatch) -> HostMemory:
+    """Puts host memory in the place of a device's; launches remain to be stood in for."""
+    from bitnet_numba.kernels.runtime import driver
+    from bitnet_numba.kernels.runtime import memory as memory_module
+
+    memory = HostMemory()
+    for module in (driver, memory_module):
+        monkeypatch.setattr(module, "driver_call", lambda *arguments: memory.call(*arguments))
+    monkeypatch.setattr(driver, "_is_done", lambda query, handle: True)
+    monkeypatch.setattr(driver.Stream, "capture", lambda self, launches: Replayed(launches))
+    return memory
+
+
 def simulate(monkeypatch: pytest.MonkeyPatch) -> HostMemory:
     """Puts host memory and the simulator in the place of a device, with small tiles."""
     from bitnet_numba.kernels.attention import decode as attention
@@ -107,29 +141,11 @@ def simulate(monkeypatch: pytest.MonkeyPatch) -> HostMemory:
     from bitnet_numba.kernels.linear import gemm, gemm_groups, quantize
     from bitnet_numba.kernels.linear.tile import Tile
     from bitnet_numba.kernels.lm_head import gemm_mma, gemv, split_norm
-    from bitnet_numba.kernels.runtime import driver
-    from bitnet_numba.kernels.runtime import memory as memory_module
     from bitnet_numba.kernels.sampling import single
     from tests.kernels import simulator
 
     simulator.install()
-    memory = HostMemory()
-
-    class Replayed:
-        def __init__(self, launches: Any):
-            self.launches = launches
-
-        def replay(self, stream: Any) -> None:
-            for launch in self.launches:
-                launch(None)
-
-        def close(self) -> None:
-            pass
-
-    for module in (driver, memory_module):
-        monkeypatch.setattr(module, "driver_call", memory.call)
-    monkeypatch.setattr(driver, "_is_done", lambda query, handle: True)
-    monkeypatch.setattr(driver.Stream, "capture", lambda self, launches: Replayed(launches))
+    memory = host_memory(monkeypatch)
     monkeypatch.setattr(single, "MAX_BLOCKS", 1)  # blocks run one after the other: none may wait for another
     monkeypatch.setattr(attention, "SHORT", attention.SHORT._replace(threads=64, unroll=2))  # fewer threads, for speed
     monkeypatch.setattr(prefill_wgmma, "WARPS", 4)
