@@ -171,6 +171,27 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any, kv_dtype
     return backend.CudaBackend(checkpoint, kv_dtype)
 
 
+def test_a_context_that_was_refused_takes_no_memory(monkeypatch: pytest.MonkeyPatch, tiny_packed: Path) -> None:
+    """The driver may refuse what seemed to fit. No launch runs."""
+    from bitnet_numba.backends.cuda import backend
+    from bitnet_numba.checkpoint.packed import open_packed
+
+    memory = host_memory(monkeypatch)
+    device = SimulatedDevice(memory)
+    monkeypatch.setattr(backend, "usable_device", lambda: device)
+    monkeypatch.setattr(backend, "load_specs", lambda *arguments, **options: None)
+    cuda = backend.CudaBackend(open_packed(tiny_packed), DEFAULT)
+    memory.fails_after = 2
+    with pytest.raises(BackendError, match="OUT_OF_MEMORY"):
+        cuda.new_context(16)
+    assert cuda.memory()["kv_cache"] == 0
+    memory.fails_after = None
+    context = cuda.new_context(16)
+    assert cuda.memory()["kv_cache"] > 0
+    context.close()
+    assert cuda.memory()["kv_cache"] == 0
+
+
 def logits_of_two_tokens(
     monkeypatch: pytest.MonkeyPatch, checkpoint: Any, kv_dtype: KVDtype = DEFAULT
 ) -> tuple[Any, np.ndarray, np.ndarray]:

@@ -86,6 +86,23 @@ def test_path_and_rm(run: Run, stored: Path) -> None:
     assert store.stored_models() == []
 
 
+def test_nothing_is_deleted_if_one_name_is_wrong(run: Run, stored: Path) -> None:
+    for wrong, message in (("someone/else", "someone/else is not in"), ("2b4", "did you mean 2b4t?")):
+        code, out, err = run("rm", "someone/tiny", wrong)
+        assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+    assert len(store.stored_models()) == 2
+    code, out, _ = run("rm", "someone/tiny", "someone/tiny")
+    assert code == 0 and out.count("deleted") == 2 and store.stored_models() == []
+
+
+def test_another_revision_is_told(run: Run, stored: Path) -> None:
+    run("rm", "someone/tiny", "--revision", "main")
+    for command in ("show", "path"):
+        code, out, err = run(command, "someone/tiny")
+        assert (code, out) == (2, "") and err.count("\n") == 1
+        assert f"someone/tiny is in {stored} with --revision refs/pr/1, not with main" in err
+
+
 def test_what_a_killed_conversion_has_left(run: Run, stored: Path) -> None:
     folder = stored / "someone--tiny" / "main"
     (folder / "model").rename(folder / ".model.bitnet-01234567")
