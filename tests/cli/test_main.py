@@ -101,12 +101,51 @@ def test_next_to_nothing_is_imported_before_ctrl_c_is_handled() -> None:
     root = Path(bitnet_numba.__file__).parent.parent
     code = (
         f"import sys; sys.path.append({str(root)!r})\n"
-        "import bitnet_numba.cli.main, bitnet_numba.chat.__main__\n"
+        "import bitnet_numba.__main__, bitnet_numba.chat.__main__\n"
+        "if 'bitnet_numba.commands' in sys.modules: sys.exit('what is not handled yet must be next to nothing')\n"
+        "import bitnet_numba.cli.main\n"
         "sys.exit(', '.join({'argparse', 'difflib', 're', 'typing'} & set(sys.modules)) or 0)"
     )
     # Without site, which imports whatever other packages ask it to.
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["signal", "bitnet_numba.commands", "bitnet_numba.errors"])
+@pytest.mark.parametrize("package", ["bitnet_numba", "bitnet_numba.chat", "bitnet_numba.server"])
+def test_ctrl_c_before_it_is_handled(package: str, name: str) -> None:
+    """Entry points catch it from their first line on."""
+    script = (
+        "import sys\nclass Finder:\n def find_spec(self, name, *_):\n"
+        f"  if name == {name!r}: raise KeyboardInterrupt\n"
+        f"import {package}\nsys.meta_path.insert(0, Finder())\nsys.modules.pop('signal', None)\n"
+        f"from {package}.__main__ import main\nsys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=TIMEOUT)
+    prog = {"": "bitnet-numba", "chat": "bitnet-chat", "server": "python -m bitnet_numba.server"}
+    expected = (130, "", f"{prog[package.partition('.')[2]]}: interrupted\n")
+    assert (done.returncode, done.stdout, done.stderr) == expected
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_ctrl_c_in_an_import_that_swallows_exceptions(tmp_path: Path) -> None:
+    """As Python's own callbacks do. A command that imports while it runs is interrupted when that is over."""
+    (tmp_path / "swallowing.py").write_text(
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(0.1)\nexcept BaseException:\n    pass\n"
+    )
+    (tmp_path / "command.py").write_text(
+        "import time\ndef run(argv, prog):\n    import swallowing\n    print('imported', flush=True)\n"
+        "    time.sleep(60)\n    return 0\n"
+    )
+    script = (
+        "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from bitnet_numba.commands import start\ncode = start('p', 'command', [])\n"
+        "sys.exit(code if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else 1)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=TIMEOUT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "imported\n", "p: interrupted\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
