@@ -10,7 +10,7 @@ import bitnet_numba as bn
 from bitnet_numba.backends.cuda import embedder
 from bitnet_numba.backends.cuda.embedder import plan_texts
 from bitnet_numba.checkpoint.packed import open_packed
-from tests.backends.test_cuda_simulated import SimulatedDevice, host_memory, simulate
+from tests.backends.test_cuda_simulated import SimulatedDevice, idle_device, simulate
 from tests.engine.test_embedding import FORMS, check_golden, packed_model
 from tests.kernels.harness import needs_gpu, simulated
 
@@ -78,9 +78,8 @@ def test_buffers_grow(model: tuple[str, Path], texts: list[list[int]], monkeypat
 def test_what_could_not_grow_is_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever in the larger buffers memory ends, though the device said that it would do; without any launches."""
     checkpoint = open_packed(packed_model("embedding", tmp_path))
-    memory = host_memory(monkeypatch)
-    device = SimulatedDevice(memory)
-    monkeypatch.setattr(device, "launch", lambda *arguments, **options: lambda stream: None)
+    device = idle_device(monkeypatch)
+    memory = device.memory
     monkeypatch.setattr(embedder, "usable_device", lambda: device)
     monkeypatch.setattr(embedder, "load_specs", lambda *arguments, **options: None)
     monkeypatch.setattr(embedder, "MAX_ROWS", 32)

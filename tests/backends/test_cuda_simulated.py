@@ -17,6 +17,8 @@ from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype
 from bitnet_numba.kernels.ptx.tma import SimulatedTensorMap
 from bitnet_numba.kernels.runtime.device import CudaDevice
+from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.memory import DeviceView
 from tests.kernels.harness import ARCH, simulated
 
 CONFIG = {
@@ -56,6 +58,8 @@ class HostMemory:
             del self.blocks[int(arguments[0])]
         elif name == "cuMemGetInfo":
             return 1 << 30, 1 << 30
+        elif name == "cuEventElapsedTime":
+            return 0.5
         return 0
 
     def array(self, address: int, dtype: Any) -> np.ndarray:
@@ -68,7 +72,7 @@ class SimulatedDevice(CudaDevice):
     """A device of the simulator, its memory in `HostMemory`."""
 
     def __init__(self, memory: HostMemory):
-        self._memory = memory
+        self.memory = memory
         self.arch, self.num_sms, self.name = ARCH, 2, "simulator"
 
     def activate(self) -> None:
@@ -79,7 +83,7 @@ class SimulatedDevice(CudaDevice):
         return 1 << 30, 1 << 30
 
     def tensor_map(self, array: Any, rows: int, row_ints: int, box_rows: int, box_ints: int) -> SimulatedTensorMap:
-        matrix = self._memory.array(array.address, np.dtype(np.int32))[: rows * row_ints]
+        matrix = self.memory.array(array.address, np.dtype(np.int32))[: rows * row_ints]
         return SimulatedTensorMap(matrix.reshape(rows, row_ints), box_rows, box_ints)
 
     def launch(self, spec: Any, grid: Any, arguments: Any, use_pdl: bool = True) -> Any:
@@ -98,7 +102,7 @@ class SimulatedDevice(CudaDevice):
                 pass
             elif isinstance(kind, types.CPointer):
                 dtype = np.dtype(str(kind.dtype))
-                argument = FakeCUDAArray(self._memory.array(int(getattr(argument, "address", argument)), dtype))
+                argument = FakeCUDAArray(self.memory.array(int(getattr(argument, "address", argument)), dtype))
             elif kind == types.float32:
                 argument = np.float32(argument)
             values.append(argument)
@@ -132,6 +136,32 @@ def host_memory(monkeypatch: pytest.MonkeyPatch) -> HostMemory:
     monkeypatch.setattr(driver, "_is_done", lambda query, handle: True)
     monkeypatch.setattr(driver.Stream, "capture", lambda self, launches: Replayed(launches))
     return memory
+
+
+class IdleLaunch(Launch):
+    """A launch that does nothing."""
+
+    def __call__(self, stream: Any) -> None:
+        """Does nothing."""
+
+
+def idle_device(monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
+    """A device over host memory whose kernels do nothing: for what is done around them."""
+    device = SimulatedDevice(host_memory(monkeypatch))
+    device.l2_bytes = 1 << 12
+    monkeypatch.setattr(device, "launch", lambda spec, grid, arguments, use_pdl=True: IdleLaunch(spec, arguments))
+    monkeypatch.setattr(device, "tensor_map", lambda *arguments: DeviceView(0, 16, np.uint64))
+    return device
+
+
+def idle_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any, kv_dtype: KVDtype = DEFAULT) -> Any:
+    """A CudaBackend on an `idle_device`."""
+    from bitnet_numba.backends.cuda import backend
+
+    device = idle_device(monkeypatch)
+    monkeypatch.setattr(backend, "usable_device", lambda: device)
+    monkeypatch.setattr(backend, "load_specs", lambda *arguments, **options: None)
+    return backend.CudaBackend(checkpoint, kv_dtype)
 
 
 def simulate(monkeypatch: pytest.MonkeyPatch) -> HostMemory:
@@ -173,14 +203,10 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any, kv_dtype
 
 def test_a_context_that_was_refused_takes_no_memory(monkeypatch: pytest.MonkeyPatch, tiny_packed: Path) -> None:
     """The driver may refuse what seemed to fit. No launch runs."""
-    from bitnet_numba.backends.cuda import backend
     from bitnet_numba.checkpoint.packed import open_packed
 
-    memory = host_memory(monkeypatch)
-    device = SimulatedDevice(memory)
-    monkeypatch.setattr(backend, "usable_device", lambda: device)
-    monkeypatch.setattr(backend, "load_specs", lambda *arguments, **options: None)
-    cuda = backend.CudaBackend(open_packed(tiny_packed), DEFAULT)
+    cuda = idle_backend(monkeypatch, open_packed(tiny_packed))
+    memory = cuda.device.memory
     memory.fails_after = 2
     with pytest.raises(BackendError, match="OUT_OF_MEMORY"):
         cuda.new_context(16)
