@@ -3,13 +3,15 @@
 import argparse
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 from bitnet_numba.cli.text_input import STANDARD_INPUT, read_text
 from bitnet_numba.commands import complain, make_parser, output
 from bitnet_numba.engine.embedding import NO_EMBEDDINGS
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.loading import KV_DTYPES, load
-from bitnet_numba.errors import BitNetError, ContextFull, RequestError
+from bitnet_numba.errors import BitNetError, ContextFull, RequestError, printable
+from bitnet_numba.hub.fetch import is_gguf
 from bitnet_numba.model_options import add_run_options
 
 LINES = 64  # whose vectors are computed together
@@ -49,6 +51,8 @@ def run(argv: list[str] | None = None, prog: str = "bitnet-numba embed") -> int:
     """The command line; returns the exit code: 0, or 2 for a user's mistake."""
     args = build_parser(prog).parse_args(argv)
     try:
+        if args.file == STANDARD_INPUT and Path(args.model).is_file() and not is_gguf(args.model):
+            raise RequestError(f"{printable(args.model, 400)} is a file, not a model: MODEL stands before FILE")
         text = None if args.file == STANDARD_INPUT else read_text(args.file, prog)
         options = {"threads": args.threads, "revision": args.revision, "kv_dtype": args.kv_dtype}
         with load(args.model, args.backend, **options) as llm:
