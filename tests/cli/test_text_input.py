@@ -67,7 +67,10 @@ def test_embed_without_its_model_is_told_before_a_text_is_awaited(
     """`embed FILE`: FILE is in the place of the model, and standard input, where the text would be, is not read."""
     (tmp_path / "a.txt").write_text("a fox")
     monkeypatch.setattr(sys, "stdin", None)
-    for model, message in ((tmp_path / "a.txt", "is a file, not a model: MODEL stands before FILE"), (tiny_packed, "this is no embedding model")):
+    for model, message in (
+        (tmp_path / "a.txt", "is a file, not a model: MODEL stands before FILE"),
+        (tiny_packed, "this is no embedding model"),
+    ):
         assert main(["embed", str(model), "--backend", "reference"]) == 2
         out, err = capsys.readouterr()
         assert not out and message in err and err.count("\n") == 1
