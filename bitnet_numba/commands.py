@@ -36,7 +36,7 @@ def start(prog: str, module: str, argv: list[str] | None) -> int:
         except ImportError as error:  # of a compiled library: its reason is at the end of a long text
             message, code = f"cannot start: {str(error).strip().rpartition(chr(10))[2]}", 2
         else:
-            with _ctrl_c_calls(_interrupt):
+            with _ctrl_c_calls(_interrupt), _repeating_lost_interrupts():
                 return int(run(argv, prog))
     except KeyboardInterrupt:
         ignore_ctrl_c()  # who presses it once more gets no traceback
@@ -130,15 +130,36 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     """Raises KeyboardInterrupt, but in the middle of an import only after it: there, it may be swallowed."""
     while frame is not None and frame.f_code is not start.__code__:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            _thread.start_new_thread(_interrupt_later, ())
+            _thread.start_new_thread(_interrupt_later, (_thread.get_ident(),))
             return
         frame = frame.f_back
     raise KeyboardInterrupt
 
 
-def _interrupt_later() -> None:
+@contextlib.contextmanager
+def _repeating_lost_interrupts() -> Iterator[None]:
+    """Inside, a KeyboardInterrupt in a callback of a library, from where no exception comes out, is raised anew."""
+    before = sys.unraisablehook
+
+    def hook(lost: "sys.UnraisableHookArgs") -> None:
+        if lost.exc_type is KeyboardInterrupt:
+            _thread.start_new_thread(_interrupt_later, (_thread.get_ident(),))
+        else:
+            before(lost)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def _interrupt_later(main_thread: int) -> None:
     time.sleep(0.02)
-    _thread.interrupt_main()
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(main_thread, signal.SIGINT)  # wakes it where it waits for the system
+    else:
+        _thread.interrupt_main()
 
 
 @contextlib.contextmanager

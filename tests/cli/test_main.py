@@ -127,16 +127,25 @@ def test_ctrl_c_before_it_is_handled(package: str, name: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == expected
 
 
+INTERRUPTED = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.1)\n"
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-def test_ctrl_c_in_an_import_that_swallows_exceptions(tmp_path: Path) -> None:
-    """As Python's own callbacks do. A command that imports while it runs is interrupted when that is over."""
-    (tmp_path / "swallowing.py").write_text(
-        "import os, signal, time\n"
-        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(0.1)\nexcept BaseException:\n    pass\n"
-    )
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "import swallowing",  # as Python does in callbacks of its imports
+        "import ctypes; ctypes.CFUNCTYPE(None)(lambda: exec(INTERRUPTED))()",  # as llvmlite while it compiles
+        "class Z:\n        def __del__(self): exec(INTERRUPTED)\n    Z()",
+    ],
+)
+def test_ctrl_c_where_exceptions_are_swallowed(tmp_path: Path, lines: str) -> None:
+    """A command is interrupted when that is over."""
+    swallowed = "".join(f"    {line}\n" for line in INTERRUPTED.splitlines())
+    (tmp_path / "swallowing.py").write_text(f"try:\n{swallowed}except BaseException:\n    pass\n")
     (tmp_path / "command.py").write_text(
-        "import time\ndef run(argv, prog):\n    import swallowing\n    print('imported', flush=True)\n"
-        "    time.sleep(60)\n    return 0\n"
+        f"import time\nINTERRUPTED = {INTERRUPTED!r}\ndef run(argv, prog):\n    {lines}\n"
+        "    print('over', flush=True)\n    time.sleep(3600)\n    return 0\n"
     )
     script = (
         "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -145,7 +154,7 @@ def test_ctrl_c_in_an_import_that_swallows_exceptions(tmp_path: Path) -> None:
         "sys.exit(code if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else 1)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=TIMEOUT)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "imported\n", "p: interrupted\n")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "over\n", "p: interrupted\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
