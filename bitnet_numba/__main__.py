@@ -2,9 +2,6 @@
 
 import sys
 
-from bitnet_numba.cli import PROG
-from bitnet_numba.interrupted import leave
-
 
 def main() -> int:
     """The command line of a process; returns its exit code, see `cli.main`."""
@@ -13,6 +10,9 @@ def main() -> int:
 
         return main()
     except KeyboardInterrupt:  # before that deals with it
+        from bitnet_numba.cli import PROG
+        from bitnet_numba.interrupted import leave
+
         leave(PROG)
 
 

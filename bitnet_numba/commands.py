@@ -165,7 +165,8 @@ def _interrupt_later(main_thread: int) -> None:
 @contextlib.contextmanager
 def _ctrl_c_calls(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Inside, Ctrl-C does this, unless it is ignored."""
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as under nohup
+    before = signal.getsignal(signal.SIGINT)
+    if before not in (signal.default_int_handler, _interrupt):  # ignored, as under nohup
         yield
         return
     try:
@@ -176,4 +177,4 @@ def _ctrl_c_calls(handler: Callable[[int, FrameType | None], None]) -> Iterator[
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)
