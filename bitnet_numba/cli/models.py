@@ -112,7 +112,7 @@ def _show(name: str, revision: str | None, as_json: bool) -> str:
         return json.dumps(facts, indent=2) + "\n"
     facts["nbytes"], facts["last_used"] = size_text(stored.nbytes), _date(stored.last_used)
     facts.pop("notes")
-    titles = {"nbytes": "size"}
+    titles = {"nbytes": "size", "commit": "made from" if name.startswith("gguf/") else "commit"}
     lines = [f"{titles.get(key, key).replace('_', ' '):12} {value}" for key, value in facts.items()]
     lines += [f"{'note':12} {note}" for note in stored.notes]
     return "\n".join(lines) + "\n"

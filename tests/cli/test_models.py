@@ -76,6 +76,14 @@ def test_list_and_show(run: Run, stored: Path) -> None:
     assert code == 0 and "\nproblem " in out, "a damaged model can be looked at, too"
 
 
+def test_a_gguf_file_is_shown_by_what_it_was_made_from(run: Run, tiny_packed: Path) -> None:
+    model = hub_model("gguf/tiny-0123456789ab")
+    shutil.copytree(tiny_packed, store.packed_folder(model))
+    store.record(model, "tiny.gguf")
+    code, out, _ = run("show", "gguf/tiny-0123456789ab")
+    assert code == 0 and "\nmade from    tiny.gguf\n" in out and "\ncommit" not in out
+
+
 def test_path_and_rm(run: Run, stored: Path) -> None:
     assert run("path", "someone/tiny") == (0, f"{stored / 'someone--tiny' / 'main' / 'model'}\n", "")
     code, out, _ = run("rm", "someone/tiny", "--revision", "refs/pr/1")
