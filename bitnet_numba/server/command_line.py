@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from bitnet_numba.commands import complain, make_parser
+from bitnet_numba.commands import complain, leaving_at_once, make_parser
 from bitnet_numba.engine.loading import load
 from bitnet_numba.errors import BitNetError, RequestError, one_line, printable
 from bitnet_numba.model_options import MODEL_HELP, add_run_options, find_first
@@ -132,7 +132,8 @@ def run(argv: list[str] | None = None, prog: str = PROG) -> int:
         with _log_on_standard_error(prog):
             path, revision = find_first(args.model, args.revision)  # a download shows its progress, and Ctrl-C ends it
             load_model = partial(load, path, args.backend, args.context, args.threads, revision, args.kv_dtype)
-            return serve(settings, args.host, args.port, load_model)
+            with leaving_at_once(prog):  # an event loop that is interrupted while it starts does not end cleanly
+                return serve(settings, args.host, args.port, load_model)
     except BitNetError as error:
         complain(prog, str(error))
     except MemoryError:

@@ -150,3 +150,22 @@ def test_the_life_of_a_process(number: int) -> None:
     assert process.returncode == 0 and "Traceback" not in rest
     assert int(rest.splitlines()[-1].split()[0]) > 10_000, "the model is looked at by the garbage collector"
     assert "POST /v1/completions 200 " in rest and answer.headers["x-request-id"] in rest and "secret" not in rest
+
+
+def test_ctrl_c_while_the_event_loop_starts() -> None:
+    """An exception in the midst of that is followed by others."""
+    code = """if True:
+        import os, signal, sys, uvicorn
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        def begin(self, sockets):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                raise RuntimeError("this event loop is already running")
+        uvicorn.Server.run = begin
+        from bitnet_numba.server.__main__ import main
+        sys.exit(main())
+    """
+    command = [sys.executable, "-c", code, "--port", "0", "--backend", "reference"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130 and done.stderr.splitlines()[1:] == ["python -m bitnet_numba.server: interrupted"]
