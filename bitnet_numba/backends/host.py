@@ -2,12 +2,13 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE, Constraint
+from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE, CallTimes, Constraint
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError, one_line
 from bitnet_numba.sampling import TokenLogprob, token_logprobs
@@ -330,6 +331,8 @@ class HostBatch(Generic[C]):
     """Sequences with a paged KV cache, see `protocol.Batch`. Calls compute at once and queue their results."""
 
     page_size = PAGE_SIZE
+    asynchronous = False
+    call_tokens, granularity = PAGE_SIZE, 1  # a model computes a page at a time as fast as more
 
     def __init__(self, model: HostModel[C], max_sequences: int, capacity: int, num_pages: int):
         self.max_sequences, self.capacity, self.num_pages = max_sequences, capacity, num_pages
@@ -339,6 +342,7 @@ class HostBatch(Generic[C]):
         self._sequences: dict[int, _Sequence[C]] = {}  # by slot
         self._results: deque[tuple[list[tuple[int, int]], list[TokenLogprob | None]]] = deque()
         self._logprobs: list[TokenLogprob | None] = []  # of the call collected last
+        self._times = CallTimes()
 
     def start(
         self,
@@ -373,9 +377,12 @@ class HostBatch(Generic[C]):
 
     def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
         """Computes the next tokens of prompts; at the end of each, samples the first token."""
+        began = perf_counter()
         slots = [slot for slot, count in parts if self._prefill(slot, count)]
         if slots:
             self._expect(slots)
+        tokens, seconds = sum(count for _, count in parts), perf_counter() - began
+        self._times = self._times._replace(prefill_tokens=tokens, prefill_seconds=seconds)
 
     def _prefill(self, slot: int, count: int) -> bool:
         """Whether the prompt is complete, and its first token sampled."""
@@ -401,6 +408,7 @@ class HostBatch(Generic[C]):
 
     def step(self, slots: Sequence[int]) -> None:
         """Samples one more token for each sequence."""
+        began = perf_counter()
         sequences = [self._sequences[slot] for slot in slots]
         for slot, s in zip(slots, sequences, strict=True):
             if not s.ready:
@@ -415,6 +423,7 @@ class HostBatch(Generic[C]):
 
         self._sample(sequences, self._each(sequences, compute, None))
         self._expect(slots)
+        self._times = self._times._replace(step_seconds=perf_counter() - began)
 
     def _expect(self, slots: Sequence[int]) -> None:
         """Queues what was just sampled for these slots."""
@@ -434,6 +443,14 @@ class HostBatch(Generic[C]):
     def prompt_logprobs(self, slot: int) -> list[TokenLogprob]:
         """Of all tokens of a prompt but the first."""
         return self._sequences[slot].prompt_logprobs
+
+    def times(self) -> CallTimes:
+        """How long the last calls took."""
+        return self._times
+
+    def prepare(self) -> bool:
+        """There is nothing to prepare."""
+        return False
 
     def failure(self, slot: int) -> str:
         """Why the sequence in a slot got NO_TOKEN."""
