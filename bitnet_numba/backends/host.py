@@ -15,6 +15,7 @@ from bitnet_numba.sampling import TokenLogprob, token_logprobs
 from bitnet_numba.sampling_params import SamplingParams
 
 PAGE_SIZE = 64  # tokens
+UNIFORM_PART = 16  # tokens of a prompt that are computed between two steps; fewer are computed at a lower rate
 POOL_BYTES = 1 << 30  # limit of a batch's KV cache, unless a number of tokens is asked for
 
 BAD_LOGITS = "logits hold NaN or infinity"
@@ -337,6 +338,7 @@ class HostBatch(Generic[C]):
     def __init__(self, model: HostModel[C], max_sequences: int, capacity: int, num_pages: int):
         self.max_sequences, self.capacity, self.num_pages = max_sequences, capacity, num_pages
         self.uniform = model.uniform
+        self.part_tokens = UNIFORM_PART if model.uniform else PAGE_SIZE
         self._model = model
         self._pool = model.new_pool(num_pages)
         self._sequences: dict[int, _Sequence[C]] = {}  # by slot
@@ -388,8 +390,8 @@ class HostBatch(Generic[C]):
         """Whether the prompt is complete, and its first token sampled."""
         s = self._sequences[slot]
         end = s.cache.length + count
-        if count < 1 or end > s.num_given or (end < s.num_given and end % PAGE_SIZE):
-            raise ValueError(f"tokens {s.cache.length} to {end} of {s.num_given} end neither a page nor the prompt")
+        if count < 1 or end > s.num_given or (end < s.num_given and end % self.part_tokens):
+            raise ValueError(f"tokens {s.cache.length} to {end} of {s.num_given} end neither a part nor the prompt")
         start = s.cache.length
 
         def compute(_: Sequence[_Sequence[C]]) -> list[Floats]:

@@ -97,6 +97,7 @@ class Batch(Protocol):
     capacity: int  # maximum tokens of a sequence in the cache: its prompt and all sampled tokens but the last
     call_tokens: int  # how many tokens of prompts make a good `prefill`: more at once are not computed any faster
     granularity: int  # a part of a `prefill` counts as a multiple of so many tokens
+    part_tokens: int  # and one that does not complete its ids has a multiple of so many, at most a page
 
     def start(
         self,
@@ -130,8 +131,8 @@ class Batch(Protocol):
     def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
         """Computes the next of the ids that several sequences were started with, as if one after the other.
 
-        parts: (slot, count): distinct slots, and how many tokens of each, at least one, up to the end of its ids or of
-        a page. Where that completes ids, also samples the tokens after them: one result for each, in this order.
+        parts: (slot, count): distinct slots, and how many tokens of each: the rest of its ids, or a multiple of
+        `part_tokens`. Where that completes ids, also samples the tokens after them: one result for each, in this order.
         """
 
     def step(self, slots: Sequence[int]) -> None:

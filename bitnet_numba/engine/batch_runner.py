@@ -27,7 +27,7 @@ class BatchRunner:
         self._batch = batch
         self.pool = PagePool(batch.num_pages, batch.page_size)
         self.asynchronous = batch.asynchronous
-        self.call_tokens, self._granularity = batch.call_tokens, batch.granularity
+        self.call_tokens, self.part_tokens, self._granularity = batch.call_tokens, batch.part_tokens, batch.granularity
         self.running: dict[int, Sequence] = {}  # by id
         self.prefilling: Sequence | None = None  # the running sequence that is being prefilled, one at a time
         self._free_slots = list(range(batch.max_sequences - 1, -1, -1))
@@ -93,7 +93,7 @@ class BatchRunner:
         self._batch.start(s.slot, ids, params, lease.pages, lease.computed, s.prompt_length, constraint)
 
     def prefill(self, budget: int, admit: Callable[[], bool]) -> int:
-        """Makes one call for up to `budget` tokens of prompts, but at least a page, in the order of their starts.
+        """Makes one call for up to `budget` tokens of prompts, but at least a part, in the order of their starts.
         Returns how many tokens, as they count (see `Batch.granularity`).
 
         admit: starts one more sequence; False if there is none to be started now.
@@ -111,7 +111,7 @@ class BatchRunner:
             left -= -(-count // self._granularity) * self._granularity
             parts.append((s.slot, count))
             if s.lease is not None and s.lease.computed < s.known:
-                break  # less than a page of the budget is left
+                break  # less than a part of the budget is left
             s.ready = True
             s.enqueued += 1
             completed.append(s)
@@ -123,13 +123,13 @@ class BatchRunner:
         return budget - left
 
     def _next_part(self, s: Sequence, budget: int, at_least: int) -> int:
-        """How many tokens of a prompt to compute next: the rest of it, or as many whole pages as `budget` allows, or
-        `at_least` so many."""
+        """How many tokens of a prompt to compute next: the rest of it, or as many times `part_tokens` as `budget`
+        allows, or `at_least` so many times."""
         assert s.lease is not None
-        done, page = s.lease.computed, self.pool.page_size
+        done, part = s.lease.computed, self.part_tokens
         count = s.known - done
         if count > budget:
-            count = min(count, max(at_least, budget // page) * page)
+            count = min(count, max(at_least, budget // part) * part)
         # The backend works in order: sequences started from now on can share these pages.
         self.pool.mark_computed(s.lease, done + count)
         return count

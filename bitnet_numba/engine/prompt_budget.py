@@ -10,13 +10,13 @@ TOO_LONG, SHORT = 1.2, 0.55
 class PromptBudget:
     """Follows the time that calls take: half the tokens when one took too long, twice as many when there is time.
 
-    Where even a page takes longer than is allowed, as on most CPUs, a round computes a page.
+    Where even the smallest part of a prompt takes longer than is allowed, as on most CPUs, a round computes that.
     """
 
-    def __init__(self, chunk: int | None, call_tokens: int, page_size: int):
-        """chunk: so many tokens always; None: as many as there is time for. call_tokens, page_size: see `Batch`."""
-        self._chunk, self._call_tokens, self._page_size = chunk, call_tokens, page_size
-        self._tokens = max(page_size, call_tokens // 4)
+    def __init__(self, chunk: int | None, call_tokens: int, part_tokens: int):
+        """chunk: so many tokens always; None: as many as there is time for. call_tokens, part_tokens: see `Batch`."""
+        self._chunk, self._call_tokens, self._part_tokens = chunk, call_tokens, part_tokens
+        self._tokens = max(part_tokens, call_tokens // 4)
 
     def tokens(self, answers_run: bool) -> int:
         """Tokens for the next round."""
@@ -31,6 +31,6 @@ class PromptBudget:
         if unused < 0:  # a call of an earlier budget, or made when no answer ran
             return
         if times.prefill_seconds > TOO_LONG * allowed:
-            self._tokens = max(self._page_size, tokens // 2)
-        elif unused < min(self._page_size, tokens // 2 + 1) and times.prefill_seconds < SHORT * allowed:
+            self._tokens = max(self._part_tokens, tokens // 2)
+        elif unused < min(self._part_tokens, tokens // 2 + 1) and times.prefill_seconds < SHORT * allowed:
             self._tokens = max(tokens, min(2 * tokens, self._call_tokens))

@@ -61,8 +61,8 @@ class Scheduler:
         tokens: KV cache capacity for all running requests, rounded up to pages; None: enough for all of them at full
             context, or as much of that as memory allows, but at least one at full context.
         prefill_chunk: approximate number of prompt tokens computed per step. More is faster in all, but running answers
-            wait for them. None: as many as take 5 ms, or as long as the answers' own step where that is longer; on a
-            CPU, a page of 64.
+            wait for them. None: as many as take 5 ms, or as long as the answers' own step where that is longer, but at
+            least 64 on a GPU and 16 on a CPU.
         max_waiting: how many requests may wait, beside those that free slots are there for; None: any number.
         max_per_tenant: how many requests of one tenant run at once; None: any number.
 
@@ -78,7 +78,7 @@ class Scheduler:
         batch = backend.new_batch(max_sequences, context, tokens)
         self._replayed = not batch.uniform
         self._runner = BatchRunner(batch)
-        self._budget = PromptBudget(chunk, batch.call_tokens, batch.page_size)
+        self._budget = PromptBudget(chunk, batch.call_tokens, batch.part_tokens)
         self._stepping = threading.RLock()  # held by `step` and `close`
         self._queue = RequestQueue(max_waiting)
         self._closing = False
@@ -259,7 +259,7 @@ class Scheduler:
             count = runner.prefill(min(left, runner.call_tokens), lambda: admit and self._admit(updates))
             if count == 0:
                 break
-            left, least = left - count, runner.pool.page_size  # less is not worth another call
+            left, least = left - count, runner.part_tokens  # less is not worth another call
             self._end_cancelled(updates)  # while a long round goes on
 
     def _admit(self, updates: list[Update]) -> bool:

@@ -74,6 +74,7 @@ def same_answer(one: Completion, other: Completion) -> bool:
     st.sampled_from([None, 1, 8, 100]),
     st.booleans(),
     st.booleans(),
+    st.sampled_from([1, 2, 4]),
 )
 def test_every_request_is_answered_as_if_alone(
     events: list[dict[str, Any] | int | None],
@@ -82,11 +83,13 @@ def test_every_request_is_answered_as_if_alone(
     chunk: int | None,
     uniform: bool,
     asynchronous: bool,
+    part_tokens: int,
 ) -> None:
     """Events: a request comes, or (None) a step, or (a number) the request of that number is cancelled. With few tokens
     some are preempted."""
     llm, backend = engine()
-    backend.uniform, backend.asynchronous, backend.call_tokens = uniform, asynchronous, 40
+    backend.uniform, backend.asynchronous = uniform, asynchronous
+    backend.call_tokens, backend.part_tokens = 40, part_tokens
     scheduler = llm.scheduler(max_sequences, tokens, chunk)
     batch = backend.batches[0]
     asked: list[dict[str, Any]] = []

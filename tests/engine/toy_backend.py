@@ -37,7 +37,7 @@ class ToyBackend:
         self.open_contexts = 0
         self.logits: Callable[[Sequence[int]], NDArray[np.float32]] = toy_logits
         self.page_size = 4
-        self.call_tokens, self.granularity, self.asynchronous = 1920, 1, True
+        self.call_tokens, self.granularity, self.part_tokens, self.asynchronous = 1920, 1, 4, True
         self.to_prepare = 0  # calls of a batch's `prepare` that find something to do
         self.uniform = True  # False: what follows a token depends on which tokens were computed as a prompt
         self.bad_token: int | None = None  # in a batch, sequences that hold it have logits of NaN
@@ -164,7 +164,7 @@ class ToyBatch:
         self.backend = backend
         self.page_size, self.uniform = backend.page_size, backend.uniform
         self.call_tokens, self.granularity = backend.call_tokens, backend.granularity
-        self.asynchronous = backend.asynchronous
+        self.part_tokens, self.asynchronous = backend.part_tokens, backend.asynchronous
         self.call_times = CallTimes()
         self.to_prepare = backend.to_prepare
         self.max_sequences, self.capacity, self.num_pages = max_sequences, capacity, num_pages
@@ -218,7 +218,7 @@ class ToyBatch:
         for slot, count in parts:
             s = self.sequences[slot]
             end = s.fed + count
-            assert count >= 1 and end <= s.given and (end == s.given or end % self.page_size == 0)
+            assert count >= 1 and end <= s.given and (end == s.given or count % self.part_tokens == 0)
             self.prefilled.append(count)
             self.check(s)
             self.feed(s, count)

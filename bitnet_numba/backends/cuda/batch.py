@@ -49,7 +49,7 @@ class CudaBatch:
 
     page_size = PAGE
     asynchronous = True
-    call_tokens = MAX_TOKENS  # a pass
+    call_tokens, part_tokens = MAX_TOKENS, PAGE  # a pass; a page
     uniform = False  # prompts and steps have different kernels, which round differently
 
     def __init__(self, memory: BatchMemory, max_sequences: int, pages: int, on_close: Callable[[BatchMemory], None]):
