@@ -2,6 +2,7 @@
 long running answers stall while prompts come in, and what of a core the host takes; as plain dictionaries."""
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from statistics import median
@@ -161,8 +162,19 @@ def measure_stalls(llm: Engine, prompts: list[list[int]], sizes: Sizes) -> dict[
     in, and how long they do when none come any more, of which no round computes one.
 
     Half of the requests come at once, the others one in each round. Only rounds with nearly as many answers as ever run
-    together count. As in a server, the graphs have been captured before.
+    together count. As in a server, the graphs have been captured before, and the garbage collector leaves alone what
+    there is of the model.
     """
+    gc.collect()
+    gc.freeze()
+    try:
+        return time_rounds(llm, prompts, sizes)
+    finally:
+        gc.unfreeze()
+
+
+def time_rounds(llm: Engine, prompts: list[list[int]], sizes: Sizes) -> dict[str, Any]:
+    """See `measure_stalls`."""
     params = SamplingParams(max_new_tokens=sizes.mixed_answer)
     rounds: list[tuple[int, bool, float]] = []  # answers that run, whether prompts come in, ms
     begun: set[int] = set()  # requests whose prompts have been computed
