@@ -274,7 +274,9 @@ def test_engine_answers_what_is_asked_and_has_a_line_for_each_case() -> None:
     figures = engine.measure_engine(llm, sizes)
     assert [row["tokens"] for row in figures["rows"]] == [3 * 4, 3 * 4, 3 * 4, 2 * 4, 2 * 4, 6 * 3, 4]
     assert all(row["device_s"] is None for row in figures["rows"]), "there is no GPU"
-    assert figures["stalls"]["longest_ms"] >= figures["stalls"]["median_ms"]
+    stalls = figures["stalls"]
+    assert stalls["longest_ms"] >= stalls["p99_ms"] >= stalls["median_ms"] > 0 < stalls["alone_ms"]
+    assert stalls["running"] == 2 and stalls["rounds"] > 0
     figures["environment"] = {"device": "toy", "python": "3", "commit": "unknown"}
     lines = [line for line in table({"engine": figures}).splitlines() if line.startswith("|")]
     assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {row['case']}" for row in figures["rows"]]

@@ -2,15 +2,18 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import Generic, TypeVar
 
 import numpy as np
 
 from bitnet_numba.backends.host_model import BAD_LOGITS, PAGE_SIZE, C, Floats, HostModel, finite, sample_rows
-from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE, Constraint
+from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE, CallTimes, Constraint
 from bitnet_numba.errors import one_line
 from bitnet_numba.sampling import TokenLogprob, token_logprobs
 from bitnet_numba.sampling_params import SamplingParams
+
+UNIFORM_PART = 16  # tokens of a prompt that are computed between two steps; fewer are computed at a lower rate
 
 R = TypeVar("R")
 
@@ -42,15 +45,19 @@ class HostBatch(Generic[C]):
     """Sequences with a paged KV cache, see `protocol.Batch`. Calls compute at once and queue their results."""
 
     page_size = PAGE_SIZE
+    asynchronous = False
+    call_tokens, granularity = PAGE_SIZE, 1  # a model computes a page at a time as fast as more
 
     def __init__(self, model: HostModel[C], max_sequences: int, capacity: int, num_pages: int):
         self.max_sequences, self.capacity, self.num_pages = max_sequences, capacity, num_pages
         self.uniform = model.uniform
+        self.part_tokens = UNIFORM_PART if model.uniform else PAGE_SIZE
         self._model = model
         self._pool = model.new_pool(num_pages)
         self._sequences: dict[int, _Sequence[C]] = {}  # by slot
         self._results: deque[tuple[list[tuple[int, int]], list[TokenLogprob | None]]] = deque()
         self._logprobs: list[TokenLogprob | None] = []  # of the call collected last
+        self._times = CallTimes()
 
     def start(
         self,
@@ -85,16 +92,19 @@ class HostBatch(Generic[C]):
 
     def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
         """Computes the next tokens of prompts; at the end of each, samples the first token."""
+        began = perf_counter()
         slots = [slot for slot, count in parts if self._prefill(slot, count)]
         if slots:
             self._expect(slots)
+        tokens, seconds = sum(count for _, count in parts), perf_counter() - began
+        self._times = self._times._replace(prefill_tokens=tokens, prefill_seconds=seconds)
 
     def _prefill(self, slot: int, count: int) -> bool:
         """Whether the prompt is complete, and its first token sampled."""
         s = self._sequences[slot]
         end = s.cache.length + count
-        if count < 1 or end > s.num_given or (end < s.num_given and end % PAGE_SIZE):
-            raise ValueError(f"tokens {s.cache.length} to {end} of {s.num_given} end neither a page nor the prompt")
+        if count < 1 or end > s.num_given or (end < s.num_given and end % self.part_tokens):
+            raise ValueError(f"tokens {s.cache.length} to {end} of {s.num_given} end neither a part nor the prompt")
         start = s.cache.length
 
         def compute(_: Sequence[_Sequence[C]]) -> list[Floats]:
@@ -113,6 +123,7 @@ class HostBatch(Generic[C]):
 
     def step(self, slots: Sequence[int]) -> None:
         """Samples one more token for each sequence."""
+        began = perf_counter()
         sequences = [self._sequences[slot] for slot in slots]
         for slot, s in zip(slots, sequences, strict=True):
             if not s.ready:
@@ -127,6 +138,7 @@ class HostBatch(Generic[C]):
 
         self._sample(sequences, self._each(sequences, compute, None))
         self._expect(slots)
+        self._times = self._times._replace(step_seconds=perf_counter() - began)
 
     def _expect(self, slots: Sequence[int]) -> None:
         """Queues what was just sampled for these slots."""
@@ -146,6 +158,14 @@ class HostBatch(Generic[C]):
     def prompt_logprobs(self, slot: int) -> list[TokenLogprob]:
         """Of all tokens of a prompt but the first."""
         return self._sequences[slot].prompt_logprobs
+
+    def times(self) -> CallTimes:
+        """How long the last calls took."""
+        return self._times
+
+    def prepare(self) -> bool:
+        """There is nothing to prepare."""
+        return False
 
     def failure(self, slot: int) -> str:
         """Why the sequence in a slot got NO_TOKEN."""

@@ -46,6 +46,13 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
     )
     add("--kv-tokens", type=int, metavar="N", help="KV cache for so many tokens (default: as the backend chooses)")
     add(
+        "--prefill-chunk",
+        type=int,
+        metavar="N",
+        help="tokens of prompts computed between two tokens of running answers (default: as many as take 5 ms, or as "
+        "long as the answers' own step)",
+    )
+    add(
         "--max-waiting",
         type=int,
         default=DEFAULTS.max_waiting,
@@ -163,7 +170,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
     """The settings of a command line. Raises RequestError, naming the option, if one is invalid."""
     for option, most in (("port", 65535), ("max_waiting", 1 << 20)):
         _check_number(option, getattr(args, option), 0, most)
-    for option in ("max_sequences", "kv_tokens", "max_per_key", "max_body"):
+    for option in ("max_sequences", "kv_tokens", "prefill_chunk", "max_per_key", "max_body"):
         if getattr(args, option) is not None:
             _check_number(option, getattr(args, option), 1, 1 << 40)
     for option in ("queue_timeout", "answer_timeout", "drain_timeout", "receive_timeout", "coalesce_ms"):
@@ -178,6 +185,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
         cors_origins=tuple(origin.rstrip("/") for origin in args.cors_origin),
         max_sequences=args.max_sequences,
         tokens=args.kv_tokens,
+        prefill_chunk=args.prefill_chunk,
         max_waiting=args.max_waiting,
         max_per_key=args.max_per_key,
         queue_timeout=args.queue_timeout,

@@ -153,6 +153,12 @@ class Event:
         """Device time since another event; both must have been reached."""
         return 1000.0 * driver_call("cuEventElapsedTime", earlier.handle, self.handle)
 
+    def __del__(self) -> None:
+        try:  # noqa: SIM105 - as of Graph
+            driver_call("cuEventDestroy", self.handle)
+        except Exception:  # noqa: BLE001, S110
+            pass
+
 
 def _is_done(query: str, handle: Any) -> bool:
     from cuda.bindings import driver

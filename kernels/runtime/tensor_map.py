@@ -1,12 +1,33 @@
 """Tensor maps: what the tensor memory accelerator (TMA, sm_90) needs to know of a matrix to load boxes of it."""
 
+import threading
 from functools import cache
 
 import numpy as np
 
 from bitnet_numba.kernels.ptx.tma import SPAN_INTS
 from bitnet_numba.kernels.runtime.driver import driver_call
-from bitnet_numba.kernels.runtime.memory import DeviceArray
+from bitnet_numba.kernels.runtime.memory import DeviceArray, DeviceView
+
+WORDS = 16  # uint64 of a map
+SLAB_MAPS = 512  # a graph of 2B4T takes 120: to allocate for each would take longer than to capture it
+
+_lock = threading.Lock()
+_slabs: list[DeviceArray] = []
+_num_maps = 0  # in all slabs
+
+
+def _store(words: np.ndarray) -> DeviceView:
+    """A map's words in device memory."""
+    global _num_maps
+    with _lock:
+        place = _num_maps % SLAB_MAPS
+        if place == 0:
+            _slabs.append(DeviceArray(SLAB_MAPS * WORDS, np.uint64))
+        stored = DeviceView(_slabs[-1].address + 8 * WORDS * place, WORDS, np.uint64)
+        _num_maps += 1
+    stored.write(words)
+    return stored
 
 
 @cache
@@ -38,4 +59,4 @@ def tensor_map(address: int, rows: int, row_ints: int, box_rows: int, box_ints: 
         member("L2promotion", "L2_PROMOTION_L2_256B"),
         member("FloatOOBfill", "FLOAT_OOB_FILL_NONE"),
     )
-    return DeviceArray.of(np.array([int(word) for word in encoded.opaque], np.uint64))
+    return _store(np.array([int(word) for word in encoded.opaque], np.uint64))

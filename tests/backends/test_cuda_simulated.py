@@ -423,3 +423,62 @@ def test_simulated_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         steps = context.decode([5, 250], params)
         assert [next(steps), next(steps)] == [results[0][1] for results in together]
         steps.close()
+
+
+@simulated
+def test_simulated_batch_that_was_prepared_captures_nothing_more(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever sizes its calls have; no kernel runs here."""
+    from bitnet_numba.checkpoint.convert import convert
+    from bitnet_numba.checkpoint.packed import open_packed
+    from bitnet_numba.kernels.runtime import driver
+    from bitnet_numba.sampling import SamplingParams
+    from tools.make_checkpoint import PRESETS, make_checkpoint
+
+    spec, config = PRESETS["tiny"]
+    make_checkpoint(tmp_path / "source", config | CONFIG, spec, seed=3)
+    convert(tmp_path / "source", tmp_path / "packed", head="bf16")
+    backend = simulated_backend(monkeypatch, open_packed(tmp_path / "packed"))
+    captured = 0
+
+    class Graph:
+        def replay(self, stream: Any) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    def capture(self: Any, launches: Any) -> Graph:
+        nonlocal captured
+        captured += 1
+        return Graph()
+
+    monkeypatch.setattr(driver.Stream, "capture", capture)
+    batch = backend.new_batch(5, 1100)
+    assert captured == 0
+    pieces = 0
+    while batch.prepare():
+        pieces += 1
+        assert captured == pieces, "each call captures one graph"
+    # Passes over prompts of 2 to 2048 rows; for 1, 2, 4 and 8 sequences the sampler after prompts and steps whose
+    # contexts take one, two or four blocks each (at most three are needed).
+    assert pieces == len(range(1, 12)) + 4 * (1 + 3)
+    assert not batch.prepare()
+
+    lengths = [1, 30, 700, 1090, 64]
+    for slot, length in enumerate(lengths):
+        batch.start(slot, [5] * length, SamplingParams(seed=1), range(18 * slot, 18 * (slot + 1)), 0)
+        batch.prefill([(slot, length)])
+        batch.collect()
+        batch.step(range(slot + 1))
+        batch.collect()
+    for slots in ([2], [3], [2, 3], [0, 1, 2, 3], [1, 3, 4]):
+        batch.step(slots)
+        batch.collect()
+    batch.start(0, [5] * 3, SamplingParams(seed=1), [0], 0)
+    batch.start(1, [5] * 9, SamplingParams(seed=1), [18], 0)
+    batch.prefill([(0, 3), (1, 9)])
+    batch.collect()
+    assert captured == pieces
+    batch.close()

@@ -337,7 +337,7 @@ def test_misuse_is_noticed(backend: HostBackend) -> None:
             batch.start(slot, ids, GREEDY, pages, computed)
     batch.start(0, [5] * 70, GREEDY, [0, 1], 0)
     for count in (0, 5, 71):
-        with pytest.raises(ValueError, match="end neither a page nor the prompt"):
+        with pytest.raises(ValueError, match="end neither a part nor the prompt"):
             batch.prefill([(0, count)])
     with pytest.raises(ValueError, match="prompt of slot 0 is not complete"):
         batch.step([0])
