@@ -13,8 +13,10 @@ from typing import Any
 
 from numba.cuda import types
 
+from bitnet_numba.kernels.linear import heuristics
 from bitnet_numba.kernels.linear.epilogue import EPILOGUES
 from bitnet_numba.kernels.linear.gemm_dp4a import STEP, make_gemm_dp4a
+from bitnet_numba.kernels.linear.gemm_few import gemm_few
 from bitnet_numba.kernels.linear.gemm_mma import PANEL, make_gemm_mma
 from bitnet_numba.kernels.linear.gemm_wgmma import PART, cta_bytes, make_gemm_wgmma, shared_bytes
 from bitnet_numba.kernels.linear.heuristics import choose_tile
@@ -105,6 +107,10 @@ def gemm(
     if epilogue not in EPILOGUES:
         raise ValueError(f"gemm: no epilogue {epilogue!r}, only {', '.join(EPILOGUES)}")
     check_segments("gemm", linear.segments, gated)
+    if heuristics.takes_few(num_tokens, N, K, device.arch, device.num_sms, gated):
+        return gemm_few(
+            device, linear, x, count, out, num_tokens, epilogue=epilogue, activation=activation, use_pdl=use_pdl
+        )
     operands = linear.sizes() | x.sizes(num_tokens, K)
     operands["count"] = (count, 1, "int32")
     operands["out"] = (out, num_tokens * (N // 2 if gated else N), "int32" if epilogue == "acc" else "float32")

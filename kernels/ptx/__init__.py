@@ -101,6 +101,7 @@ from bitnet_numba.kernels.ptx.warp import (
     redux_sum_int,
     shuffle,
     shuffle_xor,
+    warp_barrier,
     warp_max,
     warp_max_int,
     warp_sum,

@@ -21,6 +21,7 @@ from bitnet_numba.kernels.attention.kv_dtype import HALVES, KV_DTYPES, KVDtype
 from bitnet_numba.kernels.linear import (
     gated,
     gemm,
+    gemm_few,
     gemm_groups,
     gemv,
     gemv_groups,
@@ -190,6 +191,28 @@ def linear_gemm(arch: int) -> list[KernelSpec]:
     ]
 
 
+def linear_gemm_few(arch: int) -> list[KernelSpec]:
+    """2B4T's, quantised and fused, and no norm, silu, biases, padding. Where it was measured, alone."""
+    if arch != heuristics.FEW_ARCH:
+        return []
+    kinds = [(3840, 2560, "store"), (2560, 2560, "residual"), (13824, 2560, "gated"), (2560, 6912, "residual")]
+    found = []
+    for N, K, epilogue in kinds:
+        split = gemm_few.plan(N, K, SMS, epilogue == "gated")
+        assert split is not None
+        found.append(gemm_few.gemm_few_spec(arch, K, split, gemm_few.MAX_TOKENS, "int8", epilogue))
+        for tokens in (1, 2, 4, 8):
+            if heuristics.norms_inside(tokens, N, K, arch, SMS, epilogue == "gated"):
+                found.append(gemm_few.gemm_few_spec(arch, K, split, tokens, "norm", epilogue))
+    one, pair = gemm_few.Plan(1, 8, 3), gemm_few.Plan(2, 8, 3)
+    return [
+        *found,
+        gemm_few.gemm_few_spec(arch, 2560, one, gemm_few.MAX_TOKENS, "int8", "acc"),
+        gemm_few.gemm_few_spec(arch, 72, one, gemm_few.MAX_TOKENS, "int8", "store", bias=True),
+        gemm_few.gemm_few_spec(arch, 2048, pair, 1, "quantize", "gated", "silu", True),
+    ]
+
+
 def linear_quantize_groups(arch: int) -> list[KernelSpec]:
     """Rows of Bonsai 8B, of the longest kind, and the other branches."""
     choices = [(4096, True), (12288, False), (100, True), (quantize.MAX_COLUMNS, True)]
@@ -239,7 +262,8 @@ GROUPS: dict[str, Callable[[int], list[KernelSpec]]] = {
         attention_decode, attention_paged_decode, attention_prefill, attention_prefill_wgmma,
         attention_paged_simt, attention_kv_cache, attention_expand, attention_head_norm,
         attention_rotate_heads, attention_text_attention, embedding, lm_head_gemv, lm_head_gemm, lm_head_gemm_wgmma,
-        linear_row_norm, linear_gated, linear_quantize, linear_gemv, linear_gemm, linear_quantize_groups,
+        linear_row_norm, linear_gated, linear_quantize, linear_gemv, linear_gemm, linear_gemm_few,
+        linear_quantize_groups,
         linear_gemv_groups, linear_gemm_groups, sampling,
     )
 }  # fmt: skip
