@@ -87,8 +87,11 @@ def make_gemm_few(
     epilogue: str = "store",
     activation: str = "relu2",
 ) -> Callable[..., None]:
-    """The kernel for K columns and up to `tokens` tokens, 1 to 8 (with "int8" it is the same for all). prologue: "int8": q, s and sum(q) are given;
-    "quantize": x, float32, is quantised here; "norm": after an RMSNorm. Epilogues as of `make_epilogue`."""
+    """The kernel for K columns and up to `tokens` tokens, 1 to 8 (with "int8" the same for all).
+
+    prologue: "int8": q, s and sum(q) are given; "quantize": x, float32, is quantised here; "norm": after an RMSNorm.
+    Epilogues as of `make_epilogue`. Raises ValueError unless the number of warps is a multiple of 4.
+    """
     load, wait, trigger = ptx.stream_load2(arch), ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
     multiply, warp_max, warp_add = ptx.mma_s8(arch), ptx.warp_max_int(arch), ptx.redux_sum_int(arch)
     GATED, RESIDUAL, ACC = epilogue == "gated", epilogue == "residual", epilogue == "acc"
@@ -116,6 +119,8 @@ def make_gemm_few(
     RESULTS = UNITS * FRAGMENT
     OUT_ROUNDS = -(-RESULTS // THREADS)
     COLUMNS, MASK = K, np.int32(CODE_MASK)
+    if THREADS % FRAGMENT or not 1 <= T <= MAX_TOKENS:
+        raise ValueError(f"no product of {T} tokens is made of {split}")
     ZERO, ONE, MIN_ABSMAX, Q_MAX = float32(0), float32(1), float32(EPSILON), float32(INT8_MAX)
 
     @device_function
@@ -201,9 +206,6 @@ def make_gemm_few(
         g, i = lane >> 2, lane & 3
         first, grid = int32(cuda.blockIdx.x), int32(cuda.gridDim.x)
         limit = min(int32(M), int32(count[0]))  # no kernel writes it: it may be read before the wait
-        if limit <= 0:
-            wait()  # so that the launch does not end before those it follows
-            return
 
         # 1. This block's weights, and the norm's; what results need of their rows.
         lane_rd = int32((g >> 2) * 16 + (i & 1) * 8 + (g & 3) * 2)
@@ -225,9 +227,12 @@ def make_gemm_few(
         token = int32((e_lane & 3) * 2 + (e_k & 1))
         trigger()
         wait()
+        if limit <= 0:
+            return
 
         # 2. Activations as int8, their scales and sums.
         token_s, token_q_sum = ZERO, int32(0)
+        lane_token = min(lane, int32(T - 1))
         warp_wr = int32(warp * WARP_INTS)
         if INT8:
             q_rd = int32(min(g, int32(limit - 1)) * STRIDE + i * 4)
@@ -256,12 +261,14 @@ def make_gemm_few(
                 if lane == 0:
                     square_s[t * P + warp] = squares
             cuda.syncthreads()
+            # A token's divisions and its root depend on each other: lanes do them for all tokens at once.
+            squares = float64(0)
+            for n in range(P):
+                squares += square_s[lane_token * P + n]
+            mean = float32(squares / float64(COLUMNS))
+            inverses = ptx.div_rn(ONE, ptx.sqrt_rn(ptx.add_rn(mean, eps)))
             for t in range(T):
-                squares = float64(0)
-                for n in range(P):
-                    squares += square_s[t * P + n]
-                mean = float32(squares / float64(COLUMNS))
-                inverse = ptx.div_rn(ONE, ptx.sqrt_rn(ptx.add_rn(mean, eps)))
+                inverse = ptx.shuffle(inverses, t)
                 for n in range(X_REGS):
                     x_r[t * X_REGS + n] = ptx.mul_rn(n_r[n], ptx.mul_rn(x_r[t * X_REGS + n], inverse))
         if not INT8:
@@ -274,18 +281,17 @@ def make_gemm_few(
                 if lane == 0:
                     max_s[t * P + warp] = most
             cuda.syncthreads()
+            most = int32(0)
+            for n in range(P):
+                most = max(most, max_s[lane_token * P + n])
+            largest = ptx.bits_to_float(uint32(most))
+            all_s = ptx.mul_rn(ptx.div_rn(ONE, MIN_ABSMAX if largest < MIN_ABSMAX else largest), Q_MAX)
+            token_s = ptx.shuffle(all_s, min(token, int32(T - 1)))
             for t in range(T):
-                most = int32(0)
-                for n in range(P):
-                    most = max(most, max_s[t * P + n])
-                largest = ptx.bits_to_float(uint32(most))
-                scale = ptx.mul_rn(ptx.div_rn(ONE, MIN_ABSMAX if largest < MIN_ABSMAX else largest), Q_MAX)
-                q_sum = quantise(shared, x_r, t * X_REGS, scale, int32(warp_wr + t * PANEL_INTS), lane)
-                q_sum = warp_add(q_sum)
+                s = ptx.shuffle(all_s, t)
+                q_sum = warp_add(quantise(shared, x_r, t * X_REGS, s, int32(warp_wr + t * PANEL_INTS), lane))
                 if lane == 0:
                     q_sum_s[t * P + warp] = q_sum
-                if token == t:
-                    token_s = scale
             ptx.warp_barrier()
 
         # 3. Products.
