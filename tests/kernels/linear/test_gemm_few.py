@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bitnet_numba.kernels.linear import gemm_few as gemm_few_module
+from bitnet_numba.kernels.linear.gemm import gemm
 from bitnet_numba.kernels.linear.gemm_few import MAX_TOKENS, Plan, gemm_few, plan
 from bitnet_numba.kernels.linear.operands import PackedLinear, QuantizedActivations
 from bitnet_numba.kernels.operands import Norm
@@ -177,6 +178,24 @@ def test_launcher_refuses_what_does_not_fit() -> None:
         gemm_few(device, linear, quantized, count, out, M, norm=Norm(x, 1e-5))
     with pytest.raises(ValueError, match="cannot hold its share of a 64 x 100000 product"):
         gemm_few(device, PackedLinear(words, scales, (N,), 100000), quantized, count, out, M)
+
+
+def test_when_it_is_chosen() -> None:
+    def name(arch: int, M: int, N: int, K: int) -> str:
+        device = DryRunDevice(arch, 132)
+        words, scales = device.zeros(N * K // 16, "int32"), device.zeros(1, "float32")
+        x, count, out = (
+            QuantizedActivations.empty(device, M, K),
+            device.zeros(1, "int32"),
+            device.zeros(M * N, "float32"),
+        )
+        return gemm(device, PackedLinear(words, scales, (N,), K), x, count, out, M).name
+
+    assert name(90, 8, 2560, 6912).startswith("gemm_few[6912 8 int8 store")
+    assert name(90, 1, 2560, 6912) == name(90, 8, 2560, 6912)
+    assert name(90, 9, 2560, 6912).startswith("gemm[sm_90")
+    assert name(80, 8, 2560, 6912).startswith("gemm[sm_80")  # not measured there
+    assert name(90, 8, 8192, 28672).startswith("gemm[sm_90")  # too large for the registers
 
 
 @needs_gpu
