@@ -14,14 +14,16 @@ Work split (U units, P warps):
         columns      0    64   128   192
         warp 0       |====|    |====|    ...      (P = 2)
         warp 1       |    |====|    |====...
-    So a warp alone needs its columns of the activations: they go straight to its registers, or it norms and quantises
-    them itself, and only the tokens' statistics and the sums at the end cross warps, by shared memory.
+    So a warp alone needs its columns of the activations: those that come quantised go straight to its registers.
+    The warps' sums meet in shared memory.
 
 How a panel lies in a warp's registers is drawn in gemm_mma.py: 8 bytes of words a lane and row-block, 16 bytes of q of
 token g = lane / 4 (of the last token, where there are fewer than eight: their columns of the product are not read).
 
     norm, as in quantize.py    sum of squares in float64 | barrier | the mean is rounded once, n = w * (x / rms)
-                               max |n|                   | barrier | s, q into the warp's own shared memory
+                               max |n|                   | barrier | s, q into shared memory | barrier
+
+A row's squares are added up in the order of quantize.py: a warp has of each token what warps w, w + P, ... have there.
 
 Phases of the kernel with barriers or stores of results stay in its body.
 """
@@ -38,6 +40,7 @@ from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.linear.epilogue import EPILOGUES, make_epilogue
 from bitnet_numba.kernels.linear.gemm_mma import FRAGMENT, PANEL, PANEL_INTS
 from bitnet_numba.kernels.linear.operands import PackedLinear, QuantizedActivations, check_segments
+from bitnet_numba.kernels.linear.quantize import row_threads
 from bitnet_numba.kernels.operands import Norm, checked
 from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, float64, int32, uint32
 from bitnet_numba.kernels.runtime.device import Device
@@ -106,15 +109,20 @@ def make_gemm_few(
     AHEAD = min(EACH, MAX_AHEAD)
     W_REGS, ACC_REGS, B_REGS = 2 * EACH * R, 4 * R, 4 * AHEAD
     STRIDE = KP // 4  # of a token's q, in int32 words
-    ROUND = WARP // PANEL_INTS  # panels whose floats a warp loads at once, 16 bytes a lane
-    ROUNDS = -(-EACH // ROUND)
-    X_REGS = 4 * ROUNDS  # of a token
-    ALL_X_REGS = T * X_REGS
+    # Rows are normed in shares: share v is what warp v of quantize.py has of a row.
+    ROW_THREADS = row_threads(K)
+    SHARES, ROUNDS = ROW_THREADS // WARP, -(-K // (4 * ROW_THREADS))
+    X_REGS = 4 * ROUNDS  # of a share
+    TURNS = -(-SHARES // P)  # shares of a warp, of each token
+    N_REGS, ALL_X_REGS = TURNS * X_REGS, T * TURNS * X_REGS
+    STATS = 1 if INT8 else T * P
+    SQUARES = T * SHARES if NORM else 1
     PANEL_Q = T * PANEL_INTS  # int32 words of a panel's q
-    WARP_INTS = max(R * FRAGMENT, 0 if INT8 else EACH * PANEL_Q)  # of a warp's own shared memory: q, then sums
-    SHARED = P * WARP_INTS
-    STATS = 1 if INT8 else T * P  # of each token and warp
-    SQUARES = STATS if NORM else 1
+    Q_WORDS = 1 if INT8 else P * EACH * PANEL_Q
+    WRITTEN = ROUNDS * ROW_THREADS  # pieces of a row of q that shares write
+    MISSING = max(0, STRIDE - WRITTEN)  # of the padding
+    WARP_INTS = R * FRAGMENT  # sums of a warp
+    SUMS = P * WARP_INTS
     THREADS = P * WARP
     RESULTS = UNITS * FRAGMENT
     OUT_ROUNDS = -(-RESULTS // THREADS)
@@ -159,22 +167,19 @@ def make_gemm_few(
             acc_r[4 * r], acc_r[4 * r + 1], acc_r[4 * r + 2], acc_r[4 * r + 3] = c0, c1, c2, c3
 
     @device_function
-    def load_floats(r, at, array, start, warp, lane):
-        """A warp's elements of a row, 16 bytes a lane and round; zeros beyond the last column."""
+    def load_share(r, at, array, start, share, lane):
+        """A share of a row into registers; zeros beyond the last column."""
         for n in range(ROUNDS):
-            panel = int32(warp + (n * ROUND + lane // PANEL_INTS) * P)
-            column = int32(panel * PANEL + lane % PANEL_INTS * 4)
-            i = at + 4 * n
+            i, column = at + 4 * n, int32((share * WARP + lane + n * ROW_THREADS) * 4)
             r[i] = r[i + 1] = r[i + 2] = r[i + 3] = ZERO
-            if column < COLUMNS:
+            if share < SHARES and column < COLUMNS:
                 r[i], r[i + 1], r[i + 2], r[i + 3] = ptx.load4(array, start + column)
 
     @device_function
-    def quantise(q_s, x_r, at, s, wr, lane):
-        """A token's x_r as int8 to a warp's shared memory; returns the sum of this thread's."""
-        q_sum = int32(0)
+    def quantise(q_s, x_r, at, s, token, share, lane, q_sum):
+        """A share as int8 to shared memory; returns q_sum and the sum of this thread's."""
         for n in range(ROUNDS):
-            i = at + 4 * n
+            i, piece = at + 4 * n, int32(share * WARP + lane + n * ROW_THREADS)
             # No clamp: |x| * s is at most 127 (1 + 2^-22), which rounds to 127.
             q0 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[i], s), ROUNDER))
             q1 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[i + 1], s), ROUNDER))
@@ -182,15 +187,15 @@ def make_gemm_few(
             q3 = ptx.float_to_bits(ptx.add_rn(ptx.mul_rn(x_r[i + 3], s), ROUNDER))
             word = int32(ptx.byte_permute(ptx.byte_permute(q0, q1, 0x40), ptx.byte_permute(q2, q3, 0x40), 0x5410))
             q_sum = ptx.dp4a(word, ALL_ONES, q_sum)
-            slot = int32(n * ROUND + lane // PANEL_INTS)
-            if slot < EACH:
-                q_s[wr + slot * PANEL_Q + lane % PANEL_INTS] = word
+            if share < SHARES and piece < STRIDE:
+                q_s[(piece // PANEL_INTS) * PANEL_Q + token * PANEL_INTS + piece % PANEL_INTS] = word
         return q_sum
 
     def gemm_few(
         words, x, norm, eps, x_scale, x_q_sum, count, scales, bias, out, M, rows, unit_count, up_offset, bound1, bound2
     ):  # fmt: skip
-        shared = ptx.pointer(cuda.shared.array(SHARED, int32, SHARED_ALIGN))
+        sum_s = ptx.pointer(cuda.shared.array(SUMS, int32, SHARED_ALIGN))
+        q_s = ptx.pointer(cuda.shared.array(Q_WORDS, int32, SHARED_ALIGN))
         square_s = ptx.pointer(cuda.shared.array(SQUARES, float64))
         max_s = ptx.pointer(cuda.shared.array(STATS, int32))
         q_sum_s = ptx.pointer(cuda.shared.array(STATS, int32))
@@ -198,7 +203,7 @@ def make_gemm_few(
         b_r = cuda.local.array(B_REGS, int32)
         acc_r = cuda.local.array(ACC_REGS, int32)
         x_r = cuda.local.array(ALL_X_REGS, float32)
-        n_r = cuda.local.array(X_REGS, float32)
+        n_r = cuda.local.array(N_REGS, float32)
         old_r = cuda.local.array(OUT_ROUNDS, float32)
 
         tid = int32(cuda.threadIdx.x)
@@ -212,7 +217,8 @@ def make_gemm_few(
         lane_column = int32((i >> 1) * BLOCK_COLS)
         load_words(w_r, words, warp, lane_rd, lane_column, first, grid, unit_count, up_offset)
         if NORM:
-            load_floats(n_r, 0, norm, int32(0), warp, lane)
+            for a in range(TURNS):
+                load_share(n_r, a * X_REGS, norm, int32(0), int32(warp + a * P), lane)
         for n in range(ACC_REGS):
             acc_r[n] = int32(0)
         m0 = m1 = m2 = ZERO
@@ -233,7 +239,6 @@ def make_gemm_few(
         # 2. Activations as int8, their scales and sums.
         token_s, token_q_sum = ZERO, int32(0)
         lane_token = min(lane, int32(T - 1))
-        warp_wr = int32(warp * WARP_INTS)
         if INT8:
             q_rd = int32(min(g, int32(limit - 1)) * STRIDE + i * 4)
             for j in range(AHEAD):
@@ -242,7 +247,9 @@ def make_gemm_few(
                 token_s, token_q_sum = x_scale[token], x_q_sum[token]
         else:
             for t in range(T):
-                load_floats(x_r, t * X_REGS, x, min(int32(t), int32(limit - 1)) * COLUMNS, warp, lane)
+                start = int32(min(int32(t), int32(limit - 1)) * COLUMNS)
+                for a in range(TURNS):
+                    load_share(x_r, t * N_REGS + a * X_REGS, x, start, int32(warp + a * P), lane)
         for n in range(OUT_ROUNDS):
             old_r[n] = ZERO
             if RESIDUAL:
@@ -252,31 +259,32 @@ def make_gemm_few(
                     old_r[n] = out[token * rows + row]
         if NORM:
             for t in range(T):
-                squares = float64(0)
-                for n in range(X_REGS):
-                    value = x_r[t * X_REGS + n]
-                    squares += float64(ptx.mul_rn(value, value))
-                for step in range(5):
-                    squares += ptx.shuffle_xor(squares, 1 << step)
-                if lane == 0:
-                    square_s[t * P + warp] = squares
+                for a in range(TURNS):
+                    squares = float64(0)
+                    for n in range(X_REGS):
+                        value = x_r[t * N_REGS + a * X_REGS + n]
+                        squares += float64(ptx.mul_rn(value, value))
+                    for step in range(5):
+                        squares += ptx.shuffle_xor(squares, 1 << step)
+                    if lane == 0 and warp + a * P < SHARES:
+                        square_s[t * SHARES + warp + a * P] = squares
             cuda.syncthreads()
             # A token's divisions and its root depend on each other: lanes do them for all tokens at once.
             squares = float64(0)
-            for n in range(P):
-                squares += square_s[lane_token * P + n]
+            for n in range(SHARES):
+                squares += square_s[lane_token * SHARES + n]
             mean = float32(squares / float64(COLUMNS))
             inverses = ptx.div_rn(ONE, ptx.sqrt_rn(ptx.add_rn(mean, eps)))
             for t in range(T):
                 inverse = ptx.shuffle(inverses, t)
-                for n in range(X_REGS):
-                    x_r[t * X_REGS + n] = ptx.mul_rn(n_r[n], ptx.mul_rn(x_r[t * X_REGS + n], inverse))
+                for n in range(N_REGS):
+                    x_r[t * N_REGS + n] = ptx.mul_rn(n_r[n], ptx.mul_rn(x_r[t * N_REGS + n], inverse))
         if not INT8:
             for t in range(T):
                 # As bits, which order |v| as the numbers do and put NaN above all: a maximum of floats would drop it.
                 most = int32(0)
-                for n in range(X_REGS):
-                    most = max(most, int32(ptx.float_to_bits(x_r[t * X_REGS + n]) & MAGNITUDE))
+                for n in range(N_REGS):
+                    most = max(most, int32(ptx.float_to_bits(x_r[t * N_REGS + n]) & MAGNITUDE))
                 most = warp_max(most)
                 if lane == 0:
                     max_s[t * P + warp] = most
@@ -288,13 +296,20 @@ def make_gemm_few(
             all_s = ptx.mul_rn(ptx.div_rn(ONE, MIN_ABSMAX if largest < MIN_ABSMAX else largest), Q_MAX)
             token_s = ptx.shuffle(all_s, min(token, int32(T - 1)))
             for t in range(T):
-                s = ptx.shuffle(all_s, t)
-                q_sum = warp_add(quantise(shared, x_r, t * X_REGS, s, int32(warp_wr + t * PANEL_INTS), lane))
+                s, q_sum = ptx.shuffle(all_s, t), int32(0)
+                for a in range(TURNS):
+                    q_sum = quantise(q_s, x_r, t * N_REGS + a * X_REGS, s, t, int32(warp + a * P), lane, q_sum)
+                q_sum = warp_add(q_sum)
                 if lane == 0:
                     q_sum_s[t * P + warp] = q_sum
-            ptx.warp_barrier()
+            if MISSING > 0 and tid < T * MISSING:
+                piece = int32(WRITTEN + tid % MISSING)
+                q_s[(piece // PANEL_INTS) * PANEL_Q + tid // MISSING * PANEL_INTS + piece % PANEL_INTS] = int32(0)
+            cuda.syncthreads()
 
         # 3. Products.
+        if not INT8:
+            q_rd = int32(min(g, int32(T - 1)) * PANEL_INTS + i * 4)
         for j in range(EACH):
             if INT8:
                 n = 4 * (j % AHEAD)
@@ -303,15 +318,13 @@ def make_gemm_few(
                     panel = int32(warp + (j + AHEAD) * P)
                     load_q(b_r, x, q_rd, panel, int32(panel * PANEL + lane_column), j % AHEAD)
             else:
-                b0, b1, b2, b3 = ptx.load4(shared, warp_wr + j * PANEL_Q + min(g, int32(T - 1)) * PANEL_INTS + i * 4)
+                b0, b1, b2, b3 = ptx.load4(q_s, int32(warp + j * P) * PANEL_Q + q_rd)
                 multiply_panel(acc_r, w_r, j, b0, b1, b2, b3)
 
         # 4. The warps' sums meet, and leave.
-        if not INT8:
-            ptx.warp_barrier()  # q has been read where sums go
         for r in range(R):
-            at = warp_wr + r * FRAGMENT + lane * 4
-            ptx.store4(shared, at, acc_r[4 * r], acc_r[4 * r + 1], acc_r[4 * r + 2], acc_r[4 * r + 3])
+            at = warp * WARP_INTS + r * FRAGMENT + lane * 4
+            ptx.store4(sum_s, at, acc_r[4 * r], acc_r[4 * r + 1], acc_r[4 * r + 2], acc_r[4 * r + 3])
         cuda.syncthreads()
         if not INT8 and token < T:
             for n in range(P):
@@ -324,9 +337,9 @@ def make_gemm_few(
                 c = e = int32(0)
                 at = int32(slot * (HALVES * FRAGMENT) + element)
                 for k in range(P):
-                    c = int32(c + shared[at + k * WARP_INTS])
+                    c = int32(c + sum_s[at + k * WARP_INTS])
                     if GATED:
-                        e = int32(e + shared[at + (k * WARP_INTS + FRAGMENT)])
+                        e = int32(e + sum_s[at + (k * WARP_INTS + FRAGMENT)])
                 m_row = m0 if row < bound1 else (m1 if row < bound2 else m2)
                 y = finish(c, e, token_q_sum, m_row, m1, token_s, bias, row, rows, old_r[n])
                 out[token * rows + row] = y
