@@ -5,6 +5,7 @@ reference. Where the kernel norms and quantises, q and s are those of quantize.p
 squares rounded once from float64. So everything is compared with `==`, but for silu, as of test_gemm.py.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,15 +18,16 @@ from bitnet_numba.kernels.linear import gemm_few as gemm_few_module
 from bitnet_numba.kernels.linear.gemm import gemm
 from bitnet_numba.kernels.linear.gemm_few import MAX_TOKENS, Plan, gemm_few, plan
 from bitnet_numba.kernels.linear.operands import PackedLinear, QuantizedActivations
+from bitnet_numba.kernels.linear.quantize import quantize_spec
 from bitnet_numba.kernels.operands import Norm
 from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.packing import BLOCK_ROWS, pack_ternary
 from bitnet_numba.quantize import quantize_activations
 from bitnet_numba.reference.model import relu2, silu
-from tests.kernels.harness import HarnessDevice, Out, assert_close, needs_gpu, simulated
+from tests.kernels.harness import HarnessDevice, Out, arch, assert_close, needs_gpu, run, simulated
 from tests.kernels.linear.test_gemv import segments_of
 
-EPS, ONE = np.float32(1e-5), np.float32(1)
+EPS, ONE, TINY = np.float32(1e-5), np.float32(1), np.float32(1e-30)
 SHAPES = [(2560, 2560, False), (3840, 2560, False), (13824, 2560, True), (2560, 6912, False), (3200, 3200, False),
           (1152, 384, False), (16, 32, False), (33, 36, False)]  # fmt: skip
 
@@ -144,6 +146,66 @@ def test_simulated_gemm_few(
 def test_simulated_nan_stays_with_its_token(prologue: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm_few_module, "plan", lambda *_: Plan(1, 4, 1))
     check_gemm_few((16,), 72, 1, 2, 2, prologue, "store", "relu2", False, 4, nan=True)
+
+
+def rows_whose_mean_hangs_on_the_order(tokens: int, K: int, rng: np.random.Generator) -> np.ndarray:
+    """float32 [tokens, K], K a power of 4: the sum of squares is a tie between two float32 but for three terms that
+    float64 drops one by one and keeps together, and 1 / sqrt differs between the two."""
+    x = np.zeros((tokens, K), np.float32)
+    for row in x:
+        large = rng.uniform(2, 8**0.5, 1000).astype(np.float32)
+        squares = large * large  # from 4 to 8, where a unit of float32 is 2^-21
+        means = np.stack([squares, np.nextafter(squares, np.float32(9))]) / np.float32(K)
+        inverses = ONE / np.sqrt(means + TINY)
+        odd = squares.view(np.int32) % 2 == 1
+        found = large[(inverses[0] != inverses[1]) & ~odd & (squares < 7.9)]
+        places = rng.permutation(K)[:5]
+        row[places[0]], row[places[1]] = found[0], 2.0**-11  # half a unit: a tie, which goes to the even one
+        row[places[2:]] = 2.0**-26  # a quarter of a float64's unit each
+    return x
+
+
+def check_order(tokens: int, K: int, seed: int) -> bool:
+    """The kernel against quantize.py and itself without a norm, on rows where another order gives other bits. Returns
+    whether the rows were such that first to last would have."""
+    rng = np.random.default_rng(seed)
+    x, device = rows_whose_mean_hangs_on_the_order(tokens, K, rng), HarnessDevice(1)
+    w, scales, count = (
+        rng.integers(-1, 2, (16, K)).astype(np.int8),
+        np.array([0.3], np.float32),
+        np.array([tokens], np.int32),
+    )
+    q, s, q_sum = Out(tokens * K // 4, np.int32), Out(tokens, np.float32), Out(tokens, np.int32)
+    norm, linear = (
+        np.ones(K, np.float32),
+        PackedLinear(device.operand(pack_ternary(w)), device.operand(scales), (16,), K),
+    )
+    run(quantize_spec(arch(), K), tokens, [x, norm, TINY, q, s, q_sum], 1)
+    quantized = q.array.view(np.int8), s.array, q_sum.array
+    results = []
+    for activations, given_norm in (
+        (QuantizedActivations(*(device.operand(array.copy()) for array in quantized)), None),
+        (device.operand(x), Norm(device.operand(norm), float(TINY))),
+    ):
+        out = Out(tokens * 16, np.float32)
+        gemm_few(device, linear, activations, device.operand(count), device.operand(out), tokens, norm=given_norm)
+        device.run(1)
+        results.append(out.array.tobytes())
+    assert results[0] == results[1]
+    squares = (x * x).astype(np.float64)
+    in_order, exact = squares.cumsum(axis=-1)[:, -1], [math.fsum(row) for row in squares]
+    return bool((in_order.astype(np.float32) != np.array(exact, np.float32)).any())
+
+
+@simulated
+def test_simulated_squares_are_added_up_in_the_order_of_quantize(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm_few_module, "plan", lambda *_: Plan(1, 4, 1))
+    assert any([check_order(4, 4096, seed) for seed in range(2)])
+
+
+@needs_gpu
+def test_squares_are_added_up_in_the_order_of_quantize_on_gpu() -> None:
+    assert any([check_order(4, 4096, seed) for seed in range(50)])
 
 
 @pytest.mark.parametrize("num_sms", [1, 46, 132])
