@@ -54,6 +54,7 @@ MAX_TOKENS = 8  # of one mma
 WARPS = 8  # of a block, as of the GEMV's
 MAX_REGISTERS = 112  # of a thread for weights and sums: the rest is for what comes and goes
 EXTRA_REGISTERS = 28  # of a thread, about, beside weights, sums and activations
+NORM_REGISTERS = 40  # instead, where these are normed
 REGISTERS = 65536  # of an SM
 MAX_BLOCKS_PER_SM = 4  # of launches that overlap
 MAX_AHEAD = 8  # panels of q that a warp loads at once
@@ -70,15 +71,16 @@ class Plan(NamedTuple):
     grid: int  # blocks
 
 
-def plan(rows: int, K: int, num_sms: int, gated: bool = False) -> Plan | None:
-    """One block an SM; None if its weights do not fit the registers."""
+def plan(rows: int, K: int, num_sms: int, gated: bool = False, cluster: int = 1) -> Plan | None:
+    """One block an SM, in whole clusters; None if its weights do not fit the registers."""
     halves = 2 if gated else 1
     unit_count = -(-rows // (BLOCK_ROWS * halves))
-    units = -(-unit_count // num_sms)
+    clusters = max(1, min(-(-unit_count // cluster), num_sms // cluster))
+    units = -(-unit_count // (clusters * cluster))
     panels = -(-K // PANEL)
     if units * halves * (2 * -(-panels // WARPS) + 4) > MAX_REGISTERS:
         return None
-    return Plan(units, WARPS, min(unit_count, num_sms))
+    return Plan(units, WARPS, clusters * cluster)
 
 
 def make_gemm_few(
@@ -89,11 +91,13 @@ def make_gemm_few(
     prologue: str = "int8",
     epilogue: str = "store",
     activation: str = "relu2",
+    cluster: int = 1,
 ) -> Callable[..., None]:
     """The kernel for K columns and up to `tokens` tokens, 1 to 8 (with "int8" the same for all).
 
-    prologue: "int8": q, s and sum(q) are given; "quantize": x, float32, is quantised here; "norm": after an RMSNorm.
-    Epilogues as of `make_epilogue`. Raises ValueError unless the number of warps is a multiple of 4.
+    prologue: "int8": q, s and sum(q) are given; "quantize": x, float32, is quantised here; "norm": after an RMSNorm,
+    by a cluster together. Epilogues as of `make_epilogue`. Raises ValueError unless the number of warps is a multiple
+    of 4, and that of tokens one of the cluster.
     """
     load, wait, trigger = ptx.stream_load2(arch), ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
     multiply, warp_max, warp_add = ptx.mma_s8(arch), ptx.warp_max_int(arch), ptx.redux_sum_int(arch)
@@ -114,9 +118,12 @@ def make_gemm_few(
     SHARES, ROUNDS = ROW_THREADS // WARP, -(-K // (4 * ROW_THREADS))
     X_REGS = 4 * ROUNDS  # of a share
     TURNS = -(-SHARES // P)  # shares of a warp, of each token
-    N_REGS, ALL_X_REGS = TURNS * X_REGS, T * TURNS * X_REGS
+    CLUSTER, OWN = cluster, T // cluster  # tokens that a block norms
+    N_REGS, ALL_X_REGS = TURNS * X_REGS, OWN * TURNS * X_REGS
+    MAXIMA = 1 if INT8 else OWN * P
     STATS = 1 if INT8 else T * P
-    SQUARES = T * SHARES if NORM else 1
+    SCALES = 1 if INT8 else T
+    SQUARES = OWN * SHARES if NORM else 1
     PANEL_Q = T * PANEL_INTS  # int32 words of a panel's q
     Q_WORDS = 1 if INT8 else P * EACH * PANEL_Q
     WRITTEN = ROUNDS * ROW_THREADS  # pieces of a row of q that shares write
@@ -127,7 +134,7 @@ def make_gemm_few(
     RESULTS = UNITS * FRAGMENT
     OUT_ROUNDS = -(-RESULTS // THREADS)
     COLUMNS, MASK = K, np.int32(CODE_MASK)
-    if THREADS % FRAGMENT or not 1 <= T <= MAX_TOKENS:
+    if THREADS % FRAGMENT or not 1 <= T <= MAX_TOKENS or T % CLUSTER or INT8 and CLUSTER > 1:
         raise ValueError(f"no product of {T} tokens is made of {split}")
     ZERO, ONE, MIN_ABSMAX, Q_MAX = float32(0), float32(1), float32(EPSILON), float32(INT8_MAX)
 
@@ -176,6 +183,15 @@ def make_gemm_few(
                 r[i], r[i + 1], r[i + 2], r[i + 3] = ptx.load4(array, start + column)
 
     @device_function
+    def share_word(array, at, word):
+        """Stores a word in the shared array of each block of the cluster."""
+        if CLUSTER == 1:
+            array[at] = word
+        else:
+            for rank in range(CLUSTER):
+                ptx.cluster_store(array, ptx.shared_address(array, at), rank, word)
+
+    @device_function
     def quantise(q_s, x_r, at, s, token, share, lane, q_sum):
         """A share as int8 to shared memory; returns q_sum and the sum of this thread's."""
         for n in range(ROUNDS):
@@ -188,7 +204,7 @@ def make_gemm_few(
             word = int32(ptx.byte_permute(ptx.byte_permute(q0, q1, 0x40), ptx.byte_permute(q2, q3, 0x40), 0x5410))
             q_sum = ptx.dp4a(word, ALL_ONES, q_sum)
             if share < SHARES and piece < STRIDE:
-                q_s[(piece // PANEL_INTS) * PANEL_Q + token * PANEL_INTS + piece % PANEL_INTS] = word
+                share_word(q_s, int32((piece // PANEL_INTS) * PANEL_Q + token * PANEL_INTS + piece % PANEL_INTS), word)
         return q_sum
 
     def gemm_few(
@@ -197,7 +213,8 @@ def make_gemm_few(
         sum_s = ptx.pointer(cuda.shared.array(SUMS, int32, SHARED_ALIGN))
         q_s = ptx.pointer(cuda.shared.array(Q_WORDS, int32, SHARED_ALIGN))
         square_s = ptx.pointer(cuda.shared.array(SQUARES, float64))
-        max_s = ptx.pointer(cuda.shared.array(STATS, int32))
+        max_s = ptx.pointer(cuda.shared.array(MAXIMA, int32))
+        s_s = ptx.pointer(cuda.shared.array(SCALES, int32))  # as bits
         q_sum_s = ptx.pointer(cuda.shared.array(STATS, int32))
         w_r = cuda.local.array(W_REGS, int32)
         b_r = cuda.local.array(B_REGS, int32)
@@ -209,8 +226,12 @@ def make_gemm_few(
         tid = int32(cuda.threadIdx.x)
         warp, lane = tid >> 5, tid & 31
         g, i = lane >> 2, lane & 3
-        first, grid = int32(cuda.blockIdx.x), int32(cuda.gridDim.x)
+        first, grid = int32(cuda.blockIdx.y), int32(cuda.gridDim.y)
+        first_token = int32(first % CLUSTER * OWN) if CLUSTER > 1 else int32(0)  # that this block norms
         limit = min(int32(M), int32(count[0]))  # no kernel writes it: it may be read before the wait
+
+        if CLUSTER > 1:
+            ptx.cluster_arrive()  # this block has begun: others may store here
 
         # 1. This block's weights, and the norm's; what results need of their rows.
         lane_rd = int32((g >> 2) * 16 + (i & 1) * 8 + (g & 3) * 2)
@@ -238,7 +259,7 @@ def make_gemm_few(
 
         # 2. Activations as int8, their scales and sums.
         token_s, token_q_sum = ZERO, int32(0)
-        lane_token = min(lane, int32(T - 1))
+        lane_token = min(lane, int32(OWN - 1))
         if INT8:
             q_rd = int32(min(g, int32(limit - 1)) * STRIDE + i * 4)
             for j in range(AHEAD):
@@ -246,8 +267,8 @@ def make_gemm_few(
             if token < limit:
                 token_s, token_q_sum = x_scale[token], x_q_sum[token]
         else:
-            for t in range(T):
-                start = int32(min(int32(t), int32(limit - 1)) * COLUMNS)
+            for t in range(OWN):
+                start = int32(min(int32(first_token + t), int32(limit - 1)) * COLUMNS)
                 for a in range(TURNS):
                     load_share(x_r, t * N_REGS + a * X_REGS, x, start, int32(warp + a * P), lane)
         for n in range(OUT_ROUNDS):
@@ -258,7 +279,7 @@ def make_gemm_few(
                 if unit < unit_count and row < rows and token < limit:
                     old_r[n] = out[token * rows + row]
         if NORM:
-            for t in range(T):
+            for t in range(OWN):
                 for a in range(TURNS):
                     squares = float64(0)
                     for n in range(X_REGS):
@@ -275,12 +296,12 @@ def make_gemm_few(
                 squares += square_s[lane_token * SHARES + n]
             mean = float32(squares / float64(COLUMNS))
             inverses = ptx.div_rn(ONE, ptx.sqrt_rn(ptx.add_rn(mean, eps)))
-            for t in range(T):
+            for t in range(OWN):
                 inverse = ptx.shuffle(inverses, t)
                 for n in range(N_REGS):
                     x_r[t * N_REGS + n] = ptx.mul_rn(n_r[n], ptx.mul_rn(x_r[t * N_REGS + n], inverse))
         if not INT8:
-            for t in range(T):
+            for t in range(OWN):
                 # As bits, which order |v| as the numbers do and put NaN above all: a maximum of floats would drop it.
                 most = int32(0)
                 for n in range(N_REGS):
@@ -294,18 +315,27 @@ def make_gemm_few(
                 most = max(most, max_s[lane_token * P + n])
             largest = ptx.bits_to_float(uint32(most))
             all_s = ptx.mul_rn(ptx.div_rn(ONE, MIN_ABSMAX if largest < MIN_ABSMAX else largest), Q_MAX)
-            token_s = ptx.shuffle(all_s, min(token, int32(T - 1)))
-            for t in range(T):
+            if CLUSTER > 1:
+                ptx.cluster_wait()
+            if warp == 0 and lane < OWN:
+                share_word(s_s, int32(first_token + lane), int32(ptx.float_to_bits(all_s)))
+            for t in range(OWN):
                 s, q_sum = ptx.shuffle(all_s, t), int32(0)
                 for a in range(TURNS):
-                    q_sum = quantise(q_s, x_r, t * N_REGS + a * X_REGS, s, t, int32(warp + a * P), lane, q_sum)
+                    q_sum = quantise(
+                        q_s, x_r, t * N_REGS + a * X_REGS, s, int32(first_token + t), int32(warp + a * P), lane, q_sum
+                    )
                 q_sum = warp_add(q_sum)
                 if lane == 0:
-                    q_sum_s[t * P + warp] = q_sum
+                    share_word(q_sum_s, int32((first_token + t) * P + warp), q_sum)
             if MISSING > 0 and tid < T * MISSING:
                 piece = int32(WRITTEN + tid % MISSING)
                 q_s[(piece // PANEL_INTS) * PANEL_Q + tid // MISSING * PANEL_INTS + piece % PANEL_INTS] = int32(0)
-            cuda.syncthreads()
+            if CLUSTER > 1:
+                ptx.cluster_arrive()
+                ptx.cluster_wait()
+            else:
+                cuda.syncthreads()
 
         # 3. Products.
         if not INT8:
@@ -327,6 +357,7 @@ def make_gemm_few(
             ptx.store4(sum_s, at, acc_r[4 * r], acc_r[4 * r + 1], acc_r[4 * r + 2], acc_r[4 * r + 3])
         cuda.syncthreads()
         if not INT8 and token < T:
+            token_s = ptx.bits_to_float(uint32(s_s[token]))
             for n in range(P):
                 token_q_sum += q_sum_s[token * P + n]
         for n in range(OUT_ROUNDS):
@@ -358,8 +389,9 @@ def gemm_few_spec(
     activation: str = "relu2",
     bias: bool = False,
     spread: bool = False,
+    cluster: int = 1,
 ) -> KernelSpec:
-    """The compiled variant for a plan; spread: see `gemm_few`."""
+    """The compiled variant for a plan; spread and cluster: see `gemm_few`."""
     int8, gated = prologue == "int8", epilogue == "gated"
     f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
     signature = (
@@ -377,17 +409,18 @@ def gemm_few_spec(
     kind = f"gated {activation}" if gated else epilogue
     panels = -(-K // (PANEL * split.warps))
     row_blocks = split.units * (2 if gated else 1)
-    activations = 4 * min(panels, MAX_AHEAD) if int8 else 4 * -(-panels // 2) * (tokens + 1)
-    registers = 2 * panels * row_blocks + 4 * row_blocks + activations + EXTRA_REGISTERS
+    activations = 4 * min(panels, MAX_AHEAD) if int8 else 4 * -(-panels // 2) * (tokens // cluster + 1)
+    registers = 2 * panels * row_blocks + 4 * row_blocks + activations + (EXTRA_REGISTERS if int8 else NORM_REGISTERS)
     threads = split.warps * WARP
     blocks = max(1, min(MAX_BLOCKS_PER_SM, REGISTERS // (threads * registers)))
     return KernelSpec(
-        name=f"gemm_few[{K} {tokens} {prologue} {kind} {'bias ' if bias else ''}{' '.join(map(str, split[:2]))}]",
-        kernel=make_gemm_few(arch, K, split, tokens, prologue, epilogue, activation),
+        name=f"gemm_few[{K} {tokens} {prologue} {kind} {'bias ' if bias else ''}{split.units} {split.warps} {cluster}]",
+        kernel=make_gemm_few(arch, K, split, tokens, prologue, epilogue, activation, cluster),
         signature=signature,
         threads=threads,
         blocks_per_sm=blocks,
         one_per_sm=spread and blocks > 1,
+        cluster=cluster,
     )
 
 
@@ -403,12 +436,14 @@ def gemm_few(
     epilogue: str = "store",
     activation: str = "relu2",
     spread: bool = True,
+    cluster: int = 1,
     use_pdl: bool = True,
 ) -> Launch:
     """The launch of a product with 1 to 8 tokens' activations.
 
     x: QuantizedActivations; or float32 [num_tokens, K], which is normed if there is a norm, and quantised. count, out
-    and epilogues as of `gemm`. spread: as of `gemv`. Raises ValueError for operands that do not fit, or a matrix too
+    and epilogues as of `gemm`. spread: as of `gemv`. cluster: blocks that share norms
+    and quantisation. Raises ValueError for operands that do not fit, or a matrix too
     large.
     """
     N, K, gated, int8 = linear.N, linear.K, epilogue == "gated", isinstance(x, QuantizedActivations)
@@ -421,7 +456,7 @@ def gemm_few(
     if not int8 and K % 4:
         raise ValueError(f"gemm_few: floats come in rows of a multiple of 4 columns, not {K}")
     check_segments("gemm_few", linear.segments, gated)
-    split = plan(N, K, device.num_sms, gated)
+    split = plan(N, K, device.num_sms, gated, cluster)
     if split is None:
         raise ValueError(f"gemm_few: a block cannot hold its share of a {N} x {K} product")
     rows = N // 2 if gated else N
@@ -438,10 +473,12 @@ def gemm_few(
     x, weight, x_scale, x_q_sum = (operands[0], None, *operands[1:]) if int8 else (*operands, None, None)
     prologue = "int8" if int8 else "quantize" if norm is None else "norm"
     made_for = MAX_TOKENS if int8 else num_tokens
-    spec = gemm_few_spec(device.arch, K, split, made_for, prologue, epilogue, activation, bias is not None, spread)
+    spec = gemm_few_spec(
+        device.arch, K, split, made_for, prologue, epilogue, activation, bias is not None, spread, cluster
+    )
     unit_count = -(-rows // BLOCK_ROWS)
     arguments = (
         words, x, weight, norm.eps if norm is not None else 0.0, x_scale, x_q_sum, count, scales, bias, out,
         num_tokens, rows, unit_count, unit_count if gated else 0, *(*linear.segment_ends, N, N)[:2],
     )  # fmt: skip
-    return device.launch(spec, split.grid, arguments, use_pdl)
+    return device.launch(spec, (1, split.grid), arguments, use_pdl)

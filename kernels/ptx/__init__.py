@@ -86,6 +86,7 @@ from bitnet_numba.kernels.ptx.pdl import (
 from bitnet_numba.kernels.ptx.tma import (
     cluster_arrive,
     cluster_load,
+    cluster_store,
     cluster_wait,
     fence_proxy_async,
     mbarrier_arrive_warp,

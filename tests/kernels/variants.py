@@ -202,8 +202,9 @@ def linear_gemm_few(arch: int) -> list[KernelSpec]:
         assert split is not None
         found.append(gemm_few.gemm_few_spec(arch, K, split, gemm_few.MAX_TOKENS, "int8", epilogue))
         for tokens in (1, 2, 4, 8):
-            if heuristics.norms_inside(tokens, N, K, arch, SMS, epilogue == "gated"):
-                found.append(gemm_few.gemm_few_spec(arch, K, split, tokens, "norm", epilogue))
+            cluster = heuristics.fused_cluster(tokens, N, K, arch, SMS, epilogue == "gated")
+            if cluster is not None:
+                found.append(gemm_few.gemm_few_spec(arch, K, split, tokens, "norm", epilogue, cluster=cluster))
     one, pair = gemm_few.Plan(1, 8, 3), gemm_few.Plan(2, 8, 3)
     return [
         *found,

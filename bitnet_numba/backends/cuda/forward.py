@@ -183,8 +183,9 @@ class _GemmPass(ForwardPass):
                 gemm_groups(device, packed, quantized, self._num_real, out, M, **output),
             ]
         assert isinstance(quantized, QuantizedActivations)
-        if heuristics.norms_inside(M, packed.N, packed.K, device.arch, device.num_sms, group == "gate_up"):
-            return [gemm_few(device, packed, x, self._num_real, out, M, norm=given_norm, **output)]
+        cluster = heuristics.fused_cluster(M, packed.N, packed.K, device.arch, device.num_sms, group == "gate_up")
+        if cluster is not None:
+            return [gemm_few(device, packed, x, self._num_real, out, M, norm=given_norm, cluster=cluster, **output)]
         return [
             quantize(device, x, quantized, M, packed.K, norm=given_norm),
             gemm(device, packed, quantized, self._num_real, out, M, **output),

@@ -34,7 +34,7 @@ SHAPES = [(2560, 2560, False), (3840, 2560, False), (13824, 2560, True), (2560, 
 
 def check_gemm_few(
     segments: Sequence[int], K: int, num_sms: int, tokens: int, count: int, prologue: str, epilogue: str,
-    activation: str, bias: bool, seed: int, nan: bool = False,
+    activation: str, bias: bool, seed: int, nan: bool = False, cluster: int = 1,
 ) -> None:  # fmt: skip
     """One product of random ternary weights, in segments of odd scales, `count` of the tokens real; nan: the first
     token holds one."""
@@ -85,7 +85,7 @@ def check_gemm_few(
     given_norm = Norm(device.operand(norm), float(EPS)) if prologue == "norm" else None
     gemm_few(
         device, linear, given, device.operand(np.array([count], np.int32)), device.operand(out), tokens,
-        norm=given_norm, epilogue=epilogue, activation=activation,
+        norm=given_norm, epilogue=epilogue, activation=activation, cluster=cluster,
     )  # fmt: skip
     name = device.run()
     result = out.array.reshape(tokens, rows)
@@ -139,6 +139,13 @@ def test_simulated_gemm_few(
     with pytest.MonkeyPatch.context() as patch:  # few warps, so that the simulator is done soon
         patch.setattr(gemm_few_module, "plan", lambda *_: split)
         check_gemm_few(segments, 4 * pieces, 1, tokens, max(0, tokens - short), *kind, bias, seed)
+
+
+@simulated
+@pytest.mark.parametrize(("prologue", "tokens", "cluster"), [("norm", 4, 2), ("quantize", 2, 2), ("norm", 6, 3)])
+def test_simulated_clusters(prologue: str, tokens: int, cluster: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm_few_module, "plan", lambda *_: Plan(2, 4, cluster))
+    check_gemm_few((16 * cluster, 20), 340, 1, tokens, tokens - 1, prologue, "store", "relu2", True, 5, False, cluster)
 
 
 @simulated
