@@ -4,7 +4,7 @@
 
 Between gemv.py, whose `dp4a` take as long again for every token, and the GEMMs, whose tiles of 64 rows leave most SMs
 without a block: as of the GEMV, there is a block for every SM, all its weights are in registers before `pdl_wait`, and
-up to FUSED_TOKENS tokens are normed and quantised here, by every block for itself. More come quantised (quantize.py).
+a few tokens of short rows (`heuristics.FUSED`) are normed and quantised here. Others come quantised (quantize.py).
 A token's row has the same bits whatever the number of tokens, and the same as by quantize.py and a GEMM.
 
 Work split (U units, P warps):
