@@ -146,19 +146,11 @@ def choose_tile(M: int, N: int, K: int, arch: int, num_sms: int, gated: bool = F
 
 
 FEW_ARCH = 90  # where `gemm_few` was measured
-# Most columns and tokens that `gemm_few` norms and quantises itself, and how many blocks share that.
-FUSED = ((2560, 2, 1),)
 
 
 def takes_few(M: int, N: int, K: int, arch: int, num_sms: int, gated: bool = False) -> bool:
     """Whether `gemm_few` multiplies M tokens."""
     return arch == FEW_ARCH and M <= gemm_few.MAX_TOKENS and gemm_few.plan(N, K, num_sms, gated) is not None
-
-
-def fused_cluster(M: int, N: int, K: int, arch: int, num_sms: int, gated: bool = False) -> int | None:
-    """How many of its blocks norm and quantise M tokens together; None if that is `quantize`'s work."""
-    cluster = next((blocks for columns, tokens, blocks in FUSED if K <= columns and M <= tokens), None)
-    return cluster if K % 4 == 0 and takes_few(M, N, K, arch, num_sms, gated) else None
 
 
 GROUP_TILES = (  # of `gemm_groups_mma` and `gemm_groups_wgmma`

@@ -166,15 +166,6 @@ def make_quantize(arch: int, K: int, norm: bool, threads: int) -> Callable[..., 
     return quantize_rows
 
 
-def row_threads(K: int) -> int:
-    """Threads that share a row of K columns. Where K is a multiple of 4, thread t has pieces t, t + threads, ... of 4
-    columns, and the sum of squares has their order: lane by lane, then warp by warp."""
-    each = 4 if K % 4 == 0 else 1
-    pieces = -(-K // each)
-    rounds = max(VALUES // each, -(-pieces // MAX_THREADS))
-    return -(-pieces // (rounds * WARP)) * WARP
-
-
 @cache
 def quantize_spec(arch: int, K: int, norm: bool = True, threads: int = 0) -> KernelSpec:
     """The variant for rows of K columns; `threads` only for tests (0: this module's choice).
@@ -184,7 +175,10 @@ def quantize_spec(arch: int, K: int, norm: bool = True, threads: int = 0) -> Ker
     if not 1 <= K <= MAX_COLUMNS:
         raise ValueError(f"rows to quantise have 1 to {MAX_COLUMNS} columns, not {K}")
     wide = K % 4 == 0
-    threads = threads or row_threads(K)
+    if not threads:
+        pieces = K // 4 if wide else K
+        rounds = max(VALUES // (4 if wide else 1), -(-pieces // MAX_THREADS))
+        threads = -(-pieces // (rounds * WARP)) * WARP
     f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
     signature = (f32, f32, types.float32, i32 if wide else types.CPointer(types.int8), f32, i32)
     kernel = make_quantize(arch, K, norm, threads)

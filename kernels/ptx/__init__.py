@@ -86,7 +86,6 @@ from bitnet_numba.kernels.ptx.pdl import (
 from bitnet_numba.kernels.ptx.tma import (
     cluster_arrive,
     cluster_load,
-    cluster_store,
     cluster_wait,
     fence_proxy_async,
     mbarrier_arrive_warp,
@@ -102,7 +101,6 @@ from bitnet_numba.kernels.ptx.warp import (
     redux_sum_int,
     shuffle,
     shuffle_xor,
-    warp_barrier,
     warp_max,
     warp_max_int,
     warp_sum,

@@ -200,12 +200,3 @@ def cluster_wait() -> None:
 def cluster_load(array: Any, address: Any, rank: Any) -> Any:
     """The int32 at an address in a shared array of the cluster's block of that rank. sm_90."""
     return simulated_thread().shared_of(array, int(rank))[int(address) // 4]
-
-
-@instruction(
-    "{ .reg .b32 t; mapa.shared::cluster.u32 t, $0, $1; st.shared::cluster.b32 [t], $2; }", "", "srrr", effects=True
-)
-def cluster_store(array: Any, address: Any, rank: Any, value: Any) -> None:
-    """Stores an int32 at an address in a shared array of the cluster's block of that rank, which must have begun to
-    run. sm_90."""
-    simulated_thread().shared_of(array, int(rank))[int(address) // 4] = value

@@ -29,12 +29,6 @@ else:
         return cuda.shfl_sync(_ALL_LANES, value, source)
 
 
-@instruction("bar.warp.sync 0xffffffff;", "", "", effects=True)
-def warp_barrier() -> None:
-    """Waits for the warp's threads; what they have stored before is visible to all of them after. sm_70."""
-    simulated_thread().syncwarp()
-
-
 # The butterfly reductions leave the same bits in every lane: each step adds the same pair, in either order.
 
 

@@ -74,10 +74,9 @@ def main(tool: str) -> None:
         check_gemm(19, 128, 300, tile, "gated", "silu", True, 8, 17)
     check_gemm(19, 100, 300, many, "residual", "relu2", True, 9)
     if arch() >= MIN_FEW_ARCH:
-        for prologue, epilogue in (("int8", "gated"), ("norm", "residual"), ("quantize", "store")):
-            check_gemm_few(segments_of(96, epilogue == "gated"), 300, 3, 3, 2, prologue, epilogue, "relu2", True, 22)
+        for epilogue in ("gated", "residual"):
+            check_gemm_few(segments_of(96, epilogue == "gated"), 300, 3, 3, 2, epilogue, "relu2", True, 22)
     if arch() == WGMMA_ARCH and tool == "memcheck":  # racecheck knows nothing of mbarriers
-        check_gemm_few(segments_of(96, False), 300, 4, 4, 3, "norm", "residual", "relu2", True, 22, cluster=2)
         check_gemm_groups(70, 128, 900, "gated", "silu", True, 8, 68)
         check_gemm(70, 128, 300, Tile(64, 1, 8, 1, 0, 4, 1, "wgmma"), "gated", "relu2", False, 18, 65)
         for tokens in (7, 100):

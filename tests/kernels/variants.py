@@ -192,25 +192,17 @@ def linear_gemm(arch: int) -> list[KernelSpec]:
 
 
 def linear_gemm_few(arch: int) -> list[KernelSpec]:
-    """2B4T's, quantised and fused, and no norm, silu, biases, padding. Where it was measured, alone."""
+    """2B4T's, and sums, silu, biases, padding. Where it was measured, alone."""
     if arch != heuristics.FEW_ARCH:
         return []
     kinds = [(3840, 2560, "store"), (2560, 2560, "residual"), (13824, 2560, "gated"), (2560, 6912, "residual")]
-    found = []
-    for N, K, epilogue in kinds:
-        split = gemm_few.plan(N, K, SMS, epilogue == "gated")
-        assert split is not None
-        found.append(gemm_few.gemm_few_spec(arch, K, split, gemm_few.MAX_TOKENS, "int8", epilogue))
-        for tokens in (1, 2, 4, 8):
-            cluster = heuristics.fused_cluster(tokens, N, K, arch, SMS, epilogue == "gated")
-            if cluster is not None:
-                found.append(gemm_few.gemm_few_spec(arch, K, split, tokens, "norm", epilogue, cluster=cluster))
+    splits = [(K, gemm_few.plan(N, K, SMS, epilogue == "gated"), epilogue) for N, K, epilogue in kinds]
     one, pair = gemm_few.Plan(1, 8, 3), gemm_few.Plan(2, 8, 3)
     return [
-        *found,
-        gemm_few.gemm_few_spec(arch, 2560, one, gemm_few.MAX_TOKENS, "int8", "acc"),
-        gemm_few.gemm_few_spec(arch, 72, one, gemm_few.MAX_TOKENS, "int8", "store", bias=True),
-        gemm_few.gemm_few_spec(arch, 2048, pair, 1, "quantize", "gated", "silu", True),
+        *(gemm_few.gemm_few_spec(arch, K, split, epilogue) for K, split, epilogue in splits if split is not None),
+        gemm_few.gemm_few_spec(arch, 2560, one, "acc"),
+        gemm_few.gemm_few_spec(arch, 72, one, "store", bias=True),
+        gemm_few.gemm_few_spec(arch, 2048, pair, "gated", "silu", True),
     ]
 
 

@@ -34,9 +34,7 @@ from bitnet_numba.kernels.attention import decode, expand, head_norm, kv_cache, 
 from bitnet_numba.kernels.attention.kv_cache import LayerCache
 from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype
 from bitnet_numba.kernels.attention.parts import HeadShape, RopeTables
-from bitnet_numba.kernels.linear import heuristics
 from bitnet_numba.kernels.linear.gemm import gemm
-from bitnet_numba.kernels.linear.gemm_few import gemm_few
 from bitnet_numba.kernels.linear.gemm_groups import gemm_groups
 from bitnet_numba.kernels.linear.gemv import gemv
 from bitnet_numba.kernels.linear.gemv_groups import gemv_groups
@@ -183,9 +181,6 @@ class _GemmPass(ForwardPass):
                 gemm_groups(device, packed, quantized, self._num_real, out, M, **output),
             ]
         assert isinstance(quantized, QuantizedActivations)
-        cluster = heuristics.fused_cluster(M, packed.N, packed.K, device.arch, device.num_sms, group == "gate_up")
-        if cluster is not None:
-            return [gemm_few(device, packed, x, self._num_real, out, M, norm=given_norm, cluster=cluster, **output)]
         return [
             quantize(device, x, quantized, M, packed.K, norm=given_norm),
             gemm(device, packed, quantized, self._num_real, out, M, **output),
