@@ -2,9 +2,9 @@
 
     y[m, n] = (sum_k q[m, k] * w[n, k]) * scale[segment of n] / s[m]  (+ bias[n])
 
-gemm_wgmma.py has the kernel for sm_90, gemm_mma.py the one for tensor cores from sm_75 on, gemm_dp4a.py the one without
-them; heuristics.py chooses the tile. All variants give the same bits: sums are exact, and what follows them is the same
-sequence of operations as in gemv.py.
+gemm_wgmma.py has the kernel for sm_90, gemm_few.py another one there for up to eight tokens, gemm_mma.py the one for
+tensor cores from sm_75 on, gemm_dp4a.py the one without them; heuristics.py chooses. All variants give the same bits:
+sums are exact, and what follows them is the same sequence of operations as in gemv.py.
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,10 @@ from numba.cuda import types
 
 from bitnet_numba.kernels.linear.epilogue import EPILOGUES
 from bitnet_numba.kernels.linear.gemm_dp4a import STEP, make_gemm_dp4a
+from bitnet_numba.kernels.linear.gemm_few import gemm_few
 from bitnet_numba.kernels.linear.gemm_mma import PANEL, make_gemm_mma
 from bitnet_numba.kernels.linear.gemm_wgmma import PART, cta_bytes, make_gemm_wgmma, shared_bytes
-from bitnet_numba.kernels.linear.heuristics import choose_tile
+from bitnet_numba.kernels.linear.heuristics import choose_tile, takes_few
 from bitnet_numba.kernels.linear.operands import PackedLinear, QuantizedActivations, check_segments
 from bitnet_numba.kernels.linear.tile import Tile
 from bitnet_numba.kernels.operands import checked
@@ -105,6 +106,10 @@ def gemm(
     if epilogue not in EPILOGUES:
         raise ValueError(f"gemm: no epilogue {epilogue!r}, only {', '.join(EPILOGUES)}")
     check_segments("gemm", linear.segments, gated)
+    if takes_few(num_tokens, N, K, device.arch, device.num_sms, gated):
+        return gemm_few(
+            device, linear, x, count, out, num_tokens, epilogue=epilogue, activation=activation, use_pdl=use_pdl
+        )
     operands = linear.sizes() | x.sizes(num_tokens, K)
     operands["count"] = (count, 1, "int32")
     operands["out"] = (out, num_tokens * (N // 2 if gated else N), "int32" if epilogue == "acc" else "float32")

@@ -4,6 +4,7 @@ import math
 from functools import cache
 from typing import NamedTuple
 
+from bitnet_numba.kernels.linear import gemm_few
 from bitnet_numba.kernels.linear.gemm_dp4a import TOKENS
 from bitnet_numba.kernels.linear.gemm_wgmma import ARCH as WGMMA_ARCH
 from bitnet_numba.kernels.linear.gemm_wgmma import PART, SHARED_BYTES, cta_bytes
@@ -142,6 +143,14 @@ def choose_tile(M: int, N: int, K: int, arch: int, num_sms: int, gated: bool = F
         return -(-ctas // num_sms) * tile.tokens * tile.rows
 
     return min((Tile(64, 4, 2, 2, 2, 3, 2), Tile(64, 2, 5, 2, 2, 2, 1)), key=busiest)
+
+
+FEW_ARCH = 90  # where `gemm_few` was measured
+
+
+def takes_few(M: int, N: int, K: int, arch: int, num_sms: int, gated: bool = False) -> bool:
+    """Whether `gemm_few` multiplies M tokens."""
+    return arch == FEW_ARCH and M <= gemm_few.MAX_TOKENS and gemm_few.plan(N, K, num_sms, gated) is not None
 
 
 GROUP_TILES = (  # of `gemm_groups_mma` and `gemm_groups_wgmma`
