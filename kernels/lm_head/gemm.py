@@ -7,13 +7,15 @@ Which kernel is the product depends on the card and on the table alone, never on
 logits have the same bits whatever else is in the batch:
 
     sm_90, bfloat16 rows      gemm_wgmma
+    sm_90, int8 rows          gemm_wgmma_int8
     sm_80 and later           gemm_mma
     before                    gemm_simt, with norm(h) in float32
 """
 
 from typing import Any
 
-from bitnet_numba.kernels.lm_head import gemm_mma, gemm_simt, gemm_wgmma, split_norm
+from bitnet_numba.kernels.lm_head import gemm_mma, gemm_simt, gemm_wgmma, gemm_wgmma_int8, split_norm
+from bitnet_numba.kernels.lm_head.gemm_wgmma import num_k_iters
 from bitnet_numba.kernels.lm_head.parts import check_columns
 from bitnet_numba.kernels.lm_head.split_norm import Layout, group_size_argument, padded_tokens, x_words
 from bitnet_numba.kernels.operands import EmbeddingTable, Norm, RowDtype, checked
@@ -25,7 +27,7 @@ from bitnet_numba.kernels.runtime.spec import ArchSpec
 
 def layout_for(arch: int, dtype: RowDtype) -> Layout:
     """Which kernel multiplies, and so which layout x has; `dtype`: of the table's rows."""
-    if arch == gemm_wgmma.ARCH and dtype == "bf16":
+    if arch == gemm_wgmma.ARCH and dtype in ("bf16", "int8"):
         return "wgmma"
     return "mma" if arch >= gemm_mma.MIN_ARCH else "simt"
 
@@ -72,11 +74,12 @@ def lm_head_gemm(
         split_norm.spec(arch, K, layout, dtype), padded_tokens(layout, num_tokens), arguments, use_pdl
     )
     if layout == "wgmma":
-        tile = gemm_wgmma.plan(num_tokens)
-        of_rows, of_x = gemm_wgmma.map_shapes(tile, num_rows, num_tokens, K)
+        wgmma: Any = gemm_wgmma_int8 if dtype == "int8" else gemm_wgmma
+        tile = wgmma.plan(num_tokens)
+        of_rows, of_x = wgmma.map_shapes(tile, num_rows, num_tokens, K)
         maps = device.tensor_map(rows, *of_rows), device.tensor_map(split, *of_x)
-        spec, grid = gemm_wgmma.spec(arch, tile), gemm_wgmma.grid(device.num_sms, tile, num_rows, num_tokens)
-        arguments = (*maps, logits, num_rows, num_tokens, gemm_wgmma.num_k_iters(K))
+        spec, grid = wgmma.spec(arch, tile), wgmma.grid(device.num_sms, tile, num_rows, num_tokens)
+        arguments = (*maps, *((scale,) if dtype == "int8" else ()), logits, num_rows, num_tokens, num_k_iters(K))
     else:
         arguments = (rows, scale, split, logits, num_rows, num_tokens)
         if layout == "mma":

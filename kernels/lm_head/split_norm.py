@@ -9,6 +9,9 @@ Tokens are cut into groups of equal size, a group to a block of the GEMM; tokens
 ones are zeros. With G the tokens of a group:
 
 layout "wgmma"  [group, term, G tokens, K columns]          bfloat16: one TMA box brings both terms of 64 columns
+    int8        for int8 rows, K is a multiple of 64, and of every 64 columns, 4 j .. 4 j + 3 stand at 2 c, 2 c + 1,
+                2 c + 8, 2 c + 9 of the 16 columns of step j % 4, with c = j // 4: a lane that loads the 16 columns
+                16 c .. of a row then has, for each step, the four that are its part of the instruction
 
 layout "mma"    [group, unit, tile of 16 tokens, half, term, lane, 4 words]          int32, two bfloat16 a word
     unit        32 columns: what one `mma_bf16_split` multiplies. A row of the table comes in 16-byte loads, four
@@ -50,6 +53,7 @@ GROUP_TOKENS: dict[
 }
 THREADS = 512  # as `lm_head_gemv` has, so that the sums of its norm are the same
 
+PANEL_COLUMNS = 64  # layout "wgmma": what a block multiplies at a time
 UNIT = 32  # columns
 UNIT_MULTIPLE = 8  # layout "mma" has a multiple of 8 units: an iteration of its GEMM takes 2, 4 or 8
 HALF_WORDS = 128  # int32 of x for half a unit, a tile, a term: 4 words of each lane
@@ -70,7 +74,8 @@ def padded_tokens(layout: Layout, num_tokens: int) -> int:
 
 def padded_columns(layout: Layout, K: int, dtype: RowDtype) -> int:
     """Columns that x has room for; `dtype`: of the rows that x will meet."""
-    multiple = {"wgmma": 1, "mma": UNIT * UNIT_MULTIPLE, "simt": WARP * load_columns(dtype)}[layout]
+    wgmma = PANEL_COLUMNS if dtype == "int8" else 1
+    multiple = {"wgmma": wgmma, "mma": UNIT * UNIT_MULTIPLE, "simt": WARP * load_columns(dtype)}[layout]
     return -(-K // multiple) * multiple
 
 
@@ -82,13 +87,14 @@ def x_words(layout: Layout, num_tokens: int, K: int, dtype: RowDtype) -> int:
 def make_split_norm(arch: int, K: int, layout: Layout, dtype: RowDtype, threads: int = THREADS) -> Callable[..., None]:
     """The kernel that norms rows of K columns and writes x; a block a token of x.
 
-    `dtype`: of the rows that x will meet (of no account to layout "wgmma", whose rows are bfloat16).
+    `dtype`: of the rows that x will meet; layout "wgmma": bfloat16 or int8.
     """
     wait, trigger = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
     LAYOUT, WARPS, LOAD_COLUMNS = layout, threads // WARP, load_columns(dtype)
     QUADS, X_QUADS = K // 4, padded_columns(layout, K, dtype) // 4  # four neighbouring columns each
     LOAD_HALVES, UNITS = LOAD_COLUMNS // 4, padded_columns(layout, K, dtype) // UNIT
-    ROW_WORDS = K // 2  # int32 of a bfloat16 row
+    ROW_WORDS = padded_columns(layout, K, dtype) // 2  # int32 of a bfloat16 row
+    INT8 = dtype == "int8"
     COLUMNS, ZERO, ONE = float32(K), float32(0), float32(1)
 
     def split_norm(h, norm, eps, x, num_tokens, group_size):
@@ -131,9 +137,17 @@ def make_split_norm(arch: int, K: int, layout: Layout, dtype: RowDtype, threads:
             if LAYOUT == "wgmma":
                 high, low = ptx.split_bf16x2(v0, v1)
                 high2, low2 = ptx.split_bf16x2(v2, v3)
-                wr = row_wr + quad * 2
-                ptx.store2(x, wr, high, high2)
-                ptx.store2(x, wr + int64(group_size) * ROW_WORDS, low, low2)
+                low_wr = int64(group_size) * ROW_WORDS
+                if INT8:
+                    # Of a panel's 16 quads, j = 4 c + step: two columns at 2 c of that step, two at 2 c + 8.
+                    j = quad % 16
+                    wr = row_wr + (quad // 16 * 32 + j % 4 * 8 + j // 4)
+                    x[wr], x[wr + 4] = high, high2
+                    x[wr + low_wr], x[wr + (low_wr + 4)] = low, low2
+                else:
+                    wr = row_wr + quad * 2
+                    ptx.store2(x, wr, high, high2)
+                    ptx.store2(x, wr + low_wr, low, low2)
             elif LAYOUT == "mma":
                 half = int32(k // (4 * LOAD_COLUMNS) * LOAD_HALVES + k % LOAD_COLUMNS // 4)  # of all units
                 lane_wr = int32((m % 8 * 4 + k // LOAD_COLUMNS % 4) * 4 + m % TILE_TOKENS // 8)
@@ -161,7 +175,7 @@ def spec(arch: int, K: int, layout: Layout, dtype: RowDtype, threads: int = THRE
     """
     check_columns(K)
     f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
-    kind = layout if layout == "wgmma" else f"{layout} {dtype}"
+    kind = layout if layout == "wgmma" and dtype != "int8" else f"{layout} {dtype}"
     kernel = make_split_norm(arch, K, layout, dtype, threads)
     signature = (f32, f32, types.float32, i32, types.int32, types.int32)
     return KernelSpec(f"split_norm[{K}, {kind}, {threads}]", kernel, signature, threads)

@@ -210,6 +210,20 @@ def wgmma_s8_pair(tokens: int) -> tuple[Callable, Callable, Callable]:
     return start, array_asm(_finished, "wgmma.wait_group.sync.aligned 1;", tokens // 2), finished
 
 
+# ---- Registers of a warpgroup ---------------------------------------------------------------------------------------
+
+
+@instruction("setmaxnreg.dec.sync.aligned.u32 24;", "", "", effects=True)
+def release_registers() -> None:
+    """This warpgroup keeps 24 registers a thread: the rest is for others of the block. All of its threads. sm_90a."""
+
+
+@instruction("setmaxnreg.inc.sync.aligned.u32 240;", "", "", effects=True)
+def take_registers() -> None:
+    """This warpgroup's threads have 240 registers each, once others have released enough. All of its threads. Two
+    such warpgroups and one with 24 are all registers of an SM. sm_90a."""
+
+
 # ---- bfloat16 by float32 in two bfloat16 terms -----------------------------------------------------------------------
 
 
@@ -271,3 +285,61 @@ def wgmma_bf16_split(tokens: int, tiles: int) -> tuple[Callable, Callable, Calla
     count = tiles * tokens // 2
     wait = array_asm(_finished, "wgmma.wait_group.sync.aligned 0;", count, kind="f")
     return array_asm(start, _ptx_bf16_split(tokens, tiles), count, scalars=3, kind="f"), _all_but_one, wait
+
+
+def _emulated_bf16_split_rs(tokens: int) -> Callable:
+    def start(sums: Any, words: Any, array: Any, b: Any, keep: Any) -> None:
+        thread = simulated_thread()
+        g, c = divmod(thread.thread_id % WARP, 4)
+        own = tuple(words[n] for n in range(16))
+        lanes = np.array([[int(x) & 0xFFFFFFFF for x in lane] for lane in thread.gather_in_warp(own)])
+        # [c, step, half, row, column]
+        quads = (lanes.astype("<u4").view(np.uint16).reshape(8, 4, 4, 2, 2, 2)[g].astype(np.uint32) << 16).view("<f4")
+        w = quads.transpose(3, 1, 2, 0, 4).reshape(2, 64).astype(np.float64)
+        # [term, 8 tokens, row, token, column]
+        x = bf16_rows(array, int(b), 2 * tokens).reshape(2, tokens // 8, 1, 8, 64)[:, :, :, 2 * c : 2 * c + 2]
+        count = tokens // 2
+        total = np.array(sums[:count], np.float32).reshape(tokens // 8, 2, 2) if keep else np.float32(0)
+        for k in range(0, 64, 16):
+            for term in range(2):
+                products = w[:, None, k : k + 16] * x[term, ..., k : k + 16]
+                total = (total + products.sum(axis=-1)).astype(np.float32)
+        sums[:count] = total.reshape(-1)
+
+    return start
+
+
+def _ptx_bf16_split_rs(tokens: int) -> str:
+    count = tokens // 2
+    into = ", ".join(f"${n}" for n in range(count))
+    lines = [
+        "{ .reg .pred yes, keep; .reg .b32 low, high; .reg .b64 b, y;",
+        f"setp.eq.u32 yes, 0, 0; setp.ne.u32 keep, ${count + 17}, 0;",
+        descriptor("b", f"${count + 16}"),
+        "wgmma.fence.sync.aligned;",
+    ]
+    for step in range(4):
+        left = ", ".join(f"${count + 4 * step + r}" for r in range(4))
+        for term in range(2):
+            old = "yes" if step or term else "keep"
+            lines.append(f"add.u64 y, b, {2 * step + term * tokens * 8};")
+            shape = f"m64n{tokens}k16.f32.bf16.bf16"
+            lines.append(f"wgmma.mma_async.sync.aligned.{shape} {{{into}}}, {{{left}}}, y, {old}, 1, 1, 0;")
+    lines.append("wgmma.commit_group.sync.aligned; }")
+    return " ".join(lines)
+
+
+@cache
+def wgmma_bf16_split_rs(tokens: int) -> tuple[Callable, Callable, Callable]:
+    """`start(sums, words, array, b, keep)`, `all_but_one()`, `finished(sums)`: `wgmma_bf16_split` of 64 rows with A in
+    registers. sm_90a.
+
+    words: a local array int32 [16] of A; words[4 s ..] are a0 .. a3, as `mma_bf16` has them, of columns 16 s .. and of
+    rows 16 w .. for the warpgroup's warp w. The rest is as there.
+    """
+    start = _emulated_bf16_split_rs(tokens)
+    if SIMULATED:
+        return start, _all_but_one, _finished
+    count = tokens // 2
+    wait = array_asm(_finished, "wgmma.wait_group.sync.aligned 0;", count, kind="f")
+    return array_asm(start, _ptx_bf16_split_rs(tokens), count, read=16, scalars=2, kind="f"), _all_but_one, wait

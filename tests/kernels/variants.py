@@ -29,7 +29,7 @@ from bitnet_numba.kernels.linear import (
     quantize_groups,
     row_norm,
 )
-from bitnet_numba.kernels.lm_head import gemm_mma, gemm_simt, gemm_wgmma, split_norm
+from bitnet_numba.kernels.lm_head import gemm_mma, gemm_simt, gemm_wgmma, gemm_wgmma_int8, split_norm
 from bitnet_numba.kernels.lm_head import gemv as head_gemv
 from bitnet_numba.kernels.operands import RowDtype
 from bitnet_numba.kernels.runtime.spec import KernelSpec
@@ -132,6 +132,14 @@ def lm_head_gemm_wgmma(arch: int) -> list[KernelSpec]:
         return []
     tiles = [gemm_wgmma.plan(tokens) for tokens in reversed(split_norm.GROUP_TOKENS["wgmma"])]
     return [*(gemm_wgmma.spec(arch, tile) for tile in tiles), split_norm.spec(arch, 2560, "wgmma", "bf16")]
+
+
+def lm_head_gemm_wgmma_int8(arch: int) -> list[KernelSpec]:
+    """One for every number of tokens, and the norm before it."""
+    if arch != gemm_wgmma.ARCH:
+        return []
+    tiles = [gemm_wgmma_int8.plan(tokens) for tokens in reversed(split_norm.GROUP_TOKENS["wgmma"])]
+    return [*(gemm_wgmma_int8.spec(arch, tile) for tile in tiles), split_norm.spec(arch, 2560, "wgmma", "int8")]
 
 
 def linear_quantize(arch: int) -> list[KernelSpec]:
@@ -239,8 +247,8 @@ GROUPS: dict[str, Callable[[int], list[KernelSpec]]] = {
         attention_decode, attention_paged_decode, attention_prefill, attention_prefill_wgmma,
         attention_paged_simt, attention_kv_cache, attention_expand, attention_head_norm,
         attention_rotate_heads, attention_text_attention, embedding, lm_head_gemv, lm_head_gemm, lm_head_gemm_wgmma,
-        linear_row_norm, linear_gated, linear_quantize, linear_gemv, linear_gemm, linear_quantize_groups,
-        linear_gemv_groups, linear_gemm_groups, sampling,
+        lm_head_gemm_wgmma_int8, linear_row_norm, linear_gated, linear_quantize, linear_gemv, linear_gemm,
+        linear_quantize_groups, linear_gemv_groups, linear_gemm_groups, sampling,
     )
 }  # fmt: skip
 

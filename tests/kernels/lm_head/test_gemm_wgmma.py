@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from bitnet_numba.bfloat16 import from_float32, to_float32
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels.lm_head import gemm_wgmma as kernel
-from bitnet_numba.kernels.lm_head import split_norm
+from bitnet_numba.kernels.lm_head import gemm_wgmma_int8, split_norm
 from bitnet_numba.kernels.lm_head.gemm import layout_for, lm_head_gemm, split_words
 from bitnet_numba.kernels.lm_head.gemm_wgmma import ARCH
 from bitnet_numba.kernels.operands import EmbeddingTable, Norm, RowDtype
@@ -201,8 +201,8 @@ def test_plan() -> None:
 
 
 def test_serves_one_architecture() -> None:
-    chosen = [layout_for(target, dtype) for target, dtype in ((90, "bf16"), (90, "int8"), (90, "f16"), (100, "bf16"))]
-    assert chosen == ["wgmma", "mma", "mma", "mma"]
+    chosen = [layout_for(target, dtype) for target, dtype in ((90, "bf16"), (90, "f16"), (100, "bf16"))]
+    assert chosen == ["wgmma", "mma", "mma"]
     assert lm_head_gemm_wgmma(80) == [] and len(lm_head_gemm_wgmma(90)) == 6
 
 
@@ -217,16 +217,21 @@ def test_batches_have_its_variants_compiled() -> None:
     from bitnet_numba.backends.cuda.weights import RowFormats
 
     config = ModelConfig.from_hf(PRESETS["2b-4t"][1] | {"quantization_config": {"quant_method": "bitnet"}})
-    cases: list[tuple[int, RowDtype, bool]] = [
-        (90, "bf16", True),
-        (90, "int8", False),
-        (90, "f16", False),
-        (80, "bf16", False),
+    cases: list[tuple[int, RowDtype, Any]] = [
+        (90, "bf16", kernel),
+        (90, "int8", gemm_wgmma_int8),
+        (90, "f16", None),
+        (80, "bf16", None),
     ]
-    for arch_, dtype, expected in cases:
+    every = {
+        (module, dtype): {module.spec(90, module.plan(rows)).name for rows in (1, 16, 32, 64, 128, 200)}
+        | {split_norm.spec(90, config.hidden_size, "wgmma", dtype).name}
+        for _, dtype, module in cases
+        if module
+    }
+    for arch_, dtype, module in cases:
         needs = Needs(config, RowFormats(dtype, dtype), ArchSpec(arch_, 132), 200)
         names = {spec.name for spec in needs.specs()}
-        taken = {kernel.spec(90, kernel.plan(rows)).name for rows in (1, 16, 32, 64, 128, 200)}
-        taken |= {split_norm.spec(90, config.hidden_size, "wgmma", "bf16").name}
-        assert taken <= names if expected else not taken & names
-        assert any(name.startswith("lm_head_mma") for name in names) != expected
+        for (other, _), taken in every.items():
+            assert taken <= names if other is module else not taken & names
+        assert any(name.startswith("lm_head_mma") for name in names) != bool(module)
