@@ -108,14 +108,12 @@ from bitnet_numba.kernels.ptx.warp import (
 )
 from bitnet_numba.kernels.ptx.wgmma import (
     load_row_pair,
-    release_registers,
     shifted_codes,
     shifted_weights,
-    take_registers,
     wgmma_bf16_split,
-    wgmma_bf16_split_rs,
     wgmma_s8,
     wgmma_s8_pair,
+    wgmma_s8_shared,
 )
 from bitnet_numba.kernels.ptx.wgmma_attention import (
     warpgroup_barrier,

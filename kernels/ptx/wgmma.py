@@ -210,18 +210,61 @@ def wgmma_s8_pair(tokens: int) -> tuple[Callable, Callable, Callable]:
     return start, array_asm(_finished, "wgmma.wait_group.sync.aligned 1;", tokens // 2), finished
 
 
-# ---- Registers of a warpgroup ---------------------------------------------------------------------------------------
+# ---- int8 by int8, both in shared memory ---------------------------------------------------------------------------
 
 
-@instruction("setmaxnreg.dec.sync.aligned.u32 24;", "", "", effects=True)
-def release_registers() -> None:
-    """This warpgroup keeps 24 registers a thread: the rest is for others of the block. All of its threads. sm_90a."""
+def _emulated_s8_shared(columns: int, tiles: int) -> Callable:
+    def start(sums: Any, array: Any, a: Any, b: Any, keep: Any) -> None:
+        thread = simulated_thread()
+        g, c = divmod(thread.thread_id % WARP, 4)
+        first = thread.thread_id // WARP % 4 * 16 + g
+        x = swizzled_rows(array, int(b), columns).view(np.int8).reshape(columns // 8, 8, 128)
+        x = x[:, None, 2 * c : 2 * c + 2].astype(np.int64)  # [8 columns, row, column, k]
+        for m in range(tiles):
+            w = swizzled_rows(array, int(a) + m * TILE_BYTES, 64).view(np.int8)[[first, first + 8], None]
+            own = slice(m * columns // 2, (m + 1) * columns // 2)
+            products = (w * x).sum(axis=-1).reshape(-1)
+            sums[own] = (np.array(sums[own], np.int64) + products if keep else products).astype(np.int32)
+
+    return start
 
 
-@instruction("setmaxnreg.inc.sync.aligned.u32 240;", "", "", effects=True)
-def take_registers() -> None:
-    """This warpgroup's threads have 240 registers each, once others have released enough. All of its threads. Two
-    such warpgroups and one with 24 are all registers of an SM. sm_90a."""
+def _ptx_s8_shared(columns: int, tiles: int) -> str:
+    each = columns // 2
+    count = tiles * each
+    lines = [
+        "{ .reg .pred yes, keep; .reg .b32 low, high; .reg .b64 a, b, x, y;",
+        f"setp.eq.u32 yes, 0, 0; setp.ne.u32 keep, ${count + 2}, 0;",
+        descriptor("a", f"${count}"),
+        descriptor("b", f"${count + 1}"),
+        "wgmma.fence.sync.aligned;",
+    ]
+    for step in range(4):
+        lines.append(f"add.u64 y, b, {2 * step};")
+        for m in range(tiles):
+            into = ", ".join(f"${m * each + n}" for n in range(each))
+            lines.append(f"add.u64 x, a, {2 * step + m * TILE_BYTES // 16};")
+            shape = f"m64n{columns}k32.s32.s8.s8"
+            lines.append(f"wgmma.mma_async.sync.aligned.{shape} {{{into}}}, x, y, {'yes' if step else 'keep'};")
+    lines.append("wgmma.commit_group.sync.aligned; }")
+    return " ".join(lines)
+
+
+@cache
+def wgmma_s8_shared(columns: int, tiles: int) -> tuple[Callable, Callable, Callable]:
+    """`start(sums, array, a, b, keep)`, `all_but_one()`, `finished(sums)`: C [64 tiles, columns] (+)= A [64 tiles, 128]
+    . B [128, columns] for a warpgroup, int8 . int8, int32 sums; with keep 0 the sums start anew. sm_90a.
+
+    sums: a local array int32 [tiles * columns / 2]; sums[m * columns / 2 + 4 t ..] of the warpgroup's warp w are
+    c0 .. c3, as `mma_s8` has them, of rows 64 m + 16 w .. and columns 8 t ... a, b: addresses in a shared array of A,
+    64 tiles rows of 128 int8, and of B, `columns` (8, 24 or a multiple of 16 up to 256) rows.
+    """
+    start = _emulated_s8_shared(columns, tiles)
+    if SIMULATED:
+        return start, _all_but_one, _finished
+    count = tiles * columns // 2
+    wait = array_asm(_finished, "wgmma.wait_group.sync.aligned 0;", count)
+    return array_asm(start, _ptx_s8_shared(columns, tiles), count, scalars=3), _all_but_one, wait
 
 
 # ---- bfloat16 by float32 in two bfloat16 terms -----------------------------------------------------------------------
@@ -285,61 +328,3 @@ def wgmma_bf16_split(tokens: int, tiles: int) -> tuple[Callable, Callable, Calla
     count = tiles * tokens // 2
     wait = array_asm(_finished, "wgmma.wait_group.sync.aligned 0;", count, kind="f")
     return array_asm(start, _ptx_bf16_split(tokens, tiles), count, scalars=3, kind="f"), _all_but_one, wait
-
-
-def _emulated_bf16_split_rs(tokens: int) -> Callable:
-    def start(sums: Any, words: Any, array: Any, b: Any, keep: Any) -> None:
-        thread = simulated_thread()
-        g, c = divmod(thread.thread_id % WARP, 4)
-        own = tuple(words[n] for n in range(16))
-        lanes = np.array([[int(x) & 0xFFFFFFFF for x in lane] for lane in thread.gather_in_warp(own)])
-        # [c, step, half, row, column]
-        quads = (lanes.astype("<u4").view(np.uint16).reshape(8, 4, 4, 2, 2, 2)[g].astype(np.uint32) << 16).view("<f4")
-        w = quads.transpose(3, 1, 2, 0, 4).reshape(2, 64).astype(np.float64)
-        # [term, 8 tokens, row, token, column]
-        x = bf16_rows(array, int(b), 2 * tokens).reshape(2, tokens // 8, 1, 8, 64)[:, :, :, 2 * c : 2 * c + 2]
-        count = tokens // 2
-        total = np.array(sums[:count], np.float32).reshape(tokens // 8, 2, 2) if keep else np.float32(0)
-        for k in range(0, 64, 16):
-            for term in range(2):
-                products = w[:, None, k : k + 16] * x[term, ..., k : k + 16]
-                total = (total + products.sum(axis=-1)).astype(np.float32)
-        sums[:count] = total.reshape(-1)
-
-    return start
-
-
-def _ptx_bf16_split_rs(tokens: int) -> str:
-    count = tokens // 2
-    into = ", ".join(f"${n}" for n in range(count))
-    lines = [
-        "{ .reg .pred yes, keep; .reg .b32 low, high; .reg .b64 b, y;",
-        f"setp.eq.u32 yes, 0, 0; setp.ne.u32 keep, ${count + 17}, 0;",
-        descriptor("b", f"${count + 16}"),
-        "wgmma.fence.sync.aligned;",
-    ]
-    for step in range(4):
-        left = ", ".join(f"${count + 4 * step + r}" for r in range(4))
-        for term in range(2):
-            old = "yes" if step or term else "keep"
-            lines.append(f"add.u64 y, b, {2 * step + term * tokens * 8};")
-            shape = f"m64n{tokens}k16.f32.bf16.bf16"
-            lines.append(f"wgmma.mma_async.sync.aligned.{shape} {{{into}}}, {{{left}}}, y, {old}, 1, 1, 0;")
-    lines.append("wgmma.commit_group.sync.aligned; }")
-    return " ".join(lines)
-
-
-@cache
-def wgmma_bf16_split_rs(tokens: int) -> tuple[Callable, Callable, Callable]:
-    """`start(sums, words, array, b, keep)`, `all_but_one()`, `finished(sums)`: `wgmma_bf16_split` of 64 rows with A in
-    registers. sm_90a.
-
-    words: a local array int32 [16] of A; words[4 s ..] are a0 .. a3, as `mma_bf16` has them, of columns 16 s .. and of
-    rows 16 w .. for the warpgroup's warp w. The rest is as there.
-    """
-    start = _emulated_bf16_split_rs(tokens)
-    if SIMULATED:
-        return start, _all_but_one, _finished
-    count = tokens // 2
-    wait = array_asm(_finished, "wgmma.wait_group.sync.aligned 0;", count, kind="f")
-    return array_asm(start, _ptx_bf16_split_rs(tokens), count, read=16, scalars=2, kind="f"), _all_but_one, wait

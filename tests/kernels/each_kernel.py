@@ -37,7 +37,6 @@ from tests.kernels.linear.test_quantize_groups import check_quantize_groups
 from tests.kernels.linear.test_row_norm import check_row_norm
 from tests.kernels.lm_head.test_gemm import check_lm_head
 from tests.kernels.lm_head.test_gemm_wgmma import check_lm_head_wgmma
-from tests.kernels.lm_head.test_gemm_wgmma_int8 import check_lm_head_wgmma_int8
 from tests.kernels.lm_head.test_gemv import check_lm_head_gemv
 from tests.kernels.sampling.test_sampling import choose, choose_batch
 from tests.kernels.test_embedding import (
@@ -76,8 +75,8 @@ def main(tool: str) -> None:
         check_gemm_groups(70, 128, 900, "gated", "silu", True, 8, 68)
         check_gemm(70, 128, 300, Tile(64, 1, 8, 1, 0, 4, 1, "wgmma"), "gated", "relu2", False, 18, 65)
         for tokens in (7, 100):
-            check_lm_head_wgmma(320, 700, tokens, 2, 19)
-            check_lm_head_wgmma_int8(320, 700, tokens, 2, 19)
+            check_lm_head_wgmma("bf16", 320, 700, tokens, 2, 19)
+            check_lm_head_wgmma("int8", 320, 700, tokens, 2, 19)
         for shape in ((64, 4, 2), (100, 1, 1)):
             check_prefill_wgmma(shape, 70, 140, 148, True, 20)
     for row_format in embed.ELEMENTS:

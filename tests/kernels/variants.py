@@ -29,7 +29,7 @@ from bitnet_numba.kernels.linear import (
     quantize_groups,
     row_norm,
 )
-from bitnet_numba.kernels.lm_head import gemm_mma, gemm_simt, gemm_wgmma, gemm_wgmma_int8, split_norm
+from bitnet_numba.kernels.lm_head import gemm_mma, gemm_simt, gemm_wgmma, split_norm
 from bitnet_numba.kernels.lm_head import gemv as head_gemv
 from bitnet_numba.kernels.operands import RowDtype
 from bitnet_numba.kernels.runtime.spec import KernelSpec
@@ -130,16 +130,11 @@ def lm_head_gemm_wgmma(arch: int) -> list[KernelSpec]:
     """One for every number of tokens, and the norm before it."""
     if arch != gemm_wgmma.ARCH:
         return []
-    tiles = [gemm_wgmma.plan(tokens) for tokens in reversed(split_norm.GROUP_TOKENS["wgmma"])]
-    return [*(gemm_wgmma.spec(arch, tile) for tile in tiles), split_norm.spec(arch, 2560, "wgmma", "bf16")]
-
-
-def lm_head_gemm_wgmma_int8(arch: int) -> list[KernelSpec]:
-    """One for every number of tokens, and the norm before it."""
-    if arch != gemm_wgmma.ARCH:
-        return []
-    tiles = [gemm_wgmma_int8.plan(tokens) for tokens in reversed(split_norm.GROUP_TOKENS["wgmma"])]
-    return [*(gemm_wgmma_int8.spec(arch, tile) for tile in tiles), split_norm.spec(arch, 2560, "wgmma", "int8")]
+    found = []
+    for dtype, layout in gemm_wgmma.LAYOUTS.items():
+        tiles = [gemm_wgmma.plan(tokens, dtype) for tokens in reversed(split_norm.GROUP_TOKENS[layout])]
+        found += [*(gemm_wgmma.spec(arch, tile) for tile in tiles), split_norm.spec(arch, 2560, layout, dtype)]
+    return found
 
 
 def linear_quantize(arch: int) -> list[KernelSpec]:
@@ -247,8 +242,8 @@ GROUPS: dict[str, Callable[[int], list[KernelSpec]]] = {
         attention_decode, attention_paged_decode, attention_prefill, attention_prefill_wgmma,
         attention_paged_simt, attention_kv_cache, attention_expand, attention_head_norm,
         attention_rotate_heads, attention_text_attention, embedding, lm_head_gemv, lm_head_gemm, lm_head_gemm_wgmma,
-        lm_head_gemm_wgmma_int8, linear_row_norm, linear_gated, linear_quantize, linear_gemv, linear_gemm,
-        linear_quantize_groups, linear_gemv_groups, linear_gemm_groups, sampling,
+        linear_row_norm, linear_gated, linear_quantize, linear_gemv, linear_gemm, linear_quantize_groups,
+        linear_gemv_groups, linear_gemm_groups, sampling,
     )
 }  # fmt: skip
 
