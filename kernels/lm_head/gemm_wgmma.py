@@ -18,7 +18,7 @@ next are on their way. Once all have multiplied a stage, one thread starts the l
 Rows, tokens and columns that are not there arrive as zeros.
 
 A logit has the same bits for every number of tokens: bfloat16 columns are always added 16 at a time, those of the high
-term and then those of the low one, and no sum is split. Sums of int8 are exact, for up to 131,071 columns.
+term and then those of the low one, and no sum is split. Sums of int8 are exact.
 
 int8 rows could also become bfloat16 in registers. That takes more instructions than there are cycles for few tokens,
 and half of the tensor cores' rate for many.

@@ -59,6 +59,7 @@ GROUP_TOKENS: dict[
 THREADS = 512  # as `lm_head_gemv` has, so that the sums of its norm are the same
 
 INT8_TERMS = 3
+MAX_INT8_COLUMNS = (2**31 - 1) // 128**2  # an int32 sum holds the products of so many
 # What a token's largest value becomes: below 0x7f7f7f, the largest sum of three int8 terms, by more than the rounding
 # of the quotient.
 LARGEST = np.float32(0x7F7F7F - 7)
@@ -105,7 +106,8 @@ def make_split_norm(arch: int, K: int, layout: Layout, dtype: RowDtype, threads:
     QUADS, X_QUADS = K // 4, padded_columns(layout, K, dtype) // 4  # four neighbouring columns each
     LOAD_HALVES, UNITS = LOAD_COLUMNS // 4, padded_columns(layout, K, dtype) // UNIT
     INT8 = layout == "wgmma int8"
-    TERMS, ROW_WORDS = (INT8_TERMS, 1) if INT8 else (2, K // 2)  # int32 of a bfloat16 row; int8: row_wr counts rows
+    LARGEST_WARPS = WARPS if INT8 else 1
+    TERMS, ROW_WORDS = (INT8_TERMS, K // 4) if INT8 else (2, K // 2)  # int32 of a term's row in the layouts of `wgmma`
     warp_max = ptx.warp_max_int(arch)
     COLUMNS, ZERO, ONE = float32(K), float32(0), float32(1)
 
@@ -136,14 +138,13 @@ def make_split_norm(arch: int, K: int, layout: Layout, dtype: RowDtype, threads:
 
     def split_norm(h, norm, eps, x, num_tokens, group_size):
         square_s = ptx.pointer(cuda.shared.array(WARPS, float32))
-        largest_s = ptx.pointer(cuda.shared.array(WARPS, int32))
+        largest_s = ptx.pointer(cuda.shared.array(LARGEST_WARPS, int32))
         tid = int32(cuda.threadIdx.x)
         warp, lane = int32(tid // WARP), int32(tid % WARP)
         m = int32(cuda.blockIdx.x)
         h_rd = int64(m) * K
         quads = int32(QUADS) if m < num_tokens else int32(0)
-        # Where this token's part of x begins: layout "mma", its tile's; the others on tensor cores, its row of the high
-        # term.
+        # Where this token's part of x begins: layout "mma", its tile's; of `wgmma`, its row of the high term.
         tile = int32(m // TILE_TOKENS)
         group = ptx.udiv(tile, group_size)
         tile_wr = (int64(group * UNITS) * group_size + int32(tile - group * group_size)) * TILE_WORDS
@@ -178,7 +179,7 @@ def make_split_norm(arch: int, K: int, layout: Layout, dtype: RowDtype, threads:
             largest = warp_max(largest_s[lane] if lane < WARPS else int32(0))
             unit = ptx.div_rn(ptx.bits_to_float(uint32(largest)), LARGEST)
             if tid == 0:
-                x[int64(cuda.gridDim.x) * (INT8_TERMS * X_QUADS) + m] = int32(ptx.float_to_bits(unit))
+                x[int64(cuda.gridDim.x) * (INT8_TERMS * ROW_WORDS) + m] = int32(ptx.float_to_bits(unit))
         for quad in range(tid, X_QUADS, threads):
             v0, v1, v2, v3 = ZERO, ZERO, ZERO, ZERO
             if quad < quads:
@@ -187,7 +188,7 @@ def make_split_norm(arch: int, K: int, layout: Layout, dtype: RowDtype, threads:
             if LAYOUT == "wgmma int8":
                 t0, t1, t2, t3 = terms(v0, unit), terms(v1, unit), terms(v2, unit), terms(v3, unit)
                 for term in range(INT8_TERMS):
-                    wr = (row_wr + int64(term * group_size)) * X_QUADS + quad
+                    wr = row_wr + int64(term * group_size) * ROW_WORDS + quad
                     x[wr] = gather(t0, t1, t2, t3, INT8_TERMS - 1 - term)
             elif LAYOUT == "wgmma":
                 high, low = ptx.split_bf16x2(v0, v1)
@@ -217,10 +218,13 @@ def make_split_norm(arch: int, K: int, layout: Layout, dtype: RowDtype, threads:
 def spec(arch: int, K: int, layout: Layout, dtype: RowDtype, threads: int = THREADS) -> KernelSpec:
     """The variant for rows of K columns; `threads` differs in tests only.
 
-    Raises ValueError unless K is a multiple of 32. Arguments of a launch, of padded_tokens blocks: h float32
-    [num_tokens, K], norm weight float32 [K], eps, x int32 [x_words], num_tokens, `group_size_argument`.
+    Raises ValueError unless K is a multiple of 32, and at most MAX_INT8_COLUMNS for layout "wgmma int8". Arguments of a
+    launch, of padded_tokens blocks: h float32 [num_tokens, K], norm weight float32 [K], eps, x int32 [x_words],
+    num_tokens, `group_size_argument`.
     """
     check_columns(K)
+    if layout == "wgmma int8" and K > MAX_INT8_COLUMNS:
+        raise ValueError(f"int8 LM head rows can have {MAX_INT8_COLUMNS} columns, not {K}")
     f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
     kind = layout if layout.startswith("wgmma") else f"{layout} {dtype}"
     kernel = make_split_norm(arch, K, layout, dtype, threads)

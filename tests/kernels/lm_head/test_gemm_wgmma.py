@@ -326,6 +326,14 @@ def test_refuses_tiles(tile: tuple[Any, ...]) -> None:
         kernel.spec(90, kernel.Tile(*tile))
 
 
+def test_refuses_columns_whose_sums_overflow() -> None:
+    most = split_norm.MAX_INT8_COLUMNS // 32 * 32
+    assert most * 128 * 128 < 2**31 <= (most + 32) * 128 * 128
+    split_norm.spec(ARCH, most, "wgmma int8", "int8")
+    with pytest.raises(ValueError, match=f"can have 131071 columns, not {most + 32}"):
+        split_norm.spec(ARCH, most + 32, "wgmma int8", "int8")
+
+
 def test_batches_have_its_variants_compiled() -> None:
     from bitnet_numba.backends.cuda.warmup import Needs
     from bitnet_numba.backends.cuda.weights import RowFormats
