@@ -113,6 +113,7 @@ from bitnet_numba.kernels.ptx.wgmma import (
     wgmma_bf16_split,
     wgmma_s8,
     wgmma_s8_pair,
+    wgmma_s8_shared,
 )
 from bitnet_numba.kernels.ptx.wgmma_attention import (
     warpgroup_barrier,

@@ -80,7 +80,8 @@ def main(tool: str) -> None:
         check_gemm_groups(70, 128, 900, "gated", "silu", True, 8, 68)
         check_gemm(70, 128, 300, Tile(64, 1, 8, 1, 0, 4, 1, "wgmma"), "gated", "relu2", False, 18, 65)
         for tokens in (7, 100):
-            check_lm_head_wgmma(320, 700, tokens, 2, 19)
+            check_lm_head_wgmma("bf16", 320, 700, tokens, 2, 19)
+            check_lm_head_wgmma("int8", 320, 700, tokens, 2, 19)
         for shape in ((64, 4, 2), (100, 1, 1)):
             check_prefill_wgmma(shape, 70, 140, 148, True, 20)
     for row_format in embed.ELEMENTS:

@@ -131,8 +131,11 @@ def lm_head_gemm_wgmma(arch: int) -> list[KernelSpec]:
     """One for every number of tokens, and the norm before it."""
     if arch != gemm_wgmma.ARCH:
         return []
-    tiles = [gemm_wgmma.plan(tokens) for tokens in reversed(split_norm.GROUP_TOKENS["wgmma"])]
-    return [*(gemm_wgmma.spec(arch, tile) for tile in tiles), split_norm.spec(arch, 2560, "wgmma", "bf16")]
+    found = []
+    for dtype, layout in gemm_wgmma.LAYOUTS.items():
+        tiles = [gemm_wgmma.plan(tokens, dtype) for tokens in reversed(split_norm.GROUP_TOKENS[layout])]
+        found += [*(gemm_wgmma.spec(arch, tile) for tile in tiles), split_norm.spec(arch, 2560, layout, dtype)]
+    return found
 
 
 def linear_quantize(arch: int) -> list[KernelSpec]:
