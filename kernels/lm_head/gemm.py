@@ -73,8 +73,8 @@ def lm_head_gemm(
     )
     if layout == "wgmma":
         tile = gemm_wgmma.plan(num_tokens)
-        of_rows, of_x = gemm_wgmma.map_shapes(tile, num_rows, num_tokens, K)
-        maps = device.tensor_map(rows, *of_rows), device.tensor_map(split, *of_x)
+        of_rows, of_x = gemm_wgmma.map_boxes(tile, num_rows, num_tokens, K)
+        maps = device.tensor_map(rows, of_rows), device.tensor_map(split, of_x)
         spec, grid = gemm_wgmma.spec(arch, tile), gemm_wgmma.grid(device.num_sms, tile, num_rows, num_tokens)
         arguments = (*maps, logits, num_rows, num_tokens, gemm_wgmma.num_k_iters(K))
     else:

@@ -29,7 +29,7 @@ from numba.cuda import types
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.lm_head.split_norm import GROUP_TOKENS, group_tokens, padded_tokens
 from bitnet_numba.kernels.ptx.base import device_function, float32, int32, int64
-from bitnet_numba.kernels.ptx.tma import PANEL_ALIGN, SPAN_INTS
+from bitnet_numba.kernels.ptx.tma import PANEL_ALIGN, SPAN_INTS, Boxes
 from bitnet_numba.kernels.ptx.wgmma import TILE_BYTES
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 
@@ -193,7 +193,7 @@ def make_lm_head_wgmma(arch: int, tile: Tile) -> Callable[..., None]:
 def spec(arch: int, tile: Tile) -> KernelSpec:
     """The variant of a tile. Raises ValueError as `make_lm_head_wgmma`.
 
-    Arguments of a launch: tensor maps of the table and of x (see `map_shapes`), logits float32 [num_tokens, num_rows],
+    Arguments of a launch: tensor maps of the table and of x (see `map_boxes`), logits float32 [num_tokens, num_rows],
     num_rows, num_tokens, k_iters (see `num_k_iters`).
     """
     f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
@@ -207,10 +207,11 @@ def spec(arch: int, tile: Tile) -> KernelSpec:
     )
 
 
-def map_shapes(tile: Tile, num_rows: int, num_tokens: int, K: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(rows, row_ints, box_rows, box_ints) of the tensor maps of the table and of x."""
+def map_boxes(tile: Tile, num_rows: int, num_tokens: int, K: int) -> tuple[Boxes, Boxes]:
+    """The boxes that the table and x are loaded in."""
     x_rows = 2 * padded_tokens("wgmma", num_tokens)
-    return (num_rows, K // 2, tile.rows, SPAN_INTS), (x_rows, K // 2, 2 * tile.tokens, SPAN_INTS)
+    of_rows = Boxes.of_matrix(num_rows, K // 2, tile.rows, SPAN_INTS)
+    return of_rows, Boxes.of_matrix(x_rows, K // 2, 2 * tile.tokens, SPAN_INTS)
 
 
 def num_k_iters(K: int) -> int:

@@ -50,7 +50,7 @@ def launch(
     x = Out(split_norm.x_words("wgmma", num_tokens, K, "bf16"), np.int32)
     run(split_norm.spec(ARCH, K, "wgmma", "bf16", threads), padded, [h, norm, EPS, x, num_tokens, tile.tokens])
     logits = Out(num_tokens * num_rows, np.float32)
-    of_weight, of_x = kernel.map_shapes(tile, num_rows, num_tokens, K)
+    of_weight, of_x = kernel.map_boxes(tile, num_rows, num_tokens, K)
     (weights, _on_device), (terms, _too) = mapped(weight, of_weight), mapped(x.array.copy(), of_x)
     grid = (blocks, padded // tile.tokens)
     run(kernel.spec(ARCH, tile), grid, [weights, terms, logits, num_rows, num_tokens, kernel.num_k_iters(K)])
@@ -195,8 +195,8 @@ def test_plan() -> None:
     for tokens in sizes:
         tile = kernel.plan(tokens)
         assert tile.stages >= 3 and tile.rows == 256
-        weights, x = kernel.map_shapes(tile, 1000, tokens, 96)
-        assert max(weights[2], x[2]) <= 256  # rows of a TMA load
+        weights, x = kernel.map_boxes(tile, 1000, tokens, 96)
+        assert max(weights.box[0], x.box[0]) <= 256  # rows of a TMA load
     assert kernel.num_k_iters(2560) == 40 and kernel.num_k_iters(2592) == 41
 
 
