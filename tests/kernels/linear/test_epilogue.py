@@ -27,7 +27,7 @@ def hard_cases(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.nda
     cases: list[tuple[int, int]] = []
     while len(cases) < count:
         s = int(rng.integers(1 << BITS - 1, 1 << BITS)) | 1
-        d = int(rng.integers(-4, 5))
+        d = int(rng.integers(-6, 7))
         a = d * pow(1 << BITS + 1, -1, s) % s
         m = ((a << BITS + 1) - d) // s
         if a >> BITS - 1 == 1 and m >> BITS == 1 and m % 2:
