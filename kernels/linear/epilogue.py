@@ -8,11 +8,11 @@
 ptxas makes a float32 division a call, and serialises `wgmma` around calls. So gemm_wgmma.py makes r, the float32
 nearest to 1 / s, once a token, and divides by Markstein's theorem (1990): if y is a / s or next to it, then
 y + (a - s y) r, rounded once, is a / s rounded once. Here y is a r. Where the mantissa of a is below that of s, that
-may be the number after next; the quotients that could then be wrong, those next to halfway, are 15 million but for powers
-of two, and trying them all has found none. r itself comes by float64: with s and a float32 midpoint m (25 bits), m s
-and a power of two are different integers of at most 49 bits, so 1 / s is further than 2^-50 m from m, and the float64
-is off by less than 2^-51. The remainder a - s y must not underflow: quotients below 2^-126, and any of |a| < 2^-100,
-may differ in the last bit. Quotients beyond the largest float32 are NaN instead of infinite.
+may be the number after next; the quotients that could then be wrong, those next to halfway, are 15 million but for
+powers of two, and trying them all has found none. r itself comes by float64: with s and a float32 midpoint m
+(25 bits), m s and a power of two are different integers of at most 49 bits, so 1 / s is further than 2^-50 m from m,
+and the float64 is off by less than 2^-51. The remainder a - s y must not underflow: quotients below 2^-126, and any of
+|a| < 2^-100, may differ in the last bit. Quotients beyond the largest float32 are NaN instead of infinite.
 
 Float64 would do with one product for each result, but converting to it and back takes eight times as long as this.
 """

@@ -41,7 +41,7 @@ from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.linear.epilogue import make_epilogue, reciprocal
 from bitnet_numba.kernels.linear.gemm_mma import TOKENS
 from bitnet_numba.kernels.linear.tile import Tile
-from bitnet_numba.kernels.ptx.base import WARP, device_function, float32, int32, int64
+from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, int32, int64, uint32
 from bitnet_numba.kernels.ptx.tma import PANEL_ALIGN
 from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_BITS
 
@@ -68,8 +68,8 @@ def shared_bytes(tile: Tile) -> int:
 
 
 def cta_bytes(tile: Tile) -> int:
-    """All shared memory of a CTA in bytes: mbarriers, scales, their reciprocals and sums of q too."""
-    return shared_bytes(tile) + 8 * tile.stages + 12 * tile.tokens
+    """All shared memory of a CTA in bytes: mbarriers and what results take of each token too."""
+    return shared_bytes(tile) + 8 * tile.stages + 16 * tile.tokens
 
 
 def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu2") -> Callable[..., None]:
@@ -104,6 +104,7 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
     whole_batches = max(n for n in range(1, BATCH + 1) if OUT_ROUNDS % n == 0)
     EACH = OUT_ROUNDS if CLUSTER > 1 or EARLY else whole_batches
     SCALE_ROUNDS = -(-T // THREADS)
+    TOKEN_VALUES = 4 * T  # of each token: sum of q, scale, the scale's reciprocal
     Y, ZERO = int32 if ACC else float32, float32(0)
     whole = (not T % 16 or T in (8, 24)) and T <= MAX_TOKENS and not WR % 4
     many = cta_bytes(tile) > SHARED_BYTES or CLUSTER > 1 and OUT_ROUNDS > 2 * BATCH
@@ -152,10 +153,10 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
         return slot, stage, parity
 
     @device_function
-    def read_results(y_r, old_r, shared, address, sums, token_values, token, row_values):
+    def read_results(y_r, old_r, shared, address, sums, token_s, token, row_values):
         """EACH results of a thread, from `token` on; without branches, so that their latencies overlap. sums: index of
         its row's sum for the first token, in int32."""
-        (m_row, m_up, bias, row, rows), (q_sum_s, scale_s, inverse_s) = row_values, token_values
+        m_row, m_up, bias, row, rows = row_values
         for n in range(EACH):
             t = token + n * JUMP if EXACT else min(int32(token + n * JUMP), int32(T - 1))
             rd = int32(sums + t * WIDTH)
@@ -177,8 +178,9 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
                     if GATED:
                         e += shared[rd + (k * SUMS + ROWS)]
             old = old_r[n] if RESIDUAL else ZERO
-            divisor = scale_s[t], inverse_s[t]
-            y_r[n] = finish(int32(c), int32(e), q_sum_s[t], m_row, m_up, divisor, bias, row, rows, old)
+            q_sum, s, r, _ = ptx.load4(token_s, 4 * t)
+            divisor = ptx.bits_to_float(uint32(s)), ptx.bits_to_float(uint32(r))
+            y_r[n] = finish(int32(c), int32(e), q_sum, m_row, m_up, divisor, bias, row, rows, old)
 
     @device_function
     def store_results(out, y_r, wr, jump, last, token):
@@ -205,9 +207,7 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
     ):  # fmt: skip
         shared = ptx.pointer(cuda.shared.array(0, int32))
         mbarrier_s = ptx.pointer(cuda.shared.array(STAGES, int64))
-        scale_s = ptx.pointer(cuda.shared.array(T, float32))
-        inverse_s = ptx.pointer(cuda.shared.array(T, float32))
-        q_sum_s = ptx.pointer(cuda.shared.array(T, int32))
+        token_s = ptx.pointer(cuda.shared.array(TOKEN_VALUES, int32, SHARED_ALIGN))
         a_r = cuda.local.array(CODES, int32)
         b_r = cuda.local.array(CODES, int32)
         acc_r = cuda.local.array(ACC_REGS, int32)
@@ -277,9 +277,9 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
         for n in range(SCALE_ROUNDS):
             t = int32(tid + n * THREADS)
             if t < T and first + t < limit:
-                scale_s[t] = s[first + t]
-                inverse_s[t] = float32(reciprocal(s[first + t]))
-                q_sum_s[t] = q_sum[first + t]
+                scale = s[first + t]
+                bits, inverse_bits = ptx.float_to_bits(scale), ptx.float_to_bits(float32(reciprocal(scale)))
+                ptx.store4(token_s, 4 * t, q_sum[first + t], int32(bits), int32(inverse_bits), int32(0))
 
         # 3. Products. While those of one stage run, the next one's words are decoded: the tensor cores never idle.
         own_panel = int32(base + k * PANEL)
@@ -308,7 +308,7 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
         for t in range(T // TOKENS):
             ptx.store2(shared, to + t * (TOKENS * WIDTH), acc_r[4 * t], acc_r[4 * t + 2])
             ptx.store2(shared, to + (t * TOKENS + 1) * WIDTH, acc_r[4 * t + 1], acc_r[4 * t + 3])
-        row_values, token_values = (m_row, m_up, bias, row, int32(rows)), (q_sum_s, scale_s, inverse_s)
+        row_values = m_row, m_up, bias, row, int32(rows)
         if CLUSTER > 1:
             # The CTA's own sums become one, then each CTA reads its tokens' from all.
             if WK > 1:
@@ -321,7 +321,7 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
                 if RESIDUAL and not EARLY:
                     for n in range(EACH):
                         old_r[n] = out[min(int32(wr + n * jump), last)]
-                read_results(y_r, old_r, shared, unaligned, sums + own, token_values, token, row_values)
+                read_results(y_r, old_r, shared, unaligned, sums + own, token_s, token, row_values)
             ptx.cluster_arrive()  # a CTA may exit once no other reads its sums
             if writes:
                 wr = store_results(out, y_r, wr, jump, last, token)
@@ -332,7 +332,7 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
                 if RESIDUAL and not EARLY:
                     for n in range(EACH):
                         old_r[n] = out[min(int32(wr + n * jump), last)]
-                read_results(y_r, old_r, shared, unaligned, sums + own, token_values, token, row_values)
+                read_results(y_r, old_r, shared, unaligned, sums + own, token_s, token, row_values)
                 wr = store_results(out, y_r, wr, jump, last, token)
                 token = int32(token + JUMP * EACH)
 
