@@ -48,6 +48,7 @@ MAGNITUDE = 0x7FFFFFFF  # of a float32's bits: all but the sign
 def make_quantize(arch: int, K: int, norm: bool, threads: int) -> Callable[..., None]:
     """The kernel for rows of K columns. q is int32 words of four where K is a multiple of 4, else int8."""
     wait, trigger = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
+    warp_max, warp_sum = ptx.warp_max_int(arch), ptx.redux_sum_int(arch)
     WIDE = K % 4 == 0
     EACH = 4 if WIDE else 1  # columns of a piece
     PIECES, PADDED = K // EACH, -(-K // BLOCK_COLS) * BLOCK_COLS // EACH
@@ -93,9 +94,13 @@ def make_quantize(arch: int, K: int, norm: bool, threads: int) -> Callable[..., 
                 else:
                     v_r[t] = x[x_rd + piece]
         if NORM:
-            squares = float64(0)
-            for i in range(VALUES_EACH):
+            squares = others = float64(0)  # two sums, since an addition waits for the one before
+            for i in range(0, VALUES_EACH - 1, 2):
                 squares += float64(ptx.mul_rn(v_r[i], v_r[i]))
+                others += float64(ptx.mul_rn(v_r[i + 1], v_r[i + 1]))
+            if VALUES_EACH % 2:
+                squares += float64(ptx.mul_rn(v_r[VALUES_EACH - 1], v_r[VALUES_EACH - 1]))
+            squares += others
             for step in range(5):
                 squares += ptx.shuffle_xor(squares, 1 << step)
             if lane == 0:
@@ -124,7 +129,7 @@ def make_quantize(arch: int, K: int, norm: bool, threads: int) -> Callable[..., 
         most = int32(0)
         for i in range(VALUES_EACH):
             most = max(most, int32(ptx.float_to_bits(v_r[i]) & MAGNITUDE))
-        most = ptx.warp_max(most)
+        most = warp_max(most)
         if lane == 0:
             max_s[warp] = most
         cuda.syncthreads()
@@ -152,7 +157,7 @@ def make_quantize(arch: int, K: int, norm: bool, threads: int) -> Callable[..., 
                     q[q_wr + piece] = value
         for piece in range(int32(tid + ROUNDS * threads), PADDED, STEP):
             q[q_wr + piece] = int32(0)
-        added = ptx.warp_sum_int(added)
+        added = warp_sum(added)
         if lane == 0:
             sum_s[warp] = added
         cuda.syncthreads()
