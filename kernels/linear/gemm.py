@@ -22,11 +22,11 @@ from bitnet_numba.kernels.linear.heuristics import choose_tile, takes_few
 from bitnet_numba.kernels.linear.operands import PackedLinear, QuantizedActivations, check_segments
 from bitnet_numba.kernels.linear.tile import Tile
 from bitnet_numba.kernels.operands import checked
-from bitnet_numba.kernels.ptx.tma import SPAN_INTS
+from bitnet_numba.kernels.ptx.tma import SPAN_INTS, Boxes
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.spec import CARVEOUT, CARVEOUT_BYTES, RESERVED_BYTES, KernelSpec
-from bitnet_numba.packing import BLOCK_ROWS, padded_shape
+from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, padded_shape
 
 
 def _carveout(tile: Tile) -> int:
@@ -62,11 +62,19 @@ def spec(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu
     )
 
 
-def map_sizes(tile: Tile, M: int, N: int, K: int, gated: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Sizes of the tensor maps of words and q, as of `Device.tensor_map`: rows, row_ints, box_rows, box_ints."""
-    padded_N, padded_K = padded_shape(N, K)
-    words = (padded_N // BLOCK_ROWS, padded_K, tile.row_warps // (2 if gated else 1), PART)
-    return words, (M, padded_K // 4, tile.tokens, SPAN_INTS)
+def map_boxes(tile: Tile, M: int, N: int, K: int, gated: bool) -> tuple[Boxes, Boxes]:
+    """The boxes that words and q are loaded in, the parts of a k_iter in one.
+
+    Where columns are no multiple of PART, the last part of a token runs on into the next one, and that of the last
+    beyond the array: there, words are zeros.
+    """
+    (padded_N, padded_K), units = padded_shape(N, K), tile.row_warps // (2 if gated else 1)
+    words = (padded_N // BLOCK_ROWS, padded_K // BLOCK_COLS, BLOCK_COLS)
+    q = (-(-padded_K // PART), M, SPAN_INTS)
+    return (
+        Boxes(words, (padded_K, BLOCK_COLS), (units, tile.k_warps * PART // BLOCK_COLS, BLOCK_COLS), swizzled=False),
+        Boxes(q, (SPAN_INTS, padded_K // 4), (tile.k_warps, tile.tokens, SPAN_INTS), swizzled=True),
+    )
 
 
 def launch_sizes(tile: Tile, M: int, N: int, K: int, ends: Sequence[int], gated: bool) -> tuple:
@@ -97,8 +105,9 @@ def gemm(
     """The launch of a product with up to `num_tokens` tokens' activations.
 
     count: int32 [1], how many of the tokens are real when it runs (no kernel still running may write it); rows of `out`
-    beyond keep what they hold, or get anything. out: float32 [num_tokens, N] ("gated": [num_tokens, N / 2]), or int32
-    for epilogue "acc". Epilogues as of `gemv`. Raises ValueError with the sizes if operands do not fit together.
+    beyond keep what they hold, or get anything. x: as made by `QuantizedActivations.empty`. out: float32
+    [num_tokens, N] ("gated": [num_tokens, N / 2]), or int32 for epilogue "acc". Epilogues as of `gemv`. Raises
+    ValueError with the sizes if operands do not fit together.
     """
     N, K, gated = linear.N, linear.K, epilogue == "gated"
     if num_tokens < 1:
@@ -111,14 +120,16 @@ def gemm(
             device, linear, x, count, out, num_tokens, epilogue=epilogue, activation=activation, use_pdl=use_pdl
         )
     operands = linear.sizes() | x.sizes(num_tokens, K)
+    tile = choose_tile(num_tokens, N, K, device.arch, device.num_sms, gated)
+    if tile.scheme == "wgmma":
+        of_words, of_q = map_boxes(tile, num_tokens, N, K, gated)
+        operands["q"] = (x.q, 4 * of_q.size, "int8")
     operands["count"] = (count, 1, "int32")
     operands["out"] = (out, num_tokens * (N // 2 if gated else N), "int32" if epilogue == "acc" else "float32")
     problem = f"a {N} x {K} product of {num_tokens} tokens"
     words, scales, bias, q, s, q_sum, count, out = checked("gemm", problem, **operands)
-    tile = choose_tile(num_tokens, N, K, device.arch, device.num_sms, gated)
     grid, integers = launch_sizes(tile, num_tokens, N, K, linear.segment_ends, gated)
     if tile.scheme == "wgmma":
-        of_words, of_q = map_sizes(tile, num_tokens, N, K, gated)
-        words, q = device.tensor_map(words, *of_words), device.tensor_map(q, *of_q)
+        words, q = device.tensor_map(words, of_words), device.tensor_map(q, of_q)
     arguments = (words, q, s, q_sum, count, scales, bias, out, *integers)
     return device.launch(spec(device.arch, tile, epilogue, activation, bias is not None), grid, arguments, use_pdl)

@@ -74,8 +74,8 @@ def lm_head_gemm(
     )
     if layout in gemm_wgmma.LAYOUTS.values():
         tile = gemm_wgmma.plan(num_tokens, dtype)
-        of_rows, of_x = gemm_wgmma.map_shapes(tile, num_rows, num_tokens, K)
-        maps = device.tensor_map(rows, *of_rows), device.tensor_map(split, *of_x)
+        of_rows, of_x = gemm_wgmma.map_boxes(tile, num_rows, num_tokens, K)
+        maps = device.tensor_map(rows, of_rows), device.tensor_map(split, of_x)
         spec, grid = gemm_wgmma.spec(arch, tile), gemm_wgmma.grid(device.num_sms, tile, num_rows, num_tokens)
         of_int8 = (scale, split) if dtype == "int8" else (None, None)
         ints, k_iters = gemm_wgmma.row_ints(tile, K), gemm_wgmma.num_k_iters(tile, K)

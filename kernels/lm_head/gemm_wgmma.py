@@ -42,7 +42,7 @@ from bitnet_numba.kernels.lm_head.split_norm import (
 )
 from bitnet_numba.kernels.operands import RowDtype
 from bitnet_numba.kernels.ptx.base import device_function, float32, int32, int64, uint32
-from bitnet_numba.kernels.ptx.tma import PANEL_ALIGN, SPAN_INTS
+from bitnet_numba.kernels.ptx.tma import PANEL_ALIGN, SPAN_INTS, Boxes
 from bitnet_numba.kernels.ptx.wgmma import TILE_BYTES
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 
@@ -235,7 +235,7 @@ def make_lm_head_wgmma(arch: int, tile: Tile) -> Callable[..., None]:
 def spec(arch: int, tile: Tile) -> KernelSpec:
     """The variant of a tile. Raises ValueError as `make_lm_head_wgmma`.
 
-    Arguments of a launch: tensor maps of the table and of x (see `map_shapes`), scale float32 [num_rows] and x itself
+    Arguments of a launch: tensor maps of the table and of x (see `map_boxes`), scale float32 [num_rows] and x itself
     (None twice if rows are bfloat16), logits float32 [num_tokens, num_rows], num_rows, num_tokens, k_iters (see
     `num_k_iters`), row_ints (see there).
     """
@@ -250,10 +250,11 @@ def spec(arch: int, tile: Tile) -> KernelSpec:
     )
 
 
-def map_shapes(tile: Tile, num_rows: int, num_tokens: int, K: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(rows, row_ints, box_rows, box_ints) of the tensor maps of the table and of x."""
+def map_boxes(tile: Tile, num_rows: int, num_tokens: int, K: int) -> tuple[Boxes, Boxes]:
+    """The boxes that the table and x are loaded in."""
     x_rows, ints = TERMS[tile.dtype] * padded_tokens(LAYOUTS[tile.dtype], num_tokens), row_ints(tile, K)
-    return (num_rows, ints, tile.rows, SPAN_INTS), (x_rows, ints, tile.x_rows, SPAN_INTS)
+    of_rows = Boxes.of_matrix(num_rows, ints, tile.rows, SPAN_INTS)
+    return of_rows, Boxes.of_matrix(x_rows, ints, tile.x_rows, SPAN_INTS)
 
 
 def row_ints(tile: Tile, K: int) -> int:

@@ -172,7 +172,7 @@ def _ptx_s8(tokens: int, signed: bool) -> str:
         "{ .reg .pred yes, keep; .reg .b32 low, high; .reg .b64 b0, b1, b2, b3;",
         f"setp.eq.u32 yes, 0, 0; setp.eq.u32 keep, 0, {int(signed)};",
         descriptor("b0", f"${count + 16}"),
-        _NEXT_LOW if signed else "add.u64 b1, b0, 2; add.u64 b2, b0, 4; add.u64 b3, b0, 6;",
+        _NEXT_LOW,
         "wgmma.fence.sync.aligned;",
     ]
     into = ", ".join(f"${n}" for n in range(count))

@@ -15,7 +15,7 @@ import pytest
 
 from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype
-from bitnet_numba.kernels.ptx.tma import SimulatedTensorMap
+from bitnet_numba.kernels.ptx.tma import Boxes, SimulatedTensorMap
 from bitnet_numba.kernels.runtime.device import CudaDevice
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import DeviceView
@@ -82,9 +82,8 @@ class SimulatedDevice(CudaDevice):
         """Plenty."""
         return 1 << 30, 1 << 30
 
-    def tensor_map(self, array: Any, rows: int, row_ints: int, box_rows: int, box_ints: int) -> SimulatedTensorMap:
-        matrix = self.memory.array(array.address, np.dtype(np.int32))[: rows * row_ints]
-        return SimulatedTensorMap(matrix.reshape(rows, row_ints), box_rows, box_ints)
+    def tensor_map(self, array: Any, boxes: Boxes) -> SimulatedTensorMap:
+        return SimulatedTensorMap(self.memory.array(array.address, np.dtype(np.int32)), boxes)
 
     def launch(self, spec: Any, grid: Any, arguments: Any, use_pdl: bool = True) -> Any:
         assert len(arguments) == len(spec.signature)

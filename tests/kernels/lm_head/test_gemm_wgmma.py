@@ -71,9 +71,9 @@ def launch(
     x = Out(split_norm.x_words(layout, num_tokens, K, dtype), np.int32)
     run(split_norm.spec(ARCH, K, layout, dtype, threads), padded, [h, norm, EPS, x, num_tokens, tile.tokens])
     logits = Out(num_tokens * num_rows, np.float32)
-    of_weight, of_x = kernel.map_shapes(tile, num_rows, num_tokens, K)
+    of_weight, of_x = kernel.map_boxes(tile, num_rows, num_tokens, K)
     terms = x.array.copy()
-    (weights, _on_device), (mapped_terms, _too) = mapped(weight, of_weight), mapped(terms[: of_x[0] * of_x[1]], of_x)
+    (weights, _on_device), (mapped_terms, _too) = mapped(weight, of_weight), mapped(terms[: of_x.size], of_x)
     of_int8 = [None, None] if scale is None else [scale, terms]
     sizes = [num_rows, num_tokens, kernel.num_k_iters(tile, K), kernel.row_ints(tile, K)]
     run(kernel.spec(ARCH, tile), (blocks, padded // tile.tokens), [weights, mapped_terms, *of_int8, logits, *sizes])
@@ -295,9 +295,9 @@ def test_plan() -> None:
         for tokens in sizes:
             tile = kernel.plan(tokens, dtype)
             assert tile.stages >= 3 and tile.rows == 256
-            weights, x = kernel.map_shapes(tile, 1000, tokens, 96)
-            assert max(weights[2], x[2]) <= 256  # rows of a TMA load
-            assert weights[1] == x[1] == kernel.row_ints(tile, 96) == {"bf16": 48, "int8": 24}[dtype]
+            weights, x = kernel.map_boxes(tile, 1000, tokens, 96)
+            assert max(weights.box[0], x.box[0]) <= 256  # rows of a TMA load
+            assert weights.shape[1] == x.shape[1] == kernel.row_ints(tile, 96) == {"bf16": 48, "int8": 24}[dtype]
     assert [kernel.num_k_iters(kernel.plan(1, "bf16"), K) for K in (2560, 2592)] == [40, 41]
     assert [kernel.num_k_iters(kernel.plan(1, "int8"), K) for K in (2560, 2592)] == [20, 21]
 
