@@ -13,12 +13,12 @@ from typing import Any
 
 from numba.cuda import types
 
+from bitnet_numba.kernels.linear import gemm_few
 from bitnet_numba.kernels.linear.epilogue import EPILOGUES
 from bitnet_numba.kernels.linear.gemm_dp4a import STEP, make_gemm_dp4a
-from bitnet_numba.kernels.linear.gemm_few import gemm_few
 from bitnet_numba.kernels.linear.gemm_mma import PANEL, make_gemm_mma
 from bitnet_numba.kernels.linear.gemm_wgmma import PART, cta_bytes, make_gemm_wgmma, shared_bytes
-from bitnet_numba.kernels.linear.heuristics import choose_tile, takes_few
+from bitnet_numba.kernels.linear.heuristics import choose_few, choose_tile
 from bitnet_numba.kernels.linear.operands import PackedLinear, QuantizedActivations, check_segments
 from bitnet_numba.kernels.linear.tile import Tile
 from bitnet_numba.kernels.operands import checked
@@ -115,19 +115,21 @@ def gemm(
     if epilogue not in EPILOGUES:
         raise ValueError(f"gemm: no epilogue {epilogue!r}, only {', '.join(EPILOGUES)}")
     check_segments("gemm", linear.segments, gated)
-    if takes_few(num_tokens, N, K, device.arch, device.num_sms, gated):
-        return gemm_few(
-            device, linear, x, count, out, num_tokens, epilogue=epilogue, activation=activation, use_pdl=use_pdl
-        )
     operands = linear.sizes() | x.sizes(num_tokens, K)
+    split = choose_few(num_tokens, N, K, device.arch, device.num_sms, gated)
     tile = choose_tile(num_tokens, N, K, device.arch, device.num_sms, gated)
-    if tile.scheme == "wgmma":
+    if split is None and tile.scheme == "wgmma":
         of_words, of_q = map_boxes(tile, num_tokens, N, K, gated)
         operands["q"] = (x.q, 4 * of_q.size, "int8")
     operands["count"] = (count, 1, "int32")
     operands["out"] = (out, num_tokens * (N // 2 if gated else N), "int32" if epilogue == "acc" else "float32")
     problem = f"a {N} x {K} product of {num_tokens} tokens"
     words, scales, bias, q, s, q_sum, count, out = checked("gemm", problem, **operands)
+    if split is not None:
+        few = gemm_few.gemm_few_spec(device.arch, K, split, epilogue, activation, bias is not None)
+        few_grid, integers = gemm_few.launch_sizes(split, num_tokens, N, K, linear.segment_ends, gated)
+        arguments = (words, q, s, q_sum, count, scales, bias, out, *integers)
+        return device.launch(few, few_grid, arguments, use_pdl)
     grid, integers = launch_sizes(tile, num_tokens, N, K, linear.segment_ends, gated)
     if tile.scheme == "wgmma":
         words, q = device.tensor_map(words, of_words), device.tensor_map(q, of_q)

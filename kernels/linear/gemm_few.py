@@ -23,22 +23,18 @@ No two blocks of a launch share an SM where they could: see "Where blocks go" in
 has what was tried: norm and quantisation in here are no faster than in a launch of their own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numba import cuda
 from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
-from bitnet_numba.kernels.linear.epilogue import EPILOGUES, make_epilogue
+from bitnet_numba.kernels.linear.epilogue import make_epilogue
 from bitnet_numba.kernels.linear.gemm_mma import FRAGMENT, PANEL, PANEL_INTS
-from bitnet_numba.kernels.linear.operands import PackedLinear, QuantizedActivations, check_segments
-from bitnet_numba.kernels.operands import checked
 from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, int32
-from bitnet_numba.kernels.runtime.device import Device
-from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_BITS, CODE_MASK, padded_shape
 
@@ -239,39 +235,8 @@ def gemm_few_spec(
     )
 
 
-def gemm_few(
-    device: Device,
-    linear: PackedLinear,
-    x: QuantizedActivations,
-    count: Any,
-    out: Any,
-    num_tokens: int,
-    *,
-    epilogue: str = "store",
-    activation: str = "relu2",
-    use_pdl: bool = True,
-) -> Launch:
-    """The launch of a product with 1 to MAX_TOKENS tokens' activations; operands as of `gemm`.
-
-    Raises ValueError for operands that do not fit, more tokens, or a matrix of which a block cannot hold its share.
-    """
-    N, K, gated = linear.N, linear.K, epilogue == "gated"
-    if not 1 <= num_tokens <= MAX_TOKENS:
-        raise ValueError(f"gemm_few: 1 to {MAX_TOKENS} tokens, not {num_tokens}")
-    if epilogue not in EPILOGUES:
-        raise ValueError(f"gemm_few: no epilogue {epilogue!r}, only {', '.join(EPILOGUES)}")
-    check_segments("gemm_few", linear.segments, gated)
-    split = plan(N, K, device.num_sms, gated)
-    if split is None:
-        raise ValueError(f"gemm_few: a block cannot hold its share of a {N} x {K} product")
+def launch_sizes(split: Plan, M: int, N: int, K: int, ends: Sequence[int], gated: bool) -> tuple:
+    """The grid and the int32 arguments, as of `gemm.launch_sizes`: (M, rows, unit_count, up_offset, bound1, bound2)."""
     rows = N // 2 if gated else N
-    operands = linear.sizes() | x.sizes(num_tokens, K)
-    operands["count"] = (count, 1, "int32")
-    operands["out"] = (out, num_tokens * rows, "int32" if epilogue == "acc" else "float32")
-    problem = f"a {N} x {K} product of {num_tokens} tokens"
-    words, scales, bias, q, s, q_sum, count, out = checked("gemm_few", problem, **operands)
     unit_count = -(-rows // BLOCK_ROWS)
-    integers = num_tokens, rows, unit_count, unit_count if gated else 0, *(*linear.segment_ends, N, N)[:2]
-    arguments = (words, q, s, q_sum, count, scales, bias, out, *integers)
-    spec = gemm_few_spec(device.arch, K, split, epilogue, activation, bias is not None)
-    return device.launch(spec, split.grid, arguments, use_pdl)
+    return split.grid, (M, rows, unit_count, unit_count if gated else 0, *(*ends, N, N)[:2])

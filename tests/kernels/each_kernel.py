@@ -13,6 +13,7 @@ from bitnet_numba.kernels.attention.prefill import fits as prefill_fits
 from bitnet_numba.kernels.attention.prefill import prefill_spec
 from bitnet_numba.kernels.linear import quantize, quantize_groups
 from bitnet_numba.kernels.linear.gemm_few import MIN_ARCH as MIN_FEW_ARCH
+from bitnet_numba.kernels.linear.gemm_few import Plan
 from bitnet_numba.kernels.linear.gemm_wgmma import ARCH as WGMMA_ARCH
 from bitnet_numba.kernels.linear.tile import Tile
 from bitnet_numba.kernels.sampling import batched, single
@@ -75,7 +76,7 @@ def main(tool: str) -> None:
     check_gemm(19, 100, 300, many, "residual", "relu2", True, 9)
     if arch() >= MIN_FEW_ARCH:
         for epilogue in ("gated", "residual"):
-            check_gemm_few(segments_of(96, epilogue == "gated"), 300, 3, 3, 2, epilogue, "relu2", True, 22)
+            check_gemm_few(segments_of(96, epilogue == "gated"), 300, Plan(2, 8, 3), 3, 2, epilogue, "relu2", True, 22)
     if arch() == WGMMA_ARCH and tool == "memcheck":  # racecheck knows nothing of mbarriers
         check_gemm_groups(70, 128, 900, "gated", "silu", True, 8, 68)
         check_gemm(70, 128, 300, Tile(64, 1, 8, 1, 0, 4, 1, "wgmma"), "gated", "relu2", False, 18, 65)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bitnet_numba.kernels.linear import gemm_few as gemm_few_module
+from bitnet_numba.kernels.linear import gemm as gemm_module
 from bitnet_numba.kernels.linear.gemm import gemm
-from bitnet_numba.kernels.linear.gemm_few import Plan, gemm_few, make_gemm_few, plan
+from bitnet_numba.kernels.linear.gemm_few import Plan, make_gemm_few, plan
 from bitnet_numba.kernels.linear.operands import PackedLinear, QuantizedActivations
 from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.packing import BLOCK_ROWS, pack_ternary
@@ -25,7 +25,7 @@ SHAPES = [(2560, 2560, False), (3840, 2560, False), (13824, 2560, True), (2560, 
 
 
 def check_gemm_few(
-    segments: Sequence[int], K: int, num_sms: int, tokens: int, count: int, epilogue: str, activation: str, bias: bool,
+    segments: Sequence[int], K: int, split: Plan, tokens: int, count: int, epilogue: str, activation: str, bias: bool,
     seed: int,
 ) -> None:  # fmt: skip
     """One product of random ternary weights, in segments of odd scales, `count` of the tokens real; the last of them
@@ -56,7 +56,7 @@ def check_gemm_few(
     if nan:
         s[count - 1] = np.nan
 
-    device = HarnessDevice(num_sms)
+    device = HarnessDevice(split.grid)
     linear = PackedLinear(
         device.operand(pack_ternary(w)), device.operand(scales), tuple(segments), K, device.operand(b)
     )
@@ -65,7 +65,9 @@ def check_gemm_few(
     out = Out(size, np.int32) if epilogue == "acc" else Out(size, np.float32, old if residual else None)
     before = out.array.reshape(tokens, rows).copy()
     given_count = device.operand(np.array([count], np.int32))
-    gemm_few(device, linear, x, given_count, device.operand(out), tokens, epilogue=epilogue, activation=activation)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gemm_module, "choose_few", lambda *_: split)
+        gemm(device, linear, x, given_count, device.operand(out), tokens, epilogue=epilogue, activation=activation)
     name = device.run()
     result, finite = out.array.reshape(tokens, rows), count - nan
     wanted = acc if epilogue == "acc" else expected
@@ -104,9 +106,7 @@ def test_simulated_gemm_few(
     segments = segments_of(2 * N if gated else N, gated)
     rows = segments[0] if gated else sum(segments)
     split = Plan((rows - 1) // (BLOCK_ROWS * grid) + 1, warps, grid)
-    with pytest.MonkeyPatch.context() as patch:  # few warps, so that the simulator is done soon
-        patch.setattr(gemm_few_module, "plan", lambda *_: split)
-        check_gemm_few(segments, K, 1, tokens, max(0, tokens - short), *kind, bias, seed)
+    check_gemm_few(segments, K, split, tokens, max(0, tokens - short), *kind, bias, seed)
 
 
 @pytest.mark.parametrize("num_sms", [1, 46, 132])
@@ -121,23 +121,9 @@ def test_plan_covers_every_row_once(N: int, K: int, gated: bool, num_sms: int) -
     assert sorted(unit for unit in done if unit < units) == list(range(units))
 
 
-def test_refuses_what_does_not_fit() -> None:
+def test_refuses_other_numbers_of_warps() -> None:
     with pytest.raises(ValueError, match="no product of few tokens is made of"):
         make_gemm_few(90, 64, Plan(1, 6, 1))
-    device = DryRunDevice(90, 132)
-    N, K, M = 64, 100, 3
-    words, scales = device.zeros(4 * 128 * 4, "int32"), device.zeros(1, "float32")
-    linear, x = PackedLinear(words, scales, (N,), K), QuantizedActivations.empty(device, M, K)
-    count, out = device.zeros(1, "int32"), device.zeros(M * N, "float32")
-    assert gemm_few(device, linear, x, count, out, M).name.startswith("gemm_few[100 store")
-    with pytest.raises(ValueError, match="gemm_few: 1 to 8 tokens, not 9"):
-        gemm_few(device, linear, x, count, out, 9)
-    with pytest.raises(ValueError, match="gemm_few: q holds 384 elements, a 64 x 100 product of 4 tokens takes 512"):
-        gemm_few(device, linear, x, count, out, 4)
-    with pytest.raises(ValueError, match="gemm_few: no epilogue 'add'"):
-        gemm_few(device, linear, x, count, out, M, epilogue="add")
-    with pytest.raises(ValueError, match="cannot hold its share of a 64 x 100000 product"):
-        gemm_few(device, PackedLinear(words, scales, (N,), 100000), x, count, out, M)
 
 
 def test_when_it_is_chosen() -> None:
@@ -155,12 +141,19 @@ def test_when_it_is_chosen() -> None:
     assert name(90, 8, 8192, 28672).startswith("gemm[sm_90")  # too large for the registers
 
 
+def split_of(N: int, K: int, gated: bool) -> Plan:
+    """How 132 SMs multiply a matrix that fits them."""
+    split = plan(N, K, 132, gated)
+    assert split is not None
+    return split
+
+
 @needs_gpu
 @pytest.mark.parametrize("tokens", [1, 2, 4, 8])
 @pytest.mark.parametrize(("N", "K", "gated"), SHAPES)
 def test_full_size_on_gpu(N: int, K: int, gated: bool, tokens: int) -> None:
-    epilogue = "gated" if gated else "residual"
-    check_gemm_few(segments_of(N, gated), K, 132, tokens, tokens, epilogue, "relu2", False, tokens)
+    split, epilogue = split_of(N, K, gated), "gated" if gated else "residual"
+    check_gemm_few(segments_of(N, gated), K, split, tokens, tokens, epilogue, "relu2", False, tokens)
 
 
 @needs_gpu
@@ -179,4 +172,5 @@ def test_any_shape_on_gpu(
 ) -> None:
     gated = kind[0] == "gated"
     segments = segments_of(2 * N if gated else N, gated)
-    check_gemm_few(segments, K, 132, tokens, max(0, tokens - short), *kind, bias, seed)
+    split = split_of(sum(segments), K, gated)
+    check_gemm_few(segments, K, split, tokens, max(0, tokens - short), *kind, bias, seed)
