@@ -70,7 +70,7 @@ NOT_FINITE = "the model's weights produce numbers that are not finite"
 
 class CallTimes(NamedTuple):
     """How long calls of a batch took, each the last one of its kind that is known: seconds of the device's work, zeros
-    before the first. Calls that wait for constraints are left out."""
+    before the first. What it waits for does not count: captures, constraints."""
 
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0

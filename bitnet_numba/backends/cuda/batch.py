@@ -142,11 +142,8 @@ class CudaBatch:
                 raise ValueError(f"{count} tokens are more than slot {slot}'s prompt still has")
         self._runtime.device.activate()
         completed: list[int] = []
-        before = self._memory.clock.start()
         for _, together in itertools.groupby(parts, lambda part: part if part[0] in self._scored else None):
             self._feed(list(together), completed)
-        if not self._constrained([slot for slot, _ in parts]):  # for whose masks the device waits
-            self._memory.clock.end(before, sum(count for _, count in parts))
         if completed:
             self._expect(completed)
 
@@ -156,7 +153,7 @@ class CudaBatch:
         for slot, count in parts:
             self._num_fed[slot] += count
         slot, start, left = feed[0]
-        for ends in self._memory.prefill.feed(feed):
+        for ends in self._memory.prefill.feed(feed, self._memory.clock):
             if slot in self._scored:  # which is fed alone
                 count = min(left, MAX_TOKENS)
                 self._scored[slot].add(self._memory, slot, start, count)
@@ -186,14 +183,16 @@ class CudaBatch:
             work_list = paged_decode.work_entries(splits)
             self._splits, self._num_blocks = splits, padded_size(len(work_list), num_tokens)
             write(self._memory.steps.work_list, work_list + [-1] * (self._num_blocks - len(work_list)))
-        asked, before = self._asked(slots), self._memory.clock.start()
+        asked, clock = self._asked(slots), self._memory.clock
         if self._constrained(slots):
             self._memory.feed_graph(num_tokens, self._num_blocks).replay(self._runtime.stream)
             self._upload_masks(slots)  # which waits for the tokens before, while that runs
             self._memory.draw_graph(num_tokens, asked).replay(self._runtime.stream)
         else:
-            self._memory.step_graph(num_tokens, self._num_blocks, asked).replay(self._runtime.stream)
-            self._memory.clock.end(before)
+            graph = self._memory.step_graph(num_tokens, self._num_blocks, asked)
+            before = clock.start()  # after what the device would wait for
+            graph.replay(self._runtime.stream)
+            clock.end(before)
         self._download(len(slots), 0, asked)
         self._expect(list(slots))
 

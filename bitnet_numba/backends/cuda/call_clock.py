@@ -1,4 +1,4 @@
-"""How long a batch's calls take on the device, known some time after they were enqueued."""
+"""How long passes and steps of a batch take on the device, known some time after they were enqueued."""
 
 from collections import deque
 
@@ -7,24 +7,24 @@ from bitnet_numba.kernels.runtime.driver import Event, Stream
 
 
 class CallClock:
-    """Events before and after each call; nobody waits for them."""
+    """Events before and after each graph; nobody waits for them."""
 
     def __init__(self, stream: Stream):
         self._stream = stream
         self._spare: list[Event] = []
-        self._open: deque[tuple[int, Event, Event]] = deque()  # tokens of prompts, 0 for a step; before and after
+        self._open: deque[tuple[int, Event, Event]] = deque()  # tokens of a pass, 0 for a step; before and after
         self._times = CallTimes()
 
     def start(self) -> Event:
-        """Called before a call's work is enqueued; for `end`."""
+        """Called before a graph is replayed; for `end`."""
         return self._record()
 
     def end(self, before: Event, prompt_tokens: int = 0) -> None:
-        """Called after it; prompt_tokens: how many it computes, 0 for a step."""
+        """Called after it; prompt_tokens: how many the pass computes, 0 for a step."""
         self._open.append((prompt_tokens, before, self._record()))
 
     def times(self) -> CallTimes:
-        """Of the last calls that are done."""
+        """Of the last ones that are done."""
         while self._open and self._open[0][2].reached():
             tokens, before, after = self._open.popleft()
             seconds = after.microseconds_since(before) / 1e6

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_numba.backends.cuda.call_clock import CallClock
 from bitnet_numba.backends.cuda.forward import MAX_TOKENS, PrefillPass
 from bitnet_numba.backends.cuda.runtime import Runtime
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size, padded_sizes
@@ -77,8 +78,11 @@ class Prefill:
         self.block = prefill.block_tokens(runtime.device.arch, heads.head_dim, heads.group)
         self._graphs: dict[int, Graph] = {}
 
-    def feed(self, parts: Sequence[PromptPart]) -> Iterator[list[tuple[int, int]]]:
-        """Enqueues the passes over the parts; yields each one's `ends` while its rows are in the model's buffers."""
+    def feed(self, parts: Sequence[PromptPart], clock: CallClock | None = None) -> Iterator[list[tuple[int, int]]]:
+        """Enqueues the passes over the parts; yields each one's `ends` while its rows are in the model's buffers.
+
+        clock: times each pass.
+        """
         runtime, b = self._runtime, self._runtime.model.buffers
         for slot_positions, ends in plan_passes(parts, self.block, MAX_TOKENS):
             num_rows = len(slot_positions)
@@ -89,7 +93,11 @@ class Prefill:
             if self._state.expanded is not None:
                 places = page_places(slot_positions, self._state.block_table_stride)
                 runtime.uploads.write(self._state.expanded.pages, [len(places), *places])
-            self.graph(padded).replay(runtime.stream)
+            graph = self.graph(padded)
+            before = None if clock is None else clock.start()
+            graph.replay(runtime.stream)
+            if clock is not None and before is not None:
+                clock.end(before, int(np.count_nonzero(slot_positions[:, 0] >= 0)))
             yield ends
 
     def sizes(self) -> list[int]:
