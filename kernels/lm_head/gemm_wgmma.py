@@ -20,8 +20,7 @@ Rows, tokens and columns that are not there arrive as zeros.
 A logit has the same bits for every number of tokens: bfloat16 columns are always added 16 at a time, those of the high
 term and then those of the low one, and no sum is split. Sums of int8 are exact.
 
-int8 rows could also become bfloat16 in registers. That takes more instructions than there are cycles for few tokens,
-and half of the tensor cores' rate for many.
+int8 rows could also become bfloat16 in registers, the left operand: docs/performance-notes.md has what that took.
 """
 
 from collections.abc import Callable
@@ -181,7 +180,7 @@ def make_lm_head_wgmma(arch: int, tile: Tile) -> Callable[..., None]:
         block = base, mbarriers, group, int32(num_rows)
         # The lane's first row of a tile, and its first token.
         lane_row = int32((warp >> 2) * (ROW_TILES * TILE_ROWS) + (warp & 3) * 16 + (lane >> 2))
-        token = int32(cuda.blockIdx.y * T + 2 * (lane & 3))
+        token = int32((cuda.blockIdx.y * T if INT8 else group >> 1) + 2 * (lane & 3))
         tokens_left = int32(num_tokens - token)
         units = int64(cuda.gridDim.y * X_ROWS) * row_ints + token  # where those of the lane's tokens begin
         stage, offset, parity = int32(0), int32(0), int32(0)
