@@ -28,16 +28,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub
 # Tests share the cores already.
 os.environ.setdefault("BITNET_NUMBA_COMPILERS", "1")
 
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts `long` tests first, each with another one behind it: to begin with, a worker takes two."""
-    long = [item for item in items if item.get_closest_marker("long")]
-    others = [item for item in items if not item.get_closest_marker("long")]
-    pairs = [item for pair in zip(long, others, strict=False) for item in pair]
-    items[:] = [*pairs, *long[len(others) :], *others[len(long) :]]
-
-
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -94,6 +84,15 @@ def tiny_packed(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("packed") / "tiny"
     convert(tiny_source, folder)
     return folder
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts `long` tests first, each with another one behind it: to begin with, a worker takes two."""
+    long = [item for item in items if item.get_closest_marker("long")]
+    others = [item for item in items if not item.get_closest_marker("long")]
+    pairs = [item for pair in zip(long, others, strict=False) for item in pair]
+    items[:] = [*pairs, *long[len(others) :], *others[len(long) :]]
 
 
 def edit_config(folder: Path, **changes: object) -> None:
