@@ -183,16 +183,13 @@ class CudaBatch:
             work_list = paged_decode.work_entries(splits)
             self._splits, self._num_blocks = splits, padded_size(len(work_list), num_tokens)
             write(self._memory.steps.work_list, work_list + [-1] * (self._num_blocks - len(work_list)))
-        asked, clock = self._asked(slots), self._memory.clock
+        asked = self._asked(slots)
         if self._constrained(slots):
             self._memory.feed_graph(num_tokens, self._num_blocks).replay(self._runtime.stream)
             self._upload_masks(slots)  # which waits for the tokens before, while that runs
             self._memory.draw_graph(num_tokens, asked).replay(self._runtime.stream)
         else:
-            graph = self._memory.step_graph(num_tokens, self._num_blocks, asked)
-            before = clock.start()  # after what the device would wait for
-            graph.replay(self._runtime.stream)
-            clock.end(before)
+            self._memory.clock.replay(self._memory.step_graph(num_tokens, self._num_blocks, asked))
         self._download(len(slots), 0, asked)
         self._expect(list(slots))
 

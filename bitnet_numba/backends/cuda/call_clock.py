@@ -3,7 +3,7 @@
 from collections import deque
 
 from bitnet_numba.backends.protocol import CallTimes
-from bitnet_numba.kernels.runtime.driver import Event, Stream
+from bitnet_numba.kernels.runtime.driver import Event, Graph, Stream
 
 
 class CallClock:
@@ -15,12 +15,10 @@ class CallClock:
         self._open: deque[tuple[int, Event, Event]] = deque()  # tokens of a pass, 0 for a step; before and after
         self._times = CallTimes()
 
-    def start(self) -> Event:
-        """Called before a graph is replayed; for `end`."""
-        return self._record()
-
-    def end(self, before: Event, prompt_tokens: int = 0) -> None:
-        """Called after it; prompt_tokens: how many the pass computes, 0 for a step."""
+    def replay(self, graph: Graph, prompt_tokens: int = 0) -> None:
+        """Enqueues a pass that computes so many tokens of prompts, or (0) a step."""
+        before = self._record()
+        graph.replay(self._stream)
         self._open.append((prompt_tokens, before, self._record()))
 
     def times(self) -> CallTimes:

@@ -94,10 +94,10 @@ class Prefill:
                 places = page_places(slot_positions, self._state.block_table_stride)
                 runtime.uploads.write(self._state.expanded.pages, [len(places), *places])
             graph = self.graph(padded)
-            before = None if clock is None else clock.start()
-            graph.replay(runtime.stream)
-            if clock is not None and before is not None:
-                clock.end(before, int(np.count_nonzero(slot_positions[:, 0] >= 0)))
+            if clock is None:
+                graph.replay(runtime.stream)
+            else:
+                clock.replay(graph, int(np.count_nonzero(slot_positions[:, 0] >= 0)))
             yield ends
 
     def sizes(self) -> list[int]:
