@@ -28,7 +28,7 @@ from bitnet_numba.config_rope import (
     read_rope,
     rope_key,
 )
-from bitnet_numba.errors import ConfigError
+from bitnet_numba.errors import ConfigError, printable
 from bitnet_numba.module_patterns import check_patterns, names_module
 
 WeightFormat = Literal["online", "offline", "bitlinear", "floats", "mlx"]
@@ -292,9 +292,17 @@ def _quantization(keys: Keys, architecture: str) -> tuple[WeightFormat, bool, fl
 def _mlx(quantization: Keys, architecture: str) -> WeightFormat:
     """Checks the quantisation of a folder of MLX: two bits for every weight."""
     quantization.choice("mode", "affine", ("affine",))
-    unknown = [key for key in quantization.raw if key not in ("bits", "group_size", "mode")]
-    if quantization.get("bits") != 2 or quantization.get("group_size") not in (32, 64, 128) or unknown:
-        raise ConfigError(f"{quantization.where} = {shown(dict(quantization.raw))} is not supported: bits must be 2")
+    for key, allowed in (("bits", (2,)), ("group_size", (32, 64, 128))):
+        if quantization.get(key) not in allowed:
+            raise ConfigError(
+                f"{quantization.where}: {key} = {shown(quantization.get(key))} is not supported "
+                f"(one of {', '.join(map(str, allowed))})"
+            )
+    for key in quantization.raw:
+        if key not in ("bits", "group_size", "mode"):
+            raise ConfigError(
+                f"{quantization.where}: {printable(str(key))} is quantised in its own way, which is not supported"
+            )
     if architecture not in PLAIN_CLASSES:
         raise ConfigError(f"{quantization.where}: MLX folders of {architecture} are not supported")
     return "mlx"

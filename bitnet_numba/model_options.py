@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from bitnet_numba.engine.engine import Engine
@@ -14,6 +15,7 @@ MODEL_HELP = (
     "that `bitnet-numba models list --known` shows; a GGUF file; or a converted model folder (default: the built-in "
     "model)"
 )
+KV_HELP = "type of keys and values (default: float16 on CUDA, bfloat16 on the CPU, float32 on the reference)"
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +28,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_run_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Adds --revision, --backend, --threads and --kv-dtype."""
+def add_run_options(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup,
+    kv_dtypes: Sequence[str] = ALL_KV_DTYPES,
+    kv_help: str = KV_HELP,
+) -> None:
+    """Adds --revision, --backend, --threads and --kv-dtype, with these choices and this help."""
     add = parser.add_argument
     add("--revision", metavar="R", help="branch, tag or commit of a model of the hub (default: main)")
     add(
@@ -42,11 +48,7 @@ def add_run_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -
         metavar="N",
         help="threads on the CPU (default: one for each physical core; on the reference, what BLAS takes)",
     )
-    add(
-        "--kv-dtype",
-        choices=ALL_KV_DTYPES,
-        help="type of keys and values (default: float16 on CUDA, bfloat16 on the CPU, float32 on the reference)",
-    )
+    add("--kv-dtype", choices=kv_dtypes, help=kv_help)
 
 
 def find_first(path: str | None, revision: str | None) -> tuple[str | Path | None, str | None]:

@@ -12,12 +12,13 @@ from bitnet_numba.backends.cpu.backend import CpuPool
 from bitnet_numba.backends.protocol import NO_TOKEN
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
 from bitnet_numba.engine.loading import DEMO
+from bitnet_numba.errors import RequestError
 from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.memory import DeviceView
 from bitnet_numba.packing import BLOCK_ROWS, packed_words
 from tests.engine.toy_backend import toy_engine
 from tools import bench
-from tools.benchmarks import cpu, engine, groups, kernels
+from tools.benchmarks import cpu, engine, groups, kernels, serve_engine
 from tools.benchmarks.cpu_read import StreamingRead, read_sum
 from tools.benchmarks.inputs import row_formats, write_random_packed
 from tools.benchmarks.table import group_table, ladder_table, table
@@ -273,7 +274,9 @@ def test_engine_answers_what_is_asked_and_has_a_line_for_each_case() -> None:
     figures = engine.measure_engine(llm, sizes)
     assert [row["tokens"] for row in figures["rows"]] == [3 * 4, 3 * 4, 3 * 4, 2 * 4, 2 * 4, 6 * 3, 4]
     assert all(row["device_s"] is None for row in figures["rows"]), "there is no GPU"
-    assert figures["stalls"]["longest_ms"] >= figures["stalls"]["median_ms"]
+    stalls = figures["stalls"]
+    assert stalls["longest_ms"] >= stalls["p99_ms"] >= stalls["median_ms"] > 0 < stalls["alone_ms"]
+    assert stalls["running"] == 2 and stalls["rounds"] > 0
     figures["environment"] = {"device": "toy", "python": "3", "commit": "unknown"}
     lines = [line for line in table({"engine": figures}).splitlines() if line.startswith("|")]
     assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {row['case']}" for row in figures["rows"]]
@@ -298,3 +301,16 @@ def test_a_packed_checkpoint_of_any_preset(tmp_path: Path, monkeypatch: pytest.M
     checkpoint = open_packed(tmp_path / "model")
     assert checkpoint.config.group_scales and checkpoint.config.qk_norm and checkpoint.head == "ternary"
     assert row_formats("2b-4t") == ("bf16", "int8")
+
+
+def test_the_engines_own_rate_is_of_the_servers_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def load(*arguments: Any) -> None:
+        given.extend(arguments)
+        raise RequestError("enough")
+
+    monkeypatch.setattr(serve_engine, "load_model", load)
+    with pytest.raises(RequestError, match="enough"):
+        serve_engine.main(["--backend", "cpu", "--context", "99", "--threads", "1", "--kv-dtype", "float32"])
+    assert given == [None, "cpu", 99, 1, None, "float32"]

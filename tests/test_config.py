@@ -336,10 +336,15 @@ def test_yarn() -> None:
 @pytest.mark.parametrize(
     ("quantization", "reason"),
     [
-        ({"group_size": 128, "bits": 4}, "bits must be 2"),
-        ({"group_size": 16, "bits": 2}, "bits must be 2"),
+        ({"group_size": 128, "bits": 4}, r"bits = 4 is not supported \(one of 2\)"),
+        ({"group_size": 128, "bits": "2"}, "bits = '2' is not supported"),
+        ({"group_size": 16, "bits": 2}, r"group_size = 16 is not supported \(one of 32, 64, 128\)"),
+        ({"group_size": None, "bits": 2}, "group_size = null is not supported"),
         ({"group_size": 128, "bits": 2, "mode": "mxfp4"}, "mode = 'mxfp4' is not supported"),
-        ({"group_size": 128, "bits": 2, "model.layers.0.mlp.up_proj": {"bits": 8}}, "is not supported"),
+        (
+            {"group_size": 128, "bits": 2, "model.layers.0.mlp.up_proj": {"bits": 8}},
+            "up_proj is quantised in its own way",
+        ),
     ],
 )
 def test_mlx(quantization: dict[str, Any], reason: str) -> None:

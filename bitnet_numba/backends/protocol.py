@@ -1,7 +1,7 @@
 """The interface between engine and backends (reference, CUDA): Context, Batch and Backend. Token ids only."""
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +68,15 @@ NO_TOKEN = -1  # in place of a token: it could not be computed, most often becau
 NOT_FINITE = "the model's weights produce numbers that are not finite"
 
 
+class CallTimes(NamedTuple):
+    """How long calls of a batch took, each the last one of its kind that is known: seconds of the device's work, zeros
+    before the first. What it waits for does not count: captures, constraints."""
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    step_seconds: float = 0.0
+
+
 class Batch(Protocol):
     """Sequences that decode together, with a paged KV cache. The caller allocates pages and slots.
 
@@ -80,11 +89,15 @@ class Batch(Protocol):
     """
 
     uniform: bool  # whether `prefill` and `step` give a token the same keys, values and next token, bit for bit
+    asynchronous: bool  # whether calls return before their work is done; if not, their results are there at once
 
     page_size: int  # tokens per page
     num_pages: int  # pages 0 .. num_pages - 1
     max_sequences: int  # slots 0 .. max_sequences - 1
     capacity: int  # maximum tokens of a sequence in the cache: its prompt and all sampled tokens but the last
+    call_tokens: int  # how many tokens of prompts make a good `prefill`: more at once are not computed any faster
+    granularity: int  # a part of a `prefill` counts as a multiple of so many tokens
+    part_tokens: int  # and one that does not complete its ids has a multiple of so many, at most a page
 
     def start(
         self,
@@ -118,8 +131,8 @@ class Batch(Protocol):
     def prefill(self, parts: Sequence[tuple[int, int]]) -> None:
         """Computes the next of the ids that several sequences were started with, as if one after the other.
 
-        parts: (slot, count): distinct slots, and how many tokens of each, at least one, up to the end of its ids or of
-        a page. Where that completes ids, also samples the tokens after them: one result for each, in this order.
+        parts: (slot, count): distinct slots, and how many tokens of each: the rest of its ids, or a multiple of
+        `part_tokens`. Where that completes ids, also samples the tokens after them: one result for each, in this order.
         """
 
     def step(self, slots: Sequence[int]) -> None:
@@ -144,6 +157,13 @@ class Batch(Protocol):
     def prompt_logprobs(self, slot: int) -> list[TokenLogprob]:
         """Of all tokens of a prompt but the first, if its params have `prompt_logprobs`; called right after the
         `collect` that returned the slot's first token."""
+
+    def times(self) -> CallTimes:
+        """What is known of the time that calls take; never waits."""
+
+    def prepare(self) -> bool:
+        """Does some of what calls to come would do when they are first made with so many tokens or sequences; False if
+        nothing is left to do. For moments when there is nothing else to do: takes a few milliseconds."""
 
     def failure(self, slot: int) -> str:
         """Why the sequence in a slot got NO_TOKEN, in one line; called right after the `collect` that returned it."""

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
-from bitnet_numba.backends.host import PAGE_SIZE, HostBackend
+from bitnet_numba.backends.host import HostBackend
+from bitnet_numba.backends.host_model import PAGE_SIZE
 from bitnet_numba.backends.protocol import NO_TOKEN
 from bitnet_numba.checkpoint.packed import PackedCheckpoint
 from bitnet_numba.config import ModelConfig

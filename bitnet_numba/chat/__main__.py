@@ -2,13 +2,19 @@
 
 import sys
 
-from bitnet_numba.chat import PROG
-from bitnet_numba.commands import start
-
 
 def main(argv: list[str] | None = None) -> int:
     """The command line of a process; returns its exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
-    return start(PROG, "bitnet_numba.chat.command_line", argv)
+    try:
+        from bitnet_numba.chat import PROG
+        from bitnet_numba.commands import start
+
+        return start(PROG, "bitnet_numba.chat.command_line", argv)
+    except KeyboardInterrupt:  # before that deals with it
+        from bitnet_numba.chat import PROG
+        from bitnet_numba.interrupted import leave
+
+        leave(PROG)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import threading
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
@@ -13,11 +12,9 @@ from bitnet_numba.chat.display import Display, View, Waiting, write
 from bitnet_numba.chat.files import decode_text, well_formed
 from bitnet_numba.chat.report import describe, forgotten
 from bitnet_numba.chat.terminal import clean, note
-from bitnet_numba.commands import drop_output
+from bitnet_numba.commands import drop_output, reading_input
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.errors import ContextFull, RequestError
-
-PATIENCE = 2.0  # seconds of silence on standard input before it is said what is being waited for
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,9 @@ def gather_prompts(prompts: list[str], files: list[str], raw: bool, engine: Engi
     attachments = [read_attachment(name, engine) for name in files]
     piped = ""
     if sys.stdin is not None and (not sys.stdin.isatty() or not (prompts or files)):
-        piped = _read_stdin(raw, engine, output, waiting=not prompts and not files)
+        also = "as well, until it ends (</dev/null: there is none)" if prompts or files else "until it ends"
+        with reading_input(output.note, "the prompt", f"reading standard input {also}"):
+            piped = _read_stdin(raw, engine)
     elif not prompts and not files:
         raise RequestError("standard input is closed: give --prompt")
     first, rest = (prompts or [""])[0], prompts[1:]
@@ -141,20 +140,9 @@ def shorten_advice(engine: Engine) -> str:
     return f"give a shorter prompt{',' if larger else ' or'} fewer of them{larger}"
 
 
-def _read_stdin(raw: bool, engine: Engine, output: Output, waiting: bool) -> str:
-    """waiting: nothing else is to be answered."""
-    message = "reading standard input as well, until it ends (</dev/null: there is none)"
-    silence = threading.Timer(PATIENCE, output.note, [message])
-    silence.daemon = True
-    if waiting and sys.stdin.isatty():  # only standard output leads elsewhere
-        output.note("type the prompt; Ctrl-D on a line of its own ends it")
-    elif sys.stderr is not None and sys.stderr.isatty():
-        silence.start()
+def _read_stdin(raw: bool, engine: Engine) -> str:
     limit = engine.context * engine.tokenizer.longest_token
-    try:
-        data = sys.stdin.buffer.read(limit + 1)
-    finally:
-        silence.cancel()
+    data = sys.stdin.buffer.read(limit + 1)
     if len(data) > limit:
         raise ContextFull(f"the prompt has more than {limit:,} bytes, but the context holds {engine.context} tokens")
     text = decode_text(data)

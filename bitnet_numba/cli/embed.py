@@ -3,12 +3,15 @@
 import argparse
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
-from bitnet_numba.cli.perplexity import read_text
+from bitnet_numba.cli.text_input import STANDARD_INPUT, read_text
 from bitnet_numba.commands import complain, make_parser, output
+from bitnet_numba.engine.embedding import NO_EMBEDDINGS
 from bitnet_numba.engine.engine import Engine
-from bitnet_numba.engine.loading import load
-from bitnet_numba.errors import BitNetError, ContextFull, RequestError
+from bitnet_numba.engine.loading import KV_DTYPES, load
+from bitnet_numba.errors import BitNetError, ContextFull, RequestError, printable
+from bitnet_numba.hub.fetch import is_gguf
 from bitnet_numba.model_options import add_run_options
 
 LINES = 64  # whose vectors are computed together
@@ -26,7 +29,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     add("file", metavar="FILE", nargs="?", default="-", help="a text in UTF-8 (default: -, standard input)")
     add("--prompt", metavar="TEXT", default="", help="stands before each line, such as 'query: ' (default: nothing)")
     add("--dimensions", type=int, metavar="N", help="only the first N numbers, scaled to length 1 (default: all)")
-    add_run_options(parser)
+    add_run_options(parser, KV_DTYPES["cpu"], "type of keys and values on the CPU (default: float32)")
     return parser
 
 
@@ -48,9 +51,16 @@ def run(argv: list[str] | None = None, prog: str = "bitnet-numba embed") -> int:
     """The command line; returns the exit code: 0, or 2 for a user's mistake."""
     args = build_parser(prog).parse_args(argv)
     try:
-        lines = read_text(args.file).removesuffix("\n").split("\n")
+        if args.file == STANDARD_INPUT and Path(args.model).is_file() and not is_gguf(args.model):
+            raise RequestError(f"{printable(args.model, 400)} is a file, not a model: MODEL stands before FILE")
+        text = None if args.file == STANDARD_INPUT else read_text(args.file, prog)
         options = {"threads": args.threads, "revision": args.revision, "kv_dtype": args.kv_dtype}
         with load(args.model, args.backend, **options) as llm:
+            if not llm.config.embeds:
+                raise RequestError(NO_EMBEDDINGS)
+            if text is None:  # whose reader is asked for it when nothing else can be wrong, such as MODEL forgotten
+                text = read_text(STANDARD_INPUT, prog)
+            lines = text.removesuffix("\n").split("\n")
             for vector in vectors(llm, lines, args.dimensions, args.prompt):
                 if (code := output(prog, json.dumps(vector) + "\n")) != 0:
                     return code

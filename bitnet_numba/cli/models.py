@@ -52,10 +52,11 @@ def run(argv: list[str] | None = None, prog: str = "bitnet-numba models") -> int
             return output(prog, _show(args.name, args.revision, args.json))
         if args.command == "path":
             return output(prog, _path(args.name, args.revision))
-        for name in args.names:
-            for stored in store.find(hub_model(name, args.revision), any_revision=args.revision is None):
-                store.remove(stored)
-                output(prog, f"deleted {stored.model}, {size_text(stored.nbytes)}\n")
+        models = [hub_model(name, args.revision) for name in args.names]
+        found = [store.find(model, any_revision=args.revision is None) for model in dict.fromkeys(models)]
+        for stored in [stored for of_model in found for stored in of_model]:
+            store.remove(stored)
+            output(prog, f"deleted {stored.model}, {size_text(stored.nbytes)}\n")
         complain(prog, DOWNLOADS)
     except BitNetError as error:
         complain(prog, str(error))
@@ -111,7 +112,7 @@ def _show(name: str, revision: str | None, as_json: bool) -> str:
         return json.dumps(facts, indent=2) + "\n"
     facts["nbytes"], facts["last_used"] = size_text(stored.nbytes), _date(stored.last_used)
     facts.pop("notes")
-    titles = {"nbytes": "size"}
+    titles = {"nbytes": "size", "commit": "made from" if name.startswith("gguf/") else "commit"}
     lines = [f"{titles.get(key, key).replace('_', ' '):12} {value}" for key, value in facts.items()]
     lines += [f"{'note':12} {note}" for note in stored.notes]
     return "\n".join(lines) + "\n"

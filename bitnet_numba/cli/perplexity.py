@@ -1,16 +1,15 @@
 """`bitnet-numba perplexity FILE`: how well a model predicts a text."""
 
 import argparse
-import io
 import json
 import sys
-from pathlib import Path
 from time import perf_counter
 
+from bitnet_numba.cli.text_input import read_text
 from bitnet_numba.commands import complain, make_parser, output
 from bitnet_numba.engine.loading import load
 from bitnet_numba.engine.scoring import MAX_WINDOW
-from bitnet_numba.errors import BitNetError, RequestError, printable
+from bitnet_numba.errors import BitNetError, RequestError
 from bitnet_numba.model_options import add_run_options
 
 
@@ -43,7 +42,7 @@ def run(argv: list[str] | None = None, prog: str = "bitnet-numba perplexity") ->
     try:
         if args.max_tokens is not None and args.max_tokens < 2:
             raise RequestError("--max-tokens must be at least 2")
-        text = read_text(args.file)
+        text = read_text(args.file, prog)
         options = {"threads": args.threads, "revision": args.revision, "kv_dtype": args.kv_dtype}
         with load(args.model, args.backend, **options) as llm:
             ids = llm.tokenizer.encode(text)[: args.max_tokens]
@@ -61,23 +60,6 @@ def run(argv: list[str] | None = None, prog: str = "bitnet-numba perplexity") ->
         return output(prog, json.dumps(report) + "\n")
     facts = f"{len(ids):,} tokens in {seconds:.1f} s on {report['backend']}, window {window}, stride {stride}"
     return output(prog, f"perplexity {score.perplexity:.4f}  ({facts})\n")
-
-
-def read_text(name: str) -> str:
-    """A text file, or standard input. Raises RequestError if it cannot be read, or is empty."""
-    what = "standard input" if name == "-" else printable(name, 400)
-    try:
-        if name == "-":
-            text = io.TextIOWrapper(sys.stdin.buffer, "utf-8").read()
-        else:
-            text = Path(name).read_text("utf-8")
-    except UnicodeDecodeError:
-        raise RequestError(f"{what} is not a text in UTF-8") from None
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{what} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if not text:
-        raise RequestError(f"{what} is empty")
-    return text
 
 
 def show_progress(done: int, total: int) -> None:

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from bitnet_numba.backends.protocol import Batch
+from bitnet_numba.backends.protocol import Batch, CallTimes
 from bitnet_numba.engine.page_pool import PagePool
 from bitnet_numba.engine.sequence import Logprobs, Sequence
 from bitnet_numba.sampling import TokenLogprob
@@ -26,6 +26,8 @@ class BatchRunner:
     def __init__(self, batch: Batch):
         self._batch = batch
         self.pool = PagePool(batch.num_pages, batch.page_size)
+        self.asynchronous = batch.asynchronous
+        self.call_tokens, self.part_tokens, self._granularity = batch.call_tokens, batch.part_tokens, batch.granularity
         self.running: dict[int, Sequence] = {}  # by id
         self.prefilling: Sequence | None = None  # the running sequence that is being prefilled, one at a time
         self._free_slots = list(range(batch.max_sequences - 1, -1, -1))
@@ -41,6 +43,19 @@ class BatchRunner:
     def uncollected(self) -> int:
         """Number of calls whose results have not been collected."""
         return len(self._calls)
+
+    @property
+    def answers_run(self) -> bool:
+        """Whether there is a sequence that `step` would give its next token."""
+        return any(_can_be_stepped(s) for s in self.running.values())
+
+    def times(self) -> CallTimes:
+        """See `Batch.times`."""
+        return self._batch.times()
+
+    def prepare(self) -> bool:
+        """See `Batch.prepare`."""
+        return self._batch.prepare()
 
     def reserve(self, s: Sequence) -> bool:
         """Gives a sequence a slot and pages; False if too few are free.
@@ -78,7 +93,8 @@ class BatchRunner:
         self._batch.start(s.slot, ids, params, lease.pages, lease.computed, s.prompt_length, constraint)
 
     def prefill(self, budget: int, admit: Callable[[], bool]) -> int:
-        """Makes one call for about `budget` tokens of prompts, in the order of their starts; returns how many tokens.
+        """Makes one call for up to `budget` tokens of prompts, but at least a part, in the order of their starts.
+        Returns how many tokens, as they count (see `Batch.granularity`).
 
         admit: starts one more sequence; False if there is none to be started now.
         """
@@ -89,11 +105,13 @@ class BatchRunner:
             s = self.prefilling
             if s is None:  # the one just admitted has failed, or has nothing to compute
                 continue
-            count = self._next_part(s, left)
-            left -= count
+            count = self._next_part(s, left, at_least=0 if parts else 1)
+            if count == 0:
+                break
+            left -= -(-count // self._granularity) * self._granularity
             parts.append((s.slot, count))
             if s.lease is not None and s.lease.computed < s.known:
-                break  # less than a page of the budget is left
+                break  # less than a part of the budget is left
             s.ready = True
             s.enqueued += 1
             completed.append(s)
@@ -104,13 +122,14 @@ class BatchRunner:
             self._note_call(completed)
         return budget - left
 
-    def _next_part(self, s: Sequence, budget: int) -> int:
-        """How many tokens of a prompt to compute next: the rest of it, or as many whole pages as `budget` allows."""
+    def _next_part(self, s: Sequence, budget: int, at_least: int) -> int:
+        """How many tokens of a prompt to compute next: the rest of it, or as many times `part_tokens` as `budget`
+        allows, or `at_least` so many times."""
         assert s.lease is not None
-        done, page = s.lease.computed, self.pool.page_size
+        done, part = s.lease.computed, self.part_tokens
         count = s.known - done
         if count > budget:
-            count = min(count, max(1, budget // page) * page)
+            count = min(count, max(at_least, budget // part) * part)
         # The backend works in order: sequences started from now on can share these pages.
         self.pool.mark_computed(s.lease, done + count)
         return count
@@ -188,8 +207,12 @@ class BatchRunner:
         self._calls.append((sequences, [s.starts for s in sequences]))
 
     def _steppable(self) -> list[Sequence]:
-        return [s for s in self.running.values() if s.ready and s.enqueued < s.max_tokens]
+        return [s for s in self.running.values() if _can_be_stepped(s)]
 
     def _growing(self) -> int:
         """How many running sequences may need more pages than they have."""
         return sum(s.max_cached > s.room for s in self.running.values())
+
+
+def _can_be_stepped(s: Sequence) -> bool:
+    return s.ready and s.enqueued < s.max_tokens

@@ -16,6 +16,7 @@ from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.request import as_integer, read_folder
 from bitnet_numba.errors import BackendError, CheckpointError, RequestError, one_line, printable, shown
 from bitnet_numba.hub.fetch import find_model
+from bitnet_numba.kernels.runtime import disk_cache
 from bitnet_numba.model_folder import ModelFolder
 from bitnet_numba.sampling import read_sampling
 from bitnet_numba.sampling_params import SamplingParams
@@ -78,7 +79,8 @@ def load(
 
     def read(opened: ModelFolder) -> tuple[PackedCheckpoint, Tokenizer, SamplingParams | None]:
         checkpoint = open_packed(opened)
-        return checkpoint, Tokenizer.open(opened, checkpoint.config.vocab_size), read_sampling(opened)
+        vocab_size, passed = checkpoint.config.vocab_size, disk_cache.folder() / "tokenizers"
+        return checkpoint, Tokenizer.open(opened, vocab_size, folder != DEMO, passed), read_sampling(opened)
 
     with _load_errors(folder):
         checkpoint, tokenizer, sampling = read_packed(folder, read)

@@ -13,7 +13,7 @@ from bitnet_numba.config import ModelConfig
 from bitnet_numba.engine.asynchronous import AsyncWorker
 from bitnet_numba.engine.embedding import GENERATES_NOTHING, batches, embedding_ids, unit_vectors
 from bitnet_numba.engine.request import MODEL_CLOSED, as_integer, check_ids, is_list, positive_integer
-from bitnet_numba.engine.scheduler import PREFILL_CHUNK, Scheduler
+from bitnet_numba.engine.scheduler import Scheduler
 from bitnet_numba.engine.scoring import MAX_WINDOW, Score, score_windows
 from bitnet_numba.engine.session import Session, finite_arithmetic
 from bitnet_numba.engine.shared import SharedBackend
@@ -177,7 +177,7 @@ class OpenModel:
         self,
         max_sequences: int = 64,
         tokens: int | None = None,
-        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
         max_waiting: int | None = None,
         max_per_tenant: int | None = None,
     ) -> Scheduler:

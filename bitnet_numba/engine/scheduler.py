@@ -1,10 +1,10 @@
 """Continuous batching: admits requests to one batch, and streams each one's text as it is generated.
 
 Each `step` is one round. Running answers get the pages for their next tokens (see `batch_runner`). Waiting requests are
-admitted in order while they fit, and their prompts are computed, up to `prefill_chunk` tokens a round so that running
-answers continue between the chunks of a long prompt; then every running answer gets one token. The results of a round
-are collected in the next `step`, after the backend has been given new work, so the device never waits for the host.
-Hence a sequence computes one token more than it needs; it is dropped.
+admitted in order while they fit, and their prompts are computed, some tokens a round so that running answers continue
+between the chunks of a long prompt (see `prompt_budget`); then every running answer gets one token. If the backend is
+asynchronous, the results of a round are collected in the next `step`, after the backend has been given new work, so the
+device never waits for the host. Hence a sequence computes one token more than it needs; it is dropped.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from bitnet_numba.backends.protocol import NO_TOKEN, Backend
 from bitnet_numba.engine.batch_runner import BatchRunner
 from bitnet_numba.engine.completion import Completion, CompletionBuilder
+from bitnet_numba.engine.prompt_budget import PromptBudget
 from bitnet_numba.engine.queue_options import USUAL, QueueOptions
 from bitnet_numba.engine.request import Prompt, Request, as_integer, positive_integer, read_params, read_request
 from bitnet_numba.engine.request_queue import CLOSED, RequestQueue
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 
 MAX_SEQUENCES = 1 << 16
 MAX_TOKENS = 1 << 40  # more than any memory holds; the backend tells how many fit
-# Tokens of prompts that are computed by one call: with what is left free between prompts, they are a pass of CUDA.
-CALL_TOKENS = 1920
-PREFILL_CHUNK = 480  # tokens of prompts a round: running answers then stall for 4 ms at most (2B4T, H200)
 
 
 class Scheduler:
@@ -54,7 +52,7 @@ class Scheduler:
         context: int,
         max_sequences: int = 64,
         tokens: int | None = None,
-        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
         max_waiting: int | None = None,
         max_per_tenant: int | None = None,
     ):
@@ -63,7 +61,8 @@ class Scheduler:
         tokens: KV cache capacity for all running requests, rounded up to pages; None: enough for all of them at full
             context, or as much of that as memory allows, but at least one at full context.
         prefill_chunk: approximate number of prompt tokens computed per step. More is faster in all, but running answers
-            wait for them.
+            wait for them. None: as many as take 5 ms, or as long as the answers' own step where that is longer, but at
+            least 64 on a GPU and 16 on a CPU.
         max_waiting: how many requests may wait, beside those that free slots are there for; None: any number.
         max_per_tenant: how many requests of one tenant run at once; None: any number.
 
@@ -73,12 +72,13 @@ class Scheduler:
         tokens = None if tokens is None else positive_integer("tokens", tokens, MAX_TOKENS)
         max_waiting = None if max_waiting is None else positive_integer("max_waiting", max_waiting)
         self._max_per_tenant = None if max_per_tenant is None else positive_integer("max_per_tenant", max_per_tenant)
-        self._chunk = positive_integer("prefill_chunk", prefill_chunk)
+        chunk = None if prefill_chunk is None else positive_integer("prefill_chunk", prefill_chunk)
         self._backend, self._tokenizer = backend, tokenizer
         self._vocab_size, self._context = vocab_size, context
         batch = backend.new_batch(max_sequences, context, tokens)
         self._replayed = not batch.uniform
         self._runner = BatchRunner(batch)
+        self._budget = PromptBudget(chunk, batch.call_tokens, batch.part_tokens)
         self._stepping = threading.RLock()  # held by `step` and `close`
         self._queue = RequestQueue(max_waiting)
         self._closing = False
@@ -215,6 +215,15 @@ class Scheduler:
         finally:
             self._stepping.release()
 
+    def prepare(self) -> bool:
+        """Does some of what rounds to come would do when so many requests are first run together; False if nothing is
+        left to do. For the thread that calls `step`, while there is nothing to step: takes a few milliseconds.
+
+        On a GPU, captures CUDA graphs, which otherwise make the first rounds of each size longer. Raises BackendError.
+        """
+        with self._stepping:
+            return not self.closed and self._runner.prepare()
+
     def close(self) -> None:
         """Ends open requests, which the next step tells, and frees the batch. A step of another thread ends first."""
         self._closing = True
@@ -229,7 +238,7 @@ class Scheduler:
     def _run_round(self, updates: list[Update], telling: Telling) -> None:
         runner = self._runner
         self._end_cancelled(updates)
-        uncollected = runner.uncollected
+        of_last_round = runner.uncollected
         preempted = runner.make_room()
         self._queue.put_back(preempted)
         for s in preempted:
@@ -238,17 +247,19 @@ class Scheduler:
         self._prefill(updates, admit=not preempted)
         self._end_late(updates)
         runner.step()
-        for _ in range(uncollected):
+        for _ in range(of_last_round if runner.asynchronous else runner.uncollected):
             runner.collect(lambda s, token, logprobs, row: self._receive(s, token, logprobs, row, updates, telling))
 
     def _prefill(self, updates: list[Update], admit: bool) -> None:
         """Enqueues the tokens of prompts that this round computes; `admit`: starts requests that wait, too."""
-        budget = self._chunk
-        while budget > 0:
-            count = self._runner.prefill(min(budget, CALL_TOKENS), lambda: admit and self._admit(updates))
+        runner = self._runner
+        self._budget.note(runner.times())
+        left, least = self._budget.tokens(runner.answers_run), 1
+        while left >= least:
+            count = runner.prefill(min(left, runner.call_tokens), lambda: admit and self._admit(updates))
             if count == 0:
                 break
-            budget -= count
+            left, least = left - count, runner.part_tokens  # less is not worth another call
             self._end_cancelled(updates)  # while a long round goes on
 
     def _admit(self, updates: list[Update]) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.backends.protocol import Backend, Batch, Constraint, Context, Embedder
+from bitnet_numba.backends.protocol import Backend, Batch, CallTimes, Constraint, Context, Embedder
 from bitnet_numba.errors import BackendError, one_line
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.sampling_params import SamplingParams
@@ -195,6 +195,8 @@ class SharedBatch(_Closing):
         self._inner = inner
         self.page_size, self.num_pages, self.uniform = inner.page_size, inner.num_pages, inner.uniform
         self.max_sequences, self.capacity = inner.max_sequences, inner.capacity
+        self.call_tokens, self.granularity, self.part_tokens = inner.call_tokens, inner.granularity, inner.part_tokens
+        self.asynchronous = inner.asynchronous
 
     def start(
         self,
@@ -239,6 +241,16 @@ class SharedBatch(_Closing):
         """Of all tokens of a prompt but the first."""
         with self._backend.turn():
             return self._inner.prompt_logprobs(slot)
+
+    def times(self) -> CallTimes:
+        """What is known of the time that calls take."""
+        with self._backend.turn():
+            return self._inner.times()
+
+    def prepare(self) -> bool:
+        """Does some of what calls to come would do when they are first made; False if nothing is left to do."""
+        with self._backend.turn():
+            return self._inner.prepare()
 
     def failure(self, slot: int) -> str:
         """Why a sequence got NO_TOKEN."""

@@ -13,6 +13,8 @@ KNOWN = {
     "bonsai-1.7b": ("prism-ml/Ternary-Bonsai-1.7B-mlx-2bit", "0.5 GB"),
     "bonsai-4b": ("prism-ml/Ternary-Bonsai-4B-mlx-2bit", "1.1 GB"),
     "bonsai-8b": ("prism-ml/Ternary-Bonsai-8B-mlx-2bit", "2.2 GB"),
+    "embedding-0.6b": ("microsoft/bitnet-embedding-0.6b", "0.4 GB"),
+    "embedding-270m": ("microsoft/bitnet-embedding-270m", "0.4 GB"),
     "falcon-e-1b": ("tiiuae/Falcon-E-1B-Instruct", "0.6 GB"),
     "falcon-e-3b": ("tiiuae/Falcon-E-3B-Instruct", "1.0 GB"),
     "falcon3-1b": ("tiiuae/Falcon3-1B-Instruct-1.58bit", "1.4 GB"),

@@ -91,13 +91,14 @@ def stored_models() -> list[StoredModel]:
 
 def find(name: HubModel, any_revision: bool = False) -> list[StoredModel]:
     """What the cache folder holds of a model, or of all its revisions. Raises CheckpointError if that is nothing."""
-    found = [
-        stored
-        for stored in stored_models()
-        if stored.model == name or (any_revision and stored.model.name == name.name)
-    ]
+    of_name = [stored for stored in stored_models() if stored.model.name == name.name]
+    found = [stored for stored in of_name if any_revision or stored.model == name]
     if not found:
-        raise CheckpointError(f"{name} is not in {printable(str(cache_folder()), 400)}")
+        where = printable(str(cache_folder()), 400)
+        if of_name:
+            others = ", ".join(stored.model.revision for stored in of_name)
+            raise CheckpointError(f"{name.name} is in {where} with --revision {others}, not with {name.revision}")
+        raise CheckpointError(f"{name} is not in {where}")
     return found
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from bitnet_numba.commands import complain, make_parser
+from bitnet_numba.commands import complain, leaving_at_once, make_parser
 from bitnet_numba.engine.loading import load
 from bitnet_numba.errors import BitNetError, RequestError, one_line, printable
 from bitnet_numba.model_options import MODEL_HELP, add_run_options, find_first
@@ -45,6 +45,13 @@ def build_parser(prog: str = PROG) -> argparse.ArgumentParser:
         help=_default("answers that run at a time"),
     )
     add("--kv-tokens", type=int, metavar="N", help="KV cache for so many tokens (default: as the backend chooses)")
+    add(
+        "--prefill-chunk",
+        type=int,
+        metavar="N",
+        help="tokens of prompts computed between two tokens of running answers (default: as many as take 5 ms, or as "
+        "long as the answers' own step)",
+    )
     add(
         "--max-waiting",
         type=int,
@@ -132,7 +139,8 @@ def run(argv: list[str] | None = None, prog: str = PROG) -> int:
         with _log_on_standard_error(prog):
             path, revision = find_first(args.model, args.revision)  # a download shows its progress, and Ctrl-C ends it
             load_model = partial(load, path, args.backend, args.context, args.threads, revision, args.kv_dtype)
-            return serve(settings, args.host, args.port, load_model)
+            with leaving_at_once(prog):  # an event loop that is interrupted while it starts does not end cleanly
+                return serve(settings, args.host, args.port, load_model)
     except BitNetError as error:
         complain(prog, str(error))
     except MemoryError:
@@ -162,7 +170,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
     """The settings of a command line. Raises RequestError, naming the option, if one is invalid."""
     for option, most in (("port", 65535), ("max_waiting", 1 << 20)):
         _check_number(option, getattr(args, option), 0, most)
-    for option in ("max_sequences", "kv_tokens", "max_per_key", "max_body"):
+    for option in ("max_sequences", "kv_tokens", "prefill_chunk", "max_per_key", "max_body"):
         if getattr(args, option) is not None:
             _check_number(option, getattr(args, option), 1, 1 << 40)
     for option in ("queue_timeout", "answer_timeout", "drain_timeout", "receive_timeout", "coalesce_ms"):
@@ -177,6 +185,7 @@ def read_settings(args: argparse.Namespace) -> Settings:
         cors_origins=tuple(origin.rstrip("/") for origin in args.cors_origin),
         max_sequences=args.max_sequences,
         tokens=args.kv_tokens,
+        prefill_chunk=args.prefill_chunk,
         max_waiting=args.max_waiting,
         max_per_key=args.max_per_key,
         queue_timeout=args.queue_timeout,

@@ -95,7 +95,7 @@ class EngineLoop:
 
     def _run(self) -> None:
         try:
-            while not self._closed and self._scheduler.wait():
+            while not self._closed and self._wait():
                 updates = self._scheduler.step(coalesce=self._coalesce)
                 self._stepped_at = monotonic()
                 if not self._scheduler.closed:
@@ -110,6 +110,12 @@ class EngineLoop:
             self._closed = True
             self._scheduler.close()
             self._end_all(SchedulerClosed(CLOSED))
+
+    def _wait(self) -> bool:
+        """Prepares what rounds to come will need while there is nothing to do, and then waits; False: for good."""
+        while not self._closed and not self._scheduler.busy and self._scheduler.prepare():
+            pass
+        return self._scheduler.wait()
 
     def _start_again(self, updates: list[Update]) -> bool:
         """Opens another scheduler in place of one that has closed; False if none is wanted, or to be had.

@@ -39,15 +39,17 @@ async def model(service: Service, exchange: Exchange) -> None:
 
 def _model(service: Service, name: str) -> dict[str, Any]:
     engine = service.engine
-    return {
+    facts = {
         "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": "bitnet_numba",
         "max_model_len": engine.context,
         "backend": engine.backend,
-        "sampling": _recommended(service),
     }
+    if engine.config.embeds:
+        return {**facts, "dimensions": engine.config.hidden_size}
+    return {**facts, "sampling": _recommended(service)}
 
 
 def _recommended(service: Service) -> dict[str, float]:

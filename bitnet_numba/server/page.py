@@ -11,7 +11,8 @@ from bitnet_numba.server.service import Service
 FOLDER = Path(__file__).parent / "page"
 STYLES = ("page.css",)
 # In the order in which they need one another.
-SCRIPTS = ("vendor/marked.umd.js", "vendor/purify.min.js", "store.js", "client.js", "view.js", "chat.js", "page.js")
+VENDORED = ("vendor/marked.umd.js", "vendor/purify.min.js")
+SCRIPTS = (*VENDORED, "store.js", "client.js", "view.js", "embed.js", "chat.js", "page.js")
 
 
 async def page(service: Service, exchange: Exchange) -> None:

@@ -13,7 +13,7 @@ class Settings:
     cors_origins: tuple[str, ...] = ()  # of pages that may ask; ("*",): of any page
     max_sequences: int = 64  # answers that run together
     tokens: int | None = None  # of the KV cache; None: as the backend chooses
-    prefill_chunk: int = 1024  # prompt tokens computed in one step
+    prefill_chunk: int | None = None  # prompt tokens computed in one step; None: see `engine.prompt_budget`
     max_waiting: int = 256  # answers that wait for their turn; more are refused with 429
     max_per_key: int | None = None  # answers of one key that run together; the others wait
     queue_timeout: float = 60.0  # an answer that has not been started by then is given up

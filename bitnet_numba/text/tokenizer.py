@@ -39,7 +39,7 @@ from bitnet_numba.text.tokenizer_files import (
     load_backend,
     named_tokens,
     read_object,
-    try_in_child,
+    try_once,
 )
 from bitnet_numba.text.tool_messages import Tools
 
@@ -97,12 +97,16 @@ class Tokenizer:
 
     @staticmethod
     def open(
-        folder: str | os.PathLike[str] | ModelFolder, vocab_size: int | None = None, trial: bool = False
+        folder: str | os.PathLike[str] | ModelFolder,
+        vocab_size: int | None = None,
+        trial: bool = False,
+        passed: Path | None = None,
     ) -> "Tokenizer":
         """Reads the tokenizer of a folder: tokenizer.json and, where there are any, tokenizer_config.json,
         special_tokens_map.json, generation_config.json, config.json and chat templates.
 
-        trial: opens tokenizer.json in another process first, since a damaged one can end the process.
+        trial: opens tokenizer.json in another process first, since a damaged one can end the process. passed: the
+            folder that notes those that have passed, which are not tried again.
 
         Raises TokenizerError if a file is missing or damaged, or if the tokenizer's vocabulary is larger than a model's
         of `vocab_size`. A chat template that cannot be used is told, and then only chats are refused. A token that was
@@ -125,7 +129,7 @@ class Tokenizer:
         except FileError as error:
             raise TokenizerError(f"{path} cannot be read: {error}") from None
         if trial:
-            try_in_child(data, path)
+            try_once(data, path, passed)
         tokenizer = Tokenizer(
             load_backend(data, path), template, named, add_bos if isinstance(add_bos, bool) else None, refusal=refusal
         )

@@ -1,6 +1,7 @@
 """What the files of a model folder say about its tokenizer: the tokenizer itself, special tokens, ends of answers."""
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import logging
@@ -19,6 +20,7 @@ from bitnet_numba.model_folder import ModelFile, ModelFolder
 from bitnet_numba.text.chat_template import without_surrogates
 
 _log = logging.getLogger("bitnet_numba")
+_ESCAPED = re.compile(rb"\\u00([4-7][0-9a-fA-F])")  # of a letter, which no writer of JSON escapes
 _AFFIX = re.compile(rb'"(continuing_subword_prefix|end_of_word_suffix)"\s*:\s*"[^"]')
 # Opens a tokenizer, encodes and decodes with it: what a damaged one dies of, it dies of here.
 _TRIAL = """
@@ -55,7 +57,7 @@ def load_backend(data: bytes, name: object) -> tokenizers.Tokenizer:
     """
     with library_errors(f"{name} is damaged"):
         # With an affix that the vocabulary does not match, the library aborts the process; no BitNet model has one.
-        if affix := _AFFIX.search(data):
+        if affix := _AFFIX.search(_ESCAPED.sub(lambda escape: bytes([int(escape[1], 16)]), data)):
             raise TokenizerError(f"{name}: {affix[1].decode()} is not supported")
         backend = tokenizers.Tokenizer.from_buffer(data)
         backend.no_truncation()
@@ -65,8 +67,29 @@ def load_backend(data: bytes, name: object) -> tokenizers.Tokenizer:
         return backend
 
 
+def try_once(data: bytes, name: object, passed: Path | None) -> None:
+    """As `try_in_child`, unless this tokenizer.json has passed before.
+
+    passed: the folder that notes it, if it can be written; None: nothing is noted.
+    """
+    if passed is None:
+        try_in_child(data, name)
+        return
+    note = passed / hashlib.sha256(f"{tokenizers.__version__};{_TRIAL};".encode() + data).hexdigest()
+    if not note.exists():
+        try_in_child(data, name)
+        with contextlib.suppress(OSError):
+            passed.mkdir(parents=True, exist_ok=True)
+            note.touch()
+
+
 def try_in_child(data: bytes, name: object) -> None:
-    """Opens a tokenizer.json in another process. Raises TokenizerError if that one dies of it, or takes too long."""
+    """Opens a tokenizer.json in another process. Raises TokenizerError if that one dies of it, or takes too long.
+
+    Where Python cannot be started, nothing is tried.
+    """
+    if not sys.executable or getattr(sys, "frozen", False):
+        return
     spec = importlib.util.find_spec("tokenizers")
     assert spec is not None and spec.origin is not None
     site = str(Path(spec.origin).parent.parent)
@@ -75,8 +98,8 @@ def try_in_child(data: bytes, name: object) -> None:
         process = subprocess.run(command, input=data, capture_output=True, timeout=_TRIAL_SECONDS)
     except subprocess.TimeoutExpired:
         raise TokenizerError(f"{name} is damaged: it takes longer than {_TRIAL_SECONDS} seconds to open") from None
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{name} cannot be tried out: {one_line(error)}") from None
+    except OSError:
+        return
     if process.returncode:
         reason = " ".join(process.stdout.decode("utf-8", "replace").split())
         reason = printable(reason) or f"it ends the process that opens it (exit code {process.returncode})"

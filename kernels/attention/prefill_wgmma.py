@@ -49,7 +49,7 @@ from bitnet_numba.kernels.attention.parts import (
     score_scale,
 )
 from bitnet_numba.kernels.ptx.base import WARP, device_function, float32, int32, int64
-from bitnet_numba.kernels.ptx.tma import PANEL_ALIGN, SPAN_INTS
+from bitnet_numba.kernels.ptx.tma import PANEL_ALIGN, SPAN_INTS, Boxes
 from bitnet_numba.kernels.ptx.wgmma import TILE_BYTES
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.memory import DeviceArray
@@ -410,10 +410,10 @@ def prefill_wgmma_grid(num_tokens: int, num_kv_heads: int, group: int, warps: in
     return num_kv_heads * (group // heads), -(-num_tokens // (tiles * WARP_TOKENS))
 
 
-def map_shape(cache_words: int, head_dim: int, keys: int = KEYS) -> tuple[int, int, int, int]:
-    """(rows, row_ints, box_rows, box_ints) of the tensor maps of keys and values: the cache as a matrix of tokens."""
+def boxes_of_cache(cache_words: int, head_dim: int, keys: int = KEYS) -> Boxes:
+    """The boxes that keys and values are loaded in: the cache as a matrix of tokens."""
     words = token_words(head_dim)
-    return cache_words // words, words, min(keys, PAGE), SPAN_INTS
+    return Boxes.of_matrix(cache_words // words, words, min(keys, PAGE), SPAN_INTS)
 
 
 def launch_arguments(
@@ -430,6 +430,6 @@ def launch_arguments(
         raise ValueError(f"prefill_attention: strides of {page_words} and {head_words} are not tokens of {words} words")
     spec = prefill_wgmma_spec(device.arch, shape.head_dim, shape.group, dtype, WARPS, KEYS)
     grid = prefill_wgmma_grid(num_tokens, shape.num_kv_heads, shape.group, WARPS)
-    sizes = map_shape(keys.size, shape.head_dim, KEYS)
-    cache = device.tensor_map(keys, *sizes), device.tensor_map(values, *sizes), page_words // words, head_words // words
-    return spec, grid, (*rest, *cache, out, num_tokens, shape.num_kv_heads, sizes[0])
+    boxes = boxes_of_cache(keys.size, shape.head_dim, KEYS)
+    cache = device.tensor_map(keys, boxes), device.tensor_map(values, boxes), page_words // words, head_words // words
+    return spec, grid, (*rest, *cache, out, num_tokens, shape.num_kv_heads, boxes.shape[0])

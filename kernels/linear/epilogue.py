@@ -5,10 +5,16 @@
     residual   old + y
     gated      activation(y) * y_up                     m: the row's scale; s: the token's
 
-ptxas makes a float32 division a call, and serialises `wgmma` around calls. So gemm_wgmma.py multiplies with reciprocals
-in float64, which gives the same float32: with a, s and a float32 midpoint m (25 bits), a and m s are different integers
-of at most 49 bits, up to a power of two, so a / s is further than 2^-50 m from m; reciprocal and product together are
-off by less than 2^-51. Only quotients below 2^-126, which have fewer bits, may differ in the last bit.
+ptxas makes a float32 division a call, and serialises `wgmma` around calls. So gemm_wgmma.py makes r, the float32
+nearest to 1 / s, once a token, and divides by Markstein's theorem (1990): if y is a / s or next to it, then
+y + (a - s y) r, rounded once, is a / s rounded once. Here y is a r. Where the mantissa of a is below that of s, that
+may be the number after next; the quotients that could then be wrong, those next to halfway, are 15 million but for
+powers of two, and trying them all has found none. r itself comes by float64: with s and a float32 midpoint m
+(25 bits), m s and a power of two are different integers of at most 49 bits, so 1 / s is further than 2^-50 m from m,
+and the float64 is off by less than 2^-51. The remainder a - s y must not underflow: quotients below 2^-126, and any of
+|a| < 2^-100, may differ in the last bit. Quotients beyond the largest float32 are NaN instead of infinite.
+
+Float64 would do with one product for each result, but converting to it and back takes eight times as long as this.
 """
 
 import math
@@ -37,22 +43,24 @@ def reciprocal(x):
 
 
 @device_function
-def times(x, inverse):
-    """x / y rounded once to float32; inverse: `reciprocal(y)`."""
-    return float32(float64(x) * inverse)
+def quotient(a, divisor):
+    """a / s rounded once to float32; divisor: (s, the nearest float32 of 1 / s)."""
+    s, r = divisor
+    y = ptx.mul_rn(a, r)
+    return ptx.fma_rn(ptx.fma_rn(-s, y, a), r, y)
 
 
 @device_function
 def _over(x, y):
-    return times(x, reciprocal(y))
+    return float32(float64(x) * reciprocal(y))
 
 
 def make_scaled(inverse: bool = False) -> Callable[..., Any]:
     """The device function `scaled(acc, m, s)`: y of a row without bias, from its int32 sum of weights times q.
 
-    m, s: the scales of weights and token, float32, or with `inverse` the latter's `reciprocal`.
+    m, s: the scales of weights and token, float32, or with `inverse` the latter as `quotient` takes it.
     """
-    by_s = times if inverse else ptx.div_rn
+    by_s = quotient if inverse else ptx.div_rn
 
     @device_function
     def scaled(acc, m, s):
@@ -88,10 +96,10 @@ def make_epilogue(epilogue: str, activation: str, inverse: bool = False) -> Call
     """The device function `finish(sum_, sum_up, q_sum, m, m_up, s, bias, n, rows, old)`, the result of row n and a
     token.
 
-    epilogue: one of EPILOGUES; activation: "relu2" or "silu", for "gated"; inverse: divide by float64 reciprocals.
+    epilogue: one of EPILOGUES; activation: "relu2" or "silu", for "gated"; inverse: divide without divisions.
     sum_: int32, of codes times q (codes are w + CODE_OFFSET, which comes off here); sum_up: that of row n + rows, for
     "gated"; q_sum: int32, of the token's q; m, m_up: float32 scales of both rows; s: the token's scale, float32, or
-    with `inverse` its `reciprocal`; bias: float32 [N] or None; rows: of the output; old: float32, for "residual".
+    with `inverse` as `quotient` takes it; bias: float32 [N] or None; rows: of the output; old: float32, for "residual".
     Operands that an epilogue does not use may be anything. Returns float32, or int32 for "acc".
     """
     scaled, gated = make_scaled(inverse), make_gated(activation, inverse)

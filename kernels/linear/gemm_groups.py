@@ -22,7 +22,7 @@ from bitnet_numba.kernels.linear.heuristics import choose_group_tile
 from bitnet_numba.kernels.linear.operands import GroupedActivations, GroupedLinear, check_segments, steps_stride
 from bitnet_numba.kernels.linear.tile import Tile
 from bitnet_numba.kernels.operands import checked
-from bitnet_numba.kernels.ptx.tma import SPAN_INTS
+from bitnet_numba.kernels.ptx.tma import SPAN_INTS, Boxes
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.spec import CARVEOUT, CARVEOUT_BYTES, RESERVED_BYTES, KernelSpec
@@ -61,16 +61,15 @@ def spec(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu
     )
 
 
-def map_sizes(tile: Tile, M: int, N: int, K: int, gated: bool) -> tuple[tuple[int, ...], ...]:
-    """Sizes of the tensor maps of words, q, steps and scales, as of `Device.tensor_map`: rows, row_ints, box_rows,
-    box_ints."""
+def map_boxes(tile: Tile, M: int, N: int, K: int, gated: bool) -> tuple[Boxes, ...]:
+    """The boxes that words, q, steps and scales are loaded in."""
     (padded_N, padded_K), groups = padded_shape(N, K), num_groups(K)
     blocks, box_rows = padded_N // BLOCK_ROWS, tile.row_warps // (2 if gated else 1)
     return (
-        (blocks, padded_K, box_rows, PART),
-        (M, padded_K // 4, tile.tokens, SPAN_INTS),
-        (groups, steps_stride(M), 1, tile.tokens),
-        (blocks, groups * GROUP_SCALES, box_rows, GROUP_SCALES),
+        Boxes.of_matrix(blocks, padded_K, box_rows, PART),
+        Boxes.of_matrix(M, padded_K // 4, tile.tokens, SPAN_INTS),
+        Boxes.of_matrix(groups, steps_stride(M), 1, tile.tokens),
+        Boxes.of_matrix(blocks, groups * GROUP_SCALES, box_rows, GROUP_SCALES),
     )
 
 
@@ -115,8 +114,8 @@ def gemm_groups(
     tile = choose_group_tile(num_tokens, N, K, device.arch, device.num_sms, gated)
     grid, integers = launch_sizes(tile, num_tokens, N, K, gated)
     if tile.scheme == "wgmma":
-        sizes = map_sizes(tile, num_tokens, N, K, gated)
-        maps = (device.tensor_map(array, *size) for array, size in zip((words, q, steps, scales), sizes, strict=True))
+        boxes = map_boxes(tile, num_tokens, N, K, gated)
+        maps = (device.tensor_map(array, of) for array, of in zip((words, q, steps, scales), boxes, strict=True))
         arguments = (*maps, count, bias, out, *integers)
     else:
         arguments = (words, q, steps, count, scales, bias, out, *integers)

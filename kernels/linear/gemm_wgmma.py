@@ -9,8 +9,9 @@ loads weights and activations to shared memory, `stages` - 1 k_iters ahead; regi
     cluster        CTAs of one tile, each with its own k_iters: CTA y % cluster takes that share of the columns
     part           128 columns.  activations: a panel, int8 [T, 128], in 128-byte swizzle
                                  weights: 512 bytes a row-block, as they lie in memory
-    k_iter         k_warps parts; one mbarrier a stage.  Few tokens have a stage for every k_iter (`refill` is not
-                   set): everything is loaded at once, and no barrier is needed until the end
+    k_iter         k_warps parts, loaded as one box of activations and one of weights ("gated": two), where a row-block
+                   has its parts side by side; one mbarrier a stage.  Few tokens have a stage for every k_iter (`refill`
+                   is not set): everything is loaded at once, and no barrier is needed until the end
 
     shared memory  | stage 0: panels, words | stage 1: panels, words | ...
                    at the end, in the same place: int32 sums [k_warps, T, rows + 4]
@@ -25,6 +26,9 @@ before `pdl_wait`, old values of a residual right after it, and few but long row
 Sums leave through shared memory (in a cluster each CTA adds up its tokens' from all), so that neighbouring threads
 write neighbouring rows of a token, 128 bytes a warp, and what depends on the row alone is computed once a thread.
 
+A thread takes about 120 cycles to start a load. So a k_iter takes few of them, of large boxes, and each is started by
+another warp.
+
 Loads of old values and the filling of the first stages stay in the kernel: as device functions they change machine
 code. docs/performance-notes.md has what was tried and measured.
 """
@@ -37,9 +41,9 @@ from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.linear.epilogue import make_epilogue, reciprocal
 from bitnet_numba.kernels.linear.gemm_mma import TOKENS
 from bitnet_numba.kernels.linear.tile import Tile
-from bitnet_numba.kernels.ptx.base import WARP, device_function, float32, float64, int32, int64
-from bitnet_numba.kernels.ptx.tma import PANEL_ALIGN, SPAN_INTS
-from bitnet_numba.packing import BLOCK_ROWS, CODE_BITS
+from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, int32, int64, uint32
+from bitnet_numba.kernels.ptx.tma import PANEL_ALIGN
+from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, CODE_BITS
 
 ARCH = 90  # wgmma is this architecture's alone
 PART = 128  # columns of a part, and the words of its row-block
@@ -48,7 +52,8 @@ PADDING = 4  # sums between a token's rows and the next token's: 8-byte stores t
 SHARED_BYTES = 227 * 1024  # of an SM that one CTA can have
 MAX_TOKENS = 256  # of one instruction
 BATCH = 8  # results that a thread computes side by side
-MAX_EARLY_LOADS = 4  # old values of a residual that a thread loads before its products
+MAX_EARLY_LOADS = 32  # old values of a residual that a thread loads before its products
+OTHER_REGISTERS = 44  # of a thread, beside sums, codes and old values
 
 
 def stage_bytes(tile: Tile) -> int:
@@ -63,8 +68,8 @@ def shared_bytes(tile: Tile) -> int:
 
 
 def cta_bytes(tile: Tile) -> int:
-    """All shared memory of a CTA in bytes: mbarriers, reciprocals of scales and sums of q too."""
-    return shared_bytes(tile) + 8 * tile.stages + 12 * tile.tokens
+    """All shared memory of a CTA in bytes: mbarriers and what results take of each token too."""
+    return shared_bytes(tile) + 8 * tile.stages + 16 * tile.tokens
 
 
 def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: str = "relu2") -> Callable[..., None]:
@@ -82,9 +87,9 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
     UNITS = WR // HALVES  # row-blocks of the output
     ROWS = UNITS * BLOCK_ROWS
     THREADS, WARPS = tile.threads, tile.threads // WARP
-    # Bytes: of a stage, of a part's activations and weights, of its gate or up rows; where a stage's weights begin.
-    STAGE, PANEL, WORDS = stage_bytes(tile), T * PART, WR * PART * 4
-    HALF, WORDS_AT = WORDS // HALVES, WK * PANEL
+    # Bytes: of a stage, of a part's activations, of a stage's gate or up rows; where its weights begin.
+    STAGE, PANEL, HALF = stage_bytes(tile), T * PART, WK * UNITS * PART * 4
+    WORDS_AT = WK * PANEL
     WIDTH = WR * BLOCK_ROWS + PADDING
     SUMS = T * WIDTH
     PIECES = SUMS // 4
@@ -92,23 +97,26 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
     STEP = THREADS // ROWS  # tokens that are written side by side
     JUMP = STEP * CLUSTER  # from one of a thread's tokens to its next
     OUT_ROUNDS = -(-T // JUMP)
-    EACH = OUT_ROUNDS if CLUSTER > 1 else max(n for n in range(1, BATCH + 1) if OUT_ROUNDS % n == 0)
     EXACT = T % JUMP == 0
-    EARLY = RESIDUAL and OUT_ROUNDS <= MAX_EARLY_LOADS
+    registers = min(255, 65536 // (THREADS * tile.ctas_per_sm))
+    fits = ACC_REGS + 2 * CODES + OUT_ROUNDS + OTHER_REGISTERS <= registers
+    EARLY = RESIDUAL and OUT_ROUNDS <= MAX_EARLY_LOADS and fits
+    whole_batches = max(n for n in range(1, BATCH + 1) if OUT_ROUNDS % n == 0)
+    EACH = OUT_ROUNDS if CLUSTER > 1 or EARLY else whole_batches
     SCALE_ROUNDS = -(-T // THREADS)
+    TOKEN_VALUES = 4 * T  # of each token: sum of q, scale, the scale's reciprocal
     Y, ZERO = int32 if ACC else float32, float32(0)
     whole = (not T % 16 or T in (8, 24)) and T <= MAX_TOKENS and not WR % 4
-    many = cta_bytes(tile) > SHARED_BYTES or CLUSTER > 1 and OUT_ROUNDS > BATCH
+    many = cta_bytes(tile) > SHARED_BYTES or CLUSTER > 1 and OUT_ROUNDS > 2 * BATCH
     if U != 1 or REG_STAGES or STAGES < 2 - (not REFILL) or not whole or many:
         raise ValueError(f"no wgmma GEMM is made of {tile}")
     start, all_but_one, finished = ptx.wgmma_s8(T)
 
     @device_function
-    def load_words(words, shared, at, mbarrier, part, unit0, up_offset):
-        for half in range(HALVES):
-            ptx.tma_load_2d(
-                words, 0, shared, at + (WORDS_AT + half * HALF), mbarrier, part * PART, unit0 + half * up_offset
-            )
+    def load_words(words, shared, stage, mbarrier, part, unit, half):
+        """Starts the load of a k_iter's weights from row-block `unit` on, half 1: of up rows."""
+        at = int32(stage + WORDS_AT + half * HALF)
+        ptx.tma_load_3d(words, 0, shared, at, mbarrier, 0, part * (PART // BLOCK_COLS), unit)
 
     @device_function
     def load_codes(code_r, shared, at, shift):
@@ -120,7 +128,7 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
     def k_iteration(code_r, acc_r, block, addresses, state, k_iter):
         """A k_iter but the first: starts its products, and refills the stage before it. Returns its stage: number,
         offset in bytes, and the mbarrier's phase."""
-        words, panels, shared, tid, first, unit0, part0, up_offset, k_iters = block
+        words, panels, shared, warp, lane, first, unit0, part0, up_offset, k_iters = block
         base, mbarrier, own_panel, own_words, shift = addresses
         slot, stage, parity = state
         before, stage_before = slot, stage
@@ -134,17 +142,18 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
         if REFILL:
             cuda.syncthreads()  # all warps have multiplied the stage before
             ahead = int32(k_iter + (STAGES - 1))
-            if tid == 0 and ahead < k_iters:
-                full, to = int32(mbarrier + 8 * before), int32(base + stage_before)
-                ptx.mbarrier_expect_tx(full, STAGE)
-                for n in range(WK):
-                    part = int32(part0 + ahead * WK + n)
-                    ptx.tma_load_2d(panels, 0, shared, to + n * PANEL, full, part * SPAN_INTS, first)
-                    load_words(words, shared, to + n * WORDS, full, part, unit0, up_offset)
+            if lane == 0 and warp <= HALVES and ahead < k_iters:
+                full, to, part = int32(mbarrier + 8 * before), int32(base + stage_before), int32(part0 + ahead * WK)
+                if warp == 0:
+                    ptx.mbarrier_expect_tx(full, STAGE)
+                    ptx.tma_load_3d(panels, 0, shared, to, full, 0, first, part)
+                else:
+                    half = int32(warp - 1)
+                    load_words(words, shared, to, full, part, int32(unit0 + half * up_offset), half)
         return slot, stage, parity
 
     @device_function
-    def read_results(y_r, old_r, shared, address, sums, q_sum_s, inverse_s, token, row_values):
+    def read_results(y_r, old_r, shared, address, sums, token_s, token, row_values):
         """EACH results of a thread, from `token` on; without branches, so that their latencies overlap. sums: index of
         its row's sum for the first token, in int32."""
         m_row, m_up, bias, row, rows = row_values
@@ -169,7 +178,9 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
                     if GATED:
                         e += shared[rd + (k * SUMS + ROWS)]
             old = old_r[n] if RESIDUAL else ZERO
-            y_r[n] = finish(int32(c), int32(e), q_sum_s[t], m_row, m_up, inverse_s[t], bias, row, rows, old)
+            q_sum, s, r, _ = ptx.load4(token_s, 4 * t)
+            divisor = ptx.bits_to_float(uint32(s)), ptx.bits_to_float(uint32(r))
+            y_r[n] = finish(int32(c), int32(e), q_sum, m_row, m_up, divisor, bias, row, rows, old)
 
     @device_function
     def store_results(out, y_r, wr, jump, last, token):
@@ -196,8 +207,7 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
     ):  # fmt: skip
         shared = ptx.pointer(cuda.shared.array(0, int32))
         mbarrier_s = ptx.pointer(cuda.shared.array(STAGES, int64))
-        inverse_s = ptx.pointer(cuda.shared.array(T, float64))
-        q_sum_s = ptx.pointer(cuda.shared.array(T, int32))
+        token_s = ptx.pointer(cuda.shared.array(TOKEN_VALUES, int32, SHARED_ALIGN))
         a_r = cuda.local.array(CODES, int32)
         b_r = cuda.local.array(CODES, int32)
         acc_r = cuda.local.array(ACC_REGS, int32)
@@ -219,12 +229,12 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
         rank = int32(y % CLUSTER) if CLUSTER > 1 else int32(0)
         unit0 = int32(y // CLUSTER) * UNITS
         part0 = int32(rank * k_iters * WK)
-        filled = min(int32(k_iters), int32(STAGES)) * WK  # parts that have a stage from the beginning
+        filled = min(int32(k_iters), int32(STAGES))  # k_iters that have a stage from the beginning
         # Addresses in shared memory, in bytes.
         unaligned, mbarrier = ptx.shared_address(shared, 0), ptx.shared_address(mbarrier_s, 0)
         base = int32((unaligned + (PANEL_ALIGN - 1)) & -PANEL_ALIGN)
 
-        # 1. The first stages' weights, while the launches before this one still run. Warps take parts round-robin.
+        # 1. The first stages' weights, while the launches before this one still run. Warps take k_iters round-robin.
         if tid == 0:
             for n in range(STAGES):
                 ptx.mbarrier_init(mbarrier + 8 * n)
@@ -234,9 +244,9 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
         cuda.syncthreads()
         if lane == 0:
             for n in range(warp, filled, WARPS):
-                t = int32(n // WK)
-                to = int32(base + t * STAGE + (n - t * WK) * WORDS)
-                load_words(words, shared, to, mbarrier + 8 * t, int32(part0 + n), unit0, up_offset)
+                to, part = int32(base + n * STAGE), int32(part0 + n * WK)
+                for half in range(HALVES):
+                    load_words(words, shared, to, mbarrier + 8 * n, part, int32(unit0 + half * up_offset), half)
         for n in range(ACC_REGS):
             acc_r[n] = int32(0)
         # A thread's results: one row of every JUMP-th token.
@@ -255,29 +265,30 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
         trigger()
         wait()
 
-        # 2. The first stages' activations.
-        if lane == 0:
-            for n in range(warp, filled, WARPS):
-                t = int32(n // WK)
-                to = int32(base + t * STAGE + (n - t * WK) * PANEL)
-                ptx.tma_load_2d(panels, 0, shared, to, mbarrier + 8 * t, int32(part0 + n) * SPAN_INTS, first)
+        # 2. The first stages' activations; those of a ring by one warp, so that they come in order.
+        if lane == 0 and (not REFILL or warp == 0):
+            for n in range(warp, filled, 1 if REFILL else WARPS):
+                ptx.tma_load_3d(
+                    panels, 0, shared, int32(base + n * STAGE), mbarrier + 8 * n, 0, first, int32(part0 + n * WK)
+                )
         if EARLY:
             for n in range(EACH):  # beyond the last token: of that one, and not used
                 old_r[n] = out[min(int32(wr + n * jump), last)]
         for n in range(SCALE_ROUNDS):
             t = int32(tid + n * THREADS)
             if t < T and first + t < limit:
-                inverse_s[t] = reciprocal(s[first + t])
-                q_sum_s[t] = q_sum[first + t]
+                scale = s[first + t]
+                bits, inverse_bits = ptx.float_to_bits(scale), ptx.float_to_bits(float32(reciprocal(scale)))
+                ptx.store4(token_s, 4 * t, q_sum[first + t], int32(bits), int32(inverse_bits), int32(0))
 
         # 3. Products. While those of one stage run, the next one's words are decoded: the tensor cores never idle.
         own_panel = int32(base + k * PANEL)
-        own_words = int32(base + (WORDS_AT + k * WORDS) + ((w * PART + (g >> 2) * 16 + (g & 3) * 2) << 2))
+        own_words = int32(base + WORDS_AT + (((w * WK + k) * PART + (g >> 2) * 16 + (g & 3) * 2) << 2))
         shift = int32(CODE_BITS * i)
         ptx.mbarrier_wait(mbarrier, 0)
         load_codes(a_r, shared, own_words, shift)
         start(acc_r, a_r, shared, own_panel)
-        block = words, panels, shared, tid, first, unit0, part0, int32(up_offset), int32(k_iters)
+        block = words, panels, shared, warp, lane, first, unit0, part0, int32(up_offset), int32(k_iters)
         addresses = base, mbarrier, own_panel, own_words, shift
         state = int32(0), int32(0), int32(0)
         # In pairs, for the two sets of codes: with a condition between, the assembler would run one product at a time.
@@ -310,7 +321,7 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
                 if RESIDUAL and not EARLY:
                     for n in range(EACH):
                         old_r[n] = out[min(int32(wr + n * jump), last)]
-                read_results(y_r, old_r, shared, unaligned, sums + own, q_sum_s, inverse_s, token, row_values)
+                read_results(y_r, old_r, shared, unaligned, sums + own, token_s, token, row_values)
             ptx.cluster_arrive()  # a CTA may exit once no other reads its sums
             if writes:
                 wr = store_results(out, y_r, wr, jump, last, token)
@@ -321,7 +332,7 @@ def make_gemm_wgmma(arch: int, tile: Tile, epilogue: str = "store", activation: 
                 if RESIDUAL and not EARLY:
                     for n in range(EACH):
                         old_r[n] = out[min(int32(wr + n * jump), last)]
-                read_results(y_r, old_r, shared, unaligned, sums + own, q_sum_s, inverse_s, token, row_values)
+                read_results(y_r, old_r, shared, unaligned, sums + own, token_s, token, row_values)
                 wr = store_results(out, y_r, wr, jump, last, token)
                 token = int32(token + JUMP * EACH)
 

@@ -426,7 +426,7 @@ def gemv(
     """The launch of one token's product.
 
     x: float32 [K rounded up to 32], zeros at the end, which is normed if there is a norm, and quantised; or a token's
-    QuantizedActivations. NaN or infinity in x makes all of y NaN.
+    QuantizedActivations. NaN or infinity in x makes all of y NaN (not infinity where the norm's weight is 0).
     epilogue: "store" writes y to out, float32 [N]; "residual" adds it to out; "gated", for gate and up rows, writes
     activation(y[n]) * y[n + N/2], activation "relu2" or "silu", to out, float32 [N/2]; "acc" writes the sums of weights
     times q to out, int32 [N]. spread: the launches around it are others, as in a decode step, so that small blocks are

@@ -344,8 +344,8 @@ def gemv_groups(
     """The launch of one token's product.
 
     x: float32 [K rounded up to 32], zeros at the end, which is normed if there is a norm, and quantised by groups. NaN
-    in x makes all of y NaN, infinity makes it infinite or NaN. Epilogues as of `gemv`, without "acc". Arrays must be
-    aligned to 16 bytes. Raises ValueError for operands that do not fit.
+    in x makes all of y NaN, infinity makes it infinite or NaN (but where the norm's weight is 0). Epilogues as of
+    `gemv`, without "acc". Arrays must be aligned to 16 bytes. Raises ValueError for operands that do not fit.
     """
     gated = epilogue == "gated"
     if epilogue not in GROUP_EPILOGUES:

@@ -4,6 +4,7 @@ import math
 from functools import cache
 from typing import NamedTuple
 
+from bitnet_numba.kernels.linear import gemm_few
 from bitnet_numba.kernels.linear.gemm_dp4a import TOKENS
 from bitnet_numba.kernels.linear.gemm_wgmma import ARCH as WGMMA_ARCH
 from bitnet_numba.kernels.linear.gemm_wgmma import PART, SHARED_BYTES, cta_bytes
@@ -40,29 +41,31 @@ WGMMA_TILES = (
     MeasuredTile(_tile(16, 4, 4, 6), 1.1, 0.48),
     MeasuredTile(_tile(16, 8, 2, 6), 2.1, 0.45),
     MeasuredTile(_tile(32, 4, 2, 0), 1.2, 0.25),
-    MeasuredTile(_tile(32, 4, 4, 0), 2.1, 0.37),
+    MeasuredTile(_tile(32, 4, 4, 0), 1.95, 0.36),
     MeasuredTile(_tile(32, 4, 4, 0, cluster=2), 3.0, 0.43),
     MeasuredTile(_tile(32, 8, 2, 0), 2.5, 0.45),
     MeasuredTile(_tile(32, 4, 4, 6), 1.7, 0.50),
     MeasuredTile(_tile(32, 8, 2, 6), 2.7, 0.45),
-    MeasuredTile(_tile(64, 4, 2, 0), 2.2, 0.30),
-    MeasuredTile(_tile(64, 4, 4, 5), 2.9, 0.56),
+    MeasuredTile(_tile(64, 4, 2, 6), 2.3, 0.29),
+    MeasuredTile(_tile(64, 4, 4, 5), 2.9, 0.48),
     MeasuredTile(_tile(64, 4, 4, 3, cluster=2), 4.1, 0.55),
-    MeasuredTile(_tile(64, 8, 2, 6), 3.6, 0.46),
+    MeasuredTile(_tile(64, 8, 2, 4), 3.6, 0.46),
     MeasuredTile(_tile(64, 8, 1, 8), 2.9, 0.32),
     MeasuredTile(_tile(64, 4, 2, 5, 2), 3.3, 0.47),
     MeasuredTile(_tile(64, 8, 1, 8, 2), 4.7, 0.40),
-    MeasuredTile(_tile(96, 8, 2, 5), 5.0, 0.56),
+    MeasuredTile(_tile(96, 4, 2, 6), 2.2, 0.40),
+    MeasuredTile(_tile(96, 8, 2, 5), 5.0, 0.52),
     MeasuredTile(_tile(96, 8, 1, 6, 2), 5.7, 0.50),
-    MeasuredTile(_tile(128, 4, 2, 6), 3.5, 0.38),
-    MeasuredTile(_tile(128, 8, 1, 8), 5.1, 0.34),
+    MeasuredTile(_tile(128, 4, 2, 5), 3.1, 0.36),
+    MeasuredTile(_tile(128, 8, 1, 6), 4.8, 0.34),
+    MeasuredTile(_tile(192, 4, 2, 4), 4.0, 0.56),
     MeasuredTile(_tile(192, 8, 1, 6), 7.0, 0.44),
-    MeasuredTile(_tile(256, 8, 1, 6), 8.3, 0.57),
+    MeasuredTile(_tile(256, 8, 1, 5), 8.0, 0.57),
 )
 
 GATED_SHARE = 0.7  # of cta_us, for "gated" from 64 tokens on: half as many results are written
 ROUND_WAIT = 1.4  # for each wave of CTAs but the first, of tiles with a stage for every k_iter: waits for weights
-WEIGHTS_AGAIN = 0.4  # for each time but the first that tiles of up to 32 tokens load the same weights
+WEIGHTS_AGAIN = 0.4 / (2560 * 2560)  # for each weight and time but the first that tiles of up to 32 tokens load it
 
 
 def with_all_stages(tile: Tile, K: int) -> Tile | None:
@@ -87,7 +90,7 @@ def _choose_wgmma_tile(M: int, N: int, K: int, num_sms: int, gated: bool) -> Til
         rounds = -(-ctas // num_sms) / tile.ctas_per_sm
         k_iters = -(-K // (PART * tile.k_warps * tile.cluster))
         waiting = 0 if tile.refill else ROUND_WAIT * max(0, math.ceil(rounds) - 1)
-        fetching = WEIGHTS_AGAIN * (-(-M // tile.tokens) - 1) if tile.tokens <= 32 else 0
+        fetching = WEIGHTS_AGAIN * N * K * (-(-M // tile.tokens) - 1) if tile.tokens <= 32 else 0
         cta_us = measured.cta_us * (GATED_SHARE if gated and tile.tokens >= 64 else 1)
         return max(1, rounds) * (cta_us + measured.k_iter_us * k_iters) + fetching + waiting
 
@@ -142,6 +145,15 @@ def choose_tile(M: int, N: int, K: int, arch: int, num_sms: int, gated: bool = F
         return -(-ctas // num_sms) * tile.tokens * tile.rows
 
     return min((Tile(64, 4, 2, 2, 2, 3, 2), Tile(64, 2, 5, 2, 2, 2, 1)), key=busiest)
+
+
+FEW_ARCH = 90  # where `gemm_few` was measured
+
+
+def choose_few(M: int, N: int, K: int, arch: int, num_sms: int, gated: bool = False) -> gemm_few.Plan | None:
+    """How `gemm_few` multiplies M tokens; None if a tile of `choose_tile` does, since M or the matrix is too large, or
+    the architecture another."""
+    return gemm_few.plan(N, K, num_sms, gated) if arch == FEW_ARCH and M <= gemm_few.MAX_TOKENS else None
 
 
 GROUP_TILES = (  # of `gemm_groups_mma` and `gemm_groups_wgmma`

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from bitnet_numba.kernels.ptx.tma import SPAN_INTS
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.packing import BLOCK_ROWS, num_groups, packed_scales, packed_words, padded_shape
 
@@ -84,12 +85,11 @@ class QuantizedActivations:
 
     @staticmethod
     def empty(device: Device, num_tokens: int, K: int) -> "QuantizedActivations":
-        """Room for so many tokens of up to K columns, all zeros."""
+        """Room for so many tokens of up to K columns, all zeros; and for what is read of the last one's as if columns
+        were a multiple of 128."""
         columns = padded_shape(1, K)[1]
-        return QuantizedActivations(
-            device.zeros(num_tokens * columns, "int8"), device.zeros(num_tokens, "float32"),
-            device.zeros(num_tokens, "int32"),
-        )  # fmt: skip
+        q = device.zeros(num_tokens * columns + -columns % (4 * SPAN_INTS), "int8")
+        return QuantizedActivations(q, device.zeros(num_tokens, "float32"), device.zeros(num_tokens, "int32"))
 
     def sizes(self, num_tokens: int, K: int) -> dict[str, tuple[Any, int, str]]:
         """Operands for `kernels.operands.checked`."""

@@ -40,6 +40,7 @@ MAX_COLUMNS = 28 * 1024  # of a row: what the registers of a CTA hold
 MAX_THREADS = 1024
 VALUES = 16  # of a thread, if the row is not too long
 MAX_EARLY_LOADS = 16  # norm weights of a thread that are loaded before `pdl_wait`, into registers of their own
+SPREAD_ARCH, SPREAD_TOKENS = 90, range(17, 33)  # whose CTAs go to an SM each: 32 measured as better, 64 and 128 not
 ROUNDER = float32(1.5 * 2**23)  # added to a small number, leaves it rounded, half to even, in the low bits
 ALL_ONES = 0x01010101
 MAGNITUDE = 0x7FFFFFFF  # of a float32's bits: all but the sign
@@ -48,6 +49,7 @@ MAGNITUDE = 0x7FFFFFFF  # of a float32's bits: all but the sign
 def make_quantize(arch: int, K: int, norm: bool, threads: int) -> Callable[..., None]:
     """The kernel for rows of K columns. q is int32 words of four where K is a multiple of 4, else int8."""
     wait, trigger = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
+    warp_max, warp_sum = ptx.warp_max_int(arch), ptx.redux_sum_int(arch)
     WIDE = K % 4 == 0
     EACH = 4 if WIDE else 1  # columns of a piece
     PIECES, PADDED = K // EACH, -(-K // BLOCK_COLS) * BLOCK_COLS // EACH
@@ -93,9 +95,13 @@ def make_quantize(arch: int, K: int, norm: bool, threads: int) -> Callable[..., 
                 else:
                     v_r[t] = x[x_rd + piece]
         if NORM:
-            squares = float64(0)
-            for i in range(VALUES_EACH):
+            squares = others = float64(0)  # two sums, since an addition waits for the one before
+            for i in range(0, VALUES_EACH - 1, 2):
                 squares += float64(ptx.mul_rn(v_r[i], v_r[i]))
+                others += float64(ptx.mul_rn(v_r[i + 1], v_r[i + 1]))
+            if VALUES_EACH % 2:
+                squares += float64(ptx.mul_rn(v_r[VALUES_EACH - 1], v_r[VALUES_EACH - 1]))
+            squares += others
             for step in range(5):
                 squares += ptx.shuffle_xor(squares, 1 << step)
             if lane == 0:
@@ -124,7 +130,7 @@ def make_quantize(arch: int, K: int, norm: bool, threads: int) -> Callable[..., 
         most = int32(0)
         for i in range(VALUES_EACH):
             most = max(most, int32(ptx.float_to_bits(v_r[i]) & MAGNITUDE))
-        most = ptx.warp_max(most)
+        most = warp_max(most)
         if lane == 0:
             max_s[warp] = most
         cuda.syncthreads()
@@ -152,7 +158,7 @@ def make_quantize(arch: int, K: int, norm: bool, threads: int) -> Callable[..., 
                     q[q_wr + piece] = value
         for piece in range(int32(tid + ROUNDS * threads), PADDED, STEP):
             q[q_wr + piece] = int32(0)
-        added = ptx.warp_sum_int(added)
+        added = warp_sum(added)
         if lane == 0:
             sum_s[warp] = added
         cuda.syncthreads()
@@ -203,6 +209,7 @@ def quantize(
     if num_tokens < 1:
         raise ValueError(f"quantize: {num_tokens} tokens; at least one is needed")
     kernel = quantize_spec(device.arch, K, norm is not None)
+    kernel = kernel._replace(one_per_sm=device.arch == SPREAD_ARCH and num_tokens in SPREAD_TOKENS)
     operands = out.sizes(num_tokens, K)
     operands["x"] = (x, num_tokens * K, "float32")
     operands["norm"] = (norm.weight if norm is not None else None, K, "float32")

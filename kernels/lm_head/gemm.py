@@ -1,12 +1,13 @@
 """The LM head of many tokens: two launches, the final RMSNorm and the product with every row of the embedding table.
 
-    split_norm     norm(h) -> x, in the order in which the product reads it; on tensor cores as two bfloat16 terms
+    split_norm     norm(h) -> x, in the order in which the product reads it; on tensor cores as two bfloat16 terms, or
+                   as three int8 terms
     product        logits[m, n] = sum_k norm(h[m])[k] * w[n, k]   (* scale[n] for int8 rows)
 
 Which kernel is the product depends on the card and on the table alone, never on the number of tokens, so that a token's
 logits have the same bits whatever else is in the batch:
 
-    sm_90, bfloat16 rows      gemm_wgmma
+    sm_90, bfloat16, int8     gemm_wgmma
     sm_80 and later           gemm_mma
     before                    gemm_simt, with norm(h) in float32
 """
@@ -25,8 +26,8 @@ from bitnet_numba.kernels.runtime.spec import ArchSpec
 
 def layout_for(arch: int, dtype: RowDtype) -> Layout:
     """Which kernel multiplies, and so which layout x has; `dtype`: of the table's rows."""
-    if arch == gemm_wgmma.ARCH and dtype == "bf16":
-        return "wgmma"
+    if arch == gemm_wgmma.ARCH and dtype in gemm_wgmma.LAYOUTS:
+        return gemm_wgmma.LAYOUTS[dtype]
     return "mma" if arch >= gemm_mma.MIN_ARCH else "simt"
 
 
@@ -71,12 +72,14 @@ def lm_head_gemm(
     normed = device.launch(
         split_norm.spec(arch, K, layout, dtype), padded_tokens(layout, num_tokens), arguments, use_pdl
     )
-    if layout == "wgmma":
-        tile = gemm_wgmma.plan(num_tokens)
-        of_rows, of_x = gemm_wgmma.map_shapes(tile, num_rows, num_tokens, K)
-        maps = device.tensor_map(rows, *of_rows), device.tensor_map(split, *of_x)
+    if layout in gemm_wgmma.LAYOUTS.values():
+        tile = gemm_wgmma.plan(num_tokens, dtype)
+        of_rows, of_x = gemm_wgmma.map_boxes(tile, num_rows, num_tokens, K)
+        maps = device.tensor_map(rows, of_rows), device.tensor_map(split, of_x)
         spec, grid = gemm_wgmma.spec(arch, tile), gemm_wgmma.grid(device.num_sms, tile, num_rows, num_tokens)
-        arguments = (*maps, logits, num_rows, num_tokens, gemm_wgmma.num_k_iters(K))
+        of_int8 = (scale, split) if dtype == "int8" else (None, None)
+        ints, k_iters = gemm_wgmma.row_ints(tile, K), gemm_wgmma.num_k_iters(tile, K)
+        arguments = (*maps, *of_int8, logits, num_rows, num_tokens, k_iters, ints)
     else:
         arguments = (rows, scale, split, logits, num_rows, num_tokens)
         if layout == "mma":

@@ -4,11 +4,17 @@
                                                                    `lm_head_gemv` in its order, so the same bits
     v = high + low          on tensor cores v is the sum of two bfloat16 terms: high is v rounded, low what that left
                             out, rounded. Relative error of the sum: about 2^-17.
+    v = unit * (65536 * high + 256 * middle + low)
+                            for int8 rows by `wgmma`: three int8 terms of a whole number of 24 bits. Its error is at
+                            most 3/4 unit, less than 2^-23 of the token's largest v. NaN or infinity make unit so.
 
 Tokens are cut into groups of equal size, a group to a block of the GEMM; tokens and columns that x has beyond the real
 ones are zeros. With G the tokens of a group:
 
 layout "wgmma"  [group, term, G tokens, K columns]          bfloat16: one TMA box brings both terms of 64 columns
+
+layout "wgmma int8"  [group, term, G tokens, K columns]     int8: one TMA box brings the three terms of 128 columns;
+                then [token]                                float32: units
 
 layout "mma"    [group, unit, tile of 16 tokens, half, term, lane, 4 words]          int32, two bfloat16 a word
     unit        32 columns: what one `mma_bf16_split` multiplies. A row of the table comes in 16-byte loads, four
@@ -30,25 +36,34 @@ from collections.abc import Callable
 from functools import cache
 from typing import Literal
 
+import numpy as np
 from numba import cuda
 from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.lm_head.parts import check_columns, load_columns
 from bitnet_numba.kernels.operands import RowDtype
-from bitnet_numba.kernels.ptx.base import WARP, float32, int32, int64
+from bitnet_numba.kernels.ptx.base import WARP, device_function, float32, int32, int64, uint32
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 
-Layout = Literal["wgmma", "mma", "simt"]
+Layout = Literal["wgmma", "wgmma int8", "mma", "simt"]
 TILE_TOKENS = 16  # of layout "mma"
 GROUP_TOKENS: dict[
     Layout, tuple[int, ...]
 ] = {  # tokens of a group: the smallest that holds all, or several of the last
     "wgmma": (8, 16, 32, 64, 128),
+    "wgmma int8": (8, 16, 32, 64),
     "mma": (16, 32, 64, 128),
     "simt": (8,),
 }
 THREADS = 512  # as `lm_head_gemv` has, so that the sums of its norm are the same
+
+INT8_TERMS = 3
+MAX_INT8_COLUMNS = (2**31 - 1) // 128**2  # an int32 sum holds the products of so many
+# What a token's largest value becomes: below 0x7f7f7f, the largest sum of three int8 terms, by more than the rounding
+# of the quotient.
+LARGEST = np.float32(0x7F7F7F - 7)
+LEAST = int(np.float32(2.0**-100).view(np.int32))  # as which a smaller largest value counts: its unit is no denormal
 
 UNIT = 32  # columns
 UNIT_MULTIPLE = 8  # layout "mma" has a multiple of 8 units: an iteration of its GEMM takes 2, 4 or 8
@@ -70,39 +85,70 @@ def padded_tokens(layout: Layout, num_tokens: int) -> int:
 
 def padded_columns(layout: Layout, K: int, dtype: RowDtype) -> int:
     """Columns that x has room for; `dtype`: of the rows that x will meet."""
-    multiple = {"wgmma": 1, "mma": UNIT * UNIT_MULTIPLE, "simt": WARP * load_columns(dtype)}[layout]
+    multiple = {"wgmma": 1, "wgmma int8": 1, "mma": UNIT * UNIT_MULTIPLE, "simt": WARP * load_columns(dtype)}[layout]
     return -(-K // multiple) * multiple
 
 
 def x_words(layout: Layout, num_tokens: int, K: int, dtype: RowDtype) -> int:
-    """int32 words of x: one a token and column in every layout."""
+    """int32 words of x: one a token and column, but for layout "wgmma int8"."""
+    if layout == "wgmma int8":
+        return padded_tokens(layout, num_tokens) * (INT8_TERMS * K // 4 + 1)
     return padded_tokens(layout, num_tokens) * padded_columns(layout, K, dtype)
 
 
 def make_split_norm(arch: int, K: int, layout: Layout, dtype: RowDtype, threads: int = THREADS) -> Callable[..., None]:
     """The kernel that norms rows of K columns and writes x; a block a token of x.
 
-    `dtype`: of the rows that x will meet (of no account to layout "wgmma", whose rows are bfloat16).
+    `dtype`: of the rows that x will meet (of no account to layouts "wgmma" and "wgmma int8").
     """
     wait, trigger = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
     LAYOUT, WARPS, LOAD_COLUMNS = layout, threads // WARP, load_columns(dtype)
     QUADS, X_QUADS = K // 4, padded_columns(layout, K, dtype) // 4  # four neighbouring columns each
     LOAD_HALVES, UNITS = LOAD_COLUMNS // 4, padded_columns(layout, K, dtype) // UNIT
-    ROW_WORDS = K // 2  # int32 of a bfloat16 row
+    INT8 = layout == "wgmma int8"
+    LARGEST_WARPS = WARPS if INT8 else 1
+    TERMS, ROW_WORDS = (INT8_TERMS, K // 4) if INT8 else (2, K // 2)  # int32 of a term's row in the layouts of `wgmma`
+    warp_max = ptx.warp_max_int(arch)
     COLUMNS, ZERO, ONE = float32(K), float32(0), float32(1)
+
+    @device_function
+    def normed(h, norm, h_rd, quad, inverse):
+        """Four neighbouring columns of norm(h)."""
+        v0, v1, v2, v3 = ptx.load4(h, h_rd + quad * 4)
+        n0, n1, n2, n3 = ptx.load4(norm, quad * 4)
+        v0, v1 = ptx.mul_rn(n0, ptx.mul_rn(v0, inverse)), ptx.mul_rn(n1, ptx.mul_rn(v1, inverse))
+        v2, v3 = ptx.mul_rn(n2, ptx.mul_rn(v2, inverse)), ptx.mul_rn(n3, ptx.mul_rn(v3, inverse))
+        return v0, v1, v2, v3
+
+    @device_function
+    def magnitude(v):
+        """The bits of |v|, which are in the order of the numbers, NaN behind infinity."""
+        return int32(int32(ptx.float_to_bits(v)) & 0x7FFFFFFF)
+
+    @device_function
+    def terms(v, unit):
+        """The nearest multiple of `unit`, as three int8 in the lower bytes of a word, which sum up to it."""
+        return uint32(ptx.round_to_int(ptx.div_rn(v, unit)) + 0x808080) ^ uint32(0x808080)
+
+    @device_function
+    def gather(t0, t1, t2, t3, term):
+        """Byte `term` of four words."""
+        low, high = ptx.byte_permute(t0, t1, 0x40 + 0x11 * term), ptx.byte_permute(t2, t3, 0x40 + 0x11 * term)
+        return int32(ptx.byte_permute(low, high, 0x5410))
 
     def split_norm(h, norm, eps, x, num_tokens, group_size):
         square_s = ptx.pointer(cuda.shared.array(WARPS, float32))
+        largest_s = ptx.pointer(cuda.shared.array(LARGEST_WARPS, int32))
         tid = int32(cuda.threadIdx.x)
         warp, lane = int32(tid // WARP), int32(tid % WARP)
         m = int32(cuda.blockIdx.x)
         h_rd = int64(m) * K
         quads = int32(QUADS) if m < num_tokens else int32(0)
-        # Where this token's part of x begins: layout "mma", its tile's; layout "wgmma", its row of the high term.
+        # Where this token's part of x begins: layout "mma", its tile's; of `wgmma`, its row of the high term.
         tile = int32(m // TILE_TOKENS)
         group = ptx.udiv(tile, group_size)
         tile_wr = (int64(group * UNITS) * group_size + int32(tile - group * group_size)) * TILE_WORDS
-        row_wr = int64(m + ptx.udiv(m, group_size) * group_size) * ROW_WORDS
+        row_wr = int64(m + ptx.udiv(m, group_size) * group_size * (TERMS - 1)) * ROW_WORDS
         trigger()
         wait()
 
@@ -120,15 +166,31 @@ def make_split_norm(arch: int, K: int, layout: Layout, dtype: RowDtype, threads:
         squares = ptx.warp_sum(square_s[lane] if lane < WARPS else ZERO)
         inverse = ptx.div_rn(ONE, ptx.sqrt_rn(ptx.add_rn(ptx.div_rn(squares, COLUMNS), eps)))
 
+        unit = ONE
+        if INT8:
+            largest = int32(LEAST)
+            for quad in range(tid, quads, threads):
+                v0, v1, v2, v3 = normed(h, norm, h_rd, quad, inverse)
+                largest = max(largest, magnitude(v0), magnitude(v1), magnitude(v2), magnitude(v3))
+            largest = warp_max(largest)
+            if lane == 0:
+                largest_s[warp] = largest
+            cuda.syncthreads()
+            largest = warp_max(largest_s[lane] if lane < WARPS else int32(0))
+            unit = ptx.div_rn(ptx.bits_to_float(uint32(largest)), LARGEST)
+            if tid == 0:
+                x[int64(cuda.gridDim.x) * (INT8_TERMS * ROW_WORDS) + m] = int32(ptx.float_to_bits(unit))
         for quad in range(tid, X_QUADS, threads):
             v0, v1, v2, v3 = ZERO, ZERO, ZERO, ZERO
             if quad < quads:
-                v0, v1, v2, v3 = ptx.load4(h, h_rd + quad * 4)
-                n0, n1, n2, n3 = ptx.load4(norm, quad * 4)
-                v0, v1 = ptx.mul_rn(n0, ptx.mul_rn(v0, inverse)), ptx.mul_rn(n1, ptx.mul_rn(v1, inverse))
-                v2, v3 = ptx.mul_rn(n2, ptx.mul_rn(v2, inverse)), ptx.mul_rn(n3, ptx.mul_rn(v3, inverse))
+                v0, v1, v2, v3 = normed(h, norm, h_rd, quad, inverse)
             k = int32(quad * 4)
-            if LAYOUT == "wgmma":
+            if LAYOUT == "wgmma int8":
+                t0, t1, t2, t3 = terms(v0, unit), terms(v1, unit), terms(v2, unit), terms(v3, unit)
+                for term in range(INT8_TERMS):
+                    wr = row_wr + int64(term * group_size) * ROW_WORDS + quad
+                    x[wr] = gather(t0, t1, t2, t3, INT8_TERMS - 1 - term)
+            elif LAYOUT == "wgmma":
                 high, low = ptx.split_bf16x2(v0, v1)
                 high2, low2 = ptx.split_bf16x2(v2, v3)
                 wr = row_wr + quad * 2
@@ -156,12 +218,15 @@ def make_split_norm(arch: int, K: int, layout: Layout, dtype: RowDtype, threads:
 def spec(arch: int, K: int, layout: Layout, dtype: RowDtype, threads: int = THREADS) -> KernelSpec:
     """The variant for rows of K columns; `threads` differs in tests only.
 
-    Raises ValueError unless K is a multiple of 32. Arguments of a launch, of padded_tokens blocks: h float32
-    [num_tokens, K], norm weight float32 [K], eps, x int32 [x_words], num_tokens, `group_size_argument`.
+    Raises ValueError unless K is a multiple of 32, and at most MAX_INT8_COLUMNS for layout "wgmma int8". Arguments of a
+    launch, of padded_tokens blocks: h float32 [num_tokens, K], norm weight float32 [K], eps, x int32 [x_words],
+    num_tokens, `group_size_argument`.
     """
     check_columns(K)
+    if layout == "wgmma int8" and K > MAX_INT8_COLUMNS:
+        raise ValueError(f"int8 LM head rows can have {MAX_INT8_COLUMNS} columns, not {K}")
     f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
-    kind = layout if layout == "wgmma" else f"{layout} {dtype}"
+    kind = layout if layout.startswith("wgmma") else f"{layout} {dtype}"
     kernel = make_split_norm(arch, K, layout, dtype, threads)
     signature = (f32, f32, types.float32, i32, types.int32, types.int32)
     return KernelSpec(f"split_norm[{K}, {kind}, {threads}]", kernel, signature, threads)

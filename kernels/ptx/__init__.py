@@ -30,6 +30,7 @@ from bitnet_numba.kernels.ptx.math import (
     f16_low,
     float_to_bits,
     fma_bf16x2,
+    fma_rn,
     int_to_float,
     join_bf16,
     join_f16,
@@ -96,6 +97,7 @@ from bitnet_numba.kernels.ptx.tma import (
     mbarrier_wait,
     prefetch_tensor_map,
     tma_load_2d,
+    tma_load_3d,
 )
 from bitnet_numba.kernels.ptx.warp import (
     redux_sum_int,
@@ -113,6 +115,7 @@ from bitnet_numba.kernels.ptx.wgmma import (
     wgmma_bf16_split,
     wgmma_s8,
     wgmma_s8_pair,
+    wgmma_s8_shared,
 )
 from bitnet_numba.kernels.ptx.wgmma_attention import (
     warpgroup_barrier,

@@ -199,6 +199,19 @@ def mul_rn(a: Any, b: Any) -> Any:
     return np.float32(a) * np.float32(b)
 
 
+@instruction("fma.rn.f32 $0, $1, $2, $3;", "f", "fff")
+def fma_rn(a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, rounded once to float32. Any architecture."""
+    product, c = np.float64(a) * np.float64(b), np.float64(c)  # exactly
+    total = product + c
+    if np.isfinite(total):
+        moved = total - product
+        left = (product - (total - moved)) + (c - moved)  # what rounding to float64 has left out
+        if left and not total.view(np.uint64) & np.uint64(1):  # rounded to odd, so that the next rounding is right
+            total = np.nextafter(total, np.copysign(np.inf, left))
+    return np.float32(total)
+
+
 @instruction("add.rn.f32 $0, $1, $2;", "f", "ff")
 def add_rn(a: Any, b: Any) -> Any:
     """a + b rounded to float32, never fused into a multiply-add. Any architecture."""

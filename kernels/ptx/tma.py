@@ -20,7 +20,7 @@ Addresses are 32-bit addresses in shared memory, see `shared_address`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,13 +30,42 @@ SPAN_INTS = 32  # int32 of a swizzled row: 128 bytes
 PANEL_ALIGN = 1024  # bytes: the swizzle repeats every eight rows
 
 
+class Boxes(NamedTuple):
+    """An array in memory and the boxes that it is loaded in, sizes in int32, from the outermost dimension on."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # of all dimensions but the last, which is contiguous
+    box: tuple[int, ...]
+    swizzled: bool  # a box has rows of SPAN_INTS, which are written with the swizzle
+
+    @staticmethod
+    def of_matrix(rows: int, row_ints: int, box_rows: int, box_ints: int) -> "Boxes":
+        """Of a matrix; swizzled if a box's rows have SPAN_INTS."""
+        return Boxes((rows, row_ints), (row_ints,), (box_rows, box_ints), box_ints == SPAN_INTS)
+
+    @property
+    def size(self) -> int:
+        """int32 from the array's first element to its last."""
+        return 1 + sum((n - 1) * stride for n, stride in zip(self.shape, (*self.strides, 1), strict=True))
+
+
 @dataclass
 class SimulatedTensorMap:
-    """A tensor map under the simulator."""
+    """A tensor map under the simulator, of an int32 array that begins where the boxes' does."""
 
-    matrix: np.ndarray  # int32 [rows, row_ints]
-    rows: int  # of a box
-    ints: int  # of a box's row
+    array: np.ndarray
+    boxes: Boxes
+
+    def load(self, *start: int) -> np.ndarray:
+        """The box at an element, as it is written to shared memory: zeros outside the array."""
+        boxes = self.boxes
+        whole = np.lib.stride_tricks.as_strided(
+            self.array[: boxes.size], boxes.shape, [4 * n for n in (*boxes.strides, 1)], writeable=False
+        )
+        box = np.zeros(boxes.box, np.int32)
+        part = whole[tuple(slice(n, n + size) for n, size in zip(start, boxes.box, strict=True))]
+        box[tuple(slice(n) for n in part.shape)] = part
+        return simulated_swizzle(box.reshape(-1, SPAN_INTS)) if boxes.swizzled else box
 
 
 def simulated_swizzle(rows: np.ndarray) -> np.ndarray:
@@ -145,19 +174,31 @@ def prefetch_tensor_map(tensor_map: Any, i: Any) -> None:
     effects=True,
 )
 def _tma_load_2d(tensor_map: Any, i: Any, array: Any, address: Any, mbarrier: Any, column: Any, row: Any) -> None:
+    _simulated_load(tensor_map, array, address, mbarrier, row, column)
+
+
+@instruction(
+    "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [$1], [$0, {$3, $4, $5}], [$2];",
+    "",
+    "psrrrrr",
+    effects=True,
+)
+def _tma_load_3d(
+    tensor_map: Any, i: Any, array: Any, address: Any, mbarrier: Any, column: Any, row: Any, layer: Any
+) -> None:
+    _simulated_load(tensor_map, array, address, mbarrier, layer, row, column)
+
+
+def _simulated_load(tensor_map: SimulatedTensorMap, array: Any, address: Any, mbarrier: Any, *start: Any) -> None:
     thread = simulated_thread()
-    state = thread.mbarriers[int(mbarrier)]
+    state, to = thread.mbarriers[int(mbarrier)], int(address)
 
     def copy() -> None:
-        box = np.zeros((tensor_map.rows, tensor_map.ints), np.int32)
-        part = tensor_map.matrix[int(row) : int(row) + tensor_map.rows, int(column) : int(column) + tensor_map.ints]
-        box[: part.shape[0], : part.shape[1]] = part
-        if tensor_map.ints == SPAN_INTS:
-            box = simulated_swizzle(box)
-        array[int(address) // 4 : int(address) // 4 + box.size] = box.reshape(-1)
+        box = tensor_map.load(*map(int, start))
+        array[to // 4 : to // 4 + box.size] = box.reshape(-1)
         state.change(copied=4 * box.size)
 
-    assert int(address) % 128 == 0
+    assert to % 128 == 0
     if thread.block.order.random() < 0.5:
         copy()
     else:
@@ -172,6 +213,14 @@ def tma_load_2d(tensor_map: Any, i: Any, array: Any, address: Any, mbarrier: Any
     (PANEL_ALIGN if swizzled), row after row, with zeros outside the matrix. Its bytes, zeros too, are counted by
     the mbarrier at an address. tensor_map: see `Device.tensor_map`; i = 0. One thread. sm_90."""
     _tma_load_2d(tensor_map, i, array, address, mbarrier, column, row)
+
+
+@device_function
+def tma_load_3d(
+    tensor_map: Any, i: Any, array: Any, address: Any, mbarrier: Any, column: Any, row: Any, layer: Any
+) -> None:
+    """As `tma_load_2d`, the box at (layer, row, column) of an array of matrices, one after the other. sm_90."""
+    _tma_load_3d(tensor_map, i, array, address, mbarrier, column, row, layer)
 
 
 @instruction("fence.proxy.async.shared::cta;", "", "", effects=True)

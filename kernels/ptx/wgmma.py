@@ -172,7 +172,7 @@ def _ptx_s8(tokens: int, signed: bool) -> str:
         "{ .reg .pred yes, keep; .reg .b32 low, high; .reg .b64 b0, b1, b2, b3;",
         f"setp.eq.u32 yes, 0, 0; setp.eq.u32 keep, 0, {int(signed)};",
         descriptor("b0", f"${count + 16}"),
-        _NEXT_LOW if signed else "add.u64 b1, b0, 2; add.u64 b2, b0, 4; add.u64 b3, b0, 6;",
+        _NEXT_LOW,
         "wgmma.fence.sync.aligned;",
     ]
     into = ", ".join(f"${n}" for n in range(count))
@@ -213,6 +213,63 @@ def wgmma_s8_pair(tokens: int) -> tuple[Callable, Callable, Callable]:
     if SIMULATED:
         return start, _finished, finished
     return start, array_asm(_finished, "wgmma.wait_group.sync.aligned 1;", tokens // 2), finished
+
+
+# ---- int8 by int8, both in shared memory ---------------------------------------------------------------------------
+
+
+def _emulated_s8_shared(columns: int, tiles: int) -> Callable:
+    def start(sums: Any, array: Any, a: Any, b: Any, keep: Any) -> None:
+        thread = simulated_thread()
+        g, c = divmod(thread.thread_id % WARP, 4)
+        first = thread.thread_id // WARP % 4 * 16 + g
+        x = swizzled_rows(array, int(b), columns).view(np.int8).reshape(columns // 8, 8, 128)
+        x = x[:, None, 2 * c : 2 * c + 2].astype(np.int64)  # [8 columns, row, column, k]
+        for m in range(tiles):
+            w = swizzled_rows(array, int(a) + m * TILE_BYTES, 64).view(np.int8)[[first, first + 8], None]
+            own = slice(m * columns // 2, (m + 1) * columns // 2)
+            products = (w * x).sum(axis=-1).reshape(-1)
+            sums[own] = (np.array(sums[own], np.int64) + products if keep else products).astype(np.int32)
+
+    return start
+
+
+def _ptx_s8_shared(columns: int, tiles: int) -> str:
+    each = columns // 2
+    count = tiles * each
+    lines = [
+        "{ .reg .pred yes, keep; .reg .b32 low, high; .reg .b64 a, b, x, y;",
+        f"setp.eq.u32 yes, 0, 0; setp.ne.u32 keep, ${count + 2}, 0;",
+        descriptor("a", f"${count}"),
+        descriptor("b", f"${count + 1}"),
+        "wgmma.fence.sync.aligned;",
+    ]
+    for step in range(4):
+        lines.append(f"add.u64 y, b, {2 * step};")
+        for m in range(tiles):
+            into = ", ".join(f"${m * each + n}" for n in range(each))
+            lines.append(f"add.u64 x, a, {2 * step + m * TILE_BYTES // 16};")
+            shape = f"m64n{columns}k32.s32.s8.s8"
+            lines.append(f"wgmma.mma_async.sync.aligned.{shape} {{{into}}}, x, y, {'yes' if step else 'keep'};")
+    lines.append("wgmma.commit_group.sync.aligned; }")
+    return " ".join(lines)
+
+
+@cache
+def wgmma_s8_shared(columns: int, tiles: int) -> tuple[Callable, Callable, Callable]:
+    """`start(sums, array, a, b, keep)`, `all_but_one()`, `finished(sums)`: C [64 tiles, columns] (+)= A [64 tiles, 128]
+    . B [128, columns] for a warpgroup, int8 . int8, int32 sums; with keep 0 the sums start anew. sm_90a.
+
+    sums: a local array int32 [tiles * columns / 2]; sums[m * columns / 2 + 4 t ..] of the warpgroup's warp w are
+    c0 .. c3, as `mma_s8` has them, of rows 64 m + 16 w .. and columns 8 t ... a, b: addresses in a shared array of A,
+    64 tiles rows of 128 int8, and of B, `columns` (8, 24 or a multiple of 16 up to 256) rows.
+    """
+    start = _emulated_s8_shared(columns, tiles)
+    if SIMULATED:
+        return start, _all_but_one, _finished
+    count = tiles * columns // 2
+    wait = array_asm(_finished, "wgmma.wait_group.sync.aligned 0;", count)
+    return array_asm(start, _ptx_s8_shared(columns, tiles), count, scalars=3), _all_but_one, wait
 
 
 # ---- bfloat16 by float32 in two bfloat16 terms -----------------------------------------------------------------------

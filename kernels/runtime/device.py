@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from bitnet_numba.errors import BackendError
+from bitnet_numba.kernels.ptx.tma import Boxes
 from bitnet_numba.kernels.runtime.driver import driver_call
 from bitnet_numba.kernels.runtime.launch import KernelArgument, Launch, PreparedLaunch
 from bitnet_numba.kernels.runtime.memory import DeviceArray, DeviceView
@@ -31,9 +32,9 @@ class Device(ArchSpec):
         """A copy of a host array, flattened. Raises BackendError (out of memory)."""
         raise NotImplementedError
 
-    def tensor_map(self, array: DeviceArray, rows: int, row_ints: int, box_rows: int, box_ints: int) -> Any:
-        """What `ptx.tma_load_2d` takes for an array, int32 [rows, row_ints], loaded in boxes [box_rows, box_ints]; rows
-        of 128 bytes are swizzled. It is valid as long as the array."""
+    def tensor_map(self, array: DeviceArray, boxes: Boxes) -> Any:
+        """What `ptx.tma_load_2d` or `tma_load_3d` take for an array of two or three dimensions. It is valid as long as
+        the array."""
         raise NotImplementedError
 
     def launch(
@@ -96,8 +97,8 @@ class CudaDevice(Device):
     def array(self, host: np.ndarray) -> DeviceArray:
         return DeviceArray.of(host)
 
-    def tensor_map(self, array: DeviceArray, rows: int, row_ints: int, box_rows: int, box_ints: int) -> Any:
-        return tensor_map(array.address, rows, row_ints, box_rows, box_ints)
+    def tensor_map(self, array: DeviceArray, boxes: Boxes) -> Any:
+        return tensor_map(array.address, boxes)
 
     def launch(
         self,
@@ -130,7 +131,7 @@ class DryRunDevice(Device):
     def array(self, host: np.ndarray) -> DeviceArray:
         return DeviceView(0, host.size, host.dtype)
 
-    def tensor_map(self, array: DeviceArray, rows: int, row_ints: int, box_rows: int, box_ints: int) -> Any:
+    def tensor_map(self, array: DeviceArray, boxes: Boxes) -> Any:
         return DeviceView(0, 16, np.uint64)
 
     def launch(

@@ -153,6 +153,12 @@ class Event:
         """Device time since another event; both must have been reached."""
         return 1000.0 * driver_call("cuEventElapsedTime", earlier.handle, self.handle)
 
+    def __del__(self) -> None:
+        try:  # noqa: SIM105 - as of Graph
+            driver_call("cuEventDestroy", self.handle)
+        except Exception:  # noqa: BLE001, S110
+            pass
+
 
 def _is_done(query: str, handle: Any) -> bool:
     from cuda.bindings import driver
@@ -165,10 +171,12 @@ def _is_done(query: str, handle: Any) -> bool:
 
 @cache
 def _prctl() -> Callable[[int, int], int]:
-    """Linux's call of this name; elsewhere, what does nothing."""
+    """Linux's call of this name, which returns -1 where a sandbox forbids it; elsewhere, what does nothing."""
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError, OSError):
-            return ctypes.PyDLL(None).prctl  # holds Python's lock, for so short a call
+            prctl = ctypes.PyDLL(None).prctl  # holds Python's lock, for so short a call
+            prctl.argtypes = (ctypes.c_int, ctypes.c_ulong)
+            return prctl
     return lambda option, value: 0
 
 
@@ -176,11 +184,12 @@ def sleep_exactly(seconds: float) -> None:
     """Sleeps 5 us too long, as a rule, where `time.sleep` sleeps 60 too long."""
     prctl = _prctl()
     before = prctl(GET_TIMER_SLACK, 0)
-    prctl(SET_TIMER_SLACK, SLACK)
+    changed = before > 0 and prctl(SET_TIMER_SLACK, SLACK) == 0  # 0: of a real-time thread, which has none
     try:
         sleep(seconds)
     finally:
-        prctl(SET_TIMER_SLACK, before)
+        if changed:
+            prctl(SET_TIMER_SLACK, before)
 
 
 class Pace:

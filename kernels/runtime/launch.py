@@ -2,7 +2,8 @@
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 from numba.cuda import types
 
@@ -16,6 +17,19 @@ KernelArgument = Any  # DeviceArray or other array with .address, tensor map, No
 PDL_ARCH = 90  # the first architecture with programmatic dependent launch
 
 _loaded: dict[tuple, tuple[Any, Any]] = {}  # function and module, by key
+
+
+class _Known(NamedTuple):
+    """What every launch of a spec takes."""
+
+    spec: KernelSpec
+    function: Any
+    parameters: tuple[Callable[[KernelArgument], Any], ...]  # an argument as the driver takes it
+
+
+# By identity and architecture: a spec's hash is that of Numba's types, which takes longer than all else of a launch.
+# What is here holds the spec, so no other one gets its identity.
+_known: dict[tuple[int, int], _Known] = {}
 
 
 def _key(spec: KernelSpec, arch: int) -> tuple:
@@ -52,6 +66,15 @@ def load_kernels(specs: Sequence[KernelSpec], arch: int, progress: Callable[[int
         load_kernel(spec, arch)
 
 
+def _know(spec: KernelSpec, arch: int) -> _Known:
+    """Loads a spec's function where that has not been done yet. Raises BackendError."""
+    known = _known.get((id(spec), arch))
+    if known is None:
+        parameters = tuple(_parameter(kind) for kind in spec.signature)
+        known = _known[id(spec), arch] = _Known(spec, load_kernel(spec, arch), parameters)
+    return known
+
+
 class Launch:
     """A kernel and its arguments. On its own it is a dry run's; see `PreparedLaunch`."""
 
@@ -86,8 +109,8 @@ class PreparedLaunch(Launch):
         from cuda.bindings import driver
 
         super().__init__(spec, arguments)
-        self._function = load_kernel(spec, arch)
-        self._values = [_parameter(kind, value) for kind, value in zip(spec.signature, arguments, strict=True)]
+        _, self._function, parameters = _know(spec, arch)
+        self._values = [parameter(value) for parameter, value in zip(parameters, arguments, strict=True)]
         self._pointers = (ctypes.c_void_p * len(self._values))(*(ctypes.addressof(value) for value in self._values))
         self._parameters = ctypes.addressof(self._pointers)
         self._config = config = driver.CUlaunchConfig()
@@ -95,16 +118,7 @@ class PreparedLaunch(Launch):
         config.gridDimZ = 1
         config.blockDimX, config.blockDimY, config.blockDimZ = spec.threads, 1, 1
         config.sharedMemBytes = spec.dynamic_shared
-        attributes = []
-        if use_pdl and arch >= PDL_ARCH:
-            attributes.append(driver.CUlaunchAttribute())
-            attributes[-1].id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attributes[-1].value.programmaticStreamSerializationAllowed = 1
-        if spec.cluster > 1:
-            attributes.append(driver.CUlaunchAttribute())
-            attributes[-1].id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            cluster = attributes[-1].value.clusterDim
-            cluster.x, cluster.y, cluster.z = 1, spec.cluster, 1
+        attributes = _attributes(use_pdl and arch >= PDL_ARCH, spec.cluster)
         if attributes:
             config.attrs, config.numAttrs = attributes, len(attributes)
         self._launch, self._handle_type = driver.cuLaunchKernelEx, driver.CUstream
@@ -117,11 +131,29 @@ class PreparedLaunch(Launch):
             raise BackendError(f"launching {self.name} failed: {status.name}")
 
 
-def _parameter(kind: Any, value: KernelArgument) -> Any:
-    """A kernel argument as the driver takes it: Numba passes None as a null pointer."""
+@cache
+def _attributes(pdl: bool, cluster: int) -> list[Any]:
+    """Of a launch's configuration, which copies them."""
+    from cuda.bindings import driver
+
+    attributes = []
+    if pdl:
+        attributes.append(driver.CUlaunchAttribute())
+        attributes[-1].id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attributes[-1].value.programmaticStreamSerializationAllowed = 1
+    if cluster > 1:
+        attributes.append(driver.CUlaunchAttribute())
+        attributes[-1].id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        dimensions = attributes[-1].value.clusterDim
+        dimensions.x, dimensions.y, dimensions.z = 1, cluster, 1
+    return attributes
+
+
+def _parameter(kind: Any) -> Callable[[KernelArgument], Any]:
+    """What makes an argument of a type into one that the driver takes: Numba passes None as a null pointer."""
     if kind == types.none:
-        return ctypes.c_void_p(0)
+        return lambda value: ctypes.c_void_p(0)
     if isinstance(kind, types.CPointer):
-        return ctypes.c_uint64(value if isinstance(value, int) else value.address)
+        return lambda value: ctypes.c_uint64(value if isinstance(value, int) else value.address)
     scalars = {types.int32: ctypes.c_int32, types.float32: ctypes.c_float, types.int64: ctypes.c_int64}
-    return scalars[kind](value)
+    return scalars[kind]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bitnet_numba.kernels.runtime.driver import Stream, driver_call
+from bitnet_numba.kernels.runtime.driver import Event, Stream, driver_call
 
 
 class DeviceArray:
@@ -122,29 +122,39 @@ class PinnedArray:
 
 
 class Uploads:
-    """Small writes to device memory, enqueued on a stream, from a ring of page-locked memory."""
+    """Small writes to device memory, enqueued on a stream, from two pieces of page-locked memory in turns."""
 
-    def __init__(self, stream: Stream, size: int = 1 << 22):
-        """size: bytes of the ring, at least that of the largest write."""
+    def __init__(self, stream: Stream, size: int = 1 << 21):
+        """size: bytes of a piece, at least that of the largest write."""
         self._stream, self._size, self._next = stream, size, 0
-        self._ring = PinnedArray(size, np.uint8)
+        self._pieces = [PinnedArray(size, np.uint8) for _ in range(2)]
+        self._copied = [Event(timing=False) for _ in range(2)]  # when all copies from a piece have been made
 
     def write(self, array: DeviceArray, values: Any, start: int = 0) -> None:
         """Enqueues the copy of values, converted to the array's dtype, to elements start, start + 1, ... Raises
-        ValueError if they do not fit the array or the ring."""
+        ValueError if they do not fit the array or a piece."""
         data = np.ascontiguousarray(values, array.dtype).reshape(-1)
         if start + data.size > array.size:
             raise ValueError(f"{data.size} x {array.dtype} do not fit {array.size} x {array.dtype} at {start}")
         if data.nbytes > self._size:
-            raise ValueError(f"{data.nbytes} bytes do not fit a ring of {self._size}")
+            raise ValueError(f"{data.nbytes} bytes do not fit a piece of {self._size}")
         if self._next + data.nbytes > self._size:
-            self._stream.synchronize()  # all copies from the ring have been made
-            self._next = 0
-        self._ring.host[self._next : self._next + data.nbytes] = data.view(np.uint8)
+            self._turn()
+        piece = self._pieces[0]
+        piece.host[self._next : self._next + data.nbytes] = data.view(np.uint8)
         address = array.address + start * array.dtype.itemsize
-        self._stream.upload(address, self._ring, data.nbytes, self._next)
+        self._stream.upload(address, piece, data.nbytes, self._next)
         self._next += -(-data.nbytes // 16) * 16  # aligned
 
+    def _turn(self) -> None:
+        """Goes on with the other piece, whose copies were enqueued long ago: the host hardly ever waits for them."""
+        self._copied[0].record(self._stream)
+        self._pieces.reverse()
+        self._copied.reverse()
+        self._copied[0].wait()  # not at all the first time, before it is recorded
+        self._next = 0
+
     def close(self) -> None:
-        """Frees the ring."""
-        self._ring.close()
+        """Frees the memory."""
+        for piece in self._pieces:
+            piece.close()

@@ -99,6 +99,28 @@ def test_company_changes_nothing(demo: PackedCheckpoint) -> None:
 
 
 @needs_gpu
+def test_a_batch_that_was_prepared_answers_as_any(demo: PackedCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It captures nothing more, and knows how long its calls take."""
+    from bitnet_numba.kernels.runtime.driver import Stream
+
+    prompts = {slot: random_ids(demo, 20 + 30 * slot, slot) for slot in range(3)}
+    pages = {slot: list(range(5 * slot, 5 * slot + 5)) for slot in prompts}
+    plain = backend_of(demo).new_batch(3, 300)
+    expected = answer(plain, prompts, 20, pages)
+    batch = backend_of(demo).new_batch(3, 300)
+    assert batch.times() == (0, 0.0, 0.0)
+    while batch.prepare():
+        pass
+    monkeypatch.setattr(Stream, "capture", lambda self, launches: pytest.fail("captured again"))
+    assert answer(batch, prompts, 20, pages) == expected
+    times = batch.times()
+    assert times.prefill_tokens == 20 + 50 + 80
+    assert 0 < times.prefill_seconds < 1 and 0 < times.step_seconds < 1
+    batch.close()
+    plain.close()
+
+
+@needs_gpu
 @pytest.mark.long
 def test_company_changes_nothing_with_group_scales(tmp_path: Path) -> None:
     """Batches of every size of tile, against one sequence alone."""

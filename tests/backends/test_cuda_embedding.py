@@ -10,7 +10,7 @@ import bitnet_numba as bn
 from bitnet_numba.backends.cuda import embedder
 from bitnet_numba.backends.cuda.embedder import plan_texts
 from bitnet_numba.checkpoint.packed import open_packed
-from tests.backends.test_cuda_simulated import SimulatedDevice, simulate
+from tests.backends.test_cuda_simulated import SimulatedDevice, idle_device, simulate
 from tests.engine.test_embedding import FORMS, check_golden, packed_model
 from tests.kernels.harness import needs_gpu, simulated
 
@@ -73,6 +73,33 @@ def test_buffers_grow(model: tuple[str, Path], texts: list[list[int]], monkeypat
     with pytest.raises(bn.BackendError, match=r"a text of up to 512 tokens takes 0\.\d\d GB"):
         backend.last_hidden([[1] * 300])
     assert np.array_equal(backend.last_hidden(texts), expected)
+
+
+def test_what_could_not_grow_is_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever in the larger buffers memory ends, though the device said that it would do; without any launches."""
+    checkpoint = open_packed(packed_model("embedding", tmp_path))
+    device = idle_device(monkeypatch)
+    memory = device.memory
+    monkeypatch.setattr(embedder, "usable_device", lambda: device)
+    monkeypatch.setattr(embedder, "load_specs", lambda *arguments, **options: None)
+    monkeypatch.setattr(embedder, "MAX_ROWS", 32)
+    backend = embedder.CudaEmbedder(checkpoint)
+    before = backend.memory()["activations"]
+    few, many = [[5, 6, 7]], [[5] * 100]
+    backend.last_hidden(few)
+    for allocations in range(4):
+        memory.fails_after = allocations
+        with pytest.raises(bn.BackendError, match="OUT_OF_MEMORY"):
+            backend.last_hidden(many)
+        assert backend.memory()["activations"] == 0
+        if allocations == 1:
+            with pytest.raises(bn.BackendError, match="OUT_OF_MEMORY"):
+                backend.last_hidden(few)
+        memory.fails_after = None
+        backend.last_hidden(few)
+        assert backend.memory()["activations"] == before
+    backend.last_hidden(many)
+    assert backend.memory()["activations"] > before
 
 
 def test_plans() -> None:

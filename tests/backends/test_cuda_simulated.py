@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype
-from bitnet_numba.kernels.ptx.tma import SimulatedTensorMap
+from bitnet_numba.kernels.ptx.tma import Boxes, SimulatedTensorMap
 from bitnet_numba.kernels.runtime.device import CudaDevice
+from bitnet_numba.kernels.runtime.launch import Launch
+from bitnet_numba.kernels.runtime.memory import DeviceView
 from tests.kernels.harness import ARCH, simulated
 
 CONFIG = {
@@ -33,10 +36,15 @@ class HostMemory:
 
     def __init__(self) -> None:
         self.blocks: dict[int, np.ndarray] = {}
+        self.fails_after: int | None = None  # so many more allocations; None: never
 
     def call(self, name: str, *arguments: Any) -> Any:
         """What `device.driver_call` would do."""
         if name in ("cuMemAlloc", "cuMemHostAlloc"):
+            if self.fails_after is not None:
+                self.fails_after -= 1
+                if self.fails_after < 0:
+                    raise BackendError(f"the CUDA driver refused {name}: CUDA_ERROR_OUT_OF_MEMORY")
             block = np.full(-(-arguments[0] // 16) * 16, 0xA5, np.uint8)
             self.blocks[block.ctypes.data] = block
             return block.ctypes.data
@@ -50,6 +58,8 @@ class HostMemory:
             del self.blocks[int(arguments[0])]
         elif name == "cuMemGetInfo":
             return 1 << 30, 1 << 30
+        elif name == "cuEventElapsedTime":
+            return 0.5
         return 0
 
     def array(self, address: int, dtype: Any) -> np.ndarray:
@@ -62,7 +72,7 @@ class SimulatedDevice(CudaDevice):
     """A device of the simulator, its memory in `HostMemory`."""
 
     def __init__(self, memory: HostMemory):
-        self._memory = memory
+        self.memory = memory
         self.arch, self.num_sms, self.name = ARCH, 2, "simulator"
 
     def activate(self) -> None:
@@ -72,9 +82,8 @@ class SimulatedDevice(CudaDevice):
         """Plenty."""
         return 1 << 30, 1 << 30
 
-    def tensor_map(self, array: Any, rows: int, row_ints: int, box_rows: int, box_ints: int) -> SimulatedTensorMap:
-        matrix = self._memory.array(array.address, np.dtype(np.int32))[: rows * row_ints]
-        return SimulatedTensorMap(matrix.reshape(rows, row_ints), box_rows, box_ints)
+    def tensor_map(self, array: Any, boxes: Boxes) -> SimulatedTensorMap:
+        return SimulatedTensorMap(self.memory.array(array.address, np.dtype(np.int32)), boxes)
 
     def launch(self, spec: Any, grid: Any, arguments: Any, use_pdl: bool = True) -> Any:
         assert len(arguments) == len(spec.signature)
@@ -92,12 +101,66 @@ class SimulatedDevice(CudaDevice):
                 pass
             elif isinstance(kind, types.CPointer):
                 dtype = np.dtype(str(kind.dtype))
-                argument = FakeCUDAArray(self._memory.array(int(getattr(argument, "address", argument)), dtype))
+                argument = FakeCUDAArray(self.memory.array(int(getattr(argument, "address", argument)), dtype))
             elif kind == types.float32:
                 argument = np.float32(argument)
             values.append(argument)
         simulator.Block.of_clusters(spec.cluster)
         cuda.jit(spec.kernel)[grid, spec.threads, 0, spec.shared](*values)
+
+
+class Replayed:
+    """Stands in for a captured graph: runs its launches one after the other."""
+
+    def __init__(self, launches: Any):
+        self.launches = launches
+
+    def replay(self, stream: Any) -> None:
+        """Runs them."""
+        for launch in self.launches:
+            launch(None)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def host_memory(monkeypatch: pytest.MonkeyPatch) -> HostMemory:
+    """Puts host memory in the place of a device's; launches remain to be stood in for."""
+    from bitnet_numba.kernels.runtime import driver
+    from bitnet_numba.kernels.runtime import memory as memory_module
+
+    memory = HostMemory()
+    for module in (driver, memory_module):
+        monkeypatch.setattr(module, "driver_call", lambda *arguments: memory.call(*arguments))
+    monkeypatch.setattr(driver, "_is_done", lambda query, handle: True)
+    monkeypatch.setattr(driver.Stream, "capture", lambda self, launches: Replayed(launches))
+    return memory
+
+
+class IdleLaunch(Launch):
+    """A launch that does nothing."""
+
+    def __call__(self, stream: Any) -> None:
+        """Does nothing."""
+
+
+def idle_device(monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
+    """A device over host memory whose kernels do nothing: for what is done around them."""
+    device = SimulatedDevice(host_memory(monkeypatch))
+    device.l2_bytes = 1 << 12
+    monkeypatch.setattr(device, "launch", lambda spec, grid, arguments, use_pdl=True: IdleLaunch(spec, arguments))
+    monkeypatch.setattr(device, "tensor_map", lambda *arguments: DeviceView(0, 16, np.uint64))
+    return device
+
+
+def idle_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any, kv_dtype: KVDtype = DEFAULT) -> Any:
+    """A CudaBackend on an `idle_device`."""
+    from bitnet_numba.backends.cuda import backend
+
+    device = idle_device(monkeypatch)
+    monkeypatch.setattr(backend, "usable_device", lambda: device)
+    monkeypatch.setattr(backend, "load_specs", lambda *arguments, **options: None)
+    return backend.CudaBackend(checkpoint, kv_dtype)
 
 
 def simulate(monkeypatch: pytest.MonkeyPatch) -> HostMemory:
@@ -108,29 +171,11 @@ def simulate(monkeypatch: pytest.MonkeyPatch) -> HostMemory:
     from bitnet_numba.kernels.linear import gemm, gemm_groups, quantize
     from bitnet_numba.kernels.linear.tile import Tile
     from bitnet_numba.kernels.lm_head import gemm_mma, gemv, split_norm
-    from bitnet_numba.kernels.runtime import driver
-    from bitnet_numba.kernels.runtime import memory as memory_module
     from bitnet_numba.kernels.sampling import single
     from tests.kernels import simulator
 
     simulator.install()
-    memory = HostMemory()
-
-    class Replayed:
-        def __init__(self, launches: Any):
-            self.launches = launches
-
-        def replay(self, stream: Any) -> None:
-            for launch in self.launches:
-                launch(None)
-
-        def close(self) -> None:
-            pass
-
-    for module in (driver, memory_module):
-        monkeypatch.setattr(module, "driver_call", memory.call)
-    monkeypatch.setattr(driver, "_is_done", lambda query, handle: True)
-    monkeypatch.setattr(driver.Stream, "capture", lambda self, launches: Replayed(launches))
+    memory = host_memory(monkeypatch)
     monkeypatch.setattr(single, "MAX_BLOCKS", 1)  # blocks run one after the other: none may wait for another
     monkeypatch.setattr(attention, "SHORT", attention.SHORT._replace(threads=64, unroll=2))  # fewer threads, for speed
     for name in ("embed_token_spec", "embed_tokens_spec", "gather_last_spec", "scale_spec", "column_blocks"):
@@ -157,6 +202,23 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any, kv_dtype
     monkeypatch.setattr(context, "STEPS_AHEAD", 1)
     monkeypatch.setattr(prompts, "MIN_TOKENS", 2)
     return backend.CudaBackend(checkpoint, kv_dtype)
+
+
+def test_a_context_that_was_refused_takes_no_memory(monkeypatch: pytest.MonkeyPatch, tiny_packed: Path) -> None:
+    """The driver may refuse what seemed to fit. No launch runs."""
+    from bitnet_numba.checkpoint.packed import open_packed
+
+    cuda = idle_backend(monkeypatch, open_packed(tiny_packed))
+    memory = cuda.device.memory
+    memory.fails_after = 2
+    with pytest.raises(BackendError, match="OUT_OF_MEMORY"):
+        cuda.new_context(16)
+    assert cuda.memory()["kv_cache"] == 0
+    memory.fails_after = None
+    context = cuda.new_context(16)
+    assert cuda.memory()["kv_cache"] > 0
+    context.close()
+    assert cuda.memory()["kv_cache"] == 0
 
 
 def logits_of_two_tokens(
@@ -360,3 +422,62 @@ def test_simulated_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         steps = context.decode([5, 250], params)
         assert [next(steps), next(steps)] == [results[0][1] for results in together]
         steps.close()
+
+
+@simulated
+def test_simulated_batch_that_was_prepared_captures_nothing_more(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever sizes its calls have; no kernel runs here."""
+    from bitnet_numba.checkpoint.convert import convert
+    from bitnet_numba.checkpoint.packed import open_packed
+    from bitnet_numba.kernels.runtime import driver
+    from bitnet_numba.sampling import SamplingParams
+    from tools.make_checkpoint import PRESETS, make_checkpoint
+
+    spec, config = PRESETS["tiny"]
+    make_checkpoint(tmp_path / "source", config | CONFIG, spec, seed=3)
+    convert(tmp_path / "source", tmp_path / "packed", head="bf16")
+    backend = simulated_backend(monkeypatch, open_packed(tmp_path / "packed"))
+    captured = 0
+
+    class Graph:
+        def replay(self, stream: Any) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    def capture(self: Any, launches: Any) -> Graph:
+        nonlocal captured
+        captured += 1
+        return Graph()
+
+    monkeypatch.setattr(driver.Stream, "capture", capture)
+    batch = backend.new_batch(5, 1100)
+    assert captured == 0
+    pieces = 0
+    while batch.prepare():
+        pieces += 1
+        assert captured == pieces, "each call captures one graph"
+    # Passes over prompts of 2 to 2048 rows; for 1, 2, 4 and 8 sequences the sampler after prompts and steps whose
+    # contexts take one, two or four blocks each (at most three are needed).
+    assert pieces == len(range(1, 12)) + 4 * (1 + 3)
+    assert not batch.prepare()
+
+    lengths = [1, 30, 700, 1090, 64]
+    for slot, length in enumerate(lengths):
+        batch.start(slot, [5] * length, SamplingParams(seed=1), range(18 * slot, 18 * (slot + 1)), 0)
+        batch.prefill([(slot, length)])
+        batch.collect()
+        batch.step(range(slot + 1))
+        batch.collect()
+    for slots in ([2], [3], [2, 3], [0, 1, 2, 3], [1, 3, 4]):
+        batch.step(slots)
+        batch.collect()
+    batch.start(0, [5] * 3, SamplingParams(seed=1), [0], 0)
+    batch.start(1, [5] * 9, SamplingParams(seed=1), [18], 0)
+    batch.prefill([(0, 3), (1, 9)])
+    batch.collect()
+    assert captured == pieces
+    batch.close()

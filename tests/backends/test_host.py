@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 import bitnet_numba as bn
 from bitnet_numba.backends import host
 from bitnet_numba.backends.cpu.backend import CpuPool, cpu_backend
-from bitnet_numba.backends.host import PAGE_SIZE, HostBackend, HostBatch, SequenceCache
+from bitnet_numba.backends.host import HostBackend
+from bitnet_numba.backends.host_batch import HostBatch
+from bitnet_numba.backends.host_model import PAGE_SIZE, SequenceCache
 from bitnet_numba.backends.protocol import NO_TOKEN, Batch
 from bitnet_numba.backends.reference import ContiguousCache, ReferencePool, reference_backend
 from bitnet_numba.checkpoint.packed import open_packed
@@ -335,7 +337,7 @@ def test_misuse_is_noticed(backend: HostBackend) -> None:
             batch.start(slot, ids, GREEDY, pages, computed)
     batch.start(0, [5] * 70, GREEDY, [0, 1], 0)
     for count in (0, 5, 71):
-        with pytest.raises(ValueError, match="end neither a page nor the prompt"):
+        with pytest.raises(ValueError, match="end neither a part nor the prompt"):
             batch.prefill([(0, count)])
     with pytest.raises(ValueError, match="prompt of slot 0 is not complete"):
         batch.step([0])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bitnet_numba.chat import one_shot
+from bitnet_numba import commands
 from bitnet_numba.chat.conversation import Conversation
 from bitnet_numba.chat.one_shot import Output, answer_all, gather_prompts
 from bitnet_numba.sampling_params import SamplingParams
@@ -57,7 +57,8 @@ def test_files_go_before_everything(run: Run, tmp_path: Path) -> None:
     assert code == 2 and not out and "none cannot be read" in err and err.count("\n") == 1
 
 
-def test_long_silence_on_standard_input_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("prompts", [["One?"], []])
+def test_long_silence_on_standard_input_is_told(monkeypatch: pytest.MonkeyPatch, prompts: list[str]) -> None:
     """Who forgot that standard input is read, too, sees what is being waited for."""
     reading, writing = os.pipe()
     screen = Terminal()
@@ -71,12 +72,13 @@ def test_long_silence_on_standard_input_is_told(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(screen, "write", end_input)
     monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setattr(one_shot, "PATIENCE", 0.01)
+    monkeypatch.setattr(commands, "PATIENCE", 0.01)
     engine = toy_conversation().engine
     with io.TextIOWrapper(open(reading, "rb")) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
-        assert gather_prompts(["One?"], [], False, engine, Output("chat")) == ["One?"]
-    assert screen.getvalue() == "chat: reading standard input as well, until it ends (</dev/null: there is none)\n"
+        assert gather_prompts(prompts, [], False, engine, Output("chat")) == (prompts or [""])
+    expected = "as well, until it ends (</dev/null: there is none)" if prompts else "until it ends"
+    assert screen.getvalue() == f"chat: reading standard input {expected}\n"
 
 
 def test_answers_are_wrapped_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:

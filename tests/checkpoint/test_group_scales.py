@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bitnet_numba.checkpoint import gguf_types as types
 from bitnet_numba.checkpoint.convert import GROUPS_FOUND, convert
@@ -250,3 +252,42 @@ def test_damaged_group_scales(tmp_path: Path) -> None:
             write_tensors(out, file.specs, arrays.items(), {})
         with pytest.raises(CheckpointError, match="layers.0.o.scales holds (NaN|a scale that is not positive)"):
             open_packed(tmp_path / "out")
+
+
+PARTS = ("weight", "scales", "biases")
+FACTORS = st.sampled_from([-1.0, 0.5, 3.0, float("nan")])
+
+
+@given(st.sampled_from(PARTS), st.data())
+@settings(max_examples=30)
+def test_damaged_mlx_folders(tmp_path_factory: pytest.TempPathFactory, part: str, data: st.DataObject) -> None:
+    """One tensor of a matrix is missing, or of another shape, type or value: one line that names it, and no folder."""
+    folder = tmp_path_factory.mktemp("mlx")
+    shutil.copytree(FOLDER / "qwen3-tied", folder / "source")
+    file = TensorFile(folder / "source" / "model.safetensors")
+    arrays, specs = {name: file.read(name) for name in file.specs}, dict(file.specs)
+    module = data.draw(st.sampled_from(sorted(name.removesuffix(".scales") for name in specs if ".scales" in name)))
+    name = f"{module}.{part}"
+    damage = data.draw(st.sampled_from(["missing", "rows", "columns", "flat", "dtype", "values"]))
+    if damage == "missing":
+        del specs[name]
+    elif damage == "dtype":
+        arrays[name] = arrays[name].astype("<i4")
+        specs[name] = TensorSpec("I32", specs[name].shape)
+    else:
+        arrays[name] = {
+            "rows": lambda a: a[:-1],
+            "columns": lambda a: a[:, ::2],
+            "flat": lambda a: a.reshape(-1),
+            # A code in each word that is 3, or scales and biases that do not belong together; NaN now and then.
+            "values": lambda a: a | np.uint32(3) if part == "weight" else a * a.dtype.type(data.draw(FACTORS)),
+        }[damage](arrays[name])
+        specs[name] = TensorSpec(specs[name].dtype, arrays[name].shape)
+    with open(folder / "source" / "model.safetensors", "wb") as out:
+        write_tensors(out, specs, ((name, np.ascontiguousarray(arrays[name])) for name in specs), {})
+    if damage == "values" and module.startswith("model.embed"):
+        return  # rows may be any floats
+    with pytest.raises(CheckpointError) as error:
+        convert(folder / "source", folder / "out")
+    assert module in str(error.value) and "\n" not in str(error.value)
+    assert not (folder / "out").exists()

@@ -101,12 +101,60 @@ def test_next_to_nothing_is_imported_before_ctrl_c_is_handled() -> None:
     root = Path(bitnet_numba.__file__).parent.parent
     code = (
         f"import sys; sys.path.append({str(root)!r})\n"
-        "import bitnet_numba.cli.main, bitnet_numba.chat.__main__\n"
+        "import bitnet_numba.__main__, bitnet_numba.chat.__main__\n"
+        "if 'bitnet_numba.commands' in sys.modules: sys.exit('what is not handled yet must be next to nothing')\n"
+        "import bitnet_numba.cli.main\n"
         "sys.exit(', '.join({'argparse', 'difflib', 're', 'typing'} & set(sys.modules)) or 0)"
     )
     # Without site, which imports whatever other packages ask it to.
     done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["signal", "bitnet_numba.commands", "bitnet_numba.errors"])
+@pytest.mark.parametrize("package", ["bitnet_numba", "bitnet_numba.chat", "bitnet_numba.server"])
+def test_ctrl_c_before_it_is_handled(package: str, name: str) -> None:
+    """Entry points catch it from their first line on."""
+    script = (
+        "import sys\nclass Finder:\n def find_spec(self, name, *_):\n"
+        f"  if name == {name!r}: raise KeyboardInterrupt\n"
+        f"import {package}\nsys.meta_path.insert(0, Finder())\nsys.modules.pop('signal', None)\n"
+        f"from {package}.__main__ import main\nsys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=TIMEOUT)
+    prog = {"": "bitnet-numba", "chat": "bitnet-chat", "server": "python -m bitnet_numba.server"}
+    expected = (130, "", f"{prog[package.partition('.')[2]]}: interrupted\n")
+    assert (done.returncode, done.stdout, done.stderr) == expected
+
+
+INTERRUPTED = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.1)\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "import swallowing",  # as Python does in callbacks of its imports
+        "import ctypes; ctypes.CFUNCTYPE(None)(lambda: exec(INTERRUPTED))()",  # as llvmlite while it compiles
+        "class Z:\n        def __del__(self): exec(INTERRUPTED)\n    Z()",
+    ],
+)
+def test_ctrl_c_where_exceptions_are_swallowed(tmp_path: Path, lines: str) -> None:
+    """A command is interrupted when that is over."""
+    swallowed = "".join(f"    {line}\n" for line in INTERRUPTED.splitlines())
+    (tmp_path / "swallowing.py").write_text(f"try:\n{swallowed}except BaseException:\n    pass\n")
+    (tmp_path / "command.py").write_text(
+        f"import time\nINTERRUPTED = {INTERRUPTED!r}\ndef run(argv, prog):\n    {lines}\n"
+        "    print('over', flush=True)\n    time.sleep(3600)\n    return 0\n"
+    )
+    script = (
+        "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from bitnet_numba.commands import start\ncode = start('p', 'command', [])\n"
+        "sys.exit(code if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else 1)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=TIMEOUT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "over\n", "p: interrupted\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")

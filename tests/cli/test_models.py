@@ -76,6 +76,14 @@ def test_list_and_show(run: Run, stored: Path) -> None:
     assert code == 0 and "\nproblem " in out, "a damaged model can be looked at, too"
 
 
+def test_a_gguf_file_is_shown_by_what_it_was_made_from(run: Run, tiny_packed: Path) -> None:
+    model = hub_model("gguf/tiny-0123456789ab")
+    shutil.copytree(tiny_packed, store.packed_folder(model))
+    store.record(model, "tiny.gguf")
+    code, out, _ = run("show", "gguf/tiny-0123456789ab")
+    assert code == 0 and "\nmade from    tiny.gguf\n" in out and "\ncommit" not in out
+
+
 def test_path_and_rm(run: Run, stored: Path) -> None:
     assert run("path", "someone/tiny") == (0, f"{stored / 'someone--tiny' / 'main' / 'model'}\n", "")
     code, out, _ = run("rm", "someone/tiny", "--revision", "refs/pr/1")
@@ -84,6 +92,23 @@ def test_path_and_rm(run: Run, stored: Path) -> None:
     code, out, err = run("rm", "someone/tiny")
     assert code == 0 and out.startswith("deleted someone/tiny, ") and err.count("\n") == 1
     assert store.stored_models() == []
+
+
+def test_nothing_is_deleted_if_one_name_is_wrong(run: Run, stored: Path) -> None:
+    for wrong, message in (("someone/else", "someone/else is not in"), ("2b4", "did you mean 2b4t?")):
+        code, out, err = run("rm", "someone/tiny", wrong)
+        assert (code, out) == (2, "") and message in err and err.count("\n") == 1
+    assert len(store.stored_models()) == 2
+    code, out, _ = run("rm", "someone/tiny", "someone/tiny")
+    assert code == 0 and out.count("deleted") == 2 and store.stored_models() == []
+
+
+def test_another_revision_is_told(run: Run, stored: Path) -> None:
+    run("rm", "someone/tiny", "--revision", "main")
+    for command in ("show", "path"):
+        code, out, err = run(command, "someone/tiny")
+        assert (code, out) == (2, "") and err.count("\n") == 1
+        assert f"someone/tiny is in {stored} with --revision refs/pr/1, not with main" in err
 
 
 def test_what_a_killed_conversion_has_left(run: Run, stored: Path) -> None:

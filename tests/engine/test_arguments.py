@@ -118,7 +118,7 @@ REQUEST = {"prompt": PROMPTS, "params": PARAMS, **FEW}
 SCHEDULER = {
     "max_sequences": [*COUNTS, HUGE, LONG],
     "tokens": [*COUNTS, HUGE, LONG],
-    "prefill_chunk": [*COUNTS, None],
+    "prefill_chunk": COUNTS,
     "max_waiting": COUNTS,
     "max_per_tenant": COUNTS,
 }

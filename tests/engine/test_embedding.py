@@ -169,10 +169,14 @@ def test_the_server(packed: Path, llm: bn.Engine) -> None:
         response = server.post("/v1/completions", {"prompt": "a"})
         assert response.status_code == 400 and "/v1/embeddings" in response.json()["error"]["message"]
         assert server.client.get("/health").json()["status"] == "ok"
+        (found,) = server.client.get("/v1/models").json()["data"]
+        assert found["dimensions"] == 256 and "sampling" not in found
 
 
 def test_a_server_of_another_model_refuses() -> None:
     with serving(lambda: bn.load(backend="reference")) as server:
+        (found,) = server.client.get("/v1/models").json()["data"]
+        assert "sampling" in found and "dimensions" not in found
         response = server.post("/v1/embeddings", {"input": "a"})
         assert response.status_code == 400 and "no embedding model" in response.json()["error"]["message"]
 

@@ -32,6 +32,7 @@ from bitnet_numba.errors import (
     TokenizerError,
 )
 from bitnet_numba.sampling import SamplingParams, read_sampling, sample
+from bitnet_numba.text import tokenizer_files
 from bitnet_numba.text.stop_strings import StopStrings
 from bitnet_numba.text.tokenizer import StreamDecoder, Tokenizer
 from tests.engine.toy_backend import TOKENIZER, VOCAB, tokens_of, toy_engine, toy_logits
@@ -420,6 +421,26 @@ def test_weights_that_leave_the_finite_numbers_are_told_in_one_line(tiny_packed:
 
 
 # Loading, and the reference backend
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory of a process is limited on Linux")
+def test_a_tokenizer_that_ends_its_process_is_refused(
+    tiny_packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a folder that somebody else converted: one that makes a text so long that it takes all memory there is."""
+    monkeypatch.setenv("BITNET_NUMBA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tokenizer_files, "_TRIAL", tokenizer_files._TRIAL.replace("1 << 32", "1 << 30"))  # bytes
+    folder = Path(shutil.copytree(tiny_packed, tmp_path / "model"))
+    bn.load(folder, backend="reference").close()
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    longer = {"type": "Replace", "pattern": {"String": "x"}, "content": "x" * 100_000}
+    raw["normalizer"] = {"type": "Sequence", "normalizers": [longer, longer]}
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    for _ in range(2):
+        with pytest.raises(bn.TokenizerError, match=r"tokenizer.json is damaged: .*exit code -6") as caught:
+            bn.load(folder, backend="reference")
+        assert "\n" not in str(caught.value)
+    assert len(list((tmp_path / "cache" / "tokenizers").iterdir())) == 1, "only what has passed is noted"
 
 
 def test_a_converted_folder_answers(tiny_packed: Path) -> None:

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitnet_numba.engine import request_queue
-from bitnet_numba.engine import scheduler as scheduler_module
 from bitnet_numba.engine.deadlines import Deadlines
 from bitnet_numba.engine.queue_options import QueueOptions
 from bitnet_numba.engine.request import Request
@@ -187,7 +186,7 @@ def test_closing_wakes_and_answers() -> None:
 def test_a_request_cancelled_amid_a_round_frees_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rest of a long round goes to others: here, while another prompt is computed."""
     llm, backend = toy_engine(tokens_of("a"), context=256)
-    monkeypatch.setattr(scheduler_module, "CALL_TOKENS", 40)
+    backend.call_tokens = 40
     scheduler = llm.scheduler(max_sequences=1, prefill_chunk=80)
     batch = backend.batches[0]
     for i in range(2):

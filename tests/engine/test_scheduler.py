@@ -71,16 +71,25 @@ def same_answer(one: Completion, other: Completion) -> bool:
     st.lists(st.one_of(requests, st.none(), st.integers(0, 12)), max_size=25),
     st.integers(1, 5),
     st.sampled_from([None, 60, 100]),
-    st.sampled_from([1, 8, 100]),
+    st.sampled_from([None, 1, 8, 100]),
     st.booleans(),
+    st.booleans(),
+    st.sampled_from([1, 2, 4]),
 )
 def test_every_request_is_answered_as_if_alone(
-    events: list[dict[str, Any] | int | None], max_sequences: int, tokens: int | None, chunk: int, uniform: bool
+    events: list[dict[str, Any] | int | None],
+    max_sequences: int,
+    tokens: int | None,
+    chunk: int | None,
+    uniform: bool,
+    asynchronous: bool,
+    part_tokens: int,
 ) -> None:
     """Events: a request comes, or (None) a step, or (a number) the request of that number is cancelled. With few tokens
     some are preempted."""
     llm, backend = engine()
-    backend.uniform = uniform
+    backend.uniform, backend.asynchronous = uniform, asynchronous
+    backend.call_tokens, backend.part_tokens = 40, part_tokens
     scheduler = llm.scheduler(max_sequences, tokens, chunk)
     batch = backend.batches[0]
     asked: list[dict[str, Any]] = []
@@ -217,6 +226,20 @@ def test_it_stays_a_step_ahead_and_never_shows_what_follows_a_stop() -> None:
     assert log.count("step") == len(tokens_of("Fine.")) + 1  # the last of them for nothing
 
 
+def test_results_that_are_there_at_once_are_told_at_once() -> None:
+    llm, backend = engine([*tokens_of("Fine."), EOT, *tokens_of("never")])
+    backend.asynchronous = False
+    scheduler = llm.scheduler(max_sequences=2)
+    scheduler.add([5])
+    first = scheduler.step()
+    assert [token for update in first for token in update.token_ids] == tokens_of("Fine.")[:2]
+    updates = first + run(scheduler)
+    assert "".join(update.text for update in updates) == "Fine."
+    log = backend.batches[0].log
+    assert log[:5] == ["start", "prefill", "step", "collect", "collect"]
+    assert log.count("step") == len(tokens_of("Fine."))  # none for nothing
+
+
 def test_no_step_is_enqueued_beyond_a_known_end() -> None:
     llm, backend = engine(tokens_of("a"))
     scheduler = llm.scheduler(max_sequences=2)
@@ -239,6 +262,17 @@ def test_long_prompts_are_computed_in_pieces_while_others_go_on() -> None:
         rounds.append([update.request for update in scheduler.step()])
     assert backend.batches[0].prefilled[1:] == [100] * 7 + [30]
     assert rounds == [[0]] * 8 + [[long, 0]] or rounds == [[0]] * 8 + [[0, long]]
+
+
+def test_preparing_is_done_in_pieces() -> None:
+    llm, backend = engine()
+    backend.to_prepare = 3
+    scheduler = llm.scheduler(max_sequences=2)
+    assert [scheduler.prepare() for _ in range(5)] == [True] * 3 + [False] * 2
+    backend.to_prepare = 3
+    other = llm.scheduler(max_sequences=2)
+    other.close()
+    assert not other.prepare()
 
 
 def test_many_short_prompts_share_a_round() -> None:

@@ -90,7 +90,7 @@ def test_impossible_arguments_are_refused(arguments: dict[str, object], message:
 
 
 def test_the_built_in_model_knows_its_world() -> None:
-    """Replies of its world that it has never seen: 1.6 for the model of today; and another backend agrees."""
+    """Replies of its world that it has never seen: 1.6 for the built-in model; and another backend agrees."""
     cpu, reference = bn.load(backend="cpu"), bn.load(backend="reference")
     losses: list[float] = []
     for seed in range(3):

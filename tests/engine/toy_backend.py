@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.backends.host import mask_of
-from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE, Constraint
+from bitnet_numba.backends.host_model import mask_of
+from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE, CallTimes, Constraint
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.sampling import TokenLogprob, sample, token_logprobs
@@ -37,6 +37,8 @@ class ToyBackend:
         self.open_contexts = 0
         self.logits: Callable[[Sequence[int]], NDArray[np.float32]] = toy_logits
         self.page_size = 4
+        self.call_tokens, self.granularity, self.part_tokens, self.asynchronous = 1920, 1, 4, True
+        self.to_prepare = 0  # calls of a batch's `prepare` that find something to do
         self.uniform = True  # False: what follows a token depends on which tokens were computed as a prompt
         self.bad_token: int | None = None  # in a batch, sequences that hold it have logits of NaN
         self.batches: list[ToyBatch] = []  # all that were ever made
@@ -161,6 +163,10 @@ class ToyBatch:
     def __init__(self, backend: ToyBackend, max_sequences: int, capacity: int, num_pages: int):
         self.backend = backend
         self.page_size, self.uniform = backend.page_size, backend.uniform
+        self.call_tokens, self.granularity = backend.call_tokens, backend.granularity
+        self.part_tokens, self.asynchronous = backend.part_tokens, backend.asynchronous
+        self.call_times = CallTimes()
+        self.to_prepare = backend.to_prepare
         self.max_sequences, self.capacity, self.num_pages = max_sequences, capacity, num_pages
         # The token of each place, and whether a step computed it
         self.places: list[list[tuple[int, bool] | None]] = [[None] * self.page_size for _ in range(num_pages)]
@@ -212,7 +218,7 @@ class ToyBatch:
         for slot, count in parts:
             s = self.sequences[slot]
             end = s.fed + count
-            assert count >= 1 and end <= s.given and (end == s.given or end % self.page_size == 0)
+            assert count >= 1 and end <= s.given and (end == s.given or count % self.part_tokens == 0)
             self.prefilled.append(count)
             self.check(s)
             self.feed(s, count)
@@ -251,6 +257,13 @@ class ToyBatch:
         s = self.sequences[slot]
         assert s.params.prompt_logprobs is not None
         return self.backend.score(s.ids[: s.given], 1, s.params.prompt_logprobs) if s.given > 1 else []
+
+    def times(self) -> CallTimes:
+        return self.call_times
+
+    def prepare(self) -> bool:
+        self.to_prepare -= 1
+        return self.to_prepare >= 0
 
     def failure(self, slot: int) -> str:
         return f"{NOT_FINITE}: slot {slot} has a bad token"

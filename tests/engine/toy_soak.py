@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bitnet_numba.backends.host import mask_of
+from bitnet_numba.backends.host_model import mask_of
 from bitnet_numba.backends.protocol import Constraint
 from bitnet_numba.engine.completion import Completion, CompletionBuilder
 from bitnet_numba.engine.engine import Engine

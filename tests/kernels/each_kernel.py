@@ -12,6 +12,8 @@ from bitnet_numba.kernels.attention.parts import HeadShape
 from bitnet_numba.kernels.attention.prefill import fits as prefill_fits
 from bitnet_numba.kernels.attention.prefill import prefill_spec
 from bitnet_numba.kernels.linear import quantize, quantize_groups
+from bitnet_numba.kernels.linear.gemm_few import MIN_ARCH as MIN_FEW_ARCH
+from bitnet_numba.kernels.linear.gemm_few import Plan
 from bitnet_numba.kernels.linear.gemm_wgmma import ARCH as WGMMA_ARCH
 from bitnet_numba.kernels.linear.tile import Tile
 from bitnet_numba.kernels.sampling import batched, single
@@ -29,6 +31,7 @@ from tests.kernels.attention.test_text_attention import check_text_attention
 from tests.kernels.harness import arch
 from tests.kernels.linear.test_gated import check_gate
 from tests.kernels.linear.test_gemm import check_gemm
+from tests.kernels.linear.test_gemm_few import check_gemm_few
 from tests.kernels.linear.test_gemm_groups import check_gemm_groups
 from tests.kernels.linear.test_gemv import check_gemv, segments_of
 from tests.kernels.linear.test_gemv_groups import check_gemv_groups
@@ -71,11 +74,15 @@ def main(tool: str) -> None:
     for tile in (few, many, dp4a):
         check_gemm(19, 128, 300, tile, "gated", "silu", True, 8, 17)
     check_gemm(19, 100, 300, many, "residual", "relu2", True, 9)
+    if arch() >= MIN_FEW_ARCH:
+        for epilogue in ("gated", "residual"):
+            check_gemm_few(segments_of(96, epilogue == "gated"), 300, Plan(2, 8, 3), 3, 2, epilogue, "relu2", True, 22)
     if arch() == WGMMA_ARCH and tool == "memcheck":  # racecheck knows nothing of mbarriers
         check_gemm_groups(70, 128, 900, "gated", "silu", True, 8, 68)
         check_gemm(70, 128, 300, Tile(64, 1, 8, 1, 0, 4, 1, "wgmma"), "gated", "relu2", False, 18, 65)
         for tokens in (7, 100):
-            check_lm_head_wgmma(320, 700, tokens, 2, 19)
+            check_lm_head_wgmma("bf16", 320, 700, tokens, 2, 19)
+            check_lm_head_wgmma("int8", 320, 700, tokens, 2, 19)
         for shape in ((64, 4, 2), (100, 1, 1)):
             check_prefill_wgmma(shape, 70, 140, 148, True, 20)
     for row_format in embed.ELEMENTS:

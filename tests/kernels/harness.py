@@ -27,6 +27,7 @@ import pytest
 from numba import types
 
 from bitnet_numba.errors import BackendError
+from bitnet_numba.kernels.ptx.tma import Boxes, SimulatedTensorMap
 from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import DeviceArray, DeviceView
@@ -127,18 +128,15 @@ def run(spec: Any, grid: int | tuple[int, int], arguments: Sequence[Any], repeat
             assert a.tobytes() == b.tobytes(), f"{spec.name}: a repeated launch gave other bits"
 
 
-def mapped(array: np.ndarray, sizes: tuple[int, ...]) -> tuple[Any, Any]:
-    """A tensor map of a matrix, and what must live as long as that. sizes: rows, row_ints, box_rows, box_ints, as of
-    `Device.tensor_map`."""
-    rows, ints, *box = sizes
+def mapped(array: np.ndarray, boxes: Boxes) -> tuple[Any, Any]:
+    """A tensor map of an array, and what must live as long as that."""
+    assert array.nbytes >= 4 * boxes.size
     if SIMULATED:
-        from bitnet_numba.kernels.ptx.tma import SimulatedTensorMap
-
-        return SimulatedTensorMap(array.reshape(-1).view(np.int32).reshape(rows, ints), *box), array
+        return SimulatedTensorMap(array.reshape(-1).view(np.int32), boxes), array
     from bitnet_numba.kernels.runtime.tensor_map import tensor_map
 
     on_device = DeviceArray.of(array)
-    return tensor_map(on_device.address, *sizes), on_device
+    return tensor_map(on_device.address, boxes), on_device
 
 
 class HarnessDevice(DryRunDevice):
@@ -158,10 +156,10 @@ class HarnessDevice(DryRunDevice):
         self._arrays[id(view)] = view, array
         return view
 
-    def tensor_map(self, array: DeviceArray, rows: int, row_ints: int, box_rows: int, box_ints: int) -> Any:
+    def tensor_map(self, array: DeviceArray, boxes: Boxes) -> Any:
         host = self._arrays[id(array)][1]
         assert isinstance(host, np.ndarray)
-        tensor_map, owner = mapped(host, (rows, row_ints, box_rows, box_ints))
+        tensor_map, owner = mapped(host, boxes)
         self._mapped.append(owner)
         return tensor_map
 

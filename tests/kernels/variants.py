@@ -21,6 +21,7 @@ from bitnet_numba.kernels.attention.kv_dtype import HALVES, KV_DTYPES, KVDtype
 from bitnet_numba.kernels.linear import (
     gated,
     gemm,
+    gemm_few,
     gemm_groups,
     gemv,
     gemv_groups,
@@ -130,8 +131,11 @@ def lm_head_gemm_wgmma(arch: int) -> list[KernelSpec]:
     """One for every number of tokens, and the norm before it."""
     if arch != gemm_wgmma.ARCH:
         return []
-    tiles = [gemm_wgmma.plan(tokens) for tokens in reversed(split_norm.GROUP_TOKENS["wgmma"])]
-    return [*(gemm_wgmma.spec(arch, tile) for tile in tiles), split_norm.spec(arch, 2560, "wgmma", "bf16")]
+    found = []
+    for dtype, layout in gemm_wgmma.LAYOUTS.items():
+        tiles = [gemm_wgmma.plan(tokens, dtype) for tokens in reversed(split_norm.GROUP_TOKENS[layout])]
+        found += [*(gemm_wgmma.spec(arch, tile) for tile in tiles), split_norm.spec(arch, 2560, layout, dtype)]
+    return found
 
 
 def linear_quantize(arch: int) -> list[KernelSpec]:
@@ -190,6 +194,21 @@ def linear_gemm(arch: int) -> list[KernelSpec]:
     ]
 
 
+def linear_gemm_few(arch: int) -> list[KernelSpec]:
+    """2B4T's, and sums, silu, biases, padding. Where it was measured, alone."""
+    if arch != heuristics.FEW_ARCH:
+        return []
+    kinds = [(3840, 2560, "store"), (2560, 2560, "residual"), (13824, 2560, "gated"), (2560, 6912, "residual")]
+    splits = [(K, gemm_few.plan(N, K, SMS, epilogue == "gated"), epilogue) for N, K, epilogue in kinds]
+    one, pair = gemm_few.Plan(1, 8, 3), gemm_few.Plan(2, 8, 3)
+    return [
+        *(gemm_few.gemm_few_spec(arch, K, split, epilogue) for K, split, epilogue in splits if split is not None),
+        gemm_few.gemm_few_spec(arch, 2560, one, "acc"),
+        gemm_few.gemm_few_spec(arch, 72, one, "store", bias=True),
+        gemm_few.gemm_few_spec(arch, 2048, pair, "gated", "silu", True),
+    ]
+
+
 def linear_quantize_groups(arch: int) -> list[KernelSpec]:
     """Rows of Bonsai 8B, of the longest kind, and the other branches."""
     choices = [(4096, True), (12288, False), (100, True), (quantize.MAX_COLUMNS, True)]
@@ -239,7 +258,8 @@ GROUPS: dict[str, Callable[[int], list[KernelSpec]]] = {
         attention_decode, attention_paged_decode, attention_prefill, attention_prefill_wgmma,
         attention_paged_simt, attention_kv_cache, attention_expand, attention_head_norm,
         attention_rotate_heads, attention_text_attention, embedding, lm_head_gemv, lm_head_gemm, lm_head_gemm_wgmma,
-        linear_row_norm, linear_gated, linear_quantize, linear_gemv, linear_gemm, linear_quantize_groups,
+        linear_row_norm, linear_gated, linear_quantize, linear_gemv, linear_gemm, linear_gemm_few,
+        linear_quantize_groups,
         linear_gemv_groups, linear_gemm_groups, sampling,
     )
 }  # fmt: skip

@@ -28,6 +28,7 @@ def test_the_defaults_are_those_of_the_settings() -> None:
     assert own.models == (BUILT_IN,) and "localhost" in own.allowed_hosts and "127.0.0.1" in own.allowed_hosts
     for name in ("max_sequences", "max_waiting", "answer_timeout", "drain_timeout", "max_body", "coalesce", "tokens"):
         assert getattr(own, name) == getattr(Settings(), name)
+    assert own.prefill_chunk is None and settings_of("--prefill-chunk", "100").prefill_chunk == 100
     assert settings_of("owner/name").models == ("owner/name",)
     assert settings_of("owner/name", "--name", "a", "--name", "b").models == ("a", "b")
     assert settings_of(str(ROOT / "tests" / "server")).models == ("server",)
@@ -55,6 +56,7 @@ def test_keys_come_from_a_file_and_the_environment(tmp_path: Path, monkeypatch: 
         (["--port", "70000"], "--port must be between 0 and 65535, not 70000"),
         (["--max-waiting", "-1"], "--max-waiting must be"),
         (["--max-sequences", "0"], "--max-sequences must be"),
+        (["--prefill-chunk", "0"], "--prefill-chunk must be"),
         (["--answer-timeout", "nan"], "--answer-timeout must be"),
         (["--host", "no.such.host.invalid"], "cannot listen on no.such.host.invalid"),
         (["./no-such-folder"], "no-such-folder"),
@@ -150,3 +152,22 @@ def test_the_life_of_a_process(number: int) -> None:
     assert process.returncode == 0 and "Traceback" not in rest
     assert int(rest.splitlines()[-1].split()[0]) > 10_000, "the model is looked at by the garbage collector"
     assert "POST /v1/completions 200 " in rest and answer.headers["x-request-id"] in rest and "secret" not in rest
+
+
+def test_ctrl_c_while_the_event_loop_starts() -> None:
+    """An exception in the midst of that is followed by others."""
+    code = """if True:
+        import os, signal, sys, uvicorn
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        def begin(self, sockets):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                raise RuntimeError("this event loop is already running")
+        uvicorn.Server.run = begin
+        from bitnet_numba.server.__main__ import main
+        sys.exit(main())
+    """
+    command = [sys.executable, "-c", code, "--port", "0", "--backend", "reference"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130 and done.stderr.splitlines()[1:] == ["python -m bitnet_numba.server: interrupted"]

@@ -13,7 +13,7 @@ import pytest
 
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.sequence import Update
-from tests.engine.toy_backend import ToyBackend, tokens_of, toy_engine
+from tests.engine.toy_backend import ToyBackend, ToyBatch, tokens_of, toy_engine
 from tests.server.helpers import Running, read_events, serving
 from tests.server.slow_model import CHAT, HEAD, SLOW, body, free, slow_engine
 from tests.server.soak import Connection
@@ -276,6 +276,42 @@ def test_a_mistake_in_the_engines_thread_leaves_nobody_waiting(slow: tuple[Runni
     response = running.post(CHAT, body(max_tokens=50))
     assert response.status_code == 503 and running.client.get("/health").json()["status"] == "failed"
     assert running.post(CHAT, body(max_tokens=50)).json()["error"]["code"] == "engine_failed"
+
+
+def test_rounds_are_prepared_while_nobody_asks() -> None:
+    """And a request that comes meanwhile does not wait for all of that."""
+    backends: list[ToyBackend] = []
+    entered, go_on = threading.Event(), threading.Event()
+
+    def load() -> Engine:
+        engine, backend = toy_engine(tokens_of(" fox"), context=256)
+        backend.to_prepare = 1000
+        backends.append(backend)
+        return engine
+
+    def prepare(self: ToyBatch) -> bool:
+        self.to_prepare -= 1
+        if self.to_prepare == 990:
+            entered.set()
+            assert go_on.wait(30)
+        return self.to_prepare >= 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ToyBatch, "prepare", prepare)
+        with serving(load) as running, ThreadPoolExecutor(1) as pool:
+            assert entered.wait(30)
+            response = pool.submit(running.post, CHAT, body(max_tokens=3))
+            engine_loop = running.service._engine_loop
+            assert engine_loop is not None
+            running.wait_until(lambda: engine_loop._scheduler.waiting == 1)
+            (batch,) = backends[0].batches
+            steps_left: list[int] = []
+            step = batch.step
+            patch.setattr(batch, "step", lambda slots: (steps_left.append(batch.to_prepare), step(slots)))
+            go_on.set()
+            assert response.result(30).status_code == 200
+            running.wait_until(lambda: batch.to_prepare == -1)
+    assert steps_left and set(steps_left) == {990}
 
 
 def test_streams_are_coalesced() -> None:

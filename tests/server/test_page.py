@@ -3,17 +3,22 @@
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+import bitnet_numba as bn
 from bitnet_numba.server.page import FOLDER, SCRIPTS
-from tests.server.helpers import Running
+from tests.engine.test_embedding import packed_model
+from tests.server.helpers import Running, serving
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
@@ -234,6 +239,41 @@ def test_a_narrow_screen(page: Page) -> None:
     expect(page.locator("#chats")).to_be_hidden()
     page.keyboard.press("Escape")
     expect(page.locator("#settings")).to_be_hidden()
+
+
+@in_browser
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_an_embedding_model_has_no_chat(
+    browser: Browser, tmp_path_factory: pytest.TempPathFactory, colours: Literal["light", "dark"]
+) -> None:
+    """What the server is for, and how to ask: by what the page shows, as it is."""
+    packed = packed_model("embedding", tmp_path_factory.mktemp("embedding"))
+    load = lambda: bn.load(packed, backend="cpu", threads=1)  # noqa: E731
+    with serving(load, models=("it's `an` embedder",), api_keys=("secret",)) as server:
+        context = browser.new_context(viewport={"width": 360, "height": 640}, color_scheme=colours)
+        page = context.new_page()
+        problems: list[str] = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(server.url)
+        page.get_by_role("button", name="Enter the key").click()
+        page.get_by_label("API key").fill("secret")
+        page.get_by_label("API key").blur()
+        expect(page.get_by_text("This server turns texts into vectors.")).to_be_visible()
+        expect(page.locator("#guide")).to_contain_text("a vector of 256 numbers")
+        shell, python = page.locator("#guide pre").all_inner_texts()
+        for gone in ("#prompt", "#tab-chat", "#show-chats", "#text", "#chats"):
+            expect(page.locator(gone)).to_be_hidden()
+        expect(page.get_by_label("Temperature")).to_be_hidden()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert not problems
+        context.close()
+        environment = {**os.environ, "API_KEY": "secret", "NO_PROXY": "*", "no_proxy": "*"}
+        done = subprocess.run(["sh", "-c", shell.replace("curl", "curl -s", 1)], env=environment, capture_output=True)
+        vectors = json.loads(done.stdout)["data"]
+        assert [len(each["embedding"]) for each in vectors] == [256, 256]
+        done = subprocess.run([sys.executable, "-c", python], env=environment, capture_output=True, text=True)
+        assert -1 <= float(done.stdout) <= 1, done.stderr
 
 
 @in_browser

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitnet_numba.errors import ContextFull, RequestError, TokenizerError
+from bitnet_numba.text import tokenizer_files
 from bitnet_numba.text.tokenizer import StreamDecoder, Tokenizer
 from tests.text.conftest import BOS, EOS, EOT, FOLDER, HI, TOKENIZER, sentencepiece_like, set_config
 
@@ -307,6 +308,33 @@ def test_a_tokenizer_that_ends_a_process_does_not_end_this_one(
     with pytest.raises(TokenizerError, match=f"tokenizer.json is damaged: .*({reason})") as caught:
         Tokenizer.open(folder, trial=True)
     assert str(caught.value).isprintable() and capfd.readouterr() == ("", "")
+
+
+def test_an_affix_is_refused_however_its_name_is_written(folder: Path) -> None:
+    text = (folder / "tokenizer.json").read_text()
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        escaped = f"\\u{ord(name[0]):04x}{name[1:]}"
+        assert text.count(f'"{name}": null') + text.count(f'"{name}":null') == 1
+        changed = text.replace(f'"{name}": null', f'"{escaped}": "x"').replace(f'"{name}":null', f'"{escaped}":"x"')
+        (folder / "tokenizer.json").write_text(changed)
+        with pytest.raises(TokenizerError, match=f"{name} is not supported"):
+            Tokenizer.open(folder)
+
+
+def test_what_has_passed_is_not_tried_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[bytes] = []
+    monkeypatch.setattr(tokenizer_files, "try_in_child", lambda data, name: tried.append(data))
+    passed = tmp_path / "cache" / "tokenizers"
+    for _ in range(2):
+        Tokenizer.open(folder, trial=True, passed=passed)
+    assert len(tried) == len(list(passed.iterdir())) == 1
+    edit_tokenizer(folder, model={"fuse_unk": True})
+    Tokenizer.open(folder, trial=True, passed=passed)
+    assert len(tried) == 2
+    (tmp_path / "file").touch()  # where nothing can be noted
+    for _ in range(2):
+        Tokenizer.open(folder, trial=True, passed=tmp_path / "file" / "tokenizers")
+    assert len(tried) == 4
 
 
 def test_a_trial_lets_a_good_tokenizer_pass() -> None:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from bitnet_numba.backends.cpu.backend import CpuCache, CpuModel, CpuPool
-from bitnet_numba.backends.host import PAGE_SIZE, HostBackend
+from bitnet_numba.backends.host import HostBackend
+from bitnet_numba.backends.host_model import PAGE_SIZE
 from bitnet_numba.backends.protocol import NO_TOKEN
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
 from bitnet_numba.engine.engine import Engine

@@ -2,6 +2,7 @@
 long running answers stall while prompts come in, and what of a core the host takes; as plain dictionaries."""
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from statistics import median
@@ -33,6 +34,7 @@ RECORDS = {
     },
 }
 REPEATS = 3  # runs of each case, the first of the process beside them
+MANY = 0.75  # of the most answers that run at once: rounds with at least so many are compared
 
 
 class Sizes(NamedTuple):
@@ -156,13 +158,29 @@ def device_time() -> Iterator[list[float]]:
 
 
 def measure_stalls(llm: Engine, prompts: list[list[int]], sizes: Sizes) -> dict[str, Any]:
-    """Rounds of a scheduler with requests of any length: how long answers wait for their next token at most.
+    """Rounds of a scheduler with requests of any length: how long answers wait for their next token while prompts come
+    in, and how long they do when none come any more, of which no round computes one.
 
-    Half of the requests come at once, the others one in each round.
+    Half of the requests come at once, the others one in each round. Only rounds with nearly as many answers as ever run
+    together count. As in a server, the graphs have been captured before, and the garbage collector leaves alone what
+    there is of the model.
     """
+    gc.collect()
+    gc.freeze()
+    try:
+        return time_rounds(llm, prompts, sizes)
+    finally:
+        gc.unfreeze()
+
+
+def time_rounds(llm: Engine, prompts: list[list[int]], sizes: Sizes) -> dict[str, Any]:
+    """See `measure_stalls`."""
     params = SamplingParams(max_new_tokens=sizes.mixed_answer)
-    rounds: list[float] = []
+    rounds: list[tuple[int, bool, float]] = []  # answers that run, whether prompts come in, ms
+    begun: set[int] = set()  # requests whose prompts have been computed
     with llm.scheduler(sizes.mixed_sequences) as scheduler:
+        while scheduler.prepare():
+            pass
         late = list(prompts)
         for _ in range(len(prompts) // 2):
             scheduler.add(late.pop(), params)
@@ -170,9 +188,21 @@ def measure_stalls(llm: Engine, prompts: list[list[int]], sizes: Sizes) -> dict[
         while scheduler.busy:
             if late:
                 scheduler.add(late.pop(), params)
-            answered = bool(scheduler.step())
+            running, coming = scheduler.running, len(begun) < len(prompts)
+            updates = scheduler.step()
             now = perf_counter()
-            if answered and last is not None:
-                rounds.append((now - last) * 1e3)
-            last = now if answered else None
-    return {"rounds": len(rounds), "median_ms": median(rounds), "longest_ms": max(rounds)}
+            begun.update(update.request for update in updates)
+            if updates and last is not None:
+                rounds.append((running, coming, (now - last) * 1e3))
+            last = now if updates else None
+    most = max(running for running, _, _ in rounds)
+
+    def times(prompts_come: bool) -> list[float]:
+        own = [(running, ms) for running, coming, ms in rounds if coming == prompts_come]
+        return [ms for running, ms in own if running >= MANY * most] or [ms for _, ms in own]
+
+    with_prompts, alone = times(True), times(False)
+    return {
+        "rounds": len(with_prompts), "running": most, "alone_ms": median(alone), "median_ms": median(with_prompts),
+        "p99_ms": float(np.percentile(with_prompts, 99)), "longest_ms": max(with_prompts),
+    }  # fmt: skip

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     settings = read_settings(args)
     path, revision = find_first(args.model, args.revision)
-    with load_model(path, args.backend, args.context, args.threads, revision) as engine:
+    with load_model(path, args.backend, args.context, args.threads, revision, args.kv_dtype) as engine:
         with engine.scheduler(settings.max_sequences, settings.tokens, settings.prefill_chunk) as scheduler:
             print(json.dumps({"backend": engine.backend, "context": engine.context}), flush=True)
             for line in sys.stdin:

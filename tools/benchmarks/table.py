@@ -121,8 +121,11 @@ def engine_tables(engine: dict[str, Any]) -> list[str]:
         device = f"{r['device_s'] / r['s']:.0%}" if r["device_s"] else "---"
         figures = [f"{r['first_s']:.3f}", f"{r['s']:.3f}", f"{r['tokens/s']:.0f}"]
         lines.append(row(r["case"], *figures, f"{r['host_share']:.0%}", device))
-    lines += ["", f"Rounds while prompts of any length come in: {stalls['median_ms']:.2f} ms, the longest of "
-              f"{stalls['rounds']} {stalls['longest_ms']:.2f}."]  # fmt: skip
+    waits = [stalls[name] - stalls["alone_ms"] for name in ("median_ms", "p99_ms", "longest_ms")]
+    lines += ["", f"A round of up to {stalls['running']} answers takes {stalls['alone_ms']:.2f} ms, and "
+              f"{stalls['median_ms']:.2f} while prompts of any length come in (99th percentile {stalls['p99_ms']:.2f}, "
+              f"longest of {stalls['rounds']} {stalls['longest_ms']:.2f}): the answers wait for prompts for "
+              f"{waits[0]:.2f} ms ({waits[1]:.2f}, {waits[2]:.2f})."]  # fmt: skip
     return lines
 
 

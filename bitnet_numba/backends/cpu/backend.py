@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from bitnet_numba.backends.cpu.buffers import ALIGN, Buffers, aligned_address
 from bitnet_numba.backends.cpu.warmup import Needs, load_kernels
 from bitnet_numba.backends.cpu.weights import Weights
-from bitnet_numba.backends.host import PAGE_SIZE, Floats, HostBackend
+from bitnet_numba.backends.host import HostBackend
+from bitnet_numba.backends.host_model import PAGE_SIZE, Floats
 from bitnet_numba.checkpoint.packed import PackedCheckpoint
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.errors import BackendError

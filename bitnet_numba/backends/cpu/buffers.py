@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet_numba.backends.host import Floats
+from bitnet_numba.backends.host_model import Floats
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels.cpu import attention, layout, lm_head, sampler
 from bitnet_numba.kernels.cpu.gemm import SCRATCH_ROWS

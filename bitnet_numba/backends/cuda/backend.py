@@ -72,8 +72,9 @@ class CudaBackend:
                 f"a context of {capacity} tokens takes {needed / 1e9:.2f} GB of device memory and {free / 1e9:.2f} GB "
                 f"are free: --context {fits} would fit"
             )
+        context = CudaContext(self._runtime, capacity, self._release)
         self._kv_cache += needed
-        return CudaContext(self._runtime, capacity, self._release)
+        return context
 
     def new_batch(self, max_sequences: int, capacity: int, tokens: int | None = None) -> CudaBatch:
         """Room for sequences that decode together. Raises BackendError when memory does not suffice."""

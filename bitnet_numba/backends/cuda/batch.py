@@ -11,7 +11,7 @@ from bitnet_numba.backends.cuda.extras import NOTHING, Asked, asked_by
 from bitnet_numba.backends.cuda.forward import MAX_TOKENS
 from bitnet_numba.backends.cuda.prompts import PromptPart
 from bitnet_numba.backends.cuda.state import padded_size, why_nan
-from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE, Constraint
+from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE, CallTimes, Constraint
 from bitnet_numba.errors import BackendError, RequestError
 from bitnet_numba.kernels.attention import paged_decode
 from bitnet_numba.kernels.attention.kv_cache import PAGE
@@ -44,15 +44,18 @@ class CudaBatch:
     """Slots and pages on the device. Every call enqueues on the model's stream and returns.
 
     A step is one graph: a forward pass of one token a sequence, the LM head, the sampler. Graphs are captured when
-    first needed, for powers of two of sequences and of CTAs that their contexts are shared out among.
+    first needed or by `prepare`, for powers of two of sequences and of CTAs that their contexts are shared out among.
     """
 
     page_size = PAGE
+    asynchronous = True
+    call_tokens, part_tokens = MAX_TOKENS, PAGE  # a pass; a page
     uniform = False  # prompts and steps have different kernels, which round differently
 
     def __init__(self, memory: BatchMemory, max_sequences: int, pages: int, on_close: Callable[[BatchMemory], None]):
         """memory: has at least these slots and pages. on_close: is given it on close, when no work is under way."""
         self.num_pages, self.max_sequences, self.capacity = pages, max_sequences, memory.state.capacity
+        self.granularity = memory.prefill.block
         self._memory, self._on_close = memory, on_close
         self._runtime, self._state = memory.runtime, memory.state
         # Of each slot: tokens, those under way included; tokens that it was started with; pages
@@ -73,6 +76,7 @@ class CudaBatch:
         self._pace = Pace()
         self._collected: tuple[int, list[tuple[int, int]]] = 0, []  # the first place and the results of the last call
         self._num_calls = 0  # with results
+        self._preparing = memory.prepare(max_sequences)
 
     def start(
         self,
@@ -149,7 +153,7 @@ class CudaBatch:
         for slot, count in parts:
             self._num_fed[slot] += count
         slot, start, left = feed[0]
-        for ends in self._memory.prefill.feed(feed):
+        for ends in self._memory.prefill.feed(feed, self._memory.clock):
             if slot in self._scored:  # which is fed alone
                 count = min(left, MAX_TOKENS)
                 self._scored[slot].add(self._memory, slot, start, count)
@@ -185,7 +189,7 @@ class CudaBatch:
             self._upload_masks(slots)  # which waits for the tokens before, while that runs
             self._memory.draw_graph(num_tokens, asked).replay(self._runtime.stream)
         else:
-            self._memory.step_graph(num_tokens, self._num_blocks, asked).replay(self._runtime.stream)
+            self._memory.clock.replay(self._memory.step_graph(num_tokens, self._num_blocks, asked))
         self._download(len(slots), 0, asked)
         self._expect(list(slots))
 
@@ -215,6 +219,19 @@ class CudaBatch:
     def prompt_logprobs(self, slot: int) -> list[TokenLogprob]:
         """Of all tokens of a prompt but the first."""
         return self._scored[slot].logprobs
+
+    def times(self) -> CallTimes:
+        """Of calls that are done."""
+        self._runtime.device.activate()
+        return self._memory.clock.times()
+
+    def prepare(self) -> bool:
+        """Captures a graph that calls to come may need; False if there are no more."""
+        self._runtime.device.activate()
+        try:
+            return next(self._preparing, False)
+        except BackendError:  # the call that needs it will tell
+            return False
 
     def failure(self, slot: int) -> str:
         """Why a sequence got NO_TOKEN: nothing but NaN and infinity makes the sampler return it."""

@@ -1,13 +1,14 @@
 """What a batch has on the device, and the graphs captured over it: all that can outlive the batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from bitnet_numba.backends.cuda.extras import Asked, Extras, PromptScorer, Records
+from bitnet_numba.backends.cuda.call_clock import CallClock
+from bitnet_numba.backends.cuda.extras import NOTHING, Asked, Extras, PromptScorer, Records
 from bitnet_numba.backends.cuda.prompts import Prefill
 from bitnet_numba.backends.cuda.runtime import Runtime
-from bitnet_numba.backends.cuda.state import SequenceState, padded_size, page_bytes, pages_of
+from bitnet_numba.backends.cuda.state import SequenceState, padded_size, padded_sizes, page_bytes, pages_of
 from bitnet_numba.backends.cuda.steps import BatchSteps
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels.attention import paged_decode
@@ -37,6 +38,7 @@ class BatchMemory:
         max_uncollected = 2 * (slots + 1)  # calls
         self.results = PinnedArray(max_uncollected * slots, np.int64)
         self.events = [Event(timing=False) for _ in range(max_uncollected)]
+        self.clock = CallClock(runtime.stream)
 
     @property
     def cache_bytes(self) -> int:
@@ -59,6 +61,20 @@ class BatchMemory:
         if self._scorer is None:
             self._scorer = PromptScorer(self.runtime.model, self.state)
         return self._scorer
+
+    def prepare(self, sequences: int) -> Iterator[bool]:
+        """Captures, one after the other, what calls for up to so many sequences will need if these ask for no more than
+        tokens; yields True after each."""
+        for num_rows in self.prefill.sizes():
+            self.prefill.graph(num_rows)
+            yield True
+        blocks_each = self.steps.work_list.size // self.steps.max_tokens
+        for num_tokens in padded_sizes(1, padded_size(sequences)):
+            self.choose_graph(num_tokens, NOTHING)
+            yield True
+            for num_blocks in padded_sizes(num_tokens, blocks_each * num_tokens):
+                self.step_graph(num_tokens, num_blocks, NOTHING)
+                yield True
 
     def step_graph(self, num_tokens: int, num_blocks: int, asked: Asked) -> Graph:
         """See `BatchSteps.decode`."""

@@ -68,7 +68,8 @@ class CudaEmbedder:
         load_specs(self.config, RowFormats(checkpoint.embed, checkpoint.head), self._device)
         self._stream = Stream()
         self._uploads = Uploads(self._stream)
-        self._buffers = EmbeddingBuffers(self._device, self.config, MAX_ROWS)
+        # None: what could not be allocated, and the next pass tries again.
+        self._buffers: EmbeddingBuffers | None = EmbeddingBuffers(self._device, self.config, MAX_ROWS)
         free, _ = self._device.memory_info()
         self._weights = Weights.upload(checkpoint, self._stream, free - RESERVE)
         self._graphs: dict[int, Graph] = {}
@@ -79,19 +80,20 @@ class CudaEmbedder:
         hidden = self.config.hidden_size
         result = np.empty((len(texts), hidden), np.float32)
         for tokens, text_starts, ends in plan_texts(texts, MAX_ROWS):
-            self._run(tokens, text_starts)
+            buffers = self._run(tokens, text_starts)
             for i, row in ends:
-                address = self._buffers.n.address + 4 * row * hidden
+                address = buffers.n.address + 4 * row * hidden
                 DeviceView(address, hidden, np.float32).read_into(result[i])
         return result
 
-    def _run(self, tokens: NDArray[np.int32], text_starts: NDArray[np.int32]) -> None:
-        """Computes a pass; its final hidden states are in the buffers afterwards."""
+    def _run(self, tokens: NDArray[np.int32], text_starts: NDArray[np.int32]) -> EmbeddingBuffers:
+        """Computes a pass, and returns the buffers that its final hidden states are in."""
         num_rows = len(tokens)
         padded = padded_size(num_rows, BLOCK_TOKENS)
-        if padded > self._buffers.max_rows:
-            self._grow(padded)
-        b, spare = self._buffers, np.full(padded - num_rows, -1, np.int32)
+        b = self._buffers
+        if b is None or padded > b.max_rows:
+            b = self._grow(max(padded, MAX_ROWS))
+        spare = np.full(padded - num_rows, -1, np.int32)
         starts = np.concatenate([text_starts, spare])
         slots = np.where(starts >= 0, 0, -1)
         self._uploads.write(b.tokens, tokens)
@@ -103,19 +105,27 @@ class CudaEmbedder:
             self._graphs[padded] = self._stream.capture(launches)
         self._graphs[padded].replay(self._stream)
         self._stream.synchronize()
+        return b
 
-    def _grow(self, rows: int) -> None:
+    def _grow(self, rows: int) -> EmbeddingBuffers:
         """Makes room for passes of so many rows. Raises BackendError if memory is insufficient."""
         needed = EmbeddingBuffers(DryRunDevice(self._device.arch, self._device.num_sms), self.config, rows).nbytes
         self.free_idle()
         free, _ = self._device.memory_info()
-        if needed > free + self._buffers.nbytes - RESERVE:
+        if needed > free + self._buffer_bytes - RESERVE:
             raise BackendError(
                 f"a text of up to {rows} tokens takes {needed / 1e9:.2f} GB of device memory, and "
                 f"{free / 1e9:.2f} GB are free"
             )
-        self._buffers.close()
+        if self._buffers is not None:
+            self._buffers.close()
+            self._buffers = None
         self._buffers = EmbeddingBuffers(self._device, self.config, rows)
+        return self._buffers
+
+    @property
+    def _buffer_bytes(self) -> int:
+        return 0 if self._buffers is None else self._buffers.nbytes
 
     def free_idle(self) -> None:
         """Frees the captured passes."""
@@ -126,7 +136,7 @@ class CudaEmbedder:
 
     def memory(self) -> dict[str, int]:
         """Bytes of device memory in use by purpose."""
-        return {"weights": self._weights.nbytes, "activations": self._buffers.nbytes}
+        return {"weights": self._weights.nbytes, "activations": self._buffer_bytes}
 
     def new_context(self, capacity: int) -> NoReturn:
         """Refused: raises BackendError."""

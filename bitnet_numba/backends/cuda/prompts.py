@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_numba.backends.cuda.call_clock import CallClock
 from bitnet_numba.backends.cuda.forward import MAX_TOKENS, PrefillPass
 from bitnet_numba.backends.cuda.runtime import Runtime
-from bitnet_numba.backends.cuda.state import SequenceState, padded_size
+from bitnet_numba.backends.cuda.state import SequenceState, padded_size, padded_sizes
 from bitnet_numba.kernels.attention import prefill
 from bitnet_numba.kernels.attention.kv_cache import PAGE
 from bitnet_numba.kernels.runtime.driver import Graph
@@ -73,13 +74,17 @@ class Prefill:
     def __init__(self, runtime: Runtime, state: SequenceState):
         self._runtime, self._state = runtime, state
         heads = runtime.model.heads
-        self._block = prefill.block_tokens(runtime.device.arch, heads.head_dim, heads.group)
+        # Rows of a pass at whose multiples prompts begin
+        self.block = prefill.block_tokens(runtime.device.arch, heads.head_dim, heads.group)
         self._graphs: dict[int, Graph] = {}
 
-    def feed(self, parts: Sequence[PromptPart]) -> Iterator[list[tuple[int, int]]]:
-        """Enqueues the passes over the parts; yields each one's `ends` while its rows are in the model's buffers."""
+    def feed(self, parts: Sequence[PromptPart], clock: CallClock | None = None) -> Iterator[list[tuple[int, int]]]:
+        """Enqueues the passes over the parts; yields each one's `ends` while its rows are in the model's buffers.
+
+        clock: times each pass.
+        """
         runtime, b = self._runtime, self._runtime.model.buffers
-        for slot_positions, ends in plan_passes(parts, self._block, MAX_TOKENS):
+        for slot_positions, ends in plan_passes(parts, self.block, MAX_TOKENS):
             num_rows = len(slot_positions)
             padded = padded_size(num_rows, MIN_TOKENS)
             spare = np.full((padded - num_rows, 2), -1, np.int32)
@@ -88,11 +93,23 @@ class Prefill:
             if self._state.expanded is not None:
                 places = page_places(slot_positions, self._state.block_table_stride)
                 runtime.uploads.write(self._state.expanded.pages, [len(places), *places])
-            if padded not in self._graphs:
-                launches = PrefillPass(runtime.model, self._state, padded).launches()
-                self._graphs[padded] = runtime.stream.capture(launches)
-            self._graphs[padded].replay(runtime.stream)
+            graph = self.graph(padded)
+            if clock is None:
+                graph.replay(runtime.stream)
+            else:
+                clock.replay(graph, int(np.count_nonzero(slot_positions[:, 0] >= 0)))
             yield ends
+
+    def sizes(self) -> list[int]:
+        """What passes are padded to."""
+        return padded_sizes(MIN_TOKENS, MAX_TOKENS)
+
+    def graph(self, num_rows: int) -> Graph:
+        """The pass of one of these sizes, captured when it is first asked for."""
+        if num_rows not in self._graphs:
+            launches = PrefillPass(self._runtime.model, self._state, num_rows).launches()
+            self._graphs[num_rows] = self._runtime.stream.capture(launches)
+        return self._graphs[num_rows]
 
     def close(self) -> None:
         """Frees the captured passes."""

@@ -124,6 +124,11 @@ def padded_size(count: int, least: int = 1) -> int:
     return max(least, 1 << (count - 1).bit_length())
 
 
+def padded_sizes(first: int, last: int) -> list[int]:
+    """All of them from one to another, both included."""
+    return [1 << i for i in range(first.bit_length() - 1, last.bit_length())]
+
+
 def pages_of(tokens: int) -> int:
     """Pages that hold so many tokens."""
     return -(-tokens // PAGE)

@@ -24,7 +24,7 @@ from bitnet_numba.backends.cuda.embedding_pass import EmbeddingBuffers, Embeddin
 from bitnet_numba.backends.cuda.extras import Asked, Extras
 from bitnet_numba.backends.cuda.forward import MAX_TOKENS, CudaModel, PrefillPass
 from bitnet_numba.backends.cuda.prompts import MIN_TOKENS
-from bitnet_numba.backends.cuda.state import SequenceState, padded_size
+from bitnet_numba.backends.cuda.state import SequenceState, padded_size, padded_sizes
 from bitnet_numba.backends.cuda.steps import BatchSteps, DecodeBuffers, DecodeSteps
 from bitnet_numba.backends.cuda.weights import RowFormats, Weights
 from bitnet_numba.backends.progress import CompileProgress
@@ -86,14 +86,14 @@ def _dry_run_context(model: CudaModel) -> None:
         steps.decode(long, Asked(edits=True, logprobs=True))
         steps.score(long)
         steps.choose(long)
-    for num_tokens in _powers_of_two(MIN_TOKENS, MAX_TOKENS):
+    for num_tokens in padded_sizes(MIN_TOKENS, MAX_TOKENS):
         PrefillPass(model, state, num_tokens).launches()
 
 
 def _dry_run_embedder(config: ModelConfig, rows: RowFormats, device: DryRunDevice) -> None:
     """Asks for every launch of the passes over texts that are not very long."""
     weights, buffers = Weights.shapes_only(config, rows), EmbeddingBuffers(device, config, MAX_TOKENS)
-    for num_rows in _powers_of_two(MIN_TOKENS, MAX_TOKENS):
+    for num_rows in padded_sizes(MIN_TOKENS, MAX_TOKENS):
         EmbeddingPass(config, device, weights, buffers, num_rows).launches()
 
 
@@ -102,14 +102,10 @@ def _dry_run_batch(model: CudaModel, max_sequences: int) -> None:
     capacity = min(model.config.max_context, MAX_CONTEXT)
     state = SequenceState(model.device, model.config, capacity, max_sequences, 1, model.kv_dtype)
     steps = BatchSteps(model, state)
-    for num_tokens in _powers_of_two(1, padded_size(max_sequences)):
+    for num_tokens in padded_sizes(1, padded_size(max_sequences)):
         steps.choose(num_tokens)
-        for num_blocks in _powers_of_two(num_tokens, steps.work_list.size):
+        for num_blocks in padded_sizes(num_tokens, steps.work_list.size):
             steps.decode(num_tokens, num_blocks)
-
-
-def _powers_of_two(first: int, last: int) -> list[int]:
-    return [1 << i for i in range(first.bit_length() - 1, last.bit_length())]
 
 
 def load_specs(

@@ -26,7 +26,7 @@ async function ask(path, body, signal) {
   });
 }
 
-/** The first model: {id, max_model_len, backend, sampling}. */
+/** The first model: {id, max_model_len, backend, and sampling or, of one that makes embeddings, dimensions}. */
 async function findModel() {
   const answer = await (await ask("v1/models")).json();
   return answer.data[0];

@@ -45,6 +45,10 @@ async function connect() {
   }
   document.title = model.id;
   by("model").replaceChildren(model.id, element("small", { textContent: `on ${model.backend}` }));
+  if (model.dimensions) {
+    showGuide(model);
+    return;
+  }
   for (const [name, value] of Object.entries(model.sampling)) {
     const input = by("settings-form").elements[name];
     if (input) input.placeholder = String(value);

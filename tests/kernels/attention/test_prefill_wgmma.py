@@ -18,8 +18,8 @@ from bitnet_numba.kernels.attention.prefill_wgmma import (
     KEYS,
     WARPS,
     block_shape,
+    boxes_of_cache,
     fits,
-    map_shape,
     prefill_wgmma_grid,
     prefill_wgmma_spec,
 )
@@ -44,10 +44,11 @@ def run_prefill_wgmma(
 ) -> None:
     """Runs the kernel. inputs: qkv, cos, sin, slot_positions."""
     cache, words = context.cache, token_words(context.head_dim)
-    sizes = map_shape(cache.size, context.head_dim, keys)
-    (k, _owner), (v, _too) = mapped(cache.keys, sizes), mapped(cache.values, sizes)
+    boxes = boxes_of_cache(cache.size, context.head_dim, keys)
+    (k, _owner), (v, _too) = mapped(cache.keys, boxes), mapped(cache.values, boxes)
     arguments: list[Any] = [*inputs, cache.block_table, cache.block_table_stride, k, v]
-    arguments += [cache.page_words // words, cache.head_words // words, out, num_tokens, context.kv_heads, sizes[0]]
+    arguments += [cache.page_words // words, cache.head_words // words, out, num_tokens, context.kv_heads]
+    arguments.append(boxes.shape[0])
     run(spec, prefill_wgmma_grid(num_tokens, context.kv_heads, group, warps), arguments)
 
 

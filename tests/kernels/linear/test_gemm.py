@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bitnet_numba.kernels.linear.gemm import gemm, launch_sizes, map_sizes, spec
+from bitnet_numba.kernels.linear.gemm import gemm, launch_sizes, map_boxes, spec
 from bitnet_numba.kernels.linear.heuristics import MIN_ARCH, choose_tile
 from bitnet_numba.kernels.linear.operands import PackedLinear, QuantizedActivations
 from bitnet_numba.kernels.linear.tile import Tile
@@ -66,7 +66,9 @@ def check_gemm(
     words: Any = pack_ternary(w)
     activations: Any = q.view(np.int32)
     if tile.scheme == "wgmma":
-        of_words, of_q = map_sizes(tile, M, N, K, gated)
+        of_words, of_q = map_boxes(tile, M, N, K, gated)
+        beyond = rng.integers(-127, 128, -padded_K % 128).astype(np.int8)  # read with the last token, to no effect
+        activations = np.concatenate([q.reshape(-1), beyond]).view(np.int32)
         (words, _on_device), (activations, _too) = mapped(words, of_words), mapped(activations, of_q)
     arguments = [words, activations, s, q_sum, np.array([count], np.int32), scales, b, out, *sizes]
     run(kernel, grid, arguments)
@@ -298,7 +300,8 @@ def test_simulated_launch(epilogue: str, monkeypatch: pytest.MonkeyPatch) -> Non
         out = Out(M * rows, np.int32) if epilogue == "acc" else Out(M * rows, np.float32, old)
         words, *of_linear = (device.operand(a) for a in (pack_ternary(w), scales))
         linear = PackedLinear(words, *of_linear, segments, K, device.operand(bias))
-        x = QuantizedActivations(*(device.operand(a) for a in (q.reshape(-1), s, q.sum(axis=1, dtype=np.int32))))
+        read = np.append(q.reshape(-1), np.full(32, 99, np.int8))  # with the last token, to no effect
+        x = QuantizedActivations(*(device.operand(a) for a in (read, s, q.sum(axis=1, dtype=np.int32))))
         real = device.operand(np.array([count], np.int32))
         gemm(device, linear, x, real, device.operand(out), M, epilogue=epilogue)
         name = device.run(1)

@@ -110,6 +110,13 @@ def test_refuses_row_sizes(K: int) -> None:
         quantize_spec(90, K)
 
 
+def test_blocks_of_32_rows_go_to_an_sm_each() -> None:
+    for arch_, tokens, spread in ((90, 16, False), (90, 32, True), (90, 64, False), (100, 32, False)):
+        device = DryRunDevice(arch_, 132)
+        x, out = device.empty(tokens * 256, np.float32), QuantizedActivations.empty(device, tokens, 256)
+        assert quantize(device, x, out, tokens, 256).spec.one_per_sm == spread
+
+
 def test_launcher_refuses_what_does_not_fit() -> None:
     device = DryRunDevice(90, 132)
     x, out = device.empty(3 * 2560, np.float32), QuantizedActivations.empty(device, 3, 2560)

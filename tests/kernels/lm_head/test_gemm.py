@@ -56,7 +56,7 @@ def launch(
     """Logits [tokens, rows] by the two kernels, built for architecture `target`."""
     (num_tokens, K), num_rows = h.shape, len(rows)
     norm_spec, product_spec = specs
-    layout = layout_for(target, "int8")  # of the kernels tested here, on sm_90 too
+    layout = layout_for(target, "f16")  # of the kernels tested here, on sm_90 too
     x = Out(x_words(layout, num_tokens, K, dtype), np.int32)
     arguments = [h, norm, EPS, x, num_tokens, group_size_argument(layout, num_tokens)]
     run(norm_spec, padded_tokens(layout, num_tokens), arguments)
@@ -76,7 +76,7 @@ def make_specs(
     norm_threads: int = split_norm.THREADS,
 ) -> tuple[KernelSpec, KernelSpec]:
     """The two variants; `plan`: what follows the required arguments of `gemm_mma.spec` or `gemm_simt.spec`."""
-    layout = layout_for(target, "int8")
+    layout = layout_for(target, "f16")
     norm = split_norm.spec(target, K, layout, dtype, norm_threads)
     if layout == "simt":
         return norm, gemm_simt.spec(target, K, dtype, *plan)
@@ -238,7 +238,7 @@ def dry_operands(device: DryRunDevice, num_tokens: int, K: int, dtype: RowDtype)
 @pytest.mark.parametrize("target, chosen", [(75, "lm_head_simt"), (80, "lm_head_mma"), (90, ""), (120, "lm_head_mma")])
 def test_choice_of_kernel(target: int, chosen: str, dtype: RowDtype) -> None:
     """It depends on the card and on the table, not on the number of tokens."""
-    chosen = chosen or ("lm_head_wgmma" if dtype == "bf16" else "lm_head_mma")
+    chosen = chosen or ("lm_head_wgmma" if dtype in ("bf16", "int8") else "lm_head_mma")
     for num_tokens in (1, 16, 17, 128, 300):
         device = DryRunDevice(target, 132)
         launches = lm_head_gemm(device, **dry_operands(device, num_tokens, 2560, dtype))
@@ -280,6 +280,7 @@ def test_sizes_of_x() -> None:
     assert x_words("mma", 129, 32, "bf16") == x_words("mma", 129, 32, "int8") == 256 * 256
     assert x_words("simt", 9, 288, "bf16") == 16 * 512 and x_words("simt", 9, 32, "int8") == 16 * 512
     assert x_words("wgmma", 129, 32, "bf16") == 256 * 2 * 32 // 2
+    assert x_words("wgmma int8", 129, 32, "int8") == 192 * (3 * 32 // 4 + 1)
     for dtype in ROW_DTYPES:
         table = EmbeddingTable(None, 1 if dtype == "int8" else None, 1, 2560, dtype)
         for target in (75, 80, 90):

@@ -1,6 +1,9 @@
-"""The LM head of many tokens on sm_90 with bfloat16 rows: two terms and float32 sums by warpgroups.
+"""The LM head of many tokens on sm_90 by warpgroups: bfloat16 rows with two terms of x and float32 sums, int8 rows with
+three terms and int32 sums.
 
-Tolerance: that of test_gemm.py, whose terms and whose sums of 16 products at a time these are.
+Tolerance. bfloat16: that of test_gemm.py, whose terms and whose sums of 16 products at a time these are. int8: a column
+of x is off by 3/4 unit, and by 1 / rms, which is off by (K / 2 + 3) * e, with e = 2^-24; the sum is exact; three more
+roundings, and the norm's six.
 """
 
 from typing import Any
@@ -19,6 +22,7 @@ from bitnet_numba.kernels.lm_head.gemm_wgmma import ARCH
 from bitnet_numba.kernels.operands import EmbeddingTable, Norm, RowDtype
 from bitnet_numba.kernels.runtime.spec import ArchSpec
 from tests.kernels.harness import Out, arch, assert_close, mapped, needs_gpu, run, simulated, why_no_gpu
+from tests.kernels.lm_head.rows import random_rows
 from tests.kernels.lm_head.test_gemm import EPS, normed, tolerance
 from tests.kernels.variants import lm_head_gemm_wgmma
 from tools.make_checkpoint import PRESETS
@@ -27,37 +31,57 @@ VOCABULARY, HIDDEN = 128256, 2560  # of 2B4T
 only_there = pytest.mark.skipif(not why_no_gpu() and arch() != ARCH, reason=f"this kernel is sm_{ARCH}'s alone")
 
 
-def inputs(rng: np.random.Generator, rows: int, tokens: int, K: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """h, norm, weights: float32 [tokens, K] of odd sizes, float32 [K], bfloat16 bits [rows, K]."""
+DTYPES: tuple[RowDtype, ...] = ("bf16", "int8")
+Inputs = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]
+
+
+def inputs(rng: np.random.Generator, dtype: RowDtype, rows: int, tokens: int, K: int) -> Inputs:
+    """h float32 [tokens, K] of odd sizes, norm float32 [K]; rows, their scales and what they stand for, as of
+    `random_rows`."""
     h = (rng.standard_normal((tokens, K)) * 10.0 ** rng.uniform(-3, 3, (tokens, 1))).astype(np.float32)
-    weight = from_float32(rng.standard_normal((rows, K), np.float32))
-    return h, rng.standard_normal(K).astype(np.float32), weight
+    norm = rng.standard_normal(K).astype(np.float32)
+    return h, norm, *random_rows(rng, rows, K, dtype)
+
+
+def allowed(x: np.ndarray, w: np.ndarray, dtype: RowDtype) -> np.ndarray:
+    """The largest errors of logits: see above."""
+    K = x.shape[1]
+    magnitudes = np.abs(x) @ np.abs(w).T
+    if dtype == "bf16":
+        return tolerance(K) * magnitudes
+    units = np.abs(x).max(axis=1) / float(split_norm.LARGEST)
+    return (K / 2 + 13) * 2.0**-24 * magnitudes + np.outer(0.75 * units, np.abs(w).sum(axis=1))
 
 
 def launch(
     h: np.ndarray,
     norm: np.ndarray,
     weight: np.ndarray,
+    scale: np.ndarray | None,
     blocks: int,
     tile: kernel.Tile | None = None,
     threads: int = split_norm.THREADS,
 ) -> np.ndarray:
     """Logits [tokens, rows] by the two kernels; `tile`: with fewer rows and stages than the plan's."""
-    (num_tokens, K), num_rows = h.shape, len(weight)
-    plan = kernel.plan(num_tokens)
-    tile = tile._replace(tokens=plan.tokens) if tile else plan
-    padded = split_norm.padded_tokens("wgmma", num_tokens)
-    x = Out(split_norm.x_words("wgmma", num_tokens, K, "bf16"), np.int32)
-    run(split_norm.spec(ARCH, K, "wgmma", "bf16", threads), padded, [h, norm, EPS, x, num_tokens, tile.tokens])
+    dtype: RowDtype = "bf16" if scale is None else "int8"
+    (num_tokens, K), num_rows, layout = h.shape, len(weight), kernel.LAYOUTS[dtype]
+    plan = kernel.plan(num_tokens, dtype)
+    tile = tile._replace(tokens=plan.tokens, dtype=dtype) if tile else plan
+    padded = split_norm.padded_tokens(layout, num_tokens)
+    x = Out(split_norm.x_words(layout, num_tokens, K, dtype), np.int32)
+    run(split_norm.spec(ARCH, K, layout, dtype, threads), padded, [h, norm, EPS, x, num_tokens, tile.tokens])
     logits = Out(num_tokens * num_rows, np.float32)
-    of_weight, of_x = kernel.map_shapes(tile, num_rows, num_tokens, K)
-    (weights, _on_device), (terms, _too) = mapped(weight, of_weight), mapped(x.array.copy(), of_x)
-    grid = (blocks, padded // tile.tokens)
-    run(kernel.spec(ARCH, tile), grid, [weights, terms, logits, num_rows, num_tokens, kernel.num_k_iters(K)])
+    of_weight, of_x = kernel.map_boxes(tile, num_rows, num_tokens, K)
+    terms = x.array.copy()
+    (weights, _on_device), (mapped_terms, _too) = mapped(weight, of_weight), mapped(terms[: of_x.size], of_x)
+    of_int8 = [None, None] if scale is None else [scale, terms]
+    sizes = [num_rows, num_tokens, kernel.num_k_iters(tile, K), kernel.row_ints(tile, K)]
+    run(kernel.spec(ARCH, tile), (blocks, padded // tile.tokens), [weights, mapped_terms, *of_int8, logits, *sizes])
     return logits.array.reshape(num_tokens, num_rows)
 
 
 def check_lm_head_wgmma(
+    dtype: RowDtype,
     K: int,
     rows: int,
     tokens: int,
@@ -67,13 +91,14 @@ def check_lm_head_wgmma(
     threads: int = split_norm.THREADS,
 ) -> None:
     """Logits of random rows and tokens against float64."""
-    h, norm, weight = inputs(np.random.default_rng(seed), rows, tokens, K)
-    x, w = normed(h, norm), to_float32(weight).astype(np.float64)
-    logits = launch(h, norm, weight, blocks, tile, threads)
-    assert_close(logits, x @ w.T, tolerance(K) * (np.abs(x) @ np.abs(w).T), f"{tokens} tokens, {rows} x {K}")
+    h, norm, weight, scale, w = inputs(np.random.default_rng(seed), dtype, rows, tokens, K)
+    x = normed(h, norm)
+    logits = launch(h, norm, weight, scale, blocks, tile, threads)
+    assert_close(logits, x @ w.T, allowed(x, w, dtype), f"{tokens} tokens, {rows} x {K} of {dtype}")
 
 
 def check_company(
+    dtype: RowDtype,
     K: int,
     rows: int,
     counts: list[int],
@@ -83,10 +108,10 @@ def check_company(
     threads: int = split_norm.THREADS,
 ) -> None:
     """A token's logits are the same bits whatever the number of tokens in its launch."""
-    h, norm, weight = inputs(np.random.default_rng(seed), rows, max(counts), K)
-    most = launch(h, norm, weight, blocks, tile, threads)
+    h, norm, weight, scale, _ = inputs(np.random.default_rng(seed), dtype, rows, max(counts), K)
+    most = launch(h, norm, weight, scale, blocks, tile, threads)
     for tokens in counts:
-        logits = launch(h[:tokens], norm, weight, blocks, tile, threads)
+        logits = launch(h[:tokens], norm, weight, scale, blocks, tile, threads)
         assert logits.tobytes() == most[:tokens].tobytes(), f"{tokens} tokens: other bits than {max(counts)}"
 
 
@@ -94,7 +119,8 @@ SMALL = st.sampled_from([kernel.Tile(8, 1, 1, 2), kernel.Tile(8, 1, 2, 3), kerne
 
 
 @simulated
-@settings(max_examples=6)
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=4)
 @given(
     K=st.sampled_from([32, 64, 160, 288]),
     rows=st.integers(1, 300),
@@ -102,81 +128,93 @@ SMALL = st.sampled_from([kernel.Tile(8, 1, 1, 2), kernel.Tile(8, 1, 2, 3), kerne
     tile=SMALL,
     seed=st.integers(0, 2**32 - 1),
 )
-def test_simulated_wgmma(K: int, rows: int, tokens: int, tile: kernel.Tile, seed: int) -> None:
-    check_lm_head_wgmma(K, rows, tokens, 1 + seed % 2, seed, tile, 64)
+def test_simulated_wgmma(dtype: RowDtype, K: int, rows: int, tokens: int, tile: kernel.Tile, seed: int) -> None:
+    check_lm_head_wgmma(dtype, K, rows, tokens, 1 + seed % 2, seed, tile, 64)
 
 
 @simulated
+@pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=2)
 @given(tile=SMALL, seed=st.integers(0, 2**32 - 1))
-def test_simulated_company(tile: kernel.Tile, seed: int) -> None:
-    check_company(96, 70, [1, 11], 1, seed, tile, 64)
+def test_simulated_company(dtype: RowDtype, tile: kernel.Tile, seed: int) -> None:
+    check_company(dtype, 96, 70, [1, 11], 1, seed, tile, 64)
 
 
 @simulated
-def test_simulated_groups() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_simulated_groups(dtype: RowDtype) -> None:
     """More tokens than a group has."""
-    check_lm_head_wgmma(32, 17, 130, 1, 1, kernel.Tile(8, 1, 1, 2), 32)
+    check_lm_head_wgmma(dtype, 32, 17, 130, 1, 1, kernel.Tile(8, 1, 1, 2), 32)
 
 
 @needs_gpu
 @only_there
-@settings(max_examples=16)
+@settings(max_examples=24)
 @given(
     K=st.sampled_from([32, 384, 2080, 2560, 4096]),
     rows=st.integers(1, 9000),
     tokens=st.sampled_from([1, 2, 8, 16, 23, 32, 64, 100, 128, 300]),
     blocks=st.sampled_from([3, 132]),
+    dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_wgmma_on_gpu(K: int, rows: int, tokens: int, blocks: int, seed: int) -> None:
-    check_lm_head_wgmma(K, rows, tokens, blocks, seed)
+def test_wgmma_on_gpu(dtype: RowDtype, K: int, rows: int, tokens: int, blocks: int, seed: int) -> None:
+    check_lm_head_wgmma(dtype, K, rows, tokens, blocks, seed)
 
 
 @needs_gpu
 @only_there
-@settings(max_examples=6)
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=4)
 @given(
     K=st.sampled_from([384, 2560]),
     rows=st.integers(1, 9000),
     blocks=st.sampled_from([5, 132]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_company_on_gpu(K: int, rows: int, blocks: int, seed: int) -> None:
-    check_company(K, rows, [1, 8, 16, 17, 33, 65, 128, 200], blocks, seed)
+def test_company_on_gpu(dtype: RowDtype, K: int, rows: int, blocks: int, seed: int) -> None:
+    check_company(dtype, K, rows, [1, 8, 16, 17, 33, 65, 128, 200], blocks, seed)
 
 
-@pytest.fixture(scope="module")
-def full_size() -> Any:
-    """h of 200 tokens, norm, 2B4T's rows."""
-    return inputs(np.random.default_rng(0), VOCABULARY, 200, HIDDEN)
+@pytest.fixture(scope="module", params=DTYPES)
+def full_size(request: Any) -> Any:
+    """Row dtype, h of 200 tokens, norm, as many rows as 2B4T has, and their scales."""
+    rng, dtype = np.random.default_rng(0), request.param
+    h, norm, *_ = inputs(rng, dtype, 1, 200, HIDDEN)
+    if dtype == "bf16":
+        return dtype, h, norm, from_float32(rng.standard_normal((VOCABULARY, HIDDEN), np.float32)), None
+    rows = rng.integers(-128, 128, (VOCABULARY, HIDDEN), np.int8)
+    return dtype, h, norm, rows, rng.uniform(0.001, 3, VOCABULARY).astype(np.float32)
 
 
 @needs_gpu
 @only_there
 @pytest.mark.parametrize("tokens", [1, 8, 17, 64, 128, 200])
 def test_full_size_on_gpu(tokens: int, full_size: Any) -> None:
-    h, norm, weight = full_size
-    logits = launch(h[:tokens], norm, weight, 132)
+    dtype, h, norm, weight, scale = full_size
+    logits = launch(h[:tokens], norm, weight, scale, 132)
     assert np.isfinite(logits).all()
     chosen = np.random.default_rng(tokens).choice(VOCABULARY, 1000, replace=False)
     chosen[:4] = 0, 255, 256, VOCABULARY - 1
-    x, w = normed(h[:tokens], norm), to_float32(weight[chosen]).astype(np.float64)
-    bound = tolerance(HIDDEN) * (np.abs(x) @ np.abs(w).T)
-    assert_close(logits[:, chosen], x @ w.T, bound, f"{tokens} tokens of the whole vocabulary")
+    x, few = normed(h[:tokens], norm), weight[chosen]
+    w = to_float32(few).astype(np.float64) if scale is None else few.astype(np.float64) * scale[chosen, None]
+    assert_close(logits[:, chosen], x @ w.T, allowed(x, w, dtype), f"{tokens} tokens of the whole vocabulary")
 
 
 @needs_gpu
 @only_there
-def test_launcher_on_gpu() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [40, 130])
+def test_launcher_on_gpu(dtype: RowDtype, num_tokens: int) -> None:
     """Launches that overlap give the same bits as those alone."""
     from bitnet_numba.kernels.runtime.device import usable_device
     from bitnet_numba.kernels.runtime.driver import Stream
 
     device, stream = usable_device(), Stream()
-    num_rows, num_tokens, K = 5000, 40, 2560
-    h, norm, weight = inputs(np.random.default_rng(5), num_rows, num_tokens, K)
-    table = EmbeddingTable(device.array(weight), None, num_rows, K, "bf16")
+    num_rows, K = 5000, 2560
+    h, norm, weight, scale, _ = inputs(np.random.default_rng(5), dtype, num_rows, num_tokens, K)
+    on_card = None if scale is None else device.array(scale)
+    table = EmbeddingTable(device.array(weight), on_card, num_rows, K, dtype)
     split = device.empty(split_words(device, table, num_tokens), np.int32)
     logits = device.empty(num_tokens * num_rows, np.float32)
     on_device = device.array(h), Norm(device.array(norm), float(EPS))
@@ -185,31 +223,115 @@ def test_launcher_on_gpu() -> None:
         for each in launches:
             each(stream.handle)
     stream.synchronize()
-    assert np.array_equal(logits.read().reshape(num_tokens, num_rows), launch(h, norm, weight, 132))
+    assert np.array_equal(logits.read().reshape(num_tokens, num_rows), launch(h, norm, weight, scale, 132))
+
+
+def terms_of(h: np.ndarray, norm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x for int8 rows: whole numbers int64 [tokens, K] and units float32 [tokens]."""
+    num_tokens, K = h.shape
+    layout: split_norm.Layout = "wgmma int8"
+    group, padded = split_norm.group_tokens(layout, num_tokens), split_norm.padded_tokens(layout, num_tokens)
+    x = Out(split_norm.x_words("wgmma int8", num_tokens, K, "int8"), np.int32)
+    run(split_norm.spec(arch(), K, "wgmma int8", "int8", 64), padded, [h, norm, EPS, x, num_tokens, group])
+    terms = x.array[:-padded].view(np.int8).reshape(padded // group, 3, group, K).astype(np.int64)
+    whole = 65536 * terms[:, 0] + 256 * terms[:, 1] + terms[:, 2]
+    return whole.reshape(padded, K)[:num_tokens], x.array[-padded:].view(np.float32)[:num_tokens]
+
+
+def check_terms(K: int, tokens: int, seed: int) -> None:
+    """Three int8 terms are the normed activations but for 3/4 of a unit, and the rounding of the norm."""
+    h, norm, *_ = inputs(np.random.default_rng(seed), "int8", 1, tokens, K)
+    norm[:2] = 1e4, -1e-4  # one column is far larger than the others
+    whole, units = terms_of(h, norm)
+    x = normed(h, norm)
+    bound = 0.75 * units[:, None] + (K / 2 + 9) * 2.0**-24 * np.abs(x)
+    assert_close(whole * units[:, None].astype(np.float64), x, bound, f"{tokens} tokens of {K}")
+    assert np.abs(whole).max(axis=1).tolist() == [int(split_norm.LARGEST)] * tokens
+
+
+def check_odd_terms() -> None:
+    """Zeros, numbers so small that their unit would be a denormal one, NaN and infinity."""
+    h = np.ones((5, 32), np.float32)
+    norm = np.full(32, 1, np.float32)
+    h[0], h[2, 3], h[3, 3] = 0, np.nan, np.inf
+    whole, units = terms_of(h, norm)
+    assert (whole[0] == 0).all() and (whole[1] == int(split_norm.LARGEST)).all()
+    assert np.isnan(units[2:4]).all() and np.isfinite(units[[0, 1, 4]]).all()
+    whole, units = terms_of(h, np.full(32, 1e-36, np.float32))
+    assert np.abs(whole[[0, 1, 4]]).max() < 100 and units[1] == units[4] > 2.0**-126
+
+
+@simulated
+@settings(max_examples=4)
+@given(K=st.sampled_from([32, 96, 288]), tokens=st.sampled_from([1, 9, 70]), seed=st.integers(0, 2**32 - 1))
+def test_simulated_terms(K: int, tokens: int, seed: int) -> None:
+    check_terms(K, tokens, seed)
+
+
+@simulated
+def test_simulated_odd_terms() -> None:
+    check_odd_terms()
+
+
+@needs_gpu
+@settings(max_examples=8)
+@given(K=st.sampled_from([32, 96, 2560]), tokens=st.sampled_from([1, 9, 70, 200]), seed=st.integers(0, 2**32 - 1))
+def test_terms_on_gpu(K: int, tokens: int, seed: int) -> None:
+    check_terms(K, tokens, seed)
+
+
+@needs_gpu
+def test_odd_terms_on_gpu() -> None:
+    check_odd_terms()
 
 
 def test_plan() -> None:
     sizes = [1, 8, 9, 16, 17, 33, 65, 128, 129, 2000]
-    assert [kernel.plan(tokens).tokens for tokens in sizes] == [8, 8, 16, 16, 32, 64, 128, 128, 128, 128]
+    assert [kernel.plan(tokens, "bf16").tokens for tokens in sizes] == [8, 8, 16, 16, 32, 64, 128, 128, 128, 128]
+    assert [kernel.plan(tokens, "int8").tokens for tokens in sizes] == [8, 8, 16, 16, 32, 64, 64, 64, 64, 64]
     assert [split_norm.padded_tokens("wgmma", tokens) for tokens in sizes[-4:]] == [128, 128, 256, 2048]
-    for tokens in sizes:
-        tile = kernel.plan(tokens)
-        assert tile.stages >= 3 and tile.rows == 256
-        weights, x = kernel.map_shapes(tile, 1000, tokens, 96)
-        assert max(weights[2], x[2]) <= 256  # rows of a TMA load
-    assert kernel.num_k_iters(2560) == 40 and kernel.num_k_iters(2592) == 41
+    assert [split_norm.padded_tokens("wgmma int8", tokens) for tokens in sizes[-4:]] == [128, 128, 192, 2048]
+    for dtype in DTYPES:
+        for tokens in sizes:
+            tile = kernel.plan(tokens, dtype)
+            assert tile.stages >= 3 and tile.rows == 256
+            weights, x = kernel.map_boxes(tile, 1000, tokens, 96)
+            assert max(weights.box[0], x.box[0]) <= 256  # rows of a TMA load
+            assert weights.shape[1] == x.shape[1] == kernel.row_ints(tile, 96) == {"bf16": 48, "int8": 24}[dtype]
+    assert [kernel.num_k_iters(kernel.plan(1, "bf16"), K) for K in (2560, 2592)] == [40, 41]
+    assert [kernel.num_k_iters(kernel.plan(1, "int8"), K) for K in (2560, 2592)] == [20, 21]
+
+
+def test_grid() -> None:
+    """Groups of int8 rows' tokens run side by side."""
+    few, many = kernel.plan(8, "int8"), kernel.plan(2048, "int8")
+    assert [kernel.grid(132, few, VOCABULARY, 8), kernel.grid(132, many, VOCABULARY, 2048)] == [(132, 1), (4, 32)]
+    assert [kernel.grid(132, many, VOCABULARY, tokens) for tokens in (128, 129)] == [(66, 2), (44, 3)]
+    assert kernel.grid(20, many, VOCABULARY, 2048) == (1, 32) and kernel.grid(132, few, 300, 8) == (2, 1)
+    assert kernel.grid(132, kernel.plan(200, "bf16"), VOCABULARY, 200) == (132, 2)
 
 
 def test_serves_one_architecture() -> None:
     chosen = [layout_for(target, dtype) for target, dtype in ((90, "bf16"), (90, "int8"), (90, "f16"), (100, "bf16"))]
-    assert chosen == ["wgmma", "mma", "mma", "mma"]
-    assert lm_head_gemm_wgmma(80) == [] and len(lm_head_gemm_wgmma(90)) == 6
+    assert chosen == ["wgmma", "wgmma int8", "mma", "mma"]
+    assert layout_for(100, "int8") == layout_for(80, "int8") == "mma"
+    assert lm_head_gemm_wgmma(80) == [] and len(lm_head_gemm_wgmma(90)) == 11
 
 
-@pytest.mark.parametrize("tile", [(24, 2, 2, 3), (128, 2, 2, 4), (128, 3, 2, 2), (8, 2, 2, 1)])
-def test_refuses_tiles(tile: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "tile", [(24, 2, 2, 3), (128, 2, 2, 4), (128, 3, 2, 2), (8, 2, 2, 1), (128, 2, 2, 2, "int8"), (64, 2, 2, 5, "int8")]
+)
+def test_refuses_tiles(tile: tuple[Any, ...]) -> None:
     with pytest.raises(ValueError, match="lm_head_wgmma: no kernel for"):
         kernel.spec(90, kernel.Tile(*tile))
+
+
+def test_refuses_columns_whose_sums_overflow() -> None:
+    most = split_norm.MAX_INT8_COLUMNS // 32 * 32
+    assert most * 128 * 128 < 2**31 <= (most + 32) * 128 * 128
+    split_norm.spec(ARCH, most, "wgmma int8", "int8")
+    with pytest.raises(ValueError, match=f"can have 131071 columns, not {most + 32}"):
+        split_norm.spec(ARCH, most + 32, "wgmma int8", "int8")
 
 
 def test_batches_have_its_variants_compiled() -> None:
@@ -219,14 +341,17 @@ def test_batches_have_its_variants_compiled() -> None:
     config = ModelConfig.from_hf(PRESETS["2b-4t"][1] | {"quantization_config": {"quant_method": "bitnet"}})
     cases: list[tuple[int, RowDtype, bool]] = [
         (90, "bf16", True),
-        (90, "int8", False),
+        (90, "int8", True),
         (90, "f16", False),
         (80, "bf16", False),
+        (80, "int8", False),
     ]
     for arch_, dtype, expected in cases:
         needs = Needs(config, RowFormats(dtype, dtype), ArchSpec(arch_, 132), 200)
         names = {spec.name for spec in needs.specs()}
-        taken = {kernel.spec(90, kernel.plan(rows)).name for rows in (1, 16, 32, 64, 128, 200)}
-        taken |= {split_norm.spec(90, config.hidden_size, "wgmma", "bf16").name}
-        assert taken <= names if expected else not taken & names
+        if expected:
+            taken = {kernel.spec(90, kernel.plan(rows, dtype)).name for rows in (1, 16, 32, 64, 128, 200)}
+            taken |= {split_norm.spec(90, config.hidden_size, kernel.LAYOUTS[dtype], dtype).name}
+            assert {name for name in names if name.startswith(("lm_head_wgmma", "split_norm"))} == taken
+        assert any(name.startswith("lm_head_wgmma") for name in names) == expected
         assert any(name.startswith("lm_head_mma") for name in names) != expected

@@ -10,6 +10,7 @@ from bitnet_numba.kernels.linear.gemv import gemv
 from bitnet_numba.kernels.linear.operands import PackedLinear
 from bitnet_numba.kernels.lm_head.gemv import lm_head_gemv
 from bitnet_numba.kernels.operands import EmbeddingTable, Norm
+from bitnet_numba.kernels.ptx.tma import Boxes
 from bitnet_numba.kernels.runtime import device as device_module
 from bitnet_numba.kernels.runtime.compiler import compile_ptx
 from bitnet_numba.kernels.runtime.device import CudaDevice, DryRunDevice, usable_device
@@ -93,4 +94,4 @@ def test_arrays_of_a_dry_run_have_sizes_and_no_memory() -> None:
     for array in arrays:
         assert (array.size, array.dtype, array.nbytes, array.address) == (12, np.dtype(np.int32), 48, 0)
         array.close()
-    assert device.tensor_map(arrays[0], 3, 4, 3, 4).nbytes == 128
+    assert device.tensor_map(arrays[0], Boxes.of_matrix(3, 4, 3, 4)).nbytes == 128

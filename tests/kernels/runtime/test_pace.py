@@ -93,6 +93,22 @@ def test_sleeping_leaves_a_threads_timers_as_they_were() -> None:
         assert libc.prctl(driver.GET_TIMER_SLACK) == before > 0
 
 
+@pytest.mark.parametrize(("slack", "result"), [(-1, 0), (0, 0), (50_000, -1)])
+def test_a_slack_that_is_unknown_or_cannot_be_set_stays(
+    monkeypatch: pytest.MonkeyPatch, slack: int, result: int
+) -> None:
+    """A sandbox may forbid either call; -1 put back would be the longest slack there is."""
+    calls: list[tuple[int, int]] = []
+
+    def prctl(option: int, value: int) -> int:
+        calls.append((option, value))
+        return slack if option == driver.GET_TIMER_SLACK else result
+
+    monkeypatch.setattr(driver, "_prctl", lambda: prctl)
+    driver.sleep_exactly(1e-4)
+    assert [value for option, value in calls if option == driver.SET_TIMER_SLACK] == [driver.SLACK] * (slack > 0)
+
+
 def test_what_is_reached_already_is_not_waited_for(clock: FakeClock) -> None:
     pace = Pace()
     follow(clock, pace, [2e-3] * 5, lambda i: 0.0)
