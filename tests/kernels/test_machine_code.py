@@ -31,6 +31,8 @@ from tests.kernels.variants import GROUPS, variants
 
 FULL_ARCH = 90  # every variant is compiled for this architecture; for the others, the first of each kernel
 OTHERS = (80, 75)  # what else `make test` compiles for: kernels of each other one are of the same form as those of one
+# Where instructions come from, and what stands in for float8's where there are none.
+INSTRUCTION_MODULES = ("bitnet_numba.kernels.ptx.", "bitnet_numba.kernels.attention.kv_dtype")
 INSTRUCTIONS = (("linear_gemv", 75), ("linear_quantize_groups", 75))  # the cheapest that have all of sm_75's choices
 NO_PTXAS = "ptxas is not installed (pip install nvidia-cuda-nvcc)"
 KEPT_KERNELS = 8  # more than a group has that differ between architectures
@@ -83,7 +85,7 @@ def distinct_specs(group: str, arch: int) -> list[KernelSpec]:
 def fingerprint(value: Any, exact: bool = True) -> Any:
     """What Numba compiles a function from: its code and the constants in its closure. Equal for kernels that are built
     for two architectures and make the same choices; if not `exact`, also where these are numbers or instructions."""
-    if not exact and str(getattr(value, "__module__", "")).startswith("bitnet_numba.kernels.ptx."):
+    if not exact and str(getattr(value, "__module__", "")).startswith(INSTRUCTION_MODULES):
         return "instruction"
     value = getattr(value, "py_func", value)  # of a device function
     if isinstance(value, FunctionType):
