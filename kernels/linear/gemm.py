@@ -2,7 +2,7 @@
 
     y[m, n] = (sum_k q[m, k] * w[n, k]) * scale[segment of n] / s[m]  (+ bias[n])
 
-gemm_wgmma.py has the kernel for sm_90, gemm_few.py another one there for up to eight tokens, gemm_mma.py the one for
+gemm_wgmma.py has the kernel for sm_90, gemm_few.py another one there for up to four tokens, gemm_mma.py the one for
 tensor cores from sm_75 on, gemm_dp4a.py the one without them; heuristics.py chooses. All variants give the same bits:
 sums are exact, and what follows them is the same sequence of operations as in gemv.py.
 """

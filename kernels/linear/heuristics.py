@@ -148,12 +148,13 @@ def choose_tile(M: int, N: int, K: int, arch: int, num_sms: int, gated: bool = F
 
 
 FEW_ARCH = 90  # where `gemm_few` was measured
+FEW_TOKENS = 4  # of 8 it multiplies as fast, but a whole step is shorter with `gemm_wgmma`
 
 
 def choose_few(M: int, N: int, K: int, arch: int, num_sms: int, gated: bool = False) -> gemm_few.Plan | None:
     """How `gemm_few` multiplies M tokens; None if a tile of `choose_tile` does, since M or the matrix is too large, or
     the architecture another."""
-    return gemm_few.plan(N, K, num_sms, gated) if arch == FEW_ARCH and M <= gemm_few.MAX_TOKENS else None
+    return gemm_few.plan(N, K, num_sms, gated) if arch == FEW_ARCH and M <= FEW_TOKENS else None
 
 
 GROUP_TILES = (  # of `gemm_groups_mma` and `gemm_groups_wgmma`

@@ -134,11 +134,11 @@ def test_when_it_is_chosen() -> None:
         out = device.zeros(M * N, "float32")
         return gemm(device, PackedLinear(words, scales, (N,), K), x, count, out, M).name
 
-    assert name(90, 8, 2560, 6912).startswith("gemm_few[6912 store")
-    assert name(90, 1, 2560, 6912) == name(90, 8, 2560, 6912)
-    assert name(90, 9, 2560, 6912).startswith("gemm[sm_90")
-    assert name(80, 8, 2560, 6912).startswith("gemm[sm_80")  # not measured there
-    assert name(90, 8, 8192, 28672).startswith("gemm[sm_90")  # too large for the registers
+    assert name(90, 4, 2560, 6912).startswith("gemm_few[6912 store")
+    assert name(90, 1, 2560, 6912) == name(90, 4, 2560, 6912)
+    assert name(90, 5, 2560, 6912).startswith("gemm[sm_90")  # a step of eight is shorter so
+    assert name(80, 4, 2560, 6912).startswith("gemm[sm_80")  # not measured there
+    assert name(90, 4, 8192, 28672).startswith("gemm[sm_90")  # too large for the registers
 
 
 def split_of(N: int, K: int, gated: bool) -> Plan:
