@@ -36,7 +36,7 @@ INSTRUCTION_MODULES = ("bitnet_numba.kernels.ptx.", "bitnet_numba.kernels.attent
 INSTRUCTIONS = (("linear_gemv", 75), ("linear_quantize_groups", 75))  # the cheapest that have all of sm_75's choices
 NO_PTXAS = "ptxas is not installed (pip install nvidia-cuda-nvcc)"
 KEPT_KERNELS = 8  # more than a group has that differ between architectures
-SLACK_BYTES = 16  # of shared memory: arrays that a variant has no use for are left out, others are aligned
+SLACK_BYTES = 16  # of shared memory: arrays are aligned
 # Kernel: an instruction that its PTX must have, and how often at least.
 UNITS = {
     "decode_attention_mma": (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.b?f16", 32),
@@ -169,8 +169,8 @@ def check_spec(spec: KernelSpec, arch: int, folder: Path) -> None:
     assert "Potential Performance Loss" not in done.stderr, f"{spec.name} for sm_{arch}: {done.stderr}"
     found = re.search(r"(\d+) bytes smem", done.stderr)
     static = int(found[1]) if found else 0
-    differs = abs(static - static_bytes(spec))
-    assert differs <= SLACK_BYTES, f"{spec.name} for sm_{arch}: {static} bytes of shared memory"
+    more = static - static_bytes(spec)  # less is right, too: arrays that a variant has no use for are left out
+    assert more <= SLACK_BYTES, f"{spec.name} for sm_{arch}: {static} bytes of shared memory"
     if arch == FULL_ARCH and spec.carveout == CARVEOUT:
         shared = spec.shared + static
         assert spec.blocks_per_sm * (shared + RESERVED_BYTES) <= CARVEOUT_BYTES, (
