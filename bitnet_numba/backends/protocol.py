@@ -163,8 +163,8 @@ class Batch(Protocol):
 
     def prepare(self) -> bool:
         """Does some of what calls to come would do when they are first made with so many tokens or sequences; False if
-        nothing is left to do. For moments when there is nothing else to do: takes a few milliseconds. Raises
-        BackendError, after which nothing is left."""
+        nothing is left to do. For moments when there is nothing else to do: takes some 20 ms. Raises BackendError,
+        after which nothing is left."""
 
     def failure(self, slot: int) -> str:
         """Why the sequence in a slot got NO_TOKEN, in one line; called right after the `collect` that returned it."""
