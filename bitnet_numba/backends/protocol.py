@@ -69,10 +69,10 @@ NOT_FINITE = "the model's weights produce numbers that are not finite"
 
 
 class CallTimes(NamedTuple):
-    """How long calls of a batch took, each the last one of its kind that is known: seconds of the device's work, zeros
-    before the first. What it waits for does not count: captures, constraints."""
+    """How long calls of a batch took, each the last one of its kind that is known; zeros before the first. Seconds of
+    the device's work: what a GPU waits for does not count, such as captures and constraints."""
 
-    prefill_tokens: int = 0
+    prefill_tokens: int = 0  # as they count, see `Batch.granularity`
     prefill_seconds: float = 0.0
     step_seconds: float = 0.0
 
@@ -163,7 +163,8 @@ class Batch(Protocol):
 
     def prepare(self) -> bool:
         """Does some of what calls to come would do when they are first made with so many tokens or sequences; False if
-        nothing is left to do. For moments when there is nothing else to do: takes a few milliseconds."""
+        nothing is left to do. For moments when there is nothing else to do: takes some 20 ms. Raises BackendError,
+        after which nothing is left."""
 
     def failure(self, slot: int) -> str:
         """Why the sequence in a slot got NO_TOKEN, in one line; called right after the `collect` that returned it."""

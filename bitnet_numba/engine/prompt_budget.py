@@ -13,10 +13,13 @@ class PromptBudget:
     Where even the smallest part of a prompt takes longer than is allowed, as on most CPUs, a round computes that.
     """
 
-    def __init__(self, chunk: int | None, call_tokens: int, part_tokens: int):
-        """chunk: so many tokens always; None: as many as there is time for. call_tokens, part_tokens: see `Batch`."""
-        self._chunk, self._call_tokens, self._part_tokens = chunk, call_tokens, part_tokens
-        self._tokens = max(part_tokens, call_tokens // 4)
+    def __init__(self, chunk: int | None, call_tokens: int, least: int):
+        """chunk: so many tokens always; None: as many as there is time for, from `least` to `call_tokens`.
+
+        least: as what the smallest part of a prompt counts, see `Batch.granularity`.
+        """
+        self._chunk, self._call_tokens, self._least = chunk, call_tokens, least
+        self._tokens = max(least, call_tokens // 4)
 
     def tokens(self, answers_run: bool) -> int:
         """Tokens for the next round."""
@@ -31,6 +34,6 @@ class PromptBudget:
         if unused < 0:  # a call of an earlier budget, or made when no answer ran
             return
         if times.prefill_seconds > TOO_LONG * allowed:
-            self._tokens = max(self._part_tokens, tokens // 2)
-        elif unused < min(self._part_tokens, tokens // 2 + 1) and times.prefill_seconds < SHORT * allowed:
+            self._tokens = max(self._least, tokens // 2)
+        elif unused < min(self._least, tokens // 2 + 1) and times.prefill_seconds < SHORT * allowed:
             self._tokens = max(tokens, min(2 * tokens, self._call_tokens))

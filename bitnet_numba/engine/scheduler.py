@@ -62,7 +62,7 @@ class Scheduler:
             context, or as much of that as memory allows, but at least one at full context.
         prefill_chunk: approximate number of prompt tokens computed per step. More is faster in all, but running answers
             wait for them. None: as many as take 5 ms, or as long as the answers' own step where that is longer, but at
-            least 64 on a GPU and 16 on a CPU.
+            least 64 on a GPU (128 for some models) and 16 on a CPU.
         max_waiting: how many requests may wait, beside those that free slots are there for; None: any number.
         max_per_tenant: how many requests of one tenant run at once; None: any number.
 
@@ -78,7 +78,7 @@ class Scheduler:
         batch = backend.new_batch(max_sequences, context, tokens)
         self._replayed = not batch.uniform
         self._runner = BatchRunner(batch)
-        self._budget = PromptBudget(chunk, batch.call_tokens, batch.part_tokens)
+        self._budget = PromptBudget(chunk, batch.call_tokens, max(batch.part_tokens, batch.granularity))
         self._stepping = threading.RLock()  # held by `step` and `close`
         self._queue = RequestQueue(max_waiting)
         self._closing = False
@@ -217,12 +217,16 @@ class Scheduler:
 
     def prepare(self) -> bool:
         """Does some of what rounds to come would do when so many requests are first run together; False if nothing is
-        left to do. For the thread that calls `step`, while there is nothing to step: takes a few milliseconds.
+        left to do. For the thread that calls `step`, while there is nothing to step: takes some 20 ms.
 
-        On a GPU, captures CUDA graphs, which otherwise make the first rounds of each size longer. Raises BackendError.
+        On a GPU, captures CUDA graphs, which otherwise make the first rounds of each size longer. If that fails, there
+        is nothing left to do: the round that needs it tells.
         """
         with self._stepping:
-            return not self.closed and self._runner.prepare()
+            try:
+                return not self.closed and self._runner.prepare()
+            except Exception:  # noqa: BLE001 - as in a round
+                return False
 
     def close(self) -> None:
         """Ends open requests, which the next step tells, and frees the batch. A step of another thread ends first."""

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -76,20 +77,19 @@ def try_once(data: bytes, name: object, passed: Path | None) -> None:
         try_in_child(data, name)
         return
     note = passed / hashlib.sha256(f"{tokenizers.__version__};{_TRIAL};".encode() + data).hexdigest()
-    if not note.exists():
-        try_in_child(data, name)
+    if not os.path.exists(note) and try_in_child(data, name):  # `Path.exists` raises where a folder cannot be entered
         with contextlib.suppress(OSError):
             passed.mkdir(parents=True, exist_ok=True)
             note.touch()
 
 
-def try_in_child(data: bytes, name: object) -> None:
+def try_in_child(data: bytes, name: object) -> bool:
     """Opens a tokenizer.json in another process. Raises TokenizerError if that one dies of it, or takes too long.
 
-    Where Python cannot be started, nothing is tried.
+    False: nothing was tried, since Python could not be started.
     """
     if not sys.executable or getattr(sys, "frozen", False):
-        return
+        return False
     spec = importlib.util.find_spec("tokenizers")
     assert spec is not None and spec.origin is not None
     site = str(Path(spec.origin).parent.parent)
@@ -99,11 +99,12 @@ def try_in_child(data: bytes, name: object) -> None:
     except subprocess.TimeoutExpired:
         raise TokenizerError(f"{name} is damaged: it takes longer than {_TRIAL_SECONDS} seconds to open") from None
     except OSError:
-        return
+        return False
     if process.returncode:
         reason = " ".join(process.stdout.decode("utf-8", "replace").split())
         reason = printable(reason) or f"it ends the process that opens it (exit code {process.returncode})"
         raise TokenizerError(f"{name} is damaged: {reason}")
+    return True
 
 
 def read_object(path: ModelFile) -> dict[str, Any]:

@@ -12,7 +12,8 @@ may be the number after next; the quotients that could then be wrong, those next
 powers of two, and trying them all has found none. r itself comes by float64: with s and a float32 midpoint m
 (25 bits), m s and a power of two are different integers of at most 49 bits, so 1 / s is further than 2^-50 m from m,
 and the float64 is off by less than 2^-51. The remainder a - s y must not underflow: quotients below 2^-126, and any of
-|a| < 2^-100, may differ in the last bit. Quotients beyond the largest float32 are NaN instead of infinite.
+|a| < 2^-100, may differ in the last bit. Where a r is infinite, y is the largest float32, from which the last step
+gets to infinity, as a division does; from an infinite y it would get to NaN.
 
 Float64 would do with one product for each result, but converting to it and back takes eight times as long as this.
 """
@@ -46,7 +47,7 @@ def reciprocal(x):
 def quotient(a, divisor):
     """a / s rounded once to float32; divisor: (s, the nearest float32 of 1 / s)."""
     s, r = divisor
-    y = ptx.mul_rn(a, r)
+    y = ptx.clamp(ptx.mul_rn(a, r), -LARGEST, LARGEST)
     return ptx.fma_rn(ptx.fma_rn(-s, y, a), r, y)
 
 

@@ -105,7 +105,7 @@ def gemm(
     """The launch of a product with up to `num_tokens` tokens' activations.
 
     count: int32 [1], how many of the tokens are real when it runs (no kernel still running may write it); rows of `out`
-    beyond keep what they hold, or get anything. x: as made by `QuantizedActivations.empty`. out: float32
+    beyond keep what they hold, or get anything. x: with room for `QuantizedActivations.q_size`. out: float32
     [num_tokens, N] ("gated": [num_tokens, N / 2]), or int32 for epilogue "acc". Epilogues as of `gemv`. Raises
     ValueError with the sizes if operands do not fit together.
     """

@@ -85,11 +85,16 @@ class QuantizedActivations:
 
     @staticmethod
     def empty(device: Device, num_tokens: int, K: int) -> "QuantizedActivations":
-        """Room for so many tokens of up to K columns, all zeros; and for what is read of the last one's as if columns
-        were a multiple of 128."""
-        columns = padded_shape(1, K)[1]
-        q = device.zeros(num_tokens * columns + -columns % (4 * SPAN_INTS), "int8")
+        """Room for so many tokens of up to K columns, all zeros."""
+        q = device.zeros(QuantizedActivations.q_size(num_tokens, K), "int8")
         return QuantizedActivations(q, device.zeros(num_tokens, "float32"), device.zeros(num_tokens, "int32"))
+
+    @staticmethod
+    def q_size(num_tokens: int, K: int) -> int:
+        """Elements of q that there is memory for: those of the tokens, and those that `gemm` reads behind the last one,
+        as if columns were a multiple of 128."""
+        columns = padded_shape(1, K)[1]
+        return num_tokens * columns + -columns % (4 * SPAN_INTS)
 
     def sizes(self, num_tokens: int, K: int) -> dict[str, tuple[Any, int, str]]:
         """Operands for `kernels.operands.checked`."""

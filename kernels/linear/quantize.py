@@ -173,7 +173,7 @@ def make_quantize(arch: int, K: int, norm: bool, threads: int) -> Callable[..., 
 
 
 @cache
-def quantize_spec(arch: int, K: int, norm: bool = True, threads: int = 0) -> KernelSpec:
+def quantize_spec(arch: int, K: int, norm: bool = True, threads: int = 0, one_per_sm: bool = False) -> KernelSpec:
     """The variant for rows of K columns; `threads` only for tests (0: this module's choice).
 
     Raises ValueError for more columns than a CTA can hold.
@@ -188,7 +188,8 @@ def quantize_spec(arch: int, K: int, norm: bool = True, threads: int = 0) -> Ker
     f32, i32 = types.CPointer(types.float32), types.CPointer(types.int32)
     signature = (f32, f32, types.float32, i32 if wide else types.CPointer(types.int8), f32, i32)
     kernel = make_quantize(arch, K, norm, threads)
-    return KernelSpec(f"quantize[{K}, {norm}, {threads}]", kernel, signature, threads, wide_loads=int(wide))
+    name = f"quantize[{K}, {norm}, {threads}]"
+    return KernelSpec(name, kernel, signature, threads, wide_loads=int(wide), one_per_sm=one_per_sm)
 
 
 def quantize(
@@ -208,8 +209,8 @@ def quantize(
     """
     if num_tokens < 1:
         raise ValueError(f"quantize: {num_tokens} tokens; at least one is needed")
-    kernel = quantize_spec(device.arch, K, norm is not None)
-    kernel = kernel._replace(one_per_sm=device.arch == SPREAD_ARCH and num_tokens in SPREAD_TOKENS)
+    spread = device.arch == SPREAD_ARCH and num_tokens in SPREAD_TOKENS
+    kernel = quantize_spec(device.arch, K, norm is not None, one_per_sm=spread)
     operands = out.sizes(num_tokens, K)
     operands["x"] = (x, num_tokens * K, "float32")
     operands["norm"] = (norm.weight if norm is not None else None, K, "float32")

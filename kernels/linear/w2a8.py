@@ -77,13 +77,13 @@ class Scratch:
         self.all_tokens = device.array(np.array([MAX_INDEX], np.int32))  # gemm's count: as many as there are
 
     def of(self, stream: Any, num_tokens: int, K: int) -> QuantizedActivations:
-        """A stream's memory for so many tokens: int8 [num_tokens, K rounded up to 32], their scales and sums.
+        """A stream's memory for so many tokens, as of `QuantizedActivations.empty` but not initialised.
 
         What is too small is kept beside the new: a captured graph may use it. Sizes double, so that is less again.
         """
         buffers = self._streams.setdefault(stream, [])
         self._streams.move_to_end(stream)
-        size = num_tokens * padded_shape(1, K)[1]
+        size = QuantizedActivations.q_size(num_tokens, K)
         for buffer in buffers:
             if buffer.q.size >= size and buffer.scale.size >= num_tokens:
                 return buffer

@@ -20,6 +20,7 @@ from bitnet_numba.kernels.ptx.math import (
     bf16_low,
     bits_to_float,
     byte_permute,
+    clamp,
     div_rn,
     dp4a,
     dp4a_us,

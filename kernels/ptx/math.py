@@ -212,6 +212,12 @@ def fma_rn(a: Any, b: Any, c: Any) -> Any:
     return np.float32(total)
 
 
+@instruction("{ .reg .f32 x; max.f32 x, $1, $2; min.f32 $0, x, $3; }", "f", "fff")
+def clamp(x: Any, least: Any, most: Any) -> Any:
+    """x, but at least `least` and at most `most`, float32; NaN becomes `least`. Any architecture."""
+    return np.fmin(np.fmax(np.float32(x), np.float32(least)), np.float32(most))
+
+
 @instruction("add.rn.f32 $0, $1, $2;", "f", "ff")
 def add_rn(a: Any, b: Any) -> Any:
     """a + b rounded to float32, never fused into a multiply-add. Any architecture."""

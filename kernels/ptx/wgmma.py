@@ -8,7 +8,7 @@ Each product comes as three functions: `start` issues it, `all_but_one` waits un
 `finished` waits for all. Until then its operands must stay and its sums may not be touched.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -234,7 +234,12 @@ def _emulated_s8_shared(columns: int, tiles: int) -> Callable:
     return start
 
 
-def _ptx_s8_shared(columns: int, tiles: int) -> str:
+def _ptx_shared(kind: str, columns: int, tiles: int, steps: Sequence[tuple[int, int]], flags: str = "") -> str:
+    """The PTX of `tiles` products of 64 rows and `columns` with both operands in shared memory.
+
+    kind: shape in K and types of an instruction. steps: where the operands of each step begin, A's and B's, in 16 bytes
+    from their first. flags: the instruction's last operands.
+    """
     each = columns // 2
     count = tiles * each
     lines = [
@@ -244,15 +249,19 @@ def _ptx_s8_shared(columns: int, tiles: int) -> str:
         descriptor("b", f"${count + 1}"),
         "wgmma.fence.sync.aligned;",
     ]
-    for step in range(4):
-        lines.append(f"add.u64 y, b, {2 * step};")
+    for n, (of_a, of_b) in enumerate(steps):
+        lines.append(f"add.u64 y, b, {of_b};")
         for m in range(tiles):
-            into = ", ".join(f"${m * each + n}" for n in range(each))
-            lines.append(f"add.u64 x, a, {2 * step + m * TILE_BYTES // 16};")
-            shape = f"m64n{columns}k32.s32.s8.s8"
-            lines.append(f"wgmma.mma_async.sync.aligned.{shape} {{{into}}}, x, y, {'yes' if step else 'keep'};")
+            into = ", ".join(f"${m * each + i}" for i in range(each))
+            operands = f"{{{into}}}, x, y, {'yes' if n else 'keep'}{flags};"
+            lines.append(f"add.u64 x, a, {of_a + m * TILE_BYTES // 16};")
+            lines.append(f"wgmma.mma_async.sync.aligned.m64n{columns}{kind} {operands}")
     lines.append("wgmma.commit_group.sync.aligned; }")
     return " ".join(lines)
+
+
+def _ptx_s8_shared(columns: int, tiles: int) -> str:
+    return _ptx_shared("k32.s32.s8.s8", columns, tiles, [(2 * step, 2 * step) for step in range(4)])
 
 
 @cache
@@ -296,25 +305,8 @@ def _emulated_bf16_split(tokens: int, tiles: int) -> Callable:
 
 
 def _ptx_bf16_split(tokens: int, tiles: int) -> str:
-    each = tokens // 2
-    count = tiles * each
-    lines = [
-        "{ .reg .pred yes, keep; .reg .b32 low, high; .reg .b64 a, b, x, y;",
-        f"setp.eq.u32 yes, 0, 0; setp.ne.u32 keep, ${count + 2}, 0;",
-        descriptor("a", f"${count}"),
-        descriptor("b", f"${count + 1}"),
-        "wgmma.fence.sync.aligned;",
-    ]
-    for step in range(4):
-        for term in range(2):
-            lines.append(f"add.u64 y, b, {2 * step + term * tokens * 8};")
-            for m in range(tiles):
-                into = ", ".join(f"${m * each + n}" for n in range(each))
-                shape, old = f"m64n{tokens}k16.f32.bf16.bf16", "yes" if step or term else "keep"
-                lines.append(f"add.u64 x, a, {2 * step + m * TILE_BYTES // 16};")
-                lines.append(f"wgmma.mma_async.sync.aligned.{shape} {{{into}}}, x, y, {old}, 1, 1, 0, 0;")
-    lines.append("wgmma.commit_group.sync.aligned; }")
-    return " ".join(lines)
+    steps = [(2 * step, 2 * step + term * tokens * 8) for step in range(4) for term in range(2)]
+    return _ptx_shared("k16.f32.bf16.bf16", tokens, tiles, steps, ", 1, 1, 0, 0")
 
 
 @cache

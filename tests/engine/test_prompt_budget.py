@@ -93,6 +93,36 @@ def test_a_round_is_one_call_that_is_not_exceeded(lengths: list[int], granularit
     assert all(full[:-1]), "but for the last, no call leaves a page free"
 
 
+def test_short_prompts_do_not_keep_a_budget_small() -> None:
+    """Not even where the smallest part counts as more tokens than it can have."""
+    llm, backend = toy_engine(tokens_of("a"), context=256)
+    backend.call_tokens, backend.granularity = 128, 32
+    scheduler = llm.scheduler(max_sequences=8)
+    batch = backend.batches[0]
+    took: list[float] = []  # the last: seconds of each call to come
+    calls: list[int] = []
+    prefill = batch.prefill
+
+    def timed(parts: Sequence[tuple[int, int]]) -> None:
+        calls.append(len(parts))
+        batch.call_times = CallTimes(sum(-(-count // 32) * 32 for _, count in parts), took[-1], 0.0)
+        prefill(parts)
+
+    batch.prefill = timed  # type: ignore[method-assign]
+    took.append(1.0)
+    scheduler.add([5], max_new_tokens=200)
+    for _ in range(2):
+        scheduler.step()
+    for seconds, expected in ((1.0, 1), (1e-4, 4)):
+        took.append(seconds)
+        for i in range(40):
+            scheduler.add([i] * 5, max_new_tokens=1)
+        while scheduler.running + scheduler.waiting > 1:
+            scheduler.step()
+        assert max(calls[-20:-1]) == expected
+        calls.clear()
+
+
 def test_without_running_answers_a_round_is_as_much_as_one_call_should_have() -> None:
     llm, backend = toy_engine(tokens_of("a"), context=256)
     backend.call_tokens = 64

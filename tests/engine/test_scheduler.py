@@ -17,7 +17,7 @@ from bitnet_numba.engine.scheduler import Scheduler
 from bitnet_numba.engine.sequence import Update
 from bitnet_numba.errors import BackendError, ContextFull, RequestError, SchedulerClosed
 from bitnet_numba.sampling import SamplingParams
-from tests.engine.toy_backend import TOKENIZER, VOCAB, ToyBackend, tokens_of, toy_engine, toy_logits
+from tests.engine.toy_backend import TOKENIZER, VOCAB, ToyBackend, ToyBatch, tokens_of, toy_engine, toy_logits
 from tests.strategies import sampling, some_ids
 
 EOT = 1999
@@ -273,6 +273,16 @@ def test_preparing_is_done_in_pieces() -> None:
     other = llm.scheduler(max_sequences=2)
     other.close()
     assert not other.prepare()
+
+
+def test_what_cannot_be_prepared_does_not_end_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(self: ToyBatch) -> bool:
+        raise BackendError("out of memory")
+
+    monkeypatch.setattr(ToyBatch, "prepare", prepare)
+    scheduler = engine()[0].scheduler(max_sequences=2)
+    assert not scheduler.prepare() and not scheduler.closed
+    assert scheduler.add([5], max_new_tokens=1) in [update.request for _ in range(3) for update in scheduler.step()]
 
 
 def test_many_short_prompts_share_a_round() -> None:

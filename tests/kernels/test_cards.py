@@ -1,13 +1,18 @@
 """Launches fit the cards in CARDS, which no test here can run on, and leave no part of them idle."""
 
 from functools import cache
+from typing import Any
 
 import pytest
 
+from bitnet_numba.backends.cuda import warmup
+from bitnet_numba.backends.cuda.weights import RowFormats
 from bitnet_numba.config import GROUPS
 from bitnet_numba.kernels.attention import paged_decode
 from bitnet_numba.kernels.linear.heuristics import choose_group_tile, choose_tile
 from bitnet_numba.kernels.lm_head import gemm_mma
+from bitnet_numba.kernels.runtime.device import DryRunDevice
+from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.spec import KernelSpec, sm_memory
 from tests.kernels.cards import CARDS, MODELS, SMS, STATIC_BYTES, launches, model_config, static_bytes
 from tests.kernels.harness import needs_gpu
@@ -70,6 +75,25 @@ def test_architectures_that_nobody_knows_yet_get_kernels_that_later_cards_run(ar
         for spec, _ in launches(model, arch, 100):
             assert "wgmma" not in spec.name and spec.cluster == 1, f"{model}: {spec.name}"
             assert misfit(spec, NEWER[arch]) is None, f"{model}: {spec.name}: {misfit(spec, NEWER[arch])}"
+
+
+@pytest.mark.parametrize("model", ["2b-4t", "falcon3-7b", "bonsai-1.7b"])
+def test_a_launch_that_is_made_again_has_the_same_spec(model: str) -> None:
+    """Launching finds a kernel by its spec's identity and keeps the spec: new ones would never be freed."""
+    made: list[KernelSpec] = []
+
+    class Device(DryRunDevice):
+        def launch(self, spec: KernelSpec, grid: Any, arguments: Any, use_pdl: bool = True) -> Launch:
+            made.append(spec)
+            return super().launch(spec, grid, arguments, use_pdl)
+
+    needs = warmup.Needs(model_config(model), RowFormats(MODELS[model], MODELS[model]), CARDS["H200"], 64, both=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warmup, "DryRunDevice", Device)
+        needs.specs()
+        known = set(map(id, made))
+        needs.specs()
+    assert len(known) > 30 and [spec.name for spec in made if id(spec) not in known] == []
 
 
 def test_memory_of_an_sm_is_that_of_the_guide() -> None:

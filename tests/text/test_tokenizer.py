@@ -1,7 +1,9 @@
 """Tokenizer: recorded encodings, exact streaming, special tokens, damaged files."""
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from bitnet_numba.errors import ContextFull, RequestError, TokenizerError
 from bitnet_numba.text import tokenizer_files
 from bitnet_numba.text.tokenizer import StreamDecoder, Tokenizer
+from bitnet_numba.text.tokenizer_files import try_once
 from tests.text.conftest import BOS, EOS, EOT, FOLDER, HI, TOKENIZER, sentencepiece_like, set_config
 
 CASES = json.loads((FOLDER / "tokenizer_cases.json").read_text(encoding="utf-8"))
@@ -323,7 +326,12 @@ def test_an_affix_is_refused_however_its_name_is_written(folder: Path) -> None:
 
 def test_what_has_passed_is_not_tried_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[bytes] = []
-    monkeypatch.setattr(tokenizer_files, "try_in_child", lambda data, name: tried.append(data))
+
+    def try_in_child(data: bytes, name: object) -> bool:
+        tried.append(data)
+        return True
+
+    monkeypatch.setattr(tokenizer_files, "try_in_child", try_in_child)
     passed = tmp_path / "cache" / "tokenizers"
     for _ in range(2):
         Tokenizer.open(folder, trial=True, passed=passed)
@@ -335,6 +343,28 @@ def test_what_has_passed_is_not_tried_again(folder: Path, tmp_path: Path, monkey
     for _ in range(2):
         Tokenizer.open(folder, trial=True, passed=tmp_path / "file" / "tokenizers")
     assert len(tried) == 4
+
+
+def test_what_could_not_be_tried_has_not_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = tmp_path / "tokenizers"
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "missing"))
+    try_once(b"{}", "tokenizer.json", passed)
+    assert not passed.exists()
+    monkeypatch.undo()
+    with pytest.raises(TokenizerError, match="damaged"):
+        try_once(b"{}", "tokenizer.json", passed)
+
+
+def test_a_folder_of_notes_that_cannot_be_entered_is_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(path: object, *_: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(tokenizer_files, "try_in_child", lambda data, name: True)
+    monkeypatch.setattr(os, "stat", forbidden)
+    monkeypatch.setattr(os, "mkdir", forbidden)
+    try_once(b"{}", "tokenizer.json", tmp_path / "closed")
+    monkeypatch.undo()
+    assert not (tmp_path / "closed").exists()
 
 
 def test_a_trial_lets_a_good_tokenizer_pass() -> None:

@@ -226,12 +226,9 @@ class CudaBatch:
         return self._memory.clock.times()
 
     def prepare(self) -> bool:
-        """Captures a graph that calls to come may need; False if there are no more."""
+        """Captures a graph that calls to come may need; False if there are no more. Raises BackendError."""
         self._runtime.device.activate()
-        try:
-            return next(self._preparing, False)
-        except BackendError:  # the call that needs it will tell
-            return False
+        return next(self._preparing, False)
 
     def failure(self, slot: int) -> str:
         """Why a sequence got NO_TOKEN: nothing but NaN and infinity makes the sampler return it."""

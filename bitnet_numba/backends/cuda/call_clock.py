@@ -7,7 +7,7 @@ from bitnet_numba.kernels.runtime.driver import Event, Graph, Stream
 
 
 class CallClock:
-    """Events before and after each graph; nobody waits for them."""
+    """Events before and after each graph, which are never waited for."""
 
     def __init__(self, stream: Stream):
         self._stream = stream
@@ -34,6 +34,8 @@ class CallClock:
         return self._times
 
     def _record(self) -> Event:
+        if not self._spare:
+            self.times()  # frees those of calls that are done, though nobody asked for their times
         event = self._spare.pop() if self._spare else Event()
         event.record(self._stream)
         return event

@@ -97,7 +97,7 @@ class Prefill:
             if clock is None:
                 graph.replay(runtime.stream)
             else:
-                clock.replay(graph, int(np.count_nonzero(slot_positions[:, 0] >= 0)))
+                clock.replay(graph, -(-num_rows // self.block) * self.block)  # as they count: `Batch.granularity`
             yield ends
 
     def sizes(self) -> list[int]:

@@ -6,10 +6,10 @@ import pytest
 from numba import cuda
 from numba.cuda import types
 
-from bitnet_numba.kernels.linear.epilogue import quotient, reciprocal
+from bitnet_numba.kernels.linear.epilogue import LARGEST, quotient, reciprocal
 from bitnet_numba.kernels.ptx.base import float32
 from bitnet_numba.kernels.runtime.spec import KernelSpec
-from tests.kernels.harness import SIMULATED, Out, assert_close, needs_gpu, run, simulated
+from tests.kernels.harness import SIMULATED, Out, needs_gpu, run, simulated
 
 BITS = 24  # of a float32's mantissa
 
@@ -45,10 +45,15 @@ def check_quotients(count: int, seed: int) -> None:
     s = np.concatenate([hard_s, np.float32(127) / np.exp(rng.uniform(-11, 80, count)).astype(np.float32)])
     a[-8:] = 0, -0.0, 1, -1, 2.0**-99, 3, 2.0**24 - 1, 127
     s[-8:] = 3, 3, 2.0**23 + 1, 2.0**24 - 1, 1.27e7, 2.0**-125, 2.0**24 - 1, 127
+    a[-16:-8] = LARGEST, -LARGEST, 1e4, -1e4, np.inf, -np.inf, LARGEST, np.nan  # large and infinite quotients
+    s[-16:-8] = 1, 1 - 2.0**-24, 1e-36, 1e-36, 3, 1e-36, 2, 3
+    with np.errstate(over="ignore"):
+        expected = a / s
+    assert np.isinf(expected).sum() >= 5
     out = Out(len(a), np.float32)
     signature = (*(types.CPointer(types.float32),) * 3, types.int32)
     run(KernelSpec("quotients", quotients, signature, 128), -(-len(a) // 128), [a, s, out, len(a)])
-    assert_close(out.array, a / s, 0, "quotient")
+    np.testing.assert_array_equal(out.array, expected)
 
 
 @simulated

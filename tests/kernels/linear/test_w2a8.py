@@ -120,6 +120,13 @@ def test_launch_choice(num_tokens: int, K: int, expected: list[str]) -> None:
     assert all(name.startswith(start) for name, start in zip(found, expected, strict=True)), found
 
 
+@pytest.mark.parametrize("num_tokens, K", [(64, 64), (128, 32), (6, 672)])
+def test_scratch_has_room_for_what_a_product_reads(num_tokens: int, K: int) -> None:
+    """Which is more than its tokens, where columns are no multiple of 128: these fill a power of two, or nearly."""
+    device, linear = dry(K=K)
+    assert [name.split()[0] for name in names(device, linear, num_tokens)] == ["quantize", "gemm"]
+
+
 def test_scratch_is_apart_for_each_stream_and_stays_where_it_is() -> None:
     scratch = Scratch(DryRunDevice(90, 132))
     first = scratch.of("a", 5, 70)
