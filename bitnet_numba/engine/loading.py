@@ -133,15 +133,32 @@ def _open_backend(name: str, checkpoint: PackedCheckpoint, threads: int | None, 
         return reference_backend(checkpoint, threads)
     if name == "cuda" or (name == "auto" and _has_nvidia_driver()):
         try:
-            return _open_cuda(checkpoint, kv_dtype)
+            with _numba_errors("CUDA cannot be used"):
+                return _open_cuda(checkpoint, kv_dtype)
         except BackendError as error:
             if name == "cuda":
                 raise
             _log.warning("%s; running on the CPU instead", error)
-    from bitnet_numba.backends.cpu.backend import cpu_backend
-
     _check_kv_dtype("cpu", kv_dtype)
-    return cpu_backend(checkpoint, threads, kv_dtype)  # type: ignore[arg-type]  # which has been checked
+    with _numba_errors("the CPU backend cannot start"):
+        from bitnet_numba.backends.cpu.backend import cpu_backend
+
+        return cpu_backend(checkpoint, threads, kv_dtype)  # type: ignore[arg-type]  # which has been checked
+
+
+@contextlib.contextmanager
+def _numba_errors(what: str) -> Iterator[None]:
+    """Turns what Numba raises where it cannot be imported, or where memory is too short for it, into a BackendError."""
+    try:
+        yield
+    except ImportError as error:  # a package is missing, or two versions do not go together
+        raise BackendError(f"{what}: {one_line(error)}") from error
+    except (OSError, SystemError) as error:
+        if getattr(error, "errno", None) is not None:  # of a file, and not of a shared library
+            raise
+        # llvmlite has a long text of its own for what the dynamic linker says.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise BackendError(f"{what}: {one_line(reason)}; memory may be too short") from error
 
 
 def _has_nvidia_driver() -> bool:

@@ -7,6 +7,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -545,6 +546,55 @@ def test_without_the_cuda_packages(tiny_packed: Path, monkeypatch: pytest.Monkey
     assert bn.load(tiny_packed).backend == "cpu"
     with pytest.raises(BackendError, match="packages are not installed"):
         bn.load(tiny_packed, backend="cuda")
+
+
+def dlopen_failed() -> NoReturn:
+    try:
+        raise OSError("libllvmlite.so: failed to map segment from shared object")
+    except OSError:
+        raise OSError("Could not find/load shared object file; this could mean " + "this or that " * 20)  # noqa: B904
+
+
+def error_without_exception() -> NoReturn:
+    raise SystemError("error return without exception set")
+
+
+def version_mismatch() -> NoReturn:
+    raise ImportError("Numba needs NumPy 2.3 or less.\nGot NumPy 2.9.")
+
+
+@pytest.mark.parametrize(
+    ("fail", "told"),
+    [
+        (dlopen_failed, "libllvmlite.so: failed to map segment from shared object; memory may be too short"),
+        (error_without_exception, "error return without exception set; memory may be too short"),
+        (version_mismatch, "Numba needs NumPy 2.3 or less. Got NumPy 2.9."),
+    ],
+)
+def test_a_numba_that_fails_is_told_in_one_line(
+    tiny_packed: Path, monkeypatch: pytest.MonkeyPatch, fail: Callable[[], NoReturn], told: str
+) -> None:
+    monkeypatch.setattr("bitnet_numba.backends.cpu.backend.cpu_backend", lambda *_: fail())
+    monkeypatch.setattr(loading, "_open_cuda", lambda *_: fail())
+    monkeypatch.setattr(loading, "_has_nvidia_driver", lambda: False)
+    for backend, what in (
+        ("cpu", "the CPU backend cannot start"),
+        ("auto", "the CPU"),
+        ("cuda", "CUDA cannot be used"),
+    ):
+        with pytest.raises(BackendError) as caught:
+            bn.load(tiny_packed, backend=backend)
+        assert str(caught.value).startswith(what) and str(caught.value).endswith(f": {told}")
+    assert bn.load(tiny_packed, backend="reference").backend == "reference"
+
+
+def test_without_numba_the_reference_runs(tiny_packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_has_nvidia_driver", lambda: False)
+    monkeypatch.delitem(sys.modules, "bitnet_numba.backends.cpu.backend", raising=False)
+    monkeypatch.setitem(sys.modules, "bitnet_numba.backends.cpu.backend", None)  # which importing it refuses
+    with pytest.raises(BackendError, match=r"^the CPU backend cannot start: "):
+        bn.load(tiny_packed)
+    assert bn.load(tiny_packed, backend="reference").generate([5], max_new_tokens=2).token_ids
 
 
 def test_loading_mistakes(
