@@ -56,6 +56,10 @@ class Grammar:
                 raise RequestError(f"a JSON schema must be JSON, not {shown(schema)}") from None
         if not isinstance(schema, dict | bool):
             raise RequestError(f"a JSON schema must be an object or a bool, not {shown(schema)}")
+        if isinstance(schema, bool):  # the library knows objects alone
+            if not schema:
+                raise RequestError("JSON schema: no text has this form")
+            schema = {}
         _check_depth(schema)
         try:
             text = json.dumps(schema)

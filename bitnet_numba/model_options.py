@@ -3,9 +3,10 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from bitnet_numba.backends.progress import shown_by
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.loading import ALL_KV_DTYPES, BACKENDS, load
 from bitnet_numba.hub.fetch import as_hub_model, find_model, is_gguf
@@ -69,9 +70,13 @@ def open_model(args: argparse.Namespace, quiet: bool = False) -> Engine:
         return load(path, args.backend, args.context, args.threads, revision, args.kv_dtype)
 
 
-def _status(text: str, quiet: bool) -> contextlib.AbstractContextManager[object]:
+@contextlib.contextmanager
+def _status(text: str, quiet: bool) -> Iterator[None]:
+    """Inside, a terminal shows `text`, or which kernels are being compiled, unless quiet."""
     if quiet or sys.stderr is None or not sys.stderr.isatty():
-        return contextlib.nullcontext()
+        yield
+        return
     from rich.console import Console
 
-    return Console(stderr=True).status(text)
+    with Console(stderr=True).status(text) as status, shown_by(lambda line: status.update(line or text)):
+        yield

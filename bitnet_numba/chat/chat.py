@@ -57,11 +57,13 @@ class Chat:
             self.note(describe(last, talk))
         return any_text or not stopped
 
-    def advise(self) -> None:
-        """Prints what can be done about a full context."""
+    def advise(self, refused: bool = False) -> None:
+        """Prints what can be done about a full context. refused: it has no room for the question itself."""
         talk = self.conversation
         if talk.raw:
             advice = "give a shorter text"
+        elif refused:  # the oldest exchanges were left out already
+            advice = "ask something shorter" + (", or shorten the system message with /system" if talk.system else "")
         elif len(talk.messages) - talk.unread > 2:
             advice = "/continue goes on, without the oldest exchanges"
         else:

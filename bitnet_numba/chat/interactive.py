@@ -66,7 +66,7 @@ def handle(chat: Chat, line: str) -> bool:
             command.run(chat, unquoted(argument).strip())
     except ContextFull as error:
         chat.note(f"{error}: nothing was sent", "yellow")
-        chat.advise()
+        chat.advise(refused=command is None)
     except BitNetError as error:
         chat.note(str(error), "red")
     except Exception as error:  # whatever it is, the conversation outlives it

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from bitnet_numba.errors import ContextFull, RequestError, printable
 
@@ -58,13 +59,32 @@ def busy(message: str, code: str, retry_after: int = 1) -> ApiError:
 
 def from_validation(error: ValidationError) -> ApiError:
     """What pydantic found first in a body, with the path of the field."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    # A union's members stand in the location, too, as str or list[str]; they are no part of the path.
-    parts = [str(part) for part in first["loc"] if isinstance(part, int) or (part.isidentifier() and part != "str")]
-    path = ".".join(parts)
+    first = _nearest(error.errors(include_url=False, include_context=False, include_input=False))
+    path = ".".join(str(part) for part in first["loc"] if not _is_member(part))
     message = f"{path}: {first['msg']}" if path else first["msg"]
     code = "invalid_json" if first["type"] == "json_invalid" else "invalid_value"
     return ApiError(400, message, param=path or None, code=code)
+
+
+def _nearest(errors: list[ErrorDetails]) -> ErrorDetails:
+    """The first error; where that is of a union, which has one for each member, that of the member that came furthest.
+
+    A list with too many texts is told that it is too long, not that it is no text.
+    """
+    loc = errors[0]["loc"]
+    field = loc[: next((i for i, part in enumerate(loc) if _is_member(part)), len(loc))]
+
+    def reached(error: ErrorDetails) -> tuple[bool, int, tuple[int, ...]]:
+        path = [part for part in error["loc"] if not _is_member(part)]
+        other_kind = error["type"].endswith("_type") or error["type"] in ("literal_error", "missing")
+        return not other_kind, len(path), tuple(part for part in path if isinstance(part, int))
+
+    return max((other for other in errors if other["loc"][: len(field)] == field), key=reached)
+
+
+def _is_member(part: int | str) -> bool:
+    """Whether a part of a location is a member of a union, such as str, list[str] or a class, and not a field."""
+    return isinstance(part, str) and (part == "str" or not part.isidentifier() or part[0].isupper())
 
 
 def from_request_error(error: RequestError, param: str | None = None) -> ApiError:

@@ -127,10 +127,15 @@ class ToolFunction(BaseModel):
     strict: StrictBool | None = None
 
 
-class Tool(BaseModel):
-    """A tool; only functions are supported."""
+class OfFunction(BaseModel):
+    """What stands for a function, not for a tool of OpenAI's own. As the last base class, its field comes first."""
 
     type: Literal["function"]
+
+
+class Tool(OfFunction):
+    """A tool; only functions are supported."""
+
     function: ToolFunction
 
 
@@ -140,23 +145,18 @@ class FunctionName(BaseModel):
     name: StrictStr
 
 
-class NamedTool(BaseModel):
+class NamedTool(OfFunction):
     """The function that has to be called."""
 
-    type: Literal["function"]
     function: FunctionName
 
 
-class FunctionTool(ToolFunction):
+class FunctionTool(ToolFunction, OfFunction):
     """A tool in /v1/responses; only functions are supported."""
 
-    type: Literal["function"]
 
-
-class NamedFunction(FunctionName):
+class NamedFunction(FunctionName, OfFunction):
     """The function that has to be called, in /v1/responses."""
-
-    type: Literal["function"]
 
 
 class ChatMessage(BaseModel):

@@ -52,7 +52,7 @@ class Constraint:
             target = np.empty(self._words, np.uint32)
         self._matcher.unsafe_compute_mask_ptr(target.ctypes.data, target.nbytes)
         if self._matcher.is_error():
-            raise RequestError(f"the form of the answer: {library_message(self._matcher.get_error())}")
+            raise RequestError(f"the form of the answer: {_problem(self._matcher)}")
         if target is not out:
             out[:words] = target[:words]
         out[words:] = 0  # what is no token may not come
@@ -93,7 +93,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
-        """Raises RequestError if the grammar is too complex for this tokenizer."""
+        """Raises RequestError if the grammar is too complex for this tokenizer, or no text has this form."""
         with self._lock:
             compiled = self._compiled.pop(grammar.source, None)
             if compiled is None:
@@ -101,12 +101,25 @@ class GrammarCompiler:
                 for _ in range(min(GROUPS, os.cpu_count() or 1)):
                     matchers.append(library().LLMatcher(self._tokens, grammar.source, log_level=0, limits=limits()))
                     if matchers[-1].is_error():
-                        raise RequestError(f"{grammar.kind}: {library_message(matchers[-1].get_error())}")
-                compiled = CompiledGrammar(matchers, self._size, -(-self._tokens.vocab_size // 32))
+                        raise RequestError(f"{grammar.kind}: {_problem(matchers[-1])}")
+                words = -(-self._tokens.vocab_size // 32)
+                compiled = CompiledGrammar(matchers, self._size, words)
+                # Only here does it show that a schema has no beginning, as one that is a reference to itself. Nothing
+                # is lost: the first answer finds what the lexer has learnt.
+                first, mask = matchers[0].deep_copy(), np.empty(words, np.uint32)
+                first.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+                if first.is_error():
+                    raise RequestError(f"{grammar.kind}: {_problem(first)}")
             self._compiled[grammar.source] = compiled
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
             return compiled
+
+
+def _problem(matcher: "llguidance.LLMatcher") -> str:
+    """Why a matcher has failed."""
+    message = matcher.get_error()
+    return "no text has this form" if message.startswith("NoExtension") else library_message(message)
 
 
 class _TokenizerView:

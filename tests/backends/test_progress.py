@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from bitnet_numba.backends.progress import CompileProgress
+from bitnet_numba.backends.progress import CompileProgress, shown_by
 
 
 class Terminal(io.StringIO):
@@ -31,6 +31,17 @@ def test_a_terminal_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_log_gets_one_line_at_the_start_and_one_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     start = "Compiling kernels for this CPU, once: "
     assert shown(io.StringIO(), monkeypatch, 4) == f"{start}4 ...\n{start}done\n"
+
+
+@pytest.mark.parametrize("error", [Terminal(), io.StringIO()])
+def test_a_status_line_shows_it_instead(error: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str | None] = []
+    with shown_by(lines.append):
+        assert shown(error, monkeypatch, 4) == ""
+        assert lines == [*(f"Compiling kernels for this CPU, once: {done} of 4" for done in (0, 1, 3, 4)), None]
+        lines.clear()
+        assert shown(error, monkeypatch, 0) == "" and not lines
+    assert shown(error, monkeypatch, 4) and not lines
 
 
 @pytest.mark.parametrize("error", [Terminal(), io.StringIO()])

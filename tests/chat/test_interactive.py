@@ -108,6 +108,10 @@ def test_a_full_context_is_told_with_what_to_do(capsys: pytest.CaptureFixture[st
     assert handle(chat, "word " * 100)
     out = capsys.readouterr().out
     assert "but the context holds 40: nothing was sent" in out
+    assert "ask something shorter; or restart" in out and "/undo" not in out and "/system" not in out
+    handle(chat, "/system Be brief.")
+    capsys.readouterr()
+    assert handle(chat, "word " * 100) and "shorten the system message with /system" in capsys.readouterr().out
     largest = toy_conversation("on and on " * 2000, context=4096)
     handle(toy_chat(largest), "Go.")
     out = capsys.readouterr().out

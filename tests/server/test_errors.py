@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from bitnet_numba.server.schemas import ChatBody, CompletionBody
 from tests.server.helpers import Running
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CHAT, TEXT, RESPONSE = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
 ONCE: dict[str, Any] = {"prompt": "Once", "max_tokens": 2}
 
@@ -104,6 +104,35 @@ def test_wrong_values_are_named(server: Running, field: str, value: Any) -> None
 )
 def test_wrong_messages_are_named(server: Running, message: Any, param: str) -> None:
     assert error_of(server, CHAT, {**HELLO, "messages": [message]})["param"].startswith(param)
+
+
+@pytest.mark.parametrize(
+    "path, fields, message",
+    [
+        (CHAT, {"stop": ["x"] * 17}, "stop: List should have at most 16 items"),
+        (CHAT, {"stop": ["x", 5]}, "stop.1: Input should be a valid string"),
+        (CHAT, {"stop": ["x", "x" * 1001]}, "stop.1: String should have at most 1000 characters"),
+        (CHAT, {"stop": 5}, "stop: Input should be a valid string"),
+        (CHAT, {"tool_choice": {"type": "web_search"}}, "tool_choice.type: Input should be 'function'"),
+        (CHAT, {"tool_choice": {"type": "function", "function": {}}}, "tool_choice.function.name: Field required"),
+        (CHAT, {"tool_choice": "any"}, "tool_choice: Input should be 'none', 'auto' or 'required'"),
+        (TEXT, {"prompt": [1, "x"]}, "prompt.1: Input should be a valid integer"),
+        (TEXT, {"prompt": [[1, "x"]]}, "prompt.0.1: Input should be a valid integer"),
+        (TEXT, {"prompt": ["x", [1]]}, "prompt.1: Input should be a valid string"),
+        (RESPONSE, {"input": []}, "input: List should have at least 1 item"),
+        (RESPONSE, {"input": [{"content": [5]}]}, "input.0.content.0: Input should be an object"),
+        (RESPONSE, {"tools": [{"type": "web_search"}]}, "tools.0.type: Input should be 'function'"),
+        (RESPONSE, {"tool_choice": {"type": "web_search"}}, "tool_choice.type: Input should be 'function'"),
+        ("/v1/embeddings", {"input": ["x"] * 3000}, "input: List should have at most 2048 items"),
+        ("/v1/embeddings", {"input": [[1, "x"]]}, "input.0.1: Input should be a valid integer"),
+    ],
+)
+def test_fields_of_several_forms_are_told_what_is_wrong_in_theirs(
+    server: Running, path: str, fields: dict[str, Any], message: str
+) -> None:
+    valid = {CHAT: HELLO, TEXT: ONCE, RESPONSE: {"input": "Hi"}}.get(path, {})
+    error = error_of(server, path, {**valid, **fields})
+    assert error["message"].startswith(message) and error["param"] == message.split(":")[0]
 
 
 def test_prompts_that_are_none(server: Running) -> None:

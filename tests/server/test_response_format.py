@@ -116,6 +116,13 @@ def test_bad_schemas_are_refused_by_name(server: Running, given: Any, param: str
     assert response.status_code == 400 and response.json()["error"]["param"] == param
 
 
+def test_a_schema_that_is_a_reference_to_itself_is_refused(server: Running) -> None:
+    response = server.post(PATH, {**BODY, "response_format": as_format({"$ref": "#"})})
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["message"] == "JSON schema: no text has this form", response.text
+    assert error["code"] == "invalid_value" and error["param"]
+
+
 def test_what_cannot_be_enforced_is_refused_only_if_strict(server: Running) -> None:
     body = {**BODY, "response_format": as_format({"enum": ["a"], "not": {"const": "b"}})}
     assert server.post(PATH, body).json()["choices"][0]["message"]["content"] == '"a"'

@@ -185,6 +185,7 @@ def deep(levels: int) -> Any:
         (Grammar.json_schema, {"not": {}}, "Unimplemented keys"),
         (Grammar.json_schema, {"$ref": "http://127.0.0.1/x"}, "does not fetch"),
         (Grammar.json_schema, {"enum": []}, "Unsatisfiable"),
+        (Grammar.json_schema, False, "no text has this form"),
         (Grammar.json_schema, "{", "must be JSON"),
         (Grammar.json_schema, "[" * 60_000, "must be JSON"),
         (Grammar.json_schema, 5, "must be an object"),
@@ -208,6 +209,27 @@ def test_what_is_no_grammar_is_refused_in_one_line(make: Any, value: Any, reason
     with pytest.raises(RequestError, match=reason) as caught:
         make(value)
     assert len(str(caught.value)) < 400 and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#"},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+        {"anyOf": [{"$ref": "#"}]},
+    ],
+)
+def test_schemas_that_never_begin_are_refused_before_an_answer(schema: Any) -> None:
+    with pytest.raises(RequestError, match="^JSON schema: no text has this form$"):
+        COMPILER.compile(Grammar.json_schema(schema))
+
+
+def test_schemas_that_refer_to_themselves_are_used() -> None:
+    COMPILER.compile(Grammar.json_schema({"anyOf": [{"$ref": "#"}, {"type": "null"}]}))
+
+
+def test_a_schema_that_is_true_takes_any_json() -> None:
+    assert Grammar.json_schema(True) == Grammar.json_schema({})
 
 
 @pytest.mark.parametrize(
