@@ -58,6 +58,14 @@ _LIMITS = {
 
 _ARCHITECTURE_OF_TYPE = {"bitnet": "BitNetForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 PLAIN_CLASSES = ("LlamaForCausalLM", "Qwen3ForCausalLM")  # of models that are not BitNet, too
+# What ternary models that people have need, and this package lacks. By class; GGUF files' names are in gguf_config.py.
+MINICPM_NEEDS = "the scaled embedding, residuals and logits of MiniCPM (BitCPM4)"
+DELTA_NET_NEEDS = "the gated delta net layers of Qwen3.5 (Bonsai 27B)"
+MISSING = {
+    "MiniCPMForCausalLM": MINICPM_NEEDS,
+    "Qwen3_5ForCausalLM": DELTA_NET_NEEDS,
+    "Qwen3_5ForConditionalGeneration": DELTA_NET_NEEDS,
+}
 GEMMA_CLASS = "Gemma3TextModel"
 EMBEDDING_CLASSES = ("Qwen3Model", GEMMA_CLASS)  # without an LM head
 _ACTIVATIONS: dict[str, Activation] = {"relu2": "relu2", "silu": "silu", "swish": "silu", GEMMA_ACTIVATION: "gelu"}
@@ -246,10 +254,9 @@ def _architecture(keys: Keys) -> str:
     """The model class: what `architectures` names; where it is absent, that of model_type."""
     architectures = keys.get("architectures") or [_class_of_type(keys)]
     if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in list(CLASS_DEFAULTS):
-        one_of = ", ".join(CLASS_DEFAULTS)
-        raise ConfigError(
-            f"config.json: architectures = {shown(keys.get('architectures'))} is not supported (one of {one_of})"
-        )
+        missing = [MISSING[name] for name in MISSING if architectures == [name]]
+        why = f": {missing[0]} are missing here" if missing else f" (one of {', '.join(CLASS_DEFAULTS)})"
+        raise ConfigError(f"config.json: architectures = {shown(keys.get('architectures'))} is not supported{why}")
     return str(architectures[0])
 
 

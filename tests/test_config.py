@@ -217,7 +217,9 @@ def test_sizes_that_no_backend_computes_exactly() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "architectures"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "['GPT2LMHeadModel'] is not supported (one of BitNetForCausalLM, "),
+        ({"architectures": ["MiniCPMForCausalLM"]}, "logits of MiniCPM (BitCPM4) are missing here"),
+        ({"architectures": ["Qwen3_5ForConditionalGeneration"]}, "gated delta net layers of Qwen3.5 (Bonsai 27B) are"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"num_hidden_layers": 1 << 24}, "num_layers = 16777216 is out of range (1 to 4096)"),
         ({"intermediate_size": MAX_COLUMNS + 1}, "intermediate_size = 131073 is out of range"),

@@ -3,6 +3,7 @@ bitnet_numba/."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,12 @@ def test_package_data_covers_the_built_in_model() -> None:
     covered = {path for pattern in SETUPTOOLS["package-data"]["bitnet_numba"] for path in folder.glob(pattern)}
     files = {path for path in folder.rglob("*") if path.is_file() and path.suffix != ".py"}
     assert {path for path in files if "__pycache__" not in path.parts} == covered
+
+
+def test_every_extra_is_documented() -> None:
+    text = (ROOT / "docs" / "install.md").read_text()
+    for extra in PYPROJECT["project"]["optional-dependencies"]:
+        assert re.search(rf"^\| .*`{extra}`.* \|", text, re.MULTILINE), extra
 
 
 def test_the_version_stands_in_one_place() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_numba.checkpoint.gguf_file import Numbers, TensorInfo, Value
-from bitnet_numba.config import GEMMA_CLASS
+from bitnet_numba.config import DELTA_NET_NEEDS, GEMMA_CLASS, MINICPM_NEEDS
 from bitnet_numba.config_keys import Keys, is_off, shown
 from bitnet_numba.config_rope import MAX_LAYERS
 from bitnet_numba.errors import CheckpointError, ConfigError, printable
@@ -35,6 +35,7 @@ ARCHITECTURES = {
     "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", "silu", sub_norms=False, permuted=False),
     "gemma3": Architecture(GEMMA_CLASS, "gemma3_text", "gelu_pytorch_tanh", sub_norms=False, permuted=False),
 }
+MISSING = {"minicpm": MINICPM_NEEDS, "qwen35": DELTA_NET_NEEDS}
 EMBEDDING_CLASSES = {"qwen3": "Qwen3Model", "gemma3": GEMMA_CLASS}  # of architectures with norms before their linears
 # Keys of an architecture that are read, or that change nothing.
 KNOWN = frozenset(
@@ -62,14 +63,17 @@ def find_architecture(metadata: Mapping[str, Value], where: object) -> tuple[str
     """Name and meaning of a file's architecture. CheckpointError, naming what is missing, if it is not supported."""
     rotated = next((key for key in metadata if key.startswith("prism.hadamard.")), None)
     if rotated is not None:
-        raise CheckpointError(f"{where}: the weights are rotated ({printable(rotated, 60)}), which is not supported")
+        raise CheckpointError(
+            f"{where}: the weights are rotated ({printable(rotated, 60)}), and the transform for that is missing here"
+        )
     kind = metadata.get("general.type", "model")
     if kind != "model":
         raise CheckpointError(f"{where} holds no model: general.type = {shown(kind)}")
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        one_of = ", ".join(ARCHITECTURES)
-        raise CheckpointError(f"{where}: the architecture {shown(name)} is not supported (one of {one_of})")
+        missing = MISSING.get(name) if isinstance(name, str) else None
+        why = f": {missing} are missing here" if missing else f" (one of {', '.join(ARCHITECTURES)})"
+        raise CheckpointError(f"{where}: the architecture {shown(name)} is not supported{why}")
     return name, ARCHITECTURES[name]
 
 

@@ -5,16 +5,19 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.checkpoint.progress import size_text
 from bitnet_numba.commands import complain, make_parser, output
-from bitnet_numba.errors import BitNetError, CheckpointError, printable
+from bitnet_numba.errors import BitNetError, CheckpointError, RequestError, printable
 from bitnet_numba.hub import store
-from bitnet_numba.hub.names import KNOWN, hub_model
+from bitnet_numba.hub.fetch import downloaded_gguf, gguf_model, is_gguf
+from bitnet_numba.hub.names import KNOWN, HubModel, hub_model
 from bitnet_numba.hub.store import StoredModel
 
+NAME_HELP = "a hub id, a short name, or a GGUF file that was converted"
 DOWNLOADS = "what was downloaded for it stays in the Hugging Face cache; the command  hf cache  manages that"
 
 
@@ -30,10 +33,10 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     listing.add_argument("--known", action="store_true", help="well-known models of the hub and their short names")
     showing = commands.add_parser("show", help="where a model came from, and what it is")
     removing = commands.add_parser("rm", help="delete models")
-    removing.add_argument("names", nargs="+", metavar="NAME", help="a hub id or a short name")
+    removing.add_argument("names", nargs="+", metavar="NAME", help=NAME_HELP)
     path = commands.add_parser("path", help="print the folder of a model; without NAME, of all models")
-    path.add_argument("name", nargs="?", metavar="NAME", help="a hub id or a short name")
-    showing.add_argument("name", metavar="NAME", help="a hub id or a short name")
+    path.add_argument("name", nargs="?", metavar="NAME", help=NAME_HELP)
+    showing.add_argument("name", metavar="NAME", help=NAME_HELP)
     for command in (showing, removing, path):
         meaning = "only this revision (default: all)" if command is removing else "its revision (default: main)"
         command.add_argument("--revision", metavar="R", help=meaning)
@@ -52,7 +55,7 @@ def run(argv: list[str] | None = None, prog: str = "bitnet-numba models") -> int
             return output(prog, _show(args.name, args.revision, args.json))
         if args.command == "path":
             return output(prog, _path(args.name, args.revision))
-        models = [hub_model(name, args.revision) for name in args.names]
+        models = [_model(name, args.revision) for name in args.names]
         found = [store.find(model, any_revision=args.revision is None) for model in dict.fromkeys(models)]
         for stored in [stored for of_model in found for stored in of_model]:
             store.remove(stored)
@@ -112,7 +115,7 @@ def _show(name: str, revision: str | None, as_json: bool) -> str:
         return json.dumps(facts, indent=2) + "\n"
     facts["nbytes"], facts["last_used"] = size_text(stored.nbytes), _date(stored.last_used)
     facts.pop("notes")
-    titles = {"nbytes": "size", "commit": "made from" if name.startswith("gguf/") else "commit"}
+    titles = {"nbytes": "size", "commit": "made from" if stored.model.name.startswith("gguf/") else "commit"}
     lines = [f"{titles.get(key, key).replace('_', ' '):12} {value}" for key, value in facts.items()]
     lines += [f"{'note':12} {note}" for note in stored.notes]
     return "\n".join(lines) + "\n"
@@ -124,8 +127,18 @@ def _path(name: str | None, revision: str | None) -> str:
     return f"{_only(name, revision).path}\n"
 
 
+def _model(name: str, revision: str | None) -> HubModel:
+    """What the cache folder calls the model of that name. Raises BitNetError if it has no name."""
+    if not is_gguf(name):
+        return hub_model(name, revision)
+    found = downloaded_gguf(name, revision)
+    if found is None and revision is not None:
+        raise RequestError("a revision needs a hub id, not a file")
+    return gguf_model(found or Path(name))
+
+
 def _only(name: str, revision: str | None) -> StoredModel:
-    model = hub_model(name, revision)
+    model = _model(name, revision)
     stored = store.find(model)[0]
     if not stored.complete:
         raise CheckpointError(f"{model} is not complete: its conversion was interrupted; using it starts it again")

@@ -41,10 +41,21 @@ def download(model: HubModel, file: str | None = None) -> Path:
         _log.warning("%s is taken from the Hugging Face cache as it is: %s", printable(str(model)), reason)
     if file is None and not (Path(folder) / "config.json").exists():
         name = printable(model.name)
-        raise CheckpointError(f"{name} has no config.json; for a GGUF file in it, convert {name}/FILE.gguf")
+        raise CheckpointError(f"{name} has no config.json; for a GGUF file in it, name {name}/FILE.gguf")
     if file is not None and not (Path(folder) / file).exists():
         raise CheckpointError(f"{printable(str(model))} has no file {printable(file)}")
     return Path(folder) if file is None else Path(folder) / file
+
+
+def downloaded(model: HubModel, file: str) -> Path | None:
+    """A file of a model that the Hugging Face cache holds, without asking the hub; None if it does not."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(model.name, file, constants.HF_HUB_CACHE, model.revision)
+    except (OSError, ValueError):  # a name that no file has
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def why_not_reachable(model: HubModel) -> str | None:

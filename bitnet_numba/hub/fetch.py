@@ -12,7 +12,7 @@ from bitnet_numba.checkpoint.install import BeingWritten, is_there, wait_for_wri
 from bitnet_numba.checkpoint.progress import progress_bar
 from bitnet_numba.errors import CheckpointError, RequestError, printable
 from bitnet_numba.hub import store
-from bitnet_numba.hub.download import download
+from bitnet_numba.hub.download import download, downloaded
 from bitnet_numba.hub.names import KNOWN, HubModel, did_you_mean, hub_model, looks_like_hub_id
 from bitnet_numba.model_folder import why
 
@@ -27,7 +27,10 @@ def find_model(name: str | os.PathLike[str], revision: str | None = None) -> Pat
     not exist. Raises RequestError for a revision of something local, and what `fetch` raises.
     """
     if is_gguf(name):
-        return fetch_gguf(find_gguf(name, revision))
+        file = downloaded_gguf(name, revision)
+        if file is None or not store.is_usable(gguf_model(file)):
+            file = find_gguf(name, revision)
+        return fetch_gguf(file)
     model = as_hub_model(name, revision)
     if model is not None:
         return fetch(model)
@@ -53,18 +56,33 @@ def is_gguf(name: str | os.PathLike[str]) -> bool:
 
 def find_gguf(name: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The GGUF file at a path, or owner/name/FILE.gguf downloaded from the hub. Raises BitNetError."""
-    if isinstance(name, str) and not is_there(name):
-        owner, _, rest = name.partition("/")
-        repository, _, file = rest.partition("/")
-        if file and looks_like_hub_id(f"{owner}/{repository}"):
-            return download(hub_model(f"{owner}/{repository}", revision), file)
+    on_hub = _gguf_of_hub(name, revision)
+    if on_hub is not None:
+        return download(*on_hub)
     if revision is not None:
         raise RequestError("a revision needs a hub id, not a file")
     return Path(name)
 
 
-def fetch_gguf(file: Path) -> Path:
-    """The packed folder of a GGUF file, converted unless the cache holds it as it is now. Raises BitNetError."""
+def downloaded_gguf(name: str | os.PathLike[str], revision: str | None = None) -> Path | None:
+    """The file of owner/name/FILE.gguf in the Hugging Face cache, without asking the hub; None if it is not there, or
+    if the name is that of a file here."""
+    on_hub = _gguf_of_hub(name, revision)
+    return None if on_hub is None else downloaded(*on_hub)
+
+
+def _gguf_of_hub(name: str | os.PathLike[str], revision: str | None) -> tuple[HubModel, str] | None:
+    """Repository and file of owner/name/FILE.gguf; None if the name is that of a file here."""
+    if isinstance(name, str) and not is_there(name):
+        owner, _, rest = name.partition("/")
+        repository, _, file = rest.partition("/")
+        if file and looks_like_hub_id(f"{owner}/{repository}"):
+            return hub_model(f"{owner}/{repository}", revision), file
+    return None
+
+
+def gguf_model(file: Path) -> HubModel:
+    """The name in the cache of a GGUF file as it is now. Raises CheckpointError if it cannot be looked at."""
     try:
         found = file.stat()
     except (OSError, ValueError) as error:
@@ -72,7 +90,12 @@ def fetch_gguf(file: Path) -> Path:
     identity = f"{os.path.realpath(file)}\0{found.st_size}\0{found.st_mtime_ns}"
     digest = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).hexdigest()[:12]
     name = re.sub(r"[^A-Za-z0-9_]+", "-", file.stem).strip("-")[:60].rstrip("-") or "model"
-    model = hub_model(f"gguf/{name}-{digest}")
+    return hub_model(f"gguf/{name}-{digest}")
+
+
+def fetch_gguf(file: Path) -> Path:
+    """The packed folder of a GGUF file, converted unless the cache holds it as it is now. Raises BitNetError."""
+    model = gguf_model(file)
     target = store.packed_folder(model)
     if not store.is_usable(model):
         _convert_once(model, file, target, str(file))

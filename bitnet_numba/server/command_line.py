@@ -199,10 +199,15 @@ def read_settings(args: argparse.Namespace) -> Settings:
 
 
 def model_name(model: str | None) -> str:
-    """What requests call a model, unless an option says so: as the operator did, but a folder without its path."""
+    """What requests call a model, unless an option says so: what the operator does, but a folder or file by its name
+    without the path."""
     if model is None:
         return BUILT_IN
-    return printable(Path(model).resolve().name if Path(model).is_dir() else model, 200)
+    if Path(model).is_dir():
+        model = Path(model).resolve().name
+    elif Path(model).is_file():
+        model = Path(model).name
+    return printable(model, 200)
 
 
 def _check_number(option: str, value: float, least: float, most: float) -> None:

@@ -31,12 +31,23 @@ def retype(name: str, kind: int) -> Change:
 
 
 REFUSED: dict[str, tuple[Change, str]] = {
-    "another architecture": (set_keys(general__architecture="qwen35"), "architecture 'qwen35' is not supported"),
+    "another architecture": (
+        set_keys(general__architecture="mamba"),
+        r"architecture 'mamba' is not supported \(one of bitnet, .*\)$",
+    ),
+    "Bonsai 27B": (
+        set_keys(general__architecture="qwen35"),
+        r"architecture 'qwen35' is not supported: the gated delta net layers of .*\(Bonsai 27B\) are missing here$",
+    ),
+    "BitCPM4": (
+        set_keys(general__architecture="minicpm"),
+        r"architecture 'minicpm' is not supported: the scaled embedding, .*\(BitCPM4\) are missing here$",
+    ),
     "no architecture": (drop("general.architecture"), "architecture null is not supported"),
     "an adapter": (set_keys(general__type="adapter"), "holds no model: general.type = 'adapter'"),
     "rotated weights": (
         set_keys(prism__hadamard__block_size=512),
-        r"weights are rotated \(prism.hadamard.block_size\)",
+        r"weights are rotated \(prism.hadamard.block_size\), and the transform for that is missing here$",
     ),
     "a missing key": (drop("llama.block_count"), "llama: block_count is missing"),
     "a key of another type": (set_keys(llama__block_count="two"), "block_count must be an integer, not 'two'"),
@@ -218,7 +229,7 @@ def test_files_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     capsys.readouterr()
     for source, reason in (
         ("someone/tiny-gguf/n.gguf", "someone/tiny-gguf has no file n.gguf"),
-        ("someone/tiny-gguf", "has no config.json; for a GGUF file in it, convert someone/tiny-gguf/FILE.gguf"),
+        ("someone/tiny-gguf", "has no config.json; for a GGUF file in it, name someone/tiny-gguf/FILE.gguf"),
         (str(repository), "snapshot has no config.json, but GGUF files: name one, such as "),
         ("none.gguf", "none.gguf does not exist"),
     ):

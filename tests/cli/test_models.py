@@ -9,7 +9,9 @@ import pytest
 
 from bitnet_numba.cli.main import main
 from bitnet_numba.hub import store
+from bitnet_numba.hub.fetch import find_model
 from bitnet_numba.hub.names import KNOWN, hub_model
+from tests.conftest import GOLDEN
 
 Run = Callable[..., tuple[int, str, str]]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -82,6 +84,20 @@ def test_a_gguf_file_is_shown_by_what_it_was_made_from(run: Run, tiny_packed: Pa
     store.record(model, "tiny.gguf")
     code, out, _ = run("show", "gguf/tiny-0123456789ab")
     assert code == 0 and "\nmade from    tiny.gguf\n" in out and "\ncommit" not in out
+
+
+def test_a_gguf_file_goes_by_its_own_name(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    shutil.copyfile(GOLDEN / "gguf" / "bitnet-relu2-i2_s.gguf", file)
+    code, out, err = run("path", str(file))
+    assert (code, out) == (2, "") and " is not in " in err and err.count("\n") == 1
+    folder = find_model(file)
+    assert run("path", str(file))[:2] == (0, f"{folder}\n")
+    assert "\nmade from    m.gguf\n" in run("show", str(file))[1]
+    assert "a revision needs a hub id" in run("path", str(file), "--revision", "v1")[2]
+    code, out, _ = run("rm", str(file))
+    assert code == 0 and out.startswith("deleted gguf/m-") and file.exists() and not folder.exists()
+    assert "m.gguf cannot be opened: No such file" in run("rm", str(tmp_path / "no" / "m.gguf"))[2]
 
 
 def test_path_and_rm(run: Run, stored: Path) -> None:

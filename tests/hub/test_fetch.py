@@ -16,10 +16,11 @@ from huggingface_hub import constants
 from bitnet_numba.checkpoint.convert import Report, convert
 from bitnet_numba.checkpoint.install import replacing
 from bitnet_numba.checkpoint.packed import open_packed
+from bitnet_numba.cli.models import run as models_command
 from bitnet_numba.engine.loading import load
 from bitnet_numba.errors import BitNetError, CheckpointError, RequestError
 from bitnet_numba.hub import download, fetch, store
-from bitnet_numba.hub.names import hub_model
+from bitnet_numba.hub.names import HubModel, hub_model
 from tests.conftest import edit_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -290,3 +291,32 @@ def test_gguf_files_of_the_hub(tmp_path: Path, hub: list[dict[str, object]]) -> 
         assert str(caught.value).isprintable()
     with pytest.raises(BitNetError, match="a revision needs a hub id"):
         load(str(golden), "reference", revision="v1")
+
+
+def test_a_converted_gguf_file_of_the_hub_needs_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where it lies in Hugging Face's cache, the hub is asked only if the file was not converted yet."""
+    asked = []
+
+    def why_not_reachable(model: HubModel) -> str:
+        asked.append(model)
+        return "no network"
+
+    monkeypatch.setattr(download, "why_not_reachable", why_not_reachable)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "repository").mkdir()
+    shutil.copyfile(
+        Path(__file__).parent.parent / "golden" / "gguf" / "bitnet-relu2-i2_s.gguf", tmp_path / "repository" / "m.gguf"
+    )
+    in_hugging_face_cache(tmp_path / "repository", tmp_path / "cache")
+    name = f"{NAME}/m.gguf"
+    folders = [fetch.find_model(name) for _ in range(2)]
+    assert folders[0] == folders[1] and asked == [MODEL]
+    assert models_command(["path", name]) == 0 and capsys.readouterr().out == f"{folders[0]}\n"
+    assert models_command(["rm", name]) == 0 and asked == [MODEL]
+    fetch.find_model(name)
+    assert asked == [MODEL, MODEL]
+    for other in (f"{NAME}/../m.gguf", f"{NAME}/none.gguf", "someone/else/m.gguf"):
+        assert fetch.downloaded_gguf(other) is None
+    assert fetch.downloaded_gguf(name, "v9") is None

@@ -32,6 +32,9 @@ def test_the_defaults_are_those_of_the_settings() -> None:
     assert settings_of("owner/name").models == ("owner/name",)
     assert settings_of("owner/name", "--name", "a", "--name", "b").models == ("a", "b")
     assert settings_of(str(ROOT / "tests" / "server")).models == ("server",)
+    gguf = ROOT / "tests" / "golden" / "gguf" / "llama-tq2_0.gguf"
+    assert settings_of(str(gguf)).models == ("llama-tq2_0.gguf",), "no path of this machine is told to clients"
+    assert settings_of("owner/name/m.gguf").models == ("owner/name/m.gguf",)
     assert settings_of("--host", "0.0.0.0").allowed_hosts == ()
     assert settings_of("--host", "0.0.0.0", "--allow-host", "A.example").allowed_hosts == ("a.example",)
 
