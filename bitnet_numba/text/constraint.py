@@ -93,7 +93,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
-        """Raises RequestError if the grammar is too complex for this tokenizer."""
+        """Raises RequestError if the grammar is too complex for this tokenizer, as the first of its tokens shows."""
         with self._lock:
             compiled = self._compiled.pop(grammar.source, None)
             if compiled is None:
@@ -102,7 +102,11 @@ class GrammarCompiler:
                     matchers.append(library().LLMatcher(self._tokens, grammar.source, log_level=0, limits=limits()))
                     if matchers[-1].is_error():
                         raise RequestError(f"{grammar.kind}: {library_message(matchers[-1].get_error())}")
-                compiled = CompiledGrammar(matchers, self._size, -(-self._tokens.vocab_size // 32))
+                words = -(-self._tokens.vocab_size // 32)
+                compiled = CompiledGrammar(matchers, self._size, words)
+                # Not while other answers wait. Twice: only the next copy tells that the lexer, which they share, failed.
+                for _ in (*matchers, *matchers):
+                    compiled.constraint().allowed(np.empty(words, np.uint32))
             self._compiled[grammar.source] = compiled
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
