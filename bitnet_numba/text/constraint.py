@@ -104,7 +104,7 @@ class GrammarCompiler:
                         raise RequestError(f"{grammar.kind}: {library_message(matchers[-1].get_error())}")
                 words = -(-self._tokens.vocab_size // 32)
                 compiled = CompiledGrammar(matchers, self._size, words)
-                # Not while other answers wait. Twice: only the next copy tells that the lexer, which they share, failed.
+                # Not while other answers wait. Twice: only the next copy tells that the lexer of both failed.
                 for _ in (*matchers, *matchers):
                     compiled.constraint().allowed(np.empty(words, np.uint32))
             self._compiled[grammar.source] = compiled
