@@ -4,18 +4,22 @@ It is checked here, but knows no tokens: see `text/constraint.py`. The `llguidan
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from bitnet_numba.errors import RequestError, printable, shown
 
 MAX_SOURCE = 64 * 1024  # characters of a schema, an expression or a grammar
 MAX_DEPTH = 64  # of values inside values
-# About 20 ms to compile and 30 MB at worst, up to four times (see `constraint.GROUPS`), and 15 ms a token. Errors leave
-# out the parser's state.
+MAX_MULTIPLE = 10_000  # least common multiple of a schema's multipleOf: time and memory grow with its square
+MAX_PATTERNS = 64  # of names of properties, in one object: time grows with their cube
+# At most about 30 ms a token, which all answers wait for: that is what initial_lexer_fuel bounds. Compiling is up to
+# four times that (see `constraint.GROUPS`), and in the caller's thread. Errors leave out the parser's state.
 LIMITS: dict[str, Any] = {
-    "initial_lexer_fuel": 1_000_000,
+    "initial_lexer_fuel": 50_000,
     "step_lexer_fuel": 200_000,
     "step_max_items": 50_000,
     "max_lexer_states": 20_000,
@@ -61,6 +65,7 @@ class Grammar:
                 raise RequestError("JSON schema: no text has this form")
             schema = {}
         _check_depth(schema)
+        _check_cost(schema)
         try:
             text = json.dumps(schema)
         except (TypeError, ValueError):
@@ -142,6 +147,26 @@ def _check_depth(value: object) -> None:
         if len(level) > MAX_SOURCE:
             break
     raise RequestError(f"a JSON schema may be nested {MAX_DEPTH} levels deep, and have {MAX_SOURCE:,} characters")
+
+
+def _check_cost(schema: object) -> None:
+    """Raises RequestError for what would take the library minutes to compile."""
+    multiples: list[Fraction] = []
+    level = [schema]
+    while level:
+        for value in level:
+            if not isinstance(value, dict):
+                continue
+            number = value.get("multipleOf")
+            if isinstance(number, int | float) and 0 < number < math.inf:
+                multiples.append(Fraction(str(number)))
+            patterns = value.get("patternProperties")
+            if isinstance(patterns, dict) and len(patterns) > MAX_PATTERNS:
+                raise RequestError(f"JSON schema: patternProperties may be {MAX_PATTERNS}, not {len(patterns)}")
+        level = [inner for outer in level for inner in _inside(outer)]
+    unit = math.lcm(*(number.denominator for number in multiples))
+    if math.lcm(*(int(number * unit) for number in multiples)) > MAX_MULTIPLE:
+        raise RequestError(f"JSON schema: multipleOf may be {MAX_MULTIPLE:,} steps, all together in one schema")
 
 
 def _inside(value: object) -> Sequence[object]:

@@ -308,7 +308,7 @@ class Scheduler:
         if len(s.ids) == s.prompt_length and s.request.params.prompt_logprobs is not None:
             of_prompt = builder.prompt_logprobs = [None, *self._runner.prompt_logprobs(s)]
         s.ids.append(token)
-        if len(s.ids) % self._runner.pool.page_size == 0:
+        if len(s.ids) % self._runner.pool.page_size <= 1:  # this token itself may not be computed yet
             self._runner.note_computed(s)
         text, tell = "", telling.has_turn(s)
         if tell:

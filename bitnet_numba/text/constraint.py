@@ -93,7 +93,8 @@ class GrammarCompiler:
         self._lock = threading.Lock()
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
-        """Raises RequestError if the grammar is too complex for this tokenizer, or no text has this form."""
+        """Raises RequestError if the grammar is too complex for this tokenizer, as its first mask shows, or no text has
+        this form."""
         with self._lock:
             compiled = self._compiled.pop(grammar.source, None)
             if compiled is None:
@@ -103,13 +104,14 @@ class GrammarCompiler:
                     if matchers[-1].is_error():
                         raise RequestError(f"{grammar.kind}: {_problem(matchers[-1])}")
                 words = -(-self._tokens.vocab_size // 32)
-                compiled = CompiledGrammar(matchers, self._size, words)
-                # Only here does it show that a schema has no beginning, as one that is a reference to itself. Nothing
-                # is lost: the first answer finds what the lexer has learnt.
-                first, mask = matchers[0].deep_copy(), np.empty(words, np.uint32)
-                first.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-                if first.is_error():
-                    raise RequestError(f"{grammar.kind}: {_problem(first)}")
+                compiled, mask = CompiledGrammar(matchers, self._size, words), np.empty(words, np.uint32)
+                # Not while other answers wait. Only here does it show that a schema has no beginning, as one that is a
+                # reference to itself; and only the next copy tells that the lexer of both has failed: hence twice.
+                for matcher in (*matchers, *matchers):
+                    first = matcher.deep_copy()
+                    first.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+                    if first.is_error():
+                        raise RequestError(f"{grammar.kind}: {_problem(first)}")
             self._compiled[grammar.source] = compiled
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 import shutil
 import signal
@@ -173,7 +174,8 @@ def interrupted(source: Path, started: str) -> tuple[int, list[str]]:
             if started == "convert" and any(source.parent.glob(".out*")):
                 break
         child.send_signal(signal.SIGINT)
-        said = [line for line in child.stderr.read().splitlines() if line.startswith(("convert:", "Traceback"))]
+        # Ctrl-C may come while Python writes a line about an import, which then goes on with ours.
+        said = re.findall(r"(?:convert: |Traceback).*", child.stderr.read())
     return child.returncode, said
 
 

@@ -306,16 +306,20 @@ def test_a_common_beginning_is_computed_once() -> None:
     assert run(scheduler)[-1].completion.stats.reused_tokens == 28  # type: ignore[union-attr]
 
 
-def test_a_second_turn_finds_all_that_the_first_computed() -> None:
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("length", [16, 19, 20, 21])
+def test_a_second_turn_finds_all_that_the_first_computed(asynchronous: bool, length: int) -> None:
     llm, backend = engine()
+    backend.asynchronous = asynchronous
     scheduler = llm.scheduler(max_sequences=2)
-    scheduler.add(BEGINNING[:9], SamplingParams(0.9, seed=1), max_new_tokens=20)
+    scheduler.add(BEGINNING[:9], SamplingParams(0.9, seed=1), max_new_tokens=length)
     first = run(scheduler)[-1].completion
-    assert first is not None and len(first.token_ids) == 20
+    assert first is not None and len(first.token_ids) == length
     turn = [*BEGINNING[:9], *first.token_ids, 7, 8]
     scheduler.add(turn, max_new_tokens=5)
     second = run(scheduler)[-1].completion
-    assert second is not None and second.stats.reused_tokens == 28  # all full pages of 4; the last token is not fed
+    assert second is not None
+    assert second.stats.reused_tokens == (9 + length - 1) // 4 * 4  # all full pages of 4; the last token is not fed
     assert same_answer(second, alone(llm, {"prompt": turn, "max_new_tokens": 5}))
 
 

@@ -253,6 +253,31 @@ def test_what_explodes_is_bounded(form: Any) -> None:
         assert str(error).isprintable()
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda: Grammar.regex("(a{1000}){1000}"),
+        lambda: Grammar.json_schema({"type": "string", "pattern": "^(a{300}){300}$"}),
+        lambda: Grammar.json_schema({"type": "integer", "multipleOf": 999983}, lenient=True),
+        lambda: Grammar.json_schema({"allOf": [{"type": "integer", "multipleOf": 997}, {"multipleOf": 991}]}),
+        lambda: Grammar.json_schema({"patternProperties": {f"^{i}[a-z]$": {} for i in range(400)}}),
+    ],
+)
+def test_what_would_hold_up_others_is_refused_before_an_answer_begins(form: Any) -> None:
+    with pytest.raises(RequestError):
+        COMPILER.compile(form())
+
+
+def test_large_forms_are_not_refused() -> None:
+    for form in (
+        Grammar.choice([f"choice number {i} of the many" for i in range(1500)]),
+        Grammar.json_schema({"type": "number", "multipleOf": 0.01}),
+        Grammar.json_schema({"items": {"type": "integer", "multipleOf": 5}, "prefixItems": [{"multipleOf": 1000}]}),
+        Grammar.json_schema({"properties": {f"k{i}": {"type": "string", "maxLength": 500} for i in range(100)}}),
+    ):
+        assert allowed(COMPILER.compile(form).constraint(), DEMO_TOKENIZER.size).size
+
+
 def test_compiled_grammars_are_kept_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constraints, "KEPT", 2)
     compiler = GrammarCompiler(DEMO_TOKENIZER)
