@@ -213,3 +213,17 @@ def test_all_constants_from_elsewhere_are_listed() -> None:
     assert elsewhere == set(disk_cache.CONSTANTS)
     for name in disk_cache.CONSTANTS:  # what these are made of
         assert imported(Path(str(importlib.import_module(name).__file__))) <= elsewhere | no_constants
+
+
+def test_without_a_home_nothing_is_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("no home")
+
+    for variable in ("BITNET_NUMBA_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert not disk_cache.is_writable()
+    disk_cache.write(disk_cache.folder() / "entry", b"code")  # is lost without a word
+    assert not (disk_cache.folder() / "entry").exists()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert disk_cache.is_writable() and disk_cache.folder() == tmp_path / "bitnet-numba"
