@@ -42,13 +42,16 @@ class Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Feeds the parser, as long as the header is not too large."""
-        if not self._in_body:
-            self._start_receive_timer()
-            self._header_size += len(data)
-        super().data_received(data)
-        if not self._in_body and self._header_size > self.max_header and not self.transport.is_closing():
-            self._refuse(431, f"the header has more than {self.max_header} bytes")
+        """Feeds the parser, of a header no more than may come: a larger one can arrive at once."""
+        while data and not self.transport.is_closing():
+            part = data if self._in_body else data[: self.max_header + 1 - self._header_size]
+            data = data[len(part) :]
+            if not self._in_body:
+                self._start_receive_timer()
+                self._header_size += len(part)
+            super().data_received(part)
+            if not self._in_body and self._header_size > self.max_header and not self.transport.is_closing():
+                self._refuse(431, f"the header has more than {self.max_header} bytes")
 
     def on_message_begin(self) -> None:
         """A request begins."""
