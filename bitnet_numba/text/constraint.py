@@ -50,9 +50,7 @@ class Constraint:
         words, target = min(-(-self._size // 32), out.size), out
         if out.size != self._words:  # the library has a word more, or model and tokenizer differ
             target = np.empty(self._words, np.uint32)
-        self._matcher.unsafe_compute_mask_ptr(target.ctypes.data, target.nbytes)
-        if self._matcher.is_error():
-            raise RequestError(f"the form of the answer: {_problem(self._matcher)}")
+        _compute_mask(self._matcher, target, "the form of the answer")
         if target is not out:
             out[:words] = target[:words]
         out[words:] = 0  # what is no token may not come
@@ -101,27 +99,31 @@ class GrammarCompiler:
                 matchers = []
                 for _ in range(min(GROUPS, os.cpu_count() or 1)):
                     matchers.append(library().LLMatcher(self._tokens, grammar.source, log_level=0, limits=limits()))
-                    if matchers[-1].is_error():
-                        raise RequestError(f"{grammar.kind}: {_problem(matchers[-1])}")
+                    _check(matchers[-1], grammar.kind)
                 words = -(-self._tokens.vocab_size // 32)
                 compiled, mask = CompiledGrammar(matchers, self._size, words), np.empty(words, np.uint32)
                 # Not while other answers wait. Only here does it show that a schema has no beginning, as one that is a
                 # reference to itself; and only the next copy tells that the lexer of both has failed: hence twice.
                 for matcher in (*matchers, *matchers):
-                    first = matcher.deep_copy()
-                    first.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-                    if first.is_error():
-                        raise RequestError(f"{grammar.kind}: {_problem(first)}")
+                    _compute_mask(matcher.deep_copy(), mask, grammar.kind)
             self._compiled[grammar.source] = compiled
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
             return compiled
 
 
-def _problem(matcher: "llguidance.LLMatcher") -> str:
-    """Why a matcher has failed."""
-    message = matcher.get_error()
-    return "no text has this form" if message.startswith("NoExtension") else library_message(message)
+def _compute_mask(matcher: "llguidance.LLMatcher", out: NDArray[np.uint32], what: str) -> None:
+    """Writes what a matcher allows next, in the library's words. Raises RequestError, beginning with `what`."""
+    matcher.unsafe_compute_mask_ptr(out.ctypes.data, out.nbytes)
+    _check(matcher, what)
+
+
+def _check(matcher: "llguidance.LLMatcher", what: str) -> None:
+    """Raises RequestError, beginning with `what`, if a matcher has failed."""
+    if matcher.is_error():
+        message = matcher.get_error()
+        reason = "no text has this form" if message.startswith("NoExtension") else library_message(message)
+        raise RequestError(f"{what}: {reason}")
 
 
 class _TokenizerView:
