@@ -25,6 +25,11 @@ class TokenizerError(BitNetError):
 class RequestError(BitNetError):
     """A prompt or an option is invalid."""
 
+    def __init__(self, message: str = "", option: str | None = None):
+        """option: the field of SamplingParams that is, where that shows only together with a model and a prompt."""
+        super().__init__(message)
+        self.option = option
+
 
 class ContextFull(RequestError):
     """The prompt does not fit into the context."""

@@ -210,7 +210,7 @@ def _read_stop_token_ids(given: object) -> tuple[int, ...]:
 def check_stop_tokens(count: int) -> None:
     """Raises RequestError if these are too many tokens that end an answer."""
     if count > MAX_STOP_TOKENS:
-        raise RequestError(f"stop_token_ids may be at most {MAX_STOP_TOKENS}")
+        raise RequestError(f"stop_token_ids may be at most {MAX_STOP_TOKENS}", option="stop_token_ids")
 
 
 def _read_logit_bias(given: object) -> tuple[tuple[int, float], ...]:

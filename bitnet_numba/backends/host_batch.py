@@ -9,7 +9,7 @@ import numpy as np
 
 from bitnet_numba.backends.host_model import BAD_LOGITS, PAGE_SIZE, C, Floats, HostModel, finite, sample_rows
 from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE, CallTimes, Constraint
-from bitnet_numba.errors import one_line
+from bitnet_numba.errors import BackendError, BitNetError, one_line
 from bitnet_numba.sampling import TokenLogprob, token_logprobs
 from bitnet_numba.sampling_params import SamplingParams
 
@@ -38,7 +38,7 @@ class _Sequence(Generic[C]):
         self.cache = cache
         self.room = pages * PAGE_SIZE  # tokens
         self.ready = prompt_length <= cache.length == len(ids) - 1  # to be stepped
-        self.failure: str | None = None  # why it gets no more tokens
+        self.failure: BitNetError | None = None  # why it gets no more tokens
 
 
 class HostBatch(Generic[C]):
@@ -167,9 +167,11 @@ class HostBatch(Generic[C]):
         """There is nothing to prepare."""
         return False
 
-    def failure(self, slot: int) -> str:
+    def failure(self, slot: int) -> BitNetError:
         """Why the sequence in a slot got NO_TOKEN."""
-        return self._sequences[slot].failure or ""
+        error = self._sequences[slot].failure
+        assert error is not None
+        return error
 
     def close(self) -> None:
         """Frees the pages."""
@@ -218,7 +220,7 @@ class HostBatch(Generic[C]):
         for i, s in enumerate(sequences):
             token, s.logprob = results.get(i, (NO_TOKEN, None))
             if token == NO_TOKEN and s.failure is None:
-                s.failure = f"{NOT_FINITE}: {BAD_LOGITS}"
+                s.failure = BackendError(f"{NOT_FINITE}: {BAD_LOGITS}")
             s.ids.append(token)
 
     def _score(self, s: _Sequence[C], hidden: Floats, start: int) -> None:
@@ -232,5 +234,8 @@ class HostBatch(Generic[C]):
 
 
 def _fail(s: _Sequence[C], error: Exception) -> None:
+    if isinstance(error, BitNetError):
+        s.failure = error
+        return
     what = f"memory ran out ({one_line(error)})" if isinstance(error, MemoryError) else one_line(error)
-    s.failure = f"{NOT_FINITE}: {what}" if "NaN" in what else what
+    s.failure = BackendError(f"{NOT_FINITE}: {what}" if "NaN" in what else what)

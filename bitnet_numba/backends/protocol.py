@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_numba.errors import BitNetError
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.sampling_params import SamplingParams
 
@@ -166,8 +167,9 @@ class Batch(Protocol):
         nothing is left to do. For moments when there is nothing else to do: takes some 20 ms. Raises BackendError,
         after which nothing is left."""
 
-    def failure(self, slot: int) -> str:
-        """Why the sequence in a slot got NO_TOKEN, in one line; called right after the `collect` that returned it."""
+    def failure(self, slot: int) -> BitNetError:
+        """Why the sequence in a slot got NO_TOKEN: RequestError where its constraint cannot be followed, else
+        BackendError. Called right after the `collect` that returned it."""
 
     def close(self) -> None:
         """Frees pages and slots, even with uncollected calls; the batch cannot be used again."""

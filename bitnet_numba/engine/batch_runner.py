@@ -17,6 +17,7 @@ from dataclasses import replace
 from bitnet_numba.backends.protocol import Batch, CallTimes
 from bitnet_numba.engine.page_pool import PagePool
 from bitnet_numba.engine.sequence import Logprobs, Sequence
+from bitnet_numba.errors import BitNetError
 from bitnet_numba.sampling import TokenLogprob
 
 
@@ -181,7 +182,7 @@ class BatchRunner:
             if computed // self.pool.page_size > s.lease.computed // self.pool.page_size:
                 self.pool.mark_computed(s.lease, computed)
 
-    def failure(self, s: Sequence) -> str:
+    def failure(self, s: Sequence) -> BitNetError:
         """Why a sequence got NO_TOKEN; called right after."""
         return self._batch.failure(s.slot)
 

@@ -91,7 +91,8 @@ def read_request(
     for what, tokens in (("stop_token_ids", params.ends), ("logit_bias", [token for token, _ in params.biases])):
         for token in tokens:
             if token >= vocab_size:
-                raise RequestError(f"token {shown(token)} of {what} is not in the vocabulary of {vocab_size}")
+                message = f"token {shown(token)} of {what} is not in the vocabulary of {vocab_size}"
+                raise RequestError(message, option=what)
     stop = read_stop(params.stop)
     ends = {*params.ends, *tokenizer.special_stops(stop)}
     if not params.ignore_eos:

@@ -283,7 +283,7 @@ class Scheduler:
         except BackendError:  # as a whole
             raise
         except Exception as error:
-            updates.append(self._fail(s, one_line(error)))
+            updates.append(self._fail(s, error if isinstance(error, BitNetError) else BackendError(one_line(error))))
         return True
 
     def _receive(
@@ -347,10 +347,10 @@ class Scheduler:
         update = self._end(s)
         return update if s.quiet else update._replace(text=text)
 
-    def _fail(self, s: Sequence, reason: str) -> Update:
+    def _fail(self, s: Sequence, error: BitNetError) -> Update:
         """Ends a request with an error; the others go on."""
         self._runner.pool.forget(s.ids, s.reused, s.options.cache_salt)
-        return self._end(s)._replace(completion=None, error=BackendError(reason))
+        return self._end(s)._replace(completion=None, error=error)
 
     def _end(self, s: Sequence) -> Update:
         """Frees what a request holds; its last update, with the answer so far."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_numba.backends.protocol import Backend, Batch, CallTimes, Constraint, Context, Embedder
-from bitnet_numba.errors import BackendError, one_line
+from bitnet_numba.errors import BackendError, BitNetError, one_line
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.sampling_params import SamplingParams
 
@@ -252,7 +252,7 @@ class SharedBatch(_Closing):
         with self._backend.turn():
             return self._inner.prepare()
 
-    def failure(self, slot: int) -> str:
+    def failure(self, slot: int) -> BitNetError:
         """Why a sequence got NO_TOKEN."""
         with self._backend.turn():
             return self._inner.failure(slot)

@@ -3,14 +3,15 @@
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from bitnet_numba.engine.completion import Completion
 from bitnet_numba.engine.request import Request
 from bitnet_numba.engine.sequence import Update
-from bitnet_numba.errors import BitNetError, QueueTimeout, SchedulerClosed
+from bitnet_numba.errors import BitNetError, QueueTimeout, RequestError, SchedulerClosed
 from bitnet_numba.sampling import TokenLogprob
-from bitnet_numba.server.errors import ApiError, busy
+from bitnet_numba.server.errors import ApiError, busy, from_request_error
 
 
 class News(NamedTuple):
@@ -31,9 +32,11 @@ class Answers:
     The engine's thread calls `put`; everything else belongs to the event loop.
     """
 
-    def __init__(self, requests: Sequence[Request], numbers: Sequence[int]):
-        """numbers: by which the scheduler knows the requests."""
-        self.requests, self.numbers = requests, numbers
+    def __init__(self, requests: Sequence[Request], numbers: Sequence[int], form: str | None = None):
+        """numbers: by which the scheduler knows the requests. form: the field of the HTTP request that gives them a
+        form, if one does."""
+        self.requests, self.numbers, self._form = requests, numbers, form
+        self.prompt_only = False  # whether they are left out: what is wanted is told of the prompts
         self.error: ApiError | None = None  # why they were ended before their time
         self._failed = False  # whether the backend has
         self._updates: deque[tuple[int, Update]] = deque()
@@ -70,8 +73,12 @@ class Answers:
             if update.error is not None:
                 raise self._as_api_error(update.error)
             text, logprobs, of_prompt, _ = found.get(index, NOTHING)
-            logprobs, of_prompt = [*logprobs, *update.logprobs], of_prompt or update.prompt_logprobs
-            found[index] = News(text + update.text, logprobs, of_prompt, update.completion)
+            of_prompt, completion = of_prompt or update.prompt_logprobs, update.completion
+            if not self.prompt_only:
+                text, logprobs = text + update.text, [*logprobs, *update.logprobs]
+            elif completion is not None:
+                completion = _without_answer(completion)
+            found[index] = News(text, logprobs, of_prompt, completion)
             self._open -= update.completion is not None
         return found
 
@@ -97,4 +104,13 @@ class Answers:
             return busy("the server is shutting down", "shutting_down")
         if self._failed:
             return busy(str(error), "engine_failed")
+        if isinstance(error, RequestError):  # the form cannot be followed, as first shows now
+            return from_request_error(error, self._form)
         return ApiError(500, str(error), code="answer_failed")
+
+
+def _without_answer(completion: Completion) -> Completion:
+    """What would be left of an answer that may have no tokens."""
+    stats = replace(completion.stats, generated_tokens=0, decode_seconds=0.0)
+    logprobs: list[TokenLogprob] | None = None if completion.logprobs is None else []
+    return replace(completion, text="", token_ids=[], finish_reason="length", stats=stats, logprobs=logprobs)

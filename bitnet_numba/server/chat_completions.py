@@ -18,7 +18,7 @@ from bitnet_numba.server.generation import FINISH_REASONS, closing_events, read_
 from bitnet_numba.server.response_format import constrained, gives_form, read_format
 from bitnet_numba.server.sampling_fields import number_of_choices, sampling_params, with_thinking
 from bitnet_numba.server.schemas import ChatBody, ChatMessage, ResponseFormat, TextFormat
-from bitnet_numba.server.service import Service
+from bitnet_numba.server.service import Fields, Service
 from bitnet_numba.server.tool_calls import CallPart, CallReader, tool_call, tool_call_delta
 from bitnet_numba.server.tools import read_tools, uses_tools
 from bitnet_numba.text.thoughts import ThoughtReader, read_thought
@@ -52,7 +52,8 @@ async def chat_completions(service: Service, exchange: Exchange, body: ChatBody)
         use = read_tools(body, tags, thoughts)
         return read_prompts(engine, [messages], constrained(engine, params, use.grammar, "tools"), n, use.described)
 
-    await respond(service, exchange, body, make, n, form, "messages")
+    fields = Fields("messages", body.limit()[0], form="tools" if tags is not None else formed)
+    await respond(service, exchange, body, make, n, form, fields)
 
 
 def must_have_form(format: ResponseFormat | TextFormat | None, tool_choice: object) -> bool:

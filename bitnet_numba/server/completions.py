@@ -9,12 +9,13 @@ from typing import Any, cast
 from bitnet_numba.engine.completion import Completion
 from bitnet_numba.engine.request import Request
 from bitnet_numba.sampling import TokenLogprob
+from bitnet_numba.server.errors import ApiError
 from bitnet_numba.server.exchange import Exchange
 from bitnet_numba.server.generation import FINISH_REASONS, closing_events, read_prompts, respond, usage
-from bitnet_numba.server.response_format import constrained, read_format
+from bitnet_numba.server.response_format import constrained, gives_form, read_format
 from bitnet_numba.server.sampling_fields import number_of_choices, sampling_params
 from bitnet_numba.server.schemas import CompletionBody
-from bitnet_numba.server.service import Service
+from bitnet_numba.server.service import Fields, Service
 from bitnet_numba.text.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -23,6 +24,12 @@ async def completions(service: Service, exchange: Exchange, body: CompletionBody
     body.refuse_unsupported()
     engine = service.engine
     n, echo = number_of_choices(body), bool(body.echo)
+    prompt_only = body.max_tokens == 0
+    if prompt_only:
+        if not echo or body.min_tokens:
+            reason = "max_tokens may be 0 only with echo, and without min_tokens"
+            raise ApiError(400, reason, param="max_tokens", code="invalid_value")
+        body = body.model_copy(update={"max_tokens": 1})  # with the first token, all of the prompt is computed
     params = sampling_params(body, engine)
     if echo:
         params = replace(params, prompt_logprobs=params.logprobs)
@@ -35,7 +42,9 @@ async def completions(service: Service, exchange: Exchange, body: CompletionBody
         grammar = read_format(body.response_format)
         return read_prompts(engine, prompts, constrained(engine, params, grammar, "response_format"), n)
 
-    await respond(service, exchange, body, make, count, form, "prompt")
+    formed = "response_format" if gives_form(body.response_format) else None
+    fields = Fields("prompt", "max_tokens", "n" if len(prompts) <= service.settings.max_choices else "prompt", formed)
+    await respond(service, exchange, body, make, count, form, fields, prompt_only)
 
 
 def list_prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:

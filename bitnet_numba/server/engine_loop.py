@@ -54,8 +54,10 @@ class EngineLoop:
         """Seconds since a step has ended although there is work; 0 if there is none."""
         return monotonic() - self._stepped_at if self._scheduler.busy else 0.0
 
-    def open(self, requests: Sequence[Request], options: QueueOptions, quiet: bool = False) -> Answers:
-        """Starts answers; from any thread. quiet: of each, only the end is told.
+    def open(
+        self, requests: Sequence[Request], options: QueueOptions, quiet: bool = False, form: str | None = None
+    ) -> Answers:
+        """Starts answers; from any thread. quiet: of each, only the end is told. form: as for `Answers`.
 
         Raises RequestError if one can never fit, SchedulerClosed once closed.
         """
@@ -72,7 +74,7 @@ class EngineLoop:
                 raise
             if not self._answers:
                 self._stepped_at = monotonic()
-            answers = Answers(requests, numbers)
+            answers = Answers(requests, numbers, form)
             for index, number in enumerate(numbers):
                 self._answers[number] = answers, index
         return answers

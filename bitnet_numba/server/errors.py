@@ -88,6 +88,6 @@ def _is_member(part: int | str) -> bool:
 
 
 def from_request_error(error: RequestError, param: str | None = None) -> ApiError:
-    """A prompt or an option that the engine refuses."""
+    """A prompt or an option that the engine refuses. param: the field, unless the error knows it."""
     code = "context_length_exceeded" if isinstance(error, ContextFull) else "invalid_value"
-    return ApiError(400, str(error), param=param, code=code)
+    return ApiError(400, str(error), param=error.option or param, code=code)

@@ -14,7 +14,7 @@ from bitnet_numba.server.answers import Answers
 from bitnet_numba.server.exchange import Exchange
 from bitnet_numba.server.sampling_fields import number_of_choices
 from bitnet_numba.server.schemas import SamplingBody
-from bitnet_numba.server.service import Service
+from bitnet_numba.server.service import Fields, Service
 from bitnet_numba.text.tool_messages import Tools
 
 # Why an answer ended -> OpenAI's finish_reason.
@@ -83,12 +83,15 @@ async def respond(
     make: Callable[[], list[Request]],
     count: int,
     form: Form,
-    param: str,
+    fields: Fields,
+    prompt_only: bool = False,
 ) -> None:
-    """Generates `count` answers and sends them, whole or as a stream. `make` and `param` as for `Service.answering`."""
+    """Generates `count` answers and sends them, whole or as a stream. `make` as for `Service.answering`. prompt_only:
+    nothing of the answers is wanted."""
     n, priority, salt = number_of_choices(body), body.priority or 0, body.cache_salt or ""
     began = time.perf_counter()
-    async with service.answering(exchange, count, make, param, priority, salt, not body.stream) as answers:
+    async with service.answering(exchange, count, make, fields, priority, salt, not body.stream) as answers:
+        answers.prompt_only = prompt_only
         if body.stream:
             completions = await _stream(service, exchange, answers, n, form, began)
         else:

@@ -14,7 +14,7 @@ from bitnet_numba.server.response_form import ResponseForm
 from bitnet_numba.server.response_format import constrained, gives_form, read_schema
 from bitnet_numba.server.sampling_fields import sampling_params, with_thinking
 from bitnet_numba.server.schemas import CalledFunction, ChatMessage, InputItem, ResponseBody, TextFormat, ToolCall
-from bitnet_numba.server.service import Service
+from bitnet_numba.server.service import Fields, Service
 from bitnet_numba.server.tools import read_tools, uses_tools
 from bitnet_numba.text.thoughts import ThoughtReader
 
@@ -29,7 +29,8 @@ async def responses(service: Service, exchange: Exchange, body: ResponseBody) ->
     engine = service.engine
     params, messages = with_thinking(sampling_params(body, engine), body.thinking(), engine), list_messages(body)
     format = body.text.format if body.text is not None else None
-    tags = call_tags(engine, "input") if uses_tools(body, "text.format" if gives_form(format) else None) else None
+    formed = "text.format" if gives_form(format) else None
+    tags = call_tags(engine, "input") if uses_tools(body, formed) else None
     new_thoughts: Callable[[], ThoughtReader | None] = partial(new_reader, engine, params, messages)
     if must_have_form(format, body.tool_choice):
         new_thoughts = no_thoughts
@@ -44,7 +45,8 @@ async def responses(service: Service, exchange: Exchange, body: ResponseBody) ->
         use = read_tools(body, tags, thoughts)
         return read_prompts(engine, [prompt], constrained(engine, params, use.grammar, "tools"), 1, use.described)
 
-    await respond(service, exchange, body, make, 1, form, "input")
+    fields = Fields("input", body.limit()[0], form="tools" if tags is not None else formed)
+    await respond(service, exchange, body, make, 1, form, fields)
 
 
 def _read_format(format: TextFormat | None) -> Grammar | None:

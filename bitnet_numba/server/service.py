@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.queue_options import QueueOptions
@@ -24,6 +24,15 @@ Result = TypeVar("Result")
 
 ENCODERS = 2  # threads that turn texts into tokens
 MAX_RETRY_AFTER = 60
+
+
+class Fields(NamedTuple):
+    """The fields of a request that errors of its answers name."""
+
+    prompt: str
+    limit: str  # of the answers' tokens
+    choices: str = "n"  # what makes the answers too many
+    form: str | None = None  # what gives the answers a form; None: nothing does
 
 
 class Service:
@@ -131,7 +140,7 @@ class Service:
         exchange: Exchange,
         count: int,
         make: Callable[[], list[Request]],
-        param: str,
+        fields: Fields,
         priority: int = 0,
         cache_salt: str = "",
         quiet: bool = False,
@@ -143,19 +152,20 @@ class Service:
         or if there is no room for more.
         """
         settings = self.settings
-        engine_loop = self._admit(count)
+        engine_loop = self._admit(count, fields.choices)
         self.open += count
         answers: Answers | None = None
         try:
-            requests = await self.in_encoder(make, param)
+            requests = await self.in_encoder(make, fields.prompt)
             try:
                 tenant = exchange.tenant
                 options = QueueOptions(priority, tenant, f"{tenant} {cache_salt}", settings.queue_timeout)
-                answers = engine_loop.open(requests, options, quiet)
+                answers = engine_loop.open(requests, options, quiet, fields.form)
             except SchedulerClosed:
                 raise busy("the model is not ready for requests", "unavailable") from None
             except RequestError as error:
-                raise from_request_error(error, "max_tokens") from None
+                message = str(error).replace("max_new_tokens", fields.limit)
+                raise from_request_error(RequestError(message), fields.limit) from None
             opened = answers
             late = ApiError(504, f"the answer took more than {settings.answer_timeout:g} s", code="timeout")
 
@@ -202,8 +212,8 @@ class Service:
             headers={"retry-after": str(self._retry_after())},
         )
 
-    def _admit(self, count: int) -> EngineLoop:
-        """Raises ApiError if `count` more answers are not to be started now."""
+    def _admit(self, count: int, field: str) -> EngineLoop:
+        """Raises ApiError if `count` more answers are not to be started now; of `field`, if they never are."""
         settings = self.settings
         if self.draining:
             raise busy("the server is shutting down", "draining", retry_after=5)
@@ -213,7 +223,7 @@ class Service:
             raise busy("the model has failed", "engine_failed", retry_after=30)
         if count > settings.max_choices:
             message = f"a request may have {settings.max_choices} answers, not {shown(count)}"
-            raise ApiError(400, message, param="n", code="invalid_value")
+            raise ApiError(400, message, param=field, code="invalid_value")
         room = settings.max_sequences + settings.max_waiting - self.open
         if count > room:
             raise self._full()

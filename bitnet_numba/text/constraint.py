@@ -122,8 +122,16 @@ def _check(matcher: "llguidance.LLMatcher", what: str) -> None:
     """Raises RequestError, beginning with `what`, if a matcher has failed."""
     if matcher.is_error():
         message = matcher.get_error()
-        reason = "no text has this form" if message.startswith("NoExtension") else library_message(message)
-        raise RequestError(f"{what}: {reason}")
+        raise RequestError(f"{what}: {_reason(message)}")
+
+
+def _reason(message: str) -> str:
+    """What a matcher's message means."""
+    if message.startswith("NoExtension"):
+        return "no text has this form"
+    if "Too many items" in message:  # also where one piece of text forces the next without end
+        return "it is too complex, or texts of this form have no end"
+    return library_message(message)
 
 
 class _TokenizerView:

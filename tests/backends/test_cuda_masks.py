@@ -57,7 +57,7 @@ def test_masks_of_rows(monkeypatch: pytest.MonkeyPatch, count: int, slow: bool) 
         places = rng.choice(40, count, replace=False).tolist()
         for place, form in zip(places, forms, strict=True):
             rows[place] = form
-        failures = masks.upload(stream, rows)
+        failures = {row: str(error) for row, error in masks.upload(stream, rows).items()}
         assert failures == {places[i]: form.error for i, form in enumerate(forms) if form.error}
         ids = memory.array(masks.mask_ids.address, np.int32)
         bits = np.unpackbits(memory.array(masks.masks.address, np.uint8), bitorder="little").reshape(-1, 128)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import bitnet_numba as bn
 from bitnet_numba.engine.engine import Engine
-from bitnet_numba.errors import BackendError, RequestError
+from bitnet_numba.errors import RequestError
 from bitnet_numba.grammar import Grammar
 from bitnet_numba.sampling_params import SamplingParams
 from bitnet_numba.text.tokenizer import Tokenizer
@@ -155,7 +155,7 @@ def test_a_form_that_becomes_too_complex_ends_its_answer_alone(monkeypatch: pyte
         updates += scheduler.step()
     scheduler.close()
     errors = {update.request: update.error for update in updates if update.error is not None}
-    assert list(errors) == [failing] and isinstance(errors[failing], BackendError)
+    assert list(errors) == [failing] and isinstance(errors[failing], RequestError)
     assert "too complex" in str(errors[failing])
     assert [u.completion.finish_reason for u in updates if u.request == other and u.completion] == ["length"]
 

@@ -11,6 +11,7 @@ from bitnet_numba.backends.host_model import mask_of
 from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE, CallTimes, Constraint
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.engine.engine import Engine
+from bitnet_numba.errors import BackendError, BitNetError
 from bitnet_numba.sampling import TokenLogprob, sample, token_logprobs
 from bitnet_numba.sampling_params import SamplingParams
 from bitnet_numba.text.tokenizer import Tokenizer
@@ -265,8 +266,8 @@ class ToyBatch:
         self.to_prepare -= 1
         return self.to_prepare >= 0
 
-    def failure(self, slot: int) -> str:
-        return f"{NOT_FINITE}: slot {slot} has a bad token"
+    def failure(self, slot: int) -> BitNetError:
+        return BackendError(f"{NOT_FINITE}: slot {slot} has a bad token")
 
     def close(self) -> None:
         assert not self.closed

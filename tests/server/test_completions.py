@@ -80,3 +80,24 @@ def test_logprobs_of_an_answer_and_its_prompt(server: Running, built_in: Engine)
         assert [value for event in events if event["logprobs"] for value in event["logprobs"][name]] == whole
     streamed = [event["choices"][0]["logprobs"] for event in server.events(PATH, body)[:-1]]
     assert [place for one in streamed if one for place in one["text_offset"]] == answer.logprobs.text_offset
+
+
+def test_a_prompt_is_scored_without_an_answer(server: Running) -> None:
+    """`max_tokens` 0, as clients that compare texts ask."""
+    body = {"prompt": ["Once upon a time", "The fox"], "echo": True, "logprobs": 1, "max_tokens": 0}
+    longer = server.post(PATH, {**body, "max_tokens": 1}).json()["choices"]
+    answer = server.post(PATH, body).json()
+    assert answer["usage"]["completion_tokens"] == 0
+    for choice, other in zip(answer["choices"], longer, strict=True):
+        count = len(choice["logprobs"]["tokens"])
+        assert choice["logprobs"] == {name: values[:count] for name, values in other["logprobs"].items()}
+        assert choice["finish_reason"] == "length" and len(other["logprobs"]["tokens"]) == count + 1
+    assert [choice["text"] for choice in answer["choices"]] == body["prompt"]
+    events = server.events(PATH, {**body, "prompt": "The fox", "stream_options": {"include_usage": True}})
+    opening, end, used, _ = events
+    assert opening["choices"][0]["text"] == "The fox" and end["choices"][0]["finish_reason"] == "length"
+    assert opening["choices"][0]["logprobs"] == answer["choices"][1]["logprobs"]
+    assert end["choices"][0]["text"] == "" and used["usage"]["completion_tokens"] == 0
+    for fields in ({"echo": False}, {"min_tokens": 1}):
+        error = server.post(PATH, {**body, **fields}).json()["error"]
+        assert error["param"] == "max_tokens" and error["type"] == "invalid_request_error"

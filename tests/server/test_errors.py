@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitnet_numba.server.schemas import ChatBody, CompletionBody
-from tests.server.helpers import Running
+from tests.engine.toy_backend import tokens_of, toy_engine
+from tests.server.helpers import Running, serving
 
 CHAT, TEXT, RESPONSE = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 HELLO: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
@@ -145,6 +146,36 @@ def test_prompts_that_are_none(server: Running) -> None:
     assert error_of(server, "/tokenize", {})["param"] == "prompt"
     assert error_of(server, "/tokenize", {"messages": []})["param"] == "messages"
     assert error_of(server, "/detokenize", {"tokens": [1 << 70]})["param"] == "tokens"
+
+
+@pytest.mark.parametrize("path, fields", [(CHAT, HELLO), (TEXT, ONCE), (RESPONSE, {"input": "Hi"})])
+def test_tokens_that_the_model_has_not(server: Running, path: str, fields: dict[str, Any]) -> None:
+    assert error_of(server, path, {**fields, "stop_token_ids": [4096]})["param"] == "stop_token_ids"
+    assert error_of(server, path, {**fields, "stop_token_ids": list(range(256))})["param"] == "stop_token_ids"
+    assert error_of(server, path, {**fields, "logit_bias": {"4096": 1}})["param"] == "logit_bias"
+
+
+def test_too_many_answers_are_named_by_what_makes_them_many(server: Running) -> None:
+    for fields, field in (
+        ({"prompt": ["a"] * 129}, "prompt"),
+        ({"prompt": ["a"] * 65, "n": 2}, "n"),
+        ({"n": 129}, "n"),
+    ):
+        error = error_of(server, TEXT, {**ONCE, **fields})
+        assert error["param"] == field and "128 answers" in error["message"]
+
+
+def test_answers_that_need_more_room_than_there_is() -> None:
+    """The field that limits an answer is called as the endpoint calls it."""
+    with serving(lambda: toy_engine(tokens_of(" fox"), context=512)[0], tokens=128) as running:
+        for path, fields, field in (
+            (CHAT, {**HELLO, "max_tokens": 400}, "max_tokens"),
+            (CHAT, {"messages": HELLO["messages"], "max_completion_tokens": 400}, "max_completion_tokens"),
+            (RESPONSE, {"input": "Hi", "max_output_tokens": 400}, "max_output_tokens"),
+            (TEXT, {"prompt": "Hi", "max_tokens": 400}, "max_tokens"),
+        ):
+            error = error_of(running, path, fields)
+            assert error["param"] == field and error["message"].endswith(f"ask for fewer with {field}")
 
 
 def test_logprobs_have_a_limit(server: Running) -> None:

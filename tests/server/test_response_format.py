@@ -123,6 +123,41 @@ def test_a_schema_that_is_a_reference_to_itself_is_refused(server: Running) -> N
     assert error["code"] == "invalid_value" and error["param"]
 
 
+ENDLESS: dict[str, Any] = {"type": "array", "items": {"$ref": "#"}, "minItems": 1}
+ARGUMENTS = {"type": "object", "properties": {"a": {"$ref": "#/$defs/e"}}, "required": ["a"]} | {
+    "$defs": {"e": {**ENDLESS, "items": {"$ref": "#/$defs/e"}}}
+}
+FUNCTION = {"name": "f", "parameters": ARGUMENTS}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "path, fields, param",
+    [
+        (PATH, {"messages": ASK, "response_format": as_format(ENDLESS)}, "response_format"),
+        ("/v1/completions", {"prompt": "Once", "response_format": as_format(ENDLESS)}, "response_format"),
+        (
+            "/v1/responses",
+            {"input": "x", "text": {"format": {"type": "json_schema", "schema": ENDLESS}}},
+            "text.format",
+        ),
+        (PATH, {"messages": ASK, "tools": [{"type": "function", "function": FUNCTION}]}, "tools"),
+        ("/v1/responses", {"input": "x", "tools": [{"type": "function", **FUNCTION}]}, "tools"),
+    ],
+)
+def test_a_form_that_never_ends_is_a_fault_of_the_request(
+    server: Running, path: str, fields: dict[str, Any], param: str, stream: bool
+) -> None:
+    """It may show when the answer has begun, which then ends with the error."""
+    body = {**fields, "stream": stream} | ({"tool_choice": "required"} if "tools" in fields else {})
+    response = server.post(path, body)
+    text = response.text.splitlines()[-2].removeprefix("data: ") if response.status_code == 200 else response.text
+    error = json.loads(text)
+    error = error.get("error", error)  # an event of /v1/responses is the error itself
+    assert response.status_code == 400 or stream, response.text
+    assert "no end" in error["message"] and error["param"] == param and error["code"] == "invalid_value"
+
+
 def test_what_cannot_be_enforced_is_refused_only_if_strict(server: Running) -> None:
     body = {**BODY, "response_format": as_format({"enum": ["a"], "not": {"const": "b"}})}
     assert server.post(PATH, body).json()["choices"][0]["message"]["content"] == '"a"'

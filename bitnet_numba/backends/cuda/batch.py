@@ -12,7 +12,7 @@ from bitnet_numba.backends.cuda.forward import MAX_TOKENS
 from bitnet_numba.backends.cuda.prompts import PromptPart
 from bitnet_numba.backends.cuda.state import padded_size, why_nan
 from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE, CallTimes, Constraint
-from bitnet_numba.errors import BackendError, RequestError
+from bitnet_numba.errors import BackendError, BitNetError, RequestError
 from bitnet_numba.kernels.attention import paged_decode
 from bitnet_numba.kernels.attention.kv_cache import PAGE
 from bitnet_numba.kernels.runtime.driver import Pace
@@ -70,7 +70,7 @@ class CudaBatch:
         self._asking: set[int] = set()  # slots whose sequences ask for more (see `extras`)
         self._scored: dict[int, _ScoredPrompt] = {}  # prompts whose log probabilities are wanted, by slot
         self._constraints: dict[int, Constraint] = {}  # of slots whose sequences have one
-        self._failures: dict[int, str] = {}  # why, of slots whose constraints cannot be followed any more
+        self._failures: dict[int, RequestError] = {}  # why, of slots whose constraints cannot be followed any more
         # Of calls whose tokens constraints wait for: which event; rows and their constraints
         self._untold: deque[tuple[int, list[tuple[int, Constraint]]]] = deque()
         self._pace = Pace()
@@ -230,9 +230,9 @@ class CudaBatch:
         self._runtime.device.activate()
         return next(self._preparing, False)
 
-    def failure(self, slot: int) -> str:
+    def failure(self, slot: int) -> BitNetError:
         """Why a sequence got NO_TOKEN: nothing but NaN and infinity makes the sampler return it."""
-        return self._failures.get(slot) or f"{NOT_FINITE}: {why_nan(self._state.kv_dtype)}"
+        return self._failures.get(slot) or BackendError(f"{NOT_FINITE}: {why_nan(self._state.kv_dtype)}")
 
     def close(self) -> None:
         """Gives the memory back."""
@@ -272,8 +272,8 @@ class CudaBatch:
         self._tell_constraints(len(self._untold))
         constraints = [self._constraints.get(slot) for slot in slots]
         failures = self._memory.extras().masks.upload(self._runtime.stream, constraints)
-        for row, reason in failures.items():
-            self._failures[slots[row]] = reason
+        for row, error in failures.items():
+            self._failures[slots[row]] = error
             del self._constraints[slots[row]]
 
     def _complete(self, slot: int) -> bool:

@@ -13,7 +13,7 @@ from bitnet_numba.backends.cuda.runtime import Runtime
 from bitnet_numba.backends.cuda.state import SequenceState, pages_of, why_nan
 from bitnet_numba.backends.cuda.steps import DecodeSteps
 from bitnet_numba.backends.protocol import Constraint
-from bitnet_numba.errors import BackendError, RequestError
+from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention.decode import LONG_CONTEXT
 from bitnet_numba.kernels.runtime.driver import Event, Graph, Pace
 from bitnet_numba.kernels.runtime.memory import PinnedArray
@@ -165,8 +165,8 @@ class CudaContext:
 
     def _upload_mask(self, constraint: Constraint | None) -> None:
         if constraint is not None:
-            for reason in self._open_extras().masks.upload(self._runtime.stream, [constraint]).values():
-                raise RequestError(reason)
+            for error in self._open_extras().masks.upload(self._runtime.stream, [constraint]).values():
+                raise error
 
     def _open_extras(self) -> Extras:
         if self._steps.extras is None:

@@ -56,9 +56,8 @@ class Masks:
         self._buffers: list[tuple[PinnedArray, Event]] = []
         self._next = 0
 
-    def upload(self, stream: Stream, constraints: Sequence[Constraint | None]) -> dict[int, str]:
-        """Enqueues the masks of a step's rows; returns the rows whose constraints cannot be followed, with the
-        reasons."""
+    def upload(self, stream: Stream, constraints: Sequence[Constraint | None]) -> dict[int, RequestError]:
+        """Enqueues the masks of a step's rows; returns the rows whose constraints cannot be followed, and why."""
         if not self._buffers:
             size = self._rows * (self._words + 1)
             self._buffers = [(PinnedArray(size, np.uint32), Event(timing=False)) for _ in range(BUFFERS)]
@@ -69,14 +68,14 @@ class Masks:
         wanted = [(row, constraint) for row, constraint in enumerate(constraints) if constraint is not None]
         buffer.host[: len(constraints)] = 0
         buffer.host[[row for row, _ in wanted]] = np.arange(len(wanted))
-        failures: dict[int, str] = {}
+        failures: dict[int, RequestError] = {}
 
         def ask(i: int) -> None:
             row, constraint = wanted[i]
             try:
                 constraint.allowed(masks[i])
             except RequestError as error:
-                failures[row] = str(error)
+                failures[row] = error
 
         began = perf_counter()
         for i in range(len(wanted)):
