@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import bitnet_numba as bn
@@ -113,6 +114,7 @@ def test_stop_and_edit(page: Page) -> None:
     page.keyboard.press("Escape")
     (begun,) = wait_for_answers(page, 1)
     assert begun
+    expect(page.locator("#context-text")).to_have_text(re.compile(r"^[1-9]\d* of 2,048 tokens of context"))
     page.locator(".message.user").hover()
     page.get_by_role("button", name="Edit").click()
     page.get_by_label("Edit message").fill("Hello!")
@@ -256,6 +258,7 @@ def test_an_embedding_model_has_no_chat(
         problems: list[str] = []
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto(server.url)
+        assert not faults(page)
         page.get_by_role("button", name="Enter the key").click()
         page.get_by_label("API key").fill("secret")
         page.get_by_label("API key").blur()
@@ -265,6 +268,7 @@ def test_an_embedding_model_has_no_chat(
         for gone in ("#prompt", "#tab-chat", "#show-chats", "#text", "#chats"):
             expect(page.locator(gone)).to_be_hidden()
         expect(page.get_by_label("Temperature")).to_be_hidden()
+        assert not faults(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         assert not problems
         context.close()
@@ -274,6 +278,65 @@ def test_an_embedding_model_has_no_chat(
         assert [len(each["embedding"]) for each in vectors] == [256, 256]
         done = subprocess.run([sys.executable, "-c", python], env=environment, capture_output=True, text=True)
         assert -1 <= float(done.stdout) <= 1, done.stderr
+
+
+def faults(page: Page) -> list[tuple[str, str]]:
+    """What axe finds serious or critical: which rule, and where."""
+    found = Axe().run(page).response["violations"]
+    return [(each["id"], each["nodes"][0]["html"]) for each in found if each["impact"] in ("serious", "critical")]
+
+
+@in_browser
+@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_axe_finds_nothing_serious(
+    server: Running, browser: Browser, colours: Literal["light", "dark"], width: int
+) -> None:
+    context = browser.new_context(viewport={"width": width, "height": 700}, color_scheme=colours)
+    page = context.new_page()
+    page.goto(server.url)
+    expect(page.locator("#model")).to_contain_text("bitnet-demo")
+    assert not faults(page)
+    say(page, "Hello!")
+    wait_for_answers(page, 1)
+    assert not faults(page)
+    page.evaluate(
+        """content => {
+            chat.messages.push({ role: "user", content }, { role: "assistant", thought: "So", content });
+            showAll();
+        }""",
+        "# A\n\n[b](https://c.example) `d`\n\n> e\n\n- f\n\n"
+        f"```\n{'g' * 300}\n```\n\n|{'h|' * 100}\n|{'-|' * 100}\n|{'1|' * 100}\n",
+    )
+    assert not faults(page)
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=429, json={"error": {"message": "full"}}))
+    say(page, "Hello!")
+    expect(page.get_by_role("alert")).to_be_visible()
+    assert not faults(page)
+    page.get_by_role("button", name="Settings", exact=True).click()
+    assert not faults(page)
+    page.keyboard.press("Escape")
+    page.locator(".message.user").last.hover()
+    page.get_by_role("button", name="Edit", exact=True).last.click()
+    assert not faults(page)
+    page.get_by_role("tab", name="Text").click()
+    assert not faults(page)
+    page.evaluate("""() => { by("text-go").textContent = ""; by("banner-text").style.color = "#977"; }""")
+    assert {rule for rule, _ in faults(page)} == {"button-name", "color-contrast"}, "axe has looked"
+    context.close()
+
+
+@in_browser
+def test_the_banner_leads_back_to_what_failed(page: Page) -> None:
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=429, json={"error": {"message": "full"}}))
+    say(page, "Hello!")
+    expect(page.get_by_role("alert")).to_be_visible()
+    expect(page.get_by_role("button", name="Get an answer")).to_be_in_viewport()
+    page.get_by_role("tab", name="Text").click()
+    page.unroute("**/v1/chat/completions")
+    page.get_by_role("button", name="Try again").click()
+    expect(page.get_by_role("tabpanel")).to_have_attribute("id", "chat-panel")
+    wait_for_answers(page, 1)
 
 
 @in_browser

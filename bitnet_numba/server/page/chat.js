@@ -143,6 +143,17 @@ function noteOf(found) {
   return found.stopped ? "stopped" : "broken off";
 }
 
+/** Notes how much of the context a chat takes whose last answer was stopped, so that the server told no number. */
+async function countContext(own, messages) {
+  const last = messages.at(-1), told = messages.map(({ role, content }) => ({ role, content }));
+  const response = await ask("tokenize", { messages: told, add_generation_prompt: false }).catch(() => null);
+  const count = (await response?.json())?.count;
+  if (!count || own.messages.at(-1) !== last || own.removed) return;
+  own.context = count;
+  store.save(own);
+  if (chat === own) showContext();
+}
+
 async function answer() {
   hush();
   const own = chat, message = { role: "assistant", content: "", thought: "", note: "" };
@@ -177,9 +188,15 @@ async function answer() {
   message.note = noteOf(found);
   message.detail = `first text after ${(found.first / 1000).toFixed(2)} s`;
   if (found.usage) own.context = found.usage.total_tokens;
+  else if (message.content) countContext(own, [...sent, message]);
   if (found.error && !message.content) own.messages.pop();
   if (own.messages.length && !own.removed) store.save(own);
   if (chat !== own) return;
   showAll();
-  if (found.error) tellError(found.error, () => { if (chat === own) regenerate(); });
+  if (!found.error) return;
+  tellError(found.error, () => {
+    selectTab("chat");
+    if (chat === own) regenerate();
+  });
+  follow(true); // the banner takes some of the room
 }

@@ -85,7 +85,7 @@ async function continueText() {
   by("text-status").textContent = noteOf(found);
   by("text-undo").disabled = false;
   store.saveText(field.value);
-  if (found.error) tellError(found.error, continueText);
+  if (found.error) tellError(found.error, () => { selectTab("text"); continueText(); });
 }
 
 // ---- panels, tabs, settings

@@ -32,6 +32,7 @@ function button(text, onclick, label) {
 function renderMarkdown(target, text) {
   const fragment = DOMPurify.sanitize(marked.parse(text), { ...ALLOWED, RETURN_DOM_FRAGMENT: true });
   for (const link of fragment.querySelectorAll("a")) Object.assign(link, { target: "_blank", rel: "noopener noreferrer" });
+  for (const wide of fragment.querySelectorAll("pre, table")) wide.tabIndex = 0; // the keyboard can scroll them
   for (const block of fragment.querySelectorAll("pre")) {
     const frame = element("div", { className: "code" });
     block.replaceWith(frame);
@@ -105,6 +106,7 @@ function editElement(target, message, save, cancel) {
 
 /** The speed of an answer in words; `seconds` from the request to its last text. */
 function speed(tokens, seconds) {
-  const rate = seconds > 0 ? `${(tokens / seconds).toFixed(1)} tokens/s · ` : "";
+  const perSecond = tokens / seconds, digits = perSecond < 100 ? 1 : 0;
+  const rate = seconds > 0 ? `${perSecond.toLocaleString(undefined, { maximumFractionDigits: digits })} tokens/s · ` : "";
   return `${rate}${tokens} ${tokens === 1 ? "token" : "tokens"}`;
 }
