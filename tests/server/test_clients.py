@@ -1,5 +1,10 @@
-"""Clients that people use, against the built-in model. Those that are not installed are skipped."""
+"""Clients that people use, against the built-in model. Those that are not installed are skipped, but by
+`make slow-test`, which installs them."""
 
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +14,11 @@ import pytest
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.loading import DEMO
 from tests.server.helpers import Running
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # a dependency of pytest there
 
 # What others' code warns of is not ours to mend.
 foreign = pytest.mark.filterwarnings("ignore")
@@ -151,3 +161,23 @@ def test_schemathesis(server: Running) -> None:
         every_case_is_answered()
         checked.append(operation.label)
     assert "POST /v1/chat/completions" in checked and len(checked) >= 7
+
+
+@pytest.mark.slow
+def test_no_client_is_left_out(tmp_path: Path) -> None:
+    """In an environment of its own, lest all other tests run with the versions that these clients ask for."""
+    root = Path(__file__).parent.parent.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["serve"], *extras["clients"], *extras["test"]]
+    wanted = [each for each in wanted if not each.startswith(("bitnet-numba", "nvidia-"))]
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "fresh"], check=True)
+    python, report = tmp_path / "fresh" / "bin" / "python", tmp_path / "report.xml"
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST"))}
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    subprocess.run([*pip, *wanted], check=True, env=env)
+    tests = [python, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", f"--junitxml={report}", __file__]
+    done = subprocess.run(tests, cwd=root, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = ElementTree.parse(report).getroot()[0].attrib
+    assert results["skipped"] == "0" and int(results["tests"]) >= 10, done.stdout

@@ -13,6 +13,7 @@ import pytest
 
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.sequence import Update
+from bitnet_numba.server.service import ENCODERS
 from tests.engine.toy_backend import ToyBackend, ToyBatch, tokens_of, toy_engine
 from tests.server.helpers import Running, read_events, serving
 from tests.server.slow_model import CHAT, HEAD, SLOW, body, free, slow_engine
@@ -240,6 +241,42 @@ def test_health_answers_at_full_load(server: Running) -> None:
 
     asyncio.run(asyncio.wait_for(load(), 120))
     server.wait_until(lambda: free(server))
+    assert sorted(seconds)[len(seconds) // 2] < 0.1, seconds
+
+
+def test_health_needs_no_turn_of_the_engine(slow: tuple[Running, ToyBackend]) -> None:
+    """Nor of the threads that encode prompts: it is answered while all of them stand still."""
+    running, backend = slow
+    go_on, choose = threading.Event(), backend.choose
+    held = threading.Barrier(2 + ENCODERS)
+
+    def hold(*arguments: Any) -> int:
+        held.wait(10)
+        assert go_on.wait(30)
+        return choose(*arguments)
+
+    def encode() -> None:
+        held.wait(10)
+        assert go_on.wait(30)
+
+    with ThreadPoolExecutor(1) as pool:
+        backend.choose = hold  # type: ignore[method-assign]
+        answer = pool.submit(running.post, CHAT, body(max_tokens=1))
+        running.wait_until(lambda: running.service.running == 1)
+        for _ in range(ENCODERS):
+            running.service._encoders.submit(encode)
+        held.wait(10)
+        seconds = []
+        try:
+            for _ in range(101):
+                began = time.perf_counter()
+                assert running.client.get("/health").json()["status"] == "ok"
+                seconds.append(time.perf_counter() - began)
+            assert running.client.get("/metrics").status_code == running.client.get("/v1/models").status_code == 200
+            assert not answer.done()
+        finally:
+            go_on.set()
+        assert answer.result(30).status_code == 200
     assert sorted(seconds)[len(seconds) // 2] < 0.1, seconds
 
 
