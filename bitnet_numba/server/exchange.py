@@ -61,6 +61,8 @@ class Exchange:
 
     async def body(self, kind: type[AnyBody], max_size: int, timeout: float) -> AnyBody:
         """The body as a model. Raises ApiError if it is none, too large or too late, ClientLeft if it never comes."""
+        if self.header(b"content-encoding") not in (None, "", "identity"):
+            raise ApiError(415, "compressed bodies are not supported", code="unsupported_encoding")
         length = self.header(b"content-length")
         too_large = ApiError(413, f"the body has more than {max_size:,} bytes", code="body_too_large")
         if length is not None and length.isdigit() and int(length) > max_size:

@@ -33,7 +33,7 @@ async def model(service: Service, exchange: Exchange) -> None:
     """One model. Raises ApiError if it is not served here."""
     name = exchange.scope["path_params"]["model"]
     if name not in service.settings.models:
-        raise ApiError(404, f"there is no model {name!r} here", code="model_not_found")
+        raise ApiError(404, f"there is no model {name!r} here", param="model", code="model_not_found")
     await exchange.json(_model(service, name))
 
 

@@ -1,5 +1,6 @@
 """Whatever a client sends, the answer is an error in OpenAI's form that names the field, and the server goes on."""
 
+import gzip
 import json
 from typing import Any
 
@@ -199,6 +200,26 @@ def test_paths_and_methods(server: Running) -> None:
     ):
         response = server.client.request(method, path)
         assert response.status_code == status and path in response.json()["error"]["message"]
+
+
+def test_a_path_that_is_nearly_right_is_told(server: Running) -> None:
+    near = {
+        "/chat/completions": ", but /v1/chat/completions",
+        "/v1/v1/models": ", but /v1/models",
+        "/health/": ", but /health",
+        "/v1": "",
+    }
+    for path, hint in near.items():
+        message = server.client.get(path).json()["error"]["message"]
+        assert message == f"there is no {path}{hint}"
+
+
+def test_compressed_bodies_are_refused(server: Running) -> None:
+    content = gzip.compress(json.dumps(HELLO).encode())
+    response = server.client.post(CHAT, content=content, headers={"content-encoding": "gzip"})
+    assert response.status_code == 415 and "compressed" in response.json()["error"]["message"]
+    plain = {"content": json.dumps(HELLO), "headers": {"content-encoding": "identity"}}
+    assert server.client.post(CHAT, **plain).status_code == 200
 
 
 JSON = st.recursive(
