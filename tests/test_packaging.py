@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 
 import bitnet_numba
+from tests.server.helpers import free_port
+from tests.server.test_deployment import dockerfile
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -185,6 +188,31 @@ def test_a_wheel_installs(wheel: Path, minor: int, tmp_path: Path) -> None:
     use(inside, tmp_path, env)
     everything = "import bitnet_numba as bn; [getattr(bn, name) for name in bn.__all__ if 'w2a8' not in name]"
     subprocess.run([inside, "-W", "error", "-c", everything], check=True, env=env, cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_what_the_image_runs(wheel: Path, tmp_path: Path) -> None:
+    """The Dockerfile's installation in an environment instead of an image; what it starts becomes healthy, and ends."""
+    steps, folder = dockerfile(), tmp_path / "copied"
+    folder.mkdir()
+    shutil.copy(wheel, folder)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "image"], check=True)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    env |= {"PATH": f"{tmp_path}/image/bin{os.pathsep}{env['PATH']}", "HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+    copied = dict(steps)["COPY"].split()[1]
+    subprocess.run(["sh", "-ec", steps[2][1].replace(copied, f"{folder}/")], check=True, env=env, cwd=tmp_path)
+    port, given = str(free_port()), dict(steps)
+    command = [*json.loads(given["ENTRYPOINT"]), "--port", port, "--threads", "1"]
+    health = json.loads(given["HEALTHCHECK"].partition(" CMD ")[2].replace(given["EXPOSE"], port))
+    with subprocess.Popen(command, env=env, cwd=tmp_path) as server:
+        until = time.monotonic() + 300
+        try:
+            while subprocess.run(health, env=env, cwd=tmp_path, capture_output=True).returncode:
+                assert server.poll() is None and time.monotonic() < until
+                time.sleep(1)
+        finally:
+            server.terminate()
+        assert server.wait(60) == 0
 
 
 def find_python(minor: int) -> str | None:
