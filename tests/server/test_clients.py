@@ -1,10 +1,12 @@
 """Clients that people use, against the built-in model. Those that are not installed are skipped, but by
 `make slow-test`, which installs them."""
 
+import asyncio
 import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,18 @@ def test_openai_stream_that_is_left(client: openai.OpenAI, server: Running) -> N
     server.wait_until(lambda: server.service.open == 0)
 
 
+@pytest.fixture
+def event_loop() -> Iterator[None]:
+    """One that is closed after the test: Python's garbage collector would complain of it in a later one."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    yield
+    asyncio.set_event_loop(None)
+    loop.close()
+
+
 @foreign
+@pytest.mark.usefixtures("event_loop")
 def test_litellm(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would ask the network
     litellm = pytest.importorskip("litellm")

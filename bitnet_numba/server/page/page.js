@@ -43,7 +43,7 @@ async function connect() {
     tellError(error, connect);
     return;
   }
-  document.title = model.id;
+  document.title = by("model").title = model.id;
   by("model").replaceChildren(model.id, element("small", { textContent: `on ${model.backend}` }));
   if (model.dimensions) {
     showGuide(model);
