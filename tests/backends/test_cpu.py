@@ -369,14 +369,19 @@ def test_threads_follow_the_affinity_of_the_process(monkeypatch: pytest.MonkeyPa
         assert cpu.default_threads() == 1
 
 
-def test_answers_are_those_of_the_reference() -> None:
+def test_answers_are_as_likely_as_the_reference_finds_them() -> None:
+    # Sampled answers themselves may part where two tokens are nearly as likely: int8 activations round either way.
     question = [{"role": "user", "content": "Tell me a story about a fox and a lantern."}]
-    answers = [
-        [bn.load(None, name).generate(question, params, max_new_tokens=60).text for name in ("cpu", "reference")]
-        for params in (SamplingParams(), SamplingParams(0.8, 0.9, seed=1))
-    ]
-    for ours, theirs in answers:
-        assert ours[:40] == theirs[:40]
+    llm, reference = bn.load(None, "cpu"), bn.load(None, "reference")
+    prompt = llm.tokenizer.encode_chat(question)
+    for params in (SamplingParams(), SamplingParams(0.8, 0.9, seed=1)):
+        answer = llm.generate(question, params, max_new_tokens=60).token_ids
+        ours, theirs = (
+            np.array([entry.logprob for entry in scorer.score([*prompt, *answer]).logprobs[-len(answer) :]])
+            for scorer in (llm, reference)
+        )
+        assert len(ours) == 60
+        assert np.abs(ours - theirs).max() < 0.3  # 0.02 where it was seen; another token would be off by several
 
 
 def test_numba_without_its_compiler_is_told_in_one_line() -> None:
