@@ -20,6 +20,9 @@ from bitnet_numba.server.answers import Answers
 
 _log = logging.getLogger("bitnet_numba.server")
 CLOSED = "no more answers are generated"
+QUIET = (
+    0.25  # seconds without work after which rounds to come are prepared: whoever has got an answer may go on at once
+)
 
 
 class EngineLoop:
@@ -36,6 +39,7 @@ class EngineLoop:
         self._answers: dict[int, tuple[Answers, int]] = {}  # by number in the scheduler: whose, and which of them
         self._closed = False
         self._stepped_at = monotonic()  # when a step ended, or the first request came after a pause
+        self._pause = 0.0  # seconds to wait for work before rounds to come are prepared
         self._thread = threading.Thread(target=self._run, name="bitnet_numba engine", daemon=True)
         self._thread.start()
 
@@ -99,7 +103,7 @@ class EngineLoop:
         try:
             while not self._closed and self._wait():
                 updates = self._scheduler.step(coalesce=self._coalesce)
-                self._stepped_at = monotonic()
+                self._stepped_at, self._pause = monotonic(), QUIET
                 if not self._scheduler.closed:
                     self._deliver(updates, self._answers)
                 elif not self._start_again(updates):
@@ -114,7 +118,9 @@ class EngineLoop:
             self._end_all(SchedulerClosed(CLOSED))
 
     def _wait(self) -> bool:
-        """Prepares what rounds to come will need while there is nothing to do, and then waits; False: for good."""
+        """Waits for work, and prepares what rounds to come will need while there is none; False: for good."""
+        if self._pause and self._scheduler.wait(self._pause):
+            return True
         while not self._closed and not self._scheduler.busy and self._scheduler.prepare():
             pass
         return self._scheduler.wait()

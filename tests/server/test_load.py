@@ -13,6 +13,7 @@ import pytest
 
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.sequence import Update
+from bitnet_numba.server.engine_loop import QUIET
 from bitnet_numba.server.service import ENCODERS
 from tests.engine.toy_backend import ToyBackend, ToyBatch, tokens_of, toy_engine
 from tests.server.helpers import Running, read_events, serving
@@ -316,7 +317,7 @@ def test_a_mistake_in_the_engines_thread_leaves_nobody_waiting(slow: tuple[Runni
 
 
 def test_rounds_are_prepared_while_nobody_asks() -> None:
-    """And a request that comes meanwhile does not wait for all of that."""
+    """And a request that comes meanwhile, or soon after an answer, does not wait for all of that."""
     backends: list[ToyBackend] = []
     entered, go_on = threading.Event(), threading.Event()
 
@@ -326,7 +327,10 @@ def test_rounds_are_prepared_while_nobody_asks() -> None:
         backends.append(backend)
         return engine
 
+    prepared_at: list[float] = []
+
     def prepare(self: ToyBatch) -> bool:
+        prepared_at.append(time.monotonic())
         self.to_prepare -= 1
         if self.to_prepare == 990:
             entered.set()
@@ -342,13 +346,17 @@ def test_rounds_are_prepared_while_nobody_asks() -> None:
             assert engine_loop is not None
             running.wait_until(lambda: engine_loop._scheduler.waiting == 1)
             (batch,) = backends[0].batches
-            steps_left: list[int] = []
+            steps_left: list[tuple[int, float]] = []
             step = batch.step
-            patch.setattr(batch, "step", lambda slots: (steps_left.append(batch.to_prepare), step(slots)))
+            patch.setattr(
+                batch, "step", lambda slots: (steps_left.append((batch.to_prepare, time.monotonic())), step(slots))
+            )
             go_on.set()
             assert response.result(30).status_code == 200
             running.wait_until(lambda: batch.to_prepare == -1)
-    assert steps_left and set(steps_left) == {990}
+    assert {left for left, _ in steps_left} == {990}
+    last_step = steps_left[-1][1]
+    assert min(at for at in prepared_at if at > last_step) >= last_step + QUIET
 
 
 def test_streams_are_coalesced() -> None:
