@@ -48,6 +48,7 @@ from bitnet_numba.kernels.ptx.math import (
     sqrt_rn,
     to_bf16,
     udiv,
+    widen_positive,
 )
 from bitnet_numba.kernels.ptx.memory import (
     atomic_add_f32,
