@@ -36,6 +36,10 @@ blocks that share a token's part: block x of n takes splits x, x + n, ..., and t
 counter, left zero) adds up the splits. `work_list` says which token and x and n a block has, so that one long context
 among many short ones does not give blocks to all of them.
 
+For up to four tokens a cluster of four blocks takes the place of a block of sixteen warps, which would need a whole SM:
+each has four warps, and finds room while the launch before still runs. A stripe's result goes to the block that adds up
+its head, through distributed shared memory; so the order stays, and so do the bits.
+
 Order between kernels: `work_list`, `slot_positions`, the block table and earlier tokens are read before `pdl_wait`;
 afterwards `slot_positions` is read again, past L1, and if it has changed all is loaded again. `qkv` is read afterwards.
 Then new tokens are stored, each by one block, where no block of the launch reads for its result. All that asks that
@@ -90,6 +94,7 @@ from bitnet_numba.kernels.attention.parts import (
     RopeTables,
     SplitScratch,
     check_head,
+    finite_or_inf,
     heads_per_block,
     make_store_out,
     make_term_functions,
@@ -114,6 +119,7 @@ SPLIT_STEP = 64  # tokens that a long context's splits are a multiple of
 PREFETCH = 8  # partial results that a thread has in flight
 TOKEN_BITS = 12  # of a work list's entry: the token; then 8 bits each for which of its blocks this is, and of how many
 MAX_TOKENS = 1 << TOKEN_BITS
+CLUSTER, CLUSTER_ARCH, CLUSTER_TOKENS = 4, 90, 4  # blocks that share stripes, for so few tokens; measured on an H200
 BLOCKS_PER_SM = {64: 5, 128: 3, 256: 2, 512: 1}  # resident blocks of so many threads that registers allow
 
 
@@ -167,6 +173,12 @@ def threads_for(arch: int, head_dim: int, blocks: int, num_sms: int, dtype: KVDt
     return min(choice, 256) if padded else choice
 
 
+def cluster_for(arch: int, num_tokens: int, blocks: int, num_sms: int) -> int:
+    """Blocks of a cluster that share the stripes of a token's part, where `blocks` in all would leave SMs idle."""
+    fits = num_tokens <= CLUSTER_TOKENS and CLUSTER * blocks <= BLOCKS_PER_SM[STRIPES * WARP // CLUSTER] * num_sms
+    return CLUSTER if arch == CLUSTER_ARCH and fits else 1
+
+
 @device_function
 def _next_tile(tile: int, start: int, end: int, next_first: int, warps: int) -> int:
     """The tile that a warp takes after `tile` of the split start .. end - 1: the stripe's next, or its next stripe's
@@ -181,10 +193,11 @@ def _next_tile(tile: int, start: int, end: int, next_first: int, warps: int) -> 
 
 
 def make_paged_decode(
-    arch: int, head_dim: int, group: int, heads: int, threads: int, dtype: KVDtype, min_split: int
+    arch: int, head_dim: int, group: int, heads: int, threads: int, dtype: KVDtype, min_split: int, cluster: int = 1
 ) -> Callable[..., None]:
     """The kernel for a head size and a number of query heads per key-value head, `heads` (at most MMA_HEADS, a divisor)
-    of them a block. `min_split` tokens of a split (a multiple of 64) other than this module's only in tests."""
+    of them a block. `min_split` tokens of a split (a multiple of 64) other than this module's only in tests. cluster:
+    blocks that share the stripes, each with its warps."""
     wait, release = ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
     F8, LANE = dtype == "float8", 16 // KV_BYTES[dtype]  # dimensions in 16 bytes
     half = half_functions("float16" if F8 else dtype)
@@ -200,8 +213,9 @@ def make_paged_decode(
     WORDS = token_words(D, dtype)
     HEADS = heads
     HEAD_BLOCKS = group // HEADS
-    WARPS = threads // WARP
-    if STRIPES % WARPS:
+    CLUSTER, BLOCK_WARPS = cluster, threads // WARP
+    WARPS = CLUSTER * BLOCK_WARPS  # of a cluster
+    if STRIPES % WARPS or CLUSTER > 1 and WARPS != STRIPES:
         raise ValueError(f"{STRIPES} stripes cannot be shared by {WARPS} warps evenly")
     L, Q = -(-D // (4 * LANE)), -(-D // (8 * LANE))  # 16-byte loads of each lane for a token's key, and for its value
     DP = partial_dims(D, LANE)  # dimensions with padding, in shared memory and in partial results
@@ -212,14 +226,17 @@ def make_paged_decode(
     K_REGS, V_REGS, O_REGS = 8 * L, 16 * Q, 2 * LANE * Q
     VECTORS = MMA_HEADS + 2  # made before the scores: queries, new key, new value
     Q_WORDS, VECTOR_ROUNDS = LANE // 4 * L * WARP * 4, -(-VECTORS * DP // 2 // threads)
-    SCALE_ROUNDS, DIM_ROUNDS = -(-2 // WARPS), DP // WARP
+    SCALE_ROUNDS, DIM_ROUNDS = -(-2 // BLOCK_WARPS), DP // WARP
     QUARTERS = LANE // 4  # of a lane's dimensions of a load: four neighbouring ones
     ROTATIONS, PADS = -(-VECTORS * HALF // threads), VECTORS * (DP - D)
     ANGLES = 1 if threads % HALF == 0 else ROTATIONS  # that a thread meets
     STRIDE = DP + 4  # keeps the heads' sums in different banks
-    ACC_FLOATS, STATS = STRIPES * MMA_HEADS * STRIDE, STRIPES * MMA_HEADS
+    HEADS_KEPT = -(-MMA_HEADS // CLUSTER)  # whose stripes' sums a block holds
+    ACC_FLOATS, STATS = max(STRIPES * HEADS_KEPT * STRIDE, VECTORS * DP), STRIPES * MMA_HEADS
     PREFETCH_REGS, X_REGS = 4 * PREFETCH, 2 * ROTATIONS
-    HEAD_ROUNDS, OUTPUTS = -(-HEADS // WARPS), -(-HEADS * DP // 4 // threads)
+    HEAD_ROUNDS, OUTPUTS = -(-HEADS // BLOCK_WARPS), -(-HEADS * DP // 4 // threads)
+    OWN_HEADS = -(-HEADS // CLUSTER)  # that a block of a cluster adds up
+    OWN_ROUNDS, DIMS = -(-OWN_HEADS // BLOCK_WARPS), -(-OWN_HEADS * DP // threads)
     MIN_SPLIT_TILES, STEP_TILES = min_split // TILE_TOKENS, SPLIT_STEP // TILE_TOKENS
     STEP_SHIFT = (MAX_SPLITS * SPLIT_STEP).bit_length() - 1
     PAGE_TILES, PAGE_TILE_BITS = PAGE // TILE_TOKENS, (PAGE // TILE_TOKENS).bit_length() - 1
@@ -263,7 +280,7 @@ def make_paged_decode(
     def find_scales(new_scale_s, acc_s, warp, lane):
         """Of float8: the scales of the new key and value."""
         for n in range(SCALE_ROUNDS):
-            h = int32(warp + n * WARPS)
+            h = int32(warp + n * BLOCK_WARPS)
             if h < 2:
                 largest = int32(0)
                 for i in range(DIM_ROUNDS):
@@ -323,12 +340,13 @@ def make_paged_decode(
                 o_r[n], o_r[n + 1], o_r[n + 2], o_r[n + 3] = o0, o1, o2, o3
 
     @device_function
-    def weigh_stripes(max_s, sum_s, row_sum_s, stats, stripes, num_splits, split_wr, warp, lane):
+    def weigh_stripes(max_s, sum_s, row_sum_s, stats, stripes, num_splits, split_wr, rank, warp, lane):
         """Each stripe's weight into max_s, each head's sum over the stripes into row_sum_s; maximum and sum to
-        stats."""
-        for n in range(HEAD_ROUNDS):
-            h = int32(warp + n * WARPS)
-            if h < HEADS:
+        stats. Of a cluster, a block has every CLUSTER-th head."""
+        for n in range(OWN_ROUNDS):
+            own = int32(warp + n * BLOCK_WARPS)
+            h = int32(rank + own * CLUSTER)
+            if own < OWN_HEADS and h < HEADS:
                 row_max = max_s[lane * MMA_HEADS + h] if lane < stripes else MINUS_INF
                 row_sum = sum_s[lane * MMA_HEADS + h] if lane < stripes else ZERO
                 largest = ptx.warp_max(row_max)
@@ -365,6 +383,30 @@ def make_paged_decode(
                     store_out(out, wr, d, b0, b1, b2, b3, inverse)
 
     @device_function
+    def store_heads(
+        acc_s, max_s, row_sum_s, partials, out, stripes, num_splits, split_wr, token, head_block, num_kv_heads, rank,
+        tid
+    ):  # fmt: skip
+        """As `store_split`, of this block's heads, a dimension a thread."""
+        for n in range(DIMS):
+            i = int32(tid + n * threads)
+            own = ptx.udiv(i, int32(DP))
+            d, h = int32(i - own * DP), int32(rank + own * CLUSTER)
+            if own < OWN_HEADS and h < HEADS:
+                b = ZERO
+                for s in range(STRIPES):  # without branches, so that all loads are under way at once
+                    stripe = min(int32(s), int32(stripes - 1))
+                    x = acc_s[(stripe * HEADS_KEPT + own) * STRIDE + d]
+                    added = b + max_s[stripe * MMA_HEADS + h] * x
+                    b = added if s < stripes else b
+                if num_splits > 1:
+                    partials[(split_wr + h) * DP + d] = b
+                elif d < D:
+                    inverse = ptx.div_rn(ONE, row_sum_s[h])
+                    wr = (token * (num_kv_heads * group) + head_block * HEADS + h) * D + d
+                    out[wr] = finite_or_inf(b * inverse)
+
+    @device_function
     def combine_splits(
         acc_s,
         row_sum_s,
@@ -383,7 +425,7 @@ def make_paged_decode(
     ):
         """The output from every split's partial result."""
         for n in range(HEAD_ROUNDS):
-            h = int32(warp + n * WARPS)
+            h = int32(warp + n * BLOCK_WARPS)
             if h < HEADS:
                 row_max, row_sum = MINUS_INF, ZERO
                 if lane < num_splits:
@@ -451,13 +493,16 @@ def make_paged_decode(
         release()
         tid = int32(cuda.threadIdx.x)
         warp, lane = int32(tid >> 5), int32(tid & 31)
+        head_block, rank, stripe_warp = int32(cuda.blockIdx.y), int32(0), warp
+        if CLUSTER > 1:
+            head_block, rank = int32(cuda.blockIdx.y // CLUSTER), int32(cuda.blockIdx.y % CLUSTER)
+            stripe_warp = int32(rank * BLOCK_WARPS + warp)
         g, c = int32(lane >> 2), int32(lane & 3)
         entry = work_list[cuda.blockIdx.x]
         if entry < 0:
             return
         # How many blocks the token has is read again where it is used: no register is left to keep it in.
         token, split = int32(entry & MAX_TOKENS - 1), int32(entry >> TOKEN_BITS & 255)
-        head_block = int32(cuda.blockIdx.y)
         kv = head_block if HEAD_BLOCKS == 1 else ptx.udiv(head_block, int32(HEAD_BLOCKS))
         index = int32(token * num_kv_heads * HEAD_BLOCKS + head_block)
         base = int32(kv * head_words)
@@ -473,7 +518,7 @@ def make_paged_decode(
             split_tiles = max(int32(MIN_SPLIT_TILES), int32(((pos >> STEP_SHIFT) + 1) * STEP_TILES))
             start = int32(split * split_tiles)
             end = min(int32(start + split_tiles), tiles)
-            current = int32(start + warp)
+            current = int32(start + stripe_warp)
             pages = int32(slot * block_table_stride)
             if current < end:
                 page = int64(block_table[pages + (current >> PAGE_TILE_BITS)])
@@ -507,7 +552,7 @@ def make_paged_decode(
             return
         num_splits = ptx.udiv(int32(tiles + split_tiles - 1), split_tiles)
         # Of the blocks that have this key and value, the token's first stores them.
-        stores = split == 0 and (HEAD_BLOCKS == 1 or head_block == kv * HEAD_BLOCKS)
+        stores = split == 0 and rank == 0 and (HEAD_BLOCKS == 1 or head_block == kv * HEAD_BLOCKS)
         new_page = int32(0)
         if stores:
             new_page = int32(block_table[pages + ((tiles - 1) >> PAGE_TILE_BITS)])
@@ -550,12 +595,15 @@ def make_paged_decode(
                         values[wr] = stored
         cuda.syncthreads()
 
+        joined = CLUSTER == 1  # whether the cluster's other blocks are known not to use acc_s for vectors any more
+        if CLUSTER > 1:
+            ptx.cluster_arrive()
         while split < num_splits:
             start = int32(split * split_tiles)
             end = min(int32(start + split_tiles), tiles)
             split_after = int32(split + (work_list[cuda.blockIdx.x] >> TOKEN_BITS + 8))
             # A warp's first tile of the next split; of splits, only a context's last can have warps without a tile.
-            next_first = int32(split_after * split_tiles + warp) if split_after < num_splits else tiles
+            next_first = int32(split_after * split_tiles + stripe_warp) if split_after < num_splits else tiles
             row_max, row_sum, fresh = MINUS_INF, ZERO, True
             for i in range(O_REGS):
                 o_r[i] = ZERO
@@ -623,14 +671,23 @@ def make_paged_decode(
                     load_values(v_r, values, at + v_lane, ahead, g, c)
                 fresh = int32(current + STRIPES) >= end
                 if fresh:
-                    stripe = warp if WARPS == STRIPES else int32((current - start) & (STRIPES - 1))
+                    stripe = stripe_warp if WARPS == STRIPES else int32((current - start) & (STRIPES - 1))
                     # The stripe's result. Lanes c and c + 2 have the terms of the same two heads: each adds up one.
                     row_sum += ptx.shuffle_xor(row_sum, 1)
                     row_sum += ptx.shuffle_xor(row_sum, 2)
+                    if CLUSTER > 1 and not joined:
+                        ptx.cluster_wait()
+                        joined = True
                     if c == 0 and g < MMA_HEADS:
-                        max_s[stripe * MMA_HEADS + g] = row_max
-                        sum_s[stripe * MMA_HEADS + g] = row_sum
-                    to = (stripe * MMA_HEADS + (c & 1) * 2 + (c >> 1)) * STRIDE + LANE * g
+                        at = stripe * MMA_HEADS + g
+                        if CLUSTER > 1:
+                            ptx.cluster_store_f32(max_s, ptx.shared_address(max_s, at), g % CLUSTER, row_max)
+                            ptx.cluster_store_f32(sum_s, ptx.shared_address(sum_s, at), g % CLUSTER, row_sum)
+                        else:
+                            max_s[at] = row_max
+                            sum_s[at] = row_sum
+                    head = int32((c & 1) * 2 + (c >> 1))
+                    to = (stripe * HEADS_KEPT + head // CLUSTER) * STRIDE + LANE * g
                     upper = c >= 2
                     for i in range(O_REGS // 4):  # two neighbouring dimensions
                         n = 4 * i
@@ -641,36 +698,57 @@ def make_paged_decode(
                             o_r[2 * i], o_r[2 * i + 1] = o_r[2 * i] * OUT_FACTOR, o_r[2 * i + 1] * OUT_FACTOR
                     for i in range(O_REGS // 8):
                         wr = to + (i // QUARTERS * (8 * LANE) + i % QUARTERS * 4)
-                        ptx.store4(acc_s, wr, o_r[4 * i], o_r[4 * i + 1], o_r[4 * i + 2], o_r[4 * i + 3])
+                        o0, o1, o2, o3 = o_r[4 * i], o_r[4 * i + 1], o_r[4 * i + 2], o_r[4 * i + 3]
+                        if CLUSTER > 1:  # to the block that adds up this head
+                            owner = int32(head % CLUSTER)
+                            ptx.cluster_store4_f32(acc_s, ptx.shared_address(acc_s, wr), owner, o0, o1, o2, o3)
+                        else:
+                            ptx.store4(acc_s, wr, o0, o1, o2, o3)
                     row_max, row_sum = MINUS_INF, ZERO
                     for i in range(O_REGS):
                         o_r[i] = ZERO
                 current = following
 
             # The stripes meet.
-            cuda.syncthreads()
             stripes = min(int32(end - start), int32(STRIPES))
             split_wr = (int64(index) * max_splits + split) * HEADS
-            weigh_stripes(max_s, sum_s, row_sum_s, stats, stripes, num_splits, split_wr, warp, lane)
-            cuda.syncthreads()
-            store_split(
-                acc_s,
-                max_s,
-                row_sum_s,
-                partials,
-                out,
-                stripes,
-                num_splits,
-                split_wr,
-                token,
-                head_block,
-                num_kv_heads,
-                tid,
-            )
+            if CLUSTER > 1:
+                if not joined:
+                    ptx.cluster_wait()
+                    joined = True
+                ptx.cluster_arrive()
+                ptx.cluster_wait()
+                weigh_stripes(max_s, sum_s, row_sum_s, stats, stripes, num_splits, split_wr, rank, warp, lane)
+                cuda.syncthreads()
+                store_heads(
+                    acc_s, max_s, row_sum_s, partials, out, stripes, num_splits, split_wr, token, head_block,
+                    num_kv_heads, rank, tid
+                )  # fmt: skip
+                if num_splits > 1:
+                    ptx.cluster_arrive()
+                    ptx.cluster_wait()
+            else:
+                cuda.syncthreads()
+                weigh_stripes(max_s, sum_s, row_sum_s, stats, stripes, num_splits, split_wr, rank, warp, lane)
+                cuda.syncthreads()
+                store_split(
+                    acc_s,
+                    max_s,
+                    row_sum_s,
+                    partials,
+                    out,
+                    stripes,
+                    num_splits,
+                    split_wr,
+                    token,
+                    head_block,
+                    num_kv_heads,
+                    tid,
+                )
             split = split_after
             if split < num_splits:
                 cuda.syncthreads()
-        if num_splits == 1:
+        if num_splits == 1 or rank > 0:
             return
 
         cuda.syncthreads()
@@ -713,7 +791,13 @@ SIGNATURE = (
 
 @cache
 def paged_decode_spec(
-    arch: int, head_dim: int, group: int, threads: int, dtype: KVDtype = DEFAULT, min_split: int = MIN_SPLIT_TOKENS
+    arch: int,
+    head_dim: int,
+    group: int,
+    threads: int,
+    dtype: KVDtype = DEFAULT,
+    min_split: int = MIN_SPLIT_TOKENS,
+    cluster: int = 1,
 ) -> KernelSpec:
     """The variant for a head size, group, threads a block (32 * a power of two up to 512) and type of the cache.
 
@@ -725,12 +809,13 @@ def paged_decode_spec(
             f"not {head_dim} on sm_{arch}"
         )
     check_head("paged_decode_attention", head_dim, group)
-    kernel = make_paged_decode(arch, head_dim, group, heads_per_block(group), threads, dtype, min_split)
+    kernel = make_paged_decode(arch, head_dim, group, heads_per_block(group), threads, dtype, min_split, cluster)
     lane_dims = 16 // KV_BYTES[dtype]
     wide = 4 * -(-head_dim // (4 * lane_dims)) + 8 * -(-head_dim // (8 * lane_dims))
-    name = f"paged_decode_attention[{head_dim}, {group}, {dtype}, {threads}, {min_split}]"
+    clustered = ", cluster" if cluster > 1 else ""
+    name = f"paged_decode_attention[{head_dim}, {group}, {dtype}, {threads}, {min_split}{clustered}]"
     blocks_per_sm = resident_blocks(arch, head_dim, threads, dtype)
-    return KernelSpec(name, kernel, SIGNATURE, threads, blocks_per_sm, wide_loads=wide)
+    return KernelSpec(name, kernel, SIGNATURE, threads, blocks_per_sm, wide_loads=wide, cluster=cluster)
 
 
 class PagedScratch(SplitScratch):
@@ -794,8 +879,13 @@ def paged_decode_attention(
         raise ValueError(f"{kernel}: {num_blocks} blocks for {num_tokens} tokens; 1 or more for up to {MAX_TOKENS}")
     head_blocks = shape.num_heads // heads_per_block(shape.group)
     threads = threads_for(device.arch, shape.head_dim, num_blocks * head_blocks, device.num_sms, cache.dtype)
-    spec = paged_decode_spec(device.arch, shape.head_dim, shape.group, threads, cache.dtype)
+    cluster = cluster_for(device.arch, num_tokens, num_blocks * head_blocks, device.num_sms)
+    if cluster > 1:
+        threads = STRIPES * WARP // cluster
+        spec = paged_decode_spec(device.arch, shape.head_dim, shape.group, threads, cache.dtype, cluster=cluster)
+    else:
+        spec = paged_decode_spec(device.arch, shape.head_dim, shape.group, threads, cache.dtype)
     _, _, _, _, block_table, block_table_stride, keys, *_ = arguments
     num_slots, max_position = block_table.size // block_table_stride, min(max_tokens, block_table_stride * PAGE)
     sizes = (shape.num_kv_heads, max_splits_of(max_tokens), num_slots, max_position, keys.size)
-    return device.launch(spec, (num_blocks, head_blocks), (*arguments, *others, *sizes), use_pdl)
+    return device.launch(spec, (num_blocks, head_blocks * cluster), (*arguments, *others, *sizes), use_pdl)

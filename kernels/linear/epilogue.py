@@ -22,11 +22,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from numba import cuda
+
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.ptx.base import device_function, float32, float64, int32
 from bitnet_numba.packing import CODE_OFFSET
 
 LARGEST = float32(3.4028234663852886e38)
+INFINITY, NOT_FINITE = float32(math.inf), 2.0**128  # what `ptx.widen_positive` makes of infinity at least
 GELU_CUBE, GELU_SLOPE = float32(0.044715), float32(-2 * math.sqrt(2 / math.pi))
 EPILOGUES = ("acc", "store", "residual", "gated")
 GROUP_EPILOGUES = EPILOGUES[1:]  # of products with group scales
@@ -49,6 +52,21 @@ def quotient(a, divisor):
     s, r = divisor
     y = ptx.clamp(ptx.mul_rn(a, r), -LARGEST, LARGEST)
     return ptx.fma_rn(ptx.fma_rn(-s, y, a), r, y)
+
+
+def make_mean_square(count: int) -> Callable[..., Any]:
+    """The device function `mean(total)`: the mean of `count` squares, rounded to float32, from their float64 sum by
+    `ptx.widen_positive`; infinity where one is infinite or NaN. By Markstein's theorem, as `quotient`: a float64
+    division is a call of 100 instructions."""
+    COUNT, RECIPROCAL = float(count), 1 / count
+
+    @device_function
+    def mean(total):
+        y = total * RECIPROCAL
+        y = cuda.fma(cuda.fma(-y, COUNT, total), RECIPROCAL, y)
+        return float32(y) if total < NOT_FINITE else INFINITY
+
+    return mean
 
 
 @device_function

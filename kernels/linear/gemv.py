@@ -7,7 +7,9 @@ integers: the codes w + 2 go into `dp4a` as they are stored, and 2 * sum(q) is t
 
 `make_gemv` makes every variant, from two choices:
     prologue   "int8": q, s and sum(q) are given;  "quantize": x, float32, is quantised here;
-               "norm": x goes through RMSNorm, then is quantised
+               "norm": x goes through RMSNorm, then is quantised;  "exact norm": the same with the roundings of
+               `quantize`, so that a batch of one gets what it would get in company (the sum of squares, in float64,
+               has another order: one in 10^8 means is rounded otherwise)
     epilogue   "acc": int32 sums, for tests;  "store": y;  "residual": y is added to what `out` holds;
                "gated": activation(y[n]) * y[n + N/2], the feed-forward's gate and up rows at once
 The vector is small, and each launch and each trip through L2 that the next kernel waits for cost more than quantising
@@ -50,10 +52,10 @@ from numba import cuda
 from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
-from bitnet_numba.kernels.linear.epilogue import EPILOGUES, make_gated, make_scaled
+from bitnet_numba.kernels.linear.epilogue import EPILOGUES, make_gated, make_mean_square, make_scaled
 from bitnet_numba.kernels.linear.operands import PackedLinear, QuantizedActivations, check_segments
 from bitnet_numba.kernels.operands import Norm, checked
-from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, int32
+from bitnet_numba.kernels.ptx.base import SHARED_ALIGN, WARP, device_function, float32, float64, int32, uint32
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.spec import KernelSpec
@@ -72,6 +74,7 @@ MAX_LOADS = 28  # of a lane in a round: 112 registers of weights
 EPSILON = float32(1e-5)  # least absmax, as in `quantize`
 INT8_MAX = float32(127)
 ROUNDER = float32(1.5 * 2**23)  # added to a small number, leaves it rounded, half to even, in the low bits
+MAGNITUDE = 0x7FFFFFFF  # of a float32's bits: all but the sign
 ALL_ONES = 0x01010101  # four bytes of 1: dp4a with it adds up four activations
 
 
@@ -101,8 +104,9 @@ def make_gemv(
     """The kernel for K columns. A block does `units` row-blocks (pairs of them for "gated") in a round, each by `parts`
     warps, in `rounds` rounds."""
     load, wait, trigger = ptx.stream_load(arch), ptx.pdl_wait(arch), ptx.pdl_trigger(arch)
+    warp_max_int = ptx.warp_max_int(arch)
     GATED, RESIDUAL, ACC = epilogue == "gated", epilogue == "residual", epilogue == "acc"
-    NORM, INT8 = prologue == "norm", prologue == "int8"
+    NORM, STRICT, INT8 = prologue in ("norm", "exact norm"), prologue == "exact norm", prologue == "int8"
     UNITS, P, ROUNDS = units, parts, rounds
     HALVES = 2 if GATED else 1
     WARPS = UNITS * HALVES * P
@@ -120,7 +124,8 @@ def make_gemv(
     Q_CHUNKS = KP // 16
     Q_LOADS = -(-Q_CHUNKS // THREADS)
     OUT_THREADS = UNITS * BLOCK_ROWS
-    PER_COLUMN = float32(1 / K)
+    PER_COLUMN, mean_of = float32(1 / K), make_mean_square(K)
+    WARP_BITS = (WARPS - 1).bit_length()
     MASK0, MASK1, MASK2, MASK3 = (np.int32(np.uint32(CODE_MASK << CODE_BITS * i).astype(np.int32)) for i in range(4))
     SHIFT1, SHIFT2, SHIFT3 = CODE_BITS, 2 * CODE_BITS, 3 * CODE_BITS
     ZERO = float32(0)
@@ -217,32 +222,59 @@ def make_gemv(
             copy_q(q_s, x, tid)
         else:
             load_x(x_r, n_r, x, tid)
-            squares = ZERO
-            absmax = ZERO
-            for i in range(X_REGS):
-                if NORM:
-                    squares = float32(squares + x_r[i] * x_r[i])
-                    absmax = max(absmax, abs(float32(n_r[i] * x_r[i])))
-                else:
-                    squares = float32(squares + x_r[i] * ZERO)  # NaN where x is not finite, which max would drop
-                    absmax = max(absmax, abs(x_r[i]))
-            squares = ptx.warp_sum(squares)
-            absmax = ptx.warp_max(absmax)
-            if lane == 0:
-                square_s[warp] = squares
-                max_s[warp] = absmax
-            cuda.syncthreads()
-            squares = ZERO
-            for i in range(WARPS):
-                squares = float32(squares + square_s[i])
-                absmax = max(absmax, max_s[i])
-            if NORM:
-                inverse = ptx.rsqrt_approx(float32(squares * PER_COLUMN + eps))
-                absmax = float32(absmax * inverse)
+            if STRICT:
+                wide_s = ptx.pointer(cuda.shared.array(WARPS, float64))
+                wide = float64(0)
+                for i in range(X_REGS):
+                    wide += ptx.widen_positive(ptx.mul_rn(x_r[i], x_r[i]))
+                for step in range(5):
+                    wide += ptx.shuffle_xor(wide, 1 << step)
+                if lane == 0:
+                    wide_s[warp] = wide
+                cuda.syncthreads()
+                source = int32(lane & ((1 << WARP_BITS) - 1))
+                wide = wide_s[source] if source < WARPS else float64(0)
+                for step in range(WARP_BITS):
+                    wide += ptx.shuffle_xor(wide, 1 << step)
+                inverse = ptx.rcp_rn(ptx.sqrt_rn(ptx.add_rn(mean_of(wide), eps)))
+                most = int32(0)  # as bits: a maximum of floats would drop NaN
                 for i in range(X_REGS):
                     x_r[i] = ptx.mul_rn(n_r[i], ptx.mul_rn(x_r[i], inverse))
+                    most = max(most, int32(ptx.float_to_bits(x_r[i]) & MAGNITUDE))
+                most = warp_max_int(most)
+                if lane == 0:
+                    max_s[warp] = ptx.bits_to_float(uint32(most))
+                cuda.syncthreads()
+                for i in range(WARPS):
+                    most = max(most, int32(ptx.float_to_bits(max_s[i])))
+                absmax = ptx.bits_to_float(uint32(most))
             else:
-                absmax = float32(absmax + squares)
+                squares = ZERO
+                absmax = ZERO
+                for i in range(X_REGS):
+                    if NORM:
+                        squares = float32(squares + x_r[i] * x_r[i])
+                        absmax = max(absmax, abs(float32(n_r[i] * x_r[i])))
+                    else:
+                        squares = float32(squares + x_r[i] * ZERO)  # NaN where x is not finite, which max would drop
+                        absmax = max(absmax, abs(x_r[i]))
+                squares = ptx.warp_sum(squares)
+                absmax = ptx.warp_max(absmax)
+                if lane == 0:
+                    square_s[warp] = squares
+                    max_s[warp] = absmax
+                cuda.syncthreads()
+                squares = ZERO
+                for i in range(WARPS):
+                    squares = float32(squares + square_s[i])
+                    absmax = max(absmax, max_s[i])
+                if NORM:
+                    inverse = ptx.rsqrt_approx(float32(squares * PER_COLUMN + eps))
+                    absmax = float32(absmax * inverse)
+                    for i in range(X_REGS):
+                        x_r[i] = ptx.mul_rn(n_r[i], ptx.mul_rn(x_r[i], inverse))
+                else:
+                    absmax = float32(absmax + squares)
             # What is not finite in x makes the sum of squares NaN, which stays: then so is all of y.
             s = ptx.mul_rn(ptx.rcp_rn(EPSILON if absmax < EPSILON else absmax), INT8_MAX)
             q_sum = quantise(q_s, x_r, s, tid)
@@ -387,7 +419,7 @@ def gemv_spec(
     signature = (
         i32,  # words
         i32 if int8 else f32,  # x
-        f32 if prologue == "norm" else types.none,  # norm
+        f32 if prologue in ("norm", "exact norm") else types.none,  # norm
         types.float32,  # eps
         f32,  # scales
         f32 if bias else types.none,  # bias
@@ -420,6 +452,7 @@ def gemv(
     norm: Norm | None = None,
     epilogue: str = "store",
     activation: str = "relu2",
+    exact: bool = False,
     spread: bool = False,
     use_pdl: bool = True,
 ) -> Launch:
@@ -429,8 +462,9 @@ def gemv(
     QuantizedActivations. NaN or infinity in x makes all of y NaN (not infinity where the norm's weight is 0).
     epilogue: "store" writes y to out, float32 [N]; "residual" adds it to out; "gated", for gate and up rows, writes
     activation(y[n]) * y[n + N/2], activation "relu2" or "silu", to out, float32 [N/2]; "acc" writes the sums of weights
-    times q to out, int32 [N]. spread: the launches around it are others, as in a decode step, so that small blocks are
-    better kept one an SM (sm_90). Arrays must be aligned to 16 bytes. Raises ValueError for operands that do not fit.
+    times q to out, int32 [N]. exact: the norm has the roundings of `quantize`. spread: the launches around it are
+    others, as in a decode step, so that small blocks are better kept one an SM (sm_90). Arrays must be aligned to 16
+    bytes. Raises ValueError for operands that do not fit.
     """
     gated, int8 = epilogue == "gated", isinstance(x, QuantizedActivations)
     if epilogue not in EPILOGUES:
@@ -450,7 +484,7 @@ def gemv(
         **inputs,
     )
     x, weight, x_scale, x_q_sum = (operands[0], None, *operands[1:]) if int8 else (*operands, None, None)
-    prologue = "int8" if int8 else "quantize" if norm is None else "norm"
+    prologue = "int8" if int8 else "quantize" if norm is None else "exact norm" if exact else "norm"
     split = plan(N, K, device.num_sms, gated)
     spec = gemv_spec(device.arch, K, split, prologue, epilogue, activation, bias is not None, spread)
     unit_count = -(-rows // BLOCK_ROWS)

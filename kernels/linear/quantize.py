@@ -27,6 +27,7 @@ from numba import cuda
 from numba.cuda import types
 
 from bitnet_numba.kernels import ptx
+from bitnet_numba.kernels.linear.epilogue import make_mean_square
 from bitnet_numba.kernels.linear.operands import QuantizedActivations
 from bitnet_numba.kernels.operands import Norm, checked
 from bitnet_numba.kernels.ptx.base import WARP, float32, float64, int32, int64, uint32
@@ -58,7 +59,8 @@ def make_quantize(arch: int, K: int, norm: bool, threads: int) -> Callable[..., 
     EARLY = norm and VALUES_EACH <= MAX_EARLY_LOADS
     W_REGS = VALUES_EACH if EARLY else EACH
     NORM, COLUMNS, STEP = norm, K, np.int32(threads)
-    ZERO, ONE, MIN_ABSMAX, Q_MAX = float32(0), float32(1), float32(EPSILON), float32(INT8_MAX)
+    ZERO, MIN_ABSMAX, Q_MAX = float32(0), float32(EPSILON), float32(INT8_MAX)
+    mean_of = make_mean_square(K)
 
     def quantize_rows(x, weight, eps, q, s, q_sum):
         square_s = ptx.pointer(cuda.shared.array(WARPS, float64))
@@ -97,10 +99,10 @@ def make_quantize(arch: int, K: int, norm: bool, threads: int) -> Callable[..., 
         if NORM:
             squares = others = float64(0)  # two sums, since an addition waits for the one before
             for i in range(0, VALUES_EACH - 1, 2):
-                squares += float64(ptx.mul_rn(v_r[i], v_r[i]))
-                others += float64(ptx.mul_rn(v_r[i + 1], v_r[i + 1]))
+                squares += ptx.widen_positive(ptx.mul_rn(v_r[i], v_r[i]))
+                others += ptx.widen_positive(ptx.mul_rn(v_r[i + 1], v_r[i + 1]))
             if VALUES_EACH % 2:
-                squares += float64(ptx.mul_rn(v_r[VALUES_EACH - 1], v_r[VALUES_EACH - 1]))
+                squares += ptx.widen_positive(ptx.mul_rn(v_r[VALUES_EACH - 1], v_r[VALUES_EACH - 1]))
             squares += others
             for step in range(5):
                 squares += ptx.shuffle_xor(squares, 1 << step)
@@ -110,8 +112,7 @@ def make_quantize(arch: int, K: int, norm: bool, threads: int) -> Callable[..., 
             squares = float64(0)
             for i in range(WARPS):
                 squares += square_s[i]
-            mean = float32(squares / float64(COLUMNS))
-            inverse = ptx.div_rn(ONE, ptx.sqrt_rn(ptx.add_rn(mean, eps)))
+            inverse = ptx.rcp_rn(ptx.sqrt_rn(ptx.add_rn(mean_of(squares), eps)))
             for t in range(ROUNDS):
                 piece = int32(tid + t * threads)
                 if EARLY:
@@ -137,7 +138,7 @@ def make_quantize(arch: int, K: int, norm: bool, threads: int) -> Callable[..., 
         for i in range(WARPS):
             most = max(most, max_s[i])
         largest = ptx.bits_to_float(uint32(most))
-        scale = ptx.mul_rn(ptx.div_rn(ONE, MIN_ABSMAX if largest < MIN_ABSMAX else largest), Q_MAX)
+        scale = ptx.mul_rn(ptx.rcp_rn(MIN_ABSMAX if largest < MIN_ABSMAX else largest), Q_MAX)
         added = int32(0)
         # No clamp: |v| * scale is at most 127 (1 + 2^-22), which rounds to 127. Padding holds zeros.
         for t in range(ROUNDS):

@@ -48,6 +48,7 @@ from bitnet_numba.kernels.ptx.math import (
     sqrt_rn,
     to_bf16,
     udiv,
+    widen_positive,
 )
 from bitnet_numba.kernels.ptx.memory import (
     atomic_add_f32,
@@ -88,6 +89,8 @@ from bitnet_numba.kernels.ptx.pdl import (
 from bitnet_numba.kernels.ptx.tma import (
     cluster_arrive,
     cluster_load,
+    cluster_store4_f32,
+    cluster_store_f32,
     cluster_wait,
     fence_proxy_async,
     mbarrier_arrive_warp,

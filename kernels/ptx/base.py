@@ -68,9 +68,9 @@ def instruction(ptx: str, result: str, operands: str, effects: bool = False) -> 
     """Makes a kernel instruction of inline PTX; under the simulator it is the decorated function, the emulation.
 
     `result` is "", one register letter, or several for a tuple; `operands` one letter for each: r int32, u uint32,
-    L int64, f float32, p an element's address (two parameters, pointer and index), s a shared array that only the
-    emulation reads (one parameter, no register). In `ptx`, $0 .. are the results, then the operands. `effects`: the
-    instruction touches memory or orders accesses, so it is never moved, merged or dropped.
+    L int64, f float32, d float64, p an element's address (two parameters, pointer and index), s a shared array that
+    only the emulation reads (one parameter, no register). In `ptx`, $0 .. are the results, then the operands.
+    `effects`: the instruction touches memory or orders accesses, so it is never moved, merged or dropped.
     """
 
     def decorate(emulation: Callable) -> Callable:
@@ -84,9 +84,9 @@ def instruction(ptx: str, result: str, operands: str, effects: bool = False) -> 
 def _asm_intrinsic(emulation: Callable, ptx: str, result: str, operands: str, effects: bool) -> Callable:
     from llvmlite import ir
 
-    llvm = {"r": ir.IntType(32), "u": ir.IntType(32), "L": ir.IntType(64), "f": ir.FloatType()}
-    numba_types = {"r": types.int32, "u": types.uint32, "L": types.int64, "f": types.float32}
-    register = {"r": "r", "u": "r", "L": "l", "f": "f", "p": "l"}
+    llvm = {"r": ir.IntType(32), "u": ir.IntType(32), "L": ir.IntType(64), "f": ir.FloatType(), "d": ir.DoubleType()}
+    numba_types = {"r": types.int32, "u": types.uint32, "L": types.int64, "f": types.float32, "d": types.float64}
+    register = {"r": "r", "u": "r", "L": "l", "f": "f", "d": "d", "p": "l"}
 
     def definition(typing_context: Any, *arguments: Any) -> Any:
         parameters, position = [], 0

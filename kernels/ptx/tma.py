@@ -249,3 +249,20 @@ def cluster_wait() -> None:
 def cluster_load(array: Any, address: Any, rank: Any) -> Any:
     """The int32 at an address in a shared array of the cluster's block of that rank. sm_90."""
     return simulated_thread().shared_of(array, int(rank))[int(address) // 4]
+
+
+@instruction(
+    "{ .reg .b32 t; mapa.shared::cluster.u32 t, $0, $1; st.shared::cluster.f32 [t], $2; }", "", "srrf", effects=True
+)
+def cluster_store_f32(array: Any, address: Any, rank: Any, value: Any) -> None:
+    """Stores a float32 at an address in a shared array of the cluster's block of that rank. sm_90."""
+    simulated_thread().shared_of(array, int(rank))[int(address) // 4] = value
+
+
+@instruction(
+    "{ .reg .b32 t; mapa.shared::cluster.u32 t, $0, $1; st.shared::cluster.v4.f32 [t], {$2, $3, $4, $5}; }", "",
+    "srrffff", effects=True,
+)  # fmt: skip
+def cluster_store4_f32(array: Any, address: Any, rank: Any, a: Any, b: Any, c: Any, d: Any) -> None:
+    """As `cluster_store_f32`, four neighbours at an address that is a multiple of 16. sm_90."""
+    simulated_thread().shared_of(array, int(rank))[int(address) // 4 :][:4] = a, b, c, d

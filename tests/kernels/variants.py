@@ -55,7 +55,15 @@ def attention_paged_decode(arch: int) -> list[KernelSpec]:
     if not paged_decode.fits(arch, shapes[0][0]):
         return []
     dtypes: tuple[KVDtype, ...] = (*HALVES, "float8")
-    return [paged_decode.paged_decode_spec(arch, *shape, dtype) for shape in shapes for dtype in dtypes]
+    clustered = [(128, 4, 128), (100, 1, 128)] if arch == paged_decode.CLUSTER_ARCH else []
+    return [
+        *(paged_decode.paged_decode_spec(arch, *shape, dtype) for shape in shapes for dtype in dtypes),
+        *(
+            paged_decode.paged_decode_spec(arch, *shape, dtype, cluster=paged_decode.CLUSTER)
+            for shape in clustered
+            for dtype in dtypes
+        ),
+    ]
 
 
 def attention_prefill(arch: int) -> list[KernelSpec]:
@@ -162,6 +170,9 @@ def linear_gemv(arch: int) -> list[KernelSpec]:
         gemv.gemv_spec(arch, 2560, gemv.plan(2560, 2560, SMS), "norm", "residual"),
         gemv.gemv_spec(arch, 2560, pair, "norm", "gated"),
         gemv.gemv_spec(arch, 6912, gemv.plan(2560, 6912, SMS), "norm", "residual"),
+        gemv.gemv_spec(arch, 2560, few, "exact norm"),
+        gemv.gemv_spec(arch, 2560, pair, "exact norm", "gated"),
+        gemv.gemv_spec(arch, 6912, gemv.plan(2560, 6912, SMS), "exact norm", "residual"),
         gemv.gemv_spec(arch, 8640, gemv.plan(3200, 8640, SMS), "quantize", "residual", bias=True),
         gemv.gemv_spec(arch, 4096, gemv.plan(28672, 4096, SMS, gated=True), "norm", "gated", "silu", bias=True),
         gemv.gemv_spec(arch, 2560, few, "int8", "acc"),

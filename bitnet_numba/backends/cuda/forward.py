@@ -12,7 +12,7 @@
 
     DecodePass       one token of one sequence: GEMV, which norms and quantises in every block
     PrefillPass      tokens of prompts: norm and quantisation in a launch of their own, then GEMM
-    BatchPass        the next token of each of many sequences: as PrefillPass, with attention over pages
+    BatchPass        the next token of each of many sequences: as PrefillPass, with attention over pages; of one, GEMV
 
 What a launch works on is read from device memory (tokens, positions, how many are real), so a pass is captured once,
 and one for 128 tokens serves 65 to 128. On sm_90 each launch starts while those before it still run, loads its weights,
@@ -44,6 +44,7 @@ from bitnet_numba.kernels.linear.quantize_groups import quantize_groups
 from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import DeviceArray
+from bitnet_numba.packing import BLOCK_COLS
 
 MAX_TOKENS = 2048  # of a pass; longer prompts take several
 EPILOGUES = {"qkv": "store", "o": "residual", "gate_up": "gated", "down": "residual"}
@@ -248,6 +249,15 @@ class BatchPass(_GemmPass):
 
     def embed(self) -> Launch:
         return self._embed(self.state.slot_ids)
+
+    def linear(self, layer: int, group: str, x: DeviceArray, norm: str, out: DeviceArray) -> list[Launch]:
+        device, weights = self.model.device, self.model.weights
+        packed = weights.linear(layer, group)
+        if self.num_tokens > 1 or isinstance(packed, GroupedLinear) or packed.K % BLOCK_COLS:
+            return super().linear(layer, group, x, norm, out)
+        given_norm = weights.layer_norm(layer, norm)  # exact: as `quantize` does it, whatever the number of tokens
+        output: Output = {"epilogue": EPILOGUES[group], "activation": self.model.config.activation}
+        return [gemv(device, packed, x, out, norm=given_norm, exact=True, spread=True, **output)]
 
     def attention(self, layer: int) -> list[Launch]:
         model, state, b, contexts = self.model, self.state, self.buffers, self._contexts

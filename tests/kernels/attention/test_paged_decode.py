@@ -29,7 +29,9 @@ from bitnet_numba.kernels.attention.kv_cache import (
 )
 from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype
 from bitnet_numba.kernels.attention.paged_decode import (
+    STRIPES,
     PagedScratch,
+    cluster_for,
     fits,
     max_splits_of,
     paged_decode_attention,
@@ -38,7 +40,7 @@ from bitnet_numba.kernels.attention.paged_decode import (
     work_entries,
 )
 from bitnet_numba.kernels.attention.parts import HeadShape, RopeTables, heads_per_block
-from bitnet_numba.kernels.ptx.base import simulated_thread
+from bitnet_numba.kernels.ptx.base import WARP, simulated_thread
 from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.reference.model import attend, rotate
@@ -63,8 +65,10 @@ def attend_to_pages(
     tokens, float32 [tokens, kv heads, D]; pages in a random order. Every token is shared by `splits` blocks,
     or every other one by fewer. Returns [len(batch), heads, D]; tokens of slot -1 as poison.
 
-    Checks that the cache then is what `append` makes of it.
+    threads: of a block; -4: of clusters of four, a warp a stripe. Checks that the cache then is what `append` makes
+    of it.
     """
+    threads, cluster = (threads, 1) if threads > 0 else (-STRIPES * WARP // threads, -threads)
     D, group, kv_heads = shape
     rng = np.random.default_rng(seed)
     heads, max_tokens = kv_heads * group, len(angles)
@@ -88,7 +92,7 @@ def attend_to_pages(
     caches = caches.reshape(*caches.shape[:3], -1)
     if dtype == "float8":
         caches = np.concatenate([caches, scales], axis=-1)
-    spec = paged_decode_spec(arch(), D, group, threads, dtype, min_split)
+    spec = paged_decode_spec(arch(), D, group, threads, dtype, min_split, cluster)
     partials, stats, arrivals = PagedScratch.sizes(len(batch), max_tokens, HeadShape(heads, kv_heads, D), dtype)
     max_splits = max_splits_of(max_tokens) * (512 // min_split)
     partials, stats = (size * (512 // min_split) for size in (partials, stats))
@@ -104,7 +108,7 @@ def attend_to_pages(
         (splits if b % 2 == 0 else int(rng.integers(1, splits + 1))) * (token[0] >= 0) for b, token in enumerate(batch)
     ]
     work_list = rng.permutation([*work_entries(shares), -1]).astype(np.int32)
-    run(spec, (len(work_list), head_blocks), [*arguments[:-4], work_list, *arguments[-4:], words[0].size])
+    run(spec, (len(work_list), head_blocks * cluster), [*arguments[:-4], work_list, *arguments[-4:], words[0].size])
     assert not scratch[2].array.any(), "the arrival counters are not zero again"
     append = append_spec(arch(), D, dtype, 32 if SIMULATED else APPEND_THREADS)
     run(append, len(batch), [*begin, *appended, *strides, heads, kv_heads], 1)
@@ -182,6 +186,29 @@ def test_simulated_paged_decode(
     shape: tuple[int, int, int], lengths: list[int], threads: int, splits: int, seed: int, dtype: KVDtype
 ) -> None:
     check_paged_decode(shape, lengths, threads, splits, 64, seed, other=(64, 1), dtype=dtype)
+
+
+@simulated
+@pytest.mark.parametrize(
+    ("shape", "lengths", "cluster", "splits", "dtype"),
+    [
+        ((8, 4, 1), [30, 66], 4, 1, "float16"),  # a head a block; a block has both splits
+        ((8, 3, 2), [0, 130], 2, 2, "bfloat16"),  # two heads of three; three splits, two of them the first block's
+        ((34, 1, 1), [65], 4, 2, "float8"),  # no head but for one block
+    ],
+)
+def test_simulated_clusters(
+    shape: tuple[int, int, int], lengths: list[int], cluster: int, splits: int, dtype: KVDtype
+) -> None:
+    check_paged_decode(shape, lengths, -cluster, splits, 64, seed=7, other=(64, 1), dtype=dtype)
+
+
+@needs_gpu
+@pytest.mark.parametrize("shape", [(128, 4, 5), (96, 1, 3), (128, 8, 2), (34, 3, 2)])
+@pytest.mark.parametrize("cluster", [2, 4])
+def test_clusters_on_gpu(shape: tuple[int, int, int], cluster: int) -> None:
+    for dtype, splits in (("float16", 1), ("bfloat16", 2), ("float8", 3)):
+        check_paged_decode(shape, [1, 0, 300, 257, 1500, 17, 5000], -cluster, splits, other=(64, 3), dtype=dtype)
 
 
 @simulated
@@ -338,6 +365,13 @@ def test_launch_checks_its_operands() -> None:
         launch(num_blocks=0)
     with pytest.raises(ValueError, match="20 heads cannot share 3 key-value heads evenly"):
         launch(shape=HeadShape(20, 3, 128))
+
+
+def test_few_tokens_take_clusters() -> None:
+    for arch_, tokens, blocks, cluster in (
+        (90, 4, 20, 4), (90, 1, 99, 4), (90, 1, 100, 1), (90, 5, 25, 1), (100, 4, 20, 1), (80, 1, 5, 1)
+    ):  # fmt: skip
+        assert cluster_for(arch_, tokens, blocks, 132) == cluster, (arch_, tokens, blocks)
 
 
 def test_splits() -> None:

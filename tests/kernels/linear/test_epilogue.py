@@ -1,17 +1,20 @@
 """The division without divisions of the GEMM by `wgmma`: the same float32 as a division, also where that is close to
-halfway between two."""
+halfway between two. And the mean of squares, likewise."""
 
 import numpy as np
 import pytest
 from numba import cuda
 from numba.cuda import types
 
-from bitnet_numba.kernels.linear.epilogue import LARGEST, quotient, reciprocal
+from bitnet_numba.kernels import ptx
+from bitnet_numba.kernels.linear.epilogue import LARGEST, make_mean_square, quotient, reciprocal
 from bitnet_numba.kernels.ptx.base import float32
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from tests.kernels.harness import SIMULATED, Out, needs_gpu, run, simulated
 
 BITS = 24  # of a float32's mantissa
+COLUMNS = 6912
+MEAN = make_mean_square(COLUMNS)
 
 
 def quotients(a, s, out, count):  # type: ignore[no-untyped-def]
@@ -65,3 +68,32 @@ def test_simulated_quotients() -> None:
 @pytest.mark.skipif(SIMULATED, reason="a million of them")
 def test_quotients_on_gpu() -> None:
     check_quotients(1_000_000, 2)
+
+
+def mean_squares(squares, out, count):  # type: ignore[no-untyped-def]
+    """The mean of 6912 numbers of which one is not 0, for each."""
+    i = cuda.grid(1)
+    if i < count:
+        out[i] = MEAN(ptx.widen_positive(squares[i]))
+
+
+def check_mean_squares(count: int, seed: int) -> None:
+    squares = (10.0 ** np.random.default_rng(seed).uniform(-34, 38, count)).astype(np.float32)
+    squares[-4:] = LARGEST, np.inf, np.nan, 0
+    out = Out(count, np.float32)
+    pointer = types.CPointer(types.float32)
+    spec = KernelSpec("mean_squares", mean_squares, (pointer, pointer, types.int32), 128)
+    run(spec, -(-count // 128), [squares, out, count])
+    expected = (squares[:-3].astype(np.float64) / COLUMNS).astype(np.float32)
+    assert np.array_equal(out.array[:-3], expected)
+    assert np.isinf(out.array[-3:-1]).all() and 0 <= out.array[-1] < 2.0**-126
+
+
+@simulated
+def test_simulated_mean_squares() -> None:
+    check_mean_squares(400, 1)
+
+
+@needs_gpu
+def test_mean_squares_on_gpu() -> None:
+    check_mean_squares(1_000_000, 2)

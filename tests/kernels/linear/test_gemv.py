@@ -80,7 +80,12 @@ def check_gemv(
     m = np.repeat(scales, segments)
     b = rng.standard_normal(N).astype(np.float32) if bias else None
 
-    normed = rms_norm(x, norm, float(EPS)) if prologue == "norm" else x
+    normed = x
+    if prologue == "norm":
+        normed = rms_norm(x, norm, float(EPS))
+    elif prologue == "exact norm":
+        mean = np.mean((x * x).astype(np.float64)).astype(np.float32)
+        normed = norm * (x * (np.float32(1) / np.sqrt(mean + EPS)))
     q, s = quantize_activations(normed)
     acc = (w.astype(np.int64) @ q.astype(np.int64)).astype(np.int32)
     y = acc.astype(np.float32) * m / s
@@ -119,8 +124,11 @@ def check_gemv(
         q_sum = np.array([q.sum(dtype=np.int32)], np.int32)
         given = QuantizedActivations(device.operand(padded(q)), device.operand(s), device.operand(q_sum))
     out = Out(rows, np.int32) if epilogue == "acc" else Out(rows, np.float32, old if epilogue == "residual" else None)
-    given_norm = Norm(device.operand(padded(norm)), float(EPS)) if prologue == "norm" else None
-    gemv(device, linear, given, device.operand(out), norm=given_norm, epilogue=epilogue, activation=activation)
+    given_norm = Norm(device.operand(padded(norm)), float(EPS)) if prologue.endswith("norm") else None
+    gemv(
+        device, linear, given, device.operand(out), norm=given_norm, epilogue=epilogue, activation=activation,
+        exact=prologue == "exact norm",
+    )  # fmt: skip
     name = device.run()
     if epilogue == "acc":
         assert np.array_equal(out.array, acc), f"{name}: {np.flatnonzero(out.array != acc)[:5]} differ"
@@ -138,6 +146,10 @@ KINDS = st.sampled_from(
         ("quantize", "gated", "relu2"),
         ("norm", "gated", "relu2"),
         ("norm", "gated", "silu"),
+        ("exact norm", "store", "relu2"),
+        ("exact norm", "residual", "relu2"),
+        ("exact norm", "gated", "relu2"),
+        ("exact norm", "gated", "silu"),
     ]
 )
 
@@ -176,9 +188,11 @@ def test_simulated_gemv(
 
 
 @simulated
-@pytest.mark.parametrize("with_norm", [True, False])
+@pytest.mark.parametrize(("with_norm", "exact"), [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_simulated_numbers_that_are_not_finite(monkeypatch: pytest.MonkeyPatch, with_norm: bool, value: float) -> None:
+def test_simulated_numbers_that_are_not_finite(
+    monkeypatch: pytest.MonkeyPatch, with_norm: bool, exact: bool, value: float
+) -> None:
     """One in a vector makes every output NaN."""
     K = 70
     monkeypatch.setattr(gemv_module, "plan", lambda *_: Plan(1, 1, 1, 1))
@@ -189,14 +203,15 @@ def test_simulated_numbers_that_are_not_finite(monkeypatch: pytest.MonkeyPatch, 
     words, scales = pack_ternary(np.ones((16, K), np.int8)), np.ones(1, np.float32)
     linear = PackedLinear(device.operand(words), device.operand(scales), (16,), K)
     norm = Norm(device.operand(np.ones(96, np.float32)), float(EPS))
-    gemv(device, linear, device.operand(x), device.operand(out), norm=norm if with_norm else None)
+    gemv(device, linear, device.operand(x), device.operand(out), norm=norm if with_norm else None, exact=exact)
     device.run(repeat=1)
     assert np.isnan(out.array).all()
 
 
 @simulated
 @pytest.mark.parametrize("size", [0.0, 1e-30, 2e-9, 4e-6, 1e-5])
-def test_simulated_tiny_after_the_norm(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("exact", [False, True])
+def test_simulated_tiny_after_the_norm(size: float, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the largest normed element is below 1e-5, q is what the reference says: smaller numbers, not 127."""
     K, rng = 70, np.random.default_rng(1)
     monkeypatch.setattr(gemv_module, "plan", lambda *_: Plan(1, 2, 1, 1))
@@ -210,7 +225,7 @@ def test_simulated_tiny_after_the_norm(size: float, monkeypatch: pytest.MonkeyPa
     device, out, scales = HarnessDevice(1), Out(16, np.float32), np.ones(1, np.float32)
     linear = PackedLinear(device.operand(pack_ternary(w)), device.operand(scales), (16,), K)
     given_norm = Norm(device.operand(padded(norm)), float(EPS))
-    gemv(device, linear, device.operand(padded(x)), device.operand(out), norm=given_norm)
+    gemv(device, linear, device.operand(padded(x)), device.operand(out), norm=given_norm, exact=exact)
     device.run(repeat=1)
     sums = w.astype(np.int32) @ q.astype(np.int32)
     assert_close(out.array, sums.astype(np.float32) / s, 2.0**-20 * np.abs(sums) / s, f"norms of {size}")
