@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from datetime import date
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,16 @@ def test_the_version_stands_in_one_place() -> None:
     assert "version" in PYPROJECT["project"]["dynamic"] and "version" not in PYPROJECT["project"]
     assert SETUPTOOLS["dynamic"]["version"] == {"attr": "bitnet_numba.__version__"}
     assert bitnet_numba.__version__[0].isdigit()
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    """A version that is out has its date there; one with .dev in it is the next one, which has none yet."""
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    version, development, _ = bitnet_numba.__version__.partition(".dev")
+    number, _, when = headings[0].partition(" ")
+    assert number == version
+    assert when == "(not released yet)" if development else date.fromisoformat(when.strip("()"))
+    assert len({heading.split()[0] for heading in headings}) == len(headings)
 
 
 def test_importing_a_package_is_light() -> None:
