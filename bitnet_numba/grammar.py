@@ -82,7 +82,7 @@ class Grammar:
 
     @classmethod
     def choice(cls, texts: Sequence[str]) -> "Grammar":
-        """One of several texts."""
+        """One of several texts. Raises RequestError unless they are a list of texts, none of them empty."""
         if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts or "" in texts:
             raise RequestError(f"choices must be a list of texts that are not empty, not {shown(texts)}")
         for text in texts:
