@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import bitnet_numba
+from tests.demo.demo_in_transformers import write_hugging_face
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -176,6 +177,46 @@ def use(python: str, folder: Path, env: dict[str, str]) -> Any:
     report = json.loads(run("doctor", "--json"))
     assert "problem" not in report["cpu"] and report["runs"]["cpu"]["tokens_per_second"] > 0
     return report
+
+
+def test_two_commands_from_a_hub_id(wheel: Path, tmp_path: Path) -> None:
+    """To a conversation, and to a client of OpenAI's: of the wheel, with what a download has left, and no network."""
+    openai = pytest.importorskip("openai")
+    pytest.importorskip("uvicorn")
+    site, hub = tmp_path / "site", tmp_path / "huggingface" / "hub" / "models--microsoft--bitnet-b1.58-2B-4T"
+    zipfile.ZipFile(wheel).extractall(site)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = hub / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text(commit)
+    write_hugging_face(snapshot)
+    for path in (ROOT / "bitnet_numba" / "demo").iterdir():
+        if not (snapshot / path.name).exists():
+            shutil.copy(path, snapshot)
+    places = {"PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
+    places |= {"HF_HOME": str(tmp_path / "huggingface"), "HF_HUB_OFFLINE": "1"}
+    places |= {"BITNET_NUMBA_MODELS": str(tmp_path / "models"), "BITNET_NUMBA_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "bitnet_numba"]
+
+    ask = [*command, "chat", "2b4t", "--backend", "reference", "--prompt", "Hello!", "--temperature", "0"]
+    said = subprocess.run(ask, cwd=tmp_path, env=os.environ | places, capture_output=True, text=True)
+    assert said.returncode == 0 and said.stdout == "Hello there! What should the story be about?\n", said.stderr
+    assert "offline" in said.stderr and "converting microsoft/bitnet-b1.58-2B-4T" in said.stderr
+
+    serve = [*command, "serve", "2b4t", "--backend", "reference", "--port", "0"]
+    with subprocess.Popen(serve, cwd=tmp_path, env=os.environ | places, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            lines = [server.stderr.readline(), server.stderr.readline()]
+            found = re.search(r"2b4t answers at (http://[\d.:]+)", lines[1])
+            assert found, lines
+            client = openai.OpenAI(base_url=f"{found[1]}/v1", api_key="none")
+            chat = [{"role": "user", "content": "Hello!"}]
+            stream = client.chat.completions.create(model="2b4t", messages=chat, temperature=0, stream=True)
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == said.stdout.strip()
+        finally:
+            server.terminate()
 
 
 @pytest.mark.slow
