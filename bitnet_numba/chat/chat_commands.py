@@ -225,8 +225,10 @@ def offered(raw: bool) -> list[Command]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The question whether a name that is nearly right was meant; empty if there is none."""
-    near = difflib.get_close_matches(name[:100].lower(), known, 1)
+    """The question whether a name that is nearly right, or begins so, was meant; empty if there is none."""
+    name, known = name[:100].lower(), list(known)
+    near = [each for each in known if len(name) > 2 and each.startswith(name)]
+    near = near or difflib.get_close_matches(name, known, 1)
     return f"did you mean {near[0]}?" if near else ""
 
 
