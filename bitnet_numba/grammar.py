@@ -118,8 +118,8 @@ def limits() -> Any:
 
 
 def library_message(text: str) -> str:
-    """One of the library's messages as a line."""
-    return printable(" ".join(text.split()), 300)
+    """One of the library's messages as a line, without its markup."""
+    return printable(" ".join(text.replace("<non-verbose/>", "").split()), 300)
 
 
 def _check_text(what: str, text: object) -> None:

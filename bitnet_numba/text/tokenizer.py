@@ -95,6 +95,9 @@ class Tokenizer:
         ends = {*stop_ids, self.eos_id, self._chat.end_of_turn if self._chat else None}
         self.stop_ids = frozenset(i for i in ends if i is not None)  # of tokens that end an answer
 
+    def __repr__(self) -> str:
+        return f"<Tokenizer: {self.size:,} tokens>"
+
     @staticmethod
     def open(
         folder: str | os.PathLike[str] | ModelFolder,
