@@ -38,6 +38,8 @@ def find_model(name: str | os.PathLike[str], revision: str | None = None) -> Pat
         raise RequestError("a revision needs a hub id, not a folder")
     if isinstance(name, str) and os.sep not in name and not is_there(name) and did_you_mean(name):
         raise CheckpointError(f"{printable(name)} does not exist{did_you_mean(name)}")
+    if os.path.isfile(name):
+        raise CheckpointError(f"{printable(str(name), 400)} is neither a folder nor a GGUF file, which ends in .gguf")
     return Path(name)
 
 
