@@ -18,7 +18,7 @@ import os
 
 TYPE_CHECKING = False  # type checkers know the name; importing typing would be most of what importing this costs
 
-__version__ = "0.2.0.dev0"  # the only place: pyproject.toml reads it from here
+__version__ = "0.2.0"  # the only place: pyproject.toml reads it from here
 
 _here = os.path.dirname(os.path.abspath(__file__))
 if not os.path.isdir(os.path.join(_here, "kernels")):

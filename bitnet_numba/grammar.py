@@ -82,7 +82,7 @@ class Grammar:
 
     @classmethod
     def choice(cls, texts: Sequence[str]) -> "Grammar":
-        """One of several texts."""
+        """One of several texts. Raises RequestError unless they are a list of texts, none of them empty."""
         if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts or "" in texts:
             raise RequestError(f"choices must be a list of texts that are not empty, not {shown(texts)}")
         for text in texts:
@@ -118,8 +118,8 @@ def limits() -> Any:
 
 
 def library_message(text: str) -> str:
-    """One of the library's messages as a line."""
-    return printable(" ".join(text.split()), 300)
+    """One of the library's messages as a line, without its markup."""
+    return printable(" ".join(text.replace("<non-verbose/>", "").split()), 300)
 
 
 def _check_text(what: str, text: object) -> None:

@@ -1,6 +1,8 @@
 """The documents: links lead somewhere, the API page is complete, and the Python in them runs."""
 
+import inspect
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,31 @@ def test_the_api_page_has_everything_public() -> None:
     documented = re.findall(r"^::: bitnet_numba\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
     # The module errors stands there with its classes, each by itself.
     assert sorted(documented) == sorted(set(bitnet_numba.__all__) - {"__version__", "errors"})
+
+
+def public_calls() -> Iterator[tuple[str, Callable[..., object]]]:
+    """Each public function, and each public method of a public class."""
+    for name in bitnet_numba.__all__:
+        value = getattr(bitnet_numba, name)
+        if inspect.isfunction(value):
+            yield name, value
+        elif inspect.isclass(value):
+            for method, function in inspect.getmembers(value, lambda member: inspect.isroutine(member)):
+                if not method.startswith("_") and str(getattr(function, "__module__", "")).startswith("bitnet_numba"):
+                    yield f"{name}.{method}", function
+
+
+def test_every_argument_is_told_or_referred_to() -> None:
+    """`generate` says "arguments as for `stream`"; whatever refers to nothing names its arguments itself."""
+    calls = dict(public_calls())
+    assert {"load", "Engine.stream", "Scheduler.add", "Tokenizer.encode", "Grammar.regex"} <= set(calls)
+    for name, call in calls.items():
+        text = call.__doc__ or ""
+        assert text, name
+        if not re.search(r"\b(as|[Ss]ee|of) (for )?`", text):
+            arguments = set(inspect.signature(call).parameters) - {"self", "overrides"}
+            told = {argument for argument in arguments if re.search(rf"\b{argument}\b", text)}
+            assert told == arguments or len(arguments) == 1, (name, arguments - told)  # one is what the text is about
 
 
 def test_every_example_is_listed() -> None:

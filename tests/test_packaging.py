@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from datetime import date
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 import bitnet_numba
+from tests.demo.demo_in_transformers import write_hugging_face
 from tests.server.helpers import free_port
 from tests.server.test_deployment import dockerfile
 
@@ -66,6 +68,16 @@ def test_the_version_stands_in_one_place() -> None:
     assert "version" in PYPROJECT["project"]["dynamic"] and "version" not in PYPROJECT["project"]
     assert SETUPTOOLS["dynamic"]["version"] == {"attr": "bitnet_numba.__version__"}
     assert bitnet_numba.__version__[0].isdigit()
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    """A version that is out has its date there; one with .dev in it is the next one, which has none yet."""
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    version, development, _ = bitnet_numba.__version__.partition(".dev")
+    number, _, when = headings[0].partition(" ")
+    assert number == version
+    assert when == "(not released yet)" if development else date.fromisoformat(when.strip("()"))
+    assert len({heading.split()[0] for heading in headings}) == len(headings)
 
 
 def test_importing_a_package_is_light() -> None:
@@ -168,6 +180,46 @@ def use(python: str, folder: Path, env: dict[str, str]) -> Any:
     report = json.loads(run("doctor", "--json"))
     assert "problem" not in report["cpu"] and report["runs"]["cpu"]["tokens_per_second"] > 0
     return report
+
+
+def test_two_commands_from_a_hub_id(wheel: Path, tmp_path: Path) -> None:
+    """To a conversation, and to a client of OpenAI's: of the wheel, with what a download has left, and no network."""
+    openai = pytest.importorskip("openai")
+    pytest.importorskip("uvicorn")
+    site, hub = tmp_path / "site", tmp_path / "huggingface" / "hub" / "models--microsoft--bitnet-b1.58-2B-4T"
+    zipfile.ZipFile(wheel).extractall(site)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = hub / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text(commit)
+    write_hugging_face(snapshot)
+    for path in (ROOT / "bitnet_numba" / "demo").iterdir():
+        if not (snapshot / path.name).exists():
+            shutil.copy(path, snapshot)
+    places = {"PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
+    places |= {"HF_HOME": str(tmp_path / "huggingface"), "HF_HUB_OFFLINE": "1"}
+    places |= {"BITNET_NUMBA_MODELS": str(tmp_path / "models"), "BITNET_NUMBA_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "bitnet_numba"]
+
+    ask = [*command, "chat", "2b4t", "--backend", "reference", "--prompt", "Hello!", "--temperature", "0"]
+    said = subprocess.run(ask, cwd=tmp_path, env=os.environ | places, capture_output=True, text=True)
+    assert said.returncode == 0 and said.stdout == "Hello there! What should the story be about?\n", said.stderr
+    assert "offline" in said.stderr and "converting microsoft/bitnet-b1.58-2B-4T" in said.stderr
+
+    serve = [*command, "serve", "2b4t", "--backend", "reference", "--port", "0"]
+    with subprocess.Popen(serve, cwd=tmp_path, env=os.environ | places, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            lines = [server.stderr.readline(), server.stderr.readline()]
+            found = re.search(r"2b4t answers at (http://[\d.:]+)", lines[1])
+            assert found, lines
+            client = openai.OpenAI(base_url=f"{found[1]}/v1", api_key="none")
+            chat = [{"role": "user", "content": "Hello!"}]
+            stream = client.chat.completions.create(model="2b4t", messages=chat, temperature=0, stream=True)
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == said.stdout.strip()
+        finally:
+            server.terminate()
 
 
 @pytest.mark.slow

@@ -15,13 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bitnet_numba.engine.loading import BACKENDS, load
 from bitnet_numba.errors import BitNetError
 from tools.demo.evaluate import below, judge, report
+from tools.docs.help_text import DefaultsFormatter
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; exit code 0 if all thresholds are met, 1 if not, 2 for a user's mistake."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=DefaultsFormatter)
     parser.add_argument("checkpoint", nargs="?", help="a packed checkpoint (default: the built-in model)")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what runs the model")
     parser.add_argument("-n", "--number", type=int, default=100, help="number of questions of each kind")

@@ -20,6 +20,7 @@ from bitnet_numba.engine.loading import load
 from bitnet_numba.engine.request import Request
 from tests.engine.soak import Soak
 from tests.engine.toy_soak import toy_soak
+from tools.docs.help_text import DefaultsFormatter
 
 PART = 1000  # events between looks at the clock
 PARTS = 50  # of an HTTP soak: a line each
@@ -27,9 +28,7 @@ PARTS = 50  # of an HTTP soak: a line each
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=DefaultsFormatter)
     parser.add_argument(
         "--backend", choices=("toy", "cpu", "reference", "cuda"), help="what computes (default: toy, with --http cpu)"
     )

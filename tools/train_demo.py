@@ -23,12 +23,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools.demo.size import Size
+from tools.docs.help_text import DefaultsFormatter
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=DefaultsFormatter)
     parser.add_argument("folder", type=Path, help="Hugging Face folder to write")
     parser.add_argument("--minutes", type=float, help="training time, from the first step on; or use --steps")
     parser.add_argument("--steps", type=int, help="number of training steps; or use --minutes")
@@ -41,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ffn", type=int, default=Size.ffn)
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is such a device)")
     parser.add_argument("--workers", type=int, help="processes that generate data (default: all cores but one)")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: on cuda")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the model (default: on cuda)")
     parser.add_argument("--report", type=int, default=50, help="steps between progress lines")
     parser.add_argument("--save-every", type=float, default=300, help="seconds between saved states; 0: never")
     parser.add_argument("--resume", action="store_true", help="continue from FOLDER/state.pt")

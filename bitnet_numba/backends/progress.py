@@ -32,7 +32,7 @@ class CompileProgress:
         self._shower = _shower
         self._on_terminal = sys.stderr is not None and sys.stderr.isatty()
         if total and not self._on_terminal and self._shower is None:
-            self._print(f"{self._text} {total} ...\n")
+            self._print(f"{self._text} 0 of {total} ...\n")
         else:
             self._show()
 

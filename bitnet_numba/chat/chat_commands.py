@@ -1,7 +1,8 @@
 """The commands of the interactive chat: one table of names, arguments, descriptions and functions."""
 
+import difflib
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from rich.text import Text
@@ -90,7 +91,8 @@ def set_option(chat: Chat, argument: str) -> None:
     name, value = name.lower().replace("_", "-"), value.strip()
     name = next((short for short, long in ALIASES.items() if long == name), name)
     if name and name not in settings:
-        raise RequestError(f"there is no setting {printable(name, 40)}: there are {', '.join(settings)}")
+        advice = did_you_mean(name, settings) or f"there are {', '.join(settings)}"
+        raise RequestError(f"there is no setting {printable(name, 40)}: {advice}")
     if value and name in SWITCHES:
         if value.lower() not in ON:
             raise RequestError(f"{name} must be on or off, not {printable(value, 40)}")
@@ -133,13 +135,17 @@ def save(chat: Chat, name: str) -> None:
 def load(chat: Chat, name: str) -> None:
     chat.conversation.load(file_path(_named(name, "chat.json")))
     console = chat.display.console
-    for message in chat.conversation.messages:
+    for i, message in enumerate(chat.conversation.messages):
         # Text for other programs stays as it is.
         thought, text = chat.conversation.split(message) if console.is_terminal else ("", message["content"])
         if thought:
             console.print(Text(f"{clean(thought)}\n", "dim"))
-        is_user = message["role"] == "user"
-        console.print(Text(f"> {clean(text)}", "bold cyan") if is_user else Text(clean(text)))
+        if message["role"] == "user":
+            console.print(Text(f"{chr(10) if i else ''}> {clean(text)}", "bold cyan"))
+            continue
+        view = chat.display.new_view()
+        view.push(clean(text))
+        view.finish()
     chat.note(f"loaded {len(chat.conversation.messages)} messages from {printable(name)}")
 
 
@@ -216,6 +222,14 @@ def offered(raw: bool) -> list[Command]:
         for c in COMMANDS
         if not c.turns
     ]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The question whether a name that is nearly right, or begins so, was meant; empty if there is none."""
+    name, known = name[:100].lower(), list(known)
+    near = [each for each in known if len(name) > 2 and each.startswith(name)]
+    near = near or difflib.get_close_matches(name, known, 1)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def find_command(word: str) -> Command | None:

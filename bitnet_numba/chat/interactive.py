@@ -8,7 +8,7 @@ from rich.text import Text
 
 from bitnet_numba.chat.attachments import unquoted
 from bitnet_numba.chat.chat import Chat
-from bitnet_numba.chat.chat_commands import RAW_SETTINGS, SETTINGS, attach, find_command, offered
+from bitnet_numba.chat.chat_commands import RAW_SETTINGS, SETTINGS, attach, did_you_mean, find_command, offered
 from bitnet_numba.chat.completer import CommandCompleter
 from bitnet_numba.chat.conversation import NO_TEMPLATE
 from bitnet_numba.chat.line_editor import open_line_editor
@@ -54,8 +54,9 @@ def handle(chat: Chat, line: str) -> bool:
         if command is None and not line.startswith("/"):
             chat.ask(unquoted(line), replacing)
         elif command is None:
-            word = printable(word, 40)
-            chat.note(f"unknown command {word}; /help lists the commands (a leading space sends the line)")
+            advice = did_you_mean(word, [known.name for known in offered(chat.conversation.raw)])
+            advice = advice or "/help lists the commands (a leading space sends the line)"
+            chat.note(f"unknown command {printable(word, 40)}; {advice}")
         elif argument.strip() and not command.argument:
             chat.note(f"{word} takes no argument: nothing was done")
         elif command.run is None:

@@ -19,7 +19,7 @@ from bitnet_numba.checkpoint.gguf_file import is_gguf
 from bitnet_numba.checkpoint.gguf_tokenizer import write_tokenizer_files
 from bitnet_numba.checkpoint.gguf_types import I2sLayout
 from bitnet_numba.checkpoint.huggingface import HuggingFaceCheckpoint
-from bitnet_numba.checkpoint.install import replacing
+from bitnet_numba.checkpoint.install import CannotWrite, replacing
 from bitnet_numba.checkpoint.packed import (
     FORMAT,
     OPTIONAL_FILES,
@@ -109,7 +109,7 @@ def convert(
             if checkpoint.folder.replaced():
                 raise CheckpointError(f"{checkpoint.folder} was replaced by another folder while it was converted")
     except OSError as error:
-        raise CheckpointError(f"cannot write {printable(str(target), 400)}: {why(error)}") from None
+        raise CannotWrite(f"cannot write {printable(str(target), 400)}: {why(error)}") from None
     except MemoryError as error:
         size = f" ({report.bytes_before / 1e6:,.0f} MB)" if report.bytes_before else ""
         reason = f": {one_line(error)}" if str(error) else ""

@@ -44,6 +44,10 @@ class BeingWritten(CheckpointError):
     """Another process is writing the folder right now."""
 
 
+class CannotWrite(CheckpointError):
+    """The folder cannot be written: its place is read-only, or the disk is full."""
+
+
 @contextlib.contextmanager
 def replacing(target: Path, check: Callable[[], object]) -> Iterator[Path]:
     """A new folder that takes the place of `target` at the end, or is deleted if anything fails.

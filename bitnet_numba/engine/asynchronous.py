@@ -208,7 +208,8 @@ class AsyncStream(AsyncIterator[str]):
         self._answer.pieces.clear()
 
     async def result(self) -> Completion:
-        """Generates to the end and returns the whole answer."""
+        """Generates to the end and returns the whole answer. Raises RequestError if the stream was closed before it
+        began, and what ended the answer if that was an error."""
         async for _ in self:
             pass
         if self.completion is None:

@@ -178,7 +178,7 @@ class Engine(OpenModel):
         timeout: float | None = None,
         **overrides: "Unpack[SamplingOverrides]",
     ) -> Completion | list[Completion]:
-        """`generate` for asyncio; see `astream`."""
+        """`generate` for asyncio: `n` as there, all other arguments and errors as for `astream`."""
         check_names("agenerate", overrides, ["n"])
         checked = read_params("agenerate", params, overrides)
         options = QueueOptions(priority, "", cache_salt, queue_timeout, timeout)
@@ -206,7 +206,8 @@ class Engine(OpenModel):
 
         A worker thread computes, so the event loop is never held up. Requests under way at the same time share one
         scheduler (see `scheduler`), which has memory only while there are any. A task that is cancelled ends its
-        answer after the step under way. Invalid parameters raise immediately, an invalid prompt at the first piece.
+        answer after the step under way. `params` and errors are those of `stream`; invalid parameters raise
+        immediately, an invalid prompt at the first piece, and QueueTimeout there after `queue_timeout`.
         """
         checked = read_params("astream", params, overrides)
         options = QueueOptions(priority, "", cache_salt, queue_timeout, timeout)

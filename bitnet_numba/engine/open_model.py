@@ -85,6 +85,8 @@ class OpenModel:
     def logits(self, token_ids: Sequence[int] | NDArray[np.integer]) -> NDArray[np.float32]:
         """The logits after each token of a text, computed in a new context: float32 [T, vocab].
 
+        token_ids: [T] integers, as `tokenizer.encode` gives them.
+
         Raises RequestError for an empty list, ids outside the vocabulary or more than the model's context holds, and
         BackendError if a number is not finite.
         """

@@ -55,7 +55,8 @@ class RequestQueue:
             if self.closed or self.draining:
                 raise SchedulerClosed(CLOSED if self.closed else DRAINING)
             if self._max_waiting is not None and self.waiting >= self._max_waiting + free_slots:
-                raise QueueFull(f"{self.waiting} requests are waiting already: try again later")
+                many = "1 request is" if self.waiting == 1 else f"{self.waiting} requests are"
+                raise QueueFull(f"{many} waiting already: try again later")
             s = Sequence(self._num_added, request, options, max_cached, replayed=replayed, quiet=quiet)
             self._num_added += 1
             self._open[s.id] = s

@@ -52,7 +52,8 @@ class Stream(Iterator[str]):
             self._pieces.close()
 
     def result(self) -> Completion:
-        """Generates to the end and returns the whole answer."""
+        """Generates to the end and returns the whole answer. Raises RequestError if the stream was closed before it
+        began."""
         for _ in self:
             pass
         if self.completion is None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from bitnet_numba.checkpoint.convert import convert
-from bitnet_numba.checkpoint.install import BeingWritten, is_there, wait_for_writer
+from bitnet_numba.checkpoint.install import BeingWritten, CannotWrite, is_there, wait_for_writer
 from bitnet_numba.checkpoint.progress import progress_bar
 from bitnet_numba.errors import CheckpointError, RequestError, printable
 from bitnet_numba.hub import store
@@ -38,6 +38,8 @@ def find_model(name: str | os.PathLike[str], revision: str | None = None) -> Pat
         raise RequestError("a revision needs a hub id, not a folder")
     if isinstance(name, str) and os.sep not in name and not is_there(name) and did_you_mean(name):
         raise CheckpointError(f"{printable(name)} does not exist{did_you_mean(name)}")
+    if os.path.isfile(name):
+        raise CheckpointError(f"{printable(str(name), 400)} is neither a folder nor a GGUF file, which ends in .gguf")
     return Path(name)
 
 
@@ -126,6 +128,8 @@ def _convert_once(model: HubModel, source: Path, target: Path, name: str) -> Non
         except BeingWritten:
             _log.warning("another process is converting %s; waiting for it", printable(name, 400))
             wait_for_writer(target)
+        except CannotWrite as error:
+            raise CheckpointError(f"{error}; set BITNET_NUMBA_MODELS to keep models in another folder") from None
         except CheckpointError:
             if not store.is_usable(model):  # else another process was faster
                 raise

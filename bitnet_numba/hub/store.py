@@ -84,7 +84,7 @@ def stored_models() -> list[StoredModel]:
     for folder in _folders(cache_folder()):
         for revision in _folders(folder):
             model = from_folders(folder.name, revision.name)
-            if model is not None:
+            if model is not None and not _is_empty(revision):  # as where a model was refused
                 found.append(_stored(model))
     return found
 
@@ -146,6 +146,12 @@ def _stored(model: HubModel) -> StoredModel:
 
 def _origin(model: HubModel) -> Path:
     return packed_folder(model).parent / "origin.json"
+
+
+def _is_empty(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return not os.listdir(folder)
+    return False  # what cannot be read may hold something
 
 
 def _folders(folder: Path) -> Iterator[Path]:

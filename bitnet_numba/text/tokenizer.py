@@ -95,6 +95,9 @@ class Tokenizer:
         ends = {*stop_ids, self.eos_id, self._chat.end_of_turn if self._chat else None}
         self.stop_ids = frozenset(i for i in ends if i is not None)  # of tokens that end an answer
 
+    def __repr__(self) -> str:
+        return f"<Tokenizer: {self.size:,} tokens>"
+
     @staticmethod
     def open(
         folder: str | os.PathLike[str] | ModelFolder,
@@ -149,6 +152,8 @@ class Tokenizer:
     def encode(self, text: str, add_bos: bool = True, max_tokens: int | None = None) -> list[int]:
         """Token ids of a text. Special tokens written in it are parsed as such; there is exactly one bos, at the start.
 
+        add_bos: False leaves it out, unless the text begins with it. max_tokens: how many there is room for.
+
         Raises RequestError if `text` is not a string, and ContextFull, before any work, if a text this long cannot fit
         into `max_tokens` tokens.
         """
@@ -181,6 +186,8 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of token ids. Ids without a token (padding of the embedding) decode to nothing.
 
+        skip_special: special tokens decode to nothing, too.
+
         Raises RequestError if `ids` are not integers.
         """
         stream = StreamDecoder(self, skip_special)
@@ -196,6 +203,7 @@ class Tokenizer:
     ) -> str:
         """The text that the template makes of [{"role": ..., "content": ...}, ...].
 
+        add_generation_prompt: the text ends where the model's answer begins.
         continue_final_message: the text ends with the last message's content, which the model goes on with.
         tools: functions that the model may call (see `text.tool_messages`); where the template does not take them, the
         system's message tells of them. thinking: whether the model thinks before it answers; None: as the template does

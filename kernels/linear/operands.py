@@ -10,7 +10,7 @@ Arrays are DeviceArrays, or anything else with `__cuda_array_interface__` (CuPy,
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -25,11 +25,11 @@ MAX_SEGMENTS = 3  # q, k and v
 class PackedLinear:
     """Ternary weights [N, K] in the packed layout (see `packing`), on a device. N is the sum of `segments`."""
 
-    words: Any  # int32 [packed_words(N, K)]
-    scales: Any  # float32 [segments]
+    words: Any = field(repr=False)  # int32 [packed_words(N, K)]
+    scales: Any = field(repr=False)  # float32 [segments]
     segments: tuple[int, ...]  # rows that share a scale, in order: (N,), (q, k, v) or (gate, up)
     K: int  # columns
-    bias: Any = None  # float32 [N]
+    bias: Any = field(default=None, repr=False)  # float32 [N]
 
     @property
     def N(self) -> int:

@@ -30,7 +30,7 @@ def test_a_terminal_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_log_gets_one_line_at_the_start_and_one_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     start = "Compiling kernels for this CPU, once: "
-    assert shown(io.StringIO(), monkeypatch, 4) == f"{start}4 ...\n{start}done\n"
+    assert shown(io.StringIO(), monkeypatch, 4) == f"{start}0 of 4 ...\n{start}done\n"
 
 
 @pytest.mark.parametrize("error", [Terminal(), io.StringIO()])

@@ -96,6 +96,8 @@ def test_set_shows_and_changes_how_answers_are_made(shown: Shown) -> None:
         ("seed x", "seed must be a whole number, random or default, not x"),
         ("stats 3", "stats must be on or off, not 3"),
         ("colour 3", "there is no setting colour: there are temperature"),
+        ("temp 3", "there is no setting temp: did you mean temperature?"),
+        ("Temprature 3", "there is no setting temprature: did you mean temperature?"),
     ):
         assert message in shown(chat, f"/set {line}") and chat.conversation.params == before
 

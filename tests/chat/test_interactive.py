@@ -78,7 +78,8 @@ def test_commands_that_cannot_be_meant_do_nothing(capsys: pytest.CaptureFixture[
         capsys.readouterr()
         assert handle(chat, line) and len(chat.conversation.messages) == 2
         assert "takes no argument" in capsys.readouterr().out
-    assert handle(chat, "/nonsense") and "unknown command /nonsense" in capsys.readouterr().out
+    assert handle(chat, "/nonsense") and "unknown command /nonsense; /help lists" in capsys.readouterr().out
+    assert handle(chat, "/Hlep me") and "unknown command /Hlep; did you mean /help?" in capsys.readouterr().out
     assert handle(chat, " ") and capsys.readouterr().out == ""
     assert handle(chat, " /nonsense") and capsys.readouterr().out == "Fine.\n"
 

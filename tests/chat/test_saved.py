@@ -34,6 +34,15 @@ def test_saved_conversations_come_back(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_loaded_conversation_is_shown_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    talk = toy_conversation()
+    ask(talk, "One?")
+    ask(talk, "Two?")
+    talk.save(tmp_path / "chat.json")
+    handle(toy_chat(), f"/load {tmp_path / 'chat.json'}")
+    assert capsys.readouterr().out.startswith("> One?\nFine.\n\n> Two?\nFine.\nloaded 4 messages")
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -389,4 +389,7 @@ def test_objects_show_themselves_in_a_few_words() -> None:
     assert repr(completion).isprintable()
     session.close()
     scheduler.close()
+    assert repr(llm.tokenizer) == "<Tokenizer: 2,000 tokens>"
+    linear = bn.PackedLinear(np.zeros(9999, np.int32), np.ones(1, np.float32), (64,), 128)
+    assert repr(linear) == "PackedLinear(segments=(64,), K=128)"
     assert repr(session) == "<Session: closed>" and repr(scheduler) == "<Scheduler: closed>"

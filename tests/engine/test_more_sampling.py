@@ -3,6 +3,7 @@ them. On every way to ask; alone as in company."""
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from bitnet_numba.errors import ContextFull, RequestError
 from bitnet_numba.sampling import sample, token_logprobs
 from bitnet_numba.sampling_params import SamplingParams
 from tests.engine.toy_backend import TOKENIZER, tokens_of, toy_engine, toy_logits
+from tests.kernels.harness import needs_gpu
 from tests.strategies import seeds, some_ids
 
 ids_below = st.integers(0, 1989)
@@ -239,6 +241,44 @@ def test_the_built_in_model_tells_log_softmax_of_its_logits(backend: str) -> Non
             np.testing.assert_allclose(*values, rtol=0, atol=atol)
     assert llm.generate(prompt, params, logprobs=None).token_ids == alone.token_ids
     assert start == alone.stats.prompt_tokens
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_options_that_bind_nothing_change_no_answer(backend: str) -> None:
+    check_idle_options(backend, tokens=5 if backend == "reference" else 16)
+
+
+@needs_gpu
+def test_options_that_bind_nothing_change_no_answer_on_gpu() -> None:
+    check_idle_options("cuda", tokens=16)
+
+
+def check_idle_options(backend: str, tokens: int) -> None:
+    """Each option goes the way of its kind, through whatever kernels that has, and leaves every token as it is."""
+    chat: list[bn.Message] = [{"role": "user", "content": "Tell me a story about a fox and a lantern."}]
+    with bn.load(DEMO, backend) as llm:
+        for params in (SamplingParams(max_new_tokens=tokens), SamplingParams(1.0, seed=5, max_new_tokens=tokens)):
+            plain = llm.generate(chat, params)
+            unused = next(i for i in range(llm.config.vocab_size) if i not in plain.token_ids)
+            idle: dict[str, Any] = {
+                "top_k": llm.config.vocab_size,
+                "top_p": float(np.nextafter(1.0, 0.0)),
+                "min_p": 1e-30,
+                "logit_bias": {unused: 0.0, plain.token_ids[0]: 0.0},
+                "presence_penalty": 1e-30,
+                "frequency_penalty": 1e-30,
+                "repetition_penalty": 1 + 1e-12,  # as float32, 1
+                "min_tokens": 1,
+                "ignore_eos": True,
+                "stop": "nothing that it says",
+                "stop_token_ids": [unused],
+                "logprobs": 3,
+                "grammar": bn.Grammar.regex("(?s).*"),
+            }
+            for name, value in idle.items():
+                assert llm.generate(chat, params, **{name: value}).token_ids == plain.token_ids, (name, params)
+            together = llm.generate_batch([chat] * len(idle), [replace(params, **{n: v}) for n, v in idle.items()])
+            assert len({tuple(answer.token_ids) for answer in together}) == 1
 
 
 @pytest.mark.parametrize("tokens", [1, 4])

@@ -60,6 +60,12 @@ def test_a_full_queue_refuses() -> None:
     assert (scheduler.running, scheduler.waiting) == (2, 3)
     with pytest.raises(QueueFull):
         scheduler.add([5])
+    one = llm.scheduler(max_sequences=1, max_waiting=1)
+    for _ in range(2):
+        one.add([5])
+    one.step()
+    with pytest.raises(QueueFull, match="^1 request is waiting already: try again later$"):
+        one.add([5])
     scheduler.cancel(4)  # leaves the queue at once
     assert scheduler.waiting == 2
     assert scheduler.add([6], max_new_tokens=2) == 5  # numbers are not lost

@@ -154,9 +154,16 @@ def test_a_model_that_cannot_run_leaves_nothing_usable(hub: list[dict[str, objec
     assert not any(stored.complete for stored in store.stored_models())
 
 
+def test_a_refusal_amid_a_conversion_leaves_nothing_to_list(hub: list[dict[str, object]], tmp_path: Path) -> None:
+    (tmp_path / "snapshots" / COMMIT / "tokenizer.json").unlink()
+    with pytest.raises(BitNetError, match="has no tokenizer"):
+        fetch.fetch(MODEL)
+    assert store.stored_models() == []
+
+
 def test_a_cache_folder_that_cannot_be_written(hub: list[dict[str, object]], models: Path) -> None:
     models.write_text("a file")
-    with pytest.raises(CheckpointError, match="^cannot write .*models"):
+    with pytest.raises(CheckpointError, match="^cannot write .*models.*; set BITNET_NUMBA_MODELS to "):
         fetch.fetch(MODEL)
 
 

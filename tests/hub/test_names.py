@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bitnet_numba.errors import RequestError
+from bitnet_numba.errors import CheckpointError, RequestError
 from bitnet_numba.hub import store
 from bitnet_numba.hub.fetch import as_hub_model, find_model
 from bitnet_numba.hub.names import KNOWN, from_folders, hub_model, looks_like_hub_id
@@ -71,6 +71,11 @@ def test_folders_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             find_model(name, "main")
     Path("owner/name").rename("owner/.name.bitnet-old")  # where a killed conversion has left it
     assert find_model("owner/name") == Path("owner/name")
+    Path("notes.txt").touch()
+    for name in ("notes.txt", Path("notes.txt")):
+        with pytest.raises(CheckpointError, match="^notes.txt is neither a folder nor a GGUF file, which ends in .gg"):
+            find_model(name)
+    assert find_model("no\0name") == Path("no\0name"), "opening it tells what is wrong"
 
 
 @pytest.mark.parametrize(

@@ -13,3 +13,5 @@ TOOLS = Path(__file__).parent.parent.parent / "tools"
 def test_help(tool: str) -> None:
     done = subprocess.run([sys.executable, TOOLS / tool, "--help"], capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("usage: ")
+    assert "(default: None)" not in done.stdout and "(default: False)" not in done.stdout
+    assert ") (default: " not in " ".join(done.stdout.split())  # told once
