@@ -49,7 +49,7 @@ def inputs_of(job, member):
 
     (int8 q [segments, M, stride], stride, bytes of a segment, float32 s and int32 sums of q [segments, MAX_TOKENS],
     prepared float32 activations). Where weights have group scales, steps stand in place of s and offsets in place of
-    sums, both [M, job.groups]; see `norm.quantize_groups`. Those of a second plane follow, and its q is that of segment 1.
+    sums, both [M, job.groups]; see `norm.quantize_groups`. A second plane's follow them, and its q is at segment 1.
     """
     if job.tokens == 1:
         base, tokens = job.own + member * job.own_stride, 1

@@ -154,8 +154,8 @@ def quantize_groups(
 ) -> Launch:
     """The launch that quantises `num_tokens` rows of K columns by groups, after an RMSNorm where `norm` is given.
 
-    x: float32 [num_tokens, K]. second: of the second plane, if there are two. Raises ValueError with the sizes if operands do not fit together, or for rows that no
-    CTA can hold.
+    x: float32 [num_tokens, K]. second: of the second plane, if there are two. Raises ValueError with the sizes if
+    operands do not fit together, or for rows that no CTA can hold.
     """
     if num_tokens < 1:
         raise ValueError(f"quantize_groups: {num_tokens} tokens; at least one is needed")

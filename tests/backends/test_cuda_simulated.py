@@ -333,7 +333,9 @@ def test_simulated_group_scales(
     convert(GOLDEN / "groups" / file, tmp_path / "packed", head=head)
     checkpoint = open_packed(tmp_path / "packed")
     assert checkpoint.embed == ("ternary" if head == "source" else "bf16")
-    checkpoint = replace(checkpoint, config=replace(checkpoint.config, num_layers=1, max_context=16, activation_planes=planes))
+    checkpoint = replace(
+        checkpoint, config=replace(checkpoint.config, num_layers=1, max_context=16, activation_planes=planes)
+    )
     context, _, expected = logits_of_two_tokens(monkeypatch, checkpoint)
     context.truncate(1)
     assert np.abs(context.logits([250]) - expected[1]).max() < (0.2 if planes == 1 else 0.01) * expected.std()

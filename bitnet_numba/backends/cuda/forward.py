@@ -181,9 +181,7 @@ class _GemmPass(ForwardPass):
         output: Output = {"epilogue": EPILOGUES[group], "activation": self.model.config.activation}
         if isinstance(packed, GroupedLinear):
             if self.model.config.activation_planes == 2:
-                return two_plane_product(
-                    device, packed, self.buffers, x, given_norm, self._num_real, out, M, **output
-                )
+                return two_plane_product(device, packed, self.buffers, x, given_norm, self._num_real, out, M, **output)
             assert isinstance(quantized, GroupedActivations)  # the model's buffers are made for its weights
             return [
                 quantize_groups(device, x, quantized, M, packed.K, norm=given_norm),
