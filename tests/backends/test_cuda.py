@@ -27,6 +27,8 @@ from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KV_DTYPES, KVDtype
 from bitnet_numba.reference import model as reference_model
 from bitnet_numba.sampling import SamplingParams, sample
+from tests.checkpoint.test_gguf import FILES as GGUF_FILES
+from tests.checkpoint.test_gguf import FOLDER as GGUF
 from tests.checkpoint.test_group_scales import FOLDER as GROUPS
 from tests.checkpoint.test_group_scales import SOURCES
 from tests.conftest import GoldenCase
@@ -198,6 +200,21 @@ def test_models_with_group_scales_agree_with_the_reference(file: str, head: Head
     checkpoint = open_packed(tmp_path / "packed")
     assert checkpoint.config.group_scales
     ids = np.random.default_rng(4).integers(0, 260, 40).tolist()
+    expected = reference_backend(checkpoint).new_context(40).logits(ids)
+    context = on_gpu(checkpoint, 40)
+    check_close(context.logits(ids), expected, 0.3, 0.05)  # a pass over a prompt
+    context.truncate(0)
+    check_close(one_by_one(context, ids), expected, 0.3, 0.05)  # decode steps
+
+
+@needs_gpu
+@pytest.mark.usefixtures("rounded_cache")
+@pytest.mark.parametrize("name", GGUF_FILES)
+def test_files_of_other_programs_agree_with_the_reference(name: str, tmp_path: Path) -> None:
+    """The first BitNet release, 2B4T, and Llama with rows of the embedding that were Q4_K."""
+    convert(GGUF / f"{name}.gguf", tmp_path / "packed")
+    checkpoint = open_packed(tmp_path / "packed")
+    ids = np.random.default_rng(5).integers(0, 260, 40).tolist()
     expected = reference_backend(checkpoint).new_context(40).logits(ids)
     context = on_gpu(checkpoint, 40)
     check_close(context.logits(ids), expected, 0.3, 0.05)  # a pass over a prompt
