@@ -2,6 +2,7 @@
 
 import errno
 import json
+import mmap
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -57,6 +58,8 @@ class TensorFile:
         self.path = ModelFile.of(path)
         self.specs: dict[str, TensorSpec] = {}
         self._offsets: dict[str, int] = {}
+        self._end = 0  # bytes of header and tensors
+        self._mapped: weakref.ref[mmap.mmap] | None = None
         try:
             self._fd = self.path.open()
             weakref.finalize(self, os.close, self._fd)
@@ -82,7 +85,9 @@ class TensorFile:
             if name == "__metadata__":
                 continue
             self.specs[name] = TensorSpec(entry["dtype"], tuple(entry["shape"]))
-            self._offsets[name] = 8 + header_size + entry["data_offsets"][0]
+            begin, end = entry["data_offsets"]
+            self._offsets[name] = 8 + header_size + begin
+            self._end = max(self._end, 8 + header_size + end)
 
     def _reopen(self) -> BinaryIO:
         """The open file as a file object, which leaves it open when it is closed."""
@@ -108,10 +113,19 @@ class TensorFile:
         if spec.nbytes == 0:
             return np.empty(spec.shape, dtype)
         try:
-            with self._reopen() as file:
-                return np.memmap(file, dtype, "r", offset, spec.shape)
+            mapped = self._map()
         except (OSError, ValueError) as error:  # ValueError: the file has become shorter
             raise self._error(name, f"({spec.nbytes / 1e6:,.0f} MB) cannot be mapped: {why(error)}") from None
+        return np.frombuffer(mapped, dtype, spec.nbytes // dtype.itemsize, offset).reshape(spec.shape)
+
+    def _map(self) -> mmap.mmap:
+        """The whole file, mapped once for all tensors, as long as one of them is in use: Python keeps a descriptor open
+        for each map, and a process may have 256 of them."""
+        mapped = self._mapped() if self._mapped else None
+        if mapped is None or os.fstat(self._fd).st_size < self._end:
+            mapped = mmap.mmap(self._fd, self._end, access=mmap.ACCESS_READ)
+            self._mapped = weakref.ref(mapped)
+        return mapped
 
     def read(self, name: str) -> NDArray[Any]:
         """The tensor as an array in memory."""

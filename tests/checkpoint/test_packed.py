@@ -1,6 +1,7 @@
 """Safetensors files and packed checkpoints: cross-checked with the safetensors library, damaged in every way."""
 
 import io
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,27 @@ def test_scales_that_are_not_positive_are_named(tiny_source: Path, tmp_path: Pat
 def test_maps_are_read_only(packed: Path) -> None:
     with pytest.raises(ValueError, match="read-only"):
         open_packed(packed).tensor("norm.weight")[0] = 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="descriptors are counted in /proc")
+def test_maps_of_all_tensors_share_a_descriptor(packed: Path) -> None:
+    tensors = TensorFile(packed / "model.safetensors")
+    before = len(os.listdir("/proc/self/fd"))
+    maps = [tensors.map(name) for name in tensors.specs]
+    assert len(maps) > 10
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def test_a_file_that_has_become_shorter(packed: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    shutil.copy(packed / "model.safetensors", path)
+    tensors = TensorFile(path)
+    first, last = list(tensors.specs)[0], list(tensors.specs)[-1]
+    kept = tensors.map(first)
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(CheckpointError, match=f"tensor {last} .* cannot be mapped"):
+        tensors.map(last)
+    assert kept.size
 
 
 @pytest.mark.parametrize("given_", [{}, {"a": np.zeros(3)}, {"b": np.zeros(2)}, {"a": np.zeros(2), "b": np.zeros(1)}])
