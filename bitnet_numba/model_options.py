@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bitnet_numba.backends.progress import shown_by
 from bitnet_numba.engine.engine import Engine
-from bitnet_numba.engine.loading import ALL_KV_DTYPES, BACKENDS, load
+from bitnet_numba.engine.loading import ACTIVATIONS, ALL_KV_DTYPES, BACKENDS, load
 from bitnet_numba.hub.fetch import as_hub_model, find_model, is_gguf
 
 MODEL_HELP = (
@@ -16,11 +16,14 @@ MODEL_HELP = (
     "that `bitnet-numba models list --known` shows; a GGUF file; or a converted model folder (default: the built-in "
     "model)"
 )
+ACTIVATIONS_HELP = (
+    "what linears read in models with group scales: int8x2 is as good as floats and takes longer (default: int8)"
+)
 KV_HELP = "type of keys and values (default: float16 on CUDA, bfloat16 on the CPU, float32 on the reference)"
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds MODEL, --revision, --backend, --threads, --kv-dtype and --context."""
+    """Adds MODEL, --revision, --backend, --threads, --kv-dtype, --activations and --context."""
     parser.add_argument("checkpoint", nargs="?", metavar="MODEL", help=MODEL_HELP)
     group = parser.add_argument_group("model")
     add_run_options(group)
@@ -33,8 +36,10 @@ def add_run_options(
     parser: argparse.ArgumentParser | argparse._ArgumentGroup,
     kv_dtypes: Sequence[str] = ALL_KV_DTYPES,
     kv_help: str = KV_HELP,
+    activations: bool = True,
 ) -> None:
-    """Adds --revision, --backend, --threads and --kv-dtype, with these choices and this help."""
+    """Adds --revision, --backend, --threads, --kv-dtype with these choices and this help, and, unless no model of the
+    command has a choice, --activations."""
     add = parser.add_argument
     add("--revision", metavar="R", help="branch, tag or commit of a model of the hub (default: main)")
     add(
@@ -50,6 +55,8 @@ def add_run_options(
         help="threads on the CPU (default: one for each physical core; on the reference, what BLAS takes)",
     )
     add("--kv-dtype", choices=kv_dtypes, help=kv_help)
+    if activations:
+        add("--activations", choices=ACTIVATIONS, help=ACTIVATIONS_HELP)
 
 
 def find_first(path: str | None, revision: str | None) -> tuple[str | Path | None, str | None]:
@@ -67,7 +74,7 @@ def open_model(args: argparse.Namespace, quiet: bool = False) -> Engine:
     """
     path, revision = find_first(args.checkpoint, args.revision)  # before the status line
     with _status("loading the model ...", quiet):
-        return load(path, args.backend, args.context, args.threads, revision, args.kv_dtype)
+        return load(path, args.backend, args.context, args.threads, revision, args.kv_dtype, args.activations)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ EPSILON = np.float32(1e-5)  # lower limit of absmean and absmax, so that all-zer
 INT8_MAX = np.float32(127)
 INT8_MIN = np.float32(-128)
 ONE = np.float32(1)
+FINER = np.float32(254)  # steps of the second int8 plane in one of the first
+SECOND_STEP = ONE / FINER
 
 
 def absmean_scale(w: NDArray[np.floating]) -> np.float32:
@@ -68,6 +70,23 @@ def quantize_groups(x: NDArray[np.floating]) -> tuple[NDArray[np.int8], NDArray[
     padded[:, :K] = x
     q, s = quantize_activations(padded.reshape(M, num_groups(K), -1))
     return np.ascontiguousarray(q.reshape(padded.shape)[:, :K]), ONE / s[..., 0]
+
+
+def quantize_groups_twice(
+    x: NDArray[np.floating],
+) -> tuple[NDArray[np.int8], NDArray[np.int8], NDArray[np.float32]]:
+    """`quantize_groups`, and what it rounds off as a second int8 plane: q2 = rint((x * s - q) * 254), half to even.
+
+    Takes activations [M, K] (computed in float32), returns q and q2 int8 [M, K] and d = 1 / s float32 [M, groups]; x is
+    about (q + q2 / 254) * d. Raises ValueError as `quantize_groups` does.
+    """
+    M, K = x.shape
+    padded = np.zeros((M, num_groups(K) * GROUP_COLS), np.float32)
+    padded[:, :K] = x
+    q, s = quantize_activations(padded.reshape(M, num_groups(K), -1))
+    q2 = np.rint((padded.reshape(q.shape) * s - q) * FINER).astype(np.int8)
+    first, second = (np.ascontiguousarray(plane.reshape(M, -1)[:, :K]) for plane in (q, q2))
+    return first, second, ONE / s[..., 0]
 
 
 def find_group_scales(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]] | None:

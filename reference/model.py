@@ -20,7 +20,7 @@ from bitnet_numba.bfloat16 import to_float32
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, RowFormat, group_is_ternary
 from bitnet_numba.config import GROUPS, Activation, ModelConfig
 from bitnet_numba.packing import GROUP_COLS
-from bitnet_numba.quantize import quantize_activations, quantize_groups
+from bitnet_numba.quantize import SECOND_STEP, quantize_activations, quantize_groups, quantize_groups_twice
 from bitnet_numba.reference.rope import rope_tables
 
 Floats = NDArray[np.float32]
@@ -218,20 +218,31 @@ class GroupedLinear:
     """The same with a scale m for each row and 128 columns, and int8 activations with a step d for each token and 128:
 
     y = sum over groups g of (q . t over the columns of g) * (m_g * d_g) + bias, in float32, from the first group on.
+
+    With two planes, the same product of the second one, whose steps are d / 254, is added before the bias.
     """
 
     t: NDArray[np.int8]  # [N, K] in {-1, 0, 1}
     m: Floats  # [N, groups]
     bias: Floats | None  # [N]
+    planes: int = 1  # of activations
 
     def __call__(self, x: Floats) -> Floats:
         """[M, K] -> [M, N]"""
-        q, d = quantize_groups(x)  # [M, K], [M, groups]
-        y = np.zeros((len(x), len(self.t)), np.float32)
+        if self.planes == 1:
+            y = self.product(*quantize_groups(x))
+        else:
+            q, q2, d = quantize_groups_twice(x)
+            y = self.product(q, d) + self.product(q2, d * SECOND_STEP)
+        return y if self.bias is None else y + self.bias
+
+    def product(self, q: NDArray[np.int8], d: Floats) -> Floats:
+        """Without the bias: int8 [M, K] and steps [M, groups] -> [M, N]"""
+        y = np.zeros((len(q), len(self.t)), np.float32)
         for g in range(self.m.shape[1]):
             columns = slice(GROUP_COLS * g, GROUP_COLS * (g + 1))
             y += integer_product(q[:, columns], self.t[:, columns]) * (self.m[:, g] * d[:, g, None])
-        return y if self.bias is None else y + self.bias
+        return y
 
 
 @dataclass(frozen=True)
@@ -298,7 +309,7 @@ def load_rows(checkpoint: PackedCheckpoint, name: str, row_format: RowFormat) ->
     if row_format == "ternary":
         shape = (checkpoint.config.vocab_size, checkpoint.config.hidden_size)
         t, m = checkpoint.ternary(f"{name}.words", *shape), checkpoint.group_scales(f"{name}.scales", *shape)
-        return TernaryRows(GroupedLinear(t, m, None))
+        return TernaryRows(GroupedLinear(t, m, None, checkpoint.config.activation_planes))
     scale = np.array(checkpoint.tensor(f"{name}.scale")) if row_format == "int8" else None
     return Rows(checkpoint.tensor(f"{name}.weight"), scale)
 
@@ -350,7 +361,7 @@ def load_linears(checkpoint: PackedCheckpoint, layer: int, group: str) -> list[L
         start = rows.stop
         part_of_bias = None if bias is None else bias[rows]
         if ternary and config.group_scales:
-            linears.append(GroupedLinear(t[rows], scales[rows], part_of_bias))
+            linears.append(GroupedLinear(t[rows], scales[rows], part_of_bias, config.activation_planes))
         elif ternary:
             norm = None if norms is None else norms[i]
             linears.append(TernaryLinear(t[rows], np.float32(scales[i]), part_of_bias, norm, config.linear_norm_eps))

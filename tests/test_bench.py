@@ -10,7 +10,7 @@ import pytest
 
 from bitnet_numba.backends.cpu.backend import CpuPool
 from bitnet_numba.backends.protocol import NO_TOKEN
-from bitnet_numba.checkpoint.packed import PackedCheckpoint, open_packed
+from bitnet_numba.checkpoint.packed import PackedCheckpoint, RowFormat, open_packed
 from bitnet_numba.engine.loading import DEMO
 from bitnet_numba.errors import RequestError
 from bitnet_numba.kernels.runtime.device import DryRunDevice
@@ -175,6 +175,21 @@ def test_a_window_of_decoding(fake: tuple[cpu.Measured, FakeModel], demo: Packed
     model.token = NO_TOKEN
     with pytest.raises(AssertionError, match="NaN"):
         case.window()
+
+
+@pytest.mark.parametrize("head", ["ternary", "int8"])
+def test_bytes_that_a_step_reads_of_an_untied_model(
+    head: RowFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the embedding, whatever its rows are."""
+    weight_format, config = PRESETS["tiny-llama"]
+    monkeypatch.setitem(PRESETS, "small", ("floats" if head == "ternary" else weight_format, config))
+    write_random_packed(tmp_path / "packed", head, "small")
+    checkpoint = open_packed(tmp_path / "packed")
+    specs = checkpoint.file.specs
+    rows = ("embed.words", "embed.scales") if head == "ternary" else ("embed.weight", "embed.scale")
+    measured = cpu.Measured("small", checkpoint)
+    assert measured.weight_bytes == checkpoint.nbytes() - sum(specs[name].nbytes for name in rows)
 
 
 def test_a_window_of_a_prompt(fake: tuple[cpu.Measured, FakeModel]) -> None:

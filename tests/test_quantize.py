@@ -9,7 +9,14 @@ from hypothesis.extra import numpy as hnp
 from bitnet_numba import quantize
 from bitnet_numba.bfloat16 import from_float32, to_float32
 from bitnet_numba.checkpoint.safetensors_file import TensorFile
-from bitnet_numba.quantize import absmean_scale, find_group_scales, quantize_activations, quantize_groups, ternarize
+from bitnet_numba.quantize import (
+    absmean_scale,
+    find_group_scales,
+    quantize_activations,
+    quantize_groups,
+    quantize_groups_twice,
+    ternarize,
+)
 from tests.conftest import GOLDEN, GoldenCase
 
 finite = st.floats(-(2.0**60), 2.0**60, width=32, allow_subnormal=True)
@@ -184,6 +191,20 @@ def test_groups_are_quantised_by_themselves(M: int, K: int, seed: int) -> None:
         columns = slice(128 * g, 128 * (g + 1))
         own, s = quantize_activations(x[:, columns])
         assert np.array_equal(q[:, columns], own) and np.array_equal(d[:, g, None], np.float32(1) / s)
+
+
+@given(st.integers(1, 4), st.integers(1, 400), st.integers(0, 99))
+def test_a_second_plane_has_what_the_first_rounds_off(M: int, K: int, seed: int) -> None:
+    """One plane is off by up to half a step, two by up to a 254th of that, and the rounding of x * s, 127 * 2^-24."""
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((M, K)) * 10.0 ** rng.integers(-3, 4, K)).astype(np.float32)
+    q, q2, d = quantize_groups_twice(x)
+    one_q, one_d = quantize_groups(x)
+    assert np.array_equal(q, one_q) and np.array_equal(d, one_d) and q2.shape == q.shape and np.abs(q2).max() <= 127
+    steps = np.repeat(d.astype(np.float64), 128, axis=1)[:, :K]
+    rounding = 2 * 127 * 2.0**-24
+    assert (np.abs(x - q * steps) <= (0.5 + rounding) * steps).all()
+    assert (np.abs(x - (q + q2 / 254) * steps) <= (0.5 / 254 + rounding) * steps).all()
 
 
 @given(st.integers(1, 5), st.integers(1, 300), st.integers(0, 99))

@@ -108,6 +108,11 @@ def hf_config(
     local: dict[str, Any] = {}
     if name == "gemma3":
         local = _gemma_window(keys)
+        if "attention.sliding_window" not in keys.raw:
+            notes.append(
+                f"{prefix}attention.sliding_window is missing, so that all layers attend to whole texts, with one "
+                "rotary base, as in llama.cpp; a folder of the same model may say otherwise"
+            )
         keys = Keys({key: of for key, of in keys.raw.items() if key not in GEMMA_KEYS}, keys.where)
     _refuse_other_arithmetic(keys)
     heads = _same_everywhere(keys, "attention.head_count")

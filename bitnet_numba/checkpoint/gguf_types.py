@@ -63,7 +63,7 @@ def kind_and_nbytes(kind: int, shape: tuple[int, ...], room: int) -> tuple[int, 
 
 
 def _nbytes(kind: int, shape: tuple[int, ...]) -> int | None:
-    elements = 1
+    elements, columns = 1, shape[-1] if shape else 1
     for size in shape:
         elements *= size
     if kind == I2_S:
@@ -71,13 +71,12 @@ def _nbytes(kind: int, shape: tuple[int, ...]) -> int | None:
             raise ValueError(f"of type I2_S has {elements} elements, not a multiple of 128")
         return elements // 4 + _I2S_SCALE
     if kind == IQ2_BN:
-        columns = shape[-1] if shape else 1
         return elements // columns * row_nbytes(kind, columns)
     if kind not in TYPES:
         return None
     block = TYPES[kind]
-    if (shape[-1] if shape else 1) % block.weights:
-        raise ValueError(f"of type {block.name} has {shape[-1]} columns, not a multiple of {block.weights}")
+    if columns % block.weights:
+        raise ValueError(f"of type {block.name} has {columns} columns, not a multiple of {block.weights}")
     return elements // block.weights * block.nbytes
 
 

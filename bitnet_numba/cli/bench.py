@@ -108,7 +108,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             },
         },
         "backend": llm.backend,
-        **({} if args.kv_dtype is None else {"kv_dtype": args.kv_dtype}),
+        **{name: value for name in ("kv_dtype", "activations") if (value := getattr(args, name)) is not None},
         "machine": _machine(llm.backend, args.threads),
         "load_seconds": round(load_seconds, 3),
         "first_answer_seconds": round(first_seconds, 3),

@@ -29,7 +29,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     add("file", metavar="FILE", nargs="?", default="-", help="a text in UTF-8 (default: -, standard input)")
     add("--prompt", metavar="TEXT", default="", help="stands before each line, such as 'query: ' (default: nothing)")
     add("--dimensions", type=int, metavar="N", help="only the first N numbers, scaled to length 1 (default: all)")
-    add_run_options(parser, KV_DTYPES["cpu"], "type of keys and values on the CPU (default: float32)")
+    add_run_options(parser, KV_DTYPES["cpu"], "type of keys and values on the CPU (default: float32)", False)
     return parser
 
 

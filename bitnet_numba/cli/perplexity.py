@@ -44,7 +44,7 @@ def run(argv: list[str] | None = None, prog: str = "bitnet-numba perplexity") ->
             raise RequestError("--max-tokens must be at least 2")
         text = read_text(args.file, prog)
         options = {"threads": args.threads, "revision": args.revision, "kv_dtype": args.kv_dtype}
-        with load(args.model, args.backend, **options) as llm:
+        with load(args.model, args.backend, **options, activations=args.activations) as llm:
             ids = llm.tokenizer.encode(text)[: args.max_tokens]
             window = min(llm.context, MAX_WINDOW) if args.window is None else args.window
             stride = window // 2 if args.stride is None else args.stride

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from bitnet_numba.backends.protocol import Backend
@@ -30,6 +31,8 @@ KV_DTYPES = {
     "reference": ("float32",),
 }
 ALL_KV_DTYPES = tuple(dict.fromkeys(dtype for dtypes in KV_DTYPES.values() for dtype in dtypes))
+# What linears with group scales read, by the number of int8 planes; the first is the default.
+ACTIVATIONS = {"int8": 1, "int8x2": 2}
 MAX_THREADS = 1024
 DEMO = Path(__file__).parent.parent / "demo"  # the built-in model
 
@@ -43,6 +46,7 @@ def load(
     threads: int | None = None,
     revision: str | None = None,
     kv_dtype: str | None = None,
+    activations: str | None = None,
 ) -> Engine:
     """Opens a model.
 
@@ -59,6 +63,8 @@ def load(
         memory) or "float32" (slow, for checking); on the CPU "bfloat16" (the
         default) or "float32"; on the reference "float32". None: the backend's default. An embedding model has float32
         by default; on CUDA it holds none, and None is all that it takes.
+    activations: of models with group scales, what their linears read: "int8" (the default), or "int8x2", two planes
+        that make 15 bits: as good as floats, for more time. Models that were trained with int8 take "int8" only.
 
     Raises BitNetError, with a message of one line, if the folder, a file or an argument is invalid.
     """
@@ -68,6 +74,8 @@ def load(
         raise BackendError(f"there is no backend {shown(backend)}: choose one of {', '.join(BACKENDS)}")
     if kv_dtype is not None and (not isinstance(kv_dtype, str) or kv_dtype not in ALL_KV_DTYPES):
         raise RequestError(f"kv_dtype must be one of {', '.join(ALL_KV_DTYPES)}, not {shown(kv_dtype)}")
+    if activations is not None and (not isinstance(activations, str) or activations not in ACTIVATIONS):
+        raise RequestError(f"activations must be one of {', '.join(ACTIVATIONS)}, not {shown(activations)}")
     if path is None and not DEMO.is_dir():
         raise CheckpointError("this version has no built-in model: name a folder, or a model of the Hugging Face hub")
     if path is None and revision is not None:
@@ -84,6 +92,8 @@ def load(
 
     with _load_errors(folder):
         checkpoint, tokenizer, sampling = read_packed(folder, read)
+        if ACTIVATIONS[activations or "int8"] > 1:
+            checkpoint = _with_two_planes(checkpoint)
         config = checkpoint.config
         if context is None:
             context = config.max_context
@@ -115,6 +125,13 @@ def _load_errors(folder: Path) -> Iterator[None]:
             size = (folder / "model.safetensors").stat().st_size / 1e9
             raise BackendError(f"memory ran out while {name} was loaded, whose weights take {size:.2f} GB") from None
         raise CheckpointError(f"{name} cannot be opened: {one_line(error)}") from None
+
+
+def _with_two_planes(checkpoint: PackedCheckpoint) -> PackedCheckpoint:
+    """Raises RequestError if the model has no group scales."""
+    if not checkpoint.config.group_scales:
+        raise RequestError("activations int8x2 are for models with group scales; this one was trained with int8")
+    return replace(checkpoint, config=replace(checkpoint.config, activation_planes=2))
 
 
 def _check_kv_dtype(backend: str, kv_dtype: str | None) -> None:

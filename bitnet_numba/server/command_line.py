@@ -138,7 +138,8 @@ def run(argv: list[str] | None = None, prog: str = PROG) -> int:
         check_extra()
         with _log_on_standard_error(prog):
             path, revision = find_first(args.model, args.revision)  # a download shows its progress, and Ctrl-C ends it
-            load_model = partial(load, path, args.backend, args.context, args.threads, revision, args.kv_dtype)
+            options = args.backend, args.context, args.threads, revision, args.kv_dtype, args.activations
+            load_model = partial(load, path, *options)
             with leaving_at_once(prog):  # an event loop that is interrupted while it starts does not end cleanly
                 return serve(settings, args.host, args.port, load_model)
     except BitNetError as error:

@@ -64,9 +64,8 @@ class Replica:
         """options: of `bitnet-numba serve`. The replica gets requests once its model is loaded."""
         args = build_parser().parse_args(shlex.split(options))
         self._service = Service(read_settings(args))
-        await self._service.start(
-            partial(load, args.model, args.backend, args.context, args.threads, args.revision, args.kv_dtype)
-        )
+        given = args.backend, args.context, args.threads, args.revision, args.kv_dtype, args.activations
+        await self._service.start(partial(load, args.model, *given))
         spare_collector()
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:

@@ -21,6 +21,7 @@ from bitnet_numba.kernels.cpu.vec import (
     rint,
     splat_f32x16,
     store,
+    sub,
     sum_lanes,
     to_bytes,
     to_floats,
@@ -29,7 +30,7 @@ from bitnet_numba.kernels.cpu.vec import (
     zero_i32x16,
 )
 from bitnet_numba.packing import BLOCK_COLS, CODE_OFFSET, GROUP_COLS
-from bitnet_numba.quantize import EPSILON, INT8_MAX
+from bitnet_numba.quantize import EPSILON, FINER, INT8_MAX, SECOND_STEP
 
 LANES = 16
 ONE = np.float32(1)
@@ -111,6 +112,43 @@ def quantize_groups(x, n, q, d, offsets):
         s, q_sum = quantize(x + 4 * start, min(GROUP_COLS, n - start), q + start)
         store_f32(d, 4 * g, ONE / s)
         store_i32(offsets, 4 * g, -CODE_OFFSET * q_sum)
+
+
+@njit(**OPTIONS)
+def quantize_rest(x, s, n, q2):
+    """q2 = rint((x * s - rint(x * s)) * 254), what `quantize` rounds off: float32 [n] -> int8 [n padded to 32 with
+    zeros], by address. Returns the sum of q2."""
+    every, finer, sums = splat_f32x16(s), splat_f32x16(FINER), zero_i32x16()
+    whole = n // LANES * LANES
+    for i in range(0, whole, LANES):
+        scaled = mul(load_f32x16(x, 4 * i), every)
+        v = to_ints(rint(mul(sub(scaled, rint(scaled)), finer)))
+        sums = add(sums, v)
+        store(q2, i, to_bytes(v))
+    q_sum = sum_lanes(sums)
+    for i in range(whole, n):
+        scaled = load_f32(x, 4 * i) * s
+        v = np.int32(np.rint((scaled - np.rint(scaled)) * FINER))
+        q_sum = np.int32(q_sum + v)
+        store_i8(q2, i, v)
+    for i in range(n, -(-n // BLOCK_COLS) * BLOCK_COLS):
+        store_i8(q2, i, 0)
+    return q_sum
+
+
+@njit(**OPTIONS)
+def quantize_groups_twice(x, n, q, q2, d, d2, offsets, offsets2):
+    """`quantize_groups`, and the same of a second plane q2, whose steps d2 are d / 254."""
+    for g in range(-(-n // GROUP_COLS)):
+        start = g * GROUP_COLS
+        size = min(GROUP_COLS, n - start)
+        s, q_sum = quantize(x + 4 * start, size, q + start)
+        rest_sum = quantize_rest(x + 4 * start, s, size, q2 + start) if s == s else np.int32(0)
+        step = ONE / s
+        store_f32(d, 4 * g, step)
+        store_f32(d2, 4 * g, step * SECOND_STEP)
+        store_i32(offsets, 4 * g, -CODE_OFFSET * q_sum)
+        store_i32(offsets2, 4 * g, -CODE_OFFSET * rest_sum)
 
 
 @njit(**OPTIONS)

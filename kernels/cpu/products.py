@@ -49,7 +49,7 @@ def inputs_of(job, member):
 
     (int8 q [segments, M, stride], stride, bytes of a segment, float32 s and int32 sums of q [segments, MAX_TOKENS],
     prepared float32 activations). Where weights have group scales, steps stand in place of s and offsets in place of
-    sums, both [M, job.groups]; see `norm.quantize_groups`.
+    sums, both [M, job.groups]; see `norm.quantize_groups`. A second plane's follow them, and its q is at segment 1.
     """
     if job.tokens == 1:
         base, tokens = job.own + member * job.own_stride, 1
@@ -76,9 +76,14 @@ def prepare(place, model, linear, x, K, weight, eps, own, job, inputs, m):
         lm_head.prepare_bf16(h, K, planes + m * job.plane_stride)
         return
     if linear.group_scales != 0:
-        at = 4 * m * job.groups
-        norm.quantize_groups(h, K, q + m * q_stride, s + at, sums + at)
-        record(place, 0, K, q + m * q_stride, job, m)
+        at, first = 4 * m * job.groups, q + m * q_stride
+        if job.planes == 1:
+            norm.quantize_groups(h, K, first, s + at, sums + at)
+        else:
+            second, at2 = first + segment, at + second_plane(job)
+            norm.quantize_groups_twice(h, K, first, second, s + at, s + at2, sums + at, sums + at2)
+            record(place, 1, K, second, job, m)
+        record(place, 0, K, first, job, m)
         return
     for i in range(linear.segments if linear.norms != 0 else 1):
         source = h
@@ -154,8 +159,34 @@ def product(linear, segment, K, first, last, inputs, own, job, y):
 
 @njit(**OPTIONS)
 def group_product(linear, K, first, last, inputs, own, job, y):
-    """`product` of a linear with group scales."""
-    q, q_stride, _, d, offsets, _ = inputs
+    """`product` of a linear with group scales: of each plane of the activations, one after the other."""
+    q, q_stride, segment, d, offsets, _ = inputs
+    first_block = first // BLOCK_ROWS
+    out, stride = own + job.acc + 4 * (first - first_block * BLOCK_ROWS), MAX_ROWS + 2 * BLOCK_ROWS
+    for plane in range(job.planes):
+        at = plane * second_plane(job)
+        plane_product(linear, K, first, last, q + plane * segment, q_stride, d + at, offsets + at, own, job)
+        for m in range(job.tokens):
+            to = y + 4 * m * MAX_ROWS
+            if plane == 0:
+                copy(out + 4 * m * stride, last - first, to)
+            else:
+                add(out + 4 * m * stride, last - first, to)
+    if linear.bias != 0:
+        for m in range(job.tokens):
+            add(linear.bias + 4 * first, last - first, y + 4 * m * MAX_ROWS)
+
+
+@njit(**OPTIONS)
+def second_plane(job):
+    """Bytes from the steps and offsets of the first plane to those of the second."""
+    return job.scale_bytes // 2
+
+
+@njit(**OPTIONS)
+def plane_product(linear, K, first, last, q, q_stride, d, offsets, own, job):
+    """Rows from the block of row `first` on, of a product of one plane with weights with group scales, for all tokens:
+    float32 [M, MAX_ROWS + 2 BLOCK_ROWS] to own + job.acc."""
     padded_K = (K + 31) // 32 * 32
     first_block, last_block = first // BLOCK_ROWS, (last + BLOCK_ROWS - 1) // BLOCK_ROWS
     out, stride = own + job.acc, MAX_ROWS + 2 * BLOCK_ROWS
@@ -172,12 +203,6 @@ def group_product(linear, K, first, last, inputs, own, job, y):
                 stride, first_block, last_block, own + job.unpacked,
             ),
         )  # fmt: skip
-    out += 4 * (first - first_block * BLOCK_ROWS)
-    for m in range(job.tokens):
-        to = y + 4 * m * MAX_ROWS
-        copy(out + 4 * m * stride, last - first, to)
-        if linear.bias != 0:
-            add(linear.bias + 4 * first, last - first, to)
 
 
 @njit(**OPTIONS)

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from bitnet_numba.errors import BackendError
 from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KV_DTYPES, KVDtype
 from bitnet_numba.reference import model as reference_model
 from bitnet_numba.sampling import SamplingParams, sample
+from tests.checkpoint.test_gguf import FILES as GGUF_FILES
+from tests.checkpoint.test_gguf import FOLDER as GGUF
 from tests.checkpoint.test_group_scales import FOLDER as GROUPS
 from tests.checkpoint.test_group_scales import SOURCES
 from tests.conftest import GoldenCase
@@ -202,6 +205,47 @@ def test_models_with_group_scales_agree_with_the_reference(file: str, head: Head
     check_close(context.logits(ids), expected, 0.3, 0.05)  # a pass over a prompt
     context.truncate(0)
     check_close(one_by_one(context, ids), expected, 0.3, 0.05)  # decode steps
+
+
+@needs_gpu
+@pytest.mark.usefixtures("rounded_cache")
+@pytest.mark.parametrize("name", GGUF_FILES)
+def test_files_of_other_programs_agree_with_the_reference(name: str, tmp_path: Path) -> None:
+    """The first BitNet release, 2B4T, and Llama with rows of the embedding that were Q4_K."""
+    convert(GGUF / f"{name}.gguf", tmp_path / "packed")
+    checkpoint = open_packed(tmp_path / "packed")
+    ids = np.random.default_rng(5).integers(0, 260, 40).tolist()
+    expected = reference_backend(checkpoint).new_context(40).logits(ids)
+    context = on_gpu(checkpoint, 40)
+    check_close(context.logits(ids), expected, 0.3, 0.05)  # a pass over a prompt
+    context.truncate(0)
+    check_close(one_by_one(context, ids), expected, 0.3, 0.05)  # decode steps
+
+
+@needs_gpu
+@pytest.mark.golden
+@pytest.mark.parametrize("file", SOURCES)
+def test_two_planes_of_activations_are_as_good_as_floats(file: str, tmp_path: Path) -> None:
+    """Against transformers, which rounds no activations: what is left is keys and values in float16."""
+    convert(GROUPS / file, tmp_path / "packed")
+    checkpoint = open_packed(tmp_path / "packed")
+    checkpoint = replace(checkpoint, config=replace(checkpoint.config, activation_planes=2))
+    with np.load(GROUPS / "golden.npz") as golden:
+        for prompt in (1, 3):
+            ids = golden[f"{SOURCES[file]}/prompt_{prompt}"].tolist()
+            expected = golden[f"{SOURCES[file]}/logits_{prompt}"]
+            context = on_gpu(checkpoint, len(ids))
+            check_close(context.logits(ids), expected, 0.05, 0.012)  # a pass over a prompt
+            context.truncate(0)
+            check_close(one_by_one(context, ids), expected, 0.05, 0.012)  # decode steps
+    with bitnet_numba.load(tmp_path / "packed", "cuda", activations="int8x2") as llm:
+        prompts = [ids[:9], ids[:5]]
+        answers = llm.generate_batch(prompts, max_new_tokens=8, temperature=0, ignore_eos=True)
+        for given, answer in zip(prompts, answers, strict=True):
+            whole = [*given, *answer.token_ids]
+            logits = reference_backend(checkpoint).new_context(len(whole)).logits(whole[:-1])[len(given) - 1 :]
+            behind = logits.max(axis=1) - logits[np.arange(8), answer.token_ids]
+            assert behind.max() < 0.05 * logits.std()
 
 
 @needs_gpu

@@ -60,6 +60,8 @@ def test_a_file_names_its_window_or_has_none() -> None:
 
     assert local(attention__sliding_window=0) is None
     assert local(attention__sliding_window=9) == LocalAttention(9, 1e4, (True, True))
+    (note,) = hf_config(file.metadata, file._infos, None, False, "file")[1]
+    assert note.startswith("gemma3.attention.sliding_window is missing, so that all layers attend to whole texts")
     changes = {"attention__sliding_window": 9, "attention__sliding_window_pattern": 2, "rope__freq_base_swa": 2e4}
     assert local(**changes) == LocalAttention(9, 2e4, (True, False))
 

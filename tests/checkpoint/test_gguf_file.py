@@ -113,6 +113,7 @@ DAMAGE = {
     "no elements": (whole(b"", info("t", (0, 4), F32, 0), bytes(64), 0, 1), "t has 0 elements"),
     "many elements": (whole(b"", info("t", (HUGE, HUGE), F32, 0), bytes(64), 0, 1), "t has 85070"),
     "columns": (whole(b"", info("t", (4, 100), TQ2_0, 0), bytes(640), 0, 1), "TQ2_0 has 100 columns, not a multiple"),
+    "no dimensions": (whole(b"", info("t", (), TQ2_0, 0), bytes(640), 0, 1), "TQ2_0 has 1 columns, not a multiple"),
     "alignment 0": (gguf({"general.alignment": 0}, {}), "general.alignment is not a power of two"),
     "alignment 24": (gguf({"general.alignment": 24}, {}), "general.alignment is not a power of two"),
     "alignment text": (gguf({"general.alignment": "32"}, {}), "general.alignment is not a power of two"),

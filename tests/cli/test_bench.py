@@ -18,13 +18,13 @@ def no_child(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_figures_of_a_folder(tiny_packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "figures.json"
     arguments = ["bench", str(tiny_packed), "--backend", "reference", "--context", "64", "--seconds", "0.01"]
-    arguments += ["--kv-dtype", "float32"]
+    arguments += ["--kv-dtype", "float32", "--activations", "int8"]
     for _ in range(2):  # its own file may be replaced
         assert main([*arguments, "--json", "--share", str(path)]) == 0
     out, err = capsys.readouterr()
     figures = json.loads(path.read_text())
     assert out.endswith(path.read_text()) and err.count("\n") == 2 and "is written" in err
-    assert (figures["backend"], figures["kv_dtype"]) == ("reference", "float32")
+    assert (figures["backend"], figures["kv_dtype"], figures["activations"]) == ("reference", "float32", "int8")
     assert figures["backend"] == "reference" and figures["model"]["name"] == "local"
     assert figures["prompt"]["tokens"] == 63 and 1 <= figures["answer"]["tokens"] <= 48
     for speed in (figures["prompt"], figures["answer"]):

@@ -33,14 +33,16 @@ def packed_model(form: str, folder: Path) -> Path:
 
 
 def check_golden(engine: bn.Engine, form: str) -> None:
-    """Compares with transformers. An int8 value that lies at a border and is rounded the other way turns a vector by
-    about 0.01, whose cosine is 0.99995; keys and values in bfloat16 would leave 0.9994."""
+    """Compares with transformers: cosines of 0.9999 and more on average. Without flips they are 1 to float32's
+    precision. An int8 value that lies at a border and is rounded the other way turns a vector by about 0.01, whose
+    cosine is 0.99995; where three of a text's 100,000 are, it may be 0.9998. Keys and values in bfloat16 would leave
+    0.9994."""
     with np.load(GOLDEN / form / "golden.npz") as golden:
         found = engine.embed([golden[f"prompt_{i}"].tolist() for i in PROMPTS])
         assert found.shape == (4, 256) and found.dtype == np.float32
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-6)
-        for i, vector in zip(PROMPTS, found, strict=True):
-            assert vector @ golden[f"embedding_{i}"] > 0.9998
+        cosines = [vector @ golden[f"embedding_{i}"] for i, vector in zip(PROMPTS, found, strict=True)]
+        assert np.mean(cosines) > 0.9999 and min(cosines) > 0.9998
 
 
 @pytest.fixture(scope="module")

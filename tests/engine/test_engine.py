@@ -651,3 +651,15 @@ def test_what_keys_and_values_are_held_as(tiny_packed: Path) -> None:
     ):
         with pytest.raises(RequestError, match=says):
             bn.load(tiny_packed, backend, kv_dtype=kv_dtype)  # type: ignore[arg-type]
+
+
+def test_what_linears_read(tiny_packed: Path) -> None:
+    with bn.load(tiny_packed, "reference", activations="int8") as llm:
+        assert llm.config.activation_planes == 1
+    for activations, says in (
+        ("int8x2", "activations int8x2 are for models with group scales; this one was trained with int8"),
+        ("int4", "activations must be one of int8, int8x2, not 'int4'"),
+        (8, "activations must be one of .*, not 8"),
+    ):
+        with pytest.raises(RequestError, match=says):
+            bn.load(tiny_packed, "reference", activations=activations)  # type: ignore[arg-type]

@@ -223,7 +223,8 @@ def linear_gemm_few(arch: int) -> list[KernelSpec]:
 def linear_quantize_groups(arch: int) -> list[KernelSpec]:
     """Rows of Bonsai 8B, of the longest kind, and the other branches."""
     choices = [(4096, True), (12288, False), (100, True), (quantize.MAX_COLUMNS, True)]
-    return [quantize_groups.quantize_groups_spec(arch, K, norm) for K, norm in choices]
+    specs = [quantize_groups.quantize_groups_spec(arch, K, norm) for K, norm in choices]
+    return [*specs, quantize_groups.quantize_groups_spec(arch, 4096, True, planes=2)]
 
 
 def linear_gemv_groups(arch: int) -> list[KernelSpec]:

@@ -78,9 +78,9 @@ class Measured:
         self.name, self.checkpoint, self.config = name, checkpoint, checkpoint.config
         self.models: dict[tuple[str, int], CpuModel] = {}
         self._pool: CpuPool | None = None
-        file = checkpoint.file.specs
         # Of an embedding that is not the head as well, a step reads one row.
-        self.weight_bytes = checkpoint.nbytes() - (0 if self.config.tied else file["embed.weight"].nbytes)
+        embedding = sum(spec.nbytes for name, spec in checkpoint.file.specs.items() if name.startswith("embed."))
+        self.weight_bytes = checkpoint.nbytes() - (0 if self.config.tied else embedding)
         self.greedy = SamplingParams()
 
     def open(self, isas: Sequence[str], threads: Sequence[int]) -> None:

@@ -57,7 +57,7 @@ def named_launches(context: CudaContext, long: bool) -> dict[str, list[Launch]]:
     layers = [forward.layer(i) for i in range(runtime.model.config.num_layers)]
     names = (LAYER[0], "head_norm", *LAYER[1:]) if runtime.model.config.qk_norm else LAYER
     named = {name: [layer[n] for layer in layers] for n, name in enumerate(names)}
-    return {"embed": [forward.embed()], **named, "lm_head": [steps.lm_head()], "sampler": steps.sampler()}
+    return {"embed": [forward.embed()], **named, "lm_head": steps.lm_head(), "sampler": steps.sampler()}
 
 
 def measure_decode(folders: dict[str, Path], bandwidth: float, kv_dtype: KVDtype = DEFAULT) -> dict[str, Any]:

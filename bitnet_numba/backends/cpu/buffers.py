@@ -42,7 +42,8 @@ class Buffers:
         job["q_stride"] = padded_shape(1, longest)[1]
         job["plane_stride"] = lm_head.prepared_bytes(longest)
         job["groups"] = num_groups(longest) if c.group_scales else 0
-        job["scale_bytes"] = 4 * M * max(layout.SEGMENTS, int(job["groups"]))
+        job["planes"] = c.activation_planes
+        job["scale_bytes"] = 4 * M * max(layout.SEGMENTS, int(job["groups"]) * c.activation_planes)
         inputs = layout.SEGMENTS * job["q_stride"] + job["plane_stride"]  # of one token, beside its scales
         self._take("shared", (M * inputs + 2 * job["scale_bytes"],), np.uint8)
         self._members = members

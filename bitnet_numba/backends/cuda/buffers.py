@@ -16,7 +16,8 @@ class Buffers:
     [max_tokens, q]. mlp_hidden float32 [max_tokens, intermediate]. Each ends with zeros up to a multiple of 32
     elements, which GEMV reads. quantized: the input of the next GEMM (of more than one token). slot_positions int32
     [max_tokens, 2]: which slot and position each token is, -1 for none. num_real int32 [1]: how many tokens of a
-    padded pass over prompts there are, up to the last real one.
+    padded pass over prompts there are, up to the last real one. Where activations have two int8 planes, also of passes
+    of one token: second, the second plane; up float32 [max_tokens, intermediate].
     """
 
     def __init__(self, device: Device, config: ModelConfig, max_tokens: int):
@@ -38,11 +39,16 @@ class Buffers:
         self.attn_out = DeviceView(shared.address + self.qkv.nbytes, attn_out, np.float32)
         self.mlp_hidden = DeviceView(shared.address, mlp_hidden, np.float32)
         kind = GroupedActivations if config.group_scales else QuantizedActivations
-        self.quantized = kind.empty(device, max_tokens, max(config.group_shape(g)[1] for g in GROUPS))
+        K = max(config.group_shape(g)[1] for g in GROUPS)
+        self.quantized = kind.empty(device, max_tokens, K)
         self.slot_positions = device.zeros(2 * max_tokens, np.int32)
         self.num_real = device.zeros(1, np.int32)
         self.num_max = device.array(np.array([max_tokens], np.int32))  # for passes whose tokens are all real
         self._owned += [shared, *vars(self.quantized).values(), self.slot_positions, self.num_real, self.num_max]
+        if config.activation_planes == 2:
+            self.second = GroupedActivations.empty(device, max_tokens, K)
+            self.up = floats(mlp_hidden)
+            self._owned += [*vars(self.second).values(), self.up]
 
     def nbytes(self) -> int:
         """Bytes of device memory."""

@@ -10,7 +10,8 @@
 
 `ForwardPass` has the layer loop; its subclasses choose the kernels:
 
-    DecodePass       one token of one sequence: GEMV, which norms and quantises in every block
+    DecodePass       one token of one sequence: GEMV, which norms and quantises in every block (not of two planes of
+                     activations: see `two_planes`)
     PrefillPass      tokens of prompts: norm and quantisation in a launch of their own, then GEMM
     BatchPass        the next token of each of many sequences: as PrefillPass, with attention over pages; of one, GEMV
 
@@ -27,6 +28,7 @@ from typing import Any, TypedDict
 
 from bitnet_numba.backends.cuda.buffers import Buffers
 from bitnet_numba.backends.cuda.state import SequenceState
+from bitnet_numba.backends.cuda.two_planes import two_plane_product
 from bitnet_numba.backends.cuda.weights import RowFormats, Weights
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels import embedding
@@ -145,6 +147,9 @@ class DecodePass(ForwardPass):
         packed, given_norm = weights.linear(layer, group), weights.layer_norm(layer, norm)
         output: Output = {"epilogue": EPILOGUES[group], "activation": self.model.config.activation}
         if isinstance(packed, GroupedLinear):
+            if self.model.config.activation_planes == 2:
+                several = self.model.buffers
+                return two_plane_product(device, packed, several, x, given_norm, several.num_max, out, 1, **output)
             return [gemv_groups(device, packed, x, out, norm=given_norm, **output)]
         return [gemv(device, packed, x, out, norm=given_norm, spread=True, **output)]
 
@@ -176,6 +181,8 @@ class _GemmPass(ForwardPass):
         packed, given_norm, M = weights.linear(layer, group), weights.layer_norm(layer, norm), self.num_tokens
         output: Output = {"epilogue": EPILOGUES[group], "activation": self.model.config.activation}
         if isinstance(packed, GroupedLinear):
+            if self.model.config.activation_planes == 2:
+                return two_plane_product(device, packed, self.buffers, x, given_norm, self._num_real, out, M, **output)
             assert isinstance(quantized, GroupedActivations)  # the model's buffers are made for its weights
             return [
                 quantize_groups(device, x, quantized, M, packed.K, norm=given_norm),

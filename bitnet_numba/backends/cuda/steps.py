@@ -71,7 +71,7 @@ class DecodeSteps:
 
     def feed(self, long: bool) -> list[Launch]:
         """The first part of `decode`, up to the logits."""
-        return [*self.forward(long), self.lm_head()]
+        return [*self.forward(long), *self.lm_head()]
 
     def draw(self, long: bool, asked: Asked = NOTHING) -> list[Launch]:
         """The second part of `decode`; `long` makes no difference."""
@@ -84,13 +84,13 @@ class DecodeSteps:
             model.device, buffers.last_row, b.h, b.slot_positions, model.token_buffers.h, buffers.last_slot_position,
             1, model.config.hidden_size,
         )  # fmt: skip
-        return [last, self.lm_head(), *self.sampler(asked)]
+        return [last, *self.lm_head(), *self.sampler(asked)]
 
     def forward(self, long: bool) -> list[Launch]:
         """The forward pass of a token."""
         return DecodePass(self._model, self._state, self._buffers.attention, long).launches()
 
-    def lm_head(self) -> Launch:
+    def lm_head(self) -> list[Launch]:
         """Final norm and logits."""
         return one_token(self._model, self._buffers.logits)
 

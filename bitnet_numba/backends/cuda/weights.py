@@ -17,10 +17,13 @@ from bitnet_numba.kernels.operands import EmbeddingTable, Norm
 from bitnet_numba.kernels.runtime.driver import Event, Stream
 from bitnet_numba.kernels.runtime.memory import DeviceArray, DeviceView, PinnedArray
 from bitnet_numba.kernels.sampling.parts import MAX_VOCAB
-from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS
+from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, num_groups
 
 ALIGN = 256  # bytes: every tensor starts at a multiple of this
 STAGING = 32 << 20  # bytes of each of two page-locked buffers
+
+
+Linear = PackedLinear | GroupedLinear
 
 
 class RowFormats(NamedTuple):
@@ -55,6 +58,18 @@ def why_unsupported(checkpoint: PackedCheckpoint) -> str | None:
     if config.vocab_size > MAX_VOCAB and not config.embeds:
         return f"a vocabulary of {config.vocab_size} is over {MAX_VOCAB}"
     return None
+
+
+def segment_of(whole: Linear, i: int) -> Linear:
+    """The i-th linear of those that were joined; its rows, and those before them, are whole blocks."""
+    start, rows, columns = sum(whole.segments[:i]), whole.segments[i], _padded(whole.K)
+    words = DeviceView(whole.words.address + start * columns // 4, rows * columns // 16, np.int32)
+    bias = None if whole.bias is None else DeviceView(whole.bias.address + 4 * start, rows, np.float32)
+    if isinstance(whole, GroupedLinear):
+        groups = num_groups(whole.K)
+        scales = DeviceView(whole.scales.address + 2 * start * groups, rows * groups, np.float16)
+        return GroupedLinear(words, scales, (rows,), whole.K, bias)
+    return PackedLinear(words, DeviceView(whole.scales.address + 4 * i, 1, np.float32), (rows,), whole.K, bias)
 
 
 def _padded(size: int) -> int:
@@ -133,7 +148,7 @@ class Weights:
             },
         )
 
-    def linear(self, layer: int, group: str) -> PackedLinear | GroupedLinear:
+    def linear(self, layer: int, group: str) -> Linear:
         """A layer's ternary matrix of a group (a key of `config.GROUPS`)."""
         segments, K = self._config.group_shape(group)
         name = f"layers.{layer}.{group}"
@@ -149,19 +164,10 @@ class Weights:
     def segment(self, layer: int, group: str, i: int) -> tuple[PackedLinear, Norm]:
         """The i-th linear of a group whose linears have norms of their own, and its norm; its rows, and those before
         them, are whole blocks."""
-        whole = self.linear(layer, group)
-        assert isinstance(whole, PackedLinear)
-        start, rows, columns = sum(whole.segments[:i]), whole.segments[i], _padded(whole.K)
-        bias = None if whole.bias is None else DeviceView(whole.bias.address + 4 * start, rows, np.float32)
-        linear = PackedLinear(
-            DeviceView(whole.words.address + start * columns // 4, rows * columns // 16, np.int32),
-            DeviceView(whole.scales.address + 4 * i, 1, np.float32),
-            (rows,),
-            whole.K,
-            bias,
-        )
+        linear = segment_of(self.linear(layer, group), i)
+        assert isinstance(linear, PackedLinear)
         norms = self._tensors[f"layers.{layer}.{group}.norms"].address
-        return linear, Norm(DeviceView(norms + 4 * i * whole.K, whole.K, np.float32), self._config.linear_norm_eps)
+        return linear, Norm(DeviceView(norms + 4 * i * linear.K, linear.K, np.float32), self._config.linear_norm_eps)
 
     def layer_norm(self, layer: int, name: str) -> Norm | None:
         """A layer's input_norm, attn_sub_norm, attn_post_norm, ...; None if the model has none."""

@@ -8,7 +8,8 @@ from numba import njit
 
 from bitnet_numba.kernels.cpu import norm
 from bitnet_numba.kernels.cpu.vec import address_of
-from bitnet_numba.quantize import quantize_activations
+from bitnet_numba.packing import CODE_OFFSET
+from bitnet_numba.quantize import SECOND_STEP, quantize_activations, quantize_groups_twice
 from bitnet_numba.reference.model import rms_norm
 
 sizes = st.integers(1, 700)
@@ -17,6 +18,14 @@ sizes = st.integers(1, 700)
 @njit
 def run_quantize(x, q):
     return norm.quantize(address_of(x), len(x), address_of(q))
+
+
+@njit
+def run_quantize_twice(x, q, steps, offsets):
+    norm.quantize_groups_twice(
+        address_of(x), len(x), address_of(q[0]), address_of(q[1]), address_of(steps[0]), address_of(steps[1]),
+        address_of(offsets[0]), address_of(offsets[1]),
+    )  # fmt: skip
 
 
 @njit
@@ -44,6 +53,25 @@ def test_quantised_activations_equal_the_definition(n, seed):
     assert s == expected_s[0] and q_sum == expected_q.sum(dtype=np.int32)
     np.testing.assert_array_equal(q[:n], expected_q)
     assert (q[n:padded] == 0).all() and (q[padded:] == 99).all()
+
+
+@given(sizes, st.integers(0, 2**32 - 1))
+def test_two_planes_equal_the_definition(n, seed):
+    x = activations(seed, n)
+    first, second, d = quantize_groups_twice(x[None])
+    padded, groups = -(-n // 32) * 32, -(-n // 128)
+    q, steps = np.full((2, padded + 32), 99, np.int8), np.zeros((2, groups), np.float32)
+    offsets = np.zeros((2, groups), np.int32)
+    run_quantize_twice(x, q, steps, offsets)
+    np.testing.assert_array_equal(q[:, :n], np.concatenate([first, second]))
+    assert (q[:, n:padded] == 0).all() and (q[:, padded:] == 99).all()
+    np.testing.assert_array_equal(steps, np.concatenate([d, d * SECOND_STEP]))
+    for g in range(groups):
+        sums = q[:, 128 * g : min(128 * g + 128, n)].sum(axis=1, dtype=np.int32)
+        np.testing.assert_array_equal(offsets[:, g], -CODE_OFFSET * sums)
+    x[n // 2] = np.nan
+    run_quantize_twice(x, q, steps, offsets)
+    assert np.isnan(steps[:, n // 2 // 128]).all()
 
 
 @pytest.mark.parametrize("n", [1, 16, 37, 2560])

@@ -15,13 +15,16 @@ from bitnet_numba.kernels.operands import Norm
 from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.spec import KernelSpec
 from bitnet_numba.packing import num_groups
+from bitnet_numba.quantize import SECOND_STEP, quantize_groups_twice
 from tests.kernels.harness import HarnessDevice, Out, arch, needs_gpu, run, simulated
 from tests.kernels.linear.test_gemm_groups import packed_activations
 
 ONE = np.float32(1)
 
 
-def check_quantize_groups(spec: KernelSpec, tokens: int, K: int, norm: bool, seed: int, scale: float) -> None:
+def check_quantize_groups(
+    spec: KernelSpec, tokens: int, K: int, norm: bool, seed: int, scale: float, planes: int = 1
+) -> None:
     """Compares one launch with the definition."""
     rng = np.random.default_rng(seed)
     stride = -(-tokens // 4) * 4
@@ -29,7 +32,8 @@ def check_quantize_groups(spec: KernelSpec, tokens: int, K: int, norm: bool, see
     x[0, : K // 2] = 0
     weight = rng.uniform(-2, 2, K).astype(np.float32)
     q, steps = Out(tokens * (-(-K // 32) * 8), np.int32), Out(num_groups(K) * stride, np.float32)
-    run(spec, tokens, [x, weight, np.float32(1e-5), q, steps, stride])
+    second = [Out(q.array.size, np.int32), Out(steps.array.size, np.float32)] if planes == 2 else [None, None]
+    run(spec, tokens, [x, weight, np.float32(1e-5), q, steps, stride, *second])
     if norm:
         mean = np.mean((x * x).astype(np.float64), axis=-1, keepdims=True).astype(np.float32)
         x = weight * (x * (ONE / np.sqrt(mean + np.float32(1e-5))))
@@ -37,10 +41,17 @@ def check_quantize_groups(spec: KernelSpec, tokens: int, K: int, norm: bool, see
     assert q.array.view(np.int8).tobytes() == expected_q.tobytes()
     got = steps.array.reshape(expected_steps.shape)[:, :tokens]
     assert got.tobytes() == expected_steps[:, :tokens].tobytes()
+    if planes == 2:
+        rest, rest_steps = (each.array for each in second)
+        padded = rest.view(np.int8).reshape(tokens, -1)
+        assert np.array_equal(padded[:, :K], quantize_groups_twice(x)[1]) and not padded[:, K:].any()
+        got = rest_steps.reshape(expected_steps.shape)[:, :tokens]
+        assert got.tobytes() == (expected_steps[:, :tokens] * SECOND_STEP).tobytes()
 
 
 shapes = {
     "norm": st.booleans(),
+    "planes": st.sampled_from([1, 2]),
     "seed": st.integers(0, 2**32 - 1),
     "scale": st.sampled_from([1e-9, 0.01, 1.0, 300.0]),
 }
@@ -49,15 +60,18 @@ shapes = {
 @simulated
 @settings(max_examples=12)
 @given(tokens=st.integers(1, 3), quads=st.integers(1, 130), warps=st.integers(1, 3), **shapes)
-def test_simulated_quantize_groups(tokens: int, quads: int, warps: int, norm: bool, seed: int, scale: float) -> None:
-    check_quantize_groups(quantize_groups_spec(arch(), 4 * quads, norm, warps), tokens, 4 * quads, norm, seed, scale)
+def test_simulated_quantize_groups(
+    tokens: int, quads: int, warps: int, norm: bool, seed: int, scale: float, planes: int
+) -> None:
+    K = 4 * quads
+    check_quantize_groups(quantize_groups_spec(arch(), K, norm, warps, planes), tokens, K, norm, seed, scale, planes)
 
 
 @needs_gpu
 @settings(max_examples=20)
 @given(tokens=st.integers(1, 64), K=st.sampled_from([4, 100, 2048, 4096, 12288, 28672]), **shapes)
-def test_quantize_groups_on_gpu(tokens: int, K: int, norm: bool, seed: int, scale: float) -> None:
-    check_quantize_groups(quantize_groups_spec(arch(), K, norm), tokens, K, norm, seed, scale)
+def test_quantize_groups_on_gpu(tokens: int, K: int, norm: bool, seed: int, scale: float, planes: int) -> None:
+    check_quantize_groups(quantize_groups_spec(arch(), K, norm, 0, planes), tokens, K, norm, seed, scale, planes)
 
 
 @simulated
@@ -66,7 +80,7 @@ def test_simulated_nan() -> None:
     x = np.ones((2, 300), np.float32)
     x[1, 130] = np.nan
     q, steps = Out(2 * 80, np.int32), Out(3 * 4, np.float32)
-    run(quantize_groups_spec(arch(), 300, False, 1), 2, [x, x, np.float32(0), q, steps, 4])
+    run(quantize_groups_spec(arch(), 300, False, 1), 2, [x, x, np.float32(0), q, steps, 4, None, None])
     assert np.isnan(steps.array.reshape(3, 4)[:, :2]).tolist() == [[False, False], [False, True], [False, False]]
 
 
