@@ -1,6 +1,7 @@
 """Safetensors files: lazy reading, and writing tensor by tensor."""
 
 import errno
+import functools
 import json
 import os
 import weakref
@@ -103,7 +104,7 @@ class TensorFile:
         return CheckpointError(f"{self.path}: tensor {printable(name)} {what}")
 
     def map(self, name: str) -> NDArray[Any]:
-        """The tensor as a read-only memory map."""
+        """The tensor as a read-only memory map of its own, which takes no more address space than that."""
         dtype, spec, offset = self._locate(name)
         if spec.nbytes == 0:
             return np.empty(spec.shape, dtype)
@@ -112,6 +113,25 @@ class TensorFile:
                 return np.memmap(file, dtype, "r", offset, spec.shape)
         except (OSError, ValueError) as error:  # ValueError: the file has become shorter
             raise self._error(name, f"({spec.nbytes / 1e6:,.0f} MB) cannot be mapped: {why(error)}") from None
+
+    def view(self, name: str) -> NDArray[Any]:
+        """The tensor as a read-only view of the whole file, mapped.
+
+        For many tensors: each map of its own keeps a descriptor, of which some systems allow 256.
+        """
+        dtype, spec, offset = self._locate(name)
+        if os.fstat(self._fd).st_size < offset + spec.nbytes:
+            raise self._error(name, "is truncated")
+        return self._bytes[offset : offset + spec.nbytes].view(dtype).reshape(spec.shape)
+
+    @functools.cached_property
+    def _bytes(self) -> NDArray[np.uint8]:
+        size = os.fstat(self._fd).st_size
+        try:
+            with self._reopen() as file:
+                return np.memmap(file, np.uint8, "r")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path} ({size / 1e6:,.0f} MB) cannot be mapped: {why(error)}") from None
 
     def read(self, name: str) -> NDArray[Any]:
         """The tensor as an array in memory."""

@@ -1,6 +1,7 @@
 """Safetensors files and packed checkpoints: cross-checked with the safetensors library, damaged in every way."""
 
 import io
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,29 @@ def test_scales_that_are_not_positive_are_named(tiny_source: Path, tmp_path: Pat
 def test_maps_are_read_only(packed: Path) -> None:
     with pytest.raises(ValueError, match="read-only"):
         open_packed(packed).tensor("norm.weight")[0] = 1
+
+
+def test_tensors_share_one_descriptor(packed: Path) -> None:
+    """A model has hundreds of tensors, and some systems allow 256 open files."""
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("open descriptors cannot be counted on this system")
+    before = len(os.listdir("/proc/self/fd"))
+    checkpoint = open_packed(packed)
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.names}
+    assert len(tensors) > 20 and len(os.listdir("/proc/self/fd")) <= before + 3
+    for name, tensor in tensors.items():
+        assert np.array_equal(tensor, checkpoint.file.read(name)) and tensor.dtype == checkpoint.file.read(name).dtype
+
+
+def test_a_file_that_becomes_shorter_is_told(packed: Path) -> None:
+    """Reading what is gone would end the process."""
+    checkpoint = open_packed(packed)
+    path = packed / "model.safetensors"
+    last = max(checkpoint.names, key=lambda name: checkpoint.file._offsets[name])
+    for size in (path.stat().st_size - 1, 5000):
+        os.truncate(path, size)
+        with pytest.raises(CheckpointError, match=f"tensor {last} is truncated"):
+            checkpoint.tensor(last)
 
 
 @pytest.mark.parametrize("given_", [{}, {"a": np.zeros(3)}, {"b": np.zeros(2)}, {"a": np.zeros(2), "b": np.zeros(1)}])
