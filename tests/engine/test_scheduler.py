@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -606,6 +607,18 @@ def test_answers_take_turns_in_being_told(monkeypatch: pytest.MonkeyPatch) -> No
     last_start = max(rounds[0] for rounds in told.values())
     each_round = np.bincount([r for rounds in told.values() for r in rounds if last_start < r < 35])[last_start + 1 :]
     assert each_round.size >= 20 and each_round.min() >= 1 and each_round.max() <= 4, each_round
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan"), "1", [1], True, b"1"])
+def test_how_long_is_waited_is_a_number(timeout: Any) -> None:
+    scheduler = engine()[0].scheduler()
+    for _ in range(2):  # idle, and with something to do
+        with pytest.raises(RequestError, match="timeout must be a number of seconds, not"):
+            scheduler.wait(timeout)
+        scheduler.add([5], max_new_tokens=1)
+    assert scheduler.wait(10**400) and scheduler.wait(float("inf")) and scheduler.wait(Fraction(1, 2))  # type: ignore[arg-type]
+    run(scheduler)
+    assert not scheduler.wait(0) and not scheduler.wait(1e-3)
 
 
 @pytest.mark.parametrize("coalesce", [-1, float("nan"), float("inf"), "1", None, True])
