@@ -39,7 +39,7 @@ from bitnet_numba.kernels.runtime import disk_cache
 
 
 def _number_functions_anew() -> None:
-    FunctionIdentity._unique_ids = itertools.count(secrets.randbits(60))  # type: ignore[attr-defined]
+    FunctionIdentity._unique_ids = itertools.count(secrets.randbits(60))
 
 
 _number_functions_anew()
