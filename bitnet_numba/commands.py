@@ -43,6 +43,10 @@ def start(prog: str, module: str, argv: list[str] | None) -> int:
         message, code = "interrupted", 130
     except MemoryError:
         message, code = "cannot start: memory is too short", 2
+    except RuntimeError as error:
+        if "start new thread" not in str(error):
+            raise
+        message, code = "no thread can be started: memory is too short, or so many are not allowed", 2
     finally:
         if argv is None:
             ignore_ctrl_c()

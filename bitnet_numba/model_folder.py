@@ -9,7 +9,7 @@ import io
 import os
 import stat
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from bitnet_numba.errors import CheckpointError, printable
@@ -34,9 +34,16 @@ class FileError(OSError):
 class ModelFolder:
     """An open folder; `folder / name` is a file in it. Raises CheckpointError if there is no such folder."""
 
-    def __init__(self, path: str | os.PathLike[str], shown: str | os.PathLike[str] | None = None):
-        """shown: the path that messages name instead of `path`."""
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        shown: str | os.PathLike[str] | None = None,
+        made_from: Mapping[str, str] | None = None,
+    ):
+        """shown: the path that messages name instead of `path`. made_from: what they name instead of some files, which
+        were made from it and which nobody else knows."""
         self.path = Path(path)
+        self.made_from = {name: printable(source, 400) for name, source in (made_from or {}).items()}
         self._shown = printable(os.fspath(path if shown is None else shown), 400)
         self.fd: int | None = None
         self.held: dict[str, int | FileError] = {}  # files that `hold` has opened, or why it could not
@@ -103,7 +110,7 @@ class ModelFile:
         return file if isinstance(file, ModelFile) else ModelFolder(Path(file).parent) / Path(file).name
 
     def __str__(self) -> str:
-        return os.path.join(str(self.folder), printable(self.name))
+        return self.folder.made_from.get(self.name) or os.path.join(str(self.folder), printable(self.name))
 
     def exists(self) -> bool:
         """Whether there is anything of this name; a link that leads nowhere does not count."""

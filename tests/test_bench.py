@@ -329,3 +329,11 @@ def test_the_engines_own_rate_is_of_the_servers_options(monkeypatch: pytest.Monk
     with pytest.raises(RequestError, match="enough"):
         serve_engine.main(["--backend", "cpu", "--context", "99", "--threads", "1", "--kv-dtype", "float32"])
     assert given == [None, "cpu", 99, 1, None, "float32"]
+
+
+def test_the_readme_has_the_speed_up_that_was_measured() -> None:
+    folder = Path(__file__).parent.parent
+    products = json.loads((folder / "docs" / "benchmarks.json").read_text())["kernels"]["products"]
+    speed_ups = [p["cublas_bf16_us"] / p["us"] for p in products if p["cublas_bf16_us"]]
+    expected = f"{min(speed_ups):.1f} to {max(speed_ups):.1f} times as fast as cuBLAS"
+    assert expected in " ".join((folder / "README.md").read_text().split())

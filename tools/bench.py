@@ -112,14 +112,14 @@ def measure(what: str, preset: str = PRESET, kv_dtype: Any = None) -> dict[str, 
 
 def measure_on_cpu(args: argparse.Namespace) -> dict[str, Any]:
     """The figures of the CPU backend."""
-    from bitnet_numba.backends.cpu.backend import default_threads
+    from bitnet_numba.backends.cores import usable_cores
     from bitnet_numba.kernels.cpu import isa
     from tools.benchmarks.cpu import measure_cpu
     from tools.benchmarks.inputs import row_formats, write_random_packed
 
     named = args.isa.split(",") if args.isa else [None]
     isas = isa.available() if args.isa == "all" else [isa.choose(name).name for name in named]
-    threads = args.threads or [1, default_threads()]
+    threads = args.threads or [1, usable_cores()]
     with tempfile.TemporaryDirectory() as temporary:
         folders = {printable(folder.resolve().name, 40): folder for folder in args.checkpoint}
         if len(folders) < len(args.checkpoint):  # of the same name: their paths tell them apart
@@ -129,7 +129,7 @@ def measure_on_cpu(args: argparse.Namespace) -> dict[str, Any]:
                 name = f"{args.preset.replace('2b-4t', '2b4t')}-{head}"
                 folders[name] = Path(temporary) / head
                 write_random_packed(folders[name], head, args.preset)
-        environment = {"device": cpu_name(), "cores": default_threads(), **software("numba", "llvmlite", "numpy")}
+        environment = {"device": cpu_name(), "cores": usable_cores(), **software("numba", "llvmlite", "numpy")}
 
         def save(figures: dict[str, Any]) -> None:
             if args.json:

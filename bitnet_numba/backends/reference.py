@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
+from bitnet_numba.backends.cores import cpu_quota
 from bitnet_numba.backends.host import HostBackend
 from bitnet_numba.backends.host_model import PAGE_SIZE
 from bitnet_numba.backends.protocol import NO_TOKEN
@@ -46,7 +47,8 @@ _turn = _Turn()
 
 
 def reference_backend(checkpoint: PackedCheckpoint, threads: int | None = None) -> "ReferenceBackend":
-    """The NumPy reference as a backend, with so many threads of BLAS, or as many as it takes.
+    """The NumPy reference as a backend, with so many threads of BLAS, or as many as it takes within the CPU time that
+    a container has.
 
     Raises BackendError if memory is insufficient.
     """
@@ -113,6 +115,14 @@ class ReferencePool:
         return PagedCache(self.values, pages, computed)
 
 
+def _within_quota(blas: ThreadpoolController) -> int | None:
+    """The threads for which this process, a container's perhaps, has CPUs; None if BLAS takes no more than those."""
+    quota = cpu_quota()
+    if quota is None or all(pool["num_threads"] <= quota for pool in blas.select(user_api="blas").info()):
+        return None
+    return max(1, round(quota))
+
+
 class ReferenceModel:
     """See `host.HostModel`."""
 
@@ -121,7 +131,8 @@ class ReferenceModel:
     def __init__(self, checkpoint: PackedCheckpoint, threads: int | None = None):
         self.model = Model(checkpoint)
         self.config = self.model.config
-        self._threads, self._blas = threads, ThreadpoolController()
+        self._blas = ThreadpoolController()
+        self._threads = _within_quota(self._blas) if threads is None else threads
 
     def new_cache(self, capacity: int) -> ContiguousCache:
         """The cache of one sequence of up to `capacity` tokens."""

@@ -268,22 +268,29 @@ def write_tokenizer(checkpoint: Source, folder: Path) -> list[str]:
     """Writes the tokenizer's files, and checks that the result opens. Returns notes for the user."""
     notes: list[str] = []
     if isinstance(checkpoint, GgufCheckpoint):
-        shown = checkpoint.name
-        notes = write_tokenizer_files(checkpoint.metadata, folder, shown)
+        source, made_from = checkpoint.name, {"tokenizer.json": f"the tokenizer of {checkpoint.name}"}
+        notes = write_tokenizer_files(checkpoint.metadata, folder, source)
     else:
-        shown = str(checkpoint.folder)
-        copy_tokenizer(checkpoint.folder, folder)
-    Tokenizer.open(ModelFolder(folder, shown=shown), checkpoint.config.vocab_size, trial=True)
+        source, made_from = str(checkpoint.folder), {}
+        if copy_tokenizer(checkpoint.folder, folder) != "tokenizer.json":
+            made_from["tokenizer.json"] = str(checkpoint.folder / "tokenizer.model")
+    # Messages name what the user knows: this folder is gone if anything fails.
+    written = ModelFolder(folder, shown=source, made_from=made_from)
+    Tokenizer.open(written, checkpoint.config.vocab_size, trial=True)
     return notes
 
 
-def copy_tokenizer(source: ModelFolder, folder: Path) -> None:
-    """Copies the tokenizer's files of a Hugging Face folder, or builds them from a tiktoken vocabulary."""
-    copied = OPTIONAL_FILES
-    if (source / "tokenizer.json").exists():
+def copy_tokenizer(source: ModelFolder, folder: Path) -> str:
+    """Copies the tokenizer's files of a Hugging Face folder, or builds them from a tiktoken vocabulary.
+
+    Returns the name of the file that has the vocabulary.
+    """
+    copied, vocabulary = OPTIONAL_FILES, "tokenizer.json"
+    if (source / vocabulary).exists():
         copied = ["tokenizer.json", "tokenizer_config.json", *OPTIONAL_FILES]
     elif (source / "tokenizer.model").exists():
-        from_tiktoken(source / "tokenizer.model", folder)
+        vocabulary = "tokenizer.model"
+        from_tiktoken(source / vocabulary, folder)
     else:
         raise CheckpointError(f"{source} has no tokenizer: neither tokenizer.json nor tokenizer.model")
     for name in copied:
@@ -292,6 +299,7 @@ def copy_tokenizer(source: ModelFolder, folder: Path) -> None:
     default = source / f"{ADDITIONAL}/default.jinja"
     if default.exists() and not (folder / "chat_template.jinja").exists():
         copy(default, folder / "chat_template.jinja")  # what transformers takes of several
+    return vocabulary
 
 
 def copy(file: ModelFile, to: Path) -> None:

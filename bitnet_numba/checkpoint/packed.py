@@ -124,7 +124,7 @@ class PackedCheckpoint:
 
     def tensor(self, name: str) -> NDArray[Any]:
         """A tensor as a read-only memory map; bfloat16 as uint16 bit patterns. KeyError if there is none."""
-        return self.file.map(name)
+        return self.file.view(name)
 
     def ternary(self, name: str, N: int, K: int) -> NDArray[np.int8]:
         """A tensor of packed words, unpacked: int8 [N, K]. Raises CheckpointError if the words are damaged."""
@@ -175,9 +175,9 @@ def open_packed(folder: str | os.PathLike[str] | ModelFolder) -> PackedCheckpoin
         raise CheckpointError(f"{file.path}: unexpected tensor {printable(extra)}")
     for name, spec in plan.items():
         is_rows = name in ("embed.weight", "head.weight")  # too large to be read here
-        if spec.dtype in ("F32", "F16") and not is_rows and not np.isfinite(file.map(name)).all():
+        if spec.dtype in ("F32", "F16") and not is_rows and not np.isfinite(file.view(name)).all():
             raise CheckpointError(f"{file.path}: tensor {name} holds NaN or infinity")
-        if name.endswith((".scale", ".scales")) and not _are_scales(file.map(name)):
+        if name.endswith((".scale", ".scales")) and not _are_scales(file.view(name)):
             raise CheckpointError(f"{file.path}: tensor {name} holds a scale that is not positive")
     return PackedCheckpoint(folder.path, config, embed, head, file)
 

@@ -1,8 +1,8 @@
 """Safetensors files: lazy reading, and writing tensor by tensor."""
 
 import errno
+import functools
 import json
-import mmap
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -58,8 +58,6 @@ class TensorFile:
         self.path = ModelFile.of(path)
         self.specs: dict[str, TensorSpec] = {}
         self._offsets: dict[str, int] = {}
-        self._end = 0  # bytes of header and tensors
-        self._mapped: weakref.ref[mmap.mmap] | None = None
         try:
             self._fd = self.path.open()
             weakref.finalize(self, os.close, self._fd)
@@ -85,9 +83,7 @@ class TensorFile:
             if name == "__metadata__":
                 continue
             self.specs[name] = TensorSpec(entry["dtype"], tuple(entry["shape"]))
-            begin, end = entry["data_offsets"]
-            self._offsets[name] = 8 + header_size + begin
-            self._end = max(self._end, 8 + header_size + end)
+            self._offsets[name] = 8 + header_size + entry["data_offsets"][0]
 
     def _reopen(self) -> BinaryIO:
         """The open file as a file object, which leaves it open when it is closed."""
@@ -108,24 +104,34 @@ class TensorFile:
         return CheckpointError(f"{self.path}: tensor {printable(name)} {what}")
 
     def map(self, name: str) -> NDArray[Any]:
-        """The tensor as a read-only memory map."""
+        """The tensor as a read-only memory map of its own, which takes no more address space than that."""
         dtype, spec, offset = self._locate(name)
         if spec.nbytes == 0:
             return np.empty(spec.shape, dtype)
         try:
-            mapped = self._map()
+            with self._reopen() as file:
+                return np.memmap(file, dtype, "r", offset, spec.shape)
         except (OSError, ValueError) as error:  # ValueError: the file has become shorter
             raise self._error(name, f"({spec.nbytes / 1e6:,.0f} MB) cannot be mapped: {why(error)}") from None
-        return np.frombuffer(mapped, dtype, spec.nbytes // dtype.itemsize, offset).reshape(spec.shape)
 
-    def _map(self) -> mmap.mmap:
-        """The whole file, mapped once for all tensors, as long as one of them is in use: Python keeps a descriptor open
-        for each map, and a process may have 256 of them."""
-        mapped = self._mapped() if self._mapped else None
-        if mapped is None or os.fstat(self._fd).st_size < self._end:
-            mapped = mmap.mmap(self._fd, self._end, access=mmap.ACCESS_READ)
-            self._mapped = weakref.ref(mapped)
-        return mapped
+    def view(self, name: str) -> NDArray[Any]:
+        """The tensor as a read-only view of the whole file, mapped.
+
+        For many tensors: each map of its own keeps a descriptor, of which some systems allow 256.
+        """
+        dtype, spec, offset = self._locate(name)
+        if os.fstat(self._fd).st_size < offset + spec.nbytes:
+            raise self._error(name, "is truncated")
+        return self._bytes[offset : offset + spec.nbytes].view(dtype).reshape(spec.shape)
+
+    @functools.cached_property
+    def _bytes(self) -> NDArray[np.uint8]:
+        size = os.fstat(self._fd).st_size
+        try:
+            with self._reopen() as file:
+                return np.memmap(file, np.uint8, "r")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path} ({size / 1e6:,.0f} MB) cannot be mapped: {why(error)}") from None
 
     def read(self, name: str) -> NDArray[Any]:
         """The tensor as an array in memory."""

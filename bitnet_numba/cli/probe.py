@@ -17,13 +17,13 @@ from bitnet_numba.errors import BackendError, one_line
 
 def cpu() -> dict[str, Any]:
     """Instruction sets, threads, and how many of the built-in model's kernels are compiled."""
-    from bitnet_numba.backends.cpu.backend import default_threads
+    from bitnet_numba.backends.cores import usable_cores
     from bitnet_numba.backends.cpu.warmup import Needs
     from bitnet_numba.checkpoint.packed import open_packed
     from bitnet_numba.engine.loading import DEMO
     from bitnet_numba.kernels.cpu import isa, step
 
-    found: dict[str, Any] = {"instruction_sets": isa.available(), "threads": default_threads()}
+    found: dict[str, Any] = {"instruction_sets": isa.available(), "threads": usable_cores()}
     try:
         found["instruction_set"] = isa.choose().name
     except BackendError as error:  # $BITNET_NUMBA_ISA asks for one that is not there

@@ -56,7 +56,7 @@ def load(
     backend: "cuda", "cpu", "reference" (plain NumPy, slow) or "auto": CUDA if it is usable, otherwise the CPU.
     context: maximum number of tokens, prompt and answer together; None: the model's own maximum.
     threads: of the CPU backend, one for each physical core that this process may use if None; and of the matrix
-        products of the reference, of which BLAS decides if None.
+        products of the reference, of which BLAS decides if None, within the CPU time that a container has.
     revision: branch, tag or commit of a model of the hub; None: its main branch.
     kv_dtype: what keys and values are held as: on CUDA "float16" (the default; a number beyond 65504 ends an answer
         with an error), "bfloat16" (any number, with 8 bits instead of 11), "float8" (4 bits and a scale: half the

@@ -227,5 +227,5 @@ def as_integer(value: Any) -> int | None:
         return None
     try:
         return operator.index(value)
-    except TypeError:
+    except Exception:  # noqa: BLE001 - a caller's own type may raise anything
         return None

@@ -173,8 +173,14 @@ class Scheduler:
     def wait(self, timeout: float | None = None) -> bool:
         """Sleeps until `step` has something to do or to tell, and returns True.
 
-        False: nothing came within `timeout` seconds, or nothing will come, after `close` or `drain`.
+        False: nothing came within `timeout` seconds, or nothing will come, after `close` or `drain`. Raises
+        RequestError if that is no number of seconds.
         """
+        if timeout is not None:
+            seconds = as_float(timeout)
+            if seconds is None or not seconds >= 0.0:
+                raise RequestError(f"timeout must be a number of seconds, not {shown(timeout)}")
+            timeout = min(seconds, threading.TIMEOUT_MAX)
         return self._queue.wait(timeout)
 
     def step(self, *, coalesce: float = 0.0) -> list[Update]:

@@ -67,9 +67,14 @@ def record(model: HubModel, commit: str, notes: Sequence[str] = ()) -> None:
     """Writes down the commit that a model was made from; without that file, only the information is missing."""
     path = _origin(model)
     with contextlib.suppress(OSError):
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".origin-", delete=False) as file:
-            json.dump({"commit": commit, "notes": list(notes)}, file)
-        os.replace(file.name, path)
+        descriptor, unfinished = tempfile.mkstemp(dir=path.parent, prefix=".origin-")
+        try:
+            with open(descriptor, "w") as file:
+                json.dump({"commit": commit, "notes": list(notes)}, file)
+            os.replace(unfinished, path)
+        except BaseException:  # a full disk, or Ctrl-C
+            os.unlink(unfinished)
+            raise
 
 
 def touch(model: HubModel) -> None:

@@ -403,14 +403,16 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def from_tiktoken(vocabulary: str | os.PathLike[str] | ModelFile, folder: str | os.PathLike[str]) -> Tokenizer:
+def from_tiktoken(vocabulary: str | os.PathLike[str] | ModelFile, folder: str | os.PathLike[str]) -> None:
     """Writes the tokenizer of a tiktoken-style `tokenizer.model` as tokenizer.json and tokenizer_config.json.
 
     Split pattern, special tokens and chat template are those of BitNet b1.58 2B4T, which has Llama 3's vocabulary.
-    `folder` must exist. Raises TokenizerError if the file is not such a vocabulary (but sentencepiece's, for example).
+    `folder` must exist. Raises TokenizerError if the file is not such a vocabulary (but sentencepiece's, for example),
+    OSError if the folder cannot be written.
     """
     folder = Path(folder)
-    build_tokenizer(vocabulary).save(str(folder / "tokenizer.json"), pretty=False)
+    # The library's own `save` tells of a full disk by an Exception of no kind.
+    (folder / "tokenizer.json").write_text(build_tokenizer(vocabulary).to_str(), encoding="utf-8")
     config = {
         "bos_token": BOS,
         "eos_token": EOS,
@@ -419,4 +421,3 @@ def from_tiktoken(vocabulary: str | os.PathLike[str] | ModelFile, folder: str | 
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return Tokenizer.open(folder)

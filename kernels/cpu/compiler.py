@@ -6,12 +6,19 @@ each is compiled once for all that call it, and what calls it need not be compil
 Numba's own cache looks at the file of the cached function alone: with a changed helper module it serves old code. Here
 an entry depends on all source of kernels/, on the compilers' versions, on the CPU and its features, and on the kernel's
 constants and types.
+
+Numba names a function in machine code by its number, and numbers functions from 1 in every process. Entries that two
+processes compiled would have functions of one name, and where a third process loads both, the linker takes the first
+for both: wrong numbers, in silence. So the numbers begin at random here.
 """
 
 import contextlib
 import hashlib
 import inspect
+import itertools
+import os
 import pickle
+import secrets
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +27,7 @@ from typing import Any
 from llvmlite import ir
 from numba import njit
 from numba.core import serialize, types
+from numba.core.bytecode import FunctionIdentity
 from numba.core.caching import NullCache
 from numba.core.ccallback import CFunc
 from numba.core.compiler import CompileResult
@@ -28,6 +36,15 @@ from numba.extending import intrinsic
 
 from bitnet_numba.kernels.cpu.vec import OPTIONS
 from bitnet_numba.kernels.runtime import disk_cache
+
+
+def _number_functions_anew() -> None:
+    FunctionIdentity._unique_ids = itertools.count(secrets.randbits(60))
+
+
+_number_functions_anew()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_number_functions_anew)
 
 
 def entry(function: Callable[..., Any]) -> Any:

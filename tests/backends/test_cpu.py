@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 import bitnet_numba as bn
-from bitnet_numba.backends.cpu import backend as cpu
 from bitnet_numba.backends.cpu.backend import CpuModel
 from bitnet_numba.backends.protocol import NO_TOKEN
 from bitnet_numba.checkpoint.convert import convert
@@ -379,13 +378,6 @@ def test_numbers_of_threads_that_make_no_sense(threads: object) -> None:
 def test_threads_are_no_option_of_cuda() -> None:
     with pytest.raises(bn.BitNetError, match="threads are an option of the backends cpu and reference, not of cuda"):
         bn.load(None, "cuda", threads=2)
-
-
-def test_threads_follow_the_affinity_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 1 <= cpu.default_threads() <= (os.cpu_count() or 1)
-    if hasattr(os, "sched_getaffinity"):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-        assert cpu.default_threads() == 1
 
 
 def test_answers_are_as_likely_as_the_reference_finds_them() -> None:

@@ -285,6 +285,7 @@ def test_messages_show_no_control_characters(
             "memory is too short: Unable to allocate 5 GiB; a smaller --context",
         ),
         (OSError(5, "Input/output error"), 2, "input or output failed: Input/output error"),
+        (RuntimeError("can't start new thread"), 2, "no thread can be started: memory is too short"),
     ],
 )
 def test_what_stops_the_start_is_told_in_one_line(

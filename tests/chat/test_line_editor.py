@@ -62,6 +62,14 @@ def test_enter_within_a_block_starts_a_line(state: Path) -> None:
         assert editor.prompt("> ") == '"" is """ not a block'
 
 
+def test_coloured_text_is_pasted_without_its_colours(state: Path) -> None:
+    """What begins like the report of a mouse and is none ended the chat, in a terminal without bracketed paste."""
+    with create_pipe_input() as keyboard:
+        editor = open_line_editor(DummyCompleter(), keyboard, DummyOutput())
+        keyboard.send_text("a\x1b[31mred\x1b[0m \x1b[1;32mgreen\x1b[0m \x1b[<0;5mb\x1b[<0;1;2M\r")
+        assert editor.prompt("> ") == "ared green b"
+
+
 def test_pasted_lines_are_one_text_and_are_not_sent(state: Path) -> None:
     with create_pipe_input() as keyboard:
         editor = open_line_editor(DummyCompleter(), keyboard, DummyOutput())

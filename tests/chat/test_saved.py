@@ -135,6 +135,31 @@ def test_folders_and_files_without_permission_are_refused(tmp_path: Path) -> Non
         talk.save(path)
 
 
+@pytest.mark.parametrize("call", ["stat", "open"])
+def test_what_the_system_forbids_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Also where root runs the tests, who may do everything."""
+    monkeypatch.setenv("COLUMNS", "1000")
+    chat = toy_chat()
+    handle(chat, "One?")
+    capsys.readouterr()
+
+    def forbidden(*_: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "x"))
+
+    if call == "open":
+        monkeypatch.setattr("builtins.open", forbidden)
+    else:
+        monkeypatch.setattr(Path, call, forbidden)
+    for command in ("/save", "/export"):
+        assert handle(chat, f"{command} {tmp_path / 'x'}")
+    monkeypatch.undo()
+    shown = capsys.readouterr().out
+    assert shown.count("cannot be written: Permission denied") == shown.count("\n") == 2
+    assert len(chat.conversation.messages) == 2
+
+
 def test_saving_touches_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.part").mkdir()
     (tmp_path / "y.part").write_text("mine")

@@ -78,25 +78,27 @@ def test_maps_are_read_only(packed: Path) -> None:
         open_packed(packed).tensor("norm.weight")[0] = 1
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="descriptors are counted in /proc")
-def test_maps_of_all_tensors_share_a_descriptor(packed: Path) -> None:
-    tensors = TensorFile(packed / "model.safetensors")
+def test_tensors_share_one_descriptor(packed: Path) -> None:
+    """A model has hundreds of tensors, and some systems allow 256 open files."""
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("open descriptors cannot be counted on this system")
     before = len(os.listdir("/proc/self/fd"))
-    maps = [tensors.map(name) for name in tensors.specs]
-    assert len(maps) > 10
-    assert len(os.listdir("/proc/self/fd")) <= before + 1
+    checkpoint = open_packed(packed)
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.names}
+    assert len(tensors) > 20 and len(os.listdir("/proc/self/fd")) <= before + 3
+    for name, tensor in tensors.items():
+        assert np.array_equal(tensor, checkpoint.file.read(name)) and tensor.dtype == checkpoint.file.read(name).dtype
 
 
-def test_a_file_that_has_become_shorter(packed: Path, tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    shutil.copy(packed / "model.safetensors", path)
-    tensors = TensorFile(path)
-    first, last = list(tensors.specs)[0], list(tensors.specs)[-1]
-    kept = tensors.map(first)
-    os.truncate(path, path.stat().st_size - 1)
-    with pytest.raises(CheckpointError, match=f"tensor {last} .* cannot be mapped"):
-        tensors.map(last)
-    assert kept.size
+def test_a_file_that_becomes_shorter_is_told(packed: Path) -> None:
+    """Reading what is gone would end the process."""
+    checkpoint = open_packed(packed)
+    path = packed / "model.safetensors"
+    last = max(checkpoint.names, key=lambda name: checkpoint.file._offsets[name])
+    for size in (path.stat().st_size - 1, 5000):
+        os.truncate(path, size)
+        with pytest.raises(CheckpointError, match=f"tensor {last} is truncated"):
+            checkpoint.tensor(last)
 
 
 @pytest.mark.parametrize("given_", [{}, {"a": np.zeros(3)}, {"b": np.zeros(2)}, {"a": np.zeros(2), "b": np.zeros(1)}])

@@ -34,6 +34,9 @@ class Broken:
     def __eq__(self, other: object) -> bool:
         raise RuntimeError
 
+    def __index__(self) -> int:
+        raise ValueError
+
     __hash__ = None  # type: ignore[assignment]
 
 

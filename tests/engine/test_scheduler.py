@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -398,22 +399,49 @@ def test_a_request_is_not_cancelled_before_it_is_there(closed: bool) -> None:
         assert reasons == ["interrupted", "length"]
 
 
-def test_a_closed_scheduler_is_not_busy() -> None:
-    llm, _ = engine(tokens_of("a"))
-    scheduler = llm.scheduler(max_sequences=1)
-    for _ in range(3):
-        scheduler.add([5])
-    scheduler.step()
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("drained", [False, True])
+def test_a_closed_scheduler_is_busy_until_it_has_told_the_ends(asynchronous: bool, steps: int, drained: bool) -> None:
+    llm, backend = engine(tokens_of("a"))
+    backend.asynchronous = asynchronous
+    scheduler = llm.scheduler(max_sequences=1, prefill_chunk=8)
+    numbers = [scheduler.add(BEGINNING[:20]) for _ in range(3)]
+    updates = [update for _ in range(steps) for update in scheduler.step()]
+    if drained:
+        scheduler.drain()
     scheduler.cancel(1)
     scheduler.cancel(0)
-    scheduler.close()
+    for _ in range(2):
+        scheduler.close()
     scheduler.cancel(2)
-    assert (scheduler.busy, scheduler.running, scheduler.waiting) == (True, 0, 0)
-    updates = run(scheduler)
-    assert [(update.request, type(update.error)) for update in updates] == [
-        (1, type(None)), (0, SchedulerClosed), (2, SchedulerClosed),
-    ]  # fmt: skip
-    assert not scheduler.busy and not scheduler.wait()
+    assert (scheduler.busy, scheduler.running, scheduler.waiting) == (True, 0, 0) and scheduler.wait(0)
+    told = scheduler.step()
+    assert not scheduler.busy and not scheduler.wait(), "one step is enough, and nobody waits for what never comes"
+    assert sorted(update.request for update in told) == numbers and not any(update.completion for update in updates)
+    never_ran = {0, 1} if steps == 0 else {1}  # of those that were cancelled: they have ended before `close`
+    assert {update.request for update in told if update.error is None} == never_ran
+    assert all(isinstance(update.error, SchedulerClosed) for update in told if update.request not in never_ran)
+    with pytest.raises(SchedulerClosed):
+        scheduler.step()
+
+
+def test_a_scheduler_that_is_closed_with_nothing_open_is_not_busy() -> None:
+    llm, _ = engine(tokens_of("a"))
+    unused, used, left = (llm.scheduler() for _ in range(3))
+    used.add([5], max_new_tokens=2)
+    run(used)
+    with left:
+        left.add([5])
+        left.step()
+    for scheduler in (unused, used):
+        scheduler.close()
+        assert not scheduler.busy and not scheduler.wait() and run(scheduler) == []
+    assert [type(update.error) for update in run(left)] == [SchedulerClosed]
+    for scheduler in (unused, used, left):
+        assert scheduler.closed and not scheduler.busy
+        with pytest.raises(SchedulerClosed):
+            scheduler.step()
 
 
 def test_a_request_that_cannot_start_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -579,6 +607,18 @@ def test_answers_take_turns_in_being_told(monkeypatch: pytest.MonkeyPatch) -> No
     last_start = max(rounds[0] for rounds in told.values())
     each_round = np.bincount([r for rounds in told.values() for r in rounds if last_start < r < 35])[last_start + 1 :]
     assert each_round.size >= 20 and each_round.min() >= 1 and each_round.max() <= 4, each_round
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan"), "1", [1], True, b"1"])
+def test_how_long_is_waited_is_a_number(timeout: Any) -> None:
+    scheduler = engine()[0].scheduler()
+    for _ in range(2):  # idle, and with something to do
+        with pytest.raises(RequestError, match="timeout must be a number of seconds, not"):
+            scheduler.wait(timeout)
+        scheduler.add([5], max_new_tokens=1)
+    assert scheduler.wait(10**400) and scheduler.wait(float("inf")) and scheduler.wait(Fraction(1, 2))  # type: ignore[arg-type]
+    run(scheduler)
+    assert not scheduler.wait(0) and not scheduler.wait(1e-3)
 
 
 @pytest.mark.parametrize("coalesce", [-1, float("nan"), float("inf"), "1", None, True])

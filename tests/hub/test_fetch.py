@@ -1,5 +1,6 @@
 """Models by name: one download, one conversion, whatever happens meanwhile. Nothing here needs a network."""
 
+import errno
 import os
 import shutil
 import signal
@@ -94,6 +95,25 @@ def test_what_the_conversion_noted_is_kept(hub: list[dict[str, object]], tmp_pat
     assert any("unheard_of" in note for note in store.stored_models()[0].notes)
     (store.packed_folder(MODEL).parent / "origin.json").write_text('{"commit": 3, "notes": {"a": 1}}')
     assert store.stored_models()[0].notes == () and store.stored_models()[0].commit is None
+
+
+def test_a_full_disk_costs_only_the_notes(hub: list[dict[str, object]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(store.json, "dump", full)
+    target = fetch.fetch(MODEL)
+    open_packed(target)
+    assert os.listdir(target.parent) == ["model"], "no half-written file is left"
+
+
+def test_a_damaged_model_is_named_by_what_was_downloaded(hub: list[dict[str, object]], tmp_path: Path) -> None:
+    """And not by the folder that was being written, which is gone."""
+    broken = tmp_path / "snapshots" / COMMIT / "tokenizer.json"
+    broken.write_text("{}")
+    with pytest.raises(BitNetError) as caught:
+        fetch.fetch(MODEL)
+    assert str(caught.value).startswith(f"{broken} is damaged: ")
 
 
 def test_another_format_is_converted_again(hub: list[dict[str, object]]) -> None:

@@ -59,7 +59,8 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """The same vocabulary opened by us and by tiktoken."""
     folder = tmp_path_factory.mktemp("tiktoken")
     ranks = train_ranks(extra=40, shuffled=request.param)
-    ours = from_tiktoken(write_ranks(ranks, folder / "tokenizer.model"), folder)
+    from_tiktoken(write_ranks(ranks, folder / "tokenizer.model"), folder)
+    ours = Tokenizer.open(folder)
     named = {name: len(ranks) + i for i, name in enumerate(special_tokens())}
     theirs = tiktoken.Encoding("test", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=named)
     return ours, theirs

@@ -47,7 +47,8 @@ def _speed_up(products: list[dict[str, Any]], device: str, path: Path) -> None:
         speed_ups = [p["cublas_bf16_us"] / p[key] for p in compared]
         bars = axes.bar([i + shift for i in range(len(compared))], speed_ups, 0.4, label=label)
         axes.bar_label(bars, fmt="%.1f", fontsize=8)
-    axes.set_xticks(range(len(compared)), [f"{p['N']} × {p['K']}" for p in compared], rotation=40)
+    axes.set_xticks(range(len(compared)), [f"{p['N']}\n× {p['K']}" for p in compared])
+    axes.set_xlabel("rows × columns of weights")
     axes.margins(y=0.2)
     axes.legend()
     axes.set_ylabel("times as fast as cuBLAS bf16")
@@ -137,7 +138,7 @@ def _step(decode: dict[str, Any], device: str, path: Path) -> None:
         axes.margins(x=0.12)
         axes.set_xlabel("µs a step, launches of one kind in a graph of their own")
         axes.set_title(f"{dtype} embedding and LM head")
-        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, -0.32))
+        axes.legend(fontsize=8, loc="upper right")
     panels[0][0].invert_yaxis()  # shared by all panels
     figure.suptitle(f"Kernels of a decode step, 2B4T, {device} (they overlap in a step)")
     _save(figure, path)

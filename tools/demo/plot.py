@@ -26,7 +26,8 @@ def plot(runs: list[dict], image: Path) -> None:
     loss = [point["loss"] for point in curve]
     floor = min(loss)
 
-    figure, axis = plt.subplots(figsize=(8, 4.5), dpi=120)
+    figure, axis = plt.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axis.set_title("Training of the built-in model")
     axis.plot(tokens, loss, color="tab:blue")
     axis.set_yscale("log")
     ticks = [0.3, 0.4, 0.5, 0.6, 0.8, 1, 2, 4]
@@ -34,14 +35,14 @@ def plot(runs: list[dict], image: Path) -> None:
     axis.minorticks_off()
     axis.set_xlabel("million tokens, each conversation seen once")
     axis.set_ylabel("weighted loss per assistant token (nats)", color="tab:blue")
-    axis.annotate(f"{loss[-1]:.3f}", (tokens[-1], loss[-1]), xytext=(-140, 10), textcoords="offset points")
-    axis.set_ylim(floor * 0.97, max(loss) * 1.1)
+    end = (tokens[-1], loss[-1])
+    axis.annotate(f"{loss[-1]:.3f}", end, xytext=(0, 16), textcoords="offset points", ha="right")
+    axis.set_ylim(floor * 0.9, max(loss) * 1.1)
     axis.grid(alpha=0.3)
     rate = axis.twinx()
     rate.plot(tokens, [point["rate"] * 1e3 for point in curve], color="tab:orange", linewidth=1)
     rate.set_ylabel("learning rate (thousandths)", color="tab:orange")
     rate.set_ylim(0)
-    figure.tight_layout()
     figure.savefig(image)
 
 

@@ -8,12 +8,12 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet_numba.backends.cores import usable_cores
 from bitnet_numba.backends.cpu.buffers import ALIGN, Buffers, aligned_address
 from bitnet_numba.backends.cpu.warmup import Needs, load_kernels
 from bitnet_numba.backends.cpu.weights import Weights
@@ -111,7 +111,7 @@ class CpuModel:
         """threads: None takes one for each physical core. instruction_set: see `kernels.cpu.isa`; None takes the best.
         kv_dtype: of the cache; float32 is for embeddings, and for comparing with the reference."""
         self.config = c = checkpoint.config
-        self.threads = default_threads() if threads is None else threads
+        self.threads = usable_cores() if threads is None else threads
         self.isa = isa.choose(instruction_set)
         self._dtype = np.dtype(np.uint16 if kv_dtype == "bfloat16" else np.float32)
         self._layer_bytes = kv_cache.layer_bytes(self._dtype, c.num_kv_heads, c.head_dim)
@@ -286,19 +286,3 @@ def _stop(team: Team, lock: threading.Lock) -> None:
             team.stop()
         finally:
             lock.release()
-
-
-def default_threads() -> int:
-    """The physical cores that this process may use: hardware threads of one core share what the kernels need."""
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in usable:
-        siblings = str(cpu)
-        with contextlib.suppress(OSError):
-            siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
-        cores.add(siblings)
-    count = len(cores)
-    with contextlib.suppress(OSError, ValueError):  # a container's share of the machine
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        count = min(count, max(1, round(int(quota) / int(period))))
-    return count

@@ -5,7 +5,6 @@ so a process of its own compiles it into the disk cache while this one compiles 
 """
 
 import contextlib
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import config
 
+from bitnet_numba.backends.cores import usable_cpus
 from bitnet_numba.backends.progress import CompileProgress
 from bitnet_numba.checkpoint.packed import PackedCheckpoint, RowFormat
 from bitnet_numba.errors import BackendError
@@ -77,7 +77,7 @@ def _step_compiled_beside(wanted: bool) -> Iterator[None]:
     """Compiles the step in another process while the body runs, and waits for it; if it fails, nothing is lost."""
     # A frozen program is its own executable: it would start itself.
     frozen = not sys.executable or getattr(sys, "frozen", False)
-    if not wanted or frozen or (os.cpu_count() or 1) < 2 or not disk_cache.is_writable():
+    if not wanted or frozen or usable_cpus() < 2 or not disk_cache.is_writable():
         yield
         return
     process = None

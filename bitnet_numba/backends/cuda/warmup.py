@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bitnet_numba.backends.cores import usable_cpus
 from bitnet_numba.backends.cuda.embedding_pass import EmbeddingBuffers, EmbeddingPass
 from bitnet_numba.backends.cuda.extras import Asked, Extras
 from bitnet_numba.backends.cuda.forward import MAX_TOKENS, CudaModel, PrefillPass
@@ -167,7 +168,7 @@ def compile_together(needs: Needs, specs: list[KernelSpec], progress: Callable[[
 def _most_processes() -> int:
     wanted = os.environ.get("BITNET_NUMBA_COMPILERS", "")
     try:
-        return int(wanted or os.cpu_count() or 1)
+        return int(wanted or usable_cpus())
     except ValueError:
         raise BackendError(f"BITNET_NUMBA_COMPILERS must be a number of processes, not {wanted!r}") from None
 
