@@ -2,8 +2,10 @@
 
     grid: a block a row, 768 threads; a row's settings, position and seen tokens are its slot's
     1. largest logit, lowest id first; at temperature 0 that is all
-    2. top-p alone: the cut is looked for in a window of z (see `window`)
-       else top-k, then top-p: radix select over keys (see `parts`), with one coarse pass before
+    2. top-p alone: about where the cut is (see `window`); the best token after noise (see `noise`) of all that may be
+       above it is nearly always one that is above it for sure, and chosen
+       else the cut: of top-p alone by a window of z; of top-k, then top-p, by radix select over keys (see `parts`),
+       with one coarse pass before
          coarse pass   a histogram over z itself, 1024 bins 1/32 wide, shows in which bin the cut lies. The tokens from
                        the highest z down to that bin's end become candidates: z and id, in shared memory
          exact passes  10 bits of the key each, over the candidates alone. Too many for shared memory: over all logits
@@ -17,14 +19,11 @@ take turns.
 Where only a coarse bin is asked for, a product with 1 / temperature stands for the division; candidates reach one bin
 further down, so that equal z on both sides of a bin's border do not matter.
 
-Noise costs two logarithms, so tokens that cannot win are given none. The likeliest token is always kept, and then the
-best of the first tokens is known: a token wins against that only if its uniform number u is above exp(-exp(z - bound)),
-and hence 1 - u below exp(z - bound), which an approximate power of two tells.
-
 Sums are integers, so neither the order of candidates nor the bins change a choice: it is the token that `single`
 chooses.
 
-What stays in the kernel's body (summing bins, finding the digit) changes the machine code as a function.
+What stays in the kernel's body (summing bins, finding the digit) changes the machine code as a function. Loops over
+tokens count int32 themselves: `range` would count int64, in registers that are short.
 """
 
 from collections.abc import Callable
@@ -40,7 +39,7 @@ from bitnet_numba.kernels.runtime.device import Device
 from bitnet_numba.kernels.runtime.launch import Launch
 from bitnet_numba.kernels.runtime.memory import DeviceArray, PinnedArray
 from bitnet_numba.kernels.runtime.spec import KernelSpec
-from bitnet_numba.kernels.sampling import parts, window
+from bitnet_numba.kernels.sampling import noise, parts, window
 from bitnet_numba.kernels.sampling.parts import BINS, DIGIT_BITS, ID_BITS, LARGEST, LOWEST, NAN_TOKEN, SETTINGS
 
 THREADS = 768  # the most whose registers suffice
@@ -48,24 +47,12 @@ MAX_CANDIDATES = 4096  # 32 KB of shared memory
 LIMB_BITS = 14  # of a probability's 40 bits; 2^18 tokens' sum of one limb fits 32 bits
 LIMBS = 3
 COARSE_BINS_PER_Z = float32(-32.0)  # z is at most 0
-MAX_NOISE = float32(16.7)  # no noise is larger
-# The likeliest token's noise is above -2.82: a z under this cannot win.
-MIN_WINNING_Z = float32(-19.5)
-REACH_MARGIN = float32(0.02)  # more than rounding takes from a token's reach, as the exponent of 2
-NEAR = float32(2.0 - 2.0**-21)  # 2 less what rounding takes from `nearness`
 
 
 @device_function
 def coarse_bin(z):
     """A bin that is higher for larger z: 1023 for z = 0 (and for NaN), 0 for z under -32."""
     return int32(BINS - 1 - max(int32(0), min(int32(BINS - 1), ptx.round_to_int(ptx.mul_rn(z, COARSE_BINS_PER_Z)))))
-
-
-@device_function
-def nearness(x, word, largest, log2_scale, offset):
-    """Above NEAR if a token may win: 1 + u + 2^((x - largest) * log2_scale + offset), of u without its half."""
-    one_and_u = ptx.bits_to_float(uint32(uint32(word >> uint32(9)) | uint32(0x3F800000)))
-    return one_and_u + ptx.exp2_approx((x - largest) * log2_scale + offset)
 
 
 def loads_in_flight(threads: int) -> int:
@@ -78,9 +65,17 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
     wait = ptx.pdl_wait(arch)
     LOADS = loads_in_flight(threads)
     MAX_LOADS = 2 * LOADS
-    add_masses, list_window = window.make_window(threads, max_candidates, LOADS)
+    add_masses, find_cut, list_window = window.make_window(threads, max_candidates, LOADS)
+    best_of_candidates, best_of_tokens = noise.make_noise(threads)
     WARPS, BINS_EACH, LIMB_BINS = threads // WARP, -(-BINS // threads), LIMBS * BINS
     LIMB, TWO_LIMBS = (1 << LIMB_BITS) - 1, (1 << 2 * LIMB_BITS) - 1
+
+    @device_function
+    def clear(bins_s, tid):
+        """Sets all bins to 0."""
+        for j in range(-(-LIMB_BINS // threads)):
+            if tid + j * threads < LIMB_BINS:
+                bins_s[tid + j * threads] = int32(0)
 
     @device_function
     def find_best(loads, source, log2_scale, tid):
@@ -131,7 +126,8 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
         largest, inverse, temperature = scale
         cut, prefix, shift = radix
         size = num_candidates if num_candidates >= 0 else vocab_size
-        for first in range(tid, size, threads * LOADS):
+        first = tid
+        while first < size:
             for u in range(LOADS):
                 i = int32(first + u * threads)
                 x_r[u] = LOWEST
@@ -166,6 +162,7 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
                             cuda.atomic.add(bins_s, digit, int32(1))
                         else:
                             add_probability(bins_s, z, digit)
+            first = int32(first + threads * LOADS)
 
     @device_function
     def list_candidates(candidates, length_s, loads, source, scale, cut, cut_bin, tid):
@@ -176,7 +173,8 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
         z_s, id_s = candidates
         largest, inverse, temperature = scale
         full = False
-        for first in range(tid, vocab_size, threads * LOADS):
+        first = tid
+        while first < vocab_size:
             for u in range(LOADS):
                 token = int32(first + u * threads)
                 x_r[u] = logits[x_rd + token] if token < vocab_size else LOWEST
@@ -193,54 +191,7 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
                         full = wr >= max_candidates
                         if not full:
                             z_s[wr], id_s[wr] = z, token
-
-    @device_function
-    def noise_of_candidates(z_s, id_s, num_candidates, min_z, cut, pos, key0, key1, tid):
-        """The thread's best key after noise, of the candidates that are kept."""
-        best = int64(0)
-        for i in range(tid, num_candidates, threads):
-            if z_s[i] >= min_z and parts.key_of(z_s[i], id_s[i]) >= cut:
-                c0, c1, c2, c3 = parts.random_words(id_s[i] >> 2, pos + 1, key0, key1)
-                x = ptx.add_rn(z_s[i], parts.gumbel(parts.chosen_word(c0, c1, c2, c3, id_s[i] & 3)))
-                best = max(best, parts.key_of(x, id_s[i]))
-        return best
-
-    @device_function
-    def noise_of_tokens(loads, source, scale, bound, cut, min_z, pos, key0, key1, first, end):
-        """The thread's best key after noise, of tokens that are kept and may reach `bound`: of every `threads`-th four
-        of the tokens 4 first .. 4 end - 1."""
-        logits, seen, x_rd, seen_rd, vocab_size, has_penalty, penalty = source
-        x_r, _ = loads
-        largest, inverse, temperature = scale
-        log2_scale = inverse * window.LOG2_E
-        offset = REACH_MARGIN - bound * window.LOG2_E
-        best = int64(0)
-        for quad in range(first, end, threads):
-            ptx.no_unroll()
-            for j in range(4):
-                token = int32(quad * 4 + j)
-                x_r[j] = logits[x_rd + token] if token < vocab_size else LOWEST
-            if has_penalty:
-                word = seen[seen_rd + (quad >> 3)]
-                for j in range(4):
-                    x_r[j] = parts.penalized(x_r[j], word, int32(quad * 4 + j), penalty)
-            top = max(max(x_r[0], x_r[1]), max(x_r[2], x_r[3]))
-            if (top - largest) * inverse > bound - MAX_NOISE:
-                c0, c1, c2, c3 = parts.random_words(quad, pos + 1, key0, key1)
-                near = float32(0)
-                for j in range(4):
-                    near = max(
-                        near, nearness(x_r[j], parts.chosen_word(c0, c1, c2, c3, j), largest, log2_scale, offset)
-                    )
-                if near > NEAR:
-                    for j in range(4):
-                        token = int32(quad * 4 + j)
-                        bits = parts.chosen_word(c0, c1, c2, c3, j)
-                        if token < vocab_size and nearness(x_r[j], bits, largest, log2_scale, offset) > NEAR:
-                            z = parts.shifted(x_r[j], largest, temperature)
-                            if z >= min_z and parts.key_of(z, token) >= cut:
-                                best = max(best, parts.key_of(ptx.add_rn(z, parts.gumbel(bits)), token))
-        return best
+            first = int32(first + threads * LOADS)
 
     def sample_batch(
         logits, vocab_size, settings, slot_positions, tokens, tokens_stride, seen, seen_stride, position, chosen, ring
@@ -256,6 +207,8 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
         # The digit of the cut, the sum above it, and whether all of the digit's keys are kept.
         found_s = ptx.pointer(cuda.shared.array(3, int64))
         length_s = cuda.shared.array(1, int32)
+        window_s = ptx.pointer(cuda.shared.array(3, float32))  # the row's mass, bins per z, lowest z that may be kept
+        likeliest_s = cuda.shared.array(1, int32)
         tid = int32(cuda.threadIdx.x)
         warp, lane = int32(tid // WARP), int32(tid % WARP)
         row = int32(cuda.blockIdx.x)
@@ -269,6 +222,7 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
         has_penalty = penalty != float32(1)
         source = logits, seen, x_rd, seen_rd, vocab_size, has_penalty, penalty
         loads, candidates = (x_r, seen_r), (z_s, id_s)
+        request = settings, setting, slot_positions, row
 
         sampled = settings[setting + parts.TEMPERATURE] != 0.0
         inverse = ptx.div_rn(float32(1), temperature)  # a product with it is cheaper than z and nearly z
@@ -287,59 +241,77 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
 
         if sampled and not has_nan:
             largest = parts.unordered(uint32(best >> ID_BITS))
+            if tid == 0:
+                likeliest_s[0] = int32(parts.token_of(best))
+                window_s[1], window_s[2] = float32(0), noise.MIN_WINNING_Z
             scale = largest, inverse, temperature
             _, total = parts.running_sums(
                 window.mass_share(mass, reference, largest, log2_scale), sums_s, warp, lane, WARPS
             )
             row_mass = float32(float(total) / window.MASS_UNIT)
-            # 2. The cuts of top-k (stage 0) and top-p (stage 1).
-            cut = int64(0)
-            num_candidates = int32(-1)  # -1 while there is no list of them
-            for stage in range(2):
-                target = int64(settings[setting + parts.TOP_K])
-                wanted = target > 0 and target < vocab_size
-                if stage == 1:
-                    target, wanted = int64(0), settings[setting + parts.TOP_P] < 1.0
-                prefix, shift = int64(0), int32(32 + ID_BITS)
-                windowed = False
-                if stage == 1 and wanted and cut == 0:  # no top-k
-                    # The window: after it, candidates are its tokens, and the target is what those above leave of it.
-                    for i in range(tid, BINS, threads):
-                        bins_s[i] = int32(0)
-                    if tid == 0:
-                        found_s[0] = int64(-1)
-                        length_s[0] = int32(0)
-                    cuda.syncthreads()
-                    if row_mass < window.MAX_MASS:
-                        top_p = settings[setting + parts.TOP_P]
-                        per_z = window.bins_per_z(top_p, row_mass, vocab_size)
-                        add_masses(bins_s, loads, source, largest, log2_scale, row_mass, inverse * per_z, tid)
-                        cuda.syncthreads()
-                        own = int64(0)
-                        for j in range(BINS_EACH):
-                            if BINS_EACH * tid + j < BINS:
-                                own += int64(bins_s[BINS_EACH * tid + j])
-                        running, total = parts.running_sums(own, sums_s, warp, lane, WARPS)
-                        about = int64(top_p * float(1 << window.MASS_BITS))
-                        for j in range(BINS_EACH):
-                            if BINS_EACH * tid + j < BINS:
-                                after = running + int64(bins_s[BINS_EACH * tid + j])
-                                if running < about and about <= after:
-                                    found_s[0] = BINS_EACH * tid + j
-                                running = after
-                        cuda.syncthreads()
+            top_k = int64(settings[setting + parts.TOP_K])
+            # 2. Top-p alone: about where the cut is.
+            loose = False
+            if needs_mass and (top_k <= 0 or top_k >= vocab_size) and row_mass < window.MAX_MASS:
+                clear(bins_s, tid)
+                if tid == 0:
+                    found_s[0], found_s[1] = int64(-1), int64(-1)
+                cuda.syncthreads()
+                top_p = settings[setting + parts.TOP_P]
+                per_z = window.bins_per_z(top_p, row_mass, vocab_size)
+                add_masses(bins_s, loads, source, largest, log2_scale, row_mass, inverse * per_z, tid)
+                cuda.syncthreads()
+                find_cut(bins_s, found_s, sums_s, top_p, vocab_size, tid)
+                cuda.syncthreads()
+                loose = found_s[0] >= 0
+                if tid == 0:
+                    window_s[0], window_s[1] = row_mass, per_z
+                    if found_s[1] >= 0:
+                        window_s[2] = float32(-(int32(found_s[1]) + 2)) / per_z
+                cuda.syncthreads()
+
+            decided = False
+            if loose:  # the best of more than is kept, perhaps
+                lowest_z = window_s[2]
+                best = best_of_tokens(loads, source, scale, request, likeliest_s[0], int64(0), lowest_z, keys_s, tid)
+                best = parts.block_best(best, keys_s, warp, lane, WARPS)
+                winner = int32(parts.token_of(best))
+                word = seen[seen_rd + (winner >> 5)] if has_penalty else int32(0)
+                below = parts.penalized(logits[x_rd + winner], word, winner, penalty) - largest
+                sure = window.below_cut(settings[setting + parts.TOP_P], vocab_size)
+                decided = window.is_surely_kept(bins_s, below, log2_scale, window_s[0], inverse * window_s[1], sure)
+                cuda.syncthreads()  # everyone has read the sums
+            if not decided:
+                num_candidates = int32(-1)  # -1 while there is no list of them
+                # The cuts of top-k (stage 0) and top-p (stage 1).
+                cut = int64(0)
+                for stage in range(2):
+                    target = int64(settings[setting + parts.TOP_K])
+                    wanted = target > 0 and target < vocab_size
+                    if stage == 1:
+                        target, wanted = int64(0), settings[setting + parts.TOP_P] < 1.0
+                    prefix, shift = int64(0), int32(32 + ID_BITS)
+                    windowed = False
+                    per_z = window_s[1]
+                    if stage == 1 and wanted and per_z > float32(0):
+                        # After it, candidates are the window's tokens, and the target is what those above leave of it.
                         cut_bin = int32(found_s[0])
+                        if tid == 0:
+                            length_s[0] = int32(0)
+                        cuda.syncthreads()
                         if cut_bin >= 0:
-                            low, high = float32(-(cut_bin + 2)) / per_z, float32(1 - cut_bin) / per_z
+                            low, high = float32(-(cut_bin + 3)) / per_z, float32(2 - cut_bin) / per_z
                             total, above = list_window(candidates, length_s, loads, source, scale, low, high, tid)
                             _, total = parts.running_sums(total, sums_s, warp, lane, WARPS)
                             cuda.syncthreads()
                             _, above = parts.running_sums(above, sums_s, warp, lane, WARPS)
-                            left = parts.top_p_target(top_p, total) - above
+                            left = parts.top_p_target(settings[setting + parts.TOP_P], total) - above
                             cuda.syncthreads()
                             own = int64(0)
-                            for i in range(tid, min(length_s[0], int32(max_candidates)), threads):
+                            i = tid
+                            while i < min(length_s[0], int32(max_candidates)):
                                 own += parts.probability(z_s[i])
+                                i = int32(i + threads)
                             _, total = parts.running_sums(own, sums_s, warp, lane, WARPS)  # in the window
                             windowed = length_s[0] <= max_candidates and 0 < left and left <= total
                             if windowed:
@@ -351,79 +323,65 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
                                     shift = int32(shift - DIGIT_BITS)
                                 prefix = first_key >> shift
                     cuda.syncthreads()  # everyone has read what the passes clear
-                coarse = num_candidates < 0
-                whole = False
-                while wanted and shift > 0 and not whole:
-                    if not coarse:
-                        shift = int32(shift - DIGIT_BITS)
-                    for i in range(tid, LIMB_BINS, threads):
-                        bins_s[i] = int32(0)
-                    if tid == 0:
-                        found_s[0], found_s[1], found_s[2] = int64(0), int64(0), int64(0)
-                        length_s[0] = int32(0)
-                    cuda.syncthreads()
-                    radix = cut, prefix, shift
-                    add_digits(bins_s, loads, candidates, num_candidates, source, scale, radix, coarse, stage, tid)
-                    cuda.syncthreads()
-                    # Running sums from the highest digit down: thread t has BINS - 1 - BINS_EACH * t and those below.
-                    own = int64(0)
-                    for j in range(BINS_EACH):
-                        digit = BINS - 1 - BINS_EACH * tid - j
-                        bins_r[j] = int64(0)
-                        if digit >= 0:
-                            low, high = int64(uint32(bins_s[digit])), int64(uint32(bins_s[digit + BINS]))
-                            bins_r[j] = low + (high << LIMB_BITS)
-                            bins_r[j] += int64(uint32(bins_s[digit + 2 * BINS])) << 2 * LIMB_BITS
-                        own += bins_r[j]
-                    running, total = parts.running_sums(own, sums_s, warp, lane, WARPS)
-                    if stage == 1 and target == 0:
-                        target = parts.top_p_target(settings[setting + parts.TOP_P], total)
-                    for j in range(BINS_EACH):
-                        digit = BINS - 1 - BINS_EACH * tid - j
-                        if running < target and target <= running + bins_r[j]:
-                            found_s[0], found_s[1] = digit, running
-                            found_s[2] = int64(target == running + bins_r[j])
-                        running += bins_r[j]
-                    cuda.syncthreads()
-                    cut_bin = int32(found_s[0])
-                    if not coarse:
-                        prefix = (prefix << DIGIT_BITS) | found_s[0]
-                        target -= found_s[1]
-                        whole = found_s[2] != 0
-                    elif cut_bin > 0:
-                        list_candidates(candidates, length_s, loads, source, scale, cut, cut_bin, tid)
+                    coarse = num_candidates < 0
+                    whole = False
+                    while wanted and shift > 0 and not whole:
+                        if not coarse:
+                            shift = int32(shift - DIGIT_BITS)
+                        clear(bins_s, tid)
+                        if tid == 0:
+                            found_s[0], found_s[1], found_s[2] = int64(0), int64(0), int64(0)
+                            length_s[0] = int32(0)
                         cuda.syncthreads()
-                        if length_s[0] <= max_candidates:
-                            num_candidates = length_s[0]
-                    coarse = False
-                    cuda.syncthreads()  # everyone has read what the next pass clears
-                if wanted:
-                    cut = prefix << shift
-                if windowed:  # they are not all that is kept
-                    num_candidates = int32(-1)
+                        radix = cut, prefix, shift
+                        add_digits(bins_s, loads, candidates, num_candidates, source, scale, radix, coarse, stage, tid)
+                        cuda.syncthreads()
+                        # Running sums from the highest digit down: thread t has BINS - 1 - BINS_EACH * t and below.
+                        own = int64(0)
+                        for j in range(BINS_EACH):
+                            digit = BINS - 1 - BINS_EACH * tid - j
+                            bins_r[j] = int64(0)
+                            if digit >= 0:
+                                low, high = int64(uint32(bins_s[digit])), int64(uint32(bins_s[digit + BINS]))
+                                bins_r[j] = low + (high << LIMB_BITS)
+                                bins_r[j] += int64(uint32(bins_s[digit + 2 * BINS])) << 2 * LIMB_BITS
+                            own += bins_r[j]
+                        running, total = parts.running_sums(own, sums_s, warp, lane, WARPS)
+                        if stage == 1 and target == 0:
+                            target = parts.top_p_target(settings[setting + parts.TOP_P], total)
+                        for j in range(BINS_EACH):
+                            digit = BINS - 1 - BINS_EACH * tid - j
+                            if running < target and target <= running + bins_r[j]:
+                                found_s[0], found_s[1] = digit, running
+                                found_s[2] = int64(target == running + bins_r[j])
+                            running += bins_r[j]
+                        cuda.syncthreads()
+                        cut_bin = int32(found_s[0])
+                        if not coarse:
+                            prefix = (prefix << DIGIT_BITS) | found_s[0]
+                            target -= found_s[1]
+                            whole = found_s[2] != 0
+                        elif cut_bin > 0:
+                            list_candidates(candidates, length_s, loads, source, scale, cut, cut_bin, tid)
+                            cuda.syncthreads()
+                            if length_s[0] <= max_candidates:
+                                num_candidates = length_s[0]
+                        coarse = False
+                        cuda.syncthreads()  # everyone has read what the next pass clears
+                    if wanted:
+                        cut = prefix << shift
+                    if windowed:  # they are not all that is kept
+                        num_candidates = int32(-1)
 
-            # 3. Noise. The position is loaded where it is needed: registers are short before.
-            pos = slot_positions[2 * row + 1]
-            min_z = max(float32(settings[setting + parts.MIN_Z]), MIN_WINNING_Z)
-            key0, key1 = uint32(settings[setting + parts.SEED_LOW]), uint32(settings[setting + parts.SEED_HIGH])
-            if num_candidates >= 0:
-                best = noise_of_candidates(z_s, id_s, num_candidates, min_z, cut, pos, key0, key1, tid)
-            else:
-                # Asked for again: kept till here, it would take registers that the passes need.
-                likeliest = int32(parts.token_of(parts.best_of_warps(keys_s, lane, WARPS)))
-                quads = int32((vocab_size + 3) // 4)
-                c0, c1, c2, c3 = parts.random_words(likeliest >> 2, pos + 1, key0, key1)
-                bound = parts.gumbel(parts.chosen_word(c0, c1, c2, c3, likeliest & 3))  # its z is 0
-                first_quads = min(int32(threads), quads)
-                best = noise_of_tokens(loads, source, scale, bound, cut, min_z, pos, key0, key1, tid, first_quads)
-                cuda.syncthreads()  # everyone has read the largest
+                # 3. Noise.
+                if num_candidates >= 0:
+                    best = best_of_candidates(candidates, num_candidates, request, cut, tid)
+                    cuda.syncthreads()
+                else:
+                    best = best_of_tokens(
+                        loads, source, scale, request, likeliest_s[0], cut, noise.MIN_WINNING_Z, keys_s, tid
+                    )
                 best = parts.block_best(best, keys_s, warp, lane, WARPS)
-                if best > 0:
-                    bound = max(bound, parts.unordered(uint32(best >> ID_BITS)))
-                rest = noise_of_tokens(loads, source, scale, bound, cut, min_z, pos, key0, key1, tid + threads, quads)
-                best = max(best, rest)
-            cuda.syncthreads()
-            best = parts.block_best(best, keys_s, warp, lane, WARPS)
 
         if tid == 0:
             token = int64(NAN_TOKEN) if has_nan else parts.token_of(best)

@@ -159,7 +159,7 @@ def idle_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any, kv_dtype: KVD
 
     device = idle_device(monkeypatch)
     monkeypatch.setattr(backend, "usable_device", lambda: device)
-    monkeypatch.setattr(backend, "load_specs", lambda *arguments, **options: None)
+    monkeypatch.setattr(backend, "load_specs", lambda *arguments, **options: 0)
     return backend.CudaBackend(checkpoint, kv_dtype)
 
 
@@ -198,7 +198,7 @@ def simulated_backend(monkeypatch: pytest.MonkeyPatch, checkpoint: Any, kv_dtype
 
     memory = simulate(monkeypatch)
     monkeypatch.setattr(backend, "usable_device", lambda: SimulatedDevice(memory))
-    monkeypatch.setattr(backend, "load_specs", lambda *arguments, **options: None)
+    monkeypatch.setattr(backend, "load_specs", lambda *arguments, **options: 0)
     monkeypatch.setattr(context, "STEPS_AHEAD", 1)
     monkeypatch.setattr(prompts, "MIN_TOKENS", 2)
     return backend.CudaBackend(checkpoint, kv_dtype)

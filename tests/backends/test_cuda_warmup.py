@@ -1,12 +1,16 @@
 """Several processes compile the kernels that a model needs. No device is needed."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bitnet_numba.backends.cuda import warmup
+from bitnet_numba.backends.cuda.forward import CudaModel
+from bitnet_numba.backends.cuda.state import SequenceState, padded_sizes
+from bitnet_numba.backends.cuda.steps import BatchSteps
 from bitnet_numba.backends.cuda.weights import RowFormats
 from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.config import ModelConfig
@@ -88,7 +92,7 @@ def test_shares_that_nobody_makes_are_left_to_the_caller(
 
 
 @pytest.mark.parametrize(("processes", "batches"), [("8", True), ("7", False)])
-def test_many_processes_compile_what_batches_need_too(
+def test_many_processes_get_what_batches_need_too(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, processes: str, batches: bool
 ) -> None:
     monkeypatch.setenv("BITNET_NUMBA_CACHE", str(tmp_path / "cache"))
@@ -101,11 +105,24 @@ def test_many_processes_compile_what_batches_need_too(
     device: Any = DryRunDevice(90, 132)
     device.name = "card"
     config = open_packed(DEMO).config
-    warmup.load_specs(config, INT8_ROWS, device, ahead=256)
-    warmup.load_specs(config, INT8_ROWS, device, 64)
+    assert warmup.load_specs(config, INT8_ROWS, device, ahead=256) == (256 if batches else 0)
+    assert warmup.load_specs(config, INT8_ROWS, device, 64) == 64
+    assert loaded == compiled
     context, batch = loaded
-    assert (batch <= compiled[0]) == batches and not batch <= context <= compiled[0]
-    assert compiled[1] == batch
+    assert (batch <= context) == batches
+
+
+def test_dry_run_of_a_batch_asks_for_the_kernels_of_all_its_graphs() -> None:
+    config, target = replace(open_packed(DEMO).config, num_layers=1), ArchSpec(90, 132)
+    device = DryRunDevice(target.arch, target.num_sms)
+    model = CudaModel.dry_run(config, INT8_ROWS, device)
+    steps = BatchSteps(model, SequenceState(device, config, 4096, 32, 1))
+    for num_tokens in padded_sizes(1, 32):
+        steps.choose(num_tokens)
+        for num_blocks in padded_sizes(num_tokens, steps.work_list.size):
+            steps.decode(num_tokens, num_blocks)
+    needed = warmup.Needs(replace(config, max_context=4096), INT8_ROWS, target, 32).specs()
+    assert {spec.name for spec in device.specs} == {spec.name for spec in needed}
 
 
 def test_ternary_rows_take_the_kernels_of_ternary_products() -> None:

@@ -46,7 +46,8 @@ class CudaBackend:
         self.device.activate()
         self.config, self._rows = checkpoint.config, RowFormats(checkpoint.embed, checkpoint.head)
         self._page_bytes = page_bytes(self.config, kv_dtype)
-        load_specs(self.config, self._rows, self.device, ahead=MAX_SEQUENCES, kv_dtype=kv_dtype)
+        # Sequences of the largest batch whose kernels are loaded
+        self._loaded_for = load_specs(self.config, self._rows, self.device, ahead=MAX_SEQUENCES, kv_dtype=kv_dtype)
         self.stream = Stream()
         # Buffers first, so that what is left for the weights is known, and told in one line if it does not suffice.
         token_buffers, buffers = (Buffers(self.device, self.config, max_tokens) for max_tokens in (1, MAX_TOKENS))
@@ -56,7 +57,6 @@ class CudaBackend:
         self._runtime = Runtime(self.device, self.model, self.stream)
         self._kv_cache = 0
         self._kept: BatchMemory | None = None
-        self._loaded_for = 0  # sequences of the largest batch whose kernels are loaded
 
     def new_context(self, capacity: int) -> CudaContext:
         """An empty context for up to `capacity` tokens. Raises BackendError when memory does not suffice."""
@@ -110,8 +110,9 @@ class CudaBackend:
                 f"{free / 1e9:.2f} GB are free: {fit * PAGE} tokens would fit"
             )
         if max_sequences > self._loaded_for:
-            load_specs(self.config, self._rows, self.device, max_sequences, kv_dtype=self.model.kv_dtype)
-            self._loaded_for = max_sequences
+            self._loaded_for = load_specs(
+                self.config, self._rows, self.device, max_sequences, kv_dtype=self.model.kv_dtype
+            )
         return BatchMemory(self._runtime, max_sequences, capacity, min(wanted, fit))
 
     def free_idle(self) -> None:

@@ -135,9 +135,12 @@ class BatchSteps:
 
     def feed(self, num_tokens: int, num_blocks: int) -> list[Launch]:
         """The first part of `decode`, up to the logits."""
-        contexts = SharedContexts(self.work_list, num_blocks, self._scratch)
-        forward = BatchPass(self._model, self._state, num_tokens, contexts).launches()
+        forward = BatchPass(self._model, self._state, num_tokens, self.contexts(num_blocks)).launches()
         return [*forward, *self._lm_head.launches(num_tokens, self._model.buffers.h)]
+
+    def contexts(self, num_blocks: int) -> SharedContexts:
+        """How a step's contexts are shared out among so many blocks."""
+        return SharedContexts(self.work_list, num_blocks, self._scratch)
 
     def draw(self, num_tokens: int, asked: Asked) -> list[Launch]:
         """The second part of `decode`."""

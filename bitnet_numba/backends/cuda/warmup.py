@@ -4,8 +4,8 @@ Which kernels a model needs is what a dry run of its own steps asks for. Compili
 context has some forty, a batch up to thirty more, and Numba compiles one at a time. So processes of their own, one for
 every four kernels and at most one a core, compile a share each into the disk cache; a share that fails, or that cannot
 be kept, is compiled here, where errors show. $BITNET_NUMBA_COMPILERS is the largest number of processes. Where there
-are many, a batch's kernels are compiled at the start, too, since they take little longer together; where there are few,
-when the first batch needs them.
+are many, a batch's kernels are compiled and loaded at the start, too, since they take little longer together; where
+there are few, when the first batch needs them.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import numpy as np
 from bitnet_numba.backends.cores import usable_cpus
 from bitnet_numba.backends.cuda.embedding_pass import EmbeddingBuffers, EmbeddingPass
 from bitnet_numba.backends.cuda.extras import Asked, Extras
-from bitnet_numba.backends.cuda.forward import MAX_TOKENS, CudaModel, PrefillPass
+from bitnet_numba.backends.cuda.forward import MAX_TOKENS, BatchPass, CudaModel, PrefillPass
 from bitnet_numba.backends.cuda.prompts import MIN_TOKENS
 from bitnet_numba.backends.cuda.state import SequenceState, padded_size, padded_sizes
 from bitnet_numba.backends.cuda.steps import BatchSteps, DecodeBuffers, DecodeSteps
@@ -105,8 +105,9 @@ def _dry_run_batch(model: CudaModel, max_sequences: int) -> None:
     steps = BatchSteps(model, state)
     for num_tokens in padded_sizes(1, padded_size(max_sequences)):
         steps.choose(num_tokens)
-        for num_blocks in padded_sizes(num_tokens, steps.work_list.size):
-            steps.decode(num_tokens, num_blocks)
+        steps.decode(num_tokens, num_tokens)
+    for num_blocks in padded_sizes(1, steps.work_list.size):  # attention alone depends on them, and on nothing else
+        BatchPass(model, state, 1, steps.contexts(num_blocks)).attention(0)
 
 
 def load_specs(
@@ -116,21 +117,22 @@ def load_specs(
     max_sequences: int | None = None,
     ahead: int | None = None,
     kv_dtype: KVDtype = DEFAULT,
-) -> None:
+) -> int:
     """Compiles what is not cached, with a progress line, and loads all: of a context, or of a batch of `max_sequences`.
 
-    ahead: sequences of a batch whose kernels are compiled as well if many processes can do that. Raises BackendError.
+    ahead: sequences of a batch whose kernels are got as well if many processes can compile them. Returns the number of
+    sequences of the largest batch whose kernels are loaded now. Raises BackendError.
     """
     needs = Needs(config, rows, ArchSpec(device.arch, device.num_sms), max_sequences, kv_dtype=kv_dtype)
-    specs, more = needs.specs(), needs
     if ahead is not None and _most_processes() >= MANY_PROCESSES:
-        more = needs._replace(max_sequences=ahead, both=True)
-    wanted = more.specs()
-    missing = sum(not is_cached(spec, device.arch) for spec in wanted)
+        needs = needs._replace(max_sequences=ahead, both=True)
+    specs = needs.specs()
+    missing = sum(not is_cached(spec, device.arch) for spec in specs)
     progress = CompileProgress(device.name, missing)
-    compile_together(more, wanted, progress.reach)
+    compile_together(needs, specs, progress.reach)
     load_kernels(specs, device.arch, lambda done, total: progress.reach(missing - total + done))
     progress.close()
+    return needs.max_sequences or 0
 
 
 def compile_together(needs: Needs, specs: list[KernelSpec], progress: Callable[[int], None]) -> None:

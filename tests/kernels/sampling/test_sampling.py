@@ -206,6 +206,33 @@ def test_simulated_top_p_of_flat_logits(seed: int, spread: float, top_p: float) 
     check_sample_batch([(logits, [5, 7], params)], batched.spec(arch(), 32, 20))
 
 
+def near_cut(vocab: int, seed: int, spread: float, distance: float) -> Case | None:
+    """A case in which the token with the best noise of all is the last that is kept, or (distance below 0) the first
+    that is not: so much of all probability lies between top_p and what comes before it."""
+    logits = (np.random.default_rng(seed).standard_normal(vocab) * spread).astype(np.float32)
+    z = sampling.scale(logits, 0.8)
+    ranks = np.argsort(-z, kind="stable")
+    shares = np.exp(z[ranks].astype(np.float64))
+    noisy = z[ranks] + sampling.gumbel_noise(seed, 2, ranks)
+    best = int(noisy.argmax())
+    top_p = float(shares[:best].sum() / shares.sum()) + distance
+    return (logits, [5, 7], SamplingParams(temperature=0.8, top_p=top_p, seed=seed)) if 0 < top_p < 1 else None
+
+
+@simulated
+@settings(max_examples=8)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    spread=st.sampled_from([0.1, 1.0, 3.0]),
+    distance=st.sampled_from([-(2.0**-12), -(2.0**-15), -(2.0**-20), 2.0**-20, 2.0**-15, 2.0**-12]),
+)
+def test_simulated_best_token_near_the_cut(seed: int, spread: float, distance: float) -> None:
+    """What the histogram cannot tell, the exact sums do."""
+    case = near_cut(500, seed, spread, distance)
+    assume(case is not None)
+    check_sample_batch([case], batched.spec(arch(), 32, 20))
+
+
 @simulated
 @settings(max_examples=3)
 @given(vocab=st.integers(1, 40), at=st.integers(0, 39), temperature=st.sampled_from([0.0, 0.7]))
@@ -259,6 +286,19 @@ def test_sample_batch_on_gpu(rows: list[Case | None]) -> None:
         if row is not None and single.fits(usable_device().num_sms, len(row[0])):
             grid = single.num_blocks(usable_device().num_sms, len(row[0]))
             assert token == choose(*row, single.spec(arch()), grid, repeat=1)
+
+
+@needs_gpu
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    spread=st.sampled_from([0.1, 1.0, 3.0]),
+    distance=st.floats(-(2.0**-10), 2.0**-10).filter(lambda distance: abs(distance) > 2.0**-20),
+)
+def test_best_token_near_the_cut_on_gpu(seed: int, spread: float, distance: float) -> None:
+    case = near_cut(128256, seed, spread, distance)
+    assume(case is not None)
+    check_sample_batch([case], batched.spec(arch()))
 
 
 @needs_gpu
