@@ -57,10 +57,13 @@ def start(prog: str, module: str, argv: list[str] | None) -> int:
 def make_parser(prog: str, **options: "Any") -> "argparse.ArgumentParser":
     """An argparse.ArgumentParser, and a class for its subparsers, whose errors are one line."""
     import argparse
+    import difflib
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> "NoReturn":
-            complain(self.prog, f"{message} (see --help)")
+            unknown = message.partition("unrecognized arguments: ")[2][:100].partition(" ")[0].partition("=")[0]
+            near = difflib.get_close_matches(unknown, self._option_string_actions, 1, 0.75)
+            complain(self.prog, f"{message}{f': did you mean {near[0]}?' if near else ''} (see --help)")
             sys.exit(2)
 
         def print_help(self, file: object = None) -> None:

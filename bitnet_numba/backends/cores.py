@@ -26,14 +26,13 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
     """How many CPUs' time the control groups of this process leave it, as those of a container do; None: all."""
     quotas = []
     for folder in _control_groups(root):
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = (folder / "cpu.max").read_text().split()  # version 2
+        with contextlib.suppress(OSError, ValueError, ArithmeticError):
+            quota, period = (folder / "cpu.max").read_text().split()  # version 2; "max": no limit
             quotas.append(int(quota) / int(period))
-        with contextlib.suppress(OSError, ValueError):
-            microseconds = int((folder / "cpu.cfs_quota_us").read_text())  # version 1; -1: no limit
-            if microseconds > 0:
-                quotas.append(microseconds / int((folder / "cpu.cfs_period_us").read_text()))
-    return min(quotas, default=None)
+        with contextlib.suppress(OSError, ValueError, ArithmeticError):
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            quotas.append(int(quota) / int(period))  # version 1; -1: no limit
+    return min((quota for quota in quotas if quota > 0), default=None)
 
 
 def _control_groups(root: Path) -> Iterator[Path]:

@@ -91,7 +91,7 @@ def set_option(chat: Chat, argument: str) -> None:
     name, value = name.lower().replace("_", "-"), value.strip()
     name = next((short for short, long in ALIASES.items() if long == name), name)
     if name and name not in settings:
-        advice = did_you_mean(name, settings) or f"there are {', '.join(settings)}"
+        advice = did_you_mean(name, [*settings, *ALIASES.values()]) or f"there are {', '.join(settings)}"
         raise RequestError(f"there is no setting {printable(name, 40)}: {advice}")
     if value and name in SWITCHES:
         if value.lower() not in ON:

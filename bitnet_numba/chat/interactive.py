@@ -54,8 +54,8 @@ def handle(chat: Chat, line: str) -> bool:
         if command is None and not line.startswith("/"):
             chat.ask(unquoted(line), replacing)
         elif command is None:
-            advice = did_you_mean(word, [known.name for known in offered(chat.conversation.raw)])
-            advice = advice or "/help lists the commands (a leading space sends the line)"
+            names = [name for known in offered(chat.conversation.raw) for name in (known.name, *known.aliases)]
+            advice = did_you_mean(word, names) or "/help lists the commands (a leading space sends the line)"
             chat.note(f"unknown command {printable(word, 40)}; {advice}")
         elif argument.strip() and not command.argument:
             chat.note(f"{word} takes no argument: nothing was done")

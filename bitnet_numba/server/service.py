@@ -222,7 +222,7 @@ class Service:
         if not self._engine_loop.alive:
             raise busy("the model has failed", "engine_failed", retry_after=30)
         if count > settings.max_choices:
-            message = f"a request may have {settings.max_choices} answers, not {shown(count)}"
+            message = f"a request may have at most {settings.max_choices} answers, not {shown(count)}"
             raise ApiError(400, message, param=field, code="invalid_value")
         room = settings.max_sequences + settings.max_waiting - self.open
         if count > room:

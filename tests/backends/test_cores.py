@@ -93,6 +93,9 @@ V2, V1 = "0::/a/b\n", "9:name=systemd:/x\n4:memory:/y\n2:cpu,cpuacct:/docker/1f\
         (V1, {"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1.0),  # and without one
         (V1, {"cpu/cpu.cfs_quota_us": "100000\n"}, None),
         (V2, {"a/b/cpu.max": "many\n"}, None),
+        (V2, {"a/b/cpu.max": "100000 0\n", "a/cpu.max": "0 100000\n"}, None),
+        (V2, {"a/b/cpu.max": f"1{400 * '0'} 1\n", "a/cpu.max": "-1 100000\n", "cpu.max": "100000 100000\n"}, 1.0),
+        (V1, {"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "0\n"}, None),
         ("nonsense", {"cpu.max": "100000 100000\n"}, None),
     ],
 )

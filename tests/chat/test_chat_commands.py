@@ -98,6 +98,7 @@ def test_set_shows_and_changes_how_answers_are_made(shown: Shown) -> None:
         ("colour 3", "there is no setting colour: there are temperature"),
         ("temp 3", "there is no setting temp: did you mean temperature?"),
         ("Temprature 3", "there is no setting temprature: did you mean temperature?"),
+        ("max_tokens 3", "there is no setting max-tokens: did you mean max-new-tokens?"),
     ):
         assert message in shown(chat, f"/set {line}") and chat.conversation.params == before
 

@@ -71,7 +71,9 @@ def test_a_pipe_is_one_prompt(run: Callable[..., tuple[int, str, str]]) -> None:
         (["--prompt", "x", "--stop", ""], "a stop string must be"),
         (["--prompt", "x", "--backend", "tpu"], "argument --backend: invalid choice"),
         (["--prompt", "x", "--raw", "--system", "y"], "--system cannot be combined"),
-        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--nonsense"], "unrecognized arguments: --nonsense (see --help)"),
+        (["--max-tokens", "3"], "unrecognized arguments: --max-tokens 3: did you mean --max-new-tokens? (see --help)"),
+        (["--threds=3", "--x"], "unrecognized arguments: --threds=3 --x: did you mean --threads? (see --help)"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )

@@ -80,6 +80,7 @@ def test_commands_that_cannot_be_meant_do_nothing(capsys: pytest.CaptureFixture[
         assert "takes no argument" in capsys.readouterr().out
     assert handle(chat, "/nonsense") and "unknown command /nonsense; /help lists" in capsys.readouterr().out
     assert handle(chat, "/Hlep me") and "unknown command /Hlep; did you mean /help?" in capsys.readouterr().out
+    assert handle(chat, "/quitt") and "unknown command /quitt; did you mean /quit?" in capsys.readouterr().out
     assert handle(chat, " ") and capsys.readouterr().out == ""
     assert handle(chat, " /nonsense") and capsys.readouterr().out == "Fine.\n"
 
