@@ -16,7 +16,8 @@ from bitnet_numba.server.response_format import constrained, gives_form, read_fo
 from bitnet_numba.server.sampling_fields import number_of_choices, sampling_params
 from bitnet_numba.server.schemas import CompletionBody
 from bitnet_numba.server.service import Fields, Service
-from bitnet_numba.text.tokenizer import StreamDecoder, Tokenizer
+from bitnet_numba.text.stream_decoder import StreamDecoder
+from bitnet_numba.text.tokenizer import Tokenizer
 
 
 async def completions(service: Service, exchange: Exchange, body: CompletionBody) -> None:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from bitnet_numba.errors import ContextFull, RequestError, TokenizerError
 from bitnet_numba.text import tokenizer_files
-from bitnet_numba.text.tokenizer import StreamDecoder, Tokenizer
+from bitnet_numba.text.stream_decoder import StreamDecoder
+from bitnet_numba.text.tokenizer import Tokenizer
 from bitnet_numba.text.tokenizer_files import try_once
 from tests.text.conftest import BOS, EOS, EOT, FOLDER, HI, TOKENIZER, sentencepiece_like, set_config
 
