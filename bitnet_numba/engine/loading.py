@@ -31,7 +31,7 @@ KV_DTYPES = {
     "reference": ("float32",),
 }
 ALL_KV_DTYPES = tuple(dict.fromkeys(dtype for dtypes in KV_DTYPES.values() for dtype in dtypes))
-# What linears with group scales read, by the number of int8 planes; the first is the default.
+# Inputs of linears with group scales, and their number of int8 planes; the first is the default.
 ACTIVATIONS = {"int8": 1, "int8x2": 2}
 MAX_THREADS = 1024
 DEMO = Path(__file__).parent.parent / "demo"  # the built-in model

@@ -30,7 +30,7 @@ async def completions(service: Service, exchange: Exchange, body: CompletionBody
         if not echo or body.min_tokens:
             reason = "max_tokens may be 0 only with echo, and without min_tokens"
             raise ApiError(400, reason, param="max_tokens", code="invalid_value")
-        body = body.model_copy(update={"max_tokens": 1})  # with the first token, all of the prompt is computed
+        body = body.model_copy(update={"max_tokens": 1})  # the engine generates one at least; it is left out
     params = sampling_params(body, engine)
     if echo:
         params = replace(params, prompt_logprobs=params.logprobs)

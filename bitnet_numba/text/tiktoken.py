@@ -120,7 +120,7 @@ def from_tiktoken(vocabulary: str | os.PathLike[str] | ModelFile, folder: str | 
     OSError if the folder cannot be written.
     """
     folder = Path(folder)
-    # The library's own `save` tells of a full disk by an Exception of no kind.
+    # Not by the library's `save`, which raises a bare Exception where the disk is full.
     (folder / "tokenizer.json").write_text(build_tokenizer(vocabulary).to_str(), encoding="utf-8")
     config = {
         "bos_token": BOS,
