@@ -18,7 +18,7 @@ MODEL_HELP = (
     "model)"
 )
 ACTIVATIONS_HELP = (
-    "what linears read in models with group scales: int8x2 is as good as floats and takes longer (default: int8)"
+    "what linears read in models with group scales: int8x2 is as accurate as floats, but slower (default: int8)"
 )
 LOAD_OPTIONS = ("backend", "context", "threads", "kv_dtype", "activations")
 KV_HELP = "type of keys and values (default: float16 on CUDA, bfloat16 on the CPU, float32 on the reference)"

@@ -64,7 +64,7 @@ def load(
         default) or "float32"; on the reference "float32". None: the backend's default. An embedding model has float32
         by default; on CUDA it holds none, and None is all that it takes.
     activations: of models with group scales, what their linears read: "int8" (the default), or "int8x2", two planes
-        that make 15 bits: as good as floats, for more time. Models that were trained with int8 take "int8" only.
+        that make 15 bits: as accurate as floats, but slower. Models that were trained with int8 take "int8" only.
 
     Raises BitNetError, with a message of one line, if the folder, a file or an argument is invalid.
     """
