@@ -97,7 +97,7 @@ class ModelConfig:
     embeds: bool = False  # an embedding model: its last hidden state is what a text means; it generates nothing
     gemma: bool = False  # norms behind attention and feed-forward, too; the embedding is scaled by sqrt(hidden_size)
     local: LocalAttention | None = None  # layers whose attention has a window
-    activation_planes: int = 1  # int8 planes of what linears with group scales read: 1 or 2
+    activation_planes: int = 1  # int8 planes of the inputs of linears with group scales: 1 or 2
     weight_format: WeightFormat = "online"  # of the Hugging Face checkpoint, see checkpoint/huggingface.py
     dense: tuple[str, ...] | None = field(default=None)  # modules_to_not_convert
 

@@ -26,7 +26,7 @@ class RequestError(BitNetError):
     """A prompt or an option is invalid."""
 
     def __init__(self, message: str = "", option: str | None = None):
-        """option: the field of SamplingParams that is, where that shows only together with a model and a prompt."""
+        """option: the field of SamplingParams that is invalid, if only the model or the prompt makes it so."""
         super().__init__(message)
         self.option = option
 

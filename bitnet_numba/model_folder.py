@@ -40,8 +40,8 @@ class ModelFolder:
         shown: str | os.PathLike[str] | None = None,
         made_from: Mapping[str, str] | None = None,
     ):
-        """shown: the path that messages name instead of `path`. made_from: what they name instead of some files, which
-        were made from it and which nobody else knows."""
+        """shown: the path that messages name instead of `path`. made_from: for files that
+        were generated, the source that messages name in their place."""
         self.path = Path(path)
         self.made_from = {name: printable(source, 400) for name, source in (made_from or {}).items()}
         self._shown = printable(os.fspath(path if shown is None else shown), 400)

@@ -5,6 +5,7 @@ import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from bitnet_numba.backends.progress import shown_by
 from bitnet_numba.engine.engine import Engine
@@ -17,8 +18,9 @@ MODEL_HELP = (
     "model)"
 )
 ACTIVATIONS_HELP = (
-    "what linears read in models with group scales: int8x2 is as good as floats and takes longer (default: int8)"
+    "what linears read in models with group scales: int8x2 is as accurate as floats, but slower (default: int8)"
 )
+LOAD_OPTIONS = ("backend", "context", "threads", "kv_dtype", "activations")
 KV_HELP = "type of keys and values (default: float16 on CUDA, bfloat16 on the CPU, float32 on the reference)"
 
 
@@ -38,8 +40,8 @@ def add_run_options(
     kv_help: str = KV_HELP,
     activations: bool = True,
 ) -> None:
-    """Adds --revision, --backend, --threads, --kv-dtype with these choices and this help, and, unless no model of the
-    command has a choice, --activations."""
+    """Adds --revision, --backend, --threads, --kv-dtype with these choices and this help, and, where it is of use,
+    --activations."""
     add = parser.add_argument
     add("--revision", metavar="R", help="branch, tag or commit of a model of the hub (default: main)")
     add(
@@ -59,6 +61,11 @@ def add_run_options(
         add("--activations", choices=ACTIVATIONS, help=ACTIVATIONS_HELP)
 
 
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What these options say of how `load` is to open a model, whichever model that is."""
+    return {name: getattr(args, name) for name in LOAD_OPTIONS if hasattr(args, name)}
+
+
 def find_first(path: str | None, revision: str | None) -> tuple[str | Path | None, str | None]:
     """What `load` is to be given as path and revision: a model of the hub or a GGUF file is fetched and converted here,
     which shows progress of its own. Raises BitNetError if it cannot."""
@@ -74,7 +81,7 @@ def open_model(args: argparse.Namespace, quiet: bool = False) -> Engine:
     """
     path, revision = find_first(args.checkpoint, args.revision)  # before the status line
     with _status("loading the model ...", quiet):
-        return load(path, args.backend, args.context, args.threads, revision, args.kv_dtype, args.activations)
+        return load(path, revision=revision, **load_options(args))
 
 
 @contextlib.contextmanager

@@ -321,14 +321,17 @@ def test_a_packed_checkpoint_of_any_preset(tmp_path: Path, monkeypatch: pytest.M
 def test_the_engines_own_rate_is_of_the_servers_options(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
 
-    def load(*arguments: Any) -> None:
-        given.extend(arguments)
+    def load(*arguments: Any, **options: Any) -> None:
+        given.extend((*arguments, options))
         raise RequestError("enough")
 
     monkeypatch.setattr(serve_engine, "load_model", load)
     with pytest.raises(RequestError, match="enough"):
-        serve_engine.main(["--backend", "cpu", "--context", "99", "--threads", "1", "--kv-dtype", "float32"])
-    assert given == [None, "cpu", 99, 1, None, "float32"]
+        serve_engine.main(
+            ["--backend=cpu", "--context=99", "--threads=1", "--kv-dtype=float32", "--activations=int8x2"]
+        )
+    options = {"backend": "cpu", "context": 99, "threads": 1, "kv_dtype": "float32", "activations": "int8x2"}
+    assert given == [None, {"revision": None, **options}]
 
 
 def test_the_readme_has_the_speed_up_that_was_measured() -> None:

@@ -116,6 +116,7 @@ PRESETS = {
     "bonsai-8b": preset(
         "qwen3", "floats", 4096, 36, 32, 8, 12288, 151669, 65536, rope_scaling=YARN, tie_word_embeddings=False, **QWEN3
     ),
+    "trilm-3.9b": preset("llama", "floats", 3072, 30, 24, 24, 9216, 50688, 2048),
     "embedding-0.6b": preset("qwen3-embedding", "online", 1024, 28, 16, 8, 3072, 151936, 32768, **QWEN3),
     "embedding-270m": preset("gemma-embedding", "online", 640, 18, 4, 1, 2048, 262144, 32768, **GEMMA3),
     "falcon3-10b": preset("llama", "bitlinear", 3072, 40, 12, 4, 23040, 131072, 32768, **FALCON3),

@@ -1,4 +1,4 @@
-"""How many CPUs this process may use: more threads than that only wait for each other."""
+"""How many CPUs this process may use. More threads than that only wait for each other."""
 
 import contextlib
 import os
@@ -14,16 +14,16 @@ def usable_cores() -> int:
         with contextlib.suppress(OSError):
             siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
         cores.add(siblings)
-    return _within_quota(len(cores))
+    return within_quota(len(cores))
 
 
 def usable_cpus() -> int:
     """Hardware threads that this process may use."""
-    return _within_quota(len(_allowed()))
+    return within_quota(len(_allowed()))
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """How many CPUs' time the control groups of this process leave it, as those of a container do; None: all."""
+    """How many CPUs the control groups of this process, a container's for example, allow it in time; None: no limit."""
     quotas = []
     for folder in _control_groups(root):
         with contextlib.suppress(OSError, ValueError, ArithmeticError):
@@ -36,8 +36,8 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
 
 def _control_groups(root: Path) -> Iterator[Path]:
-    """The folders that may limit CPU time: of the process's own groups, of those that they are in, and of the roots,
-    which is where a container sees its own."""
+    """The folders that may limit CPU time: of the process's own groups and of all above them, up to the root, where a
+    container sees its own."""
     with contextlib.suppress(OSError, ValueError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -48,7 +48,8 @@ def _control_groups(root: Path) -> Iterator[Path]:
             yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(top))
 
 
-def _within_quota(count: int) -> int:
+def within_quota(count: int) -> int:
+    """So many CPUs, or as many as `cpu_quota` allows; at least one."""
     quota = cpu_quota()
     return count if quota is None else min(count, max(1, round(quota)))
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
-from bitnet_numba.backends.cores import cpu_quota
+from bitnet_numba.backends.cores import within_quota
 from bitnet_numba.backends.host import HostBackend
 from bitnet_numba.backends.host_model import PAGE_SIZE
 from bitnet_numba.backends.protocol import NO_TOKEN
@@ -115,12 +115,11 @@ class ReferencePool:
         return PagedCache(self.values, pages, computed)
 
 
-def _within_quota(blas: ThreadpoolController) -> int | None:
-    """The threads for which this process, a container's perhaps, has CPUs; None if BLAS takes no more than those."""
-    quota = cpu_quota()
-    if quota is None or all(pool["num_threads"] <= quota for pool in blas.select(user_api="blas").info()):
-        return None
-    return max(1, round(quota))
+def _most_threads(blas: ThreadpoolController) -> int | None:
+    """The threads for which this process has CPUs; None if BLAS takes no more than those."""
+    taken = max((pool["num_threads"] for pool in blas.select(user_api="blas").info()), default=1)
+    allowed = within_quota(taken)
+    return None if allowed == taken else allowed
 
 
 class ReferenceModel:
@@ -132,7 +131,7 @@ class ReferenceModel:
         self.model = Model(checkpoint)
         self.config = self.model.config
         self._blas = ThreadpoolController()
-        self._threads = _within_quota(self._blas) if threads is None else threads
+        self._threads = _most_threads(self._blas) if threads is None else threads
 
     def new_cache(self, capacity: int) -> ContiguousCache:
         """The cache of one sequence of up to `capacity` tokens."""

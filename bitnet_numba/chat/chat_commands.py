@@ -141,7 +141,8 @@ def load(chat: Chat, name: str) -> None:
         if thought:
             console.print(Text(f"{clean(thought)}\n", "dim"))
         if message["role"] == "user":
-            console.print(Text(f"{chr(10) if i else ''}> {clean(text)}", "bold cyan"))
+            before = "\n" if i else ""
+            console.print(Text(f"{before}> {clean(text)}", "bold cyan"))
             continue
         view = chat.display.new_view()
         view.push(clean(text))
@@ -225,7 +226,7 @@ def offered(raw: bool) -> list[Command]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The question whether a name that is nearly right, or begins so, was meant; empty if there is none."""
+    """Asks for the known name that this one begins or nearly is; empty if there is none."""
     name, known = name[:100].lower(), list(known)
     near = [each for each in known if len(name) > 2 and each.startswith(name)]
     near = near or difflib.get_close_matches(name, known, 1)

@@ -75,8 +75,8 @@ def _keys() -> KeyBindings:
 
     @keys.add(Keys.Vt100MouseEvent)
     def ignore(event: KeyPressEvent) -> None:
-        """The mouse is not used, but coloured text that is pasted begins like what a mouse says, which ends in a
-        traceback where it does not go on like that."""
+        """The mouse is not used. Pasted text with colours can look like a mouse's report, and the library's own handler
+        ends in a traceback where that is malformed."""
 
     return keys
 

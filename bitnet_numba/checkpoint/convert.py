@@ -36,7 +36,8 @@ from bitnet_numba.errors import CheckpointError, one_line, printable
 from bitnet_numba.model_folder import FileError, ModelFile, ModelFolder, why
 from bitnet_numba.packing import pack_scales, pack_ternary
 from bitnet_numba.text.chat_template import ADDITIONAL
-from bitnet_numba.text.tokenizer import Tokenizer, from_tiktoken
+from bitnet_numba.text.tiktoken import from_tiktoken
+from bitnet_numba.text.tokenizer import Tokenizer
 
 GROUPS_FOUND = (
     "the linears were found to be ternary times a scale for each row and 128 columns; activations will be int8 with a "

@@ -104,7 +104,7 @@ class TensorFile:
         return CheckpointError(f"{self.path}: tensor {printable(name)} {what}")
 
     def map(self, name: str) -> NDArray[Any]:
-        """The tensor as a read-only memory map of its own, which takes no more address space than that."""
+        """The tensor as a read-only memory map of its own, which takes no more address space than the tensor."""
         dtype, spec, offset = self._locate(name)
         if spec.nbytes == 0:
             return np.empty(spec.shape, dtype)

@@ -12,7 +12,7 @@ from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.loading import KV_DTYPES, load
 from bitnet_numba.errors import BitNetError, ContextFull, RequestError, printable
 from bitnet_numba.hub.fetch import is_gguf
-from bitnet_numba.model_options import add_run_options
+from bitnet_numba.model_options import add_run_options, load_options
 
 LINES = 64  # whose vectors are computed together
 
@@ -29,7 +29,8 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     add("file", metavar="FILE", nargs="?", default="-", help="a text in UTF-8 (default: -, standard input)")
     add("--prompt", metavar="TEXT", default="", help="stands before each line, such as 'query: ' (default: nothing)")
     add("--dimensions", type=int, metavar="N", help="only the first N numbers, scaled to length 1 (default: all)")
-    add_run_options(parser, KV_DTYPES["cpu"], "type of keys and values on the CPU (default: float32)", False)
+    kv_help = "type of keys and values on the CPU (default: float32)"
+    add_run_options(parser, KV_DTYPES["cpu"], kv_help, activations=False)
     return parser
 
 
@@ -54,8 +55,7 @@ def run(argv: list[str] | None = None, prog: str = "bitnet-numba embed") -> int:
         if args.file == STANDARD_INPUT and Path(args.model).is_file() and not is_gguf(args.model):
             raise RequestError(f"{printable(args.model, 400)} is a file, not a model: MODEL stands before FILE")
         text = None if args.file == STANDARD_INPUT else read_text(args.file, prog)
-        options = {"threads": args.threads, "revision": args.revision, "kv_dtype": args.kv_dtype}
-        with load(args.model, args.backend, **options) as llm:
+        with load(args.model, revision=args.revision, **load_options(args)) as llm:
             if not llm.config.embeds:
                 raise RequestError(NO_EMBEDDINGS)
             if text is None:  # whose reader is asked for it when nothing else can be wrong, such as MODEL forgotten

@@ -10,7 +10,7 @@ from bitnet_numba.commands import complain, make_parser, output
 from bitnet_numba.engine.loading import load
 from bitnet_numba.engine.scoring import MAX_WINDOW
 from bitnet_numba.errors import BitNetError, RequestError
-from bitnet_numba.model_options import add_run_options
+from bitnet_numba.model_options import add_run_options, load_options
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -43,8 +43,7 @@ def run(argv: list[str] | None = None, prog: str = "bitnet-numba perplexity") ->
         if args.max_tokens is not None and args.max_tokens < 2:
             raise RequestError("--max-tokens must be at least 2")
         text = read_text(args.file, prog)
-        options = {"threads": args.threads, "revision": args.revision, "kv_dtype": args.kv_dtype}
-        with load(args.model, args.backend, **options, activations=args.activations) as llm:
+        with load(args.model, revision=args.revision, **load_options(args)) as llm:
             ids = llm.tokenizer.encode(text)[: args.max_tokens]
             window = min(llm.context, MAX_WINDOW) if args.window is None else args.window
             stride = window // 2 if args.stride is None else args.stride

@@ -10,7 +10,8 @@ from bitnet_numba.errors import shown
 from bitnet_numba.logprobs import LogprobList, ReadWhenAsked
 from bitnet_numba.sampling import TokenLogprob
 from bitnet_numba.text.stop_strings import StopStrings
-from bitnet_numba.text.tokenizer import StreamDecoder, Tokenizer
+from bitnet_numba.text.stream_decoder import StreamDecoder
+from bitnet_numba.text.tokenizer import Tokenizer
 
 KEPT_BACK = 48  # tokens of a quiet answer whose text is made together
 FinishReason = Literal["stop", "length", "context", "timeout", "interrupted"]

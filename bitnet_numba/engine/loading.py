@@ -31,7 +31,7 @@ KV_DTYPES = {
     "reference": ("float32",),
 }
 ALL_KV_DTYPES = tuple(dict.fromkeys(dtype for dtypes in KV_DTYPES.values() for dtype in dtypes))
-# What linears with group scales read, by the number of int8 planes; the first is the default.
+# Inputs of linears with group scales, and their number of int8 planes; the first is the default.
 ACTIVATIONS = {"int8": 1, "int8x2": 2}
 MAX_THREADS = 1024
 DEMO = Path(__file__).parent.parent / "demo"  # the built-in model
@@ -64,7 +64,7 @@ def load(
         default) or "float32"; on the reference "float32". None: the backend's default. An embedding model has float32
         by default; on CUDA it holds none, and None is all that it takes.
     activations: of models with group scales, what their linears read: "int8" (the default), or "int8x2", two planes
-        that make 15 bits: as good as floats, for more time. Models that were trained with int8 take "int8" only.
+        that make 15 bits: as accurate as floats, but slower. Models that were trained with int8 take "int8" only.
 
     Raises BitNetError, with a message of one line, if the folder, a file or an argument is invalid.
     """

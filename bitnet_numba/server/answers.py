@@ -33,10 +33,10 @@ class Answers:
     """
 
     def __init__(self, requests: Sequence[Request], numbers: Sequence[int], form: str | None = None):
-        """numbers: by which the scheduler knows the requests. form: the field of the HTTP request that gives them a
-        form, if one does."""
+        """numbers: by which the scheduler knows the requests. form: the field of the HTTP request that
+        prescribes their form, if any."""
         self.requests, self.numbers, self._form = requests, numbers, form
-        self.prompt_only = False  # whether they are left out: what is wanted is told of the prompts
+        self.prompt_only = False  # whether only what is told of the prompts is wanted
         self.error: ApiError | None = None  # why they were ended before their time
         self._failed = False  # whether the backend has
         self._updates: deque[tuple[int, Update]] = deque()
@@ -104,13 +104,13 @@ class Answers:
             return busy("the server is shutting down", "shutting_down")
         if self._failed:
             return busy(str(error), "engine_failed")
-        if isinstance(error, RequestError):  # the form cannot be followed, as first shows now
+        if isinstance(error, RequestError):  # the form cannot be followed, which shows only now
             return from_request_error(error, self._form)
         return ApiError(500, str(error), code="answer_failed")
 
 
 def _without_answer(completion: Completion) -> Completion:
-    """What would be left of an answer that may have no tokens."""
+    """The completion as if no token had been allowed."""
     stats = replace(completion.stats, generated_tokens=0, decode_seconds=0.0)
     logprobs: list[TokenLogprob] | None = None if completion.logprobs is None else []
     return replace(completion, text="", token_ids=[], finish_reason="length", stats=stats, logprobs=logprobs)

@@ -130,17 +130,15 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """404 and 405 of the router, in the form of all errors."""
     assert isinstance(error, HTTPException)
     path = request.scope["path"]
-    message = (
-        f"there is no {path}{_near(path)}" if error.status_code == 404 else f"{path} does not take {request.method}"
-    )
-    headers = dict(error.headers or {})
-    return Response(
-        dump(ApiError(error.status_code, message).content()), error.status_code, headers, "application/json"
-    )
+    message = f"{path} does not take {request.method}"
+    if error.status_code == 404:
+        message = f"there is no {path}{_near(path)}"
+    content = dump(ApiError(error.status_code, message).content())
+    return Response(content, error.status_code, dict(error.headers or {}), "application/json")
 
 
 def _near(path: str) -> str:
-    """Where to ask instead of a path that there is not, for the message; empty if nothing is near."""
+    """The end of the message on an unknown path: the path that was probably meant; empty if there is none."""
     bare = path.rstrip("/")
     for other in (bare, f"/v1{bare}", bare.replace("/v1/v1/", "/v1/", 1)):
         if other in POSTS or other in GETS:

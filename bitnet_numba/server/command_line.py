@@ -12,7 +12,7 @@ from pathlib import Path
 from bitnet_numba.commands import complain, leaving_at_once, make_parser
 from bitnet_numba.engine.loading import load
 from bitnet_numba.errors import BitNetError, RequestError, one_line, printable
-from bitnet_numba.model_options import MODEL_HELP, add_run_options, find_first
+from bitnet_numba.model_options import MODEL_HELP, add_run_options, find_first, load_options
 from bitnet_numba.server import PROG
 from bitnet_numba.server.launch import check_extra, serve
 from bitnet_numba.server.settings import Settings
@@ -138,8 +138,7 @@ def run(argv: list[str] | None = None, prog: str = PROG) -> int:
         check_extra()
         with _log_on_standard_error(prog):
             path, revision = find_first(args.model, args.revision)  # a download shows its progress, and Ctrl-C ends it
-            options = args.backend, args.context, args.threads, revision, args.kv_dtype, args.activations
-            load_model = partial(load, path, *options)
+            load_model = partial(load, path, revision=revision, **load_options(args))
             with leaving_at_once(prog):  # an event loop that is interrupted while it starts does not end cleanly
                 return serve(settings, args.host, args.port, load_model)
     except BitNetError as error:

@@ -16,7 +16,8 @@ from bitnet_numba.server.response_format import constrained, gives_form, read_fo
 from bitnet_numba.server.sampling_fields import number_of_choices, sampling_params
 from bitnet_numba.server.schemas import CompletionBody
 from bitnet_numba.server.service import Fields, Service
-from bitnet_numba.text.tokenizer import StreamDecoder, Tokenizer
+from bitnet_numba.text.stream_decoder import StreamDecoder
+from bitnet_numba.text.tokenizer import Tokenizer
 
 
 async def completions(service: Service, exchange: Exchange, body: CompletionBody) -> None:
@@ -29,7 +30,7 @@ async def completions(service: Service, exchange: Exchange, body: CompletionBody
         if not echo or body.min_tokens:
             reason = "max_tokens may be 0 only with echo, and without min_tokens"
             raise ApiError(400, reason, param="max_tokens", code="invalid_value")
-        body = body.model_copy(update={"max_tokens": 1})  # with the first token, all of the prompt is computed
+        body = body.model_copy(update={"max_tokens": 1})  # the engine generates one at least; it is left out
     params = sampling_params(body, engine)
     if echo:
         params = replace(params, prompt_logprobs=params.logprobs)

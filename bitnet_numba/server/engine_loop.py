@@ -20,9 +20,8 @@ from bitnet_numba.server.answers import Answers
 
 _log = logging.getLogger("bitnet_numba.server")
 CLOSED = "no more answers are generated"
-QUIET = (
-    0.25  # seconds without work after which rounds to come are prepared: whoever has got an answer may go on at once
-)
+# Seconds without work after which rounds to come are prepared: whoever has got an answer may ask again at once.
+QUIET = 0.25
 
 
 class EngineLoop:

@@ -87,7 +87,7 @@ async def respond(
     prompt_only: bool = False,
 ) -> None:
     """Generates `count` answers and sends them, whole or as a stream. `make` as for `Service.answering`. prompt_only:
-    nothing of the answers is wanted."""
+    only what is told of the prompts is wanted."""
     n, priority, salt = number_of_choices(body), body.priority or 0, body.cache_salt or ""
     began = time.perf_counter()
     async with service.answering(exchange, count, make, fields, priority, salt, not body.stream) as answers:

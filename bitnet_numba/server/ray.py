@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from bitnet_numba.engine.loading import load
 from bitnet_numba.errors import RequestError
+from bitnet_numba.model_options import load_options
 from bitnet_numba.server.app import create_app
 from bitnet_numba.server.command_line import build_parser, read_settings
 from bitnet_numba.server.launch import spare_collector
@@ -64,8 +65,7 @@ class Replica:
         """options: of `bitnet-numba serve`. The replica gets requests once its model is loaded."""
         args = build_parser().parse_args(shlex.split(options))
         self._service = Service(read_settings(args))
-        given = args.backend, args.context, args.threads, args.revision, args.kv_dtype, args.activations
-        await self._service.start(partial(load, args.model, *given))
+        await self._service.start(partial(load, args.model, revision=args.revision, **load_options(args)))
         spare_collector()
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:

@@ -27,12 +27,12 @@ MAX_RETRY_AFTER = 60
 
 
 class Fields(NamedTuple):
-    """The fields of a request that errors of its answers name."""
+    """The fields that error messages about a request's answers name."""
 
     prompt: str
-    limit: str  # of the answers' tokens
-    choices: str = "n"  # what makes the answers too many
-    form: str | None = None  # what gives the answers a form; None: nothing does
+    limit: str  # how many tokens an answer may have
+    choices: str = "n"  # how many answers there are
+    form: str | None = None  # what form the answers have; None: any
 
 
 class Service:
@@ -213,7 +213,7 @@ class Service:
         )
 
     def _admit(self, count: int, field: str) -> EngineLoop:
-        """Raises ApiError if `count` more answers are not to be started now; of `field`, if they never are."""
+        """Raises ApiError if `count` more answers cannot be started now; it names `field` if they never can."""
         settings = self.settings
         if self.draining:
             raise busy("the server is shutting down", "draining", retry_after=5)

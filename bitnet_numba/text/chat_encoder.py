@@ -14,7 +14,7 @@ from bitnet_numba.text.thoughts import CLOSE, OPEN, ThoughtReader, check_thought
 from bitnet_numba.text.tool_messages import TAG, Tools, for_template
 
 if TYPE_CHECKING:
-    from bitnet_numba.text.tokenizer import StreamDecoder
+    from bitnet_numba.text.stream_decoder import StreamDecoder
 
 _PROBE = "\ud800"  # a content that no template writes itself
 _TURNS = ("user", "assistant", "user")

@@ -9,12 +9,15 @@ matched whole, which `ignore_merges` does as tiktoken does.
 
 import base64
 import binascii
+import json
 import os
+from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from bitnet_numba.errors import TokenizerError
 from bitnet_numba.model_folder import FileError, ModelFile
+from bitnet_numba.text.chat_template import BITNET_TEMPLATE
 
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -107,3 +110,23 @@ def build_tokenizer(path: str | os.PathLike[str] | ModelFile) -> Tokenizer:
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[bos]
     )
     return tokenizer
+
+
+def from_tiktoken(vocabulary: str | os.PathLike[str] | ModelFile, folder: str | os.PathLike[str]) -> None:
+    """Writes the tokenizer of a tiktoken-style `tokenizer.model` as tokenizer.json and tokenizer_config.json.
+
+    Split pattern, special tokens and chat template are those of BitNet b1.58 2B4T, which has Llama 3's vocabulary.
+    `folder` must exist. Raises TokenizerError if the file is not such a vocabulary (but sentencepiece's, for example),
+    OSError if the folder cannot be written.
+    """
+    folder = Path(folder)
+    # Not by the library's `save`, which raises a bare Exception where the disk is full.
+    (folder / "tokenizer.json").write_text(build_tokenizer(vocabulary).to_str(), encoding="utf-8")
+    config = {
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "chat_template": BITNET_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,12 +1,10 @@
-"""Text <-> token ids: `tokenizers` with a chat template, stop ids and a streaming detokeniser.
+"""Text <-> token ids: `tokenizers` with a chat template and stop ids.
 
-Decoding is done here, from the bytes of each token, so that decoding at once and decoding as tokens arrive are the same
-function: the bytes are joined and decoded as UTF-8, with U+FFFD for invalid bytes.
+Decoding is our own, from the bytes of each token, so that decoding at once and decoding as tokens arrive are the same
+function (see `stream_decoder`).
 """
 
-import codecs
 import functools
-import json
 import logging
 import os
 import re
@@ -20,7 +18,6 @@ from bitnet_numba.errors import ContextFull, RequestError, TokenizerError
 from bitnet_numba.model_folder import FileError, ModelFile, ModelFolder
 from bitnet_numba.text.chat_encoder import ChatEncoder
 from bitnet_numba.text.chat_template import (
-    BITNET_TEMPLATE,
     PLAIN_STOP,
     PLAIN_TEMPLATE,
     Message,
@@ -30,8 +27,9 @@ from bitnet_numba.text.chat_template import (
 )
 from bitnet_numba.text.constraint import GrammarCompiler
 from bitnet_numba.text.guarded_encoder import GuardedEncoder
+from bitnet_numba.text.stream_decoder import StreamDecoder
 from bitnet_numba.text.thoughts import ThoughtReader, check_thoughts
-from bitnet_numba.text.tiktoken import BOS, EOS, build_tokenizer, byte_alphabet
+from bitnet_numba.text.tiktoken import byte_alphabet
 from bitnet_numba.text.tokenizer_files import (
     eos_ids,
     is_byte_level,
@@ -345,79 +343,3 @@ class _FoundOnce(dict[int, T]):
     def __missing__(self, token_id: int) -> T:
         found = self[token_id] = self._find(token_id)
         return found
-
-
-class StreamDecoder:
-    """Decodes token by token. The pieces, joined, are exactly `tokenizer.decode` of all ids.
-
-    Bytes of an incomplete character are held back until later tokens complete it.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
-        self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special else frozenset()
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._first = True
-        self._drop_space = False
-
-    @property
-    def pending(self) -> bool:
-        """Whether bytes of an incomplete character are held back."""
-        return bool(self._utf8.getstate()[0])
-
-    def push(self, token_id: int) -> str:
-        """The text that this token completes; may be empty."""
-        if self._first:
-            self._first, self._drop_space = False, self._tokenizer.starts_with_space(token_id)
-        if token_id in self._skipped:
-            return ""
-        data = self._tokenizer.bytes_of[token_id]
-        if self._drop_space and data and token_id not in self._tokenizer.special_ids:
-            self._drop_space = False
-            data = data.removeprefix(b" ")
-        return self._utf8.decode(data)
-
-    def push_all(self, ids: Sequence[int]) -> str:
-        """The text that several tokens complete: of each, `push`, joined, but quicker."""
-        first = 0
-        pieces = []
-        while first < len(ids) and (self._first or self._drop_space):
-            pieces.append(self.push(ids[first]))
-            first += 1
-        bytes_of, skipped = self._tokenizer.bytes_of, self._skipped
-        data = b"".join([bytes_of[token] for token in ids[first:] if token not in skipped])
-        return "".join([*pieces, self._utf8.decode(data)])
-
-    @property
-    def state(self) -> tuple[bool, bool, tuple[bytes, int]]:
-        """What it goes on from; set it to go on from there again."""
-        return self._first, self._drop_space, self._utf8.getstate()
-
-    @state.setter
-    def state(self, state: tuple[bool, bool, tuple[bytes, int]]) -> None:
-        self._first, self._drop_space, utf8 = state
-        self._utf8.setstate(utf8)
-
-    def finish(self) -> str:
-        """The rest: U+FFFD if the last character is incomplete, otherwise nothing."""
-        return self._utf8.decode(b"", final=True)
-
-
-def from_tiktoken(vocabulary: str | os.PathLike[str] | ModelFile, folder: str | os.PathLike[str]) -> None:
-    """Writes the tokenizer of a tiktoken-style `tokenizer.model` as tokenizer.json and tokenizer_config.json.
-
-    Split pattern, special tokens and chat template are those of BitNet b1.58 2B4T, which has Llama 3's vocabulary.
-    `folder` must exist. Raises TokenizerError if the file is not such a vocabulary (but sentencepiece's, for example),
-    OSError if the folder cannot be written.
-    """
-    folder = Path(folder)
-    # The library's own `save` tells of a full disk by an Exception of no kind.
-    (folder / "tokenizer.json").write_text(build_tokenizer(vocabulary).to_str(), encoding="utf-8")
-    config = {
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "chat_template": BITNET_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

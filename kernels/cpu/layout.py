@@ -88,8 +88,9 @@ JOB = np.dtype(
     + [("splits", _INT), ("partials", _INT)]  # of the longest context; partial outputs of attention
     # Quantised and prepared activations: MAX_TOKENS tokens that all share, or one token for each member.
     + [(name, _INT) for name in ("q_stride", "plane_stride", "shared")]
-    + [("scale_bytes", _INT), ("groups", _INT), ("planes", _INT)]  # of the scales of all segments and
-    # tokens; groups of a token at most, and int8 planes of what products with group scales read
+    # Bytes of the scales of all segments and tokens; of weights with group scales, groups of a token at most, and int8
+    # planes of activations.
+    + [("scale_bytes", _INT), ("groups", _INT), ("planes", _INT)]
     # Each member's own memory, and where in it are what.
     + [
         (name, _INT)

@@ -5,7 +5,7 @@
 Between gemv.py, whose `dp4a` take as long again for every token, and the GEMMs, whose tiles of 64 rows leave most SMs
 without a block: as of the GEMV, every weight is read once, into the registers of the warp that multiplies it, while the
 kernels before this one still run. Results have the same bits as by any other GEMM, whatever the number of tokens. It is
-used for up to four (heuristics.py), one alone takes the GEMV: a step of eight is shorter with `gemm_wgmma`.
+used for two to four (heuristics.py): one token takes the GEMV, and a step of eight is shorter with `gemm_wgmma`.
 
 Work split (U units, P warps):
 

@@ -81,10 +81,6 @@ class Stream:
         """Waits for all work in it. Raises BackendError if a kernel failed."""
         driver_call("cuStreamSynchronize", self.handle)
 
-    def idle(self) -> bool:
-        """Whether all work in it is done. Raises BackendError if a kernel failed."""
-        return _is_done("cuStreamQuery", self.handle)
-
     def upload(self, address: int, source: "PinnedArray", nbytes: int, start: int = 0) -> None:
         """Enqueues a copy of page-locked memory from byte `start` on. The source must not change before it is done."""
         driver_call("cuMemcpyHtoDAsync", address, source.host.ctypes.data + start, nbytes, self.handle)

@@ -48,7 +48,7 @@ def mass_share(mass, reference, largest, log2_scale):
 
 @device_function
 def bins_per_z(top_p, mass, vocab_size):
-    """Bins per unit of z, so that BINS of them reach down to the z below which all tokens sum up to less than
+    """Bins per unit of z, so that MASS_BINS of them reach down to the z below which all tokens sum up to less than
     (1 - top_p) mass."""
     lowest = float32(math.log(float32(1.0 - top_p) * mass / float32(vocab_size)))
     return float32(MASS_BINS) / (RANGE_MARGIN - lowest)

@@ -13,7 +13,7 @@ import pytest
 from threadpoolctl import threadpool_info
 
 import bitnet_numba as bn
-from bitnet_numba.backends import cores, reference
+from bitnet_numba.backends import cores
 from bitnet_numba.backends.cores import cpu_quota, usable_cores, usable_cpus
 from bitnet_numba.backends.cpu.backend import CpuModel
 from bitnet_numba.backends.cuda import warmup
@@ -124,7 +124,7 @@ def test_a_container_with_a_share_of_the_cpus(
         return forward(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Model, "forward", count)
-    monkeypatch.setattr(reference, "cpu_quota", lambda: 0.5)
+    monkeypatch.setattr(cores, "cpu_quota", lambda: 0.5)
     with bn.load(tiny_packed, "reference") as llm:
         llm.generate([5, 6], max_new_tokens=1)
     assert seen and all(pools <= {1} for pools in seen)
@@ -134,6 +134,6 @@ def test_the_reference_leaves_blas_its_threads_where_it_has_the_cpus(
     demo: PackedCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for quota in (None, 1024.0):
-        monkeypatch.setattr(reference, "cpu_quota", lambda quota=quota: quota)
+        monkeypatch.setattr(cores, "cpu_quota", lambda quota=quota: quota)
         assert ReferenceModel(demo)._threads is None
     assert ReferenceModel(demo, 3)._threads == 3

@@ -86,6 +86,15 @@ def one_by_one(context: Context, ids: list[int]) -> np.ndarray:
     return np.concatenate([context.logits([token]) for token in ids])
 
 
+def check_against_reference(checkpoint: PackedCheckpoint, ids: list[int]) -> None:
+    """Logits on the GPU, by a pass over a prompt and by decode steps."""
+    expected = reference_backend(checkpoint).new_context(len(ids)).logits(ids)
+    context = on_gpu(checkpoint, len(ids))
+    check_close(context.logits(ids), expected, 0.3, 0.05)
+    context.truncate(0)
+    check_close(one_by_one(context, ids), expected, 0.3, 0.05)
+
+
 def take(context: Context, ids: list[int], params: SamplingParams, count: int) -> list[int]:
     """The first tokens of a decoding, which is then closed; the context holds ids and what was taken but the last."""
     before = len(context.ids)
@@ -166,11 +175,7 @@ def test_rows_of_other_floats(preset: str, dtype: str, kept_as: str, tmp_path: P
     checkpoint = open_packed(tmp_path / "packed")
     assert checkpoint.embed == checkpoint.head == kept_as
     ids = random_ids(checkpoint, 24, 6)
-    expected = reference_backend(checkpoint).new_context(24).logits(ids)
-    context = on_gpu(checkpoint, 24)
-    check_close(context.logits(ids), expected, 0.3, 0.05)
-    context.truncate(0)
-    check_close(one_by_one(context, ids), expected, 0.3, 0.05)
+    check_against_reference(checkpoint, ids)
 
 
 @needs_gpu
@@ -183,11 +188,7 @@ def test_every_kind_of_model(name: str, tmp_path: Path) -> None:
     convert(tmp_path / "source", tmp_path / "packed", head=head)
     checkpoint = open_packed(tmp_path / "packed")
     ids = random_ids(checkpoint, 24, 5)
-    expected = reference_backend(checkpoint).new_context(24).logits(ids)
-    context = on_gpu(checkpoint, 24)
-    check_close(context.logits(ids), expected, 0.3, 0.05)  # a pass over a prompt
-    context.truncate(0)
-    check_close(one_by_one(context, ids), expected, 0.3, 0.05)  # decode steps
+    check_against_reference(checkpoint, ids)
 
 
 @needs_gpu
@@ -200,11 +201,7 @@ def test_models_with_group_scales_agree_with_the_reference(file: str, head: Head
     checkpoint = open_packed(tmp_path / "packed")
     assert checkpoint.config.group_scales
     ids = np.random.default_rng(4).integers(0, 260, 40).tolist()
-    expected = reference_backend(checkpoint).new_context(40).logits(ids)
-    context = on_gpu(checkpoint, 40)
-    check_close(context.logits(ids), expected, 0.3, 0.05)  # a pass over a prompt
-    context.truncate(0)
-    check_close(one_by_one(context, ids), expected, 0.3, 0.05)  # decode steps
+    check_against_reference(checkpoint, ids)
 
 
 @needs_gpu
@@ -215,11 +212,7 @@ def test_files_of_other_programs_agree_with_the_reference(name: str, tmp_path: P
     convert(GGUF / f"{name}.gguf", tmp_path / "packed")
     checkpoint = open_packed(tmp_path / "packed")
     ids = np.random.default_rng(5).integers(0, 260, 40).tolist()
-    expected = reference_backend(checkpoint).new_context(40).logits(ids)
-    context = on_gpu(checkpoint, 40)
-    check_close(context.logits(ids), expected, 0.3, 0.05)  # a pass over a prompt
-    context.truncate(0)
-    check_close(one_by_one(context, ids), expected, 0.3, 0.05)  # decode steps
+    check_against_reference(checkpoint, ids)
 
 
 @needs_gpu

@@ -10,7 +10,7 @@ import bitnet_numba as bn
 from bitnet_numba.backends.cuda import embedder
 from bitnet_numba.backends.cuda.embedder import plan_texts
 from bitnet_numba.checkpoint.packed import open_packed
-from tests.backends.test_cuda_simulated import SimulatedDevice, idle_device, simulate
+from tests.backends.simulated import SimulatedDevice, idle_device, simulate
 from tests.engine.test_embedding import FORMS, check_golden, packed_model
 from tests.kernels.harness import needs_gpu, simulated
 

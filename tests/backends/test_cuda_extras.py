@@ -137,7 +137,7 @@ def tiny_backend(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Any:
     from bitnet_numba.checkpoint.packed import open_packed
     from bitnet_numba.kernels.attention import paged_decode
     from bitnet_numba.kernels.sampling import batched, edits, logprobs
-    from tests.backends.test_cuda_simulated import CONFIG, simulated_backend
+    from tests.backends.simulated import CONFIG, simulated_backend
     from tools.make_checkpoint import PRESETS, make_checkpoint
 
     spec, config = PRESETS["tiny"]

@@ -11,7 +11,7 @@ from bitnet_numba.backends.cuda.masks import MIN_SHARED, Masks
 from bitnet_numba.errors import RequestError
 from bitnet_numba.kernels.runtime import driver
 from bitnet_numba.kernels.runtime import memory as memory_module
-from tests.backends.test_cuda_simulated import HostMemory, SimulatedDevice
+from tests.backends.simulated import HostMemory, SimulatedDevice
 
 VOCAB = 100  # not a multiple of 32
 

@@ -5,7 +5,9 @@ import json
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ from bitnet_numba import model_options
 from bitnet_numba.chat import command_line
 from bitnet_numba.chat.conversation import Conversation
 from bitnet_numba.engine.completion import Completion, Stats
+from bitnet_numba.engine.loading import load
+from bitnet_numba.model_options import LOAD_OPTIONS, add_model_options, load_options
 
 TIMEOUT = 300  # seconds for what takes one or two: only to end a test that hangs, however busy the machine is
 
@@ -277,6 +281,15 @@ def test_messages_show_no_control_characters(
     assert all(line.startswith("bitnet-chat: ") for line in err.splitlines())
 
 
+def test_command_lines_pass_on_all_that_loading_takes() -> None:
+    assert list(signature(load).parameters) == ["path", *LOAD_OPTIONS[:3], "revision", *LOAD_OPTIONS[3:]]
+    parser = ArgumentParser()
+    add_model_options(parser)
+    given = ["--backend=cpu", "--context=9", "--threads=1", "--kv-dtype=float32", "--activations=int8x2"]
+    options = load_options(parser.parse_args(["model", *given]))
+    assert options == dict(zip(LOAD_OPTIONS, ("cpu", 9, 1, "float32", "int8x2"), strict=True))
+
+
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
@@ -297,7 +310,7 @@ def test_what_stops_the_start_is_told_in_one_line(
     code: int,
     message: str,
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **options: object) -> None:
         raise error
 
     monkeypatch.setattr(model_options, "load", fail)

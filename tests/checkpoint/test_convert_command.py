@@ -166,7 +166,13 @@ def test_full_standard_output(source: Path, tmp_path: Path) -> None:
 def interrupted(source: Path, started: str) -> tuple[int, list[str]]:
     """Exit code and messages of a converter that gets a Ctrl-C when it imports, or when its output appears."""
     command = [sys.executable, "-v", TOOL, source, source.parent / "out"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # who runs tests may ignore it
+    ) as child:
         assert child.stderr is not None
         for line in child.stderr:
             if started == "import" and line.startswith("import 'argparse'"):

@@ -22,7 +22,7 @@ from tools.demo.world.draw import (
     coin_word,
     is_female,
 )
-from tools.demo.world.grammar import article, capitalise, expand, parse, pattern, plural, slots_of
+from tools.demo.world.grammar import article, capitalise, expand, parse, pattern, plural
 from tools.demo.world.lexicon import WORDS, invented, like_a_slip, words_of
 from tools.demo.world.plots import PLOTS
 from tools.demo.world.requests import draw_request, phrase
@@ -45,7 +45,6 @@ def test_templates_reject_unbalanced_brackets() -> None:
 def test_expansions_are_those_of_the_template() -> None:
     seen = {expand("[a|b[c|]] {x}", Random(i), {"x": "[1|2]"}) for i in range(200)}
     assert seen == {f"{left} {right}" for left in ("a", "bc", "b") for right in "12"}
-    assert slots_of("[a{b}|{c}] {d}") == {"b", "c", "d"}
 
 
 def test_articles_and_capitals() -> None:

@@ -1,7 +1,6 @@
-"""The scheduler and generate_batch over a toy backend: every request is answered as a session would answer it alone."""
+"""The scheduler over a toy backend: every request is answered as a session would answer it alone."""
 
 import threading
-from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -10,62 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from bitnet_numba.engine.completion import Completion
-from bitnet_numba.engine.engine import Engine
-from bitnet_numba.engine.scheduler import Scheduler
 from bitnet_numba.engine.sequence import Update
-from bitnet_numba.errors import BackendError, ContextFull, RequestError, SchedulerClosed
+from bitnet_numba.errors import BackendError, ContextFull, RequestError
 from bitnet_numba.sampling import SamplingParams
-from tests.engine.toy_backend import TOKENIZER, VOCAB, ToyBackend, ToyBatch, tokens_of, toy_engine, toy_logits
-from tests.strategies import sampling, some_ids
-
-EOT = 1999
-CONTEXT = 48
-BEGINNING = list(range(100, 130))  # prompts share parts of it
-
-
-def logits_that_end(ids: Sequence[int]) -> NDArray[np.float32]:
-    """Toy logits after which a stop token comes now and then."""
-    logits = toy_logits(ids)
-    if sum(ids[-2:]) % 16 == 0:
-        logits[EOT] = 100.0
-    return logits
-
-
-def engine(script: Sequence[int] = (), context: int = CONTEXT) -> tuple[Engine, ToyBackend]:
-    llm, backend = toy_engine(script, context)
-    backend.logits = logits_that_end
-    return llm, backend
-
-
-prompts = st.one_of(some_ids, st.integers(1, 30).map(lambda n: BEGINNING[:n]))
-requests = st.fixed_dictionaries(
-    {
-        "prompt": st.builds(lambda a, b: (a + b)[:CONTEXT], st.integers(0, 30).map(lambda n: BEGINNING[:n]), prompts),
-        "params": sampling,
-        "max_new_tokens": st.one_of(st.none(), st.integers(1, 60)),
-        "stop": st.sampled_from([(), "e", ["th", "a ", "on"], [" "]]),
-    }
-)
-
-
-def alone(llm: Engine, request: dict[str, Any]) -> Completion:
-    return llm.session().generate(**request)
-
-
-def run(scheduler: Scheduler) -> list[Update]:
-    updates = []
-    while scheduler.busy:
-        updates += scheduler.step()
-    return updates
-
-
-def same_answer(one: Completion, other: Completion) -> bool:
-    return (one.text, one.token_ids, one.finish_reason, one.stats.prompt_tokens, one.stats.generated_tokens) == (
-        (other.text, other.token_ids, other.finish_reason, other.stats.prompt_tokens, other.stats.generated_tokens)
-    )
+from tests.engine.scheduling import BEGINNING, EOT, alone, engine, requests, run, same_answer
+from tests.engine.toy_backend import ToyBatch, tokens_of
 
 
 @given(
@@ -336,152 +285,6 @@ def test_tenants_with_different_salts_share_nothing() -> None:
     assert list(reused.values()) == [0, 0, 0, 28, 28]
 
 
-# What goes wrong
-
-
-def test_numbers_that_are_not_finite_end_one_request_alone() -> None:
-    llm, backend = engine()
-    backend.bad_token = 1234
-    scheduler = llm.scheduler(max_sequences=3)
-    params = SamplingParams(1.0, seed=1)
-    for ids in ([5, 6], [5, 1234], [7]):
-        scheduler.add(ids, params, max_new_tokens=9)
-    updates = run(scheduler)
-    assert [update.request for update in updates if update.error] == [1]
-    assert not any(update.text or update.completion for update in updates if update.request == 1)
-    backend.bad_token = None
-    for number, ids in ((0, [5, 6]), (2, [7])):
-        completion = next(u.completion for u in updates if u.request == number and u.completion)
-        assert same_answer(completion, alone(llm, {"prompt": ids, "params": params, "max_new_tokens": 9}))
-    assert scheduler._runner.pool.free == backend.batches[0].num_pages
-    backend.bad_token = 1234
-    with pytest.raises(BackendError, match="prompt 1: the model's weights produce numbers that are not finite"):
-        llm.generate_batch([[5], [1234]])
-    assert backend.batches[1].closed
-
-
-def test_a_backend_that_fails_closes_the_scheduler() -> None:
-    llm, backend = engine(tokens_of("a"))
-    backend.fail_after = 2
-    scheduler = llm.scheduler(max_sequences=2)
-    for i in (5, 6, 7):
-        scheduler.add([i])
-    scheduler.step()
-    assert scheduler.waiting == 1
-    *before, first, second, third = run(scheduler)
-    assert {update.request for update in before} == {0, 1} and "".join(update.text for update in before) == "aaaa"
-    for number, update in enumerate((first, second, third)):
-        assert update.request == number and str(update.error) == "a step failed"
-        assert isinstance(update.error, BackendError) and isinstance(update.error.__cause__, ValueError)
-    assert backend.batches[0].closed and scheduler.closed and not scheduler.busy
-    with pytest.raises(RequestError, match="this scheduler is closed"):
-        scheduler.step()
-    with pytest.raises(RequestError, match="this scheduler is closed"):
-        scheduler.add([5])
-    scheduler.close()
-
-
-@pytest.mark.parametrize("closed", [False, True])
-def test_a_request_is_not_cancelled_before_it_is_there(closed: bool) -> None:
-    llm, _ = engine(tokens_of("a"))
-    scheduler = llm.scheduler()
-    for number in (0, 1, -1, 10**400):
-        scheduler.cancel(number)
-    assert not scheduler.busy and scheduler.step() == []
-    if closed:
-        scheduler.close()
-        scheduler.cancel(0)
-        assert not scheduler.busy
-    else:
-        scheduler.cancel(np.int64(scheduler.add([5], max_new_tokens=3)))  # type: ignore[arg-type]
-        scheduler.add([5], max_new_tokens=3)
-        reasons = [update.completion.finish_reason for update in run(scheduler) if update.completion]
-        assert reasons == ["interrupted", "length"]
-
-
-@pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("steps", [0, 1, 3])
-@pytest.mark.parametrize("drained", [False, True])
-def test_a_closed_scheduler_is_busy_until_it_has_told_the_ends(asynchronous: bool, steps: int, drained: bool) -> None:
-    llm, backend = engine(tokens_of("a"))
-    backend.asynchronous = asynchronous
-    scheduler = llm.scheduler(max_sequences=1, prefill_chunk=8)
-    numbers = [scheduler.add(BEGINNING[:20]) for _ in range(3)]
-    updates = [update for _ in range(steps) for update in scheduler.step()]
-    if drained:
-        scheduler.drain()
-    scheduler.cancel(1)
-    scheduler.cancel(0)
-    for _ in range(2):
-        scheduler.close()
-    scheduler.cancel(2)
-    assert (scheduler.busy, scheduler.running, scheduler.waiting) == (True, 0, 0) and scheduler.wait(0)
-    told = scheduler.step()
-    assert not scheduler.busy and not scheduler.wait(), "one step is enough, and nobody waits for what never comes"
-    assert sorted(update.request for update in told) == numbers and not any(update.completion for update in updates)
-    never_ran = {0, 1} if steps == 0 else {1}  # of those that were cancelled: they have ended before `close`
-    assert {update.request for update in told if update.error is None} == never_ran
-    assert all(isinstance(update.error, SchedulerClosed) for update in told if update.request not in never_ran)
-    with pytest.raises(SchedulerClosed):
-        scheduler.step()
-
-
-def test_a_scheduler_that_is_closed_with_nothing_open_is_not_busy() -> None:
-    llm, _ = engine(tokens_of("a"))
-    unused, used, left = (llm.scheduler() for _ in range(3))
-    used.add([5], max_new_tokens=2)
-    run(used)
-    with left:
-        left.add([5])
-        left.step()
-    for scheduler in (unused, used):
-        scheduler.close()
-        assert not scheduler.busy and not scheduler.wait() and run(scheduler) == []
-    assert [type(update.error) for update in run(left)] == [SchedulerClosed]
-    for scheduler in (unused, used, left):
-        assert scheduler.closed and not scheduler.busy
-        with pytest.raises(SchedulerClosed):
-            scheduler.step()
-
-
-def test_a_request_that_cannot_start_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    llm, backend = engine()
-    scheduler = llm.scheduler(max_sequences=2)
-    batch = backend.batches[0]
-    start = batch.start
-
-    def refuse(slot: int, ids: Sequence[int], *rest: Any) -> None:
-        if list(ids) == [6] * 9:
-            raise OverflowError("int too large\nto convert")
-        start(slot, ids, *rest)
-
-    monkeypatch.setattr(batch, "start", refuse)
-    asked = [[5], [6] * 9, [7], [6] * 9, [6] * 9, [8]]
-    for ids in asked:
-        scheduler.add(ids, max_new_tokens=9)
-    updates = run(scheduler)
-    failed = {update.request: str(update.error) for update in updates if update.error}
-    assert failed == dict.fromkeys((1, 3, 4), "int too large to convert")
-    for number in (0, 2, 5):
-        completion = next(u.completion for u in updates if u.request == number and u.completion)
-        assert same_answer(completion, alone(llm, {"prompt": asked[number], "max_new_tokens": 9}))
-    assert scheduler._runner.pool.free == batch.num_pages and scheduler._runner.free_slots == 2
-
-
-def test_pages_of_a_failed_request_are_not_used_again() -> None:
-    llm, backend = engine(tokens_of("a"))
-    scheduler = llm.scheduler(max_sequences=1)
-    scheduler.add(BEGINNING[:10], max_new_tokens=2)
-    backend.bad_token = BEGINNING[25]
-    scheduler.add(BEGINNING, max_new_tokens=2)
-    assert [update.error is None for update in run(scheduler) if update.completion or update.error] == [True, False]
-    backend.bad_token = None  # as if memory had run out, and is there again
-    scheduler.add(BEGINNING, max_new_tokens=2)
-    completion = run(scheduler)[-1].completion
-    assert completion is not None and completion.stats.reused_tokens == 8  # what the first one computed
-    assert scheduler._runner.pool.free == backend.batches[0].num_pages
-
-
 def test_requests_may_come_from_any_thread() -> None:
     llm, _ = engine(tokens_of("abc"))
     scheduler = llm.scheduler(max_sequences=4)
@@ -503,72 +306,6 @@ def test_requests_may_come_from_any_thread() -> None:
     updates += run(scheduler)
     ended = [update.request for update in updates if update.completion]
     assert sorted(ended) == sorted(numbers) == list(range(100))
-
-
-# generate_batch
-
-
-@given(st.lists(requests, max_size=8), st.integers(1, 9))
-def test_generate_batch_gives_the_answers_in_order(asked: list[dict[str, Any]], max_sequences: int) -> None:
-    llm, backend = engine()
-    got = llm.generate_batch(
-        [request["prompt"] for request in asked],
-        [request["params"] for request in asked],
-        max_new_tokens=12,
-        stop="e",
-        max_sequences=max_sequences,
-    )
-    expected = [alone(llm, request | {"max_new_tokens": 12, "stop": "e"}) for request in asked]
-    assert all(same_answer(a, b) for a, b in zip(got, expected, strict=True))
-    assert all(batch.closed for batch in backend.batches)
-
-
-def test_generate_batch_takes_prompts_of_all_forms() -> None:
-    llm, _ = engine()
-    chat = [{"role": "user", "content": "Hi."}]
-    forms: list[Any] = ["Once", [5, 6], chat]
-    for params in (None, SamplingParams(0.9, seed=3), [None, SamplingParams(1.1, seed=2), SamplingParams()]):
-        each = params if isinstance(params, list) else [params] * 3
-        got = llm.generate_batch(forms, params, max_new_tokens=6)
-        for completion, prompt, own in zip(got, forms, each, strict=True):
-            assert same_answer(completion, alone(llm, {"prompt": prompt, "params": own, "max_new_tokens": 6}))
-    unseeded = llm.generate_batch(["x"] * 4, SamplingParams(1.5), max_new_tokens=8)
-    assert len({completion.text for completion in unseeded}) > 1  # each prompt draws a seed of its own
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"prompts": ["x", ""]}, "prompt 1: the prompt is empty"),
-        ({"prompts": ["x", [VOCAB]]}, "prompt 1: token id 2000"),
-        ({"prompts": [[5], [5] * 49]}, "prompt 1: the prompt has 49 tokens"),
-        ({"prompts": [5, 6]}, "prompt 0: a prompt must be a string"),
-        ({"prompts": "text"}, "prompts must be a list"),
-        ({"prompts": {"role": "user"}}, "prompts must be a list"),
-        ({"prompts": None}, "prompts must be a list"),
-        ({"prompts": ["x"], "params": [None, None]}, "1 prompts but 2 sampling parameters"),
-        ({"prompts": ["x"], "params": 5}, "params must be"),
-        ({"prompts": ["x"], "params": [5]}, "prompt 0: params of generate_batch must be"),
-        ({"prompts": ["x"], "max_new_tokens": 0}, "max_new_tokens must be"),
-        ({"prompts": ["x"], "stop": ""}, "a stop string must be"),
-        ({"prompts": ["x"], "max_sequences": 0}, "max_sequences must be"),
-    ],
-    ids=str,
-)
-def test_mistakes_are_told_before_anything_is_computed(arguments: dict[str, Any], message: str) -> None:
-    llm, backend = engine()
-    with pytest.raises(RequestError, match=message) as caught:
-        llm.generate_batch(**arguments)
-    assert "\n" not in str(caught.value)
-    assert all(batch.log == [] for batch in backend.batches)
-
-
-def test_stop_strings_of_a_model_without_a_template_hold_in_batches() -> None:
-    llm, _ = engine([*tokens_of(" Fine.\nUser: And you?"), EOT])
-    llm.tokenizer = type(TOKENIZER)(TOKENIZER._backend, add_bos=True, named_tokens={"eos_token": "<|eot_id|>"})
-    chat = [{"role": "user", "content": "Hi."}]
-    texts = [completion.text for completion in llm.generate_batch([chat, "Hi."])]
-    assert texts == [" Fine.", " Fine.\nUser: And you?"]
 
 
 def test_seeds_are_drawn_once_a_request() -> None:

@@ -85,7 +85,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setitem(sys.modules, "starlette.applications", None)
     from bitnet_numba.server import command_line
 
-    monkeypatch.setattr(command_line, "load", lambda *arguments: None)  # it has begun by then, in a thread
+    monkeypatch.setattr(command_line, "load", lambda *_, **options: None)  # it has begun by then, in a thread
     assert command_line.run([], "serve") == 2
     assert "pip install 'bitnet-numba[serve]'" in capsys.readouterr().err
 

@@ -57,3 +57,10 @@ def sentencepiece_like() -> tokenizers.Tokenizer:
     )
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     return backend
+
+
+def edit_tokenizer(folder: Path, **changes: Any) -> Path:
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["model"] |= changes.pop("model", {})
+    (folder / "tokenizer.json").write_text(json.dumps(raw | changes))
+    return folder

@@ -13,8 +13,15 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, trainers
 
 from bitnet_numba.errors import TokenizerError
-from bitnet_numba.text.tiktoken import SPLIT_PATTERN, byte_alphabet, last_merge, read_ranks, special_tokens
-from bitnet_numba.text.tokenizer import Tokenizer, from_tiktoken
+from bitnet_numba.text.tiktoken import (
+    SPLIT_PATTERN,
+    byte_alphabet,
+    from_tiktoken,
+    last_merge,
+    read_ranks,
+    special_tokens,
+)
+from bitnet_numba.text.tokenizer import Tokenizer
 from tests.text.conftest import HI
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from bitnet_numba.checkpoint.convert import convert
 from bitnet_numba.checkpoint.packed import open_packed
-from tests.backends.test_cuda_simulated import CONFIG, idle_backend
+from tests.backends.simulated import CONFIG, idle_backend
 from tools.benchmarks import decode, many_tokens
 from tools.make_checkpoint import PRESETS, make_checkpoint
 

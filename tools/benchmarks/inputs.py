@@ -42,7 +42,9 @@ def write_random_tokenizer(folder: Path, vocab_size: int) -> None:
 
 def row_formats(preset: str) -> tuple[RowFormat, ...]:
     """The formats of embedding and LM head that a model of PRESETS is measured with."""
-    return ("ternary",) if PRESETS[preset][0] == "floats" else ("bf16", "int8")
+    weight_format, raw = PRESETS[preset]
+    # Of the models that are ternary without saying so, Bonsai's embedding and head are, too; TriLM's are not.
+    return ("ternary",) if weight_format == "floats" and raw["model_type"] != "llama" else ("bf16", "int8")
 
 
 def write_random_packed(folder: Path, head: RowFormat, preset: str = "2b-4t") -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.engine.loading import load as load_model
 from bitnet_numba.engine.scheduler import Scheduler
-from bitnet_numba.model_options import find_first
+from bitnet_numba.model_options import find_first, load_options
 from bitnet_numba.sampling_params import SamplingParams
 from bitnet_numba.server.command_line import build_parser, read_settings
 from tools.benchmarks.serve_load import Answered, Load, figures
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     settings = read_settings(args)
     path, revision = find_first(args.model, args.revision)
-    with load_model(path, args.backend, args.context, args.threads, revision, args.kv_dtype) as engine:
+    with load_model(path, revision=revision, **load_options(args)) as engine:
         with engine.scheduler(settings.max_sequences, settings.tokens, settings.prefill_chunk) as scheduler:
             print(json.dumps({"backend": engine.backend, "context": engine.context}), flush=True)
             for line in sys.stdin:

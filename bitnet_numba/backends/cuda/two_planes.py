@@ -4,8 +4,8 @@
     product             of the first plane: stored, or added to the residual stream
     product             of the second plane, added to that
 
-Gate and up are a linear each, since what is activated is the sum; then gate = activation(gate) * up. All kernels are
-those of one plane, and a token's bits do not depend on how many there are.
+Gate and up are a linear each, since what is activated is the sum; then gate = activation(gate) * up. The
+products' kernels are those of one plane, and a token's bits do not depend on how many there are.
 """
 
 from dataclasses import replace

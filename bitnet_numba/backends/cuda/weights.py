@@ -61,7 +61,7 @@ def why_unsupported(checkpoint: PackedCheckpoint) -> str | None:
 
 
 def segment_of(whole: Linear, i: int) -> Linear:
-    """The i-th linear of those that were joined; its rows, and those before them, are whole blocks."""
+    """The i-th of the linears joined in `whole`; its rows, and those before them, are whole blocks."""
     start, rows, columns = sum(whole.segments[:i]), whole.segments[i], _padded(whole.K)
     words = DeviceView(whole.words.address + start * columns // 4, rows * columns // 16, np.int32)
     bias = None if whole.bias is None else DeviceView(whole.bias.address + 4 * start, rows, np.float32)

@@ -113,21 +113,6 @@ def _parse_sequence(tokens: list[str], at: int, template: str) -> tuple[tuple, i
     return tuple(parts), at
 
 
-def slots_of(template: str) -> set[str]:
-    """Names of all slots that an expansion of `template` may insert."""
-
-    def walk(parts: tuple) -> set[str]:
-        names: set[str] = set()
-        for part in parts:
-            if isinstance(part, tuple):
-                names.add(part[0])
-            elif isinstance(part, list):
-                names.update(*(walk(alternative) for alternative in part))
-        return names
-
-    return walk(parse(template))
-
-
 def expand(template: str, rng: Random, slots: Mapping[str, str], used: set[str] | None = None) -> str:
     """Expand `template`; names of the slots that were inserted are added to `used`. Missing slots raise `KeyError`."""
     out: list[str] = []
