@@ -44,7 +44,7 @@ async def completions(service: Service, exchange: Exchange, body: CompletionBody
         return read_prompts(engine, prompts, constrained(engine, params, grammar, "response_format"), n)
 
     formed = "response_format" if gives_form(body.response_format) else None
-    fields = Fields("prompt", "max_tokens", "n" if len(prompts) <= service.settings.max_choices else "prompt", formed)
+    fields = Fields("prompt", "max_tokens", "n" if len(prompts) <= service.settings.most_choices else "prompt", formed)
     await respond(service, exchange, body, make, count, form, fields, prompt_only)
 
 

@@ -207,7 +207,7 @@ class Service:
     def _full(self) -> ApiError:
         return ApiError(
             429,
-            f"the queue is full: {self.open} answers are under way or wait",
+            f"the queue is full: {self.open} answers are running or waiting",
             code="queue_full",
             headers={"retry-after": str(self._retry_after())},
         )
@@ -221,8 +221,8 @@ class Service:
             raise ApiError(400, "this is an embedding model: use /v1/embeddings", param="model", code="invalid_value")
         if not self._engine_loop.alive:
             raise busy("the model has failed", "engine_failed", retry_after=30)
-        if count > settings.max_choices:
-            message = f"a request may have at most {settings.max_choices} answers, not {shown(count)}"
+        if count > settings.most_choices:
+            message = f"a request may have at most {settings.most_choices} answers, not {shown(count)}"
             raise ApiError(400, message, param=field, code="invalid_value")
         room = settings.max_sequences + settings.max_waiting - self.open
         if count > room:

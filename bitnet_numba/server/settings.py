@@ -27,3 +27,8 @@ class Settings:
     max_connections: int = 4096
     coalesce: float = 0.025  # text of one stream is collected for so long and sent as one event
     log_requests: bool = False  # a line for each request, without its content
+
+    @property
+    def most_choices(self) -> int:
+        """What `max_choices` comes to: more answers than may run and wait are never admitted."""
+        return min(self.max_choices, self.max_sequences + self.max_waiting)

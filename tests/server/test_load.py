@@ -48,6 +48,21 @@ def test_all_of_a_crowd_are_answered() -> None:
         assert running.post(CHAT, body(max_tokens=5)).status_code == 200
 
 
+def test_more_answers_than_may_run_and_wait_are_refused_for_good(slow: tuple[Running, ToyBackend]) -> None:
+    """With status 400, not with 429, after which clients ask again and again."""
+    running, _ = slow
+    for path, field, content in (
+        (CHAT, "n", body(n=5)),
+        ("/v1/completions", "prompt", {"prompt": ["a"] * 5}),
+        ("/v1/completions", "n", {"prompt": ["a", "b"], "n": 3}),
+    ):
+        response = running.post(path, content)
+        error = response.json()["error"]
+        assert (response.status_code, error["param"], error["code"]) == (400, field, "invalid_value")
+        assert error["message"].startswith("a request may have at most 4 answers, not ")
+    assert running.post(CHAT, body(n=4, max_tokens=1)).status_code == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("before", [0, 2])  # answers that run already, so that this one waits
 def test_who_leaves_frees_the_place(slow: tuple[Running, ToyBackend], stream: bool, before: int) -> None:
