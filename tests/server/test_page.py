@@ -154,6 +154,30 @@ def test_reload_switch_and_delete(page: Page) -> None:
 
 
 @in_browser
+def test_values_of_settings_are_used_or_told(page: Page) -> None:
+    page.get_by_role("button", name="Settings").click()
+    told = page.locator("#unused")
+
+    def set_to(label: str, value: str) -> object:
+        page.get_by_label(label).fill(value)
+        page.get_by_label(label).blur()
+        return page.evaluate("name => settings[name]", label.lower().replace(" ", "_"))
+
+    for label, value in (
+        ("Temperature", "0.33"),
+        ("Top p", "0.955"),
+        ("Min p", "0.025"),
+        ("Repetition penalty", "1.02"),
+    ):
+        assert set_to(label, value) == value
+        expect(told).to_have_text("")
+    assert set_to("Top p", "1.5") == ""
+    expect(told).to_have_text(re.compile("^Top p is not used: .+"))
+    assert set_to("Top p", "1") == "1"
+    expect(told).to_have_text("")
+
+
+@in_browser
 def test_sampling_and_raw_text(page: Page) -> None:
     page.get_by_role("button", name="Settings").click()
     expect(page.get_by_label("Temperature")).to_have_attribute("placeholder", "1")

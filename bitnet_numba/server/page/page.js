@@ -109,6 +109,7 @@ function selectTab(name) {
 function showSettings() {
   const elements = by("settings-form").elements;
   for (const name of [...FIELDS, "stop"]) elements[name].value = settings[name] ?? "";
+  by("unused").textContent = "";
   by("system").value = settings.system ?? "";
   by("theme").value = settings.theme ?? "";
   by("key").value = store.key();
@@ -119,6 +120,8 @@ function showSettings() {
 function readSettings() {
   const elements = by("settings-form").elements;
   for (const name of [...FIELDS, "stop"]) settings[name] = elements[name].validity.valid ? elements[name].value : "";
+  const wrong = FIELDS.map((name) => elements[name]).find((field) => !field.validity.valid);
+  by("unused").textContent = wrong ? `${wrong.labels[0].innerText.trim()} is not used: ${wrong.validationMessage}` : "";
   settings.system = by("system").value;
   settings.theme = by("theme").value;
   const key = by("key").value.trim(), changed = key !== store.key();
