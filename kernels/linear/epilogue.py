@@ -56,8 +56,8 @@ def quotient(a, divisor):
 
 def make_mean_square(count: int) -> Callable[..., Any]:
     """The device function `mean(total)`: the mean of `count` squares, rounded to float32, from their float64 sum by
-    `ptx.widen_positive`; infinity where one is infinite or NaN. By Markstein's theorem, as `quotient`: a float64
-    division is a call of 100 instructions."""
+    `ptx.widen_positive`; infinity from 2^128 on, which is no float32 sum (one is infinite or NaN, or they are large).
+    By Markstein's theorem, as `quotient`: a float64 division is a call of 100 instructions."""
     COUNT, RECIPROCAL = float(count), 1 / count
 
     @device_function

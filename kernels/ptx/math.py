@@ -189,7 +189,8 @@ def fma_bf16x2(a: Any, b: Any, c: Any) -> Any:
 @instruction("ex2.approx.ftz.f32 $0, $1;", "f", "f")
 def exp2_approx(x: Any) -> Any:
     """2^x within 2 ulp (relative error 2^-22), results under 2^-126 flushed to 0. Any architecture."""
-    return np.exp2(np.float32(x))
+    y = np.exp2(np.float32(x))
+    return np.float32(0) if y < np.finfo(np.float32).tiny else y
 
 
 @instruction("rcp.approx.f32 $0, $1;", "f", "f")

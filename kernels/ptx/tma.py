@@ -235,12 +235,13 @@ def fence_proxy_async() -> None:
 @instruction("barrier.cluster.arrive;", "", "", effects=True)
 def cluster_arrive() -> None:
     """Arrives at the cluster's barrier: blocks past it see what this thread has written to shared memory. sm_90."""
+    simulated_thread().arrive_at_cluster()
 
 
 @instruction("barrier.cluster.wait;", "", "", effects=True)
 def cluster_wait() -> None:
     """Blocks until all threads of the cluster have arrived at its barrier. sm_90."""
-    simulated_thread().synccluster()
+    simulated_thread().wait_for_cluster()
 
 
 @instruction(

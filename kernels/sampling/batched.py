@@ -80,7 +80,8 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
     @device_function
     def find_best(loads, source, log2_scale, tid):
         """The thread's (largest logit after the penalty, its token, whether one is NaN or infinite, mass, reference):
-        if log2_scale is not 0, mass is the sum of 2^((x - reference) * log2_scale) over its tokens, roughly."""
+        if log2_scale is not 0, mass is the sum of 2^((x - reference) * log2_scale) over its tokens, as near as
+        `window` asks."""
         logits, seen, x_rd, seen_rd, vocab_size, has_penalty, penalty = source
         x_r, seen_r = loads
         top, top_id, has_nan = LOWEST, int32(vocab_size), int32(0)
@@ -100,7 +101,7 @@ def make_sample_batch(arch: int, threads: int = THREADS, max_candidates: int = M
                     if x > top or top_id == vocab_size:
                         top, top_id = x, token
             if log2_scale != float32(0):
-                if first == tid:
+                if mass == float32(0):  # no token so far is above -infinity
                     reference = top if top > LOWEST else float32(0)
                 for u in range(MAX_LOADS):
                     mass += ptx.exp2_approx((x_r[u] - reference) * log2_scale)

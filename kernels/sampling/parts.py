@@ -24,7 +24,7 @@ from numba import cuda
 
 from bitnet_numba.kernels import ptx
 from bitnet_numba.kernels.ptx.base import device_function, float32, int32, int64, uint32
-from bitnet_numba.sampling import PHILOX_MULTIPLIERS, PHILOX_ROUNDS, PHILOX_WEYL, SamplingParams
+from bitnet_numba.sampling import MAX_TEMPERATURE, PHILOX_MULTIPLIERS, PHILOX_ROUNDS, PHILOX_WEYL, SamplingParams
 
 ID_BITS = 18
 MAX_VOCAB = 1 << ID_BITS
@@ -47,7 +47,8 @@ def pack_settings(params: SamplingParams) -> np.ndarray:
     """Sampling parameters as the kernels read them, float64 [SETTINGS]. The seed is set unless temperature is 0."""
     seed = params.seed or 0
     min_z = math.log(params.min_p) if params.min_p > 0 else -math.inf
-    values = (params.temperature, params.top_p, params.repetition_penalty, min_z, min(params.top_k, MAX_VOCAB))
+    temperature, top_k = min(params.temperature, MAX_TEMPERATURE), min(params.top_k, MAX_VOCAB)
+    values = (temperature, params.top_p, params.repetition_penalty, min_z, top_k)
     return np.array([*values, seed & 0xFFFFFFFF, seed >> 32], np.float64)
 
 

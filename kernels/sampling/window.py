@@ -42,7 +42,7 @@ ZERO_SHARE = float32(-28.0)  # exp(z) is less than 2^-39 from here on: its share
 @device_function
 def mass_share(mass, reference, largest, log2_scale):
     """A thread's part of M as an integer. mass: sum of 2^((x - reference) * log2_scale) over its tokens."""
-    share = mass * ptx.exp2_approx((reference - largest) * log2_scale)
+    share = mass * ptx.exp2_approx((reference - largest) * log2_scale) if mass != float32(0) else mass
     return int64(float(share if share < MAX_MASS else MAX_MASS) * MASS_UNIT)
 
 

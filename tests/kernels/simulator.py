@@ -4,7 +4,8 @@ Numba's simulator starts a Python thread for each CUDA thread and polls them, wh
 each is a greenlet, of which one runs at a time until it reaches a barrier; so blocks run many times faster, and
  - a barrier of one warp (shuffles, syncwarp) concerns its 32 threads alone, as on the device, one of a warpgroup 128;
  - blocks are independent: shared arrays belong to one block; those of a cluster run together, see each other's shared
-   arrays, and meet at its barrier;
+   arrays until a block ends, and meet at its barrier, which opens once all have arrived, though not all wait; one
+   of them gets ahead of the others: shared memory that is written too early changes the result;
  - a deadlock at barriers is an error, not a hang;
  - the order of threads between barriers is shuffled anew each time: a missing barrier changes the result;
  - shared and local arrays start as NaN (or -1), so that a read before the first write shows;
@@ -31,6 +32,7 @@ from numba.np.numpy_support import as_dtype
 from bitnet_numba.kernels import ptx
 
 WARP, WARPGROUP = 32, 128  # threads
+SWITCHES = 0.05, 0.6  # how often another block of a cluster gets its turn, though this one could go on
 
 
 class SimulatedThread(greenlet):
@@ -46,7 +48,8 @@ class SimulatedThread(greenlet):
         self.computed: list[tuple[int, Any]] = [(0, None)] * 2  # by its warp's first thread: of which exchange, what
         self.async_copies: list[list[Any]] = [[]]  # groups of copies under way, see kernels/ptx/cp_async.py
         self.vote = False
-        self.waits_at = ""  # "", "cluster", "block", "warpgroup", "warp" or "condition"
+        self.arrivals = self.cluster_waits = 0  # at the cluster's barrier
+        self.waits_at = "start"  # "", "start", "cluster", "block", "warpgroup", "warp" or "condition"
         self.condition: Callable[[], bool] = lambda: True
         self.done = False
 
@@ -74,8 +77,16 @@ class SimulatedThread(greenlet):
     def syncthreads(self) -> None:
         self._wait("block")
 
-    def synccluster(self) -> None:
+    def arrive_at_cluster(self) -> None:
+        if self.arrivals > self.cluster_waits:
+            raise RuntimeError("a thread arrives twice at the cluster's barrier without a wait")
+        self.arrivals += 1
+
+    def wait_for_cluster(self) -> None:
+        if self.arrivals == self.cluster_waits:
+            raise RuntimeError("a thread waits at the cluster's barrier, but has not arrived")
         self._wait("cluster")
+        self.cluster_waits += 1
 
     @property
     def shared(self) -> dict[Any, np.ndarray]:
@@ -83,13 +94,15 @@ class SimulatedThread(greenlet):
         return self.block.shared[self.rank]
 
     def shared_of(self, own: np.ndarray, rank: int) -> np.ndarray:
-        """The counterpart of a shared array in the cluster's block of that rank."""
+        """The counterpart of a shared array in the cluster's block of that rank, which must not have ended."""
+        if all(thread.done for thread in self._mates(rank)):
+            raise RuntimeError(f"the cluster's block {rank}, whose shared memory is used, has ended")
         return self.block.shared[rank][next(line for line, array in self.shared.items() if array is own)]
 
-    def _mates(self) -> list["SimulatedThread"]:
-        """The threads of this thread's block."""
+    def _mates(self, rank: int | None = None) -> list["SimulatedThread"]:
+        """The threads of this thread's block, or of the cluster's block of a rank."""
         size = len(self.block.threads) // len(self.block.block_indices)
-        return self.block.threads[self.rank * size :][:size]
+        return self.block.threads[(self.rank if rank is None else rank) * size :][:size]
 
     def syncwarp(self) -> None:
         self._wait("warp")
@@ -166,6 +179,8 @@ class Block:
         self.shared: list[dict[Any, np.ndarray]] = []  # of each block
         self.mbarriers: list[dict[int, Any]] = []  # of each block
         self.failure: str | None = None
+        self._ahead = 0  # which of the blocks runs, while the others stand still
+        self._switch = self.order.choice(SWITCHES)
 
     @classmethod
     def of_clusters(cls, size: int) -> None:
@@ -198,18 +213,28 @@ class Block:
 
     def _run_threads(self) -> None:
         """Runs each thread to its next barrier, until all have ended."""
-        live, ready = list(self.threads), list(self.threads)
+        live = list(self.threads)
+        ready = self._in_turn(live)
         while live:
             ready.sort(key=lambda _: self.order.random())
             for thread in ready:
                 thread.switch()
             live = [thread for thread in live if not thread.done]
-            ready = list(live) if self.failure is not None else self._released(live)
+            ready = list(live) if self.failure is not None else self._in_turn(self._released(live))
             if not ready and live:
                 barriers = sorted({f"{thread.waits_at} (warp {thread.thread_id // WARP})" for thread in live})
                 block = list(live[0].blockIdx)
                 self.fail(f"block {block}: deadlock: threads wait at different barriers: {barriers}")
                 ready = list(live)
+
+    def _in_turn(self, ready: list[SimulatedThread]) -> list[SimulatedThread]:
+        """Those of the block that runs: of a cluster, one gets ahead of the others for a random time."""
+        if len(self.block_indices) == 1:
+            return ready
+        ranks = sorted({thread.rank for thread in ready})
+        if ranks and (self._ahead not in ranks or self.order.random() < self._switch):
+            self._ahead = self.order.choice(ranks)
+        return [thread for thread in ready if thread.rank == self._ahead]
 
     @staticmethod
     def _released(live: list[SimulatedThread]) -> list[SimulatedThread]:
@@ -223,9 +248,12 @@ class Block:
             return [thread for group in together for thread in group]
 
         places = {thread.waits_at for thread in live}
-        if len(places) == 1 and places != {"condition"}:  # all have reached it
+        if len(places) == 1 and not places & {"condition", "cluster"}:  # all have reached it
             return list(live)
         ready = [thread for thread in live if thread.waits_at == "condition" and thread.condition()]
+        arrivals = min((thread.arrivals for thread in live), default=0)  # those that have ended count as arrived
+        ready += [thread for thread in live if thread.waits_at == "start"]
+        ready += [thread for thread in live if thread.waits_at == "cluster" and thread.arrivals <= arrivals]
         return ready + groups(1 << 16, "block") + groups(WARPGROUP, "warpgroup") + groups(WARP, "warp")
 
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from bitnet_numba.kernels.linear import gemv as gemv_module
 from bitnet_numba.kernels.linear.gemv import BLOCK_MAX_WARPS, Plan, gemv, plan
 from bitnet_numba.kernels.linear.operands import PackedLinear, QuantizedActivations
+from bitnet_numba.kernels.linear.quantize import quantize_spec
 from bitnet_numba.kernels.operands import Norm
 from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.memory import DeviceArray
@@ -27,7 +28,7 @@ from bitnet_numba.kernels.runtime.spec import CARVEOUT_BYTES, RESERVED_BYTES
 from bitnet_numba.packing import BLOCK_COLS, BLOCK_ROWS, pack_ternary
 from bitnet_numba.quantize import quantize_activations
 from bitnet_numba.reference.model import relu2, rms_norm, silu
-from tests.kernels.harness import HarnessDevice, Out, assert_close, needs_gpu, simulated
+from tests.kernels.harness import HarnessDevice, Out, arch, assert_close, needs_gpu, run, simulated
 
 EPS = np.float32(1e-5)
 SHAPES = [  # N, K, gated: the published table's, two large ones, and those of other models
@@ -206,6 +207,27 @@ def test_simulated_numbers_that_are_not_finite(
     gemv(device, linear, device.operand(x), device.operand(out), norm=norm if with_norm else None, exact=exact)
     device.run(repeat=1)
     assert np.isnan(out.array).all()
+
+
+@simulated
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-30, 1e-19, 1e-10, 1e18, 1.5e19, 1e20, 1e38])
+def test_simulated_exact_norm_is_that_of_quantize(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where squares are no normal float32 or their sum is none: both then have the reference's zeros."""
+    K, rng, eps = 72, np.random.default_rng(4), 1e-12
+    monkeypatch.setattr(gemv_module, "plan", lambda *_: Plan(1, 3, 1, 1))
+    w, x = rng.integers(-1, 2, (16, K)).astype(np.int8), (size * rng.uniform(0.8, 1, K)).astype(np.float32)
+    weight, ones = rng.standard_normal(K).astype(np.float32), np.ones(1, np.float32)
+    device, out = HarnessDevice(1), Out(16, np.float32)
+    linear = PackedLinear(device.operand(pack_ternary(w)), device.operand(ones), (16,), K)
+    norm = Norm(device.operand(padded(weight)), eps)
+    gemv(device, linear, device.operand(padded(x)), device.operand(out), norm=norm, exact=True)
+    device.run(repeat=1)
+    q, s, q_sum = Out(len(padded(x)) // 4, np.int32), Out(1, np.float32), Out(1, np.int32)
+    run(quantize_spec(arch(), K, True, 32), 1, [x, weight, np.float32(eps), q, s, q_sum], 1)
+    sums = w.astype(np.int32) @ q.array.view(np.int8)[:K].astype(np.int32)
+    assert np.array_equal(out.array, sums.astype(np.float32) / s.array)
+    with np.errstate(over="ignore"):
+        assert np.abs(q.array.view(np.int8)[:K] - quantize_activations(rms_norm(x, weight, eps))[0]).max() <= 1
 
 
 @simulated

@@ -233,6 +233,45 @@ def test_simulated_best_token_near_the_cut(seed: int, spread: float, distance: f
     check_sample_batch([case], batched.spec(arch(), 32, 20))
 
 
+def low_behind_masked(vocab: int, masked: int, seed: int) -> Case:
+    """All that is not masked comes behind, and is so low that 2^(logit / temperature) is hardly a float32."""
+    logits = np.full(vocab, -np.inf, np.float32)
+    logits[masked:] = -8.9
+    logits[(masked + vocab) // 2] = -8.5
+    return logits, [5, 7], SamplingParams(temperature=0.1, top_p=0.9, seed=seed)
+
+
+@simulated
+def test_simulated_low_logits_behind_masked_ones() -> None:
+    """A row's mass counts them all, though a thread's first tokens tell it nothing of how low they are."""
+    check_sample_batch([low_behind_masked(600, 512, seed) for seed in range(4)], batched.spec(arch(), 32, 20))
+
+
+@simulated
+@pytest.mark.parametrize("temperature", [5e-324, 1e-38, 1e-36, 1e38, 1.7e308])
+@pytest.mark.parametrize("kept", [{"top_p": 0.7}, {"top_k": 2}, {"top_k": 3, "top_p": 0.6}], ids=str)
+def test_simulated_temperatures_that_float32_lacks(temperature: float, kept: dict[str, float]) -> None:
+    """They are taken as the nearest that it has: masked tokens stay masked."""
+    logits = np.full(40, -np.inf, np.float32)
+    logits[[3, 17, 30, 39]] = -8.5, -8.6, -8.5, -8.9
+    given = [SamplingParams(temperature=temperature, seed=seed, **kept) for seed in range(3)]  # type: ignore[arg-type]
+    rows = [(logits, [5, 7], params) for params in given]
+    check_sample_batch(rows, batched.spec(arch(), 32, 20))
+    for row in rows:
+        check_sample(*row, single.spec(arch(), 32, 128), 1)
+
+
+@simulated
+@pytest.mark.parametrize("top_p", [1e-300, 1e-8, 2.0**-13, 0.5, 1 - 2.0**-13, 1 - 1e-8, 1 - 2.0**-53])
+def test_simulated_extreme_top_p(top_p: float) -> None:
+    """Of logits that differ, are all equal, or give one token all mass: also where the histogram tells nothing."""
+    given = SamplingParams(temperature=1.0, top_p=top_p, seed=9)
+    logits = np.random.default_rng(3).standard_normal(300).astype(np.float32)
+    one = np.where(np.arange(300) == 77, 200, logits).astype(np.float32)
+    rows: list[Case | None] = [(row, [5, 7], given) for row in (logits, np.zeros(300, np.float32), one)]
+    check_sample_batch(rows, batched.spec(arch(), 32, 20))
+
+
 @simulated
 @settings(max_examples=3)
 @given(vocab=st.integers(1, 40), at=st.integers(0, 39), temperature=st.sampled_from([0.0, 0.7]))
@@ -299,6 +338,11 @@ def test_best_token_near_the_cut_on_gpu(seed: int, spread: float, distance: floa
     case = near_cut(128256, seed, spread, distance)
     assume(case is not None)
     check_sample_batch([case], batched.spec(arch()))
+
+
+@needs_gpu
+def test_low_logits_behind_masked_ones_on_gpu() -> None:
+    check_sample_batch([low_behind_masked(128256, 120000, seed) for seed in range(16)], batched.spec(arch()))
 
 
 @needs_gpu
