@@ -5,7 +5,7 @@ It is checked here, but knows no tokens: see `text/constraint.py`. The `llguidan
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -26,6 +26,16 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
+# Where schemas stand in a schema: single ones, lists and objects of them.
+INNER, INNER_LISTS = ("items", "additionalProperties"), ("prefixItems", "anyOf")
+INNER_OBJECTS = ("properties", "patternProperties", "$defs", "definitions")
+# Keywords by which a value is held to several schemas at once: a property that one does not name is another's.
+COMBINED = (
+    "allOf", "oneOf", "not", "if", "dependentSchemas", "dependencies", "unevaluatedProperties", "$dynamicRef",
+    "$recursiveRef",
+)  # fmt: skip
+BESIDE = ("anyOf", "$ref")  # likewise, beside keywords of objects
+OF_OBJECTS = ("properties", "patternProperties", "additionalProperties", "required", "minProperties", "propertyNames")
 # White space between values is given, not chosen: a small model may go on with line ends for ever.
 ONE_LINE: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -49,8 +59,9 @@ class Grammar:
     def json_schema(cls, schema: Any, lenient: bool = False) -> "Grammar":
         """JSON that is valid under a schema (a dict, a bool, or its text), in one line.
 
-        lenient: keywords that cannot be enforced are ignored. Raises RequestError for what is no schema, for such
-        keywords otherwise, and beyond 64 KiB or 64 levels.
+        An object has the properties that its schema names, and others only where the schema speaks of them: see
+        `without_other_properties`. lenient: keywords that cannot be enforced are ignored. Raises RequestError for what
+        is no schema, for such keywords otherwise, and beyond 64 KiB or 64 levels.
         """
         if isinstance(schema, str):
             _check_size("a JSON schema", schema)
@@ -67,7 +78,7 @@ class Grammar:
         _check_depth(schema)
         _check_cost(schema)
         try:
-            text = json.dumps(schema)
+            text = json.dumps(without_other_properties(schema))
         except (TypeError, ValueError):
             raise RequestError("a JSON schema must consist of what JSON knows") from None
         _check_size("a JSON schema", text)
@@ -103,6 +114,61 @@ class Grammar:
         if problem and not problem.startswith("WARNING"):
             raise RequestError(f"{kind}: {library_message(problem)}")
         return cls(source, kind)
+
+
+def without_other_properties(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema with `"additionalProperties": false` for each object that names properties and says nothing of others:
+    a small model may go on with properties of its own for ever.
+
+    What is valid under it is valid under the given one. A schema that holds values to several schemas at once (`allOf`,
+    `oneOf` and the like) stays as it is, and so does an object that requires more than it names.
+    """
+    inside = list(_schemas(schema))
+    if any(one.keys() & set(COMBINED) or (one.keys() & set(BESIDE) and one.keys() & set(OF_OBJECTS)) for one in inside):
+        return schema
+    closed: dict[str, Any] = _closed(schema)
+    return closed
+
+
+def _schemas(schema: object) -> Iterator[dict[str, Any]]:
+    """A schema and all that stand in it."""
+    if isinstance(schema, dict):
+        yield schema
+        for inner in _inner(schema):
+            yield from _schemas(inner)
+
+
+def _inner(schema: dict[str, Any]) -> list[object]:
+    inner = [schema.get(key) for key in INNER]
+    for key in INNER_LISTS:
+        inner += schema[key] if isinstance(schema.get(key), list | tuple) else []
+    for key in INNER_OBJECTS:
+        inner += schema[key].values() if isinstance(schema.get(key), dict) else []
+    return inner
+
+
+def _closed(schema: Any) -> Any:
+    if not isinstance(schema, dict):
+        return schema
+    closed = dict(schema)
+    for key in INNER:
+        if key in schema:
+            closed[key] = _closed(schema[key])
+    for key in INNER_LISTS:
+        if isinstance(schema.get(key), list | tuple):
+            closed[key] = [_closed(inner) for inner in schema[key]]
+    for key in INNER_OBJECTS:
+        if isinstance(schema.get(key), dict):
+            closed[key] = {name: _closed(inner) for name, inner in schema[key].items()}
+    named, required = schema.get("properties"), schema.get("required", ())
+    if isinstance(named, dict) and not schema.keys() & {"additionalProperties", "patternProperties"}:
+        fewest = schema.get("minProperties", 0)
+        enough = isinstance(required, list | tuple) and all(
+            isinstance(name, str) and name in named for name in required
+        )
+        if enough and isinstance(fewest, int) and fewest <= len(named):
+            closed["additionalProperties"] = False
+    return closed
 
 
 def library() -> Any:

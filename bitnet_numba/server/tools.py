@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitnet_numba.errors import RequestError
-from bitnet_numba.grammar import ONE_LINE, Grammar
+from bitnet_numba.grammar import ONE_LINE, Grammar, without_other_properties
 from bitnet_numba.server.errors import ApiError, from_request_error
 from bitnet_numba.server.schemas import ChatBody, FunctionTool, NamedFunction, NamedTool, ResponseBody, Tool
 from bitnet_numba.text.thoughts import ThoughtReader
@@ -139,4 +139,4 @@ def _schema(tool: _Named) -> dict[str, Any]:
         Grammar.json_schema(given, lenient)
     except RequestError as error:
         raise from_request_error(error, field) from None
-    return {**given, "x-guidance": {**ONE_LINE, "lenient": lenient}}
+    return {**without_other_properties(given), "x-guidance": {**ONE_LINE, "lenient": lenient}}

@@ -20,7 +20,7 @@ CITY = {"type": "string", "enum": ["Paris", "Rome"]}
 WEATHER = {
     "name": "get_weather",
     "description": "The weather <|eot_id|> of a city",
-    "parameters": {"type": "object", "properties": {"city": CITY}, "required": ["city"], "additionalProperties": False},
+    "parameters": {"type": "object", "properties": {"city": CITY}, "required": ["city"]},
 }
 TOOLS = [{"type": "function", "function": function} for function in (WEATHER, {"name": "now"})]
 ASK = [{"role": "user", "content": "What is the weather in Rome?"}]

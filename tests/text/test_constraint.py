@@ -74,6 +74,40 @@ def test_whitespace_in_json_is_given(text: str, is_allowed: bool) -> None:
     assert all(constraint.accept(token) for token in DEMO_TOKENIZER.encode(text, add_bos=False)) == is_allowed
 
 
+A, ONLY_A, A_AND_B = {"properties": {"a": {"type": "integer"}}}, '{"a": 1}', '{"a": 1, "b": 2}'
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "is_allowed"),
+    [
+        (A, ONLY_A, True),
+        (A, A_AND_B, False),
+        ({**A, "additionalProperties": True}, A_AND_B, True),
+        ({**A, "additionalProperties": {"type": "integer"}}, A_AND_B, True),
+        ({**A, "patternProperties": {"b": {}}}, A_AND_B, True),
+        ({**A, "required": ["a", "b"]}, A_AND_B, True),
+        ({**A, "required": ["a"], "minProperties": 2}, A_AND_B, True),
+        ({"allOf": [A, {"properties": {"b": {"type": "integer"}}}]}, A_AND_B, True),
+        ({"items": A}, f"[{ONLY_A}]", True),
+        ({"items": A}, f"[{A_AND_B}]", False),
+        ({"anyOf": [A, {"type": "string"}]}, A_AND_B, False),
+        ({"anyOf": [{}], **A}, A_AND_B, True),
+        ({"$defs": {"A": A}, "properties": {"c": {"$ref": "#/$defs/A"}}}, f'{{"c": {ONLY_A}}}', True),
+        ({"$defs": {"A": A}, "properties": {"c": {"$ref": "#/$defs/A"}}}, f'{{"c": {A_AND_B}}}', False),
+        ({"$defs": {"A": A}, "$ref": "#/$defs/A", "properties": {"b": {"type": "integer"}}}, A_AND_B, True),
+        ({"enum": [{"properties": {"a": 1}, "b": 2}]}, '{"properties": {"a": 1}, "b": 2}', True),
+        ({"properties": {"properties": {"properties": {"a": {}}}}}, '{"properties": {"a": 1}}', True),
+    ],
+    ids=str,
+)
+def test_objects_have_the_properties_that_are_named(schema: dict[str, Any], text: str, is_allowed: bool) -> None:
+    """A small model would go on with others; but who speaks of others gets them."""
+    before = json.dumps(schema)
+    constraint = COMPILER.compile(Grammar.json_schema(schema)).constraint()
+    assert all(constraint.accept(token) for token in DEMO_TOKENIZER.encode(text, add_bos=False)) == is_allowed
+    assert json.dumps(schema) == before
+
+
 AWKWARD = ["yes", "no.", "a|b", "(c)", "d\n\\n", "é", "🐉", "-]^", "<|eot_id|>"]
 
 
