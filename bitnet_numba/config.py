@@ -56,6 +56,14 @@ _LIMITS = {
     "max_context": MAX_CONTEXT,
 }
 
+# What config.json calls them, where that is another name.
+_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "max_context": "max_position_embeddings",
+}
+
 _ARCHITECTURE_OF_TYPE = {"bitnet": "BitNetForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 PLAIN_CLASSES = ("LlamaForCausalLM", "Qwen3ForCausalLM")  # of models that are not BitNet, too
 # What ternary models that people have need, and this package lacks. By class; GGUF files' names are in gguf_config.py.
@@ -104,7 +112,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name, limit in _LIMITS.items():
             if not 1 <= getattr(self, name) <= limit:
-                raise ConfigError(f"config: {name} = {shown(getattr(self, name))} is out of range (1 to {limit})")
+                key, value = _KEYS.get(name, name), shown(getattr(self, name))
+                raise ConfigError(f"config: {key} = {value} is out of range (1 to {limit})")
         if self.q_size > MAX_COLUMNS:
             raise ConfigError(f"config: {self.num_heads} heads of {self.head_dim} are over {MAX_COLUMNS} columns")
         if self.num_heads % self.num_kv_heads:

@@ -71,7 +71,7 @@ def test_rotary_bases_of_either_version() -> None:
         ({"sliding_window": 0}, "sliding_window = 0 is out of range"),
         ({"sliding_window": "x"}, "sliding_window must be an integer, not 'x'"),
         ({"sliding_window_pattern": 0}, "sliding_window_pattern = 0 must be at least 1"),
-        ({"num_hidden_layers": 1 << 40}, "num_layers = .* is out of range"),
+        ({"num_hidden_layers": 1 << 40}, "num_hidden_layers = .* is out of range"),
         (
             {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
             "rotary scaling of Gemma3TextModel is not supported",
