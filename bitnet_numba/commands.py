@@ -62,9 +62,15 @@ def make_parser(prog: str, **options: "Any") -> "argparse.ArgumentParser":
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> "NoReturn":
             unknown = message.partition("unrecognized arguments: ")[2][:100].partition(" ")[0].partition("=")[0]
-            near = difflib.get_close_matches(unknown, self._option_string_actions, 1, 0.75)
+            options = [option for parser in self._all() for option in parser._option_string_actions]
+            near = difflib.get_close_matches(unknown, options, 1, 0.75)
             complain(self.prog, f"{message}{f': did you mean {near[0]}?' if near else ''} (see --help)")
             sys.exit(2)
+
+        def _all(self) -> "list[Parser]":
+            """This parser and those of its commands: the outer one tells what an inner one does not know."""
+            inner = self._subparsers._group_actions if self._subparsers else []
+            return [self, *(parser for action in inner for parser in (action.choices or {}).values())]  # type: ignore[union-attr]
 
         def print_help(self, file: object = None) -> None:
             # Here, where a full or closed standard output is dealt with.

@@ -66,11 +66,13 @@ def _special(arguments: list[str]) -> int | None:
         return output(PROG, HELP)
     if first in ("--version", "-V"):
         return output(PROG, f"{PROG} {bitnet_numba.__version__}\n")
-    if first.startswith("-"):
-        complain(PROG, f"unknown option {shown(first)} (see --help)")
-        return 2
     import difflib
 
+    if first.startswith("-"):
+        near = difflib.get_close_matches(first.lower(), ("--help", "--version"), 1, cutoff=0.75)
+        advice = f": did you mean {near[0]}?" if near else ""
+        complain(PROG, f"unknown option {shown(first)}{advice} (see --help)")
+        return 2
     near = difflib.get_close_matches(first.lower(), COMMANDS, 1, cutoff=0.5)
     advice = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
     complain(PROG, f"unknown command {shown(first)}; {advice}")

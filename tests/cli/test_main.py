@@ -28,15 +28,22 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["chta"], "unknown command 'chta'; did you mean chat?"),
+        (["--verson"], "unknown option '--verson': did you mean --version? (see --help)"),
         (["Convert", "a", "b"], "unknown command 'Convert'; did you mean convert?"),
         (["zzz"], f"unknown command 'zzz'; commands: {', '.join(COMMANDS)}"),
         (["\x1b[2J\n"], f"unknown command '\\x1b[2J\\n'; commands: {', '.join(COMMANDS)}"),
-        (["--verson"], "unknown option '--verson' (see --help)"),
+        (["--no-such"], "unknown option '--no-such' (see --help)"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert capsys.readouterr() == ("", f"bitnet-numba: {message}\n")
+
+
+def test_an_option_of_a_command_in_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["models", "list", "--knwon"])
+    assert "unrecognized arguments: --knwon: did you mean --known? (see --help)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
