@@ -69,8 +69,8 @@ def make_parser(prog: str, **options: "Any") -> "argparse.ArgumentParser":
 
         def _all(self) -> "list[Parser]":
             """This parser and those of its commands: the outer one tells what an inner one does not know."""
-            inner = self._subparsers._group_actions if self._subparsers else []
-            return [self, *(parser for action in inner for parser in (action.choices or {}).values())]  # type: ignore[union-attr]
+            actions = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+            return [self, *(parser for action in actions for parser in action.choices.values())]
 
         def print_help(self, file: object = None) -> None:
             # Here, where a full or closed standard output is dealt with.
