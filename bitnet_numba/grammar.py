@@ -5,7 +5,7 @@ It is checked here, but knows no tokens: see `text/constraint.py`. The `llguidan
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -123,51 +123,41 @@ def without_other_properties(schema: dict[str, Any]) -> dict[str, Any]:
     What is valid under it is valid under the given one. A schema that holds values to several schemas at once (`allOf`,
     `oneOf` and the like) stays as it is, and so does an object that requires more than it names.
     """
-    inside = list(_schemas(schema))
-    if any(one.keys() & set(COMBINED) or (one.keys() & set(BESIDE) and one.keys() & set(OF_OBJECTS)) for one in inside):
+    try:
+        closed: dict[str, Any] = _closed(schema)
+    except _Combined:
         return schema
-    closed: dict[str, Any] = _closed(schema)
     return closed
 
 
-def _schemas(schema: object) -> Iterator[dict[str, Any]]:
-    """A schema and all that stand in it."""
-    if isinstance(schema, dict):
-        yield schema
-        for inner in _inner(schema):
-            yield from _schemas(inner)
-
-
-def _inner(schema: dict[str, Any]) -> list[object]:
-    inner = [schema.get(key) for key in INNER]
-    for key in INNER_LISTS:
-        inner += schema[key] if isinstance(schema.get(key), list | tuple) else []
-    for key in INNER_OBJECTS:
-        inner += schema[key].values() if isinstance(schema.get(key), dict) else []
-    return inner
+class _Combined(Exception):
+    """A schema holds values to several schemas at once."""
 
 
 def _closed(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
+    keys = schema.keys()
+    if keys & set(COMBINED) or (keys & set(BESIDE) and keys & set(OF_OBJECTS)):
+        raise _Combined
     closed = dict(schema)
-    for key in INNER:
-        if key in schema:
-            closed[key] = _closed(schema[key])
-    for key in INNER_LISTS:
-        if isinstance(schema.get(key), list | tuple):
-            closed[key] = [_closed(inner) for inner in schema[key]]
-    for key in INNER_OBJECTS:
-        if isinstance(schema.get(key), dict):
-            closed[key] = {name: _closed(inner) for name, inner in schema[key].items()}
-    named, required = schema.get("properties"), schema.get("required", ())
-    if isinstance(named, dict) and not schema.keys() & {"additionalProperties", "patternProperties"}:
-        fewest = schema.get("minProperties", 0)
-        enough = isinstance(required, list | tuple) and all(
-            isinstance(name, str) and name in named for name in required
-        )
-        if enough and isinstance(fewest, int) and fewest <= len(named):
-            closed["additionalProperties"] = False
+    for key, inner in schema.items():
+        if key in INNER:
+            closed[key] = _closed(inner)
+        elif key in INNER_LISTS and isinstance(inner, list | tuple):
+            closed[key] = [_closed(each) for each in inner]
+        elif key in INNER_OBJECTS and isinstance(inner, dict):
+            closed[key] = {name: _closed(each) for name, each in inner.items()}
+    named, required, fewest = schema.get("properties"), schema.get("required", ()), schema.get("minProperties", 0)
+    if (
+        isinstance(named, dict)
+        and not keys & {"additionalProperties", "patternProperties"}
+        and isinstance(required, list | tuple)
+        and all(isinstance(name, str) and name in named for name in required)
+        and isinstance(fewest, int)
+        and fewest <= len(named)
+    ):
+        closed["additionalProperties"] = False
     return closed
 
 
