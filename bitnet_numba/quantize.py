@@ -65,11 +65,8 @@ def quantize_groups(x: NDArray[np.floating]) -> tuple[NDArray[np.int8], NDArray[
     Takes activations [M, K] (computed in float32), returns q int8 [M, K] and steps d = 1 / s float32 [M, groups]; x is
     about q * d. Raises ValueError for K = 0, NaN or infinity.
     """
-    M, K = x.shape
-    padded = np.zeros((M, num_groups(K) * GROUP_COLS), np.float32)
-    padded[:, :K] = x
-    q, s = quantize_activations(padded.reshape(M, num_groups(K), -1))
-    return np.ascontiguousarray(q.reshape(padded.shape)[:, :K]), ONE / s[..., 0]
+    q, s = quantize_activations(_grouped(x))
+    return _ungrouped(q, x.shape), ONE / s[..., 0]
 
 
 def quantize_groups_twice(
@@ -80,13 +77,24 @@ def quantize_groups_twice(
     Takes activations [M, K] (computed in float32), returns q and q2 int8 [M, K] and d = 1 / s float32 [M, groups]; x is
     about (q + q2 / 254) * d. Raises ValueError as `quantize_groups` does.
     """
+    groups = _grouped(x)
+    q, s = quantize_activations(groups)
+    q2 = np.rint((groups * s - q) * FINER).astype(np.int8)
+    return _ungrouped(q, x.shape), _ungrouped(q2, x.shape), ONE / s[..., 0]
+
+
+def _grouped(x: NDArray[np.floating]) -> NDArray[np.float32]:
+    """[M, K] -> [M, groups, 128], with zeros after K."""
     M, K = x.shape
     padded = np.zeros((M, num_groups(K) * GROUP_COLS), np.float32)
     padded[:, :K] = x
-    q, s = quantize_activations(padded.reshape(M, num_groups(K), -1))
-    q2 = np.rint((padded.reshape(q.shape) * s - q) * FINER).astype(np.int8)
-    first, second = (np.ascontiguousarray(plane.reshape(M, -1)[:, :K]) for plane in (q, q2))
-    return first, second, ONE / s[..., 0]
+    return padded.reshape(M, num_groups(K), -1)
+
+
+def _ungrouped(q: NDArray[np.int8], shape: tuple[int, ...]) -> NDArray[np.int8]:
+    """[M, groups, 128] -> [M, K]"""
+    M, K = shape
+    return np.ascontiguousarray(q.reshape(M, -1)[:, :K])
 
 
 def find_group_scales(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]] | None:
