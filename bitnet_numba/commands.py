@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from bitnet_numba.errors import printable
+from bitnet_numba.errors import printable, suggestion
 from bitnet_numba.interrupted import leave
 
 PATIENCE = 2.0  # seconds of silence on standard input before it is said what is being waited for
@@ -57,14 +57,13 @@ def start(prog: str, module: str, argv: list[str] | None) -> int:
 def make_parser(prog: str, **options: "Any") -> "argparse.ArgumentParser":
     """An argparse.ArgumentParser, and a class for its subparsers, whose errors are one line."""
     import argparse
-    import difflib
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> "NoReturn":
             unknown = message.partition("unrecognized arguments: ")[2][:100].partition(" ")[0].partition("=")[0]
             options = [option for parser in self._all() for option in parser._option_string_actions]
-            near = difflib.get_close_matches(unknown, options, 1, 0.75)
-            complain(self.prog, f"{message}{f': did you mean {near[0]}?' if near else ''} (see --help)")
+            advice = suggestion(unknown, options, 0.75)
+            complain(self.prog, f"{message}{advice and f': {advice}'} (see --help)")
             sys.exit(2)
 
         def _all(self) -> "list[Parser]":

@@ -1,6 +1,7 @@
 """Errors that a user can cause. Each message is one clear line, which command lines print before exiting with 2."""
 
 import reprlib
+from collections.abc import Iterable, Sequence
 
 _repr = reprlib.Repr()  # of containers, only the first few elements
 _repr.maxstring = _repr.maxother = 200
@@ -74,3 +75,14 @@ def shown(value: object, limit: int = 60) -> str:
 def one_line(error: BaseException) -> str:
     """Another library's message, shortened to one line."""
     return printable(" ".join((str(error) or type(error).__name__).split()))
+
+
+def suggestion(name: str, known: Iterable[str], cutoff: float = 0.6, surely: Sequence[str] = ()) -> str:
+    """The question whether a known name was meant; empty if none is like this one.
+
+    cutoff: how like it has to be, from 0 to 1. surely: known names that were meant for another reason.
+    """
+    import difflib  # takes as long as a command's start may not, and is seldom needed
+
+    near = surely or difflib.get_close_matches(name[:100], list(known), 1, cutoff)
+    return f"did you mean {near[0]}?" if near else ""

@@ -1,6 +1,5 @@
 """The commands of the interactive chat: one table of names, arguments, descriptions and functions."""
 
-import difflib
 from base64 import b64encode
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from bitnet_numba.chat.files import file_path, well_formed
 from bitnet_numba.chat.options import ALIASES, OPTIONS, STOP, THINKING, changed, value_text
 from bitnet_numba.chat.report import describe
 from bitnet_numba.chat.terminal import clean
-from bitnet_numba.errors import RequestError, printable
+from bitnet_numba.errors import RequestError, printable, suggestion
 
 SWITCHES = {"stats": "speed and memory after each answer", "markdown": "answers are rendered as Markdown"}
 SETTINGS = {
@@ -228,9 +227,7 @@ def offered(raw: bool) -> list[Command]:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Asks for the known name that this one begins or nearly is; empty if there is none."""
     name, known = name[:100].lower(), list(known)
-    near = [each for each in known if len(name) > 2 and each.startswith(name)]
-    near = near or difflib.get_close_matches(name, known, 1)
-    return f"did you mean {near[0]}?" if near else ""
+    return suggestion(name, known, surely=[each for each in known if len(name) > 2 and each.startswith(name)])
 
 
 def find_command(word: str) -> Command | None:

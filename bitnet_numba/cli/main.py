@@ -5,7 +5,7 @@ import sys
 import bitnet_numba
 from bitnet_numba.cli import PROG
 from bitnet_numba.commands import complain, ignore_ctrl_c, leaving_at_once, output, start
-from bitnet_numba.errors import shown
+from bitnet_numba.errors import shown, suggestion
 
 # Command -> the module that has its `run(argv, prog)`, and what it does.
 COMMANDS = {
@@ -66,14 +66,10 @@ def _special(arguments: list[str]) -> int | None:
         return output(PROG, HELP)
     if first in ("--version", "-V"):
         return output(PROG, f"{PROG} {bitnet_numba.__version__}\n")
-    import difflib
-
     if first.startswith("-"):
-        near = difflib.get_close_matches(first.lower(), ("--help", "--version"), 1, cutoff=0.75)
-        advice = f": did you mean {near[0]}?" if near else ""
-        complain(PROG, f"unknown option {shown(first)}{advice} (see --help)")
+        advice = suggestion(first.lower(), ("--help", "--version"), 0.75)
+        complain(PROG, f"unknown option {shown(first)}{advice and f': {advice}'} (see --help)")
         return 2
-    near = difflib.get_close_matches(first.lower(), COMMANDS, 1, cutoff=0.5)
-    advice = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
+    advice = suggestion(first.lower(), COMMANDS, 0.5) or f"commands: {', '.join(COMMANDS)}"
     complain(PROG, f"unknown command {shown(first)}; {advice}")
     return 2

@@ -1,6 +1,5 @@
 """Requests: prompts of every kind and the parameters that go with them, checked and turned into token ids."""
 
-import difflib
 import operator
 import os
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from bitnet_numba.engine.overflow import roll
-from bitnet_numba.errors import ContextFull, RequestError, printable, shown
+from bitnet_numba.errors import ContextFull, RequestError, printable, shown, suggestion
 from bitnet_numba.sampling_params import SamplingParams, check_stop_tokens, read_stop
 from bitnet_numba.text.chat_template import Message
 from bitnet_numba.text.constraint import CompiledGrammar, Constraint
@@ -67,9 +66,8 @@ def check_names(method: str, overrides: Mapping[str, object], others: Sequence[s
     known = [*PARAM_NAMES, *others]
     for name in overrides:
         if name not in known:
-            near = [option for option in known if name.startswith(f"{option}_")]
-            near += difflib.get_close_matches(name[:100], known, 1, 0.5)
-            advice = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            begun = [option for option in known if name.startswith(f"{option}_")]
+            advice = suggestion(name, known, 0.5, surely=begun) or f"there are {', '.join(known)}"
             raise RequestError(f"{method} has no option {printable(name, 40)}: {advice}")
 
 

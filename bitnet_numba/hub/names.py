@@ -1,11 +1,10 @@
 """Names of models: hub ids such as owner/name, and short names for well-known ones."""
 
-import difflib
 import re
 from typing import NamedTuple
 from urllib.parse import quote, unquote
 
-from bitnet_numba.errors import RequestError, printable, shown
+from bitnet_numba.errors import RequestError, printable, shown, suggestion
 
 # Short name -> hub id, and the size of the packed checkpoint, about.
 KNOWN = {
@@ -79,8 +78,8 @@ def from_folders(folder: str, revision: str) -> HubModel | None:
 
 def did_you_mean(name: str) -> str:
     """A hint at a short name that is nearly this one; empty if there is none."""
-    near = difflib.get_close_matches(name.lower(), KNOWN, 1)
-    return f"; did you mean {near[0]}?" if near else ""
+    advice = suggestion(name.lower(), KNOWN)
+    return f"; {advice}" if advice else ""
 
 
 def _is_part(part: str) -> bool:
