@@ -285,7 +285,7 @@ def test_mistakes_on_the_command_line(
 
 def test_engine_answers_what_is_asked_and_has_a_line_for_each_case() -> None:
     llm, _ = toy_engine()
-    sizes = engine.Sizes(3, 5, 4, 2, 6, (2, 9), 3, 2)
+    sizes = engine.Sizes(3, 5, 4, 2, 6, (2, 9), 3, 4, 2)
     figures = engine.measure_engine(llm, sizes)
     assert [row["tokens"] for row in figures["rows"]] == [3 * 4, 3 * 4, 3 * 4, 2 * 4, 2 * 4, 6 * 3, 4]
     assert all(row["device_s"] is None for row in figures["rows"]), "there is no GPU"

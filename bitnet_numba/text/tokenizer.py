@@ -263,7 +263,15 @@ class Tokenizer:
     def special_stops(self, stops: Sequence[str]) -> frozenset[int]:
         """The ids of the special tokens among stop strings: these never match as strings, for decoding skips them."""
         texts = {stop.strip() for stop in stops}
-        return frozenset(i for i in self.special_ids if self._added[i].content.strip() in texts - {""})
+        return frozenset(i for text in texts - {""} for i in self._special_ids_by_text.get(text, ()))
+
+    @functools.cached_property
+    def _special_ids_by_text(self) -> dict[str, list[int]]:
+        """The ids of special tokens by their text, without white space around it."""
+        found: dict[str, list[int]] = {}
+        for i in self.special_ids:
+            found.setdefault(self._added[i].content.strip(), []).append(i)
+        return found
 
     @functools.cached_property
     def longest_token(self) -> int:

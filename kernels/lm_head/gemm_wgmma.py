@@ -103,7 +103,8 @@ def make_lm_head_wgmma(arch: int, tile: Tile) -> Callable[..., None]:
     X_OFFSET, WARPGROUP_BYTES = PANEL_ROW_BYTES * ROWS, ROW_TILES * TILE_BYTES
     SUMS = ROW_TILES * PRODUCT
     SCALES = 2 * ROW_TILES
-    fits = T in GROUP_TOKENS[LAYOUTS[dtype]] and ROWS <= MAX_BOX_ROWS and STAGES > 1
+    known = T in GROUP_TOKENS[LAYOUTS[dtype]] or not (INT8 or T % 8 or T > GROUP_TOKENS["wgmma"][-1])
+    fits = known and ROWS <= MAX_BOX_ROWS and STAGES > 1
     if not fits or tile.shared_bytes + 8 * STAGES > SHARED_BYTES:
         raise ValueError(f"lm_head_wgmma: no kernel for {tile}")
     products = ptx.wgmma_s8_shared(X_ROWS, ROW_TILES) if INT8 else ptx.wgmma_bf16_split(T, ROW_TILES)
@@ -267,8 +268,7 @@ def num_k_iters(tile: Tile, K: int) -> int:
 
 
 def grid(num_sms: int, tile: Tile, num_rows: int, num_tokens: int) -> tuple[int, int]:
-    """Blocks of a launch: for rows of the table, and for groups of tokens. For int8, whose groups are smaller, all
-    groups run side by side, so that a row comes from memory once."""
+    """Blocks of a launch: for rows of the table, and for groups of tokens. All groups run side by side, so that a row
+    comes from memory once."""
     groups = padded_tokens(LAYOUTS[tile.dtype], num_tokens) // tile.tokens
-    blocks = max(num_sms // groups, 1) if tile.dtype == "int8" else num_sms
-    return min(blocks, -(-num_rows // tile.rows)), groups
+    return min(max(num_sms // groups, 1), -(-num_rows // tile.rows)), groups

@@ -48,9 +48,7 @@ from bitnet_numba.kernels.runtime.spec import KernelSpec
 
 Layout = Literal["wgmma", "wgmma int8", "mma", "simt"]
 TILE_TOKENS = 16  # of layout "mma"
-GROUP_TOKENS: dict[
-    Layout, tuple[int, ...]
-] = {  # tokens of a group: the smallest that holds all, or several of the last
+GROUP_TOKENS: dict[Layout, tuple[int, ...]] = {  # tokens of a group that holds all; of several, see `group_tokens`
     "wgmma": (8, 16, 32, 64, 128),
     "wgmma int8": (8, 16, 32, 64),
     "mma": (16, 32, 64, 128),
@@ -72,8 +70,12 @@ TILE_WORDS = 4 * HALF_WORDS  # of a unit and a tile: two halves, two terms
 
 
 def group_tokens(layout: Layout, num_tokens: int) -> int:
-    """Tokens of a group."""
+    """Tokens of a group: the smallest that holds all, or several of the largest. Of "wgmma" the several may be smaller,
+    by multiples of 8: as small as so many groups can be."""
     sizes = GROUP_TOKENS[layout]
+    groups = -(-num_tokens // sizes[-1])
+    if groups > 1 and layout == "wgmma":
+        return -(-num_tokens // (8 * groups)) * 8
     return next((size for size in sizes if size >= num_tokens), sizes[-1])
 
 

@@ -2,6 +2,7 @@
 
 import threading
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -31,25 +32,19 @@ def _store(words: np.ndarray) -> DeviceView:
 
 
 @cache
-def tensor_map(address: int, boxes: Boxes) -> DeviceArray:
-    """A CUtensorMap, 128 bytes in device memory, of an array at an address: what `ptx.tma_load_2d` and `tma_load_3d`
-    take.
-
-    It is never freed: captured launches go on using it, and kernels need no fence for a map that never changes.
-    """
+def _encoder_arguments(boxes: Boxes) -> tuple[Any, ...]:
+    """What the driver's encoder takes beside rank and address. To make it takes as long as all else of a map, and a
+    model has hundreds of maps with the same boxes."""
     from cuda.bindings import driver
 
-    def member(kind: str, name: str) -> object:
+    def member(kind: str, name: str) -> Any:
         return getattr(getattr(driver, f"CUtensorMap{kind}"), f"CU_TENSOR_MAP_{name}")
 
-    def integers(kind: str, *values: int) -> list:
+    def integers(kind: str, *values: int) -> list[Any]:
         return [getattr(driver, kind)(value) for value in values]
 
-    encoded = driver_call(
-        "cuTensorMapEncodeTiled",
+    return (
         member("DataType", "DATA_TYPE_INT32"),
-        len(boxes.shape),
-        address,
         integers("cuuint64_t", *reversed(boxes.shape)),
         integers("cuuint64_t", *(4 * stride for stride in reversed(boxes.strides))),  # bytes
         integers("cuuint32_t", *reversed(boxes.box)),
@@ -59,4 +54,15 @@ def tensor_map(address: int, boxes: Boxes) -> DeviceArray:
         member("L2promotion", "L2_PROMOTION_L2_256B"),
         member("FloatOOBfill", "FLOAT_OOB_FILL_NONE"),
     )
+
+
+@cache
+def tensor_map(address: int, boxes: Boxes) -> DeviceArray:
+    """A CUtensorMap, 128 bytes in device memory, of an array at an address: what `ptx.tma_load_2d` and `tma_load_3d`
+    take.
+
+    It is never freed: captured launches go on using it, and kernels need no fence for a map that never changes.
+    """
+    kind, *rest = _encoder_arguments(boxes)
+    encoded = driver_call("cuTensorMapEncodeTiled", kind, len(boxes.shape), address, *rest)
     return _store(np.array([int(word) for word in encoded.opaque], np.uint64))

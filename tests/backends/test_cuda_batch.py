@@ -239,8 +239,8 @@ def test_too_large_a_batch_says_what_would_fit(demo: PackedCheckpoint) -> None:
     backend = backend_of(demo)
     with pytest.raises(BackendError, match=r"takes .* GB of device memory and .* GB are free: \d+ tokens would fit"):
         backend.new_batch(4, 1000, 1 << 40)
-    with pytest.raises(BackendError, match="at most 256 sequences"):
-        backend.new_batch(257, 1000)
+    with pytest.raises(BackendError, match="at most 512 sequences"):
+        backend.new_batch(513, 1000)
 
 
 @needs_gpu

@@ -9,7 +9,7 @@ import pytest
 
 from bitnet_numba.backends.cuda import warmup
 from bitnet_numba.backends.cuda.forward import CudaModel
-from bitnet_numba.backends.cuda.state import SequenceState, padded_sizes
+from bitnet_numba.backends.cuda.state import SequenceState, padded_size, padded_sizes, step_size, step_sizes
 from bitnet_numba.backends.cuda.steps import BatchSteps
 from bitnet_numba.backends.cuda.weights import RowFormats
 from bitnet_numba.checkpoint.packed import open_packed
@@ -112,17 +112,27 @@ def test_many_processes_get_what_batches_need_too(
     assert (batch <= context) == batches
 
 
-def test_dry_run_of_a_batch_asks_for_the_kernels_of_all_its_graphs() -> None:
+@pytest.mark.parametrize(("slots", "rows"), [(32, INT8_ROWS), (400, RowFormats("bf16", "bf16"))])
+def test_dry_run_of_a_batch_asks_for_the_kernels_of_all_its_graphs(slots: int, rows: RowFormats) -> None:
     config, target = replace(open_packed(DEMO).config, num_layers=1), ArchSpec(90, 132)
     device = DryRunDevice(target.arch, target.num_sms)
-    model = CudaModel.dry_run(config, INT8_ROWS, device)
-    steps = BatchSteps(model, SequenceState(device, config, 4096, 32, 1))
-    for num_tokens in padded_sizes(1, 32):
+    model = CudaModel.dry_run(config, rows, device)
+    steps = BatchSteps(model, SequenceState(device, config, 4096, slots, 1))
+    for num_tokens in step_sizes(slots):
         steps.choose(num_tokens)
-        for num_blocks in padded_sizes(num_tokens, steps.work_list.size):
+        for num_blocks in padded_sizes(padded_size(num_tokens), steps.work_list.size):
             steps.decode(num_tokens, num_blocks)
-    needed = warmup.Needs(replace(config, max_context=4096), INT8_ROWS, target, 32).specs()
+    needed = warmup.Needs(replace(config, max_context=4096), rows, target, slots).specs()
     assert {spec.name for spec in device.specs} == {spec.name for spec in needed}
+
+
+def test_sizes_of_steps() -> None:
+    """Beyond 256 sequences, twice as many rows would take far longer than those that are there."""
+    assert step_sizes(5) == [1, 2, 4, 8] and step_sizes(256)[-2:] == [128, 256]
+    assert step_sizes(400) == [*step_sizes(256), 288, 320, 352, 384, 416]
+    for count in range(1, 513):
+        size = step_size(count)
+        assert count <= size in step_sizes(count) and (size < 2 * count if count <= 256 else size < count + 32)
 
 
 def test_ternary_rows_take_the_kernels_of_ternary_products() -> None:

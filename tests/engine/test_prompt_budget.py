@@ -10,7 +10,7 @@ from bitnet_numba.backends.protocol import CallTimes
 from bitnet_numba.engine.prompt_budget import SHORT, STALL, TOO_LONG, PromptBudget
 from tests.engine.toy_backend import tokens_of, toy_engine
 
-PAGE, PASS = 64, 2048
+PAGE, PASS = 64, 3072
 H200 = 1.3e-3, 4.9e-6, 2.4e-3  # seconds of any call, of each token, and of a step of 128 answers
 
 
@@ -34,7 +34,9 @@ def test_it_settles_at_as_many_tokens_as_there_is_time_for(fixed: float, each: f
     assert seconds >= SHORT * allowed or last == PASS
 
 
-@pytest.mark.parametrize("slower, tokens", [(0.2, 2048), (0.5, 1024), (1.0, 512), (10.0, 256), (1000.0, 256)])
+@pytest.mark.parametrize(
+    "slower, tokens", [(0.2, 3072), (0.3, 2048), (0.5, 1024), (1.0, 512), (10.0, 256), (1000.0, 256)]
+)
 def test_slower_devices_compute_fewer_tokens(slower: float, tokens: int) -> None:
     """Beside steps that are as much slower, they need not be few."""
     fixed, each, step = (slower * seconds for seconds in H200)

@@ -141,7 +141,8 @@ def lm_head_gemm_wgmma(arch: int) -> list[KernelSpec]:
         return []
     found = []
     for dtype, layout in gemm_wgmma.LAYOUTS.items():
-        tiles = [gemm_wgmma.plan(tokens, dtype) for tokens in reversed(split_norm.GROUP_TOKENS[layout])]
+        several = (240, 336) if dtype == "bf16" else ()  # in groups of 120 and 112
+        tiles = [gemm_wgmma.plan(tokens, dtype) for tokens in (*several, *reversed(split_norm.GROUP_TOKENS[layout]))]
         found += [*(gemm_wgmma.spec(arch, tile) for tile in tiles), split_norm.spec(arch, 2560, layout, dtype)]
     return found
 
@@ -186,14 +187,14 @@ def linear_gemm(arch: int) -> list[KernelSpec]:
     kinds = [(3840, 2560, "store"), (2560, 2560, "residual"), (13824, 2560, "gated"), (2560, 6912, "residual")]
     found = {
         (heuristics.choose_tile(M, N, K, arch, SMS, epilogue == "gated"), epilogue): None
-        for M in (256, 8, 16, 32, 64, 128, 512, 1024, 2048)
+        for M in (256, 8, 16, 32, 64, 128, 416, 512, 1024, 2048, 3072)
         for N, K, epilogue in kinds
     }
     if arch == heuristics.WGMMA_ARCH:
         found |= {
             (tile, "store"): None
-            for tile in (heuristics.with_all_stages(m.tile, 2560) for m in heuristics.WGMMA_TILES)
-            if tile
+            for m in (*heuristics.WGMMA_TILES, *heuristics.WGMMA_LARGE_TILES)
+            if (tile := heuristics.with_all_stages(m.tile, 2560))
         }
     few = heuristics.choose_tile(8, 512, 512, arch, SMS, True)
     many = heuristics.choose_tile(256, 512, 512, arch, SMS, True)

@@ -47,11 +47,12 @@ class Sizes(NamedTuple):
     mixed: int = 400  # requests of any length
     mixed_prompts: tuple[int, int] = (20, 900)
     mixed_answer: int = 200
-    mixed_sequences: int = 256  # at once
+    mixed_sequences: int = 400  # at once, and with prompts that come in while others run:
+    stalled_sequences: int = 256
 
 
 FULL = Sizes()
-SMALL = Sizes(8, 32, 32, 4, 12, (5, 90), 20, 8)
+SMALL = Sizes(8, 32, 32, 4, 12, (5, 90), 20, 8, 8)
 
 
 def measure_engine(llm: Engine, sizes: Sizes) -> dict[str, Any]:
@@ -178,7 +179,7 @@ def time_rounds(llm: Engine, prompts: list[list[int]], sizes: Sizes) -> dict[str
     params = SamplingParams(max_new_tokens=sizes.mixed_answer)
     rounds: list[tuple[int, bool, float]] = []  # answers that run, whether prompts come in, ms
     begun: set[int] = set()  # requests whose prompts have been computed
-    with llm.scheduler(sizes.mixed_sequences) as scheduler:
+    with llm.scheduler(sizes.stalled_sequences) as scheduler:
         while scheduler.prepare():
             pass
         late = list(prompts)

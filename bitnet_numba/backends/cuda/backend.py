@@ -16,7 +16,8 @@ from bitnet_numba.kernels.attention.kv_dtype import DEFAULT, KVDtype
 from bitnet_numba.kernels.runtime.device import usable_device
 from bitnet_numba.kernels.runtime.driver import Stream
 
-MAX_SEQUENCES = 256  # of a batch
+MAX_SEQUENCES = 512  # of a batch
+LOADED_AHEAD = 256  # sequences of a batch whose kernels are loaded at the start, where that is done
 RESERVE = 64 << 20  # bytes of device memory left to the driver: graphs, kernels
 BATCH_RESERVE = 4 * RESERVE  # a batch may come to have dozens of graphs
 KEPT_SHARE = 4  # memory of a batch that has ended is kept for the next if it is at most this part of the device's
@@ -47,7 +48,7 @@ class CudaBackend:
         self.config, self._rows = checkpoint.config, RowFormats(checkpoint.embed, checkpoint.head)
         self._page_bytes = page_bytes(self.config, kv_dtype)
         # Sequences of the largest batch whose kernels are loaded
-        self._loaded_for = load_specs(self.config, self._rows, self.device, ahead=MAX_SEQUENCES, kv_dtype=kv_dtype)
+        self._loaded_for = load_specs(self.config, self._rows, self.device, ahead=LOADED_AHEAD, kv_dtype=kv_dtype)
         self.stream = Stream()
         # Buffers first, so that what is left for the weights is known, and told in one line if it does not suffice.
         token_buffers, buffers = (Buffers(self.device, self.config, max_tokens) for max_tokens in (1, MAX_TOKENS))

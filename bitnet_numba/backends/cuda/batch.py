@@ -10,7 +10,7 @@ from bitnet_numba.backends.cuda.batch_memory import BatchMemory
 from bitnet_numba.backends.cuda.extras import NOTHING, Asked, asked_by
 from bitnet_numba.backends.cuda.forward import MAX_TOKENS
 from bitnet_numba.backends.cuda.prompts import PromptPart
-from bitnet_numba.backends.cuda.state import padded_size, why_nan
+from bitnet_numba.backends.cuda.state import padded_size, step_size, why_nan
 from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE, CallTimes, Constraint
 from bitnet_numba.errors import BackendError, BitNetError, RequestError
 from bitnet_numba.kernels.attention import paged_decode
@@ -44,7 +44,8 @@ class CudaBatch:
     """Slots and pages on the device. Every call enqueues on the model's stream and returns.
 
     A step is one graph: a forward pass of one token a sequence, the LM head, the sampler. Graphs are captured when
-    first needed or by `prepare`, for powers of two of sequences and of CTAs that their contexts are shared out among.
+    first needed or by `prepare`, for some numbers of sequences (see `step_size`) and powers of two of CTAs that their
+    contexts are shared out among.
     """
 
     page_size = PAGE
@@ -172,7 +173,7 @@ class CudaBatch:
         if (self._num_fed[places] == self._num_pages[places] * PAGE).any():
             raise ValueError(f"a slot of {list(slots)} has no page for its next token")
         self._num_fed[places] += 1
-        num_tokens = padded_size(len(slots))
+        num_tokens = step_size(len(slots))
         splits = paged_decode.splits_needed(self._num_fed[places]).tolist()
         slot_ids = [*slots, *[-1] * (num_tokens - len(slots))]
         write = self._runtime.uploads.write
@@ -281,7 +282,7 @@ class CudaBatch:
 
     def _choose(self, slots: list[int], rows: list[int], before: int) -> None:
         """Samples for slots, from rows of the pass just enqueued; before: results that this call has already."""
-        num_tokens = padded_size(len(rows))
+        num_tokens = step_size(len(rows))
         self._runtime.uploads.write(self._memory.steps.last_rows, rows + [-1] * (num_tokens - len(rows)))
         asked = self._asked(slots)
         if self._constrained(slots):

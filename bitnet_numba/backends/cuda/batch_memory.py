@@ -8,7 +8,15 @@ from bitnet_numba.backends.cuda.call_clock import CallClock
 from bitnet_numba.backends.cuda.extras import NOTHING, Asked, Extras, PromptScorer, Records
 from bitnet_numba.backends.cuda.prompts import Prefill
 from bitnet_numba.backends.cuda.runtime import Runtime
-from bitnet_numba.backends.cuda.state import SequenceState, padded_size, padded_sizes, page_bytes, pages_of
+from bitnet_numba.backends.cuda.state import (
+    SequenceState,
+    padded_size,
+    padded_sizes,
+    page_bytes,
+    pages_of,
+    step_size,
+    step_sizes,
+)
 from bitnet_numba.backends.cuda.steps import BatchSteps
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels.attention import paged_decode
@@ -66,13 +74,13 @@ class BatchMemory:
         """Captures, one after the other, what calls for up to so many sequences will need if these ask for no more than
         tokens; yields True after each."""
         for num_rows in self.prefill.sizes():
-            self.prefill.graph(num_rows)
+            self.prefill.capture(num_rows)
             yield True
         blocks_each = self.steps.work_list.size // self.steps.max_tokens
-        for num_tokens in padded_sizes(1, padded_size(sequences)):
+        for num_tokens in step_sizes(sequences):
             self.choose_graph(num_tokens, NOTHING)
             yield True
-            for num_blocks in padded_sizes(num_tokens, blocks_each * num_tokens):
+            for num_blocks in padded_sizes(padded_size(num_tokens), blocks_each * num_tokens):
                 self.step_graph(num_tokens, num_blocks, NOTHING)
                 yield True
 
@@ -114,7 +122,7 @@ class BatchMemory:
 
 def fixed_bytes(config: ModelConfig, slots: int, capacity: int, kv_dtype: KVDtype) -> int:
     """Bytes of device memory that a batch takes beside its pages, except for a few small arrays."""
-    num_tokens = padded_size(slots)
+    num_tokens = step_size(slots)
     shape = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim)
     scratch = 4 * sum(paged_decode.PagedScratch.sizes(num_tokens, pages_of(capacity) * PAGE, shape, kv_dtype))
     return scratch + 4 * num_tokens * (config.vocab_size + 3 * config.hidden_size + capacity)

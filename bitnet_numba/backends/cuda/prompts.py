@@ -20,6 +20,7 @@ from bitnet_numba.backends.cuda.state import SequenceState, padded_size, padded_
 from bitnet_numba.kernels.attention import prefill
 from bitnet_numba.kernels.attention.kv_cache import PAGE
 from bitnet_numba.kernels.runtime.driver import Graph
+from bitnet_numba.kernels.runtime.launch import Launch
 
 MIN_TOKENS = 16  # rows of the smallest captured pass
 
@@ -68,8 +69,13 @@ def page_places(slot_positions: NDArray[np.int32], stride: int) -> list[int]:
     return [slot * stride + page for slot, end in ends.items() for page in range(end)]
 
 
+def pass_sizes() -> list[int]:
+    """What passes are padded to: powers of two, and MAX_TOKENS."""
+    return sorted({*padded_sizes(MIN_TOKENS, MAX_TOKENS), MAX_TOKENS})
+
+
 class Prefill:
-    """Feeds prompts of some sequences, by passes that are captured for powers of two of rows when first needed."""
+    """Feeds prompts of some sequences, by passes that are captured when first needed."""
 
     def __init__(self, runtime: Runtime, state: SequenceState):
         self._runtime, self._state = runtime, state
@@ -81,35 +87,43 @@ class Prefill:
     def feed(self, parts: Sequence[PromptPart], clock: CallClock | None = None) -> Iterator[list[tuple[int, int]]]:
         """Enqueues the passes over the parts; yields each one's `ends` while its rows are in the model's buffers.
 
-        clock: times each pass.
+        clock: times each pass but those that are captured here.
         """
         runtime, b = self._runtime, self._runtime.model.buffers
         for slot_positions, ends in plan_passes(parts, self.block, MAX_TOKENS):
             num_rows = len(slot_positions)
-            padded = padded_size(num_rows, MIN_TOKENS)
+            padded = min(padded_size(num_rows, MIN_TOKENS), MAX_TOKENS)
             spare = np.full((padded - num_rows, 2), -1, np.int32)
             runtime.uploads.write(b.slot_positions, np.concatenate([slot_positions, spare]))
             runtime.uploads.write(b.num_real, [num_rows])
             if self._state.expanded is not None:
                 places = page_places(slot_positions, self._state.block_table_stride)
                 runtime.uploads.write(self._state.expanded.pages, [len(places), *places])
-            graph = self.graph(padded)
-            if clock is None:
-                graph.replay(runtime.stream)
-            else:
-                clock.replay(graph, -(-num_rows // self.block) * self.block)  # as they count: `Batch.granularity`
+            if padded not in self._graphs:
+                self._run_first(padded)
+            elif clock is None:
+                self._graphs[padded].replay(runtime.stream)
+            else:  # with as many tokens as they count, see `Batch.granularity`
+                clock.replay(self._graphs[padded], -(-num_rows // self.block) * self.block)
             yield ends
 
     def sizes(self) -> list[int]:
         """What passes are padded to."""
-        return padded_sizes(MIN_TOKENS, MAX_TOKENS)
+        return pass_sizes()
 
-    def graph(self, num_rows: int) -> Graph:
-        """The pass of one of these sizes, captured when it is first asked for."""
+    def capture(self, num_rows: int) -> None:
+        """Captures the pass of one of these sizes, where that has not been done."""
         if num_rows not in self._graphs:
             launches = PrefillPass(self._runtime.model, self._state, num_rows).launches()
             self._graphs[num_rows] = self._runtime.stream.capture(launches)
-        return self._graphs[num_rows]
+
+    def _run_first(self, num_rows: int) -> None:
+        """Enqueues a pass, and captures it. Its launches take 20 ms to make, so each is enqueued as soon as it is."""
+        launches, stream = list[Launch](), self._runtime.stream
+        for launch in PrefillPass(self._runtime.model, self._state, num_rows).one_by_one():
+            launch(stream.handle)
+            launches.append(launch)
+        self._graphs[num_rows] = stream.capture(launches)
 
     def close(self) -> None:
         """Frees the captured passes."""

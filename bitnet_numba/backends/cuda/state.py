@@ -29,6 +29,8 @@ from bitnet_numba.kernels.runtime.memory import DeviceArray, DeviceView
 from bitnet_numba.kernels.sampling import parts
 from bitnet_numba.reference.rope import rope_tables  # the one definition of the rotary frequencies
 
+MANY, MANY_STEP = 256, 32  # see `step_size`
+
 
 class Expanded(NamedTuple):
     """Of float8: a layer's pages as float16."""
@@ -86,7 +88,7 @@ class SequenceState:
             places = device.zeros(1 + slots * self.block_table_stride, np.int32)
             table = self.block_table, self.block_table_stride
             self.expanded = Expanded(places, LayerCache(wide[0], wide[1], *table, strides[0], strides[1], "float16"))
-        self.slot_ids = device.zeros(padded_size(slots), np.int32)
+        self.slot_ids = device.zeros(step_size(slots), np.int32)
         self.rope = upload_rope(device, config, self.block_table_stride * PAGE)
         self.arrays = SequenceArrays(
             self.tokens, self.tokens_stride, self.position, self.seen, self.seen_stride, self.settings
@@ -127,6 +129,16 @@ def padded_size(count: int, least: int = 1) -> int:
 def padded_sizes(first: int, last: int) -> list[int]:
     """All of them from one to another, both included."""
     return [1 << i for i in range(first.bit_length() - 1, last.bit_length())]
+
+
+def step_size(count: int) -> int:
+    """What a step of so many sequences is padded to: a power of two, or beyond MANY a multiple of MANY_STEP."""
+    return padded_size(count) if count <= MANY else -(-count // MANY_STEP) * MANY_STEP
+
+
+def step_sizes(count: int) -> list[int]:
+    """All of them up to that of `count` sequences."""
+    return [*padded_sizes(1, min(padded_size(count), MANY)), *range(MANY + MANY_STEP, step_size(count) + 1, MANY_STEP)]
 
 
 def pages_of(tokens: int) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 from bitnet_numba.backends.cuda.extras import NOTHING, Asked, Extras
 from bitnet_numba.backends.cuda.forward import BatchPass, CudaModel, DecodePass, SharedContexts
 from bitnet_numba.backends.cuda.lm_head import LMHead, one_token
-from bitnet_numba.backends.cuda.state import SequenceState, padded_size, pages_of
+from bitnet_numba.backends.cuda.state import SequenceState, padded_size, pages_of, step_size
 from bitnet_numba.kernels import embedding
 from bitnet_numba.kernels.attention.decode import DecodeScratch
 from bitnet_numba.kernels.attention.kv_cache import PAGE
@@ -116,7 +116,7 @@ class BatchSteps:
     def __init__(self, model: CudaModel, state: SequenceState):
         config, device = model.config, model.device
         self._model, self._state = model, state
-        self.max_tokens = padded_size(state.slots)
+        self.max_tokens = step_size(state.slots)
         tokens = pages_of(state.capacity) * PAGE
         self._scratch = PagedScratch.allocate(device, self.max_tokens, tokens, model.heads, model.kv_dtype)
         self.work_list = device.empty(padded_size(self.max_tokens * max_splits_of(tokens)), np.int32)

@@ -24,8 +24,8 @@ from bitnet_numba.backends.cores import usable_cpus
 from bitnet_numba.backends.cuda.embedding_pass import EmbeddingBuffers, EmbeddingPass
 from bitnet_numba.backends.cuda.extras import Asked, Extras
 from bitnet_numba.backends.cuda.forward import MAX_TOKENS, BatchPass, CudaModel, PrefillPass
-from bitnet_numba.backends.cuda.prompts import MIN_TOKENS
-from bitnet_numba.backends.cuda.state import SequenceState, padded_size, padded_sizes
+from bitnet_numba.backends.cuda.prompts import MIN_TOKENS, pass_sizes
+from bitnet_numba.backends.cuda.state import SequenceState, padded_sizes, step_sizes
 from bitnet_numba.backends.cuda.steps import BatchSteps, DecodeBuffers, DecodeSteps
 from bitnet_numba.backends.cuda.weights import RowFormats, Weights
 from bitnet_numba.backends.progress import CompileProgress
@@ -87,7 +87,7 @@ def _dry_run_context(model: CudaModel) -> None:
         steps.decode(long, Asked(edits=True, logprobs=True))
         steps.score(long)
         steps.choose(long)
-    for num_tokens in padded_sizes(MIN_TOKENS, MAX_TOKENS):
+    for num_tokens in pass_sizes():
         PrefillPass(model, state, num_tokens).launches()
 
 
@@ -103,7 +103,7 @@ def _dry_run_batch(model: CudaModel, max_sequences: int) -> None:
     capacity = min(model.config.max_context, MAX_CONTEXT)
     state = SequenceState(model.device, model.config, capacity, max_sequences, 1, model.kv_dtype)
     steps = BatchSteps(model, state)
-    for num_tokens in padded_sizes(1, padded_size(max_sequences)):
+    for num_tokens in step_sizes(max_sequences):
         steps.choose(num_tokens)
         steps.decode(num_tokens, num_tokens)
     for num_blocks in padded_sizes(1, steps.work_list.size):  # attention alone depends on them, and on nothing else

@@ -279,7 +279,7 @@ def test_sizes_of_x() -> None:
     assert [gemm_mma.token_tiles(num_tokens) for num_tokens in counts] == [1, 1, 2, 2, 4, 8, 8, 8]
     assert x_words("mma", 129, 32, "bf16") == x_words("mma", 129, 32, "int8") == 256 * 256
     assert x_words("simt", 9, 288, "bf16") == 16 * 512 and x_words("simt", 9, 32, "int8") == 16 * 512
-    assert x_words("wgmma", 129, 32, "bf16") == 256 * 2 * 32 // 2
+    assert x_words("wgmma", 129, 32, "bf16") == 144 * 2 * 32 // 2
     assert x_words("wgmma int8", 129, 32, "int8") == 192 * (3 * 32 // 4 + 1)
     for dtype in ROW_DTYPES:
         table = EmbeddingTable(None, 1 if dtype == "int8" else None, 1, 2560, dtype)

@@ -287,9 +287,18 @@ def test_odd_terms_on_gpu() -> None:
 
 def test_plan() -> None:
     sizes = [1, 8, 9, 16, 17, 33, 65, 128, 129, 2000]
-    assert [kernel.plan(tokens, "bf16").tokens for tokens in sizes] == [8, 8, 16, 16, 32, 64, 128, 128, 128, 128]
+    assert [kernel.plan(tokens, "bf16").tokens for tokens in sizes] == [8, 8, 16, 16, 32, 64, 128, 128, 72, 128]
     assert [kernel.plan(tokens, "int8").tokens for tokens in sizes] == [8, 8, 16, 16, 32, 64, 64, 64, 64, 64]
-    assert [split_norm.padded_tokens("wgmma", tokens) for tokens in sizes[-4:]] == [128, 128, 256, 2048]
+    assert [split_norm.padded_tokens("wgmma", tokens) for tokens in sizes[-4:]] == [128, 128, 144, 2048]
+    # Several groups are as small as they can be.
+    assert [kernel.plan(tokens, "bf16").tokens for tokens in (200, 256, 257, 400, 416, 512)] == [
+        104,
+        128,
+        88,
+        104,
+        104,
+        128,
+    ]
     assert [split_norm.padded_tokens("wgmma int8", tokens) for tokens in sizes[-4:]] == [128, 128, 192, 2048]
     for dtype in DTYPES:
         for tokens in sizes:
@@ -303,23 +312,34 @@ def test_plan() -> None:
 
 
 def test_grid() -> None:
-    """Groups of int8 rows' tokens run side by side."""
+    """Groups of tokens run side by side."""
     few, many = kernel.plan(8, "int8"), kernel.plan(2048, "int8")
     assert [kernel.grid(132, few, VOCABULARY, 8), kernel.grid(132, many, VOCABULARY, 2048)] == [(132, 1), (4, 32)]
     assert [kernel.grid(132, many, VOCABULARY, tokens) for tokens in (128, 129)] == [(66, 2), (44, 3)]
     assert kernel.grid(20, many, VOCABULARY, 2048) == (1, 32) and kernel.grid(132, few, 300, 8) == (2, 1)
-    assert kernel.grid(132, kernel.plan(200, "bf16"), VOCABULARY, 200) == (132, 2)
+    assert kernel.grid(132, kernel.plan(200, "bf16"), VOCABULARY, 200) == (66, 2)
+    assert kernel.grid(132, kernel.plan(416, "bf16"), VOCABULARY, 416) == (33, 4)
 
 
 def test_serves_one_architecture() -> None:
     chosen = [layout_for(target, dtype) for target, dtype in ((90, "bf16"), (90, "int8"), (90, "f16"), (100, "bf16"))]
     assert chosen == ["wgmma", "wgmma int8", "mma", "mma"]
     assert layout_for(100, "int8") == layout_for(80, "int8") == "mma"
-    assert lm_head_gemm_wgmma(80) == [] and len(lm_head_gemm_wgmma(90)) == 11
+    assert lm_head_gemm_wgmma(80) == [] and len(lm_head_gemm_wgmma(90)) == 13
 
 
 @pytest.mark.parametrize(
-    "tile", [(24, 2, 2, 3), (128, 2, 2, 4), (128, 3, 2, 2), (8, 2, 2, 1), (128, 2, 2, 2, "int8"), (64, 2, 2, 5, "int8")]
+    "tile",
+    [
+        (20, 2, 2, 3),
+        (136, 2, 2, 2),
+        (24, 2, 2, 3, "int8"),
+        (128, 2, 2, 4),
+        (128, 3, 2, 2),
+        (8, 2, 2, 1),
+        (128, 2, 2, 2, "int8"),
+        (64, 2, 2, 5, "int8"),
+    ],
 )
 def test_refuses_tiles(tile: tuple[Any, ...]) -> None:
     with pytest.raises(ValueError, match="lm_head_wgmma: no kernel for"):
@@ -350,7 +370,7 @@ def test_batches_have_its_variants_compiled() -> None:
         needs = Needs(config, RowFormats(dtype, dtype), ArchSpec(arch_, 132), 200)
         names = {spec.name for spec in needs.specs()}
         if expected:
-            taken = {kernel.spec(90, kernel.plan(rows, dtype)).name for rows in (1, 16, 32, 64, 128, 200)}
+            taken = {kernel.spec(90, kernel.plan(rows, dtype)).name for rows in (1, 16, 32, 64, 128, 256)}
             taken |= {split_norm.spec(90, config.hidden_size, kernel.LAYOUTS[dtype], dtype).name}
             assert {name for name in names if name.startswith(("lm_head_wgmma", "split_norm"))} == taken
         assert any(name.startswith("lm_head_wgmma") for name in names) == expected
