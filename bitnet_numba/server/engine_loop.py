@@ -17,6 +17,7 @@ from bitnet_numba.engine.scheduler import Scheduler
 from bitnet_numba.engine.sequence import Update
 from bitnet_numba.errors import BitNetError, SchedulerClosed, one_line
 from bitnet_numba.server.answers import Answers
+from bitnet_numba.server.garbage import RoundCollector
 
 _log = logging.getLogger("bitnet_numba.server")
 CLOSED = "no more answers are generated"
@@ -39,6 +40,7 @@ class EngineLoop:
         self._closed = False
         self._stepped_at = monotonic()  # when a step ended, or the first request came after a pause
         self._pause = 0.0  # seconds to wait for work before rounds to come are prepared
+        self._collector = RoundCollector()
         self._thread = threading.Thread(target=self._run, name="bitnet_numba engine", daemon=True)
         self._thread.start()
 
@@ -101,10 +103,12 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while not self._closed and self._wait():
+                self._collector.hold()
                 updates = self._scheduler.step(coalesce=self._coalesce)
                 self._stepped_at, self._pause = monotonic(), QUIET
                 if not self._scheduler.closed:
                     self._deliver(updates, self._answers)
+                    self._collector.collect()
                 elif not self._start_again(updates):
                     break
         except SchedulerClosed:  # by `close`, which had nothing to tell
@@ -113,11 +117,15 @@ class EngineLoop:
             _log.exception("the engine's thread has failed")
         finally:
             self._closed = True
+            self._collector.release()
             self._scheduler.close()
             self._end_all(SchedulerClosed(CLOSED))
 
     def _wait(self) -> bool:
         """Waits for work, and prepares what rounds to come will need while there is none; False: for good."""
+        if self._scheduler.busy:
+            return True
+        self._collector.release()
         if self._pause and self._scheduler.wait(self._pause):
             return True
         while not self._closed and not self._scheduler.busy and self._scheduler.prepare():

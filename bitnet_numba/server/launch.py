@@ -20,6 +20,7 @@ from time import monotonic
 
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.errors import RequestError, one_line, printable
+from bitnet_numba.server.garbage import spare_collector
 from bitnet_numba.server.settings import Settings
 
 _log = logging.getLogger("bitnet_numba.server")
@@ -112,17 +113,6 @@ def in_background(load_model: Callable[[], Engine]) -> Callable[[], Engine]:
 
     threading.Thread(target=run, name="bitnet_numba load", daemon=True).start()
     return loaded.result
-
-
-def spare_collector(collect: bool = True) -> None:
-    """Takes all objects that there are from Python's garbage collector, which otherwise looks at each of them time and
-    again: 0.1 s, in which nothing else runs. For a process that has loaded its model and serves it to its end.
-
-    collect: first frees what is garbage among them, which takes as long once.
-    """
-    if collect:
-        gc.collect()
-    gc.freeze()
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -20,7 +20,7 @@ from bitnet_numba.errors import RequestError
 from bitnet_numba.model_options import load_options
 from bitnet_numba.server.app import create_app
 from bitnet_numba.server.command_line import build_parser, read_settings
-from bitnet_numba.server.launch import spare_collector
+from bitnet_numba.server.garbage import spare_collector
 from bitnet_numba.server.ray_proxy import ROUTER
 from bitnet_numba.server.service import Service
 

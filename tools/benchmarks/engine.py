@@ -14,6 +14,7 @@ import numpy as np
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.grammar import Grammar
 from bitnet_numba.sampling_params import SamplingParams
+from bitnet_numba.server.garbage import RoundCollector, spare_collector
 from tools.benchmarks.inputs import random_ids
 
 STOPS = ("\nUser:", "</s>")
@@ -164,17 +165,19 @@ def measure_stalls(llm: Engine, prompts: list[list[int]], sizes: Sizes) -> dict[
 
     Half of the requests come at once, the others one in each round. Only rounds with nearly as many answers as ever run
     together count. As in a server, the graphs have been captured before, and the garbage collector leaves alone what
-    there is of the model.
+    there is of the model and runs between rounds.
     """
-    gc.collect()
-    gc.freeze()
+    spare_collector()
+    collector = RoundCollector()
+    collector.hold()
     try:
-        return time_rounds(llm, prompts, sizes)
+        return time_rounds(llm, prompts, sizes, collector)
     finally:
+        collector.release()
         gc.unfreeze()
 
 
-def time_rounds(llm: Engine, prompts: list[list[int]], sizes: Sizes) -> dict[str, Any]:
+def time_rounds(llm: Engine, prompts: list[list[int]], sizes: Sizes, collector: RoundCollector) -> dict[str, Any]:
     """See `measure_stalls`."""
     params = SamplingParams(max_new_tokens=sizes.mixed_answer)
     rounds: list[tuple[int, bool, float]] = []  # answers that run, whether prompts come in, ms
@@ -196,6 +199,7 @@ def time_rounds(llm: Engine, prompts: list[list[int]], sizes: Sizes) -> dict[str
             if updates and last is not None:
                 rounds.append((running, coming, (now - last) * 1e3))
             last = now if updates else None
+            collector.collect()
     most = max(running for running, _, _ in rounds)
 
     def times(prompts_come: bool) -> list[float]:

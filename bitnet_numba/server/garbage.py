@@ -1,0 +1,44 @@
+"""When Python's garbage collector runs in a process that serves: it stops all threads, for up to 15 ms at a time."""
+
+import gc
+
+# A full collection looks at all that running answers hold, so it is made this many times more rarely than Python does.
+FULL = 10
+
+
+def spare_collector(collect: bool = True) -> None:
+    """Takes all objects that there are from the collector, which otherwise looks at each of them time and again: 0.1 s,
+    in which nothing else runs. For a process that has loaded its model and serves it to its end.
+
+    collect: first frees what is garbage among them, which takes as long once.
+    """
+    if collect:
+        gc.collect()
+    gc.freeze()
+
+
+class RoundCollector:
+    """While answers run, lets the collector run between rounds only: the device has its next step then, and no text
+    waits to be told. For the thread that runs the rounds."""
+
+    def __init__(self) -> None:
+        self._automatic = gc.isenabled()
+
+    def hold(self) -> None:
+        """Rounds begin: no collection but by `collect`."""
+        gc.disable()
+
+    def collect(self) -> None:
+        """After a round: collects what Python itself would have collected by now."""
+        due = [count > threshold > 0 for count, threshold in zip(gc.get_count(), gc.get_threshold(), strict=True)]
+        if due[2] and gc.get_count()[2] > FULL * gc.get_threshold()[2]:
+            gc.collect()
+        elif due[1]:
+            gc.collect(1)
+        elif due[0]:
+            gc.collect(0)
+
+    def release(self) -> None:
+        """No more rounds for now: Python collects as it did before."""
+        if self._automatic:
+            gc.enable()
