@@ -13,10 +13,11 @@ computed again is the same, bit for bit, hence the answer is, too:
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from time import perf_counter
 
 from bitnet_numba.backends.protocol import Batch, CallTimes
 from bitnet_numba.engine.page_pool import PagePool
-from bitnet_numba.engine.sequence import Logprobs, Sequence
+from bitnet_numba.engine.sequence import Logprobs, Sequence, Telling
 from bitnet_numba.errors import BitNetError
 from bitnet_numba.sampling import TokenLogprob
 
@@ -31,9 +32,11 @@ class BatchRunner:
         self.call_tokens, self.part_tokens, self._granularity = batch.call_tokens, batch.part_tokens, batch.granularity
         self.running: dict[int, Sequence] = {}  # by id
         self.prefilling: Sequence | None = None  # the running sequence that is being prefilled, one at a time
+        self._num_asking = 0  # of these, how many ask for log probabilities
         self._free_slots = list(range(batch.max_sequences - 1, -1, -1))
-        # Each call's sequences, and how often each had been started when it was made
-        self._calls: deque[tuple[list[Sequence], list[int]]] = deque()
+        # Each call's sequences, how often each had been started when it was made, and whether one asks for log
+        # probabilities.
+        self._calls: deque[tuple[list[Sequence], list[int], bool]] = deque()
 
     @property
     def free_slots(self) -> int:
@@ -74,12 +77,14 @@ class BatchRunner:
         s.lease, s.slot = lease, self._free_slots.pop()
         s.room = len(lease.pages) * self.pool.page_size
         s.starts += 1
+        s.plain_below = 0
         s.known = len(s.ids)
         if s.replayed:
             s.known = max(s.prompt_length, lease.computed + 1)
         s.enqueued = s.received = s.known - s.prompt_length
         s.ready = s.replayed and s.received > 0
         self.running[s.id] = s
+        self._num_asking += s.request.params.logprobs is not None
         return True
 
     def start(self, s: Sequence) -> None:
@@ -160,20 +165,47 @@ class BatchRunner:
             for s in live:
                 s.enqueued += 1
 
-    def collect(self, receive: Callable[[Sequence, int, Logprobs | None, int], None]) -> None:
+    def collect(
+        self,
+        telling: Telling,
+        receive: Callable[[Sequence, int, Logprobs | None, int], None],
+        tell: Callable[[Sequence], None],
+    ) -> None:
         """Calls `receive` for each result of the oldest call not collected: with the sequence, the token, and the log
-        probabilities of the whole call, if a request asks for some, and the token's place among them."""
-        (sequences, starts), results = self._calls.popleft(), self._batch.collect()
+        probabilities of the whole call, if a request asks for some, and the token's place among them.
+
+        Most results are plain (see `Sequence.plain_below`): these are only noted, and `tell` is called for sequences
+        whose turn it is.
+        """
+        (sequences, starts, asked), results = self._calls.popleft(), self._batch.collect()
         logprobs: Logprobs | None = None
-        if any([s.request.params.logprobs is not None for s in sequences]):  # a list is quicker than a generator
+        if asked:
             logprobs = self._batch.logprobs()
+        at = perf_counter()
         for row, (s, start, (_, token)) in enumerate(zip(sequences, starts, results, strict=True)):
-            if s.starts == start:
+            if s.starts != start:
+                continue
+            if len(s.ids) >= s.plain_below or not s.is_plain(token):
                 receive(s, token, logprobs, row)
+                continue
+            s.ids.append(token)
+            s.received += 1
+            s.plain_at = at
+            if telling.has_turn(s):
+                tell(s)
 
     def prompt_logprobs(self, s: Sequence) -> list[TokenLogprob]:
         """Of all tokens of a prompt but the first; called when its first token is received."""
         return self._batch.prompt_logprobs(s.slot)
+
+    def let_pass(self, s: Sequence) -> None:
+        """After a token: finds out of how many to come nothing but those that are not plain has to be received."""
+        assert s.builder is not None
+        count, size = len(s.ids), self.pool.page_size
+        # A page's last token and the next page's first are looked at, see `note_computed`.
+        in_page = size - 1 - count % size if count % size else 0
+        s.is_plain = s.builder.is_plain
+        s.plain_below = count + max(0, min(s.builder.num_plain, s.max_tokens - s.received - 1, in_page))
 
     def note_computed(self, s: Sequence) -> None:
         """Lets others share the pages that the answer's tokens received so far have filled."""
@@ -188,12 +220,14 @@ class BatchRunner:
 
     def leave(self, s: Sequence) -> None:
         """Frees a sequence's slot and pages. What is enqueued for them runs before their next use, in order."""
+        s.plain_below = 0
         if s.lease is None:
             return
         self.pool.release(s.lease)
         s.lease = None
         self._free_slots.append(s.slot)
         del self.running[s.id]
+        self._num_asking -= s.request.params.logprobs is not None
         if self.prefilling is s:
             self.prefilling = None
 
@@ -205,7 +239,8 @@ class BatchRunner:
         self._batch.close()
 
     def _note_call(self, sequences: list[Sequence]) -> None:
-        self._calls.append((sequences, [s.starts for s in sequences]))
+        asked = self._num_asking > 0 and any(s.request.params.logprobs is not None for s in sequences)
+        self._calls.append((sequences, [s.starts for s in sequences], asked))
 
     def _steppable(self) -> list[Sequence]:
         return [s for s in self.running.values() if _can_be_stepped(s)]

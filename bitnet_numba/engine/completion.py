@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any, Literal
 
+from bitnet_numba.backends.protocol import NO_TOKEN
 from bitnet_numba.engine.request import Request
 from bitnet_numba.errors import shown
 from bitnet_numba.logprobs import LogprobList, ReadWhenAsked
@@ -84,6 +85,7 @@ class CompletionBuilder:
     """Builds a completion: `push` tokens until `reason` is set, then call `finish` for the rest of the text.
 
     Or `push_quietly` some or all of them: the completion is the same, and `take` returns text that was not made then.
+    Or `push_plain` several of which `is_plain` is true, as many as `num_plain` tells.
     A completion that is taken before `finish` counts as interrupted.
     Timing starts at construction.
     """
@@ -140,6 +142,34 @@ class CompletionBuilder:
             self._catch_up(len(self._ids))
         if self.reason is None and len(self._ids) == self._max_new_tokens:
             self.reason = "length"
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far, including the stop token."""
+        return self._count
+
+    @property
+    def num_plain(self) -> int:
+        """Of how many tokens to come, if each of them `is_plain`, nobody has to look at any one."""
+        if self._logprobs is not None or self._watched is not None and (self._matcher.held or self._decoder.pending):
+            return 0
+        count = len(self._ids)
+        until_turn = KEPT_BACK - (count + self._turn) % KEPT_BACK
+        return min(until_turn, count + until_turn if self._max_new_tokens is None else self._max_new_tokens - count) - 1
+
+    def is_plain(self, token: int) -> bool:
+        """Whether a token neither ends the answer, nor is one in which a stop string may begin, nor NO_TOKEN."""
+        return (
+            token not in self._stop_ids
+            and token != NO_TOKEN
+            and not (self._watched is not None and self._watched[token])
+        )
+
+    def push_plain(self, tokens: Sequence[int], at: float) -> None:
+        """Adds what several `push_quietly` would. at: when the last of them came, by `perf_counter`."""
+        self._ids += tokens
+        self._count += len(tokens)
+        self._last_at = at
 
     def _add(self, token: int, logprobs: Sequence[TokenLogprob | None] | None, row: int) -> bool:
         """Notes a token; False if it ends the answer and is not part of it."""

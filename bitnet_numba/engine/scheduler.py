@@ -258,7 +258,11 @@ class Scheduler:
         self._end_late(updates)
         runner.step()
         for _ in range(of_last_round if runner.asynchronous else runner.uncollected):
-            runner.collect(lambda s, token, logprobs, row: self._receive(s, token, logprobs, row, updates, telling))
+            runner.collect(
+                telling,
+                lambda s, token, logprobs, row: self._receive(s, token, logprobs, row, updates, telling),
+                lambda s: self._tell(s, updates),
+            )
 
     def _prefill(self, updates: list[Update], admit: bool) -> None:
         """Enqueues the tokens of prompts that this round computes; `admit`: starts requests that wait, too."""
@@ -308,8 +312,7 @@ class Scheduler:
                 # Its prompt shared pages of an answer, which have been computed as a prompt since: see `Batch.uniform`.
                 self._continue_as_prompt(s)
             return
-        builder = s.builder
-        assert builder is not None
+        builder = s.caught_up()
         of_prompt: Logprobs = []
         if len(s.ids) == s.prompt_length and s.request.params.prompt_logprobs is not None:
             of_prompt = builder.prompt_logprobs = [None, *self._runner.prompt_logprobs(s)]
@@ -326,6 +329,7 @@ class Scheduler:
         if builder.reason is not None:
             updates.append(self._finish(s, text)._replace(prompt_logprobs=of_prompt))
             return
+        self._runner.let_pass(s)
         if tell or text or of_prompt:
             self._tell(s, updates, text, of_prompt)
 
@@ -333,8 +337,9 @@ class Scheduler:
         """Adds an update with what is new in an answer, `text` first; a quiet answer has none."""
         if s.quiet or s.builder is None:
             return
-        text += s.builder.take()
-        token_ids, logprobs = s.builder.released()
+        builder = s.caught_up()
+        text += builder.take()
+        token_ids, logprobs = builder.released()
         if text or token_ids or of_prompt:
             updates.append(Update(s.id, text, None, None, token_ids, logprobs, of_prompt))
 
@@ -348,8 +353,7 @@ class Scheduler:
 
     def _finish(self, s: Sequence, text: str = "") -> Update:
         """Ends a request whose builder has a reason; `text` comes before what the builder held back."""
-        assert s.builder is not None
-        text += s.builder.finish()
+        text += s.caught_up().finish()
         update = self._end(s)
         return update if s.quiet else update._replace(text=text)
 
@@ -365,10 +369,11 @@ class Scheduler:
         completion = self._completion(s)
         if s.quiet or s.builder is None:
             return Update(s.id, completion=completion)
-        return Update(s.id, s.builder.take(), completion, None, *s.builder.released())
+        builder = s.caught_up()
+        return Update(s.id, builder.take(), completion, None, *builder.released())
 
     def _completion(self, s: Sequence) -> Completion:
-        builder = s.builder or self._new_builder(s)
+        builder = self._new_builder(s) if s.builder is None else s.caught_up()
         return builder.completion(s.prompt_length, s.reused, self._backend.memory())
 
     def _new_builder(self, s: Sequence) -> CompletionBuilder:

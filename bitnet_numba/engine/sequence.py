@@ -1,5 +1,6 @@
 """A request on its way through a scheduler, and what is told of it."""
 
+import math
 from collections import abc
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -46,7 +47,10 @@ class Sequence:
     reused: int = 0  # leading prompt tokens that were in the prefix cache when it was first started
     ended: bool = False
     quiet: bool = False  # whether only its last update is told
-    tell_at: float = 0.0  # when its next text is to be told; 0: at once, of the first token
+    tell_at: float = 0.0  # when its next text is to be told; 0: at once, of the first token; infinity: never
+    is_plain: abc.Callable[[int], bool] = field(init=False)  # whether a token need not be looked at, until
+    plain_below: int = 0  # `ids` is so long; all that is done of such a token is to add it to them
+    plain_at: float = 0.0  # when the last of those came
     replayed: bool = False  # whether computing its answer's tokens again as a prompt is not the same, see `BatchRunner`
     # Since it was last started:
     starts: int = 0  # how often that was
@@ -63,6 +67,16 @@ class Sequence:
         self.prompt_length = len(self.ids)
         self.max_tokens = self.max_cached - self.prompt_length + 1
         self.order = self.options.priority, self.id
+        if self.quiet:
+            self.tell_at = math.inf
+
+    def caught_up(self) -> CompletionBuilder:
+        """The builder, once it has been given every token received; the sequence must have been started."""
+        assert self.builder is not None
+        missing = self.ids[self.prompt_length + self.builder.num_tokens :]
+        if missing:
+            self.builder.push_plain(missing, self.plain_at)
+        return self.builder
 
 
 class Telling(NamedTuple):
@@ -77,7 +91,7 @@ class Telling(NamedTuple):
         The second time comes early, each sequence's by another share: those that start together are then told of in
         turns, and no round has all of them.
         """
-        if s.quiet or self.now < s.tell_at:
+        if self.now < s.tell_at:
             return False
         s.tell_at = self.now + self.coalesce * (1.0 if s.tell_at else s.id * GOLDEN_RATIO % 1.0)
         return True

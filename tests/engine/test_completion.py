@@ -23,13 +23,21 @@ STOPS = st.lists(st.text(st.sampled_from("ate hé€😀\ufffd"), min_size=1, ma
 
 
 def build(
-    tokens: list[int], params: SamplingParams, quietly: bool, finish: bool, turn: int = 0
+    tokens: list[int], params: SamplingParams, quietly: bool, finish: bool, turn: int = 0, plain: bool = False
 ) -> tuple[Any, list[Any]]:
-    """The completion of these tokens, but for its times, and what was released of them."""
+    """The completion of these tokens, but for its times, and what was released of them. plain: those that nobody has to
+    look at are pushed together."""
     request: Any = SimpleNamespace(params=params, stop=params.stop, dropped_messages=0)
     builder = CompletionBuilder(TOKENIZER, request, turn)
     released: list[Any] = []
+    kept: list[int] = []
+    num_plain = 0
     for i, token in enumerate(tokens):
+        if len(kept) < num_plain and builder.is_plain(token):
+            kept.append(token)
+            continue
+        builder.push_plain(kept, 1.0)
+        kept = []
         told = [None, TokenLogprob(token, -float(i), [])]
         if quietly:
             builder.push_quietly(token, told, 1)
@@ -38,6 +46,8 @@ def build(
             released += builder.released()[1]
         if builder.reason:
             break
+        num_plain = builder.num_plain if plain else 0
+    builder.push_plain(kept, 1.0)
     if finish or builder.reason:
         builder.reason = builder.reason or "context"
         builder.finish()
@@ -66,6 +76,9 @@ def test_quietly_is_the_same(
     followed, released = build(tokens, params, False, finish)
     quiet, _ = build(tokens, params, True, finish, turn)
     assert quiet == followed
+    for quietly in (True, False):
+        together, _ = build(tokens, params, quietly, finish, turn, plain=True)
+        assert together == followed
     assert (quiet.logprobs is None) == (logprobs is None)
     if quiet.logprobs is not None:
         assert isinstance(quiet.logprobs, list) and [each.token_id for each in quiet.logprobs] == quiet.token_ids
@@ -141,3 +154,27 @@ def test_characters_that_are_never_finished_are_looked_at_once() -> None:
         assert builder.released() == ([], ())
     assert len(looks) < 300
     assert builder.push(TOKENIZER.encode_plain("a")[0]) and len(builder.released()[0]) == 101
+
+
+def test_most_tokens_need_not_be_looked_at() -> None:
+    """But for one in each KEPT_BACK, and the last: whatever is told of them is told together."""
+
+    def looked_at(params: SamplingParams, tokens: list[int]) -> list[int]:
+        request: Any = SimpleNamespace(params=params, stop=params.stop, dropped_messages=0)
+        builder, places, left = CompletionBuilder(TOKENIZER, request), [], 0
+        for place, token in enumerate(tokens):
+            if left > 0 and builder.is_plain(token):
+                left -= 1
+                builder.push_plain([token], 0.0)
+                continue
+            places.append(place)
+            builder.push_quietly(token)
+            left = builder.num_plain
+        return places
+
+    (a,), (x,) = TOKENIZER.encode_plain("a"), TOKENIZER.encode_plain("x")
+    assert looked_at(SamplingParams(max_new_tokens=None), [a] * 100) == [0, KEPT_BACK - 1, 2 * KEPT_BACK - 1]
+    assert looked_at(SamplingParams(max_new_tokens=60), [a] * 60) == [0, KEPT_BACK - 1, 59]
+    assert looked_at(SamplingParams(stop_token_ids=[x], max_new_tokens=None), [a] * 9 + [x]) == [0, 9]
+    assert looked_at(SamplingParams(stop="xyz", max_new_tokens=None), [a, a, a, x, a, a, a]) == [0, 3, 4]
+    assert looked_at(SamplingParams(logprobs=0, max_new_tokens=None), [a] * 9) == list(range(9))
