@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from bitnet_numba.backends.host_model import BAD_LOGITS, PAGE_SIZE, C, Floats, HostModel, finite, sample_rows
-from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE, CallTimes, Constraint
+from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE, CallTimes, Constraint, doubled
 from bitnet_numba.errors import BackendError, BitNetError, one_line
 from bitnet_numba.sampling import TokenLogprob, token_logprobs
 from bitnet_numba.sampling_params import SamplingParams
@@ -52,6 +52,7 @@ class HostBatch(Generic[C]):
         self.max_sequences, self.capacity, self.num_pages = max_sequences, capacity, num_pages
         self.uniform = model.uniform
         self.part_tokens = UNIFORM_PART if model.uniform else PAGE_SIZE
+        self.round_tokens = doubled(self.part_tokens, self.call_tokens)
         self._model = model
         self._pool = model.new_pool(num_pages)
         self._sequences: dict[int, _Sequence[C]] = {}  # by slot

@@ -78,6 +78,14 @@ class CallTimes(NamedTuple):
     step_seconds: float = 0.0
 
 
+def doubled(least: int, most: int) -> Sequence[int]:
+    """`least`, twice as many and so on, and `most`: for `Batch.round_tokens` where no number is better than others."""
+    sizes = [least]
+    while sizes[-1] < most:
+        sizes.append(min(2 * sizes[-1], most))
+    return sizes
+
+
 class Batch(Protocol):
     """Sequences that decode together, with a paged KV cache. The caller allocates pages and slots.
 
@@ -97,6 +105,9 @@ class Batch(Protocol):
     max_sequences: int  # slots 0 .. max_sequences - 1
     capacity: int  # maximum tokens of a sequence in the cache: its prompt and all sampled tokens but the last
     call_tokens: int  # how many tokens of prompts make a good `prefill`: more at once are not computed any faster
+    # How many tokens of prompts a round may compute while answers run, in rising order: the scheduler takes as many as
+    # there is time for. All of them at most `call_tokens`, and multiples of `granularity`.
+    round_tokens: Sequence[int]
     granularity: int  # a part of a `prefill` counts as a multiple of so many tokens
     part_tokens: int  # and one that does not complete its ids has a multiple of so many, at most a page
 

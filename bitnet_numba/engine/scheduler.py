@@ -78,7 +78,7 @@ class Scheduler:
         batch = backend.new_batch(max_sequences, context, tokens)
         self._replayed = not batch.uniform
         self._runner = BatchRunner(batch)
-        self._budget = PromptBudget(chunk, batch.call_tokens, max(batch.part_tokens, batch.granularity))
+        self._budget = PromptBudget(chunk, batch.call_tokens, batch.round_tokens)
         self._stepping = threading.RLock()  # held by `step` and `close`
         self._queue = RequestQueue(max_waiting)
         self._closing = False

@@ -196,6 +196,7 @@ class SharedBatch(_Closing):
         self.page_size, self.num_pages, self.uniform = inner.page_size, inner.num_pages, inner.uniform
         self.max_sequences, self.capacity = inner.max_sequences, inner.capacity
         self.call_tokens, self.granularity, self.part_tokens = inner.call_tokens, inner.granularity, inner.part_tokens
+        self.round_tokens = inner.round_tokens
         self.asynchronous = inner.asynchronous
 
     def start(

@@ -92,4 +92,12 @@ def test_the_first_pass_of_a_size_runs_while_its_launches_are_made(monkeypatch: 
 
 
 def test_passes_are_padded_to_what_can_be_captured_before() -> None:
-    assert prompts.pass_sizes() == [16, 32, 64, 128, 256, 512, 1024, 2048, 3072]
+    assert prompts.pass_sizes() == [16, 32, 64, 128, 256, 480, 512, 1024, 2048, 3072]
+
+
+def test_what_a_round_computes_is_a_pass_without_padding() -> None:
+    assert prompts.round_tokens(32) == [64, 128, 256, 480, 1024, 2048, 3072]
+    assert prompts.round_tokens(128) == [128, 256, 512, 1024, 2048, 3072]
+    for granularity in (8, 16, 32, 64, 128):
+        sizes = prompts.round_tokens(granularity)
+        assert set(sizes) <= set(prompts.pass_sizes()) and not any(size % granularity for size in sizes)

@@ -287,9 +287,9 @@ def test_simulated_batch_that_was_prepared_captures_nothing_more(
     while batch.prepare():
         pieces += 1
         assert captured == pieces, "each call captures one graph"
-    # Passes over prompts of 2 to 2048 rows, and of 3072; for 1, 2, 4 and 8 sequences the sampler after prompts and
+    # Passes over prompts of 2 to 2048 rows, 480 and 3072; for 1, 2, 4 and 8 sequences the sampler after prompts and
     # steps whose contexts take one, two or four blocks each (at most three are needed).
-    assert pieces == len(range(1, 12)) + 1 + 4 * (1 + 3)
+    assert pieces == len(range(1, 12)) + 2 + 4 * (1 + 3)
     assert not batch.prepare()
 
     lengths = [1, 30, 700, 1090, 64]

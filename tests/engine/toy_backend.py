@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet_numba.backends.host_model import mask_of
-from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE, CallTimes, Constraint
+from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE, CallTimes, Constraint, doubled
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.engine.engine import Engine
 from bitnet_numba.errors import BackendError, BitNetError
@@ -166,6 +166,7 @@ class ToyBatch:
         self.page_size, self.uniform = backend.page_size, backend.uniform
         self.call_tokens, self.granularity = backend.call_tokens, backend.granularity
         self.part_tokens, self.asynchronous = backend.part_tokens, backend.asynchronous
+        self.round_tokens = doubled(max(self.part_tokens, self.granularity), self.call_tokens)
         self.call_times = CallTimes()
         self.to_prepare = backend.to_prepare
         self.max_sequences, self.capacity, self.num_pages = max_sequences, capacity, num_pages

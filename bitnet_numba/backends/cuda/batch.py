@@ -9,7 +9,7 @@ import numpy as np
 from bitnet_numba.backends.cuda.batch_memory import BatchMemory
 from bitnet_numba.backends.cuda.extras import NOTHING, Asked, asked_by
 from bitnet_numba.backends.cuda.forward import MAX_TOKENS
-from bitnet_numba.backends.cuda.prompts import PromptPart
+from bitnet_numba.backends.cuda.prompts import PromptPart, round_tokens
 from bitnet_numba.backends.cuda.state import padded_size, step_size, why_nan
 from bitnet_numba.backends.protocol import NO_TOKEN, NOT_FINITE, CallTimes, Constraint
 from bitnet_numba.errors import BackendError, BitNetError, RequestError
@@ -50,13 +50,14 @@ class CudaBatch:
 
     page_size = PAGE
     asynchronous = True
-    call_tokens, part_tokens = MAX_TOKENS, PAGE  # a pass; a page
+    call_tokens = MAX_TOKENS  # a pass
     uniform = False  # prompts and steps have different kernels, which round differently
 
     def __init__(self, memory: BatchMemory, max_sequences: int, pages: int, on_close: Callable[[BatchMemory], None]):
         """memory: has at least these slots and pages. on_close: is given it on close, when no work is under way."""
         self.num_pages, self.max_sequences, self.capacity = pages, max_sequences, memory.state.capacity
         self.granularity = memory.prefill.block
+        self.part_tokens, self.round_tokens = min(PAGE, max(32, self.granularity)), round_tokens(self.granularity)
         self._memory, self._on_close = memory, on_close
         self._runtime, self._state = memory.runtime, memory.state
         # Of each slot: tokens, those under way included; tokens that it was started with; pages

@@ -23,6 +23,9 @@ from bitnet_numba.kernels.runtime.driver import Graph
 from bitnet_numba.kernels.runtime.launch import Launch
 
 MIN_TOKENS = 16  # rows of the smallest captured pass
+# Rows of a pass that H200s have time for beside running answers. 512 take 10 % longer: their products of few rows need
+# another round of CTAs.
+ROUND_TOKENS = 480
 
 
 class PromptPart(NamedTuple):
@@ -70,8 +73,15 @@ def page_places(slot_positions: NDArray[np.int32], stride: int) -> list[int]:
 
 
 def pass_sizes() -> list[int]:
-    """What passes are padded to: powers of two, and MAX_TOKENS."""
-    return sorted({*padded_sizes(MIN_TOKENS, MAX_TOKENS), MAX_TOKENS})
+    """What passes are padded to: powers of two, ROUND_TOKENS and MAX_TOKENS."""
+    sizes = {*padded_sizes(MIN_TOKENS, MAX_TOKENS), ROUND_TOKENS, MAX_TOKENS}
+    return sorted(size for size in sizes if size <= MAX_TOKENS)
+
+
+def round_tokens(granularity: int) -> Sequence[int]:
+    """See `Batch.round_tokens`."""
+    few = ROUND_TOKENS if ROUND_TOKENS % granularity == 0 else padded_size(ROUND_TOKENS)
+    return [*(size for size in (64, 128, 256) if size % granularity == 0), few, 1024, 2048, MAX_TOKENS]
 
 
 class Prefill:
@@ -92,7 +102,7 @@ class Prefill:
         runtime, b = self._runtime, self._runtime.model.buffers
         for slot_positions, ends in plan_passes(parts, self.block, MAX_TOKENS):
             num_rows = len(slot_positions)
-            padded = min(padded_size(num_rows, MIN_TOKENS), MAX_TOKENS)
+            padded = next(size for size in pass_sizes() if size >= num_rows)
             spare = np.full((padded - num_rows, 2), -1, np.int32)
             runtime.uploads.write(b.slot_positions, np.concatenate([slot_positions, spare]))
             runtime.uploads.write(b.num_real, [num_rows])
