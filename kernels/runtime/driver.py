@@ -7,7 +7,7 @@ microseconds, arguments are raw addresses, and PDL, clusters and graphs are at h
 import contextlib
 import ctypes
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any
@@ -189,7 +189,7 @@ def sleep_exactly(seconds: float) -> None:
 
 
 class Pace:
-    """Waits for events that are reached at about equal distances, such as the ends of steps; for one thread.
+    """Waits for events that are reached at distances like those before, such as the ends of steps; for one thread.
 
     Who sleeps until the driver wakes it is told 60 to 100 us late, and who polls takes a core. So this sleeps until
     shortly before an event is due, judged by those before it, and then polls; not for long, in case it comes late.
@@ -197,18 +197,22 @@ class Pace:
 
     def __init__(self) -> None:
         self._last: float | None = None  # when the last event that was waited for was reached; None: unknown
-        self._distance = 0.0  # seconds from one to the next, the shorter if they differ; 0: unknown
+        # Seconds from the event before to one of a kind, the shorter if they differ
+        self._distances: dict[Hashable, float] = {}
 
-    def wait(self, event: Event) -> None:
-        """Blocks the host until the event is reached."""
-        if event.reached():
+    def wait(self, event: Event, kind: Hashable = None) -> None:
+        """Blocks the host until the event is reached. kind: of the work between it and the event waited for before."""
+        distance = self._distances.get(kind, 0.0)
+        if event.reached():  # nobody knows how long ago
+            if self._last is not None:
+                self._last = min(perf_counter(), self._last + distance) if distance else None
             return
-        early = EARLY + EARLY_SHARE * self._distance
-        due = 0.0 if self._last is None else self._last + self._distance - early
+        early = EARLY + EARLY_SHARE * distance
+        due = 0.0 if self._last is None else self._last + distance - early
         while (left := due - perf_counter()) > 0:
             sleep_exactly(min(left, NAP))
-            if event.reached():  # nobody knows how long ago
-                self._last, self._distance = None, self._distance / 2
+            if event.reached():
+                self._last, self._distances[kind] = None, distance / 2
                 return
         until, late = perf_counter() + 2 * early + POLL, 0.0
         while not event.reached():
@@ -217,6 +221,6 @@ class Pace:
                 late = WOKEN_LATE
                 break
         now = perf_counter() - late
-        if self._last is not None and (distance := now - self._last) < PAUSE:
-            self._distance = min(distance, GROWTH * self._distance or distance)
+        if self._last is not None and (measured := now - self._last) < PAUSE:
+            self._distances[kind] = min(measured, GROWTH * distance or measured)
         self._last = now

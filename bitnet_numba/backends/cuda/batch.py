@@ -76,6 +76,9 @@ class CudaBatch:
         # Of calls whose tokens constraints wait for: which event; rows and their constraints
         self._untold: deque[tuple[int, list[tuple[int, Constraint]]]] = deque()
         self._pace = Pace()
+        # Since the last call with results: about how many pages of prompts, and how large a step
+        self._enqueued: list[int] = []
+        self._kinds: dict[int, tuple[int, ...]] = {}  # by event: what was enqueued from the event before to it
         self._collected: tuple[int, list[tuple[int, int]]] = 0, []  # the first place and the results of the last call
         self._num_calls = 0  # with results
         self._preparing = memory.prepare(max_sequences)
@@ -154,6 +157,7 @@ class CudaBatch:
         feed = [PromptPart(slot, int(self._num_fed[slot]), count) for slot, count in parts]
         for slot, count in parts:
             self._num_fed[slot] += count
+        self._enqueued.append(sum(-(-count // PAGE) for _, count in parts))
         slot, start, left = feed[0]
         for ends in self._memory.prefill.feed(feed, self._memory.clock):
             if slot in self._scored:  # which is fed alone
@@ -185,6 +189,7 @@ class CudaBatch:
             work_list = paged_decode.work_entries(splits)
             self._splits, self._num_blocks = splits, padded_size(len(work_list), num_tokens)
             write(self._memory.steps.work_list, work_list + [-1] * (self._num_blocks - len(work_list)))
+        self._enqueued += [num_tokens, self._num_blocks]
         asked = self._asked(slots)
         if self._constrained(slots):
             self._memory.feed_graph(num_tokens, self._num_blocks).replay(self._runtime.stream)
@@ -255,7 +260,7 @@ class CudaBatch:
 
     def _tokens(self, place: int, count: int) -> list[int]:
         """The first tokens of a call's results, once they are there."""
-        self._pace.wait(self._memory.events[place])
+        self._pace.wait(self._memory.events[place], self._kinds.get(place))
         start = place * self._state.slots
         entries = self._memory.results.host[start : start + count] & 0xFFFFFFFF
         return np.where(entries >> 31, NO_TOKEN, entries).tolist()
@@ -309,6 +314,7 @@ class CudaBatch:
         """Notes the results of a call, whose copies are enqueued."""
         place = self._place()
         self._memory.events[place].record(self._runtime.stream)
+        self._kinds[place], self._enqueued = tuple(self._enqueued), []
         self._pending.append((place, slots, [slot for slot in slots if slot in self._failures]))
         if self._constrained(slots):
             constraints = self._constraints

@@ -47,12 +47,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     return clock
 
 
-def follow(clock: FakeClock, pace: Pace, distances: list[float], work: Callable[[int], float]) -> list[float]:
-    """Waits for events at these distances, with some work after each; how late each was noticed."""
+def follow(
+    clock: FakeClock, pace: Pace, distances: list[float], work: Callable[[int], float], kinds: bool = False
+) -> list[float]:
+    """Waits for events at these distances, with some work after each; how late each was noticed. kinds: each distance
+    is of a kind of its own."""
     at, late = clock.now, []
     for i, distance in enumerate(distances):
         at += distance
-        pace.wait(FakeEvent(clock, at))  # type: ignore[arg-type]
+        pace.wait(FakeEvent(clock, at), distance if kinds else None)  # type: ignore[arg-type]
         late.append(clock.now - at)
         clock.now += work(i)
     return late
@@ -79,6 +82,20 @@ def test_steps_that_become_shorter_and_longer(clock: FakeClock) -> None:
     before, polled = clock.now, clock.polled
     follow(clock, pace, [1.0], lambda i: 0.0)
     assert clock.polled - polled <= 3e-3 and clock.now - before <= 1.0 + WAKE + 2 * QUERY
+
+
+def test_each_kind_of_work_has_a_distance_of_its_own(clock: FakeClock) -> None:
+    """Rounds with prompts and without, in any order: each is slept through nearly to its end."""
+    pace = Pace()
+    rounds = [2.4e-3, 2.9e-3, 2.4e-3, 5.3e-3, 5.3e-3, 2.4e-3, 2.9e-3, 2.9e-3] * 10
+    late = follow(clock, pace, rounds, lambda i: 1e-4, kinds=True)
+    assert max(late[8:]) <= 2 * QUERY and clock.polled <= 0.08 * clock.now
+    # One that was reached while the host did something else does not set the next one's estimate back.
+    polled, before = clock.polled, clock.now
+    late = follow(clock, pace, rounds, lambda i: 4e-3 if i % 8 == 1 else 1e-4, kinds=True)
+    on_time = [each for i, each in enumerate(late) if i % 8 not in (2, 3)]
+    assert max(on_time) <= driver.NAP + OVERSLEPT + 2 * QUERY and np.median(on_time) <= 2 * QUERY
+    assert clock.polled - polled <= 0.1 * (clock.now - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's timers")
