@@ -25,7 +25,7 @@ class Settings:
     max_body: int = 4 << 20
     max_header: int = 64 << 10
     max_connections: int = 4096
-    coalesce: float = 0.025  # text of one stream is collected for so long and sent as one event
+    coalesce: float = 0.04  # text of one stream is collected for so long and sent as one event
     log_requests: bool = False  # a line for each request, without its content
 
     @property
