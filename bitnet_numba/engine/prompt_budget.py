@@ -18,6 +18,7 @@ class PromptBudget:
         """chunk: so many tokens always; None: as many of `sizes`, see `Batch.round_tokens`, as there is time for, and
         `call_tokens` where no answer runs."""
         self._chunk, self._call_tokens, self._sizes = chunk, call_tokens, sizes
+        self._noted = 0, 0.0
         self._at = max(i for i, size in enumerate(sizes) if i == 0 or size <= call_tokens // 4)
 
     def tokens(self, answers_run: bool) -> int:
@@ -28,6 +29,10 @@ class PromptBudget:
 
     def note(self, times: CallTimes) -> None:
         """Learns from the last calls that are known, which may be the same as before."""
+        measured = times.prefill_tokens, times.prefill_seconds
+        if measured == self._noted:
+            return
+        self._noted = measured
         tokens, allowed = self._sizes[self._at], max(STALL, times.step_seconds)
         unused = tokens - times.prefill_tokens
         if unused < 0:  # a call of an earlier budget, or made when no answer ran

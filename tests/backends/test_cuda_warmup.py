@@ -5,17 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bitnet_numba.backends.cuda import warmup
+from bitnet_numba.backends.cuda.batch_memory import fixed_bytes
+from bitnet_numba.backends.cuda.extras import Extras
 from bitnet_numba.backends.cuda.forward import CudaModel
-from bitnet_numba.backends.cuda.state import SequenceState, padded_size, padded_sizes, step_size, step_sizes
+from bitnet_numba.backends.cuda.state import SequenceState, padded_size, page_bytes, step_size, step_sizes
 from bitnet_numba.backends.cuda.steps import BatchSteps
 from bitnet_numba.backends.cuda.weights import RowFormats
 from bitnet_numba.checkpoint.packed import open_packed
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.engine.loading import DEMO
 from bitnet_numba.errors import BackendError
+from bitnet_numba.kernels.attention.paged_decode import max_splits_of, work_entries
 from bitnet_numba.kernels.runtime import compiler
 from bitnet_numba.kernels.runtime.device import DryRunDevice
 from bitnet_numba.kernels.runtime.spec import ArchSpec
@@ -120,8 +124,14 @@ def test_dry_run_of_a_batch_asks_for_the_kernels_of_all_its_graphs(slots: int, r
     steps = BatchSteps(model, SequenceState(device, config, 4096, slots, 1))
     for num_tokens in step_sizes(slots):
         steps.choose(num_tokens)
-        for num_blocks in padded_sizes(padded_size(num_tokens), steps.work_list.size):
+        for num_blocks in steps.block_counts(num_tokens):
             steps.decode(num_tokens, num_blocks)
+    # What `CudaBatch.step` may need of them.
+    for count in (1, 5, slots // 2, slots - 1, slots):
+        for splits in range(1, max_splits_of(4096) + 1):
+            entries = len(work_entries([splits] * count))
+            assert padded_size(entries, step_size(count)) in steps.block_counts(step_size(count))
+            assert entries <= steps.work_list.size
     needed = warmup.Needs(replace(config, max_context=4096), rows, target, slots).specs()
     assert {spec.name for spec in device.specs} == {spec.name for spec in needed}
 
@@ -143,3 +153,29 @@ def test_ternary_rows_take_the_kernels_of_ternary_products() -> None:
         assert not any(name.startswith("lm_head") for name in names)
         assert any(name.startswith("gemv_groups" if most is None else "gemm_groups") for name in names)
         assert any(name.startswith("embed_token") and "ternary" in name for name in names)
+
+
+@pytest.mark.parametrize("slots", [8, 256, 512])
+def test_memory_of_a_batch_is_counted_before_its_pages_are(slots: int) -> None:
+    """With what requests ask for later: there must be room for that beside the pages."""
+    taken = 0
+
+    class Counting(DryRunDevice):
+        def empty(self, size: int, dtype: Any) -> Any:
+            nonlocal taken
+            taken += size * np.dtype(dtype).itemsize
+            return super().empty(size, dtype)
+
+        def zeros(self, size: int, dtype: Any) -> Any:
+            return self.empty(size, dtype)
+
+    config = ModelConfig.from_hf(PRESETS["2b-4t"][1] | {"quantization_config": {"quant_method": "bitnet"}})
+    device, rows = Counting(90, 132), RowFormats("bf16", "bf16")
+    model = CudaModel.dry_run(replace(config, num_layers=1), rows, device)
+    page = page_bytes(model.config, model.kv_dtype)
+    taken = 0
+    state = SequenceState(device, model.config, 4096, slots, 1)
+    BatchSteps(model, state)
+    Extras(model, state, step_size(slots))
+    counted = fixed_bytes(config, slots, 4096, model.kv_dtype)
+    assert 0.98 * (taken - page) - (1 << 22) <= counted <= taken - page + (1 << 22)

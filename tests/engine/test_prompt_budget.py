@@ -55,6 +55,14 @@ def test_calls_that_say_nothing_of_the_budget_change_nothing() -> None:
     assert budget.tokens(answers_run=True) == 256
 
 
+def test_a_call_is_noted_once() -> None:
+    """However many steps come after it: one that took too long must not count for each of them."""
+    budget = PromptBudget(None, PASS, SIZES)
+    for step in (2e-3, 3e-3, 4e-3):
+        budget.note(CallTimes(200, 1.0, step))
+    assert budget.tokens(answers_run=True) == 256
+
+
 def test_a_number_that_is_asked_for_stays() -> None:
     assert set(settle(PromptBudget(100, PASS, SIZES), 1.0, 1.0, 1.0)) == {100}
     assert PromptBudget(100, PASS, SIZES).tokens(answers_run=False) == 100

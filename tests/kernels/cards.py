@@ -60,7 +60,7 @@ CARDS = {
 MODELS: dict[str, RowFormat] = {
     "2b-4t": "bf16", "falcon3-3b": "bf16", "falcon3-7b": "int8", "bonsai-1.7b": "ternary", "bonsai-8b": "ternary",
 }  # fmt: skip
-MAX_SEQUENCES = 256
+MAX_SEQUENCES = 512
 
 
 class RecordingDevice(DryRunDevice):

@@ -48,6 +48,24 @@ def test_who_had_no_collector_gets_none() -> None:
     assert not gc.isenabled()
 
 
+def test_several_loops_leave_the_collector_as_it_was() -> None:
+    """A second model, begun while the first one answers."""
+    gc.enable()
+    first = RoundCollector()
+    first.hold()
+    second = RoundCollector()
+    first.hold()
+    second.hold()
+    first.release()
+    assert not gc.isenabled()
+    second.release()
+    second.release()
+    assert gc.isenabled()
+    second.hold()
+    second.release()
+    assert gc.isenabled()
+
+
 @pytest.mark.parametrize(
     ("counts", "thresholds", "collected"),
     [

@@ -22,7 +22,7 @@ from tools.benchmarks.timing import REPEATS, cold_copies, graph_us, torch_graph_
 SHAPES = [(2560, 2560), (3840, 2560), (13824, 2560), (2560, 6912)]  # N, K: the linears of 2B4T
 TOKENS = (8, 32, 128, 512)  # M
 PROMPTS = (64, 512, 4096)
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 CONTEXT, STEPS = 256, 64  # tokens before the middle of a batch's measured steps; steps
 MIXED = [CONTEXT] * 127 + [4096]  # contexts
 TURNS, TURN_TOKENS, ANSWER_TOKENS = 20, 50, 100  # 3,000 tokens in the end

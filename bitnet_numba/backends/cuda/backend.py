@@ -19,7 +19,7 @@ from bitnet_numba.kernels.runtime.driver import Stream
 MAX_SEQUENCES = 512  # of a batch
 LOADED_AHEAD = 256  # sequences of a batch whose kernels are loaded at the start, where that is done
 RESERVE = 64 << 20  # bytes of device memory left to the driver: graphs, kernels
-BATCH_RESERVE = 4 * RESERVE  # a batch may come to have dozens of graphs
+BATCH_RESERVE = 2 * RESERVE  # a batch may come to have a hundred graphs, and to score prompts
 KEPT_SHARE = 4  # memory of a batch that has ended is kept for the next if it is at most this part of the device's
 
 

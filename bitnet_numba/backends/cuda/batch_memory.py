@@ -10,8 +10,6 @@ from bitnet_numba.backends.cuda.prompts import Prefill
 from bitnet_numba.backends.cuda.runtime import Runtime
 from bitnet_numba.backends.cuda.state import (
     SequenceState,
-    padded_size,
-    padded_sizes,
     page_bytes,
     pages_of,
     step_size,
@@ -76,11 +74,10 @@ class BatchMemory:
         for num_rows in self.prefill.sizes():
             self.prefill.capture(num_rows)
             yield True
-        blocks_each = self.steps.work_list.size // self.steps.max_tokens
         for num_tokens in step_sizes(sequences):
             self.choose_graph(num_tokens, NOTHING)
             yield True
-            for num_blocks in padded_sizes(padded_size(num_tokens), blocks_each * num_tokens):
+            for num_blocks in self.steps.block_counts(num_tokens):
                 self.step_graph(num_tokens, num_blocks, NOTHING)
                 yield True
 
@@ -121,8 +118,10 @@ class BatchMemory:
 
 
 def fixed_bytes(config: ModelConfig, slots: int, capacity: int, kv_dtype: KVDtype) -> int:
-    """Bytes of device memory that a batch takes beside its pages, except for a few small arrays."""
+    """Bytes of device memory that a batch takes beside its pages, except for a few small arrays, graphs and what scores
+    prompts; with what requests for more take (see `Extras`), though that is allocated later."""
     num_tokens = step_size(slots)
     shape = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim)
     scratch = 4 * sum(paged_decode.PagedScratch.sizes(num_tokens, pages_of(capacity) * PAGE, shape, kv_dtype))
-    return scratch + 4 * num_tokens * (config.vocab_size + 3 * config.hidden_size + capacity)
+    logits = 2 * config.vocab_size + config.vocab_size // 32  # also edited, and masks
+    return scratch + 4 * num_tokens * (logits + 3 * config.hidden_size + capacity)

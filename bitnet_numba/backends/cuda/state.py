@@ -127,7 +127,7 @@ def padded_size(count: int, least: int = 1) -> int:
 
 
 def padded_sizes(first: int, last: int) -> list[int]:
-    """All of them from one to another, both included."""
+    """All powers of two from one to another; both are, and are included."""
     return [1 << i for i in range(first.bit_length() - 1, last.bit_length())]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from bitnet_numba.backends.cuda.extras import NOTHING, Asked, Extras
 from bitnet_numba.backends.cuda.forward import BatchPass, CudaModel, DecodePass, SharedContexts
 from bitnet_numba.backends.cuda.lm_head import LMHead, one_token
-from bitnet_numba.backends.cuda.state import SequenceState, padded_size, pages_of, step_size
+from bitnet_numba.backends.cuda.state import SequenceState, padded_size, padded_sizes, pages_of, step_size
 from bitnet_numba.kernels import embedding
 from bitnet_numba.kernels.attention.decode import DecodeScratch
 from bitnet_numba.kernels.attention.kv_cache import PAGE
@@ -119,7 +119,8 @@ class BatchSteps:
         self.max_tokens = step_size(state.slots)
         tokens = pages_of(state.capacity) * PAGE
         self._scratch = PagedScratch.allocate(device, self.max_tokens, tokens, model.heads, model.kv_dtype)
-        self.work_list = device.empty(padded_size(self.max_tokens * max_splits_of(tokens)), np.int32)
+        self._max_splits = max_splits_of(tokens)
+        self.work_list = device.empty(padded_size(self.max_tokens * self._max_splits), np.int32)
         self._lm_head = LMHead(model, self.max_tokens)
         # Of prompts that end: rows of the pass, and what is copied of them.
         self.last_rows = device.empty(self.max_tokens, np.int32)
@@ -127,6 +128,10 @@ class BatchSteps:
         self._last_slot_positions = device.empty(2 * self.max_tokens, np.int32)
         self.chosen = device.empty(self.max_tokens, np.int64)
         self.extras: Extras | None = None  # of requests that ask for more; set before the first of them
+
+    def block_counts(self, num_tokens: int) -> list[int]:
+        """What the number of blocks that contexts are shared out among is padded to, in steps of so many tokens."""
+        return padded_sizes(padded_size(num_tokens), padded_size(num_tokens * self._max_splits))
 
     def decode(self, num_tokens: int, num_blocks: int, asked: Asked = NOTHING) -> list[Launch]:
         """Feeds a token of each sequence and samples the next; num_blocks: entries of the work list; asked: of what
