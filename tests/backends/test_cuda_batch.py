@@ -122,6 +122,26 @@ def test_a_batch_that_was_prepared_answers_as_any(demo: PackedCheckpoint, monkey
 
 
 @needs_gpu
+def test_hundreds_of_sequences_answer_as_one_does(demo: PackedCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than 256, whose steps are no powers of two; some contexts are shared out among two blocks. Nothing is
+    captured that was not prepared."""
+    from bitnet_numba.kernels.runtime.driver import Stream
+
+    size, capacity, asked = 330, 700, (0, 1, 200, 329)
+    prompts = {slot: random_ids(demo, 600 if slot % 50 == 1 else 1 + slot % 60, slot) for slot in range(size)}
+    alone = backend_of(demo).new_batch(1, capacity)
+    expected = {slot: answer(alone, {0: prompts[slot]}, 9, {0: list(range(10))})[0] for slot in asked}
+    alone.close()
+    batch = backend_of(demo).new_batch(size, capacity)
+    while batch.prepare():
+        pass
+    monkeypatch.setattr(Stream, "capture", lambda self, launches: pytest.fail("captured again"))
+    together = answer(batch, prompts, 9, {slot: list(range(10 * slot, 10 * slot + 10)) for slot in range(size)})
+    assert {slot: together[slot] for slot in asked} == expected
+    batch.close()
+
+
+@needs_gpu
 @pytest.mark.long
 def test_company_changes_nothing_with_group_scales(tmp_path: Path) -> None:
     """Batches of every size of tile, against one sequence alone."""

@@ -176,7 +176,7 @@ def test_tiles_that_cannot_be_are_refused() -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("M", [1, 8, 13, 32, 100, 512, 1024])
+@pytest.mark.parametrize("M", [1, 8, 13, 32, 100, 416, 512, 1024])
 @pytest.mark.parametrize(("N", "K", "gated"), SHAPES)
 def test_full_size_on_gpu(N: int, K: int, gated: bool, M: int) -> None:
     from bitnet_numba.kernels.runtime.device import usable_device

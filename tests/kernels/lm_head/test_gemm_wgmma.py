@@ -153,7 +153,7 @@ def test_simulated_groups(dtype: RowDtype) -> None:
 @given(
     K=st.sampled_from([32, 384, 2080, 2560, 4096]),
     rows=st.integers(1, 9000),
-    tokens=st.sampled_from([1, 2, 8, 16, 23, 32, 64, 100, 128, 300]),
+    tokens=st.sampled_from([1, 2, 8, 16, 23, 32, 64, 100, 128, 300, 416]),
     blocks=st.sampled_from([3, 132]),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**32 - 1),
@@ -173,7 +173,7 @@ def test_wgmma_on_gpu(dtype: RowDtype, K: int, rows: int, tokens: int, blocks: i
     seed=st.integers(0, 2**32 - 1),
 )
 def test_company_on_gpu(dtype: RowDtype, K: int, rows: int, blocks: int, seed: int) -> None:
-    check_company(dtype, K, rows, [1, 8, 16, 17, 33, 65, 128, 200], blocks, seed)
+    check_company(dtype, K, rows, [1, 8, 16, 17, 33, 65, 128, 200, 300, 416], blocks, seed)
 
 
 @pytest.fixture(scope="module", params=DTYPES)
