@@ -89,8 +89,16 @@ def model_soak(backend: str, seed: int) -> Soak:
     llm = load(None, backend, context=256)
 
     def alone(request: Request) -> Completion:
-        with llm.session() as session:
-            return session.stream_request(request).result()
+        """By the kernels of batches: on CUDA, those of one sequence round otherwise."""
+        completions: list[Completion] = []
+        with llm.scheduler(1) as scheduler:
+            scheduler.add_request(request, quiet=True)
+            while scheduler.busy:
+                for update in scheduler.step():
+                    if update.error is not None:
+                        raise update.error
+                    completions += [update.completion] if update.completion else []
+        return completions[0]
 
     def fail() -> None:
         """It does not fail."""

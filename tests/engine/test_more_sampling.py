@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import bitnet_numba as bn
@@ -73,6 +73,7 @@ def test_all_ways_to_ask_give_the_same_answer(requests: list[tuple[list[int], Sa
 
 @settings(max_examples=40)
 @given(some_ids, asked)
+@example([0, 0], SamplingParams(temperature=1.0, seed=232, max_new_tokens=8, stop="e", min_tokens=7))
 def test_an_answer_is_the_definition_s(prompt: list[int], params: SamplingParams) -> None:
     llm, _ = toy_engine(context=64)
     completion = llm.generate(prompt, params)
@@ -88,7 +89,8 @@ def test_an_answer_is_the_definition_s(prompt: list[int], params: SamplingParams
             assert completion.logprobs[i] == token_logprobs(row[None], [token], params.logprobs or 0)[0]
         ids.append(token)
     assert (completion.logprobs is None) == (params.logprobs is None)
-    assert completion.finish_reason != "stop" or len(completion.token_ids) >= params.min_tokens
+    # Its last tokens may be left out, where a stop string begins in the midst of a character.
+    assert completion.finish_reason != "stop" or completion.stats.generated_tokens > params.min_tokens
     assert not ends & set(completion.token_ids)
 
 
