@@ -205,6 +205,9 @@ class CompletionBuilder:
         ids = self._ids[len(self._ends) - 1 : count]
         if not ids:
             return
+        if len(ids) == 1:
+            self._show(self._decoder.push(ids[0]))
+            return
         before = self._decoder.state
         piece = self._decoder.push_all(ids)
         if self._decoder.pending:  # as is rare; then it matters which of them is the last with whole characters

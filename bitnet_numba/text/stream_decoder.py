@@ -17,17 +17,18 @@ class StreamDecoder:
     def __init__(self, tokenizer: "Tokenizer", skip_special: bool = True):
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special else frozenset()
+        self._text_of = tokenizer.text_of
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._first = True
         self._drop_space = False
-
-    @property
-    def pending(self) -> bool:
-        """Whether bytes of an incomplete character are held back."""
-        return bool(self._utf8.getstate()[0])
+        self.pending = False  # whether bytes of an incomplete character are held back
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; may be empty."""
+        if not (self.pending or self._first or self._drop_space):
+            text = self._text_of[token_id]
+            if text is not None:  # as is that of nearly every token
+                return "" if token_id in self._skipped else text
         if self._first:
             self._first, self._drop_space = False, self._tokenizer.starts_with_space(token_id)
         if token_id in self._skipped:
@@ -36,7 +37,12 @@ class StreamDecoder:
         if self._drop_space and data and token_id not in self._tokenizer.special_ids:
             self._drop_space = False
             data = data.removeprefix(b" ")
-        return self._utf8.decode(data)
+        return self._decode(data)
+
+    def _decode(self, data: bytes) -> str:
+        text = self._utf8.decode(data)
+        self.pending = bool(self._utf8.getstate()[0])
+        return text
 
     def push_all(self, ids: Sequence[int]) -> str:
         """The text that several tokens complete: of each, `push`, joined, but quicker."""
@@ -47,7 +53,7 @@ class StreamDecoder:
             first += 1
         bytes_of, skipped = self._tokenizer.bytes_of, self._skipped
         data = b"".join([bytes_of[token] for token in ids[first:] if token not in skipped])
-        return "".join([*pieces, self._utf8.decode(data)])
+        return "".join([*pieces, self._decode(data)])
 
     @property
     def state(self) -> tuple[bool, bool, tuple[bytes, int]]:
@@ -58,7 +64,9 @@ class StreamDecoder:
     def state(self, state: tuple[bool, bool, tuple[bytes, int]]) -> None:
         self._first, self._drop_space, utf8 = state
         self._utf8.setstate(utf8)
+        self.pending = bool(utf8[0])
 
     def finish(self) -> str:
         """The rest: U+FFFD if the last character is incomplete, otherwise nothing."""
+        self.pending = False
         return self._utf8.decode(b"", final=True)

@@ -73,6 +73,8 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self._byte_level = is_byte_level(backend)
         self.bytes_of: Mapping[int, bytes] = _FoundOnce(self._find_bytes)  # as `token_bytes`, but quicker
+        # The text of a token by itself; None if its bytes are not whole characters.
+        self.text_of: Mapping[int, str | None] = _FoundOnce(lambda token: _whole_text(self.bytes_of[token]))
         self._having: dict[frozenset[int], Mapping[int, bool]] = {}  # see `tokens_with`
         self._byte_of = {character: byte for byte, character in enumerate(byte_alphabet())}
         self.size = max(backend.get_vocab_size(), 1 + max(self._added, default=-1))  # ids are below this
@@ -339,6 +341,13 @@ class Tokenizer:
         while before > 0 and whole[before : before + len(bare)] != bare:
             before -= 1
         return whole[0] if before > 0 else None
+
+
+def _whole_text(data: bytes) -> str | None:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 class _FoundOnce(dict[int, T]):
