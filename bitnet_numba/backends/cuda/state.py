@@ -122,7 +122,7 @@ class SequenceState:
 
 
 def padded_size(count: int, least: int = 1) -> int:
-    """The next power of two: the sizes that passes are captured as graphs for."""
+    """The next power of two, but at least `least`."""
     return max(least, 1 << (count - 1).bit_length())
 
 
