@@ -90,15 +90,7 @@ def model_soak(backend: str, seed: int) -> Soak:
 
     def alone(request: Request) -> Completion:
         """By the kernels of batches: on CUDA, those of one sequence round otherwise."""
-        completions: list[Completion] = []
-        with llm.scheduler(1) as scheduler:
-            scheduler.add_request(request, quiet=True)
-            while scheduler.busy:
-                for update in scheduler.step():
-                    if update.error is not None:
-                        raise update.error
-                    completions += [update.completion] if update.completion else []
-        return completions[0]
+        return llm._answer_together([request])[0]
 
     def fail() -> None:
         """It does not fail."""

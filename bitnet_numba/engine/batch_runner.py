@@ -185,7 +185,7 @@ class BatchRunner:
         for row, (s, start, (_, token)) in enumerate(zip(sequences, starts, results, strict=True)):
             if s.starts != start:
                 continue
-            if len(s.ids) >= s.plain_below or not s.is_plain(token):
+            if len(s.ids) >= s.plain_below or s.builder is None or not s.builder.is_plain(token):
                 receive(s, token, logprobs, row)
                 continue
             s.ids.append(token)
@@ -204,7 +204,6 @@ class BatchRunner:
         count, size = len(s.ids), self.pool.page_size
         # A page's last token and the next page's first are looked at, see `note_computed`.
         in_page = size - 1 - count % size if count % size else 0
-        s.is_plain = s.builder.is_plain
         s.plain_below = count + max(0, min(s.builder.num_plain, s.max_tokens - s.received - 1, in_page))
 
     def note_computed(self, s: Sequence) -> None:

@@ -48,8 +48,8 @@ class Sequence:
     ended: bool = False
     quiet: bool = False  # whether only its last update is told
     tell_at: float = 0.0  # when its next text is to be told; 0: at once, of the first token; infinity: never
-    is_plain: abc.Callable[[int], bool] = field(init=False, repr=False)  # whether a token need not be looked at, until
-    plain_below: int = 0  # `ids` is so long; all that is done of such a token is to add it to them
+    # While `ids` is shorter, all that is done of a token that is plain (see `CompletionBuilder`) is to add it to them.
+    plain_below: int = 0
     plain_at: float = 0.0  # when the last of those came
     replayed: bool = False  # whether computing its answer's tokens again as a prompt is not the same, see `BatchRunner`
     # Since it was last started:

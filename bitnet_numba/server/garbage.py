@@ -42,13 +42,11 @@ class RoundCollector:
 
     def collect(self) -> None:
         """After a round: collects what Python itself would have collected by now."""
-        due = [count > threshold > 0 for count, threshold in zip(gc.get_count(), gc.get_threshold(), strict=True)]
-        if due[2] and gc.get_count()[2] > FULL * gc.get_threshold()[2]:
-            gc.collect()
-        elif due[1]:
-            gc.collect(1)
-        elif due[0]:
-            gc.collect(0)
+        counts, (young, middle, old) = gc.get_count(), gc.get_threshold()
+        for generation, threshold in ((2, FULL * old), (1, middle), (0, young)):
+            if counts[generation] > threshold > 0:
+                gc.collect(generation)
+                return
 
     def release(self) -> None:
         """No more rounds for now: once all have none, Python collects as it did before."""

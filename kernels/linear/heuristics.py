@@ -116,8 +116,8 @@ def _choose_wgmma_tile(M: int, N: int, K: int, num_sms: int, gated: bool) -> Til
         cta_us = measured.cta_us * (GATED_SHARE if gated and tile.tokens >= 64 else 1)
         return max(1, rounds) * (cta_us + measured.k_iter_us * k_iters) + fetching + waiting
 
-    measured = WGMMA_TILES if M <= FEW_ROUNDS_TOKENS else WGMMA_LARGE_TILES
-    candidates = [m for m in measured if not (gated and _is_narrow(m.tile))]
+    tiles = WGMMA_TILES if M <= FEW_ROUNDS_TOKENS else WGMMA_LARGE_TILES
+    candidates = [m for m in tiles if not (gated and _is_narrow(m.tile))]
     timed = [(m, with_all_stages(m.tile, K)) for m in candidates]
     return min((time(m, tile), tile) for m, tile in timed if tile is not None)[1]
 

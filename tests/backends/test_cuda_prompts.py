@@ -47,7 +47,7 @@ def test_what_a_pass_is_said_to_compute_is_what_its_parts_count() -> None:
     passes: list[tuple[int, int]] = []
     clock: Any = SimpleNamespace(replay=lambda graph, tokens: passes.append((graph, tokens)))
     prefill: Any = Prefill(runtime, state)
-    prefill._graphs = {rows: rows for rows in prefill.sizes()}
+    prefill._graphs = {rows: rows for rows in prefill.sizes}
     assert prefill.block == 32
     parts = [PromptPart(slot, 0, count) for slot, count in enumerate([5, 33, 10, 32, 1])]
     assert list(prefill.feed(parts, clock)) == [[(0, 4), (1, 64), (2, 105), (3, 159), (4, 160)]]

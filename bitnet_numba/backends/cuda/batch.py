@@ -57,7 +57,9 @@ class CudaBatch:
         """memory: has at least these slots and pages. on_close: is given it on close, when no work is under way."""
         self.num_pages, self.max_sequences, self.capacity = pages, max_sequences, memory.state.capacity
         self.granularity = memory.prefill.block
-        self.part_tokens, self.round_tokens = min(PAGE, max(32, self.granularity)), round_tokens(self.granularity)
+        # Half a page where blocks allow it: a round's tokens are not all whole pages.
+        self.part_tokens = min(PAGE, max(PAGE // 2, self.granularity))
+        self.round_tokens = round_tokens(self.granularity)
         self._memory, self._on_close = memory, on_close
         self._runtime, self._state = memory.runtime, memory.state
         # Of each slot: tokens, those under way included; tokens that it was started with; pages

@@ -8,13 +8,7 @@ from bitnet_numba.backends.cuda.call_clock import CallClock
 from bitnet_numba.backends.cuda.extras import NOTHING, Asked, Extras, PromptScorer, Records
 from bitnet_numba.backends.cuda.prompts import Prefill
 from bitnet_numba.backends.cuda.runtime import Runtime
-from bitnet_numba.backends.cuda.state import (
-    SequenceState,
-    page_bytes,
-    pages_of,
-    step_size,
-    step_sizes,
-)
+from bitnet_numba.backends.cuda.state import SequenceState, page_bytes, pages_of, step_size, step_sizes
 from bitnet_numba.backends.cuda.steps import BatchSteps
 from bitnet_numba.config import ModelConfig
 from bitnet_numba.kernels.attention import paged_decode
@@ -71,7 +65,7 @@ class BatchMemory:
     def prepare(self, sequences: int) -> Iterator[bool]:
         """Captures, one after the other, what calls for up to so many sequences will need if these ask for no more than
         tokens; yields True after each."""
-        for num_rows in self.prefill.sizes():
+        for num_rows in self.prefill.sizes:
             self.prefill.capture(num_rows)
             yield True
         for num_tokens in step_sizes(sequences):

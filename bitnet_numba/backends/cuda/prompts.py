@@ -92,6 +92,7 @@ class Prefill:
         heads = runtime.model.heads
         # Rows of a pass at whose multiples prompts begin
         self.block = prefill.block_tokens(runtime.device.arch, heads.head_dim, heads.group)
+        self.sizes = pass_sizes()
         self._graphs: dict[int, Graph] = {}
 
     def feed(self, parts: Sequence[PromptPart], clock: CallClock | None = None) -> Iterator[list[tuple[int, int]]]:
@@ -102,7 +103,7 @@ class Prefill:
         runtime, b = self._runtime, self._runtime.model.buffers
         for slot_positions, ends in plan_passes(parts, self.block, MAX_TOKENS):
             num_rows = len(slot_positions)
-            padded = next(size for size in pass_sizes() if size >= num_rows)
+            padded = next(size for size in self.sizes if size >= num_rows)
             spare = np.full((padded - num_rows, 2), -1, np.int32)
             runtime.uploads.write(b.slot_positions, np.concatenate([slot_positions, spare]))
             runtime.uploads.write(b.num_real, [num_rows])
@@ -116,10 +117,6 @@ class Prefill:
             else:  # with as many tokens as they count, see `Batch.granularity`
                 clock.replay(self._graphs[padded], -(-num_rows // self.block) * self.block)
             yield ends
-
-    def sizes(self) -> list[int]:
-        """What passes are padded to."""
-        return pass_sizes()
 
     def capture(self, num_rows: int) -> None:
         """Captures the pass of one of these sizes, where that has not been done."""
